@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+FP8_CAPABILITY = (8, 9)  # the least compute capability of a GPU that multiplies in fp8
 SCALE_BYTES = 4  # a scale is an fp32 number
 
 

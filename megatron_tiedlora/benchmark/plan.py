@@ -36,7 +36,7 @@ MAX_STEPS = 1_000_000
 LEAST_LENGTH = 8  # that the settings of a run accept
 _SAME = (
     *("model", "method", "targets", "rank", "dtype", "base", "compile", "recompute", "train_file", "ds_config"),
-    *("tensor_parallel", "pipeline_parallel", "sequence_parallel"),
+    *("tensor_parallel", "pipeline_parallel", "sequence_parallel", "products", "keep_transposed"),
 )
 
 

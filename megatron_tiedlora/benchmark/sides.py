@@ -22,9 +22,8 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
-from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.throughput import timed, training_flops
@@ -96,18 +95,19 @@ def make_sides(
 def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> Side:
     device, source = default_device(), plan.source
     chosen = chosen or choose_kernels(plan, device)
+    make_weight = plan.weight_maker(device)
     if source.folder is None:
         stage = random_stage(
             source.shape,
             plan.adapter,
             dtype=plan.dtype,
-            base=plan.settings.base,
+            make_weight=make_weight,
             device=device,
             kernels=chosen.kernels,
         )
     else:
         stage = load_model(
-            source, None, dtype=plan.dtype, base=plan.settings.base, device=device, kernels=chosen.kernels
+            source, None, dtype=plan.dtype, make_weight=make_weight, device=device, kernels=chosen.kernels
         )
         _give_adapter(stage, plan.adapter, device)
     recompute(stage, settings.recompute)
@@ -131,13 +131,13 @@ def random_stage(
     adapter: AdapterConfig,
     *,
     dtype: torch.dtype,
-    base: str | None = None,
+    make_weight: WeightMaker = FrozenWeight.empty,
     device: torch.device,
     kernels: Kernels = EAGER,
 ) -> Stage:
     """The whole model with random weights, which are drawn in place, and the adapter with its initial values."""
     with device:
-        stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=weight_maker(base)), None)
+        stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make_weight), None)
     rules = stage_weight_rules(shape, has_embedding=True)
     draw_base_weights(frozen_weights(stage), rules)
     _give_adapter(stage, adapter, device)

@@ -125,7 +125,7 @@ def weights_hash(source: ModelSource, weights: StoredValues) -> str:
 
 def identify_model(source: ModelSource, dtype: str, tokenizer: str | None = None) -> BaseIdentity:
     """The identity of a base model on the disk, see `identify_base`. Raises UserError if its files cannot be read."""
-    with BaseWeights(source.weights_folder(), source.shape) as weights:
+    with BaseWeights(source.weights_folder(), source.shape, source.stored) as weights:
         return identify_base(source, weights, dtype, tokenizer=tokenizer)
 
 

@@ -18,9 +18,12 @@ from tqdm import tqdm
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.checkpoint.stored_weights import StoredWeights
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
+from megatron_tiedlora.model.stored_formats import StoredFormat
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -76,7 +79,12 @@ class BaseWeights:
         bytes_read: bytes of the stored tensors that this process has read so far.
     """
 
-    def __init__(self, folder: Path, shape: ModelShape) -> None:
+    def __init__(self, folder: Path, shape: ModelShape, stored: StoredFormat | None = None) -> None:
+        """Open the files of `folder`.
+
+        Args:
+            stored: the format of the blocks' linears, if they are quantised there.
+        """
         self.folder = folder
         self.rules = weight_rules(shape)
         self.bytes_read = 0
@@ -84,8 +92,15 @@ class BaseWeights:
         self._open = ExitStack()
         self._readers: dict[Path, Any] = {}
         self._headers: dict[Path, Header] = {}
+        self._stored = None if stored is None else StoredWeights(stored, self._slice_or_none)
+        self._quantised: dict[str, tuple[int, ...]] = {}
+        if stored is not None:
+            for rule in (rule for rule in self.rules if rule.is_quantised(shape)):
+                self._quantised |= zip(rule.hf_names, rule.hf_shapes(), strict=True)
         embedding, head = (f"{linear.sources[0].module}.weight" for linear in (shape.embedding, shape.head))
         names = {name for rule in self.rules for name in rule.hf_names} | {head}
+        if stored is not None:
+            names |= self._files.keys()
         for file in sorted({self._files[name] for name in names if name in self._files}):
             self._readers[file] = self._open.enter_context(open_weights(file))
         self._check()
@@ -108,6 +123,12 @@ class BaseWeights:
                     stored = self._readers[file].get_slice(name)
                 except SafetensorError as error:
                     raise UserError(f"{file}: {error}, although the index names it") from None
+                if self._stored is not None and name in self._quantised:
+                    try:
+                        self._stored.check(name, expected)
+                    except UserError as error:
+                        raise UserError(f"{file}: {error}") from None
+                    continue
                 shape = tuple(stored.get_shape())
                 if shape != expected:
                     raise UserError(f"{file}: {name} has shape {shape}, but config.json makes it {expected}")
@@ -132,13 +153,30 @@ class BaseWeights:
 
         They are used for comparisons and do not count in `bytes_read`.
         """
+        if self._stored is not None and name in self._quantised:  # of its codes and of its scales
+            return torch.cat([self._sample(part).float() for part in self._stored.names(name)])
+        return self._sample(name)
+
+    def _sample(self, name: str) -> torch.Tensor:
         file = self._files[name]
         if file not in self._headers:
             self._headers[file] = read_header(file)
         return read_runs(file, self._headers[file], name, count=SAMPLED_RUNS, length=RUN_LENGTH)
 
+    def _slice_or_none(self, name: str) -> Any:
+        file = self._files.get(name)
+        return None if file is None else self._readers[file].get_slice(name)
+
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
-        """The stored tensor `name`, or a slice of it along `dim`, in its stored dtype."""
+        """The stored tensor `name`, or a slice of it along `dim`, in its stored dtype; in fp32 if it is quantised."""
+        if self._stored is not None and name in self._quantised:
+            rows, columns = (part or slice(None), slice(None)) if dim == 0 else (slice(None), part or slice(None))
+            try:
+                values, num_bytes = self._stored.values(name, self._quantised[name], rows)
+            except UserError as error:
+                raise UserError(f"{self._files[name]}: {error}") from None
+            self.bytes_read += num_bytes
+            return values[:, columns]
         stored = self._readers[self._files[name]].get_slice(name)
         index: Any = ... if part is None else (slice(None),) * dim + (part,)
         tensor: torch.Tensor = stored[index]
@@ -170,18 +208,37 @@ class BaseWeights:
             if dim == 1 and tp_size > 1:
                 columns = Columns(part.start, part.stop, rule.shape[1], largest)
                 part = target.columns_to_read(columns)
+            if self._stored is not None and stored.name in self._quantised and isinstance(target, QuantisedWeight):
+                self._copy_codes(stored.name, target, part, dim, start=offset, columns=columns)
+                offset += size
+                continue
             values = self.read(stored.name, part, dim)
             if rule.divides and not values.all():
                 raise UserError(f"{self._files[stored.name]}: {stored.name} has a zero, by which training would divide")
             try:
                 target.load(values, dim=dim, start=offset, columns=columns)
             except ValueError as error:
-                raise UserError(f"{self._files[stored.name]}: {stored.name} has {error}; leave --base out") from None
+                why = f"{stored.name} has {error}, which cannot be quantised; leave --base out"
+                raise UserError(f"{self._files[stored.name]}: {why}") from None
             offset += size
         padding = list(target.local_shape)
         padding[dim] -= offset
         if padding[dim]:
             target.load(torch.zeros(padding), dim=dim, start=offset)
+
+    def _copy_codes(
+        self, name: str, target: QuantisedWeight, part: slice, dim: int, *, start: int, columns: Columns | None
+    ) -> None:
+        """Read codes and scales of a quantised tensor into `target`, as they are stored."""
+        assert self._stored is not None and target.storage.name == self._stored.kind.base
+        shape = self._quantised[name]
+        rows, read = (part, slice(0, shape[1])) if dim == 0 else (slice(0, shape[0]), part)
+        found = self._stored.read(name, shape, rows, read)
+        self.bytes_read += found.num_bytes
+        try:
+            target.load_stored(found.codes, found.scales, start=start, columns=columns)
+        except ValueError as error:
+            raise UserError(f"{self._files[name]}: {name} has {error}; download the model again") from None
 
 
 def load_base_weights(

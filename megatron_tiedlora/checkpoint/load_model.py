@@ -18,11 +18,11 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import num_differing
 from megatron_tiedlora.parallel.collectives import largest_of_all
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.parallel.quantised_weight import weight_maker
+from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.planning.partition import Stages
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
@@ -57,6 +57,7 @@ def load_model(
     base: str | None = None,
     device: torch.device | str = "cpu",
     grid: Grid | None = None,
+    make_weight: WeightMaker | None = None,
     groups: ParallelGroups | None = None,
     stages: Stages | None = None,
     merged: bool = False,
@@ -69,6 +70,7 @@ def load_model(
 
     Args:
         base: the storage format of the blocks' linears; None for `dtype`.
+        make_weight: makes the weights of the blocks' linears, in place of `base`.
         grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
         merged: merge the adapter into the weights (added in fp32, cast once) instead of keeping it separate.
         kernels: of the layers, eager or compiled.
@@ -79,14 +81,14 @@ def load_model(
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
     shape = source.shape
-    with BaseWeights(source.weights_folder(), shape) as weights:
+    with BaseWeights(source.weights_folder(), shape, source.stored) as weights:
         layers = range(shape.num_layers + 2) if stages is None else stages[grid.pp_rank]
         part = None
         if adapter is not None and not merged:
             adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
             part = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
             part.load_full(adapter.state)
-        make_weight = weight_maker(base)
+        make_weight = make_weight or weight_maker(base)
         specs = layer_specs(shape, dtype=dtype, tp_size=grid.tp_size, kernels=kernels, make_weight=make_weight)
         with torch.device(device):
             model = Stage(specs[layers.start : layers.stop], part, tensor_parallel=TensorParallel(groups.tensor, False))

@@ -24,6 +24,7 @@ from megatron_tiedlora.data.demo import prepared_model
 from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
+from megatron_tiedlora.model.stored_formats import StoredFormat, stored_format
 
 _SCALINGS = {LinearScaling: "linear", YarnScaling: "yarn", LongRopeScaling: "longrope"}  # as hashes have them
 _SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
@@ -37,12 +38,14 @@ class ModelSource:
         name: as the user gave it.
         folder: the Hugging Face folder, or None for a preset shape.
         from_hub: whether `name` is a hub id, and `folder` lies in the hub's cache.
+        stored: the format of the blocks' linears, if they are quantised in the folder.
     """
 
     name: str
     folder: Path | None
     shape: ModelShape
     from_hub: bool = False
+    stored: StoredFormat | None = None
 
     @property
     def base_hash(self) -> str:
@@ -75,6 +78,26 @@ class ModelSource:
         if shape.unrotated:
             fields["unrotated"] = sorted(shape.unrotated)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def stored_base(self) -> str | None:
+        """The storage format of the blocks' linears in the folder, a name of `BASE_FORMATS`."""
+        return None if self.stored is None else self.stored.base
+
+    def base_format(self, given: str | None) -> str | None:
+        """The storage format that the blocks' linears have in a run: `given`, or that of the folder if it has one.
+
+        Raises:
+            UserError: another one was given than that of the folder.
+        """
+        if self.stored is None:
+            return given
+        if given not in (None, self.stored.base):
+            raise UserError(
+                f"--base {given}: {self.name} has its weights in {self.stored.in_words} already, and they are not"
+                " quantised again; leave --base out, or give the model with weights in 16 bits"
+            )
+        return self.stored.base
 
     def check_length(self, flag: str, length: int) -> None:
         """Raise UserError if rows of `length` tokens, the value of `flag`, are too long for the model."""
@@ -121,8 +144,8 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
     folder = _local_folder(name)
     from_hub = folder is None
     folder = folder or _downloaded(name, weights=weights)
-    shape = shape_from_hf(read_hf_config(folder), source=str(folder / "config.json"))
-    return ModelSource(name, folder, shape, from_hub)
+    values, file = read_hf_config(folder), str(folder / "config.json")
+    return ModelSource(name, folder, shape_from_hf(values, source=file), from_hub, stored_format(values, source=file))
 
 
 def is_model_on_hub(name: str) -> bool:

@@ -25,6 +25,7 @@ from megatron_tiedlora.checkpoint.checksums import check_file
 LARGEST_HEADER = 2**23  # bytes; an adapter on every linear of the deepest model needs a tenth of it
 _MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BYTE_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.uint8}  # codes of quantised weights
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 
@@ -94,16 +95,18 @@ def read_runs(file: Path, header: Header, name: str, *, count: int, length: int)
     """Values of one tensor of a file: `count` runs of `length` consecutive values, spread evenly from its first value
     to its last; all values if it has no more than that.
 
-    Only these values are read. A memory map would read ahead, by megabytes for each run on some systems.
+    Only these values are read. Codes of quantised weights are bytes. A memory map would read ahead, by megabytes for
+    each run on some systems.
 
     Raises:
         UserError: the file is not a whole safetensors file, or has no floating-point tensor of that name.
     """
     entry, begin = header.entries.get(name), header.begin
     with _opened(file) as stream:
-        if entry is None or entry["dtype"] not in FLOAT_TYPES:
+        dtype = None if entry is None else (FLOAT_TYPES | BYTE_TYPES).get(entry["dtype"])
+        if entry is None or dtype is None:
             raise UserError(f"{file}: {name} is missing, or not floating point")
-        dtype, size = FLOAT_TYPES[entry["dtype"]], math.prod(entry["shape"])
+        size = math.prod(entry["shape"])
         begin += entry["data_offsets"][0]
         starts, length = run_starts(size, count=count, length=length)
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)

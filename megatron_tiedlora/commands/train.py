@@ -89,8 +89,8 @@ def train_rank(settings: Settings) -> End:
         finish.use_best_adapter(trainer)
         finish.record_score(trainer, "after", finish.score(trainer))
         if is_main:
-            exported = finish.export(trainer)
-            summary = [*finish.summary_lines(trainer), *exported, *finish.speed_lines(trainer)]
+            exported, original = finish.export(trainer), finish.original_loss(trainer)
+            summary = [*finish.summary_lines(trainer, original), *exported, *finish.speed_lines(trainer)]
             show(*summary, *finish.next_steps(trainer))
     return end
 

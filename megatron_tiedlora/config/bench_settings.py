@@ -13,6 +13,8 @@ from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.config.fields import (
     BASE_HELP,
+    KEEP_TRANSPOSED_HELP,
+    PRODUCTS_HELP,
     TARGETS_HELP,
     CommandSettings,
     comma_separated,
@@ -89,6 +91,8 @@ class BenchSettings(CommandSettings):
     model: str = setting_field("model", "folder, hub id, demo, or a preset with random weights", DEFAULT_MODEL)
     dtype: Literal["bf16", "fp32"] = setting_field("model", "precision of the frozen base", "bf16")
     base: str | None = optional_field("model", BASE_HELP, choices=BASE_NAMES)
+    products: Literal["fp8"] | None = optional_field("model", PRODUCTS_HELP)
+    keep_transposed: bool = setting_field("model", KEEP_TRANSPOSED_HELP, False)
 
     random_weights: bool = setting_field("step", "draw weights in the model's shape, as for a preset; read none", False)
     num_layers: int | None = optional_field("step", "layers of a model with random weights", ge=1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
+from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.config.fields import CommandSettings, optional_field, setting_field
 from megatron_tiedlora.config.presets import is_preset
 
@@ -53,6 +54,8 @@ class DoctorSettings(CommandSettings):
     )
     validation_file: str | None = optional_field("job", "the same for validation rows")
     test_file: str | None = optional_field("job", "the same for test rows")
+    base: str | None = optional_field("job", "the storage format of the base's linears", choices=BASE_NAMES)
+    products: Literal["fp8"] | None = optional_field("job", "what these linears multiply in")
     output_dir: str | None = optional_field("job", "where runs will be written; should be shared by all hosts")
 
     tensor_parallel: int = setting_field("parallel", "ranks that share each layer", 1, ge=1)

@@ -217,6 +217,12 @@ BASE_HELP = (
     "storage format of the frozen linears of all blocks, 4 or 8 bits a weight; the rest of the base, and what is"
     " computed, stays in --dtype (default: --dtype too)"
 )
+PRODUCTS_HELP = (
+    "fp8: with --base fp8, the activations and gradients that these linears multiply are rounded to fp8 too, with a"
+    " scale for each row; GPUs of compute capability 8.9 or more, emulated on a CPU. The adapter reads them unrounded."
+    " In row-parallel layers the scales depend on --tensor_parallel (default: products in --dtype)"
+)
+KEEP_TRANSPOSED_HELP = "with --products fp8: keep a transposed copy of their weights, one byte each, for speed"
 
 
 def parse_targets(value: Any) -> Any:

@@ -37,7 +37,9 @@ from megatron_tiedlora.config.data_fields import (
 )
 from megatron_tiedlora.config.fields import (
     BASE_HELP,
+    KEEP_TRANSPOSED_HELP,
     LONGEST_WAIT_MINUTES,
+    PRODUCTS_HELP,
     TARGETS_HELP,
     CommandSettings,
     comma_separated,
@@ -131,6 +133,8 @@ class Settings(CommandSettings):
         "dtype of the frozen base; adapters are always fp32 [bf16; demo: fp32 on a CPU without bf16 instructions]",
     )
     base: str | None = optional_field("model", BASE_HELP, choices=BASE_NAMES)
+    products: Literal["fp8"] | None = optional_field("model", PRODUCTS_HELP)
+    keep_transposed: bool = setting_field("model", KEEP_TRANSPOSED_HELP, False)
     max_length: int = setting_field(
         "model", "maximum tokens of a sample; longer prompts lose their middle (at most the model's limit)", ge=8
     )
@@ -339,6 +343,10 @@ class Settings(CommandSettings):
             raise ValueError("--take_over needs --resume; a new run has a folder of its own")
         if self.base_differs and self.resume == "none" and self.init_from is None:
             raise ValueError("--base_differs needs --resume or --init_from; a new adapter has a base of its own")
+        if self.products is not None and self.base not in (None, "fp8"):
+            raise ValueError(f"--products {self.products} needs --base fp8, not {self.base}")
+        if self.keep_transposed and self.products is None:
+            raise ValueError("--keep_transposed needs --products fp8; other matmuls need no transposed copy")
         if self.eval_samples is not None and self.eval_metric == "loss":
             raise ValueError("--eval_samples needs --eval_metric with a metric of the task; the loss uses all rows")
         return self

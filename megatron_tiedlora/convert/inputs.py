@@ -115,7 +115,8 @@ def check_base(
     Raises:
         UserError: config, weights or tokenizer differ without `differs`, are missing, or are incomplete.
     """
-    found = replace(identify(source, adapter.base.dtype, tokenizer), base_format=base_format)
+    used = base_format or source.stored_base
+    found = replace(identify(source, adapter.base.dtype, tokenizer), base_format=used)
     if not uses_tokenizer and adapter.base.tokenizer is not None:
         trained = adapter.base
         found = replace(found, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)

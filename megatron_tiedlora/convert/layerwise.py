@@ -62,7 +62,7 @@ def layerwise_logits(
         for spec in specs[1:-1]:
             stage = Stage([spec], None)
             for model in models:
-                _fill(stage, (rule for rule in rules if rule.layer == spec.index), model.read)
+                fill(stage, (rule for rule in rules if rule.layer == spec.index), model.read)
                 for name, adapter in model.adapters.items():
                     updates = _updates(adapter, spec.index, dtype)
                     hidden[name] = stage.predict(hidden[name], positions, updates=updates)
@@ -98,7 +98,7 @@ def _head(
         head: Any = layer_specs(_with_vocabulary(shape, stop - start), dtype=dtype)[-1].build()
         if shape.tied_embeddings:
             head.take_weight(FrozenWeight.empty(stop - start, shape.hidden_size, dtype=dtype))
-        _fill(nn.ModuleDict({"layers": nn.ModuleDict({str(last): head})}), norms, read)
+        fill(nn.ModuleDict({"layers": nn.ModuleDict({str(last): head})}), norms, read)
         head.frozen.load(read(_stored_name(shape, last), slice(start, stop)))
         for name, states in hidden.items():
             logits[name].append(head(states, TensorParallel()).float())
@@ -116,7 +116,7 @@ def _stored_name(shape: ModelShape, layer: int) -> str:
     return f"{linear.sources[0].module}.weight"
 
 
-def _fill(module: nn.Module, rules: Iterable[WeightRule], read: ReadRows) -> None:
+def fill(module: nn.Module, rules: Iterable[WeightRule], read: ReadRows) -> None:
     """Read weights of the name table into the module, some rows at a time: a whole tensor in fp32 would be large."""
     targets = frozen_weights(module)
     for rule in rules:

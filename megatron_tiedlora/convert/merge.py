@@ -7,9 +7,10 @@ little memory, whatever the model. A merge that was killed continues with the fi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,10 +22,12 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
-from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, weight_map
+from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, BaseWeights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.streamed_files import write_streamed
 from megatron_tiedlora.convert.inputs import check_base
+from megatron_tiedlora.convert.merge_dequantised import dequantised_tensors, state_plain_weights
 from megatron_tiedlora.convert.merge_journal import MergeJournal, fingerprint
 from megatron_tiedlora.convert.merged_file import MergedFile
 from megatron_tiedlora.convert.merged_rows import Changes, stored_changes
@@ -69,11 +72,13 @@ def merge_adapter(
         between: called many times a second; it may raise to end the merge.
 
     Raises:
-        UserError: the adapter is for another base, the base is already merged, the output exists, the tokenizer cannot
-            be read, the disk has too little room, a computed weight is not finite (the message names it), or a file is
-            a link out of the folder.
+        UserError: the adapter is for another base, the base is quantised or already merged, the output exists, the
+            tokenizer cannot be read, the disk has too little room, a computed weight is not finite (the message names
+            it), or a file is a link out of the folder.
     """
     folder = source.weights_folder()
+    if not onto_trained:
+        reject_quantised(source)
     reject_existing(output, flag=f"--output {output}")
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
@@ -81,14 +86,27 @@ def merge_adapter(
     saved = load_tokenizer_to_copy(tokenizer or folder) if tokenizer is not None or own_files else None
     onto = trained_format(adapter) if onto_trained else None
     base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs, base_format=onto)
+    if onto is not None and "weights" in base.record.get("base_differs", ()):
+        raise UserError(
+            f"--onto trained: {source.name} has other weights than the base that training saw; give that one with"
+            " --model, or leave --onto out"
+        )
     for note in base.notes:
         say(note)
+    record = {**adapter.record(), **base.record, **({} if onto is None else {MERGED_ONTO: onto})}
+    if source.stored is not None:
+        merge = _Dequantised(source, adapter, dtype, [*model_files, *own_files])
+        with new(output) as temporary:
+            merge.write(temporary, fingerprint(record, []), output, between, progress)
+            if saved is not None:
+                save_tokenizer(saved, temporary)
+            write_json(temporary / MERGE_RECORD, record)
+        return
     places = weight_map(folder)
     side_files(folder, sorted({file.name for file in places.values()}))  # rejects links out of the folder here too
     changed = stored_changes(adapter, source.shape, base_format=onto)
     plans = {file: MergedFile.of(file, places, changed, dtype) for file in sorted(set(places.values()))}
     copied = [*model_files, *own_files, *side_files(folder, [INDEX_FILE])]
-    record = {**adapter.record(), **base.record, **({} if onto is None else {MERGED_ONTO: onto})}
     with new(output) as temporary:
         journal = MergeJournal(temporary, fingerprint({**record, "dtype": str(dtype)}, plans))
         needed = sum(plan.size for file, plan in plans.items() if file.name not in journal)
@@ -103,6 +121,44 @@ def merge_adapter(
             save_tokenizer(saved, temporary)
         write_json(temporary / MERGE_RECORD, record)
         journal.close()
+
+
+@dataclass(frozen=True)
+class _Dequantised:
+    """A merge onto the values of a folder that is quantised."""
+
+    source: ModelSource
+    adapter: NativeAdapter
+    dtype: torch.dtype | None
+    copied: Sequence[Path]
+
+    def write(
+        self, folder: Path, inputs: str, output: Path, between: Callable[[], object], progress: bool
+    ) -> None:
+        """Write weights and the copied files. What a merge that was killed left in `folder` is written again."""
+        source, shape = self.source, self.source.shape
+        MergeJournal(folder, inputs).close()
+        with BaseWeights(source.weights_folder(), shape, source.stored) as weights:
+            changes = stored_changes(self.adapter, shape)
+            tensors = dequantised_tensors(weights, source, changes, self.dtype, between)
+            needed = sum(tensor.num_bytes for tensor in tensors)
+            require_room(folder, needed + sum(file.stat().st_size for file in self.copied), output=output)
+            write_streamed(folder, tensors, source=source.name, progress=progress)
+        for file in self.copied:
+            shutil.copyfile(file, folder / file.name)
+        state_plain_weights(folder / "config.json")
+        if self.dtype is not None:
+            _state_dtype(folder / "config.json", self.dtype)
+
+
+def reject_quantised(source: ModelSource) -> None:
+    """Raise UserError if the weights of `source` are stored in 4 or 8 bits."""
+    if source.stored is not None:
+        raise UserError(
+            f"{source.name}: its weights are stored in {source.stored.in_words}, and no adapter can be merged into so"
+            " few bits: rounding would lose most of its update. Give the model that was quantised, with --model"
+            " ORIGINAL --base_differs, or --onto trained to write these weights in 16 bits"
+        )
 
 
 def trained_format(adapter: NativeAdapter) -> str:

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import one_line, shown
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, Header, read_header
-from megatron_tiedlora.convert.merged_rows import Change, row_blocks, stored_changes
+from megatron_tiedlora.convert.merged_rows import Change, Changes, row_blocks, stored_changes
 from megatron_tiedlora.model.weights import weight_rules
 
 _MOST_LINES = 8  # about tensors that differ
@@ -67,6 +67,10 @@ class _Tensors:
         """The tensor's entry in the header of its file; None if there is none."""
         return self.headers[self.files[name]].entries.get(name) if name in self.files else None
 
+    def rows_of(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of a tensor in the file that has it."""
+        return self.rows(self.files[name], name, rows)
+
     def rows(self, file: Path, name: str, rows: slice) -> torch.Tensor:
         """Some rows of a tensor, in its stored dtype. A number is a row."""
         reader = self._readers[file]
@@ -92,6 +96,8 @@ def compare_merged(
         UserError: a file is missing or not whole.
     """
     changes = stored_changes(adapter, source.shape, base_format=base_format)
+    if source.stored is not None:
+        return _compare_dequantised(source, changes, merged, progress=progress)
     differences, counts = [], {True: 0, False: 0}
     with ExitStack() as opened:
         base, written = _Tensors(source.weights_folder(), opened), _Tensors(merged, opened)
@@ -107,6 +113,40 @@ def compare_merged(
             why = _why_unlike(entry, base.entry(name), dtype, of_model=name in names)
             if why is None:
                 why = _compare_values(base, written, file, name, entry, changes.get(name), bar.update)
+            if why is not None:
+                differences.append(one_line(f"{file}: {name} {why}"))
+    return MergedBits(counts[True], counts[False], tuple(differences))
+
+
+class _Values:
+    """The values of a base that may be quantised, as `_Tensors` has those of a plain one."""
+
+    def __init__(self, weights: BaseWeights) -> None:
+        self._weights = weights
+
+    def rows_of(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of a tensor; in fp32 if it is quantised."""
+        return self._weights.read(name, rows)
+
+
+def _compare_dequantised(source: ModelSource, changes: Changes, merged: Path, *, progress: bool) -> MergedBits:
+    """Compare every tensor of a merge onto a folder that is quantised."""
+    differences, counts = [], {True: 0, False: 0}
+    with ExitStack() as opened:
+        base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
+        written = _Tensors(merged, opened)
+        expected = {name for rule in weight_rules(source.shape) for name in rule.hf_names}
+        tensors = list(_in_file_order(written))
+        total = sum(_size(entry) for _, _, entry in tensors)
+        bar = opened.enter_context(
+            tqdm(total=total, desc="merged files", unit="B", unit_scale=True, disable=not progress, leave=False)
+        )
+        for file, name, entry in tensors:
+            counts[name in changes] += 1
+            if name not in expected:
+                why: str | None = "is not in the base"
+            else:
+                why = _compare_values(_Values(base), written, file, name, entry, changes.get(name), bar.update)
             if why is not None:
                 differences.append(one_line(f"{file}: {name} {why}"))
     return MergedBits(counts[True], counts[False], tuple(differences))
@@ -155,7 +195,7 @@ def _why_unlike(
 
 
 def _compare_values(
-    base: _Tensors,
+    base: _Tensors | _Values,
     written: _Tensors,
     file: Path,
     name: str,
@@ -167,7 +207,7 @@ def _compare_values(
     made = None if change is None else change()
     count, first_row, furthest = 0, 0, 0
     for rows in row_blocks(tuple(entry["shape"]) or (1,)):
-        found, wanted = written.rows(file, name, rows), base.rows(base.files[name], name, rows)
+        found, wanted = written.rows(file, name, rows), base.rows_of(name, rows)
         wanted = wanted.to(found.dtype) if made is None else made.rows(wanted, rows, found.dtype)
         compared(found.nbytes)
         found, wanted = (tensor.contiguous().view(_INTEGERS[tensor.itemsize]) for tensor in (found, wanted))

@@ -28,7 +28,7 @@ from megatron_tiedlora.convert.import_peft import compare_export, load_peft_adap
 from megatron_tiedlora.convert.in_transformers import has_peft, peft_logits, require_peft, transformers_logits
 from megatron_tiedlora.convert.layerwise import ReadRows, Weights, layerwise_logits
 from megatron_tiedlora.convert.logit_table import LogitComparison, Wanted, compare_logits, format_comparisons
-from megatron_tiedlora.convert.merge import merged_onto
+from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
 from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
 from megatron_tiedlora.convert.merged_rows import Change, quantised_rules, stored_changes
 from megatron_tiedlora.model.families import shape_from_hf
@@ -94,6 +94,9 @@ def choose_runtimes(
         )
     if given is None and "peft" in there and not has_peft():
         return tuple(name for name in there if name != "peft"), "peft is not installed, so it has not loaded the export"
+    if given is None and "peft" in there and source.stored is not None:
+        why = f"PEFT computes a base in {source.stored.base} in other ways, so it has not loaded the export; see --in"
+        return tuple(name for name in there if name != "peft"), why
     if given is None:
         return there, ""
     names = [] if given == "none" else given.split(",")
@@ -130,6 +133,11 @@ def verify_export(
     """
     if peft is not None and dtype != torch.float32:
         raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
+    onto, trained = None if merged is None else merged_onto(merged), adapter.base.base_format
+    if merged is not None and (onto is None or (source.stored is not None and source.stored.base != onto)):
+        reject_quantised(source)
+    # Of a folder that is quantised the values are there as training saw them.
+    made_onto = None if source.stored is not None else onto
     runtimes, note = choose_runtimes(source, inside, merged=merged, peft=peft, dtype=dtype)
     stored = {} if merged is None else _stored_types(source, merged)
     notes = [note] if note else []
@@ -137,28 +145,27 @@ def verify_export(
     exported = None if peft is None else compare_export(peft, source, adapter)
     if imported is not None and "peft" in runtimes:
         require_peft()
-    onto, trained = None if merged is None else merged_onto(merged), adapter.base.base_format
-    bits = None if merged is None else compare_merged(source, adapter, merged, base_format=onto, progress=progress)
+    bits = None if merged is None else compare_merged(source, adapter, merged, base_format=made_onto, progress=progress)
     # Equality must hold for any input, so it need not be text.
     probed = (_PROBED[0], min(_PROBED[1], source.shape.limit.tokens))
     tokens = torch.randint(0, source.shape.vocab_size, probed, generator=torch.Generator().manual_seed(0))
     rounds = any(kind.itemsize < 4 for kind in (dtype, *stored.values()))
     with ExitStack() as opened:
-        base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape))
+        base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         models = [Weights(base.read, {"native": adapter, "plain": None} | ({"peft": imported} if imported else {}))]
-        for name in {trained, onto} - {None}:
+        for name in {trained, onto} - {None, source.stored_base}:
             models.append(Weights(_dequantised(base, source, str(name)), {str(name): adapter}))
         if merged is not None:
             if rounds:
-                models.append(Weights(_rounded(base, source, adapter, stored, onto), {"rounded": None}))
+                models.append(Weights(_rounded(base, source, adapter, stored, made_onto), {"rounded": None}))
             written = opened.enter_context(BaseWeights(merged, source.shape))
             models.append(Weights(written.read, {"merged": None}))
         found = layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
     native, rounded = found["native"], found.get("rounded")
     rows = [compare_logits("base without adapter", native, found["plain"], "different")]
-    if trained is not None:
+    if trained is not None and trained in found:
         rows.append(compare_logits(f"as trained, base in {trained}", native, found[trained], "rounded"))
-    of_merge = native if onto is None else found[onto]
+    of_merge = native if made_onto is None else found[made_onto]
 
     def compare_both(name: str, logits: torch.Tensor) -> None:
         wanted: Wanted = "equal" if rounded is None else "rounded"

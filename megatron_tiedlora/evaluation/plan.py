@@ -69,7 +69,7 @@ class EvaluationPlan:
     @property
     def base(self) -> str | None:
         """The storage format of the blocks' linears; None for `dtype`."""
-        return _base_format(self.settings, self.adapter)
+        return _base_format(self.settings, self.source, self.adapter)
 
     @property
     def adapter_name(self) -> str:
@@ -178,20 +178,20 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     )
 
 
-def _base_format(settings: EvaluateSettings, adapter: NativeAdapter | None) -> str | None:
-    """The storage format in which the base is used: the one that was given, or that of the adapter's run.
+def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: NativeAdapter | None) -> str | None:
+    """The storage format in which the base is used: as it was given, that of its folder, or of the adapter's run.
 
     Raises:
         UserError: the adapter is to be merged into quantised weights.
     """
-    given = settings.base or (adapter and adapter.base.base_format) or UNQUANTISED
+    given = settings.base or source.stored_base or (adapter and adapter.base.base_format) or UNQUANTISED
     if given == UNQUANTISED:
         return None
     if settings.merge_adapter:
         raise UserError(
             f"--merge_adapter adds the adapter to weights in --dtype, and these are in {given}; give --base none"
         )
-    return given
+    return source.base_format(given)
 
 
 def _trained_with(settings: EvaluateSettings) -> dict[str, Any]:
@@ -272,6 +272,6 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
         opened.adapter,
         tokenizer=settings.tokenizer,
         differs=settings.base_differs,
-        base_format=_base_format(settings, opened.adapter),
+        base_format=_base_format(settings, opened.source, opened.adapter),
     )
     return opened.source, opened.adapter, opened.kind, (*opened.notes, *base.notes)

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.shapes import LengthLimit
+from megatron_tiedlora.model.stored_formats import stored_format
 
 # Fields that do not change the computation: transformers writes them, or they concern tokens, generation or training.
 _HARMLESS = frozenset(
@@ -108,11 +109,8 @@ class HfConfig:
             if name in self._read or name in _HARMLESS or (name in _OFF and (value is None or value == _OFF[name])):
                 continue
             if name == "quantization_config":
-                method = value.get("quant_method") if isinstance(value, dict) else value
-                raise UserError(
-                    f"{self.source}: quantization_config: weights quantised by {shown(method)} are not read; give the"
-                    " model with weights in bf16, fp16 or fp32, and train on fewer bits with --base"
-                )
+                stored_format(self._values, source=self.source)
+                continue
             if name in _OFF:
                 raise UserError(f"{self.source}: {name} = {shown(value)} is not implemented")
             raise UserError(

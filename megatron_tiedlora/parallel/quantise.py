@@ -51,7 +51,7 @@ def without_tiny(scales: torch.Tensor) -> torch.Tensor:
 
     Values of such a block can be subnormal, and some CPUs make zeros of these as they round to bf16, others do not.
     """
-    return torch.where(scales < _LEAST_SCALE, 0.0, scales)
+    return torch.where(scales.abs() < _LEAST_SCALE, 0.0, scales)
 
 
 def pack_nf4(codes: torch.Tensor) -> torch.Tensor:
@@ -103,3 +103,13 @@ def quantise_rows(values: torch.Tensor, maxima: torch.Tensor, name: str) -> tupl
 def dequantise_rows(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Values (rows, width) fp32 of int8 or fp8 codes and scales (rows,)."""
     return codes.float() * scales[:, None]
+
+
+def has_nan(codes: torch.Tensor, name: str) -> bool:
+    """Whether a code, uint8, of the format `name`, int8 or fp8, is no number."""
+    return name == "fp8" and bool((codes & 127 == 127).any())
+
+
+def fp8_numbers(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes as the e4m3 numbers that they are, in the same memory."""
+    return codes.view(CODE_TYPE["fp8"])

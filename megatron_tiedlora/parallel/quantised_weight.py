@@ -11,24 +11,26 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from math import prod
 
 import torch
 from torch import nn
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS, BaseFormat
-from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, WeightMaker, frozen_parameter
+from megatron_tiedlora.base.base_formats import BaseFormat
+from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.nf4_kernels import nf4_kernel
 from megatron_tiedlora.parallel.quantise import (
     CODE_TYPE,
     dequantise_nf4,
     dequantise_rows,
+    has_nan,
     pack_nf4,
     quantise_nf4,
     quantise_rows,
     row_maxima,
+    unpack_nf4,
+    without_tiny,
 )
 
 # Numbers that are processed at one time on a CPU: their temporaries stay in its cache.
@@ -150,8 +152,28 @@ class QuantisedWeight(FrozenWeight):
         with torch.no_grad():
             self._load(values, start, columns)
 
+    def load_stored(
+        self, codes: torch.Tensor, scales: torch.Tensor, *, start: int = 0, columns: Columns | None = None
+    ) -> None:
+        """Store codes and scales that are there already: rows from `start` on.
+
+        Args:
+            codes: (rows, bytes) uint8, of all columns `columns_to_read`.
+            scales: (rows, blocks) fp32, one for each whole block of these.
+            columns: as in `load`.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        width = self._local_shape[1]
+        with torch.no_grad():
+            self._load_stored(codes, scales, start, columns or Columns(0, width, width))
+
     @abstractmethod
     def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None: ...
+
+    @abstractmethod
+    def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None: ...
 
     @abstractmethod
     def _dequantise(self, out: torch.Tensor) -> None:
@@ -180,7 +202,7 @@ class QuantisedWeight(FrozenWeight):
 
     def _store(self, rows: slice, codes: torch.Tensor, scales: torch.Tensor) -> None:
         if not scales.isfinite().all():
-            raise ValueError("numbers that are not finite, which cannot be quantised")
+            raise ValueError("numbers that are not finite")
         self.tensor.data[rows].copy_(codes)
         self.scale_bits.data[rows].copy_(scales.view(torch.int32))
 
@@ -206,15 +228,27 @@ class BlockScaledWeight(QuantisedWeight):
         return slice(columns.start // block * block, min(-(-columns.stop // block) * block, columns.full))
 
     def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None:
+        block = self.storage.block
+        assert block is not None
+        for rows in self._parts(num_rows=len(values), at_once=_QUANTISED_AT_ONCE):
+            codes, scales = quantise_nf4(self._moved(values[rows]), block)
+            self._store_own(slice(start + rows.start, start + rows.stop), codes, scales, columns)
+
+    def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None:
+        read = self.columns_to_read(columns)
+        for rows in self._parts(num_rows=len(codes)):
+            unpacked = unpack_nf4(self._moved(codes[rows]), read.stop - read.start)
+            kept = without_tiny(self._moved(scales[rows]))
+            self._store_own(slice(start + rows.start, start + rows.stop), unpacked, kept, columns)
+
+    def _store_own(self, rows: slice, codes: torch.Tensor, scales: torch.Tensor, columns: Columns) -> None:
+        """Store this rank's columns of whole blocks."""
         width, block = self._local_shape[1], self.storage.block
         assert block is not None
         before = columns.start - self.columns_to_read(columns).start
         # The block of the full tensor in which each stored block lies.
         blocks = (before + torch.arange(self.scale_bits.shape[1], device=self.tensor.device) * self.block) // block
-        for rows in self._parts(num_rows=len(values), at_once=_QUANTISED_AT_ONCE):
-            codes, scales = quantise_nf4(self._moved(values[rows]), block)
-            own = codes[:, before : before + width]
-            self._store(slice(start + rows.start, start + rows.stop), pack_nf4(own), scales[:, blocks])
+        self._store(rows, pack_nf4(codes[:, before : before + width]), scales[:, blocks])
 
     def _dequantise(self, out: torch.Tensor) -> None:
         codes, scales = self.tensor.detach(), self.scales
@@ -239,6 +273,12 @@ class RowScaledWeight(QuantisedWeight):
             codes, scales = quantise_rows(self._moved(values[rows]), maxima[rows], self.storage.name)
             self._store(slice(start + rows.start, start + rows.stop), codes.view(torch.uint8), scales[:, None])
 
+    def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None:
+        codes = self._moved(codes)
+        if has_nan(codes, self.storage.name):
+            raise ValueError("numbers that are not finite")
+        self._store(slice(start, start + len(codes)), codes, self._moved(scales))
+
     def _dequantise(self, out: torch.Tensor) -> None:
         codes = self.tensor.detach().view(CODE_TYPE[self.storage.name])
         if codes.dtype == torch.int8:
@@ -248,25 +288,21 @@ class RowScaledWeight(QuantisedWeight):
             for rows in self._parts():
                 out[rows] = dequantise_rows(codes[rows], self.scales[rows, 0])
         else:
-            _look_up(self.tensor.detach(), self.scales, out, self._parts())
+            look_up_fp8(self.tensor.detach(), out, self._parts(), scales=self.scales)
 
 
-def _look_up(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, parts: Iterable[slice]) -> None:
-    """fp8's values by a table of its 256 levels: on a CPU four times as fast as the conversion (torch 2.13)."""
+def look_up_fp8(
+    codes: torch.Tensor, out: torch.Tensor, parts: Iterable[slice], *, scales: torch.Tensor | None = None
+) -> None:
+    """Write fp8's levels to `out`, or its values, by a table: on a CPU 4 times as fast as the conversion (torch 2.13).
+
+    Args:
+        codes: uint8.
+        scales: (rows, 1), by which levels are multiplied.
+    """
     levels = torch.arange(256, dtype=torch.uint8).view(CODE_TYPE["fp8"]).to(out.dtype)
     for rows in parts:
         part = out[rows]
         torch.index_select(levels, 0, codes[rows].flatten().int(), out=part.view(-1))
-        part.mul_(scales[rows])  # computed in fp32
-
-
-def weight_maker(name: str | None) -> WeightMaker:
-    """A function that makes empty weights of a format of the table, or plain ones (None).
-
-    The weights that it makes share a workspace, so a rank needs one function for its whole part of the model.
-    """
-    if name is None:
-        return FrozenWeight.empty
-    storage = BASE_FORMATS[name]
-    kind = RowScaledWeight if storage.block is None else BlockScaledWeight
-    return partial(kind.of_format, storage=storage, workspace=Workspace())
+        if scales is not None:
+            part.mul_(scales[rows])  # computed in fp32

@@ -41,6 +41,8 @@ class Layout:
         live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than this.
         dtype: the dtype of the base, and of activations.
         base: the storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
+        products: "fp8" if what these linears multiply is rounded to fp8 too.
+        keep_transposed: whether they keep a transposed copy of their codes, with `products`.
         recompute: "none", "selective" (gate and up) or "full" (whole blocks).
         on_gpu: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
         compiled: whether kernels are compiled.
@@ -59,6 +61,8 @@ class Layout:
     live_parameters: int = 1_000_000_000
     dtype: torch.dtype = torch.bfloat16
     base: str | None = None
+    products: str | None = None
+    keep_transposed: bool = False
     recompute: str = "none"
     on_gpu: bool = False
     compiled: bool = True

@@ -41,7 +41,9 @@ def stored_tensors(
     rows, width = local_shape
     storage, shards_rows = BASE_FORMATS[layout.base], rule.spec.dim == 1 and tp_size > 1
     scales = rows * storage.row_scales(width, shards_rows=shards_rows)
-    return (StoredTensor(rows * storage.row_bytes(width), 1, True), StoredTensor(scales, SCALE_BYTES, True))
+    codes = StoredTensor(rows * storage.row_bytes(width), 1, True)
+    copies = (codes,) if layout.keep_transposed else ()
+    return (codes, StoredTensor(scales, SCALE_BYTES, True), *copies)
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,17 @@ class StagePlan:
 
     @property
     def dequantised_bytes(self) -> int:
-        """The bytes of the memory into which a rank dequantises one weight after another; 0 for a plain base."""
-        if self.layout.base is None:
+        """The bytes of the memory into which a rank dequantises one weight after another; 0 for a plain base.
+
+        GPUs that multiply in fp8 transpose codes there, unless transposed copies are kept.
+        """
+        layout = self.layout
+        if layout.base is None:
             return 0
-        largest = max(linear.num_weights for linear in self.shape.block.linears)
-        return largest // self.layout.tp_size * self.layout.dtype.itemsize
+        largest = max(linear.num_weights for linear in self.shape.block.linears) // layout.tp_size
+        if layout.products is None or not layout.on_gpu:
+            return largest * layout.dtype.itemsize
+        return 0 if layout.keep_transposed else largest
 
     @property
     def trained(self) -> tuple[int, ...]:

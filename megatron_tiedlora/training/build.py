@@ -37,7 +37,6 @@ from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.training.init_from import load_start
 from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan
@@ -73,7 +72,7 @@ def build_model(
         UserError: weights are missing or do not fit, or the checkpoint or --init_from's adapter is of another base.
     """
     shape, grid = plan.source.shape, plan.grid
-    with BaseWeights(plan.source.weights_folder(), shape) as weights:
+    with BaseWeights(plan.source.weights_folder(), shape, plan.source.stored) as weights:
         base = _identify(plan, weights)
         _check_same_base(base)
         check_same_dtype(plan.dtype_name)
@@ -137,7 +136,7 @@ def _build_stage(plan: RunPlan, device: torch.device, kernels: Kernels) -> tuple
         kernels=kernels,
         recomputes_gate=plan.settings.recompute == "selective",
         deterministic=plan.settings.deterministic,
-        make_weight=weight_maker(plan.settings.base),
+        make_weight=plan.weight_maker(device),
     )
     adapter = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
 
@@ -210,7 +209,7 @@ def _identify(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
 
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
     """Raise UserError if a checkpoint is of another base or adapter than the plan's. Reads samples of the base."""
-    with BaseWeights(plan.source.weights_folder(), plan.source.shape) as weights:
+    with BaseWeights(plan.source.weights_folder(), plan.source.shape, plan.source.stored) as weights:
         base = _identify(plan, weights)
     _check_resumed(plan, base, checkpoint)
 

@@ -16,6 +16,7 @@ from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
+from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.memory import (
     COMMUNICATOR_BYTES,
     CONTEXT_BYTES,
@@ -119,7 +120,7 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
         memory = stage_memory(stage, tokens=layout.rows * length, documents=documents, longest=longest)
         sizes = {
             "base weights": memory.base,
-            **({"one dequantised": memory.dequantised} if layout.base else {}),
+            **({_shared_memory(layout): memory.dequantised} if layout.base else {}),
             "adapter": memory.adapter,
             "gradients": memory.gradients,
             "optimizer": memory.optimizer,
@@ -144,15 +145,25 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
     ]
 
 
+def _shared_memory(layout: Layout) -> str:
+    """What the memory holds that all quantised weights of a rank share."""
+    return "one transposed" if layout.products and layout.on_gpu else "one dequantised"
+
+
 def _base_line(plan: RunPlan) -> list[str]:
     """The note on the base weights if they are quantised."""
     if plan.layout.base is None:
         return []
     sizes = sorted({stage.quantised_bytes for stage in plan.stages})
     words = " to ".join(bytes_in_words(size) for size in sizes[:: max(1, len(sizes) - 1)])
+    kept = " with transposed copies" if plan.layout.keep_transposed else ""
+    how = "each is dequantised just before its matmul, in memory that all of them share"
+    if plan.layout.products and plan.layout.on_gpu:
+        how = "they are multiplied in fp8"
+        how += "" if kept else ", in the backward pass by a transposed copy, in memory that all of them share"
     return [
-        f"  (base weights: {words} of them before ZeRO are the linears of the blocks in {plan.layout.base}; each is"
-        " dequantised just before its matmul, in memory that all of them share)"
+        f"  (base weights: {words} of them before ZeRO are the linears of the blocks in {plan.layout.base}{kept};"
+        f" {how})"
     ]
 
 

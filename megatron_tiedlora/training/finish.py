@@ -11,12 +11,16 @@ from megatron_tiedlora.base.atomic import discard, write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
 from megatron_tiedlora.convert.export_peft import base_location, export_peft
+from megatron_tiedlora.convert.layerwise_loss import layerwise_loss
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.convert.verify import verify_export
+from megatron_tiedlora.data.loader import evaluation_batches
 from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.engine import all_open
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
@@ -66,8 +70,12 @@ def record_score(trainer: Trainer, moment: str, scores: Mapping[str, Score]) -> 
     decided_by_rank_0(write)
 
 
-def summary_lines(trainer: Trainer) -> list[str]:
-    """The table at the end of a run: validation loss and scores before and after, read from the run folder."""
+def summary_lines(trainer: Trainer, original: float | None = None) -> list[str]:
+    """The table at the end of a run: validation loss and scores before and after, read from the run folder.
+
+    Args:
+        original: see `original_loss`.
+    """
     rows = ["", f"{'':<34}{'before':>10}{'after':>10}"]
     metric, best = trainer.plan.settings.eval_metric, trainer.progress
     validation = [row for row in read_metrics(trainer.folder.metrics) if row["split"] == "validation"]
@@ -79,6 +87,9 @@ def summary_lines(trainer: Trainer) -> list[str]:
         worse = start is not None and end is not None and (start <= end if name == "loss" else end <= start)
         if name == metric and worse:
             rows.append(f"training did not improve the validation {name}: try another --learning_rate or more data")
+    if original is not None:
+        label = f"validation loss on {trainer.plan.dtype_name} weights"
+        rows.append(f"{label:<34}{'-':>10}{_number(original, 'loss'):>10}   (of the base as it is stored)")
     file = trainer.folder.scores
     return [*rows, *score_rows(read_json_object(file, kind="scores") if file.is_file() else {})]
 
@@ -131,6 +142,40 @@ def _number(value: float | None, name: str = "") -> str:
     return f"{value:.4f}" if name == "loss" else f"{value:.1f} %"
 
 
+def original_loss(trainer: Trainer) -> float | None:
+    """The validation loss of the best adapter on the base as it is stored; None if the run used no other. On rank 0.
+
+    It computes one layer at a time, so that it needs little memory beside the run's.
+
+    Raises:
+        RunStopped: a signal came.
+    """
+    plan, data = trainer.plan, trainer.data
+    source, size = plan.source, plan.batches.micro_batch_size
+    if plan.settings.base is None or source.stored is not None:
+        return None
+    batches = evaluation_batches(
+        data.validation,
+        micro_batch_size=size,
+        dp_rank=0,
+        dp_size=1,
+        pad_id=padding_id(data.tokenizer),
+        pad_multiple=plan.layout.pad_multiple,
+    )
+    with BaseWeights(source.weights_folder(), source.shape) as weights:
+        loss = layerwise_loss(
+            source.shape,
+            weights.read,
+            load_adapter(trainer.folder.adapter),
+            batches,
+            dtype=plan.dtype,
+            device=trainer.runner.device,
+            between=trainer.stop.raise_if_requested,
+            progress=True,
+        )
+    return loss / data.validation.num_supervised
+
+
 def export(trainer: Trainer) -> list[str]:
     """Plot and export to PEFT; if the task asks for it, also merge, and verify both. On rank 0. Returns lines to print.
 
@@ -147,7 +192,7 @@ def export(trainer: Trainer) -> list[str]:
     merged, peft = folder.path / "merged", folder.path / "peft"
     discard(peft, guard=folder.guard)  # an earlier start of this run may have exported another best adapter
     export_peft(source, adapter, peft, native=folder.adapter, new=folder.new_folder)
-    if not get_task(settings.task).exports_merged:
+    if not get_task(settings.task).exports_merged or source.stored is not None:
         return []
     discard(merged, guard=folder.guard)
     merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, progress=True, new=folder.new_folder)
@@ -175,6 +220,7 @@ def next_steps(trainer: Trainer) -> list[str]:
     else:
         adapter = ["--adapter", str(path / "adapter")]
         merge = [*adapter, "--output", str(path / "merged")]
+        merge += [] if source.stored is None else ["--onto", "trained"]
         merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
         lines += ["", "next", f"  python tools/merge_adapter.py {shlex.join(merge)}"]
         lines.append(f"  python tools/verify_export.py {shlex.join([*adapter, '--peft', str(peft)])}")

@@ -24,7 +24,10 @@ from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
+from megatron_tiedlora.parallel.fp8_products import check_fp8_device
+from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.traffic import MicroBatchShape, micro_batch_shape
@@ -41,7 +44,7 @@ LAYOUT_SETTINGS = frozenset(
         *("ds_config", "output_dir", "resume", "take_over", "base_differs", "dry_run", "world_size", "plan_for"),
         *("deterministic", "timeout_minutes", "tensor_parallel", "pipeline_parallel", "sequence_parallel", "recompute"),
         *("replica_check_steps", "compile", "micro_batch_size", "packing", "save_interval", "save_interval_minutes"),
-        *("keep_checkpoints", "test_file", "eval_batch_size", "report_to", "profile"),
+        *("keep_transposed", "keep_checkpoints", "test_file", "eval_batch_size", "report_to", "profile"),
         # Compared by content, not by name: the base by its hashes, the data by its tokens.
         *("model", "tokenizer", "train_file", "validation_file", "prompt_template", "columns", "chat_template"),
     )
@@ -84,6 +87,8 @@ class RunPlan:
             live_parameters=engine.live_parameters,
             dtype=DTYPES[self.dtype_name],
             base=settings.base,
+            products=settings.products,
+            keep_transposed=settings.keep_transposed,
             recompute=settings.recompute,
             on_gpu=self.on_gpu,
             compiled=compiled,
@@ -176,6 +181,17 @@ class RunPlan:
         """The dtype of the frozen base."""
         return self.layout.dtype
 
+    def weight_maker(self, device: torch.device) -> WeightMaker:
+        """Makes the weights of the blocks' linears, which share memory.
+
+        Raises:
+            UserError: `device` cannot compute --products.
+        """
+        settings = self.settings
+        if settings.products is not None:
+            check_fp8_device(device)
+        return weight_maker(settings.base, products=settings.products, keep_transposed=settings.keep_transposed)
+
     @property
     def dtype_name(self) -> str:
         """The same dtype by its name in --dtype."""
@@ -237,6 +253,10 @@ def plan_run(
     # An error must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
     shape, settings = found.shape, with_models_length(with_start(settings, found), found)
+    if settings.base != (stored := found.base_format(settings.base)):
+        settings = settings.completed(base=stored)
+    if settings.products is not None and stored != "fp8":
+        raise UserError(f"--products {settings.products} needs --base fp8; this base is in {stored or '--dtype'}")
     batches = plan_batches(
         settings.global_batch_size,
         settings.micro_batch_size,

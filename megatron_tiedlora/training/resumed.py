@@ -22,7 +22,7 @@ from megatron_tiedlora.training.profiling import steps_over
 # What runs of earlier versions did without recording it: QKV alone, one schedule, AdamW's own betas, no dropout.
 _EARLIER = {
     **{"targets": [QKV], "schedule": "cosine", "beta1": 0.9, "beta2": 0.999, "dropout": 0.0},
-    **{"data_rules": FIRST_DATA_RULES, "init_from": None, "base": None},
+    **{"data_rules": FIRST_DATA_RULES, "init_from": None, "base": None, "products": None},
 }
 
 

@@ -253,7 +253,8 @@ def headline(
         layers += f" ({', '.join(targets)})"
     lines = [
         f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {dtype}, frozen"
-        + ("" if settings.base is None else f"; the linears of its blocks in {settings.base}"),
+        + ("" if settings.base is None else f"; the linears of its blocks in {settings.base}")
+        + ("" if settings.products is None else f", products in {settings.products}"),
         f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters"
         + (f", dropout {settings.dropout:g}" if settings.dropout else ""),
         f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"

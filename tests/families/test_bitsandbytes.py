@@ -10,6 +10,7 @@ import torch
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
@@ -64,6 +65,31 @@ def test_codes_and_scales_are_theirs(folder: Path, theirs: Any) -> None:
             assert torch.equal(scales, weight.scales.flatten()), name
             compared += len(stored)
     assert compared == 7 * SHAPE["num_layers"] and BASE_FORMATS["nf4"].block == 64
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_folder_that_they_saved_has_their_values(folder: Path, tmp_path: Path, double: bool) -> None:
+    """To the last bit, with nested statistics too."""
+    functional = pytest.importorskip("bitsandbytes.functional", reason="pip install 'megatron_tiedlora[quantised]'")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "saved")
+    source = find_model(str(tmp_path / "saved"))
+    assert source.stored is not None
+    with BaseWeights(tmp_path / "saved", source.shape, source.stored) as weights:
+        compared = 0
+        for name, module in model.model.layers.named_modules():
+            if hasattr(state := getattr(getattr(module, "weight", None), "quant_state", None), "absmax"):
+                state.dtype = torch.float32
+                theirs = functional.dequantize_4bit(module.weight.data, state)
+                assert torch.equal(weights.read(f"model.layers.{name}.weight"), theirs), name
+                assert state.nested == double
+                compared += 1
+    assert compared == 7 * SHAPE["num_layers"]
 
 
 def test_logits_are_theirs(folder: Path, theirs: Any) -> None:

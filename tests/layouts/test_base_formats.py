@@ -15,6 +15,7 @@ from gradient_worker import Case
 from layout_runs import Layout, engine_json, prepare, run_and_check, settings_of
 from oracle import OracleConfig, cast_weights, load_weights
 from oracle_training import OracleRun
+from quantised_folders import SHAPE, quantised_folder
 from quantised_models import CROSSING, FORMATS, quantised, with_values
 from test_layouts import LAYOUTS
 from test_parallel_gradients import Answers
@@ -36,6 +37,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shape = {**CROSSING, "num_layers": 5, "attention_bias": True}
     folder = write_tiny_model(root / "model", dtype=torch.bfloat16, **shape)
     return {"": folder, **{name: with_values(folder, root / name, name) for name in FORMATS}}
+
+
+@pytest.fixture(scope="module")
+def quantised_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """By kind: a folder that is quantised already, and a folder of its values."""
+    root = tmp_path_factory.mktemp("quantised")
+    plain = write_tiny_model(root / "plain", dtype=torch.bfloat16, **{**SHAPE, "num_layers": 4})
+    return {kind: quantised_folder(plain, root / kind, kind) for kind in ("nf4 nested", "fp8 by row", "fp8 by tensor")}
 
 
 class QuantisedAnswers(Answers):
@@ -147,6 +156,46 @@ def test_values_are_the_same_at_every_layout(
         assert len(full) == 4 * 5, "four linears in each of five blocks"
         for name, value in full.items():
             assert torch.equal(value, expected[base][name].float()), (name, key)
+        for _, stored, predicted in found:
+            assert stored == predicted or (stage == 3 and predicted <= stored <= predicted + 4 * 80), key
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_quantised_folder_has_its_values_at_every_layout(
+    quantised_folders: dict[str, tuple[Path, Path]], tmp_path: Path, ranks: int
+) -> None:
+    """Also with kept transposed copies, which ZeRO-3 partitions too."""
+    layouts = [layout for layout in LAYOUTS if layout.ranks == ranks]
+    keys = [
+        (layout, kind, stage)
+        for layout in layouts
+        for kind in quantised_folders
+        for stage in ([1] if layout.pp > 1 else [2, 3])
+    ]
+    any_folder = next(iter(quantised_folders.values()))[0]
+    files = settings_of(any_folder, tmp_path)
+    cases = [
+        {
+            **files,
+            "model": str(quantised_folders[kind][0]),
+            "tensor_parallel": layout.tp,
+            "pipeline_parallel": layout.pp,
+            "dtype": "bf16",
+            **({"products": "fp8", "keep_transposed": True} if kind == "fp8 by row" else {}),
+            "ds_config": str(engine_json(tmp_path, stage)),
+        }
+        for layout, kind, stage in keys
+    ]
+    by_rank = run_on_ranks(base_values, cases, str(tmp_path), ranks=ranks, folder=tmp_path / "ranks")
+    for key, found in zip(keys, zip(*by_rank, strict=True), strict=True):
+        layout, kind, stage = key
+        plain = load_weights(quantised_folders[kind][1])
+        full = joined(any_folder, layout, [values for values, *_ in found])
+        assert len(full) == 4 * 4
+        for rule in weight_rules(find_model(str(any_folder)).shape):
+            if rule.name in full:
+                expected = torch.cat([plain[name] for name in rule.hf_names])
+                assert torch.equal(full[rule.name], expected.float()), (rule.name, key)
         for _, stored, predicted in found:
             assert stored == predicted or (stage == 3 and predicted <= stored <= predicted + 4 * 80), key
 

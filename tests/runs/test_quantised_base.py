@@ -6,19 +6,25 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from evaluation_runs import evaluate, results
+from quantised_folders import SHAPE, quantised_folder
 from quantised_models import CROSSING
 from run_files import run_settings
 from run_helpers import Base, run, write_base
+from safetensors.torch import load_file, save_file
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.commands import merge as merge_command
+from megatron_tiedlora.commands import verify as verify_command
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.evaluation.plan import plan_evaluation
 
 pytestmark = pytest.mark.distributed
 
+UP, QUERY = (f"model.layers.0.{name}.weight" for name in ("mlp.up_proj", "self_attn.q_proj"))
 TRAINED_ON = "trained on its base in nf4, but this uses it in"
 
 
@@ -46,9 +52,25 @@ def test_the_record(trained: Path) -> None:
     assert load_adapter(step).base == native.base == load_adapter(trained / "peft/native").base
 
 
+def test_the_end_says_the_loss_on_the_stored_base(base: Base, trained: Path, tmp_path: Path) -> None:
+    """It is the loss with which a run on that base starts from the adapter."""
+    ended = run(base, tmp_path / "again", max_steps=2, base="nf4", tensor_parallel=2, ranks=2)
+    (line,) = [line for line in ended.outputs[0].splitlines() if line.startswith("validation loss on ")]
+    assert line.startswith("validation loss on fp32 weights") and line.endswith("(of the base as it is stored)")
+    adapter = tmp_path / "again/adapter"
+    run(base, tmp_path / "plain", max_steps=1, warmup_steps=0, init_from=adapter, rank=None)
+    rows = [json.loads(row) for row in (tmp_path / "plain/metrics.jsonl").read_text().splitlines()]
+    (start,) = [row["loss"] for row in rows if row["split"] == "validation" and row["step"] == 0]
+    assert float(line.split()[6]) == pytest.approx(start, abs=1e-4)
+    quantised = [json.loads(row) for row in (tmp_path / "again/metrics.jsonl").read_text().splitlines()]
+    last = [row["loss"] for row in quantised if row["split"] == "validation"][-1]
+    assert abs(last - start) > 1e-3, "nf4 and the stored weights differ"
+
+
 def test_a_plain_run_records_nothing(base: Base, tmp_path: Path) -> None:
     ended = run(base, tmp_path / "run", max_steps=2)
     assert "base_format" not in json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert "validation loss on " not in ended.outputs[0]
     assert "stored as" not in ended.outputs[0] and "linears of its blocks" not in ended.outputs[0]
 
 
@@ -85,3 +107,67 @@ def test_it_is_evaluated_as_trained_or_as_given(base: Base, trained: Path, tmp_p
     merged = validate_settings({**shared, "merge_adapter": True}, EvaluateSettings)
     with pytest.raises(UserError, match=r"--merge_adapter adds the adapter to weights .* in nf4; give --base none"):
         plan_evaluation(merged, rank=0, world_size=1)
+
+
+def test_a_folder_that_is_quantised_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It trains in its own format, resumes, and merges into the original alone."""
+    original = write_base(tmp_path / "base", num_layers=2, **SHAPE)
+    quantised, values = quantised_folder(original.model, tmp_path / "nf4", "nf4 nested")
+    started = run(original, tmp_path / "run", ranks=2, tensor_parallel=2, max_steps=2, model=quantised)
+    assert "parameters in fp32, frozen; the linears of its blocks in nf4" in started.outputs[0]
+    assert run_settings(tmp_path / "run")["base"] == "nf4"
+    native = load_adapter(tmp_path / "run/adapter")
+    assert native.base.base_format == "nf4"
+    plain = run(original, tmp_path / "plain", ranks=2, tensor_parallel=2, max_steps=2, model=values)
+    for name, value in load_adapter(tmp_path / "plain/adapter").state.items():
+        assert torch.equal(value, native.state[name]), "the run on the folder's values has the same adapter"
+    assert plain.outputs[0] != started.outputs[0]
+    ended = run(original, tmp_path / "run", max_steps=2, model=quantised, resume="auto")
+    assert "resumed from step 2" in ended.outputs[0]
+    ended = run(original, tmp_path / "int8", max_steps=2, model=quantised, base="int8", expect=2)
+    assert "has its weights in nf4 (by bitsandbytes) already" in ended.error_line()
+    words = ["--adapter", str(tmp_path / "run/adapter"), "--output", str(tmp_path / "merged")]
+    with pytest.raises(UserError, match=r"into so few bits: rounding .* or --onto trained to write"):
+        merge_command.main(words)
+    with pytest.raises(UserError, match="give its own base with --model, or --base_differs"):
+        merge_command.main([*words, "--model", str(original.model)])
+    onto = [*words[:3], str(tmp_path / "onto"), "--onto", "trained"]
+    assert merge_command.main(onto) == 0
+    assert verify_command.main([*words[:2], "--merged", onto[3], "--peft", str(tmp_path / "run/peft")]) == 0
+    assert "merged onto nf4" in capsys.readouterr().out
+    assert "quantization_config" not in json.loads((tmp_path / "onto/config.json").read_text())
+    merged, was = load_file(tmp_path / "onto/model.safetensors"), load_file(values / "model.safetensors")
+    assert merged.keys() == was.keys() and torch.equal(merged[UP], was[UP].to(merged[UP].dtype))
+    assert not torch.equal(merged[QUERY], was[QUERY].to(merged[QUERY].dtype))
+    merged[UP][3, 5] += 1
+    save_file(merged, tmp_path / "onto/model.safetensors")
+    assert verify_command.main([*words[:2], "--merged", onto[3], "--in", "none"]) == 1
+    with pytest.raises(UserError, match=r"--onto trained: .* has other weights than the base that training saw"):
+        merge_command.main([*words, "--model", str(original.model), "--base_differs", "--onto", "trained"])
+    capsys.readouterr()
+    assert merge_command.main([*words, "--model", str(original.model), "--base_differs"]) == 0
+    assert "trained on its base in nf4, but this uses it in fp32" in capsys.readouterr().out
+    assert json.loads((tmp_path / "merged/tiedlora_merge.json").read_text())["base_differs"] == ["weights"]
+    checked = [*words[:2], "--merged", words[3], "--model", str(original.model), "--base_differs", "--in", "none"]
+    assert verify_command.main(checked) == 0
+
+
+def test_products_in_fp8(base: Base, tmp_path: Path) -> None:
+    """Over two tensor-parallel ranks; a run without them is another run."""
+    losses = {}
+    for products in (None, "fp8"):
+        folder = tmp_path / str(products)
+        ended = run(base, folder, ranks=2, tensor_parallel=2, max_steps=2, base="fp8", products=products)
+        assert ("the linears of its blocks in fp8, products in fp8" in ended.outputs[0]) == (products == "fp8")
+        assert run_settings(folder)["products"] == products
+        assert load_adapter(folder / "adapter").base.base_format == "fp8"
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses[products] = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses["fp8"]) == len(losses[None]) and losses["fp8"] != losses[None]
+    assert losses["fp8"] == pytest.approx(losses[None], rel=0.02)
+    ended = run(base, tmp_path / "fp8", max_steps=2, resume="auto", base="fp8", expect=2)
+    assert "trained with --products fp8, but now it is left out" in ended.error_line()
+    ended = run(base, tmp_path / "fp8", max_steps=2, resume="auto", base="fp8", products="fp8", keep_transposed=True)
+    assert "resumed from step 2" in ended.outputs[0]

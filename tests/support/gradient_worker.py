@@ -32,8 +32,8 @@ from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
-from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.planning.partition import Stages, layer_costs, partition
 
 DTYPE = torch.float64

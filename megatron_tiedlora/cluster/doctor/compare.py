@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
 from megatron_tiedlora.base.wording import bytes_in_words, enumerate_names
 from megatron_tiedlora.cluster.doctor.records import Finding, HostReport, Probe
 
@@ -155,6 +156,27 @@ def compare_gpus(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 
 def _kind_of_gpus(probe: Probe) -> str:
     return " and ".join(sorted({gpu.name for gpu in probe.gpus})) or NO_GPU
+
+
+def look_at_formats(hosts: Sequence[HostReport], *, base: str | None, products: str | None) -> Iterator[Finding]:
+    """What a base of fewer bits, or products in fp8, need and a host has not."""
+    for host, probe in answering(hosts):
+        if base == "nf4" and probe.torch_error is None and "bitsandbytes" not in probe.versions:
+            yield warning(
+                "bitsandbytes",
+                [host.name],
+                f"{host.name}: bitsandbytes is not installed, so --base nf4 is dequantised ten times as slowly",
+                "pip install 'megatron_tiedlora[quantised]'",
+            )
+        old = sorted({gpu.name for gpu in probe.gpus if gpu.capability < FP8_CAPABILITY})
+        if products is not None and old:
+            least = ".".join(map(str, FP8_CAPABILITY))
+            yield error(
+                "products",
+                [host.name],
+                f"{host.name}: {' and '.join(old)} cannot multiply in {products}: it needs compute capability {least}",
+                "leave --products out, or keep the hosts of newer GPUs",
+            )
 
 
 def look_at_limits(hosts: Sequence[HostReport]) -> Iterator[Finding]:

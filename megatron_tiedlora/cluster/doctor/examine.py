@@ -69,6 +69,7 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
         hosts = _fit_to_gpus(hosts)
     layout = _make_layout(hosts, settings)
     findings += compare_hosts(hosts, layout, max_skew=settings.max_clock_skew)
+    findings += compare.look_at_formats(hosts, base=settings.base, products=settings.products)
     seconds["ask"] = time.monotonic() - begin
     say(f"{len(compare.answering(hosts))} of {len(hosts)} hosts answered ({seconds['ask']:.1f} s)")
 

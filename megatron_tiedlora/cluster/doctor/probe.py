@@ -41,7 +41,7 @@ from megatron_tiedlora.cluster.doctor.records import (
 )
 
 PROBE_MARK, CLOCK_MARK, CLOCK_QUESTION = "doctor-probe ", "doctor-clock ", "clock"
-LIBRARIES = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
+LIBRARIES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "bitsandbytes")
 SOCKET_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _SMALL_FILE = 1 << 20  # bytes; smaller files are compared by content: configs and tokenizers
 _MOST_FILES = 10_000
@@ -104,7 +104,8 @@ def _examine_torch() -> tuple[str | None, str | None, str | None, list[Gpu]]:
         gpus = []
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
-            gpus.append(Gpu(name=torch.cuda.get_device_name(index), total_bytes=total, free_bytes=free))
+            name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+            gpus.append(Gpu(name=name, total_bytes=total, free_bytes=free, capability=capability))
         return None, torch.version.cuda, nccl, gpus
     except Exception as error:  # a missing library, a driver that is too old: the report shows any reason
         return first_line(error), None, None, []

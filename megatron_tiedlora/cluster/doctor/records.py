@@ -58,6 +58,7 @@ class Gpu(Record):
     name: str
     total_bytes: int
     free_bytes: int
+    capability: tuple[int, int] = (0, 0)
 
 
 class Port(Record):

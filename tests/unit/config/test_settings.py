@@ -25,7 +25,7 @@ from megatron_tiedlora.engine.engine_json import REJECTED_SECTIONS, SHIPPED_CONF
 INTERFACE = {
     "run": "config ds_config output_dir seed resume dry_run world_size plan_for deterministic timeout_minutes"
     " keep_checkpoints take_over base_differs report_to profile",
-    "model": "model tokenizer dtype base max_length",
+    "model": "model tokenizer dtype base products keep_transposed max_length",
     "adapter": "init_from method rank alpha layers targets init_std_a init_std_b dropout",
     "parallel": "tensor_parallel pipeline_parallel sequence_parallel replica_check_steps",
     "data": "task train_file validation_file test_file prompt_template max_new_tokens eval_batch_size columns train_on"

@@ -25,7 +25,8 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import nf4_kernels
 from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
 from megatron_tiedlora.parallel.layers import frozen_linear
-from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.parallel.weight_maker import weight_maker
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

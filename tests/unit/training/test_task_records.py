@@ -10,6 +10,7 @@ import pytest
 
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.verify import Verification
+from megatron_tiedlora.model.stored_formats import StoredFormat
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import finish
@@ -29,9 +30,12 @@ def test_rows_that_are_scored(task: str, with_file: bool, count: int, tmp_path: 
     assert len(_test_examples(make_settings({"task": task, **files}), tokenizer=None)) == count
 
 
-@pytest.mark.parametrize(("task", "merges"), [("demo", True), ("gsm8k", False)])
+@pytest.mark.parametrize(
+    ("task", "stored", "merges"),
+    [("demo", None, True), ("demo", StoredFormat("bitsandbytes", "nf4"), False), ("gsm8k", None, False)],
+)
 def test_a_run_merges_where_its_task_says_so(
-    task: str, merges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: str, stored: StoredFormat | None, merges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
     for name in ("plot_losses", "load_adapter", "export_peft", "merge_adapter"):
@@ -40,7 +44,7 @@ def test_a_run_merges_where_its_task_says_so(
     trainer: Any = SimpleNamespace(
         stop=StopRequests(),
         folder=RunFolder(tmp_path),
-        plan=SimpleNamespace(source=None, settings=make_settings({"task": task})),
+        plan=SimpleNamespace(source=SimpleNamespace(stored=stored), settings=make_settings({"task": task})),
     )
     lines = finish.export(trainer)
     assert called == ["plot_losses", "load_adapter", "export_peft", *(["merge_adapter"] if merges else [])]

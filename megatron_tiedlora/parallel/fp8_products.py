@@ -1,0 +1,174 @@
+"""Products of 8-bit numbers: an fp8 weight times activations, or gradients, that are rounded to fp8 row by row.
+
+    y  = D(Q(x)) D(W)^T + c        dx = D(Q(dy s)) W_codes
+
+Q gives each row (token) the scale largest |number| / 448. Going forward the weight's scales s, one per output row, are
+applied to y; going back they are folded into dy before it is rounded, so that one copy of the codes and one vector of
+scales serve both. In row-parallel layers a rank has a part of x's row, so that its scale depends on the tensor-parallel
+size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from megatron_tiedlora.base.base_formats import FP8_CAPABILITY, BaseFormat
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
+from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
+from megatron_tiedlora.parallel.quantise import CODE_TYPE, fp8_numbers, quantise_rows, row_maxima
+from megatron_tiedlora.parallel.quantised_weight import RowScaledWeight, Workspace, look_up_fp8
+
+_AT_ONCE = 2**19  # numbers that a CPU rounds at one time: their temporaries stay in its cache
+_MULTIPLE = 16  # of both sizes of a weight in the GPU's kernels
+
+
+def check_fp8_device(device: torch.device) -> None:
+    """Raise UserError if `device` is a GPU that cannot multiply in fp8. A CPU emulates it."""
+    if device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    if found < FP8_CAPABILITY:
+        name, least = torch.cuda.get_device_name(device), ".".join(map(str, FP8_CAPABILITY))
+        raise UserError(
+            f"--products fp8 needs a GPU of compute capability {least} or more, and {name} has"
+            f" {'.'.join(map(str, found))}; leave --products out"
+        )
+
+
+class Fp8ProductWeight(RowScaledWeight):
+    """fp8 codes that are multiplied as they are.
+
+    GPUs of capability 9.0 want the second matrix with its columns in memory one after another. Those of W^T are; for
+    dy W a transposed copy is made just before the matmul, in the memory that all weights of a rank share, or kept.
+    """
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scale_bits: torch.Tensor,
+        *,
+        width: int,
+        storage: BaseFormat,
+        block: int,
+        dtype: torch.dtype,
+        workspace: Workspace,
+    ) -> None:
+        super().__init__(
+            codes, scale_bits, width=width, storage=storage, block=block, dtype=dtype, workspace=workspace
+        )
+        self.transposed: torch.Tensor | None = None
+
+    @classmethod
+    def of_products(
+        cls,
+        *local_shape: int,
+        dtype: torch.dtype,
+        shards_rows: bool = False,
+        storage: BaseFormat,
+        workspace: Workspace,
+        keep_transposed: bool = False,
+    ) -> FrozenWeight:
+        """Uninitialised memory; see `QuantisedWeight.of_format`."""
+        found = cls.of_format(
+            *local_shape, dtype=dtype, shards_rows=shards_rows, storage=storage, workspace=workspace
+        )
+        if keep_transposed:
+            assert isinstance(found, Fp8ProductWeight)
+            found.transposed = frozen_parameter(*reversed(local_shape), dtype=torch.uint8)
+        return found
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """See `QuantisedWeight.parameters`."""
+        if self.transposed is None:
+            return super().parameters
+        assert isinstance(self.transposed, nn.Parameter)
+        return {**super().parameters, "transposed_codes": self.transposed}
+
+    def _store(self, rows: slice, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        super()._store(rows, codes, scales)
+        if self.transposed is not None:
+            self.transposed.data[:, rows].copy_(codes.t())
+
+    def first_rows(self, num_rows: int) -> FrozenWeight:
+        """The first rows of W, in the same memory."""
+        found = super().first_rows(num_rows)
+        if self.transposed is not None:
+            assert isinstance(found, Fp8ProductWeight)
+            found.transposed = self.transposed.detach()[:, :num_rows]
+        return found
+
+    def times_transposed(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `FrozenWeight.times_transposed`; x is rounded to fp8."""
+        codes, scales = _rounded(x)
+        if self._runs_in_fp8(x):
+            weight = fp8_numbers(self.tensor.detach())
+            y = torch._scaled_mm(
+                codes, weight.t(), scale_a=scales[:, None], scale_b=self.scales.view(1, -1), out_dtype=x.dtype
+            )
+        else:
+            y = codes.to(x.dtype) @ self._levels(x.dtype).t()
+            y.mul_(scales[:, None]).mul_(self.scales.view(1, -1))
+        if bias is not None:
+            y += bias
+        return y if out is None else out.copy_(y)
+
+    def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See `FrozenWeight.times`; dy s is rounded to fp8."""
+        codes, scales = _rounded(grad_y, self.scales.view(1, -1))
+        if self._runs_in_fp8(grad_y):
+            ones = torch.ones(1, self._local_shape[1], device=grad_y.device)
+            dx = torch._scaled_mm(
+                codes,
+                fp8_numbers(self._transposed_codes()).t(),
+                scale_a=scales[:, None],
+                scale_b=ones,
+                out_dtype=grad_y.dtype,
+            )
+        else:
+            dx = (codes.to(grad_y.dtype) @ self._levels(grad_y.dtype)).mul_(scales[:, None])
+        return dx if out is None else out.copy_(dx)
+
+    def _runs_in_fp8(self, x: torch.Tensor) -> bool:
+        """Whether the device's own kernel can: it wants 16-bit results, and sizes that are multiples of 16."""
+        fits = all(size % _MULTIPLE == 0 for size in self._local_shape)
+        return x.is_cuda and x.dtype == torch.bfloat16 and fits
+
+    def _transposed_codes(self) -> torch.Tensor:
+        """(in, out) uint8, kept or made in the shared memory."""
+        if self.transposed is not None:
+            return self.transposed.detach()
+        rows, width = self._local_shape
+        out = self.workspace.take(width, rows, dtype=torch.uint8, device=self.tensor.device)
+        return out.copy_(self.tensor.detach().t())
+
+    def _levels(self, dtype: torch.dtype) -> torch.Tensor:
+        """The codes as numbers of `dtype`, which holds them exactly, in the shared memory."""
+        out = self.workspace.take(*self._local_shape, dtype=dtype, device=self.tensor.device)
+        if self.tensor.is_cuda:
+            return out.copy_(fp8_numbers(self.tensor.detach()))
+        look_up_fp8(self.tensor.detach(), out, self._parts())
+        return out
+
+
+def _rounded(rows: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp8 numbers (n, width), and the scale of each row (n,) fp32; some rows at a time, as they are computed in fp32.
+
+    Args:
+        factors: (1, width) fp32, by which the columns are multiplied first.
+    """
+    codes = torch.empty(rows.shape, dtype=CODE_TYPE["fp8"], device=rows.device)
+    scales = torch.empty(len(rows), device=rows.device)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    size = max((NUMBERS_AT_ONCE if rows.is_cuda else _AT_ONCE) // max(rows.shape[1], 1), 1)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        values = rows[part] if factors is None else rows[part].to(wide) * factors
+        codes[part], scales[part] = quantise_rows(values, row_maxima(values), "fp8")
+    return codes, scales

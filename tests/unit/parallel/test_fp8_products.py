@@ -1,0 +1,213 @@
+"""Products in fp8: the numbers beside an oracle and beside PyTorch's operator, what is kept, and what is rejected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import quantised_oracle as oracle
+import torch
+from tiny_models import tiny_config
+
+from megatron_tiedlora.adapters.targets import targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values, make_adapter_config
+from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.base_weights import draw_
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel import fp8_products
+from megatron_tiedlora.parallel.fp8_products import Fp8ProductWeight, check_fp8_device
+from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
+from megatron_tiedlora.parallel.layers import frozen_linear
+from megatron_tiedlora.parallel.weight_maker import weight_maker
+from megatron_tiedlora.training.dry_run import dry_run_report
+from megatron_tiedlora.training.plan import plan_run
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values[1] = 0
+    values[2] *= 1e3
+    return values.to(dtype)
+
+
+def made(values: torch.Tensor, dtype: torch.dtype, *, keep_transposed: bool = False) -> Fp8ProductWeight:
+    make = weight_maker("fp8", products="fp8", keep_transposed=keep_transposed)
+    weight = make(*values.shape, dtype=dtype)
+    assert isinstance(weight, Fp8ProductWeight)
+    weight.load(values)
+    return weight
+
+
+def rounded(rows: torch.Tensor) -> torch.Tensor:
+    """The oracle's fp8 rows, in fp64."""
+    levels, scales = oracle.row_values(rows.float().numpy(), "fp8")
+    return torch.from_numpy(levels).double() * torch.from_numpy(scales).double()[:, None]
+
+
+@pytest.mark.parametrize("width", [64, 100, 7])
+def test_both_passes_are_the_oracles(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_products, "_AT_ONCE", 2 * width)  # so that five rows are three parts
+    values, x = drawn(12, width, dtype=torch.float32), drawn(5, width, seed=1).requires_grad_()
+    weight, bias, grad_y = made(values, torch.float64), drawn(12, seed=3), drawn(5, 12, seed=2)
+    levels, scales = (torch.from_numpy(part).double() for part in oracle.row_values(values.numpy(), "fp8"))
+    y = frozen_linear(x, weight)
+    y.backward(grad_y)
+    assert x.grad is not None
+    expected = rounded(x.detach()) @ (levels * scales[:, None]).t()
+    torch.testing.assert_close(y.detach(), expected, rtol=1e-6, atol=1e-9)  # scales are fp32
+    torch.testing.assert_close(x.grad, rounded(grad_y * scales) @ levels, rtol=1e-6, atol=1e-9)
+    rows = x.detach()
+    torch.testing.assert_close(weight.times_transposed(rows, bias), expected + bias, rtol=1e-6, atol=1e-9)
+    memory = torch.empty(5, 12, dtype=torch.float64)
+    assert weight.times_transposed(rows, out=memory) is memory and torch.equal(memory, y)
+    first = weight.first_rows(3)
+    assert torch.equal(first.times_transposed(rows), y[:, :3])
+
+
+def test_it_is_pytorchs_operator_within_bf16() -> None:
+    values = drawn(48, 64, dtype=torch.bfloat16)
+    x, grad_y = drawn(16, 64, seed=1).bfloat16(), drawn(16, 48, seed=2).bfloat16()
+    weight = made(values, torch.bfloat16)
+    y, dx = weight.times_transposed(x), weight.times(grad_y)
+    fp8 = torch.float8_e4m3fn
+
+    def theirs(rows: torch.Tensor, right: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        scale = rows.float().abs().amax(1, keepdim=True) / 448
+        codes = (rows.float() / scale.where(scale > 0, 1.0)).to(fp8)
+        return torch._scaled_mm(codes, right, scale_a=scale, scale_b=scales, out_dtype=torch.bfloat16)
+
+    codes = weight.tensor.detach().view(fp8)
+    scales = weight.scales.view(1, -1)
+    try:
+        expected = theirs(x, codes.t(), scales), theirs(grad_y.float() * scales, codes, torch.ones(1, 64))
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"torch._scaled_mm cannot do this on a CPU: {error}")
+    for found, wanted in zip((y, dx), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2**-6, atol=float(wanted.float().norm()) * 1e-3)
+
+
+def test_nothing_is_saved_for_the_backward_pass() -> None:
+    weight, x = made(drawn(16, 32, dtype=torch.bfloat16), torch.bfloat16), drawn(8, 32).bfloat16().requires_grad_()
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = frozen_linear(x, weight)
+    y.sum().backward()
+    assert not saved and all(parameter.grad is None for parameter in weight.parameters.values())
+
+
+def test_a_kept_copy_is_transposed_and_is_counted() -> None:
+    values = drawn(24, 40, dtype=torch.bfloat16)
+    plain, kept = made(values, torch.float32), made(values, torch.float32, keep_transposed=True)
+    assert list(kept.parameters) == ["codes", "scale_bits", "transposed_codes"] and len(plain.parameters) == 2
+    assert torch.equal(kept.parameters["transposed_codes"], plain.tensor.t())
+    assert torch.equal(kept._transposed_codes(), plain._transposed_codes())
+    parts = weight_maker("fp8", products="fp8", keep_transposed=True)(24, 40, dtype=torch.float32)
+    for start in (0, 16):
+        parts.load(values[start : start + 16], start=start)
+    assert torch.equal(parts.parameters["transposed_codes"], plain.tensor.t())
+    part = kept.first_rows(8)
+    assert isinstance(part, Fp8ProductWeight) and torch.equal(part._transposed_codes(), plain.tensor[:8].t())
+    shards = []
+    maxima = values.float().abs().amax(1)
+    for rank in range(2):
+        make = weight_maker("fp8", products="fp8", keep_transposed=True)
+        shard = make(24, 20, dtype=torch.float32, shards_rows=True)
+        columns = slice(20 * rank, 20 * rank + 20)
+        shard.load(values[:, columns], dim=1, columns=Columns(columns.start, columns.stop, 40, lambda own: maxima))
+        shards.append(shard.parameters["transposed_codes"].detach())
+    assert torch.equal(torch.cat(shards), kept.parameters["transposed_codes"])
+
+
+def test_numbers_that_are_not_finite_stay_so() -> None:
+    weight, x = made(drawn(16, 32), torch.float32), torch.ones(3, 32)
+    for value in (float("nan"), float("inf")):
+        x[1, 4] = value
+        y = weight.times_transposed(x)
+        assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
+
+
+def test_a_gpu_without_fp8_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_fp8_device(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    for capability in ((8, 0), (8, 9), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        if capability < FP8_CAPABILITY:
+            with pytest.raises(UserError, match=r"needs a GPU of compute capability 8\.9 or more, and A100 has 8\.0"):
+                check_fp8_device(torch.device("cuda", 0))
+        else:
+            check_fp8_device(torch.device("cuda", 0))
+
+
+def test_gradients_of_a_model_are_near_those_of_wide_products() -> None:
+    """A, B, u and v in bf16 against fp32 arithmetic on the same 8-bit weights: within a quarter by norm."""
+    shape = shape_from_hf(tiny_config(hidden_size=128, num_layers=4).to_dict())
+    config = make_adapter_config("tl6", rank=8, layers=(1, 2, 3, 4), targets=targets_of(shape), seed=0)
+    start = {
+        name: torch.randn(value.shape, generator=torch.Generator().manual_seed(7)) * 0.1
+        for name, value in initial_values(config).items()
+    }
+    tokens = torch.randint(3, 320, (1, 256), generator=torch.Generator().manual_seed(3))
+
+    def gradients(dtype: torch.dtype, products: str | None) -> dict[str, torch.Tensor]:
+        adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.float32)
+        adapter.load_full(start)
+        make = weight_maker("fp8", products=products)
+        model = Stage(layer_specs(shape, dtype=dtype, make_weight=make), adapter)
+        for name, weight in frozen_weights(model).items():
+            values = torch.empty(weight.local_shape)
+            draw_(values, name=name, full_shape=values.shape, seed=sum(map(ord, name)))
+            weight.load(values.bfloat16())
+        model(tokens, torch.arange(256)[None], tokens.roll(-1, 1)).backward()
+        return {name: value.grad for name, value in adapter.named_parameters() if value.grad is not None}
+
+    wide = gradients(torch.float32, None)
+    distances = {}
+    for products in (None, "fp8"):
+        found = gradients(torch.bfloat16, products)
+        assert found.keys() == wide.keys() and len(wide) == 4
+        distances[products] = {
+            name: float((found[name] - value).norm() / value.norm()) for name, value in wide.items()
+        }
+    assert max(distances[None].values()) < 0.08, distances
+    assert all(0.02 < share < 0.25 for share in distances["fp8"].values()), distances
+    assert all(share > 1.5 * distances[None][name] for name, share in distances["fp8"].items()), distances
+
+
+SETTINGS: dict[str, Any] = {"model": "llama2-7b", "dry_run": True, "plan_for": "gpu"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"products": "fp8", "base": "nf4"}, "--products fp8 needs --base fp8, not nf4"),
+        ({"products": "fp8"}, "--products fp8 needs --base fp8; this base is in --dtype"),
+        ({"products": "int8", "base": "fp8"}, "--products"),
+        ({"keep_transposed": True, "base": "fp8"}, "--keep_transposed needs --products fp8"),
+    ],
+)
+def test_flags_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_run(make_settings({**SETTINGS, **changes}), rank=0, world_size=1, weights=False)
+
+
+def test_the_dry_run_shows_both_ways_to_transpose() -> None:
+    found = {}
+    for keep in (False, True):
+        settings = make_settings({**SETTINGS, "base": "fp8", "products": "fp8", "keep_transposed": keep})
+        stage = plan_run(settings, rank=0, world_size=1, weights=False).stages[0]
+        found[keep] = stage.base_bytes, stage.dequantised_bytes
+        report = dry_run_report(settings)
+        assert "one transposed" in report and "they are multiplied in fp8" in report
+        assert ("with transposed copies" in report) == keep
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert found[True][0] - found[False][0] == weights
+    assert (found[False][1], found[True][1]) == (2 * 4096 * 11008, 0)
