@@ -61,7 +61,10 @@ ALL = [
 # Nothing but launch/run.py tells the ranks of these that nobody looks after them: they train to their end.
 RUNS_ON = {("pdsh", "launcher"), ("pdsh", "pdsh"), ("openmpi", "launcher"), ("openmpi", "SIGTERM")}
 CASES = [
-    *((route, fault, "watched_steps", [needs(needed(route))]) for route, fault in QUICK),
+    *(
+        (route, fault, "unhurried_steps" if fault in ENDS else "watched_steps", [needs(needed(route))])
+        for route, fault in QUICK
+    ),
     *((route, fault, "long_steps", [needs(needed(route)), pytest.mark.slow]) for route, fault in ALL),
 ]
 PARAMETERS = [
