@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import EngineRun, relative_distance, relative_errors, run_engine, save_start, write_uneven_data
-from layout_runs import settings_of
+from engine_runs import EngineRun, relative_distance, relative_errors, run_engine, save_start
 from oracle import OracleAdapter, OracleConfig
-from peft_training import peft_losses
+from peft_training import RANK, peft_losses, settings_for_peft
 from tiny_models import random_adapter, write_tiny_model
 
-STEPS, ROWS, RANK = 20, 8, 3
 SCALES = {"lora": 2.0, "vera": 1.0}  # alpha / r; PEFT's VeRA has none
 # The trained tensors by PEFT's names for them.
 TRAINED = {"lora": {"A": "lora_A", "B": "lora_B"}, "vera": {"u": "vera_lambda_d", "v": "vera_lambda_b"}}
@@ -25,18 +23,9 @@ PROJECTION = "base_model.model.model.layers.{}.self_attn.qkv_proj"
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run whose every step takes all rows, so that their order does not matter."""
     folder = tmp_path_factory.mktemp("phi3")
     model = write_tiny_model(folder / "model", family="phi3", rope={"partial_rotary_factor": 0.5})
-    return {
-        **settings_of(model, folder),
-        "train_file": str(write_uneven_data(folder / "all.jsonl", rows=ROWS)),
-        "global_batch_size": ROWS,
-        "micro_batch_size": 4,
-        "max_steps": STEPS,
-        "rank": RANK,
-        "learning_rate": 5e-3,
-    }
+    return settings_for_peft(model, folder)
 
 
 @pytest.fixture(scope="module")

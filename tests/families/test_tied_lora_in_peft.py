@@ -7,32 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import EngineRun, relative_distance, relative_errors, run_engine, save_start, write_uneven_data
+from engine_runs import EngineRun, relative_distance, relative_errors, run_engine, save_start
 from hf_models import TARGETS, hf_model
-from layout_runs import settings_of
 from oracle import OracleAdapter, OracleConfig
-from peft_training import peft_losses
+from peft_training import ALPHA, RANK, peft_losses, settings_for_peft
 from tiny_models import random_adapter, write_tiny_model
 
-STEPS, ROWS, RANK, ALPHA = 20, 8, 3, 6.0
 CASES = [("tl6", "qkv"), ("tl6", "all"), ("vera", "qkv"), ("lora", "all")]
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run whose every step takes all rows, so that their order does not matter."""
     folder = tmp_path_factory.mktemp("witness")
-    model = write_tiny_model(folder / "model", head_dim=12)
-    return {
-        **settings_of(model, folder),
-        "train_file": str(write_uneven_data(folder / "all.jsonl", rows=ROWS)),
-        "global_batch_size": ROWS,
-        "micro_batch_size": 4,
-        "max_steps": STEPS,
-        "rank": RANK,
-        "alpha": ALPHA,
-        "learning_rate": 5e-3,
-    }
+    return settings_for_peft(write_tiny_model(folder / "model", head_dim=12), folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A training run of a PEFT model, with a schedule and samples of its own. Uses nothing of the package."""
+"""A training run of a PEFT model, with a schedule and samples of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine_runs import write_uneven_data
+from layout_runs import settings_of
+from oracle import OracleAdapter, OracleConfig
+from oracle_adapter import TARGET_PARTS
 from tiny_models import BOS_ID, EOS_ID
+
+STEPS, ROWS, RANK, ALPHA = 20, 8, 3, 6.0
+
+
+def settings_for_peft(model: Path, folder: Path) -> dict[str, Any]:
+    """A run of `model` whose every step takes all rows, so that their order does not matter."""
+    return {
+        **settings_of(model, folder),
+        "train_file": str(write_uneven_data(folder / "all.jsonl", rows=ROWS)),
+        "global_batch_size": ROWS,
+        "micro_batch_size": 4,
+        "max_steps": STEPS,
+        "rank": RANK,
+        "alpha": ALPHA,
+        "learning_rate": 5e-3,
+    }
 
 
 def samples(settings: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -25,6 +45,31 @@ def samples(settings: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tens
         labels = tokens[0, 1:].clone()
         labels[: len(prompt)] = -100
         yield tokens, labels
+
+
+def all_linear_lora(
+    base: Any, start: OracleAdapter, sizes: OracleConfig
+) -> tuple[Any, dict[tuple[str, int, str], Any]]:
+    """PEFT's LoRA on all linears of `base`, a model of transformers, with the factors of `start`.
+
+    Modules that a target fuses share one A. Returned with it: (A, B) of each target, layer and part ("q").
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=start.rank, lora_alpha=start.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    factors: dict[tuple[str, int, str], Any] = {}
+    for target, parts in TARGET_PARTS.items():
+        for index, layer in enumerate(start.layers):
+            a, b = (start.tensor(target, factor)[index] for factor in "AB")
+            shared = torch.nn.Parameter(a.clone())
+            for (part, name), rows in zip(parts.items(), b.split(sizes.target_rows(target)), strict=True):
+                module = model.get_submodule(f"base_model.model.model.layers.{layer - 1}.{name}")
+                module.lora_A["default"].weight = shared
+                with torch.no_grad():
+                    module.lora_B["default"].weight.copy_(rows)
+                factors[target, layer, part] = shared, module.lora_B["default"].weight
+    return model, factors
 
 
 def peft_losses(model: Any, trained: Sequence[torch.nn.Parameter], settings: dict[str, Any]) -> list[float]:
