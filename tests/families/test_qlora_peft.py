@@ -41,7 +41,8 @@ def peft_run(
 def test_training_follows_qlora_as_closely_as_bf16_follows_lora(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="pip install 'megatron_tiedlora[quantised]'")
     model = write_tiny_model(tmp_path / "model", dtype=torch.bfloat16, **SHAPE)
-    settings = {**settings_for_peft(model, tmp_path), "method": "lora", "targets": list(ALL_TARGETS), "dtype": "bf16", "learning_rate": 1e-3}
+    changes = {"method": "lora", "targets": list(ALL_TARGETS), "dtype": "bf16", "learning_rate": 1e-3}
+    settings = {**settings_for_peft(model, tmp_path), **changes}
     start = random_adapter(
         *("lora", OracleConfig.from_folder(model)),
         **{"rank": settings["rank"], "alpha": settings["alpha"], "seed": 4, "scale": 0.2, "targets": ALL_TARGETS},
