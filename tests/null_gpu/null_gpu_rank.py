@@ -63,6 +63,9 @@ class Order:
     steps: int = 3
     dtype: str = "bf16"
     deterministic: bool = False
+    base: str | None = None
+    products: str | None = None
+    keep_transposed: bool = False
 
 
 def main(order: Order) -> dict[str, Any]:
@@ -135,6 +138,9 @@ def _built(order: Order, device: torch.device) -> Any:
             "rank": order.rank,
             "dtype": order.dtype,
             "deterministic": order.deterministic,
+            "base": order.base,
+            "products": order.products,
+            "keep_transposed": order.keep_transposed,
             "compile": order.compile,
             "recompute": order.recompute,
             "tensor_parallel": order.tensor_parallel,
@@ -242,8 +248,14 @@ def _meet_nobody(world_size: int) -> None:
 def _believe_all_numbers() -> None:
     """No check of a value ends the run: losses, norms and gradients are whatever was in memory."""
     from megatron_tiedlora.engine.runner import Runner
+    from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
     from megatron_tiedlora.training import checks
 
+    def store(self: QuantisedWeight, rows: slice, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        self.tensor.data[rows].copy_(codes)
+        self.scale_bits.data[rows].copy_(scales.view(torch.int32))
+
+    QuantisedWeight._store = store  # type: ignore[method-assign]
     checks.StepChecks.before_step = lambda self, step, **_: None  # type: ignore[method-assign]
     checks.StepChecks.after_step = lambda self, step: None  # type: ignore[method-assign]
     # DeepSpeed's ZeRO-3 prints its parameters, whose garbage takes printing many gigabytes.

@@ -145,6 +145,11 @@ def zip_outputs(ended: Ended) -> list[tuple[str, str]]:
     return list(zip(ended.outputs, ended.errors, strict=True))
 
 
+def _without_gloo(printed: str) -> str:
+    """Without the lines that gloo prints with torch 2.10."""
+    return "".join(line for line in printed.splitlines(keepends=True) if not line.startswith("[Gloo] Rank "))
+
+
 @dataclass
 class World:
     """Ranks that run."""
@@ -168,7 +173,7 @@ class World:
             self.kill()
         ended = Ended(
             [process.exitcode for process in self.processes],
-            [out.read_text(errors="replace") for out, _ in self.files],
+            [_without_gloo(out.read_text(errors="replace")) for out, _ in self.files],
             [err.read_text(errors="replace") for _, err in self.files],
         )
         assert not any(hung), f"a hang: {hung}\n{ended.tail()}"

@@ -47,6 +47,7 @@ def quick_start() -> None:
         dynamo: Any = ModuleType("torch._dynamo")  # an attribute that it lacks ends the rank
         dynamo.disable, dynamo.graph_break = as_it_is, lambda: None
         dynamo.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
+        dynamo.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]  # transformers 5.5 imports a module of it
         sys.modules["torch._dynamo"] = torch._dynamo = dynamo
 
 
