@@ -69,6 +69,7 @@ def write_published(
     facts = CardFacts(
         repo,
         adapter,
+        source,
         name,
         base_on_hub=named is not None or source.from_hub,
         settings=read_yaml_mapping(run.settings) if run.is_run else {},
