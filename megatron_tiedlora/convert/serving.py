@@ -21,7 +21,8 @@ def serve_hints(output: Path, base: str, rank: int, shape: ModelShape, targets: 
         rank: of the export.
         targets: names of the adapted linears.
     """
-    rest = ["# serve with SGLang", _sglang(output, base), "# serve with llama.cpp, in its folder", *_llama_cpp(output, base)]
+    rest = ["# serve with SGLang", _sglang(output, base)]
+    rest += ["# serve with llama.cpp, in its folder", *_llama_cpp(output, base)]
     if shape.final_norm.bias_name is not None:  # StableLM
         return ["# vLLM serves this model without adapters; serve the merged model instead", *rest]
     fitting = min((known for known in VLLM_RANKS if known >= rank), default=None)

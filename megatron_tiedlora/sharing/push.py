@@ -66,6 +66,8 @@ def write_published(
         run = RunFolder(folder.parent)
     source, adapter = open_inputs(str(folder), model)
     name = named or base_name(source)
+    if named is None and not source.from_hub:
+        say(f"the card names the base {name}, only its folder's name; --base_name ORG/NAME names it on the hub")
     facts = CardFacts(
         repo,
         adapter,

@@ -148,6 +148,15 @@ def test_the_command_of_the_card_gives_the_settings_of_the_run(
     assert parse_settings(flags, Settings).model_fields_set == always | expected
 
 
+def test_a_note_says_that_a_folder_names_no_base_on_the_hub(run_folder: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    write_published(str(run_folder), "me/demo", tmp_path / "named", named="org/base", say=notes.append)
+    assert not notes
+    write_published(str(run_folder), "me/demo", tmp_path / "out", say=notes.append)
+    (note,) = notes
+    assert note.startswith("the card names the base tiny-base, only its folder's name; --base_name ORG/NAME")
+
+
 def test_a_base_that_is_not_on_the_hub_is_not_in_the_metadata(run_folder: Path, tmp_path: Path) -> None:
     """The hub takes `base_model` for one of its ids. An adapter outside of a run has neither scores nor settings."""
     shutil.copytree(run_folder / "adapter", tmp_path / "alone")
