@@ -98,7 +98,7 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
     """
     in_slurm = "SLURM_JOB_ID" in environment
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        raise UserError("srun has started run.py in every task; start it once, without srun: it calls srun itself")
+        raise UserError("srun has started this command in every task; start it once, without srun; it calls srun")
     auto = "pdsh" if settings.hostfile is not None else "srun" if in_slurm else "local"
     launcher = auto if settings.launcher == "auto" else settings.launcher
     if settings.hostfile is not None:
@@ -186,7 +186,7 @@ def _check_programs(job: Job) -> None:
     require_extra("train", only=["deepspeed"])
     deepspeed = Path(job.python).with_name("deepspeed")
     if job.launcher in ("local", "pdsh", "openmpi") and not deepspeed.is_file():
-        raise UserError(f"{deepspeed}: no such launcher; start run.py with the Python in which DeepSpeed is installed")
+        raise UserError(f"{deepspeed}: no such launcher; start this with the Python in which DeepSpeed is installed")
     for program in _PROGRAMS.get(job.launcher, ()):
         if shutil.which(program) is None:
             raise UserError(f"--launcher {job.launcher}: there is no {program} on PATH; install it or choose another")

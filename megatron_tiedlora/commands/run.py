@@ -4,7 +4,7 @@
     python launch/run.py --hostfile hosts --model meta-llama/Llama-2-7b-hf ...    hosts that ssh reaches
     python launch/run.py --launcher torchrun --max_restarts 3 --resume auto ...   restart after a failure
 
-The exit status is 0 only if the run finished, or saved and stopped on a signal that was sent to run.py.
+The exit status is 0 only if the run finished, or saved and stopped on a signal that was sent to this command.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Check exports of an adapter: the bits of a merged folder, and logits; exit status 1 if something differs."""
+"""Check exports of an adapter: the bits of a merged or PEFT folder, and logits; exit status 1 if any differ."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ example:
   python tools/verify_export.py --adapter runs/demo/adapter --merged runs/demo/merged --peft runs/demo/peft
 
 Every tensor of the merged files is compared bit by bit: with base + adapter, added in fp32 and cast once, or with the
-base. Then logits are computed one layer at a time, which needs the memory of one layer. transformers and PEFT load
-the exports too, if the model has at most 8 GB in fp32: they need memory for all of it.
+base. A PEFT folder that this package exported is compared bit by bit with the adapter's export; one of another program
+by its logits alone. Then logits are computed one layer at a time, which needs the memory of one layer. transformers and
+PEFT load the exports too, if the model has at most 8 GB in fp32: they need memory for all of it.
 
 Columns: largest and mean difference as a share of the largest logit, KL divergence in nats per position, and how often
 the most likely token is the same, over random tokens.

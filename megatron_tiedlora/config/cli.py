@@ -62,7 +62,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_model(self) -> None:
         """Add the flag for the base of an adapter."""
-        base = "the base model: folder, hub id or demo [the one that the adapter names]"
+        base = (
+            "the base model: folder, hub id or demo; or a folder of models, where it is found by its hashes"
+            " [the one that the adapter names]"
+        )
         self.add_argument("--model", metavar="M", help=base)
 
     def add_new_folder(self) -> None:

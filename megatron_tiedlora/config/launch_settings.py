@@ -32,7 +32,7 @@ class LaunchSettings(CommandSettings):
         "    python launch/run.py --num_gpus 4 ...                  this machine\n"
         "    python launch/run.py --hostfile hosts ...              hosts reached by ssh\n"
         "    python launch/run.py ...                               in a Slurm allocation: its nodes\n\n"
-        "The exit status is 0 if the run finished, or was stopped by a signal given to run.py and saved."
+        "The exit status is 0 if the run finished, or was stopped by a signal given to this command and saved."
     )
     groups: ClassVar[Mapping[str, str]] = {
         "run": "passed to launch/train.py, as are all flags not listed here; see `launch/train.py --help`",

@@ -51,7 +51,11 @@ OUR_NAMES: Mapping[str, str] = {
     # the adapter
     **_same("{rank}", "lora_r r lora_rank lora_dim adapter_dim low_rank"),
     **_same("{alpha}", "lora_alpha lora_scale lora_scaling"),
-    **_same("{alpha}: the scale is alpha / rank, so rank-stabilised LoRA is alpha = sqrt(rank)", "use_rslora rslora"),
+    **_same(
+        "{alpha}: the scale is alpha / rank, and that of rank-stabilised LoRA is lora_alpha / sqrt(rank), so give"
+        " alpha = lora_alpha x sqrt(rank)",
+        "use_rslora rslora",
+    ),
     **_same("{dropout}", "lora_dropout adapter_dropout"),
     **_same(
         "{targets}: qkv (q_proj, k_proj and v_proj), o_proj, gate_up (gate_proj and up_proj), down_proj, or all",

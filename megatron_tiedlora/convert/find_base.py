@@ -17,6 +17,7 @@ from megatron_tiedlora.config.presets import is_preset
 _DEPTH = 4  # of a model below the folder; the hub's cache has models--OWNER--NAME/snapshots/REVISION
 _CONFIG = "config.json"
 _WEIGHTS = ("base_weights_hash", "base_sample")
+_GIVE = "give the base, or a folder of models that holds it: it is found there by its hashes"
 
 
 def find_base(folder: Path, model: str | None, named: str, hashes: Mapping[str, Any]) -> ModelSource:
@@ -35,16 +36,23 @@ def find_base(folder: Path, model: str | None, named: str, hashes: Mapping[str, 
     try:
         return find_model(named)
     except UserError as error:
-        hint = "give it with --model, or a folder that holds it"
+        hint = "give it with --model, or a folder of models, where it is found by its hashes"
         raise UserError(f"{folder}: its base cannot be found; {hint} ({error})") from None
 
 
 def _models_under(model: str) -> list[Path] | None:
-    """The folders of models below the folder `model`; None if it is no folder of models."""
+    """The folders of models below the folder `model`; None if it is a model itself, or not a folder.
+
+    Raises:
+        UserError: the folder holds no models.
+    """
     folder = user_path(model)
     if is_preset(model) or not folder.is_dir() or (folder / _CONFIG).is_file():
         return None
-    return sorted(file.parent for pattern in _patterns() for file in folder.glob(pattern)) or None
+    found = sorted(file.parent for pattern in _patterns() for file in folder.glob(pattern))
+    if not found:
+        raise UserError(f"--model {model}: holds no {_CONFIG}, and no models down to {_DEPTH} folders below; {_GIVE}")
+    return found
 
 
 def _patterns() -> Iterator[str]:
@@ -61,7 +69,7 @@ def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[
             source = find_model(str(path))
             if source.base_hash == hashes["base_hash"] and _has_weights(source, wanted):
                 return source
-    raise UserError(f"--model {model}: none of its {count_text(len(models), 'model')} is the base of {folder}")
+    raise UserError(f"--model {model}: none of its {count_text(len(models), 'model')} is the base of {folder}; {_GIVE}")
 
 
 def _has_weights(source: ModelSource, wanted: Mapping[str, Any]) -> bool:

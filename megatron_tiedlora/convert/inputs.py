@@ -39,7 +39,7 @@ def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["nat
     if path.is_file() and path.name == LATEST_FILE:
         raise UserError(f"{flag}: this file names the newest checkpoint; give its folder, {path.parent}/step_N")
     if not path.is_dir():
-        raise UserError(f"{flag}: no such folder")
+        raise UserError(f"{flag}: no such folder; give a run's adapter/ or checkpoints/step_N, or a PEFT adapter")
     if not (path / CONFIG_FILE).is_file():
         if (path / LATEST_FILE).is_file():
             raise UserError(f"{flag}: this is a folder of checkpoints; give one of them, {Path(folder) / 'step_N'}")

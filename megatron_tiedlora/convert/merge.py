@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megatron_tiedlora.base.atomic import sync_path, write_json
 from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.json_files import read_json_object, read_json_or_none
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, BaseWeights, weight_map
@@ -159,6 +159,12 @@ def reject_quantised(source: ModelSource) -> None:
             " few bits: rounding would lose most of its update. Give the model that was quantised, with --model"
             " ORIGINAL --base_differs, or --onto trained to write these weights in 16 bits"
         )
+
+
+def is_merge_of(folder: Path, adapter: NativeAdapter) -> bool:
+    """Whether `folder` is a model into which this adapter was merged, as its record says."""
+    record = read_json_or_none(folder / MERGE_RECORD) or {}
+    return record.get("adapter_sha256") == adapter.sha256
 
 
 def trained_format(adapter: NativeAdapter) -> str:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.errors import UserError, printable
 from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.fields import flag_value
-from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
+from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.training.plan import LAYOUT_SETTINGS, plan_run
 
 # Settings that do not decide what was trained: those of the layout, without those that name data.
 _FILES = ("train_file", "validation_file", "chat_template", "tokenizer", "init_from")
 _LEFT_OUT = LAYOUT_SETTINGS - {*_FILES, "prompt_template", "columns"} | {"ranks", "versions", "data_sha256"}
+# Settings that a run derives from others and from its model, if they are not given.
+_DERIVED = ("warmup_steps", "alpha", "max_length", "layers", "init_std_a", "init_std_b", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class CardFacts:
 
     Attributes:
         repo: OWNER/NAME.
+        source: the base itself.
         base: hub id or name of the base.
         base_on_hub: whether `base` is a hub id.
         settings: content of run.yaml; empty if there is none.
@@ -34,6 +39,7 @@ class CardFacts:
 
     repo: str
     adapter: NativeAdapter
+    source: ModelSource
     base: str
     base_on_hub: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -123,17 +129,35 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
     }
     if not chosen:
         return
-    if chosen.get("layers") == list(range(1, facts.adapter.base.num_layers + 1)):
-        del chosen["layers"]
+    if "epochs" in chosen:  # the steps were counted from them, and a run takes only one of both
+        chosen.pop("max_steps", None)
+    derived = _derived(chosen, facts)
+    chosen = {name: value for name, value in chosen.items() if name not in derived or value != derived[name]}
     chosen |= {name: _without_folders(str(chosen[name])) for name in _FILES if name in chosen}
-    words = [f"--{name} {shlex.quote(_word(value))}" for name, value in chosen.items()]
-    # Four marks, because a template of prompts may have three.
-    yield from ("", "## Training", "", "````")
-    yield printable(f"tiedlora train --model {shlex.quote(facts.base)} {' '.join(words)}")
-    yield "````"
+    words = [_flag(name, _word(value)) for name, value in chosen.items()]
+    command = f"tiedlora train --model {shlex.quote(facts.base)} {' '.join(words)}"
+    # A template of prompts may have lines and marks of its own.
+    marks = "`" * max(4, 1 + max(map(len, re.findall("`+", command)), default=0))
+    yield from ("", "## Training", "", marks, *map(printable, command.split("\n")), marks)
     versions = facts.settings.get("versions")
     if isinstance(versions, dict):
         yield from ("", _plain("Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "."))
+
+
+def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
+    """What a run with the settings `chosen` would derive itself, by name; empty if it would reject them."""
+    # The adapter of --init_from decides what is recorded here too, and need not be there any more.
+    left_out = (*_DERIVED, "init_from", "epochs")
+    given = {name: value for name, value in chosen.items() if name not in left_out}
+    if "max_steps" in facts.settings:
+        given["max_steps"] = facts.settings["max_steps"]  # also those that --epochs gave
+    try:
+        settings = make_settings({**given, "report_to": "none"})
+        plan = plan_run(settings, rank=0, world_size=1, weights=False, source=facts.source)
+    except UserError:  # run.yaml may be of another version
+        return {}
+    resolved = plan.resolved_settings()
+    return {name: resolved[name] for name in _DERIVED}
 
 
 def _default(name: str) -> Any:
@@ -150,6 +174,11 @@ def _without_folders(given: str) -> str:
         return last_name(part) if part.startswith(("/", "~", ".")) or os.path.exists(part) else part
 
     return ",".join(shortened(part.strip()) for part in given.split(","))
+
+
+def _flag(name: str, word: str) -> str:
+    """A flag and its value for a shell; `=` joins a value that would be taken for a flag itself."""
+    return shlex.quote(f"--{name}={word}") if word.startswith("-") else f"--{name} {shlex.quote(word)}"
 
 
 def _word(value: Any) -> str:

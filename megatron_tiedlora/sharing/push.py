@@ -66,9 +66,12 @@ def write_published(
         run = RunFolder(folder.parent)
     source, adapter = open_inputs(str(folder), model)
     name = named or base_name(source)
+    if named is None and not source.from_hub:
+        say(f"the card names the base {name}, only its folder's name; --base_name ORG/NAME names it on the hub")
     facts = CardFacts(
         repo,
         adapter,
+        source,
         name,
         base_on_hub=named is not None or source.from_hub,
         settings=read_yaml_mapping(run.settings) if run.is_run else {},

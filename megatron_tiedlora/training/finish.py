@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.atomic import discard, write_json
@@ -15,7 +17,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
 from megatron_tiedlora.convert.export_peft import base_location, export_peft
 from megatron_tiedlora.convert.layerwise_loss import layerwise_loss
-from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.merge import is_merge_of, merge_adapter
 from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.loader import evaluation_batches
@@ -214,19 +216,30 @@ def next_steps(trainer: Trainer) -> list[str]:
         f"  adapter/  the Tied-LoRA adapter, {_size(trainer.folder)}",
         "  peft/     the same as a LoRA adapter for PEFT, vLLM and others",
     ]
-    if (path / "merged").is_dir():
+    merged = path / "merged"
+    if is_merge_of(merged, load_adapter(trainer.folder.adapter)):
         lines += ["  merged/   the base with the adapter merged in, for transformers", "", "next"]
-        lines.append(f'  AutoModelForCausalLM.from_pretrained("{path / "merged"}")')
+        load = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(merged)!r})"
+        lines += ["  # Python", f"  {load}"]
     else:
+        if os.path.lexists(merged):  # an earlier start may have had another best adapter
+            lines.append("  merged/   not of this adapter; the first command below merges it anew")
         adapter = ["--adapter", str(path / "adapter")]
-        merge = [*adapter, "--output", str(path / "merged")]
+        merge = [*adapter, "--output", str(_first_free(merged))]
         merge += [] if source.stored is None else ["--onto", "trained"]
         merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
         lines += ["", "next", f"  python tools/merge_adapter.py {shlex.join(merge)}"]
         lines.append(f"  python tools/verify_export.py {shlex.join([*adapter, '--peft', str(peft)])}")
-    serving, *_ = serve_hints(peft, base_location(source), settings.rank, source.shape, settings.targets)
-    lines.append(f"  {serving}")
-    return lines
+    serving = serve_hints(peft, base_location(source), settings.rank, source.shape, settings.targets)
+    return [*lines, *(f"  {line}" for line in serving)]
+
+
+def _first_free(path: Path) -> Path:
+    """The first of NAME, NAME-2, NAME-3, ... that does not exist."""
+    free, number = path, 2
+    while os.path.lexists(free):
+        free, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return free
 
 
 def _size(folder: RunFolder) -> str:

@@ -106,6 +106,15 @@ def test_the_rank_that_a_launcher_puts_first_is_no_command(
     assert "usage: tiedlora convert-nemo" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_the_help_of_the_installed_command_names_no_script(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who has installed the package has no launch/ and no tools/."""
+    assert leave([command.name, "--help"]) == 0
+    assert not re.findall(r"\S*\.py\b", capsys.readouterr().out)
+
+
 # How texts name commands ---------------------------------------------------------------------------------------------
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.commands import merge, push
@@ -61,6 +64,19 @@ def test_flags(flag: str, answer: str) -> None:
     message = refusal(flag, "1")
     assert message.startswith(f"unknown argument {flag} (") and answer in message and message.endswith("; see --help")
     assert "did you mean" not in message
+
+
+@pytest.mark.parametrize(("rank", "lora_alpha"), [(8, 1.0), (16, 32.0), (5, 0.5)])
+def test_the_alpha_of_rank_stabilised_lora(rank: int, lora_alpha: float) -> None:
+    """The formula of the answer gives the scale of PEFT's own layer, for every lora_alpha."""
+    message = refusal("--use_rslora", "true")
+    formula = message.partition("give alpha = ")[2].partition(")")[0] + ")"
+    assert formula == "lora_alpha x sqrt(rank)"
+    alpha = eval(formula.replace(" x ", " * "), {"lora_alpha": lora_alpha, "sqrt": math.sqrt, "rank": rank})
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha, use_rslora=True, target_modules=["0"])
+    layer = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config).base_model.model[0]
+    assert alpha / rank == pytest.approx(layer.scaling["default"])
+    assert "the scale is alpha / rank" in message
 
 
 def test_keys_of_a_file_and_of_a_program_have_no_dashes(tmp_path: Path) -> None:

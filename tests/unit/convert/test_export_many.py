@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -181,14 +182,26 @@ def test_a_base_is_found_among_models(models: Path, adapters: Path, tmp_path: Pa
     write_native(folder, base, with_adapter(base, "tl6")[2])
     main(["--adapter", str(folder), "--output", str(tmp_path / "peft")])
     shutil.rmtree(base)
-    with pytest.raises(UserError, match="its base cannot be found; give it with --model, or a folder that holds it"):
+    with pytest.raises(UserError, match="its base cannot be found; give it with --model, or a folder of models, where"):
         open_inputs(str(folder), None)
     found, _ = open_inputs(str(folder), str(tmp_path / "moved"))
     assert found.folder == tmp_path / "moved/mine"
     assert find_peft_base(tmp_path / "peft", str(tmp_path / "moved")).folder == tmp_path / "moved/mine"
     shutil.rmtree(tmp_path / "moved/mine")
-    with pytest.raises(UserError, match=r"moved: none of its 2 models is the base of .*/adapter"):
+    with pytest.raises(UserError, match=r"moved: none of its 2 models is the base of .*/adapter; give the base, or"):
         open_inputs(str(folder), str(tmp_path / "moved"))
+    (tmp_path / "empty/below").mkdir(parents=True)
+    said = r"--model .*/empty: holds no config\.json, and no models .* a folder of models that holds it: .* its hashes"
+    for opens in (open_inputs, open_adapter):
+        with pytest.raises(UserError, match=said):
+            opens(str(folder), str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("command", ["merge", "export", "verify", "import_adapter", "push"])
+def test_the_help_says_that_a_folder_of_models_will_do(command: str) -> None:
+    module = importlib.import_module(f"megatron_tiedlora.commands.{command}")
+    help_text = " ".join(module.parser().format_help().split())
+    assert "--model M the base model: folder, hub id or demo; or a folder of models, where it is found by" in help_text
 
 
 def test_a_peft_adapter_of_others_has_no_hashes(models: Path, adapters: Path, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_kinds_of_folders(base: Path, plain: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder, said in {
         tmp_path / "run": f"--adapter {tmp_path}/run: this is a run folder; give {tmp_path}/run/adapter",
-        tmp_path / "none": f"--adapter {tmp_path}/none: no such folder",
+        tmp_path / "none": f"--adapter {tmp_path}/none: no such folder; give a run's adapter/ or checkpoints/",
         step.parent: f"--adapter {step.parent}: this is a folder of checkpoints; give one of them, {step.parent}/step",
         step.parent / "latest": f"--adapter {step.parent}/latest: this file names the newest checkpoint; give its",
         base: f"--adapter {base}: this is a model folder; give it with --model",

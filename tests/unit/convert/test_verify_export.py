@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.commands.verify import parser
 from megatron_tiedlora.convert import verify
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.logit_table import LogitComparison, format_comparisons
@@ -34,6 +35,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with adapter/, merged/, merged16/ and peft/ of one adapter."""
     return write_exports(tmp_path_factory.mktemp("exported"), base)
+
+
+def test_the_help_says_what_is_compared_bit_by_bit() -> None:
+    """See `bit_lines` in the report: merged files, and PEFT files of this package."""
+    help_text = " ".join(parser().format_help().split())
+    assert "Every tensor of the merged files is compared bit by bit" in help_text
+    assert "A PEFT folder that this package exported is compared bit by bit with the adapter's export" in help_text
 
 
 def by_name(found: Verification) -> dict[str, LogitComparison]:

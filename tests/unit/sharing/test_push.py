@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,12 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.sharing.push import check_repo, write_published
+from megatron_tiedlora.training.plan import RunPlan, plan_run
 
 SCORES = {
     "before": {"gsm8k": {"score": 10.0, "n": 24, "confidence_interval": [2.0, 20.0]}},
@@ -89,6 +94,67 @@ def test_the_card(run_folder: Path, tmp_path: Path) -> None:
     assert "--train_file rows.jsonl" in body and "--prompt_template '```{prompt}'" in body and "--max_steps 3" in body
     assert "--output_dir" not in body and "torch 2.6" in body
     assert "from_pretrained('org/base')" in body and "from_pretrained(model, 'me/demo')" in body
+
+
+SAMPLES = 100  # so 1.5 epochs of 16 samples a step are 10 steps, fewer than the default warm-up of 50
+COMMANDS: dict[str, tuple[list[str], set[str]]] = {
+    "epochs": (["--epochs=1.5"], {"epochs", "method"}),
+    "epochs, warm-up": (["--epochs=1.5", "--warmup_steps=4"], {"epochs", "warmup_steps", "method"}),
+    "steps": (["--max_steps=7"], {"max_steps", "method"}),
+    "a warm-up that was kept": (["--max_steps=60", "--warmup_steps=7"], {"max_steps", "warmup_steps", "method"}),
+    "adapter": (
+        ["--rank=4", "--alpha=6", "--layers=2", "--init_std_a=0.3", "--max_length=32", "--max_new_tokens=9"],
+        {"max_steps", "method", "rank", "alpha", "layers", "init_std_a", "max_length", "max_new_tokens"},
+    ),
+    "first rules": (
+        ["--data_rules=1"],
+        {"max_steps", "method", "data_rules", "train_on", "add_bos", "special_tokens_in_text"},
+    ),
+    "template": (
+        ["--prompt_template=-Q: {prompt}\n````\nA 'b':", "--targets=all", "--packing=false"],
+        {"max_steps", "method", "prompt_template", "targets"},
+    ),
+}
+
+
+def planned(words: list[str], base: Path) -> RunPlan:
+    """The plan of `tiedlora train` with these arguments, of SAMPLES training samples."""
+    settings = parse_settings(words, Settings)
+    plan = plan_run(settings, rank=0, world_size=1, weights=False, source=find_model(str(base)))
+    return plan.counted(SAMPLES)
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_the_command_of_the_card_gives_the_settings_of_the_run(
+    base: Path, run_folder: Path, tmp_path: Path, case: str
+) -> None:
+    given, expected = COMMANDS[case]
+    words = ["--model=tiny-base", "--train_file=rows.jsonl", "--method=tl5", "--global_batch_size=16", "--dtype=fp32"]
+    settings = planned([*words, *given], base).resolved_settings()
+    shutil.copytree(run_folder / "adapter", tmp_path / "run/adapter")
+    (tmp_path / "run/run.yaml").write_text(yaml.safe_dump({**settings, "ranks": 1, "versions": {"torch": "2.10"}}))
+    write_published(str(tmp_path / "run"), "me/demo", tmp_path / "out")
+
+    text = (tmp_path / "out" / "README.md").read_text()
+    _, shown, after = text.split("## Training")[1].split("`" * 5 if case == "template" else "`" * 4)
+    program, command, *flags = shlex.split(shown)
+    assert (program, command) == ("tiedlora", "train") and "Versions:" in after
+    again = planned(flags, base).resolved_settings()
+    layout = {"packing", "save_interval"}  # it does not change what is trained
+    assert {name: again[name] for name in again if name not in layout} == {
+        name: settings[name] for name in settings if name not in layout
+    }
+    always = {"model", "task", "train_file", "global_batch_size", "dtype", "learning_rate", "eval_interval"}
+    assert parse_settings(flags, Settings).model_fields_set == always | expected
+
+
+def test_a_note_says_that_a_folder_names_no_base_on_the_hub(run_folder: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    write_published(str(run_folder), "me/demo", tmp_path / "named", named="org/base", say=notes.append)
+    assert not notes
+    write_published(str(run_folder), "me/demo", tmp_path / "out", say=notes.append)
+    (note,) = notes
+    assert note.startswith("the card names the base tiny-base, only its folder's name; --base_name ORG/NAME")
 
 
 def test_a_base_that_is_not_on_the_hub_is_not_in_the_metadata(run_folder: Path, tmp_path: Path) -> None:

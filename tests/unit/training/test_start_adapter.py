@@ -115,7 +115,7 @@ def test_what_is_no_adapter_of_this_model_is_rejected(folder: Path, tmp_path: Pa
     (tmp_path / "run").mkdir()
     shutil.copytree(folder / "native", tmp_path / "run" / "adapter")
     for name, said in {
-        "none": r"--init_from .*none: no such folder",
+        "none": r"--init_from .*none: no such folder; give a run's adapter/ or checkpoints/step_N, or a PEFT adapter",
         "run": r"--init_from .*run: this is a run folder; give .*run/adapter",
         "other": r"--init_from .*other: this is a model folder",
         "native": r"--init_from .*native: trained on .*other with num_key_value_heads 4, but .*model has 2",

@@ -1,0 +1,93 @@
+"""The lines at the end of a run: which merged/ they list, and commands that a shell takes as they stand."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from native_files import with_adapter, write_exports, write_native
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.commands import merge, verify
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.convert.merge import is_merge_of
+from megatron_tiedlora.runtime.run_folder import RunFolder
+from megatron_tiedlora.training import finish
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "the base")
+
+
+@pytest.fixture
+def run(base: Path, tmp_path: Path) -> Path:
+    """A run folder with adapter/, peft/ and a merged/ of this adapter."""
+    (tmp_path / "a run").mkdir()
+    return write_exports(tmp_path / "a run", base)
+
+
+def ended(run: Path, base: Path) -> list[str]:
+    """The lines at the end of a run whose task merges nothing itself."""
+    settings = make_settings({"task": "gsm8k", "model": str(base), "rank": 4})
+    plan = SimpleNamespace(source=find_model(str(base)), settings=settings)
+    trainer: Any = SimpleNamespace(folder=RunFolder(run), plan=plan)
+    return finish.next_steps(trainer)
+
+
+def commands(lines: list[str]) -> list[list[str]]:
+    """The words of each command after `next`, as a shell reads them."""
+    found = [line.strip() for line in lines[lines.index("next") + 1 :]]
+    return [shlex.split(line) for line in found if not line.startswith(("#", "from "))]
+
+
+def test_a_merge_of_this_adapter_is_listed(run: Path, base: Path) -> None:
+    lines = ended(run, base)
+    assert "  merged/   the base with the adapter merged in, for transformers" in lines
+    assert not any("merge_adapter" in line for line in lines)
+    (python,) = [line.strip() for line in lines if line.startswith("  from ")]
+    found: dict[str, Any] = {}
+    exec(f"{python.replace('; ', '; model = ')}", found)
+    assert found["model"].config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("state", ["outdated", "no record", "broken record", "none"])
+def test_another_merge_is_not_listed_and_the_command_merges_anew(run: Path, base: Path, state: str) -> None:
+    """A resumed run that became longer may have another best adapter than the merged/ of before."""
+    merged = run / "merged"
+    if state == "outdated":
+        shutil.rmtree(run / "adapter")
+        write_native(run / "adapter", base, with_adapter(base, "tl6", seed=9)[2])
+        shutil.rmtree(run / "peft")
+        finish.export_peft(find_model(str(base)), load_adapter(run / "adapter"), run / "peft", native=run / "adapter")
+    elif state == "no record":
+        (merged / "tiedlora_merge.json").unlink()
+    elif state == "broken record":
+        (merged / "tiedlora_merge.json").write_text("{")
+    else:
+        shutil.rmtree(merged)
+    lines = ended(run, base)
+    named = [line for line in lines if line.startswith("  merged/")]
+    new = merged if state == "none" else run / "merged-2"
+    expected = [] if state == "none" else ["  merged/   not of this adapter; the first command below merges it anew"]
+    assert named == expected and not any("from_pretrained" in line for line in lines)
+    merging, verifying, *_ = commands(lines)
+    assert merging[:2] == ["python", "tools/merge_adapter.py"] and verifying[:2] == ["python", "tools/verify_export.py"]
+    assert merge.main(merging[2:]) == 0 and is_merge_of(new, load_adapter(run / "adapter"))
+    assert verify.main([*verifying[2:], "--in=none"]) == 0
+
+
+def test_every_line_is_one_for_a_shell(run: Path, base: Path) -> None:
+    lines = ended(run, base)
+    script = "\n".join(line for line in lines[lines.index("next") + 1 :] if not line.startswith("  from "))
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    programs = [words[0] for words in commands(lines)]
+    assert programs == ["vllm", "python", "python", "llama-server"]
+    assert commands(lines)[0][:3] == ["vllm", "serve", str(base)] and f"tied={run / 'peft'}" in commands(lines)[0]
