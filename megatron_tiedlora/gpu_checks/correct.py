@@ -16,6 +16,7 @@ from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.benchmark.sides import random_stage, recompute
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.gpu_checks.attention import relative, worst_of
+from megatron_tiedlora.gpu_checks.formats import check_base_formats
 from megatron_tiedlora.gpu_checks.package import small_shape
 from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.gpu_checks.reference import Document, loss_and_gradients
@@ -113,6 +114,7 @@ def check(report: Report, options: CheckOptions) -> None:
     if options.on_gpu:
         wide = replace(shape_from_hf(PRESETS[options.model], source=options.model), num_layers=2)
         forms(report, f"two layers of {options.model}", wide, device, all_forms=False)
+    check_base_formats(report, device)
     check_zero_stages(report, options)
 
 

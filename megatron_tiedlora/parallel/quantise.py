@@ -8,6 +8,8 @@ nf4 has 16 levels, of which the largest is 1, and two codes in a byte, the first
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch.nn import functional
 
@@ -25,6 +27,7 @@ _LEAST_DIVISOR = 1e-38  # of bitsandbytes
 _LEAST_SCALE = 2.0**-120
 
 
+@cache  # a copy to a GPU would wait for it at every weight
 def nf4_levels(device: torch.device) -> torch.Tensor:
     """The 16 levels, fp32."""
     return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)

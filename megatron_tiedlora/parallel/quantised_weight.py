@@ -284,9 +284,11 @@ class RowScaledWeight(QuantisedWeight):
         if codes.dtype == torch.int8:
             for rows in self._parts():
                 torch.mul(codes[rows], self.scales[rows], out=out[rows])
-        elif out.dtype == torch.float64 or codes.is_cuda:
+        elif out.dtype == torch.float64:
             for rows in self._parts():
                 out[rows] = dequantise_rows(codes[rows], self.scales[rows, 0])
+        elif codes.is_cuda:
+            out.copy_(codes).mul_(self.scales)  # computed in fp32
         else:
             look_up_fp8(self.tensor.detach(), out, self._parts(), scales=self.scales)
 

@@ -45,6 +45,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "4 layers of 7B, data 8, ZeRO-2": {"num_layers": 4, "world_size": 8, "zero": "zero2.json"},
     "4 layers of 7B, data 8, ZeRO-3": {"num_layers": 4, "world_size": 8, "zero": "zero3.json"},
 }
+BASES: dict[str, dict[str, Any]] = {
+    "nf4": {"base": "nf4"},
+    "int8": {"base": "int8"},
+    "fp8": {"base": "fp8"},
+    "products in fp8": {"base": "fp8", "products": "fp8"},
+    "products in fp8, transposed copies kept": {"base": "fp8", "products": "fp8", "keep_transposed": True},
+}
 
 
 @dataclass(frozen=True)
@@ -267,6 +274,25 @@ FIGURES = [
             2,
         )
         for name, order in LAYOUTS.items()
+    ),
+    *(
+        Figure(
+            f"waits a micro-batch, base in {name}",
+            lambda order=order: _per_micro_batch(waits, num_layers=2, **order),  # type: ignore[misc]
+            0,
+        )
+        for name, order in BASES.items()
+    ),
+    *(
+        Figure(
+            f"planned to allocated bytes, 7B, recompute {recompute}, base in {name}, compiled",
+            lambda order=order, base=base: _planned_to_allocated(compile="true", **order, **base),  # type: ignore[misc]
+            1.07,
+            0.93,
+            2,
+        )
+        for name, base in BASES.items()
+        for recompute, order in SHAPES.items()
     ),
     Figure("graphs compiled again, 7 or more lengths x 3 recomputes", _compiled_again, 0),
     Figure("compiled kernels without 128-bit accesses, or with divisions", _narrow_kernels, 0),
