@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.import_peft import exported_base, load_peft_adapter, read_peft
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, adapter_kind
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind
 from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
 
 
 @pytest.fixture(scope="module")
@@ -304,3 +306,29 @@ def test_the_record_of_an_export_decides_neither_shape_nor_precision(base: Path,
         file.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
         with pytest.raises(UserError, match=f"{EXPORT_RECORD}: {name} is missing"):
             exported_base(tmp_path / "peft", native.base)
+
+
+def test_an_export_keeps_the_storage_format_of_the_base(base: Path, tmp_path: Path) -> None:
+    """So its adapter is used with the base that training saw, also if it comes back as a plain LoRA."""
+    source, native, _ = with_adapter(base, "tl6")
+    folder, quantised = tmp_path / "run", replace(native.base, base_format="nf4")
+    save_adapter(folder, native.config, quantised, native.state)
+    export_peft(source, load_adapter(folder), tmp_path / "peft", native=folder)
+    opened = open_adapter(str(tmp_path / "peft"), str(base))
+    assert opened.adapter.base == quantised
+    said: list[str] = []
+    for name, inside in (("whole", True), ("alone", False)):
+        copy = tmp_path / name
+        shutil.copytree(tmp_path / "peft", copy)
+        if not inside:
+            shutil.rmtree(copy / NATIVE_FOLDER)
+        import_peft(source, copy, tmp_path / f"{name} again", say=said.append)
+        assert load_adapter(tmp_path / f"{name} again").base.base_format == "nf4"
+    assert not any("trained on its base in" in note for note in said), "an import uses no base"
+    file = tmp_path / "peft" / EXPORT_RECORD
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in content.items() if key != "base_format"}))
+    assert open_adapter(str(tmp_path / "peft"), str(base)).adapter.base.base_format == "nf4", "the native one's"
+    file.write_text(json.dumps({**content, "base_format": "nf3"}))
+    with pytest.raises(UserError, match=f"{EXPORT_RECORD}: base_format 'nf3' is not one of int8, fp8, nf4"):
+        open_adapter(str(tmp_path / "peft"), str(base))
