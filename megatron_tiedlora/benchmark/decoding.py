@@ -36,7 +36,8 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     texts = [example.prompt for example in examples]
     encoded, _ = encode_prompts(load_tokenizer(folder), texts, max_length=source.shape.limit.tokens - new_tokens)
     prompts = [ids.tolist() for ids in encoded]
-    stage = load_model(source, None, dtype=dtype, base=settings.base, device=device)
+    base = source.base_format(settings.base)
+    stage = load_model(source, None, dtype=dtype, base=base, device=device)
     decoder = Decoder(stage, ParallelGroups(), source.shape)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     turns = {
@@ -48,7 +49,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     timers = {name: partial(timed, decode, device) for name, decode in turns.items()}
     return {
         "model": source.name,
-        "dtype": precision_in_words(settings.dtype, settings.base),
+        "dtype": precision_in_words(settings.dtype, base),
         **timing.describe_setup(device),
         "batch_size": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),

@@ -124,9 +124,14 @@ def weights_hash(source: ModelSource, weights: StoredValues) -> str:
 
 
 def identify_model(source: ModelSource, dtype: str, tokenizer: str | None = None) -> BaseIdentity:
-    """The identity of a base model on the disk, see `identify_base`. Raises UserError if its files cannot be read."""
+    """The identity of a base model on the disk as it is stored, see `identify_base`.
+
+    Raises:
+        UserError: its files cannot be read.
+    """
     with BaseWeights(source.weights_folder(), source.shape, source.stored) as weights:
-        return identify_base(source, weights, dtype, tokenizer=tokenizer)
+        found = identify_base(source, weights, dtype, tokenizer=tokenizer)
+    return replace(found, base_format=source.stored_base)
 
 
 def sample_hash(weights: StoredValues) -> str:

@@ -30,6 +30,7 @@ _STATE = ".quant_state.bitsandbytes__nf4"
 _ABSMAX, _LEVELS, _NESTED_ABSMAX, _NESTED_LEVELS = ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"
 _ROW_SCALE = "_scale"
 _LARGEST_STATE = 2**16  # bytes of JSON
+_LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # that it may give
 
 SliceOf = Callable[[str], Any]  # a stored tensor by its name, from which slices are read; None if there is none
 Shape = tuple[int, ...]
@@ -130,6 +131,10 @@ class StoredWeights:
                 raise UserError(
                     f"{name}{part} is {as_given(tensor.get_dtype())} of {found:,} numbers, not {dtype} of {count:,}"
                 )
+            # Codes may be one column or one row; rows are sliced from one run of numbers.
+            sizes = list(tensor.get_shape())
+            if sizes not in ([count], *([] if part else ([count, 1], [1, count]))):
+                raise UserError(f"{name}{part} has shape {sizes}, not [{count}]{'' if part else f' or [{count}, 1]'}")
         if not torch.equal(self._needed(name, _LEVELS)[:], torch.tensor(NF4_LEVELS)):
             raise UserError(f"{name}{_LEVELS} has other levels than those of nf4")
 
@@ -142,10 +147,10 @@ class StoredWeights:
             kind, block, found = fields["quant_type"], fields["blocksize"], fields["shape"]
             nested = (fields["nested_blocksize"], fields["nested_offset"]) if "nested_blocksize" in fields else None
             sizes = [block, *([] if nested is None else nested[:1])]
-            if any(type(number) is not int or number < 1 for number in sizes):
-                raise ValueError("its sizes of blocks are no positive integers")
-            if nested is not None and type(nested[1]) not in (int, float):
-                raise ValueError("its nested_offset is no number")
+            if any(type(number) is not int or not 1 <= number <= _LARGEST_BLOCK for number in sizes):
+                raise ValueError(f"its sizes of blocks are no integers from 1 to {_LARGEST_BLOCK:,}")
+            if nested is not None and (type(nested[1]) not in (int, float) or not abs(nested[1]) < _LARGEST_OFFSET):
+                raise ValueError("its nested_offset is no number, or too large")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise UserError(f"{name}{_STATE} is not the state of an nf4 tensor ({error})") from None
         if kind != "nf4" or found != list(shape):

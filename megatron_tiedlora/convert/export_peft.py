@@ -140,7 +140,8 @@ def export_peft(
             peft_config(source, adapter, rank=rank, base=named or base_name(source)),
         )
         on_this_host = {} if source.from_hub else {BASE_PATH: base_location(source)}
-        write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record, **on_this_host})
+        trained = {} if adapter.base.base_format is None else {"base_format": adapter.base.base_format}
+        write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record, **trained, **on_this_host})
         if native is not None:
             (temporary / NATIVE_FOLDER).mkdir()
             copy_adapter_files(native, temporary / NATIVE_FOLDER, adapter)

@@ -104,7 +104,14 @@ def import_peft(
     recorded = exported_base(folder, adapter.base)
     trained = adapter.base if content.native is not None or recorded is None else recorded
     own_base = replace(adapter, base=trained)
-    base = check_base(source, own_base, uses_tokenizer=False, differs=base_differs, flag=f"--peft {folder}")
+    base = check_base(
+        source,
+        own_base,
+        uses_tokenizer=False,
+        differs=base_differs,
+        base_format=trained.base_format,  # an import uses the base in no format
+        flag=f"--peft {folder}",
+    )
     for note in (*check_peft_base(folder, source, differs=base_differs), *content.notes, *base.notes):
         say(note)
     if content.apart is not None:
@@ -113,7 +120,8 @@ def import_peft(
         if content.native is not None:
             copy_adapter_files(folder / NATIVE_FOLDER, temporary, content.native)
         else:
-            own = replace(adapter.base, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)
+            kept = {name: getattr(trained, name) for name in ("tokenizer", "tokenizer_hash", "base_format")}
+            own = replace(adapter.base, **kept)
             write_adapter_files(temporary, adapter.config, own, adapter.state)
     return adapter.config
 

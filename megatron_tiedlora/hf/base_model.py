@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import run_starts
 from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.stored_formats import stored_format
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 
 
@@ -35,10 +37,13 @@ def model_source(model: Any) -> ModelSource:
     if not hasattr(getattr(model, "config", None), "to_json_string"):
         raise UserError(f"{type(model).__name__} is not a model of transformers: it has no config")
     fields = json.loads(model.config.to_json_string())  # as save_pretrained writes them
+    stored = None
+    with suppress(UserError):  # a format that is not read here
+        stored = stored_format(fields, source="its config")
     fields.pop("quantization_config", None)  # of the frozen weights alone; an adapter is the same on them
     name = model.config.name_or_path or type(model).__name__
     folder = Path(name) if Path(name).is_dir() else None
-    return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"))
+    return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"), stored=stored)
 
 
 def base_layer_of(module: Any) -> Any:
@@ -113,7 +118,8 @@ def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
     dtype = "fp32" if values.dtype == torch.float32 else "bf16"
     if weights.are_whole:
         return identify_base(source, weights, dtype)
-    return identify_shape(source, dtype, weights_hash=weights_hash(source, weights))
+    found = identify_shape(source, dtype, weights_hash=weights_hash(source, weights))
+    return replace(found, base_format=source.stored_base)
 
 
 def check_model(trained: BaseIdentity, found: BaseIdentity, *, differs: bool = False) -> tuple[str, ...]:

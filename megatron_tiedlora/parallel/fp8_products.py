@@ -4,8 +4,8 @@
 
 Q gives each row (token) the scale largest |number| / 448. Going forward the weight's scales s, one per output row, are
 applied to y; going back they are folded into dy before it is rounded, so that one copy of the codes and one vector of
-scales serve both. In row-parallel layers a rank has a part of x's row, so that its scale depends on the tensor-parallel
-size.
+scales serve both. In row-parallel layers a rank has a part of x's row, and in column-parallel ones of dy's, so that its
+scale depends on the tensor-parallel size.
 """
 
 from __future__ import annotations

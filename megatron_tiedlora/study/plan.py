@@ -45,7 +45,7 @@ from megatron_tiedlora.training.plan import plan_run
 
 # Training settings that the evaluation on the test set shares.
 _SHARED_WITH_EVALUATE = (
-    *("seed", "timeout_minutes", "model", "tokenizer", "dtype", "tensor_parallel", "pipeline_parallel"),
+    *("seed", "timeout_minutes", "model", "tokenizer", "dtype", "base", "tensor_parallel", "pipeline_parallel"),
     *("task", "test_file", "prompt_template", "max_new_tokens", "columns", "chat_template", "add_bos"),
     *("special_tokens_in_text", "data_rules"),
 )

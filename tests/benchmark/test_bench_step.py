@@ -14,6 +14,7 @@ import pytest
 import torch
 from engine_runs import write_uneven_data
 from folders import ROOT
+from quantised_folders import SHAPE, quantised_folder
 from ranks import ENVIRONMENT
 from run_helpers import Ended, start_command
 from tiny_models import write_tiny_model
@@ -22,6 +23,7 @@ from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.benchmark.plan import make_plan, saved_formula
 from megatron_tiedlora.benchmark.sides import OURS, PADDED, Side, make_sides
+from megatron_tiedlora.benchmark.step import measure
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
@@ -97,6 +99,13 @@ def test_our_side_has_the_base_that_is_given(folder: Path) -> None:
     quantised = [weight for weight in frozen_weights(side.model).values() if isinstance(weight, QuantisedWeight)]
     assert len(quantised) == 4 * len(side.model.blocks) and quantised[0].storage.name == "nf4"
     assert precision_in_words(settings.dtype, settings.base) == "fp32 with the linears in nf4"
+
+
+def test_the_format_of_a_quantised_folder_is_reported(tmp_path: Path) -> None:
+    plain = write_tiny_model(tmp_path / "plain", **{**SHAPE, "num_layers": 1})
+    quantised, _ = quantised_folder(plain, tmp_path / "nf4", "nf4")
+    words = [f"--model={quantised}", "--dtype=fp32", "--length=16", "--compile=false", "--repeats=1"]
+    assert measure(parse_settings(words, BenchSettings))["dtype"] == "fp32 with the linears in nf4"
 
 
 @pytest.mark.parametrize(

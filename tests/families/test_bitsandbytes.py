@@ -12,6 +12,7 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
@@ -111,3 +112,12 @@ def test_logits_are_theirs(folder: Path, theirs: Any) -> None:
     plain = distance(None, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
     assert distance("nf4", theirs) <= 1.5 * plain < 0.03
     assert distance(None, theirs) > 0.05
+
+
+def test_a_tied_adapter_in_peft_is_of_nf4(folder: Path, theirs: Any, tmp_path: Path) -> None:
+    """So what it is used with here is in nf4 too."""
+    peft = pytest.importorskip("peft")
+    from megatron_tiedlora.peft.config import TiedLoraConfig
+
+    peft.get_peft_model(theirs, TiedLoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    assert load_adapter(tmp_path / "adapter").base.base_format == "nf4"

@@ -95,6 +95,14 @@ def test_the_folder_alone_starts_runs_as_before(base: Base, tmp_path: Path) -> N
     assert processes("--runs_at_once=2") == processes() == (None, None, 2)
 
 
+def test_the_base_is_scored_in_the_format_of_the_runs(base: Base, tmp_path: Path) -> None:
+    for given in (None, "nf4"):
+        flags = [] if given is None else [f"--base={given}"]
+        plan = plan_sweep(parse_sweep([*study_arguments(base, base.validation, tmp_path / "study"), *flags]))
+        score = plan.jobs(0)[0].command(())
+        assert score is not None and score.settings["adapter"] is None and score.settings["base"] == given
+
+
 def test_other_rows_under_the_same_name_are_refused(base: Base, tmp_path: Path) -> None:
     rows, again = tmp_path / "rows.jsonl", [f"--output_dir={tmp_path / 'out'}", "--dry_run"]
     rows.write_bytes(base.validation.read_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from native_files import moments_of, with_adapter, write_native
 from oracle import OracleConfig
 from peft_folders import CONFIG, WEIGHTS, rejection, with_fields, with_tensors
 from peft_models import logits_of, lora_model, share
+from quantised_folders import SHAPE, quantised_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter, write_tiny_model
 
@@ -26,8 +28,9 @@ from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.import_peft import exported_base, load_peft_adapter, read_peft
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, adapter_kind
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind, check_base
 from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
 
 
 @pytest.fixture(scope="module")
@@ -304,3 +307,45 @@ def test_the_record_of_an_export_decides_neither_shape_nor_precision(base: Path,
         file.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
         with pytest.raises(UserError, match=f"{EXPORT_RECORD}: {name} is missing"):
             exported_base(tmp_path / "peft", native.base)
+
+
+def test_an_adapter_of_a_quantised_folder_can_be_merged_onto_it(tmp_path: Path) -> None:
+    """PEFT's files do not say how the base was stored, so it is as the folder has it, and nothing else is said."""
+    plain = write_tiny_model(tmp_path / "plain", **{**SHAPE, "num_layers": 1})
+    quantised, values = quantised_folder(plain, tmp_path / "nf4", "nf4")
+    source, native, _ = with_adapter(plain, "lora")
+    export_peft(source, native, tmp_path / "peft")
+    (tmp_path / "peft" / EXPORT_RECORD).unlink()
+    opened = open_adapter(str(tmp_path / "peft"), str(quantised))
+    assert opened.adapter.base.base_format == "nf4"
+    assert not check_base(opened.source, opened.adapter, base_format="nf4").notes
+    merge_adapter(opened.source, opened.adapter, tmp_path / "merged", onto_trained=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    merged, expected = (load_file(folder / "model.safetensors")[name] for folder in (tmp_path / "merged", values))
+    assert torch.equal(merged, expected.to(merged.dtype))
+
+
+def test_an_export_keeps_the_storage_format_of_the_base(base: Path, tmp_path: Path) -> None:
+    """So its adapter is used with the base that training saw, also if it comes back as a plain LoRA."""
+    source, native, _ = with_adapter(base, "tl6")
+    folder, quantised = tmp_path / "run", replace(native.base, base_format="nf4")
+    save_adapter(folder, native.config, quantised, native.state)
+    export_peft(source, load_adapter(folder), tmp_path / "peft", native=folder)
+    opened = open_adapter(str(tmp_path / "peft"), str(base))
+    assert opened.adapter.base == quantised
+    said: list[str] = []
+    for name, inside in (("whole", True), ("alone", False)):
+        copy = tmp_path / name
+        shutil.copytree(tmp_path / "peft", copy)
+        if not inside:
+            shutil.rmtree(copy / NATIVE_FOLDER)
+        import_peft(source, copy, tmp_path / f"{name} again", say=said.append)
+        assert load_adapter(tmp_path / f"{name} again").base.base_format == "nf4"
+    assert not any("trained on its base in" in note for note in said), "an import uses no base"
+    file = tmp_path / "peft" / EXPORT_RECORD
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in content.items() if key != "base_format"}))
+    assert open_adapter(str(tmp_path / "peft"), str(base)).adapter.base.base_format == "nf4", "the native one's"
+    file.write_text(json.dumps({**content, "base_format": "nf3"}))
+    with pytest.raises(UserError, match=f"{EXPORT_RECORD}: base_format 'nf3' is not one of int8, fp8, nf4"):
+        open_adapter(str(tmp_path / "peft"), str(base))
