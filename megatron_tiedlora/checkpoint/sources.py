@@ -24,7 +24,7 @@ from megatron_tiedlora.data.demo import prepared_model
 from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
-from megatron_tiedlora.model.stored_formats import StoredFormat, stored_format
+from megatron_tiedlora.model.stored_formats import StoredFormat, format_in_use, stored_format
 
 _SCALINGS = {LinearScaling: "linear", YarnScaling: "yarn", LongRopeScaling: "longrope"}  # as hashes have them
 _SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
@@ -84,20 +84,9 @@ class ModelSource:
         """The storage format of the blocks' linears in the folder, a name of `BASE_FORMATS`."""
         return None if self.stored is None else self.stored.base
 
-    def base_format(self, given: str | None) -> str | None:
-        """The storage format that the blocks' linears have in a run: `given`, or that of the folder if it has one.
-
-        Raises:
-            UserError: another one was given than that of the folder.
-        """
-        if self.stored is None:
-            return given
-        if given not in (None, self.stored.base):
-            raise UserError(
-                f"--base {given}: {self.name} has its weights in {self.stored.in_words} already, and they are not"
-                " quantised again; leave --base out, or give the model with weights in 16 bits"
-            )
-        return self.stored.base
+    def base_format(self, given: str | None, products: str | None = None) -> str | None:
+        """The storage format of the blocks' linears in a run; see `format_in_use`."""
+        return format_in_use(self.stored, given, products, source=self.name)
 
     def check_length(self, flag: str, length: int) -> None:
         """Raise UserError if rows of `length` tokens, the value of `flag`, are too long for the model."""

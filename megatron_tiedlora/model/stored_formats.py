@@ -37,6 +37,29 @@ class StoredFormat:
         return f"{self.base} (by {self.method})"
 
 
+def format_in_use(
+    stored: StoredFormat | None, given: str | None, products: str | None = None, *, source: str
+) -> str | None:
+    """The storage format that the blocks' linears have in a run: `given`, or that of the folder if it has one.
+
+    Args:
+        given: --base. products: --products.
+        source: the model's name in messages.
+
+    Raises:
+        UserError: another one was given than that of the folder, or `products` needs another one.
+    """
+    if stored is not None and given not in (None, stored.base):
+        raise UserError(
+            f"--base {given}: {source} has its weights in {stored.in_words} already, and they are not quantised again;"
+            " leave --base out, or give the model with weights in 16 bits"
+        )
+    found = given if stored is None else stored.base
+    if products is not None and found != products:
+        raise UserError(f"--products {products} needs --base {products}; this base is in {found or '--dtype'}")
+    return found
+
+
 def stored_format(values: Mapping[str, Any], *, source: str) -> StoredFormat | None:
     """The storage format of a folder by the fields of its config; None if nothing there is quantised.
 

@@ -10,13 +10,14 @@ scale depends on the tensor-parallel size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from megatron_tiedlora.base.base_formats import FP8_CAPABILITY, BaseFormat
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import LinearShape
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.quantise import CODE_TYPE, fp8_numbers, quantise_rows, row_maxima
@@ -37,6 +38,20 @@ def check_fp8_device(device: torch.device) -> None:
             f"--products fp8 needs a GPU of compute capability {least} or more, and {name} has"
             f" {'.'.join(map(str, found))}; leave --products out"
         )
+
+
+def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: torch.dtype) -> None:
+    """Raise UserError if GPUs have no kernel for the products of these linears' shards: they would be emulated."""
+    if dtype != torch.bfloat16:
+        raise UserError("--products fp8 needs --dtype bf16 on a GPU")
+    for linear in linears:
+        rows, width = linear.out_size, linear.in_size
+        rows, width = (rows // tp_size, width) if linear.cut == "column" else (rows, width // tp_size)
+        if rows % _MULTIPLE or width % _MULTIPLE:
+            raise UserError(
+                f"--products fp8: GPUs need multiples of {_MULTIPLE} as sizes, and {linear.name} is {rows} x {width}"
+                f" at --tensor_parallel {tp_size}; leave --products out, or change --tensor_parallel"
+            )
 
 
 class Fp8ProductWeight(RowScaledWeight):

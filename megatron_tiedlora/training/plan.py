@@ -24,7 +24,7 @@ from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
-from megatron_tiedlora.parallel.fp8_products import check_fp8_device
+from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.weight_maker import weight_maker
@@ -253,10 +253,8 @@ def plan_run(
     # An error must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
     shape, settings = found.shape, with_models_length(with_start(settings, found), found)
-    if settings.base != (stored := found.base_format(settings.base)):
+    if settings.base != (stored := found.base_format(settings.base, settings.products)):
         settings = settings.completed(base=stored)
-    if settings.products is not None and stored != "fp8":
-        raise UserError(f"--products {settings.products} needs --base fp8; this base is in {stored or '--dtype'}")
     batches = plan_batches(
         settings.global_batch_size,
         settings.micro_batch_size,
@@ -288,4 +286,7 @@ def plan_run(
     )
     if weights and source is None:
         found = find_model(settings.model)
-    return RunPlan(settings, found, grid, batches, engine, adapter, on_gpu)
+    plan = RunPlan(settings, found, grid, batches, engine, adapter, on_gpu)
+    if settings.products is not None and on_gpu:
+        check_gpu_products(shape.block.linears, tp_size=grid.tp_size, dtype=plan.dtype)
+    return plan

@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.cluster.doctor import compare, compare_network
 from megatron_tiedlora.cluster.doctor.ask import ask_hosts, try_shared
@@ -26,6 +27,7 @@ from megatron_tiedlora.cluster.forwarded_env import forward_env, read_user_file
 from megatron_tiedlora.cluster.remote import Route, Transport
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
+from megatron_tiedlora.model.stored_formats import format_in_use, stored_format
 from megatron_tiedlora.parallel.grid import Grid
 
 # Errors about files do not prevent a trial of the ranks.
@@ -42,13 +44,14 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
         say: called with a line of progress at each step.
 
     Raises:
-        UserError: a hostfile that names no host, a layout that does not divide the ranks, an invalid path, or a
-            variable that cannot be read.
+        UserError: a hostfile that names no host, a layout that does not divide the ranks, a storage format that a run
+            would reject, an invalid path, or a variable that cannot be read.
     """
     route, named = find_hosts(settings, environment)
     transport = Transport(route, settings.ssh_port, _variables(route, environment), Path.cwd())
     hosts = _place_ranks([HostReport(name=host.name, slots=host.slots, first_rank=0) for host in named])
     _make_layout(hosts, settings)
+    base = _base_format(settings)
     paths, hub = job_files(settings.paths())
     output_dir = None if settings.output_dir is None else absolute_path(settings.output_dir, flag="output_dir")
     seconds: dict[str, float] = {}
@@ -69,7 +72,7 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
         hosts = _fit_to_gpus(hosts)
     layout = _make_layout(hosts, settings)
     findings += compare_hosts(hosts, layout, max_skew=settings.max_clock_skew)
-    findings += compare.look_at_formats(hosts, base=settings.base, products=settings.products)
+    findings += compare.look_at_formats(hosts, base=base, products=settings.products)
     seconds["ask"] = time.monotonic() - begin
     say(f"{len(compare.answering(hosts))} of {len(hosts)} hosts answered ({seconds['ask']:.1f} s)")
 
@@ -94,6 +97,15 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
         seconds["ranks"] = time.monotonic() - begin
         say(f"the ranks have ended ({seconds['ranks']:.1f} s)")
     return make_report(route, layout, hosts, groups, skipped, findings, seconds)
+
+
+def _base_format(settings: DoctorSettings) -> str | None:
+    """The storage format of the base in the job: --base, or that of the folder if this machine can read it."""
+    config = None if settings.model is None else Path(settings.model) / "config.json"
+    stored = None
+    if config is not None and config.is_file():
+        stored = stored_format(read_json_object(config, kind="a Hugging Face model folder"), source=str(config))
+    return format_in_use(stored, settings.base, settings.products, source=str(settings.model))
 
 
 def find_hosts(settings: DoctorSettings, environment: Mapping[str, str]) -> tuple[Route, tuple[Host, ...]]:

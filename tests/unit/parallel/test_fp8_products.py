@@ -192,11 +192,18 @@ SETTINGS: dict[str, Any] = {"model": "llama2-7b", "dry_run": True, "plan_for": "
         ({"products": "fp8"}, "--products fp8 needs --base fp8; this base is in --dtype"),
         ({"products": "int8", "base": "fp8"}, "--products"),
         ({"keep_transposed": True, "base": "fp8"}, "--keep_transposed needs --products fp8"),
+        ({"products": "fp8", "base": "fp8", "dtype": "fp32"}, "--products fp8 needs --dtype bf16 on a GPU"),
+        (
+            {"products": "fp8", "base": "fp8", "tensor_parallel": 32},
+            "multiples of 16 as sizes, and mlp.down is 4096 x 344 at --tensor_parallel 32; leave --products out",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        plan_run(make_settings({**SETTINGS, **changes}), rank=0, world_size=1, weights=False)
+        plan_run(make_settings({**SETTINGS, **changes}), rank=0, world_size=32, weights=False)
+    if "dtype" in changes or "tensor_parallel" in changes:  # a CPU emulates them
+        plan_run(make_settings({**SETTINGS, **changes, "plan_for": "cpu"}), rank=0, world_size=32, weights=False)
 
 
 def test_the_dry_run_shows_both_ways_to_transpose() -> None:
