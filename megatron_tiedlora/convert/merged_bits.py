@@ -104,10 +104,7 @@ def compare_merged(
         names = {name for rule in weight_rules(source.shape) for name in rule.hf_names}
         dtype = _merge_dtype(base, written, names)
         tensors = list(_in_file_order(written))
-        total = sum(_size(entry) for _, _, entry in tensors)
-        bar = opened.enter_context(
-            tqdm(total=total, desc="merged files", unit="B", unit_scale=True, disable=not progress, leave=False)
-        )
+        bar = opened.enter_context(_bar(tensors, progress))
         for file, name, entry in tensors:
             counts[name in changes] += 1
             why = _why_unlike(entry, base.entry(name), dtype, of_model=name in names)
@@ -137,10 +134,7 @@ def _compare_dequantised(source: ModelSource, changes: Changes, merged: Path, *,
         written = _Tensors(merged, opened)
         expected = {name for rule in weight_rules(source.shape) for name in rule.hf_names}
         tensors = list(_in_file_order(written))
-        total = sum(_size(entry) for _, _, entry in tensors)
-        bar = opened.enter_context(
-            tqdm(total=total, desc="merged files", unit="B", unit_scale=True, disable=not progress, leave=False)
-        )
+        bar = opened.enter_context(_bar(tensors, progress))
         for file, name, entry in tensors:
             counts[name in changes] += 1
             if name not in expected:
@@ -156,6 +150,11 @@ def _in_file_order(written: _Tensors) -> Iterator[tuple[Path, str, Mapping[str, 
     for file, header in written.headers.items():
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1]["data_offsets"]):
             yield file, name, entry
+
+
+def _bar(tensors: Sequence[tuple[Path, str, Mapping[str, Any]]], progress: bool) -> tqdm[Any]:
+    total = sum(_size(entry) for _, _, entry in tensors)
+    return tqdm(total=total, desc="merged files", unit="B", unit_scale=True, disable=not progress, leave=False)
 
 
 def _size(entry: Mapping[str, Any]) -> int:

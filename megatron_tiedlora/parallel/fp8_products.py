@@ -61,21 +61,7 @@ class Fp8ProductWeight(RowScaledWeight):
     dy W a transposed copy is made just before the matmul, in the memory that all weights of a rank share, or kept.
     """
 
-    def __init__(
-        self,
-        codes: torch.Tensor,
-        scale_bits: torch.Tensor,
-        *,
-        width: int,
-        storage: BaseFormat,
-        block: int,
-        dtype: torch.dtype,
-        workspace: Workspace,
-    ) -> None:
-        super().__init__(
-            codes, scale_bits, width=width, storage=storage, block=block, dtype=dtype, workspace=workspace
-        )
-        self.transposed: torch.Tensor | None = None
+    transposed: torch.Tensor | None = None
 
     @classmethod
     def of_products(
