@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.input_dropout import InputDropout
+from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.parallel.backward import first_derivative_only
@@ -201,14 +201,14 @@ class LinearUpdate(NamedTuple):
         f: F = (alpha / r) diag(v) B diag(u), (local out, r), in the base's dtype; no gradient.
         grad_a: stand-in that receives A's gradient: A's shape, the adapter's dtype, no values. None if A is frozen.
         grad_f: the same for F. None if B, u and v are frozen.
-        dropout: of the update's input, in a training step with --dropout.
+        rows: which tokens it is for, and the dropout of its input.
     """
 
     a: torch.Tensor | None = None
     f: torch.Tensor | None = None
     grad_a: torch.Tensor | None = None
     grad_f: torch.Tensor | None = None
-    dropout: InputDropout | None = None
+    rows: AllRows = AllRows()
 
 
 LayerUpdate = Mapping[str, LinearUpdate]  # the updates of one adapted layer, by target name
@@ -305,14 +305,26 @@ class TiedAdapter(nn.Module):
         """
         if not self.part.layers:
             return ()
-        targets, whole = self.config.targets, self._whole(tensor_group)
-        a, b, u, v = ([whole[target.prefix + factor] for target in targets] for factor in FACTORS)
+        whole = self._whole(tensor_group)
         if self.config.method_spec.u.trained and tensor_group.size > 1 and torch.is_grad_enabled():
             assert self.u_sum.group.size % tensor_group.size == 0, "u's gradient would not be summed over these ranks"
+            names = [f"{target.prefix}u" for target in self.config.targets]
+            u = [whole[name] for name in names]
             u = [self.u_sum.of(u[0])] if len(u) == 1 else list(self.u_sum.of(torch.stack(u)).unbind())
-        updates = map(partial(self._updates, dtype), a, b, u, v)
+            whole |= dict(zip(names, u, strict=True))
+        return self.updates(whole, dtype=dtype)
+
+    def updates(self, whole: Mapping[str, Any], *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
+        """The updates of each adapted layer of the stage, from every factor as this rank's matmuls need it."""
+        targets = self.config.targets
+        factors = ([whole[target.prefix + factor] for target in targets] for factor in FACTORS)
+        updates = map(partial(self._updates, dtype), *factors)
         names = [target.name for target in targets]
         return tuple(dict(zip(names, layer, strict=True)) for layer in zip(*updates, strict=True))
+
+    def factors(self) -> dict[str, Any]:
+        """Every factor as this rank holds it, by name; None if it is frozen at one."""
+        return {name: getattr(self._module(target), factor) for name, (target, factor) in self.config.tensors.items()}
 
     def lora_factors(self, target: Target, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The update of a target in one layer (1-based) as a plain LoRA pair, for autograd; the adapter is whole."""
@@ -335,9 +347,7 @@ class TiedAdapter(nn.Module):
 
     def _whole(self, tensor_group: RankGroup) -> dict[str, Any]:
         """Every factor as this rank's matmuls need it, by name; None if it is frozen at one."""
-        found = {
-            name: getattr(self._module(target), factor) for name, (target, factor) in self.config.tensors.items()
-        }
+        found = self.factors()
         dims = {name: dim for name in found if (dim := self.config.gathered_dim(name)) is not None}
         gathered = gather_together([found[name] for name in dims], tensor_group, list(dims.values()))
         return found | dict(zip(dims, gathered, strict=True))

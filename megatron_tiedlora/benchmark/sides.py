@@ -116,8 +116,7 @@ def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) 
     step = next(plan.training_loader(dataset, pad_id=pad_id))
 
     def forward(batch: MicroBatch) -> torch.Tensor:
-        found = find_supervised(batch.labels)
-        on_device = type(found)(*(tensor.to(device) for tensor in found))
+        on_device = find_supervised(batch.labels).moved(lambda tensor: tensor.to(device))
         tokens, position_ids = batch.input_ids.to(device), batch.position_ids.to(device)
         loss: torch.Tensor = stage(tokens, position_ids, on_device, documents=batch.documents)
         return loss / step.num_supervised

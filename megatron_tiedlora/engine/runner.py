@@ -113,7 +113,7 @@ class Runner:
     def _supervised(self, batch: StepInput) -> Supervised:
         """The batch's supervised positions, computed on the host, for the last layers of this rank's stage."""
         found = find_supervised(batch.labels, self.stage.tensor_parallel.sequence_parts)
-        return Supervised(*map(self._on_device, found))
+        return found.moved(self._on_device)
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type != "cuda":

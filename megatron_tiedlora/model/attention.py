@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from megatron_tiedlora.adapters.adapter_bank import Share, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.model.cpu_attention import QueryTile, attend_by_tiles, find_query_tiles, tile_size
-from megatron_tiedlora.model.documents import Documents, find_documents, whole_rows
+from megatron_tiedlora.model.documents import Documents, documents_end_to_end, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.model.rope import rotation_table
@@ -72,6 +74,7 @@ class AttentionContext:
         positions: (b, s) int64.
         table: cos and sin of their rotation, see `rotation_table`.
         tiles: on a CPU, which tokens see each other.
+        tiles_of_shares: the same for each share of a shared micro-batch.
         documents: elsewhere, the packed documents; a token sees its own document up to itself.
         attend: the function that computes attention within documents.
         mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
@@ -81,6 +84,7 @@ class AttentionContext:
     positions: torch.Tensor
     table: tuple[torch.Tensor, torch.Tensor]
     tiles: tuple[QueryTile, ...] = ()
+    tiles_of_shares: tuple[tuple[Share, tuple[QueryTile, ...]], ...] = ()
     documents: Documents | None = None
     attend: Attend | None = None
     mask: torch.Tensor | None = None
@@ -110,6 +114,7 @@ class Attention(nn.Module):
         *,
         documents: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
+        shares: Shares = (),
     ) -> AttentionContext:
         """What `attend` of every layer needs to know about the tokens, computed once for all layers.
 
@@ -117,6 +122,7 @@ class Attention(nn.Module):
             positions: (b, s) int64.
             dtype: of the activations.
             documents: (b, s) int64, document ids; None: one document per row. Best on the host.
+            shares: of a shared micro-batch.
             cache: of any layer, as it is before the call. The first call fills it with whole prompts, padded on the
                 right; later tokens see its keys up to their own position.
         """
@@ -126,9 +132,18 @@ class Attention(nn.Module):
             return replace(context, mask=self._cache_mask(positions, cache))
         device, (num_rows, length) = positions.device, positions.shape
         if device.type == "cpu":
-            tiles = find_query_tiles(documents, length, size=tile_size(heads.num, heads.num_kv))
-            return replace(context, tiles=tiles)
-        found = whole_rows(num_rows, length, device) if documents is None else find_documents(documents, device)
+            size = tile_size(heads.num, heads.num_kv)
+            if shares:
+                own = [None] * len(shares) if documents is None else _by_share(documents, shares)
+                pairs = zip(shares, own, strict=True)
+                tiles = tuple((share, find_query_tiles(ids, share.length, size=size)) for share, ids in pairs)
+                return replace(context, tiles_of_shares=tiles)
+            return replace(context, tiles=find_query_tiles(documents, length, size=size))
+        if shares:
+            ids = torch.zeros(1, length) if documents is None else documents
+            found = documents_end_to_end(_by_share(ids, shares), device)
+        else:
+            found = whole_rows(num_rows, length, device) if documents is None else find_documents(documents, device)
         return replace(context, documents=found, attend=self.route(device, dtype).attend)
 
     def route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
@@ -169,10 +184,35 @@ class Attention(nn.Module):
             return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(hidden.dtype)
         if cache is not None:
             cache.update(key, value, context.positions)
+        if context.tiles_of_shares:
+            return _attend_by_share(query, key, value, context.tiles_of_shares, self.kernels)
         if context.tiles:
             return attend_by_tiles(query, key, value, context.tiles, self.kernels)
         assert context.documents is not None and context.attend is not None, "a context without tiles has documents"
         return attend_within(query, key, value, context.documents, context.attend)
+
+
+def _by_share(ids: torch.Tensor, shares: Shares) -> list[torch.Tensor]:
+    """(1, s) -> the (rows, length) of each share."""
+    parts = ids[0].split([share.num_tokens for share in shares])
+    return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
+
+
+def _attend_by_share(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shares: Sequence[tuple[Share, Sequence[QueryTile]]],
+    kernels: Kernels,
+) -> torch.Tensor:
+    """`attend_by_tiles` of each share of (1, heads, s, head_dim), as if it were alone: (1, s, heads * head_dim)."""
+    sizes = [share.num_tokens for share, _ in shares]
+    parts = zip(*(heads.transpose(1, 2).flatten(0, 1).split(sizes) for heads in (query, key, value)), strict=True)
+    outputs = []
+    for (share, tiles), of_share in zip(shares, parts, strict=True):
+        rows = [part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share]
+        outputs.append(attend_by_tiles(rows[0], rows[1], rows[2], tiles, kernels).flatten(0, 1))
+    return torch.cat(outputs)[None]
 
 
 def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,11 +28,22 @@ def find_documents(ids: torch.Tensor, device: torch.device) -> Documents:
 
     It does not synchronise with the device if `ids` are on the host.
     """
-    begins = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    bounds = [*begins.flatten().nonzero()[:, 0].tolist(), ids.numel()]
+    return documents_end_to_end([ids], device)
+
+
+def documents_end_to_end(ids: Sequence[torch.Tensor], device: torch.device) -> Documents:
+    """The same for several blocks of rows, which follow one another."""
+    begins = torch.cat([_begins(block).flatten() for block in ids])
+    bounds = [*begins.nonzero()[:, 0].tolist(), len(begins)]
     offsets = torch.tensor(bounds, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     return Documents(bounds, offsets, max(stop - start for start, stop in pairwise(bounds)))
+
+
+def _begins(ids: torch.Tensor) -> torch.Tensor:
+    """Whether a document begins at each token of (b, s) ids."""
+    begins = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return begins
 
 
 def whole_rows(size: int, length: int, device: torch.device) -> Documents:

@@ -120,6 +120,8 @@ class Head(nn.Module):
     ) -> torch.Tensor:
         """Logits, (b, s, V) or (1, b s, V); with `supervised` the summed loss of its positions. Equal on every rank.
 
+        If the positions belong to several owners, there is a summed loss for each, (owners,).
+
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only those of its
                 `rows`, (1, m, d) or (1, m / p, d).
@@ -132,10 +134,12 @@ class Head(nn.Module):
             return gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
         first_id = group.rank * self.frozen.local_shape[0]
         weight = self.frozen.first_rows(max(self.vocab_size - first_id, 0))  # without the last rank's padding
-        losses = sum_token_losses if summed else token_losses
+        shard = VocabularyShard(weight, first_id, group, HEAD_ROWS, self.kernels)
         rows = hidden[0].index_select(0, supervised.supervised)
         del hidden  # frees as much memory as its gradient needs next
-        return losses(rows, supervised.targets, VocabularyShard(weight, first_id, group, HEAD_ROWS, self.kernels))
+        if not summed:
+            return token_losses(rows, supervised.targets, shard)
+        return sum_token_losses(rows, supervised.targets, shard, supervised.supervised_pieces or None)
 
 
 @dataclass(frozen=True)

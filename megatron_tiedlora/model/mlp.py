@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.low_rank import Drop
+from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP
 from megatron_tiedlora.model.normed_linear import Needs, NormedLinear, Parameters, Projection, gradient_dtype
-from megatron_tiedlora.model.row_parallel import RowParallelLinear, addend, addend_gradients, of_whole
+from megatron_tiedlora.model.row_parallel import RowParallelLinear, addend, addend_gradients
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -48,8 +48,8 @@ class SwiGlu(nn.Module):
             recomputes: do not save gate and up, but compute them again in the backward pass.
         """
         gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
-        projection = self.gate_up.projection(tensor_parallel, num_rows=len(hidden), dropout=gate_up.dropout)
-        step = _Step(projection, self.down.frozen, self.kernels, recomputes, of_whole(down.dropout))
+        projection = self.gate_up.projection(tensor_parallel, num_rows=len(hidden), rows=gate_up.rows)
+        step = _Step(projection, self.down.frozen, self.kernels, recomputes, down.rows)
         result: torch.Tensor = _SwiGlu.apply(
             *(hidden, gate_up.grad_a, gate_up.grad_f, down.grad_a, down.grad_f),
             *(gate_up.a, gate_up.f, down.a, down.f, *self.gate_up.tensors, step),
@@ -63,7 +63,7 @@ class _Step:
     down: FrozenWeight
     kernels: Kernels
     recomputes: bool
-    drop: Drop | None  # of the input of down
+    rows: AllRows  # of down
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -92,7 +92,7 @@ class _SwiGlu(torch.autograd.Function):
         gated, shape = step.kernels.gate(as_rows(gate_up)), gate_up.shape[:-1]
         saved_gate_up = gate_up if reads_gate_up and not step.recomputes else None
         del gate_up  # before the matmul, if it is not saved
-        z, down_ax = addend(gated, step.down, down_a, down_f, step.drop)
+        z, down_ax = addend(gated, step.down, down_a, down_f, step.rows)
         reads_hidden = needs.x or needs.a or (step.recomputes and reads_gate_up)
         ctx.step = step
         ctx.wide = gradient_dtype(grad_a, grad_f, down_grad_a, down_grad_f)
@@ -117,7 +117,7 @@ class _SwiGlu(torch.autograd.Function):
             gate_up, root, _ = step.gate_up.forward(hidden, Parameters(*parameters), a, f, ax=ax)
         gated = step.kernels.gate(as_rows(gate_up)) if of_down.a else None
         grad_gated, *of_down_factors = addend_gradients(
-            grad_z.flatten(0, -2), gated, down_ax, step.down, down_a, down_f, of_down, ctx.wide, step.drop
+            grad_z.flatten(0, -2), gated, down_ax, step.down, down_a, down_f, of_down, ctx.wide, step.rows
         )
         del gated
         if step.gate_up.tensor_parallel.sequence_parts > 1:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters import low_rank
-from megatron_tiedlora.adapters.input_dropout import InputDropout
+from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -57,16 +57,14 @@ class NormedLinear(nn.Module):
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
 
-    def projection(
-        self, tensor_parallel: TensorParallel, *, num_rows: int, dropout: InputDropout | None = None
-    ) -> Projection:
+    def projection(self, tensor_parallel: TensorParallel, *, num_rows: int, rows: AllRows) -> Projection:
         """The linear for one call. Its parameters go to autograd beside, see `tensors`.
 
         Args:
             num_rows: b of the call's (b, s) tokens.
-            dropout: of the update's input.
+            rows: of the update.
         """
-        return Projection(self.frozen, self.eps, num_rows, tensor_parallel, self.kernels, dropout)
+        return Projection(self.frozen, self.eps, num_rows, tensor_parallel, self.kernels, rows)
 
     @property
     def tensors(self) -> Parameters:
@@ -104,7 +102,7 @@ def gradient_dtype(*stand_ins: torch.Tensor | None) -> torch.dtype | None:
 class Projection:
     """z from the hidden states, and the gradients from dz, as functions that autograd does not record.
 
-    `a` (r, in) and `f` (local out, r) are the factors of the update, or None.
+    `a` (r, in) and `f` (local out, r) are the factors of the update, or None. `rows` says which tokens they are for.
     """
 
     weight: FrozenWeight
@@ -112,7 +110,7 @@ class Projection:
     num_rows: int
     tensor_parallel: TensorParallel
     kernels: Kernels
-    dropout: InputDropout | None = None
+    rows: AllRows
 
     def forward(
         self,
@@ -134,12 +132,12 @@ class Projection:
         normed = normed.view(hidden.shape)
         known = ax is not None
         if a is not None and not known:
-            ax = low_rank.reduce_input(normed, a, self._drop_local)
+            ax = self.rows.reduce_input(normed, a, local=True)
         normed, gathered = self._enter(normed, None if known else ax)
         ax = ax if known else gathered
         projected = self.weight.times_transposed(_flat(normed), bias).view(*normed.shape[:-1], -1)
         if ax is not None and f is not None:
-            low_rank.add_update_(_flat(projected), _flat(ax), f)
+            self.rows.add_update_(_flat(projected), ax, f)
         return projected, root, ax
 
     def backward(
@@ -166,15 +164,15 @@ class Projection:
         grad_a = grad_f = grad_ax = grad_hidden = None
         if needs.f:
             assert ax is not None and wide is not None
-            grad_f = low_rank.gradient_of_f(rows, _flat(ax), wide)
+            grad_f = self.rows.gradient_of_f(rows, ax, wide)
         if f is not None and (needs.x or needs.a):
-            grad_ax = low_rank.gradient_of_ax(rows, f).view(*grad_projected.shape[:-1], -1)
+            grad_ax = self.rows.gradient_of_ax(rows, f)
         grad_normed = self.weight.times(rows).view(*grad_projected.shape[:-1], -1) if needs.x else None
         grad_normed, grad_ax = self._leave(grad_normed, grad_ax, a, needs_ax=needs.a)
         if needs.a:
             assert grad_ax is not None and hidden is not None and wide is not None
             normed = self.kernels.apply_norm(as_rows(hidden), norm.detach(), detached(norm_bias), root)
-            grad_a = low_rank.gradient_of_a(_flat(grad_ax), normed, wide, self._drop_local)
+            grad_a = self.rows.gradient_of_a(grad_ax, normed, wide, local=True)
         if grad_normed is not None:
             assert hidden is not None
             inputs = (as_rows(grad_normed), as_rows(hidden))
@@ -182,23 +180,20 @@ class Projection:
             grad_hidden = found.view(hidden.shape)
         return grad_hidden, grad_a, grad_f
 
-    @property
-    def _drop_local(self) -> low_rank.Drop | None:
-        """Dropout for this rank's part of the sequence, which is all of it without sequence parallelism."""
-        return None if self.dropout is None else self.dropout.of_local
-
     def _enter(
         self, normed: torch.Tensor, ax: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x and A x of whole sequences, (b, s, n), on every rank; gathered in one message if sequences are sharded."""
         if self.tensor_parallel.sequence_parts == 1:
             return normed, ax
-        joined = normed if ax is None else low_rank.beside(normed, ax)
+        narrow = None if ax is None else self.rows.columns(ax, local=True)
+        joined = normed if narrow is None else low_rank.beside(normed, narrow)
         whole = all_gather(joined, self.tensor_parallel.group, SEQUENCE_DIM)[0].unflatten(0, (self.num_rows, -1))
-        if ax is None:
+        if narrow is None:
             return whole, None
-        whole, narrow = low_rank.apart(whole, ax.shape[-1])
-        return whole, narrow.contiguous()  # a copy: A x is saved, and a view would keep x in memory
+        whole, narrow = low_rank.apart(whole, narrow.shape[-1])
+        # A copy: A x is saved, and a view would keep x in memory.
+        return whole, self.rows.of_columns(narrow.contiguous(), local=False)
 
     def _leave(
         self, grad_normed: torch.Tensor | None, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, needs_ax: bool
@@ -211,20 +206,20 @@ class Projection:
         gathered.
         """
         group, in_parts = self.tensor_parallel.group, self.tensor_parallel.sequence_parts > 1
-        if in_parts:
-            grad_normed, grad_ax = (None if part is None else end_to_end(part) for part in (grad_normed, grad_ax))
+        if in_parts and grad_normed is not None:
+            grad_normed = end_to_end(grad_normed)
         if in_parts and needs_ax:
             assert grad_ax is not None
+            narrow = self.rows.columns(grad_ax, local=False)
             if grad_normed is None:
-                return None, reduce_scatter(grad_ax, group, SEQUENCE_DIM)
-            size = grad_ax.shape[-1]
-            joined = reduce_scatter(low_rank.beside(grad_normed, grad_ax), group, SEQUENCE_DIM)
-            grad_normed, grad_ax = low_rank.apart(joined, size)
-            return low_rank.add_share_(grad_normed, grad_ax, a, self._drop_local), grad_ax
+                return None, self.rows.of_columns(reduce_scatter(narrow, group, SEQUENCE_DIM), local=True)
+            joined = reduce_scatter(low_rank.beside(grad_normed, narrow), group, SEQUENCE_DIM)
+            grad_normed, narrow = low_rank.apart(joined, narrow.shape[-1])
+            grad_ax = self.rows.of_columns(narrow, local=True)
+            return self.rows.add_share_(grad_normed, grad_ax, a, local=True), grad_ax
         if grad_normed is None:
             return None, grad_ax
-        whole = None if self.dropout is None else self.dropout.of_whole
-        grad_normed = low_rank.add_share_(grad_normed, grad_ax, a, whole)
+        grad_normed = self.rows.add_share_(grad_normed, grad_ax, a, local=False)
         if in_parts:
             return reduce_scatter(grad_normed, group, SEQUENCE_DIM), grad_ax
         return all_reduce(grad_normed, group), grad_ax

@@ -60,8 +60,8 @@ class QkvLinear(NormedLinear):
             num_rows: b.
             table: cos and sin of the tokens' positions, see `rotation_table`.
         """
-        a, f, grad_a, grad_f, dropout = update or LinearUpdate()
-        projection = self.projection(tensor_parallel, num_rows=num_rows, dropout=dropout)
+        a, f, grad_a, grad_f, rows = update or LinearUpdate()
+        projection = self.projection(tensor_parallel, num_rows=num_rows, rows=rows)
         results: tuple[torch.Tensor, ...] = _Qkv.apply(
             hidden, grad_a, grad_f, a, f, *self.tensors, projection, self.epilogue(table)
         )

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters import low_rank
-from megatron_tiedlora.adapters.input_dropout import InputDropout
+from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.model.normed_linear import Needs, gradient_dtype
 from megatron_tiedlora.parallel.backward import first_derivative_only
@@ -39,8 +38,8 @@ class RowParallelLinear(nn.Module):
         self, local_hidden: torch.Tensor, tensor_parallel: TensorParallel, update: LinearUpdate | None = None
     ) -> torch.Tensor:
         """(..., local_in) -> activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
-        a, f, grad_a, grad_f, dropout = update or LinearUpdate()
-        result = _RowParallel.apply(local_hidden, grad_a, grad_f, a, f, self.frozen, of_whole(dropout))
+        a, f, grad_a, grad_f, rows = update or LinearUpdate()
+        result = _RowParallel.apply(local_hidden, grad_a, grad_f, a, f, self.frozen, rows)
         return self.total(result, tensor_parallel)
 
     def total(self, addend: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
@@ -49,24 +48,19 @@ class RowParallelLinear(nn.Module):
         return output if self.bias is None else output + self.bias
 
 
-def of_whole(dropout: InputDropout | None) -> low_rank.Drop | None:
-    """The dropout of x_i, which has the features of this rank for all tokens."""
-    return None if dropout is None else dropout.of_whole
-
-
 def addend(
     x: torch.Tensor,
     weight: FrozenWeight,
     a: torch.Tensor | None,
     f: torch.Tensor | None,
-    drop: low_rank.Drop | None = None,
+    rows: AllRows,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """z_i (tokens, out) and A_i D(x_i) (tokens, r) from x_i (tokens, local in). Autograd does not record it."""
+    """z_i (tokens, out) and A_i D(x_i) of `rows` from x_i (tokens, local in). Autograd does not record it."""
     z = weight.times_transposed(x)
     if a is None or f is None:
         return z, None
-    ax = low_rank.reduce_input(x, a, drop)
-    low_rank.add_update_(z, ax, f)
+    ax = rows.reduce_input(x, a, local=False)
+    rows.add_update_(z, ax, f)
     return z, ax
 
 
@@ -79,7 +73,7 @@ def addend_gradients(
     f: torch.Tensor | None,
     needs: Needs,
     wide: torch.dtype | None,
-    drop: low_rank.Drop | None = None,
+    rows: AllRows,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of x_i, A_i and F from dz (tokens, out).
 
@@ -91,14 +85,14 @@ def addend_gradients(
     grad_x = grad_a = grad_f = grad_ax = None
     if needs.f:
         assert ax is not None and wide is not None
-        grad_f = low_rank.gradient_of_f(grad_z, ax, wide)
+        grad_f = rows.gradient_of_f(grad_z, ax, wide)
     if f is not None and (needs.x or needs.a):
-        grad_ax = low_rank.gradient_of_ax(grad_z, f)
+        grad_ax = rows.gradient_of_ax(grad_z, f)
     if needs.a:
         assert grad_ax is not None and x is not None and wide is not None
-        grad_a = low_rank.gradient_of_a(grad_ax, x, wide, drop)
+        grad_a = rows.gradient_of_a(grad_ax, x, wide, local=False)
     if needs.x:
-        grad_x = low_rank.add_share_(weight.times(grad_z), grad_ax, a, drop)
+        grad_x = rows.add_share_(weight.times(grad_z), grad_ax, a, local=False)
     return grad_x, grad_a, grad_f
 
 
@@ -112,11 +106,11 @@ class _RowParallel(torch.autograd.Function):
         a: torch.Tensor | None,
         f: torch.Tensor | None,
         weight: FrozenWeight,
-        drop: low_rank.Drop | None,
+        rows: AllRows,
     ) -> torch.Tensor:
-        z, ax = addend(x.flatten(0, -2), weight, a, f, drop)
+        z, ax = addend(x.flatten(0, -2), weight, a, f, rows)
         needs = Needs(*ctx.needs_input_grad[:3])
-        ctx.weight, ctx.drop = weight, drop
+        ctx.weight, ctx.rows = weight, rows
         ctx.wide = gradient_dtype(grad_a, grad_f)
         ctx.save_for_backward(x if needs.a else None, ax if needs.f else None, a, f)
         return z.view(*x.shape[:-1], -1)
@@ -125,9 +119,9 @@ class _RowParallel(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, ax, a, f = ctx.saved_tensors
-        rows = None if x is None else x.flatten(0, -2)
+        inputs = None if x is None else x.flatten(0, -2)
         needs = Needs(*ctx.needs_input_grad[:3])
         grad_x, *others = addend_gradients(
-            grad_z.flatten(0, -2), rows, ax, ctx.weight, a, f, needs, ctx.wide, ctx.drop
+            grad_z.flatten(0, -2), inputs, ax, ctx.weight, a, f, needs, ctx.wide, ctx.rows
         )
         return None if grad_x is None else grad_x.view(*grad_z.shape[:-1], -1), *others, None, None, None, None

@@ -15,7 +15,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Shares
 from megatron_tiedlora.adapters.input_dropout import InputDropout, dropout_salt, token_keys
+from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.model.attention import Attention, KeyValueCache
@@ -52,11 +54,12 @@ class Stage(nn.Module):
     """
 
     anchor: nn.Parameter | None
+    bank: AdapterBank | None
 
     def __init__(
         self,
         specs: Sequence[LayerSpec],
-        adapter: TiedAdapter | None,
+        adapter: TiedAdapter | AdapterBank | None,
         *,
         tensor_parallel: TensorParallel | None = None,
         recompute: str = "none",
@@ -66,6 +69,7 @@ class Stage(nn.Module):
         """Build the layers.
 
         Args:
+            adapter: of the stage; or a bank, of a run that trains several adapters, whose micro-batches have shares.
             dropout: probability that an input of the adapter is dropped, in calls with the tokens' numbers.
             seed: of the dropout.
         """
@@ -77,10 +81,12 @@ class Stage(nn.Module):
         self.head = next((str(spec.index) for spec in specs if spec.kind == "head"), None)
         if self.head is not None and not hasattr(self.layers[self.head], "frozen"):  # tied embeddings
             self._give_head_its_weight()
-        self.adapter = adapter
+        self.bank = adapter if isinstance(adapter, AdapterBank) else None
+        self.adapter = None if isinstance(adapter, AdapterBank) else adapter
         self.recompute = recompute
         self.dropout, self.seed = dropout, seed
-        anchored = adapter is not None and not adapter.part.layers
+        # Engines do not see a bank's tensors, so they need one of their own on every stage.
+        anchored = self.bank is not None or (self.adapter is not None and not self.adapter.part.layers)
         self.register_parameter("anchor", nn.Parameter(torch.zeros(1)) if anchored else None)
 
     def _give_head_its_weight(self) -> None:
@@ -110,6 +116,8 @@ class Stage(nn.Module):
     @property
     def needs_input_gradient(self) -> bool:
         """Whether an earlier stage has an adapted layer."""
+        if self.bank is not None:
+            return self.bank.first_layer < self.blocks[0]
         return self.adapter is not None and self.adapter.config.layers[0] < self.blocks[0]
 
     def forward(
@@ -120,6 +128,7 @@ class Stage(nn.Module):
         *,
         documents: torch.Tensor | None = None,
         numbers: torch.Tensor | None = None,
+        shares: Shares = (),
         prediction: _Prediction | None = None,
     ) -> torch.Tensor | Attended:
         """The forward pass for training; for predictions call `predict`.
@@ -130,10 +139,11 @@ class Stage(nn.Module):
             labels: (b, s) int64, the next token or -100; or the result of `find_supervised` on the host.
             documents: (b, s) int64, document ids; None: one document per row.
             numbers: (b, s) int64, the tokens' numbers, from which dropout follows; None: there is none.
+            shares: of a shared micro-batch, whose b is 1; `labels` is then the result of `find_shared_supervised`.
 
         Returns:
-            activations between layers. If the stage has the head: the summed loss over supervised positions, or
-            without `labels` the input of its `tail`.
+            activations between layers. If the stage has the head: the summed loss over supervised positions, or one
+            for each share, (shares,); without `labels` the input of its `tail`.
         """
         if prediction is not None:
             return self._predict(inputs, positions, labels, documents, prediction)
@@ -141,8 +151,12 @@ class Stage(nn.Module):
             hidden = self.embed(inputs, self.tensor_parallel)
         else:
             hidden = inputs if self.needs_input_gradient else inputs.detach()
-        updates = self.read_adapter() if numbers is None else self._with_dropout(self.read_adapter(), numbers)
-        output = self.run_blocks(hidden, positions, self.tensor_parallel, documents=documents, updates=updates)
+        updates = self.read_adapter(shares)
+        if numbers is not None:
+            updates = self._with_dropout(updates, numbers)
+        output = self.run_blocks(
+            hidden, positions, self.tensor_parallel, documents=documents, updates=updates, shares=shares
+        )
         output = self._with_zero_gradients(output, inputs) if torch.is_grad_enabled() else output
         if labels is None or isinstance(output, torch.Tensor):
             return output
@@ -213,11 +227,17 @@ class Stage(nn.Module):
         shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
         return norm.new_empty(*shape, len(norm))
 
-    def read_adapter(self) -> dict[int, LayerUpdate]:
-        """The updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered."""
+    def read_adapter(self, shares: Shares = ()) -> dict[int, LayerUpdate]:
+        """The updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered.
+
+        Args:
+            shares: of a shared micro-batch.
+        """
+        dtype = self.attention.qkv.norm.dtype
+        if self.bank is not None:
+            return self.bank.updates(shares, self.tensor_parallel, dtype=dtype)
         if self.adapter is None:
             return {}
-        dtype = self.attention.qkv.norm.dtype
         updates = self.adapter(self.tensor_parallel.group, dtype=dtype)
         return dict(zip(self.adapter.part.layers, updates, strict=True))
 
@@ -235,12 +255,12 @@ class Stage(nn.Module):
             for target in part.config.targets
         }
 
-        def dropped(layer: int, name: str) -> InputDropout:
+        def dropped(layer: int, name: str) -> AllRows:
             salt = dropout_salt(self.seed, layer=layer, target=name)
-            return InputDropout(keys, local_keys, salt=salt, first=first[name], probability=self.dropout)
+            return AllRows(InputDropout(keys, local_keys, salt=salt, first=first[name], probability=self.dropout))
 
         return {
-            layer: {name: linear._replace(dropout=dropped(layer, name)) for name, linear in update.items()}
+            layer: {name: linear._replace(rows=dropped(layer, name)) for name, linear in update.items()}
             for layer, update in updates.items()
         }
 
@@ -258,6 +278,7 @@ class Stage(nn.Module):
         documents: torch.Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
+        shares: Shares = (),
     ) -> torch.Tensor | Attended:
         """Run every block of the stage in order; if the stage has the head, the last one only up to its attention.
 
@@ -266,7 +287,7 @@ class Stage(nn.Module):
         """
         updates = self.read_adapter() if updates is None else updates
         cache = caches[0] if caches else None
-        context = self.attention.context(positions, hidden.dtype, documents=documents, cache=cache)
+        context = self.attention.context(positions, hidden.dtype, documents=documents, cache=cache, shares=shares)
         for number, index in enumerate(self.blocks):
             block: Any = self.layers[str(index)]
             update = updates.get(index)

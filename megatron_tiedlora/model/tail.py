@@ -7,6 +7,7 @@ pass. So whatever is recomputed, only gradients are saved: d numbers per supervi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from megatron_tiedlora.model.layer_specs import Block, Head
 from megatron_tiedlora.model.supervised import Supervised, find_supervised
 from megatron_tiedlora.parallel.backward import run_with_early_backward
 from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.pieces import Pieces
 
 
 class Attended(NamedTuple):
@@ -71,17 +73,21 @@ class SupervisedTail:
             return self._head(hidden, tensor_parallel).view(size, length, -1)
         assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
         rows = torch.arange(size, device=wanted.device) * length + wanted
-        joined = self._join(attended, tensor_parallel, rows, rows)
+        joined = self._join(attended, tensor_parallel, _Some(rows, rows))
         hidden = self.block.add_mlp(joined, tensor_parallel, attended.mlp_update)
         return self._head(hidden, tensor_parallel).transpose(0, 1)
 
     def loss(
         self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
     ) -> torch.Tensor:
-        """The summed loss over supervised positions; `labels`: (b, s) int64 or a `Supervised`."""
-        supervised, local_rows, joined = self._supervised(attended, labels, tensor_parallel)
-        update = _at_rows(attended.mlp_update, supervised.rows, local_rows)
-        stand_ins = [tensor for linear in update.values() for tensor in (linear.grad_a, linear.grad_f)]
+        """The summed loss over supervised positions; `labels`: (b, s) int64 or a `Supervised`.
+
+        If they belong to several owners, there is one for each, (owners,).
+        """
+        supervised, some, joined = self._supervised(attended, labels, tensor_parallel)
+        update = some.of(attended.mlp_update)
+        pairs = [(linear, tensor) for linear in update.values() for tensor in (linear.grad_a, linear.grad_f)]
+        stand_ins = [tensor for _, tensor in pairs]
 
         def summed(joined: torch.Tensor, *stand_ins: torch.Tensor | None) -> torch.Tensor:
             pairs = zip(stand_ins[::2], stand_ins[1::2], strict=True)
@@ -93,7 +99,13 @@ class SupervisedTail:
 
         inputs = joined, *stand_ins
         needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        return run_with_early_backward(summed, *inputs) if needs else summed(joined, *stand_ins)
+        if not needs:
+            return summed(joined, *stand_ins)
+        pieces = None
+        if some.local_pieces:
+            of_stand_ins = [t if t is None else linear.rows.stand_in_pieces(t.numel()) for linear, t in pairs]
+            pieces = [some.local_pieces, *of_stand_ins]
+        return run_with_early_backward(summed, *inputs, pieces=pieces)
 
     def position_losses(
         self, attended: Attended, labels: torch.Tensor, tensor_parallel: TensorParallel
@@ -106,12 +118,12 @@ class SupervisedTail:
 
     def _supervised(
         self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
-    ) -> tuple[Supervised, torch.Tensor, torch.Tensor]:
+    ) -> tuple[Supervised, _Some, torch.Tensor]:
         """The supervised positions, those of this rank, and the last block's result there, up to its MLP."""
         num_parts = tensor_parallel.sequence_parts
         supervised = labels if isinstance(labels, Supervised) else find_supervised(labels, num_parts)
-        local_rows = supervised.of_part(tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
-        return supervised, local_rows, self._join(attended, tensor_parallel, supervised.rows, local_rows)
+        some = _Some.of_rank(supervised, tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
+        return supervised, some, self._join(attended, tensor_parallel, some)
 
     def _losses(
         self,
@@ -133,26 +145,43 @@ class SupervisedTail:
         self,
         attended: Attended,
         tensor_parallel: TensorParallel,
-        rows: torch.Tensor | None = None,
-        local_rows: torch.Tensor | None = None,
+        some: _Some | None = None,
     ) -> torch.Tensor:
-        """The last block's result up to its MLP, at all positions, or at `rows`: then (1, m, d) or (1, m / p, d).
-
-        Args:
-            rows: (m,), indices into (b s).
-            local_rows: the rows of this rank, as indices into its (b s) or (b s / p) activations between layers.
-        """
+        """The last block's result up to its MLP, at all positions, or at some: then (1, m, d) or (1, m / p, d)."""
         hidden, attention_output, update = attended
-        if rows is not None and local_rows is not None:
-            hidden = hidden.flatten(0, 1).index_select(0, local_rows)[None]
-            attention_output = attention_output.flatten(0, 1).index_select(0, rows)[None]
-            update = _at_rows(update or {}, rows, local_rows)
+        if some is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, some.local_rows)[None]
+            attention_output = attention_output.flatten(0, 1).index_select(0, some.rows)[None]
+            update = some.of(update or {})
         return self.block.add_attention(hidden, attention_output, tensor_parallel, update)
 
 
-def _at_rows(update: LayerUpdate, rows: torch.Tensor, local_rows: torch.Tensor) -> LayerUpdate:
-    """The update for some tokens only: its dropout is that of these tokens."""
-    return {
-        name: linear if linear.dropout is None else linear._replace(dropout=linear.dropout.at(rows, local_rows))
-        for name, linear in update.items()
-    }
+@dataclass(frozen=True)
+class _Some:
+    """Some positions of a micro-batch.
+
+    Attributes:
+        rows: (m,), indices into (b s).
+        local_rows: the rows of this rank, as indices into its (b s) or (b s / p) activations between layers.
+        pieces, local_pieces: whose they are, if there are several owners.
+    """
+
+    rows: torch.Tensor
+    local_rows: torch.Tensor
+    pieces: Pieces = ()
+    local_pieces: Pieces = ()
+
+    @staticmethod
+    def of_rank(supervised: Supervised, part: int, num_parts: int) -> _Some:
+        """The supervised positions, on the rank with one part of the sequence."""
+        return _Some(
+            supervised.rows,
+            supervised.of_part(part, num_parts),
+            supervised.pieces,
+            supervised.pieces_of_part(part, num_parts),
+        )
+
+    def of(self, update: LayerUpdate) -> LayerUpdate:
+        """The update for these tokens only."""
+        where = self.rows, self.local_rows, self.pieces, self.local_pieces
+        return {name: linear._replace(rows=linear.rows.at(*where)) for name, linear in update.items()}

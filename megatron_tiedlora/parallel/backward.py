@@ -5,13 +5,14 @@ The backward pass of a loss needs only the incoming factor, which scales the gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
 
 from megatron_tiedlora.parallel.kernels import scaled
+from megatron_tiedlora.parallel.pieces import Pieces, scaled_by_owner
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,8 +36,13 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _EarlyBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
-        ctx.needs = ctx.needs_input_grad[1:]
+    def forward(
+        ctx: Any,
+        function: Callable[..., torch.Tensor],
+        pieces: Sequence[Pieces | None],
+        *inputs: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.needs, ctx.pieces = ctx.needs_input_grad[2:], pieces
         inner = [
             tensor.detach().requires_grad_() if tensor is not None and needs else tensor
             for tensor, needs in zip(inputs, ctx.needs, strict=True)
@@ -46,7 +52,7 @@ class _EarlyBackward(torch.autograd.Function):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             loss = function(*inner)
         # Not autograd.grad, inside of which torch's hooks for several gradients fail (seen in 2.13).
-        loss.backward(inputs=wanted)
+        loss.backward(torch.ones_like(loss), inputs=wanted)
         ctx.save_for_backward(*(tensor.grad for tensor in wanted))
         return loss.detach()
 
@@ -54,7 +60,14 @@ class _EarlyBackward(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        return None, *(scaled(next(saved), gradient) if needs else None for needs in ctx.needs)
+        found = [
+            (next(saved), pieces) if needs else None for needs, pieces in zip(ctx.needs, ctx.pieces, strict=True)
+        ]
+        return None, None, *(None if one is None else _scaled(*one, gradient) for one in found)
+
+
+def _scaled(saved: torch.Tensor, pieces: Pieces | None, gradient: torch.Tensor) -> torch.Tensor:
+    return scaled(saved, gradient) if pieces is None else scaled_by_owner(saved, gradient, pieces)
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,13 +75,18 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_with_early_backward(
-    function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None
+    function: Callable[..., torch.Tensor],
+    *inputs: torch.Tensor | None,
+    pieces: Sequence[Pieces | None] | None = None,
 ) -> torch.Tensor:
-    """`function(*inputs)`, a scalar. Only the gradients of the inputs that need one are saved for backward.
+    """`function(*inputs)`, a scalar, or the losses of several owners, (owners,).
+
+    Only the gradients of the inputs that need one are saved for backward.
 
     Args:
         function: it is differentiated for these inputs alone; other tensors that it uses get no gradient.
         inputs: of any float dtype. At least one needs a gradient, and the result must depend on all that do.
+        pieces: with several losses, which rows of each input belong to which loss. A loss depends on its own alone.
     """
-    loss: torch.Tensor = _EarlyBackward.apply(function, *inputs)
+    loss: torch.Tensor = _EarlyBackward.apply(function, pieces or [None] * len(inputs), *inputs)
     return loss

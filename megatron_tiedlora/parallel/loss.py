@@ -17,6 +17,7 @@ from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, upcast
 from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.parallel.pieces import Pieces, scaled_by_owner, sums_by_owner
 
 IGNORED_LABEL = -100
 
@@ -54,30 +55,40 @@ def _losses(local_logits: torch.Tensor, labels: torch.Tensor, shard: VocabularyS
 
 class _SumTokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard, pieces: Pieces | None
+    ) -> torch.Tensor:
         weight, kernels, rows_at_once = shard.weight, shard.kernels, shard.rows_at_once
         num_rows, needs_rows = len(rows), ctx.needs_input_grad[0]
         rows, labels = _padded_rows(rows, labels)
         gradient = torch.empty_like(rows) if needs_rows else None
         loss = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
+        by_row = [loss.new_empty(0)]  # losses of rows of several owners
         logits = rows.new_empty(min(rows_at_once, len(rows)), weight.local_shape[0])  # one memory for all parts
         for start in range(0, len(rows), rows_at_once):
             part = slice(start, start + rows_at_once)
             local_logits = as_rows(weight.times_transposed(rows[part], out=logits[: len(rows[part])]))
             found = _losses(local_logits, labels[part], shard)
-            loss += found.losses[: max(num_rows - start, 0)].sum()
+            losses = found.losses[: max(num_rows - start, 0)]
+            if pieces is None:
+                loss += losses.sum()
+            else:
+                by_row.append(losses)
             if gradient is not None:
                 kernels.exp_logits_(local_logits, found.total)
                 _subtract_labels_(local_logits, found)
                 weight.times(local_logits, out=gradient[part])
+        ctx.pieces = pieces
         ctx.save_for_backward(None if gradient is None else gradient[:num_rows])
-        return loss
+        return loss if pieces is None else sums_by_owner(torch.cat(by_row), pieces, at_once=rows_at_once)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad_rows,) = ctx.saved_tensors
-        return scaled(grad_rows, gradient), None, None
+        if ctx.pieces is None:
+            return scaled(grad_rows, gradient), None, None, None
+        return scaled_by_owner(grad_rows, gradient, ctx.pieces), None, None, None
 
 
 def _padded_rows(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +107,9 @@ def _subtract_labels_(probabilities: torch.Tensor, found: _Found) -> None:
     probabilities.index_put_(index, torch.where(found.own, missing, probabilities[index]))
 
 
-def sum_token_losses(rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+def sum_token_losses(
+    rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard, pieces: Pieces | None = None
+) -> torch.Tensor:
     """Sum over rows of -log softmax(rows W^T)[label], the same on every rank.
 
     W is frozen, so the forward pass also computes the gradient of `rows`, some rows at a time. Only this gradient is
@@ -105,12 +118,13 @@ def sum_token_losses(rows: torch.Tensor, labels: torch.Tensor, shard: Vocabulary
     Args:
         rows: (n, d), any float dtype, the same on every rank.
         labels: (n,) int64, all of them supervised, the same on every rank.
+        pieces: of the n rows, if they belong to several owners.
 
     Returns:
-        a scalar in max(fp32, dtype of `rows`). Its gradient for `rows` is the addend of this rank's part of the
-        vocabulary; no message is sent for it here.
+        a scalar in max(fp32, dtype of `rows`), or with `pieces` one for each owner, (owners,). Its gradient for `rows`
+        is the addend of this rank's part of the vocabulary; no message is sent for it here.
     """
-    loss: torch.Tensor = _SumTokenLosses.apply(rows, labels, shard)
+    loss: torch.Tensor = _SumTokenLosses.apply(rows, labels, shard, pieces)
     return loss
 
 

@@ -28,7 +28,7 @@ from megatron_tiedlora.base.private_folders import make_private_folder
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import Supervised, find_supervised
+from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.runtime.launch_env import local_rank
@@ -173,7 +173,7 @@ def _call_all(
     for parameter in stage.parameters():
         torch.nn.init.zeros_(parameter)
     ids = torch.arange(length).expand(num_rows, length)
-    labels = Supervised(*(tensor.to(device) for tensor in find_supervised(ids % shape.vocab_size)))
+    labels = find_supervised(ids % shape.vocab_size).moved(lambda tensor: tensor.to(device))
     tokens, positions = (ids % shape.vocab_size).to(device), ids.to(device)
     # Only on this thread, also backwards: the patch is thread-local, and without it compile workers would stay alive.
     with inductor.patch(compile_threads=1), torch.autograd.set_multithreading_enabled(False):

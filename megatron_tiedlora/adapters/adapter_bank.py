@@ -1,0 +1,155 @@
+"""Several adapters of one base, trained at the same time: each keeps its own tensors, and meets its own tokens alone.
+
+A shared micro-batch is ONE row: the micro-batches of some adapters, end to end, each as it is when that one is alone.
+So an adapter's part of every tensor has the shape and memory that it has alone, and nothing is padded for others.
+The bank is no module: engines neither move nor sum nor step its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from megatron_tiedlora.adapters.rows import SharedRows
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, LinearUpdate, TiedAdapter
+from megatron_tiedlora.parallel.backward import first_derivative_only
+from megatron_tiedlora.parallel.collectives import gather_together
+from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
+from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of
+
+
+class Share(NamedTuple):
+    """The micro-batch of one adapter inside a shared one: (rows, length) tokens, row after row.
+
+    Attributes:
+        adapter: its name in the bank.
+    """
+
+    adapter: str
+    num_rows: int
+    length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Its tokens, padding included."""
+        return self.num_rows * self.length
+
+
+Shares = Sequence[Share]
+
+
+def pieces_of(shares: Shares) -> Pieces:
+    """The tokens of a shared micro-batch; the owners are the shares, in order."""
+    return tuple(Piece(number, share.num_tokens) for number, share in enumerate(shares))
+
+
+class AdapterBank:
+    """A rank's parts of k adapters, by name."""
+
+    def __init__(self, adapters: Mapping[str, TiedAdapter]) -> None:
+        self.adapters = dict(adapters)
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer of the model that one of them adapts."""
+        return min(adapter.config.layers[0] for adapter in self.adapters.values())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every tensor of this rank, as NAME.TENSOR."""
+        for name, adapter in self.adapters.items():
+            for tensor, parameter in adapter.named_parameters():
+                yield f"{name}.{tensor}", parameter
+
+    def updates(
+        self, shares: Shares, tensor_parallel: TensorParallel, *, dtype: torch.dtype
+    ) -> dict[int, LayerUpdate]:
+        """The updates of the stage's layers that an adapter of the micro-batch adapts, by layer.
+
+        Factors that ranks need in full are gathered in one message for all adapters of the micro-batch, and their
+        gradients summed in one. The gradients of u stay this rank's addends: `bank_sums` sums them once per step.
+
+        Args:
+            shares: of the micro-batch; an adapter has at most one.
+            dtype: the base's dtype.
+        """
+        owners = [self.adapters[share.adapter] for share in shares]
+        assert len(set(map(id, owners))) == len(owners), "an adapter has two shares of a micro-batch"
+        by_owner = _read(owners, tensor_parallel.group, dtype=dtype)
+        pieces, group = pieces_of(shares), tensor_parallel.group
+        local_pieces = pieces
+        if tensor_parallel.sequence_parts > 1:
+            size = sum(piece.size for piece in pieces) // group.size
+            local_pieces = part_of(pieces, group.rank * size, (group.rank + 1) * size)
+        found: dict[int, LayerUpdate] = {}
+        for layer in sorted({layer for updates in by_owner for layer in updates}):
+            of_layer = {number: updates[layer] for number, updates in enumerate(by_owner) if layer in updates}
+            targets = dict.fromkeys(name for update in of_layer.values() for name in update)
+            found[layer] = {
+                name: _joined(
+                    {number: update[name] for number, update in of_layer.items() if name in update},
+                    {number: owners[number].config.rank for number in of_layer},
+                    pieces,
+                    local_pieces,
+                )
+                for name in targets
+            }
+        return found
+
+
+def _read(adapters: Sequence[TiedAdapter], group: RankGroup, *, dtype: torch.dtype) -> list[dict[int, LayerUpdate]]:
+    """The updates of each adapter, by layer, from one gather."""
+    factors = [adapter.factors() if adapter.part.layers else {} for adapter in adapters]
+    dims = [
+        {name: dim for name in held if (dim := adapter.config.gathered_dim(name)) is not None}
+        for adapter, held in zip(adapters, factors, strict=True)
+    ]
+    tensors = [held[name] for held, own in zip(factors, dims, strict=True) for name in own]
+    gathered = iter(gather_together(tensors, group, [dim for own in dims for dim in own.values()]))
+    found = []
+    for adapter, held, own in zip(adapters, factors, dims, strict=True):
+        whole = held | {name: next(gathered) for name in own}
+        layers = adapter.part.layers
+        found.append(dict(zip(layers, adapter.updates(whole, dtype=dtype), strict=True)) if layers else {})
+    return found
+
+
+def _joined(
+    updates: Mapping[int, LinearUpdate], ranks: Mapping[int, int], pieces: Pieces, local_pieces: Pieces
+) -> LinearUpdate:
+    """One update of a linear for the tokens of all owners: their factors and stand-ins, flat and end to end."""
+    rows = SharedRows(
+        ranks={number: ranks[number] for number in updates}, pieces=pieces, local_pieces=local_pieces
+    )
+    a, f = ([getattr(update, name) for update in updates.values()] for name in ("a", "f"))
+    grad_a, grad_f = ([getattr(update, name) for update in updates.values()] for name in ("grad_a", "grad_f"))
+    return LinearUpdate(_end_to_end(a), _end_to_end(f), _join_stand_ins(a, grad_a), _join_stand_ins(f, grad_f), rows)
+
+
+def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _join_stand_ins(factors: Sequence[torch.Tensor], stand_ins: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """One stand-in for several factors, some of which may be frozen; None if all are."""
+    if all(stand_in is None for stand_in in stand_ins):
+        return None
+    joined: torch.Tensor = _JoinStandIns.apply([factor.shape for factor in factors], *stand_ins)
+    return joined
+
+
+class _JoinStandIns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shapes: Sequence[torch.Size], *stand_ins: torch.Tensor | None) -> torch.Tensor:
+        ctx.shapes, ctx.needs = shapes, [stand_in is not None for stand_in in stand_ins]
+        like = next(stand_in for stand_in in stand_ins if stand_in is not None)
+        return like.new_empty(1).expand(sum(shape.numel() for shape in shapes))
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        parts = gradient.split([shape.numel() for shape in ctx.shapes])
+        views = (part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        return None, *(view if needs else None for view, needs in zip(views, ctx.needs, strict=True))

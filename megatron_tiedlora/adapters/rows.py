@@ -1,0 +1,208 @@
+"""Which tokens of a micro-batch meet which adapter: those of all tokens the one there is, or each its own of several.
+
+Layers ask the rows of an update for A x, F A x and the gradients; the algebra is that of `low_rank`. There are two sets
+of tokens: all of the micro-batch, and with sequence parallelism this rank's part of them (`local`).
+
+With several adapters the factors of a linear are flat: A_i (r_i, in), one after another, and so are F_i (out, r_i),
+their gradients, and A x: that of the first piece of tokens, (tokens, r_i), then that of the next. So an adapter's
+tensors have the shape and memory that they have when it is alone, and a token saves as many numbers as its own rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from megatron_tiedlora.adapters import low_rank
+from megatron_tiedlora.adapters.input_dropout import InputDropout
+from megatron_tiedlora.parallel.pieces import Piece, Pieces, starts_of
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """Every token meets the factors of one adapter: A (r, in) and F (out, r); A x is (..., r).
+
+    Attributes:
+        dropout: of the update's input, in a training step with --dropout.
+    """
+
+    dropout: InputDropout | None = None
+
+    def _drop(self, local: bool) -> low_rank.Drop | None:
+        if self.dropout is None:
+            return None
+        return self.dropout.of_local if local else self.dropout.of_whole
+
+    def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
+        """A D(x) of x (..., in), where D is the dropout."""
+        return low_rank.reduce_input(x, a, self._drop(local))
+
+    def add_update_(self, z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:
+        """Add F A x to z (tokens, out), in place."""
+        low_rank.add_update_(z, _flat(ax), f)
+
+    def gradient_of_ax(self, grad_z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        """The gradient of A x from dz (tokens, out)."""
+        return low_rank.gradient_of_ax(grad_z, f)
+
+    def gradient_of_f(self, grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The gradient of F in `dtype`, from dz (tokens, out)."""
+        return low_rank.gradient_of_f(grad_z, _flat(ax), dtype)
+
+    def gradient_of_a(
+        self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool
+    ) -> torch.Tensor:
+        """The gradient of A in `dtype`, from that of A x and x (tokens, in)."""
+        return low_rank.gradient_of_a(_flat(grad_ax), x, dtype, self._drop(local))
+
+    def add_share_(
+        self, grad_x: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, local: bool
+    ) -> torch.Tensor:
+        """grad_x (..., in) + D(grad_ax A), in place; grad_x alone if one of the others is None."""
+        return low_rank.add_share_(grad_x, grad_ax, a, self._drop(local))
+
+    def columns(self, ax: torch.Tensor, *, local: bool) -> torch.Tensor:
+        """A x, or its gradient, as columns for a message along the sequence, (1, tokens, r)."""
+        return ax.view(1, -1, ax.shape[-1])
+
+    def of_columns(self, columns: torch.Tensor, *, local: bool) -> torch.Tensor:
+        """A x, or its gradient, from columns (..., r)."""
+        return columns
+
+    def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> AllRows:
+        """The same for some tokens only.
+
+        Args:
+            rows, local_rows: indices into all tokens, and into this rank's part.
+            pieces, local_pieces: whose tokens they are, if there are several owners.
+        """
+        return self if self.dropout is None else replace(self, dropout=self.dropout.at(rows, local_rows))
+
+    def stand_in_pieces(self, size: int) -> Pieces | None:
+        """Whose numbers those of a gradient of A or F are, if there are several owners; `size` is their number."""
+        return None
+
+
+@dataclass(frozen=True)
+class SharedRows(AllRows):
+    """The tokens of several owners. Each meets the factors of its owner, or none if that one does not adapt the linear.
+
+    Attributes:
+        ranks: the rank of each owner that adapts the linear, in the order of the factors.
+        pieces: whose the tokens are, all of them.
+        local_pieces: the same for this rank's part of the sequence.
+    """
+
+    ranks: Mapping[int, int] = field(default_factory=dict)
+    pieces: Pieces = ()
+    local_pieces: Pieces = ()
+
+    def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
+        """As in AllRows."""
+        factors = self._factors(a, by_rows=True)
+        found = [low_rank.reduce_input(rows, factors[owner]) for owner, rows in self._rows(_flat(x), local)]
+        return _end_to_end(found, x)
+
+    def add_update_(self, z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:
+        """As in AllRows."""
+        factors, narrow = self._factors(f), self._narrow(ax, local=False)
+        for (owner, rows), own in zip(self._rows(z, local=False), narrow, strict=True):
+            low_rank.add_update_(rows, own, factors[owner])
+
+    def gradient_of_ax(self, grad_z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        """As in AllRows."""
+        factors = self._factors(f)
+        found = [low_rank.gradient_of_ax(rows, factors[owner]) for owner, rows in self._rows(grad_z, local=False)]
+        return _end_to_end(found, grad_z)
+
+    def gradient_of_f(self, grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As in AllRows."""
+        pairs = zip(self._rows(grad_z, local=False), self._narrow(ax, local=False), strict=True)
+        found = ((owner, low_rank.gradient_of_f(rows, own, dtype)) for (owner, rows), own in pairs)
+        return self._by_owner(found, grad_z.new_zeros(grad_z.shape[-1], dtype=dtype))
+
+    def gradient_of_a(
+        self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool
+    ) -> torch.Tensor:
+        """As in AllRows."""
+        pairs = zip(self._rows(x, local), self._narrow(grad_ax, local=local), strict=True)
+        found = ((owner, low_rank.gradient_of_a(own, rows, dtype)) for (owner, rows), own in pairs)
+        return self._by_owner(found, x.new_zeros(x.shape[-1], dtype=dtype))
+
+    def add_share_(
+        self, grad_x: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, local: bool
+    ) -> torch.Tensor:
+        """As in AllRows."""
+        if grad_ax is None or a is None:
+            return grad_x
+        factors = self._factors(a, by_rows=True)
+        pairs = zip(self._rows(_flat(grad_x), local), self._narrow(grad_ax, local=local), strict=True)
+        for (owner, rows), own in pairs:
+            low_rank.add_share_(rows, own, factors[owner])
+        return grad_x
+
+    def columns(self, ax: torch.Tensor, *, local: bool) -> torch.Tensor:
+        """As in AllRows: (1, tokens, widest rank), with zeros where a token's rank is less."""
+        num_tokens = sum(piece.size for piece in self._pieces(local))
+        spread = ax.new_zeros(1, num_tokens, max(self.ranks.values()))
+        for (owner, rows), own in zip(self._rows(spread[0], local), self._narrow(ax, local=local), strict=True):
+            rows[:, : self.ranks[owner]] = own
+        return spread
+
+    def of_columns(self, columns: torch.Tensor, *, local: bool) -> torch.Tensor:
+        """As in AllRows."""
+        rows = self._rows(columns.flatten(0, -2), local)
+        return _end_to_end([own[:, : self.ranks[owner]] for owner, own in rows], columns)
+
+    def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> SharedRows:
+        """As in AllRows."""
+        return replace(self, pieces=pieces, local_pieces=local_pieces)
+
+    def stand_in_pieces(self, size: int) -> Pieces:
+        """As in AllRows."""
+        width = size // sum(self.ranks.values())
+        return tuple(Piece(owner, rank * width) for owner, rank in self.ranks.items())
+
+    def _pieces(self, local: bool) -> Pieces:
+        return self.local_pieces if local else self.pieces
+
+    def _rows(self, rows: torch.Tensor, local: bool) -> Iterator[tuple[int, torch.Tensor]]:
+        """(owner, its rows) of each piece of `rows` (tokens, n) whose owner adapts the linear; views."""
+        pieces = self._pieces(local)
+        assert len(rows) == sum(piece.size for piece in pieces), "rows of other tokens"
+        for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
+            if owner in self.ranks:
+                yield owner, rows[start : start + size]
+
+    def _narrow(self, ax: torch.Tensor, *, local: bool) -> list[torch.Tensor]:
+        """The same of A x, (tokens, its rank) each."""
+        pieces = [piece for piece in self._pieces(local) if piece.owner in self.ranks]
+        parts = ax.split([piece.size * self.ranks[piece.owner] for piece in pieces])
+        return [part.view(-1, self.ranks[piece.owner]) for part, piece in zip(parts, pieces, strict=True)]
+
+    def _factors(self, flat: torch.Tensor, *, by_rows: bool = False) -> dict[int, torch.Tensor]:
+        """F_i (out, r_i) by owner, or A_i (r_i, in) with `by_rows`."""
+        blocks = flat.split([piece.size for piece in self.stand_in_pieces(flat.numel())])
+        shapes = [(rank, -1) if by_rows else (-1, rank) for rank in self.ranks.values()]
+        return {owner: block.view(shape) for owner, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
+
+    def _by_owner(self, found: Iterator[tuple[int, torch.Tensor]], zeros: torch.Tensor) -> torch.Tensor:
+        """The sums of each owner's gradients, flat; zeros, from those of one column, for an owner without any."""
+        totals: dict[int, torch.Tensor] = {}
+        for owner, gradient in found:
+            totals[owner] = totals[owner] + gradient if owner in totals else gradient
+        return torch.cat(
+            [totals[owner].flatten() if owner in totals else zeros.repeat(rank) for owner, rank in self.ranks.items()]
+        )
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., n) -> (tokens, n), a view."""
+    return tensor.view(-1, tensor.shape[-1])
+
+
+def _end_to_end(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """All numbers of the parts, flat; none, in the dtype of `like`, if there are no parts."""
+    return torch.cat([part.flatten() for part in parts]) if parts else like.new_empty(0)

@@ -1,0 +1,146 @@
+"""Several adapters in shared micro-batches on one process: every bit of every gradient is that of the adapter alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import OracleConfig
+from oracle_adapter import ALL_TARGETS
+from shared_batches import Member, SharedBatch, rounds
+from tiny_models import random_adapter, write_tiny_model
+
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank
+from megatron_tiedlora.adapters.targets import targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+
+ALPHA = 6.0
+Gradients = dict[str, torch.Tensor]
+TWO = (
+    Member("a", {"method": "tl6", "rank": 8}, ((1, 1), (1,)), seed=1),
+    Member("b", {"method": "lora", "rank": 3, "layers": (2, 3)}, ((1, 1, 1),), seed=2),
+)
+FOUR = (
+    *TWO,
+    Member("c", {"method": "vera", "rank": 16, "targets": ALL_TARGETS}, ((1,), (1, 1)), seed=3),
+    Member("d", {"method": "tl1", "rank": 1, "targets": ("o_proj", "gate_up")}, ((1, 1, 1, 1),), seed=4),
+)
+EIGHT = (
+    *FOUR,
+    Member("e", {"method": "tl2", "rank": 5, "targets": ("down_proj",)}, ((1, 1), (1, 1), (1,)), seed=5),
+    Member("f", {"method": "tl3", "rank": 2, "layers": (3,)}, ((1,),), seed=6),
+    Member("g", {"method": "tl4", "rank": 7, "layers": (1,), "targets": ALL_TARGETS}, ((1, 1),), seed=7),
+    Member("h", {"method": "tl5", "rank": 12}, ((1,), (1,)), seed=8),
+)
+PACKED = tuple(
+    Member(m.name, m.adapter, rows, seed=m.seed, packed=True)
+    for m, rows in zip(FOUR, (((3, 2), (4, 1)), ((5,),), ((2, 2, 3),), ((1,), (6, 2))), strict=True)
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bank") / "model"
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 12, "num_layers": 3}
+    return write_tiny_model(path, tokenizer=False, **shape)
+
+
+def adapter_of(member: Member, folder: Path, dtype: torch.dtype) -> TiedAdapter:
+    oracle = random_adapter(
+        config=OracleConfig.from_folder(folder), alpha=ALPHA, seed=member.seed, dtype=dtype, **member.adapter
+    )
+    config = make_adapter_config(
+        oracle.method,
+        rank=oracle.rank,
+        alpha=ALPHA,
+        layers=oracle.layers,
+        targets=targets_of(find_model(str(folder)).shape, oracle.targets),
+        seed=0,
+    )
+    adapter = TiedAdapter(AdapterPart.whole(config), dtype=dtype)
+    adapter.load_full(oracle.tensors)
+    return adapter
+
+
+def stage_of(folder: Path, adapter: TiedAdapter | AdapterBank, dtype: torch.dtype, recompute: str = "none") -> Stage:
+    shape = find_model(str(folder)).shape
+    stage = Stage(
+        layer_specs(shape, dtype=dtype, recomputes_gate=recompute == "selective"), adapter, recompute=recompute
+    )
+    with BaseWeights(folder, shape) as weights:
+        load_base_weights(weights, frozen_weights(stage))
+    return stage
+
+
+def gradients_of(adapter: TiedAdapter) -> Gradients:
+    return {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
+
+
+def alone(member: Member, folder: Path, dtype: torch.dtype, **settings: Any) -> tuple[list[float], Gradients]:
+    """Its losses and gradients, with micro-batches and a weight as in a run of its own."""
+    adapter = adapter_of(member, folder, torch.promote_types(dtype, torch.float32))
+    stage, losses = stage_of(folder, adapter, dtype, **settings), []
+    for batch in member.micro_batches:
+        assert batch.positions is not None
+        loss = stage(batch.input_ids, batch.positions, batch.labels, documents=batch.documents)
+        (loss / weight_of(member)).backward()
+        losses.append(float(loss.detach()))
+    return losses, gradients_of(adapter)
+
+
+def weight_of(member: Member) -> float:
+    """What its losses are divided by: no two have the same."""
+    return sum(sample.num_supervised for sample in member.samples) / 3
+
+
+def together(
+    members: Sequence[Member], batches: Sequence[SharedBatch], folder: Path, dtype: torch.dtype, **settings: Any
+) -> tuple[dict[str, list[float]], dict[str, Gradients]]:
+    """The same of all, from one stage with a bank."""
+    wide = torch.promote_types(dtype, torch.float32)
+    bank = AdapterBank({member.name: adapter_of(member, folder, wide) for member in members})
+    stage, losses = stage_of(folder, bank, dtype, **settings), {member.name: [] for member in members}
+    weights = {member.name: weight_of(member) for member in members}
+    for batch in batches:
+        found = stage(
+            batch.tokens, batch.positions, batch.supervised(), documents=batch.documents, shares=batch.shares
+        )
+        (found / torch.tensor([weights[share.adapter] for share in batch.shares], dtype=wide)).sum().backward()
+        for share, loss in zip(batch.shares, found.tolist(), strict=True):
+            losses[share.adapter].append(loss)
+    assert stage.anchor is not None and stage.anchor.grad is not None and not stage.anchor.grad.any()
+    return losses, {name: gradients_of(adapter) for name, adapter in bank.adapters.items()}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("members", [TWO, FOUR, EIGHT, PACKED], ids=["two", "four", "eight", "packed"])
+def test_every_gradient_is_the_single_runs(
+    members: tuple[Member, ...], dtype: torch.dtype, shared: bool, folder: Path
+) -> None:
+    check(members, rounds(members, shared=shared), folder, dtype)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute(recompute: str, folder: Path) -> None:
+    check(PACKED, rounds(PACKED, shared=True), folder, torch.bfloat16, recompute=recompute)
+
+
+def check(
+    members: Sequence[Member], batches: Sequence[SharedBatch], folder: Path, dtype: torch.dtype, **settings: Any
+) -> None:
+    losses, gradients = together(members, batches, folder, dtype, **settings)
+    for member in members:
+        expected_losses, expected = alone(member, folder, dtype, **settings)
+        assert losses[member.name] == expected_losses, member
+        assert gradients[member.name].keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert gradient.any() and torch.equal(gradients[member.name][name], gradient), (member, name)
