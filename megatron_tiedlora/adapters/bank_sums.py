@@ -26,7 +26,8 @@ def sum_gradients_(bank: AdapterBank, groups: ParallelGroups, *, taking: Collect
     Returns:
         the tensors that have no gradient although others of their adapter have one on this rank, as NAME.TENSOR.
     """
-    by_group: dict[str, list[nn.Parameter]] = {"stage": [], "tied": [], "data": []}
+    # In one order on every rank; groups of the same ranks are one.
+    by_group: dict[RankGroup, list[nn.Parameter]] = {groups.stage: [], groups.tied: [], groups.data: []}
     missing = []
     for name, adapter in bank.adapters.items():
         if name not in taking:
@@ -37,10 +38,10 @@ def sum_gradients_(bank: AdapterBank, groups: ParallelGroups, *, taking: Collect
             if parameter.grad is None and present:
                 missing.append(f"{name}.{tensor}")
             letter = adapter.config.tensors[tensor][1]
-            group = "stage" if letter == "u" else "tied" if adapter.config.factor(tensor).tied else "data"
-            by_group[group].append(parameter)
-    for kind, parameters in by_group.items():
-        _sum_together_(parameters, getattr(groups, kind))
+            tied = adapter.config.factor(tensor).tied
+            by_group[groups.stage if letter == "u" else groups.tied if tied else groups.data].append(parameter)
+    for group, parameters in by_group.items():
+        _sum_together_(parameters, group)
     return missing
 
 
