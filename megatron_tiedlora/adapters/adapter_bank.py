@@ -84,6 +84,7 @@ class AdapterBank:
             size = sum(piece.size for piece in pieces) // group.size
             local_pieces = part_of(pieces, group.rank * size, (group.rank + 1) * size)
         found: dict[int, LayerUpdate] = {}
+        flat = _Flat()
         for layer in sorted({layer for updates in by_owner for layer in updates}):
             of_layer = {number: updates[layer] for number, updates in enumerate(by_owner) if layer in updates}
             targets = dict.fromkeys(name for update in of_layer.values() for name in update)
@@ -91,8 +92,8 @@ class AdapterBank:
                 name: _joined(
                     {number: update[name] for number, update in of_layer.items() if name in update},
                     {number: owners[number].config.rank for number in of_layer},
-                    pieces,
-                    local_pieces,
+                    (pieces, local_pieces),
+                    flat,
                 )
                 for name in targets
             }
@@ -117,19 +118,29 @@ def _read(adapters: Sequence[TiedAdapter], group: RankGroup, *, dtype: torch.dty
 
 
 def _joined(
-    updates: Mapping[int, LinearUpdate], ranks: Mapping[int, int], pieces: Pieces, local_pieces: Pieces
+    updates: Mapping[int, LinearUpdate], ranks: Mapping[int, int], pieces: tuple[Pieces, Pieces], flat: _Flat
 ) -> LinearUpdate:
     """One update of a linear for the tokens of all owners: their factors and stand-ins, flat and end to end."""
-    rows = SharedRows(
-        ranks={number: ranks[number] for number in updates}, pieces=pieces, local_pieces=local_pieces
-    )
+    of_adapted = {number: ranks[number] for number in updates}
+    rows = SharedRows(ranks=of_adapted, pieces=pieces[0], local_pieces=pieces[1])
     a, f = ([getattr(update, name) for update in updates.values()] for name in ("a", "f"))
     grad_a, grad_f = ([getattr(update, name) for update in updates.values()] for name in ("grad_a", "grad_f"))
-    return LinearUpdate(_end_to_end(a), _end_to_end(f), _join_stand_ins(a, grad_a), _join_stand_ins(f, grad_f), rows)
+    return LinearUpdate(flat.of(a), flat.of(f), _join_stand_ins(a, grad_a), _join_stand_ins(f, grad_f), rows)
 
 
-def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
+class _Flat:
+    """Factors end to end, in one memory for all layers that share them."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def of(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """All numbers of the factors; their own memory if there is only one."""
+        key = tuple(factor.data_ptr() for factor in factors)
+        if key not in self._found:
+            parts = [factor.flatten() for factor in factors]
+            self._found[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._found[key]
 
 
 def _join_stand_ins(factors: Sequence[torch.Tensor], stand_ins: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import OracleConfig
 from oracle_adapter import ALL_TARGETS
-from shared_batches import Member, SharedBatch, rounds
+from shared_batches import Member, SharedBatch, joined, rounds
 from tiny_models import random_adapter, write_tiny_model
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
@@ -102,11 +102,20 @@ def weight_of(member: Member) -> float:
 
 
 def together(
-    members: Sequence[Member], batches: Sequence[SharedBatch], folder: Path, dtype: torch.dtype, **settings: Any
+    members: Sequence[Member],
+    batches: Sequence[SharedBatch],
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    sick: str | None = None,
+    **settings: Any,
 ) -> tuple[dict[str, list[float]], dict[str, Gradients]]:
-    """The same of all, from one stage with a bank."""
+    """The same of all, from one stage with a bank; the tensors of adapter `sick` hold NaN."""
     wide = torch.promote_types(dtype, torch.float32)
     bank = AdapterBank({member.name: adapter_of(member, folder, wide) for member in members})
+    for name, parameter in bank.named_parameters():
+        if name.startswith(f"{sick}."):
+            parameter.data.fill_(torch.nan)
     stage, losses = stage_of(folder, bank, dtype, **settings), {member.name: [] for member in members}
     weights = {member.name: weight_of(member) for member in members}
     for batch in batches:
@@ -144,3 +153,51 @@ def check(
         assert gradients[member.name].keys() == expected.keys()
         for name, gradient in expected.items():
             assert gradient.any() and torch.equal(gradients[member.name][name], gradient), (member, name)
+
+
+@pytest.mark.parametrize("members", [FOUR, PACKED], ids=["unpacked", "packed"])
+def test_a_neighbour_that_is_not_finite_changes_no_bit(members: tuple[Member, ...], folder: Path) -> None:
+    """NaN times zero is NaN: no sum, mask or padding may take a row of another adapter."""
+    batches = rounds(members, shared=True)
+    losses, gradients = together(members, batches, folder, torch.bfloat16)
+    for sick in (members[0], members[2]):  # the first, whose rows padding would take, and one of all targets
+        found_losses, found = together(members, batches, folder, torch.bfloat16, sick=sick.name)
+        assert torch.tensor(found_losses[sick.name]).isnan().any()
+        for member in members:
+            if member is not sick:
+                assert found_losses[member.name] == losses[member.name]
+                assert all(torch.equal(found[member.name][name], g) for name, g in gradients[member.name].items())
+
+
+def test_a_token_saves_what_it_saves_alone(folder: Path) -> None:
+    """Also of A x: the numbers of its own adapter's rank."""
+    methods = zip(("tl6", "lora", "tl2", "tl5"), (8, 3, 1, 12), strict=True)  # all train A and F
+    members = [Member(method, {"method": method, "rank": rank}, ((1, 1),), seed=rank) for method, rank in methods]
+    bank = AdapterBank({member.name: adapter_of(member, folder, torch.float32) for member in members})
+    parts = [(member.name, member.micro_batches[0]) for member in members]
+    shared, expected = joined(parts), 0
+    for member, (_, batch) in zip(members, parts, strict=True):
+        stage = stage_of(folder, bank.adapters[member.name], torch.bfloat16)
+        expected += saved_bytes(stage, batch.input_ids, batch.positions)
+    found = saved_bytes(stage_of(folder, bank, torch.bfloat16), shared.tokens, shared.positions, shared.shares)
+    assert found == expected > 0
+
+
+def saved_bytes(stage: Stage, tokens: torch.Tensor, positions: Any, shares: Any = ()) -> int:
+    """The bytes that a forward pass without a head saves, without parameters, factors, cos and sin."""
+    updates = stage.read_adapter(shares)
+    linears = [linear for update in updates.values() for linear in update.values()]
+    factors = [factor for linear in linears for factor in linear[:4] if factor is not None]
+    held = {tensor.untyped_storage().data_ptr() for tensor in [*stage.parameters(), *factors]}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        table = tensor.ndim == 3 and tensor.shape[1:] == (1, stage.attention.qkv.heads.dim // 2)
+        if tensor.is_floating_point() and not table:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = stage.embed(tokens, stage.tensor_parallel)
+        stage.run_blocks(hidden, positions, stage.tensor_parallel, updates=updates, shares=shares)
+    return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in held)
