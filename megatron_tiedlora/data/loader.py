@@ -91,7 +91,8 @@ class TrainingStep:
     """One rank's share of a global batch.
 
     num_supervised, num_tokens, squared_lengths: totals of the whole global batch. num_positions: positions of all
-    ranks' micro-batches, including padding. consumed_samples: samples consumed after this step.
+    ranks' micro-batches, including padding. largest: the positions of each micro-batch, on the rank where it has most.
+    consumed_samples: samples consumed after this step.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -99,6 +100,7 @@ class TrainingStep:
     num_tokens: int
     squared_lengths: int
     num_positions: int
+    largest: tuple[int, ...]
     consumed_samples: int
 
 
@@ -175,6 +177,7 @@ def training_steps(
     while True:
         plan = plan_global_batch(dataset, shape, seed=seed, consumed_samples=consumed_samples)
         consumed_samples = plan.consumed_samples
+        positions = [num_positions(dataset, [rows], pad_multiple=pad_multiple) for rows in plan.micro_batches]
         yield TrainingStep(
             micro_batches=tuple(
                 collate(
@@ -194,7 +197,8 @@ def training_steps(
             num_supervised=plan.num_supervised,
             num_tokens=plan.num_tokens,
             squared_lengths=plan.squared_lengths,
-            num_positions=num_positions(dataset, plan.micro_batches, pad_multiple=pad_multiple),
+            num_positions=sum(positions),
+            largest=tuple(max(positions[i : i + shape.dp_size]) for i in range(0, len(positions), shape.dp_size)),
             consumed_samples=consumed_samples,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -93,7 +93,7 @@ def initialize_engine(
     config: EngineConfig,
     *,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     process_grid: Any,
 ) -> Any:
     """Call `deepspeed.initialize` with a client optimizer and schedule; the optimizer holds the trained parameters.
@@ -156,16 +156,31 @@ def clip_gradients_(adapter: TiedAdapter, groups: ParallelGroups, max_norm: floa
     Returns:
         the 2-norm before clipping, the same on every rank; each tied or replicated tensor and each shard counts once.
     """
-    squares = torch.zeros((), dtype=torch.float64, device=device)
-    for name in gradient_norm_counts(adapter, groups):
-        gradient = adapter.get_parameter(name).grad
-        if gradient is not None:
-            squares += torch.linalg.vector_norm(gradient.detach().float()).double().square()
+    (norm,) = gradient_norms([adapter], groups, device)
+    scale_gradients_(adapter, norm, max_norm)
+    return norm
+
+
+def gradient_norms(adapters: Sequence[TiedAdapter], groups: ParallelGroups, device: torch.device) -> list[float]:
+    """The 2-norm of each adapter's gradients over the whole model, from one message; the same on every rank.
+
+    Each tied or replicated tensor and each shard counts once.
+    """
+    squares = torch.zeros(len(adapters), dtype=torch.float64, device=device)
+    for square, adapter in zip(squares, adapters, strict=True):
+        for name in gradient_norm_counts(adapter, groups):
+            gradient = adapter.get_parameter(name).grad
+            if gradient is not None:
+                square += torch.linalg.vector_norm(gradient.detach().float()).double().square()
     if groups.model.size > 1:
         torch.distributed.all_reduce(squares, group=groups.model.handle)
-    norm = float(squares.sqrt())
+    norms: list[float] = squares.sqrt().tolist()
+    return norms
+
+
+def scale_gradients_(adapter: TiedAdapter, norm: float, max_norm: float) -> None:
+    """Scale gradients whose norm over the whole model is `norm` so that it is at most `max_norm` (0: do not scale)."""
     if max_norm and norm > max_norm:
         for parameter in trained_parameters(adapter).values():
             if parameter.grad is not None:
                 parameter.grad.mul_(max_norm / (norm + 1e-6))
-    return norm

@@ -2,7 +2,8 @@
 
 Every stage takes (tokens or hidden states, position ids, document ids if rows are packed). With dropout the tokens'
 numbers are in one tensor with the position ids. Stages send hidden states to
-each other, and the last stage's loss is the summed loss of its supervised tokens divided by a denominator.
+each other, and the last stage's loss is the summed loss of its supervised tokens divided by a denominator, or the
+weighted sum of the losses of several adapters.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from deepspeed.pipe import PipelineModule
 
+from megatron_tiedlora.adapters.adapter_bank import Shares
 from megatron_tiedlora.engine.topology import make_groups, make_topology, quiet
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.stage import Stage
@@ -29,6 +31,7 @@ class PipelinedModel(PipelineModule):
 
     stage: Stage
     groups: ParallelGroups
+    shares: Shares = ()  # of the micro-batch of the next forward pass
 
     def __init__(
         self, specs: Sequence[LayerSpec], stages: Sequence[range], *, grid: Grid, build_stage: BuildStage
@@ -61,10 +64,16 @@ class PipelinedModel(PipelineModule):
         tokens_or_hidden, places, *documents = inputs
         positions, numbers = places.unbind() if places.ndim == 3 else (places, None)
         output: torch.Tensor | Attended = self.stage(
-            tokens_or_hidden, positions, documents=documents[0] if documents else None, numbers=numbers
+            tokens_or_hidden,
+            positions,
+            documents=documents[0] if documents else None,
+            numbers=numbers,
+            shares=self.shares,
         )
         return output
 
     def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> torch.Tensor:
-        *supervised, denominator = labels
-        return self.stage.tail.loss(attended, Supervised(*supervised), self.stage.tensor_parallel) / denominator
+        *supervised, weighted = labels
+        loss = self.stage.tail.loss(attended, Supervised(*supervised), self.stage.tensor_parallel)
+        found: torch.Tensor = weighted(loss)
+        return found

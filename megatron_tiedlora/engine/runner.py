@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import sum_tied_gradients_
 from megatron_tiedlora.engine.engine import clip_gradients_
 from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import Supervised, find_supervised
+from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised, find_supervised
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 _LARGEST_SQUARE = torch.finfo(torch.float32).max
@@ -31,6 +32,7 @@ class StepInput(NamedTuple):
 
     `documents` holds document ids, (b, s) int64: tokens attend only within their document. None: one per row.
     `numbers`, (b, s) int64, are the tokens' numbers, from which dropout follows. None: there is none.
+    `shares` of several adapters, whose tokens are then one row: b is 1.
     """
 
     tokens: torch.Tensor
@@ -38,6 +40,14 @@ class StepInput(NamedTuple):
     labels: torch.Tensor
     documents: torch.Tensor | None = None
     numbers: torch.Tensor | None = None
+    shares: Shares = ()
+
+
+def reported_norm(norm: float) -> float:
+    """A gradient norm as `Runner.take_step` reports it: inf or nan if its square is not finite in fp32."""
+    if not norm >= 0:
+        return math.nan
+    return norm if norm * norm <= _LARGEST_SQUARE else math.inf
 
 
 def inputs_to_fill(num_stages: int) -> int:
@@ -103,16 +113,18 @@ class Runner:
         self._step()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm())
-        if not norm >= 0:
-            return math.nan
-        return norm if norm * norm <= _LARGEST_SQUARE else math.inf
+        return reported_norm(norm)
 
     def _step(self) -> None:
         raise NotImplementedError
 
     def _supervised(self, batch: StepInput) -> Supervised:
         """The batch's supervised positions, computed on the host, for the last layers of this rank's stage."""
-        found = find_supervised(batch.labels, self.stage.tensor_parallel.sequence_parts)
+        num_parts = self.stage.tensor_parallel.sequence_parts
+        if batch.shares:
+            found = find_shared_supervised(batch.labels, pieces_of(batch.shares), num_parts)
+        else:
+            found = find_supervised(batch.labels, num_parts)
         return found.moved(self._on_device)
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -132,7 +144,7 @@ class PlainRunner(Runner):
         # Document ids stay on the host, where their boundaries are computed.
         with self.each_forward():
             loss: torch.Tensor = self.engine(
-                tokens, positions, supervised, documents=batch.documents, numbers=numbers
+                tokens, positions, supervised, documents=batch.documents, numbers=numbers, shares=batch.shares
             )
         return loss
 
@@ -214,6 +226,7 @@ class PipelineRunner(Runner):
         self.engine.total_loss = None
         self.engine._compute_loss = True
         self._to_load, self._to_receive, self._denominator = iter(batches), iter(batches), denominator
+        self._shares: dict[int, Shares] = {}
         self.engine._exec_schedule(
             schedule(micro_batches=len(batches), stages=self.groups.pipeline.size, stage_id=self.groups.pipeline.rank)
         )
@@ -222,13 +235,15 @@ class PipelineRunner(Runner):
     def _load(self, buffer_id: int) -> None:
         """Load what the first and the last stage need of the next micro-batch besides hidden states."""
         batch = next(self._to_load)
+        self._shares[buffer_id] = batch.shares
         if self.stage.embedding is not None:
             self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._position_ids(batch))
         if self.stage.head is not None:
             self.engine.pipe_buffers["labels"][buffer_id] = self._labels(batch)
 
     def _labels(self, batch: StepInput) -> tuple[Any, ...]:
-        return *self._supervised(batch), self._denominator
+        denominator = self._denominator
+        return *self._supervised(batch), lambda loss: loss / denominator
 
     def _position_ids(self, batch: StepInput) -> tuple[torch.Tensor, ...]:
         """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries.
@@ -241,6 +256,7 @@ class PipelineRunner(Runner):
         return (positions,) if batch.documents is None else (positions, batch.documents)
 
     def _forward(self, buffer_id: int) -> None:
+        self.engine.module.shares = self._shares[buffer_id]
         with self.each_forward():
             self.engine._exec_forward_pass(buffer_id)
 
@@ -249,6 +265,7 @@ class PipelineRunner(Runner):
         from deepspeed.runtime.pipe import p2p
 
         batch = next(self._to_receive)
+        self._shares[buffer_id] = batch.shares
         hidden = self.stage.empty_hidden(*batch.tokens.shape)
         p2p.recv(hidden, self.engine.prev_stage)
         self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._position_ids(batch))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
@@ -71,8 +72,7 @@ def build_model(
     Raises:
         UserError: weights are missing or do not fit, or the checkpoint or --init_from's adapter is of another base.
     """
-    shape, grid = plan.source.shape, plan.grid
-    with BaseWeights(plan.source.weights_folder(), shape, plan.source.stored) as weights:
+    with BaseWeights(plan.source.weights_folder(), plan.source.shape, plan.source.stored) as weights:
         base = _identify(plan, weights)
         _check_same_base(base)
         check_same_dtype(plan.dtype_name)
@@ -83,19 +83,25 @@ def build_model(
             state, notes = checkpoint.adapter.state, _check_resumed(plan, base, checkpoint)
         module, stage, groups, process_grid = _build_stage(plan, device, kernels)
         _fill_adapter(plan, stage, groups, state)
-        load_base_weights(
-            weights,
-            frozen_weights(stage),
-            stage_weight_rules(shape, has_embedding=stage.embedding is not None),
-            access=parameter_access(plan.engine),
-            tp_rank=grid.tp_rank,
-            tp_size=grid.tp_size,
-            largest=partial(largest_of_all, group=groups.tensor),
-            reads=plan.engine.zero_stage < 3 or grid.dp_rank == 0,
-            progress=grid.rank == 0,
-        )
+        load_base(plan, weights, stage, groups)
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(stage.layers))
     return BuiltModel(module, stage, groups, process_grid, base, tuple(read), tuple(kept), notes)
+
+
+def load_base(plan: RunPlan, weights: BaseWeights, stage: Stage, groups: ParallelGroups) -> None:
+    """Read this rank's slices of the base into its stage. All ranks call it."""
+    grid = plan.grid
+    load_base_weights(
+        weights,
+        frozen_weights(stage),
+        stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None),
+        access=parameter_access(plan.engine),
+        tp_rank=grid.tp_rank,
+        tp_size=grid.tp_size,
+        largest=partial(largest_of_all, group=groups.tensor),
+        reads=plan.engine.zero_stage < 3 or grid.dp_rank == 0,
+        progress=grid.rank == 0,
+    )
 
 
 def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
@@ -128,6 +134,14 @@ def _fill_adapter(
 
 def _build_stage(plan: RunPlan, device: torch.device, kernels: Kernels) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
     """(the module for DeepSpeed, the stage, its groups, DeepSpeed's grid)."""
+    adapter = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
+    return build_stage(plan, adapter, device, kernels)
+
+
+def build_stage(
+    plan: RunPlan, adapter: TiedAdapter | AdapterBank, device: torch.device, kernels: Kernels
+) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
+    """The same around an adapter or a bank, which is on `device` already."""
     grid = plan.grid
     specs = layer_specs(
         plan.source.shape,
@@ -138,7 +152,6 @@ def _build_stage(plan: RunPlan, device: torch.device, kernels: Kernels) -> tuple
         deterministic=plan.settings.deterministic,
         make_weight=plan.weight_maker(device),
     )
-    adapter = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
 
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:
         tensor_parallel = TensorParallel(groups.tensor, plan.layout.sequence_parallel)

@@ -75,9 +75,8 @@ def make_meter(peak: float) -> Meter:
 
 
 def make_step(lengths: list[int], supervised: list[int], *, positions: int) -> TrainingStep:
-    return TrainingStep(
-        (), sum(supervised), sum(lengths), sum(length**2 for length in lengths), positions, consumed_samples=0
-    )
+    squares = sum(length**2 for length in lengths)
+    return TrainingStep((), sum(supervised), sum(lengths), squares, positions, largest=(), consumed_samples=0)
 
 
 def test_the_rates_of_a_step() -> None:

@@ -1,0 +1,106 @@
+"""From the plans of several adapters to one running engine: the stage with their bank, and each adapter's own step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.engine.bank_runner import BankPipelineRunner, BankPlainRunner
+from megatron_tiedlora.engine.bank_step import BankStep, OwnStep, trained_or_stand_in
+from megatron_tiedlora.engine.engine import initialize_engine
+from megatron_tiedlora.engine.engine_json import EngineConfig
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.training.build import build_stage, load_base
+from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler
+from megatron_tiedlora.training.plan import RunPlan
+
+Plans = Mapping[str, RunPlan]  # by the adapter's name; they differ only in what belongs to an adapter
+
+
+@dataclass(frozen=True)
+class BuiltBank:
+    """This rank's part of a run of several adapters, ready for its first step."""
+
+    runner: BankPlainRunner | BankPipelineRunner
+    step: BankStep
+
+
+def shared_plan(plans: Plans) -> RunPlan:
+    """The plan whose stages all adapters have: that of the one whose first adapted layer is lowest.
+
+    Raises:
+        UserError: the engine would clip all adapters together.
+    """
+    plan = min(plans.values(), key=lambda plan: plan.adapter.layers[0])
+    if plan.engine.zero_stage in (1, 2):
+        raise UserError(
+            f"--ds_config {plan.settings.ds_config}: ZeRO-{plan.engine.zero_stage} clips the gradients of all adapters"
+            " together, and would shard only their few MB. Use zero0.json, or zero3.json to shard the base"
+        )
+    return plan
+
+
+def build_bank(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltBank:
+    """Build this rank's stage with the parts of all adapters, load its shards of the base, and start the engine.
+
+    The adapters have their initial values.
+
+    Raises:
+        UserError: see `shared_plan`; or weights are missing or do not fit.
+    """
+    shared = shared_plan(plans)
+    layers = shared.stage.layers
+    adapters = {}
+    for name, plan in plans.items():
+        own = tuple(layer for layer in plan.adapter.layers if layer in layers)
+        part = AdapterPart(plan.adapter, own, shared.grid.tp_rank, shared.grid.tp_size)
+        adapters[name] = TiedAdapter(part).to(device)
+        adapters[name].load_full(initial_values(plan.adapter))
+    bank = AdapterBank(adapters)
+    module, stage, groups, process_grid = build_stage(shared, bank, device, kernels)
+    with BaseWeights(shared.source.weights_folder(), shared.source.shape, shared.source.stored) as weights:
+        load_base(shared, weights, stage, groups)
+    assert stage.anchor is not None
+    config = _engine_config(shared)
+    engine = initialize_engine(
+        module,
+        config,
+        optimizer=make_optimizer([stage.anchor], learning_rate=0.0, weight_decay=0.0),
+        scheduler=None,
+        process_grid=process_grid,
+    )
+    kind = BankPlainRunner if groups.pipeline.size == 1 else BankPipelineRunner
+    runner = kind(engine, stage, groups, config, device)
+    steps = {name: _own_step(plan, adapters[name]) for name, plan in plans.items()}
+    return BuiltBank(runner, BankStep(bank, groups, steps, device))
+
+
+def _engine_config(plan: RunPlan) -> EngineConfig:
+    """The engine's JSON: it neither divides a loss nor clips a gradient, as each adapter has numbers of its own."""
+    ours = {
+        "train_batch_size": plan.grid.dp_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+    }
+    return replace(plan.engine, values={**plan.engine.values, **ours})
+
+
+def _own_step(plan: RunPlan, adapter: TiedAdapter) -> OwnStep:
+    settings = plan.settings
+    optimizer = make_optimizer(
+        trained_or_stand_in(adapter),
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+    )
+    scheduler = make_scheduler(
+        optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps, schedule=settings.schedule
+    )
+    return OwnStep(optimizer, scheduler, settings.gradient_clipping)

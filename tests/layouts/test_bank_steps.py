@@ -1,0 +1,105 @@
+"""Steps of several adapters on DeepSpeed's engines: the bits of each adapter's own run on one process, and within the
+bounds of two exact runs at layouts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bank_steps_worker import BankRun, run_bank_steps
+from engine_runs import relative_distance, relative_errors, write_uneven_data
+from forked_ranks import run_on_ranks
+from tiny_models import write_tiny_model
+
+pytestmark = pytest.mark.distributed
+
+LOSS_TOLERANCE, NORM_TOLERANCE, ADAPTER_TOLERANCE = 1e-6, 1e-5, 5e-5
+OWN: dict[str, dict[str, Any]] = {
+    "a": {"method": "tl6", "rank": 8, "global_batch_size": 8, "max_steps": 6},
+    "b": {"method": "lora", "rank": 3, "layers": (2, 3), "global_batch_size": 4, "max_steps": 4, "learning_rate": 2e-2},
+    "c": {"method": "vera", "rank": 16, "targets": "all", "global_batch_size": 16, "max_steps": 6, "seed": 5},
+    "d": {"method": "tl2", "rank": 1, "targets": "o_proj,gate_up", "global_batch_size": 4, "gradient_clipping": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("base")
+    return {
+        "model": str(write_tiny_model(folder / "model", num_layers=3, hidden_size=64, intermediate_size=96)),
+        "train_file": str(write_uneven_data(folder / "train.jsonl")),
+        "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=4, seed=1)),
+        "ds_config": "zero0.json",
+        "dtype": "fp32",
+        "seed": 11,
+        "max_length": 128,
+        "max_steps": 6,
+        "warmup_steps": 2,
+        "learning_rate": 5e-3,
+        "weight_decay": 0.01,
+        "gradient_clipping": 0.05,
+        "eval_interval": 1000,
+    }
+
+
+def settings(base: dict[str, Any], **changes: Any) -> dict[str, dict[str, Any]]:
+    return {name: {**base, **own, **changes} for name, own in OWN.items()}
+
+
+def test_six_steps_have_the_bits_of_single_runs(base: dict[str, Any], tmp_path: Path) -> None:
+    variants = [("fp32", True, 512), ("bf16", False, 512), ("bf16", True, 512), ("fp32", False, 0)]
+    cases = [
+        {"settings": settings(base, dtype=dtype, packing=packing), "capacity": capacity, "alone": True}
+        for dtype, packing, capacity in variants
+    ]
+    (runs,) = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=1, folder=tmp_path)
+    for case, run in zip(cases, runs, strict=True):
+        assert (max(run.rounds) > 2) == (case["capacity"] > 0), run.rounds
+        for name in OWN:
+            alone, together = run.alone[name], run.together[name]
+            assert together.losses == alone.losses and together.norms == alone.norms, (name, case)
+            assert min(alone.norms) > case["settings"][name]["gradient_clipping"], "clipping must be active"
+            assert together.state.keys() == alone.state.keys()
+            assert all(torch.equal(together.state[t], value) for t, value in alone.state.items()), (name, case)
+
+
+# (ranks, what differs from one process)
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (2, {"tensor_parallel": 2}),
+    (2, {"pipeline_parallel": 2}),
+    (2, {}),
+    (2, {"ds_config": "zero3.json"}),
+    (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    (4, {"tensor_parallel": 2}),
+    (4, {"pipeline_parallel": 2}),
+]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_six_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_process: BankRun) -> None:
+    variants = [changes for size, changes in LAYOUTS if size == ranks]
+    cases = [{"settings": settings(base, **changes), "capacity": 512, "alone": False} for changes in variants]
+    by_rank = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=ranks, folder=tmp_path)
+    for changes, runs in zip(variants, zip(*by_rank, strict=True), strict=True):
+        assert max(runs[0].rounds) > 1, changes
+        for name in OWN:
+            found, expected = runs[0].together[name], one_process.together[name]
+            assert max(relative_errors(found.losses, expected.losses)) <= LOSS_TOLERANCE, (name, changes)
+            assert max(relative_errors(found.norms, expected.norms)) <= NORM_TOLERANCE, (name, changes)
+            assert found.state.keys() == expected.state.keys()
+            for tensor, value in expected.state.items():
+                assert relative_distance(found.state[tensor], value) <= ADAPTER_TOLERANCE, (name, tensor, changes)
+            for run in runs[1:]:
+                assert run.together[name].norms == found.norms and run.together[name].losses == found.losses
+
+
+@pytest.fixture(scope="module")
+def one_process(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> BankRun:
+    folder = tmp_path_factory.mktemp("one")
+    case = {"settings": settings(base), "capacity": 512, "alone": False}
+    ((run,),) = run_on_ranks(run_bank_steps, [case], str(folder), ranks=1, folder=folder)
+    found: BankRun = run
+    return found
