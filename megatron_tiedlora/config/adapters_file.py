@@ -1,0 +1,109 @@
+"""The file of --adapters: a YAML list with a name and the own settings of each adapter of a run.
+
+    - name: support
+      train_file: support.jsonl
+      rank: 4
+    - name: legal
+      train_file: legal.jsonl
+      learning_rate: 1e-4
+
+What an entry leaves out is what the command line says. Settings that are not in `PER_ADAPTER` hold for all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.yaml_files import read_yaml_list
+from megatron_tiedlora.config.other_names import name_hint
+from megatron_tiedlora.config.settings import Settings, make_settings
+
+PER_ADAPTER = frozenset(
+    (
+        *("method", "rank", "alpha", "layers", "targets", "init_from", "init_std_a", "init_std_b", "dropout", "seed"),
+        *("task", "train_file", "validation_file", "test_file", "prompt_template", "columns", "train_on"),
+        *("chat_template", "add_bos", "special_tokens_in_text", "data_rules", "max_new_tokens"),
+        *("global_batch_size", "max_steps", "epochs", "learning_rate", "weight_decay", "beta1", "beta2", "schedule"),
+        *("warmup_steps", "gradient_clipping", "eval_interval", "eval_metric", "eval_samples", "patience"),
+        "save_interval",
+    )
+)
+# It names a folder inside the run folder, on any file system.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+
+
+def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
+    """The settings of each adapter in a file, by name, in the file's order.
+
+    Args:
+        given: the command line's settings. Those that were given there hold unless an entry says otherwise.
+
+    Raises:
+        UserError: the file, the entry and the setting that is wrong.
+    """
+    file = user_path(path)
+    if not file.is_file():
+        raise UserError(f"--adapters {path}: no such file")
+    shared = {name: getattr(given, name) for name in given.model_fields_set}
+    found: dict[str, Settings] = {}
+    for number, entry in enumerate(read_yaml_list(file), start=1):
+        name, own = _checked_entry(entry, f"{path}: entry {number}")
+        taken = next((other for other in found if other.lower() == name.lower()), None)
+        if taken is not None:
+            raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another; names are folders")
+        found[name] = _settings_of(own, shared, f"{path}: {name}")
+    if not found:
+        raise UserError(f"{path}: holds no adapter; write one entry for each, which begins with '- name: '")
+    _check_shared(path, found)
+    return found
+
+
+def _checked_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """(name, its own settings) of an entry."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected 'name: value' lines, found a {type(entry).__name__}")
+    name = entry.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        problem = "has no name" if name is None else f"cannot be called {shown(name)}"
+        raise UserError(f"{where}: {problem}; give a name of letters, digits, '.', '_' and '-', at most 80 of them")
+    own = {key: value for key, value in entry.items() if key != "name"}
+    for key in own:
+        if key in PER_ADAPTER:
+            continue
+        if key in Settings.model_fields:
+            raise UserError(
+                f"{where} ({name}): {key} cannot differ between the adapters of a run; give it on the command line"
+            )
+        hint = name_hint(key, PER_ADAPTER) if isinstance(key, str) else ""
+        raise UserError(f"{where} ({name}): unknown setting {shown(key)}{hint}")
+    return name, own
+
+
+def _settings_of(own: Mapping[str, Any], shared: Mapping[str, Any], where: str) -> Settings:
+    """The settings of one adapter. Of --epochs and --max_steps its own one holds."""
+    values = dict(shared)
+    for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
+        if one in own and other not in own:
+            values.pop(other, None)
+    try:
+        return make_settings({**values, **own})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
+    """Raise UserError for a setting of all that differs by default, as the defaults of tasks do."""
+    (first, expected), *others = found.items()
+    for name, settings in others:
+        for field in Settings.model_fields:
+            if field not in PER_ADAPTER and getattr(settings, field) != getattr(expected, field):
+                of_first, of_other = (shown(getattr(one, field)) for one in (expected, settings))
+                raise UserError(
+                    f"{path}: {field} would be {of_first} for {first} and {of_other} for {name} by the defaults of"
+                    f" their tasks, but it holds for all {count_text(len(found), 'adapter')}; give --{field}"
+                )
