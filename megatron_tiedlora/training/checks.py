@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
+from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import GradientGuard, find_mismatch
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.engine.engine import all_open
-from megatron_tiedlora.engine.runner import Runner
+from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.parallel.agreement import first_message, max_over_ranks
+from megatron_tiedlora.parallel.groups import ParallelGroups
 
 # If v or B starts at zero, the gradient of its partner is zero at the first step. It must be non-zero at the second.
 GUARDED_STEPS = 2
@@ -27,10 +31,34 @@ def require_finite(what: str, value: float, *, step: int, saved_step: int | None
         )
 
 
+class Checked(Protocol):
+    """What is checked: a runner, or one adapter of several."""
+
+    @property
+    def adapter(self) -> TiedAdapter:
+        """The adapter's part on this rank."""
+        ...
+
+    @property
+    def groups(self) -> ParallelGroups:
+        """This rank's groups."""
+        ...
+
+    @property
+    def config(self) -> EngineConfig:
+        """Of the engine, which may shard the adapter."""
+        ...
+
+    @property
+    def missing_gradients(self) -> Sequence[str]:
+        """Tied tensors without a gradient in the step's sum."""
+        ...
+
+
 class StepChecks:
     """The checks of one start of a run. All ranks call each method together."""
 
-    def __init__(self, runner: Runner, *, check_steps: int, guarded_steps: int = GUARDED_STEPS) -> None:
+    def __init__(self, runner: Checked, *, check_steps: int, guarded_steps: int = GUARDED_STEPS) -> None:
         """Start watching. Replicas are compared after the first `check_steps` steps and at saves (0: never).
 
         Args:

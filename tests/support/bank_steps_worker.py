@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,13 @@ from torch import distributed
 
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.data.shared import shared_input, shared_rounds
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.engine.bank_runner import Weight
-from megatron_tiedlora.parallel.agreement import sum_over_ranks
+from megatron_tiedlora.engine.runner import StepInput
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import build
 from megatron_tiedlora.training.build_bank import build_bank, shared_plan
+from megatron_tiedlora.training.group_step import GroupStep, OwnReport
 from megatron_tiedlora.training.loop import full_adapter_state
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
@@ -43,25 +42,31 @@ class BankRun:
 
     Attributes:
         alone, together: by adapter.
+        failures: why adapters took no more steps together, by name.
         traffic: of the last step of all adapters together.
-        rounds: how many adapters each of its micro-batches had in the first step.
+        most: the most adapters in one of its micro-batches.
     """
 
     alone: dict[str, Trained]
     together: dict[str, Trained]
+    failures: dict[str, str]
     traffic: Traffic
-    rounds: list[int]
+    most: int
 
 
 def run_bank_steps(cases: list[dict[str, Any]], folder: str) -> list[BankRun]:
-    """Each case: {"settings": {name: settings}, "capacity": tokens, "alone": whether to run each alone as well}."""
+    """Each case on this rank, one after another.
+
+    A case: {"settings": {name: settings}, "shares": whether micro-batches are shared, "alone": whether each adapter is
+    also trained in a run of its own}.
+    """
     device = join_as_launched(folder)
     found = []
     for case in cases:
         plans = {name: _plan(settings) for name, settings in case["settings"].items()}
         data = {name: prepare_data(plan) for name, plan in plans.items()}
         alone = {name: _alone(plans[name], data[name], device) for name in plans} if case["alone"] else {}
-        found.append(_together(plans, data, device, alone, capacity=case["capacity"]))
+        found.append(_together(plans, data, device, alone, shares=case["shares"]))
     return found
 
 
@@ -89,41 +94,39 @@ def _together(
     device: torch.device,
     alone: dict[str, Trained],
     *,
-    capacity: int,
+    shares: bool,
 ) -> BankRun:
     built = build_bank(plans, device)
-    runner, bank_step = built.runner, built.step
+    runner, bank = built.runner, built.step.bank
+    group = GroupStep(plans, built, StopRequests(), shares_micro_batches=shares)
     loaders = {name: _loader(plan, data[name]) for name, plan in plans.items()}
-    losses: dict[str, list[float]] = {name: [] for name in plans}
-    norms: dict[str, list[float]] = {name: [] for name in plans}
-    rounds: list[int] = []
+    reports: dict[str, list[OwnReport]] = {name: [] for name in plans}
+    failures: dict[str, str] = {}
+    micro_batches: list[int] = []
+    accumulate = runner.accumulate_shares
+
+    def counted(batches: Sequence[StepInput], *arguments: Any) -> dict[str, float]:
+        micro_batches.append(max(len(batch.shares) for batch in batches))
+        return accumulate(batches, *arguments)
+
+    runner.accumulate_shares = counted  # type: ignore[method-assign]
     for number in range(1, 1 + max(plan.settings.max_steps for plan in plans.values())):
-        running = [name for name, plan in plans.items() if number <= plan.settings.max_steps]
-        steps = {name: next(loaders[name]) for name in running}
-        weights = {}
-        for name, step in steps.items():
-            share = plans[name].batches.accumulation_steps * plans[name].grid.dp_size
-            weights[name] = Weight(step.num_supervised / share, share)
-        shared = shared_rounds(steps, capacity=capacity)
-        rounds = rounds or [len(parts) for parts in shared]
+        running = [name for name, plan in plans.items() if number <= plan.settings.max_steps and name not in failures]
         counter = TrafficCounter(named_handles(runner.groups))
         with counter:
-            summed = runner.accumulate_shares([shared_input(parts) for parts in shared], weights, lambda: None)
-            assert not bank_step.sum_gradients(running)
-            found = bank_step.norms(running)
-        totals = sum_over_ranks([summed[name] for name in running])
-        for name, total in zip(running, totals, strict=True):
-            losses[name].append(total / steps[name].num_supervised)
-            norms[name].append(found[name])
-            bank_step.take(name, found[name])
-        bank_step.clear()
+            found = group.run({name: next(loaders[name]) for name in running})
+        for name, report in found.adapters.items():
+            reports[name].append(report)
+            if report.failure is not None:
+                failures[name] = report.failure
     stages = tuple(tuple(stage.layers) for stage in shared_plan(plans).stages)
     together = {}
     for name, plan in plans.items():
         layers = tuple(tuple(layer for layer in plan.adapter.layers if layer in stage) for stage in stages)
         state = gather_state(
-            dict(bank_step.bank.adapters[name].named_parameters()), AdapterLayout(plan.adapter, plan.grid, layers)
+            dict(bank.adapters[name].named_parameters()), AdapterLayout(plan.adapter, plan.grid, layers)
         )
-        together[name] = Trained(losses[name], norms[name], state)
+        losses, norms = ([getattr(report, kind) for report in reports[name]] for kind in ("loss", "grad_norm"))
+        together[name] = Trained(losses, norms, state)
     runner.engine.destroy()
-    return BankRun(alone, together, counter.traffic, rounds)
+    return BankRun(alone, together, failures, counter.traffic, max(micro_batches))
