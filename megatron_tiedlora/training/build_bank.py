@@ -35,8 +35,11 @@ def shared_plan(plans: Plans) -> RunPlan:
     """The plan whose stages all adapters have: that of the one whose first adapted layer is lowest.
 
     Raises:
-        UserError: the engine would clip all adapters together.
+        UserError: the engine would clip all adapters together, or an adapter has dropout.
     """
+    for name, own in plans.items():
+        if own.settings.dropout:
+            raise UserError(f"{name}: --dropout is not implemented for several adapters in one run; train it alone")
     plan = min(plans.values(), key=lambda plan: plan.adapter.layers[0])
     if plan.engine.zero_stage in (1, 2):
         raise UserError(
