@@ -181,7 +181,7 @@ def linears_dtype(weights: StoredValues, shape: ModelShape) -> str:
 def quantised_otherwise(trained: BaseIdentity, found: BaseIdentity) -> str:
     """Says that a base in the storage format of training has other values than there; '' if not, or if it is unknown.
 
-    The rest of both identities is equal.
+    Their weights are equal as far as the other fields tell.
     """
     if trained.base_format != found.base_format or not _differ(trained.base_stored, found.base_stored):
         return ""
@@ -252,9 +252,9 @@ def check_same_base(
     if trained.base_format != found.base_format:
         kinds = f"in {trained.precision}, but this uses it in {found.precision}; its losses differ between them"
         notes += (f"{source}: trained on its base {kinds}",)
-    if otherwise := quantised_otherwise(trained, found):
-        notes += (f"{source}: {otherwise}; its losses differ between them",)
     differences = base_differences(trained, found)
+    if "weights" not in differences and (otherwise := quantised_otherwise(trained, found)):
+        notes += (f"{source}: {otherwise}; its losses differ between them",)
     if not differences:
         return notes
     what = " and ".join(differences)
