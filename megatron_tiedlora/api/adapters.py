@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,12 +83,8 @@ def attach(model: Any, adapter: NativeAdapter, *, base_differs: bool = False) ->
     Raises:
         UserError: the model has an adapter already, or is not the adapter's base.
     """
-    update, places = _on(model, adapter, base_differs=base_differs)
-    state = _State(adapter)
-    for name, place in places.items():
-        module = model.get_submodule(name)
-        state.hooks.append(module.register_forward_hook(partial(_add_update, update, place)))
-    setattr(model, _STATE, state)
+    _check(model, adapter, base_differs=base_differs)
+    _attach(model, adapter)
     return model
 
 
@@ -115,16 +112,13 @@ def merge(model: Any, adapter: NativeAdapter | None = None, *, base_differs: boo
         attached = _attached(model).adapter  # it was checked when it was attached
         detach(model)
         try:
-            return merge(model, attached, base_differs=True)
+            _merge(model, attached)
         except UserError:
-            attach(model, attached, base_differs=True)
+            _attach(model, attached)
             raise
-    update, places = _on(model, adapter, base_differs=base_differs)
-    for name, place in places.items():  # before any weight is changed
-        check_whole(model.get_submodule(name).weight.data, place)
-    for name, place in places.items():
-        merge_(model.get_submodule(name).weight.data, update, place)
-    setattr(model, _STATE, _State(adapter, merged=True))
+        return model
+    _check(model, adapter, base_differs=base_differs)
+    _merge(model, adapter)
     return model
 
 
@@ -157,8 +151,8 @@ def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None,
     return answers[0] if isinstance(prompts, str) else answers
 
 
-def _on(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> tuple[TiedAdapter, dict[str, Place]]:
-    """The factors on the model's device, and the modules that they change. Raises UserError as `attach`."""
+def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
+    """Raise UserError as `attach`, and warn of what a user should know about the base."""
     state = getattr(model, _STATE, None)
     if state is not None:
         raise UserError(
@@ -166,11 +160,34 @@ def _on(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> tuple[Tied
             if state.merged
             else "the model has an adapter already; detach(model) first"
         )
-    source = model_source(model)
-    check_model(adapter.base, identify_in_memory(model, source), differs=base_differs)
+    found = identify_in_memory(model, model_source(model))
+    for note in check_model(adapter.base, found, differs=base_differs):
+        warnings.warn(note, stacklevel=3)  # of the caller of attach or merge
+
+
+def _attach(model: Any, adapter: NativeAdapter) -> None:
+    update, places = _on(model, adapter)
+    state = _State(adapter)
+    for name, place in places.items():
+        module = model.get_submodule(name)
+        state.hooks.append(module.register_forward_hook(partial(_add_update, update, place)))
+    setattr(model, _STATE, state)
+
+
+def _merge(model: Any, adapter: NativeAdapter) -> None:
+    update, places = _on(model, adapter)
+    for name, place in places.items():  # before any weight is changed
+        check_whole(model.get_submodule(name).weight.data, place)
+    for name, place in places.items():
+        merge_(model.get_submodule(name).weight.data, update, place)
+    setattr(model, _STATE, _State(adapter, merged=True))
+
+
+def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, Place]]:
+    """The factors on the model's device, and the modules that they change."""
     update = TiedAdapter(AdapterPart.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
-    places = dict(find_places(source.shape, adapter.config))
+    places = dict(find_places(model_source(model).shape, adapter.config))
     device = base_layer_of(model.get_submodule(next(iter(places)))).weight.device
     return (update if device.type == "meta" else update.to(device)), places  # meta: an offloaded module
 

@@ -3,6 +3,9 @@
 A hash of the config identifies shape and computation; a hash of values at fixed positions of every tensor identifies
 the weights. Values are hashed as bf16, so a copy in another precision is the same base. A change below the precision
 of bf16, or between the positions, is not detected. Very small values are first rounded to fp16.
+
+Such a copy quantises to other values, though. So the identity of a base that was quantised as it was loaded also has
+the precision of the weights from which it was.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from typing import Protocol
 
 import torch
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.base_formats import BASE_FORMATS
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Size, Text
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -33,8 +38,10 @@ SHAPE_FIELDS = (
     "intermediate_size",
 )
 HASH_FIELDS = ("base_hash", "base_weights_hash", "base_sample", "tokenizer", "tokenizer_hash")
+FORMAT_FIELDS = ("base_format", "base_stored")
 # Unknown in files of earlier versions, or the base is not quantised.
-OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash", "base_format")
+OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash", *FORMAT_FIELDS)
+_NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what the linears may have been stored in, beside fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,8 @@ class BaseIdentity:
         tokenizer_hash: hash of the tokenizer's files; None if unknown.
         dtype: precision of the base in training.
         base_format: storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
+        base_stored: `linears_dtype` of the weights from which they were quantised as they were loaded; None if they
+            were not, or if it is unknown.
     """
 
     num_layers: Size
@@ -68,11 +77,19 @@ class BaseIdentity:
     tokenizer_hash: Text | None = None
     dtype: str
     base_format: Text | None = None
+    base_stored: Text | None = None
 
     @property
     def precision(self) -> str:
         """The format of the blocks' linears, or the precision of all weights."""
         return self.base_format or self.dtype
+
+    def check_formats(self, file: Path) -> None:
+        """Raise UserError, naming `file`, for an unknown storage format or precision."""
+        for name, known in (("base_format", (*BASE_FORMATS,)), ("base_stored", (*_NARROW, "fp32"))):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise UserError(f"{file}: {name} {shown(value)} is not one of {', '.join(known)}")
 
 
 class StoredValues(Protocol):
@@ -147,6 +164,33 @@ def sample_hash(weights: StoredValues) -> str:
     return digest.hexdigest()
 
 
+def linears_dtype(weights: StoredValues, shape: ModelShape) -> str:
+    """The narrowest of bf16, fp16 and fp32 that holds the sampled values of the blocks' linears exactly.
+
+    So a copy in a wider precision, whose values and codes are the same, has that of the original. Of a folder with
+    several precisions it is the widest.
+    """
+    fitting = list(_NARROW)
+    for rule in (rule for rule in weights.rules if rule.is_quantised(shape)):
+        for name in rule.hf_names:
+            values = weights.sample(name)
+            fitting = [kind for kind in fitting if torch.equal(values.to(_NARROW[kind]).to(values.dtype), values)]
+    return fitting[0] if fitting else "fp32"
+
+
+def quantised_otherwise(trained: BaseIdentity, found: BaseIdentity) -> str:
+    """Says that a base in the storage format of training has other values than there; '' if not, or if it is unknown.
+
+    Their weights are equal as far as the other fields tell.
+    """
+    if trained.base_format != found.base_format or not _differ(trained.base_stored, found.base_stored):
+        return ""
+    return (
+        f"trained on {trained.base_model}, quantised to {trained.base_format} from {trained.base_stored}, but"
+        f" {found.base_model} has its linears in {found.base_stored}, which is quantised to other values"
+    )
+
+
 def _bits(values: torch.Tensor) -> bytes:
     return values.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
 
@@ -209,6 +253,8 @@ def check_same_base(
         kinds = f"in {trained.precision}, but this uses it in {found.precision}; its losses differ between them"
         notes += (f"{source}: trained on its base {kinds}",)
     differences = base_differences(trained, found)
+    if "weights" not in differences and (otherwise := quantised_otherwise(trained, found)):
+        notes += (f"{source}: {otherwise}; its losses differ between them",)
     if not differences:
         return notes
     what = " and ".join(differences)

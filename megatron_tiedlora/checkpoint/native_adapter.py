@@ -21,7 +21,6 @@ from megatron_tiedlora import __version__
 from megatron_tiedlora.adapters.targets import Target, sized_targets
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, lora_factors
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.methods import METHODS
@@ -190,8 +189,7 @@ class StoredAdapter(BaseIdentity):
         for name in ("base_model", "base_hash", "base_weights_hash", *OPTIONAL_FIELDS):
             if not (getattr(self, name) or "").isprintable():
                 raise UserError(f"{file}: {name} = {shown(getattr(self, name))} holds control characters")
-        if self.base_format is not None and self.base_format not in BASE_FORMATS:
-            raise UserError(f"{file}: base_format {shown(self.base_format)} is not one of {', '.join(BASE_FORMATS)}")
+        self.check_formats(file)
         if self.method not in METHODS or self.qkv_layout != _LAYOUT:
             raise UserError(f"{file}: method {self.method!r} with layout {self.qkv_layout!r} is unknown")
         if not self.layers or any(type(layer) is not int or not 1 <= layer <= self.num_layers for layer in self.layers):
@@ -211,7 +209,7 @@ _LAYOUT = "q|k|v"
 _NEW = ("targets", "intermediate_size")  # not in version 1
 _ORDER = (  # of the fields in the file
     *("method", "rank", "alpha", *SHAPE_FIELDS, "qkv_layout", "targets", "layers", "base_model", *HASH_FIELDS),
-    *("seed", "init_std_a", "init_std_b", "dtype", "base_format"),
+    *("seed", "init_std_a", "init_std_b", "dtype", "base_format", "base_stored"),
 )
 
 

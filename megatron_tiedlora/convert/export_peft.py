@@ -20,7 +20,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.base.shapes import BlockShape
-from megatron_tiedlora.checkpoint.base_identity import identify_model
+from megatron_tiedlora.checkpoint.base_identity import FORMAT_FIELDS, identify_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, copy_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import (
@@ -140,7 +140,8 @@ def export_peft(
             peft_config(source, adapter, rank=rank, base=named or base_name(source)),
         )
         on_this_host = {} if source.from_hub else {BASE_PATH: base_location(source)}
-        trained = {} if adapter.base.base_format is None else {"base_format": adapter.base.base_format}
+        formats = {name: getattr(adapter.base, name) for name in FORMAT_FIELDS}
+        trained = {name: value for name, value in formats.items() if value is not None}
         write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record, **trained, **on_this_host})
         if native is not None:
             (temporary / NATIVE_FOLDER).mkdir()

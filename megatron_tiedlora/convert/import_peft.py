@@ -15,10 +15,15 @@ import torch
 
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
-from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.json_files import read_fields, read_json_object
-from megatron_tiedlora.checkpoint.base_identity import OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity, identify_model
+from megatron_tiedlora.checkpoint.base_identity import (
+    FORMAT_FIELDS,
+    OPTIONAL_FIELDS,
+    SHAPE_FIELDS,
+    BaseIdentity,
+    identify_model,
+)
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -215,15 +220,15 @@ def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
         like: a base of the same shape.
 
     Raises:
-        UserError: the record cannot be read, or its storage format is unknown.
+        UserError: the record cannot be read, or its storage format or precision is unknown.
     """
     file = folder / EXPORT_RECORD
     if not file.is_file():
         return None
     content = read_json_object(file, kind="the record of an export")
     not_recorded = {name: getattr(like, name) for name in (*SHAPE_FIELDS, "dtype")}
-    fields = {"base_format": like.base_format, **content, **not_recorded}  # earlier versions did not record it
+    formats = {name: getattr(like, name) for name in FORMAT_FIELDS}  # earlier versions did not record them
+    fields = {**formats, **content, **not_recorded}
     found = read_fields(file, fields, BaseIdentity, optional=OPTIONAL_FIELDS)
-    if found.base_format not in (None, *BASE_FORMATS):
-        raise UserError(f"{file}: base_format {shown(found.base_format)} is not one of {', '.join(BASE_FORMATS)}")
+    found.check_formats(file)
     return found

@@ -17,7 +17,10 @@ from megatron_tiedlora.checkpoint.base_identity import (
     base_differences,
     check_same_base,
     identify_model,
+    linears_dtype,
+    quantised_otherwise,
 )
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.checksums import UNSEALED_NOTE
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
@@ -116,7 +119,8 @@ def check_base(
         UserError: config, weights or tokenizer differ without `differs`, are missing, or are incomplete.
     """
     used = base_format or source.stored_base
-    found = replace(identify(source, adapter.base.dtype, tokenizer), base_format=used)
+    stored = stored_precision(source) if used is not None and adapter.base.base_stored is not None else None
+    found = replace(identify(source, adapter.base.dtype, tokenizer), base_format=used, base_stored=stored)
     if not uses_tokenizer and adapter.base.tokenizer is not None:
         trained = adapter.base
         found = replace(found, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)
@@ -130,3 +134,24 @@ def check_base(
     if differences := base_differences(adapter.base, found):
         record["base_differs"] = list(differences)
     return CheckedBase(record, notes)
+
+
+def stored_precision(source: ModelSource) -> str | None:
+    """`linears_dtype` of a model on the disk; None if it is quantised there. Raises UserError if it cannot be read."""
+    if source.stored is not None:
+        return None
+    with BaseWeights(source.weights_folder(), source.shape) as weights:
+        return linears_dtype(weights, source.shape)
+
+
+def trained_otherwise(source: ModelSource, adapter: NativeAdapter) -> str:
+    """Says, with what to do, that `source` is quantised to other values than training saw; '' if not, or if unknown.
+
+    `source` has passed `check_base`.
+    """
+    trained = adapter.base
+    if trained.base_stored is None:
+        return ""
+    found = replace(trained, base_model=source.name, base_stored=stored_precision(source))
+    otherwise = quantised_otherwise(trained, found)
+    return otherwise and f"{otherwise}; give the model in {trained.base_stored} with --model"

@@ -26,7 +26,7 @@ from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, BaseWeights, w
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.streamed_files import write_streamed
-from megatron_tiedlora.convert.inputs import check_base
+from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
 from megatron_tiedlora.convert.merge_dequantised import dequantised_tensors, state_plain_weights
 from megatron_tiedlora.convert.merge_journal import MergeJournal, fingerprint
 from megatron_tiedlora.convert.merged_file import MergedFile
@@ -35,6 +35,10 @@ from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_fi
 from megatron_tiedlora.data.tokenizer import save_tokenizer
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
+NO_PRECISION_NOTE = (
+    "the adapter does not record from which precision its base was quantised; weights in another one have other values"
+    " than training saw"
+)
 # Files that are copied from the base besides its weights; others there are not part of the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
@@ -72,9 +76,9 @@ def merge_adapter(
         between: called many times a second; it may raise to end the merge.
 
     Raises:
-        UserError: the adapter is for another base, the base is quantised or already merged, the output exists, the
-            tokenizer cannot be read, the disk has too little room, a computed weight is not finite (the message names
-            it), or a file is a link out of the folder.
+        UserError: the adapter is for another base, or one that is quantised to other values than training saw; the
+            base is quantised or already merged, the output exists, the tokenizer cannot be read, the disk has too
+            little room, a computed weight is not finite (the message names it), or a file is a link out of the folder.
     """
     folder = source.weights_folder()
     if not onto_trained:
@@ -91,6 +95,10 @@ def merge_adapter(
             f"--onto trained: {source.name} has other weights than the base that training saw; give that one with"
             " --model, or leave --onto out"
         )
+    if onto is not None and (otherwise := trained_otherwise(source, adapter)):
+        raise UserError(f"--onto trained: {otherwise}")
+    if onto is not None and source.stored is None and adapter.base.base_stored is None:
+        say(f"--onto trained: {NO_PRECISION_NOTE}")
     for note in base.notes:
         say(note)
     record = {**adapter.record(), **base.record, **({} if onto is None else {MERGED_ONTO: onto})}

@@ -14,7 +14,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
+from megatron_tiedlora.checkpoint.base_identity import FORMAT_FIELDS, MERGE_RECORD
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
     NativeAdapter,
@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.native_adapter import (
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.find_base import find_base
-from megatron_tiedlora.convert.import_peft import exported_base, load_peft_adapter, read_peft, read_peft_config
+from megatron_tiedlora.convert.import_peft import exported_base, read_peft, read_peft_config
 from megatron_tiedlora.convert.inputs import (
     BASE_PATH,
     EXPORT_RECORD,
@@ -42,12 +42,14 @@ class OpenedAdapter:
         adapter: if it is a PEFT adapter, its base is the one that it was exported for. If its files do not record one,
             it is the model.
         kind: what its folder holds.
+        recorded: whether its files record its base.
         notes: what a user should know about it.
     """
 
     source: ModelSource
     adapter: NativeAdapter
     kind: Literal["native", "peft"]
+    recorded: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -71,10 +73,17 @@ def open_adapter(
     folder = user_path(given)
     source = find_peft_base(folder, model)
     source.check_length("--max_length", longest)
-    notes = list(check_peft_base(folder, source, differs=differs))
-    adapter = load_peft_adapter(folder, source, tokenizer=tokenizer, say=notes.append)
+    notes = check_peft_base(folder, source, differs=differs)
+    content = read_peft(folder, source)
+    adapter = content.of_base(source, tokenizer=tokenizer)
     trained = exported_base(folder, adapter.base)
-    return OpenedAdapter(source, adapter if trained is None else replace(adapter, base=trained), "peft", tuple(notes))
+    return OpenedAdapter(
+        source,
+        adapter if trained is None else replace(adapter, base=trained),
+        "peft",
+        recorded=trained is not None or content.native is not None,
+        notes=(*notes, *content.notes),
+    )
 
 
 def import_peft(
@@ -103,7 +112,7 @@ def import_peft(
     adapter = content.of_base(source)
     recorded = exported_base(folder, adapter.base)
     trained = adapter.base if content.native is not None or recorded is None else recorded
-    own_base = replace(adapter, base=trained)
+    own_base = replace(adapter, base=replace(trained, base_stored=None))  # an import quantises nothing
     base = check_base(
         source,
         own_base,
@@ -120,7 +129,7 @@ def import_peft(
         if content.native is not None:
             copy_adapter_files(folder / NATIVE_FOLDER, temporary, content.native)
         else:
-            kept = {name: getattr(trained, name) for name in ("tokenizer", "tokenizer_hash", "base_format")}
+            kept = {name: getattr(trained, name) for name in ("tokenizer", "tokenizer_hash", *FORMAT_FIELDS)}
             own = replace(adapter.base, **kept)
             write_adapter_files(temporary, adapter.config, own, adapter.state)
     return adapter.config

@@ -26,6 +26,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.convert.import_peft import compare_export, load_peft_adapter, stored_dtype
 from megatron_tiedlora.convert.in_transformers import has_peft, peft_logits, require_peft, transformers_logits
+from megatron_tiedlora.convert.inputs import trained_otherwise
 from megatron_tiedlora.convert.layerwise import ReadRows, Weights, layerwise_logits
 from megatron_tiedlora.convert.logit_table import LogitComparison, Wanted, compare_logits, format_comparisons
 from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
@@ -129,7 +130,8 @@ def verify_export(
         inside: the value of --in, see `choose_runtimes`.
 
     Raises:
-        UserError: a folder does not load or has another shape, or PEFT is needed and not installed.
+        UserError: a folder does not load or has another shape, PEFT is needed and not installed, or a merge onto what
+            training saw cannot be computed from `source`, which is quantised to other values.
     """
     if peft is not None and dtype != torch.float32:
         raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
@@ -138,9 +140,12 @@ def verify_export(
         reject_quantised(source)
     # Of a folder that is quantised the values are there as training saw them.
     made_onto = None if source.stored is not None else onto
+    otherwise = trained_otherwise(source, adapter)
+    if otherwise and made_onto is not None:
+        raise UserError(f"--merged {merged}: {otherwise}")
     runtimes, note = choose_runtimes(source, inside, merged=merged, peft=peft, dtype=dtype)
     stored = {} if merged is None else _stored_types(source, merged)
-    notes = [note] if note else []
+    notes = [text for text in (note, otherwise and f"as trained, base in {trained}: {otherwise}") if text]
     imported = None if peft is None else load_peft_adapter(peft, source, tied=False, say=notes.append)
     exported = None if peft is None else compare_export(peft, source, adapter)
     if imported is not None and "peft" in runtimes:

@@ -267,11 +267,12 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
         longest=longest,
         differs=settings.base_differs,
     )
+    used, trained = _base_format(settings, opened.source, opened.adapter), opened.adapter.base.base_format
     base = check_base(
         opened.source,
         opened.adapter,
         tokenizer=settings.tokenizer,
         differs=settings.base_differs,
-        base_format=_base_format(settings, opened.source, opened.adapter),
+        base_format=used if opened.recorded else trained,  # nobody knows on what it was trained otherwise
     )
     return opened.source, opened.adapter, opened.kind, (*opened.notes, *base.notes)

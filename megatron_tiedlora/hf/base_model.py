@@ -138,10 +138,17 @@ def check_model(trained: BaseIdentity, found: BaseIdentity, *, differs: bool = F
                 f"the adapter was trained on {trained.base_model} with {field} {value}, but {found.base_model} has"
                 f" {other}; use its own base"
             )
+    notes: tuple[str, ...] = ()
+    if trained.base_format != found.base_format:
+        here = f"are not in {trained.base_format}" if found.base_format is None else f"are in {found.base_format}"
+        notes += (
+            f"the adapter was trained on {trained.base_model} in {trained.precision}, but the linears of this model"
+            f" {here}; its losses differ between them",
+        )
     differences = base_differences(replace(trained, tokenizer_hash=None), found)
     if not differences:
-        return ()
+        return notes
     what = f"the adapter was trained on {trained.base_model}, whose {' and '.join(differences)} differ from those of"
     if not differs:
         raise UserError(f"{what} {found.base_model}; use its own base, or base_differs=True to use this one anyway")
-    return (f"{what} {found.base_model}",)
+    return (*notes, f"{what} {found.base_model}")

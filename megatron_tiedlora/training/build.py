@@ -14,7 +14,14 @@ from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_base, identify_shape
+from megatron_tiedlora.checkpoint.base_identity import (
+    BaseIdentity,
+    check_same_base,
+    identify_base,
+    identify_shape,
+    linears_dtype,
+    quantised_otherwise,
+)
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights, load_base_weights
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
@@ -217,7 +224,9 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
 
 def _identify(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
     found = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
-    return replace(found, base_format=plan.settings.base)
+    if plan.settings.base is None or plan.source.stored is not None:
+        return replace(found, base_format=plan.settings.base)
+    return replace(found, base_format=plan.settings.base, base_stored=linears_dtype(weights, plan.source.shape))
 
 
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
@@ -230,13 +239,19 @@ def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
 def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Notes on the base. Raises UserError as `check_resumed_base` does."""
     _check_same_adapter(plan.adapter, checkpoint)
-    differs = plan.settings.base_differs
-    return check_same_base(checkpoint.adapter.base, base, source=str(checkpoint.folder), differs=differs)
+    differs, trained = plan.settings.base_differs, checkpoint.adapter.base
+    notes = check_same_base(trained, base, source=str(checkpoint.folder), differs=differs)
+    if (otherwise := quantised_otherwise(trained, base)) and not differs:
+        raise UserError(
+            f"{checkpoint.folder}: {otherwise}; give the model in {trained.base_stored} with --model, or --base_differs"
+            " to use this one anyway"
+        )
+    return notes
 
 
 def _check_same_base(base: BaseIdentity) -> None:
     """Raise UserError, on every rank, if a host's copy of the model or tokenizer differs from rank 0's."""
-    hashes = f"{base.base_hash} {base.base_weights_hash} {base.base_sample} {base.tokenizer_hash}"
+    hashes = f"{base.base_hash} {base.base_weights_hash} {base.base_sample} {base.base_stored} {base.tokenizer_hash}"
     if differing := num_differing(hashes):
         raise UserError(
             f"{differing} ranks read another base model or tokenizer than rank 0. Give every host the same files"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from native_files import with_adapter
 from tiny_models import write_tiny_model
 
+import megatron_tiedlora as tiedlora
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
@@ -121,3 +125,25 @@ def test_a_tied_adapter_in_peft_is_of_nf4(folder: Path, theirs: Any, tmp_path: P
 
     peft.get_peft_model(theirs, TiedLoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
     assert load_adapter(tmp_path / "adapter").base.base_format == "nf4"
+
+
+def test_a_model_in_another_format_than_in_training_is_said(folder: Path, theirs: Any) -> None:
+    """In both directions, once an adapter is put on it; not if both are the same."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    _, native, _ = with_adapter(folder, "tl6")
+    on_nf4 = replace(native, base=replace(native.base, base_format="nf4"))
+    said = "in fp32, but the linears of this model are in nf4; its losses differ between them"
+    for model, adapter, expected in (
+        (plain, on_nf4, "in nf4, but the linears of this model are not in nf4; its losses differ between them"),
+        (theirs, native, said),
+        (plain, native, None),
+        (theirs, on_nf4, None),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tiedlora.detach(tiedlora.attach(model, adapter))
+        found = [entry for entry in caught if "the adapter was trained on" in str(entry.message)]
+        assert [str(entry.message).endswith(str(expected)) for entry in found] == [True] * (expected is not None)
+        assert all(entry.filename == __file__ for entry in found)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +52,8 @@ def test_the_record(trained: Path) -> None:
     assert native.base.base_format == "nf4" and native.base.dtype == "fp32"
     (step,) = (trained / "checkpoints").glob("step_2")
     assert load_adapter(step).base == native.base == load_adapter(trained / "peft/native").base
+    assert native.base.base_stored == "fp32"
+    assert json.loads((trained / "peft/tiedlora_export.json").read_text())["base_stored"] == "fp32"
 
 
 def test_the_end_says_the_loss_on_the_stored_base(base: Base, trained: Path, tmp_path: Path) -> None:
@@ -69,7 +73,8 @@ def test_the_end_says_the_loss_on_the_stored_base(base: Base, trained: Path, tmp
 
 def test_a_plain_run_records_nothing(base: Base, tmp_path: Path) -> None:
     ended = run(base, tmp_path / "run", max_steps=2)
-    assert "base_format" not in json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    for file in ("adapter/adapter_config.json", "peft/tiedlora_export.json"):
+        assert not {"base_format", "base_stored"} & json.loads((tmp_path / "run" / file).read_text()).keys()
     assert "validation loss on " not in ended.outputs[0]
     assert "stored as" not in ended.outputs[0] and "linears of its blocks" not in ended.outputs[0]
 
@@ -109,6 +114,64 @@ def test_it_is_evaluated_as_trained_or_as_given(base: Base, trained: Path, tmp_p
         plan_evaluation(merged, rank=0, world_size=1)
 
 
+@pytest.fixture(scope="module")
+def narrow(base: Base) -> Path:
+    """The base in bf16: the same model, but another one in nf4."""
+    copy = shutil.copytree(base.model, base.folder / "bf16")
+    weights = load_file(copy / "model.safetensors")
+    narrowed = {name: value.bfloat16() for name, value in weights.items()}
+    save_file(narrowed, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+OTHER_VALUES = "has its linears in bf16, which is quantised to other values"
+
+
+def test_a_copy_in_another_precision(base: Base, trained: Path, narrow: Path, tmp_path: Path) -> None:
+    """It has other values in nf4 than training saw: no run continues on it unless that is asked for."""
+    shutil.copytree(trained, tmp_path / "run")
+    resumed = {"max_steps": 2, "resume": "auto", "base": "nf4", "model": narrow}
+    ended = run(base, tmp_path / "run", **resumed, expect=2)
+    assert f"quantised to nf4 from fp32, but {narrow} {OTHER_VALUES}; give the model in fp32" in ended.error_line()
+    ended = run(base, tmp_path / "run", **resumed, base_differs=True)
+    assert "resumed from step 2" in ended.outputs[0] and OTHER_VALUES in ended.outputs[0]
+    start = {"init_from": trained / "adapter", "rank": None, "max_steps": 2, "base": "nf4"}
+    for model, said in ((narrow, True), (base.model, False)):
+        ended = run(base, tmp_path / f"from {said}", model=model, **start)
+        assert (OTHER_VALUES in ended.outputs[0]) == said
+    assert load_adapter(tmp_path / "from True/adapter").base.base_stored == "bf16"
+    run(base, tmp_path / "plain", max_steps=2, model=base.model)
+    ended = run(base, tmp_path / "plain", max_steps=2, model=narrow, resume="auto")
+    assert "resumed from step 2" in ended.outputs[0], "weights that are not quantised are the same base"
+    words = ["--adapter", str(trained / "adapter"), "--model", str(narrow)]
+    with pytest.raises(UserError, match=f"--onto trained: .*{OTHER_VALUES}; give the model in fp32 with --model"):
+        merge_command.main([*words, "--output", str(tmp_path / "onto"), "--onto", "trained"])
+
+
+def notes_of_evaluation(**settings: Any) -> tuple[str, ...]:
+    return plan_evaluation(validate_settings(settings, EvaluateSettings), rank=0, world_size=1).notes
+
+
+def test_an_evaluation_says_what_differs_from_training(
+    base: Base, trained: Path, narrow: Path, tmp_path: Path
+) -> None:
+    """A copy in another precision; and nothing of how an adapter without a record was trained."""
+    shared = {"test_file": str(base.folder / "validation.jsonl"), "adapter": str(trained / "adapter")}
+    for model, more, expected in (
+        (narrow, {}, OTHER_VALUES),
+        (narrow, {"base": "none"}, TRAINED_ON),
+        (base.model, {}, None),
+    ):
+        notes = notes_of_evaluation(**shared, model=str(model), **more)
+        assert len(notes) == (expected is not None) and all(str(expected) in note for note in notes)
+    exported, foreign = trained / "peft", tmp_path / "foreign"
+    shutil.copytree(exported, foreign, ignore=shutil.ignore_patterns("native", "tiedlora_export.json"))
+    for folder, said in ((exported, True), (foreign, False)):
+        for given in ("int8", "none"):
+            notes = notes_of_evaluation(**{**shared, "adapter": str(folder)}, model=str(base.model), base=given)
+            assert any("trained on its base in" in note for note in notes) == said
+
+
 def test_a_folder_that_is_quantised_already(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +182,7 @@ def test_a_folder_that_is_quantised_already(
     assert "parameters in fp32, frozen; the linears of its blocks in nf4" in started.outputs[0]
     assert run_settings(tmp_path / "run")["base"] == "nf4"
     native = load_adapter(tmp_path / "run/adapter")
-    assert native.base.base_format == "nf4"
+    assert native.base.base_format == "nf4" and native.base.base_stored is None
     plain = run(original, tmp_path / "plain", ranks=2, tensor_parallel=2, max_steps=2, model=values)
     for name, value in load_adapter(tmp_path / "plain/adapter").state.items():
         assert torch.equal(value, native.state[name]), "the run on the folder's values has the same adapter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -103,7 +104,7 @@ def _base_format(settings: DoctorSettings) -> str | None:
     """The storage format of the base in the job: --base, or that of the folder if this machine can read it."""
     config = None if settings.model is None else Path(settings.model) / "config.json"
     stored = None
-    if config is not None and config.is_file():
+    if config is not None and os.path.isfile(config):  # False too for a name that no file can have
         stored = stored_format(read_json_object(config, kind="a Hugging Face model folder"), source=str(config))
     return format_in_use(stored, settings.base, settings.products, source=str(settings.model))
 

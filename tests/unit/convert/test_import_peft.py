@@ -328,7 +328,7 @@ def test_an_adapter_of_a_quantised_folder_can_be_merged_onto_it(tmp_path: Path) 
 def test_an_export_keeps_the_storage_format_of_the_base(base: Path, tmp_path: Path) -> None:
     """So its adapter is used with the base that training saw, also if it comes back as a plain LoRA."""
     source, native, _ = with_adapter(base, "tl6")
-    folder, quantised = tmp_path / "run", replace(native.base, base_format="nf4")
+    folder, quantised = tmp_path / "run", replace(native.base, base_format="nf4", base_stored="bf16")
     save_adapter(folder, native.config, quantised, native.state)
     export_peft(source, load_adapter(folder), tmp_path / "peft", native=folder)
     opened = open_adapter(str(tmp_path / "peft"), str(base))
@@ -340,12 +340,18 @@ def test_an_export_keeps_the_storage_format_of_the_base(base: Path, tmp_path: Pa
         if not inside:
             shutil.rmtree(copy / NATIVE_FOLDER)
         import_peft(source, copy, tmp_path / f"{name} again", say=said.append)
-        assert load_adapter(tmp_path / f"{name} again").base.base_format == "nf4"
-    assert not any("trained on its base in" in note for note in said), "an import uses no base"
+        again = load_adapter(tmp_path / f"{name} again").base
+        assert (again.base_format, again.base_stored) == ("nf4", "bf16")
+    assert not any("trained on" in note for note in said), "an import uses no base"
     file = tmp_path / "peft" / EXPORT_RECORD
     content = json.loads(file.read_text())
     file.write_text(json.dumps({key: value for key, value in content.items() if key != "base_format"}))
     assert open_adapter(str(tmp_path / "peft"), str(base)).adapter.base.base_format == "nf4", "the native one's"
+    file.write_text(json.dumps({key: value for key, value in content.items() if key != "base_stored"}))
+    assert open_adapter(str(tmp_path / "peft"), str(base)).adapter.base.base_stored == "bf16", "the native one's"
+    file.write_text(json.dumps({**content, "base_stored": "int4"}))
+    with pytest.raises(UserError, match=f"{EXPORT_RECORD}: base_stored 'int4' is not one of bf16, fp16, fp32"):
+        open_adapter(str(tmp_path / "peft"), str(base))
     file.write_text(json.dumps({**content, "base_format": "nf3"}))
     with pytest.raises(UserError, match=f"{EXPORT_RECORD}: base_format 'nf3' is not one of int8, fp8, nf4"):
         open_adapter(str(tmp_path / "peft"), str(base))

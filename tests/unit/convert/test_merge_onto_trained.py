@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,15 +11,16 @@ import pytest
 import torch
 from native_files import with_adapter
 from quantised_models import CROSSING, FORMATS, quantised
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
-from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.commands import merge as merge_command
 from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.inputs import check_base, stored_precision
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import verify_export
 
@@ -36,7 +38,8 @@ class Trained:
 
     def on(self, name: str | None) -> NativeAdapter:
         """The adapter as of a run with --base NAME."""
-        return replace(self.adapter, base=replace(self.adapter.base, base_format=name))
+        stored = None if name is None else "bf16"
+        return replace(self.adapter, base=replace(self.adapter.base, base_format=name, base_stored=stored))
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +126,95 @@ def test_an_adapter_of_a_plain_base_has_no_other(
     words = ["--adapter", str(tmp_path / "native"), "--output", str(tmp_path / "fp8"), "--onto", "trained"]
     assert merge_command.main(words) == 0 and "note" not in capsys.readouterr().out
     assert json.loads((tmp_path / "fp8" / MERGE_RECORD).read_text())["merged_onto"] == "fp8"
+
+
+COPIES = ("fp32", "bf16", "fp16", "bf16 widened", "fp16 narrowed", "one linear in fp32", "norms in fp32")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
+    """One model, whose weights need fp32, in several precisions; by the names of `COPIES`."""
+    root = tmp_path_factory.mktemp("copies")
+    first = write_tiny_model(root / "fp32", tokenizer=False, num_layers=2, **CROSSING)
+    weights = load_file(first / "model.safetensors")
+    for kind in COPIES[1:]:
+        found = {name: value.to(DTYPES.get(kind, torch.bfloat16)) for name, value in weights.items()}
+        if kind == "bf16 widened":
+            found = {name: value.float() for name, value in found.items()}
+        if kind == "fp16 narrowed":  # fp32 rounded to fp16 is no copy of fp32 rounded to bf16
+            found = {name: value.half().bfloat16() for name, value in weights.items()}
+        exact = {"one linear in fp32": "layers.1.mlp.down_proj", "norms in fp32": "norm"}.get(kind)
+        found |= {name: value for name, value in weights.items() if exact is not None and exact in name}
+        shutil.copytree(first, root / kind)
+        save_file(found, root / kind / "model.safetensors", metadata={"format": "pt"})
+    return {kind: find_model(str(root / kind)) for kind in COPIES}
+
+
+def test_the_precision_is_that_of_the_values_of_the_linears(copies: dict[str, ModelSource]) -> None:
+    expected = ("fp32", "bf16", "fp16", "bf16", "bf16", "fp32", "bf16")
+    assert [stored_precision(copies[kind]) for kind in COPIES] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "given"),
+    [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "fp16 narrowed"), ("fp32", "bf16 widened")],
+)
+def test_a_copy_that_is_quantised_to_other_values_is_rejected(
+    copies: dict[str, ModelSource], tmp_path: Path, trained_on: str, given: str
+) -> None:
+    """By a merge onto what training saw, and by its check. Elsewhere it is a note."""
+    own, other = copies[trained_on], copies[given]
+    adapter = of_run(own, trained_on)
+    merge_adapter(own, adapter, tmp_path / "own", onto_trained=True)
+    found = "fp32" if given == "fp32" else "bf16"
+    why = rf"quantised to nf4 from {trained_on}, but .*{given} has its linears in {found}, which is quantised to other"
+    fix = rf".*; give the model in {trained_on} with --model"
+    with pytest.raises(UserError, match=f"--onto trained: trained on .*{why}{fix}"):
+        merge_adapter(other, adapter, tmp_path / "other", onto_trained=True)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(UserError, match=f"--merged .*own: trained on .*{why}{fix}"):
+        verify_export(other, adapter, merged=tmp_path / "own", inside="none")
+    said: list[str] = []
+    merge_adapter(other, adapter, tmp_path / "original", say=said.append)
+    assert len(said) == 1 and "trained on its base in nf4, but this uses it in" in said[0]
+    notes = verify_export(other, adapter, merged=tmp_path / "original", inside="none").notes
+    assert [f"as trained, base in nf4: trained on {own.name}, quantised" in note for note in notes] == [True]
+    (note,) = check_base(other, adapter, base_format="nf4").notes
+    assert note.endswith("which is quantised to other values; its losses differ between them")
+    assert check_base(own, adapter, base_format="nf4").notes == ()
+
+
+def of_run(source: ModelSource, stored: str | None) -> NativeAdapter:
+    """An adapter as of a run with --base nf4."""
+    _, adapter, _ = with_adapter(source.weights_folder(), "tl6", (1, 2), targets=TARGETS)
+    return replace(adapter, base=replace(adapter.base, base_format="nf4", base_stored=stored))
+
+
+def test_a_copy_in_a_wider_precision_has_the_same_values(copies: dict[str, ModelSource], tmp_path: Path) -> None:
+    adapter, said = of_run(copies["bf16"], "bf16"), list[str]()
+    for kind in ("bf16", "bf16 widened"):
+        merge_adapter(copies[kind], adapter, tmp_path / kind, dtype=torch.float32, onto_trained=True, say=said.append)
+        assert verify_export(copies[kind], adapter, merged=tmp_path / kind, inside="none").passed
+    one, other = (load_file(tmp_path / kind / "model.safetensors") for kind in ("bf16", "bf16 widened"))
+    assert all(torch.equal(one[name], other[name]) for name in one) and not said
+
+
+def test_a_precision_that_was_not_recorded_is_said(copies: dict[str, ModelSource], tmp_path: Path) -> None:
+    """Where it matters alone."""
+    adapter, said = of_run(copies["fp32"], None), list[str]()
+    merge_adapter(copies["bf16"], adapter, tmp_path / "onto", onto_trained=True, say=said.append)
+    assert [note.startswith("--onto trained: the adapter does not record from which precision") for note in said] == [
+        True
+    ]
+    assert verify_export(copies["bf16"], adapter, merged=tmp_path / "onto", inside="none").passed
+    assert check_base(copies["bf16"], adapter, base_format="nf4").notes == ()
+
+
+def test_a_wrong_precision_is_named(trained: Trained, tmp_path: Path) -> None:
+    native = trained.on("nf4")
+    save_adapter(tmp_path / "native", native.config, native.base, native.state)
+    assert load_adapter(tmp_path / "native").base == native.base
+    save_adapter(tmp_path / "wrong", native.config, replace(native.base, base_stored="int4"), native.state)
+    with pytest.raises(UserError, match=r"adapter_config.json: base_stored 'int4' is not one of bf16, fp16, fp32"):
+        load_adapter(tmp_path / "wrong")
