@@ -51,6 +51,8 @@ def train(settings: Settings) -> TrainedRun:
     require_extra("train")
     if settings.dry_run:
         raise UserError("dry_run trains nothing; use the command: tiedlora train --dry_run")
+    if settings.adapters is not None:
+        raise UserError("adapters trains several together; use the command: tiedlora train --adapters FILE")
     with _restored_process():
         prepare_environment()
         try:

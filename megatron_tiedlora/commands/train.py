@@ -2,6 +2,7 @@
 
     deepspeed launch/train.py --ds_config zero2.json                                   the demo
     deepspeed launch/train.py --model meta-llama/Llama-2-7b-hf --train_file data.jsonl your model and data
+    deepspeed launch/train.py --model meta-llama/Llama-2-7b-hf --adapters four.yaml    several adapters of one model
 
 Read top to bottom: it is the table of contents of a run.
 """
@@ -23,18 +24,18 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
+    """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal, 1 an adapter failed."""
     settings = parse_settings(argv, Settings)
     require_extra("train")
     prepare_environment()
-    if settings.dry_run:
+    if settings.dry_run and settings.adapters is None:
         from megatron_tiedlora.training.dry_run import dry_run_report
 
         rank, world_size = rank_and_world_size()
         if rank == 0:
             print(dry_run_report(settings, launched_ranks=world_size))
         return 0
-    return train_rank(settings).status
+    return (train_rank if settings.adapters is None else train_together)(settings).status
 
 
 def train_rank(settings: Settings) -> End:
@@ -92,6 +93,50 @@ def train_rank(settings: Settings) -> End:
             exported, original = finish.export(trainer), finish.original_loss(trainer)
             summary = [*finish.summary_lines(trainer, original), *exported, *finish.speed_lines(trainer)]
             show(*summary, *finish.next_steps(trainer))
+    return end
+
+
+def train_together(settings: Settings) -> End:
+    """The same for the adapters of --adapters. One that fails leaves the others; the exit status is then 1."""
+    from megatron_tiedlora.runtime.determinism import make_deterministic
+    from megatron_tiedlora.runtime.ending import reported_end
+    from megatron_tiedlora.runtime.process_group import join_process_group
+    from megatron_tiedlora.runtime.stopping import StopRequests
+
+    if settings.deterministic:
+        make_deterministic()
+    rank, world_size = rank_and_world_size()
+    stop = StopRequests()
+    stop.install()
+    with reported_end(rank, world_size, stop) as end:
+        from megatron_tiedlora.training import group_finish, group_start
+        from megatron_tiedlora.training.build_bank import build_bank
+
+        plans = group_start.plan_group(settings, rank=rank, world_size=world_size)
+        data = group_start.prepare_group_data(plans)
+        plans = group_start.counted(plans, data)
+        device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
+        end.watch_peers(settings.timeout_minutes)
+        folder, keep = group_start.open_group_folder(settings, plans, data, keep=end.hold)
+        end.owner = folder.owner
+        plans = group_start.in_folder(plans, folder)
+        checkpoints = group_start.find_checkpoints(plans, data, folder)
+        plans = group_start.resumed(plans, checkpoints)
+        chosen = group_start.choose_group_kernels(plans, device)
+        built = build_bank(plans, device, checkpoints, kernels=chosen.kernels)
+        group = group_start.make_group(settings, plans, data, folder, checkpoints, built, device, stop, keep=keep)
+        end.enter(group.folder)
+        end.finished_step, end.first_step = lambda: group.last_turn, group.last_turn
+        end.saved = "the last step of each adapter is saved"
+        if rank == 0:
+            show(*group_start.headline(plans, data, group, built, chosen, device))
+        group_finish.score_before(group, checkpoints)
+        group.run()
+        group_finish.score_after(group)
+        group_finish.set_end(group, end)
+        if rank == 0:
+            show(*group_finish.export_all(group), *group_finish.table_lines(group))
+            group_finish.set_end(group, end)
     return end
 
 

@@ -22,6 +22,7 @@ from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.base.yaml_files import read_yaml_list
 from megatron_tiedlora.config.other_names import name_hint
 from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.trackers import TENSORBOARD
 
 PER_ADAPTER = frozenset(
     (
@@ -35,6 +36,8 @@ PER_ADAPTER = frozenset(
 )
 # It names a folder inside the run folder, on any file system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+_FILES_OF_RUN = ("logs", "adapters.yaml", "table.csv", "run_status.json")  # beside the folders of the adapters
+_OF_ALL = ("adapters", "share_micro_batches", "output_dir")  # settings of the run of all that none of them has itself
 
 
 def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
@@ -46,14 +49,17 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
     Raises:
         UserError: the file, the entry and the setting that is wrong.
     """
+    _check_given(given)
     file = user_path(path)
     if not file.is_file():
         raise UserError(f"--adapters {path}: no such file")
-    shared = {name: getattr(given, name) for name in given.model_fields_set}
+    shared = {name: getattr(given, name) for name in given.model_fields_set if name not in _OF_ALL}
     found: dict[str, Settings] = {}
     for number, entry in enumerate(read_yaml_list(file), start=1):
         name, own = _checked_entry(entry, f"{path}: entry {number}")
         taken = next((other for other in found if other.lower() == name.lower()), None)
+        if name.lower() in _FILES_OF_RUN:
+            raise UserError(f"{path}: entry {number}: the run itself has a file {shown(name)}; give another name")
         if taken is not None:
             raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another; names are folders")
         found[name] = _settings_of(own, shared, f"{path}: {name}")
@@ -61,6 +67,18 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
         raise UserError(f"{path}: holds no adapter; write one entry for each, which begins with '- name: '")
     _check_shared(path, found)
     return found
+
+
+def _check_given(given: Settings) -> None:
+    """Raise UserError for settings of the command line that several adapters together cannot have."""
+    if given.dry_run:
+        raise UserError("--dry_run is not implemented for --adapters; plan one adapter with its own settings")
+    if given.profile is not None:
+        raise UserError("--profile is not implemented for --adapters; profile one adapter with its own settings")
+    if given.resume not in ("none", "auto"):
+        raise UserError(f"--resume {given.resume}: each adapter has checkpoints of its own; give auto with --adapters")
+    if others := [name for name in given.report_to if name != TENSORBOARD]:
+        raise UserError(f"--report_to {others[0]} is not implemented for --adapters; give {TENSORBOARD} or none")
 
 
 def _checked_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:

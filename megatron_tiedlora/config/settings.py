@@ -94,6 +94,12 @@ class Settings(CommandSettings):
     keep_checkpoints: int = setting_field(
         "run", "how many of the newest checkpoints to keep, in addition to the best", 3, ge=1
     )
+    adapters: str | None = optional_field(
+        "run", "train several adapters of one base together: a YAML list with a name and own settings of each"
+    )
+    share_micro_batches: bool = setting_field(
+        "run", "with --adapters: fill a micro-batch with rows of several adapters where one has too few", True
+    )
     take_over: bool = setting_field(
         "run", "with --resume: take the run folder over from a start that still has it, which then stops writing", False
     )
@@ -277,6 +283,8 @@ class Settings(CommandSettings):
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
             filled["task"] = DEFAULT_TASK
+        elif "task" not in filled and "adapters" in filled:
+            filled["task"] = "custom"  # of no consequence: each adapter's entry is filled in by itself
         elif "task" not in filled and is_preset(as_given(filled["model"])):
             filled["task"] = "custom"  # a preset has no tokenizer, so its dry run reads no data
         filled = {**PAPER_DEFAULTS, **TASK_DEFAULTS.get(as_given(filled.get("task")), {}), **filled}
@@ -309,7 +317,9 @@ class Settings(CommandSettings):
 
     _check_columns = field_validator("columns")(checked_columns)
 
-    @field_validator("model", "tokenizer", "ds_config", "output_dir", "resume", "init_from", "chat_template")
+    @field_validator(
+        "model", "tokenizer", "ds_config", "output_dir", "resume", "adapters", "init_from", "chat_template"
+    )
     @classmethod
     def _can_be_a_path(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None:
@@ -333,7 +343,9 @@ class Settings(CommandSettings):
             )
         if self.profile is not None and self.epochs is None and profiled_steps(self.profile)[0] > self.max_steps:
             raise ValueError(f"--profile {self.profile} begins after --max_steps {self.max_steps}; give earlier steps")
-        if self.task == "custom" and self.train_file is None and not is_preset(self.model):
+        if not self.share_micro_batches and self.adapters is None:
+            raise ValueError("--share_micro_batches needs --adapters; one adapter shares with none")
+        if self.task == "custom" and self.train_file is None and not (self.adapters or is_preset(self.model)):
             raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
         if self.world_size is not None and not self.dry_run:
             raise ValueError("--world_size needs --dry_run; in a run the launcher decides how many ranks train")

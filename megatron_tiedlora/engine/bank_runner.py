@@ -6,14 +6,16 @@ ranks. `BankStep` does what follows the backward passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Shares
-from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, StepInput
+from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
+from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, Runner, StepInput
 
 
 class Weight(NamedTuple):
@@ -114,4 +116,35 @@ class BankPipelineRunner(PipelineRunner):
         return self._losses.totals(counted=self.counts_loss)
 
     def _labels(self, batch: StepInput) -> tuple[Any, ...]:
+        if not batch.shares:  # an evaluation of one of them
+            return super()._labels(batch)
         return *self._supervised(batch), lambda losses: self._losses.weighted(losses, batch.shares)
+
+
+class OwnRunner(Runner):
+    """One adapter of a bank, as the runner of a run of its own has it, between steps. It takes none itself."""
+
+    def __init__(self, shared: BankPlainRunner | BankPipelineRunner, name: str) -> None:
+        super().__init__(shared.engine, shared.stage, shared.groups, shared.config, shared.device)
+        self._shared, self._own = shared, shared.bank.adapters[name]
+
+    @property
+    def adapter(self) -> TiedAdapter:
+        """See Runner."""
+        return self._own
+
+    @property
+    def inputs_at_once(self) -> int:
+        """See Runner."""
+        return self._shared.inputs_at_once
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the stage has this adapter alone."""
+        with self.stage.using(self._own):
+            yield
+
+    def evaluate(self, batches: Sequence[StepInput]) -> float:
+        """See Runner."""
+        with self.alone():
+            return self._shared.evaluate(batches)

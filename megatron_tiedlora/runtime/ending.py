@@ -57,7 +57,8 @@ class End:
         first_step: the last step of earlier starts.
         unsaved: what to report if a signal arrives and nothing was saved.
         reason: the reason of a good end.
-        status: the exit status of a run that did not raise.
+        state, status: the state and the exit status of a run that did not raise.
+        saved: what to report if a signal arrives after a step and the step alone does not say it.
         owner: the owner of the folder that rank 0 writes to, once it is chosen.
         release: gives back the folder that rank 0 writes to.
         gpu: this rank's GPU as text.
@@ -71,7 +72,9 @@ class End:
     first_step: int = 0
     unsaved: str = "before the first step"
     reason: str = ""
+    state: State = "finished"
     status: int = 0
+    saved: str = ""
     heartbeat: Heartbeat | None = None
     owner: Owner | None = None
     release: Callable[[], None] | None = None
@@ -145,8 +148,8 @@ class End:
             self.status, reason = FAILED_STATUS, f"{stop} before a step of this start"
         if self.rank == 0:
             self.record("stopped", reason)
-            saved = f"saved at step {self.step}; continue with --resume auto" if self.step else self.unsaved
-            self.log.say(f"stopped by {stop}, {saved}")
+            saved = f"{self.saved or f'saved at step {self.step}'}; continue with --resume auto"
+            self.log.say(f"stopped by {stop}, {saved if self.step else self.unsaved}")
         if self.heartbeat is not None:
             self.heartbeat.failed(f"stopped by {stop}")  # if only this rank got a signal, its peers wait for it
         self.leave()
@@ -156,7 +159,7 @@ class End:
         """Leave after a good end or an agreed stop; rank 0 leaves first, when it has written all files."""
         if self.heartbeat is None:
             return
-        if self.status:  # a launcher may end all ranks as soon as one has ended
+        if self.status and self.state == "finished":  # stopped: a launcher may end all ranks as soon as one has ended
             self.heartbeat.wait_for_main()
             self.heartbeat.leave()
             self.heartbeat.wait_for_others()
@@ -254,7 +257,7 @@ def reported_end(rank: int, world_size: int, stop: StopRequests) -> Iterator[End
         try:
             yield end
             if rank == 0:
-                end.record("finished", end.reason)
+                end.record(end.state, end.reason)
             end.leave()
             stop.ignore()  # a launcher that ends must not change the result any more
             leave_process_group()

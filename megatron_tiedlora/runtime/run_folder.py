@@ -89,17 +89,19 @@ def take_run_folder(
     resume: str,
     take_over: bool = False,
     before: Callable[[RunFolder], None] = lambda folder: None,
+    kind: type[RunFolder] = RunFolder,
 ) -> tuple[RunFolder, FolderLock]:
     """Choose the folder of a run and become its owner; make it if it is new. Arguments as in `choose_run_folder`.
 
     Args:
         before: called before an existing folder is taken from another start; if it raises, the folder is unchanged.
+        kind: what the folder is, if it is not that of one run.
 
     Raises:
         UserError: as there; or another start owns the folder and `take_over` was not given.
     """
     while True:
-        folder = choose_run_folder(output_dir, name=name, resume=resume)
+        folder = choose_run_folder(output_dir, name=name, resume=resume, kind=kind)
         force = "--take_over" if resume != "none" else "--resume auto --take_over"
         try:
             lock = take_folder(
@@ -114,28 +116,31 @@ def take_run_folder(
             if not folder.path.exists():
                 raise UserError(f"{folder.path}: is a broken link; give another --output_dir") from None
             continue
-        return RunFolder(folder.path, lock.owner), lock
+        return kind(folder.path, lock.owner), lock
 
 
-def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunFolder:
+def choose_run_folder(
+    output_dir: str | None, *, name: str, resume: str, kind: type[RunFolder] = RunFolder
+) -> RunFolder:
     """Choose the folder of a run. The folder may be a link, but the folders in it that the run writes to may not.
 
     Args:
         output_dir: as given, or None for runs/NAME: the first free one of NAME, NAME-2, NAME-3, ...; to resume, the
             last of these, or the run of the checkpoint given to --resume.
         resume: value of --resume.
+        kind: what the folder is, if it is not that of one run.
 
     Raises:
         UserError: the folder holds a run and --resume was not given, or holds other files or links, or is not writable.
     """
-    folder = _named_or_next(output_dir, name=name, resume=resume)
+    folder = _named_or_next(output_dir, name=name, resume=resume, kind=kind)
     reject_links(folder.checkpoints, folder.logs, folder.tensorboard, folder.profile)
     return folder
 
 
-def _named_or_next(output_dir: str | None, *, name: str, resume: str) -> RunFolder:
+def _named_or_next(output_dir: str | None, *, name: str, resume: str, kind: type[RunFolder]) -> RunFolder:
     if output_dir is not None:
-        folder = RunFolder(user_path(output_dir))
+        folder = kind(user_path(output_dir))
         check_writable(folder.path, given=output_dir)
         files = folder.path.iterdir() if folder.path.is_dir() else ()
         foreign = not folder.is_run and not all(is_of_owner(item.name) for item in files)
@@ -146,10 +151,10 @@ def _named_or_next(output_dir: str | None, *, name: str, resume: str) -> RunFold
             raise UserError(f"--output_dir {output_dir} holds {what}; give a new folder{advice}")
         return folder
     if resume not in ("none", "auto"):
-        folder = RunFolder(user_path(resume).parent.parent)
+        folder = kind(user_path(resume).parent.parent)
         if folder.is_run:
             return folder
-    last, following = _last_and_next(name)
+    last, following = (kind(folder.path) for folder in _last_and_next(name))
     if resume == "none" and last.path.exists():
         return following
     return last

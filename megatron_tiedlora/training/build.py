@@ -80,19 +80,34 @@ def build_model(
         UserError: weights are missing or do not fit, or the checkpoint or --init_from's adapter is of another base.
     """
     with BaseWeights(plan.source.weights_folder(), plan.source.shape, plan.source.stored) as weights:
-        base = _identify(plan, weights)
-        _check_same_base(base)
-        check_same_dtype(plan.dtype_name)
-        state: Mapping[str, torch.Tensor] | None
-        if checkpoint is None:
-            state, notes = load_start(plan.settings, plan.source, plan.adapter, base)
-        else:
-            state, notes = checkpoint.adapter.state, _check_resumed(plan, base, checkpoint)
+        base = checked_base(plan, weights)
+        state, notes = start_values(plan, base, checkpoint)
         module, stage, groups, process_grid = _build_stage(plan, device, kernels)
         _fill_adapter(plan, stage, groups, state)
         load_base(plan, weights, stage, groups)
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(stage.layers))
     return BuiltModel(module, stage, groups, process_grid, base, tuple(read), tuple(kept), notes)
+
+
+def checked_base(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
+    """What the base is. All ranks call it; raises UserError on every rank if theirs differ."""
+    base = _identify(plan, weights)
+    _check_same_base(base)
+    check_same_dtype(plan.dtype_name)
+    return base
+
+
+def start_values(
+    plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint | None
+) -> tuple[Mapping[str, torch.Tensor] | None, tuple[str, ...]]:
+    """(the adapter's full tensors, notes): of the checkpoint or --init_from; None for the initial values.
+
+    Raises:
+        UserError: the adapter there is of another base.
+    """
+    if checkpoint is None:
+        return load_start(plan.settings, plan.source, plan.adapter, base)
+    return checkpoint.adapter.state, _check_resumed(plan, base, checkpoint)
 
 
 def load_base(plan: RunPlan, weights: BaseWeights, stage: Stage, groups: ParallelGroups) -> None:

@@ -8,16 +8,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
+from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
 from megatron_tiedlora.engine.bank_runner import BankPipelineRunner, BankPlainRunner
 from megatron_tiedlora.engine.bank_step import BankStep, OwnStep, trained_or_stand_in
-from megatron_tiedlora.engine.engine import initialize_engine
+from megatron_tiedlora.engine.engine import initialize_engine, stored_bytes, trained_parameters
 from megatron_tiedlora.engine.engine_json import EngineConfig
+from megatron_tiedlora.engine.optimizer_state import MOMENTS, write_moments
+from megatron_tiedlora.parallel.agreement import gather_numbers
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.training.build import build_stage, load_base
-from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler
+from megatron_tiedlora.training.build import build_stage, checked_base, load_base, start_values
+from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan
 
 Plans = Mapping[str, RunPlan]  # by the adapter's name; they differ only in what belongs to an adapter
@@ -25,10 +30,26 @@ Plans = Mapping[str, RunPlan]  # by the adapter's name; they differ only in what
 
 @dataclass(frozen=True)
 class BuiltBank:
-    """This rank's part of a run of several adapters, ready for its first step."""
+    """This rank's part of a run of several adapters, ready for its next step.
+
+    Attributes:
+        stage_layers: layers by pipeline stage.
+        bytes_read, bytes_kept: as of a `BuiltModel`.
+        notes: on each adapter's start, by its name.
+    """
 
     runner: BankPlainRunner | BankPipelineRunner
     step: BankStep
+    base: BaseIdentity
+    stage_layers: tuple[tuple[int, ...], ...]
+    bytes_read: tuple[int, ...]
+    bytes_kept: tuple[int, ...]
+    notes: Mapping[str, tuple[str, ...]]
+
+    def layout(self, plan: RunPlan) -> AdapterLayout:
+        """Which rank holds which part of the adapter of one of the plans."""
+        layers = (tuple(layer for layer in plan.adapter.layers if layer in stage) for stage in self.stage_layers)
+        return AdapterLayout(plan.adapter, plan.grid, tuple(layers))
 
 
 def shared_plan(plans: Plans) -> RunPlan:
@@ -49,26 +70,36 @@ def shared_plan(plans: Plans) -> RunPlan:
     return plan
 
 
-def build_bank(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltBank:
+def build_bank(
+    plans: Plans,
+    device: torch.device,
+    checkpoints: Mapping[str, Checkpoint | None] | None = None,
+    *,
+    kernels: Kernels = EAGER,
+) -> BuiltBank:
     """Build this rank's stage with the parts of all adapters, load its shards of the base, and start the engine.
 
-    The adapters have their initial values.
+    Args:
+        checkpoints: from which adapters go on, by name; others begin.
 
     Raises:
-        UserError: see `shared_plan`; or weights are missing or do not fit.
+        UserError: see `shared_plan`; or weights are missing or do not fit, or an adapter is of another base.
     """
-    shared = shared_plan(plans)
+    shared, resumed = shared_plan(plans), checkpoints or {}
     layers = shared.stage.layers
-    adapters = {}
-    for name, plan in plans.items():
-        own = tuple(layer for layer in plan.adapter.layers if layer in layers)
-        part = AdapterPart(plan.adapter, own, shared.grid.tp_rank, shared.grid.tp_size)
-        adapters[name] = TiedAdapter(part).to(device)
-        adapters[name].load_full(initial_values(plan.adapter))
-    bank = AdapterBank(adapters)
-    module, stage, groups, process_grid = build_stage(shared, bank, device, kernels)
+    adapters, notes = {}, {}
     with BaseWeights(shared.source.weights_folder(), shared.source.shape, shared.source.stored) as weights:
+        base = checked_base(shared, weights)
+        for name, plan in plans.items():
+            state, notes[name] = start_values(plan, base, resumed.get(name))
+            own = tuple(layer for layer in plan.adapter.layers if layer in layers)
+            part = AdapterPart(plan.adapter, own, shared.grid.tp_rank, shared.grid.tp_size)
+            adapters[name] = TiedAdapter(part).to(device)
+            adapters[name].load_full(initial_values(plan.adapter) if state is None else state)
+        bank = AdapterBank(adapters)
+        module, stage, groups, process_grid = build_stage(shared, bank, device, kernels)
         load_base(shared, weights, stage, groups)
+        read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(stage.layers))
     assert stage.anchor is not None
     config = _engine_config(shared)
     engine = initialize_engine(
@@ -80,8 +111,10 @@ def build_bank(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) 
     )
     kind = BankPlainRunner if groups.pipeline.size == 1 else BankPipelineRunner
     runner = kind(engine, stage, groups, config, device)
-    steps = {name: _own_step(plan, adapters[name]) for name, plan in plans.items()}
-    return BuiltBank(runner, BankStep(bank, groups, steps, device))
+    steps = {name: _own_step(plan, adapters[name], resumed.get(name)) for name, plan in plans.items()}
+    by_stage = tuple(tuple(stage.layers) for stage in shared.stages)
+    step = BankStep(bank, groups, steps, device)
+    return BuiltBank(runner, step, base, by_stage, tuple(read), tuple(kept), notes)
 
 
 def _engine_config(plan: RunPlan) -> EngineConfig:
@@ -95,7 +128,7 @@ def _engine_config(plan: RunPlan) -> EngineConfig:
     return replace(plan.engine, values={**plan.engine.values, **ours})
 
 
-def _own_step(plan: RunPlan, adapter: TiedAdapter) -> OwnStep:
+def _own_step(plan: RunPlan, adapter: TiedAdapter, checkpoint: Checkpoint | None) -> OwnStep:
     settings = plan.settings
     optimizer = make_optimizer(
         trained_or_stand_in(adapter),
@@ -106,4 +139,14 @@ def _own_step(plan: RunPlan, adapter: TiedAdapter) -> OwnStep:
     scheduler = make_scheduler(
         optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps, schedule=settings.schedule
     )
-    return OwnStep(optimizer, scheduler, settings.gradient_clipping)
+    own = OwnStep(optimizer, scheduler, settings.gradient_clipping)
+    if checkpoint is not None:
+        trained, step = trained_parameters(adapter), checkpoint.progress.step
+        moments = {
+            moment: {name: adapter.part.shard(name, checkpoint.moments[moment_name(moment, name)]) for name in trained}
+            for moment in MOMENTS
+        }
+        # Its optimizer is torch's own, as an engine's is under ZeRO-0.
+        write_moments(own, trained, 0, moments=moments, step=step, dp_rank=plan.grid.dp_rank)
+        resume_scheduler(scheduler, step)
+    return own

@@ -84,7 +84,7 @@ class GroupStep:
         self._seconds = math.inf  # of the last step, mean over ranks; unknown yet, so the first one counts as long
         runner = built.runner
         self._seen = {name: _One(a, runner.groups, runner.config) for name, a in built.step.bank.adapters.items()}
-        self._checks = {
+        self.checks = {
             name: StepChecks(one, check_steps=plans[name].settings.replica_check_steps)
             for name, one in self._seen.items()
         }
@@ -144,7 +144,7 @@ class GroupStep:
         self, name: str, loss: float, norm: float, *, ranks_missing: float, saved_step: int | None
     ) -> OwnReport:
         """The step of one adapter, or why it took none."""
-        number, step, checks = self.finished[name] + 1, self._built.step, self._checks[name]
+        number, step, checks = self.finished[name] + 1, self._built.step, self.checks[name]
         report = OwnReport(number, loss, step.steps[name].learning_rate, norm)
         try:
             require_finite("loss", loss, step=number, saved_step=saved_step)

@@ -28,7 +28,7 @@ from megatron_tiedlora.evaluation.scores import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training.checks import require_finite
+from megatron_tiedlora.training.checks import StepChecks, require_finite
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import StepProfiler
 from megatron_tiedlora.training.run_data import RunData
@@ -94,6 +94,10 @@ class Trainer:
                 self._profiler.finish(last_step=self.progress.step)
                 if self.log is not None:
                     self.log.close()
+
+    @property
+    def _checks(self) -> StepChecks:
+        return self._step.checks
 
     def _out_of_patience(self) -> bool:
         return self.progress.evaluations_since_best >= self.plan.settings.patience
@@ -257,8 +261,8 @@ class Trainer:
         new = self._saved_step != self.progress.step
         if self.progress.step == 0 or not (new or best):
             return
-        self._step.checks.before_save(self.progress.step)
-        state = full_adapter_state(self.plan, self.runner)
+        self._checks.before_save(self.progress.step)
+        state = self._full_state()
         moments = self._full_moments() if new else {}
         decided_by_rank_0(lambda: self._write(state, moments, new=new, best=best))
         self._saved_step = self.progress.step
@@ -285,6 +289,9 @@ class Trainer:
             )
         if best:
             save_adapter(self.folder.adapter, self.plan.adapter, self.base, state, guard=self.folder.guard)
+
+    def _full_state(self) -> dict[str, torch.Tensor]:
+        return full_adapter_state(self.plan, self.runner)
 
     def _full_moments(self) -> dict[str, torch.Tensor]:
         trained = trained_parameters(self.runner.adapter)

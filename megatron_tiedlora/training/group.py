@@ -1,0 +1,144 @@
+"""The loop of a run of several adapters: each turn every adapter that runs takes a step of its own, with the others.
+
+Then come the evaluations and saves that are due, adapter by adapter. One that has ended or failed leaves with its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.runtime.group_folder import GroupFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder
+from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
+from megatron_tiedlora.training.group_step import GroupStep
+from megatron_tiedlora.training.member import Member
+
+
+@dataclass
+class Group:
+    """A run of several adapters on one rank, from a ready engine to the end of their training.
+
+    Attributes:
+        last_turn: the number of the last turn; the first one follows the most steps that an adapter has.
+    """
+
+    members: Mapping[str, Member]
+    step: GroupStep
+    folder: GroupFolder
+    stop: StopRequests
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+    _failure: UserError | None = None
+
+    def __post_init__(self) -> None:
+        self.last_turn = max(member.progress.step for member in self.members.values())
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and shows progress."""
+        return next(iter(self.members.values())).is_main
+
+    @property
+    def failed(self) -> list[str]:
+        """The adapters that failed."""
+        return [name for name, member in self.members.items() if member.failure is not None]
+
+    def unrecorded(self) -> list[tuple[RunFolder, int]]:
+        """The folders of adapters whose end is not recorded, each with its last step."""
+        return [(member.folder, member.progress.step) for member in self.members.values() if not member.recorded]
+
+    def run(self) -> None:
+        """Train until every adapter has ended or failed.
+
+        Raises:
+            RunStopped: all ranks agreed to stop; finished steps are saved.
+        """
+        with self.stop.deferred(), self._bar() as bar:
+            try:
+                for member in self.members.values():
+                    with member.failing_alone():
+                        member.begin(bar)
+                self._show(bar, tokens_per_second=None)
+                while running := self._running():
+                    self._turn(running, bar)
+            except RunStopped:
+                for member in self._running().values():
+                    with member.failing_alone():
+                        member.save()
+                self.write_table()
+                raise
+            finally:
+                for member in self.members.values():
+                    member.close_log()
+
+    def _running(self) -> dict[str, Member]:
+        return {name: member for name, member in self.members.items() if member.state == "running"}
+
+    def _bar(self) -> Any:
+        members = self.members.values()
+        return tqdm(
+            total=sum(member.plan.settings.max_steps for member in members),
+            initial=sum(member.progress.step for member in members),
+            desc="training",
+            unit="step",
+            disable=not self.is_main,
+        )
+
+    def _turn(self, running: Mapping[str, Member], bar: Any) -> None:
+        """One step of each; afterwards raise RunStopped if any rank should stop."""
+        samples = {name: member.next_samples() for name, member in running.items()}
+        saved = {name: member.saved_step for name, member in running.items()}
+        report = self.step.run(
+            samples,
+            save_due=lambda: any([member.wants_save for member in running.values()]),
+            failure=self._failure,
+            saved_steps={name: step for name, step in saved.items() if step is not None},
+        )
+        self.last_turn += 1
+        for name, member in running.items():
+            member.took(samples[name], report, bar)
+        self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
+        for member in self._running().values():
+            with member.failing_alone():
+                member.after_step(bar)
+        self._show(bar, tokens_per_second=sum(step.num_tokens for step in samples.values()) / report.seconds)
+
+    def _show(self, bar: Any, *, tokens_per_second: float | None) -> None:
+        """The progress line; and the table, if an adapter was evaluated, has ended or has failed."""
+        states = [member.state for member in self.members.values()]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in ("running", "ended", "failed"))
+        bar.set_postfix_str(counts + ("" if tokens_per_second is None else f"; {tokens_per_second:,.0f} tokens/s"))
+        try:
+            self.write_table()
+        except UserError as error:  # raised when all ranks agree, at the next step
+            self._failure = self._failure or error
+
+    def write_table(self) -> None:
+        """Write table.csv on rank 0, if more than steps have changed. Raises UserError if it cannot be written."""
+        rows = [_row(member) for member in self.members.values()]
+        if not self.is_main or [{**row, "step": 0} for row in rows] == [{**row, "step": 0} for row in self._rows]:
+            return
+        self.folder.write_table(rows)
+        self._rows = rows
+
+
+def _row(member: Member) -> dict[str, Any]:
+    settings, progress = member.plan.settings, member.progress
+    return {
+        "name": member.name,
+        "method": settings.method,
+        "rank": settings.rank,
+        "learning_rate": settings.learning_rate,
+        "step": progress.step,
+        "max_steps": settings.max_steps,
+        "evaluated_step": progress.evaluated_step,
+        "best_step": progress.best_step,
+        "best": progress.best_metric,
+        "metric": settings.eval_metric,
+        "state": "finished" if member.recorded and member.failure is None else member.state,
+        "reason": member.failure or member.reason,
+    }

@@ -1,0 +1,70 @@
+"""The end of a run of several adapters: the scores and exports of each, and the table of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.checkpoint.resume import Checkpoint
+from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
+from megatron_tiedlora.training import finish
+from megatron_tiedlora.training.group import Group
+from megatron_tiedlora.training.member import Member
+
+
+def score_before(group: Group, checkpoints: Mapping[str, Checkpoint | None]) -> None:
+    """Score the adapters that begin, before their first step. All ranks call it."""
+    for name, member in group.members.items():
+        if checkpoints[name] is None:
+            with member.failing_alone():
+                finish.record_score(member, "before", finish.score(member))
+
+
+def score_after(group: Group) -> None:
+    """Score the best adapter of each that has ended; the bank then holds it. All ranks call it."""
+    for member in _trained(group):
+        with member.failing_alone():
+            finish.use_best_adapter(member)
+            finish.record_score(member, "after", finish.score(member))
+
+
+def export_all(group: Group) -> list[str]:
+    """Export each adapter that has ended, and record that it has finished. On rank 0. Returns lines to print.
+
+    Raises:
+        RunStopped: a signal came; those that are exported have finished.
+    """
+    lines: list[str] = []
+    for member in _trained(group):
+        with member.failing_alone():
+            lines += finish.export(member)
+            member.finish()
+    group.write_table()
+    return lines
+
+
+def _trained(group: Group) -> list[Member]:
+    return [member for member in group.members.values() if member.state == "ended"]
+
+
+def set_end(group: Group, end: End) -> None:
+    """How the run ends: it fails if an adapter did."""
+    failed, total = group.failed, count_text(len(group.members), "adapter")
+    end.reason = f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
+    if failed:
+        end.state, end.status = "failed", FAILED_STATUS
+
+
+def table_lines(group: Group) -> list[str]:
+    """The last lines: how each adapter ended, and where its files are. On rank 0."""
+    width = max(len("adapter"), *map(len, group.members))
+    rows = ["", f"{'adapter':<{width}}  {'state':<9}{'step':>7}{'best step':>11}{'best':>10}  reason"]
+    for name, member in group.members.items():
+        progress = member.progress
+        state = "finished" if member.failure is None else "failed"
+        best = "-" if progress.best_metric is None else f"{progress.best_metric:.4f}"
+        rows.append(
+            f"{name:<{width}}  {state:<9}{progress.step:>7}{progress.best_step or '-':>11}{best:>10}"
+            f"  {member.failure or member.reason}"
+        )
+    return [*rows, "", f"run folder  {group.folder.path}", "  NAME/      the run folder of each adapter, with peft/"]

@@ -1,0 +1,252 @@
+"""The start of a run of several adapters: their plans, data, folders and checkpoints, and the first lines for the user.
+
+Each adapter's are those of a run of its own in RUN/NAME. All of them are checked before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.ownership import Owner
+from megatron_tiedlora.base.paths import last_name
+from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.wording import bytes_in_words, count_text
+from megatron_tiedlora.checkpoint.load_model import describe_dtype
+from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
+from megatron_tiedlora.config.adapters_file import PER_ADAPTER, read_adapters
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.engine.bank_runner import OwnRunner
+from megatron_tiedlora.model.weights import num_base_parameters
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
+from megatron_tiedlora.runtime.group_folder import GroupFolder
+from megatron_tiedlora.runtime.run_folder import choose_run_folder, take_run_folder
+from megatron_tiedlora.runtime.stopping import StopRequests
+from megatron_tiedlora.training import session
+from megatron_tiedlora.training.build_bank import BuiltBank, Plans, shared_plan
+from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
+from megatron_tiedlora.training.group import Group
+from megatron_tiedlora.training.group_step import GroupStep
+from megatron_tiedlora.training.member import Member
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.resumed import with_kept_warmup
+from megatron_tiedlora.training.run_data import RunData, prepare_data
+from megatron_tiedlora.training.throughput import Meter, start_meter
+
+DS_CONFIG = "zero0.json"  # by default, as others would clip all adapters together, or shard the base
+Data = Mapping[str, RunData]
+Checkpoints = Mapping[str, Checkpoint | None]
+Release = Callable[[], None]
+Keep = Callable[[Release], None]
+
+
+def plan_group(settings: Settings, *, rank: int, world_size: int) -> dict[str, RunPlan]:
+    """The plan of each adapter of --adapters, by name. The model is looked for once.
+
+    Raises:
+        UserError: names the file and the adapter, if its settings do not fit.
+    """
+    file, plans = settings.adapters, dict[str, RunPlan]()
+    assert file is not None
+    for name, given in read_adapters(file, settings).items():
+        own = given if "ds_config" in given.model_fields_set else given.completed(ds_config=DS_CONFIG)
+        source = next(iter(plans.values())).source if plans else None
+        try:
+            plans[name] = plan_run(own, rank=rank, world_size=world_size, source=source)
+        except UserError as error:
+            raise UserError(f"{file}: {name}: {error}") from None
+    shared = shared_plan(plans)
+    for name, plan in plans.items():
+        if plan.dtype_name != shared.dtype_name:
+            raise UserError(f"{file}: {name} would have the base in {plan.dtype_name}, others not; give --dtype")
+    return plans
+
+
+def prepare_group_data(plans: Plans) -> dict[str, RunData]:
+    """The data of each adapter. Raises UserError that names the adapter."""
+    return {name: _named(name, lambda plan=plan: prepare_data(plan)) for name, plan in plans.items()}
+
+
+def counted(plans: Plans, data: Data) -> dict[str, RunPlan]:
+    """The plans whose --max_steps is counted for --epochs."""
+    return {
+        name: _named(name, lambda name=name, plan=plan: plan.counted(len(data[name].train)))
+        for name, plan in plans.items()
+    }
+
+
+def _named(name: str, make: Callable[..., Any]) -> Any:
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Keep) -> tuple[GroupFolder, Keep]:
+    """Choose the folder of all on rank 0, which becomes its owner, and tell every rank. Nothing is written yet.
+
+    Args:
+        keep: called on rank 0 with the function that releases all folders at the end.
+
+    Returns:
+        the folder; and what to call with the function that releases an adapter's.
+
+    Raises:
+        UserError: the folder or an adapter's cannot be used; or the ranks have other data. On every rank.
+    """
+    for own in data.values():
+        session.check_same_data(own)
+    held = ExitStack()  # the folder of all is released last
+
+    def take() -> tuple[str, str]:
+        assert settings.adapters is not None
+        folder, lock = take_run_folder(
+            settings.output_dir,
+            name=f"{last_name(settings.model)}-{Path(settings.adapters).stem}",
+            resume=settings.resume,
+            take_over=settings.take_over,
+            kind=GroupFolder,
+        )
+        held.callback(lock.release)
+        keep(held.close)
+        for name, plan in plans.items():
+            choose_run_folder(str(folder.path / name), name=plan.name, resume=settings.resume)
+        return str(folder.path), lock.owner.start
+
+    path, start = decided_by_rank_0(take, kind=tuple[str, str])
+    first = next(iter(plans.values()))
+    owner = Owner(Path(path), start, is_main=first.grid.rank == 0)
+
+
+    def hold(release: Release) -> None:
+        held.callback(release)
+
+    return GroupFolder(Path(path), owner), hold
+
+
+def in_folder(plans: Plans, folder: GroupFolder) -> dict[str, RunPlan]:
+    """The plans with the run folder of each adapter."""
+    return {
+        name: replace(plan, settings=plan.settings.completed(output_dir=str(folder.path / name)))
+        for name, plan in plans.items()
+    }
+
+
+def find_checkpoints(plans: Plans, data: Data, folder: GroupFolder) -> dict[str, Checkpoint | None]:
+    """The checkpoint from which each adapter goes on; None: it begins. Raises UserError as a run of its own does."""
+    return {
+        name: _named(name, lambda name=name, plan=plan: session.find_checkpoint(plan, data[name], folder.member(name)))
+        for name, plan in plans.items()
+    }
+
+
+def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
+    """The plans with the warm-up of the checkpoints."""
+    saved = {name: None if found is None else found.settings for name, found in checkpoints.items()}
+    return {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
+
+
+def choose_group_kernels(plans: Plans, device: torch.device) -> ChosenKernels:
+    """The kernels of all: those that the adapter with most tokens would have alone."""
+
+    def num_tokens(plan: RunPlan) -> int:
+        return plan.settings.max_steps * plan.settings.global_batch_size * plan.settings.max_length
+
+    return choose_kernels(max(plans.values(), key=num_tokens), device)
+
+
+def make_group(
+    settings: Settings,
+    plans: Plans,
+    data: Data,
+    folder: GroupFolder,
+    checkpoints: Checkpoints,
+    built: BuiltBank,
+    device: torch.device,
+    stop: StopRequests,
+    *,
+    keep: Keep,
+) -> Group:
+    """Take and occupy the folder of each adapter, and make the group. The first files of the run are written here.
+
+    Raises:
+        UserError: a folder cannot be written; on every rank.
+    """
+    _write_settings(plans, folder)
+    meter = start_meter(shared_plan(plans), device)
+    progress = {name: Progress() if found is None else found.progress for name, found in checkpoints.items()}
+    finished = {name: found.step for name, found in progress.items()}
+    step = GroupStep(plans, built, stop, finished=finished, shares_micro_batches=settings.share_micro_batches)
+    members = {}
+    for name, plan in plans.items():
+        own = session.open_run_folder(plan, data[name], keep=keep)
+        members[name] = Member(
+            plan=plan,
+            data=data[name],
+            runner=OwnRunner(built.runner, name),
+            base=built.base,
+            folder=own,
+            stop=stop,
+            log=session.occupy_run_folder(plan, own, checkpoints[name]),
+            meter=Meter(plan.source.shape, plan.adapter, meter.peak),
+            progress=progress[name],
+            name=name,
+            layout=built.layout(plan),
+            own_step=built.step.steps[name],
+            own_checks=step.checks[name],
+        )
+    group = Group(members, step, folder, stop)
+    group.folder = replace(folder, running=group.unrecorded)
+    return group
+
+
+def _write_settings(plans: Plans, folder: GroupFolder) -> None:
+    """Write adapters.yaml on rank 0: the settings of all, and those of each."""
+    failure = None
+    resolved = {name: plan.resolved_settings() for name, plan in plans.items()}
+    (first, of_all), *_ = resolved.items()
+    own = {name: {key: values[key] for key in values if key in PER_ADAPTER} for name, values in resolved.items()}
+    shared = {key: value for key, value in of_all.items() if key not in PER_ADAPTER}
+    shared["output_dir"] = str(folder.path)
+    ranks, versions = plans[first].grid.world_size, installed_versions("torch", "deepspeed", "transformers")
+    if plans[first].grid.rank == 0:
+        try:
+            folder.write_settings({**shared, "adapters": own, "ranks": ranks, "versions": versions})
+        except UserError as error:
+            failure = error
+    raise_on_every_rank(failure)
+
+
+def headline(
+    plans: Plans, data: Data, group: Group, built: BuiltBank, chosen: ChosenKernels, device: torch.device
+) -> list[str]:
+    """A summary of the run: a few lines for all, and one for each adapter."""
+    plan = shared_plan(plans)
+    settings, grid, stage = plan.settings, plan.grid, built.runner.stage
+    trained = sum(sum(own.adapter.num_trained().values()) for own in plans.values())
+    lines = [
+        f"model      {settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
+        f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen",
+        f"adapters   {len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}",
+        f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}",
+        f"read       {bytes_in_words(max(built.bytes_read))} of base weights per rank",
+        f"kernels    {chosen.description}",
+        f"attention  {stage.attention.route(device, plan.dtype)}",
+        f"run folder {group.folder.path}",
+    ]
+    for name, member in group.members.items():
+        own = member.plan.settings
+        step = f", resumed from step {member.progress.step}" if member.progress.step else ""
+        lines.append(
+            f"{name:<10} {own.method}, rank {own.rank}, {count_text(len(data[name].train), 'sample')},"
+            f" {own.global_batch_size} per step, {count_text(own.max_steps, 'step')}{step}"
+        )
+        lines += [f"note       {name}: {note}" for note in (*data[name].notes, *built.notes[name])]
+        lines += [f"warning    {name}: {warning}" for warning in data[name].warnings(own)]
+    return lines

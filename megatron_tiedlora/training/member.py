@@ -1,0 +1,184 @@
+"""One of several adapters that train together: what a run of its own has, but for the steps, which are the group's.
+
+Its folder, log, evaluations, checkpoints and early stopping are `Trainer`'s. What goes wrong with it ends it alone:
+such errors are raised on every rank, so all ranks leave it out from then on.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full, gather_state
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.resume import moment_name
+from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.data.tokenizer import padding_id
+from megatron_tiedlora.engine.bank_runner import OwnRunner
+from megatron_tiedlora.engine.bank_step import OwnStep
+from megatron_tiedlora.engine.engine import trained_parameters
+from megatron_tiedlora.engine.optimizer_state import read_moments
+from megatron_tiedlora.evaluation.answering import ScoredSet
+from megatron_tiedlora.evaluation.scores import Score
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
+from megatron_tiedlora.runtime.heartbeat import rank_line
+from megatron_tiedlora.training.checks import StepChecks, require_finite
+from megatron_tiedlora.training.group_step import GroupReport
+from megatron_tiedlora.training.loop import Trainer
+from megatron_tiedlora.training.step import StepReport
+
+
+@dataclass
+class NamedBar:
+    """The group's progress bar, as one adapter sees it: its lines begin with its name."""
+
+    bar: Any
+    name: str
+
+    def write(self, line: str) -> None:
+        """Show a line above the bar."""
+        self.bar.write(f"{self.name}: {line}")
+
+    def update(self, steps: int) -> None:
+        """Count steps."""
+        self.bar.update(steps)
+
+    def set_postfix_str(self, text: str) -> None:
+        """The bar says what concerns all adapters, so one adapter's numbers are in its metrics.jsonl alone."""
+
+
+@dataclass(kw_only=True)
+class Member(Trainer):
+    """One adapter of a group on one rank, from a ready engine to its end.
+
+    Attributes:
+        layout: which rank holds which part of it.
+        failure: why it failed; None if it did not.
+        reason: why its training ended; "" before that.
+        recorded: whether its run_status.json says how it ended.
+    """
+
+    runner: OwnRunner
+    name: str
+    layout: AdapterLayout
+    own_step: OwnStep
+    own_checks: StepChecks
+    failure: str | None = None
+    reason: str = ""
+    recorded: bool = False
+
+    def __post_init__(self) -> None:
+        self._saved_step = self.progress.step or None
+        self._loader = self.plan.training_loader(
+            self.data.train, pad_id=padding_id(self.data.tokenizer), consumed_samples=self.progress.consumed_samples
+        )
+
+    @property
+    def state(self) -> str:
+        """In a word, for the table."""
+        return "failed" if self.failure is not None else "ended" if self.reason else "running"
+
+    @property
+    def _checks(self) -> StepChecks:
+        return self.own_checks
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step of its last checkpoint; None if there is none."""
+        return self._saved_step
+
+    @property
+    def wants_save(self) -> bool:
+        """Whether rank 0 wants a checkpoint by --save_interval_minutes."""
+        return self._save_is_due()
+
+    @contextmanager
+    def failing_alone(self) -> Iterator[None]:
+        """Inside, an error of this adapter, raised on every rank, ends it and not the group."""
+        try:
+            yield
+        except UserError as error:
+            self.fail(str(error))
+
+    def fail(self, why: str) -> None:
+        """End it, with the reason in its run_status.json; its last checkpoint is valid."""
+        self.failure = why
+        self.close_log()
+        if self.is_main:
+            with suppress(UserError):  # its folder may be what failed
+                reason = rank_line(0, socket.gethostname(), self.progress.step, why)
+                self.folder.write_status("failed", step=self.progress.step, reason=reason)
+        self.recorded = True
+
+    def finish(self) -> None:
+        """Record a good end, once all of its files are written; on rank 0."""
+        self.folder.write_status("finished", step=self.progress.step, reason=self.reason)
+        self.recorded = True
+
+    def close_log(self) -> None:
+        """Close its metrics.jsonl."""
+        if self.log is not None:
+            self.log.close()
+
+    def next_samples(self) -> TrainingStep:
+        """This rank's share of its next global batch."""
+        return next(self._loader)
+
+    def begin(self, bar: Any) -> None:
+        """Evaluate before the first step, or what was left to do after the last one. May end it."""
+        if self.progress.step == 0:
+            self._evaluate_start(NamedBar(bar, self.name))
+            self._end_if_trained()
+        else:
+            self.after_step(bar)
+
+    def took(self, samples: TrainingStep, report: GroupReport, bar: Any) -> None:
+        """Count and log the step that it took with the group, or fail with the reason why it took none."""
+        own = report.adapters[self.name]
+        if own.failure is not None:
+            self.fail(own.failure)
+            return
+        self.progress = replace(self.progress, step=own.number, consumed_samples=samples.consumed_samples)
+        self._save_due = bool(report.votes.save_due)
+        step = StepReport(own.number, own.loss, own.learning_rate, own.grad_norm, report.seconds, report.votes)
+        self._report(NamedBar(bar, self.name), step, samples)
+
+    def after_step(self, bar: Any) -> None:
+        """Evaluate and save if that is due. May end it."""
+        self._evaluate_and_save(NamedBar(bar, self.name))
+        self._end_if_trained()
+
+    def _end_if_trained(self) -> None:
+        if self.progress.step < self.plan.settings.max_steps and not self._out_of_patience():
+            return
+        raise_on_every_rank(self._log_failure)
+        self.save()  # after early stopping there may be no checkpoint of the last evaluation
+        self.reason = "early_stopping" if self._out_of_patience() else "max_steps"
+        self.close_log()
+
+    def score(self, scored: ScoredSet | None) -> dict[str, Score]:
+        """See Trainer."""
+        with self.runner.alone():
+            return super().score(scored)
+
+    def _full_state(self) -> dict[str, torch.Tensor]:
+        state = gather_state(dict(self.runner.adapter.named_parameters()), self.layout)
+        finite = decided_by_rank_0(lambda: all(bool(tensor.isfinite().all()) for tensor in state.values()), kind=bool)
+        if not finite:
+            require_finite("adapter", math.nan, step=self.progress.step, saved_step=self._saved_step)
+        return state
+
+    def _full_moments(self) -> dict[str, torch.Tensor]:
+        moments = read_moments(self.own_step, trained_parameters(self.runner.adapter), 0)  # torch's own optimizer
+        names = list(self.plan.adapter.num_trained())
+        return {
+            moment_name(moment, name): tensor
+            for moment, local in moments.items()
+            for name, tensor in gather_full(names, local, self.layout).items()
+        }
