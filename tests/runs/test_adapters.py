@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from run_helpers import Base, run, write_base
+from run_preludes import kill_at_call
 from safetensors.torch import load_file
 
 OWN: dict[str, dict[str, Any]] = {
@@ -46,11 +48,11 @@ def content(file: Path) -> Any:
     if file.suffix == ".json":
         found = json.loads(file.read_text())
         if "settings" in found:
-            found["settings"] |= {"output_dir": None}
+            found["settings"] |= {"output_dir": None, "resume": None}
             found.pop("config_sha256")  # of the settings, with that folder
         return found
     if file.suffix == ".yaml":
-        return yaml.safe_load(file.read_text()) | {"output_dir": None}
+        return yaml.safe_load(file.read_text()) | {"output_dir": None, "resume": None}
     return file.read_bytes()
 
 
@@ -94,3 +96,117 @@ def test_folders_are_those_of_single_runs(base: Base, tmp_path: Path, alone: Pat
         name: ("finished", "max_steps") for name in OWN
     }
     assert json.loads((tmp_path / "run" / "run_status.json").read_text())["state"] == "finished"
+
+
+def state(folder: Path) -> tuple[str, int, str]:
+    """(state, step, reason) of a run_status.json."""
+    found = json.loads((folder / "run_status.json").read_text())
+    return found["state"], found["step"], found["reason"]
+
+
+def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path) -> None:
+    """Both have the folders of single runs that end so, and the others do not change."""
+    others: dict[str, dict[str, Any]] = {
+        "sick": {"learning_rate": 1e9, "gradient_clipping": 0.0, "warmup_steps": 0, "max_steps": 6, "method": "tl5"},
+        "early": {"learning_rate": 1e-30, "patience": 1, "max_steps": 6, "method": "tl5"},
+    }
+    for name, own in others.items():
+        run(base, tmp_path / name, ds_config="zero0.json", expect=2 if name == "sick" else 0, **own)
+    (first, own), *rest = OWN.items()
+    file = written(tmp_path / "adapters.yaml", {first: own, **others, **dict(rest)})
+    ended = run(base, tmp_path / "run", adapters=file, expect=1)
+    assert "Traceback" not in ended.tail()
+    for name in others:
+        same_folders(tmp_path / "run" / name, tmp_path / name)
+    for name in OWN:
+        same_folders(tmp_path / "run" / name, alone / name)
+    assert state(tmp_path / "run" / "early")[2] == "early_stopping" and state(tmp_path / "run" / "early")[1] < 6
+    assert state(tmp_path / "run")[::2] == ("failed", "1 of 6 adapters failed: sick")
+    found = table(tmp_path / "run")
+    assert {name for name, row in found.items() if row["state"] == "failed"} == {"sick"}
+    assert "Lower --learning_rate" in found["sick"]["reason"] and found["early"]["reason"] == "early_stopping"
+
+
+def test_a_killed_run_is_resumed(base: Base, tmp_path: Path, alone: Path) -> None:
+    """Killed twice: in a turn, and while the first of its exports is written. One more adapter joins at a resume."""
+    folder, joins = tmp_path / "run", dict(list(OWN.items())[:3])
+    file = written(tmp_path / "adapters.yaml", joins)
+    kill = partial(kill_at_call, "megatron_tiedlora.training.group", "Group._turn", call=4)
+    run(base, folder, adapters=file, prelude=kill, expect=-signal.SIGKILL)
+    assert {row["state"] for row in table(folder).values()} == {"running"}
+    written(file, OWN)
+    kill = partial(kill_at_call, "megatron_tiedlora.training.finish", "export")
+    run(base, folder, adapters=file, prelude=kill, expect=-signal.SIGKILL, resume="auto")
+    assert {row["state"] for row in table(folder).values()} == {"ended"}
+    run(base, folder, adapters=file, resume="auto")
+    for name in OWN:
+        same_folders(folder / name, alone / name)
+    assert {row["state"] for row in table(folder).values()} == {"finished"}
+
+
+def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Path) -> None:
+    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", OWN)
+    stop = partial(kill_at_call, "megatron_tiedlora.training.group", "Group._turn", call=3, number=signal.SIGTERM)
+    ended = run(base, folder, adapters=file, prelude=stop, expect=143)
+    assert "stopped by SIGTERM" in ended.tail() and "--resume auto" in ended.tail()
+    for part in (folder, *(folder / name for name in OWN)):
+        assert state(part)[:2] == ("stopped", 3), part
+    run(base, folder / "b", ds_config="zero0.json", resume="auto", **OWN["b"])
+    same_folders(folder / "b", alone / "b")
+    run(base, folder, adapters=file, resume="auto")
+    for name in OWN:
+        same_folders(folder / name, alone / name)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 2}, {"ds_config": "zero3.json"}])
+def test_two_ranks(base: Base, tmp_path: Path, alone: Path, layout: dict[str, Any]) -> None:
+    """Every rank leaves the one that fails out, and they end with the same status; others train as alone."""
+    sick = {"sick": {"learning_rate": 1e9, "gradient_clipping": 0.0, "warmup_steps": 0, "max_steps": 6}}
+    file = written(tmp_path / "adapters.yaml", {**sick, **OWN})
+    run(base, tmp_path / "run", adapters=file, expect=1, ranks=2, **layout)
+    assert state(tmp_path / "run" / "sick")[0] == "failed"
+    for name in OWN:
+        found, expected = rows(tmp_path / "run" / name), rows(alone / name)
+        assert [(row["step"], row["split"]) for row in found] == [(row["step"], row["split"]) for row in expected]
+        assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+        assert state(tmp_path / "run" / name) == state(alone / name)
+
+
+@pytest.mark.parametrize(
+    ("own", "changes", "message"),
+    [
+        ({"a": {"dtype": "fp32"}}, {}, "entry 1 (a): dtype cannot differ between the adapters of a run"),
+        ({"a": {"layers": [9]}}, {}, "adapters.yaml: a: --layers 9: "),
+        ({"a": {}, "b": {"train_file": "missing.jsonl"}}, {}, "b: "),
+        ({"logs": {}}, {}, "the run itself has a file 'logs'"),
+        ({"a": {"dropout": 0.1}}, {}, "a: --dropout is not implemented for several adapters"),
+        ({"a": {}}, {"ds_config": "zero2.json"}, "ZeRO-2 clips the gradients of all adapters together"),
+        ({"a": {}}, {"dry_run": True}, "--dry_run is not implemented for --adapters"),
+        ({"a": {}}, {"profile": "1:2"}, "--profile is not implemented for --adapters"),
+        ({"a": {}}, {"resume": "somewhere"}, "each adapter has checkpoints of its own; give auto"),
+        ({"a": {}}, {"adapters": "nowhere.yaml"}, "--adapters nowhere.yaml: no such file"),
+        ({"a": {}}, {"adapters": None, "share_micro_batches": False}, "--share_micro_batches needs --adapters"),
+    ],
+)
+def test_bad_inputs(base: Base, tmp_path: Path, own: Any, changes: dict[str, Any], message: str) -> None:
+    """One line, status 2, and nothing is written."""
+    file = written(tmp_path / "adapters.yaml", own)
+    ended = run(base, tmp_path / "run", expect=2, **{"adapters": file, **changes})
+    assert message in ended.error_line()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_kind(base: Base, tmp_path: Path, alone: Path) -> None:
+    """A single run's folder is no folder of several, and the other way round; a finished run is not begun again."""
+    file = written(tmp_path / "adapters.yaml", {"a": OWN["a"]})
+    line = run(base, alone / "a", adapters=file, resume="auto", expect=2).error_line()
+    assert "holds other files" in line
+    run(base, tmp_path / "run", adapters=file)
+    before = sorted(tmp_path.joinpath("run").rglob("*"))
+    assert "holds other files" in run(base, tmp_path / "run", resume="auto", expect=2, **OWN["a"]).error_line()
+    assert "--resume auto to continue a run" in run(base, tmp_path / "run", adapters=file, expect=2).error_line()
+    written(file, {"a": {**OWN["a"], "rank": 2}})
+    line = run(base, tmp_path / "run", adapters=file, resume="auto", expect=2).error_line()
+    assert "a: " in line and "trained with --rank 8, but now it is 2" in line
+    assert sorted(tmp_path.joinpath("run").rglob("*")) == before
