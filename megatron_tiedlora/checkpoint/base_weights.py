@@ -133,7 +133,7 @@ class BaseWeights:
                 if shape != expected:
                     raise UserError(f"{file}: {name} has shape {shape}, but config.json makes it {expected}")
                 if stored.get_dtype() not in FLOAT_TYPES:
-                    raise UserError(f"{file}: {name} is {stored.get_dtype()}; quantised weights are not implemented")
+                    raise UserError(f"{file}: {name} is {stored.get_dtype()}; only linears of blocks may be quantised")
 
     def _check_tied_head(self, head: str, embedding: str) -> None:
         """Raise UserError if a stored head differs from the embedding: transformers would not tie them then."""
