@@ -66,6 +66,8 @@ BASE_NAMES = tuple(BASE_FORMATS)
 UNQUANTISED = "none"  # where a format that was trained with is the default
 
 
-def precision_in_words(dtype: str, base: str | None) -> str:
-    """The dtype of a model, and the storage format of the linears of its blocks if they have one."""
-    return dtype if base is None else f"{dtype} with the linears in {base}"
+def precision_in_words(dtype: str, base: str | None, products: str | None = None) -> str:
+    """The dtype of a model, and the storage format of the linears of its blocks if they have one, and --products."""
+    if base is None:
+        return dtype
+    return f"{dtype} with the linears in {base}" + ("" if products is None else f", multiplied in {products}")

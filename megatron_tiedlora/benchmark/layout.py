@@ -165,7 +165,7 @@ def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:
         "method": settings.method,
         "targets": settings.targets,
         "rank": settings.rank,
-        "dtype": precision_in_words(plan.dtype_name, settings.base),
+        "dtype": precision_in_words(plan.dtype_name, settings.base, settings.products),
         **describe_setup(device),
         "layout": {
             "ranks": grid.world_size,

@@ -30,7 +30,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     chosen = choose_kernels(plan, device)
     return {
         **{name: getattr(settings, name) for name in ("model", "method", "targets")},
-        "dtype": precision_in_words(settings.dtype, plan.settings.base),
+        "dtype": precision_in_words(settings.dtype, plan.settings.base, settings.products),
         "kernels": chosen.description,
         **timing.describe_setup(device),
         "axes": {

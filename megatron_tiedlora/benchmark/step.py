@@ -29,7 +29,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     memory[OURS] |= {"saved_formula": formula, "saved_ratio": memory[OURS]["saved"] / formula}
     report = {
         **{name: getattr(settings, name) for name in ("model", "method", "targets", "rank", "recompute")},
-        "dtype": precision_in_words(settings.dtype, plan.settings.base),
+        "dtype": precision_in_words(settings.dtype, plan.settings.base, settings.products),
         "kernels": ours.kernels,
         **describe_setup(ours.device),
         "matmul_flops_per_second": base_matmul_rate(plan, ours.model, ours.batches, ours.device),

@@ -21,7 +21,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.stored_weights import StoredWeights
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
 from megatron_tiedlora.model.stored_formats import StoredFormat
-from megatron_tiedlora.model.weights import WeightRule, weight_rules
+from megatron_tiedlora.model.weights import WeightRule, quantised_rules, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.random_streams import stream_seed
@@ -95,7 +95,7 @@ class BaseWeights:
         self._stored = None if stored is None else StoredWeights(stored, self._slice_or_none)
         self._quantised: dict[str, tuple[int, ...]] = {}
         if stored is not None:
-            for rule in (rule for rule in self.rules if rule.is_quantised(shape)):
+            for rule in quantised_rules(shape):
                 self._quantised |= zip(rule.hf_names, rule.hf_shapes(), strict=True)
         embedding, head = (f"{linear.sources[0].module}.weight" for linear in (shape.embedding, shape.head))
         names = {name for rule in self.rules for name in rule.hf_names} | {head}
@@ -133,7 +133,7 @@ class BaseWeights:
                 if shape != expected:
                     raise UserError(f"{file}: {name} has shape {shape}, but config.json makes it {expected}")
                 if stored.get_dtype() not in FLOAT_TYPES:
-                    raise UserError(f"{file}: {name} is {stored.get_dtype()}; quantised weights are not implemented")
+                    raise UserError(f"{file}: {name} is {stored.get_dtype()}; only linears of blocks may be quantised")
 
     def _check_tied_head(self, head: str, embedding: str) -> None:
         """Raise UserError if a stored head differs from the embedding: transformers would not tie them then."""

@@ -90,9 +90,9 @@ def train_rank(settings: Settings) -> End:
         finish.use_best_adapter(trainer)
         finish.record_score(trainer, "after", finish.score(trainer))
         if is_main:
-            exported, original = finish.export(trainer), finish.original_loss(trainer)
-            summary = [*finish.summary_lines(trainer, original), *exported, *finish.speed_lines(trainer)]
-            show(*summary, *finish.next_steps(trainer))
+            exported = finish.export(trainer)
+            show(*finish.summary_lines(trainer), *exported, *finish.speed_lines(trainer))
+            show(*finish.next_steps(trainer), *finish.original_loss(trainer))
     return end
 
 

@@ -91,11 +91,11 @@ class BenchSettings(CommandSettings):
     model: str = setting_field("model", "folder, hub id, demo, or a preset with random weights", DEFAULT_MODEL)
     dtype: Literal["bf16", "fp32"] = setting_field("model", "precision of the frozen base", "bf16")
     base: str | None = optional_field("model", BASE_HELP, choices=BASE_NAMES)
-    products: Literal["fp8"] | None = optional_field("model", PRODUCTS_HELP)
-    keep_transposed: bool = setting_field("model", KEEP_TRANSPOSED_HELP, False)
 
     random_weights: bool = setting_field("step", "draw weights in the model's shape, as for a preset; read none", False)
     num_layers: int | None = optional_field("step", "layers of a model with random weights", ge=1)
+    products: Literal["fp8"] | None = optional_field("step", PRODUCTS_HELP)
+    keep_transposed: bool = setting_field("step", KEEP_TRANSPOSED_HELP, False)
     method: str = setting_field("step", "what is trained here", "tl6", choices=METHOD_NAMES)
     targets: tuple[str, ...] = setting_field("step", TARGETS_HELP, (QKV,))
     rank: int = setting_field("step", "rank r of both sides", 8, ge=1)

@@ -55,7 +55,7 @@ class DoctorSettings(CommandSettings):
     validation_file: str | None = optional_field("job", "the same for validation rows")
     test_file: str | None = optional_field("job", "the same for test rows")
     base: str | None = optional_field("job", "the storage format of the base's linears", choices=BASE_NAMES)
-    products: Literal["fp8"] | None = optional_field("job", "what these linears multiply in")
+    products: Literal["fp8"] | None = optional_field("job", "fp8: the job multiplies in fp8, as --products of train")
     output_dir: str | None = optional_field("job", "where runs will be written; should be shared by all hosts")
 
     tensor_parallel: int = setting_field("parallel", "ranks that share each layer", 1, ge=1)

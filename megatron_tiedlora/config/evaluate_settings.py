@@ -60,7 +60,9 @@ class EvaluateSettings(CommandSettings):
     )
 
     model: str | None = optional_field(
-        "model", "demo, a HF folder (a merged one too) or hub id (default: the adapter's base, or demo)"
+        "model",
+        "demo, a HF folder (a merged one too) or hub id; with --adapter also a folder of models, where its base is"
+        " found by its hashes (default: the adapter's base, or demo)",
     )
     adapter: str | None = optional_field(
         "model", "native adapter (RUN/adapter), or PEFT LoRA or VeRA folder (default: none)"

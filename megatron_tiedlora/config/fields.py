@@ -220,8 +220,8 @@ BASE_HELP = (
 PRODUCTS_HELP = (
     "fp8: with --base fp8, the activations and gradients that these linears multiply are rounded to fp8 too, with a"
     " scale for each row; GPUs of compute capability 8.9 or more, emulated on a CPU. The adapter reads them unrounded."
-    " Scales of x in row-parallel layers, and of dy in column-parallel ones, depend on --tensor_parallel (default:"
-    " products in --dtype)"
+    " Scales of activations in row-parallel layers, and of gradients in column-parallel ones, depend on"
+    " --tensor_parallel (default: products in --dtype)"
 )
 KEEP_TRANSPOSED_HELP = "with --products fp8: keep a transposed copy of their weights, one byte each, for speed"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.nn import functional
@@ -25,7 +26,7 @@ from megatron_tiedlora.model.weights import WeightRule, stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import ALONE, TensorParallel
 
-_GROUP_BYTES = 2**30  # of activations that wait
+_SHARE = 0.25  # of the host's free memory, for activations that wait
 _ROWS_AT_ONCE = 512  # of logits
 _NO_LABEL = -100
 
@@ -59,10 +60,10 @@ def layerwise_loss(
 def _groups(batches: Iterable[MicroBatch], bytes_per_token: int) -> Iterator[list[MicroBatch]]:
     """Batches whose activations fit into memory together; at least one."""
     group: list[MicroBatch] = []
-    used = 0
+    used, most = 0, _SHARE * psutil.virtual_memory().available
     for batch in batches:
         size = batch.input_ids.numel() * bytes_per_token
-        if group and used + size > _GROUP_BYTES:
+        if group and used + size > most:
             yield group
             group, used = [], 0
         group.append(batch)

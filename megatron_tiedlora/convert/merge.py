@@ -145,7 +145,7 @@ class _Dequantised:
     ) -> None:
         """Write weights and the copied files. What a merge that was killed left in `folder` is written again."""
         source, shape = self.source, self.source.shape
-        MergeJournal(folder, inputs).close()
+        MergeJournal(folder, inputs).close()  # it has removed whatever is of other inputs, and knows of no whole file
         with BaseWeights(source.weights_folder(), shape, source.stored) as weights:
             changes = stored_changes(self.adapter, shape)
             tensors = dequantised_tensors(weights, source, changes, self.dtype, between)

@@ -17,7 +17,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.streamed_files import StreamedTensor
 from megatron_tiedlora.convert.merged_rows import Changes, row_blocks
-from megatron_tiedlora.model.weights import weight_rules
+from megatron_tiedlora.model.weights import quantised_rules, weight_rules
 
 
 def dequantised_tensors(
@@ -35,7 +35,7 @@ def dequantised_tensors(
         between: called for each block of rows; it may raise to end the merge.
     """
     rules = weight_rules(source.shape)
-    quantised = {name for rule in rules if rule.is_quantised(source.shape) for name in rule.hf_names}
+    quantised = {name for rule in quantised_rules(source.shape) for name in rule.hf_names}
     shapes = {name: shape for rule in rules for name, shape in zip(rule.hf_names, rule.hf_shapes(), strict=True)}
     first, first_row = rules[0].hf_names[0], slice(0, 1)
 

@@ -17,7 +17,7 @@ from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.model.weights import WeightRule, weight_rules
+from megatron_tiedlora.model.weights import WeightRule, quantised_rules
 from megatron_tiedlora.parallel.quantise import quantised_rows
 
 BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32, and as much again for its update; it stays in the caches
@@ -93,11 +93,6 @@ def _change(
     adapter: NativeAdapter, rule: WeightRule, target: Target, name: str, base_format: str | None
 ) -> Change:
     return Change(_factors(adapter, rule, target, name), base_format)
-
-
-def quantised_rules(shape: ModelShape) -> Iterator[WeightRule]:
-    """The weights that are quantised in a base of fewer bits: the linears of all blocks."""
-    return (rule for rule in weight_rules(shape) if rule.is_quantised(shape))
 
 
 def _factors(adapter: NativeAdapter, rule: WeightRule, target: Target, name: str) -> Factors:

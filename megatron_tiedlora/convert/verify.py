@@ -31,10 +31,10 @@ from megatron_tiedlora.convert.layerwise import ReadRows, Weights, layerwise_log
 from megatron_tiedlora.convert.logit_table import LogitComparison, Wanted, compare_logits, format_comparisons
 from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
 from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
-from megatron_tiedlora.convert.merged_rows import Change, quantised_rules, stored_changes
+from megatron_tiedlora.convert.merged_rows import Change, stored_changes
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
-from megatron_tiedlora.model.weights import num_base_parameters
+from megatron_tiedlora.model.weights import num_base_parameters, quantised_rules
 
 _PROBED = (2, 48)  # rows and tokens of the input
 LARGEST_WHOLE = 8_000_000_000  # bytes of a model in fp32 that is loaded whole without being asked for

@@ -245,6 +245,8 @@ def _notes(settings: EvaluateSettings) -> Iterator[str]:
                 yield f"--chat_template {settings.chat_template} has other content than that of the adapter's run"
         elif name in trained and trained[name] != getattr(settings, name):
             yield f"the adapter's run had --{name} {trained[name]}, this has {getattr(settings, name)}"
+    if trained.get("products") is not None:
+        yield f"the adapter's run had --products {trained['products']}; an evaluation multiplies in --dtype"
     if settings.data_rules == FIRST_DATA_RULES:
         yield f"rows are read by the rules of version 0.1 (--data_rules {FIRST_DATA_RULES})"
 

@@ -56,8 +56,12 @@ def format_in_use(
         )
     found = given if stored is None else stored.base
     if products is not None and found != products:
-        raise UserError(f"--products {products} needs --base {products}; this base is in {found or '--dtype'}")
+        raise UserError(f"--products {products} needs --base {products}; {_in_words(found)}")
     return found
+
+
+def _in_words(base: str | None) -> str:
+    return "the linears of this base are not quantised" if base is None else f"this base is in {base}"
 
 
 def stored_format(values: Mapping[str, Any], *, source: str) -> StoredFormat | None:
@@ -114,8 +118,7 @@ def _compressed(config: Mapping[str, Any]) -> tuple[str, str]:
         return "", "its weights are sparse"
     if config.get("transform_config"):
         return "", "it transforms weights"
-    status = config.get("quantization_status", "compressed")
-    return "fp8", "" if status == "compressed" else f"quantization_status is {shown(status)}, not 'compressed'"
+    return "fp8", ""
 
 
 def _fbgemm(config: Mapping[str, Any]) -> tuple[str, str]:

@@ -95,6 +95,11 @@ def weight_rules(shape: ModelShape) -> tuple[WeightRule, ...]:
     return tuple(found)
 
 
+def quantised_rules(shape: ModelShape) -> Iterator[WeightRule]:
+    """The weights that are quantised in a base of fewer bits: the linears of all blocks."""
+    return (rule for rule in weight_rules(shape) if rule.is_quantised(shape))
+
+
 def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[WeightRule, ...]:
     """The name table for a pipeline stage: with tied embeddings, a head without the embedding has its own copy."""
     found = weight_rules(shape)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.base.base_formats import FP8_CAPABILITY, BaseFormat
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, one_line
 from megatron_tiedlora.base.shapes import LinearShape
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
@@ -38,6 +38,20 @@ def check_fp8_device(device: torch.device) -> None:
             f"--products fp8 needs a GPU of compute capability {least} or more, and {name} has"
             f" {'.'.join(map(str, found))}; leave --products out"
         )
+    try:
+        _multiply_by_row(device)
+    except RuntimeError as error:  # some GPUs and versions of torch have a scale for the whole tensor alone
+        name = torch.cuda.get_device_name(device)
+        raise UserError(
+            f"--products fp8: {name} cannot multiply with a scale for each row by torch {torch.__version__}"
+            f" ({one_line(str(error))}); leave --products out"
+        ) from error
+
+
+def _multiply_by_row(device: torch.device) -> None:
+    numbers = torch.ones(_MULTIPLE, _MULTIPLE, device=device).to(CODE_TYPE["fp8"])
+    scales = torch.ones(_MULTIPLE, 1, device=device)
+    torch._scaled_mm(numbers, numbers.t(), scale_a=scales, scale_b=scales.t(), out_dtype=torch.bfloat16)
 
 
 def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: torch.dtype) -> None:

@@ -67,7 +67,7 @@ def write_published(
     source, adapter = open_inputs(str(folder), model)
     name = named or base_name(source)
     if named is None and not source.from_hub:
-        say(f"the card names the base {name}, only its folder's name; --base_name ORG/NAME names it on the hub")
+        say(f"the card names the base by its folder's name, {name}; give --base_name ORG/NAME for its name on the hub")
     facts = CardFacts(
         repo,
         adapter,

@@ -120,7 +120,7 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
         memory = stage_memory(stage, tokens=layout.rows * length, documents=documents, longest=longest)
         sizes = {
             "base weights": memory.base,
-            **({_shared_memory(layout): memory.dequantised} if layout.base else {}),
+            **({_shared_memory(layout): memory.dequantised} if memory.dequantised else {}),
             "adapter": memory.adapter,
             "gradients": memory.gradients,
             "optimizer": memory.optimizer,

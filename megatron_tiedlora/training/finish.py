@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_tiedlora.base.atomic import discard, write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
@@ -27,6 +29,7 @@ from megatron_tiedlora.engine.engine import all_open
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_metrics
+from megatron_tiedlora.runtime.stopping import RunStopped
 from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.throughput import peak_memory_bytes
 
@@ -72,12 +75,8 @@ def record_score(trainer: Trainer, moment: str, scores: Mapping[str, Score]) -> 
     decided_by_rank_0(write)
 
 
-def summary_lines(trainer: Trainer, original: float | None = None) -> list[str]:
-    """The table at the end of a run: validation loss and scores before and after, read from the run folder.
-
-    Args:
-        original: see `original_loss`.
-    """
+def summary_lines(trainer: Trainer) -> list[str]:
+    """The table at the end of a run: validation loss and scores before and after, read from the run folder."""
     rows = ["", f"{'':<34}{'before':>10}{'after':>10}"]
     metric, best = trainer.plan.settings.eval_metric, trainer.progress
     validation = [row for row in read_metrics(trainer.folder.metrics) if row["split"] == "validation"]
@@ -89,9 +88,6 @@ def summary_lines(trainer: Trainer, original: float | None = None) -> list[str]:
         worse = start is not None and end is not None and (start <= end if name == "loss" else end <= start)
         if name == metric and worse:
             rows.append(f"training did not improve the validation {name}: try another --learning_rate or more data")
-    if original is not None:
-        label = f"validation loss on {trainer.plan.dtype_name} weights"
-        rows.append(f"{label:<34}{'-':>10}{_number(original, 'loss'):>10}   (of the base as it is stored)")
     file = trainer.folder.scores
     return [*rows, *score_rows(read_json_object(file, kind="scores") if file.is_file() else {})]
 
@@ -144,18 +140,25 @@ def _number(value: float | None, name: str = "") -> str:
     return f"{value:.4f}" if name == "loss" else f"{value:.1f} %"
 
 
-def original_loss(trainer: Trainer) -> float | None:
-    """The validation loss of the best adapter on the base as it is stored; None if the run used no other. On rank 0.
+def original_loss(trainer: Trainer) -> list[str]:
+    """A line with the validation loss of the best adapter on the base as it is stored. On rank 0.
 
-    It computes one layer at a time, so that it needs little memory beside the run's.
-
-    Raises:
-        RunStopped: a signal came.
+    There is none if the run used no other base. The run is over, so a signal or too little memory only end this.
     """
+    plan = trainer.plan
+    if plan.settings.base is None or plan.source.stored is not None:
+        return []
+    try:
+        text = f"{_original_loss(trainer):.4f}"
+    except (RunStopped, torch.OutOfMemoryError) as error:
+        text = "not computed, as " + ("a signal came" if isinstance(error, RunStopped) else "memory is too small")
+    return ["", f"on the base as it is stored, in {plan.dtype_name}: validation loss {text}"]
+
+
+def _original_loss(trainer: Trainer) -> float:
+    """It computes one layer at a time, so that it needs little memory beside the run's."""
     plan, data = trainer.plan, trainer.data
     source, size = plan.source, plan.batches.micro_batch_size
-    if plan.settings.base is None or source.stored is not None:
-        return None
     batches = evaluation_batches(
         data.validation,
         micro_batch_size=size,
@@ -218,7 +221,8 @@ def next_steps(trainer: Trainer) -> list[str]:
     ]
     merged = path / "merged"
     if is_merge_of(merged, load_adapter(trainer.folder.adapter)):
-        lines += ["  merged/   the base with the adapter merged in, for transformers", "", "next"]
+        kind = "the base" if settings.base is None else "the base as it is stored (not --onto trained)"
+        lines += [f"  merged/   {kind} with the adapter merged in, for transformers", "", "next"]
         load = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(merged)!r})"
         lines += ["  # Python", f"  {load}"]
     else:
@@ -226,7 +230,7 @@ def next_steps(trainer: Trainer) -> list[str]:
             lines.append("  merged/   not of this adapter; the first command below merges it anew")
         adapter = ["--adapter", str(path / "adapter")]
         merge = [*adapter, "--output", str(_first_free(merged))]
-        merge += [] if source.stored is None else ["--onto", "trained"]
+        merge += [] if settings.base is None else ["--onto", "trained"]
         merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
         lines += ["", "next", f"  python tools/merge_adapter.py {shlex.join(merge)}"]
         lines.append(f"  python tools/verify_export.py {shlex.join([*adapter, '--peft', str(peft)])}")

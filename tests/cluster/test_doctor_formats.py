@@ -39,7 +39,7 @@ def test_what_a_base_of_fewer_bits_needs() -> None:
         (True, {"base": "nf4"}, ""),
         (True, {"base": "fp8", "products": "fp8"}, "weights in nf4 (by bitsandbytes) already"),
         (True, {"products": "fp8"}, "--products fp8 needs --base fp8; this base is in nf4"),
-        (False, {"products": "fp8"}, "--products fp8 needs --base fp8; this base is in --dtype"),
+        (False, {"products": "fp8"}, "--products fp8 needs --base fp8; the linears of this base are not quantised"),
         (False, {"base": "nf4"}, ""),
     ],
 )
@@ -48,6 +48,8 @@ def test_the_folder_s_own_format_counts(quantised: bool, changes: dict[str, str]
     fields = {"quantization_config": config} if quantised else {}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     settings = DoctorSettings(model=str(tmp_path), **changes)
+    elsewhere = DoctorSettings(model="OWNER/NAME", **changes)  # whatever is in its config, each rank looks
+    assert examine._base_format(elsewhere) == changes.get("base")
     if not wrong:
         assert examine._base_format(settings) == "nf4"
         return

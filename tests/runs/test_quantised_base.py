@@ -59,13 +59,14 @@ def test_the_record(trained: Path) -> None:
 def test_the_end_says_the_loss_on_the_stored_base(base: Base, trained: Path, tmp_path: Path) -> None:
     """It is the loss with which a run on that base starts from the adapter."""
     ended = run(base, tmp_path / "again", max_steps=2, base="nf4", tensor_parallel=2, ranks=2)
-    (line,) = [line for line in ended.outputs[0].splitlines() if line.startswith("validation loss on ")]
-    assert line.startswith("validation loss on fp32 weights") and line.endswith("(of the base as it is stored)")
+    *_, line = ended.outputs[0].splitlines()
+    assert line.startswith("on the base as it is stored, in fp32: validation loss ")
+    assert "--onto trained" in ended.outputs[0]
     adapter = tmp_path / "again/adapter"
     run(base, tmp_path / "plain", max_steps=1, warmup_steps=0, init_from=adapter, rank=None)
     rows = [json.loads(row) for row in (tmp_path / "plain/metrics.jsonl").read_text().splitlines()]
     (start,) = [row["loss"] for row in rows if row["split"] == "validation" and row["step"] == 0]
-    assert float(line.split()[6]) == pytest.approx(start, abs=1e-4)
+    assert float(line.split()[-1]) == pytest.approx(start, abs=1e-4)
     quantised = [json.loads(row) for row in (tmp_path / "again/metrics.jsonl").read_text().splitlines()]
     last = [row["loss"] for row in quantised if row["split"] == "validation"][-1]
     assert abs(last - start) > 1e-3, "nf4 and the stored weights differ"
@@ -75,7 +76,7 @@ def test_a_plain_run_records_nothing(base: Base, tmp_path: Path) -> None:
     ended = run(base, tmp_path / "run", max_steps=2)
     for file in ("adapter/adapter_config.json", "peft/tiedlora_export.json"):
         assert not {"base_format", "base_stored"} & json.loads((tmp_path / "run" / file).read_text()).keys()
-    assert "validation loss on " not in ended.outputs[0]
+    assert "as it is stored" not in ended.outputs[0] and "--onto" not in ended.outputs[0]
     assert "stored as" not in ended.outputs[0] and "linears of its blocks" not in ended.outputs[0]
 
 

@@ -28,7 +28,7 @@ def _compressed(strategy: str) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
-        "quantization_status": "compressed",
+        "quantization_status": {"channel": "compressed", "tensor": "frozen"}[strategy],  # both are in public folders
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": ["lm_head"],
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.cluster.doctor import compare, compare_network
 from megatron_tiedlora.cluster.doctor.ask import ask_hosts, try_shared
@@ -102,10 +103,10 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
 
 def _base_format(settings: DoctorSettings) -> str | None:
     """The storage format of the base in the job: --base, or that of the folder if this machine can read it."""
-    config = None if settings.model is None else Path(settings.model) / "config.json"
-    stored = None
-    if config is not None and os.path.isfile(config):  # False too for a name that no file can have
-        stored = stored_format(read_json_object(config, kind="a Hugging Face model folder"), source=str(config))
+    config = None if settings.model is None else user_path(settings.model) / "config.json"
+    if config is None or not os.path.isfile(config):  # so too for a name that no file can have
+        return settings.base
+    stored = stored_format(read_json_object(config, kind="a Hugging Face model folder"), source=str(config))
     return format_in_use(stored, settings.base, settings.products, source=str(settings.model))
 
 

@@ -183,7 +183,6 @@ def test_another_format_is_rejected(folders: Folders) -> None:
         ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": None}}}, "'g' has no weights"),
         (KINDS["fp8 by row"][0] | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "its weights are sparse"),
         (KINDS["fp8 by row"][0] | {"transform_config": {"a": 1}}, "it transforms weights"),
-        (KINDS["fp8 by row"][0] | {"quantization_status": "frozen"}, "quantization_status is 'frozen'"),
     ],
 )
 def test_other_configs_are_rejected_by_name(config: Any, message: str) -> None:

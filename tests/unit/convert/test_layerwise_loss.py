@@ -29,11 +29,11 @@ def batch(rows: int, length: int, seed: int) -> MicroBatch:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("group_bytes", [2**30, 1])
+@pytest.mark.parametrize("share", [0.25, 0.0])
 def test_it_is_that_of_the_whole_model(
-    tied: bool, group_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tied: bool, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(module, "_SHARE", share)
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 7)
     folder = write_tiny_model(tmp_path / "model", tokenizer=False, tied=tied)
     source, adapter, _ = with_adapter(folder, "tl6", (1, 3), targets=("qkv", "down_proj"))
@@ -56,4 +56,4 @@ def test_it_is_that_of_the_whole_model(
         for whole in (model, plain)
     )
     assert found == pytest.approx(wanted, rel=1e-5) and abs(without - wanted) > 1e-2 * wanted
-    assert len(calls) == 3 * (1 if group_bytes > 1 else 3)
+    assert len(calls) == 3 * (1 if share else 3)

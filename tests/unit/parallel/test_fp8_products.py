@@ -144,7 +144,17 @@ def test_a_gpu_without_fp8_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(UserError, match=r"needs a GPU of compute capability 8\.9 or more, and A100 has 8\.0"):
                 check_fp8_device(torch.device("cuda", 0))
         else:
-            check_fp8_device(torch.device("cuda", 0))
+            with monkeypatch.context() as context:
+                context.setattr(fp8_products, "_multiply_by_row", lambda _: None)
+                check_fp8_device(torch.device("cuda", 0))
+
+    def fails(_: torch.device) -> None:
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nin a kernel")
+
+    fp8_products._multiply_by_row(torch.device("cpu"))
+    monkeypatch.setattr(fp8_products, "_multiply_by_row", fails)
+    with pytest.raises(UserError, match=r"with a scale for each row by torch .*\(CUBLAS_STATUS_NOT_SUPPORTED.*leave"):
+        check_fp8_device(torch.device("cuda", 0))
 
 
 def test_gradients_of_a_model_are_near_those_of_wide_products() -> None:
@@ -189,7 +199,7 @@ SETTINGS: dict[str, Any] = {"model": "llama2-7b", "dry_run": True, "plan_for": "
     ("changes", "message"),
     [
         ({"products": "fp8", "base": "nf4"}, "--products fp8 needs --base fp8, not nf4"),
-        ({"products": "fp8"}, "--products fp8 needs --base fp8; this base is in --dtype"),
+        ({"products": "fp8"}, "--products fp8 needs --base fp8; the linears of this base are not quantised"),
         ({"products": "int8", "base": "fp8"}, "--products"),
         ({"keep_transposed": True, "base": "fp8"}, "--keep_transposed needs --products fp8"),
         ({"products": "fp8", "base": "fp8", "dtype": "fp32"}, "--products fp8 needs --dtype bf16 on a GPU"),
@@ -213,7 +223,7 @@ def test_the_dry_run_shows_both_ways_to_transpose() -> None:
         stage = plan_run(settings, rank=0, world_size=1, weights=False).stages[0]
         found[keep] = stage.base_bytes, stage.dequantised_bytes
         report = dry_run_report(settings)
-        assert "one transposed" in report and "they are multiplied in fp8" in report
+        assert ("one transposed" in report) == (not keep) and "they are multiplied in fp8" in report
         assert ("with transposed copies" in report) == keep
     weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
     assert found[True][0] - found[False][0] == weights

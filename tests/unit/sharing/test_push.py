@@ -154,7 +154,7 @@ def test_a_note_says_that_a_folder_names_no_base_on_the_hub(run_folder: Path, tm
     assert not notes
     write_published(str(run_folder), "me/demo", tmp_path / "out", say=notes.append)
     (note,) = notes
-    assert note.startswith("the card names the base tiny-base, only its folder's name; --base_name ORG/NAME")
+    assert note.startswith("the card names the base by its folder's name, tiny-base; give --base_name ORG/NAME")
 
 
 def test_a_base_that_is_not_on_the_hub_is_not_in_the_metadata(run_folder: Path, tmp_path: Path) -> None:
