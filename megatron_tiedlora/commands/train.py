@@ -126,7 +126,8 @@ def train_together(settings: Settings) -> End:
         built = build_bank(plans, device, checkpoints, kernels=chosen.kernels)
         group = group_start.make_group(settings, plans, data, folder, checkpoints, built, device, stop, keep=keep)
         end.enter(group.folder)
-        end.finished_step, end.first_step = lambda: group.last_turn, group.last_turn
+        end.first_step = group.last_turn
+        end.finished_step = lambda: group.last_turn
         end.saved = "the last step of each adapter is saved"
         if rank == 0:
             show(*group_start.headline(plans, data, group, built, chosen, device))
@@ -137,6 +138,7 @@ def train_together(settings: Settings) -> End:
         if rank == 0:
             show(*group_finish.export_all(group), *group_finish.table_lines(group))
             group_finish.set_end(group, end)
+            show(*group_finish.original_losses(group))
     return end
 
 

@@ -47,6 +47,12 @@ def _trained(group: Group) -> list[Member]:
     return [member for member in group.members.values() if member.state == "ended"]
 
 
+def original_losses(group: Group) -> list[str]:
+    """The validation loss of each on the base as it is stored, if the run used another one. On rank 0."""
+    finished = [member for member in group.members.values() if member.recorded and member.failure is None]
+    return [f"{member.name}: {line}" for member in finished for line in finish.original_loss(member) if line]
+
+
 def set_end(group: Group, end: End) -> None:
     """How the run ends: it fails if an adapter did."""
     failed, total = group.failed, count_text(len(group.members), "adapter")

@@ -15,18 +15,18 @@ import torch
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import Owner
-from megatron_tiedlora.base.paths import last_name
+from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER, read_adapters
-from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.runtime.group_folder import GroupFolder
-from megatron_tiedlora.runtime.run_folder import choose_run_folder, take_run_folder
+from megatron_tiedlora.runtime.run_folder import choose_run_folder, last_run_folder, take_run_folder
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import session
 from megatron_tiedlora.training.build_bank import BuiltBank, Plans, shared_plan
@@ -54,11 +54,13 @@ def plan_group(settings: Settings, *, rank: int, world_size: int) -> dict[str, R
     """
     file, plans = settings.adapters, dict[str, RunPlan]()
     assert file is not None
+    folder = last_run_folder(_name(settings)).path if settings.output_dir is None else user_path(settings.output_dir)
     for name, given in read_adapters(file, settings).items():
-        own = given if "ds_config" in given.model_fields_set else given.completed(ds_config=DS_CONFIG)
+        # A run that is resumed reads in its folder what its --init_from was.
+        own = {"ds_config": DS_CONFIG, **given.model_dump(exclude_unset=True), "output_dir": str(folder / name)}
         source = next(iter(plans.values())).source if plans else None
         try:
-            plans[name] = plan_run(own, rank=rank, world_size=world_size, source=source)
+            plans[name] = plan_run(make_settings(own), rank=rank, world_size=world_size, source=source)
         except UserError as error:
             raise UserError(f"{file}: {name}: {error}") from None
     shared = shared_plan(plans)
@@ -66,6 +68,11 @@ def plan_group(settings: Settings, *, rank: int, world_size: int) -> dict[str, R
         if plan.dtype_name != shared.dtype_name:
             raise UserError(f"{file}: {name} would have the base in {plan.dtype_name}, others not; give --dtype")
     return plans
+
+
+def _name(settings: Settings) -> str:
+    """MODEL-FILE, the name of the folder of all."""
+    return f"{last_name(settings.model)}-{Path(str(settings.adapters)).stem}"
 
 
 def prepare_group_data(plans: Plans) -> dict[str, RunData]:
@@ -105,10 +112,9 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
     held = ExitStack()  # the folder of all is released last
 
     def take() -> tuple[str, str]:
-        assert settings.adapters is not None
         folder, lock = take_run_folder(
             settings.output_dir,
-            name=f"{last_name(settings.model)}-{Path(settings.adapters).stem}",
+            name=_name(settings),
             resume=settings.resume,
             take_over=settings.take_over,
             kind=GroupFolder,
