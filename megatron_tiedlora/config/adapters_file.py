@@ -51,6 +51,8 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
     """
     _check_given(given)
     file = user_path(path)
+    if file.is_dir():
+        raise UserError(f"--adapters {path}: is a folder; give a YAML list. --init_from starts from an adapter")
     if not file.is_file():
         raise UserError(f"--adapters {path}: no such file")
     shared = {name: getattr(given, name) for name in given.model_fields_set if name not in _OF_ALL}

@@ -64,7 +64,7 @@ OUR_NAMES: Mapping[str, str] = {
     **_same("{layers}", "layers_to_transform lora_layers num_lora_layers"),
     **_same("{method}", "peft_type peft_method tuner_type train_type finetuning_type peft adapter_type lora"),
     **_same(
-        "{init_from}", "adapters lora_path adapter_name_or_path peft_model_id warm_start pretrained_adapter adapter"
+        "{init_from}", "lora_path adapter_name_or_path peft_model_id warm_start pretrained_adapter adapter"
     ),
     # the model
     **_same(

@@ -5,28 +5,39 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from run_helpers import Base, run, write_base
-from run_preludes import kill_at_call
+from run_helpers import Base, World, run, start_ranks, write_base
+from run_preludes import kill_at_call, slow_turns
 from safetensors.torch import load_file
 
-OWN: dict[str, dict[str, Any]] = {
+_FOUR: dict[str, dict[str, Any]] = {
     "a": {"method": "tl6", "rank": 8, "max_steps": 6},
     "b": {"method": "lora", "layers": [2, 3], "global_batch_size": 8, "max_steps": 4, "learning_rate": 1e-2},
     "c": {"method": "vera", "rank": 16, "targets": "all", "seed": 3, "max_steps": 6, "save_interval": 3},
     "d": {"method": "tl2", "rank": 1, "targets": "o_proj,gate_up", "gradient_clipping": 0.01, "max_steps": 6},
 }
+Four = dict[str, dict[str, Any]]
 _TIMES = {"tokens_per_second", "supervised_tokens_per_second", "mfu", "peak_memory_bytes"}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def four(base: Base) -> Four:
+    """Four adapters that differ in what can differ; b is scored before and after training, c at each evaluation too."""
+    scored = {"test_file": str(base.validation), "max_new_tokens": 8}
+    answered = {"eval_metric": "exact_match", "eval_samples": 4, "max_new_tokens": 8}
+    return _FOUR | {"b": {**_FOUR["b"], **scored}, "c": {**_FOUR["c"], **answered}}
 
 
 def written(file: Path, own: dict[str, dict[str, Any]]) -> Path:
@@ -85,22 +96,22 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def alone(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(base: Base, four: Four, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The four adapters, each in a run of its own."""
     folder = tmp_path_factory.mktemp("alone")
-    for name, own in OWN.items():
+    for name, own in four.items():
         run(base, folder / name, ds_config="zero0.json", **own)
     return folder
 
 
-def test_folders_are_those_of_single_runs(base: Base, tmp_path: Path, alone: Path) -> None:
-    file = written(tmp_path / "adapters.yaml", OWN)
+def test_folders_are_those_of_single_runs(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+    file = written(tmp_path / "adapters.yaml", four)
     run(base, tmp_path / "run", adapters=file)
-    for name in OWN:
+    for name in four:
         same_folders(tmp_path / "run" / name, alone / name)
     found = table(tmp_path / "run")
     assert {name: (row["state"], row["reason"]) for name, row in found.items()} == {
-        name: ("finished", "max_steps") for name in OWN
+        name: ("finished", "max_steps") for name in four
     }
     assert json.loads((tmp_path / "run" / "run_status.json").read_text())["state"] == "finished"
 
@@ -111,7 +122,7 @@ def state(folder: Path) -> tuple[str, int, str]:
     return found["state"], found["step"], found["reason"]
 
 
-def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path) -> None:
+def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     """Both have the folders of single runs that end so, and the others do not change."""
     others: dict[str, dict[str, Any]] = {
         "sick": {"learning_rate": 1e9, "gradient_clipping": 0.0, "warmup_steps": 0, "max_steps": 6, "method": "tl5"},
@@ -119,13 +130,13 @@ def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path) -
     }
     for name, own in others.items():
         run(base, tmp_path / name, ds_config="zero0.json", expect=2 if name == "sick" else 0, **own)
-    (first, own), *rest = OWN.items()
+    (first, own), *rest = four.items()
     file = written(tmp_path / "adapters.yaml", {first: own, **others, **dict(rest)})
     ended = run(base, tmp_path / "run", adapters=file, expect=1)
     assert "Traceback" not in ended.tail()
     for name in others:
         same_folders(tmp_path / "run" / name, tmp_path / name)
-    for name in OWN:
+    for name in four:
         same_folders(tmp_path / "run" / name, alone / name)
     assert state(tmp_path / "run" / "early")[2] == "early_stopping" and state(tmp_path / "run" / "early")[1] < 6
     assert state(tmp_path / "run")[::2] == ("failed", "1 of 6 adapters failed: sick")
@@ -134,38 +145,38 @@ def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path) -
     assert "Lower --learning_rate" in found["sick"]["reason"] and found["early"]["reason"] == "early_stopping"
 
 
-def test_a_killed_run_is_resumed(base: Base, tmp_path: Path, alone: Path) -> None:
+def test_a_killed_run_is_resumed(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     """Killed twice: in a turn, and while the first of its exports is written. One more adapter joins at a resume."""
-    folder, joins = tmp_path / "run", dict(list(OWN.items())[:3])
+    folder, joins = tmp_path / "run", dict(list(four.items())[:3])
     file = written(tmp_path / "adapters.yaml", joins)
     kill = partial(kill_at_call, "megatron_tiedlora.training.group", "Group._turn", call=4)
     run(base, folder, adapters=file, prelude=kill, expect=-signal.SIGKILL)
     assert {row["state"] for row in table(folder).values()} == {"running"}
-    written(file, OWN)
+    written(file, four)
     kill = partial(kill_at_call, "megatron_tiedlora.training.finish", "export")
     run(base, folder, adapters=file, prelude=kill, expect=-signal.SIGKILL, resume="auto")
     assert {row["state"] for row in table(folder).values()} == {"ended"}
     run(base, folder, adapters=file, resume="auto")
-    for name in OWN:
+    for name in four:
         same_folders(folder / name, alone / name)
     assert {row["state"] for row in table(folder).values()} == {"finished"}
 
 
-def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Path) -> None:
-    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", OWN)
+def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", four)
     stop = partial(kill_at_call, "megatron_tiedlora.training.group", "Group._turn", call=3, number=signal.SIGTERM)
     ended = run(base, folder, adapters=file, prelude=stop, expect=143)
     assert "stopped by SIGTERM" in ended.tail() and "--resume auto" in ended.tail()
-    for part in (folder, *(folder / name for name in OWN)):
+    for part in (folder, *(folder / name for name in four)):
         assert state(part)[:2] == ("stopped", 3), part
-    run(base, folder / "b", ds_config="zero0.json", resume="auto", **OWN["b"])
+    run(base, folder / "b", ds_config="zero0.json", resume="auto", **four["b"])
     same_folders(folder / "b", alone / "b", stopped=True)
     run(base, folder, adapters=file, resume="auto")
-    for name in OWN:
+    for name in four:
         same_folders(folder / name, alone / name, stopped=True)
 
 
-def test_a_start_from_another_adapter(base: Base, tmp_path: Path, alone: Path) -> None:
+def test_a_start_from_another_adapter(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     """Its rank and method hold; a resume reads them in the adapter's own folder, not in the one of all."""
     own = {"init_from": str(alone / "c" / "adapter"), "max_steps": 4}
     run(base, tmp_path / "alone", ds_config="zero0.json", rank=None, **own)
@@ -178,13 +189,13 @@ def test_a_start_from_another_adapter(base: Base, tmp_path: Path, alone: Path) -
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 2}, {"ds_config": "zero3.json"}])
-def test_two_ranks(base: Base, tmp_path: Path, alone: Path, layout: dict[str, Any]) -> None:
+def test_two_ranks(base: Base, tmp_path: Path, alone: Path, four: Four, layout: dict[str, Any]) -> None:
     """Every rank leaves the one that fails out, and they end with the same status; others train as alone."""
     sick = {"sick": {"learning_rate": 1e9, "gradient_clipping": 0.0, "warmup_steps": 0, "max_steps": 6}}
-    file = written(tmp_path / "adapters.yaml", {**sick, **OWN})
+    file = written(tmp_path / "adapters.yaml", {**sick, **four})
     run(base, tmp_path / "run", adapters=file, expect=1, ranks=2, **layout)
     assert state(tmp_path / "run" / "sick")[0] == "failed"
-    for name in OWN:
+    for name in four:
         found, expected = rows(tmp_path / "run" / name), rows(alone / name)
         assert [(row["step"], row["split"]) for row in found] == [(row["step"], row["split"]) for row in expected]
         assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
@@ -215,16 +226,41 @@ def test_bad_inputs(base: Base, tmp_path: Path, own: Any, changes: dict[str, Any
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_another_kind(base: Base, tmp_path: Path, alone: Path) -> None:
+def test_a_folder_of_another_kind(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     """A single run's folder is no folder of several, and the other way round; a finished run is not begun again."""
-    file = written(tmp_path / "adapters.yaml", {"a": OWN["a"]})
+    file = written(tmp_path / "adapters.yaml", {"a": four["a"]})
     line = run(base, alone / "a", adapters=file, resume="auto", expect=2).error_line()
     assert "holds other files" in line
     run(base, tmp_path / "run", adapters=file)
     before = sorted(tmp_path.joinpath("run").rglob("*"))
-    assert "holds other files" in run(base, tmp_path / "run", resume="auto", expect=2, **OWN["a"]).error_line()
+    assert "holds other files" in run(base, tmp_path / "run", resume="auto", expect=2, **four["a"]).error_line()
     assert "--resume auto to continue a run" in run(base, tmp_path / "run", adapters=file, expect=2).error_line()
-    written(file, {"a": {**OWN["a"], "rank": 2}})
+    written(file, {"a": {**four["a"], "rank": 2}})
     line = run(base, tmp_path / "run", adapters=file, resume="auto", expect=2).error_line()
     assert "a: " in line and "trained with --rank 8, but now it is 2" in line
     assert sorted(tmp_path.joinpath("run").rglob("*")) == before
+
+
+def test_the_folder_of_each_has_one_writer(base: Base, tmp_path: Path) -> None:
+    """While all train, one of them cannot be continued alone; one whose folder is taken over fails alone."""
+    folder, own = tmp_path / "run", {"max_steps": 8}
+    file = written(tmp_path / "adapters.yaml", {"a": own, "b": own})
+    together = start_ranks(
+        base.arguments(output_dir=folder, adapters=file), folder=tmp_path / "w", cache=base.cache, prelude=slow_turns
+    )
+    wait_until(lambda: (folder / "b" / "checkpoints" / "latest").is_file(), together)
+    line = run(base, folder / "b", resume="auto", expect=2, **own).error_line()
+    assert "is at work here" in line
+    run(base, folder / "b", resume="auto", take_over=True, **own)
+    together.wait().expect(1)
+    assert state(folder / "a") == ("finished", 8, "max_steps") and state(folder / "b") == ("finished", 8, "max_steps")
+    found = table(folder)
+    assert found["a"]["state"] == "finished" and found["b"]["state"] == "failed"
+    assert "changed nothing more there" in found["b"]["reason"]
+
+
+def wait_until(condition: Callable[[], bool], world: World) -> None:
+    """Wait for something that ranks do; they must not end before it."""
+    while not condition():
+        assert world.processes[0].exitcode is None, world.wait().tail()
+        time.sleep(0.02)

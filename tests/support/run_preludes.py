@@ -32,6 +32,11 @@ def slow_steps(seconds: float = 0.3, *, after: int = 0) -> None:
     before_call("megatron_tiedlora.training.loop", "Trainer._train_step", sleep)
 
 
+def slow_turns(seconds: float = 0.5) -> None:
+    """Every turn of a run of several adapters takes so many seconds longer."""
+    before_call("megatron_tiedlora.training.group", "Group._turn", lambda *_: time.sleep(seconds))
+
+
 def quick_start() -> None:
     """Nothing is compiled, and what compiles is not imported, which costs a third of a rank's start.
 
