@@ -5,11 +5,10 @@ Each adapter's are those of a run of its own in RUN/NAME. All of them are checke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -77,22 +76,31 @@ def _name(settings: Settings) -> str:
 
 def prepare_group_data(plans: Plans) -> dict[str, RunData]:
     """The data of each adapter. Raises UserError that names the adapter."""
-    return {name: _named(name, lambda plan=plan: prepare_data(plan)) for name, plan in plans.items()}
+    data = {}
+    for name, plan in plans.items():
+        with _naming(name):
+            data[name] = prepare_data(plan)
+    return data
 
 
 def counted(plans: Plans, data: Data) -> dict[str, RunPlan]:
     """The plans whose --max_steps is counted for --epochs."""
-    return {
-        name: _named(name, lambda name=name, plan=plan: plan.counted(len(data[name].train)))
-        for name, plan in plans.items()
-    }
+    found = {}
+    for name, plan in plans.items():
+        with _naming(name):
+            found[name] = plan.counted(len(data[name].train))
+    return found
 
 
-def _named(name: str, make: Callable[..., Any]) -> Any:
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Inside, an error says which adapter it is of."""
     try:
-        return make()
+        yield
     except UserError as error:
-        raise UserError(f"{name}: {error}") from None
+        named = UserError(f"{name}: {error}")
+        named.of_peer = error.of_peer
+        raise named from None
 
 
 def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Keep) -> tuple[GroupFolder, Keep]:
@@ -146,10 +154,11 @@ def in_folder(plans: Plans, folder: GroupFolder) -> dict[str, RunPlan]:
 
 def find_checkpoints(plans: Plans, data: Data, folder: GroupFolder) -> dict[str, Checkpoint | None]:
     """The checkpoint from which each adapter goes on; None: it begins. Raises UserError as a run of its own does."""
-    return {
-        name: _named(name, lambda name=name, plan=plan: session.find_checkpoint(plan, data[name], folder.member(name)))
-        for name, plan in plans.items()
-    }
+    found = {}
+    for name, plan in plans.items():
+        with _naming(name):
+            found[name] = session.find_checkpoint(plan, data[name], folder.member(name))
+    return found
 
 
 def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from run_helpers import Base, World, run, start_ranks, write_base
-from run_preludes import kill_at_call, slow_turns
+from run_preludes import before_call, kill_at_call, slow_turns
 from safetensors.torch import load_file
 
 _FOUR: dict[str, dict[str, Any]] = {
@@ -122,6 +124,18 @@ def state(folder: Path) -> tuple[str, int, str]:
     return found["state"], found["step"], found["reason"]
 
 
+def _best_is_scored() -> None:
+    """A rank that scores another adapter after training than the best one ends with a traceback."""
+
+    def look(trainer: Any) -> None:
+        if trainer.progress.step > 0:
+            best = load_file(trainer.folder.adapter / "adapter_model.safetensors")
+            for name, parameter in trainer.runner.adapter.named_parameters():
+                assert torch.equal(parameter.detach(), best[name]), name
+
+    before_call("megatron_tiedlora.training.finish", "score", look)
+
+
 def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     """Both have the folders of single runs that end so, and the others do not change."""
     others: dict[str, dict[str, Any]] = {
@@ -132,7 +146,7 @@ def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, f
         run(base, tmp_path / name, ds_config="zero0.json", expect=2 if name == "sick" else 0, **own)
     (first, own), *rest = four.items()
     file = written(tmp_path / "adapters.yaml", {first: own, **others, **dict(rest)})
-    ended = run(base, tmp_path / "run", adapters=file, expect=1)
+    ended = run(base, tmp_path / "run", adapters=file, expect=1, prelude=_best_is_scored)
     assert "Traceback" not in ended.tail()
     for name in others:
         same_folders(tmp_path / "run" / name, tmp_path / name)
@@ -169,6 +183,8 @@ def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Pat
     assert "stopped by SIGTERM" in ended.tail() and "--resume auto" in ended.tail()
     for part in (folder, *(folder / name for name in four)):
         assert state(part)[:2] == ("stopped", 3), part
+    for name in four:
+        assert (folder / name / "checkpoints" / "latest").read_text() == "step_3\n"
     run(base, folder / "b", ds_config="zero0.json", resume="auto", **four["b"])
     same_folders(folder / "b", alone / "b", stopped=True)
     run(base, folder, adapters=file, resume="auto")
@@ -178,11 +194,13 @@ def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Pat
 
 def test_a_start_from_another_adapter(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     """Its rank and method hold; a resume reads them in the adapter's own folder, not in the one of all."""
-    own = {"init_from": str(alone / "c" / "adapter"), "max_steps": 4}
+    shutil.copytree(alone / "c" / "adapter", start := tmp_path / "start")
+    own = {"init_from": str(start), "max_steps": 4}
     run(base, tmp_path / "alone", ds_config="zero0.json", rank=None, **own)
     file, folder = written(tmp_path / "adapters.yaml", {"from_c": own}), tmp_path / "run"
     kill = partial(kill_at_call, "megatron_tiedlora.training.group", "Group._turn", call=4)
     run(base, folder, adapters=file, rank=None, prelude=kill, expect=-signal.SIGKILL)
+    shutil.rmtree(start)
     run(base, folder, adapters=file, rank=None, resume="auto")
     same_folders(folder / "from_c", tmp_path / "alone")
 

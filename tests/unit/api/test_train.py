@@ -60,6 +60,11 @@ def test_a_dry_run_is_the_command_s() -> None:
         tiedlora.train(tiedlora.Settings(dry_run=True))
 
 
+def test_several_adapters_are_the_command_s() -> None:
+    with pytest.raises(tiedlora.UserError, match="use the command: tiedlora train --adapters FILE"):
+        tiedlora.train(tiedlora.Settings(adapters="four.yaml"))
+
+
 def test_settings_are_checked_and_have_a_schema() -> None:
     schema = tiedlora.Settings.model_json_schema()
     fields = schema["properties"]
