@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, ModelShape
@@ -28,9 +28,34 @@ def serve_hints(output: Path, base: str, rank: int, shape: ModelShape, targets: 
     fitting = min((known for known in VLLM_RANKS if known >= rank), default=None)
     if fitting is None:
         return [f"# vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model instead", *rest]
-    vllm = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"tied={output}", "--max-lora-rank", str(fitting)]
+    vllm = _vllm({"tied": output}, base, fitting)
     modules = ["--lora-target-modules", *(_VLLM_MODULES[name] for name in targets)]
-    return [f"# serve with vLLM; a newer one needs less memory with {shlex.join(modules)}", shlex.join(vllm), *rest]
+    return [f"# serve with vLLM; a newer one needs less memory with {shlex.join(modules)}", vllm, *rest]
+
+
+def serve_together(outputs: Mapping[str, tuple[Path, int]], base: str, shape: ModelShape) -> list[str]:
+    """The command with which vLLM serves several exported adapters by name, after a comment; none if it serves none.
+
+    Args:
+        outputs: (folder, rank) of each export, by its name.
+        base: hub id or folder of the base.
+    """
+    fitting = {
+        name: next((known for known in VLLM_RANKS if known >= rank), None) for name, (_, rank) in outputs.items()
+    }
+    served = {name: outputs[name][0] for name, known in fitting.items() if known is not None}
+    if not served or shape.final_norm.bias_name is not None:
+        return []
+    largest = max(known for known in fitting.values() if known is not None)
+    comment = "# serve all with vLLM, by name (--max-loras N: requests of N of them in one batch)"
+    return [comment, _vllm(served, base, largest)]
+
+
+def _vllm(outputs: Mapping[str, Path], base: str, max_rank: int) -> str:
+    modules = [f"{name}={output}" for name, output in outputs.items()]
+    return shlex.join(
+        ["vllm", "serve", base, "--enable-lora", "--lora-modules", *modules, "--max-lora-rank", str(max_rank)]
+    )
 
 
 def _sglang(output: Path, base: str) -> str:

@@ -32,6 +32,7 @@ class Group:
     folder: GroupFolder
     stop: StopRequests
     _rows: list[dict[str, Any]] = field(default_factory=list)
+    _told: set[str] = field(default_factory=set)
     _failure: UserError | None = None
 
     def __post_init__(self) -> None:
@@ -108,7 +109,11 @@ class Group:
         self._show(bar, tokens_per_second=sum(step.num_tokens for step in samples.values()) / report.seconds)
 
     def _show(self, bar: Any, *, tokens_per_second: float | None) -> None:
-        """The progress line; and the table, if an adapter was evaluated, has ended or has failed."""
+        """Show the progress, and who has failed; write the table, if more than steps have changed."""
+        for name in self.failed:
+            if name not in self._told:
+                bar.write(f"{name}: failed: {self.members[name].failure}")
+                self._told.add(name)
         states = [member.state for member in self.members.values()]
         counts = ", ".join(f"{states.count(state)} {state}" for state in ("running", "ended", "failed"))
         bar.set_postfix_str(counts + ("" if tokens_per_second is None else f"; {tokens_per_second:,.0f} tokens/s"))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import Checkpoint
+from megatron_tiedlora.convert.export_peft import base_location
+from megatron_tiedlora.convert.serving import serve_together
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.training import finish
 from megatron_tiedlora.training.group import Group
@@ -73,4 +75,11 @@ def table_lines(group: Group) -> list[str]:
             f"{name:<{width}}  {state:<9}{progress.step:>7}{progress.best_step or '-':>11}{best:>10}"
             f"  {member.failure or member.reason}"
         )
-    return [*rows, "", f"run folder  {group.folder.path}", "  NAME/      the run folder of each adapter, with peft/"]
+    rows += ["", f"run folder  {group.folder.path}", "  NAME/      the run folder of each adapter, with peft/"]
+    finished = [member for member in group.members.values() if member.failure is None]
+    if not finished:
+        return rows
+    source = finished[0].plan.source
+    exports = {member.name: (member.folder.path / "peft", member.plan.settings.rank) for member in finished}
+    serving = serve_together(exports, base_location(source), source.shape)
+    return [*rows, *(["", "next", *(f"  {line}" for line in serving)] if serving else [])]

@@ -193,7 +193,7 @@ def make_group(
     Raises:
         UserError: a folder cannot be written; on every rank.
     """
-    _write_settings(plans, folder)
+    _write_settings(settings, plans, folder)
     meter = start_meter(shared_plan(plans), device)
     progress = {name: Progress() if found is None else found.progress for name, found in checkpoints.items()}
     finished = {name: found.step for name, found in progress.items()}
@@ -221,14 +221,14 @@ def make_group(
     return group
 
 
-def _write_settings(plans: Plans, folder: GroupFolder) -> None:
+def _write_settings(settings: Settings, plans: Plans, folder: GroupFolder) -> None:
     """Write adapters.yaml on rank 0: the settings of all, and those of each."""
     failure = None
     resolved = {name: plan.resolved_settings() for name, plan in plans.items()}
     (first, of_all), *_ = resolved.items()
     own = {name: {key: values[key] for key in values if key in PER_ADAPTER} for name, values in resolved.items()}
-    shared = {key: value for key, value in of_all.items() if key not in PER_ADAPTER}
-    shared["output_dir"] = str(folder.path)
+    shared = {key: value for key, value in of_all.items() if key not in PER_ADAPTER and key != "adapters"}
+    shared |= {"output_dir": str(folder.path), "share_micro_batches": settings.share_micro_batches}
     ranks, versions = plans[first].grid.world_size, installed_versions("torch", "deepspeed", "transformers")
     if plans[first].grid.rank == 0:
         try:

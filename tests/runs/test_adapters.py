@@ -108,9 +108,11 @@ def alone(base: Base, four: Four, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_folders_are_those_of_single_runs(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     file = written(tmp_path / "adapters.yaml", four)
-    run(base, tmp_path / "run", adapters=file)
+    ended = run(base, tmp_path / "run", adapters=file)
     for name in four:
         same_folders(tmp_path / "run" / name, alone / name)
+    served = " ".join(f"{name}={tmp_path}/run/{name}/peft" for name in four)
+    assert f"--enable-lora --lora-modules {served} --max-lora-rank 16" in ended.outputs[0]
     found = table(tmp_path / "run")
     assert {name: (row["state"], row["reason"]) for name, row in found.items()} == {
         name: ("finished", "max_steps") for name in four
