@@ -108,8 +108,10 @@ def test_a_healthy_pair_is_ready(
     groups: list[tuple[str, list[int], list[str]]],
 ) -> None:
     runs = cluster.folder / "new" / "runs"
-    doctor = Examined(cluster, hostfile=cluster.hostfile(slots), model=model, output_dir=runs, **layout)
-    status, report = doctor.wait()
+    # Both hosts import torch at once, which takes half a minute where other tests run beside them.
+    patient: dict[str, Any] = {"timeout_seconds": 80, **layout}
+    doctor = Examined(cluster, hostfile=cluster.hostfile(slots), model=model, output_dir=runs, **patient)
+    status, report = doctor.wait(120.0)
     text = doctor.started.output()
     assert (status, report["verdict"], report["findings"]) == (0, "ready", []), text
     assert f"verdict: ready, 2 hosts, {2 * slots} ranks" in text

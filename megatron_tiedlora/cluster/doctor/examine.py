@@ -103,7 +103,7 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
 
 def _base_format(settings: DoctorSettings) -> str | None:
     """The storage format of the base in the job: --base, or that of the folder if this machine can read it."""
-    config = None if settings.model is None else user_path(settings.model) / "config.json"
+    config = None if settings.model is None else user_path(settings.model, flag="--model") / "config.json"
     if config is None or not os.path.isfile(config):  # so too for a name that no file can have
         return settings.base
     stored = stored_format(read_json_object(config, kind="a Hugging Face model folder"), source=str(config))
