@@ -21,7 +21,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights,
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, Header, read_header
-from megatron_tiedlora.convert.merged_rows import Change, Changes, row_blocks, stored_changes
+from megatron_tiedlora.convert.merged_rows import Change, row_blocks, stored_changes
 from megatron_tiedlora.model.weights import weight_rules
 
 _MOST_LINES = 8  # about tensors that differ
@@ -96,18 +96,28 @@ def compare_merged(
         UserError: a file is missing or not whole.
     """
     changes = stored_changes(adapter, source.shape, base_format=base_format)
-    if source.stored is not None:
-        return _compare_dequantised(source, changes, merged, progress=progress)
     differences, counts = [], {True: 0, False: 0}
     with ExitStack() as opened:
-        base, written = _Tensors(source.weights_folder(), opened), _Tensors(merged, opened)
+        written = _Tensors(merged, opened)
         names = {name for rule in weight_rules(source.shape) for name in rule.hf_names}
-        dtype = _merge_dtype(base, written, names)
+        base: _Tensors | _Dequantised
+        dtype = None
+        if source.stored is None:
+            base = _Tensors(source.weights_folder(), opened)
+            dtype = _merge_dtype(base, written, names)
+        else:
+            base = _Dequantised(opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored)))
         tensors = list(_in_file_order(written))
-        bar = opened.enter_context(_bar(tensors, progress))
+        total = sum(_size(entry) for _, _, entry in tensors)
+        bar = opened.enter_context(
+            tqdm(total=total, desc="merged files", unit="B", unit_scale=True, disable=not progress, leave=False)
+        )
         for file, name, entry in tensors:
             counts[name in changes] += 1
-            why = _why_unlike(entry, base.entry(name), dtype, of_model=name in names)
+            if isinstance(base, _Tensors):
+                why = _why_unlike(entry, base.entry(name), dtype, of_model=name in names)
+            else:  # its stored tensors have other sizes and dtypes than those of the merge
+                why = None if name in names else "is not in the base"
             if why is None:
                 why = _compare_values(base, written, file, name, entry, changes.get(name), bar.update)
             if why is not None:
@@ -115,8 +125,8 @@ def compare_merged(
     return MergedBits(counts[True], counts[False], tuple(differences))
 
 
-class _Values:
-    """The values of a base that may be quantised, as `_Tensors` has those of a plain one."""
+class _Dequantised:
+    """The values of a base that is quantised, as `_Tensors` has those of a plain one."""
 
     def __init__(self, weights: BaseWeights) -> None:
         self._weights = weights
@@ -126,35 +136,10 @@ class _Values:
         return self._weights.read(name, rows)
 
 
-def _compare_dequantised(source: ModelSource, changes: Changes, merged: Path, *, progress: bool) -> MergedBits:
-    """Compare every tensor of a merge onto a folder that is quantised."""
-    differences, counts = [], {True: 0, False: 0}
-    with ExitStack() as opened:
-        base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
-        written = _Tensors(merged, opened)
-        expected = {name for rule in weight_rules(source.shape) for name in rule.hf_names}
-        tensors = list(_in_file_order(written))
-        bar = opened.enter_context(_bar(tensors, progress))
-        for file, name, entry in tensors:
-            counts[name in changes] += 1
-            if name not in expected:
-                why: str | None = "is not in the base"
-            else:
-                why = _compare_values(_Values(base), written, file, name, entry, changes.get(name), bar.update)
-            if why is not None:
-                differences.append(one_line(f"{file}: {name} {why}"))
-    return MergedBits(counts[True], counts[False], tuple(differences))
-
-
 def _in_file_order(written: _Tensors) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
     for file, header in written.headers.items():
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1]["data_offsets"]):
             yield file, name, entry
-
-
-def _bar(tensors: Sequence[tuple[Path, str, Mapping[str, Any]]], progress: bool) -> tqdm[Any]:
-    total = sum(_size(entry) for _, _, entry in tensors)
-    return tqdm(total=total, desc="merged files", unit="B", unit_scale=True, disable=not progress, leave=False)
 
 
 def _size(entry: Mapping[str, Any]) -> int:
@@ -194,7 +179,7 @@ def _why_unlike(
 
 
 def _compare_values(
-    base: _Tensors | _Values,
+    base: _Tensors | _Dequantised,
     written: _Tensors,
     file: Path,
     name: str,

@@ -19,9 +19,8 @@ from megatron_tiedlora.base.base_formats import FP8_CAPABILITY, BaseFormat
 from megatron_tiedlora.base.errors import UserError, one_line
 from megatron_tiedlora.base.shapes import LinearShape
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
-from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.quantise import CODE_TYPE, fp8_numbers, quantise_rows, row_maxima
-from megatron_tiedlora.parallel.quantised_weight import RowScaledWeight, Workspace, look_up_fp8
+from megatron_tiedlora.parallel.quantised_weight import RowScaledWeight, Workspace, look_up_fp8, row_parts
 
 _AT_ONCE = 2**19  # numbers that a CPU rounds at one time: their temporaries stay in its cache
 _MULTIPLE = 16  # of both sizes of a weight in the GPU's kernels
@@ -181,9 +180,7 @@ def _rounded(rows: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[t
     codes = torch.empty(rows.shape, dtype=CODE_TYPE["fp8"], device=rows.device)
     scales = torch.empty(len(rows), device=rows.device)
     wide = torch.promote_types(rows.dtype, torch.float32)
-    size = max((NUMBERS_AT_ONCE if rows.is_cuda else _AT_ONCE) // max(rows.shape[1], 1), 1)
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
+    for part in row_parts(len(rows), rows.shape[1], _AT_ONCE, on_gpu=rows.is_cuda):
         values = rows[part] if factors is None else rows[part].to(wide) * factors
         codes[part], scales[part] = quantise_rows(values, row_maxima(values), "fp8")
     return codes, scales

@@ -212,10 +212,14 @@ class QuantisedWeight(FrozenWeight):
 
     def _parts(self, num_rows: int | None = None, at_once: int = _AT_ONCE) -> Iterator[slice]:
         """Slices of the first `num_rows` rows, or all. A CPU processes `at_once` elements at one time, a GPU more."""
-        rows = self._local_shape[0] if num_rows is None else num_rows
-        at_once = NUMBERS_AT_ONCE if self.tensor.is_cuda else at_once
-        size = max(at_once // max(self._local_shape[1], 1), 1)
-        return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
+        rows, width = self._local_shape
+        return row_parts(rows if num_rows is None else num_rows, width, at_once, on_gpu=self.tensor.is_cuda)
+
+
+def row_parts(num_rows: int, width: int, at_once: int, *, on_gpu: bool) -> Iterator[slice]:
+    """Slices of rows with at most `at_once` numbers each, on a GPU with at most `NUMBERS_AT_ONCE`; at least one row."""
+    size = max((NUMBERS_AT_ONCE if on_gpu else at_once) // max(width, 1), 1)
+    return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
 
 
 class BlockScaledWeight(QuantisedWeight):

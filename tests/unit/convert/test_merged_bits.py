@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from flipped_bits import file_of, flip_bit
 from native_files import with_adapter
+from quantised_folders import SHAPE, quantised_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert import merged_rows as merged_rows_module
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.merged_bits import compare_merged
@@ -222,3 +225,22 @@ def test_the_bar_counts_bytes(
     compare_merged(*inputs, exported / "fp32", progress=True)
     shown = capsys.readouterr().err
     assert "merged files" in shown and "/295k" in shown and "B/s" in shown  # the size of the tensors
+
+
+def test_a_merge_onto_a_folder_that_is_quantised(tmp_path: Path) -> None:
+    """Every tensor is compared with the folder's values, and one that the model does not have is named."""
+    plain = write_tiny_model(tmp_path / "plain", dtype=torch.bfloat16, tokenizer=False, **SHAPE)
+    quantised, _ = quantised_folder(plain, tmp_path / "folders", "fp8 by row")
+    source, adapter = find_model(str(quantised)), with_adapter(plain, "tl6", layers=(1, 3), targets=ALL)[1]
+    inputs = source, replace(adapter, base=identify_model(source, "bf16"))
+    merged = tmp_path / "merged"
+    merge_adapter(*inputs, merged, onto_trained=True)
+    found = compare_merged(*inputs, merged)
+    assert (found.touched, found.differences) == (2 * 7, ())
+    (file,) = merged.glob("*.safetensors")
+    rewrite(file, "model.layers.0.other.weight", torch.ones(2))
+    assert [line.partition(": ")[2] for line in differences(inputs, merged)] == [
+        "model.layers.0.other.weight is not in the base"
+    ]
+    flip_bit(file, "model.layers.1.mlp.down_proj.weight", row=3, column=5)
+    assert len(differences(inputs, merged)) == 2

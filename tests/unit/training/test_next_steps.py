@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from native_files import with_adapter, write_exports, write_native
 from tiny_models import write_tiny_model
 
@@ -19,6 +20,7 @@ from megatron_tiedlora.commands import merge, verify
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.merge import is_merge_of
 from megatron_tiedlora.runtime.run_folder import RunFolder
+from megatron_tiedlora.runtime.stopping import RunStopped
 from megatron_tiedlora.training import finish
 
 
@@ -91,3 +93,27 @@ def test_every_line_is_one_for_a_shell(run: Path, base: Path) -> None:
     programs = [words[0] for words in commands(lines)]
     assert programs == ["vllm", "python", "python", "llama-server"]
     assert commands(lines)[0][:3] == ["vllm", "serve", str(base)] and f"tied={run / 'peft'}" in commands(lines)[0]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (0.81249, "validation loss 0.8125"),
+        (RunStopped(15, "SIGTERM"), "validation loss not computed, as a signal came"),
+        (torch.OutOfMemoryError("no memory"), "validation loss not computed, as memory is too small"),
+    ],
+)
+def test_the_loss_on_the_stored_base_cannot_undo_a_run(
+    found: Any, said: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(_: Any) -> float:
+        if isinstance(found, float):
+            return found
+        raise found
+
+    monkeypatch.setattr(finish, "_original_loss", loss)
+    plan = SimpleNamespace(source=find_model(str(base)), settings=SimpleNamespace(base="nf4"), dtype_name="bf16")
+    trainer: Any = SimpleNamespace(plan=plan)
+    assert finish.original_loss(trainer) == ["", f"on the base as it is stored, in bf16: {said}"]
+    plan.settings.base = None
+    assert finish.original_loss(trainer) == []
