@@ -57,6 +57,7 @@ def _card(
     bandwidth: float,
     link: float,
     network: float,
+    capability: tuple[int, int],
     of_fp8: str = _AS_H100,
 ) -> Machine:
     """A preset: a data-centre card in a node with a fast link among its cards, and a network card for each.
@@ -98,18 +99,27 @@ def _card(
         "communicator": (0.5e9, _REPORTED),
         "slack": (0.05, _RESERVED),
     }
-    return Machine(name, device, True, {key: Constant(*value) for key, value in values.items()})
+    return Machine(name, device, True, {key: Constant(*value) for key, value in values.items()}, capability)
 
 
 FP8_SHARE = 0.53
 
 _CARDS = (
-    _card("a100-80", "A100 80GB", gib=79.1, fp8=0, fp32=19.5, bandwidth=2039, link=300, network=25),
+    _card("a100-80", "A100 80GB", gib=79.1, fp8=0, fp32=19.5, bandwidth=2039, link=300, network=25, capability=(8, 0)),
     _card(
-        "h100", "H100 80GB HBM3", gib=79.1, fp8=1978.9, fp32=66.9, bandwidth=3350, link=450, network=50, of_fp8=_FITTED
+        "h100",
+        "H100 80GB HBM3",
+        gib=79.1,
+        fp8=1978.9,
+        fp32=66.9,
+        bandwidth=3350,
+        link=450,
+        network=50,
+        capability=(9, 0),
+        of_fp8=_FITTED,
     ),
-    _card("h200", "H200", gib=139.8, fp8=1978.9, fp32=66.9, bandwidth=4800, link=450, network=50),
-    _card("b200", "B200", gib=178.3, fp8=4500, fp32=75, bandwidth=8000, link=900, network=50),
+    _card("h200", "H200", gib=139.8, fp8=1978.9, fp32=66.9, bandwidth=4800, link=450, network=50, capability=(9, 0)),
+    _card("b200", "B200", gib=178.3, fp8=4500, fp32=75, bandwidth=8000, link=900, network=50, capability=(10, 0)),
 )
 GPUS: Mapping[str, Machine] = {card.name: card for card in _CARDS}
 DEFAULT_GPU = "h100"

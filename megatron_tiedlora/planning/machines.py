@@ -7,7 +7,7 @@ A `Machine` is one kind of card with its node. Planners multiply the counts of a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +63,7 @@ class Machine:
     Attributes:
         title: for tables.
         on_gpu: False for processes on CPUs.
+        capability: CUDA's compute capability; None on CPUs.
         constants: one for each name of `CONSTANTS`.
     """
 
@@ -70,6 +71,7 @@ class Machine:
     title: str
     on_gpu: bool
     constants: Mapping[str, Constant] = field(repr=False)
+    capability: tuple[int, int] | None = None
 
     def __getitem__(self, name: str) -> float:
         """The value of a constant."""
@@ -85,11 +87,12 @@ class Machine:
             name: {"value": constant.value, "unit": CONSTANTS[name][0], "source": constant.source}
             for name, constant in self.constants.items()
         }
-        return {"name": self.name, "title": self.title, "on_gpu": self.on_gpu, "constants": constants}
+        facts = {"name": self.name, "title": self.title, "on_gpu": self.on_gpu, "capability": self.capability}
+        return {**facts, "constants": constants}
 
     def changed(self, constants: Mapping[str, Constant], *, name: str, title: str) -> Machine:
         """The same with other values of some constants."""
-        return Machine(name, title, self.on_gpu, {**self.constants, **constants})
+        return replace(self, name=name, title=title, constants={**self.constants, **constants})
 
 
 def read_machine(path: Path) -> Machine:
@@ -116,5 +119,9 @@ def read_machine(path: Path) -> Machine:
     missing = [name for name in CONSTANTS if name not in found]
     if missing:
         raise UserError(f"{path}: {missing[0]} is missing; write the file anew with `python tools/plan.py --measure`")
-    name = str(content.get("name", path.stem))
-    return Machine(name, str(content.get("title", name)), content["on_gpu"], found)
+    name, capability = str(content.get("name", path.stem)), content.get("capability")
+    if isinstance(capability, list) and [type(part) for part in capability] == [int, int]:
+        capability = tuple(capability)
+    elif capability is not None:
+        raise UserError(f"{path}: capability is {shown(capability)}, expected two numbers such as [9, 0]")
+    return Machine(name, str(content.get("title", name)), content["on_gpu"], found, capability)
