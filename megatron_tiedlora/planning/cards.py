@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from megatron_tiedlora.config.settings import GPU_NAMES
 from megatron_tiedlora.planning.machines import Constant, Machine
 
 # Dense bf16 TFLOP/s (half of the rate with sparsity) from the vendor's data sheets, by words of the device's name. The
@@ -122,4 +123,5 @@ _CARDS = (
     _card("b200", "B200", gib=178.3, fp8=4500, fp32=75, bandwidth=8000, link=900, network=50, capability=(10, 0)),
 )
 GPUS: Mapping[str, Machine] = {card.name: card for card in _CARDS}
+assert tuple(GPUS) == GPU_NAMES, "--gpu offers the cards of this table"
 DEFAULT_GPU = "h100"

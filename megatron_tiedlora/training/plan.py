@@ -42,7 +42,7 @@ from megatron_tiedlora.training.length import with_counted_steps, with_models_le
 LAYOUT_SETTINGS = frozenset(
     (
         *("adapters", "share_micro_batches"),
-        *("ds_config", "output_dir", "resume", "take_over", "base_differs", "dry_run", "world_size", "plan_for"),
+        *("ds_config", "output_dir", "resume", "take_over", "base_differs", "dry_run", "world_size", "plan_for", "gpu"),
         *("deterministic", "timeout_minutes", "tensor_parallel", "pipeline_parallel", "sequence_parallel", "recompute"),
         *("replica_check_steps", "compile", "micro_batch_size", "packing", "save_interval", "save_interval_minutes"),
         *("keep_transposed", "keep_checkpoints", "test_file", "eval_batch_size", "report_to", "profile"),
@@ -250,7 +250,7 @@ def plan_run(
     if rank == 0:  # only rank 0 reports
         check_installed(settings.report_to)
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
-    on_gpu = uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu"
+    on_gpu = settings.gpu is not None or (uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu")
     # An error must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
     shape, settings = found.shape, with_models_length(with_start(settings, found), found)
