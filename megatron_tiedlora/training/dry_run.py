@@ -26,8 +26,9 @@ from megatron_tiedlora.planning.memory import (
     num_communicators,
     stage_memory,
 )
+from megatron_tiedlora.planning.micro_batches import assumed_micro_batches
 from megatron_tiedlora.planning.saved import token_bytes
-from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, assumed_micro_batches, engine_bytes, step_traffic
+from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes, step_traffic
 from megatron_tiedlora.training.init_from import start_lines
 from megatron_tiedlora.training.length import epochs_of
 from megatron_tiedlora.training.plan import RunPlan, plan_run
@@ -95,7 +96,7 @@ def _partition(plan: RunPlan) -> list[str]:
             [
                 " + ".join(names),
                 f"{stage.cost_share:.1%}",
-                _ranges(stage.part.layers) or "none",
+                _ranges(stage.adapted) or "none",
                 bytes_in_words(stage.full_base_bytes),
             ]
         )

@@ -29,8 +29,8 @@ from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape, micro_batch_shape
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
-from megatron_tiedlora.planning.traffic import MicroBatchShape, micro_batch_shape
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
 from megatron_tiedlora.runtime.trackers import check_installed
@@ -76,7 +76,7 @@ class RunPlan:
         if settings.compile == "auto":
             compiled = pays_to_compile(self.source.shape, grid, num_tokens=num_tokens)
         return Layout(
-            adapter=self.adapter,
+            adapters=(self.adapter,),
             length=settings.max_length,
             rows=self.batches.micro_batch_size,
             micro_batches=self.batches.accumulation_steps,
