@@ -210,8 +210,8 @@ def search(
 def _check_in_node(tp_size: int, cluster: Cluster) -> None:
     if cluster.per_node % tp_size:
         raise UserError(
-            f"--tensor_parallel {tp_size}: a group would span nodes of {cluster.per_node}, whose network is too slow for"
-            f" its messages; give --tensor_parallel {tp_size} to plan it"
+            f"--tensor_parallel {tp_size}: a group would span nodes of {cluster.per_node}, whose network is too slow"
+            f" for it; give --tensor_parallel {tp_size} to plan it"
         )
 
 

@@ -26,7 +26,7 @@ class MovedBytes:
 
 @dataclass(frozen=True)
 class _Widths:
-    """Numbers per token on a rank: hidden states inside a layer and between layers, QKV, attention's output, gate-up."""
+    """Numbers per token on a rank: hidden states in and between layers, QKV, attention's output, gate and up."""
 
     whole: float
     between: float

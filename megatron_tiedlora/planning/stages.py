@@ -7,7 +7,7 @@ stage needs, and `traffic` the messages that it sends.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -157,6 +157,20 @@ def frozen_tensors(part: AdapterPart) -> list[str]:
     return [name for name in part.config.tensors if part.exists(name) and not part.config.factor(name).trained]
 
 
+class BlockKind(NamedTuple):
+    """The blocks of a stage that do the same work: one of them, and how many they are.
+
+    Attributes:
+        ends_here: whether the head follows it.
+        goes_back: whether it has a backward pass.
+    """
+
+    example: int
+    number: int
+    ends_here: bool
+    goes_back: bool
+
+
 @dataclass(frozen=True)
 class StageOwners:
     """A stage for a micro-batch whose tokens belong to some of the adapters: what is adapted, and what has a gradient.
@@ -178,6 +192,19 @@ class StageOwners:
         """The blocks that have a backward pass. Blocks below the first adapted layer have none."""
         first = min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
         return tuple(block for block in self.stage.blocks if self.stage.needs_input_gradient or block >= first)
+
+    @cached_property
+    def kinds(self) -> tuple[BlockKind, ...]:
+        """The stage's blocks by what they do, in the order of their first ones."""
+        found: dict[tuple[object, ...], list[int]] = {}
+        for block in self.stage.blocks:
+            adapting = [[part.adapts(block, name) for part in self.parts] for name in TARGET_NAMES]
+            facts = (self.stage.ends_in(block), block in self.backward_blocks)
+            found.setdefault((*facts, str(adapting), *self.needs(block).values()), []).append(block)
+        return tuple(
+            BlockKind(blocks[0], len(blocks), self.stage.ends_in(blocks[0]), blocks[0] in self.backward_blocks)
+            for blocks in found.values()
+        )
 
     def adapting(self, block: int, name: str) -> list[AdapterPart]:
         """The parts that adapt a linear in one of the stage's blocks."""
@@ -226,10 +253,17 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
     """All stages of the model, in order. The layout must fit the model (see `check_layout`)."""
     tp_size = layout.tp_size
     costs = layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
-    tables = {first: stage_weight_rules(shape, has_embedding=first) for first in (True, False)}
+    tables = {first: _rules_by_layer(shape, has_embedding=first) for first in (True, False)}
+    sizes: dict[Hashable, tuple[tuple[StoredTensor, ...], int]] = {}  # layers have weights of the same sizes
     stages = []
     for index, layers in enumerate(partition(costs, layout.pp_size)):
-        rules = [rule for rule in tables[index == 0] if rule.layer in layers]
+        stored = []
+        for rule in (rule for layer in layers for rule in tables[index == 0].get(layer, ())):
+            key = (rule.spec, rule.shape, rule.is_quantised(shape))
+            if key not in sizes:
+                full = sum(tensor.num_bytes for tensor in stored_tensors(rule, shape, layout))
+                sizes[key] = stored_tensors(rule, shape, layout, tp_size), full
+            stored.append(sizes[key])
         stages.append(
             StagePlan(
                 shape,
@@ -240,9 +274,17 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
                     AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, tp_size)
                     for adapter in layout.adapters
                 ),
-                local_base=tuple(tensor for rule in rules for tensor in stored_tensors(rule, shape, layout, tp_size)),
-                full_base_bytes=sum(t.num_bytes for rule in rules for t in stored_tensors(rule, shape, layout)),
+                local_base=tuple(tensor for local, _ in stored for tensor in local),
+                full_base_bytes=sum(full for _, full in stored),
                 cost_share=sum(costs[layer] for layer in layers) / sum(costs),
             )
         )
     return tuple(stages)
+
+
+def _rules_by_layer(shape: ModelShape, *, has_embedding: bool) -> dict[int, list[WeightRule]]:
+    """The rules of a stage's weights by the entry of the flat list that they belong to."""
+    found: dict[int, list[WeightRule]] = {}
+    for rule in stage_weight_rules(shape, has_embedding=has_embedding):
+        found.setdefault(rule.layer, []).append(rule)
+    return found

@@ -6,7 +6,6 @@ forward pass, and is counted there. Blocks that do the same are counted once and
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from megatron_tiedlora.parallel.traffic import Traffic
 from megatron_tiedlora.planning import elementwise
 from megatron_tiedlora.planning.flops import block_flops, head_flops
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
-from megatron_tiedlora.planning.stages import StageOwners, StagePlan
+from megatron_tiedlora.planning.stages import BlockKind, StageOwners, StagePlan
 from megatron_tiedlora.planning.traffic import pass_traffic
 
 
@@ -57,26 +56,12 @@ class StageWork(NamedTuple):
     again: PassWork
 
 
-class _Kind(NamedTuple):
-    """What tells blocks apart that do different work."""
-
-    ends_here: bool
-    has_backward: bool
-    needs: tuple[bool, ...]
-    adapted: tuple[bool, ...]
-
-
 def stage_work(stage: StagePlan, batch: Batch) -> StageWork:
     """The work of a rank of a stage for a micro-batch."""
     owners = stage.owned_by(batch.shape.adapters)
     found = StageWork(PassWork(), PassWork(), PassWork())
-    numbers, examples = Counter[_Kind](), {}
-    for block in stage.blocks:
-        kind = _kind(owners, block)
-        numbers[kind] += 1
-        examples.setdefault(kind, block)
-    for kind, number in numbers.items():
-        _add_block(found, owners, examples[kind], kind, number, batch)
+    for kind in owners.kinds:
+        _add_blocks(found, owners, kind, batch)
     if stage.is_first:
         found.forward.moved += elementwise.embedding_bytes(owners, tokens=batch.shape.num_tokens).forward
     if stage.is_last:
@@ -87,19 +72,9 @@ def stage_work(stage: StagePlan, batch: Batch) -> StageWork:
     return found
 
 
-def _kind(owners: StageOwners, block: int) -> _Kind:
-    names = owners.stage.shape.block.adaptable
-    return _Kind(
-        owners.stage.ends_in(block),
-        block in owners.backward_blocks,
-        tuple(owners.needs(block).values()),
-        tuple(owners.adapts(block, name) for name in names),
-    )
-
-
-def _add_block(found: StageWork, owners: StageOwners, block: int, kind: _Kind, number: int, batch: Batch) -> None:
-    """Add `number` blocks of a kind."""
-    stage, shape = owners.stage, batch.shape
+def _add_blocks(found: StageWork, owners: StageOwners, kind: BlockKind, batch: Batch) -> None:
+    """Add the blocks of a kind."""
+    stage, shape, block, number = owners.stage, batch.shape, kind.example, kind.number
     layout, needs, recompute = stage.layout, owners.needs(block), stage.layout.recompute
     after = shape.num_after if kind.ends_here else shape.num_tokens
     (config,) = {id(part.config): part.config for part in owners.parts}.values()
@@ -128,7 +103,7 @@ def _add_block(found: StageWork, owners: StageOwners, block: int, kind: _Kind, n
     forward.attention += flops.attention * share
     forward.moved += number * moved.forward
     forward.blocks += number
-    if not kind.has_backward:
+    if not kind.goes_back:
         return
     for name in flops.linears:
         early = kind.ends_here and name in (GATE_UP, DOWN)
