@@ -125,3 +125,39 @@ _CARDS = (
 GPUS: Mapping[str, Machine] = {card.name: card for card in _CARDS}
 assert tuple(GPUS) == GPU_NAMES, "--gpu offers the cards of this table"
 DEFAULT_GPU = "h100"
+
+_MEASURED = "2 threads of an AMD EPYC with bf16 instructions (docs/planning.md); --measure has those of this machine"
+_CPU: dict[str, float] = {
+    "memory": 16e9,
+    "peak.bf16": 0.9e12,
+    "peak.fp8": 0.3e12,
+    "peak.fp32": 0.175e12,
+    "matmul.bf16": 1.0,
+    "matmul.fp8": 1.0,
+    "matmul.fp32": 1.0,
+    "attention.bf16": 0.2,
+    "attention.fp32": 0.5,
+    "bandwidth": 20e9,
+    "elementwise": 0.8,
+    "dequantise.nf4": 2e9,
+    "dequantise.int8": 4e9,
+    "dequantise.fp8": 1e9,
+    "node_bandwidth": 2e9,
+    "node_link": 1.0,
+    "network_bandwidth": 1e9,
+    "network_link": 1.0,
+    "message": 1e-4,
+    "instruction": 1e-4,
+    "block": 3e-4,
+    "hides_launches": 0.0,
+    "step": 5e-3,
+    "context": 0.5e9,
+    "communicator": 0.0,
+    "slack": 0.05,
+}
+CPU = Machine("cpu", "CPU", False, {name: Constant(value, _MEASURED) for name, value in _CPU.items()})
+
+
+def default_machine(*, on_gpu: bool) -> Machine:
+    """The machine of a plan that names none."""
+    return GPUS[DEFAULT_GPU] if on_gpu else CPU

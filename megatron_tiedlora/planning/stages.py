@@ -157,6 +157,11 @@ def frozen_tensors(part: AdapterPart) -> list[str]:
     return [name for name in part.config.tensors if part.exists(name) and not part.config.factor(name).trained]
 
 
+def gathered_numbers(part: AdapterPart) -> int:
+    """The numbers of a rank's part that it gathers for each micro-batch."""
+    return sum(part.local_size(name) for name in part.config.tensors if part.is_gathered(name))
+
+
 class BlockKind(NamedTuple):
     """The blocks of a stage that do the same work: one of them, and how many they are.
 

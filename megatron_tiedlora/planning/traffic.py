@@ -18,14 +18,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.base.shapes import GATE_UP, OUTPUT, QKV
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
-from megatron_tiedlora.planning.stages import BlockKind, StageOwners, StagePlan, trained_tensors
+from megatron_tiedlora.planning.stages import BlockKind, StageOwners, StagePlan, gathered_numbers, trained_tensors
 from megatron_tiedlora.runtime.stopping import StepVotes, StopVotes
 
 FP32, FP64 = 4, 8  # bytes
@@ -66,7 +65,7 @@ def pass_traffic(stage: StagePlan, shape: MicroBatchShape) -> PassTraffic:
     if layout.tp_size > 1:
         _add_layers(found, owners, shape)
         # once for any number of layers, targets and adapters: factors that are gathered, and their gradients' sum
-        if size := FP32 * layout.tp_size * sum(map(_gathered, owners.parts)):
+        if size := FP32 * layout.tp_size * sum(map(gathered_numbers, owners.parts)):
             found.forward.add(TENSOR, "all-gather", size)
             found.backward.add(TENSOR, "reduce-scatter", size)
     # Hidden states forward, and their gradient backward (zeros if none is needed).
@@ -100,33 +99,39 @@ def _summed(stage: StagePlan) -> Counter[str]:
 
 
 def engine_bytes(stage: StagePlan, *, num_micro_batches: int) -> int:
-    """The most bytes that DeepSpeed sends in the data-parallel group in one step (0.19.8, with the ds_configs/ files).
+    """The most bytes that DeepSpeed sends in the data-parallel group in one step; see `engine_traffic`."""
+    return engine_traffic(stage, num_micro_batches=num_micro_batches).of_group(DATA)[1]
+
+
+def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
+    """What DeepSpeed sends in the data-parallel group in one step, at most (0.19.8, with the ds_configs/ files).
 
     It sums gradients once a step, and from ZeRO-2 on after each micro-batch. It sums the norm and, in ZeRO-1 and 2,
     gathers the updated values. ZeRO-3 gathers each parameter at most once for each pass of each micro-batch, as it
-    keeps some from one pass to the next.
+    keeps some from one pass to the next. Bytes are right; of messages it has one for each of these, as buckets and
+    fetches are DeepSpeed's choice.
     """
-    zero_stage, dp_size = stage.layout.zero_stage, stage.layout.dp_size
+    zero_stage, dp_size, sent = stage.layout.zero_stage, stage.layout.dp_size, Traffic()
     if dp_size == 1 or (stage.layout.is_bank and zero_stage < 3):
-        return 0
-    gradients, norm = FP32 * sum(stage.trained), _norm_bytes(stage.layout)
+        return sent
+    gradients = FP32 * sum(stage.trained)
     if zero_stage == 0:
-        return gradients
+        sent.add(DATA, "all-reduce", gradients)
+        return sent
+    sent.add(DATA, "all-reduce", _norm_bytes(stage.layout))
     if zero_stage < 3:
-        sums = 1 if zero_stage == 1 else num_micro_batches
-        return sums * gradients + FP32 * padded(sum(stage.trained), 2 * dp_size) + norm
+        sent.add(DATA, "all-reduce", gradients, count=1 if zero_stage == 1 else num_micro_batches)
+        sent.add(DATA, "all-gather", FP32 * padded(sum(stage.trained), 2 * dp_size))
+        return sent
 
     def whole(sizes: Iterable[int]) -> int:
         return sum(padded(size, dp_size) for size in sizes)
 
     base = sum(padded(tensor.size, dp_size) * tensor.itemsize for tensor in stage.local_base)
     parameters = base + FP32 * whole(stage.held[:1] if stage.layout.is_bank else stage.held)
-    return num_micro_batches * (2 * parameters + FP32 * whole(stage.trained)) + norm
-
-
-def _gathered(part: AdapterPart) -> int:
-    """The numbers of a rank's part that it gathers for each micro-batch."""
-    return sum(part.local_size(name) for name in part.config.tensors if part.is_gathered(name))
+    sent.add(DATA, "all-gather", parameters, count=2 * num_micro_batches)
+    sent.add(DATA, "reduce-scatter", FP32 * whole(stage.trained), count=num_micro_batches)
+    return sent
 
 
 def _norm_bytes(layout: Layout) -> int:

@@ -86,6 +86,7 @@ class RunPlan:
             shards_sequences=settings.sequence_parallel,
             zero_stage=engine.zero_stage,
             live_parameters=engine.live_parameters,
+            overlaps_gathers=engine.overlaps_gathers,
             dtype=DTYPES[self.dtype_name],
             base=settings.base,
             products=settings.products,
