@@ -100,14 +100,6 @@ def capacity(cluster: Cluster) -> float:
     return cluster.machine["memory"] / (1 if cluster.machine.on_gpu else cluster.per_node)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The stages of a layout that do the same."""
-
-    index: int
-    number: int
-
-
 class Pricer:
     """Prices candidates of one cluster, and remembers the parts."""
 
@@ -140,16 +132,11 @@ class Pricer:
             return Priced(candidate, self.cluster, work, weights)
         stages = self._stages(candidate)
         found = [
-            with_reserves(
-                self._at(stages[group.index], candidate.layout),
-                each,
-                self._step(candidate, group),
-                self.cluster.machine,
-            )
+            with_reserves(stages[group], each, self._step(candidate, group), self.cluster.machine)
             for group, each in zip(groups, held, strict=True)
         ]
         fullest = max(range(len(groups)), key=lambda number: found[number].total)
-        return Priced(candidate, self.cluster, work, weights, found[fullest], groups[fullest].index)
+        return Priced(candidate, self.cluster, work, weights, found[fullest], groups[fullest])
 
     def parts(self, candidate: Candidate) -> StepParts:
         """What a candidate's time follows from."""
@@ -158,17 +145,17 @@ class Pricer:
         batches = self.batches(candidate)
         by_group: dict[int, list[StageSeconds]] = {}
         for group in groups:
-            stage = self._at(stages[group.index], layout)
+            stage = self._at(stages[group], layout)
             passes = {
                 id(batch): stage_seconds(self._passes(candidate, group, batch), stage, links, machine)
                 for batch in {id(batch): batch for batch in batches}.values()
             }
-            by_group[group.index] = [passes[id(batch)] for batch in batches]
+            by_group[group] = [passes[id(batch)] for batch in batches]
         of_stage = self._group_of_stage(candidate)
         sums = self._once(
             ("sums", *_grid(layout), candidate.engine_file, candidate.storage, len(batches)),
             lambda: max(
-                sum_seconds(self._at(stages[group.index], layout), links, machine, num_micro_batches=len(batches))
+                sum_seconds(self._at(stages[group], layout), links, machine, num_micro_batches=len(batches))
                 for group in groups
             ),
         )
@@ -189,7 +176,7 @@ class Pricer:
     @staticmethod
     def _at(stage: StagePlan, layout: Layout) -> StagePlan:
         """The stage under a layout that shares the partition and the storage."""
-        return stage if stage.layout == layout else replace(stage, layout=layout)
+        return replace(stage, layout=layout)
 
     def links(self, candidate: Candidate) -> Links:
         """The links of its groups."""
@@ -212,38 +199,38 @@ class Pricer:
         of_stage: list[int] = self._once(("groups", *_grid(candidate.layout)), find)
         return of_stage
 
-    def _groups(self, candidate: Candidate) -> list[_Group]:
+    def _groups(self, candidate: Candidate) -> list[int]:
         of_stage = self._group_of_stage(candidate)
-        return [_Group(index, of_stage.count(index)) for index in dict.fromkeys(of_stage)]
+        return list(dict.fromkeys(of_stage))
 
-    def _held(self, candidate: Candidate, group: _Group) -> HeldBytes:
+    def _held(self, candidate: Candidate, group: int) -> HeldBytes:
         layout = candidate.layout
-        key = ("held", *_grid(layout), candidate.storage, candidate.engine_file, group.index)
+        key = ("held", *_grid(layout), candidate.storage, candidate.engine_file, group)
         found: HeldBytes = self._once(
-            key, lambda: held_bytes(self._at(self._stages(candidate)[group.index], layout))
+            key, lambda: held_bytes(self._at(self._stages(candidate)[group], layout))
         )
         return found
 
-    def _step(self, candidate: Candidate, group: _Group) -> StepBytes:
+    def _step(self, candidate: Candidate, group: int) -> StepBytes:
         layout = candidate.layout
 
         def compute() -> StepBytes:
             largest = largest_micro_batch(layout, packing=candidate.plan.settings.packing, first=self._first(candidate))
             return step_bytes(
-                self._at(self._stages(candidate)[group.index], layout),
+                self._at(self._stages(candidate)[group], layout),
                 tokens=layout.rows * largest.length,
                 documents=largest.documents,
                 longest=largest.longest,
             )
 
-        found: StepBytes = self._once(("step", *_choices(layout), group.index), compute)
+        found: StepBytes = self._once(("step", *_choices(layout), group), compute)
         return found
 
-    def _passes(self, candidate: Candidate, group: _Group, batch: Batch) -> StageWork:
+    def _passes(self, candidate: Candidate, group: int, batch: Batch) -> StageWork:
         layout = candidate.layout
         found: StageWork = self._once(
-            ("passes", *_choices(layout), group.index, batch),
-            lambda: stage_work(self._at(self._stages(candidate)[group.index], layout), batch),
+            ("passes", *_choices(layout), group, batch),
+            lambda: stage_work(self._at(self._stages(candidate)[group], layout), batch),
         )
         return found
 

@@ -7,9 +7,9 @@ stage needs, and `traffic` the messages that it sends.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
@@ -90,7 +90,7 @@ class StagePlan:
         """Whether it has the head."""
         return self.index == self.layout.pp_size - 1
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, ...]:
         """The blocks among its layers."""
         return tuple(layer for layer in self.layers if 1 <= layer <= self.shape.num_layers)
@@ -100,7 +100,7 @@ class StagePlan:
         """Whether an earlier stage has an adapted layer."""
         return self.layout.first_adapted < self.blocks[0]
 
-    @property
+    @cached_property
     def base_bytes(self) -> int:
         """The bytes of a rank's base parameters."""
         return sum(tensor.num_bytes for tensor in self.local_base)
@@ -201,14 +201,16 @@ class StageOwners:
     @cached_property
     def kinds(self) -> tuple[BlockKind, ...]:
         """The stage's blocks by what they do, in the order of their first ones."""
-        found: dict[tuple[object, ...], list[int]] = {}
-        for block in self.stage.blocks:
-            adapting = [[part.adapts(block, name) for part in self.parts] for name in TARGET_NAMES]
-            facts = (self.stage.ends_in(block), block in self.backward_blocks)
-            found.setdefault((*facts, str(adapting), *self.needs(block).values()), []).append(block)
+        stage, adapted = self.stage, [frozenset(part.layers) for part in self.parts]
+        first = min((min(layers) for layers in adapted if layers), default=math.inf)
+        found: dict[tuple[tuple[bool, ...], bool, bool], list[int]] = {}
+        for block in stage.blocks:  # what is adapted, and whether its input needs a gradient, decide the rest
+            earlier = stage.needs_input_gradient or first < block
+            own = tuple(block in layers for layers in adapted)
+            found.setdefault((own, earlier, stage.ends_in(block)), []).append(block)
         return tuple(
-            BlockKind(blocks[0], len(blocks), self.stage.ends_in(blocks[0]), blocks[0] in self.backward_blocks)
-            for blocks in found.values()
+            BlockKind(blocks[0], len(blocks), ends_here, goes_back=earlier or any(own))
+            for (own, earlier, ends_here), blocks in found.items()
         )
 
     def adapting(self, block: int, name: str) -> list[AdapterPart]:
@@ -287,7 +289,8 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
     return tuple(stages)
 
 
-def _rules_by_layer(shape: ModelShape, *, has_embedding: bool) -> dict[int, list[WeightRule]]:
+@cache
+def _rules_by_layer(shape: ModelShape, *, has_embedding: bool) -> Mapping[int, Sequence[WeightRule]]:
     """The rules of a stage's weights by the entry of the flat list that they belong to."""
     found: dict[int, list[WeightRule]] = {}
     for rule in stage_weight_rules(shape, has_embedding=has_embedding):

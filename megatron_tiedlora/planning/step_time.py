@@ -8,9 +8,9 @@ launches, and gathers of ZeRO-3 with `overlap_comm`.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +28,7 @@ from megatron_tiedlora.planning.work import PassWork, StageWork
 DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes
 
 
-@dataclass(frozen=True)
-class Seconds:
+class Seconds(NamedTuple):
     """Seconds by what they are spent on; of a pass, of a stage's passes, or of a step.
 
     Attributes:
@@ -61,14 +60,15 @@ class Seconds:
     @property
     def total(self) -> float:
         """The sum."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self)
 
-    def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+    def plus(self, other: Seconds) -> Seconds:
+        """Each of them with that of another."""
+        return Seconds(*map(float.__add__, self, other))
 
-    def times(self, number: float) -> Seconds:
+    def times(self, number: int) -> Seconds:
         """Each of them `number` times."""
-        return Seconds(*(number * getattr(self, field.name) for field in fields(self)))
+        return Seconds(*(number * seconds for seconds in self))
 
 
 class StageSeconds(NamedTuple):
@@ -97,12 +97,13 @@ def stage_seconds(work: StageWork, stage: StagePlan, links: Links, machine: Mach
     """The passes of a micro-batch of this work on a rank of the stage."""
     layout = stage.layout
     forward = pass_seconds(work.forward, layout, links, machine)
-    backward = pass_seconds(work.backward, layout, links, machine) + pass_seconds(work.again, layout, links, machine)
+    backward = pass_seconds(work.backward, layout, links, machine)
+    backward = backward.plus(pass_seconds(work.again, layout, links, machine))
     gather = _gather_seconds(stage, links, machine)
     found = []
     for seconds, goes_back in ((forward, False), (backward, True)):
         exposed = max(0.0, gather - seconds.total) if layout.overlaps_gathers else gather
-        found.append(seconds + Seconds(gathers=exposed, pipeline=_sending(stage, work, links, machine, goes_back)))
+        found.append(seconds._replace(gathers=exposed, pipeline=_sending(stage, work, links, machine, goes_back)))
     return StageSeconds(*found)
 
 
@@ -206,17 +207,16 @@ def _costs(steps: Sequence[StepParts]) -> Callable[[int, Pass], Any]:
 
 
 def _by_purpose(step: StepParts, span: float) -> Seconds:
-    busiest = max((_of_stage(passes) for passes in step.stages), key=lambda seconds: seconds.total)
-    return busiest + Seconds(bubble=span - busiest.total, sums=step.sums, outside=step.outside)
+    """The seconds of the stage that works longest, and what it waits for."""
+    by_stage = {id(passes): passes for passes in step.stages}.values()
+    passes = max(by_stage, key=lambda passes: sum(number * sum(map(sum, each)) for each, number in _counted(passes)))
+    spent = Seconds()
+    for each, number in _counted(passes):
+        spent = spent.plus(each.forward.plus(each.backward).times(number))
+    return spent._replace(bubble=max(0.0, span - spent.total), sums=step.sums, outside=step.outside)
 
 
-def _of_stage(passes: Sequence[StageSeconds]) -> Seconds:
-    """All passes of a stage."""
-    numbers: dict[int, int] = defaultdict(int)
-    for each in passes:
-        numbers[id(each)] += 1
-    known = {id(each): each for each in passes}
-    total = Seconds()
-    for key, number in numbers.items():
-        total += (known[key].forward + known[key].backward).times(number)
-    return total
+def _counted(passes: Sequence[StageSeconds]) -> list[tuple[StageSeconds, int]]:
+    """The different micro-batches, and how many there are of each."""
+    numbers = Counter(map(id, passes))
+    return [(each, numbers[id(each)]) for each in {id(each): each for each in passes}.values()]
