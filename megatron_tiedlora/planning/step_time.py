@@ -8,6 +8,7 @@ launches, and gathers of ZeRO-3 with `overlap_comm`.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.schedule import FORWARD, Pass, one_f_one_b, simulate
 from megatron_tiedlora.planning.stages import StagePlan
-from megatron_tiedlora.planning.traffic import engine_traffic, step_traffic
+from megatron_tiedlora.planning.traffic import engine_traffic, once_traffic
 from megatron_tiedlora.planning.work import PassWork, StageWork
 
 DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes
@@ -64,7 +65,7 @@ class Seconds(NamedTuple):
 
     def plus(self, other: Seconds) -> Seconds:
         """Each of them with that of another."""
-        return Seconds(*map(float.__add__, self, other))
+        return Seconds(*map(operator.add, self, other))
 
     def times(self, number: int) -> Seconds:
         """Each of them `number` times."""
@@ -165,7 +166,7 @@ def _sending(stage: StagePlan, work: StageWork, links: Links, machine: Machine, 
 
 def sum_seconds(stage: StagePlan, links: Links, machine: Machine, *, num_micro_batches: int) -> float:
     """The messages that a rank sends once a step: gradients, norms, reports; of ZeRO-3 only gradients."""
-    seconds = links.seconds(step_traffic(stage, ()), machine)
+    seconds = links.seconds(once_traffic(stage), machine)
     sent = engine_traffic(stage, num_micro_batches=num_micro_batches)
     for (group, kind), size in sent.bytes.items():
         if stage.layout.zero_stage < 3 or kind != "all-gather":

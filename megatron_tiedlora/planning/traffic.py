@@ -41,19 +41,31 @@ class PassTraffic(NamedTuple):
 
 
 def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> Traffic:
-    """The messages that a rank of the stage sends in one step; of one adapter, without the data-parallel group's."""
-    traffic = Traffic()
+    """The messages that a rank of the stage sends in one step; of one adapter, without the data-parallel group's.
+
+    The adapters that own tokens in the micro-batches take the step.
+    """
+    taking = sorted({adapter for shape in micro_batches for adapter in shape.adapters})
+    traffic = once_traffic(stage, taking)
     for shape, number in Counter(micro_batches).items():
         for sent in pass_traffic(stage, shape):
             traffic.include(sent, times=number)
-    layout = stage.layout
-    for group, numbers in _summed(stage).items():
+    return traffic
+
+
+def once_traffic(stage: StagePlan, taking: Sequence[int] = (0,)) -> Traffic:
+    """Those of them that are sent once, after the micro-batches.
+
+    Args:
+        taking: the numbers of the adapters that take the step.
+    """
+    layout, traffic = stage.layout, Traffic()
+    for group, numbers in _summed(stage.owned_by(taking)).items():
         traffic.add(group, "all-reduce", FP32 * numbers)
-    num_adapters = len(layout.adapters)
     if layout.tp_size * layout.pp_size > 1:  # the sum of squares for each gradient norm
-        traffic.add(MODEL, "all-reduce", num_adapters * _norm_bytes(layout))
+        traffic.add(MODEL, "all-reduce", len(taking) * _norm_bytes(layout))
     if layout.world_size > 1:  # of a bank also the loss of each adapter, and whether it misses a gradient
-        own = 2 * num_adapters if layout.is_bank else 0
+        own = 2 * len(taking) if layout.is_bank else 0
         traffic.add(WORLD, "all-reduce", FP64 * (len(StepVotes._fields) + own))
     return traffic
 
@@ -75,16 +87,16 @@ def pass_traffic(stage: StagePlan, shape: MicroBatchShape) -> PassTraffic:
     return found
 
 
-def _summed(stage: StagePlan) -> Counter[str]:
+def _summed(owners: StageOwners) -> Counter[str]:
     """The numbers of gradients that we sum over ranks once per step, by group.
 
     u is the same on the ranks of a stage, a tied tensor on those of all stages, another one on data-parallel ranks. Of
     one adapter DeepSpeed sums over data-parallel ranks, which is all that u needs without tensor parallelism, and a
     tied tensor without a pipeline.
     """
-    layout, found = stage.layout, Counter[str]()
+    layout, found = owners.stage.layout, Counter[str]()
     data = layout.dp_size > 1
-    for part in stage.parts:
+    for part in owners.parts:
         for name in trained_tensors(part):
             _, letter = part.config.tensors[name]
             if letter == "u":

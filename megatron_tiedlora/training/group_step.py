@@ -22,6 +22,7 @@ from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.runtime.stopping import StepVotes, StopRequests
 from megatron_tiedlora.training.build_bank import BuiltBank, Plans, shared_plan
 from megatron_tiedlora.training.checks import RunFailed, StepChecks, require_finite
+from megatron_tiedlora.training.group_plan import micro_batch_capacity
 from megatron_tiedlora.training.step import LONG_STEP_SECONDS
 
 
@@ -77,9 +78,7 @@ class GroupStep:
         self._plans, self._built, self._stop = plans, built, stop
         self._shared = shared_plan(plans)
         self.finished = {name: (finished or {}).get(name, 0) for name in plans}
-        # As many tokens as the largest micro-batch of one adapter may have: a rank has memory for these.
-        most = max(plan.layout.rows * plan.layout.length for plan in plans.values())
-        self._capacity = most if shares_micro_batches else 0
+        self._capacity = micro_batch_capacity(plans, shares=shares_micro_batches)
         self._long_seconds = long_seconds
         self._seconds = math.inf  # of the last step, mean over ranks; unknown yet, so the first one counts as long
         runner = built.runner
