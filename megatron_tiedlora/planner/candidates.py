@@ -197,9 +197,7 @@ def search(
                     continue
                 share = plan.batches.global_batch_size // dp_size
                 found += [
-                    Candidate(
-                        plan, replace(plan.layout, micro_batches=share // v["rows"], **v), engine_file, storage
-                    )
+                    Candidate(plan, replace(plan.layout, micro_batches=share // v["rows"], **v), engine_file, storage)
                     for v in variants
                 ]
     if not found:

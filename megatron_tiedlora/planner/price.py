@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from megatron_tiedlora.planner.candidates import Candidate, Cluster
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.links import Links
+from megatron_tiedlora.planning.links import Links, Term
 from megatron_tiedlora.planning.memory import HeldBytes, StageMemory, StepBytes, held_bytes, step_bytes, with_reserves
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.step_time import (
@@ -27,8 +27,9 @@ from megatron_tiedlora.planning.step_time import (
     StageSeconds,
     StepParts,
     stage_seconds,
+    stage_terms,
     step_seconds,
-    sum_seconds,
+    sum_terms,
 )
 from megatron_tiedlora.planning.work import Batch, StageWork, stage_work
 from megatron_tiedlora.training.first_step import FirstStep, first_batches, largest_micro_batch
@@ -140,26 +141,40 @@ class Pricer:
 
     def parts(self, candidate: Candidate) -> StepParts:
         """What a candidate's time follows from."""
-        groups, stages = self._groups(candidate), self._stages(candidate)
-        links, machine, layout = self.links(candidate), self.cluster.machine, candidate.layout
-        batches = self.batches(candidate)
+        groups, layout, batches = self._groups(candidate), candidate.layout, self.batches(candidate)
         by_group: dict[int, list[StageSeconds]] = {}
         for group in groups:
-            stage = self._at(stages[group], layout)
             passes = {
-                id(batch): stage_seconds(self._passes(candidate, group, batch), stage, links, machine)
+                id(batch): self._seconds(candidate, group, batch)
                 for batch in {id(batch): batch for batch in batches}.values()
             }
             by_group[group] = [passes[id(batch)] for batch in batches]
         of_stage = self._group_of_stage(candidate)
+        shards = (candidate.storage, len(batches)) if _shards(layout) else ()
         sums = self._once(
-            ("sums", *_grid(layout), candidate.engine_file, candidate.storage, len(batches)),
-            lambda: max(
-                sum_seconds(self._at(stages[group], layout), links, machine, num_micro_batches=len(batches))
-                for group in groups
-            ),
+            ("sums", *_grid(layout), candidate.engine_file, *shards),
+            lambda: max(sum(term.seconds for term in self.sum_terms(candidate, group)) for group in groups),
         )
-        return StepParts([by_group[index] for index in of_stage], sums, machine["step"])
+        return StepParts([by_group[index] for index in of_stage], sums, self.cluster.machine["step"])
+
+    def stage(self, candidate: Candidate, index: int) -> StagePlan:
+        """One of its stages."""
+        return self._at(self._stages(candidate)[index], candidate.layout)
+
+    def busiest_stage(self, candidate: Candidate) -> int:
+        """The first stage of those that work longest."""
+        works = [sum(sum(map(sum, each)) for each in passes) for passes in self.parts(candidate).stages]
+        return works.index(max(works))
+
+    def stage_terms(self, candidate: Candidate, stage: int, batch: Batch) -> tuple[list[Term], list[Term]]:
+        """What the passes of a micro-batch on a stage spend their time on."""
+        work, found = self._passes(candidate, stage, batch), self.stage(candidate, stage)
+        return stage_terms(work, found, self.links(candidate), self.cluster.machine)
+
+    def sum_terms(self, candidate: Candidate, stage: int) -> list[Term]:
+        """The messages once a step of a stage's rank."""
+        found, number = self.stage(candidate, stage), len(self.batches(candidate))
+        return sum_terms(found, self.links(candidate), self.cluster.machine, num_micro_batches=number)
 
     # Parts that several candidates share ------------------------------------------------------------------------------
 
@@ -206,9 +221,7 @@ class Pricer:
     def _held(self, candidate: Candidate, group: int) -> HeldBytes:
         layout = candidate.layout
         key = ("held", *_grid(layout), candidate.storage, candidate.engine_file, group)
-        found: HeldBytes = self._once(
-            key, lambda: held_bytes(self._at(self._stages(candidate)[group], layout))
-        )
+        found: HeldBytes = self._once(key, lambda: held_bytes(self._at(self._stages(candidate)[group], layout)))
         return found
 
     def _step(self, candidate: Candidate, group: int) -> StepBytes:
@@ -232,6 +245,18 @@ class Pricer:
             ("passes", *_choices(layout), group, batch),
             lambda: stage_work(self._at(self._stages(candidate)[group], layout), batch),
         )
+        return found
+
+    def _seconds(self, candidate: Candidate, group: int, batch: Batch) -> StageSeconds:
+        layout = candidate.layout
+        gathers = candidate.engine_file if layout.zero_stage == 3 else ""
+
+        def compute() -> StageSeconds:
+            work, stage = self._passes(candidate, group, batch), self.stage(candidate, group)
+            return stage_seconds(work, stage, self.links(candidate), self.cluster.machine)
+
+        key = ("seconds", *_choices(layout), candidate.storage, gathers, group, batch)
+        found: StageSeconds = self._once(key, compute)
         return found
 
     def batches(self, candidate: Candidate) -> Sequence[Batch]:
@@ -282,6 +307,11 @@ class Pricer:
 
         found: Work = self._once("work", compute)
         return found
+
+
+def _shards(layout: Layout) -> bool:
+    """Whether the engine's messages depend on the micro-batches or on the storage of the base: from ZeRO-2 on."""
+    return layout.zero_stage >= 2
 
 
 def _grid(layout: Layout) -> tuple[int, int, int]:

@@ -10,13 +10,38 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
+from megatron_tiedlora.parallel.traffic import DATA, GROUPS, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
 
 _RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # how often a ring carries (n - 1) / n of the bytes
+
+
+class Term(NamedTuple):
+    """One term of a step's time: an amount at a rate.
+
+    Attributes:
+        purpose: a field of `step_time.Seconds`.
+        label: what it is, for `--why`.
+        rate: of `unit` per second; 0 if it costs only `fixed` seconds.
+        fixed: seconds beside those of the amount.
+    """
+
+    purpose: str
+    label: str
+    amount: float
+    rate: float
+    unit: str
+    fixed: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that it takes."""
+        return (self.amount / self.rate if self.rate else 0.0) + self.fixed
 
 
 @dataclass(frozen=True)
@@ -40,12 +65,23 @@ class Link:
             return inside
         return min(inside, self.per_node * machine["network_bandwidth"] * machine["network_link"])
 
-    def seconds(self, kind: str, num_bytes: float, count: float, machine: Machine) -> float:
-        """The seconds of `count` messages of one kind, of `num_bytes` together."""
+    def terms(self, sent: Iterable[tuple[str, int, float]], machine: Machine, *, purpose: str) -> list[Term]:
+        """The time of messages: (kind, their number, their bytes together), one after another."""
         if self.size == 1:
-            return 0.0
-        carried = num_bytes * _RINGS[kind] * (self.size - 1) / self.size if kind in _RINGS else num_bytes
-        return count * machine["message"] + carried / self.bandwidth(machine)
+            return []
+        bandwidth = self.bandwidth(machine)
+        return [
+            Term(
+                purpose,
+                f"{kind}, {count_text(int(count), 'message')}",
+                num_bytes * _RINGS[kind] * (self.size - 1) / self.size if kind in _RINGS else num_bytes,
+                bandwidth,
+                "B",
+                fixed=count * machine["message"],
+            )
+            for kind, count, num_bytes in sent
+            if count
+        ]
 
 
 @dataclass(frozen=True)
@@ -90,10 +126,12 @@ class Links:
         crosses = any(rank // per_node != (rank + width) // per_node for rank in (first, first + width - 1))
         return Link(2, 1 + crosses, 1)
 
-    def seconds(self, traffic: Traffic, machine: Machine, *, without: str = PIPELINE) -> float:
-        """The seconds of all messages but those of the group `without`, one after another."""
-        return sum(
-            self[group].seconds(kind, size, traffic.messages[group, kind], machine)
-            for (group, kind), size in traffic.bytes.items()
-            if group != without
-        )
+    def terms(self, traffic: Traffic, machine: Machine, *, purpose: str, groups: Iterable[str] = GROUPS) -> list[Term]:
+        """The time of all messages in some groups, but those to other stages."""
+        found = []
+        for group in groups:
+            if group != PIPELINE:
+                keys = [key for key in traffic.bytes if key[0] == group]
+                sent = [(kind, traffic.messages[group, kind], traffic.bytes[group, kind]) for _, kind in keys]
+                found += self[group].terms(sent, machine, purpose=purpose)
+        return found

@@ -8,7 +8,7 @@ saves less), plus the temporary tensors of one block. Two more figures stand apa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -63,8 +63,7 @@ class StepBytes(NamedTuple):
     engine: float
 
 
-@dataclass(frozen=True)
-class StageMemory:
+class StageMemory(NamedTuple):
     """The bytes on each rank of a stage. PyTorch allocates all of them but `libraries` and `slack`.
 
     Attributes:
@@ -87,7 +86,7 @@ class StageMemory:
     @property
     def total(self) -> float:
         """The sum."""
-        return sum(astuple(self))
+        return sum(self)
 
     @property
     def allocated(self) -> float:

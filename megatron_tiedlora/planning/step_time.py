@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.parallel.traffic import DATA, PIPELINE
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.links import Links
+from megatron_tiedlora.planning.links import Links, Term
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.schedule import FORWARD, Pass, one_f_one_b, simulate
 from megatron_tiedlora.planning.stages import StagePlan
@@ -96,82 +96,99 @@ class StepParts:
 
 def stage_seconds(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> StageSeconds:
     """The passes of a micro-batch of this work on a rank of the stage."""
+    return StageSeconds(*(_sum(terms) for terms in stage_terms(work, stage, links, machine)))
+
+
+def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> tuple[list[Term], list[Term]]:
+    """What the forward and the backward pass of a micro-batch spend their time on."""
     layout = stage.layout
-    forward = pass_seconds(work.forward, layout, links, machine)
-    backward = pass_seconds(work.backward, layout, links, machine)
-    backward = backward.plus(pass_seconds(work.again, layout, links, machine))
-    gather = _gather_seconds(stage, links, machine)
-    found = []
-    for seconds, goes_back in ((forward, False), (backward, True)):
-        exposed = max(0.0, gather - seconds.total) if layout.overlaps_gathers else gather
-        found.append(seconds._replace(gathers=exposed, pipeline=_sending(stage, work, links, machine, goes_back)))
-    return StageSeconds(*found)
+    forward = pass_terms(work.forward, layout, links, machine)
+    backward = pass_terms(work.backward, layout, links, machine)
+    again = pass_terms(work.again, layout, links, machine) if layout.recompute != "none" else []
+    backward += [term._replace(label=f"{term.label}, recomputed") for term in again]
+    for terms, goes_back in ((forward, False), (backward, True)):
+        gathers = _gather_terms(stage, links, machine)
+        if layout.overlaps_gathers and gathers:  # hidden behind the pass, as far as that is long enough
+            hidden = min(_sum(terms).total, sum(term.seconds for term in gathers))
+            gathers.append(Term("gathers", "hidden behind the pass", 0.0, 0.0, "s", fixed=-hidden))
+        terms += gathers
+        terms += _sending(stage, work.backward if goes_back else work.forward, links, machine, goes_back=goes_back)
+    return forward, backward
 
 
-def pass_seconds(work: PassWork, layout: Layout, links: Links, machine: Machine) -> Seconds:
+def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -> list[Term]:
     """A pass without gathers and sends to other stages."""
     dtype = DTYPES[layout.dtype.itemsize]
-    of_linears = dtype if layout.products is None else DTYPES[1]
-    products = work.linears / machine.rate("matmul", of_linears)
-    products += (work.head + work.low_rank) / machine.rate("matmul", dtype)
-    attention = work.attention / machine.rate("attention", dtype)
-    between = work.moved / (machine["bandwidth"] * machine["elementwise"])
-    dequantised = work.weights * _seconds_per_weight(layout, machine)
-    device, launches = products + attention + between + dequantised, work.blocks * machine["block"]
+    of_linears, moved = dtype if layout.products is None else DTYPES[1], machine["bandwidth"] * machine["elementwise"]
+    found = [
+        Term(
+            "products", f"matmuls of blocks in {of_linears}", work.linears, machine.rate("matmul", of_linears), "FLOP"
+        ),
+        Term("products", f"head, adapter in {dtype}", work.head + work.low_rank, machine.rate("matmul", dtype), "FLOP"),
+        Term("attention", "attention", work.attention, machine.rate("attention", dtype), "FLOP"),
+        Term("between", "norms, gate, rotation, residuals, loss", work.moved, moved, "B"),
+    ]
+    if layout.base is not None:
+        found.append(_dequantised(work, layout, machine))
+    launches = work.blocks * machine["block"]
     if machine["hides_launches"]:
-        launches = max(0.0, launches - device)
-    tensor = links.seconds(work.sent, machine, without=PIPELINE)
-    return Seconds(products, attention, between, dequantised, launches, tensor)
+        launches -= sum(term.seconds for term in found)
+    found.append(Term("launches", "the host launches kernels", work.blocks, 0.0, "blocks", fixed=max(0.0, launches)))
+    return found + links.terms(work.sent, machine, purpose="tensor")
 
 
-def _seconds_per_weight(layout: Layout, machine: Machine) -> float:
-    """Of making one weight ready for a matmul: dequantised, or read for a transposed copy by products in fp8."""
-    if layout.base is None:
-        return 0.0
+def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> Term:
+    """Making weights ready for a matmul: dequantised, or transposed for half of the matmuls in fp8."""
+    assert layout.base is not None
+    moved, weights = machine["bandwidth"] * machine["elementwise"], work.weights + work.weights_back
+    if layout.products is not None and layout.on_gpu:  # one byte read and one written
+        transposed = 0.0 if layout.keep_transposed else work.weights_back
+        return Term("dequantised", f"weights in {layout.base} transposed", 2 * transposed, moved, "B")
     if rate := machine[f"dequantise.{layout.base}"]:
-        return 1 / rate
-    moved = machine["bandwidth"] * machine["elementwise"]
-    if layout.products is not None and layout.on_gpu:  # half of the passes need a transposed copy, read and written
-        return 0.0 if layout.keep_transposed else 1.0 / moved
-    return (BASE_FORMATS[layout.base].bits / 8 + layout.dtype.itemsize) / moved
+        return Term("dequantised", f"weights in {layout.base} dequantised", weights, rate, "weights")
+    of_weight = BASE_FORMATS[layout.base].bits / 8 + layout.dtype.itemsize
+    return Term("dequantised", f"weights in {layout.base} dequantised", of_weight * weights, moved, "B")
 
 
-def _gather_seconds(stage: StagePlan, links: Links, machine: Machine) -> float:
-    """What ZeRO-3 gathers for one pass."""
+def _gather_terms(stage: StagePlan, links: Links, machine: Machine) -> list[Term]:
+    """What ZeRO-3 gathers for one pass: a message for each parameter that is not so small that all ranks keep it."""
     layout = stage.layout
     if layout.zero_stage < 3 or layout.dp_size == 1:
-        return 0.0
-    sent = engine_traffic(stage, num_micro_batches=1)
-    # Of two passes. A message for each parameter that is not so small that all ranks keep it.
-    gathered = sent.bytes[DATA, "all-gather"] / 2
+        return []
+    gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # those of two passes
     count = sum(tensor.size > PERSISTENT for tensor in stage.local_base)
-    return links[DATA].seconds("all-gather", gathered, count, machine)
+    return links[DATA].terms([("all-gather", count, gathered)], machine, purpose="gathers")
 
 
 PERSISTENT = 100_000  # numbers of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
 
 
-def _sending(stage: StagePlan, work: StageWork, links: Links, machine: Machine, goes_back: bool) -> float:
+def _sending(stage: StagePlan, work: PassWork, links: Links, machine: Machine, *, goes_back: bool) -> list[Term]:
     """Sending a pass's result to the next stage, and what DeepSpeed's pipeline adds."""
-    layout = stage.layout
-    if layout.pp_size == 1:
-        return 0.0
-    sent = (work.backward if goes_back else work.forward).sent
-    size, count = sent.bytes[PIPELINE, "send"], sent.messages[PIPELINE, "send"]
-    if not count:
-        return machine["instruction"]
+    if stage.layout.pp_size == 1:
+        return []
     link = links.to_next(stage.index - 1 if goes_back else stage.index)
-    return machine["instruction"] + link.seconds("send", size, count, machine)
+    sent = [("send", work.sent.messages[PIPELINE, "send"], work.sent.bytes[PIPELINE, "send"])]
+    return [
+        Term("pipeline", "DeepSpeed's instructions", 0.0, 0.0, "", fixed=machine["instruction"]),
+        *link.terms(sent, machine, purpose="pipeline"),
+    ]
 
 
-def sum_seconds(stage: StagePlan, links: Links, machine: Machine, *, num_micro_batches: int) -> float:
+def sum_terms(stage: StagePlan, links: Links, machine: Machine, *, num_micro_batches: int) -> list[Term]:
     """The messages that a rank sends once a step: gradients, norms, reports; of ZeRO-3 only gradients."""
-    seconds = links.seconds(once_traffic(stage), machine)
     sent = engine_traffic(stage, num_micro_batches=num_micro_batches)
-    for (group, kind), size in sent.bytes.items():
-        if stage.layout.zero_stage < 3 or kind != "all-gather":
-            seconds += links[group].seconds(kind, size, sent.messages[group, kind], machine)
-    return seconds
+    if stage.layout.zero_stage == 3:
+        del sent.bytes[DATA, "all-gather"]
+    return links.terms(once_traffic(stage), machine, purpose="sums") + links.terms(sent, machine, purpose="sums")
+
+
+def _sum(terms: Iterable[Term]) -> Seconds:
+    """The terms by purpose."""
+    found = dict.fromkeys(Seconds._fields, 0.0)
+    for term in terms:
+        found[term.purpose] += term.seconds
+    return Seconds(**found)
 
 
 def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:

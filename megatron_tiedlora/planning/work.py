@@ -33,7 +33,8 @@ class PassWork:
         linears, head, low_rank, attention: FLOPs of the blocks' frozen matmuls, of the head's, of the adapter's, and of
             attention.
         moved: bytes of everything else; see `elementwise`.
-        weights: numbers of the blocks' linears that their matmuls read; a quantised base dequantises them.
+        weights: numbers of the blocks' linears that matmuls read; a quantised base dequantises them.
+        weights_back: the same of matmuls for gradients, which read them transposed.
         blocks: passes through a block, which the host launches.
         sent: messages.
     """
@@ -44,6 +45,7 @@ class PassWork:
     attention: float = 0.0
     moved: float = 0.0
     weights: float = 0.0
+    weights_back: float = 0.0
     blocks: float = 0.0
     sent: Traffic = field(default_factory=Traffic)
 
@@ -96,7 +98,9 @@ def _add_blocks(found: StageWork, owners: StageOwners, kind: BlockKind, batch: B
         matmul, low_rank = (linear.backward, linear.low_rank_backward) if goes_back else linear[:2]
         work.linears += matmul * share
         work.low_rank += low_rank * share
-        work.weights += stage.shape.block.adaptable[name].num_weights * share * (matmul > 0)
+        read = stage.shape.block.adaptable[name].num_weights * share * (matmul > 0)
+        work.weights += read * (not goes_back)
+        work.weights_back += read * goes_back
 
     for name in flops.linears:
         add(forward, name)
