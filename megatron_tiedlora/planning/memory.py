@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
@@ -20,7 +21,7 @@ from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.micro_batches import ShareShape
 from megatron_tiedlora.planning.saved import FP32, factor_bytes, saved_bytes, token_bytes
-from megatron_tiedlora.planning.stages import StageOwners, StagePlan
+from megatron_tiedlora.planning.stages import StageOwners, StagePlan, frozen_tensors, trained_tensors
 
 # Estimates. Users report 0.3 to 0.7 GB for NCCL on hosts with NVLink (NVIDIA/nccl issues 864 and 964).
 CONTEXT_BYTES = 0.5e9
@@ -91,6 +92,12 @@ def stage_memory(
         engine=_engine_bytes(stage, tokens=tokens),
         libraries=CONTEXT_BYTES + COMMUNICATOR_BYTES * num_communicators(stage) if layout.on_gpu else 0.0,
     )
+
+
+def bank_bytes(part: AdapterPart) -> int:
+    """The bytes of one adapter of a bank on a rank, in every ZeRO stage: tensors, gradients and two moments."""
+    trained, frozen = (sum(map(part.local_size, names)) for names in (trained_tensors(part), frozen_tensors(part)))
+    return FP32 * (4 * trained + frozen)
 
 
 def num_communicators(stage: StagePlan) -> int:

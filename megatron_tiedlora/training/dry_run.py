@@ -43,7 +43,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
         plan = plan.counted(len(data.train))
         first = FirstStep(data, plan.global_batch(data.train))
         sections += [_memory(plan, first), _messages(plan, first), _batches(plan, first)]
-        sections += [_data(plan, data), _sample(plan, data)]
+        sections += [_data(plan, data), sample_lines(plan, data)]
     return "\n\n".join("\n".join(map(printable, section)) for section in sections)
 
 
@@ -158,7 +158,8 @@ def _data(plan: RunPlan, data: RunData) -> list[str]:
     return [*lines, *(f"  warning: {warning}" for warning in data.warnings(plan.settings))]
 
 
-def _sample(plan: RunPlan, data: RunData) -> list[str]:
+def sample_lines(plan: RunPlan, data: RunData) -> list[str]:
+    """The first sample as text, with what is supervised."""
     ids, supervised = data.train.sample(0), data.train.supervised_of(0)
     edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
     lines = [f"first sample ({first_source(plan.settings, data)}), {len(ids)} tokens"]

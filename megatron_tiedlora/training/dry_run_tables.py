@@ -185,8 +185,12 @@ def stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
             labels[-1] = (labels[-1][0], index)
         else:
             labels.append((index, index))
-    lines = [["stage", *header]]
-    lines += [[str(a) if a == b else f"{a}-{b}", *rows[a]] for a, b in labels]
+    return table_lines(("stage", *header), [[str(a) if a == b else f"{a}-{b}", *rows[a]] for a, b in labels])
+
+
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line for each row, whose first cells are its label."""
+    lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return [
         f"  {line[0]:<{widths[0]}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True))
