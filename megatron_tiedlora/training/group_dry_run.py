@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron_tiedlora.base.errors import printable
@@ -10,7 +10,6 @@ from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.planning.memory import StageMemory, bank_bytes, stage_memory
-from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.training.dry_run import sample_lines
 from megatron_tiedlora.training.dry_run_tables import (
     memory_lines,
@@ -42,8 +41,9 @@ def group_report(settings: Settings, *, launched_ranks: int = 1) -> str:
         plans = counted(plans, data)
         batches = {name: (data[name].train, plan.global_batch(data[name].train)) for name, plan in plans.items()}
         group = GroupPlan(plans, shares, batches)
-    sections = [_adapters(group), partition_lines(group.stages), _memory(group, data), _messages(group, data)]
-    sections += [_batches(group, data), *_data(group, data), *_samples(group, data)]
+    sections = [_adapters(group), partition_lines(group.stages), _memory(group, data)]
+    sections += [_one_more(group, data), _messages(group, data), _batches(group, data)]
+    sections += [*_data(group, data), *_samples(group, data)]
     return "\n\n".join("\n".join(map(printable, section)) for section in sections)
 
 
@@ -81,40 +81,43 @@ def _own_bytes(group: GroupPlan, adapter: int) -> int:
 
 
 def _memory(group: GroupPlan, data: Data) -> list[str]:
-    layout = group.layout
-    longest = {
-        name: layout.length if plan.settings.packing or not data else data[name].train.longest
-        for name, plan in group.plans.items()
-    }
+    longest = _longest_rows(group, data)
     tokens, most = group.most_tokens(longest), max(len(shape.shares) for shape in group.micro_batches)
-    sizes = {"tokens": tokens, "documents": group.most_documents(), "longest": min(tokens, max(longest.values()))}
-    together = {shape.adapters for shape in group.micro_batches}
-    memories = _peaks(group.stages, together, sizes)
     micro_batches = f"{tokens:,} tokens of up to {count_text(most, 'adapter')}"
-    lines = memory_lines(group.stages, memories, tokens=tokens, micro_batches=micro_batches)
-    # One more like the largest, which has tokens in every micro-batch if adapters share them.
-    largest = max(range(len(layout.adapters)), key=lambda number: _own_bytes(group, number))
-    more = len(layout.adapters)
-    shape, adapters = group.shared.source.shape, (*layout.adapters, layout.adapters[largest])
-    joined = {(*own, more) for own in together} if group.shares_micro_batches else {*together, (more,)}
-    after = _peaks(plan_stages(shape, replace(layout, adapters=adapters)), joined, sizes)
-    added = max(new.total - old.total for new, old in zip(after, memories, strict=True))
+    return memory_lines(group.stages, _peaks(group, longest), tokens=tokens, micro_batches=micro_batches)
+
+
+def _one_more(group: GroupPlan, data: Data) -> list[str]:
+    """What the run needs beside with its largest adapter twice."""
+    number = max(range(len(group.plans)), key=lambda number: _own_bytes(group, number))
+    name, longest = list(group.plans)[number], _longest_rows(group, data)
+    batches = None if group.batches is None else {**group.batches, "": group.batches[name]}
+    more = replace(group, plans={**group.plans, "": group.plans[name]}, batches=batches)
+    peaks = zip(_peaks(more, {**longest, "": longest[name]}), _peaks(group, longest), strict=True)
+    added = max(new.total - old.total for new, old in peaks)
     return [
-        *lines,
-        f"  (adapters: those that have tokens in a micro-batch together at step 1{'' if data else ', as assumed'})",
-        f"one more adapter like {list(group.plans)[largest]}: {bytes_in_words(added)} per rank,"
-        f" {bytes_in_words(_own_bytes(group, largest))} of them its tensors, gradients and moments; the rest are its"
-        " factors in each micro-batch in flight",
+        "one more adapter",
+        f"  like {name}: {bytes_in_words(added)} per rank, {bytes_in_words(_own_bytes(group, number))} of them its"
+        " tensors, gradients and moments; the rest are its factors, and tokens where micro-batches have room for more",
     ]
 
 
-def _peaks(
-    stages: Sequence[StagePlan], together: Collection[tuple[int, ...]], sizes: Mapping[str, int]
-) -> list[StageMemory]:
-    """The memory of each stage, by the adapters that need most of it together."""
+def _longest_rows(group: GroupPlan, data: Data) -> dict[str, int]:
+    """The tokens of each adapter's longest row."""
+    return {
+        name: group.layout.length if plan.settings.packing or not data else data[name].train.longest
+        for name, plan in group.plans.items()
+    }
+
+
+def _peaks(group: GroupPlan, longest: Mapping[str, int]) -> list[StageMemory]:
+    """The memory of each stage: of the largest micro-batch, if it has the adapters of one of the step."""
+    tokens = group.most_tokens(longest)
+    sizes = {"tokens": tokens, "documents": group.most_documents(), "longest": min(tokens, max(longest.values()))}
+    together = {shape.adapters for shape in group.micro_batches}
     return [
         max((stage_memory(stage, adapters=adapters, **sizes) for adapters in together), key=lambda found: found.total)
-        for stage in stages
+        for stage in group.stages
     ]
 
 
