@@ -18,6 +18,7 @@ from megatron_tiedlora.parallel.traffic import DATA, GROUPS, MODEL, PIPELINE, ST
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
 
+RANKS_PER_NODE = 8  # where nobody says it
 _RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # how often a ring carries (n - 1) / n of the bytes
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
@@ -23,7 +24,13 @@ from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.micro_batches import ShareShape
 from megatron_tiedlora.planning.saved import FP32, factor_bytes, saved_bytes, token_bytes
-from megatron_tiedlora.planning.stages import StageOwners, StagePlan, gathered_numbers
+from megatron_tiedlora.planning.stages import (
+    StageOwners,
+    StagePlan,
+    frozen_tensors,
+    gathered_numbers,
+    trained_tensors,
+)
 
 # cuBLAS allocates 32 MiB on an H100 for each of the two threads that run forward and backward passes.
 WORKSPACE_BYTES = 2 * 2.0**25
@@ -178,6 +185,12 @@ def _buffer_bytes(stage: StagePlan) -> float:
     bucket = 0 if layout.dp_size == 1 or layout.is_bank else min(trained, BUCKET_NUMBERS)
     gathered = 2 * layout.tp_size * sum(map(gathered_numbers, stage.parts)) if layout.tp_size > 1 else 0
     return float(FP32 * (bucket + gathered))
+
+
+def bank_bytes(part: AdapterPart) -> int:
+    """The bytes of one adapter of a bank on a rank, in every ZeRO stage: tensors, gradients and two moments."""
+    trained, frozen = (sum(map(part.local_size, names)) for names in (trained_tensors(part), frozen_tensors(part)))
+    return FP32 * (4 * trained + frozen)
 
 
 def num_communicators(stage: StagePlan) -> int:

@@ -94,9 +94,7 @@ def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]
     return MicroBatchShape(1, sum(share.num_tokens for share in shares), num_supervised, shares)
 
 
-def _shares(
-    layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]
-) -> tuple[tuple[ShareShape, ...], int]:
+def _shares(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> tuple[tuple[ShareShape, ...], int]:
     """The shares, and the number of supervised positions.
 
     In each part of the sequence an adapter's supervised positions are padded, and then all of them, up to as many as

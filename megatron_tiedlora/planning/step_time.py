@@ -24,7 +24,7 @@ from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.schedule import FORWARD, Pass, one_f_one_b, simulate
 from megatron_tiedlora.planning.stages import StagePlan
 from megatron_tiedlora.planning.traffic import engine_traffic, once_traffic
-from megatron_tiedlora.planning.work import PassWork, StageWork
+from megatron_tiedlora.planning.work import Batch, PassWork, StageWork, stage_work
 
 DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes
 
@@ -92,6 +92,19 @@ class StepParts:
     stages: Sequence[Sequence[StageSeconds]]
     sums: float
     outside: float
+
+
+def step_parts(stages: Sequence[StagePlan], batches: Sequence[Batch], links: Links, machine: Machine) -> StepParts:
+    """The time of a layout's stages on these micro-batches."""
+    by_stage = []
+    for stage in stages:
+        known = {batch: stage_seconds(stage_work(stage, batch), stage, links, machine) for batch in set(batches)}
+        by_stage.append([known[batch] for batch in batches])
+    number = len(batches)
+    sums = max(
+        sum(term.seconds for term in sum_terms(stage, links, machine, num_micro_batches=number)) for stage in stages
+    )
+    return StepParts(by_stage, sums, machine["step"])
 
 
 def stage_seconds(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> StageSeconds:

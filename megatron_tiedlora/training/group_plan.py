@@ -96,6 +96,16 @@ class GroupPlan:
         own = [plan.layout.rows * padded(longest[name], multiple) for name, plan in self.plans.items()]
         return max(*own, min(sum(own), micro_batch_capacity(self.plans, shares=self.shares_micro_batches)))
 
+    def most_documents(self) -> int:
+        """The most documents in a micro-batch of the step; the padding of a packed row is one too."""
+        if self.batches is None or not self.shared.settings.packing:
+            return max(sum(self.plans[name].layout.rows for name, _ in some) for some in self.rounds)
+        counts = {
+            name: [sum(map(len, rows)) + len(rows) for rows in batch.on_rank(0, dp_size=self.shared.grid.dp_size)]
+            for name, (_, batch) in self.batches.items()
+        }
+        return max(sum(counts[name][number] for name, number in some) for some in self.rounds)
+
     @property
     def _taking(self) -> list[str]:
         """The adapters that take the step, in order."""

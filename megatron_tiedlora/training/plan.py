@@ -28,7 +28,9 @@ from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.weight_maker import weight_maker
+from megatron_tiedlora.planning.cards import GPUS, default_machine
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
+from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape, SampleRow, micro_batch_shape
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.runtime.launch_env import uses_gpu
@@ -106,6 +108,12 @@ class RunPlan:
     def stage(self) -> StagePlan:
         """This rank's stage."""
         return self.stages[self.grid.pp_rank]
+
+    @property
+    def machine(self) -> Machine:
+        """Whose reserves and speed are planned with: of --gpu, else the default for GPUs or CPUs."""
+        gpu = self.settings.gpu
+        return default_machine(on_gpu=self.on_gpu) if gpu is None else GPUS[gpu]
 
     @property
     def batch_shape(self) -> BatchShape:

@@ -1,4 +1,4 @@
-"""What several adapters send together is what is predicted: each message and byte, by group and kind, on every rank.
+"""What adapters send together is what is predicted: every message and byte, by group and kind, on every rank."""
 
 from __future__ import annotations
 

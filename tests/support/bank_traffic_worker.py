@@ -66,8 +66,7 @@ def count_bank_steps(cases: list[BankCase], folder: str) -> list[BankCounted]:
 def plans_of(case: BankCase, *, rank: int, ranks: int) -> dict[str, RunPlan]:
     """The plan of each adapter."""
     return {
-        name: plan_run(make_settings(settings), rank=rank, world_size=ranks)
-        for name, settings in case.adapters.items()
+        name: plan_run(make_settings(settings), rank=rank, world_size=ranks) for name, settings in case.adapters.items()
     }
 
 
