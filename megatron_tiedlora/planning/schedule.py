@@ -43,6 +43,30 @@ def one_f_one_b(num_stages: int, num_micro_batches: int) -> list[list[Pass]]:
     return orders
 
 
+def interleaved(num_stages: int, num_micro_batches: int, num_chunks: int) -> list[list[Pass]]:
+    """Megatron's interleaved 1F1B, for comparison: rank r has the parts r, r + p, ...; p divides the micro-batches."""
+    if num_micro_batches % num_stages:
+        raise ValueError(f"{num_micro_batches} micro-batches do not divide into groups of {num_stages}")
+    width, total = num_stages * num_chunks, num_micro_batches * num_chunks
+
+    def numbered(kind: str, number: int, stage: int) -> Pass:
+        group, within = divmod(number, width)
+        chunk = within // num_stages
+        if kind == BACKWARD:
+            chunk = num_chunks - 1 - chunk
+        return Pass(kind, group * num_stages + within % num_stages, chunk * num_stages + stage)
+
+    orders = []
+    for stage in range(num_stages):
+        ahead = min(total, 2 * (num_stages - stage - 1) + (num_chunks - 1) * num_stages)
+        order = [numbered(FORWARD, number, stage) for number in range(ahead)]
+        for number in range(total - ahead):
+            order += [numbered(FORWARD, ahead + number, stage), numbered(BACKWARD, number, stage)]
+        order += [numbered(BACKWARD, number, stage) for number in range(total - ahead, total)]
+        orders.append(order)
+    return orders
+
+
 class Timeline(NamedTuple):
     """What a simulation has found.
 

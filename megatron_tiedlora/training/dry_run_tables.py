@@ -66,7 +66,7 @@ def memory_lines(
             "optimizer": memory.optimizer,
             "activations": memory.activations,
             **({"engine": memory.engine} if layout.pp_size > 1 or memory.engine else {}),
-            **({"buffers": memory.buffers} if memory.buffers else {}),
+            **({"buffers": memory.buffers} if any(one.buffers for one in memories) else {}),
             "CUDA, NCCL" if layout.on_gpu else "process": memory.libraries,
             "allocator": memory.slack,
             "sum": memory.total,
