@@ -14,6 +14,7 @@ from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.runtime.launch_env import prepare_environment
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_tiedlora.planner.launch_lines import chosen_settings
     from megatron_tiedlora.planner.report import make_plan, report_lines, report_record
 
+    prepare_environment()
     made = make_plan(command)
     lines, chosen = report_lines(made), made.chosen
     if "json_file" in paths:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.traffic import DATA, GROUPS, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
+from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
 
@@ -66,23 +66,11 @@ class Link:
             return inside
         return min(inside, self.per_node * machine["network_bandwidth"] * machine["network_link"])
 
-    def terms(self, sent: Iterable[tuple[str, int, float]], machine: Machine, *, purpose: str) -> list[Term]:
-        """The time of messages: (kind, their number, their bytes together), one after another."""
-        if self.size == 1:
-            return []
-        bandwidth = self.bandwidth(machine)
-        return [
-            Term(
-                purpose,
-                f"{kind}, {count_text(int(count), 'message')}",
-                num_bytes * _RINGS[kind] * (self.size - 1) / self.size if kind in _RINGS else num_bytes,
-                bandwidth,
-                "B",
-                fixed=count * machine["message"],
-            )
-            for kind, count, num_bytes in sent
-            if count
-        ]
+    def term(self, kind: str, count: int, num_bytes: float, machine: Machine, *, purpose: str) -> Term:
+        """The time of `count` messages of `num_bytes` together, one after another."""
+        carried = num_bytes * _RINGS[kind] * (self.size - 1) / self.size if kind in _RINGS else num_bytes
+        label, fixed = f"{kind}, {count_text(int(count), 'message')}", count * machine["message"]
+        return Term(purpose, label, carried, self.bandwidth(machine), "B", fixed)
 
 
 @dataclass(frozen=True)
@@ -127,12 +115,10 @@ class Links:
         crosses = any(rank // per_node != (rank + width) // per_node for rank in (first, first + width - 1))
         return Link(2, 1 + crosses, 1)
 
-    def terms(self, traffic: Traffic, machine: Machine, *, purpose: str, groups: Iterable[str] = GROUPS) -> list[Term]:
-        """The time of all messages in some groups, but those to other stages."""
-        found = []
-        for group in groups:
-            if group != PIPELINE:
-                keys = [key for key in traffic.bytes if key[0] == group]
-                sent = [(kind, traffic.messages[group, kind], traffic.bytes[group, kind]) for _, kind in keys]
-                found += self[group].terms(sent, machine, purpose=purpose)
-        return found
+    def terms(self, traffic: Traffic, machine: Machine, *, purpose: str) -> list[Term]:
+        """The time of all messages but those to other stages."""
+        return [
+            self[group].term(kind, traffic.messages[group, kind], size, machine, purpose=purpose)
+            for (group, kind), size in traffic.bytes.items()
+            if group != PIPELINE and self[group].size > 1
+        ]

@@ -170,7 +170,7 @@ def _gather_terms(stage: StagePlan, links: Links, machine: Machine) -> list[Term
         return []
     gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # those of two passes
     count = sum(tensor.size > PERSISTENT for tensor in stage.local_base)
-    return links[DATA].terms([("all-gather", count, gathered)], machine, purpose="gathers")
+    return [links[DATA].term("all-gather", count, gathered, machine, purpose="gathers")]
 
 
 PERSISTENT = 100_000  # numbers of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
@@ -180,12 +180,11 @@ def _sending(stage: StagePlan, work: PassWork, links: Links, machine: Machine, *
     """Sending a pass's result to the next stage, and what DeepSpeed's pipeline adds."""
     if stage.layout.pp_size == 1:
         return []
-    link = links.to_next(stage.index - 1 if goes_back else stage.index)
-    sent = [("send", work.sent.messages[PIPELINE, "send"], work.sent.bytes[PIPELINE, "send"])]
-    return [
-        Term("pipeline", "DeepSpeed's instructions", 0.0, 0.0, "", fixed=machine["instruction"]),
-        *link.terms(sent, machine, purpose="pipeline"),
-    ]
+    found = [Term("pipeline", "DeepSpeed's instructions", 0.0, 0.0, "", fixed=machine["instruction"])]
+    if count := work.sent.messages[PIPELINE, "send"]:
+        link, size = links.to_next(stage.index - 1 if goes_back else stage.index), work.sent.bytes[PIPELINE, "send"]
+        found.append(link.term("send", count, size, machine, purpose="pipeline"))
+    return found
 
 
 def sum_terms(stage: StagePlan, links: Links, machine: Machine, *, num_micro_batches: int) -> list[Term]:
