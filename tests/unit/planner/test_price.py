@@ -46,9 +46,7 @@ def priced(*flags: str, ranks: int = 1, **keywords: object) -> tuple[Priced, Pri
 )
 def test_each_layout_has_the_price_that_it_has_alone(flags: tuple[str, ...]) -> None:
     """Memory of all stages and time, from the plan of a run with the flags of the layout."""
-    found, cluster = searched(
-        *flags, "--global_batch_size=16", "--max_length=2048", source=SOURCE, ranks=8, per_node=4
-    )
+    found, cluster = searched(*flags, "--global_batch_size=16", "--max_length=2048", source=SOURCE, ranks=8, per_node=4)
     pricer = Pricer(cluster)
     priced = pricer.price(found.candidates)
     assert {(p.candidate.layout.pp_size, p.candidate.layout.tp_size) for p in priced} >= {(1, 1), (2, 4), (4, 2)}
