@@ -107,9 +107,7 @@ def _entry(owners: StageOwners, block: int, name: str, width: _Widths) -> float:
     return width.between + 2 * out + joined
 
 
-def _entry_back(
-    owners: StageOwners, block: int, name: str, out: float, width: _Widths, *, needs_x: bool
-) -> float:
+def _entry_back(owners: StageOwners, block: int, name: str, out: float, width: _Widths, *, needs_x: bool) -> float:
     """The gradients of a column-parallel linear's input and factors, with its norm and the residual's sum."""
     parallel = owners.stage.layout.sequence_parallel
     moved = 6 * width.between if needs_x else 0.0  # the norm's gradient, and the sum with the residual's

@@ -45,8 +45,10 @@ CONSTANTS: Mapping[str, tuple[str, str]] = {
     "slack": ("share", "of the allocated bytes which the allocator reserves beyond them"),
 }
 
-_ABOVE_ZERO = ("memory", "bandwidth", "elementwise", "node_bandwidth", "node_link", "network_bandwidth", "network_link")
-_ABOVE_ZERO += tuple(name for name in CONSTANTS if name.startswith(("peak.bf16", "peak.fp32", "matmul.", "attention.")))
+_ABOVE_ZERO = (
+    *("memory", "bandwidth", "elementwise", "node_bandwidth", "node_link", "network_bandwidth", "network_link"),
+    *(name for name in CONSTANTS if name.startswith(("peak.bf16", "peak.fp32", "matmul.", "attention."))),
+)
 
 
 class Constant(NamedTuple):

@@ -111,9 +111,7 @@ def test_a_block_moves_what_is_planned(model: str, recompute: str, changes: dict
     again = {"none": [], "selective": ["gate_up"], "full": list(plans[0].source.shape.block.adaptable)}[recompute]
     passes = {name: 2 + (name in again) for name in plans[0].source.shape.block.adaptable}
     found = more - fewer - frozen_bytes(plans[0], passes=passes)
-    work = [
-        stage_work(plan.stage, Batch(assumed_micro_batches(plan.layout)[0], LENGTH**2)) for plan in plans
-    ]
+    work = [stage_work(plan.stage, Batch(assumed_micro_batches(plan.layout)[0], LENGTH**2)) for plan in plans]
     formula = sum(two.moved - one.moved for one, two in zip(*work, strict=True))
     print(f"\n{model} {recompute} {changes}: counted {found / 1e6:.1f} MB, formula {formula / 1e6:.1f} MB")
     assert formula == pytest.approx(found, rel=0.05)
