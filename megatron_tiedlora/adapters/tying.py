@@ -100,11 +100,11 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
     for number, adapter in enumerate(adapters):
         for name, parameter in adapter.named_parameters():
             tied = adapter.part.config.factor(name).tied
-            across = ["stages and data-parallel ranks" if tied else "data-parallel ranks"]
+            kinds = ["stages and data-parallel ranks" if tied else "data-parallel ranks"]
             if adapter.part.config.spec(name).dim is None:
-                across.append("tensor-parallel ranks")
-            for key in across:
-                copies[key][1].append((number, name, parameter.detach().contiguous()))
+                kinds.append("tensor-parallel ranks")
+            for kind in kinds:
+                copies[kind][1].append((number, name, parameter.detach().contiguous()))
     found: list[dict[str, Mismatch]] = [{} for _ in adapters]
     for across, (group, tensors) in copies.items():
         for number, name, tensor in _differing(tensors, group):
