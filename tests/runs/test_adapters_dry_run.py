@@ -97,6 +97,7 @@ def test_the_tables_are_those_of_all(base: Base, tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes", [{}, {"max_length": 256}, {"share_micro_batches": False}], ids=str)
 def test_one_more_adapter_costs_what_is_said(base: Base, tmp_path: Path, changes: dict[str, Any]) -> None:
     """The difference to the same run with that entry twice; with room for its tokens also its factors and these."""
+    changes = {"packing": False, **changes}
     adapters = {name: OWN[name] for name in ("small", "wide")} if "max_length" in changes else OWN
     settings = settings_of(base, tmp_path, adapters, **changes)
     text = group_report(make_settings(settings))
