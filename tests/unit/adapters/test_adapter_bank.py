@@ -48,6 +48,14 @@ PACKED = tuple(
 )
 
 
+# The same samples, so rows of one length follow each other, and one of another length among them.
+SAME = (
+    *(Member(name, {"method": method, "rank": 4}, ((1, 1),), seed=9) for name, method in (("a", "tl6"), ("b", "lora"))),
+    Member("c", {"method": "tl2", "rank": 2, "targets": ("o_proj",)}, ((1,),), seed=2),
+    Member("d", {"method": "tl5", "rank": 3}, ((1, 1),), seed=9),
+)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bank") / "model"
@@ -133,7 +141,7 @@ def together(
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("members", [TWO, FOUR, EIGHT, PACKED], ids=["two", "four", "eight", "packed"])
+@pytest.mark.parametrize("members", [TWO, FOUR, EIGHT, PACKED, SAME], ids=["two", "four", "eight", "packed", "same"])
 def test_every_gradient_is_the_single_runs(
     members: tuple[Member, ...], dtype: torch.dtype, shared: bool, folder: Path
 ) -> None:
@@ -186,10 +194,14 @@ def test_a_neighbour_that_is_not_finite_changes_no_bit(members: tuple[Member, ..
                 assert all(torch.equal(found[member.name][name], g) for name, g in gradients[member.name].items())
 
 
-def test_a_token_saves_what_it_saves_alone(folder: Path) -> None:
-    """Also of A x: the numbers of its own adapter's rank."""
+@pytest.mark.parametrize("targets", [("qkv",), ("o_proj",), ALL_TARGETS], ids=["qkv", "o_proj", "all"])
+def test_a_token_saves_what_it_saves_alone(targets: tuple[str, ...], folder: Path) -> None:
+    """Also of A x: the numbers of its own adapter's rank. The input of o_proj is the attention output that is kept."""
     methods = zip(("tl6", "lora", "tl2", "tl5"), (8, 3, 1, 12), strict=True)  # all train A and F
-    members = [Member(method, {"method": method, "rank": rank}, ((1, 1),), seed=rank) for method, rank in methods]
+    members = [
+        Member(method, {"method": method, "rank": rank, "targets": targets}, ((1, 1),), seed=rank)
+        for method, rank in methods
+    ]
     bank = AdapterBank({member.name: adapter_of(member, folder, torch.float32) for member in members})
     parts = [(member.name, member.micro_batches[0]) for member in members]
     shared, expected = joined(parts), 0
