@@ -18,6 +18,7 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 from megatron_tiedlora.training.group_step import GroupStep
 from megatron_tiedlora.training.member import Member
+from megatron_tiedlora.training.profiling import StepProfiler
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Group:
     """A run of several adapters on one rank, from a ready engine to the end of their training.
 
     Attributes:
+        profile: turns that are recorded, as of --profile.
         last_turn: the number of the last turn; the first one follows the most steps that an adapter has.
     """
 
@@ -32,12 +34,15 @@ class Group:
     step: GroupStep
     folder: GroupFolder
     stop: StopRequests
+    profile: str | None = None
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
     _failure: UserError | None = None
 
     def __post_init__(self) -> None:
         self.last_turn = max(member.progress.step for member in self.members.values())
+        rank = next(iter(self.members.values())).plan.grid.rank
+        self._profiler = StepProfiler(self.profile, self.folder, rank=rank)
 
     @property
     def is_main(self) -> bool:
@@ -74,6 +79,7 @@ class Group:
                 self.write_table()
                 raise
             finally:
+                self._profiler.finish(last_step=self.last_turn)
                 for member in self.members.values():
                     member.close_log()
 
@@ -101,12 +107,13 @@ class Group:
             return
         running = {name: running[name] for name in samples}
         saved = {name: member.saved_step for name, member in running.items()}
-        report = self.step.run(
-            samples,
-            save_due=lambda: any([member.wants_save for member in running.values()]),
-            failure=self._failure,
-            saved_steps={name: step for name, step in saved.items() if step is not None},
-        )
+        with self._profiler.step(self.last_turn + 1):
+            report = self.step.run(
+                samples,
+                save_due=lambda: any([member.wants_save for member in running.values()]),
+                failure=self._failure,
+                saved_steps={name: step for name, step in saved.items() if step is not None},
+            )
         self.last_turn += 1
         for name, member in running.items():
             member.took(samples[name], report, bar)

@@ -35,6 +35,7 @@ from megatron_tiedlora.training.group_plan import longest_run
 from megatron_tiedlora.training.group_step import GroupStep
 from megatron_tiedlora.training.member import Member
 from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.resumed import with_kept_warmup
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.throughput import Meter, start_meter
@@ -216,7 +217,7 @@ def make_group(
             own_step=built.step.steps[name],
             own_checks=step.checks[name],
         )
-    group = Group(members, step, folder, stop)
+    group = Group(members, step, folder, stop, settings.profile)
     group.folder = replace(folder, running=group.unrecorded)
     return group
 
@@ -255,6 +256,8 @@ def headline(
         f"attention  {stage.attention.route(device, plan.dtype)}",
         f"run folder {group.folder.path}",
     ]
+    if over := steps_over(group.profile, group.last_turn):
+        lines.append(f"note       {over}")
     for name, member in group.members.items():
         own = member.plan.settings
         step = f", resumed from step {member.progress.step}" if member.progress.step else ""
