@@ -66,6 +66,9 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
+AnyCache = KeyValueCache | tuple[KeyValueCache, ...]  # of one batch, or of each share of tokens of several adapters
+
+
 @dataclass(frozen=True)
 class AttentionContext:
     """What attention needs to know about the tokens of a call; it is the same for all layers.
@@ -74,20 +77,20 @@ class AttentionContext:
         positions: (b, s) int64.
         table: cos and sin of their rotation, see `rotation_table`.
         tiles: on a CPU, which tokens see each other.
-        tiles_of_shares: the same for each share of a shared micro-batch.
         documents: elsewhere, the packed documents; a token sees its own document up to itself.
         attend: the function that computes attention within documents.
         mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
             cache's dtype.
+        of_shares: if the tokens are of several adapters and each share has its own call, each with its own context.
     """
 
     positions: torch.Tensor
     table: tuple[torch.Tensor, torch.Tensor]
     tiles: tuple[QueryTile, ...] = ()
-    tiles_of_shares: tuple[tuple[Share, tuple[QueryTile, ...]], ...] = ()
     documents: Documents | None = None
     attend: Attend | None = None
     mask: torch.Tensor | None = None
+    of_shares: tuple[tuple[Share, AttentionContext], ...] = ()
 
 
 class Attention(nn.Module):
@@ -113,7 +116,7 @@ class Attention(nn.Module):
         dtype: torch.dtype,
         *,
         documents: torch.Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AnyCache | None = None,
         shares: Shares = (),
     ) -> AttentionContext:
         """What `attend` of every layer needs to know about the tokens, computed once for all layers.
@@ -122,28 +125,45 @@ class Attention(nn.Module):
             positions: (b, s) int64.
             dtype: of the activations.
             documents: (b, s) int64, document ids; None: one document per row. Best on the host.
-            shares: of a shared micro-batch.
+            shares: of tokens (1, s) of several adapters.
             cache: of any layer, as it is before the call. The first call fills it with whole prompts, padded on the
-                right; later tokens see its keys up to their own position.
+                right; later tokens see its keys up to their own position. With shares there is one for each.
         """
-        heads = self.qkv.heads
-        context = AttentionContext(positions, rotation_table(positions, heads, dtype))
-        if cache is not None and cache.filled:
-            return replace(context, mask=self._cache_mask(positions, cache))
-        device, (num_rows, length) = positions.device, positions.shape
-        if device.type == "cpu":
-            size = tile_size(heads.num, heads.num_kv)
-            if shares:
-                own = [None] * len(shares) if documents is None else _by_share(documents, shares)
-                pairs = zip(shares, own, strict=True)
-                tiles = tuple((share, find_query_tiles(ids, share.length, size=size)) for share, ids in pairs)
-                return replace(context, tiles_of_shares=tiles)
-            return replace(context, tiles=find_query_tiles(documents, length, size=size))
-        if shares:
-            ids = torch.zeros(1, length) if documents is None else documents
+        context = AttentionContext(positions, rotation_table(positions, self.qkv.heads, dtype))
+        if not shares:
+            assert not isinstance(cache, tuple)
+            return self._seen(context, dtype, documents, cache)
+        device = positions.device
+        if cache is None and device.type != "cpu":
+            ids = torch.zeros(positions.shape) if documents is None else documents
             found = documents_end_to_end(_by_share(ids, shares), device)
-        else:
-            found = whole_rows(num_rows, length, device) if documents is None else find_documents(documents, device)
+            return replace(context, documents=found, attend=self.route(device, dtype).attend)
+        assert cache is None or isinstance(cache, tuple)
+        own = zip(
+            shares,
+            _by_share(positions, shares),
+            [None] * len(shares) if documents is None else _by_share(documents, shares),
+            [None] * len(shares) if cache is None else cache,
+            strict=True,
+        )
+        of_shares = ((share, self._seen(replace(context, positions=at), dtype, *rest)) for share, at, *rest in own)
+        return replace(context, of_shares=tuple(of_shares))
+
+    def _seen(
+        self,
+        context: AttentionContext,
+        dtype: torch.dtype,
+        documents: torch.Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> AttentionContext:
+        """The context with what the tokens see."""
+        if cache is not None and cache.filled:
+            return replace(context, mask=self._cache_mask(context.positions, cache))
+        device, (num_rows, length) = context.positions.device, context.positions.shape
+        if device.type == "cpu":
+            size = tile_size(self.qkv.heads.num, self.qkv.heads.num_kv)
+            return replace(context, tiles=find_query_tiles(documents, length, size=size))
+        found = whole_rows(num_rows, length, device) if documents is None else find_documents(documents, device)
         return replace(context, documents=found, attend=self.route(device, dtype).attend)
 
     def route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
@@ -167,52 +187,67 @@ class Attention(nn.Module):
         tensor_parallel: TensorParallel,
         *,
         update: LayerUpdate | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AnyCache | None = None,
     ) -> torch.Tensor:
         """The attention output of this rank's heads, (b, s, local heads * head_dim), for `output`.
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
             context: of the s tokens.
-            cache: of this rank's key and value heads; the new keys and values are added to it.
+            cache: of this rank's key and value heads; the new keys and values are added to it. With shares there is
+                one for each.
         """
         qkv_update = None if update is None else update.get(QKV)
         num_rows = len(context.positions)
         query, key, value = self.qkv(hidden, tensor_parallel, qkv_update, num_rows=num_rows, table=context.table)
+        if context.of_shares:
+            return self._attend_by_share((query, key, value), context.of_shares, cache)
+        assert not isinstance(cache, tuple)
+        return self._attend(query, key, value, context, cache)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: AttentionContext,
+        cache: KeyValueCache | None,
+    ) -> torch.Tensor:
         if cache is not None and cache.filled:
             cache.update(key, value, context.positions)
-            return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(hidden.dtype)
+            return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(query.dtype)
         if cache is not None:
             cache.update(key, value, context.positions)
-        if context.tiles_of_shares:
-            return _attend_by_share(query, key, value, context.tiles_of_shares, self.kernels)
         if context.tiles:
             return attend_by_tiles(query, key, value, context.tiles, self.kernels)
         assert context.documents is not None and context.attend is not None, "a context without tiles has documents"
         return attend_within(query, key, value, context.documents, context.attend)
+
+    def _attend_by_share(
+        self,
+        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        shares: Sequence[tuple[Share, AttentionContext]],
+        caches: AnyCache | None,
+    ) -> torch.Tensor:
+        """`_attend` of each share of queries, keys and values (1, heads, s, head_dim), as if it were alone.
+
+        Returns:
+            (1, s, heads * head_dim).
+        """
+        sizes = [share.num_tokens for share, _ in shares]
+        parts = zip(*(some.transpose(1, 2).flatten(0, 1).split(sizes) for some in heads), strict=True)
+        outputs = []
+        for number, ((share, context), of_share) in enumerate(zip(shares, parts, strict=True)):
+            query, key, value = (part.unflatten(0, share[1:]).transpose(1, 2) for part in of_share)
+            cache = caches[number] if isinstance(caches, tuple) else None
+            outputs.append(self._attend(query, key, value, context, cache).flatten(0, 1))
+        return torch.cat(outputs)[None]
 
 
 def _by_share(ids: torch.Tensor, shares: Shares) -> list[torch.Tensor]:
     """(1, s) -> the (rows, length) of each share."""
     parts = ids[0].split([share.num_tokens for share in shares])
     return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
-
-
-def _attend_by_share(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    shares: Sequence[tuple[Share, Sequence[QueryTile]]],
-    kernels: Kernels,
-) -> torch.Tensor:
-    """`attend_by_tiles` of each share of (1, heads, s, head_dim), as if it were alone: (1, s, heads * head_dim)."""
-    sizes = [share.num_tokens for share, _ in shares]
-    parts = zip(*(heads.transpose(1, 2).flatten(0, 1).split(sizes) for heads in (query, key, value)), strict=True)
-    outputs = []
-    for (share, tiles), of_share in zip(shares, parts, strict=True):
-        rows = [part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share]
-        outputs.append(attend_by_tiles(rows[0], rows[1], rows[2], tiles, kernels).flatten(0, 1))
-    return torch.cat(outputs)[None]
 
 
 def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:
