@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,16 +77,18 @@ class AttentionContext:
         positions: (b, s) int64.
         table: cos and sin of their rotation, see `rotation_table`.
         tiles: on a CPU, which tokens see each other.
+        tiles_of_shares: the same for each share of a shared micro-batch.
         documents: elsewhere, the packed documents; a token sees its own document up to itself.
         attend: the function that computes attention within documents.
         mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
             cache's dtype.
-        of_shares: if the tokens are of several adapters and each share has its own call, each with its own context.
+        of_shares: if keys come from the caches of several shares, the context of each.
     """
 
     positions: torch.Tensor
     table: tuple[torch.Tensor, torch.Tensor]
     tiles: tuple[QueryTile, ...] = ()
+    tiles_of_shares: tuple[tuple[Share, tuple[QueryTile, ...]], ...] = ()
     documents: Documents | None = None
     attend: Attend | None = None
     mask: torch.Tensor | None = None
@@ -125,45 +127,32 @@ class Attention(nn.Module):
             positions: (b, s) int64.
             dtype: of the activations.
             documents: (b, s) int64, document ids; None: one document per row. Best on the host.
-            shares: of tokens (1, s) of several adapters.
+            shares: of a shared micro-batch.
             cache: of any layer, as it is before the call. The first call fills it with whole prompts, padded on the
                 right; later tokens see its keys up to their own position. With shares there is one for each.
         """
-        context = AttentionContext(positions, rotation_table(positions, self.qkv.heads, dtype))
-        if not shares:
-            assert not isinstance(cache, tuple)
-            return self._seen(context, dtype, documents, cache)
-        device = positions.device
-        if cache is None and device.type != "cpu":
-            ids = torch.zeros(positions.shape) if documents is None else documents
-            found = documents_end_to_end(_by_share(ids, shares), device)
-            return replace(context, documents=found, attend=self.route(device, dtype).attend)
-        assert cache is None or isinstance(cache, tuple)
-        own = zip(
-            shares,
-            _by_share(positions, shares),
-            [None] * len(shares) if documents is None else _by_share(documents, shares),
-            [None] * len(shares) if cache is None else cache,
-            strict=True,
-        )
-        of_shares = ((share, self._seen(replace(context, positions=at), dtype, *rest)) for share, at, *rest in own)
-        return replace(context, of_shares=tuple(of_shares))
-
-    def _seen(
-        self,
-        context: AttentionContext,
-        dtype: torch.dtype,
-        documents: torch.Tensor | None,
-        cache: KeyValueCache | None,
-    ) -> AttentionContext:
-        """The context with what the tokens see."""
+        heads = self.qkv.heads
+        context = AttentionContext(positions, rotation_table(positions, heads, dtype))
+        if isinstance(cache, tuple):
+            own = zip(shares, _by_share(positions, shares), cache, strict=True)
+            of_shares = ((share, self.context(ids, dtype, cache=of_share)) for share, ids, of_share in own)
+            return replace(context, of_shares=tuple(of_shares))
         if cache is not None and cache.filled:
-            return replace(context, mask=self._cache_mask(context.positions, cache))
-        device, (num_rows, length) = context.positions.device, context.positions.shape
+            return replace(context, mask=self._cache_mask(positions, cache))
+        device, (num_rows, length) = positions.device, positions.shape
         if device.type == "cpu":
-            size = tile_size(self.qkv.heads.num, self.qkv.heads.num_kv)
+            size = tile_size(heads.num, heads.num_kv)
+            if shares:
+                own = [None] * len(shares) if documents is None else _by_share(documents, shares)
+                pairs = zip(shares, own, strict=True)
+                tiles = tuple((share, find_query_tiles(ids, share.length, size=size)) for share, ids in pairs)
+                return replace(context, tiles_of_shares=tiles)
             return replace(context, tiles=find_query_tiles(documents, length, size=size))
-        found = whole_rows(num_rows, length, device) if documents is None else find_documents(documents, device)
+        if shares:
+            ids = torch.zeros(1, length) if documents is None else documents
+            found = documents_end_to_end(_by_share(ids, shares), device)
+        else:
+            found = whole_rows(num_rows, length, device) if documents is None else find_documents(documents, device)
         return replace(context, documents=found, attend=self.route(device, dtype).attend)
 
     def route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
@@ -200,9 +189,10 @@ class Attention(nn.Module):
         qkv_update = None if update is None else update.get(QKV)
         num_rows = len(context.positions)
         query, key, value = self.qkv(hidden, tensor_parallel, qkv_update, num_rows=num_rows, table=context.table)
-        if context.of_shares:
-            return self._attend_by_share((query, key, value), context.of_shares, cache)
-        assert not isinstance(cache, tuple)
+        if isinstance(cache, tuple):
+            by_share = zip(_heads_by_share(context, query, key, value), context.of_shares, cache, strict=True)
+            outputs = [self._attend(*heads, own, of_share) for heads, (_, own), of_share in by_share]
+            return torch.cat([output.flatten(0, 1) for output in outputs])[None]
         return self._attend(query, key, value, context, cache)
 
     def _attend(
@@ -213,41 +203,50 @@ class Attention(nn.Module):
         context: AttentionContext,
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
+        """(b, heads, s, head_dim) -> (b, s, heads * head_dim)."""
         if cache is not None and cache.filled:
             cache.update(key, value, context.positions)
             return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(query.dtype)
         if cache is not None:
             cache.update(key, value, context.positions)
+        if context.tiles_of_shares:
+            return _attend_by_share(query, key, value, context.tiles_of_shares, self.kernels)
         if context.tiles:
             return attend_by_tiles(query, key, value, context.tiles, self.kernels)
         assert context.documents is not None and context.attend is not None, "a context without tiles has documents"
         return attend_within(query, key, value, context.documents, context.attend)
-
-    def _attend_by_share(
-        self,
-        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        shares: Sequence[tuple[Share, AttentionContext]],
-        caches: AnyCache | None,
-    ) -> torch.Tensor:
-        """`_attend` of each share of queries, keys and values (1, heads, s, head_dim), as if it were alone.
-
-        Returns:
-            (1, s, heads * head_dim).
-        """
-        sizes = [share.num_tokens for share, _ in shares]
-        parts = zip(*(some.transpose(1, 2).flatten(0, 1).split(sizes) for some in heads), strict=True)
-        outputs = []
-        for number, ((share, context), of_share) in enumerate(zip(shares, parts, strict=True)):
-            query, key, value = (part.unflatten(0, share[1:]).transpose(1, 2) for part in of_share)
-            cache = caches[number] if isinstance(caches, tuple) else None
-            outputs.append(self._attend(query, key, value, context, cache).flatten(0, 1))
-        return torch.cat(outputs)[None]
 
 
 def _by_share(ids: torch.Tensor, shares: Shares) -> list[torch.Tensor]:
     """(1, s) -> the (rows, length) of each share."""
     parts = ids[0].split([share.num_tokens for share in shares])
     return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
+
+
+def _heads_by_share(context: AttentionContext, *heads: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(1, heads, s, head_dim) each -> the (rows, heads, length, head_dim) of each share."""
+    shares = [share for share, _ in context.of_shares]
+    sizes = [share.num_tokens for share in shares]
+    parts = zip(*(some.transpose(1, 2).flatten(0, 1).split(sizes) for some in heads), strict=True)
+    for share, of_share in zip(shares, parts, strict=True):
+        yield tuple(part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share)
+
+
+def _attend_by_share(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shares: Sequence[tuple[Share, Sequence[QueryTile]]],
+    kernels: Kernels,
+) -> torch.Tensor:
+    """`attend_by_tiles` of each share of (1, heads, s, head_dim), as if it were alone: (1, s, heads * head_dim)."""
+    sizes = [share.num_tokens for share, _ in shares]
+    parts = zip(*(heads.transpose(1, 2).flatten(0, 1).split(sizes) for heads in (query, key, value)), strict=True)
+    outputs = []
+    for (share, tiles), of_share in zip(shares, parts, strict=True):
+        rows = [part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share]
+        outputs.append(attend_by_tiles(rows[0], rows[1], rows[2], tiles, kernels).flatten(0, 1))
+    return torch.cat(outputs)[None]
 
 
 def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:

@@ -6,8 +6,7 @@ It leaves schedules and messages between stages to DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -120,16 +119,6 @@ class Stage(nn.Module):
         if self.bank is not None:
             return self.bank.first_layer < self.blocks[0]
         return self.adapter is not None and self.adapter.config.layers[0] < self.blocks[0]
-
-    @contextmanager
-    def using(self, adapter: TiedAdapter) -> Iterator[None]:
-        """Inside, all tokens meet this adapter alone, as if the stage had no bank; for calls without gradients."""
-        bank, self.bank = self.bank, None
-        self.adapter = adapter
-        try:
-            yield
-        finally:
-            self.adapter, self.bank = None, bank
 
     def forward(
         self,
