@@ -134,8 +134,8 @@ class Attention(nn.Module):
         heads = self.qkv.heads
         context = AttentionContext(positions, rotation_table(positions, heads, dtype))
         if isinstance(cache, tuple):
-            own = zip(shares, _by_share(positions, shares), cache, strict=True)
-            of_shares = ((share, self.context(ids, dtype, cache=of_share)) for share, ids, of_share in own)
+            by_share = zip(shares, _by_share(positions, shares), cache, strict=True)
+            of_shares = ((share, self.context(ids, dtype, cache=of_share)) for share, ids, of_share in by_share)
             return replace(context, of_shares=tuple(of_shares))
         if cache is not None and cache.filled:
             return replace(context, mask=self._cache_mask(positions, cache))
@@ -223,13 +223,16 @@ def _by_share(ids: torch.Tensor, shares: Shares) -> list[torch.Tensor]:
     return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
 
 
-def _heads_by_share(context: AttentionContext, *heads: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """(1, heads, s, head_dim) each -> the (rows, heads, length, head_dim) of each share."""
+def _heads_by_share(
+    context: AttentionContext, *heads: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Queries, keys and values (1, heads, s, head_dim) -> the (rows, heads, length, head_dim) of each share."""
     shares = [share for share, _ in context.of_shares]
     sizes = [share.num_tokens for share in shares]
     parts = zip(*(some.transpose(1, 2).flatten(0, 1).split(sizes) for some in heads), strict=True)
     for share, of_share in zip(shares, parts, strict=True):
-        yield tuple(part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share)
+        query, key, value = (part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share)
+        yield query, key, value
 
 
 def _attend_by_share(

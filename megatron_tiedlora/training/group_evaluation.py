@@ -79,7 +79,7 @@ class GroupEvaluation:
         """The scores of each on its own samples, as `Trainer.score`; one whose answers cannot be scored fails."""
         asked = {member.name: scored for member in members if (scored := samples_of(member)) is not None}
         answers = self._answers([member for member in members if member.name in asked], asked) if asked else {}
-        found = {}
+        found: dict[str, dict[str, Score]] = {}
         for member in members:
             with member.failing_alone():
                 found[member.name] = {}
