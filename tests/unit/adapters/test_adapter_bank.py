@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 ALPHA = 6.0
 Gradients = dict[str, torch.Tensor]
@@ -43,6 +45,14 @@ EIGHT = (
 PACKED = tuple(
     Member(m.name, m.adapter, rows, seed=m.seed, packed=True)
     for m, rows in zip(FOUR, (((3, 2), (4, 1)), ((5,),), ((2, 2, 3),), ((1,), (6, 2))), strict=True)
+)
+
+
+# The same samples, so rows of one length follow each other, and one of another length among them.
+SAME = (
+    *(Member(name, {"method": method, "rank": 4}, ((1, 1),), seed=9) for name, method in (("a", "tl6"), ("b", "lora"))),
+    Member("c", {"method": "tl2", "rank": 2, "targets": ("o_proj",)}, ((1,),), seed=2),
+    Member("d", {"method": "tl5", "rank": 3}, ((1, 1),), seed=9),
 )
 
 
@@ -131,7 +141,7 @@ def together(
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("members", [TWO, FOUR, EIGHT, PACKED], ids=["two", "four", "eight", "packed"])
+@pytest.mark.parametrize("members", [TWO, FOUR, EIGHT, PACKED, SAME], ids=["two", "four", "eight", "packed", "same"])
 def test_every_gradient_is_the_single_runs(
     members: tuple[Member, ...], dtype: torch.dtype, shared: bool, folder: Path
 ) -> None:
@@ -156,6 +166,21 @@ def check(
 
 
 @pytest.mark.parametrize("members", [FOUR, PACKED], ids=["unpacked", "packed"])
+def test_micro_batches_without_a_supervised_token(members: tuple[Member, ...], folder: Path) -> None:
+    """One of the first adapter's, and all of the third's: their losses are 0, and no one else changes by a bit."""
+    first, second, third, fourth = members
+    silent = (replace(first, silent=(0,)), second, replace(third, silent=(0, 1)), fourth)
+    losses, gradients = together(silent, rounds(silent, shared=True), folder, torch.bfloat16)
+    assert losses[first.name][0] == 0.0 and not any(losses[third.name])
+    for member in silent:
+        expected_losses, expected = alone(member, folder, torch.bfloat16)
+        assert losses[member.name] == expected_losses and gradients[member.name].keys() == expected.keys()
+        assert all(torch.equal(gradients[member.name][name], gradient) for name, gradient in expected.items())
+        learns = any((batch.labels != IGNORED_LABEL).any() for batch in member.micro_batches)
+        assert any(gradient.any() for gradient in expected.values()) == learns, member
+
+
+@pytest.mark.parametrize("members", [FOUR, PACKED], ids=["unpacked", "packed"])
 def test_a_neighbour_that_is_not_finite_changes_no_bit(members: tuple[Member, ...], folder: Path) -> None:
     """NaN times zero is NaN: no sum, mask or padding may take a row of another adapter."""
     batches = rounds(members, shared=True)
@@ -169,10 +194,14 @@ def test_a_neighbour_that_is_not_finite_changes_no_bit(members: tuple[Member, ..
                 assert all(torch.equal(found[member.name][name], g) for name, g in gradients[member.name].items())
 
 
-def test_a_token_saves_what_it_saves_alone(folder: Path) -> None:
-    """Also of A x: the numbers of its own adapter's rank."""
+@pytest.mark.parametrize("targets", [("qkv",), ("o_proj",), ALL_TARGETS], ids=["qkv", "o_proj", "all"])
+def test_a_token_saves_what_it_saves_alone(targets: tuple[str, ...], folder: Path) -> None:
+    """Also of A x: the numbers of its own adapter's rank. The input of o_proj is the attention output that is kept."""
     methods = zip(("tl6", "lora", "tl2", "tl5"), (8, 3, 1, 12), strict=True)  # all train A and F
-    members = [Member(method, {"method": method, "rank": rank}, ((1, 1),), seed=rank) for method, rank in methods]
+    members = [
+        Member(method, {"method": method, "rank": rank, "targets": targets}, ((1, 1),), seed=rank)
+        for method, rank in methods
+    ]
     bank = AdapterBank({member.name: adapter_of(member, folder, torch.float32) for member in members})
     parts = [(member.name, member.micro_batches[0]) for member in members]
     shared, expected = joined(parts), 0
