@@ -130,13 +130,14 @@ def state(folder: Path) -> tuple[str, int, str]:
 def _best_is_scored() -> None:
     """A rank that scores another adapter after training than the best one ends with a traceback."""
 
-    def look(trainer: Any) -> None:
-        if trainer.progress.step > 0:
-            best = load_file(trainer.folder.adapter / "adapter_model.safetensors")
-            for name, parameter in trainer.runner.adapter.named_parameters():
-                assert torch.equal(parameter.detach(), best[name]), name
+    def look(_: Any, members: Any, samples_of: Any) -> None:
+        for member in members:
+            if member.state == "ended" and samples_of(member) is member.data.scored:
+                best = load_file(member.folder.adapter / "adapter_model.safetensors")
+                for name, parameter in member.runner.adapter.named_parameters():
+                    assert torch.equal(parameter.detach(), best[name]), name
 
-    before_call("megatron_tiedlora.training.finish", "score", look)
+    before_call("megatron_tiedlora.training.group_evaluation", "GroupEvaluation.scores", look)
 
 
 def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
@@ -177,6 +178,44 @@ def test_a_killed_run_is_resumed(base: Base, tmp_path: Path, alone: Path, four: 
     for name in four:
         same_folders(folder / name, alone / name)
     assert {row["state"] for row in table(folder).values()} == {"finished"}
+
+
+def _builds_only(*names: str) -> None:
+    """A rank that builds another adapter, or that loads a base for none, ends with a traceback."""
+
+    def look(plans: Any, *_: Any) -> None:
+        assert tuple(plans) == names, tuple(plans)
+
+    before_call("megatron_tiedlora.training.build_bank", "build_bank", look)
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+    """Nothing of them is built, scored or exported again; one with more steps by now, and a new one, are."""
+    longer = {**four["b"], "schedule": "constant"}
+    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", {"a": four["a"], "b": longer})
+    run(base, folder, adapters=file)
+    before, rows_before = {name: _times(folder / name) for name in ("a", "b")}, table(folder)
+    ended = run(base, folder, adapters=file, resume="auto", prelude=_builds_only)
+    assert {name: _times(folder / name) for name in ("a", "b")} == before and table(folder) == rows_before
+    assert "--enable-lora --lora-modules a=" in ended.outputs[0]
+    assert state(folder) == ("finished", 6, "2 adapters trained")
+
+    written(file, {"a": four["a"], "b": {**longer, "max_steps": 5}, "d": four["d"]})
+    ended = run(base, folder, adapters=file, resume="auto", prelude=partial(_builds_only, "b", "d"))
+    assert _times(folder / "a") == before["a"] and state(folder / "b")[1] == 5
+    same_folders(folder / "d", alone / "d")
+    found = table(folder)
+    assert list(found) == ["a", "b", "d"] and found["a"] == rows_before["a"] and found["b"]["step"] == "5"
+    assert {row["state"] for row in found.values()} == {"finished"}
+    assert "a          finished before" in ended.outputs[0]
+
+    shutil.rmtree(folder / "a" / "peft")
+    run(base, folder, adapters=file, resume="auto", prelude=partial(_builds_only, "a"))
+    same_folders(folder / "a", alone / "a")
 
 
 def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
