@@ -8,11 +8,13 @@ The bank is no module: engines neither move nor sum nor step its tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.rows import SharedRows
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, LinearUpdate, TiedAdapter
 from megatron_tiedlora.parallel.backward import first_derivative_only
@@ -49,8 +51,9 @@ def pieces_of(shares: Shares) -> Pieces:
 class AdapterBank:
     """A rank's parts of k adapters, by name."""
 
-    def __init__(self, adapters: Mapping[str, TiedAdapter]) -> None:
-        self.adapters = dict(adapters)
+    def __init__(self, adapters: Mapping[str, TiedAdapter], dropout: Mapping[str, Dropout] | None = None) -> None:
+        """`dropout` is of the adapters that have one, in training steps."""
+        self.adapters, self.dropout = dict(adapters), dict(dropout or {})
 
     @property
     def first_layer(self) -> int:
@@ -98,6 +101,31 @@ class AdapterBank:
                 for name in targets
             }
         return found
+
+
+    def with_dropout(
+        self,
+        updates: Mapping[int, LayerUpdate],
+        numbers: torch.Tensor,
+        shares: Shares,
+        tensor_parallel: TensorParallel,
+    ) -> dict[int, LayerUpdate]:
+        """The updates with each adapter's dropout of its own tokens, whose numbers are (1, s)."""
+        dropped = {
+            owner: self.dropout[name].of_linears(self.adapters[name].part, numbers, tensor_parallel)
+            for owner, (name, _, _) in enumerate(shares)
+            if name in self.dropout
+        }
+
+        def with_own(linear: LinearUpdate, layer: int, target: str) -> LinearUpdate:
+            assert isinstance(linear.rows, SharedRows)
+            own = {owner: of(layer, target) for owner, of in dropped.items() if owner in linear.rows.ranks}
+            return linear._replace(rows=replace(linear.rows, dropouts=own))
+
+        return {
+            layer: {name: with_own(linear, layer, name) for name, linear in update.items()}
+            for layer, update in updates.items()
+        }
 
 
 def _read(adapters: Sequence[TiedAdapter], group: RankGroup, *, dtype: torch.dtype) -> list[dict[int, LayerUpdate]]:

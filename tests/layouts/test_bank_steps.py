@@ -20,9 +20,15 @@ pytestmark = pytest.mark.distributed
 LOSS_TOLERANCE, NORM_TOLERANCE, ADAPTER_TOLERANCE = 1e-6, 1e-5, 5e-5
 OWN: dict[str, dict[str, Any]] = {
     "a": {"method": "tl6", "rank": 8, "global_batch_size": 8, "max_steps": 6},
-    "b": {"method": "lora", "rank": 3, "layers": (2, 3), "global_batch_size": 4, "max_steps": 4, "learning_rate": 2e-2},
+    "b": {
+        **{"method": "lora", "rank": 3, "layers": (2, 3), "dropout": 0.1},
+        **{"global_batch_size": 4, "max_steps": 4, "learning_rate": 2e-2},
+    },
     "c": {"method": "vera", "rank": 16, "targets": "all", "global_batch_size": 16, "max_steps": 6, "seed": 5},
-    "d": {"method": "tl2", "rank": 1, "targets": "o_proj,gate_up", "global_batch_size": 4, "gradient_clipping": 0.01},
+    "d": {
+        **{"method": "tl2", "rank": 1, "targets": "o_proj,gate_up", "dropout": 0.2, "seed": 3},
+        **{"global_batch_size": 4, "gradient_clipping": 0.01},
+    },
 }
 EIGHT = OWN | {
     "e": {"method": "tl1", "rank": 5, "max_steps": 3, "learning_rate": 1e-2, "gradient_clipping": 0.001},
