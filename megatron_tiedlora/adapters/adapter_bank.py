@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.dropped_inputs import Dropout
-from megatron_tiedlora.adapters.rows import SharedRows
+from megatron_tiedlora.adapters.rows import AllRows, SharedRows
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, LinearUpdate, TiedAdapter
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import gather_together
@@ -81,6 +81,8 @@ class AdapterBank:
         owners = [self.adapters[share.adapter] for share in shares]
         assert len(set(map(id, owners))) == len(owners), "an adapter has two shares of a micro-batch"
         by_owner = _read(owners, tensor_parallel.group, dtype=dtype)
+        if len(by_owner) == 1:  # every token meets the same factors, as alone
+            return by_owner[0]
         pieces, group = pieces_of(shares), tensor_parallel.group
         local_pieces = pieces
         if tensor_parallel.sequence_parts > 1:
@@ -118,7 +120,8 @@ class AdapterBank:
         }
 
         def with_own(linear: LinearUpdate, layer: int, target: str) -> LinearUpdate:
-            assert isinstance(linear.rows, SharedRows)
+            if not isinstance(linear.rows, SharedRows):  # a micro-batch of one adapter
+                return linear._replace(rows=AllRows(dropped[0](layer, target))) if dropped else linear
             own = {owner: of(layer, target) for owner, of in dropped.items() if owner in linear.rows.ranks}
             return linear._replace(rows=replace(linear.rows, dropouts=own))
 
