@@ -73,8 +73,6 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
 
 def _check_given(given: Settings) -> None:
     """Raise UserError for settings of the command line that several adapters together cannot have."""
-    if given.dry_run:
-        raise UserError("--dry_run is not implemented for --adapters; plan one adapter with its own settings")
     if given.profile is not None:
         raise UserError("--profile is not implemented for --adapters; profile one adapter with its own settings")
     if given.resume not in ("none", "auto"):

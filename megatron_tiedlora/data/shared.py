@@ -17,28 +17,37 @@ Owned = tuple[str, MicroBatch]  # an adapter's name, and one of its micro-batche
 
 
 def shared_rounds(steps: Mapping[str, TrainingStep], *, capacity: int) -> list[list[Owned]]:
-    """The micro-batches of a step, in shared ones: round by round, the first of every adapter, then the second.
-
-    In a round a micro-batch joins the last shared one if they have at most `capacity` tokens together on every rank. So
-    all ranks have as many, and each adapter's follow one another in their own order.
+    """The micro-batches of a step, in shared ones.
 
     Args:
         steps: each adapter's share of a global batch on this rank.
         capacity: tokens, padding included; 0: nothing is shared.
     """
-    found: list[list[Owned]] = []
-    for number in range(max((len(step.micro_batches) for step in steps.values()), default=0)):
+    rounds = fill_rounds({name: step.largest for name, step in steps.items()}, capacity=capacity)
+    return [[(name, steps[name].micro_batches[number]) for name, number in some] for some in rounds]
+
+
+def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[list[tuple[str, int]]]:
+    """Which micro-batches go together, by name and number: round by round, the first of every adapter, then the second.
+
+    In a round a micro-batch joins the last shared one if they have at most `capacity` tokens together on every rank. So
+    all ranks have as many, and each adapter's follow one another in their own order.
+
+    Args:
+        largest: the positions of each adapter's micro-batches, on the rank where they are most.
+    """
+    found: list[list[tuple[str, int]]] = []
+    for number in range(max(map(len, largest.values()), default=0)):
         room = 0
-        for name, step in steps.items():
-            if number >= len(step.micro_batches):
+        for name, positions in largest.items():
+            if number >= len(positions):
                 continue
-            own = name, step.micro_batches[number]
-            if step.largest[number] <= room:
-                found[-1].append(own)
+            if positions[number] <= room:
+                found[-1].append((name, number))
             else:
-                found.append([own])
+                found.append([(name, number)])
                 room = capacity
-            room -= step.largest[number]
+            room -= positions[number]
     return found
 
 

@@ -31,6 +31,7 @@ from megatron_tiedlora.training import session
 from megatron_tiedlora.training.build_bank import BuiltBank, Plans, shared_plan
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.group import Group
+from megatron_tiedlora.training.group_plan import longest_run
 from megatron_tiedlora.training.group_step import GroupStep
 from megatron_tiedlora.training.member import Member
 from megatron_tiedlora.training.plan import RunPlan, plan_run
@@ -45,8 +46,11 @@ Release = Callable[[], None]
 Keep = Callable[[Release], None]
 
 
-def plan_group(settings: Settings, *, rank: int, world_size: int) -> dict[str, RunPlan]:
+def plan_group(settings: Settings, *, rank: int, world_size: int, weights: bool = True) -> dict[str, RunPlan]:
     """The plan of each adapter of --adapters, by name. The model is looked for once.
+
+    Args:
+        weights: as of `plan_run`.
 
     Raises:
         UserError: names the file and the adapter, if its settings do not fit.
@@ -59,7 +63,7 @@ def plan_group(settings: Settings, *, rank: int, world_size: int) -> dict[str, R
         own = {"ds_config": DS_CONFIG, **given.model_dump(exclude_unset=True), "output_dir": str(folder / name)}
         source = next(iter(plans.values())).source if plans else None
         try:
-            plans[name] = plan_run(make_settings(own), rank=rank, world_size=world_size, source=source)
+            plans[name] = plan_run(make_settings(own), rank=rank, world_size=world_size, weights=weights, source=source)
         except UserError as error:
             raise UserError(f"{file}: {name}: {error}") from None
     shared = shared_plan(plans)
@@ -169,11 +173,7 @@ def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
 
 def choose_group_kernels(plans: Plans, device: torch.device) -> ChosenKernels:
     """The kernels of all: those that the adapter with most tokens would have alone."""
-
-    def num_tokens(plan: RunPlan) -> int:
-        return plan.settings.max_steps * plan.settings.global_batch_size * plan.settings.max_length
-
-    return choose_kernels(max(plans.values(), key=num_tokens), device)
+    return choose_kernels(longest_run(plans), device)
 
 
 def make_group(

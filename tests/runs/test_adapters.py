@@ -230,7 +230,6 @@ def test_two_ranks(base: Base, tmp_path: Path, alone: Path, four: Four, layout: 
         ({"a": {}, "b": {"train_file": "missing.jsonl"}}, {}, "b: "),
         ({"logs": {}}, {}, "the run itself has a file 'logs'"),
         ({"a": {}}, {"ds_config": "zero2.json"}, "ZeRO-2 clips the gradients of all adapters together"),
-        ({"a": {}}, {"dry_run": True}, "--dry_run is not implemented for --adapters"),
         ({"a": {}}, {"profile": "1:2"}, "--profile is not implemented for --adapters"),
         ({"a": {}}, {"resume": "somewhere"}, "each adapter has checkpoints of its own; give auto"),
         ({"a": {}}, {"adapters": "nowhere.yaml"}, "--adapters nowhere.yaml: no such file"),
