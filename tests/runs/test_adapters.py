@@ -269,7 +269,6 @@ def test_two_ranks(base: Base, tmp_path: Path, alone: Path, four: Four, layout: 
         ({"a": {"layers": [9]}}, {}, "adapters.yaml: a: --layers 9: "),
         ({"a": {}, "b": {"train_file": "missing.jsonl"}}, {}, "b: "),
         ({"logs": {}}, {}, "the run itself has a file 'logs'"),
-        ({"a": {"dropout": 0.1}}, {}, "a: --dropout is not implemented for several adapters"),
         ({"a": {}}, {"ds_config": "zero2.json"}, "ZeRO-2 clips the gradients of all adapters together"),
         ({"profile": {}}, {}, "the run itself has a file 'profile'"),
         ({"a": {"profile": "1:2"}}, {}, "entry 1 (a): profile cannot differ between the adapters of a run"),
