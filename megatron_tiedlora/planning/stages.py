@@ -90,7 +90,7 @@ class StagePlan:
         """Whether it has the head."""
         return self.index == self.layout.pp_size - 1
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, ...]:
         """The blocks among its layers."""
         return tuple(layer for layer in self.layers if 1 <= layer <= self.shape.num_layers)
@@ -176,16 +176,29 @@ class StageOwners:
     @cached_property
     def backward_blocks(self) -> tuple[int, ...]:
         """The blocks that have a backward pass. Blocks below the first adapted layer have none."""
-        first = min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
-        return tuple(block for block in self.stage.blocks if self.stage.needs_input_gradient or block >= first)
+        everywhere = self.stage.needs_input_gradient
+        return tuple(block for block in self.stage.blocks if everywhere or block >= self._first)
 
-    def adapting(self, block: int, name: str) -> list[AdapterPart]:
+    @cached_property
+    def _first(self) -> float:
+        return min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
+
+    @cached_property
+    def _adapting(self) -> dict[tuple[int, str], list[AdapterPart]]:
+        found: dict[tuple[int, str], list[AdapterPart]] = {}
+        for part in self.parts:
+            for layer in part.layers:
+                for target in part.config.targets:
+                    found.setdefault((layer, target.name), []).append(part)
+        return found
+
+    def adapting(self, block: int, name: str) -> Sequence[AdapterPart]:
         """The parts that adapt a linear in one of the stage's blocks."""
-        return [part for part in self.parts if part.adapts(block, name)]
+        return self._adapting.get((block, name), ())
 
     def adapts(self, block: int, name: str) -> bool:
         """Whether one of them does."""
-        return any(part.adapts(block, name) for part in self.parts)
+        return (block, name) in self._adapting
 
     def trains_a(self, block: int, name: str) -> bool:
         """Whether A of one of them is trained there."""
@@ -201,7 +214,7 @@ class StageOwners:
 
     def needs(self, block: int) -> dict[str, bool]:
         """See `needs_gradient`."""
-        earlier = self.stage.needs_input_gradient or any(min(part.layers, default=block) < block for part in self.parts)
+        earlier = self.stage.needs_input_gradient or self._first < block
         return needs_gradient([name for name in TARGET_NAMES if self.adapts(block, name)], earlier=earlier)
 
     def reads_mlp_input(self, block: int) -> bool:

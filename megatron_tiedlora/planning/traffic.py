@@ -39,17 +39,10 @@ def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> 
     """
     layout, traffic = stage.layout, Traffic()
     taking = sorted({adapter for shape in micro_batches for adapter in shape.adapters})
-    for shape in micro_batches:
-        owners = stage.owned_by(shape.adapters)
-        if layout.tp_size > 1:
-            _add_layers(traffic, owners, shape)
-            # once for any number of layers, targets and adapters: factors that are gathered, and their gradients' sum
-            if size := FP32 * layout.tp_size * sum(map(_gathered, owners.parts)):
-                traffic.add(TENSOR, "all-gather", size)
-                traffic.add(TENSOR, "reduce-scatter", size)
-        # Hidden states forward, and their gradient backward (zeros if none is needed).
-        hidden = _hidden_bytes(stage, shape.num_tokens) // layout.sequence_parts
-        traffic.add(PIPELINE, "send", hidden, count=(not stage.is_last) + (not stage.is_first))
+    for shape, count in Counter(micro_batches).items():
+        for (group, kind), messages in (sent := _micro_batch_traffic(stage, shape)).messages.items():
+            traffic.messages[group, kind] += count * messages
+            traffic.bytes[group, kind] += count * sent.bytes[group, kind]
     for group, numbers in _summed(stage.owned_by(taking)).items():
         traffic.add(group, "all-reduce", FP32 * numbers)
     if layout.tp_size * layout.pp_size > 1:  # the sum of squares for each gradient norm
@@ -57,6 +50,21 @@ def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> 
     if layout.world_size > 1:  # of a bank also the loss of each adapter, and whether it misses a gradient
         own = 2 * len(taking) if layout.is_bank else 0
         traffic.add(WORLD, "all-reduce", FP64 * (len(StepVotes._fields) + own))
+    return traffic
+
+
+def _micro_batch_traffic(stage: StagePlan, shape: MicroBatchShape) -> Traffic:
+    """The messages of a micro-batch."""
+    layout, traffic, owners = stage.layout, Traffic(), stage.owned_by(shape.adapters)
+    if layout.tp_size > 1:
+        _add_layers(traffic, owners, shape)
+        # once for any number of layers, targets and adapters: factors that are gathered, and their gradients' sum
+        if size := FP32 * layout.tp_size * sum(map(_gathered, owners.parts)):
+            traffic.add(TENSOR, "all-gather", size)
+            traffic.add(TENSOR, "reduce-scatter", size)
+    # Hidden states forward, and their gradient backward (zeros if none is needed).
+    hidden = _hidden_bytes(stage, shape.num_tokens) // layout.sequence_parts
+    traffic.add(PIPELINE, "send", hidden, count=(not stage.is_last) + (not stage.is_first))
     return traffic
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.versions import installed_versions
@@ -30,11 +31,13 @@ from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import session
 from megatron_tiedlora.training.build_bank import BuiltBank, Plans, shared_plan
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
-from megatron_tiedlora.training.group import Group
+from megatron_tiedlora.training.group import Finished, Group
 from megatron_tiedlora.training.group_plan import longest_run
 from megatron_tiedlora.training.group_step import GroupStep
+from megatron_tiedlora.training.loop import is_trained
 from megatron_tiedlora.training.member import Member
 from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.resumed import with_kept_warmup
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.throughput import Meter, start_meter
@@ -171,6 +174,27 @@ def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
     return {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
 
 
+def finished_before(plans: Plans, checkpoints: Checkpoints, folder: GroupFolder) -> dict[str, Finished]:
+    """The adapters that an earlier start has finished and exported, and that have no step left by their settings."""
+
+    def reasons() -> dict[str, str]:
+        found = {}
+        for name, plan in plans.items():
+            own, checkpoint = folder.member(name), checkpoints[name]
+            status = read_json_or_none(own.status) or {}
+            exported = status.get("state") == "finished" and (own.path / "peft").is_dir()
+            if exported and checkpoint is not None and is_trained(plan.settings, checkpoint.progress):
+                found[name] = str(status.get("reason", ""))
+        return found
+
+    found = {}
+    for name, reason in decided_by_rank_0(reasons, kind=dict[str, str]).items():
+        checkpoint = checkpoints[name]
+        assert checkpoint is not None
+        found[name] = Finished(name, plans[name], folder.member(name), checkpoint.progress, reason)
+    return found
+
+
 def choose_group_kernels(plans: Plans, device: torch.device) -> ChosenKernels:
     """The kernels of all: those that the adapter with most tokens would have alone."""
     return choose_kernels(longest_run(plans), device)
@@ -186,18 +210,26 @@ def make_group(
     device: torch.device,
     stop: StopRequests,
     *,
+    finished: Mapping[str, Finished],
     keep: Keep,
 ) -> Group:
     """Take and occupy the folder of each adapter, and make the group. The first files of the run are written here.
+
+    Args:
+        plans: of all adapters.
+        finished: those of them that an earlier start has finished.
 
     Raises:
         UserError: a folder cannot be written; on every rank.
     """
     _write_settings(settings, plans, folder)
+    names = tuple(plans)
+    plans = {name: plan for name, plan in plans.items() if name not in finished}
     meter = start_meter(shared_plan(plans), device)
-    progress = {name: Progress() if found is None else found.progress for name, found in checkpoints.items()}
-    finished = {name: found.step for name, found in progress.items()}
-    step = GroupStep(plans, built, stop, finished=finished, shares_micro_batches=settings.share_micro_batches)
+    saved = {name: checkpoints[name] for name in plans}
+    progress = {name: Progress() if found is None else found.progress for name, found in saved.items()}
+    steps = {name: found.step for name, found in progress.items()}
+    step = GroupStep(plans, built, stop, finished=steps, shares_micro_batches=settings.share_micro_batches)
     members = {}
     for name, plan in plans.items():
         own = session.open_run_folder(plan, data[name], keep=keep)
@@ -216,7 +248,7 @@ def make_group(
             own_step=built.step.steps[name],
             own_checks=step.checks[name],
         )
-    group = Group(members, step, folder, stop)
+    group = Group(members, step, folder, stop, finished, names, settings.profile)
     group.folder = replace(folder, running=group.unrecorded)
     return group
 
@@ -255,6 +287,9 @@ def headline(
         f"attention  {stage.attention.route(device, plan.dtype)}",
         f"run folder {group.folder.path}",
     ]
+    if over := steps_over(group.profile, group.last_turn):
+        lines.append(f"note       {over}")
+    lines += [f"{name:<10} finished before" for name in group.finished]
     for name, member in group.members.items():
         own = member.plan.settings
         step = f", resumed from step {member.progress.step}" if member.progress.step else ""

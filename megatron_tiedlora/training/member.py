@@ -24,13 +24,11 @@ from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.engine.bank_step import OwnStep
 from megatron_tiedlora.engine.engine import trained_parameters
 from megatron_tiedlora.engine.optimizer_state import read_moments
-from megatron_tiedlora.evaluation.answering import ScoredSet
-from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.runtime.heartbeat import rank_line
 from megatron_tiedlora.training.checks import StepChecks, require_finite
 from megatron_tiedlora.training.group_step import GroupReport
-from megatron_tiedlora.training.loop import Trainer
+from megatron_tiedlora.training.loop import Evaluated, Trainer
 from megatron_tiedlora.training.step import StepReport
 
 
@@ -130,13 +128,13 @@ class Member(Trainer):
         """This rank's share of its next global batch."""
         return next(self._loader)
 
-    def begin(self, bar: Any) -> None:
-        """Evaluate before the first step, or what was left to do after the last one. May end it."""
-        if self.progress.step == 0:
-            self._evaluate_start(NamedBar(bar, self.name))
-            self._end_if_trained()
-        else:
-            self.after_step(bar)
+    def begin(self, bar: Any, started: Evaluated) -> None:
+        """Log the evaluation before the first step."""
+        self._log_validation(started, NamedBar(bar, self.name))
+
+    def show_start(self, bar: Any, base: float, started: float) -> None:
+        """Say how far the initial update moves the validation loss of the base."""
+        self._show_start(NamedBar(bar, self.name), base, started)
 
     def took(self, samples: TrainingStep, report: GroupReport, bar: Any) -> None:
         """Count and log the step that it took with the group, or fail with the reason why it took none."""
@@ -149,23 +147,20 @@ class Member(Trainer):
         step = StepReport(own.number, own.loss, own.learning_rate, own.grad_norm, report.seconds, report.votes)
         self._report(NamedBar(bar, self.name), step, samples)
 
-    def after_step(self, bar: Any) -> None:
-        """Evaluate and save if that is due. May end it."""
-        self._evaluate_and_save(NamedBar(bar, self.name))
-        self._end_if_trained()
+    def after_step(self, bar: Any, evaluated: Evaluated | None) -> None:
+        """Log an evaluation, which is there if it was due, and save if that is due. May end it."""
+        assert evaluated is not None or not self.evaluation_is_due, "evaluations are made together"
+        self._evaluate_and_save(NamedBar(bar, self.name), evaluated)
+        self.end_if_trained()
 
-    def _end_if_trained(self) -> None:
-        if self.progress.step < self.plan.settings.max_steps and not self._out_of_patience():
+    def end_if_trained(self) -> None:
+        """End it after its last step, or if it is out of patience."""
+        if not self.is_trained:
             return
         raise_on_every_rank(self._log_failure)
         self.save()  # after early stopping there may be no checkpoint of the last evaluation
         self.reason = "early_stopping" if self._out_of_patience() else "max_steps"
         self.close_log()
-
-    def score(self, scored: ScoredSet | None) -> dict[str, Score]:
-        """See Trainer."""
-        with self.runner.alone():
-            return super().score(scored)
 
     def _full_state(self) -> dict[str, torch.Tensor]:
         state = gather_state(dict(self.runner.adapter.named_parameters()), self.layout)

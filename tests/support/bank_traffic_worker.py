@@ -128,13 +128,13 @@ class BankRan:
 
 
 def run_bank_cases(cases: Mapping[str, BankCase], folder: Path, *, ranks: int) -> dict[str, BankRan]:
-    """Every case, by name, eight in one start of `ranks` ranks."""
+    """Every case, by name, four in one start of `ranks` ranks."""
     found: dict[str, BankRan] = {}
     names = list(cases)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEGATRON_TIEDLORA_CACHE", str(folder / "cache"))
-        for start in range(0, len(names), 8):
-            some = names[start : start + 8]
+        for start in range(0, len(names), 4):
+            some = names[start : start + 4]
             by_rank = run_on_ranks(
                 count_bank_steps,
                 [cases[name] for name in some],
