@@ -139,7 +139,11 @@ def _optimizer(adapter: TiedAdapter) -> torch.optim.Optimizer:
 
 def _stacked(batches: Sequence[StepInput]) -> StepInput:
     """The rows of several micro-batches, all of one length and not packed."""
-    return StepInput(*(torch.cat([batch[field] for batch in batches]) for field in range(3)))
+    return StepInput(
+        torch.cat([batch.tokens for batch in batches]),
+        torch.cat([batch.positions for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+    )
 
 
 def measure(settings: BenchSettings) -> dict[str, Any]:

@@ -155,7 +155,8 @@ class _TiledAttention(torch.autograd.Function):
         heads = [tensor.detach() for tensor in (query, key, value)]
         output = _tokens_first(query)
         by_part = _by_part((*heads, output), parts)
-        log_sums = [_attend_(*views, part.tiles, kernels) for part, views in zip(parts, by_part, strict=True)]
+        pairs = zip(parts, by_part, strict=True)
+        log_sums = [_attend_(*views, tiles=part.tiles, kernels=kernels) for part, views in pairs]
         result = output.transpose(1, 2)
         ctx.save_for_backward(query, key, value, result, *log_sums)
         ctx.parts, ctx.kernels = parts, kernels
@@ -170,7 +171,7 @@ class _TiledAttention(torch.autograd.Function):
         tensors = *heads, output.transpose(1, 2), gradient.transpose(1, 2), *grad_heads
         by_part = zip(ctx.parts, _by_part(tensors, ctx.parts), log_sums, strict=True)
         for part, views, of_part in by_part:
-            _attention_gradients_(*views, of_part, part.tiles, ctx.kernels)
+            _attention_gradients_(*views, log_sums=of_part, tiles=part.tiles, kernels=ctx.kernels)
         return *grad_heads, None, None
 
 
@@ -198,6 +199,7 @@ def _attend_(
     key: torch.Tensor,
     value: torch.Tensor,
     output: torch.Tensor,
+    *,
     tiles: Sequence[QueryTile],
     kernels: Kernels,
 ) -> torch.Tensor:
@@ -227,11 +229,12 @@ def _attention_gradients_(
     grad_query: torch.Tensor,
     grad_key: torch.Tensor,
     grad_value: torch.Tensor,
+    *,
     log_sums: torch.Tensor,
     tiles: Sequence[QueryTile],
     kernels: Kernels,
 ) -> None:
-    """Write dQ, dK and dV to the last three of (b, heads, s, head_dim), from O and dO."""
+    """Write dQ, dK and dV, (b, heads, s, head_dim) as all others, from O, dO and log sum exp(S)."""
     operands = _Operands(query, key, tiles)
     keys, values = operands.keys, value.reshape(operands.keys.shape)
     deltas = (upcast(gradient) * upcast(output)).sum(-1, keepdim=True)
