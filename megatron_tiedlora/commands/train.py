@@ -120,7 +120,7 @@ def train_together(settings: Settings) -> End:
         folder, keep = group_start.open_group_folder(settings, plans, data, keep=end.hold)
         end.owner = folder.owner
         plans = group_start.in_folder(plans, folder)
-        checkpoints = group_start.find_checkpoints(plans, data, folder)
+        checkpoints = group_start.find_checkpoints(plans, data)
         plans = group_start.resumed(plans, checkpoints)
         chosen = group_start.choose_group_kernels(plans, device)
         built = build_bank(plans, device, checkpoints, kernels=chosen.kernels)

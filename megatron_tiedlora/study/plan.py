@@ -18,9 +18,10 @@ import torch
 from megatron_tiedlora.base.atomic import discard
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.yaml_files import read_yaml_mapping
+from megatron_tiedlora.base.yaml_files import read_yaml_mapping, write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.config.adapters_file import check_together
+from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import looks_like_path, read_rows
 from megatron_tiedlora.data.sources import parse_sources
@@ -40,6 +41,10 @@ from megatron_tiedlora.study.record import (
     last_lines,
 )
 from megatron_tiedlora.study.scores import BASE_NAME, best_run, read_run, read_score
+from megatron_tiedlora.study.together import grouped, most_together
+from megatron_tiedlora.training.build_bank import shared_plan
+from megatron_tiedlora.training.group_start import DS_CONFIG
+from megatron_tiedlora.training.halving import REASON
 from megatron_tiedlora.training.length import with_models_length
 from megatron_tiedlora.training.plan import plan_run
 
@@ -84,13 +89,31 @@ class SweepPlan:
     def jobs(self, lock: int) -> list[StudyJob]:
         """The unfinished jobs in order: the base model's score, then the runs and the score of each point."""
         jobs = [] if self._scored(BASE_NAME) else [self._score(None, (), lock)]
-        for point in self.grid.points:
-            runs = self._unfinished(point)
-            jobs += [self._train(run, lock) for run in runs]
-            # The run to score is known only when all have ended, so a point with unfinished runs has a score job.
-            if runs or not self._scored(self._scored_name(point)):
-                jobs.append(self._score(point, tuple(run.name for run in runs), lock))
+        left, started = list(self.grid.points), dict[str, str]()  # by name of a run its job's
+        for runs in ((), *self.groups()):
+            if runs:
+                jobs.append(self._train(runs[0], lock) if len(runs) == 1 else self._train_together(runs, lock))
+                started |= {run.name: jobs[-1].name for run in runs}
+            while left and all(run.name in started for run in self._unfinished(left[0])):
+                point = left.pop(0)
+                needs = tuple(dict.fromkeys(started[run.name] for run in self._unfinished(point)))
+                # The run to score is known only when all have ended, so a point with unfinished runs has a score job.
+                if needs or not self._scored(self._scored_name(point)):
+                    jobs.append(self._score(point, needs, lock))
         return jobs
+
+    def groups(self) -> list[tuple[Run, ...]]:
+        """The unfinished runs, those that train together in one group. Raises UserError."""
+        runs, most = [self._unfinished(point) for point in self.grid.points], self.settings.together
+        if most == "auto" and (num_runs := sum(map(len, runs))):
+            widest = max(self.grid.points, key=lambda point: point.num_trained(self.base.shape))
+            settings = _group_settings(self.command, self.grid.runs(widest)[0])
+            ranks = settings.tensor_parallel * settings.pipeline_parallel
+            plan = plan_run(settings, rank=0, world_size=ranks, weights=False, source=self.source)
+            most = most_together(plan, num_runs=num_runs, num_slots=len(self.slots()))
+            if self.settings.halving:  # the learning rates of a point are compared
+                most = max(most, len(self.grid.learning_rates))
+        return grouped(runs, 1 if most == "auto" else most)
 
     @property
     def num_jobs(self) -> int:
@@ -120,24 +143,34 @@ class SweepPlan:
         found = None if train.epochs is None else read_yaml_mapping(recorded).get("max_steps")
         return found if isinstance(found, int) else train.max_steps
 
-    def _train(self, run: Run, lock: int) -> StudyJob:
-        path = self.folder.run(run.name)
+    @property
+    def _given(self) -> dict[str, Any]:
+        """The given settings of every start of train.py."""
+        given = {name: value for name, value in self.command.given.items() if name != "test_file"}
+        return {**given, "resume": "auto", **self._take_over}
+
+    def _train(self, run: Run, lock: int, *, group: str | None = None) -> StudyJob:
+        """The job that trains a run, or that reads how it went on in the job `group`."""
+        path, log = self.folder.run(run.name), self.folder.log(group or run.name)
         guard = self.folder.guard
 
         def command(slot: tuple[str, ...]) -> Command:
             guard()
-            given = {name: value for name, value in self.command.given.items() if name != "test_file"}
-            settings = {**given, **run.settings, "output_dir": path, "resume": "auto", **self._take_over}
-            return Command("train", settings, with_port(slot), self.folder.log(run.name), lock)
+            settings = {**self._given, **run.settings, "output_dir": path}
+            return Command("train", settings, with_port(slot), log, lock)
 
         def failure() -> str | None:
             end = read_run(path)
-            return None if end.state == "finished" else _reason(self.folder.log(run.name), end.reason)
+            if end.state == "finished":
+                return None
+            return end.reason if group is not None and end.reason else _reason(log, end.reason)
 
         def done() -> tuple[float, str]:
             end = read_run(path)
             if end.state == "finished" and end.best is not None:
-                return 1.0, f"best validation {self.command.train.eval_metric} {end.best:.4f}, ended at step {end.step}"
+                why = f" ({end.reason})" if end.reason.startswith(REASON) else ""
+            best = f"best validation {self.command.train.eval_metric} {end.best:.4f}"
+            return 1.0, f"{best}, ended at step {end.step}{why}"
             row = last_row(RunFolder(path).metrics)
             if row is None:
                 return 0.0, "starting"
@@ -145,6 +178,27 @@ class SweepPlan:
             return min(step / max_steps, 1.0), f"step {step} of {max_steps}, {row['split']} loss {row['loss']:.4f}"
 
         return StudyJob(run.name, (), command, failure, done)
+
+    def _train_together(self, runs: tuple[Run, ...], lock: int) -> StudyJob:
+        """The job that trains several runs in one start; each has the folder that it has alone."""
+        first, rates = runs[0].name, [run.point for run in runs]
+        name, folder, file = f"group {first}", self.folder.group(first), self.folder.group(f"{first}.yaml")
+        jobs = tuple(self._train(run, lock, group=name) for run in runs)
+        halving = self.settings.halving and len(set(rates)) < len(rates)
+
+        def command(slot: tuple[str, ...]) -> Command:
+            entries = [
+                {"name": run.name, **run.settings, "output_dir": str(self.folder.run(run.name))} for run in runs
+            ]
+            write_yaml(file, entries, guard=self.folder.guard)
+            settings = {**self._given, "adapters": file, "output_dir": folder, **({"halving": True} if halving else {})}
+            return Command("train", settings, with_port(slot), self.folder.log(name), lock)
+
+        def done() -> tuple[float, str]:
+            parts = [job.done()[0] for job in jobs]
+            return sum(parts), f"{len(jobs)} runs, {sum(parts) / len(parts):.0%}"
+
+        return StudyJob(name, (), command, lambda: None, done, runs=jobs)
 
     def _score(self, point: Point | None, needs: tuple[str, ...], lock: int) -> StudyJob:
         """The job that scores the best run of a point, or the base model, without which nothing can be compared."""
@@ -195,7 +249,11 @@ class SweepPlan:
             counts[end.state] = counts.get(end.state, 0) + 1
             best = "" if end.best is None else f", best validation {self.command.train.eval_metric} {end.best:.4f}"
             state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
+            state += f" ({end.reason})" if end.reason.startswith(REASON) else ""
             lines.append(f"  {run.name:<28}{run.point.num_trained(base.shape):>20,}   {state}")
+        if self.settings.together != 1:
+            lines += ["", "  groups to train together"]
+            lines += [f"  {number:>3}  {', '.join(run.name for run in g)}" for number, g in enumerate(self.groups(), 1)]
         return [*lines, "", "  " + ", ".join(f"{count} {state}" for state, count in counts.items())]
 
 
@@ -218,6 +276,8 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         source, targets=train.targets, task=task.name, metric=task.metrics[0], files=files.values()
     )
     check_resumable(folder, command, base)
+    if settings.together != 1:
+        _check_together(command, ranks=ranks, source=source)
     grid = make_grid(settings, source.shape.num_layers)
     for run in _each_run(grid):
         make_settings({**command.given, **run.settings})
@@ -225,6 +285,26 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
     _check_files(files, read_by_task=task.read_files is not None)
     return SweepPlan(command, folder, source, base, grid, _test_limit(command))
+
+
+def _group_settings(command: SweepCommand, run: Run) -> Settings:
+    """The settings of a run in a group."""
+    return make_settings({"ds_config": DS_CONFIG, **command.given, **run.settings})
+
+
+def _check_together(command: SweepCommand, *, ranks: int, source: ModelSource) -> None:
+    """Raise UserError if the runs of the sweep cannot train together."""
+    settings = command.settings
+    first = Run(Point(settings.methods[0], settings.ranks[0]), settings.learning_rates[0])
+    try:
+        train = _group_settings(command, first)
+        check_together(train)
+        if settings.halving and train.eval_metric != "loss":
+            raise UserError(f"--halving compares validation losses; remove --eval_metric {train.eval_metric}")
+        with _no_accelerator_needed():
+            shared_plan({first.name: plan_run(train, rank=0, world_size=ranks, weights=False, source=source)})
+    except UserError as error:
+        raise UserError(f"--together {settings.together}: {error}") from None
 
 
 def _test_limit(command: SweepCommand) -> int | None:

@@ -16,6 +16,7 @@ from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 from megatron_tiedlora.training.group_step import GroupStep
+from megatron_tiedlora.training.halving import find_behind
 from megatron_tiedlora.training.member import Member
 
 
@@ -24,6 +25,7 @@ class Group:
     """A run of several adapters on one rank, from a ready engine to the end of their training.
 
     Attributes:
+        rivals: with --halving, by each adapter's name those that it is compared with.
         last_turn: the number of the last turn; the first one follows the most steps that an adapter has.
     """
 
@@ -31,6 +33,7 @@ class Group:
     step: GroupStep
     folder: GroupFolder
     stop: StopRequests
+    rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
     _failure: UserError | None = None
@@ -63,9 +66,10 @@ class Group:
                 for member in self.members.values():
                     with member.failing_alone():
                         member.begin(bar)
+                self._stop_behind(bar)
                 self._show(bar, tokens_per_second=None)
                 while running := self._running():
-                    self._turn(running, bar)
+                    self._turn(self._in_step(running), bar)
             except RunStopped:
                 for member in self._running().values():
                     with member.failing_alone():
@@ -106,7 +110,35 @@ class Group:
         for member in self._running().values():
             with member.failing_alone():
                 member.after_step(bar)
+        self._stop_behind(bar)
         self._show(bar, tokens_per_second=sum(step.num_tokens for step in samples.values()) / report.seconds)
+
+    def _in_step(self, running: Mapping[str, Member]) -> dict[str, Member]:
+        """Those that take a step: after a resume one may be ahead of its rivals, and waits for them."""
+
+        def waits(name: str) -> bool:
+            others = [running[other] for other in self.rivals.get(name, ()) if other in running]
+            return any(other.progress.step < running[name].progress.step for other in others)
+
+        return {name: member for name, member in running.items() if not waits(name)}
+
+    def _stop_behind(self, bar: Any) -> None:
+        """Stop the adapters that are behind a rival by more than noise, once their warm-up is over."""
+        if not self.rivals:
+            return
+        evaluated = {
+            name: member.evaluated
+            for name, member in self.members.items()
+            if member.failure is None
+            and member.evaluated is not None
+            and member.evaluated.step >= member.plan.settings.warmup_steps
+        }
+        running = self._running()
+        for name, reason in find_behind(evaluated, self.rivals).items():
+            if name in running:
+                with running[name].failing_alone():
+                    running[name].end_behind(reason)
+                    bar.write(f"{name}: stopped, {reason}")
 
     def _show(self, bar: Any, *, tokens_per_second: float | None) -> None:
         """Show the progress, and who has failed; write the table, if more than steps have changed."""

@@ -75,7 +75,8 @@ def table_lines(group: Group) -> list[str]:
             f"{name:<{width}}  {state:<9}{progress.step:>7}{progress.best_step or '-':>11}{best:>10}"
             f"  {member.failure or member.reason}"
         )
-    rows += ["", f"run folder  {group.folder.path}", "  NAME/      the run folder of each adapter, with peft/"]
+    rows += ["", f"run folder  {group.folder.path}"]
+    rows += ["  NAME/      the run folder of each adapter, with peft/; or the output_dir of its entry"]
     finished = [member for member in group.members.values() if member.failure is None]
     if not finished:
         return rows

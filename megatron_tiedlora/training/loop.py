@@ -26,6 +26,7 @@ from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.scores import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 from megatron_tiedlora.training.checks import StepChecks, require_finite
@@ -164,13 +165,19 @@ class Trainer:
             pad_id=padding_id(self.data.tokenizer),
             pad_multiple=self.plan.layout.pad_multiple,
         )
-        loss = 0.0
+        loss, parts, tokens = 0.0, list[float](), list[float]()
         with tqdm(total=total, desc="validation", unit="batch", disable=not self.is_main, leave=False) as bar:
             while some := [batch.model_input for batch in itertools.islice(batches, self.runner.inputs_at_once)]:
                 self.stop.agree(True)
-                loss += self.runner.evaluate(some)
+                parts.append(self.runner.evaluate(some))
+                tokens.append(float(sum((batch.labels != IGNORED_LABEL).sum() for batch in some)))
+                loss += parts[-1]
                 bar.update(len(some))
-        return sum_over_ranks([loss])[0] / dataset.num_supervised
+        return self._evaluated(loss, parts, tokens)
+
+    def _evaluated(self, loss: float, parts: list[float], tokens: list[float]) -> float:
+        """The mean loss over all ranks, from this rank's sum, and its parts with their supervised tokens."""
+        return sum_over_ranks([loss])[0] / self.data.validation.num_supervised
 
     def _evaluate_start(self, bar: Any) -> None:
         """Log the validation loss before the first step; also how far a non-zero initial update moves it."""

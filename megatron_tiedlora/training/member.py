@@ -18,7 +18,7 @@ import torch
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full, gather_state
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.resume import moment_name
-from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.data.loader import TrainingStep, num_evaluation_batches
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.engine.bank_step import OwnStep
@@ -26,10 +26,11 @@ from megatron_tiedlora.engine.engine import trained_parameters
 from megatron_tiedlora.engine.optimizer_state import read_moments
 from megatron_tiedlora.evaluation.answering import ScoredSet
 from megatron_tiedlora.evaluation.scores import Score
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.heartbeat import rank_line
 from megatron_tiedlora.training.checks import StepChecks, require_finite
 from megatron_tiedlora.training.group_step import GroupReport
+from megatron_tiedlora.training.halving import BatchLosses, read_record
 from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.step import StepReport
 
@@ -62,6 +63,8 @@ class Member(Trainer):
         failure: why it failed; None if it did not.
         reason: why its training ended; "" before that.
         recorded: whether its run_status.json says how it ended.
+        keeps_losses: whether its last evaluation is kept to be compared with those of others (--halving).
+        evaluated: that evaluation; None before the first step.
     """
 
     runner: OwnRunner
@@ -72,6 +75,8 @@ class Member(Trainer):
     failure: str | None = None
     reason: str = ""
     recorded: bool = False
+    keeps_losses: bool = False
+    evaluated: BatchLosses | None = None
 
     def __post_init__(self) -> None:
         self._saved_step = self.progress.step or None
@@ -97,6 +102,12 @@ class Member(Trainer):
     def wants_save(self) -> bool:
         """Whether rank 0 wants a checkpoint by --save_interval_minutes."""
         return self._save_is_due()
+
+    @property
+    def num_evaluation_parts(self) -> int:
+        """Of how many parts an evaluation knows the loss."""
+        sizes = {"micro_batch_size": self.plan.batches.micro_batch_size, "dp_size": self.plan.grid.dp_size}
+        return -(-num_evaluation_batches(self.data.validation, **sizes) // self.runner.inputs_at_once)
 
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
@@ -132,7 +143,12 @@ class Member(Trainer):
 
     def begin(self, bar: Any) -> None:
         """Evaluate before the first step, or what was left to do after the last one. May end it."""
-        if self.progress.step == 0:
+        if self.keeps_losses:
+            path, step = self.folder.path, self.progress.evaluated_step
+            self.evaluated = decided_by_rank_0(lambda: read_record(path, step=step), kind=BatchLosses | None)
+        if self.evaluated is not None and self.evaluated.stopped and self.progress.step == self.evaluated.step:
+            self._end(self.evaluated.stopped)
+        elif self.progress.step == 0:
             self._evaluate_start(NamedBar(bar, self.name))
             self._end_if_trained()
         else:
@@ -157,10 +173,32 @@ class Member(Trainer):
     def _end_if_trained(self) -> None:
         if self.progress.step < self.plan.settings.max_steps and not self._out_of_patience():
             return
+        self._end("early_stopping" if self._out_of_patience() else "max_steps")
+
+    def _end(self, reason: str) -> None:
         raise_on_every_rank(self._log_failure)
-        self.save()  # after early stopping there may be no checkpoint of the last evaluation
-        self.reason = "early_stopping" if self._out_of_patience() else "max_steps"
+        self.save()  # there may be no checkpoint of the last evaluation
+        self.reason = reason
         self.close_log()
+
+    def end_behind(self, reason: str) -> None:
+        """End it after its last evaluation. A resumed run ends it there too."""
+        assert self.evaluated is not None
+        self._end(reason)
+        self._keep(replace(self.evaluated, stopped=reason))
+
+    def _keep(self, evaluated: BatchLosses) -> None:
+        decided_by_rank_0(lambda: evaluated.write(self.folder.path, guard=self.folder.guard))
+        self.evaluated = evaluated
+
+    def _evaluated(self, loss: float, parts: list[float], tokens: list[float]) -> float:
+        """See Trainer. The evaluation is kept before the checkpoint that follows it."""
+        if self.keeps_losses and self.progress.step:
+            summed = sum_over_ranks([*parts, *tokens])
+            replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # each rank of a model has counted them
+            counts = (round(count) // replicas for count in summed[len(parts) :])
+            self._keep(BatchLosses(self.progress.step, tuple(summed[: len(parts)]), tuple(counts)))
+        return super()._evaluated(loss, parts, tokens)
 
     def score(self, scored: ScoredSet | None) -> dict[str, Score]:
         """See Trainer."""
