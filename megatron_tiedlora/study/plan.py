@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,8 @@ class SweepPlan:
             end = read_run(path)
             if end.state == "finished" and end.best is not None:
                 why = f" ({end.reason})" if end.reason.startswith(REASON) else ""
-            best = f"best validation {self.command.train.eval_metric} {end.best:.4f}"
-            return 1.0, f"{best}, ended at step {end.step}{why}"
+                best = f"best validation {self.command.train.eval_metric} {end.best:.4f}"
+                return 1.0, f"{best}, ended at step {end.step}{why}"
             row = last_row(RunFolder(path).metrics)
             if row is None:
                 return 0.0, "starting"
@@ -190,6 +190,10 @@ class SweepPlan:
             entries = [
                 {"name": run.name, **run.settings, "output_dir": str(self.folder.run(run.name))} for run in runs
             ]
+            for run in runs:  # if the start fails, how an earlier one ended is not why
+                discard(RunFolder(self.folder.run(run.name)).status, guard=self.folder.guard)
+            with suppress(OSError):  # the next line says what is wrong
+                file.parent.mkdir(exist_ok=True)
             write_yaml(file, entries, guard=self.folder.guard)
             settings = {**self._given, "adapters": file, "output_dir": folder, **({"halving": True} if halving else {})}
             return Command("train", settings, with_port(slot), self.folder.log(name), lock)

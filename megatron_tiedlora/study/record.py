@@ -131,7 +131,8 @@ def check_folder(folder: StudyFolder) -> None:
     was killed before it wrote its settings is no obstacle."""
     path = folder.path
     folders = (RUNS, GROUPS, SCORES, LOGS)
-    reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *(path / GROUPS).glob("*"))
+    groups = (item for item in (path / GROUPS).glob("*") if item.suffix != ".yaml")  # the lists of their adapters
+    reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *groups)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")
     if not path.is_dir() or folder.settings.is_file():

@@ -69,7 +69,8 @@ def num_that_fit(plan: RunPlan, rank_bytes: float) -> int:
 
 def _free_gpu_bytes() -> float:
     """The free bytes of the GPU with least. Another process asks, as its context would stay in this one's memory."""
-    code = "import torch as t; print(min(t.cuda.mem_get_info(i)[0] for i in range(t.cuda.device_count())))"
+    free = "min(cuda.mem_get_info(index)[0] for index in range(cuda.device_count()))"
+    code = f"import sys; from torch import cuda; sys.stdout.write(str({free}))"
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     if asked.returncode or not asked.stdout.strip().isdecimal():

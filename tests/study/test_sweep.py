@@ -62,7 +62,8 @@ def work(folder: Path) -> Path:
 
 
 def run(study: tuple[Base, Path], folder: Path, *, expect: int = 0, preludes: Any = None, **changes: Any) -> Any:
-    arguments = study_arguments(*study, folder, **changes)
+    # Groups train with ZeRO-0, and ZeRO-2, the default of single runs, rounds otherwise.
+    arguments = study_arguments(*study, folder, **{"ds_config": "zero0.json", **changes})
     return run_sweep(arguments, work=work(folder), cache=study[0].cache, preludes=preludes).expect(expect)
 
 
