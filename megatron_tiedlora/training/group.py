@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, printable
 from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
@@ -144,11 +144,12 @@ class Group:
         """Show the progress, and who has failed; write the table, if more than steps have changed."""
         for name in self.failed:
             if name not in self._told:
-                bar.write(f"{name}: failed: {self.members[name].failure}")
+                bar.write(printable(f"{name}: failed: {self.members[name].failure}"))
                 self._told.add(name)
         states = [member.state for member in self.members.values()]
         counts = ", ".join(f"{states.count(state)} {state}" for state in ("running", "ended", "failed"))
-        bar.set_postfix_str(counts + ("" if tokens_per_second is None else f"; {tokens_per_second:,.0f} tokens/s"))
+        speed = "" if tokens_per_second is None else f"; {tokens_per_second:,.0f} tokens/s"
+        bar.set_postfix_str(printable(counts + speed))
         try:
             self.write_table()
         except UserError as error:  # raised when all ranks agree, at the next step

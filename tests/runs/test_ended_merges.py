@@ -206,7 +206,7 @@ def end_at_random(case: Case, *, kills: int, prelude: Prelude | None = None) -> 
         case.merge().expect(0)
         case.check_output()
         assert whole.items() <= case.inodes().items()
-    assert kept > kills
+    assert kept >= kills  # a file that was still being flushed is made again, so a busy machine keeps fewer
     return kept
 
 

@@ -234,8 +234,11 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
         return run(runner, schedule, batches, denominator)
 
     def divided(runner: Any, batch: Any) -> Any:
-        *supervised, denominator = labels(runner, batch)
-        return *supervised, denominator if denominator == 1.0 else divisor_of(batch, runner, runner.batches)
+        *supervised, weighted = labels(runner, batch)
+        if runner._denominator == 1.0:
+            return *supervised, weighted
+        divisor = divisor_of(batch, runner, runner.batches)
+        return *supervised, lambda loss: loss / divisor
 
     patch.setattr(module.PlainRunner, "accumulate", accumulate)
     patch.setattr(module.PipelineRunner, "_run", noted)

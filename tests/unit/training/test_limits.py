@@ -193,7 +193,7 @@ def test_gradients_of_all_layers_are_summed_by_one_node_in_fp32(monkeypatch: pyt
         assert all(tensor.grad_fn is node for tensor in tensors), "one node for all layers"
         node.register_prehook(lambda given, found=found: found.extend((g.shape, g.dtype) for g in given))
     assert {update.a.dtype for update in of_qkv} == {torch.bfloat16}
-    monkeypatch.setattr(model, "read_adapter", lambda: updates)
+    monkeypatch.setattr(model, "read_adapter", lambda _shares: updates)
     model(*batch()).backward()
     o, r, d = config.heads.rows[0] + 2 * config.heads.rows[1], tied_adapter.config.rank, config.hidden_size
     wide = {"grad_a": torch.Size((r, d)), "grad_f": torch.Size((o, r))}
