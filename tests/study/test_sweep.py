@@ -230,7 +230,7 @@ def test_a_run_that_fails_beside_others(study: tuple[Base, Path], whole: Path, t
 
 def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) -> None:
     """A clear loser stops at the first evaluation after its warm-up, a near tie goes on, and tables say which stopped;
-    the same if all is killed and started again, which is once before it stops and once afterwards."""
+    the same if all is killed and started again: when only the first was evaluated, before one stops, and afterwards."""
     changes = {"methods": "tl6", "ranks": "2", "learning_rates": "2e-1,1e-6,1.9e-1", "warmup_steps": 4, "together": 3}
     whole, folder, group = tmp_path / "whole", tmp_path / "out", "group tl6-r2-lr2e-1"
     run(study, whole, halving=True, **changes)
@@ -251,13 +251,21 @@ def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) 
 
     turn = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.group", name="Group._turn")
     stop = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.member", name="Member.end_behind")
-    run(study, folder, expect=-signal.SIGKILL, preludes={group: stop}, halving=True, **changes)
+    # Three turns of three, and the first of the fourth; the others begin anew, and the first waits for them.
+    uneven = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.member", name="Member.after_step")
+    first = {group: functools.partial(uneven, call=11)}
+    run(study, folder, expect=-signal.SIGKILL, preludes=first, halving=True, **changes)
+    latest = {rate: folder / "runs" / f"tl6-r2-lr{rate}" / "checkpoints" / "latest" for rate in ends}
+    assert [rate for rate in ends if latest[rate].is_file()] == ["2e-1"]
+    go_on(study, folder, expect=-signal.SIGKILL, preludes={group: stop})
     go_on(study, folder, expect=-signal.SIGKILL, preludes={group: functools.partial(turn, call=7)})
     go_on(study, folder)
     for name in TABLES:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     for rate in ends:
-        assert status(folder / "runs" / f"tl6-r2-lr{rate}") == ends[rate]
+        name = f"tl6-r2-lr{rate}"
+        assert status(folder / "runs" / name) == ends[rate]
+        assert losses(folder / "runs" / name) == losses(whole / "runs" / name)
 
 
 def test_a_base_that_cannot_be_scored_starts_nothing_else(study: tuple[Base, Path], tmp_path: Path) -> None:
