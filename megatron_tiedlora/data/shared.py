@@ -5,7 +5,7 @@ A micro-batch is never split, since its gradient is one sum; and an adapter has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -28,17 +28,27 @@ def shared_rounds(steps: Mapping[str, TrainingStep], *, capacity: int) -> list[l
     """
     found: list[list[Owned]] = []
     for number in range(max((len(step.micro_batches) for step in steps.values()), default=0)):
-        room = 0
-        for name, step in steps.items():
-            if number >= len(step.micro_batches):
-                continue
-            own = name, step.micro_batches[number]
-            if step.largest[number] <= room:
-                found[-1].append(own)
-            else:
-                found.append([own])
-                room = capacity
-            room -= step.largest[number]
+        present = {name: step for name, step in steps.items() if number < len(step.micro_batches)}
+        found += filled(
+            [((name, step.micro_batches[number]), step.largest[number]) for name, step in present.items()], capacity
+        )
+    return found
+
+
+def filled(batches: Iterable[tuple[Owned, int]], capacity: int) -> list[list[Owned]]:
+    """The micro-batches in shared ones of at most `capacity` tokens, in order.
+
+    Args:
+        batches: each with its tokens, padding included, on the rank where it has most.
+    """
+    found: list[list[Owned]] = []
+    room = 0
+    for own, num_tokens in batches:
+        if num_tokens > room:
+            found.append([])
+            room = capacity
+        found[-1].append(own)
+        room -= num_tokens
     return found
 
 

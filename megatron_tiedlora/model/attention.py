@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +66,9 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
+AnyCache = KeyValueCache | tuple[KeyValueCache, ...]  # of one batch, or of each share of tokens of several adapters
+
+
 @dataclass(frozen=True)
 class AttentionContext:
     """What attention needs to know about the tokens of a call; it is the same for all layers.
@@ -79,6 +82,7 @@ class AttentionContext:
         attend: the function that computes attention within documents.
         mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
             cache's dtype.
+        of_shares: if keys come from the caches of several shares, the context of each.
     """
 
     positions: torch.Tensor
@@ -88,6 +92,7 @@ class AttentionContext:
     documents: Documents | None = None
     attend: Attend | None = None
     mask: torch.Tensor | None = None
+    of_shares: tuple[tuple[Share, AttentionContext], ...] = ()
 
 
 class Attention(nn.Module):
@@ -113,7 +118,7 @@ class Attention(nn.Module):
         dtype: torch.dtype,
         *,
         documents: torch.Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AnyCache | None = None,
         shares: Shares = (),
     ) -> AttentionContext:
         """What `attend` of every layer needs to know about the tokens, computed once for all layers.
@@ -124,10 +129,14 @@ class Attention(nn.Module):
             documents: (b, s) int64, document ids; None: one document per row. Best on the host.
             shares: of a shared micro-batch.
             cache: of any layer, as it is before the call. The first call fills it with whole prompts, padded on the
-                right; later tokens see its keys up to their own position.
+                right; later tokens see its keys up to their own position. With shares there is one for each.
         """
         heads = self.qkv.heads
         context = AttentionContext(positions, rotation_table(positions, heads, dtype))
+        if isinstance(cache, tuple):
+            own = zip(shares, _by_share(positions, shares), cache, strict=True)
+            of_shares = ((share, self.context(ids, dtype, cache=of_share)) for share, ids, of_share in own)
+            return replace(context, of_shares=tuple(of_shares))
         if cache is not None and cache.filled:
             return replace(context, mask=self._cache_mask(positions, cache))
         device, (num_rows, length) = positions.device, positions.shape
@@ -167,21 +176,37 @@ class Attention(nn.Module):
         tensor_parallel: TensorParallel,
         *,
         update: LayerUpdate | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AnyCache | None = None,
     ) -> torch.Tensor:
         """The attention output of this rank's heads, (b, s, local heads * head_dim), for `output`.
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
             context: of the s tokens.
-            cache: of this rank's key and value heads; the new keys and values are added to it.
+            cache: of this rank's key and value heads; the new keys and values are added to it. With shares there is
+                one for each.
         """
         qkv_update = None if update is None else update.get(QKV)
         num_rows = len(context.positions)
         query, key, value = self.qkv(hidden, tensor_parallel, qkv_update, num_rows=num_rows, table=context.table)
+        if isinstance(cache, tuple):
+            by_share = zip(_heads_by_share(context, query, key, value), context.of_shares, cache, strict=True)
+            outputs = [self._attend(*heads, own, of_share) for heads, (_, own), of_share in by_share]
+            return torch.cat([output.flatten(0, 1) for output in outputs])[None]
+        return self._attend(query, key, value, context, cache)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: AttentionContext,
+        cache: KeyValueCache | None,
+    ) -> torch.Tensor:
+        """(b, heads, s, head_dim) -> (b, s, heads * head_dim)."""
         if cache is not None and cache.filled:
             cache.update(key, value, context.positions)
-            return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(hidden.dtype)
+            return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(query.dtype)
         if cache is not None:
             cache.update(key, value, context.positions)
         if context.tiles_of_shares:
@@ -196,6 +221,15 @@ def _by_share(ids: torch.Tensor, shares: Shares) -> list[torch.Tensor]:
     """(1, s) -> the (rows, length) of each share."""
     parts = ids[0].split([share.num_tokens for share in shares])
     return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
+
+
+def _heads_by_share(context: AttentionContext, *heads: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(1, heads, s, head_dim) each -> the (rows, heads, length, head_dim) of each share."""
+    shares = [share for share, _ in context.of_shares]
+    sizes = [share.num_tokens for share in shares]
+    parts = zip(*(some.transpose(1, 2).flatten(0, 1).split(sizes) for some in heads), strict=True)
+    for share, of_share in zip(shares, parts, strict=True):
+        yield tuple(part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share)
 
 
 def _attend_by_share(

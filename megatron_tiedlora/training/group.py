@@ -6,6 +6,7 @@ Then come the evaluations and saves that are due, adapter by adapter. One that h
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_tiedlora.base.errors import UserError, printable
 from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
+from megatron_tiedlora.training.group_evaluation import GroupEvaluation
 from megatron_tiedlora.training.group_step import GroupStep
 from megatron_tiedlora.training.halving import find_behind
 from megatron_tiedlora.training.member import Member
@@ -39,6 +41,7 @@ class Group:
     _failure: UserError | None = None
 
     def __post_init__(self) -> None:
+        self.evaluation = GroupEvaluation(self.step.runner, self.step.capacity, self.stop)
         self.last_turn = max(member.progress.step for member in self.members.values())
 
     @property
@@ -63,10 +66,7 @@ class Group:
         """
         with self.stop.deferred(), self._bar() as bar:
             try:
-                for member in self.members.values():
-                    with member.failing_alone():
-                        member.begin(bar)
-                self._stop_behind(bar)
+                self._begin(bar)
                 self._show(bar, tokens_per_second=None)
                 while running := self._running():
                     self._turn(self._in_step(running), bar)
@@ -82,6 +82,42 @@ class Group:
 
     def _running(self) -> dict[str, Member]:
         return {name: member for name, member in self.members.items() if member.state == "running"}
+
+    def _begin(self, bar: Any) -> None:
+        """Evaluate the adapters that begin, and what others had left to do after their last step."""
+        for member in self.members.values():
+            with member.failing_alone():
+                member.recall()
+        new = {name: member for name, member in self.members.items() if member.progress.step == 0}
+        started = self.evaluation.evaluated(list(new.values()))
+        for name, found in started.items():
+            with new[name].failing_alone():
+                new[name].begin(bar, found)
+        moved = [
+            member
+            for member in new.values()
+            if member.state == "running" and not member.plan.adapter.method_spec.starts_at_base
+        ]
+        with ExitStack() as zero:
+            for member in moved:
+                zero.enter_context(member.base_alone())
+            base = self.evaluation.losses(moved)
+        for member in moved:
+            member.show_start(bar, base[member.name], started[member.name].loss)
+        for member in new.values():
+            if member.state == "running":
+                with member.failing_alone():
+                    member.end_if_trained()
+        self._after_step({name: member for name, member in self.members.items() if name not in new}, bar)
+
+    def _after_step(self, members: Mapping[str, Member], bar: Any) -> None:
+        """The evaluations that are due, together, and then the saves of each."""
+        found = self.evaluation.evaluated([member for member in members.values() if member.evaluation_is_due])
+        for name, member in members.items():
+            if member.state == "running":
+                with member.failing_alone():
+                    member.after_step(bar, found.get(name))
+        self._stop_behind(bar)
 
     def _bar(self) -> Any:
         members = self.members.values()
@@ -107,10 +143,7 @@ class Group:
         for name, member in running.items():
             member.took(samples[name], report, bar)
         self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
-        for member in self._running().values():
-            with member.failing_alone():
-                member.after_step(bar)
-        self._stop_behind(bar)
+        self._after_step(self._running(), bar)
         self._show(bar, tokens_per_second=sum(step.num_tokens for step in samples.values()) / report.seconds)
 
     def _in_step(self, running: Mapping[str, Member]) -> dict[str, Member]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import Checkpoint
@@ -16,10 +16,7 @@ from megatron_tiedlora.training.member import Member
 
 def score_before(group: Group, checkpoints: Mapping[str, Checkpoint | None]) -> None:
     """Score the adapters that begin, before their first step. All ranks call it."""
-    for name, member in group.members.items():
-        if checkpoints[name] is None:
-            with member.failing_alone():
-                finish.record_score(member, "before", finish.score(member))
+    _score(group, [member for name, member in group.members.items() if checkpoints[name] is None], "before")
 
 
 def score_after(group: Group) -> None:
@@ -27,7 +24,17 @@ def score_after(group: Group) -> None:
     for member in _trained(group):
         with member.failing_alone():
             finish.use_best_adapter(member)
-            finish.record_score(member, "after", finish.score(member))
+    _score(group, _trained(group), "after")
+
+
+def _score(group: Group, members: Sequence[Member], moment: str) -> None:
+    """Score them together on their test samples, and record that."""
+    with group.stop.deferred():
+        found = group.evaluation.scores(members, lambda member: member.data.scored)
+    for member in members:
+        if member.name in found:
+            with member.failing_alone():
+                finish.record_score(member, moment, found[member.name])
 
 
 def export_all(group: Group) -> list[str]:

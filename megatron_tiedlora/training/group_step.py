@@ -79,10 +79,11 @@ class GroupStep:
         self.finished = {name: (finished or {}).get(name, 0) for name in plans}
         # As many tokens as the largest micro-batch of one adapter may have: a rank has memory for these.
         most = max(plan.layout.rows * plan.layout.length for plan in plans.values())
-        self._capacity = most if shares_micro_batches else 0
+        self.capacity = most if shares_micro_batches else 0
+        self.runner = built.runner
         self._long_seconds = long_seconds
         self._seconds = math.inf  # of the last step, mean over ranks; unknown yet, so the first one counts as long
-        runner = built.runner
+        runner = self.runner
         self._seen = {name: _One(a, runner.groups, runner.config) for name, a in built.step.bank.adapters.items()}
         self.checks = {
             name: StepChecks(one, check_steps=plans[name].settings.replica_check_steps)
@@ -110,10 +111,10 @@ class GroupStep:
         """
         started, grid = time.monotonic(), self._shared.grid
         bank_step = self._built.step
-        parts = shared_rounds(steps, capacity=self._capacity)
+        parts = shared_rounds(steps, capacity=self.capacity)
         weights = {name: self._weight(name, step) for name, step in steps.items()}
         inputs = [shared_input(some) for some in parts]
-        summed = self._built.runner.accumulate_shares(inputs, weights, self._between_micro_batches)
+        summed = self.runner.accumulate_shares(inputs, weights, self._between_micro_batches)
         self._note_missing(bank_step.sum_gradients(steps))
         requested = self._stop.requested_signal()
         mine = StepVotes(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,20 +18,18 @@ import torch
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full, gather_state
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.resume import moment_name
-from megatron_tiedlora.data.loader import TrainingStep, num_evaluation_batches
+from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.engine.bank_step import OwnStep
 from megatron_tiedlora.engine.engine import trained_parameters
 from megatron_tiedlora.engine.optimizer_state import read_moments
-from megatron_tiedlora.evaluation.answering import ScoredSet
-from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.heartbeat import rank_line
 from megatron_tiedlora.training.checks import StepChecks, require_finite
 from megatron_tiedlora.training.group_step import GroupReport
 from megatron_tiedlora.training.halving import BatchLosses, read_record
-from megatron_tiedlora.training.loop import Trainer
+from megatron_tiedlora.training.loop import Evaluated, Trainer
 from megatron_tiedlora.training.step import StepReport
 
 
@@ -106,8 +104,7 @@ class Member(Trainer):
     @property
     def num_evaluation_parts(self) -> int:
         """Of how many parts an evaluation knows the loss."""
-        sizes = {"micro_batch_size": self.plan.batches.micro_batch_size, "dp_size": self.plan.grid.dp_size}
-        return -(-num_evaluation_batches(self.data.validation, **sizes) // self.runner.inputs_at_once)
+        return -(-self.num_evaluation_batches // self.runner.inputs_at_once)
 
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
@@ -141,18 +138,21 @@ class Member(Trainer):
         """This rank's share of its next global batch."""
         return next(self._loader)
 
-    def begin(self, bar: Any) -> None:
-        """Evaluate before the first step, or what was left to do after the last one. May end it."""
+    def recall(self) -> None:
+        """With --halving: the evaluation that it was resumed after. It has ended if it was stopped then."""
         if self.keeps_losses:
             path, step = self.folder.path, self.progress.evaluated_step
             self.evaluated = decided_by_rank_0(lambda: read_record(path, step=step), kind=BatchLosses | None)
         if self.evaluated is not None and self.evaluated.stopped and self.progress.step == self.evaluated.step:
             self._end(self.evaluated.stopped)
-        elif self.progress.step == 0:
-            self._evaluate_start(NamedBar(bar, self.name))
-            self._end_if_trained()
-        else:
-            self.after_step(bar)
+
+    def begin(self, bar: Any, started: Evaluated) -> None:
+        """Log the evaluation before the first step."""
+        self._log_validation(started, NamedBar(bar, self.name))
+
+    def show_start(self, bar: Any, base: float, started: float) -> None:
+        """Say how far the initial update moves the validation loss of the base."""
+        self._show_start(NamedBar(bar, self.name), base, started)
 
     def took(self, samples: TrainingStep, report: GroupReport, bar: Any) -> None:
         """Count and log the step that it took with the group, or fail with the reason why it took none."""
@@ -165,13 +165,15 @@ class Member(Trainer):
         step = StepReport(own.number, own.loss, own.learning_rate, own.grad_norm, report.seconds, report.votes)
         self._report(NamedBar(bar, self.name), step, samples)
 
-    def after_step(self, bar: Any) -> None:
-        """Evaluate and save if that is due. May end it."""
-        self._evaluate_and_save(NamedBar(bar, self.name))
-        self._end_if_trained()
+    def after_step(self, bar: Any, evaluated: Evaluated | None) -> None:
+        """Log an evaluation, which is there if it was due, and save if that is due. May end it."""
+        assert evaluated is not None or not self.evaluation_is_due, "evaluations are made together"
+        self._evaluate_and_save(NamedBar(bar, self.name), evaluated)
+        self.end_if_trained()
 
-    def _end_if_trained(self) -> None:
-        if self.progress.step < self.plan.settings.max_steps and not self._out_of_patience():
+    def end_if_trained(self) -> None:
+        """End it after its last step, or if it is out of patience."""
+        if not self.is_trained:
             return
         self._end("early_stopping" if self._out_of_patience() else "max_steps")
 
@@ -187,23 +189,21 @@ class Member(Trainer):
         self._end(reason)
         self._keep(replace(self.evaluated, stopped=reason))
 
+    def keep_losses(self, parts: Sequence[tuple[float, int]]) -> None:
+        """With --halving: keep an evaluation, of which this rank has the loss and supervised tokens of each part.
+
+        It is in the run folder before the checkpoint that follows it.
+        """
+        if self.keeps_losses and self.progress.step:
+            losses, tokens = zip(*parts, strict=True)
+            summed = sum_over_ranks([*losses, *map(float, tokens)])
+            replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # each rank of a model has counted them
+            counts = (round(count) // replicas for count in summed[len(losses) :])
+            self._keep(BatchLosses(self.progress.step, tuple(summed[: len(losses)]), tuple(counts)))
+
     def _keep(self, evaluated: BatchLosses) -> None:
         decided_by_rank_0(lambda: evaluated.write(self.folder.path, guard=self.folder.guard))
         self.evaluated = evaluated
-
-    def _evaluated(self, loss: float, parts: list[float], tokens: list[float]) -> float:
-        """See Trainer. The evaluation is kept before the checkpoint that follows it."""
-        if self.keeps_losses and self.progress.step:
-            summed = sum_over_ranks([*parts, *tokens])
-            replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # each rank of a model has counted them
-            counts = (round(count) // replicas for count in summed[len(parts) :])
-            self._keep(BatchLosses(self.progress.step, tuple(summed[: len(parts)]), tuple(counts)))
-        return super()._evaluated(loss, parts, tokens)
-
-    def score(self, scored: ScoredSet | None) -> dict[str, Score]:
-        """See Trainer."""
-        with self.runner.alone():
-            return super().score(scored)
 
     def _full_state(self) -> dict[str, torch.Tensor]:
         state = gather_state(dict(self.runner.adapter.named_parameters()), self.layout)

@@ -129,13 +129,14 @@ def state(folder: Path) -> tuple[str, int, str]:
 def _best_is_scored() -> None:
     """A rank that scores another adapter after training than the best one ends with a traceback."""
 
-    def look(trainer: Any) -> None:
-        if trainer.progress.step > 0:
-            best = load_file(trainer.folder.adapter / "adapter_model.safetensors")
-            for name, parameter in trainer.runner.adapter.named_parameters():
-                assert torch.equal(parameter.detach(), best[name]), name
+    def look(_: Any, members: Any, samples_of: Any) -> None:
+        for member in members:
+            if member.state == "ended" and samples_of(member) is member.data.scored:
+                best = load_file(member.folder.adapter / "adapter_model.safetensors")
+                for name, parameter in member.runner.adapter.named_parameters():
+                    assert torch.equal(parameter.detach(), best[name]), name
 
-    before_call("megatron_tiedlora.training.finish", "score", look)
+    before_call("megatron_tiedlora.training.group_evaluation", "GroupEvaluation.scores", look)
 
 
 def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
