@@ -20,8 +20,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping, write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.adapters_file import check_together
-from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import looks_like_path, read_rows
 from megatron_tiedlora.data.sources import parse_sources
@@ -41,9 +40,14 @@ from megatron_tiedlora.study.record import (
     last_lines,
 )
 from megatron_tiedlora.study.scores import BASE_NAME, best_run, read_run, read_score
-from megatron_tiedlora.study.together import grouped, most_together
-from megatron_tiedlora.training.build_bank import shared_plan
-from megatron_tiedlora.training.group_start import DS_CONFIG
+from megatron_tiedlora.study.together import (
+    SCORES_END,
+    check_groups,
+    group_settings,
+    grouped,
+    most_together,
+    take_scores,
+)
 from megatron_tiedlora.training.halving import REASON
 from megatron_tiedlora.training.length import with_models_length
 from megatron_tiedlora.training.plan import plan_run
@@ -88,18 +92,24 @@ class SweepPlan:
 
     def jobs(self, lock: int) -> list[StudyJob]:
         """The unfinished jobs in order: the base model's score, then the runs and the score of each point."""
+        take_scores(self.folder)
         jobs = [] if self._scored(BASE_NAME) else [self._score(None, (), lock)]
         left, started = list(self.grid.points), dict[str, str]()  # by name of a run its job's
         for runs in ((), *self.groups()):
             if runs:
                 jobs.append(self._train(runs[0], lock) if len(runs) == 1 else self._train_together(runs, lock))
                 started |= {run.name: jobs[-1].name for run in runs}
+            ready: dict[Point, tuple[str, ...]] = {}  # what each needs
             while left and all(run.name in started for run in self._unfinished(left[0])):
                 point = left.pop(0)
                 needs = tuple(dict.fromkeys(started[run.name] for run in self._unfinished(point)))
                 # The run to score is known only when all have ended, so a point with unfinished runs has a score job.
                 if needs or not self._scored(self._scored_name(point)):
-                    jobs.append(self._score(point, needs, lock))
+                    ready[point] = needs
+            if len(ready) > 1 and self.settings.together != 1:
+                jobs.append(self._score_together(ready, lock))
+            else:
+                jobs += [self._score(point, needs, lock) for point, needs in ready.items()]
         return jobs
 
     def groups(self) -> list[tuple[Run, ...]]:
@@ -107,7 +117,7 @@ class SweepPlan:
         runs, most = [self._unfinished(point) for point in self.grid.points], self.settings.together
         if most == "auto" and (num_runs := sum(map(len, runs))):
             widest = max(self.grid.points, key=lambda point: point.num_trained(self.base.shape))
-            settings = _group_settings(self.command, self.grid.runs(widest)[0])
+            settings = group_settings(self.command, self.grid.runs(widest)[0])
             ranks = settings.tensor_parallel * settings.pipeline_parallel
             plan = plan_run(settings, rank=0, world_size=ranks, weights=False, source=self.source)
             most = most_together(plan, num_runs=num_runs, num_slots=len(self.slots()))
@@ -204,9 +214,11 @@ class SweepPlan:
 
         return StudyJob(name, (), command, lambda: None, done, runs=jobs)
 
-    def _score(self, point: Point | None, needs: tuple[str, ...], lock: int) -> StudyJob:
-        """The job that scores the best run of a point, or the base model, without which nothing can be compared."""
+    def _score(self, point: Point | None, needs: tuple[str, ...], lock: int, *, group: str | None = None) -> StudyJob:
+        """The job that scores the best run of a point, or the base model, without which nothing can be compared; or
+        that reads what the job `group` has found."""
         job = f"score {BASE_NAME}" if point is None else _score_job(point)
+        log = self.folder.log(group or job)
 
         def command(slot: tuple[str, ...]) -> Command | None:
             name = self._scored_name(point)
@@ -214,19 +226,14 @@ class SweepPlan:
                 return None
             folder = self.folder.score(name)
             discard(folder, guard=self.folder.guard)  # it has no result
-            settings = {
-                **{setting: getattr(self.command.train, setting) for setting in _SHARED_WITH_EVALUATE},
-                "max_length": with_models_length(self.command.train, self.source).max_length,
-                "adapter": None if point is None else self.folder.run(name) / "adapter",
-                "batch_size": self.settings.test_batch_size,
-                "limit": self.test_limit,
-                "output_dir": folder,
-                **self._take_over,
-            }
-            return Command("evaluate", settings, with_port(slot), self.folder.log(job), lock)
+            adapter = None if point is None else self.folder.run(name) / "adapter"
+            settings = {**self._of_scores, "adapter": adapter, "output_dir": folder}
+            return Command("evaluate", settings, with_port(slot), log, lock)
 
         def failure() -> str | None:
-            return None if self._scored(self._scored_name(point)) else _reason(self.folder.log(job))
+            if group is not None:
+                take_scores(self.folder)
+            return None if self._scored(self._scored_name(point)) else _reason(log)
 
         def done() -> tuple[float, str]:
             name = self._scored_name(point)
@@ -236,6 +243,36 @@ class SweepPlan:
             return 0.0, "decoding" if score is None else f"{self.base.metric} {score.value:.2f} % ({name})"
 
         return StudyJob(job, needs, command, failure, done, vital=point is None)
+
+    @property
+    def _of_scores(self) -> dict[str, Any]:
+        """The settings of every start of evaluate.py."""
+        return {
+            **{setting: getattr(self.command.train, setting) for setting in _SHARED_WITH_EVALUATE},
+            "max_length": with_models_length(self.command.train, self.source).max_length,
+            "batch_size": self.settings.test_batch_size,
+            "limit": self.test_limit,
+            **self._take_over,
+        }
+
+    def _score_together(self, points: Mapping[Point, tuple[str, ...]], lock: int) -> StudyJob:
+        """The job that scores the best runs of several points in one start; `points` has what each needs."""
+        first = _score_job(next(iter(points))).removeprefix("score ")
+        name, folder = f"scores {first}", self.folder.group(f"{first}{SCORES_END}")
+        jobs = tuple(self._score(point, (), lock, group=name) for point in points)
+
+        def command(slot: tuple[str, ...]) -> Command | None:
+            best = [found for point in points if (found := self._scored_name(point)) is not None]
+            left = [run for run in best if not self._scored(run)]
+            if not left:
+                return None
+            discard(folder, guard=self.folder.guard)  # it has no results
+            words = ("--adapters", *(f"{run}={self.folder.run(run) / 'adapter'}" for run in left))
+            settings = {**self._of_scores, "output_dir": folder}
+            return Command("evaluate", settings, with_port(slot), self.folder.log(name), lock, words)
+
+        needs = tuple(dict.fromkeys(need for of_point in points.values() for need in of_point))
+        return StudyJob(name, needs, command, lambda: None, lambda: (0.0, f"decoding {len(jobs)}"), runs=jobs)
 
     def dry_run_lines(self) -> list[str]:
         """A table of all runs with their states and trained parameters."""
@@ -281,7 +318,8 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
     )
     check_resumable(folder, command, base)
     if settings.together != 1:
-        _check_together(command, ranks=ranks, source=source)
+        with _no_accelerator_needed():
+            check_groups(command, ranks=ranks, source=source)
     grid = make_grid(settings, source.shape.num_layers)
     for run in _each_run(grid):
         make_settings({**command.given, **run.settings})
@@ -289,26 +327,6 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
     _check_files(files, read_by_task=task.read_files is not None)
     return SweepPlan(command, folder, source, base, grid, _test_limit(command))
-
-
-def _group_settings(command: SweepCommand, run: Run) -> Settings:
-    """The settings of a run in a group."""
-    return make_settings({"ds_config": DS_CONFIG, **command.given, **run.settings})
-
-
-def _check_together(command: SweepCommand, *, ranks: int, source: ModelSource) -> None:
-    """Raise UserError if the runs of the sweep cannot train together."""
-    settings = command.settings
-    first = Run(Point(settings.methods[0], settings.ranks[0]), settings.learning_rates[0])
-    try:
-        train = _group_settings(command, first)
-        check_together(train)
-        if settings.halving and train.eval_metric != "loss":
-            raise UserError(f"--halving compares validation losses; remove --eval_metric {train.eval_metric}")
-        with _no_accelerator_needed():
-            shared_plan({first.name: plan_run(train, rank=0, world_size=ranks, weights=False, source=source)})
-    except UserError as error:
-        raise UserError(f"--together {settings.together}: {error}") from None
 
 
 def _test_limit(command: SweepCommand) -> int | None:

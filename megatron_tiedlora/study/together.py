@@ -13,15 +13,43 @@ from collections.abc import Sequence
 
 import psutil
 
+from megatron_tiedlora.base.atomic import discard
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.sweep_settings import MOST_TOGETHER
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.adapters_file import check_together
+from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.sweep_settings import MOST_TOGETHER, SweepCommand
+from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.study.grid import Run
-from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.study.grid import Point, Run
+from megatron_tiedlora.study.record import GROUPS, StudyFolder
+from megatron_tiedlora.training.build_bank import shared_plan
+from megatron_tiedlora.training.group_start import DS_CONFIG
+from megatron_tiedlora.training.plan import RunPlan, plan_run
 
+SCORES_END = ".scores"  # of the name of a folder in GROUPS, where several adapters were scored
 # Of the memory that is free; the rest is for what the planner does not know.
 _SHARE = 0.8
 _PROCESS_BYTES = 1.5e9  # of a rank's libraries and buffers in a machine's memory
+
+
+def group_settings(command: SweepCommand, run: Run) -> Settings:
+    """The settings of a run in a group."""
+    return make_settings({"ds_config": DS_CONFIG, **command.given, **run.settings})
+
+
+def check_groups(command: SweepCommand, *, ranks: int, source: ModelSource) -> None:
+    """Raise UserError if the runs of a sweep cannot train together."""
+    settings = command.settings
+    first = Run(Point(settings.methods[0], settings.ranks[0]), settings.learning_rates[0])
+    try:
+        train = group_settings(command, first)
+        check_together(train)
+        if settings.halving and train.eval_metric != "loss":
+            raise UserError(f"--halving compares validation losses; remove --eval_metric {train.eval_metric}")
+        shared_plan({first.name: plan_run(train, rank=0, world_size=ranks, weights=False, source=source)})
+    except UserError as error:
+        raise UserError(f"--together {settings.together}: {error}") from None
 
 
 def grouped(points: Sequence[Sequence[Run]], most: int) -> list[tuple[Run, ...]]:
@@ -38,6 +66,23 @@ def grouped(points: Sequence[Sequence[Run]], most: int) -> list[tuple[Run, ...]]
                 groups.append([])
             groups[-1] += part
     return [tuple(group) for group in groups if group]
+
+
+def take_scores(folder: StudyFolder) -> None:
+    """Move each score that was made beside others to its place. A sweep that was killed may have left some.
+
+    Raises:
+        UserError: one cannot be moved.
+    """
+    for made in (folder.path / GROUPS).glob(f"*{SCORES_END}"):
+        for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
+            target = folder.score(found.parent.name)
+            discard(target, guard=folder.guard)  # it has no result, or this one
+            try:
+                found.parent.replace(target)
+            except OSError as error:
+                raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+        discard(made, guard=folder.guard)
 
 
 def most_together(plan: RunPlan, *, num_runs: int, num_slots: int) -> int:
