@@ -16,7 +16,7 @@ from megatron_tiedlora.base.errors import UserError, printable
 from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training.group_evaluation import GroupEvaluation
+from megatron_tiedlora.training.group_evaluation import GroupEvaluation, of_start
 from megatron_tiedlora.training.group_step import GroupStep
 from megatron_tiedlora.training.halving import find_behind
 from megatron_tiedlora.training.member import Member
@@ -89,7 +89,7 @@ class Group:
             with member.failing_alone():
                 member.recall()
         new = {name: member for name, member in self.members.items() if member.progress.step == 0}
-        started = self.evaluation.evaluated(list(new.values()))
+        started = of_start(list(new.values()), self.evaluation.evaluated)
         for name, found in started.items():
             with new[name].failing_alone():
                 new[name].begin(bar, found)

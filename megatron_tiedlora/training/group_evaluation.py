@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, zip_longest
+from typing import TypeVar
 
 from megatron_tiedlora.data.loader import MicroBatch, evaluation_sizes
 from megatron_tiedlora.data.shared import Owned, filled, shared_input
@@ -26,6 +27,7 @@ from megatron_tiedlora.training.loop import Evaluated
 from megatron_tiedlora.training.member import Member
 
 Members = Sequence[Member]
+Found = TypeVar("Found")
 
 # Tokens of a shared batch, in micro-batches of a training step. Without a backward pass a batch needs the memory of one
 # layer, where a step needs that of all layers, or with recomputation their inputs and one layer with its gradients.
@@ -120,6 +122,27 @@ class GroupEvaluation:
                 decoder, part, grid=plan.grid, agree=self.stop.agree, progress=members[0].is_main
             ) or [[] for _ in part]
         return {member.name: own for member, own in zip(members, answers, strict=True)}
+
+
+def of_start(members: Members, evaluate: Callable[[Members], dict[str, Found]]) -> dict[str, Found]:
+    """What `evaluate` finds of each member that has taken no step.
+
+    As long as its update is zero, an adapter has the base's numbers. So of those with the same data one is evaluated.
+    """
+    first: dict[tuple[object, ...], Member] = {}
+    same = {member.name: first.setdefault(_start(member), member) for member in members}
+    found = evaluate(list(first.values()))
+    left = [member for member in members if member.failure is None]
+    found |= evaluate([member for member in left if same[member.name].failure is not None])
+    return {member.name: found[(member if member.name in found else same[member.name]).name] for member in left}
+
+
+def _start(member: Member) -> tuple[object, ...]:
+    """What decides the numbers of an adapter before its first step."""
+    plan = member.plan
+    if plan.settings.init_from is not None or not plan.adapter.method_spec.starts_at_base:
+        return (member.name,)
+    return id(member.data), plan.batches.micro_batch_size, plan.max_new_tokens, plan.settings.eval_batch_size
 
 
 def _num_supervised(batches: Iterable[Sequence[Owned]]) -> Counter[str]:

@@ -8,9 +8,11 @@ from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import Checkpoint
 from megatron_tiedlora.convert.export_peft import base_location
 from megatron_tiedlora.convert.serving import serve_together
+from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.training import finish
 from megatron_tiedlora.training.group import Group
+from megatron_tiedlora.training.group_evaluation import of_start
 from megatron_tiedlora.training.member import Member
 
 
@@ -29,8 +31,12 @@ def score_after(group: Group) -> None:
 
 def _score(group: Group, members: Sequence[Member], moment: str) -> None:
     """Score them together on their test samples, and record that."""
+
+    def score(some: Sequence[Member]) -> dict[str, dict[str, Score]]:
+        return group.evaluation.scores(some, lambda member: member.data.scored)
+
     with group.stop.deferred():
-        found = group.evaluation.scores(members, lambda member: member.data.scored)
+        found = of_start(members, score) if moment == "before" else score(members)
     for member in members:
         if member.name in found:
             with member.failing_alone():
