@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.data.order import sample_indices
 from megatron_tiedlora.data.packing import Rows, pack
 from megatron_tiedlora.data.token_dataset import TokenDataset
@@ -172,10 +174,18 @@ def training_steps(
 
     With the count of a finished step (`TrainingStep.consumed_samples`) it continues exactly there. If `numbered`,
     micro-batches have their tokens' numbers.
+
+    Raises:
+        UserError: a global batch has no supervised token; on every rank, for the same step.
     """
     packed = shape.packed_length is not None
     while True:
         plan = plan_global_batch(dataset, shape, seed=seed, consumed_samples=consumed_samples)
+        if not plan.num_supervised:
+            raise UserError(
+                f"no token of the global batch after {count_text(consumed_samples, 'sample')} is supervised, so it has"
+                " no loss; raise --global_batch_size, or remove samples that are a single token"
+            )
         consumed_samples = plan.consumed_samples
         positions = [num_positions(dataset, [rows], pad_multiple=pad_multiple) for rows in plan.micro_batches]
         yield TrainingStep(

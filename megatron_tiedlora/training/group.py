@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError, printable
+from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
@@ -131,7 +132,14 @@ class Group:
 
     def _turn(self, running: Mapping[str, Member], bar: Any) -> None:
         """One step of each; afterwards raise RunStopped if any rank should stop."""
-        samples = {name: member.next_samples() for name, member in running.items()}
+        samples: dict[str, TrainingStep] = {}
+        for name, member in running.items():
+            with member.failing_alone():
+                samples[name] = member.next_samples()
+        if not samples:
+            self._show(bar, tokens_per_second=None)
+            return
+        running = {name: running[name] for name in samples}
         saved = {name: member.saved_step for name, member in running.items()}
         report = self.step.run(
             samples,

@@ -12,6 +12,7 @@ from tiny_models import pack_samples, pad_samples, random_batches
 
 from megatron_tiedlora.adapters.adapter_bank import Share, pieces_of
 from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Member:
     Attributes:
         adapter: keywords of `random_adapter`, with its method.
         rows: the rows of each of its micro-batches; the samples of each row.
+        silent: which of its micro-batches have no supervised token.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Member:
     rows: tuple[tuple[int, ...], ...]
     seed: int = 0
     packed: bool = False
+    silent: tuple[int, ...] = ()
 
     @property
     def samples(self) -> list[OracleBatch]:
@@ -38,9 +41,11 @@ class Member:
     def micro_batches(self) -> list[OracleBatch]:
         """The samples in its rows, padded to a multiple of 8; positions and, if packed, documents are given."""
         left, found = iter(self.samples), []
-        for rows in self.rows:
-            some = [[next(left) for _ in range(count)] for count in rows]
-            found.append(self._padded(some))
+        for number, rows in enumerate(self.rows):
+            batch = self._padded([[next(left) for _ in range(count)] for count in rows])
+            if number in self.silent:
+                batch.labels.fill_(IGNORED_LABEL)
+            found.append(batch)
         return found
 
     def _padded(self, rows: list[list[OracleBatch]]) -> OracleBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 ALPHA = 6.0
 Gradients = dict[str, torch.Tensor]
@@ -153,6 +155,21 @@ def check(
         assert gradients[member.name].keys() == expected.keys()
         for name, gradient in expected.items():
             assert gradient.any() and torch.equal(gradients[member.name][name], gradient), (member, name)
+
+
+@pytest.mark.parametrize("members", [FOUR, PACKED], ids=["unpacked", "packed"])
+def test_micro_batches_without_a_supervised_token(members: tuple[Member, ...], folder: Path) -> None:
+    """One of the first adapter's, and all of the third's: their losses are 0, and no one else changes by a bit."""
+    first, second, third, fourth = members
+    silent = (replace(first, silent=(0,)), second, replace(third, silent=(0, 1)), fourth)
+    losses, gradients = together(silent, rounds(silent, shared=True), folder, torch.bfloat16)
+    assert losses[first.name][0] == 0.0 and not any(losses[third.name])
+    for member in silent:
+        expected_losses, expected = alone(member, folder, torch.bfloat16)
+        assert losses[member.name] == expected_losses and gradients[member.name].keys() == expected.keys()
+        assert all(torch.equal(gradients[member.name][name], gradient) for name, gradient in expected.items())
+        learns = any((batch.labels != IGNORED_LABEL).any() for batch in member.micro_batches)
+        assert any(gradient.any() for gradient in expected.values()) == learns, member
 
 
 @pytest.mark.parametrize("members", [FOUR, PACKED], ids=["unpacked", "packed"])

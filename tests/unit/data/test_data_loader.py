@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.loader import (
     BatchShape,
     collate,
@@ -63,6 +64,13 @@ def test_small_dataset_fills_a_global_batch():
     step = next(make_loader(make_dataset(5)))
     numbers = sorted(number for batch in step.micro_batches for number in sample_numbers(batch))
     assert len(numbers) == 12 and set(numbers) == set(range(5))
+
+
+def test_a_global_batch_without_a_supervised_token():
+    dataset = make_dataset(50)
+    silent = TokenDataset(dataset.tokens, dataset.offsets, np.zeros_like(dataset.supervised))
+    with pytest.raises(UserError, match="global batch after 24 samples is supervised"):
+        next(make_loader(silent, consumed_samples=24))
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 6])
