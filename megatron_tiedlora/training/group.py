@@ -5,7 +5,7 @@ Then come the evaluations and saves that are due, adapter by adapter. One that h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError, printable
+from megatron_tiedlora.checkpoint.resume import Progress
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.run_folder import RunFolder
@@ -21,6 +22,22 @@ from megatron_tiedlora.training.group_evaluation import GroupEvaluation, of_star
 from megatron_tiedlora.training.group_step import GroupStep
 from megatron_tiedlora.training.halving import find_behind
 from megatron_tiedlora.training.member import Member
+from megatron_tiedlora.training.plan import RunPlan
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An adapter that an earlier start has finished. Nothing of it is loaded; the table of all needs its row."""
+
+    name: str
+    plan: RunPlan
+    folder: RunFolder
+    progress: Progress
+    reason: str
+
+    state = "finished"
+    failure = None
+    recorded = True
 
 
 @dataclass
@@ -28,6 +45,8 @@ class Group:
     """A run of several adapters on one rank, from a ready engine to the end of their training.
 
     Attributes:
+        finished: those that an earlier start has finished.
+        names: of all, in the order of their file.
         rivals: with --halving, by each adapter's name those that it is compared with.
         last_turn: the number of the last turn; the first one follows the most steps that an adapter has.
     """
@@ -36,6 +55,8 @@ class Group:
     step: GroupStep
     folder: GroupFolder
     stop: StopRequests
+    finished: Mapping[str, Finished]
+    names: Sequence[str]
     rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
@@ -49,6 +70,11 @@ class Group:
     def is_main(self) -> bool:
         """Whether this rank writes files and shows progress."""
         return next(iter(self.members.values())).is_main
+
+    @property
+    def everyone(self) -> dict[str, Member | Finished]:
+        """All adapters, in the order of their file."""
+        return {name: self.finished[name] if name in self.finished else self.members[name] for name in self.names}
 
     @property
     def failed(self) -> list[str]:
@@ -187,8 +213,9 @@ class Group:
             if name not in self._told:
                 bar.write(printable(f"{name}: failed: {self.members[name].failure}"))
                 self._told.add(name)
-        states = [member.state for member in self.members.values()]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in ("running", "ended", "failed"))
+        states = [member.state for member in self.everyone.values()]
+        shown = ("running", "ended", "failed", *(["finished"] if self.finished else []))
+        counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
         speed = "" if tokens_per_second is None else f"; {tokens_per_second:,.0f} tokens/s"
         bar.set_postfix_str(printable(counts + speed))
         try:
@@ -198,14 +225,19 @@ class Group:
 
     def write_table(self) -> None:
         """Write table.csv on rank 0, if more than steps have changed. Raises UserError if it cannot be written."""
-        rows = [_row(member) for member in self.members.values()]
+        rows = table_rows(self.everyone)
         if not self.is_main or [{**row, "step": 0} for row in rows] == [{**row, "step": 0} for row in self._rows]:
             return
         self.folder.write_table(rows)
         self._rows = rows
 
 
-def _row(member: Member) -> dict[str, Any]:
+def table_rows(adapters: Mapping[str, Member | Finished]) -> list[dict[str, Any]]:
+    """The rows of table.csv."""
+    return [_row(member) for member in adapters.values()]
+
+
+def _row(member: Member | Finished) -> dict[str, Any]:
     settings, progress = member.plan.settings, member.progress
     return {
         "name": member.name,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.versions import installed_versions
@@ -31,9 +32,10 @@ from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import session
 from megatron_tiedlora.training.build_bank import BuiltBank, Plans, shared_plan
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
-from megatron_tiedlora.training.group import Group
+from megatron_tiedlora.training.group import Finished, Group
 from megatron_tiedlora.training.group_step import GroupStep
 from megatron_tiedlora.training.halving import check_halving, rivals_of
+from megatron_tiedlora.training.loop import is_trained
 from megatron_tiedlora.training.member import Member
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.resumed import with_kept_warmup
@@ -179,15 +181,40 @@ def find_checkpoints(plans: Plans, data: Data) -> dict[str, Checkpoint | None]:
     found = {}
     for name, plan in plans.items():
         with _naming(name):
-            folder = RunFolder(user_path(str(plan.settings.output_dir)))
-            found[name] = session.find_checkpoint(plan, data[name], folder)
+            found[name] = session.find_checkpoint(plan, data[name], _run_folder(plan))
     return found
+
+
+def _run_folder(plan: RunPlan) -> RunFolder:
+    """The run folder of one adapter, to read only."""
+    return RunFolder(user_path(str(plan.settings.output_dir)))
 
 
 def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
     """The plans with the warm-up of the checkpoints."""
     saved = {name: None if found is None else found.settings for name, found in checkpoints.items()}
     return {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
+
+
+def finished_before(plans: Plans, checkpoints: Checkpoints) -> dict[str, Finished]:
+    """The adapters that an earlier start has finished and exported, and that have no step left by their settings."""
+
+    def reasons() -> dict[str, str]:
+        found = {}
+        for name, plan in plans.items():
+            own, checkpoint = _run_folder(plan), checkpoints[name]
+            status = read_json_or_none(own.status) or {}
+            exported = status.get("state") == "finished" and (own.path / "peft").is_dir()
+            if exported and checkpoint is not None and is_trained(plan.settings, checkpoint.progress):
+                found[name] = str(status.get("reason", ""))
+        return found
+
+    found = {}
+    for name, reason in decided_by_rank_0(reasons, kind=dict[str, str]).items():
+        checkpoint = checkpoints[name]
+        assert checkpoint is not None
+        found[name] = Finished(name, plans[name], _run_folder(plans[name]), checkpoint.progress, reason)
+    return found
 
 
 def choose_group_kernels(plans: Plans, device: torch.device) -> ChosenKernels:
@@ -209,18 +236,26 @@ def make_group(
     device: torch.device,
     stop: StopRequests,
     *,
+    finished: Mapping[str, Finished],
     keep: Keep,
 ) -> Group:
     """Take and occupy the folder of each adapter, and make the group. The first files of the run are written here.
+
+    Args:
+        plans: of all adapters.
+        finished: those of them that an earlier start has finished.
 
     Raises:
         UserError: a folder cannot be written; on every rank.
     """
     _write_settings(settings, plans, folder)
+    names = tuple(plans)
+    plans = {name: plan for name, plan in plans.items() if name not in finished}
     meter = start_meter(shared_plan(plans), device)
-    progress = {name: Progress() if found is None else found.progress for name, found in checkpoints.items()}
-    finished = {name: found.step for name, found in progress.items()}
-    step = GroupStep(plans, built, stop, finished=finished, shares_micro_batches=settings.share_micro_batches)
+    saved = {name: checkpoints[name] for name in plans}
+    progress = {name: Progress() if found is None else found.progress for name, found in saved.items()}
+    steps = {name: found.step for name, found in progress.items()}
+    step = GroupStep(plans, built, stop, finished=steps, shares_micro_batches=settings.share_micro_batches)
     rivals = rivals_of({name: plan.settings for name, plan in plans.items()}) if settings.halving else {}
     members = {}
     for name, plan in plans.items():
@@ -241,7 +276,7 @@ def make_group(
             own_checks=step.checks[name],
             keeps_losses=bool(rivals.get(name)),
         )
-    group = Group(members, step, folder, stop, rivals)
+    group = Group(members, step, folder, stop, finished, names, rivals)
     group.folder = replace(folder, running=group.unrecorded)
     return group
 
@@ -280,6 +315,7 @@ def headline(
         f"attention  {stage.attention.route(device, plan.dtype)}",
         f"run folder {group.folder.path}",
     ]
+    lines += [f"{name:<10} finished before" for name in group.finished]
     for name, member in group.members.items():
         own = member.plan.settings
         step = f", resumed from step {member.progress.step}" if member.progress.step else ""

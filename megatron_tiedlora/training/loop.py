@@ -18,6 +18,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import MicroBatch, TrainingStep, evaluation_batches, num_evaluation_batches
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.engine import all_open, trained_parameters
@@ -109,7 +110,7 @@ class Trainer:
     @property
     def is_trained(self) -> bool:
         """Whether no step is left to take."""
-        return self.progress.step >= self.plan.settings.max_steps or self._out_of_patience()
+        return is_trained(self.plan.settings, self.progress)
 
     def _out_of_patience(self) -> bool:
         return self.progress.evaluations_since_best >= self.plan.settings.patience
@@ -348,6 +349,11 @@ class Trainer:
             for moment, local in moments.items()
             for name, tensor in gather_full(names, local, self.plan.adapter_layout).items()
         }
+
+
+def is_trained(settings: Settings, progress: Progress) -> bool:
+    """Whether a run has no step left to take: by its number of steps, or as it is out of patience."""
+    return progress.step >= settings.max_steps or progress.evaluations_since_best >= settings.patience
 
 
 def full_adapter_state(plan: RunPlan, runner: Runner) -> dict[str, torch.Tensor]:

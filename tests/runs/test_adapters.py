@@ -179,6 +179,43 @@ def test_a_killed_run_is_resumed(base: Base, tmp_path: Path, alone: Path, four: 
     assert {row["state"] for row in table(folder).values()} == {"finished"}
 
 
+def _builds_only(*names: str) -> None:
+    """A rank that builds another adapter, or that loads a base for none, ends with a traceback."""
+
+    def look(plans: Any, *_: Any) -> None:
+        assert tuple(plans) == names, tuple(plans)
+
+    before_call("megatron_tiedlora.training.build_bank", "build_bank", look)
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+    """Nothing of them is built, scored or exported again; one with more steps by now, and a new one, are."""
+    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", {name: four[name] for name in ("a", "b")})
+    run(base, folder, adapters=file)
+    before, rows_before = {name: _times(folder / name) for name in ("a", "b")}, table(folder)
+    ended = run(base, folder, adapters=file, resume="auto", prelude=_builds_only)
+    assert {name: _times(folder / name) for name in ("a", "b")} == before and table(folder) == rows_before
+    assert "--enable-lora --lora-modules a=" in ended.outputs[0]
+    assert state(folder) == ("finished", 6, "2 adapters trained")
+
+    written(file, {"a": four["a"], "b": {**four["b"], "max_steps": 5}, "d": four["d"]})
+    ended = run(base, folder, adapters=file, resume="auto", prelude=partial(_builds_only, "b", "d"))
+    assert _times(folder / "a") == before["a"] and state(folder / "b")[1] == 5
+    same_folders(folder / "d", alone / "d")
+    found = table(folder)
+    assert list(found) == ["a", "b", "d"] and found["a"] == rows_before["a"] and found["b"]["step"] == "5"
+    assert {row["state"] for row in found.values()} == {"finished"}
+    assert "a          finished before" in ended.outputs[0]
+
+    shutil.rmtree(folder / "a" / "peft")
+    run(base, folder, adapters=file, resume="auto", prelude=partial(_builds_only, "a"))
+    same_folders(folder / "a", alone / "a")
+
+
 def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", four)
     stop = partial(kill_at_call, "megatron_tiedlora.training.group", "Group._turn", call=3, number=signal.SIGTERM)
