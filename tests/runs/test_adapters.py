@@ -194,7 +194,8 @@ def _times(folder: Path) -> dict[Path, int]:
 
 def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     """Nothing of them is built, scored or exported again; one with more steps by now, and a new one, are."""
-    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", {name: four[name] for name in ("a", "b")})
+    longer = {**four["b"], "schedule": "constant"}
+    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", {"a": four["a"], "b": longer})
     run(base, folder, adapters=file)
     before, rows_before = {name: _times(folder / name) for name in ("a", "b")}, table(folder)
     ended = run(base, folder, adapters=file, resume="auto", prelude=_builds_only)
@@ -202,7 +203,7 @@ def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, fou
     assert "--enable-lora --lora-modules a=" in ended.outputs[0]
     assert state(folder) == ("finished", 6, "2 adapters trained")
 
-    written(file, {"a": four["a"], "b": {**four["b"], "max_steps": 5}, "d": four["d"]})
+    written(file, {"a": four["a"], "b": {**longer, "max_steps": 5}, "d": four["d"]})
     ended = run(base, folder, adapters=file, resume="auto", prelude=partial(_builds_only, "b", "d"))
     assert _times(folder / "a") == before["a"] and state(folder / "b")[1] == 5
     same_folders(folder / "d", alone / "d")

@@ -142,8 +142,8 @@ def test_an_adapter_that_has_ended_leaves(folder: Path) -> None:
     seen: list[int] = []
     handle = decoder.stage.layers["0"].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].numel()))
     try:
-        few, more = (Prompts([[5] * 4] * rows, (), new, adapter=name) for rows, new, name in ((6, 3, "a"), (5, 6, "b")))
-        generate_together(decoder, [few, more])
+        soon = Prompts([[5] * 4] * 6, (), 6, lambda row: len(row) == 3, adapter="a")
+        generate_together(decoder, [soon, Prompts([[5] * 4] * 5, (), 6, adapter="b")])
     finally:
         handle.remove()
     assert seen == [44, 11, 11, 5, 5, 5]
