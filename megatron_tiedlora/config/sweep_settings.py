@@ -106,7 +106,7 @@ class SweepSettings(CommandSettings):
     )
     together: int | Literal["auto"] = setting_field(
         "processes",
-        "train up to K runs in one start, which share the base and micro-batches; auto: as many as the free memory of"
+        "train up to N runs in one start, which share the base and micro-batches; auto: as many as the free memory of"
         f" this machine allows, at most {MOST_TOGETHER}",
         1,
     )
