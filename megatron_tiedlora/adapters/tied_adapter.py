@@ -148,6 +148,14 @@ class AdapterPart:
             shape = (len(self.layers), *shape[1:])
         return self.config.spec(name).local_shape(shape, self.tp_size)
 
+    def local_size(self, name: str) -> int:
+        """The numbers in this rank's part."""
+        return math.prod(self.local_shape(name))
+
+    def adapts(self, layer: int, name: str) -> bool:
+        """Whether it adapts a linear in one of the stage's layers."""
+        return layer in self.layers and any(target.name == name for target in self.config.targets)
+
     def is_gathered(self, name: str) -> bool:
         """Whether the ranks gather the tensor in each forward pass, and sum its gradient in each backward pass."""
         return self.tp_size > 1 and bool(self.layers) and self.config.gathered_dim(name) is not None

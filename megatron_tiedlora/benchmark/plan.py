@@ -26,6 +26,7 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.planning.micro_batches import ShareShape
 from megatron_tiedlora.planning.saved import saved_bytes
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.throughput import matmul_rate
@@ -133,10 +134,8 @@ def _made_up(vocab_size: int, num_samples: int, settings: BenchSettings) -> Toke
 def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
     """The bytes that a rank saves for the backward pass of all its micro-batches, computed from shapes alone."""
     parts = plan.layout.sequence_parts
-    return sum(
-        saved_bytes(plan.stage, tokens=batch.labels.numel(), after=len(find_supervised(batch.labels, parts).rows))
-        for batch in batches
-    )
+    sizes = ((batch.labels.numel(), len(find_supervised(batch.labels, parts).rows)) for batch in batches)
+    return sum(saved_bytes(plan.stage, [ShareShape(0, tokens, after)]) for tokens, after in sizes)
 
 
 def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], device: torch.device) -> float:

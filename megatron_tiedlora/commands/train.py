@@ -28,14 +28,23 @@ def main(argv: Sequence[str]) -> int:
     settings = parse_settings(argv, Settings)
     require_extra("train")
     prepare_environment()
-    if settings.dry_run and settings.adapters is None:
-        from megatron_tiedlora.training.dry_run import dry_run_report
-
+    if settings.dry_run:
         rank, world_size = rank_and_world_size()
         if rank == 0:
-            print(dry_run_report(settings, launched_ranks=world_size))
+            print(_report(settings, launched_ranks=world_size))
         return 0
     return (train_rank if settings.adapters is None else train_together)(settings).status
+
+
+def _report(settings: Settings, *, launched_ranks: int) -> str:
+    """What --dry_run shows."""
+    if settings.adapters is None:
+        from megatron_tiedlora.training.dry_run import dry_run_report
+
+        return dry_run_report(settings, launched_ranks=launched_ranks)
+    from megatron_tiedlora.training.group_dry_run import group_report
+
+    return group_report(settings, launched_ranks=launched_ranks)
 
 
 def train_rank(settings: Settings) -> End:

@@ -38,9 +38,10 @@ PER_ADAPTER = frozenset(
 )
 # It names a folder inside the run folder, on any file system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-_FILES_OF_RUN = ("logs", "adapters.yaml", "table.csv", "run_status.json")  # beside the folders of the adapters
-# Settings of the run of all that none of them has from it.
-_OF_ALL = ("adapters", "share_micro_batches", "halving", "output_dir")
+# Beside the folders of the adapters.
+_FILES_OF_RUN = ("logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
+# Settings of the run of all that none of them has itself.
+_OF_ALL = ("adapters", "share_micro_batches", "halving", "output_dir", "profile")
 
 
 def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
@@ -77,10 +78,6 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
 
 def check_together(given: Settings) -> None:
     """Raise UserError for settings of the command line that several adapters together cannot have."""
-    if given.dry_run:
-        raise UserError("--dry_run is not implemented for --adapters; plan one adapter with its own settings")
-    if given.profile is not None:
-        raise UserError("--profile is not implemented for --adapters; profile one adapter with its own settings")
     if given.resume not in ("none", "auto"):
         raise UserError(f"--resume {given.resume}: each adapter has checkpoints of its own; give auto with --adapters")
     if others := [name for name in given.report_to if name != TENSORBOARD]:

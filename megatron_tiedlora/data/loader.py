@@ -208,9 +208,14 @@ def training_steps(
             num_tokens=plan.num_tokens,
             squared_lengths=plan.squared_lengths,
             num_positions=sum(positions),
-            largest=tuple(max(positions[i : i + shape.dp_size]) for i in range(0, len(positions), shape.dp_size)),
+            largest=largest_positions(positions, dp_size=shape.dp_size),
             consumed_samples=consumed_samples,
         )
+
+
+def largest_positions(positions: Sequence[int], *, dp_size: int) -> tuple[int, ...]:
+    """Of each micro-batch of a rank, the positions on the rank where it has most, from those of a global batch's."""
+    return tuple(max(positions[start : start + dp_size]) for start in range(0, len(positions), dp_size))
 
 
 def num_evaluation_batches(dataset: TokenDataset, *, micro_batch_size: int, dp_size: int) -> int:

@@ -5,7 +5,7 @@ A micro-batch is never split, since its gradient is one sum; and an adapter has 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,38 +17,37 @@ Owned = tuple[str, MicroBatch]  # an adapter's name, and one of its micro-batche
 
 
 def shared_rounds(steps: Mapping[str, TrainingStep], *, capacity: int) -> list[list[Owned]]:
-    """The micro-batches of a step, in shared ones: round by round, the first of every adapter, then the second.
-
-    In a round a micro-batch joins the last shared one if they have at most `capacity` tokens together on every rank. So
-    all ranks have as many, and each adapter's follow one another in their own order.
+    """The micro-batches of a step, in shared ones.
 
     Args:
         steps: each adapter's share of a global batch on this rank.
         capacity: tokens, padding included; 0: nothing is shared.
     """
-    found: list[list[Owned]] = []
-    for number in range(max((len(step.micro_batches) for step in steps.values()), default=0)):
-        present = {name: step for name, step in steps.items() if number < len(step.micro_batches)}
-        found += filled(
-            [((name, step.micro_batches[number]), step.largest[number]) for name, step in present.items()], capacity
-        )
-    return found
+    rounds = fill_rounds({name: step.largest for name, step in steps.items()}, capacity=capacity)
+    return [[(name, steps[name].micro_batches[number]) for name, number in some] for some in rounds]
 
 
-def filled(batches: Iterable[tuple[Owned, int]], capacity: int) -> list[list[Owned]]:
-    """The micro-batches in shared ones of at most `capacity` tokens, in order.
+def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[list[tuple[str, int]]]:
+    """Which micro-batches go together, by name and number: round by round, the first of every adapter, then the second.
+
+    In a round a micro-batch joins the last shared one if they have at most `capacity` tokens together on every rank. So
+    all ranks have as many, and each adapter's follow one another in their own order.
 
     Args:
-        batches: each with its tokens, padding included, on the rank where it has most.
+        largest: the positions of each adapter's micro-batches, on the rank where they are most.
     """
-    found: list[list[Owned]] = []
-    room = 0
-    for own, num_tokens in batches:
-        if num_tokens > room:
-            found.append([])
-            room = capacity
-        found[-1].append(own)
-        room -= num_tokens
+    found: list[list[tuple[str, int]]] = []
+    for number in range(max(map(len, largest.values()), default=0)):
+        room = 0
+        for name, positions in largest.items():
+            if number >= len(positions):
+                continue
+            if positions[number] <= room:
+                found[-1].append((name, number))
+            else:
+                found.append([(name, number)])
+                room = capacity
+            room -= positions[number]
     return found
 
 
@@ -57,14 +56,20 @@ def shared_input(parts: Sequence[Owned]) -> StepInput:
     batches = [batch for _, batch in parts]
     documents = [batch.documents for batch in batches if batch.documents is not None]
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
+    numbered = any(batch.numbers is not None for batch in batches)
     return StepInput(
         _end_to_end([batch.input_ids for batch in batches]),
         _end_to_end([batch.position_ids for batch in batches]),
         _end_to_end([batch.labels for batch in batches]),
         _end_to_end(documents) if documents else None,
-        None,
+        _end_to_end([_numbers(batch) for batch in batches]) if numbered else None,
         tuple(Share(name, *batch.input_ids.shape) for name, batch in parts),
     )
+
+
+def _numbers(batch: MicroBatch) -> torch.Tensor:
+    """The numbers of its tokens; zeros if its adapter has no dropout, for which they are not used."""
+    return torch.zeros_like(batch.input_ids) if batch.numbers is None else batch.numbers
 
 
 def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

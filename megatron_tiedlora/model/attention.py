@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.nn import functional
 from megatron_tiedlora.adapters.adapter_bank import Share, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.model.cpu_attention import QueryTile, attend_by_tiles, find_query_tiles, tile_size
+from megatron_tiedlora.model.cpu_attention import TiledRows, attend_in_parts, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import Documents, documents_end_to_end, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
 from megatron_tiedlora.model.qkv import QkvLinear
@@ -76,8 +77,7 @@ class AttentionContext:
     Attributes:
         positions: (b, s) int64.
         table: cos and sin of their rotation, see `rotation_table`.
-        tiles: on a CPU, which tokens see each other.
-        tiles_of_shares: the same for each share of a shared micro-batch.
+        parts: on a CPU, the rows and which of their tokens see each other.
         documents: elsewhere, the packed documents; a token sees its own document up to itself.
         attend: the function that computes attention within documents.
         mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
@@ -87,8 +87,7 @@ class AttentionContext:
 
     positions: torch.Tensor
     table: tuple[torch.Tensor, torch.Tensor]
-    tiles: tuple[QueryTile, ...] = ()
-    tiles_of_shares: tuple[tuple[Share, tuple[QueryTile, ...]], ...] = ()
+    parts: tuple[TiledRows, ...] = ()
     documents: Documents | None = None
     attend: Attend | None = None
     mask: torch.Tensor | None = None
@@ -134,8 +133,8 @@ class Attention(nn.Module):
         heads = self.qkv.heads
         context = AttentionContext(positions, rotation_table(positions, heads, dtype))
         if isinstance(cache, tuple):
-            own = zip(shares, _by_share(positions, shares), cache, strict=True)
-            of_shares = ((share, self.context(ids, dtype, cache=of_share)) for share, ids, of_share in own)
+            by_share = zip(shares, _by_share(positions, shares), cache, strict=True)
+            of_shares = ((share, self.context(ids, dtype, cache=of_share)) for share, ids, of_share in by_share)
             return replace(context, of_shares=tuple(of_shares))
         if cache is not None and cache.filled:
             return replace(context, mask=self._cache_mask(positions, cache))
@@ -143,11 +142,9 @@ class Attention(nn.Module):
         if device.type == "cpu":
             size = tile_size(heads.num, heads.num_kv)
             if shares:
-                own = [None] * len(shares) if documents is None else _by_share(documents, shares)
-                pairs = zip(shares, own, strict=True)
-                tiles = tuple((share, find_query_tiles(ids, share.length, size=size)) for share, ids in pairs)
-                return replace(context, tiles_of_shares=tiles)
-            return replace(context, tiles=find_query_tiles(documents, length, size=size))
+                return replace(context, parts=_tiled_shares(shares, documents, size))
+            whole = TiledRows(num_rows, length, find_query_tiles(documents, length, size=size))
+            return replace(context, parts=(whole,))
         if shares:
             ids = torch.zeros(1, length) if documents is None else documents
             found = documents_end_to_end(_by_share(ids, shares), device)
@@ -209,10 +206,8 @@ class Attention(nn.Module):
             return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(query.dtype)
         if cache is not None:
             cache.update(key, value, context.positions)
-        if context.tiles_of_shares:
-            return _attend_by_share(query, key, value, context.tiles_of_shares, self.kernels)
-        if context.tiles:
-            return attend_by_tiles(query, key, value, context.tiles, self.kernels)
+        if context.parts:
+            return attend_in_parts(query, key, value, context.parts, self.kernels)
         assert context.documents is not None and context.attend is not None, "a context without tiles has documents"
         return attend_within(query, key, value, context.documents, context.attend)
 
@@ -223,30 +218,32 @@ def _by_share(ids: torch.Tensor, shares: Shares) -> list[torch.Tensor]:
     return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
 
 
-def _heads_by_share(context: AttentionContext, *heads: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """(1, heads, s, head_dim) each -> the (rows, heads, length, head_dim) of each share."""
+def _heads_by_share(
+    context: AttentionContext, *heads: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Queries, keys and values (1, heads, s, head_dim) -> the (rows, heads, length, head_dim) of each share."""
     shares = [share for share, _ in context.of_shares]
     sizes = [share.num_tokens for share in shares]
     parts = zip(*(some.transpose(1, 2).flatten(0, 1).split(sizes) for some in heads), strict=True)
     for share, of_share in zip(shares, parts, strict=True):
-        yield tuple(part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share)
+        query, key, value = (part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share)
+        yield query, key, value
 
 
-def _attend_by_share(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    shares: Sequence[tuple[Share, Sequence[QueryTile]]],
-    kernels: Kernels,
-) -> torch.Tensor:
-    """`attend_by_tiles` of each share of (1, heads, s, head_dim), as if it were alone: (1, s, heads * head_dim)."""
-    sizes = [share.num_tokens for share, _ in shares]
-    parts = zip(*(heads.transpose(1, 2).flatten(0, 1).split(sizes) for heads in (query, key, value)), strict=True)
-    outputs = []
-    for (share, tiles), of_share in zip(shares, parts, strict=True):
-        rows = [part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share]
-        outputs.append(attend_by_tiles(rows[0], rows[1], rows[2], tiles, kernels).flatten(0, 1))
-    return torch.cat(outputs)[None]
+def _tiled_shares(shares: Shares, documents: torch.Tensor | None, size: int) -> tuple[TiledRows, ...]:
+    """The rows of a shared micro-batch as attention on a CPU takes them, which gives each row the bits it has alone.
+
+    Rows of one length that follow each other are computed together. Packed ones are not, as a tile would get the keys
+    that one of them sees, and their sums would have other addends of zero.
+    """
+    if documents is not None:
+        pairs = zip(shares, _by_share(documents, shares), strict=True)
+        return tuple(TiledRows(s.num_rows, s.length, find_query_tiles(ids, s.length, size=size)) for s, ids in pairs)
+    found = []
+    for length, some in groupby(shares, key=lambda share: share.length):
+        num_rows = sum(share.num_rows for share in some)
+        found.append(TiledRows(num_rows, length, find_query_tiles(None, length, size=size)))
+    return tuple(found)
 
 
 def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Shares
-from megatron_tiedlora.adapters.input_dropout import InputDropout, dropout_salt, token_keys
+from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import QKV
@@ -153,7 +153,7 @@ class Stage(nn.Module):
             hidden = inputs if self.needs_input_gradient else inputs.detach()
         updates = self.read_adapter(shares)
         if numbers is not None:
-            updates = self._with_dropout(updates, numbers)
+            updates = self._with_dropout(updates, numbers, shares)
         output = self.run_blocks(
             hidden, positions, self.tensor_parallel, documents=documents, updates=updates, shares=shares
         )
@@ -248,25 +248,16 @@ class Stage(nn.Module):
         return dict(zip(self.adapter.part.layers, updates, strict=True))
 
     def _with_dropout(
-        self, updates: Mapping[int, LayerUpdate], numbers: torch.Tensor
+        self, updates: Mapping[int, LayerUpdate], numbers: torch.Tensor, shares: Shares
     ) -> dict[int, LayerUpdate]:
         """The updates with dropout of their inputs, for tokens of these numbers (b, s)."""
+        if self.bank is not None:
+            return self.bank.with_dropout(updates, numbers, shares, self.tensor_parallel)
         if self.adapter is None or not self.dropout:
             return dict(updates)
-        part, parts = self.adapter.part, self.tensor_parallel.sequence_parts
-        keys = token_keys(numbers.flatten(), seed=self.seed)
-        local_keys = keys.chunk(parts)[self.tensor_parallel.group.rank] if parts > 1 else keys
-        first = {
-            target.name: part.tp_rank * target.local_sizes(part.tp_size)[0] if target.cut == "row" else 0
-            for target in part.config.targets
-        }
-
-        def dropped(layer: int, name: str) -> AllRows:
-            salt = dropout_salt(self.seed, layer=layer, target=name)
-            return AllRows(InputDropout(keys, local_keys, salt=salt, first=first[name], probability=self.dropout))
-
+        dropped = Dropout(self.dropout, self.seed).of_linears(self.adapter.part, numbers, self.tensor_parallel)
         return {
-            layer: {name: linear._replace(rows=dropped(layer, name)) for name, linear in update.items()}
+            layer: {name: linear._replace(rows=AllRows(dropped(layer, name))) for name, linear in update.items()}
             for layer, update in updates.items()
         }
 

@@ -52,14 +52,15 @@ def step_flops(
     targets = {target.name: target for target in adapter.targets}
     matmuls = attention = low_rank = 0
     for layer in range(1, num_layers + 1):
-        needs = needs_gradient(adapter, layer)
+        adapted = targets if layer in adapter.layers else {}
+        needs = needs_gradient(adapted, earlier=layer > adapter.layers[0])
         after = num_after if layer == num_layers else num_tokens
         attention += (3 if needs[OUTPUT] else 1) * 2 * squared_lengths * query
         for name, linear in linears.items():
             tokens = num_tokens if name == QKV else after
             matmuls += (2 if needs[name] else 1) * 2 * tokens * linear.num_weights
-            if name in targets and layer in adapter.layers:
-                widths = _widths(adapter.method_spec, targets[name], needs_input=needs[name])
+            if name in adapted:
+                widths = _widths(adapter.method_spec, adapted[name], needs_input=needs[name])
                 low_rank += 2 * adapter.rank * tokens * widths
     head = 2 * 2 * num_supervised * shape.head.num_weights
     return StepFlops(matmuls, attention, low_rank, head)

@@ -28,10 +28,10 @@ LEAST_WORK = 5e9
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model and its adapter are trained over the ranks.
+    """How a model and its adapters are trained over the ranks.
 
     Attributes:
-        adapter: the adapter that is trained.
+        adapters: those that are trained: one, or those of a bank.
         length: the most tokens in a row of a micro-batch.
         rows: the most rows in a micro-batch.
         micro_batches: the most micro-batches of a rank in one step.
@@ -47,9 +47,10 @@ class Layout:
         on_gpu: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
         compiled: whether kernels are compiled.
         deterministic: whether every sum has a fixed order.
+        is_bank: whether the adapters are those of one run, as with --adapters: engines neither sum nor step them.
     """
 
-    adapter: AdapterConfig
+    adapters: tuple[AdapterConfig, ...]
     length: int
     rows: int = 1
     micro_batches: int = 1
@@ -67,6 +68,15 @@ class Layout:
     on_gpu: bool = False
     compiled: bool = True
     deterministic: bool = False
+    is_bank: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.is_bank or len(self.adapters) == 1, "several adapters of one run are a bank"
+
+    @property
+    def first_adapted(self) -> int:
+        """The first layer of the model that an adapter adapts."""
+        return min(adapter.layers[0] for adapter in self.adapters)
 
     @property
     def world_size(self) -> int:
@@ -91,6 +101,7 @@ class Layout:
         loss.
         """
         return math.lcm(GPU_MULTIPLE if self.on_gpu else BASE_MULTIPLE, self.sequence_parts)
+
 
 def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
     """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""

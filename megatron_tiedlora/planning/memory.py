@@ -7,18 +7,21 @@ saves less), plus the temporary tensors of one block. Two more figures stand apa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 import torch
 
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.micro_batches import ShareShape
 from megatron_tiedlora.planning.saved import FP32, factor_bytes, saved_bytes, token_bytes
-from megatron_tiedlora.planning.stages import StagePlan
+from megatron_tiedlora.planning.stages import StageOwners, StagePlan, frozen_tensors, trained_tensors
 
 # Estimates. Users report 0.3 to 0.7 GB for NCCL on hosts with NVLink (NVIDIA/nccl issues 864 and 964).
 CONTEXT_BYTES = 0.5e9
@@ -52,28 +55,49 @@ class StageMemory:
         return self.total - self.libraries
 
 
-def stage_memory(stage: StagePlan, *, tokens: int, documents: int = 1, longest: int | None = None) -> StageMemory:
+def stage_memory(
+    stage: StagePlan,
+    *,
+    tokens: int,
+    documents: int = 1,
+    longest: int | None = None,
+    adapters: Sequence[int] = (0,),
+) -> StageMemory:
     """The bytes that a rank of `stage` needs.
 
     Args:
         tokens: the tokens of its largest micro-batch, padding included.
         documents: the documents in that micro-batch.
         longest: the tokens of the longest document; None means all.
+        adapters: the numbers of those that own its tokens; all tokens count as those of the one that needs most.
     """
     layout, trained = stage.layout, sum(stage.trained)
     attention = attention_memory(stage.shape, layout, tokens=tokens, documents=documents, longest=longest or tokens)
     of_gradients, of_moments, of_weights = (layout.dp_size if layout.zero_stage >= least else 1 for least in (2, 1, 3))
+    of_adapter, num_copies = of_weights, 2 if layout.zero_stage == 0 else 3
+    if layout.is_bank:  # which no engine shards or copies
+        of_gradients = of_moments = of_adapter = 1
+        num_copies = 2
     return StageMemory(
         base=stage.base_bytes / of_weights,
         dequantised=float(stage.dequantised_bytes),
-        adapter=FP32 * sum(stage.held) / of_weights,
+        adapter=FP32 * sum(stage.held) / of_adapter,
         gradients=FP32 * trained / of_gradients,
         # Two moments; from ZeRO-1 on also a copy of the values, which the optimizer updates.
-        optimizer=(2 if layout.zero_stage == 0 else 3) * FP32 * trained / of_moments,
-        activations=_activation_bytes(stage, tokens=tokens, attention=attention),
+        optimizer=num_copies * FP32 * trained / of_moments,
+        activations=max(
+            _activation_bytes(stage.owned_by(adapters), widest, tokens=tokens, attention=attention)
+            for widest in adapters
+        ),
         engine=_engine_bytes(stage, tokens=tokens),
         libraries=CONTEXT_BYTES + COMMUNICATOR_BYTES * num_communicators(stage) if layout.on_gpu else 0.0,
     )
+
+
+def bank_bytes(part: AdapterPart) -> int:
+    """The bytes of one adapter of a bank on a rank, in every ZeRO stage: tensors, gradients and two moments."""
+    trained, frozen = (sum(map(part.local_size, names)) for names in (trained_tensors(part), frozen_tensors(part)))
+    return FP32 * (4 * trained + frozen)
 
 
 def num_communicators(stage: StagePlan) -> int:
@@ -143,17 +167,23 @@ def attention_memory(
     return AttentionMemory(saved, float(gradients + workspace))
 
 
-def _activation_bytes(stage: StagePlan, *, tokens: int, attention: AttentionMemory) -> float:
-    """The peak: the last block's MLP and the head, or the backward pass of an earlier block."""
-    if not stage.backward_blocks:
+def _activation_bytes(owners: StageOwners, adapter: int, *, tokens: int, attention: AttentionMemory) -> float:
+    """The peak: the last block's MLP and the head, or the backward pass of an earlier block.
+
+    Args:
+        adapter: the number of the adapter that all tokens count as those of.
+    """
+    if not owners.backward_blocks:
         return 0.0
-    layout, of_token = stage.layout, token_bytes(stage.shape, stage.layout)
+    stage = owners.stage
+    layout, of_token = stage.layout, token_bytes(stage.shape, stage.layout, adapter)
     recomputes = layout.recompute == "full"
-    saved = saved_bytes(stage, tokens=tokens)
+    sizes = ((number, tokens * (number == adapter)) for number in owners.adapters)
+    saved = saved_bytes(stage, [ShareShape(number, size, size) for number, size in sizes])
     if recomputes:  # all factors are inputs of what is recomputed
-        saved += factor_bytes(stage, given=True) - factor_bytes(stage)
+        saved += factor_bytes(owners, given=True) - factor_bytes(owners)
     else:
-        saved += len(stage.backward_blocks) * attention.saved
+        saved += len(owners.backward_blocks) * attention.saved
     after_attention = tokens * of_token.after_attention  # freed before the backward pass of attention
     in_attention = attention.backward
     if recomputes:

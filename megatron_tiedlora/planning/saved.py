@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from megatron_tiedlora.adapters.targets import Target
-from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, ModelShape
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart
+from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, TARGET_NAMES, ModelShape
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.stages import StagePlan, needs_gradient
+from megatron_tiedlora.planning.micro_batches import ShareShape
+from megatron_tiedlora.planning.stages import StageOwners, StagePlan
 
 FP32 = 4
 
@@ -39,29 +43,33 @@ class TokenBytes:
     after_attention: float
 
 
-def token_bytes(shape: ModelShape, layout: Layout) -> TokenBytes:
+def token_bytes(shape: ModelShape, layout: Layout, adapter: int = 0) -> TokenBytes:
     """The bytes of one token of the whole sequence on a rank of the layout.
 
     Without parallelism a block saves 4 d + 2 k + 2 f + r numbers (the inputs of two norms; q, k, v and the output of
     attention; gate and up; A x of each target if a factor's gradient needs it), and one fp32 number per norm, per head,
-    and per head of queries and keys that has a norm.
+    and per head of queries and keys that has a norm. r is the rank of the token's own adapter.
     Selective recompute does not save gate, up and the second norm's number. With full recompute this is what a block
     saves while it is recomputed.
+
+    Args:
+        adapter: the number of the token's adapter in the layout; all its targets are adapted in the block.
     """
     block, heads, itemsize = shape.block, shape.heads, layout.dtype.itemsize
-    parts, tp_size, adapter = layout.sequence_parts, layout.tp_size, layout.adapter
+    parts, tp_size, own = layout.sequence_parts, layout.tp_size, layout.adapters[adapter]
     whole = shape.hidden_size * itemsize
     gate = block.gate_up.out_size / tp_size * itemsize
     inside = block.qkv.out_size + block.output.in_size
     if layout.on_gpu and layout.dtype == torch.float32 and heads.num_kv < heads.num:
         inside += 2 * block.output.in_size  # the memory-efficient kernel gets keys and values for every head
-    ax = adapter.rank * itemsize * adapter.method_spec.trains_f
-    ax_after = ax * sum(target.follows_attention for target in adapter.targets)
+    # A x is one tensor of all adapters of a micro-batch, which is saved if F of one of them is trained.
+    ax = own.rank * itemsize * any(config.method_spec.trains_f for config in layout.adapters)
+    ax_after = ax * sum(target.follows_attention for target in own.targets)
     norm = (whole + FP32) / parts
     after_attention = ax_after + (whole / parts if layout.recompute == "selective" else norm + gate)
     of_heads = heads.num + (heads.num + heads.num_kv if heads.norms else 0)
     heads_bytes = (inside * itemsize + of_heads * FP32) / tp_size
-    in_attention = ax * len(adapter.targets) - ax_after + norm + heads_bytes
+    in_attention = ax * len(own.targets) - ax_after + norm + heads_bytes
     return TokenBytes(
         whole=whole,
         hidden=whole / parts,
@@ -74,100 +82,152 @@ def token_bytes(shape: ModelShape, layout: Layout) -> TokenBytes:
     )
 
 
-def saved_bytes(stage: StagePlan, *, tokens: int, after: int | None = None) -> float:
-    """The bytes that autograd saves of a micro-batch on a rank of `stage`, without parameters and indices.
-
-    Args:
-        tokens: the tokens of the micro-batch, padding included.
-        after: the positions that are computed after the last attention; None means all. The gradient of each is saved.
-    """
-    after = tokens if after is None else after
+def saved_bytes(stage: StagePlan, shares: Sequence[ShareShape]) -> float:
+    """The bytes that autograd saves of a micro-batch on a rank of `stage`, without parameters and indices."""
+    owners = stage.owned_by([share.adapter for share in shares])
     of_token, recomputes = token_bytes(stage.shape, stage.layout), stage.layout.recompute == "full"
-    saved = float(factor_bytes(stage))
-    for block in stage.backward_blocks:
+    tokens, after = (sum(sizes) for sizes in list(zip(*shares, strict=True))[1:])
+    saved = float(factor_bytes(owners))
+    for block in owners.backward_blocks:
+        ends = stage.ends_in(block)
         if recomputes:
-            in_attention, of_output, in_mlp = of_token.hidden * _saves_input(stage, block), 0.0, 0.0
+            saved += tokens * of_token.hidden * (not ends or owners.needs(block)[OUTPUT])
         else:
-            in_attention, of_output, in_mlp = _block_bytes(stage, block)
-        if stage.ends_in(block):
-            saved += tokens * in_attention + _tail_bytes(stage, after)
-        else:
-            saved += tokens * (in_attention + of_output + in_mlp)
+            in_attention, in_mlp = _block_bytes(owners, block, of_token)
+            saved += tokens * (in_attention + in_mlp * (not ends))
+            names = (QKV,) if ends else TARGET_NAMES
+            saved += sum(_ax_bytes(owners, block, name, [share.num_tokens for share in shares]) for name in names)
+        if ends:
+            saved += after * _tail_bytes(owners) + _early_bytes(owners)
+            saved += _ax_bytes(owners, block, OUTPUT, [share.num_after for share in shares])
     return saved
 
 
-def _saves_input(stage: StagePlan, block: int) -> bool:
-    """Whether full recompute saves a block's input: all have a gradient but what precedes the first adapted linear."""
-    return not stage.ends_in(block) or needs_gradient(stage.layout.adapter, block)[OUTPUT]
+def _ax_bytes(owners: StageOwners, block: int, name: str, tokens: Sequence[int]) -> int:
+    """A x of a linear, from the tokens of each adapter: each has its own rank. Saved if F of one of them is trained."""
+    if not owners.trains_f(block, name):
+        return 0
+    pairs = zip(owners.parts, tokens, strict=True)
+    numbers = sum(part.config.rank * count for part, count in pairs if part.adapts(block, name))
+    return numbers * owners.stage.layout.dtype.itemsize
 
 
-def _block_bytes(stage: StagePlan, block: int) -> tuple[float, float, float]:
-    """What a block saves for a token without full recompute: up to attention, for its output projection, in its MLP.
+def _block_bytes(owners: StageOwners, block: int, of_token: TokenBytes) -> tuple[float, float]:
+    """What a block saves for a token without full recompute, beside A x: up to its output projection, in its MLP.
 
     In the first adapted layer nothing is saved of what comes before the first adapted linear.
     """
-    shape, layout, method = stage.shape, stage.layout, stage.layout.adapter.method_spec
-    of_token, needs = token_bytes(shape, layout), needs_gradient(layout.adapter, block)
-    ax = layout.adapter.rank * layout.dtype.itemsize * method.trains_f
+    stage = owners.stage
+    layout, needs = stage.layout, owners.needs(block)
     number = FP32 / layout.sequence_parts
-    in_attention: float = ax * stage.adapts(block, QKV)
-    if needs[QKV] or (stage.adapts(block, QKV) and method.A.trained):
+    in_attention: float = 0.0
+    if needs[QKV] or owners.trains_a(block, QKV):
         in_attention += of_token.hidden + number
     if needs[OUTPUT]:
         in_attention += of_token.heads
-    of_output = 0.0
-    if stage.adapts(block, OUTPUT):  # its input is attention's result, which attention saves
-        of_output = ax + (of_token.attended if method.A.trained and not needs[OUTPUT] else 0.0)
-    in_mlp: float = ax * (stage.adapts(block, GATE_UP) + stage.adapts(block, DOWN))
-    reads_norm = needs[GATE_UP] or (stage.adapts(block, GATE_UP) and method.A.trained)
-    if reads_norm or (layout.recompute == "selective" and stage.reads_mlp_input(block)):
+    elif owners.trains_a(block, OUTPUT) and not stage.ends_in(block):
+        in_attention += of_token.attended  # its input is attention's result, which attention saves if it needs one
+    in_mlp: float = 0.0
+    reads_norm = needs[GATE_UP] or owners.trains_a(block, GATE_UP)
+    if reads_norm or (layout.recompute == "selective" and owners.reads_mlp_input(block)):
         in_mlp += of_token.hidden
     if layout.recompute == "none":
-        in_mlp += number * reads_norm + of_token.gate * stage.reads_mlp_input(block)
-    return in_attention, of_output, in_mlp
+        in_mlp += number * reads_norm + of_token.gate * owners.reads_mlp_input(block)
+    return in_attention, in_mlp
 
 
-def _tail_bytes(stage: StagePlan, after: int) -> float:
-    """What the last block and the head save of `after` positions behind the last attention; see `SupervisedTail`."""
-    layout, block, adapter = stage.layout, stage.blocks[-1], stage.layout.adapter
-    of_token, method = token_bytes(stage.shape, layout), adapter.method_spec
-    saved = after * of_token.hidden * needs_gradient(adapter, block)[GATE_UP]  # the gradient of the MLP's input
-    if stage.adapts(block, OUTPUT):  # A x, and x, of which attention saves other rows
-        saved += after * adapter.rank * layout.dtype.itemsize * method.trains_f
-        saved += after * of_token.attended * method.A.trained
-    for target in adapter.targets if stage.part.layers and block in stage.part.layers else ():
-        if target.name in (GATE_UP, DOWN):  # the gradients of its factors
-            columns, rows = target.local_sizes(stage.part.tp_size)
-            saved += FP32 * adapter.rank * (columns * method.A.trained + rows * method.trains_f)
-    return saved
+def _tail_bytes(owners: StageOwners) -> float:
+    """What is saved for a position behind the last attention, beside A x; see `SupervisedTail`."""
+    block, of_token = owners.stage.blocks[-1], token_bytes(owners.stage.shape, owners.stage.layout)
+    of_input = of_token.hidden * owners.needs(block)[GATE_UP]  # the gradient of the MLP's input
+    return of_input + of_token.attended * owners.trains_a(block, OUTPUT)  # x, of which attention saves other rows
 
 
-def factor_bytes(stage: StagePlan, *, given: bool = False) -> int:
-    """The bytes of A and F = (alpha / r) diag(v) B diag(u) in the base's dtype, which all layers of a stage share.
+def _early_bytes(owners: StageOwners) -> int:
+    """The gradients of the factors of the last block's MLP, whose backward pass runs inside its forward pass."""
+    block, numbers = owners.stage.blocks[-1], 0
+    for name in (GATE_UP, DOWN):
+        trains_a, trains_f = owners.trains_a(block, name), owners.trains_f(block, name)
+        for part in owners.adapting(block, name):
+            columns, rows = target_of(part, name).local_sizes(part.tp_size)
+            numbers += part.config.rank * (columns * trains_a + rows * trains_f)
+    return FP32 * numbers
+
+
+def target_of(part: AdapterPart, name: str) -> Target:
+    """The target of this name."""
+    return next(target for target in part.config.targets if target.name == name)
+
+
+def factor_bytes(owners: StageOwners, *, given: bool = False) -> int:
+    """The bytes of A and F = (alpha / r) diag(v) B diag(u) in the base's dtype, which layers of a stage share.
+
+    Those of several adapters of a linear are copied end to end.
 
     Args:
         given: count also those that are only arguments of what is recomputed or runs its backward pass at once.
     """
-    part, adapter, itemsize = stage.part, stage.layout.adapter, stage.layout.dtype.itemsize
-    if not part.layers:
-        return 0
-    method, num_layers, held = adapter.method_spec, len(part.layers), 0
-    for target in adapter.targets:
-        if not given and not _saves_factors(stage, target):
-            continue
-        columns, rows = target.local_sizes(part.tp_size)
-        scaled = any(part.exists(target.prefix + name) for name in "uv")
-        a_is_copy, b_is_copy = (itemsize != FP32 or part.is_gathered(target.prefix + name) for name in "AB")
-        if a_is_copy:  # else it is the parameter
-            held += columns * adapter.rank * (1 if method.A.tied else num_layers)
-        if b_is_copy or scaled or adapter.scale != 1.0:  # else F is B itself
-            held += rows * adapter.rank * (num_layers if scaled or not method.B.tied else 1)
-    return held * itemsize
+    stage = owners.stage
+    memories = {
+        (id(part), target.name): _factor_memories(part, target, stage.layout)
+        for part in owners.parts
+        for target in part.config.targets
+    }
+    found: dict[tuple[Hashable, ...], int] = {}  # by what is in one memory
+    for name in TARGET_NAMES:
+        layers = [layer for layer in stage.blocks if owners.adapts(layer, name)]
+        if not given:
+            layers = [layer for layer in layers if _saves_factors(stage, layer, name)]
+        for layer in layers:
+            factors = zip(*(memories[id(part), name] for part in owners.adapting(layer, name)), strict=True)
+            for letter, several in zip("AF", factors, strict=True):
+                if len(several) > 1:
+                    keys = ((factor.owner, 0 if factor.tied else layer) for factor in several)
+                    found[name, letter, *keys] = sum(factor.numbers for factor in several)
+                elif several[0].is_copy:
+                    found[name, letter, several[0].owner] = several[0].in_memory
+    return sum(found.values()) * stage.layout.dtype.itemsize
 
 
-def _saves_factors(stage: StagePlan, target: Target) -> bool:
-    """Whether one of a stage's blocks saves a target's factors for a later backward pass, without recompute."""
-    ends = stage.part.layers[-1] if stage.ends_in(stage.part.layers[-1]) else None
+class _FactorMemory(NamedTuple):
+    """One of the factors of a linear.
+
+    Attributes:
+        owner: its adapter.
+        numbers: of one layer; `in_memory` are those of all layers of the stage.
+        tied: whether all layers have the same.
+        is_copy: whether it is a copy of the parameter.
+    """
+
+    owner: int
+    numbers: int
+    in_memory: int
+    tied: bool
+    is_copy: bool
+
+
+def _factor_memories(part: AdapterPart, target: Target, layout: Layout) -> tuple[_FactorMemory, _FactorMemory]:
+    """A and F."""
+    config, (columns, rows) = part.config, target.local_sizes(part.tp_size)
+    scaled = any(part.exists(target.prefix + factor) for factor in "uv")
+    a_is_copy, b_is_copy = (
+        layout.dtype.itemsize != FP32 or part.is_gathered(target.prefix + factor) for factor in "AB"
+    )
+    f_is_tied, f_is_copy = config.method_spec.B.tied and not scaled, b_is_copy or scaled or config.scale != 1.0
+
+    def memory(width: int, *, tied: bool, is_copy: bool) -> _FactorMemory:
+        numbers = width * config.rank
+        return _FactorMemory(id(part), numbers, numbers * (1 if tied else len(part.layers)), tied, is_copy)
+
+    # If F is no copy, it is B itself.
+    return (
+        memory(columns, tied=config.method_spec.A.tied, is_copy=a_is_copy),
+        memory(rows, tied=f_is_tied, is_copy=f_is_copy),
+    )
+
+
+def _saves_factors(stage: StagePlan, block: int, name: str) -> bool:
+    """Whether a block saves a linear's factors for a later backward pass, without recompute."""
     if stage.layout.recompute == "full":
-        return ends is not None and target.name == OUTPUT
-    return target.name not in (GATE_UP, DOWN) or stage.part.layers != (ends,)
+        return stage.ends_in(block) and name == OUTPUT
+    return name not in (GATE_UP, DOWN) or not stage.ends_in(block)

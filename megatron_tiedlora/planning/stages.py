@@ -7,10 +7,12 @@ stage needs, and `traffic` the messages that it sends.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.base.base_formats import BASE_FORMATS, SCALE_BYTES
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, TARGET_NAMES, ModelShape
 from megatron_tiedlora.model.weights import WeightRule, stage_weight_rules
@@ -52,7 +54,7 @@ class StagePlan:
 
     Attributes:
         layers: the stage's entries of the flat list (embedding 0, blocks from 1, head last).
-        part: the part of the adapter that tensor-parallel rank 0 holds; the others hold as many numbers.
+        parts: the part of each adapter that tensor-parallel rank 0 holds; the others hold as many numbers.
         local_base: each base parameter of a rank, with padding of the vocabulary and a copied head.
         full_base_bytes: the bytes of the base parameters of all ranks of the stage together, without padding.
         cost_share: the stage's share of the work of all stages.
@@ -62,10 +64,21 @@ class StagePlan:
     layout: Layout
     index: int
     layers: range
-    part: AdapterPart
+    parts: tuple[AdapterPart, ...]
     local_base: tuple[StoredTensor, ...]
     full_base_bytes: int
     cost_share: float
+
+    @property
+    def part(self) -> AdapterPart:
+        """The part of the only adapter."""
+        (part,) = self.parts
+        return part
+
+    @property
+    def adapted(self) -> tuple[int, ...]:
+        """The layers that an adapter adapts."""
+        return tuple(layer for layer in self.layers if any(layer in part.layers for part in self.parts))
 
     @property
     def is_first(self) -> bool:
@@ -77,20 +90,15 @@ class StagePlan:
         """Whether it has the head."""
         return self.index == self.layout.pp_size - 1
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, ...]:
         """The blocks among its layers."""
         return tuple(layer for layer in self.layers if 1 <= layer <= self.shape.num_layers)
 
     @property
-    def first_adapted(self) -> int:
-        """The first adapted layer of the whole model."""
-        return self.layout.adapter.layers[0]
-
-    @property
-    def backward_blocks(self) -> tuple[int, ...]:
-        """The blocks that have a backward pass. Blocks below the first adapted layer have none."""
-        return tuple(block for block in self.blocks if block >= self.first_adapted)
+    def needs_input_gradient(self) -> bool:
+        """Whether an earlier stage has an adapted layer."""
+        return self.layout.first_adapted < self.blocks[0]
 
     @property
     def base_bytes(self) -> int:
@@ -118,63 +126,119 @@ class StagePlan:
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """The numbers in each trained tensor of a rank; a stage without one has an anchor of one number."""
-        names = [name for name in self.part.config.num_trained() if self.part.exists(name)]
-        anchor = () if self.part.layers else (1,)
-        return (*anchor, *(self.local_size(name) for name in names))
+        """The numbers in each trained tensor of a rank.
 
-    @property
-    def trained_tied(self) -> int:
-        """The numbers in the trained tied tensors of a rank, whose gradients are summed over the stages."""
-        config = self.part.config
-        return sum(self.local_size(name) for name in config.num_trained() if config.factor(name).tied)
+        A stage without adapted layers has an anchor of one number, and so has every stage that has a bank.
+        """
+        anchor = (1,) if self.layout.is_bank or not self.part.layers else ()
+        return (*anchor, *(part.local_size(name) for part in self.parts for name in trained_tensors(part)))
 
     @property
     def held(self) -> tuple[int, ...]:
         """The numbers in each tensor of a rank outside the base: trained ones, then frozen factors."""
-        config = self.part.config
-        frozen = [name for name in config.tensors if self.part.exists(name) and not config.factor(name).trained]
-        return (*self.trained, *(self.local_size(name) for name in frozen))
+        return (*self.trained, *(part.local_size(name) for part in self.parts for name in frozen_tensors(part)))
 
     def ends_in(self, block: int) -> bool:
         """Whether the head follows a block."""
         return self.is_last and block == self.blocks[-1]
 
+    def owned_by(self, adapters: Sequence[int] = (0,)) -> StageOwners:
+        """What the stage does with a micro-batch whose tokens belong to these adapters of the layout."""
+        return StageOwners(self, tuple(adapters))
+
+
+def trained_tensors(part: AdapterPart) -> list[str]:
+    """The trained tensors of a rank's part."""
+    return [name for name in part.config.num_trained() if part.exists(name)]
+
+
+def frozen_tensors(part: AdapterPart) -> list[str]:
+    """Its frozen factors."""
+    return [name for name in part.config.tensors if part.exists(name) and not part.config.factor(name).trained]
+
+
+@dataclass(frozen=True)
+class StageOwners:
+    """A stage for a micro-batch whose tokens belong to some of the adapters: what is adapted, and what has a gradient.
+
+    Attributes:
+        adapters: their numbers in the layout.
+    """
+
+    stage: StagePlan
+    adapters: tuple[int, ...]
+
+    @cached_property
+    def parts(self) -> tuple[AdapterPart, ...]:
+        """Their parts."""
+        return tuple(self.stage.parts[number] for number in self.adapters)
+
+    @cached_property
+    def backward_blocks(self) -> tuple[int, ...]:
+        """The blocks that have a backward pass. Blocks below the first adapted layer have none."""
+        everywhere = self.stage.needs_input_gradient
+        return tuple(block for block in self.stage.blocks if everywhere or block >= self._first)
+
+    @cached_property
+    def _first(self) -> float:
+        return min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
+
+    @cached_property
+    def _adapting(self) -> dict[tuple[int, str], list[AdapterPart]]:
+        found: dict[tuple[int, str], list[AdapterPart]] = {}
+        for part in self.parts:
+            for layer in part.layers:
+                for target in part.config.targets:
+                    found.setdefault((layer, target.name), []).append(part)
+        return found
+
+    def adapting(self, block: int, name: str) -> Sequence[AdapterPart]:
+        """The parts that adapt a linear in one of the stage's blocks."""
+        return self._adapting.get((block, name), ())
+
     def adapts(self, block: int, name: str) -> bool:
-        """Whether a linear is adapted in one of its blocks."""
-        return block in self.part.layers and name in [target.name for target in self.part.config.targets]
+        """Whether one of them does."""
+        return (block, name) in self._adapting
+
+    def trains_a(self, block: int, name: str) -> bool:
+        """Whether A of one of them is trained there."""
+        return any(part.config.method_spec.A.trained for part in self.adapting(block, name))
+
+    def trains_f(self, block: int, name: str) -> bool:
+        """Whether F of one of them is trained there."""
+        return any(part.config.method_spec.trains_f for part in self.adapting(block, name))
+
+    def ax_columns(self, block: int, name: str) -> int:
+        """The columns of A x beside the input of a linear, those of the widest rank; 0 if it is not adapted there."""
+        return max((part.config.rank for part in self.adapting(block, name)), default=0)
+
+    def needs(self, block: int) -> dict[str, bool]:
+        """See `needs_gradient`."""
+        earlier = self.stage.needs_input_gradient or self._first < block
+        return needs_gradient([name for name in TARGET_NAMES if self.adapts(block, name)], earlier=earlier)
 
     def reads_mlp_input(self, block: int) -> bool:
         """Whether the backward pass of a block's MLP computes something from gate and up."""
-        of_down = self.adapts(block, DOWN) and self.part.config.method_spec.A.trained
-        return of_down or self.adapts(block, GATE_UP) or needs_gradient(self.part.config, block)[GATE_UP]
-
-    def ax_columns(self, block: int, name: str) -> int:
-        """The columns of A x beside the input of one of a block's linears; 0 if the linear is not adapted there."""
-        return self.part.config.rank * self.adapts(block, name)
-
-    def local_size(self, name: str) -> int:
-        """The numbers in a rank's part of one of the adapter's tensors."""
-        return math.prod(self.part.local_shape(name))
+        return self.trains_a(block, DOWN) or self.adapts(block, GATE_UP) or self.needs(block)[GATE_UP]
 
 
-def needs_gradient(adapter: AdapterConfig, block: int) -> dict[str, bool]:
+def needs_gradient(adapted: Collection[str], *, earlier: bool) -> dict[str, bool]:
     """Whether the input of each linear of a block needs a gradient, by name, in the order of their computation.
 
-    In the first adapted layer it is the inputs behind the first adapted linear that need one.
+    Args:
+        adapted: the linears that are adapted in this block.
+        earlier: whether an earlier layer is adapted.
     """
-    adapted = [target.name for target in adapter.targets] if block in adapter.layers else []
-    first = block > adapter.layers[0]
     return {
-        name: first or any(before in adapted for before in TARGET_NAMES[:number])
+        name: earlier or any(before in adapted for before in TARGET_NAMES[:number])
         for number, name in enumerate(TARGET_NAMES)
     }
 
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
     """All stages of the model, in order. The layout must fit the model (see `check_layout`)."""
-    adapter, tp_size = layout.adapter, layout.tp_size
-    costs = layer_costs(shape, length=layout.length, first_adapted=adapter.layers[0])
+    tp_size = layout.tp_size
+    costs = layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
     tables = {first: stage_weight_rules(shape, has_embedding=first) for first in (True, False)}
     stages = []
     for index, layers in enumerate(partition(costs, layout.pp_size)):
@@ -185,7 +249,10 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
                 layout,
                 index,
                 layers,
-                part=AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, tp_size),
+                parts=tuple(
+                    AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, tp_size)
+                    for adapter in layout.adapters
+                ),
                 local_base=tuple(tensor for rule in rules for tensor in stored_tensors(rule, shape, layout, tp_size)),
                 full_base_bytes=sum(t.num_bytes for rule in rules for t in stored_tensors(rule, shape, layout)),
                 cost_share=sum(costs[layer] for layer in layers) / sum(costs),

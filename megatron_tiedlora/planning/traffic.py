@@ -1,101 +1,94 @@
 """Arithmetic for the messages that a rank sends in one training step, from the shapes of its micro-batches.
 
 `step_traffic` predicts, message by message, what parallel.traffic.TrafficCounter counts around a step on any rank of
-any layout. The checks of a run's first steps send a little more. In the data-parallel group only DeepSpeed sends, which
-fills buckets and fetches ahead. `engine_bytes` is an upper bound of the bytes that it sends there.
+any layout. The checks of a run's first steps send a little more. Of one adapter only DeepSpeed sends in the
+data-parallel group, as it fills buckets and fetches ahead. `engine_bytes` is an upper bound of its bytes there.
 
 Let h be the bytes of a micro-batch's hidden states (rows x length x d). Each adapted block sends 8 messages of h with
 sequence parallelism (a gather and a reduce-scatter around attention and MLP, forward and backward), and 4 without. With
 sequence parallelism two of the 8 also carry r columns of the adapter, padded to a multiple of 8, if QKV is adapted, and
-two if gate and up are. After the last attention h counts supervised positions only.
+two if gate and up are. After the last attention h counts supervised positions only. Several adapters send no more
+messages: r is then the widest rank in the micro-batch, and what is gathered or summed of all of them is one message.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.base.shapes import GATE_UP, OUTPUT, QKV
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
-from megatron_tiedlora.model.supervised import padded_positions
 from megatron_tiedlora.parallel.layers import padded
-from megatron_tiedlora.parallel.traffic import MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
+from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.stages import StagePlan, needs_gradient
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape
+from megatron_tiedlora.planning.stages import StageOwners, StagePlan, trained_tensors
 from megatron_tiedlora.runtime.stopping import StepVotes, StopVotes
 
 FP32, FP64 = 4, 8  # bytes
 # If a step was long, the ranks of a single stage sum this after each micro-batch of the next step but the last.
 STOP_VOTES_BYTES = FP64 * len(StopVotes._fields)
 
-SampleRow = NDArray[np.bool_]
-"""Whether each token of a row's samples, end to end, is supervised; never the first of a sample."""
-
-
-@dataclass(frozen=True)
-class MicroBatchShape:
-    """The sizes of a micro-batch that its messages depend on.
-
-    Attributes:
-        num_after: the positions that are computed after the last attention; see `Supervised`.
-    """
-
-    num_rows: int
-    length: int
-    num_supervised: int
-    num_after: int
-
-    @property
-    def num_tokens(self) -> int:
-        """The positions, padding included."""
-        return self.num_rows * self.length
-
-
-def assumed_micro_batches(layout: Layout) -> tuple[MicroBatchShape, ...]:
-    """A rank's micro-batches for a run without data: each row is one full sample, and all its tokens are supervised.
-
-    No position predicts the first token of a sample.
-    """
-    row = np.arange(layout.length) > 0
-    return (micro_batch_shape(layout, [row] * layout.rows),) * layout.micro_batches
-
-
-def micro_batch_shape(layout: Layout, rows: Sequence[SampleRow]) -> MicroBatchShape:
-    """The shape of a micro-batch of these rows. The position before a token predicts it."""
-    length = padded(max(1, *map(len, rows)), layout.pad_multiple)
-    edges = np.arange(layout.sequence_parts + 1) * (len(rows) * length // layout.sequence_parts)
-    places = np.concatenate([number * length + np.flatnonzero(row) - 1 for number, row in enumerate(rows)])
-    most = padded_positions(int(np.diff(np.searchsorted(places, edges)).max()))
-    return MicroBatchShape(len(rows), length, len(places), layout.sequence_parts * most)
-
 
 def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> Traffic:
-    """The messages that a rank of the stage sends in one step, in all groups but the data-parallel one."""
+    """The messages that a rank of the stage sends in one step; of one adapter, without the data-parallel group's.
+
+    The adapters that own tokens in the micro-batches take the step.
+    """
     layout, traffic = stage.layout, Traffic()
-    for shape in micro_batches:
-        if layout.tp_size > 1:
-            _add_layers(traffic, stage, shape)
-            # once for any number of layers and targets: factors that are gathered, and the sum of their gradients
-            gathered = filter(stage.part.is_gathered, stage.part.config.tensors)
-            if size := FP32 * layout.tp_size * sum(map(stage.local_size, gathered)):
-                traffic.add(TENSOR, "all-gather", size)
-                traffic.add(TENSOR, "reduce-scatter", size)
-        # Hidden states forward, and their gradient backward (zeros if none is needed).
-        hidden = _hidden_bytes(stage, shape.num_tokens) // layout.sequence_parts
-        traffic.add(PIPELINE, "send", hidden, count=(not stage.is_last) + (not stage.is_first))
-    if layout.pp_size > 1 and stage.trained_tied:
-        traffic.add(TIED, "all-reduce", FP32 * stage.trained_tied)
-    if layout.tp_size > 1 and stage.part.layers and layout.adapter.method_spec.u.trained:
-        sizes = [stage.local_size(f"{target.prefix}u") for target in layout.adapter.targets]
-        traffic.add(_stage_group(layout), "all-reduce", FP32 * sum(sizes))
-    if layout.tp_size * layout.pp_size > 1:  # the sum of squares for the gradient norm
-        traffic.add(MODEL, "all-reduce", _norm_bytes(layout))
-    if layout.world_size > 1:
-        traffic.add(WORLD, "all-reduce", FP64 * len(StepVotes._fields))
+    taking = sorted({adapter for shape in micro_batches for adapter in shape.adapters})
+    for shape, count in Counter(micro_batches).items():
+        for (group, kind), messages in (sent := _micro_batch_traffic(stage, shape)).messages.items():
+            traffic.messages[group, kind] += count * messages
+            traffic.bytes[group, kind] += count * sent.bytes[group, kind]
+    for group, numbers in _summed(stage.owned_by(taking)).items():
+        traffic.add(group, "all-reduce", FP32 * numbers)
+    if layout.tp_size * layout.pp_size > 1:  # the sum of squares for each gradient norm
+        traffic.add(MODEL, "all-reduce", len(taking) * _norm_bytes(layout))
+    if layout.world_size > 1:  # of a bank also the loss of each adapter, and whether it misses a gradient
+        own = 2 * len(taking) if layout.is_bank else 0
+        traffic.add(WORLD, "all-reduce", FP64 * (len(StepVotes._fields) + own))
     return traffic
+
+
+def _micro_batch_traffic(stage: StagePlan, shape: MicroBatchShape) -> Traffic:
+    """The messages of a micro-batch."""
+    layout, traffic, owners = stage.layout, Traffic(), stage.owned_by(shape.adapters)
+    if layout.tp_size > 1:
+        _add_layers(traffic, owners, shape)
+        # once for any number of layers, targets and adapters: factors that are gathered, and their gradients' sum
+        if size := FP32 * layout.tp_size * sum(map(_gathered, owners.parts)):
+            traffic.add(TENSOR, "all-gather", size)
+            traffic.add(TENSOR, "reduce-scatter", size)
+    # Hidden states forward, and their gradient backward (zeros if none is needed).
+    hidden = _hidden_bytes(stage, shape.num_tokens) // layout.sequence_parts
+    traffic.add(PIPELINE, "send", hidden, count=(not stage.is_last) + (not stage.is_first))
+    return traffic
+
+
+def _summed(owners: StageOwners) -> Counter[str]:
+    """The numbers of gradients that we sum over ranks once per step, by group.
+
+    u is the same on the ranks of a stage, a tied tensor on those of all stages, another one on data-parallel ranks. Of
+    one adapter DeepSpeed sums over data-parallel ranks, which is all that u needs without tensor parallelism, and a
+    tied tensor without a pipeline.
+    """
+    layout, found = owners.stage.layout, Counter[str]()
+    data = layout.dp_size > 1
+    for part in owners.parts:
+        for name in trained_tensors(part):
+            _, letter = part.config.tensors[name]
+            if letter == "u":
+                ours, group = layout.tp_size > 1, _stage_group(layout)
+            elif part.config.factor(name).tied:
+                ours, group = layout.pp_size > 1, TIED if layout.pp_size > 1 else DATA
+            else:
+                ours, group = False, DATA
+            if ours or (layout.is_bank and data):
+                found[group] += part.local_size(name)
+    return found
 
 
 def engine_bytes(stage: StagePlan, *, num_micro_batches: int) -> int:
@@ -106,7 +99,7 @@ def engine_bytes(stage: StagePlan, *, num_micro_batches: int) -> int:
     keeps some from one pass to the next.
     """
     zero_stage, dp_size = stage.layout.zero_stage, stage.layout.dp_size
-    if dp_size == 1:
+    if dp_size == 1 or (stage.layout.is_bank and zero_stage < 3):
         return 0
     gradients, norm = FP32 * sum(stage.trained), _norm_bytes(stage.layout)
     if zero_stage == 0:
@@ -119,8 +112,13 @@ def engine_bytes(stage: StagePlan, *, num_micro_batches: int) -> int:
         return sum(padded(size, dp_size) for size in sizes)
 
     base = sum(padded(tensor.size, dp_size) * tensor.itemsize for tensor in stage.local_base)
-    parameters = base + FP32 * whole(stage.held)
+    parameters = base + FP32 * whole(stage.held[:1] if stage.layout.is_bank else stage.held)
     return num_micro_batches * (2 * parameters + FP32 * whole(stage.trained)) + norm
+
+
+def _gathered(part: AdapterPart) -> int:
+    """The numbers of a rank's part that it gathers for each micro-batch."""
+    return sum(part.local_size(name) for name in part.config.tensors if part.is_gathered(name))
 
 
 def _norm_bytes(layout: Layout) -> int:
@@ -129,6 +127,8 @@ def _norm_bytes(layout: Layout) -> int:
 
 def _stage_group(layout: Layout) -> str:
     """The name of the group of a stage's ranks; see `named_handles`."""
+    if layout.tp_size == 1:
+        return DATA
     if layout.dp_size == 1:
         return TENSOR
     return WORLD if layout.pp_size == 1 else STAGE
@@ -176,22 +176,22 @@ class _Regions:
         self.traffic.add(TENSOR, kind, _hidden_bytes(self.stage, num_tokens) + beside)
 
 
-def _add_layers(traffic: Traffic, stage: StagePlan, shape: MicroBatchShape) -> None:
+def _add_layers(traffic: Traffic, owners: StageOwners, shape: MicroBatchShape) -> None:
     """Add the tensor-parallel messages of a micro-batch in embedding, blocks and head.
 
     Recomputing a block stops as soon as its backward pass has all it needs, so the last exit is not repeated.
     Recomputing gate and up enters the MLP's region again. Nothing after the last attention is recomputed.
     """
+    stage = owners.stage
     layout, region = stage.layout, _Regions(traffic, stage)
-    method = layout.adapter.method_spec
     if stage.is_first:
         region.reduce(shape.num_tokens)  # the embedding, which is frozen
     for block in stage.blocks:
         ends_here = stage.ends_in(block)
         after = shape.num_after if ends_here else shape.num_tokens
-        of_qkv, of_gate_up = (stage.ax_columns(block, name) for name in (QKV, GATE_UP))
-        backward = block in stage.backward_blocks
-        needs = needs_gradient(layout.adapter, block)
+        of_qkv, of_gate_up = (owners.ax_columns(block, name) for name in (QKV, GATE_UP))
+        backward = block in owners.backward_blocks
+        needs = owners.needs(block)
         again = backward and layout.recompute == "full" and (not ends_here or needs[OUTPUT])
         for number in range(2 if again else 1):
             region.gather(shape.num_tokens, columns=of_qkv)
@@ -201,13 +201,14 @@ def _add_layers(traffic: Traffic, stage: StagePlan, shape: MicroBatchShape) -> N
         region.reduce(after)
         if not backward:
             continue
-        if layout.recompute == "selective" and not ends_here and stage.reads_mlp_input(block):
-            region.gather(after, columns=0 if method.trains_f else of_gate_up)  # A x is saved if F is trained
+        if layout.recompute == "selective" and not ends_here and owners.reads_mlp_input(block):
+            known = owners.trains_f(block, GATE_UP)  # A x is saved if F is trained
+            region.gather(after, columns=0 if known else of_gate_up)
         region.gather(after)  # through the end of the MLP, then its start, then the end of attention
-        region.go_back(after, of_gate_up * method.A.trained, needs_x=needs[GATE_UP])
+        region.go_back(after, of_gate_up * owners.trains_a(block, GATE_UP), needs_x=needs[GATE_UP])
         if needs[GATE_UP]:
             region.gather(after)
-        region.go_back(shape.num_tokens, of_qkv * method.A.trained, needs_x=needs[QKV])
+        region.go_back(shape.num_tokens, of_qkv * owners.trains_a(block, QKV), needs_x=needs[QKV])
     if stage.is_last:
         region.gather(shape.num_after)
         region.reduce(shape.num_after)  # its gradient

@@ -23,6 +23,7 @@ from megatron_tiedlora.training.group_step import GroupStep
 from megatron_tiedlora.training.halving import find_behind
 from megatron_tiedlora.training.member import Member
 from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.profiling import StepProfiler
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Group:
     """A run of several adapters on one rank, from a ready engine to the end of their training.
 
     Attributes:
+        profile: turns that are recorded, as of --profile.
         finished: those that an earlier start has finished.
         names: of all, in the order of their file.
         rivals: with --halving, by each adapter's name those that it is compared with.
@@ -57,6 +59,7 @@ class Group:
     stop: StopRequests
     finished: Mapping[str, Finished]
     names: Sequence[str]
+    profile: str | None = None
     rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
@@ -65,6 +68,8 @@ class Group:
     def __post_init__(self) -> None:
         self.evaluation = GroupEvaluation(self.step.runner, self.step.capacity, self.stop)
         self.last_turn = max(member.progress.step for member in self.members.values())
+        rank = next(iter(self.members.values())).plan.grid.rank
+        self._profiler = StepProfiler(self.profile, self.folder, rank=rank)
 
     @property
     def is_main(self) -> bool:
@@ -104,6 +109,7 @@ class Group:
                 self.write_table()
                 raise
             finally:
+                self._profiler.finish(last_step=self.last_turn)
                 for member in self.members.values():
                     member.close_log()
 
@@ -167,12 +173,13 @@ class Group:
             return
         running = {name: running[name] for name in samples}
         saved = {name: member.saved_step for name, member in running.items()}
-        report = self.step.run(
-            samples,
-            save_due=lambda: any([member.wants_save for member in running.values()]),
-            failure=self._failure,
-            saved_steps={name: step for name, step in saved.items() if step is not None},
-        )
+        with self._profiler.step(self.last_turn + 1):
+            report = self.step.run(
+                samples,
+                save_due=lambda: any([member.wants_save for member in running.values()]),
+                failure=self._failure,
+                saved_steps={name: step for name, step in saved.items() if step is not None},
+            )
         self.last_turn += 1
         for name, member in running.items():
             member.took(samples[name], report, bar)

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice
 from typing import TypeVar
 
-from megatron_tiedlora.data.loader import MicroBatch, evaluation_sizes
-from megatron_tiedlora.data.shared import Owned, filled, shared_input
+from megatron_tiedlora.data.loader import evaluation_sizes
+from megatron_tiedlora.data.shared import Owned, fill_rounds, shared_input
 from megatron_tiedlora.engine.bank_runner import BankPipelineRunner, BankPlainRunner
 from megatron_tiedlora.evaluation.answering import Questions, ScoredSet, answer_together
 from megatron_tiedlora.evaluation.answers import Answer
@@ -81,8 +81,10 @@ class GroupEvaluation:
 
     def _shared_batches(self, members: Members) -> Iterator[list[Owned]]:
         """The batches of all, in shared ones: the first of every adapter, then the second."""
-        for turn in zip_longest(*map(_sized_batches, members)):
-            yield from filled([batch for batch in turn if batch is not None], STEPS_AT_ONCE * self.capacity)
+        batches = {member.name: member.evaluation_batches() for member in members}
+        sizes = {member.name: _sizes(member) for member in members}
+        for some in fill_rounds(sizes, capacity=STEPS_AT_ONCE * self.capacity):
+            yield [(name, next(batches[name])) for name, _ in some]
 
     def scores(
         self, members: Members, samples_of: Callable[[Member], ScoredSet | None]
@@ -90,7 +92,7 @@ class GroupEvaluation:
         """The scores of each on its own samples, as `Trainer.score`; one whose answers cannot be scored fails."""
         asked = {member.name: scored for member in members if (scored := samples_of(member)) is not None}
         answers = self._answers([member for member in members if member.name in asked], asked) if asked else {}
-        found = {}
+        found: dict[str, dict[str, Score]] = {}
         for member in members:
             with member.failing_alone():
                 found[member.name] = {}
@@ -153,13 +155,12 @@ def _num_supervised(batches: Iterable[Sequence[Owned]]) -> Counter[str]:
     return found
 
 
-def _sized_batches(member: Member) -> Iterator[tuple[Owned, int]]:
-    """The validation batches of one, each with its tokens on the rank where it has most."""
+def _sizes(member: Member) -> list[int]:
+    """The tokens of each validation batch of one, on the rank where it has most."""
     sizes = evaluation_sizes(
         member.data.validation,
         micro_batch_size=member.plan.batches.micro_batch_size,
         dp_size=member.plan.grid.dp_size,
         pad_multiple=member.plan.layout.pad_multiple,
     )
-    batches: Iterator[MicroBatch] = member.evaluation_batches()
-    return (((member.name, batch), size) for batch, size in zip(batches, sizes, strict=True))
+    return list(sizes)

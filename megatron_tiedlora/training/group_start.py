@@ -33,11 +33,13 @@ from megatron_tiedlora.training import session
 from megatron_tiedlora.training.build_bank import BuiltBank, Plans, shared_plan
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.group import Finished, Group
+from megatron_tiedlora.training.group_plan import longest_run
 from megatron_tiedlora.training.group_step import GroupStep
 from megatron_tiedlora.training.halving import check_halving, rivals_of
 from megatron_tiedlora.training.loop import is_trained
 from megatron_tiedlora.training.member import Member
 from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.resumed import with_kept_warmup
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.throughput import Meter, start_meter
@@ -55,8 +57,11 @@ Release = Callable[[], None]
 Keep = Callable[[Release], None]
 
 
-def plan_group(settings: Settings, *, rank: int, world_size: int) -> dict[str, RunPlan]:
+def plan_group(settings: Settings, *, rank: int, world_size: int, weights: bool = True) -> dict[str, RunPlan]:
     """The plan of each adapter of --adapters, by name. The model is looked for once.
+
+    Args:
+        weights: as of `plan_run`.
 
     Raises:
         UserError: names the file and the adapter, if its settings do not fit.
@@ -70,7 +75,7 @@ def plan_group(settings: Settings, *, rank: int, world_size: int) -> dict[str, R
             own = {"output_dir": str(folder / name), **own}
         source = next(iter(plans.values())).source if plans else None
         try:
-            plans[name] = plan_run(make_settings(own), rank=rank, world_size=world_size, source=source)
+            plans[name] = plan_run(make_settings(own), rank=rank, world_size=world_size, weights=weights, source=source)
         except UserError as error:
             raise UserError(f"{file}: {name}: {error}") from None
     if settings.halving:
@@ -219,11 +224,7 @@ def finished_before(plans: Plans, checkpoints: Checkpoints) -> dict[str, Finishe
 
 def choose_group_kernels(plans: Plans, device: torch.device) -> ChosenKernels:
     """The kernels of all: those that the adapter with most tokens would have alone."""
-
-    def num_tokens(plan: RunPlan) -> int:
-        return plan.settings.max_steps * plan.settings.global_batch_size * plan.settings.max_length
-
-    return choose_kernels(max(plans.values(), key=num_tokens), device)
+    return choose_kernels(longest_run(plans), device)
 
 
 def make_group(
@@ -276,7 +277,7 @@ def make_group(
             own_checks=step.checks[name],
             keeps_losses=bool(rivals.get(name)),
         )
-    group = Group(members, step, folder, stop, finished, names, rivals)
+    group = Group(members, step, folder, stop, finished, names, settings.profile, rivals)
     group.folder = replace(folder, running=group.unrecorded)
     return group
 
@@ -315,6 +316,8 @@ def headline(
         f"attention  {stage.attention.route(device, plan.dtype)}",
         f"run folder {group.folder.path}",
     ]
+    if over := steps_over(group.profile, group.last_turn):
+        lines.append(f"note       {over}")
     lines += [f"{name:<10} finished before" for name in group.finished]
     for name, member in group.members.items():
         own = member.plan.settings

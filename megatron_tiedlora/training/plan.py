@@ -29,8 +29,8 @@ from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape, SampleRow, micro_batch_shape
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
-from megatron_tiedlora.planning.traffic import MicroBatchShape, micro_batch_shape
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
 from megatron_tiedlora.runtime.trackers import check_installed
@@ -76,7 +76,7 @@ class RunPlan:
         if settings.compile == "auto":
             compiled = pays_to_compile(self.source.shape, grid, num_tokens=num_tokens)
         return Layout(
-            adapter=self.adapter,
+            adapters=(self.adapter,),
             length=settings.max_length,
             rows=self.batches.micro_batch_size,
             micro_batches=self.batches.accumulation_steps,
@@ -124,13 +124,12 @@ class RunPlan:
 
     def micro_batches(self, dataset: TokenDataset, batch: GlobalBatch) -> tuple[MicroBatchShape, ...]:
         """The shapes of this rank's micro-batches of a step."""
-        return tuple(
-            micro_batch_shape(
-                self.layout,
-                [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows],
-            )
-            for rows in batch.on_rank(self.grid.dp_rank, dp_size=self.grid.dp_size)
-        )
+        return tuple(micro_batch_shape(self.layout, rows) for rows in self.sample_rows(dataset, batch))
+
+    def sample_rows(self, dataset: TokenDataset, batch: GlobalBatch) -> Iterator[list[SampleRow]]:
+        """The rows of each of this rank's micro-batches of a step."""
+        for rows in batch.on_rank(self.grid.dp_rank, dp_size=self.grid.dp_size):
+            yield [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows]
 
     def training_loader(
         self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0

@@ -48,5 +48,5 @@ def test_compiled_once_for_all_sizes_with_the_same_numbers() -> None:
     adapter = make_adapter_config("tl6", rank=4, layers=(1, 2), targets=targets_of(shape), seed=0)
     specs = layer_specs(shape, dtype=torch.float32, kernels=compiled)
     stage = Stage(specs, TiedAdapter(AdapterPart.whole(adapter)))
-    planned = token_bytes(shape, Layout(adapter, length=256, dtype=torch.float32)).saved
+    planned = token_bytes(shape, Layout((adapter,), length=256, dtype=torch.float32)).saved
     assert saved_bytes_per_token(stage, torch.float32) == planned, "compiled kernels keep what the formula says"

@@ -36,9 +36,17 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tensor 2, sequences whole": {"tensor_parallel": 2, "sequence_parallel": False},
     "one layer": {"method": "lora", "layers": (5,)},
     "bf16": {"dtype": "bf16", "method": "vera"},
+    "four adapters": {"ds_config": "zero0.json"},
 }
+FOUR = (
+    {"method": "tl6"},
+    {"method": "lora", "rank": 2, "layers": (2, 5)},
+    {"method": "vera", "rank": 8, "targets": "gate_up"},
+    {"method": "tl5", "rank": 1},
+)
 # (name, stages, micro-batches)
 TRACED = [("plain", p, m) for p in (2, 4) for m in (1, 4, 8)]
+TRACED += [("four adapters", p, len(FOUR) * m) for p in (2, 4) for m in (1, 2, 4)]  # m micro-batches of each
 CASES = [*TRACED, ("recompute", 4, 6), ("one layer", 4, 6), ("bf16", 4, 6)]
 CASES += [("tensor 2", 2, 3), ("tensor 2, sequences whole", 2, 3)]
 
@@ -99,7 +107,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, int, int
     found = {}
     for ranks in (2, 4):
         keys = [key for key in CASES if key[1] * CHANGES[key[0]].get("tensor_parallel", 1) == ranks]
-        cases = [Case(settings_of(folder, p, m, **CHANGES[name]), m, ROWS, LENGTH, SUPERVISED) for name, p, m in keys]
+        cases = [
+            Case(
+                settings_of(folder, p, m, **CHANGES[name]),
+                *(m, ROWS, LENGTH, SUPERVISED),
+                adapters=FOUR if name == "four adapters" else (),
+            )
+            for name, p, m in keys
+        ]
         found.update(zip(keys, run(cases, folder, ranks=ranks), strict=True))
     return found
 
@@ -182,7 +197,10 @@ def test_passes_wait_for_each_other(ran: Mapping[tuple[str, int, int], Ran], key
 def test_the_bubble_of_equal_stages(
     ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int], costs: dict[str, int]
 ) -> None:
-    """The order that was seen leaves each stage idle for (p - 1) / (m + p - 1) of the time, and no longer."""
+    """The order that was seen leaves each stage idle for (p - 1) / (m + p - 1) of the time, and no longer.
+
+    Of several adapters, m are the micro-batches of all of them.
+    """
     _, p, m = key
     found = idle_shares(order_of(ran[key].steps(0)), lambda _stage, kind, _index: Fraction(costs[kind]))
     assert found == [Fraction(p - 1, m + p - 1)] * p
@@ -253,17 +271,20 @@ def test_measured_bubble(tmp_path: Path) -> None:
     """
     shape = {"hidden_size": 256, "intermediate_size": 704, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 320}
     write_inputs(tmp_path, num_layers=8, max_positions=1024, **shape)
-    numbers, length = (1, 4, 8), 128
-    print("\n| stages | micro-batches | (p - 1) / (m + p - 1) | idle by processor time | idle by the clock |")
+    length, alike = 128, tuple({"seed": number} for number in range(4))
+    print("\n| stages | adapters | micro-batches | (p - 1) / (m + p - 1) | idle by processor time | by the clock |")
     for p in (2, 4):
-        cases = [
-            Case(settings_of(tmp_path, p, m, max_length=length), m, ROWS, length, length, steps=2) for m in numbers
-        ]
-        for m, found in zip(numbers, run(cases, tmp_path, ranks=p), strict=True):
+        keys = [((), m) for m in (1, 4, 8)] + [(alike, len(alike) * m) for m in (1, 2, 4)]
+        cases = []
+        for adapters, m in keys:
+            settings = settings_of(tmp_path, p, m, max_length=length, ds_config=f"zero{0 if adapters else 1}.json")
+            cases.append(Case(settings, m, ROWS, length, length, steps=2, adapters=adapters))
+        for (adapters, m), found in zip(keys, run(cases, tmp_path, ranks=p), strict=True):
             steps = [found.steps(number) for number in range(2)]
             assert all(order_of(step) == [one_f_one_b(stage, p, m) for stage in range(p)] for step in steps)
             replayed, seen = [idle_by_processor_time(step) for step in steps], [idle_by_clock(step) for step in steps]
-            print(f"| {p} | {m} | {(p - 1) / (m + p - 1):.1%} | {min(replayed):.1%} | {min(seen):.1%} |")
+            shares = ((p - 1) / (m + p - 1), min(replayed), min(seen))
+            print(f"| {p} | {len(adapters) or 1} | {m} | {' | '.join(f'{share:.1%}' for share in shares)} |")
 
 
 def idle_by_processor_time(step: Sequence[Sequence[Event]]) -> float:

@@ -23,6 +23,7 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.micro_batches import ShareShape
 from megatron_tiedlora.planning.saved import saved_bytes
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 
@@ -66,7 +67,7 @@ def run_case(case: Case, groups: ParallelGroups) -> float:
         case.method, rank=RANK, layers=case.layers, targets=targets_of(SHAPE, case.targets), seed=0
     )
     layout = Layout(
-        config,
+        (config,),
         length=LENGTH,
         tp_size=TP,
         pp_size=case.stages,
@@ -84,13 +85,13 @@ def run_case(case: Case, groups: ParallelGroups) -> float:
         output: Any = stage(inputs, torch.arange(LENGTH).expand(ROWS, LENGTH), numbers=numbers)
         if plan.is_last:
             stage.tail.loss(output, labels, stage.tensor_parallel)
-    after = len(find_supervised(labels, layout.sequence_parts).rows) if plan.is_last else None
+    after = len(find_supervised(labels, layout.sequence_parts).rows) if plan.is_last else 0
     counted = sum(
         tensor.untyped_storage().nbytes()
         for tensor in saved.values()
         if tensor.is_floating_point() and tensor.shape[-2:] != (1, SHAPE.heads.dim // 2)
     )
-    return counted - wide_factors(plan) - saved_bytes(plan, tokens=ROWS * LENGTH, after=after)
+    return counted - wide_factors(plan) - saved_bytes(plan, [ShareShape(0, ROWS * LENGTH, after)])
 
 
 def build(case: Case, config: AdapterConfig, plan: StagePlan, groups: ParallelGroups) -> Stage:
@@ -121,7 +122,7 @@ def wide_factors(plan: StagePlan) -> int:
     held = 0
     for name, (_, factor) in part.config.tensors.items() if part.layers else ():
         if part.is_gathered(name) and read[factor]:
-            held += TP * plan.local_size(name)
+            held += TP * part.local_size(name)
     if part.layers and method.u.trained and len(part.config.targets) > 1:
         held += len(part.layers) * RANK * len(part.config.targets)
     return 4 * held

@@ -232,7 +232,7 @@ def test_what_deepspeed_sends_at_each_zero_stage() -> None:
     target = Target("qkv", 1, (1, 1, 1), "column")
     bound, adapter = {}, make_adapter_config("tl6", rank=1, layers=(1,), targets=(target,), seed=0)
     for zero_stage, dp_size in [(0, 3), (1, 3), (2, 3), (3, 3), (3, 1)]:
-        layout = Layout(adapter, length=8, dp_size=dp_size, zero_stage=zero_stage)
+        layout = Layout((adapter,), length=8, dp_size=dp_size, zero_stage=zero_stage)
         base = (StoredTensor(5, 2), StoredTensor(8, 2))
         stage: Any = SimpleNamespace(layout=layout, trained=(20, 3), held=(20, 3), local_base=base)
         bound[zero_stage, dp_size] = engine_bytes(stage, num_micro_batches=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import shutil
 import signal
@@ -268,10 +269,9 @@ def test_two_ranks(base: Base, tmp_path: Path, alone: Path, four: Four, layout: 
         ({"a": {"layers": [9]}}, {}, "adapters.yaml: a: --layers 9: "),
         ({"a": {}, "b": {"train_file": "missing.jsonl"}}, {}, "b: "),
         ({"logs": {}}, {}, "the run itself has a file 'logs'"),
-        ({"a": {"dropout": 0.1}}, {}, "a: --dropout is not implemented for several adapters"),
         ({"a": {}}, {"ds_config": "zero2.json"}, "ZeRO-2 clips the gradients of all adapters together"),
-        ({"a": {}}, {"dry_run": True}, "--dry_run is not implemented for --adapters"),
-        ({"a": {}}, {"profile": "1:2"}, "--profile is not implemented for --adapters"),
+        ({"profile": {}}, {}, "the run itself has a file 'profile'"),
+        ({"a": {"profile": "1:2"}}, {}, "entry 1 (a): profile cannot differ between the adapters of a run"),
         ({"a": {}}, {"resume": "somewhere"}, "each adapter has checkpoints of its own; give auto"),
         ({"a": {}}, {"adapters": "nowhere.yaml"}, "--adapters nowhere.yaml: no such file"),
         ({"a": {}}, {"adapters": None, "share_micro_batches": False}, "--share_micro_batches needs --adapters"),
@@ -323,6 +323,21 @@ def test_halving_on_two_ranks(base: Base, tmp_path: Path, layout: dict[str, Any]
         next(row["loss"] for row in rows(tmp_path / "run" / "b")[::-1] if row["split"] == "validation"), rel=1e-6
     )
     assert table(tmp_path / "run")["b"]["reason"] == record["stopped"] == state(tmp_path / "run" / "b")[2]
+
+
+def test_a_profile_records_turns_of_all(base: Base, tmp_path: Path) -> None:
+    """In the folder of the run, also when one adapter has ended; a resume says which turns it is too late for."""
+    folder, constant = tmp_path / "run", {"schedule": "constant"}
+    file = written(tmp_path / "adapters.yaml", {"a": {"max_steps": 2}, "b": {"max_steps": 4}})
+    run(base, folder, adapters=file, profile="2:3", **constant)
+    events = json.loads(gzip.decompress((folder / "profile" / "rank_0.json.gz").read_bytes()))["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert {"step 2", "step 3", "aten::mm"} <= names and not {"step 1", "step 4"} & names
+    assert not (folder / "a" / "profile").exists()
+    written(file, {"a": {"max_steps": 2}, "b": {"max_steps": 6}})
+    ended = run(base, folder, adapters=file, profile="2:5", resume="auto", **constant)
+    note = "note       --profile 2:5: the run continues after step 4, so steps 2 to 4 are not recorded"
+    assert note in ended.outputs[0].splitlines()
 
 
 def test_a_folder_of_another_kind(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:

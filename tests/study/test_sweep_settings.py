@@ -179,7 +179,6 @@ REFUSED = [
     ("--together=many", "--together many: "),
     ("--together=2 --dropout=0.1", "--together 2: lora-r2-lr2e-1: --dropout is not implemented for several adapters"),
     ("--together=auto --ds_config=zero2.json", "--together auto: --ds_config zero2.json: ZeRO-2 clips"),
-    ("--together=2 --profile=1:2", "--together 2: --profile is not implemented"),
     ("--share_micro_batches=false", "--share_micro_batches cannot be given to a sweep: with --together"),
     ("--halving=true", "--halving compares learning rates that train together; give --together auto, or 2 or more"),
     ("--halving=true --together=2 --learning_rates=1", "--halving compares learning rates; give two or more"),

@@ -18,7 +18,11 @@ from torch import distributed
 
 @dataclass(frozen=True)
 class Case:
-    """Some equal steps: `num_micro_batches` of (rows, length), the last `supervised` labels of each row."""
+    """Some equal steps: `num_micro_batches` of (rows, length), the last `supervised` labels of each row.
+
+    Attributes:
+        adapters: the settings that each of several adapters has of its own, which own the micro-batches in turn.
+    """
 
     settings: dict[str, Any]
     num_micro_batches: int
@@ -26,6 +30,7 @@ class Case:
     length: int
     supervised: int
     steps: int = 1
+    adapters: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,33 +88,87 @@ def trace_steps(cases: list[Case], folder: str) -> list[Traced]:
 
 
 def _trace(case: Case, device: torch.device) -> Traced:
-    from megatron_tiedlora.config.settings import make_settings
-    from megatron_tiedlora.training import build
-    from megatron_tiedlora.training.plan import plan_run
-
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
-    built = build.build_model(plan, device, None)
-    runner = build.start_engine(plan, built, device, None)
-    batches = _batches(case, plan.source.shape.vocab_size)
-    traced = Traced(parts=list(runner.engine.module.parts))
-    passes = dict(runner.engine._INSTRUCTION_MAP)  # without what is wrapped below
-    denominator = float(case.rows * case.supervised * case.num_micro_batches)
+    started = _start_bank(case, device) if case.adapters else _start(case, device)
+    engine = started.engine
+    traced = Traced(parts=list(engine.module.parts))
+    passes = dict(engine._INSTRUCTION_MAP)  # without what is wrapped below
 
     def step() -> None:
         distributed.barrier()
-        runner.accumulate(batches, denominator, lambda: None)
-        runner.take_step()
+        started.step()
 
-    _wrap(runner.engine, passes, _Holding(built.stage, runner.engine, traced.held))
+    _wrap(engine, passes, _Holding(started.parameters, engine, traced.held))
     step()
     for _ in range(case.steps):
         events: list[Event] = []
-        _wrap(runner.engine, passes, _Timing(events))
+        _wrap(engine, passes, _Timing(events))
         step()
         traced.steps.append(events)
-    runner.engine.destroy()
+    engine.destroy()
     return traced
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A run that is ready for its next step, and what autograd holds anyway."""
+
+    engine: Any
+    step: Callable[[], Any]
+    parameters: list[torch.Tensor]
+
+
+def _plan(case: Case, **changes: Any) -> Any:
+    from megatron_tiedlora.config.settings import make_settings
+    from megatron_tiedlora.training.plan import plan_run
+
+    settings = make_settings({**case.settings, **changes})
+    return plan_run(settings, rank=distributed.get_rank(), world_size=distributed.get_world_size())
+
+
+def _start(case: Case, device: torch.device) -> _Started:
+    from megatron_tiedlora.training import build
+
+    plan = _plan(case)
+    built = build.build_model(plan, device, None)
+    runner = build.start_engine(plan, built, device, None)
+    batches = _batches(case, plan.source.shape.vocab_size)
+    denominator = float(case.rows * case.supervised * case.num_micro_batches)
+
+    def step() -> None:
+        runner.accumulate(batches, denominator, lambda: None)
+        runner.take_step()
+
+    return _Started(runner.engine, step, list(built.stage.parameters()))
+
+
+def _start_bank(case: Case, device: torch.device) -> _Started:
+    from megatron_tiedlora.adapters.adapter_bank import Share
+    from megatron_tiedlora.engine.bank_runner import Weight
+    from megatron_tiedlora.training.build_bank import build_bank
+
+    plans = {str(number): _plan(case, **own) for number, own in enumerate(case.adapters)}
+    built = build_bank(plans, device)
+    size = case.rows * case.length
+    batches = [
+        batch._replace(
+            tokens=batch.tokens.view(1, size),
+            positions=batch.positions.view(1, size),
+            labels=batch.labels.view(1, size),
+            shares=(Share(str(index % len(plans)), case.rows, case.length),),
+        )
+        for index, batch in enumerate(_batches(case, plans["0"].source.shape.vocab_size))
+    ]
+    weights = dict.fromkeys(plans, Weight(float(case.rows * case.supervised), case.num_micro_batches // len(plans)))
+
+    def step() -> None:
+        built.runner.accumulate_shares(batches, weights, lambda: None)
+        assert not built.step.sum_gradients(plans)
+        for name, norm in built.step.norms(plans).items():
+            built.step.take(name, norm)
+        built.step.clear()
+
+    held = [*built.runner.stage.parameters(), *(parameter for _, parameter in built.step.bank.named_parameters())]
+    return _Started(built.runner.engine, step, held)
 
 
 def _batches(case: Case, vocab_size: int) -> list[Any]:
@@ -142,8 +201,8 @@ class _Timing:
 class _Holding:
     """Notes what the engine holds after each forward pass and before each backward pass."""
 
-    def __init__(self, stage: torch.nn.Module, engine: Any, held: list[Held]) -> None:
-        self._own = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
+    def __init__(self, parameters: list[torch.Tensor], engine: Any, held: list[Held]) -> None:
+        self._own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         self._engine = engine
         self._held = held
         self._saved: dict[int, list[torch.Tensor]] = {}  # by micro-batch in flight

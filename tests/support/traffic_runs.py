@@ -16,7 +16,8 @@ from traffic_worker import Case, Counted, count_steps
 
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.traffic import DATA, Traffic
-from megatron_tiedlora.planning.traffic import MicroBatchShape, engine_bytes, step_traffic
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape
+from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import prepare_data
 

@@ -19,7 +19,7 @@ from megatron_tiedlora.data.packing import _halve, _spread, pack
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
-from megatron_tiedlora.planning.traffic import micro_batch_shape
+from megatron_tiedlora.planning.micro_batches import micro_batch_shape
 
 
 def make_dataset(num_samples: int, *, seed: int = 0) -> TokenDataset:

@@ -18,9 +18,10 @@ from megatron_tiedlora.parallel.traffic import WORLD
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
 from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.planning.micro_batches import assumed_micro_batches
 from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
-from megatron_tiedlora.planning.traffic import assumed_micro_batches, engine_bytes, step_traffic
+from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 
 SHAPE = find_model("llama2-70b", weights=False).shape
 ADAPTER = make_adapter_config("tl6", rank=8, layers=tuple(range(1, 81)), targets=targets_of(SHAPE), seed=0)
@@ -42,7 +43,7 @@ def layouts() -> list[tuple[int, int, int]]:
 
 def planned(tp: int, pp: int, dp: int, **changes: Any) -> tuple[StagePlan, ...]:
     sizes = {"tp_size": tp, "pp_size": pp, "dp_size": dp, "zero_stage": 1, "on_gpu": True, "micro_batches": 256 // dp}
-    return plan_stages(SHAPE, Layout(**{"adapter": ADAPTER, "length": 4096, **sizes, **changes}))
+    return plan_stages(SHAPE, Layout(**{"adapters": (ADAPTER,), "length": 4096, **sizes, **changes}))
 
 
 def test_every_layout_of_a_cluster_can_be_planned() -> None:
@@ -78,7 +79,7 @@ def test_every_target_is_planned() -> None:
     """All four beside QKV: FLOPs, A x saved and sent, factors and their gathers."""
     every = replace(ADAPTER, targets=targets_of(SHAPE, TARGET_NAMES))
     d, k, f, r, layers, rows = 8192, 1024, 28672, 8, 80, 4096
-    one, four = (planned(2, 1, 16, adapter=adapter)[0] for adapter in (ADAPTER, every))
+    one, four = (planned(2, 1, 16, adapters=(adapter,))[0] for adapter in (ADAPTER, every))
     assert token_bytes(SHAPE, four.layout).saved - token_bytes(SHAPE, one.layout).saved == 3 * 2 * r
     after = [token_bytes(SHAPE, stage.layout).after_attention for stage in (one, four)]
     assert after[1] - after[0] == 3 * 2 * r
@@ -92,7 +93,7 @@ def test_every_target_is_planned() -> None:
     u = 4 * 3 * layers * r
     assert added == {("tensor", "all-gather"): sent, ("tensor", "reduce-scatter"): sent, (WORLD, "all-reduce"): u}
     counts = {"num_tokens": rows, "squared_lengths": rows**2, "num_after": rows, "num_supervised": rows}
-    flops = [step_flops(SHAPE, stage.layout.adapter, **counts).total for stage in (one, four)]
+    flops = [step_flops(SHAPE, stage.layout.adapters[0], **counts).total for stage in (one, four)]
     widths = (d + d) + (d + 2 * f) + (f + d)
     assert flops[1] - flops[0] == 6 * r * widths * layers * rows
     for method, qkv, everything in (("lora", 11_796_480, 87_818_240), ("tl5", 147_456, 1_097_728)):
@@ -108,7 +109,7 @@ def test_factors_are_counted_once(name: str, recompute: str) -> None:
     tied = replace(ADAPTER, method="tl5", targets=targets_of(SHAPE, (name,)))
     changes = {"dtype": torch.float32, "recompute": recompute}
     one, two = (
-        stage_memory(planned(1, 1, 1, adapter=replace(tied, alpha=alpha), **changes)[0], tokens=4096).activations
+        stage_memory(planned(1, 1, 1, adapters=(replace(tied, alpha=alpha),), **changes)[0], tokens=4096).activations
         for alpha in (tied.rank, 2 * tied.rank)
     )
     assert two - one == 4 * tied.rank * tied.targets[0].out_size

@@ -21,6 +21,7 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.micro_batches import ShareShape
 from megatron_tiedlora.planning.saved import saved_bytes, token_bytes
 from megatron_tiedlora.planning.stages import plan_stages
 
@@ -43,7 +44,7 @@ def stage_of(
     generator = torch.Generator().manual_seed(1)
     for parameter in stage.parameters():
         parameter.data.normal_(0.0, 0.05, generator=generator)
-    return stage, Layout(adapter, length=LENGTH, dtype=dtype, recompute=recompute)
+    return stage, Layout((adapter,), length=LENGTH, dtype=dtype, recompute=recompute)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,7 +72,7 @@ def test_saved_bytes_are_the_formula_s(method: str, names: tuple[str, ...], reco
         stage, layout = stage_of(method, names, layers, dtype, recompute)
         with saved_by_autograd(stage) as saved:
             stage(*inputs)
-        planned = saved_bytes(plan_stages(SHAPE, layout)[0], tokens=ROWS * LENGTH, after=after)
+        planned = saved_bytes(plan_stages(SHAPE, layout)[0], [ShareShape(0, ROWS * LENGTH, after)])
         passes_attention = "qkv" in names or layers[0] < LAST  # the last block's attention has a backward pass
         indices = 8 * after * (passes_attention + (layers[0] < LAST))  # of rows of attention's output, and of hidden's
         in_any = "qkv" in names or layers[0] < LAST
@@ -108,7 +109,7 @@ def test_operations_are_those_of_the_formula(method: str, names: tuple[str, ...]
         stage(tokens, positions, labels).backward()
     flops = step_flops(
         SHAPE,
-        layout.adapter,
+        layout.adapters[0],
         num_tokens=tokens.numel(),
         squared_lengths=ROWS * LENGTH**2,
         num_after=len(rows.rows),

@@ -1,0 +1,209 @@
+"""The tables of --dry_run by stage, from what the planners predict: the cut, bytes per rank, and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
+from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.memory import (
+    COMMUNICATOR_BYTES,
+    CONTEXT_BYTES,
+    StageMemory,
+    eager_bytes,
+    micro_batches_in_flight,
+    num_communicators,
+)
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape
+from megatron_tiedlora.planning.saved import token_bytes
+from megatron_tiedlora.planning.stages import StagePlan
+from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes, step_traffic
+from megatron_tiedlora.training.step import LONG_STEP_SECONDS
+
+Stages = Sequence[StagePlan]
+
+
+def partition_lines(stages: Stages) -> list[str]:
+    """The layers, work and base weights of each stage."""
+    shape, layout = stages[0].shape, stages[0].layout
+    cut = "" if layout.tp_size == 1 else f", {'' if layout.sequence_parallel else 'no '}sequence parallelism"
+    rows = []
+    for stage in stages:
+        names = ["embedding"] * stage.is_first + [ranges(stage.blocks)] + ["head"] * stage.is_last
+        rows.append(
+            [
+                " + ".join(names),
+                f"{stage.cost_share:.1%}",
+                ranges(stage.adapted) or "none",
+                bytes_in_words(stage.full_base_bytes),
+            ]
+        )
+    return [
+        f"layout: {layout.world_size} ranks = tensor {layout.tp_size}{cut} x pipeline {layout.pp_size} x data"
+        f" {layout.dp_size}, {shape.num_layers} layers",
+        *stage_table(("layers", "work", "adapted", "base weights of the stage"), rows),
+    ]
+
+
+def memory_lines(stages: Stages, memories: Sequence[StageMemory], *, tokens: int, micro_batches: str) -> list[str]:
+    """The bytes of a rank of each stage, by purpose, with notes.
+
+    Args:
+        tokens: of the largest micro-batch.
+        micro_batches: the same in words.
+    """
+    shape, layout = stages[0].shape, stages[0].layout
+    cells = []
+    for stage, memory in zip(stages, memories, strict=True):
+        sizes = {
+            "base weights": memory.base,
+            **({_shared_memory(layout): memory.dequantised} if memory.dequantised else {}),
+            "adapters" if layout.is_bank else "adapter": memory.adapter,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "activations": memory.activations,
+            **({"engine": memory.engine} if layout.pp_size > 1 or memory.engine else {}),
+            **({"CUDA, NCCL": memory.libraries} if layout.on_gpu else {}),
+            "sum": memory.total,
+        }
+        cells.append([*map(bytes_in_words, sizes.values()), str(micro_batches_in_flight(stage))])
+    header = (*sizes, "in flight")
+    saved = max(token_bytes(shape, layout, adapter).saved for adapter in range(len(layout.adapters)))
+    return [
+        f"bytes per rank, ZeRO-{layout.zero_stage}, {layout.dp_size} data-parallel ranks, micro-batches of"
+        f" up to {micro_batches}, on {'GPUs' if layout.on_gpu else 'CPUs'}",
+        *stage_table(header, cells),
+        f"  (a block saves {saved / 1e3:,.1f} kB per token of each micro-batch"
+        " in flight; the last block saves less, as its MLP runs its backward pass at once)",
+        *_base_line(stages),
+        _kernels_line(stages[0], tokens=tokens),
+        *_engine_line(stages[0]),
+        *_libraries_line(stages),
+    ]
+
+
+def _shared_memory(layout: Layout) -> str:
+    """What the memory holds that all quantised weights of a rank share."""
+    return "one transposed" if layout.products and layout.on_gpu else "one dequantised"
+
+
+def _base_line(stages: Stages) -> list[str]:
+    """The note on the base weights if they are quantised."""
+    layout = stages[0].layout
+    if layout.base is None:
+        return []
+    sizes = sorted({stage.quantised_bytes for stage in stages})
+    words = " to ".join(bytes_in_words(size) for size in sizes[:: max(1, len(sizes) - 1)])
+    kept = " with transposed copies" if layout.keep_transposed else ""
+    how = "each is dequantised just before its matmul, in memory that all of them share"
+    if layout.products and layout.on_gpu:
+        how = "they are multiplied in fp8"
+        how += "" if kept else ", in the backward pass by a transposed copy, in memory that all of them share"
+    return [
+        f"  (base weights: {words} of them before ZeRO are the linears of the blocks in {layout.base}{kept};"
+        f" {how})"
+    ]
+
+
+def _kernels_line(stage: StagePlan, *, tokens: int) -> str:
+    """A line on the temporary bytes of kernels that are not compiled."""
+    size = eager_bytes(stage.shape, stage.layout, tokens)
+    if not size:
+        return "  (compiled kernels are assumed; --compile false shows the activations of a node without a compiler)"
+    return f"  (kernels that are not compiled need {bytes_in_words(size)} of the activations for a moment)"
+
+
+def _libraries_line(stages: Stages) -> list[str]:
+    """The note on the table's column `CUDA, NCCL`."""
+    if not stages[0].layout.on_gpu:
+        return []
+    counts = sorted({num_communicators(stage) for stage in stages})
+    return [
+        f"  (CUDA, NCCL: estimates of memory outside PyTorch, {bytes_in_words(CONTEXT_BYTES)} of context and"
+        f" {bytes_in_words(COMMUNICATOR_BYTES)} for each of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}"
+        " communicators)"
+    ]
+
+
+def _engine_line(stage: StagePlan) -> list[str]:
+    """The note on the table's column `engine`."""
+    layout = stage.layout
+    if layout.zero_stage == 3 and layout.dp_size > 1:
+        return [
+            "  (engine: base weights that ZeRO-3 holds gathered, more with a larger stage3_max_live_parameters in"
+            " --ds_config)"
+        ]
+    if layout.pp_size == 1:
+        return []
+    kilobytes = 2 * token_bytes(stage.shape, layout).hidden / 1e3
+    return [
+        f"  (engine: hidden states that DeepSpeed's pipeline holds, up to {kilobytes:,.1f} kB per token of each"
+        " micro-batch in flight)"
+    ]
+
+
+def message_lines(stages: Stages, micro_batches: Sequence[MicroBatchShape], *, of: str) -> list[str]:
+    """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.traffic counts.
+
+    Args:
+        of: what the micro-batches are of, in words.
+    """
+    layout = stages[0].layout
+    lines = [f"messages and bytes per step and rank: {of}"]
+    if layout.world_size == 1:
+        return [*lines, "  none: one rank sends nothing"]
+    traffic = [step_traffic(stage, micro_batches) for stage in stages]
+    groups = [group for group in GROUPS if any(found.of_group(group)[0] for found in traffic)]
+    of_engine = layout.dp_size > 1 and not (layout.is_bank and layout.zero_stage < 3)
+    header = ["all ranks" if group == WORLD else group for group in groups]
+    rows = []
+    for stage, found in zip(stages, traffic, strict=True):
+        sent = [found.of_group(group) for group in groups]
+        rows.append([f"{count:,} / {bytes_in_words(size)}" for count, size in sent])
+        if of_engine:
+            rows[-1].append(f"at most {bytes_in_words(engine_bytes(stage, num_micro_batches=len(micro_batches)))}")
+    lines += stage_table([*header, *(["DeepSpeed" if layout.is_bank else DATA] * of_engine)], rows)
+    lines.append("  (bytes are of whole tensors; the checks of the first steps send a little more)")
+    if of_engine and layout.is_bank:
+        lines.append("  (DeepSpeed: the base weights that ZeRO-3 gathers over data-parallel ranks)")
+    elif of_engine:
+        lines.append("  (data: only DeepSpeed sends in this group, and it chooses the number of messages)")
+    if layout.pp_size == 1 and len(micro_batches) > 1:
+        lines.append(
+            f"  (if steps take longer than {LONG_STEP_SECONDS:.0f} s, all ranks send {len(micro_batches) - 1:,} more"
+            f" messages of {STOP_VOTES_BYTES} B, to stop in time)"
+        )
+    return lines
+
+
+def stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line for each stage; neighbours with equal cells share a line."""
+    labels: list[tuple[int, int]] = []
+    for index, row in enumerate(rows):
+        if index and list(row) == list(rows[index - 1]):
+            labels[-1] = (labels[-1][0], index)
+        else:
+            labels.append((index, index))
+    return table_lines(("stage", *header), [[str(a) if a == b else f"{a}-{b}", *rows[a]] for a, b in labels])
+
+
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line for each row, whose first cells are its label."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return [
+        f"  {line[0]:<{widths[0]}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    ]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """1,2,3,5 -> 1-3,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)

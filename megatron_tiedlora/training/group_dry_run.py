@@ -1,0 +1,175 @@
+"""--dry_run with --adapters: the tables of a run, with a row for each adapter, and what one more of them costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.wording import bytes_in_words, count_text
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.model.weights import num_base_parameters
+from megatron_tiedlora.planning.memory import StageMemory, bank_bytes, stage_memory
+from megatron_tiedlora.training.dry_run import sample_lines
+from megatron_tiedlora.training.dry_run_tables import (
+    memory_lines,
+    message_lines,
+    partition_lines,
+    ranges,
+    table_lines,
+)
+from megatron_tiedlora.training.group_plan import GroupPlan
+from megatron_tiedlora.training.group_start import counted, plan_group, prepare_group_data
+from megatron_tiedlora.training.length import epochs_of
+from megatron_tiedlora.training.run_data import RunData
+
+Data = Mapping[str, RunData]  # empty for a preset, which has no tokenizer
+
+
+def group_report(settings: Settings, *, launched_ranks: int = 1) -> str:
+    """The whole report as text, for --world_size ranks or else for as many as were launched.
+
+    Raises:
+        UserError: as the run itself would.
+    """
+    ranks = settings.world_size or launched_ranks
+    plans, shares = plan_group(settings, rank=0, world_size=ranks, weights=False), settings.share_micro_batches
+    if next(iter(plans.values())).source.folder is None:
+        group, data = GroupPlan(plans, shares), dict[str, RunData]()
+    else:
+        data = prepare_group_data(plans)
+        plans = counted(plans, data)
+        batches = {name: (data[name].train, plan.global_batch(data[name].train)) for name, plan in plans.items()}
+        group = GroupPlan(plans, shares, batches)
+    sections = [_adapters(group), partition_lines(group.stages), _memory(group, data)]
+    sections += [_one_more(group, data), _messages(group, data), _batches(group, data)]
+    sections += [*_data(group, data), *_samples(group, data)]
+    return "\n\n".join("\n".join(map(printable, section)) for section in sections)
+
+
+def _adapters(group: GroupPlan) -> list[str]:
+    rows = []
+    for number, (name, plan) in enumerate(group.plans.items()):
+        adapter, batches = plan.adapter, plan.batches
+        rows.append(
+            [
+                name,
+                adapter.method,
+                str(adapter.rank),
+                ",".join(target.name for target in adapter.targets),
+                ranges(adapter.layers),
+                f"{sum(adapter.num_trained().values()):,}",
+                f"{batches.global_batch_size} = {batches.micro_batch_size} x {batches.accumulation_steps} x"
+                f" {batches.data_parallel}",
+                f"{plan.settings.max_steps:,}",
+                bytes_in_words(_own_bytes(group, number)),
+            ]
+        )
+    trained = sum(sum(plan.adapter.num_trained().values()) for plan in group.plans.values())
+    header = ("adapter", "method", "rank", "linears", "layers", "trained", "batch", "steps", "bytes per rank")
+    return [
+        f"{count_text(len(group.plans), 'adapter')}: {trained:,} trained parameters on a frozen base of"
+        f" {num_base_parameters(group.shared.source.shape):,}",
+        *table_lines(header, rows),
+        "  (batch: samples per step = rows of a micro-batch x micro-batches x data-parallel ranks; bytes per rank: its"
+        " tensors, gradients and moments on the rank that holds most)",
+    ]
+
+
+def _own_bytes(group: GroupPlan, adapter: int) -> int:
+    return max(bank_bytes(stage.parts[adapter]) for stage in group.stages)
+
+
+def _memory(group: GroupPlan, data: Data) -> list[str]:
+    longest = _longest_rows(group, data)
+    tokens, most = group.most_tokens(longest), max(len(shape.shares) for shape in group.micro_batches)
+    micro_batches = f"{tokens:,} tokens of up to {count_text(most, 'adapter')} at step 1"
+    return memory_lines(group.stages, _peaks(group, longest), tokens=tokens, micro_batches=micro_batches)
+
+
+def _one_more(group: GroupPlan, data: Data) -> list[str]:
+    """What the run needs beside with its largest adapter twice."""
+    number = max(range(len(group.plans)), key=lambda number: _own_bytes(group, number))
+    name, longest = list(group.plans)[number], _longest_rows(group, data)
+    batches = None if group.batches is None else {**group.batches, "": group.batches[name]}
+    more = replace(group, plans={**group.plans, "": group.plans[name]}, batches=batches)
+    peaks = zip(_peaks(more, {**longest, "": longest[name]}), _peaks(group, longest), strict=True)
+    added = max(new.total - old.total for new, old in peaks)
+    line = (
+        f"  like {name}: {bytes_in_words(added)} per rank, {bytes_in_words(_own_bytes(group, number))} of them its"
+        " tensors, gradients and moments"
+    )
+    if added > _own_bytes(group, number):
+        line += "; the rest are its factors, and tokens where micro-batches have room for more"
+    return ["one more adapter", line]
+
+
+def _longest_rows(group: GroupPlan, data: Data) -> dict[str, int]:
+    """The tokens of each adapter's longest row."""
+    return {
+        name: group.layout.length if plan.settings.packing or not data else data[name].train.longest
+        for name, plan in group.plans.items()
+    }
+
+
+def _peaks(group: GroupPlan, longest: Mapping[str, int]) -> list[StageMemory]:
+    """The memory of each stage: of the largest micro-batch, if it has the adapters of one of the step."""
+    tokens = group.most_tokens(longest)
+    sizes = {"tokens": tokens, "documents": group.most_documents(), "longest": min(tokens, max(longest.values()))}
+    together = {shape.adapters for shape in group.micro_batches}
+    return [
+        max((stage_memory(stage, adapters=adapters, **sizes) for adapters in together), key=lambda found: found.total)
+        for stage in group.stages
+    ]
+
+
+def _messages(group: GroupPlan, data: Data) -> list[str]:
+    of = "step 1's samples on data-parallel rank 0"
+    if not data:
+        of = f"samples of {group.layout.length:,} tokens, all supervised"
+    return message_lines(group.stages, group.micro_batches, of=of)
+
+
+def _batches(group: GroupPlan, data: Data) -> list[str]:
+    shapes = group.micro_batches
+    apart = sum(len(shape.shares) for shape in shapes)
+    lines = [
+        "batches",
+        f"  step 1: {len(shapes):,} micro-batches on a data-parallel rank, which hold {apart:,} of single adapters;"
+        f" {sum(shape.num_tokens for shape in shapes) / len(shapes):,.0f} positions each",
+    ]
+    if not group.shares_micro_batches:
+        lines.append("  (--share_micro_batches false: each micro-batch has one adapter)")
+    if not data and any(plan.settings.epochs is not None for plan in group.plans.values()):
+        lines.append("  (the steps of --epochs are counted from data, and a preset reads none)")
+    return lines
+
+
+def _data(group: GroupPlan, data: Data) -> list[list[str]]:
+    if not data:
+        return [["data", "  (a preset shape has no tokenizer; give a model folder to count tokens)"]]
+    rows, notes = [], []
+    for name, own in data.items():
+        settings, train = group.plans[name].settings, own.train
+        numbers = [len(train), train.num_tokens, train.num_supervised, train.longest, train.truncated_prompts]
+        numbers += [len(own.validation)]
+        passes = f"{epochs_of(settings, len(train)):.2f}"
+        rows.append([name, settings.task, *(f"{number:,}" for number in numbers), passes])
+        notes += [f"  {name}: {note}" for note in own.notes]
+        notes += [f"  warning: {name}: {warning}" for warning in own.warnings(settings)]
+    header = ("adapter", "task", "samples", "tokens", "supervised", "longest", "cut", "validation", "passes")
+    return [
+        [
+            "data: training parts, validation samples, and how often a run sees its training part",
+            *table_lines(header, rows),
+            *notes,
+        ]
+    ]
+
+
+def _samples(group: GroupPlan, data: Data) -> list[list[str]]:
+    """The first sample of each adapter, once if it is the same for several."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, own in data.items():
+        found.setdefault(tuple(sample_lines(group.plans[name], own)), []).append(name)
+    return [[f"{', '.join(names)}: {lines[0]}", *lines[1:]] for lines, names in found.items()]

@@ -1,0 +1,160 @@
+"""--dry_run with --adapters: a row for each adapter, the tables of one run, and what one more adapter costs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from report_tables import stage_table
+from run_files import files_of
+from run_helpers import Base, run_ranks, write_base
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape
+from megatron_tiedlora.planning.traffic import step_traffic
+from megatron_tiedlora.training.group_dry_run import group_report
+from megatron_tiedlora.training.group_plan import GroupPlan
+from megatron_tiedlora.training.group_start import counted, plan_group, prepare_group_data
+
+OWN: dict[str, dict[str, Any]] = {
+    "small": {},
+    "wide": {"method": "lora", "rank": 16, "targets": "all", "global_batch_size": 4},
+    "late": {"rank": 2, "layers": [3], "max_steps": 7},
+    "more": {"method": "vera", "rank": 4, "global_batch_size": 16, "epochs": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def _cache(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(base.cache))
+
+
+def settings_of(base: Base, folder: Path, own: dict[str, dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """The settings of a run of these adapters, whose file is written to `folder`."""
+    file = folder / "adapters.yaml"
+    file.write_text(yaml.safe_dump([{"name": name, **entry} for name, entry in own.items()], sort_keys=False))
+    shared = {name: str(value) if isinstance(value, Path) else value for name, value in base.settings().items()}
+    for name in ("rank", "ds_config"):
+        shared.pop(name, None)
+    return {**shared, "adapters": str(file), "dry_run": True, **changes}
+
+
+def table(text: str, title: str) -> list[dict[str, str]]:
+    """The cells of a section's table by row and column, split at two spaces or more."""
+    section = next(part for part in text.split("\n\n") if part.startswith(title) or f"\n{title}" in part)
+    header, *lines = [re.split(" {2,}", line.strip()) for line in section.splitlines()[1:]]
+    return [dict(zip(header, line, strict=True)) for line in lines if len(line) == len(header)]
+
+
+def test_each_adapter_has_a_row(base: Base, tmp_path: Path) -> None:
+    text = group_report(make_settings(settings_of(base, tmp_path, OWN)))
+    rows = {row["adapter"]: row for row in table(text, "4 adapters: ")}
+    assert list(rows) == list(OWN)
+    assert [row["rank"] for row in rows.values()] == ["8", "16", "2", "4"]
+    assert rows["wide"]["linears"] == "qkv,o_proj,gate_up,down_proj" and rows["late"]["layers"] == "3"
+    assert rows["late"]["steps"] == "7" and rows["wide"]["batch"].startswith("4 = ")
+    plans = plan_group(make_settings(settings_of(base, tmp_path, OWN)), rank=0, world_size=1)
+    for name, plan in plans.items():
+        trained = sum(plan.adapter.num_trained().values())
+        assert rows[name]["trained"] == f"{trained:,}"
+        assert rows[name]["bytes per rank"] == bytes_in_words(bank_bytes(plan.stage.part))
+    data = {row["adapter"]: row for row in table(text, "data: ")}
+    assert list(data) == list(OWN) and data["more"]["passes"] == "2.00"
+    assert text.count("first sample") == 1 and "small, wide, late, more: first sample" in text
+
+
+def test_the_tables_are_those_of_all(base: Base, tmp_path: Path) -> None:
+    """At a layout: memory and messages of the bank, which one adapter's micro-batches alone do not have."""
+    layout = {"tensor_parallel": 2, "pipeline_parallel": 2, "world_size": 4}
+    settings = settings_of(base, tmp_path, OWN, **layout)
+    text = group_report(make_settings(settings))
+    messages, memory = stage_table(text, "messages and bytes"), stage_table(text, "bytes per rank")
+    group = grouped(settings)
+    assert max(len(shape.shares) for shape in group.micro_batches) > 1
+    for stage, sent, needed in zip(group.stages, messages, memory, strict=True):
+        traffic = step_traffic(stage, group.micro_batches)
+        for name, cell in sent.items():
+            count, size = traffic.of_group(name.replace("all ranks", "world"))
+            assert cell == f"{count:,} / {bytes_in_words(size)}", name
+        assert needed["adapters"] == bytes_in_words(4 * sum(stage.held))
+        assert needed["optimizer"] == bytes_in_words(8 * sum(stage.trained))
+    assert "1 / 32 B" in messages[0]["model"], "one message with the squares of four norms"
+    apart = group_report(make_settings({**settings, "share_micro_batches": False}))
+    assert "each micro-batch has one adapter" in apart and "of up to 1 adapter at step 1," in apart
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_length": 256}, {"share_micro_batches": False}], ids=str)
+def test_one_more_adapter_costs_what_is_said(base: Base, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The difference to the same run with that entry twice; with room for its tokens also its factors and these."""
+    changes = {"packing": False, **changes}
+    adapters = {name: OWN[name] for name in ("small", "wide")} if "max_length" in changes else OWN
+    settings = settings_of(base, tmp_path, adapters, **changes)
+    text = group_report(make_settings(settings))
+    before = peak(grouped(settings))
+    after = peak(grouped(settings_of(base, tmp_path, {**adapters, "again": OWN["wide"]}, **changes)))
+    own = max(bank_bytes(part) for part in grouped(settings).stages[0].parts)
+    assert (after - before > own) == ("max_length" in changes), "each micro-batch is full otherwise"
+    assert f"one more adapter\n  like wide: {bytes_in_words(after - before)} per rank," in text
+
+
+def grouped(settings: dict[str, Any]) -> GroupPlan:
+    """The plan of the first step."""
+    made = make_settings(settings)
+    plans = plan_group(made, rank=0, world_size=settings.get("world_size", 1))
+    data = prepare_group_data(plans)
+    plans = counted(plans, data)
+    batches = {name: (data[name].train, plan.global_batch(data[name].train)) for name, plan in plans.items()}
+    return GroupPlan(plans, made.share_micro_batches, batches)
+
+
+def peak(group: GroupPlan) -> float:
+    """The bytes of the only stage, by the micro-batch that needs most; all of them count as the largest."""
+
+    def bytes_of(shape: MicroBatchShape) -> float:
+        longest = group.batches["wide"][0].longest
+        sizes = {"tokens": group.most_tokens(dict.fromkeys(group.plans, longest)), "documents": group.most_documents()}
+        return stage_memory(group.stages[0], adapters=shape.adapters, longest=longest, **sizes).total
+
+    return max(map(bytes_of, group.micro_batches))
+
+
+def test_presets_need_no_files(tmp_path: Path) -> None:
+    """Through the command, on a cluster's layout; nothing is written."""
+    file = tmp_path / "four.yaml"
+    file.write_text("- name: a\n- name: b\n  rank: 16\n- name: c\n  method: lora\n  epochs: 3\n")
+    arguments = ["--model=llama2-70b", f"--adapters={file}", "--dry_run", "--world_size=16", "--plan_for=gpu"]
+    ended = run_ranks([*arguments, "--tensor_parallel=8"], folder=tmp_path / "work").expect(0)
+    assert {name for name in files_of(tmp_path / "work") if ".rank" not in name} == set()
+    text = ended.outputs[0]
+    assert [row["adapter"] for row in table(text, "3 adapters: ")] == ["a", "b", "c"]
+    (memory,) = stage_table(text, "bytes per rank")
+    assert memory["base weights"] == "17.25 GB" and "one more adapter\n  like c: " in text
+    assert "counted from data" in text and "no tokenizer" in text
+
+
+@pytest.mark.parametrize(
+    ("own", "changes", "message"),
+    [
+        ({"a": {"layers": [9]}}, {}, "adapters.yaml: a: --layers 9: "),
+        ({"a": {}}, {"ds_config": "zero2.json"}, "ZeRO-2 clips the gradients of all adapters together"),
+        ({"a": {}}, {"world_size": 3, "tensor_parallel": 2}, "--tensor_parallel 2"),
+        ({"a": {"train_file": "missing.jsonl"}}, {}, "a: "),
+    ],
+)
+def test_what_a_run_refuses_is_refused(
+    base: Base, tmp_path: Path, own: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        group_report(make_settings(settings_of(base, tmp_path, own, **changes)))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
