@@ -129,9 +129,9 @@ def train_together(settings: Settings) -> End:
         folder, keep = group_start.open_group_folder(settings, plans, data, keep=end.hold)
         end.owner = folder.owner
         plans = group_start.in_folder(plans, folder)
-        checkpoints = group_start.find_checkpoints(plans, data, folder)
+        checkpoints = group_start.find_checkpoints(plans, data)
         plans = group_start.resumed(plans, checkpoints)
-        finished = group_start.finished_before(plans, checkpoints, folder)
+        finished = group_start.finished_before(plans, checkpoints)
         left = {name: plan for name, plan in plans.items() if name not in finished}
         if not left:
             lines = group_finish.end_at_once(finished, folder, end, is_main=rank == 0)

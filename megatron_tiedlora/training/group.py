@@ -18,8 +18,9 @@ from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training.group_evaluation import GroupEvaluation
+from megatron_tiedlora.training.group_evaluation import GroupEvaluation, of_start
 from megatron_tiedlora.training.group_step import GroupStep
+from megatron_tiedlora.training.halving import find_behind
 from megatron_tiedlora.training.member import Member
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import StepProfiler
@@ -48,6 +49,7 @@ class Group:
         profile: turns that are recorded, as of --profile.
         finished: those that an earlier start has finished.
         names: of all, in the order of their file.
+        rivals: with --halving, by each adapter's name those that it is compared with.
         last_turn: the number of the last turn; the first one follows the most steps that an adapter has.
     """
 
@@ -58,6 +60,7 @@ class Group:
     finished: Mapping[str, Finished]
     names: Sequence[str]
     profile: str | None = None
+    rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
     _failure: UserError | None = None
@@ -98,7 +101,7 @@ class Group:
                 self._begin(bar)
                 self._show(bar, tokens_per_second=None)
                 while running := self._running():
-                    self._turn(running, bar)
+                    self._turn(self._in_step(running), bar)
             except RunStopped:
                 for member in self._running().values():
                     with member.failing_alone():
@@ -115,8 +118,11 @@ class Group:
 
     def _begin(self, bar: Any) -> None:
         """Evaluate the adapters that begin, and what others had left to do after their last step."""
+        for member in self.members.values():
+            with member.failing_alone():
+                member.recall()
         new = {name: member for name, member in self.members.items() if member.progress.step == 0}
-        started = self.evaluation.evaluated(list(new.values()))
+        started = of_start(list(new.values()), self.evaluation.evaluated)
         for name, found in started.items():
             with new[name].failing_alone():
                 new[name].begin(bar, found)
@@ -144,6 +150,7 @@ class Group:
             if member.state == "running":
                 with member.failing_alone():
                     member.after_step(bar, found.get(name))
+        self._stop_behind(bar)
 
     def _bar(self) -> Any:
         members = self.members.values()
@@ -179,6 +186,33 @@ class Group:
         self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
         self._after_step(self._running(), bar)
         self._show(bar, tokens_per_second=sum(step.num_tokens for step in samples.values()) / report.seconds)
+
+    def _in_step(self, running: Mapping[str, Member]) -> dict[str, Member]:
+        """Those that take a step: after a resume one may be ahead of its rivals, and waits for them."""
+
+        def waits(name: str) -> bool:
+            others = [running[other] for other in self.rivals.get(name, ()) if other in running]
+            return any(other.progress.step < running[name].progress.step for other in others)
+
+        return {name: member for name, member in running.items() if not waits(name)}
+
+    def _stop_behind(self, bar: Any) -> None:
+        """Stop the adapters that are behind a rival by more than noise, once their warm-up is over."""
+        if not self.rivals:
+            return
+        evaluated = {
+            name: member.evaluated
+            for name, member in self.members.items()
+            if member.failure is None
+            and member.evaluated is not None
+            and member.evaluated.step >= member.plan.settings.warmup_steps
+        }
+        running = self._running()
+        for name, reason in find_behind(evaluated, self.rivals).items():
+            if name in running:
+                with running[name].failing_alone():
+                    running[name].end_behind(reason)
+                    bar.write(f"{name}: stopped, {reason}")
 
     def _show(self, bar: Any, *, tokens_per_second: float | None) -> None:
         """Show the progress, and who has failed; write the table, if more than steps have changed."""

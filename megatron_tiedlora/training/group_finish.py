@@ -8,10 +8,12 @@ from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import Checkpoint
 from megatron_tiedlora.convert.export_peft import base_location
 from megatron_tiedlora.convert.serving import serve_together
+from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.training import finish
 from megatron_tiedlora.training.group import Finished, Group, table_rows
+from megatron_tiedlora.training.group_evaluation import of_start
 from megatron_tiedlora.training.member import Member
 
 
@@ -30,8 +32,12 @@ def score_after(group: Group) -> None:
 
 def _score(group: Group, members: Sequence[Member], moment: str) -> None:
     """Score them together on their test samples, and record that."""
+
+    def score(some: Sequence[Member]) -> dict[str, dict[str, Score]]:
+        return group.evaluation.scores(some, lambda member: member.data.scored)
+
     with group.stop.deferred():
-        found = group.evaluation.scores(members, lambda member: member.data.scored)
+        found = of_start(members, score) if moment == "before" else score(members)
     for member in members:
         if member.name in found:
             with member.failing_alone():
@@ -93,7 +99,8 @@ def table_lines(adapters: Mapping[str, Member | Finished], folder: GroupFolder) 
             f"{name:<{width}}  {state:<9}{progress.step:>7}{progress.best_step or '-':>11}{best:>10}"
             f"  {member.failure or member.reason}"
         )
-    rows += ["", f"run folder  {folder.path}", "  NAME/      the run folder of each adapter, with peft/"]
+    rows += ["", f"run folder  {folder.path}"]
+    rows += ["  NAME/      the run folder of each adapter, with peft/; or the output_dir of its entry"]
     finished = [member for member in adapters.values() if member.failure is None]
     if not finished:
         return rows

@@ -275,6 +275,14 @@ def test_two_ranks(base: Base, tmp_path: Path, alone: Path, four: Four, layout: 
         ({"a": {}}, {"resume": "somewhere"}, "each adapter has checkpoints of its own; give auto"),
         ({"a": {}}, {"adapters": "nowhere.yaml"}, "--adapters nowhere.yaml: no such file"),
         ({"a": {}}, {"adapters": None, "share_micro_batches": False}, "--share_micro_batches needs --adapters"),
+        ({"a": {"output_dir": "one"}, "b": {"output_dir": "./one"}}, {}, "b: output_dir is that of a; give each"),
+        ({"a": {}}, {"adapters": None, "halving": True}, "--halving needs --adapters"),
+        ({"a": {"rank": 2}, "b": {"rank": 3}}, {"halving": True}, "no two adapters differ only in the learning rate"),
+        (
+            {"a": {"eval_metric": "exact_match"}, "b": {"eval_metric": "exact_match", "learning_rate": 1.0}},
+            {"halving": True},
+            "a: --halving compares validation losses; remove --eval_metric exact_match",
+        ),
     ],
 )
 def test_bad_inputs(base: Base, tmp_path: Path, own: Any, changes: dict[str, Any], message: str) -> None:
@@ -283,6 +291,38 @@ def test_bad_inputs(base: Base, tmp_path: Path, own: Any, changes: dict[str, Any
     ended = run(base, tmp_path / "run", expect=2, **{"adapters": file, **changes})
     assert message in ended.error_line()
     assert not (tmp_path / "run").exists()
+
+
+def test_an_entry_names_a_run_folder(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+    """A run that began alone goes on in its own folder, beside one that begins in another."""
+    begun, new = tmp_path / "begun", tmp_path / "elsewhere" / "new"
+    kill = partial(kill_at_call, "megatron_tiedlora.training.loop", "Trainer._train_step", call=4)
+    run(base, begun, prelude=kill, expect=-signal.SIGKILL, ds_config="zero0.json", **four["a"])
+    own = {"a": {**four["a"], "output_dir": str(begun)}, "b": {**four["b"], "output_dir": str(new)}, "d": four["d"]}
+    file = written(tmp_path / "adapters.yaml", own)
+    run(base, tmp_path / "run", adapters=file, resume="auto")
+    for name, folder in {"a": begun, "b": new, "d": tmp_path / "run" / "d"}.items():
+        same_folders(folder, alone / name)
+    assert not (tmp_path / "run" / "a").exists() and not (tmp_path / "run" / "b").exists()
+    line = run(base, tmp_path / "again", adapters=file, expect=2).error_line()
+    assert f"--output_dir {begun} holds the run" in line
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 2}, {}])
+def test_halving_on_two_ranks(base: Base, tmp_path: Path, layout: dict[str, Any]) -> None:
+    """Every rank stops the one that is behind, and the noise is that of one rank's batches or of pairs of them."""
+    own = {"a": {}, "b": {"learning_rate": 1e-7}}
+    file = written(tmp_path / "adapters.yaml", own)
+    layout = {"micro_batch_size": 1, "validation_file": base.train, "max_steps": 6, **layout}  # 24 batches
+    run(base, tmp_path / "run", adapters=file, ranks=2, halving=True, **layout)
+    assert state(tmp_path / "run" / "a") == ("finished", 6, "max_steps")
+    assert state(tmp_path / "run" / "b")[0] == "finished" and state(tmp_path / "run" / "b")[1] < 6
+    record = json.loads((tmp_path / "run" / "b" / "halving.json").read_text())
+    assert sum(record["losses"]) / sum(record["tokens"]) == pytest.approx(
+        next(row["loss"] for row in rows(tmp_path / "run" / "b")[::-1] if row["split"] == "validation"), rel=1e-6
+    )
+    assert table(tmp_path / "run")["b"]["reason"] == record["stopped"] == state(tmp_path / "run" / "b")[2]
 
 
 def test_a_profile_records_turns_of_all(base: Base, tmp_path: Path) -> None:
