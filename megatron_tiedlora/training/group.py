@@ -212,7 +212,7 @@ class Group:
             if name in running:
                 with running[name].failing_alone():
                     running[name].end_behind(reason)
-                    bar.write(f"{name}: stopped, {reason}")
+                    bar.write(printable(f"{name}: stopped, {reason}"))
 
     def _show(self, bar: Any, *, tokens_per_second: float | None) -> None:
         """Show the progress, and who has failed; write the table, if more than steps have changed."""
