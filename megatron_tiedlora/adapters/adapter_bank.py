@@ -8,12 +8,14 @@ The bank is no module: engines neither move nor sum nor step its tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.rows import SharedRows
+from megatron_tiedlora.adapters.dropped_inputs import Dropout
+from megatron_tiedlora.adapters.rows import AllRows, SharedRows
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, LinearUpdate, TiedAdapter
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import gather_together
@@ -49,8 +51,9 @@ def pieces_of(shares: Shares) -> Pieces:
 class AdapterBank:
     """A rank's parts of k adapters, by name."""
 
-    def __init__(self, adapters: Mapping[str, TiedAdapter]) -> None:
-        self.adapters = dict(adapters)
+    def __init__(self, adapters: Mapping[str, TiedAdapter], dropout: Mapping[str, Dropout] | None = None) -> None:
+        """`dropout` is of the adapters that have one, in training steps."""
+        self.adapters, self.dropout = dict(adapters), dict(dropout or {})
 
     @property
     def first_layer(self) -> int:
@@ -78,6 +81,8 @@ class AdapterBank:
         owners = [self.adapters[share.adapter] for share in shares]
         assert len(set(map(id, owners))) == len(owners), "an adapter has two shares of a micro-batch"
         by_owner = _read(owners, tensor_parallel.group, dtype=dtype)
+        if len(by_owner) == 1:  # every token meets the same factors, as alone
+            return by_owner[0]
         pieces, group = pieces_of(shares), tensor_parallel.group
         local_pieces = pieces
         if tensor_parallel.sequence_parts > 1:
@@ -98,6 +103,32 @@ class AdapterBank:
                 for name in targets
             }
         return found
+
+
+    def with_dropout(
+        self,
+        updates: Mapping[int, LayerUpdate],
+        numbers: torch.Tensor,
+        shares: Shares,
+        tensor_parallel: TensorParallel,
+    ) -> dict[int, LayerUpdate]:
+        """The updates with each adapter's dropout of its own tokens, whose numbers are (1, s)."""
+        dropped = {
+            owner: self.dropout[name].of_linears(self.adapters[name].part, numbers, tensor_parallel)
+            for owner, (name, _, _) in enumerate(shares)
+            if name in self.dropout
+        }
+
+        def with_own(linear: LinearUpdate, layer: int, target: str) -> LinearUpdate:
+            if not isinstance(linear.rows, SharedRows):  # a micro-batch of one adapter
+                return linear._replace(rows=AllRows(dropped[0](layer, target))) if dropped else linear
+            own = {owner: of(layer, target) for owner, of in dropped.items() if owner in linear.rows.ranks}
+            return linear._replace(rows=replace(linear.rows, dropouts=own))
+
+        return {
+            layer: {name: with_own(linear, layer, name) for name, linear in update.items()}
+            for layer, update in updates.items()
+        }
 
 
 def _read(adapters: Sequence[TiedAdapter], group: RankGroup, *, dtype: torch.dtype) -> list[dict[int, LayerUpdate]]:

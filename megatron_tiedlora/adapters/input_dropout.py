@@ -12,7 +12,9 @@ features alone. All integers are 32-bit values in int64 lanes that never overflo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -65,6 +67,11 @@ class InputDropout:
     def of_local(self, rows: torch.Tensor) -> torch.Tensor:
         """The same for `rows` (b s / p, n) of this rank's part of the sequence."""
         return self._dropped(rows, self.local_keys)
+
+    def of_part(self, start: int, size: int, *, local: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`of_whole`, or `of_local`, of `size` tokens from `start` on."""
+        keys = self.local_keys if local else self.keys
+        return partial(self._dropped, keys=keys[start : start + size])
 
     def at(self, rows: torch.Tensor, local_rows: torch.Tensor) -> InputDropout:
         """The same for some tokens only: `rows` are indices into `keys`, `local_rows` into `local_keys`."""

@@ -93,16 +93,19 @@ class SharedRows(AllRows):
         ranks: the rank of each owner that adapts the linear, in the order of the factors.
         pieces: whose the tokens are, all of them.
         local_pieces: the same for this rank's part of the sequence.
+        dropouts: of the owners that have one, with keys for the tokens of all; `dropout` is None.
     """
 
     ranks: Mapping[int, int] = field(default_factory=dict)
     pieces: Pieces = ()
     local_pieces: Pieces = ()
+    dropouts: Mapping[int, InputDropout] = field(default_factory=dict)
 
     def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
         """As in AllRows."""
         factors = self._factors(a, by_rows=True)
-        found = [low_rank.reduce_input(rows, factors[owner]) for owner, rows in self._rows(_flat(x), local)]
+        pairs = zip(self._rows(_flat(x), local), self._drops(local), strict=True)
+        found = [low_rank.reduce_input(rows, factors[owner], drop) for (owner, rows), drop in pairs]
         return _end_to_end(found, x)
 
     def add_update_(self, z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:
@@ -127,8 +130,8 @@ class SharedRows(AllRows):
         self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool
     ) -> torch.Tensor:
         """As in AllRows."""
-        pairs = zip(self._rows(x, local), self._narrow(grad_ax, local=local), strict=True)
-        found = ((owner, low_rank.gradient_of_a(own, rows, dtype)) for (owner, rows), own in pairs)
+        parts = zip(self._rows(x, local), self._narrow(grad_ax, local=local), self._drops(local), strict=True)
+        found = ((owner, low_rank.gradient_of_a(own, rows, dtype, drop)) for (owner, rows), own, drop in parts)
         return self._by_owner(found, x.new_zeros(x.shape[-1], dtype=dtype))
 
     def add_share_(
@@ -138,9 +141,9 @@ class SharedRows(AllRows):
         if grad_ax is None or a is None:
             return grad_x
         factors = self._factors(a, by_rows=True)
-        pairs = zip(self._rows(_flat(grad_x), local), self._narrow(grad_ax, local=local), strict=True)
-        for (owner, rows), own in pairs:
-            low_rank.add_share_(rows, own, factors[owner])
+        narrow, drops = self._narrow(grad_ax, local=local), self._drops(local)
+        for (owner, rows), own, drop in zip(self._rows(_flat(grad_x), local), narrow, drops, strict=True):
+            low_rank.add_share_(rows, own, factors[owner], drop)
         return grad_x
 
     def columns(self, ax: torch.Tensor, *, local: bool) -> torch.Tensor:
@@ -158,7 +161,8 @@ class SharedRows(AllRows):
 
     def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> SharedRows:
         """As in AllRows."""
-        return replace(self, pieces=pieces, local_pieces=local_pieces)
+        dropouts = {owner: dropout.at(rows, local_rows) for owner, dropout in self.dropouts.items()}
+        return replace(self, pieces=pieces, local_pieces=local_pieces, dropouts=dropouts)
 
     def stand_in_pieces(self, size: int) -> Pieces:
         """As in AllRows."""
@@ -175,6 +179,15 @@ class SharedRows(AllRows):
         for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
             if owner in self.ranks:
                 yield owner, rows[start : start + size]
+
+    def _drops(self, local: bool) -> list[low_rank.Drop | None]:
+        """The dropout of each piece whose owner adapts the linear."""
+        pieces, found = self._pieces(local), list[low_rank.Drop | None]()
+        for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
+            if owner in self.ranks:
+                dropout = self.dropouts.get(owner)
+                found.append(None if dropout is None else dropout.of_part(start, size, local=local))
+        return found
 
     def _narrow(self, ax: torch.Tensor, *, local: bool) -> list[torch.Tensor]:
         """The same of A x, (tokens, its rank) each."""

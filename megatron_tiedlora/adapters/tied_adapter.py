@@ -130,10 +130,6 @@ class AdapterPart:
         """The whole adapter."""
         return AdapterPart(config, config.layers)
 
-    @cached_property
-    def _adapted(self) -> frozenset[int]:
-        return frozenset(self.layers)
-
     @property
     def rows(self) -> slice:
         """The stage's entries along the first dimension of a per-layer tensor."""
@@ -158,7 +154,7 @@ class AdapterPart:
 
     def adapts(self, layer: int, name: str) -> bool:
         """Whether it adapts a linear in one of the stage's layers."""
-        return layer in self._adapted and any(target.name == name for target in self.config.targets)
+        return layer in self.layers and any(target.name == name for target in self.config.targets)
 
     def is_gathered(self, name: str) -> bool:
         """Whether the ranks gather the tensor in each forward pass, and sum its gradient in each backward pass."""

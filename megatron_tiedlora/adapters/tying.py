@@ -80,27 +80,50 @@ class Mismatch:
 
 
 def find_mismatch(adapter: TiedAdapter, groups: ParallelGroups) -> Mismatch | None:
-    """Compare every replicated tensor bit by bit. Returns the first that differs within a group of this rank, or None.
+    """`find_mismatches` of one adapter."""
+    (found,) = find_mismatches([adapter], groups)
+    return found
 
-    Collective: every rank calls it, and the messages do not depend on what it finds. The largest and smallest bit
+
+def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> list[Mismatch | None]:
+    """Compare every replicated tensor bit by bit. Returns for each adapter the first that differs, or None.
+
+    Collective: every rank calls it, and sends one message per group, whatever it finds. The largest and smallest bit
     patterns of a group are equal only if all are equal.
     """
-    first: Mismatch | None = None
-    for name, parameter in adapter.named_parameters():
-        tied = adapter.part.config.factor(name).tied
-        copies = [("stages and data-parallel ranks", groups.tied) if tied else ("data-parallel ranks", groups.data)]
-        if adapter.part.config.spec(name).dim is None:
-            copies.append(("tensor-parallel ranks", groups.tensor))
-        for across, group in copies:
-            if group.size == 1:
-                continue
-            bits = parameter.detach().contiguous().view(torch.int32)
-            ends = torch.stack((bits, ~bits))
-            distributed.all_reduce(ends, op=distributed.ReduceOp.MAX, group=group.handle)
-            if bool((ends[0] != ~ends[1]).any()):  # true on every rank of the group, so all describe it together
-                found = Mismatch(name, across, *_describe(parameter.detach(), group))
-                first = first or found
-    return first
+    # In one order on every rank, of which some have no tensor of a kind.
+    copies: dict[str, tuple[RankGroup, list[tuple[int, str, torch.Tensor]]]] = {
+        "stages and data-parallel ranks": (groups.tied, []),
+        "data-parallel ranks": (groups.data, []),
+        "tensor-parallel ranks": (groups.tensor, []),
+    }
+    for number, adapter in enumerate(adapters):
+        for name, parameter in adapter.named_parameters():
+            tied = adapter.part.config.factor(name).tied
+            kinds = ["stages and data-parallel ranks" if tied else "data-parallel ranks"]
+            if adapter.part.config.spec(name).dim is None:
+                kinds.append("tensor-parallel ranks")
+            for kind in kinds:
+                copies[kind][1].append((number, name, parameter.detach().contiguous()))
+    found: list[dict[str, Mismatch]] = [{} for _ in adapters]
+    for across, (group, tensors) in copies.items():
+        for number, name, tensor in _differing(tensors, group):
+            found[number].setdefault(name, Mismatch(name, across, *_describe(tensor, group)))
+    names = [[name for name, _ in adapter.named_parameters()] for adapter in adapters]
+    return [next((own[name] for name in order if name in own), None) for own, order in zip(found, names, strict=True)]
+
+
+def _differing(
+    tensors: Sequence[tuple[int, str, torch.Tensor]], group: RankGroup
+) -> list[tuple[int, str, torch.Tensor]]:
+    """Those that differ in the group, the same on all of its ranks, so that these can describe them together."""
+    if group.size == 1 or not tensors:
+        return []
+    bits = torch.cat([tensor.view(torch.int32).flatten() for _, _, tensor in tensors])
+    ends = torch.stack((bits, ~bits))
+    distributed.all_reduce(ends, op=distributed.ReduceOp.MAX, group=group.handle)
+    differs = (ends[0] != ~ends[1]).split([tensor.numel() for _, _, tensor in tensors])
+    return [tensor for tensor, part in zip(tensors, differs, strict=True) if bool(part.any())]
 
 
 def _describe(tensor: torch.Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], float]:

@@ -38,9 +38,10 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def write_yaml(path: Path, content: Mapping[str, Any], *, guard: Guard = unguarded) -> None:
+def write_yaml(path: Path, content: Mapping[str, Any] | list[Any], *, guard: Guard = unguarded) -> None:
     """Replace a YAML file atomically, keeping the order of names. Raises UserError naming the file."""
-    write_text(path, yaml.safe_dump(dict(content), sort_keys=False), guard=guard)
+    plain = content if isinstance(content, list) else dict(content)
+    write_text(path, yaml.safe_dump(plain, sort_keys=False), guard=guard)
 
 
 def read_yaml_mapping(file: Path) -> dict[str, Any]:

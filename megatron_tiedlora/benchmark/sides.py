@@ -92,9 +92,9 @@ def make_sides(
     return sides
 
 
-def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> Side:
+def build_stage(plan: RunPlan, settings: BenchSettings, kernels: Kernels) -> Stage:
+    """The whole model on our side with the plan's adapter, in training mode."""
     device, source = default_device(), plan.source
-    chosen = chosen or choose_kernels(plan, device)
     make_weight = plan.weight_maker(device)
     if source.folder is None:
         stage = random_stage(
@@ -103,15 +103,20 @@ def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) 
             dtype=plan.dtype,
             make_weight=make_weight,
             device=device,
-            kernels=chosen.kernels,
+            kernels=kernels,
         )
     else:
-        stage = load_model(
-            source, None, dtype=plan.dtype, make_weight=make_weight, device=device, kernels=chosen.kernels
-        )
+        stage = load_model(source, None, dtype=plan.dtype, make_weight=make_weight, device=device, kernels=kernels)
         _give_adapter(stage, plan.adapter, device)
     recompute(stage, settings.recompute)
     stage.train()
+    return stage
+
+
+def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> Side:
+    device = default_device()
+    chosen = chosen or choose_kernels(plan, device)
+    stage = build_stage(plan, settings, chosen.kernels)
     dataset, pad_id = read_samples(plan, settings)
     step = next(plan.training_loader(dataset, pad_id=pad_id))
 
@@ -121,7 +126,7 @@ def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) 
         loss: torch.Tensor = stage(tokens, position_ids, on_device, documents=batch.documents)
         return loss / step.num_supervised
 
-    flops = training_flops(source.shape, plan.adapter, step)
+    flops = training_flops(plan.source.shape, plan.adapter, step)
     return Side(stage, step.micro_batches, forward, device, flops, chosen.description)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
@@ -51,7 +53,7 @@ def check_same_dtype(resolved: str) -> None:
 
 def load_model(
     source: ModelSource,
-    adapter: NativeAdapter | None,
+    adapter: NativeAdapter | Mapping[str, NativeAdapter] | None,
     *,
     dtype: torch.dtype,
     base: str | None = None,
@@ -69,6 +71,7 @@ def load_model(
     It does not check whether the adapter belongs to the base; `convert.inputs.check_base` does.
 
     Args:
+        adapter: one, or several by name; the stage then has a bank.
         base: the storage format of the blocks' linears; None for `dtype`.
         make_weight: makes the weights of the blocks' linears, in place of `base`.
         grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
@@ -83,11 +86,11 @@ def load_model(
     shape = source.shape
     with BaseWeights(source.weights_folder(), shape, source.stored) as weights:
         layers = range(shape.num_layers + 2) if stages is None else stages[grid.pp_rank]
-        part = None
-        if adapter is not None and not merged:
-            adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
-            part = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
-            part.load_full(adapter.state)
+        part: TiedAdapter | AdapterBank | None = None
+        if isinstance(adapter, Mapping):
+            part = AdapterBank({name: _part(own, layers, grid, device) for name, own in adapter.items()})
+        elif adapter is not None and not merged:
+            part = _part(adapter, layers, grid, device)
         make_weight = make_weight or weight_maker(base)
         specs = layer_specs(shape, dtype=dtype, tp_size=grid.tp_size, kernels=kernels, make_weight=make_weight)
         with torch.device(device):
@@ -102,9 +105,18 @@ def load_model(
             progress=progress,
         )
         if adapter is not None and merged:
+            assert not isinstance(adapter, Mapping), "only one adapter can be merged"
             assert base is None, "a merged weight would be quantised again"
             _merge(model, adapter, weights, shape, grid)
     return model.eval()
+
+
+def _part(adapter: NativeAdapter, layers: range, grid: Grid, device: torch.device | str) -> TiedAdapter:
+    """This rank's part of an adapter, for a stage with these layers."""
+    adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
+    part = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
+    part.load_full(adapter.state)
+    return part
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     what = settings.measured_on(world_size)
     # These import DeepSpeed and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.base.atomic import write_json
-    from megatron_tiedlora.benchmark import decoding, layout, report, scaling, step
+    from megatron_tiedlora.benchmark import adapters, decoding, layout, report, scaling, step
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
     from megatron_tiedlora.runtime.process_group import leave_process_group
     from megatron_tiedlora.runtime.stopping import RunStopped, exit_status
@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
             found, table = scaling.measure(settings), scaling.scaling_table
         elif what == "decoding":
             found, table = decoding.measure(settings), decoding.decoding_table
+        elif settings.adapters is not None:
+            found, table = adapters.measure(settings), adapters.adapters_table
         else:
             found, table = step.measure(settings), report.step_table
     except RunStopped as stop:

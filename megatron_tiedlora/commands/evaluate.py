@@ -2,6 +2,7 @@
 
     python launch/evaluate.py                                                          the demo model on the demo task
     deepspeed launch/evaluate.py --adapter runs/NAME/adapter --task gsm8k --tensor_parallel 2
+    python launch/evaluate.py --adapters runs/four --task gsm8k                        every adapter of a run of several
 
 Read top to bottom: it is the table of contents of an evaluation.
 """
@@ -48,28 +49,28 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     from megatron_tiedlora.base.ownership import Owner
     from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
     from megatron_tiedlora.engine.topology import make_groups, make_process_grid
-    from megatron_tiedlora.evaluation.answering import answer_all
+    from megatron_tiedlora.evaluation.answering import answer_together
     from megatron_tiedlora.evaluation.decoder import Decoder
-    from megatron_tiedlora.evaluation.held_out import check_same_rows, read_held_out
-    from megatron_tiedlora.evaluation.plan import plan_evaluation
-    from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, score_table, write_results
+    from megatron_tiedlora.evaluation.held_out import check_same_rows
+    from megatron_tiedlora.evaluation.plan_many import headline_of_all, name_of_all, plan_evaluations, read_questions
+    from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, score_tables, write_results
     from megatron_tiedlora.evaluation.scores import score_answers
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
     from megatron_tiedlora.runtime.process_group import join_process_group
 
     is_main = rank == 0
-    plan = plan_evaluation(settings, rank=rank, world_size=world_size)
-    tokenizer, scored = read_held_out(plan)
+    plans = plan_evaluations(settings, rank=rank, world_size=world_size)
+    plan, questions = next(iter(plans.values())), read_questions(plans)
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
-    check_same_rows(scored)
+    check_same_rows([asked.scored for asked in questions.values()])
     check_same_dtype(plan.dtype_name)
     output: NewOutput | None = None  # of rank 0
 
     def take() -> tuple[Path, str]:
         nonlocal output
         output = take_output_folder(
-            settings.output_dir, parent=DEFAULT_PARENT, name=plan.name, take_over=settings.take_over
+            settings.output_dir, parent=DEFAULT_PARENT, name=name_of_all(plans), take_over=settings.take_over
         )
         end.hold(output.release)
         return output.partial, output.lock.owner.start
@@ -79,7 +80,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(
         plan.source,
-        plan.adapter,
+        plan.adapter if "" in plans else {name: own.adapter for name, own in plans.items() if own.adapter is not None},
         dtype=plan.dtype,
         base=plan.base,
         device=device,
@@ -91,25 +92,25 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     )
     if is_main:
         attention = stage.attention.route(device, plan.dtype)
-        show(*plan.headline(len(scored.examples), scored.num_truncated, attention, scored.chat_note))
+        show(*headline_of_all(plans, questions, attention))
     with stop.deferred():
-        answers = answer_all(
+        answers = answer_together(
             Decoder(stage, groups, plan.source.shape),
-            scored,
-            tokenizer=tokenizer,
+            list(questions.values()),
             grid=plan.grid,
-            max_new_tokens=plan.max_new_tokens,
-            batch_size=settings.batch_size,
             agree=stop.agree,
             progress=is_main,
         )
     if answers is None or output is None:  # rank 0 has both
         return
     stop.raise_if_requested()
-    scores = score_answers(plan.task.metrics, answers)
+    found = {
+        name: (own, of_own, score_answers(own.task.metrics, of_own))
+        for (name, own), of_own in zip(plans.items(), answers, strict=True)
+    }
     with stop.deferred():  # this takes a moment, and is then done
-        write_results(plan, answers, scores, output)
-    show(*score_table(plan, scores, output.path))
+        write_results(found, output)
+    show(*score_tables(found, output.path))
 
 
 def run(argv: Sequence[str]) -> NoReturn:

@@ -129,11 +129,20 @@ def train_together(settings: Settings) -> End:
         folder, keep = group_start.open_group_folder(settings, plans, data, keep=end.hold)
         end.owner = folder.owner
         plans = group_start.in_folder(plans, folder)
-        checkpoints = group_start.find_checkpoints(plans, data, folder)
+        checkpoints = group_start.find_checkpoints(plans, data)
         plans = group_start.resumed(plans, checkpoints)
+        finished = group_start.finished_before(plans, checkpoints)
+        left = {name: plan for name, plan in plans.items() if name not in finished}
+        if not left:
+            lines = group_finish.end_at_once(finished, folder, end, is_main=rank == 0)
+            if rank == 0:
+                show(*lines)
+            return end
         chosen = group_start.choose_group_kernels(plans, device)
-        built = build_bank(plans, device, checkpoints, kernels=chosen.kernels)
-        group = group_start.make_group(settings, plans, data, folder, checkpoints, built, device, stop, keep=keep)
+        built = build_bank(left, device, checkpoints, kernels=chosen.kernels)
+        group = group_start.make_group(
+            settings, plans, data, folder, checkpoints, built, device, stop, finished=finished, keep=keep
+        )
         end.enter(group.folder)
         end.first_step = group.last_turn
         end.finished_step = lambda: group.last_turn
@@ -145,7 +154,7 @@ def train_together(settings: Settings) -> End:
         group_finish.score_after(group)
         group_finish.set_end(group, end)
         if rank == 0:
-            show(*group_finish.export_all(group), *group_finish.table_lines(group))
+            show(*group_finish.export_all(group), *group_finish.table_lines(group.everyone, group.folder))
             group_finish.set_end(group, end)
             show(*group_finish.original_losses(group))
     return end

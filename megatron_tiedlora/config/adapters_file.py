@@ -8,10 +8,12 @@
       learning_rate: 1e-4
 
 What an entry leaves out is what the command line says. Settings that are not in `PER_ADAPTER` hold for all of them.
+An entry's `output_dir` is its run folder, in place of RUN/NAME.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -31,13 +33,15 @@ PER_ADAPTER = frozenset(
         *("chat_template", "add_bos", "special_tokens_in_text", "data_rules", "max_new_tokens"),
         *("global_batch_size", "max_steps", "epochs", "learning_rate", "weight_decay", "beta1", "beta2", "schedule"),
         *("warmup_steps", "gradient_clipping", "eval_interval", "eval_metric", "eval_samples", "patience"),
-        "save_interval",
+        *("save_interval", "output_dir"),
     )
 )
 # It names a folder inside the run folder, on any file system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-_FILES_OF_RUN = ("logs", "adapters.yaml", "table.csv", "run_status.json")  # beside the folders of the adapters
-_OF_ALL = ("adapters", "share_micro_batches", "output_dir")  # settings of the run of all that none of them has itself
+# Beside the folders of the adapters.
+_FILES_OF_RUN = ("logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
+# Settings of the run of all that none of them has itself.
+_OF_ALL = ("adapters", "share_micro_batches", "halving", "output_dir", "profile")
 
 
 def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
@@ -49,7 +53,7 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
     Raises:
         UserError: the file, the entry and the setting that is wrong.
     """
-    _check_given(given)
+    check_together(given)
     file = user_path(path)
     if file.is_dir():
         raise UserError(f"--adapters {path}: is a folder; give a YAML list. --init_from starts from an adapter")
@@ -65,16 +69,15 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
         if taken is not None:
             raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another; names are folders")
         found[name] = _settings_of(own, shared, f"{path}: {name}")
+    _check_folders(path, found)
     if not found:
         raise UserError(f"{path}: holds no adapter; write one entry for each, which begins with '- name: '")
     _check_shared(path, found)
     return found
 
 
-def _check_given(given: Settings) -> None:
+def check_together(given: Settings) -> None:
     """Raise UserError for settings of the command line that several adapters together cannot have."""
-    if given.profile is not None:
-        raise UserError("--profile is not implemented for --adapters; profile one adapter with its own settings")
     if given.resume not in ("none", "auto"):
         raise UserError(f"--resume {given.resume}: each adapter has checkpoints of its own; give auto with --adapters")
     if others := [name for name in given.report_to if name != TENSORBOARD]:
@@ -112,6 +115,17 @@ def _settings_of(own: Mapping[str, Any], shared: Mapping[str, Any], where: str) 
         return make_settings({**values, **own})
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _check_folders(path: str, found: Mapping[str, Settings]) -> None:
+    """Raise UserError if two entries have one output_dir."""
+    given: dict[str, str] = {}
+    for name, settings in found.items():
+        if settings.output_dir is not None:
+            folder = os.path.realpath(user_path(settings.output_dir))
+            if folder in given:
+                raise UserError(f"{path}: {name}: output_dir is that of {given[folder]}; give each a folder of its own")
+            given[folder] = name
 
 
 def _check_shared(path: str, found: Mapping[str, Settings]) -> None:

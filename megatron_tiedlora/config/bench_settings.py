@@ -33,6 +33,7 @@ Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samp
                                                                                      with a label
     python tools/bench_step.py --against peft --task gsm8k --train_file train.jsonl  real samples: packed here; there
                                                                                      padded in batches, and packed
+    python tools/bench_step.py --adapters 8 --rows 1 --length 64                     8 adapters, in turn and together
     python tools/bench_step.py --model llama2-7b --num_layers 2 --supervised 1       a preset's shape, random weights
     deepspeed --num_gpus 8 tools/bench_step.py --model llama2-70b --tensor_parallel 4 --pipeline_parallel 2
     python tools/bench_step.py --what scaling                                        layers, length, rank and labels
@@ -40,6 +41,9 @@ Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samp
 
 --what step runs in one process: forward and backward over all micro-batches and AdamW's step, without an engine. All
 sides take turns and share process, allocator and threads. The memory of each side is measured in a process of its own.
+
+With --adapters K, K adapters of one base take a step of --rows x --length made-up tokens each: one after another, then
+together in shared micro-batches, as `launch/train.py --adapters` does. A third side is one adapter with all the tokens.
 
 --what layout measures the step of launch/train.py on all ranks, through the same plan, build and DeepSpeed engine. A
 step lasts as long as on the slowest rank. The report also has the peak memory of each stage, and the messages and bytes
@@ -59,12 +63,13 @@ GROUPS = {
     "step": "what is trained, and the size of the step (--what step, layout and scaling)",
     "samples": "real samples in place of made-up tokens (--what step and layout)",
     "against": "what takes turns with our step (--what step)",
+    "adapters": "several adapters of one base, in turn and together (--what step)",
     "layout": "a training run's step on all ranks, as in launch/train.py (--what layout)",
     "scaling": "the values of each quantity, with commas between them, '' for none (--what scaling)",
     "decoding": "what is generated (--what decoding)",
 }
 GROUPS_OF = {
-    "step": ("run", "model", "step", "samples", "against"),
+    "step": ("run", "model", "step", "samples", "against", "adapters"),
     "layout": ("run", "model", "step", "samples", "layout"),
     "scaling": ("run", "model", "step", "scaling"),
     "decoding": ("run", "model", "decoding"),
@@ -111,6 +116,9 @@ class BenchSettings(CommandSettings):
 
     against: Literal["peft"] | None = optional_field("against", "what to run beside it")
     padded_rows: int = setting_field("against", "real samples of a padded batch there", 8, ge=1)
+
+    adapters: int | None = optional_field("adapters", "adapters that take a step each", ge=1)
+    shared_tokens: int | None = optional_field("adapters", "most tokens of a shared micro-batch [all tokens]", ge=1)
 
     tensor_parallel: int = setting_field("layout", "ranks that share each layer", 1, ge=1)
     pipeline_parallel: int = setting_field("layout", "stages that share the layers", 1, ge=1)
@@ -166,9 +174,29 @@ class BenchSettings(CommandSettings):
             )
         if self.against is None and "padded_rows" in self.model_fields_set:
             raise ValueError(f"--padded_rows {self.padded_rows} goes with --against peft")
+        self._check_adapters()
         if self.against is not None and self.task is not None and self.samples % self.padded_rows:
             raise ValueError(f"--samples {self.samples} is not a multiple of --padded_rows {self.padded_rows}")
         return self
+
+    def _check_adapters(self) -> None:
+        if self.adapters is None:
+            if self.shared_tokens is not None:
+                raise ValueError(f"--shared_tokens {self.shared_tokens} goes with --adapters")
+            return
+        for name in ("against", "task"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"--adapters {self.adapters} is not implemented with --{name}; leave one out")
+        if self.shared_tokens is not None and self.shared_tokens < self.adapter_tokens:
+            raise ValueError(
+                f"--shared_tokens {self.shared_tokens} is less than the micro-batch of one adapter, --rows {self.rows}"
+                f" x --length {self.length}"
+            )
+
+    @property
+    def adapter_tokens(self) -> int:
+        """The tokens of one adapter's step with --adapters."""
+        return self.rows * self.length
 
     @property
     def labels(self) -> int:
@@ -190,8 +218,9 @@ class BenchSettings(CommandSettings):
         """`what`, or `layout` for a step on several ranks. Raises UserError where it takes one process."""
         if world_size == 1 or self.what == "layout":
             return self.what
-        if self.what != "step" or self.against is not None:
-            flag = f"--what {self.what}" if self.against is None else f"--against {self.against}"
+        beside = [name for name in ("against", "adapters") if getattr(self, name) is not None]
+        if self.what != "step" or beside:
+            flag = f"--{beside[0]} {getattr(self, beside[0])}" if beside else f"--what {self.what}"
             raise UserError(f"{flag} is for one process, so not for {world_size} ranks; start it without a launcher")
         return "layout"
 

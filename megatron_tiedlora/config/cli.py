@@ -30,6 +30,7 @@ from megatron_tiedlora.config.fields import (
     field_choices,
     field_flags,
     field_group,
+    takes_words,
     validate_settings,
 )
 from megatron_tiedlora.config.other_names import name_hint
@@ -145,6 +146,8 @@ def build_parser(kind: type[CommandSettings]) -> CommandParser:
         metavar, choices = _value_kind(field.annotation)
         choices = field_choices(field) or choices
         keywords: dict[str, Any] = {"metavar": "{" + ",".join(choices) + "}" if choices else metavar}
+        if takes_words(field):
+            keywords.update(nargs="+", metavar="TEXT")
         if choices == ("true", "false"):  # a bare --dry_run means true
             keywords.update(nargs="?", const="true")
         default = kind.default_text(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
@@ -33,6 +33,7 @@ GROUPS = {
     "data": "the rows that are answered and scored",
 }
 
+_ADAPTERS = ("adapter", "adapters")
 _AS_TRAINED = "[as in the adapter's run]"
 
 
@@ -47,6 +48,7 @@ class EvaluateSettings(CommandSettings):
     about: ClassVar[str] = "Answer a task's rows by greedy decoding and score them, with or without an adapter."
     groups: ClassVar[Mapping[str, str]] = GROUPS
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model or --adapter, give --task or --test_file"}
+    instead: ClassVar[Sequence[tuple[str, str]]] = (_ADAPTERS,)
 
     output_dir: str | None = optional_field("run", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)")
     take_over: bool = setting_field(
@@ -66,6 +68,12 @@ class EvaluateSettings(CommandSettings):
     )
     adapter: str | None = optional_field(
         "model", "native adapter (RUN/adapter), or PEFT LoRA or VeRA folder (default: none)"
+    )
+    adapters: tuple[str, ...] | None = optional_field(
+        "model",
+        "several adapters of one base, scored in one start: NAME=FOLDER or FOLDER, which may be as of --adapter, a run,"
+        " a folder of runs (also of train.py --adapters), or a pattern in quotes (default: none)",
+        words=True,
     )
     base_differs: bool = setting_field(
         "model", "use the adapter although base or tokenizer differ from those that it was trained with", False
@@ -114,9 +122,18 @@ class EvaluateSettings(CommandSettings):
     max_new_tokens: int | None = optional_field(
         "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
     )
-    batch_size: int = setting_field("data", "prompts per data-parallel rank that are answered together", 16, ge=1)
+    batch_size: int = setting_field(
+        "data",
+        "prompts per data-parallel rank that are answered together; with --adapters up to four times as many, of each"
+        " adapter so many",
+        16,
+        ge=1,
+    )
     limit: int | None = optional_field("data", "answer only the first N rows [all; demo 24]", ge=1)
 
+    _one_adapter_as_list = field_validator("adapters", mode="before")(
+        lambda value: [value] if isinstance(value, str) else value
+    )
     _add_bos_as_word = field_validator("add_bos", mode="before")(boolean_word)
 
     _check_columns = field_validator("columns")(checked_columns)
@@ -128,16 +145,20 @@ class EvaluateSettings(CommandSettings):
         files = ("test_file", "validation_file", "train_file")
         if "task" not in filled and any(name in filled for name in files):
             filled["task"] = "custom"
-        elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL and "adapter" not in filled:
-            filled["task"] = DEFAULT_TASK
+        elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
+            filled |= {"task": DEFAULT_TASK} if filled.keys().isdisjoint(_ADAPTERS) else {}
         return filled
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateSettings:
         check_first_rules(self.data_rules, self.model_dump(exclude_none=True))
+        if self.adapter is not None and self.adapters is not None:
+            raise ValueError("give either --adapter or --adapters")
+        if self.adapters == ():
+            raise ValueError("--adapters is empty; give folders of adapters")
         if self.merge_adapter and self.adapter is None:
             raise ValueError("--merge_adapter needs --adapter")
-        if self.base_differs and self.adapter is None:
+        if self.base_differs and self.adapter is None and self.adapters is None:
             raise ValueError("--base_differs needs --adapter")
         if self.validation_file is not None and self.train_file is not None:
             raise ValueError("--train_file is read only without --validation_file; give one of the two")

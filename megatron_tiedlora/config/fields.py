@@ -33,6 +33,7 @@ def setting_field(
     *,
     choices: Sequence[str] | None = None,
     flag: str | None = None,
+    words: bool = False,
     **constraints: Any,
 ) -> Any:
     """A field of a `CommandSettings`.
@@ -42,9 +43,10 @@ def setting_field(
         default: left out if the command requires the value, or fills it in from other values.
         choices: allowed strings that are only known at run time (else let the type be a Literal).
         flag: a second, shorter flag, for example a name that pydantic reserves for an attribute.
+        words: its values are separate words on the command line, and a list in a file.
         constraints: pydantic constraints, such as `ge=1`.
     """
-    extra: dict[str, Any] = {"group": group, "choices": choices, "flag": flag}
+    extra: dict[str, Any] = {"group": group, "choices": choices, "flag": flag, "words": words}
     return Field(default=default, description=help_text, json_schema_extra=extra, **constraints)
 
 
@@ -68,6 +70,11 @@ def field_flags(name: str, field: FieldInfo) -> tuple[str, ...]:
     """The flags that set a field on the command line. The first one is the field's name."""
     flag = _extra(field)["flag"]
     return (f"--{name}", *(() if flag is None else (f"--{flag}",)))
+
+
+def takes_words(field: FieldInfo) -> bool:
+    """Whether the values of a field are separate words on the command line."""
+    return bool(_extra(field)["words"])
 
 
 def _extra(field: FieldInfo) -> Mapping[str, Any]:
@@ -182,7 +189,7 @@ def _tidy_schema(schema: dict[str, Any]) -> None:
     schema.pop("required", None)
     for field in schema["properties"].values():
         choices = field.pop("choices")
-        del field["group"], field["flag"]
+        del field["group"], field["flag"], field["words"]
         if choices:
             field["enum"] = list(choices)
 

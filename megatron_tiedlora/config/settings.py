@@ -101,6 +101,12 @@ class Settings(CommandSettings):
     share_micro_batches: bool = setting_field(
         "run", "with --adapters: fill a micro-batch with rows of several adapters where one has too few", True
     )
+    halving: bool = setting_field(
+        "run",
+        "with --adapters: of those that differ only in the learning rate, stop what is behind on validation by more"
+        " than the noise",
+        False,
+    )
     take_over: bool = setting_field(
         "run", "with --resume: take the run folder over from a start that still has it, which then stops writing", False
     )
@@ -349,6 +355,8 @@ class Settings(CommandSettings):
             raise ValueError(f"--profile {self.profile} begins after --max_steps {self.max_steps}; give earlier steps")
         if not self.share_micro_batches and self.adapters is None:
             raise ValueError("--share_micro_batches needs --adapters; one adapter shares with none")
+        if self.halving and self.adapters is None:
+            raise ValueError("--halving needs --adapters; it compares adapters that train together")
         if self.task == "custom" and self.train_file is None and not (self.adapters or is_preset(self.model)):
             raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
         if self.world_size is not None and not self.dry_run:

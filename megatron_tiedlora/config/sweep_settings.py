@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
@@ -31,6 +31,7 @@ from megatron_tiedlora.config.settings import Settings, make_settings
 
 PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
 PAPER_LEARNING_RATES = (1e-4, 1e-5)
+MOST_TOGETHER = 32  # of --together auto; with more, a group's scores would come late and the gain grows little
 SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: the settings that it was started with
 # Flags of the `deepspeed` launcher that a file may give, with a NUL after each word. They only choose among the
 # existing devices and hosts. Any other flag could start a program of the file's author, or start it elsewhere.
@@ -51,8 +52,8 @@ DECIDED_BY_SWEEP = {
     "world_size": "the launcher decides how many ranks a run has (--launcher_args or --gpus_per_run)",
     "plan_for": "the dry run of a sweep only lists runs",
     "gpu": "the dry run of a sweep only lists runs",
-    "adapters": "the sweep makes its own list of adapters, and trains each in a run of its own",
-    "share_micro_batches": "the sweep trains each adapter in a run of its own",
+    "adapters": "the sweep makes its own lists of adapters, of as many as --together says",
+    "share_micro_batches": "with --together the runs of a group share micro-batches",
 }
 
 
@@ -104,6 +105,17 @@ class SweepSettings(CommandSettings):
     gpus_per_run: int | None = optional_field(
         "processes", "run several runs at once, each on N GPUs of this machine", ge=1
     )
+    together: int | Literal["auto"] = setting_field(
+        "processes",
+        "train up to N runs in one start, which share the base and micro-batches; auto: as many as the free memory of"
+        f" this machine allows, at most {MOST_TOGETHER}",
+        1,
+    )
+    halving: bool = setting_field(
+        "processes",
+        "with --together: stop a run that is behind another learning rate on validation by more than the noise",
+        False,
+    )
     runs_at_once: int = setting_field("processes", "runs at once on the same devices (CPUs, or GPUs with MPS)", 1, ge=1)
 
     @classmethod
@@ -138,6 +150,15 @@ class SweepSettings(CommandSettings):
         for rate in self.learning_rates:
             if not (math.isfinite(rate) and rate > 0):
                 raise ValueError(f"--learning_rates {rate:g}: a learning rate must be above 0")
+        if self.together != "auto" and self.together < 1:
+            raise ValueError(f"--together {self.together}: give auto, or a number from 1 on")
+        if self.halving and len(self.learning_rates) < 2:
+            raise ValueError("--halving compares learning rates; give two or more to --learning_rates")
+        if self.halving and self.together != "auto" and self.together < len(self.learning_rates):
+            raise ValueError(
+                f"--halving compares learning rates that train together; give --together auto, or"
+                f" {len(self.learning_rates)} or more"
+            )
         if self.gpus_per_run is not None and (self.launcher_args is not None or self.runs_at_once > 1):
             other = "launcher_args" if self.launcher_args is not None else "runs_at_once"
             raise ValueError(f"--gpus_per_run chooses the GPUs of every run itself; remove --{other}")

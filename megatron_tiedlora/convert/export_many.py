@@ -22,8 +22,11 @@ from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind
 _UNNAMED = ("adapter", NATIVE_FOLDER)  # folders of adapters that are named after the folder around them
 
 
-def find_adapters(given: Sequence[str]) -> list[Path]:
+def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool = False) -> list[Path]:
     """The folders that the values of --adapter name; a value may be a pattern such as `runs/*/adapter`.
+
+    Args:
+        runs: a value may also name runs, or folders of runs; their adapters are then found.
 
     Raises:
         UserError: a pattern matches no adapter. A folder that is no adapter is found when it is read.
@@ -32,14 +35,30 @@ def find_adapters(given: Sequence[str]) -> list[Path]:
     for value in given:
         path = user_path(value)
         if path.exists() or not glob.has_magic(value):
-            found[path] = None
+            found |= dict.fromkeys((_in_runs(path) if runs else []) or [path])
             continue
         matches = [Path(match) for match in sorted(glob.glob(str(path)))]
-        adapters = [match for match in matches if (match / CONFIG_FILE).is_file()]
+        if runs:
+            adapters = [adapter for match in matches for adapter in _in_runs(match)]
+        else:
+            adapters = [match for match in matches if (match / CONFIG_FILE).is_file()]
         if not adapters:
-            raise UserError(f"--adapter {value}: matches no folder of an adapter")
+            raise UserError(f"{flag} {value}: matches no folder of an adapter")
         found |= dict.fromkeys(adapters)
     return list(found)
+
+
+def _in_runs(folder: Path) -> list[Path]:
+    """The adapters of a folder: itself, that of a run, or those of the runs in it; none if it has none."""
+    if (own := _adapter_of(folder)) is not None:
+        return [own]
+    inner = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [adapter for path in inner if (adapter := _adapter_of(path)) is not None]
+
+
+def _adapter_of(folder: Path) -> Path | None:
+    """The folder itself, or `adapter` in it; None if neither holds an adapter."""
+    return next((path for path in (folder, folder / "adapter") if (path / CONFIG_FILE).is_file()), None)
 
 
 def output_names(adapters: Iterable[Path]) -> dict[Path, str]:
@@ -50,13 +69,19 @@ def output_names(adapters: Iterable[Path]) -> dict[Path, str]:
     """
     names: dict[str, Path] = {}
     for adapter in adapters:
-        named = adapter.absolute()
-        while named.name in _UNNAMED:
-            named = named.parent
-        other = names.setdefault(named.name, adapter)
+        name = adapter_name(adapter)
+        other = names.setdefault(name, adapter)
         if other != adapter:
-            raise UserError(f"--adapter: {other} and {adapter} would both be exported as {named.name}; rename one")
+            raise UserError(f"--adapter: {other} and {adapter} would both be exported as {name}; rename one")
     return {adapter: name for name, adapter in names.items()}
+
+
+def adapter_name(adapter: Path) -> str:
+    """The name of an adapter's folder, or of the run around `adapter`."""
+    named = adapter.absolute()
+    while named.name in _UNNAMED:
+        named = named.parent
+    return named.name
 
 
 def export_all(

@@ -245,6 +245,18 @@ def evaluation_batches(
         yield collate(dataset, [[index] for index in indices.tolist()], pad_id=pad_id, pad_multiple=pad_multiple)
 
 
+def evaluation_sizes(
+    dataset: TokenDataset, *, micro_batch_size: int, dp_size: int, pad_multiple: int = BASE_MULTIPLE
+) -> Iterator[int]:
+    """Yield the positions of each of the batches of `evaluation_batches`, on the rank where it has most."""
+    order = np.argsort(dataset.lengths, kind="stable")
+    whole = micro_batch_size * dp_size
+    for first in range(0, len(dataset), whole):
+        of_ranks = [order[start : start + micro_batch_size] for start in range(first, first + whole, micro_batch_size)]
+        shapes = ([[index] for index in indices.tolist()] for indices in of_ranks)
+        yield max(num_positions(dataset, [rows], pad_multiple=pad_multiple) for rows in shapes)
+
+
 def collate(
     dataset: TokenDataset,
     rows: Rows,

@@ -56,14 +56,20 @@ def shared_input(parts: Sequence[Owned]) -> StepInput:
     batches = [batch for _, batch in parts]
     documents = [batch.documents for batch in batches if batch.documents is not None]
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
+    numbered = any(batch.numbers is not None for batch in batches)
     return StepInput(
         _end_to_end([batch.input_ids for batch in batches]),
         _end_to_end([batch.position_ids for batch in batches]),
         _end_to_end([batch.labels for batch in batches]),
         _end_to_end(documents) if documents else None,
-        None,
+        _end_to_end([_numbers(batch) for batch in batches]) if numbered else None,
         tuple(Share(name, *batch.input_ids.shape) for name, batch in parts),
     )
+
+
+def _numbers(batch: MicroBatch) -> torch.Tensor:
+    """The numbers of its tokens; zeros if its adapter has no dropout, for which they are not used."""
+    return torch.zeros_like(batch.input_ids) if batch.numbers is None else batch.numbers
 
 
 def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -6,8 +6,7 @@ ranks. `BankStep` does what follows the backward passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -85,6 +84,16 @@ class BankPlainRunner(PlainRunner):
         return losses.totals(counted=self.counts_loss)
 
 
+    @torch.no_grad()
+    def evaluate_shares(self, batches: Sequence[StepInput]) -> dict[str, float]:
+        """The summed loss of each adapter without gradients; 0 if another rank counts it."""
+        self.engine.eval()
+        losses = ShareLosses(_unweighted(batches))
+        for batch in batches:
+            losses.weighted(self.forward(batch), batch.shares)
+        return losses.totals(counted=self.counts_loss)
+
+
 class BankPipelineRunner(PipelineRunner):
     """Several stages: the micro-batches of all adapters in one 1F1B schedule."""
 
@@ -115,10 +124,22 @@ class BankPipelineRunner(PipelineRunner):
         self._run(TrainSchedule, batches, 1.0)
         return self._losses.totals(counted=self.counts_loss)
 
+    @torch.no_grad()
+    def evaluate_shares(self, batches: Sequence[StepInput]) -> dict[str, float]:
+        """See BankPlainRunner."""
+        from deepspeed.runtime.pipe.schedule import InferenceSchedule
+
+        self.engine.module.eval()
+        self._losses = ShareLosses(_unweighted(batches))
+        self._run(InferenceSchedule, batches, 1.0)
+        return self._losses.totals(counted=self.counts_loss)
+
     def _labels(self, batch: StepInput) -> tuple[Any, ...]:
-        if not batch.shares:  # an evaluation of one of them
-            return super()._labels(batch)
         return *self._supervised(batch), lambda losses: self._losses.weighted(losses, batch.shares)
+
+
+def _unweighted(batches: Sequence[StepInput]) -> dict[str, Weight]:
+    return {share.adapter: Weight(1.0, 1) for batch in batches for share in batch.shares}
 
 
 class OwnRunner(Runner):
@@ -126,25 +147,9 @@ class OwnRunner(Runner):
 
     def __init__(self, shared: BankPlainRunner | BankPipelineRunner, name: str) -> None:
         super().__init__(shared.engine, shared.stage, shared.groups, shared.config, shared.device)
-        self._shared, self._own = shared, shared.bank.adapters[name]
+        self._own = shared.bank.adapters[name]
 
     @property
     def adapter(self) -> TiedAdapter:
         """See Runner."""
         return self._own
-
-    @property
-    def inputs_at_once(self) -> int:
-        """See Runner."""
-        return self._shared.inputs_at_once
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside, the stage has this adapter alone."""
-        with self.stage.using(self._own):
-            yield
-
-    def evaluate(self, batches: Sequence[StepInput]) -> float:
-        """See Runner."""
-        with self.alone():
-            return self._shared.evaluate(batches)

@@ -23,7 +23,7 @@ from megatron_tiedlora.data.text_ids import continuation_ids, decode_ids
 from megatron_tiedlora.data.tokenizer import end_ids
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Agree, generate
+from megatron_tiedlora.evaluation.generate import Agree, Prompts, generate_together
 from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
 from megatron_tiedlora.evaluation.metrics import find_metric
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _decoded = partial(decode_ids, skip_special=True)
+
+# Rows of several adapters that are decoded together are at most those of so many batches, which bounds the memory.
+BATCHES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,22 @@ def _follow(example: Example) -> tuple[str, ...]:
     return example.endings or tuple(join_answer(example.prompt, choice) for choice in example.choices)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What one adapter is to answer, and how.
+
+    Attributes:
+        batch_size: samples that a data-parallel rank decodes together.
+        adapter: its name in the stage's bank; "" if the stage has one adapter at most.
+    """
+
+    scored: ScoredSet
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    batch_size: int
+    adapter: str = ""
+
+
 def answer_all(
     decoder: Decoder,
     scored: ScoredSet,
@@ -123,47 +142,129 @@ def answer_all(
     agree: Agree = bool,
     progress: bool = False,
 ) -> list[Answer] | None:
-    """Answer every prompt by greedy decoding. Returns all answers in the samples' order on rank 0, None elsewhere.
+    """`answer_together` for one adapter at most. Arguments are as there and in `Questions`."""
+    questions = Questions(scored, tokenizer, max_new_tokens, batch_size)
+    found = answer_together(decoder, [questions], grid=grid, agree=agree, progress=progress)
+    return None if found is None else found[0]
+
+
+def answer_together(
+    decoder: Decoder,
+    questions: Sequence[Questions],
+    *,
+    grid: Grid,
+    agree: Agree = bool,
+    progress: bool = False,
+) -> list[list[Answer]] | None:
+    """Answer the prompts of each adapter by greedy decoding.
 
     Data-parallel ranks share the prompts. All ranks run the same number of batches, so that they can agree on
     stopping, and because every call of the model is a collective under ZeRO-3. A rank without prompts left decodes
-    the first prompt again and discards the result.
+    the first prompt again and discards the result. Up to `BATCHES_AT_ONCE` batches of different adapters are decoded
+    together.
 
     Args:
-        batch_size: samples that a data-parallel rank decodes together.
         agree: maps "this rank's sequences are done" to "those of all ranks are"; may raise.
         progress: show a progress bar.
+
+    Returns:
+        for each adapter all answers in the samples' order on rank 0, None elsewhere.
     """
-    # Longest first, so that running out of memory shows at once and not after hours.
-    order = sorted(range(len(scored.prompts)), key=lambda index: -len(scored.prompts[index]))
-    batch_size = min(batch_size, -(-len(order) // grid.dp_size))
-    num_batches = -(-len(order) // (batch_size * grid.dp_size))
-    has_endings = any(scored.endings)
-    is_end = _stop_test(tokenizer, scored.task.stop)
-    mine: dict[int, tuple[str, tuple[float, ...]]] = {}
-    with tqdm(total=len(order), desc="decoding", unit="sample", disable=not progress, leave=False) as bar:
-        for number in range(num_batches):
-            start = (number * grid.dp_size + grid.dp_rank) * batch_size
-            indices = order[start : start + batch_size]
-            used = indices or order[:1]
-            prompts = [scored.prompts[index].tolist() for index in used]
-            rows = generate(
-                decoder, prompts, end_ids=scored.end_ids, max_new_tokens=max_new_tokens, is_end=is_end, agree=agree
-            )
-            choice_scores: list[list[float]] = [[] for _ in used]
-            if has_endings:
-                samples = [(prompt, scored.endings[index]) for prompt, index in zip(prompts, used, strict=True)]
-                choice_scores = ending_log_likelihoods(decoder, samples)
-            for index, row, scores in zip(indices, rows, choice_scores, strict=False):
-                mine[index] = (_text(tokenizer, row, scored.task.stop), tuple(scores))
-            bar.update(min(batch_size * grid.dp_size, len(order) - number * batch_size * grid.dp_size))
+    sets = [_AskedSet.of(some, grid) for some in questions]
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
     sends = grid.tp_rank == 0 and decoder.is_last
-    gathered = gather_on_rank_0(mine if sends else {}, kind=dict[int, tuple[str, tuple[float, ...]]])
-    if gathered is None:
-        return None
-    found = {index: answer for part in gathered for index, answer in part.items()}
-    return [Answer(found[i][0], example, found[i][1]) for i, example in enumerate(scored.examples)]
+    num_samples = sum(len(some.order) for some in sets)
+    with tqdm(total=num_samples, desc="decoding", unit="sample", disable=not progress, leave=False) as bar:
+        for number in range(max(some.num_batches for some in sets)):
+            for together in _filled([some for some in sets if number < some.num_batches], number):
+                asked = [some.batch(number) for some in together]
+                prompts = [some.prompts(indices) for some, indices in zip(together, asked, strict=True)]
+                found = generate_together(decoder, prompts, agree=agree)
+                for some, indices, rows in zip(together, asked, found, strict=True):
+                    some.take(decoder, indices, rows)
+                    bar.update(some.num_asked(number))
+    gathered = [gather_on_rank_0(some.mine if sends else {}, kind=_Found) for some in sets]
+    answers = [some.answers(parts) for some, parts in zip(sets, gathered, strict=True) if parts is not None]
+    return answers or None
+
+
+_Found = dict[int, tuple[str, tuple[float, ...]]]  # an answer's text and the scores of its choices, by sample
+
+
+@dataclass(frozen=True)
+class _AskedSet:
+    """The samples of one adapter in the batches in which it answers them."""
+
+    asked: Questions
+    order: list[int]
+    batch_size: int
+    grid: Grid
+    is_end: Callable[[Sequence[int]], bool]
+    mine: _Found
+
+    @staticmethod
+    def of(asked: Questions, grid: Grid) -> _AskedSet:
+        """Longest first, so that running out of memory shows at once and not after hours."""
+        prompts = asked.scored.prompts
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        batch_size = min(asked.batch_size, -(-len(order) // grid.dp_size))
+        is_end = _stop_test(asked.tokenizer, asked.scored.task.stop)
+        return _AskedSet(asked, order, batch_size, grid, is_end, {})
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches every data-parallel rank decodes."""
+        return -(-len(self.order) // (self.batch_size * self.grid.dp_size))
+
+    def num_asked(self, number: int) -> int:
+        """How many samples all ranks answer in a batch."""
+        whole = self.batch_size * self.grid.dp_size
+        return min(whole, len(self.order) - number * whole)
+
+    def num_rows(self, number: int) -> int:
+        """How many of them the first rank answers, which has most."""
+        return min(self.batch_size, self.num_asked(number))
+
+    def batch(self, number: int) -> list[int]:
+        """This rank's samples in a batch; there may be none."""
+        start = (number * self.grid.dp_size + self.grid.dp_rank) * self.batch_size
+        return self.order[start : start + self.batch_size]
+
+    def prompts(self, indices: Sequence[int]) -> Prompts:
+        """The prompts of this rank's samples."""
+        ids = [self.asked.scored.prompts[index].tolist() for index in indices or self.order[:1]]
+        asked = self.asked
+        return Prompts(ids, asked.scored.end_ids, asked.max_new_tokens, self.is_end, asked.adapter)
+
+    def take(self, decoder: Decoder, indices: Sequence[int], rows: Sequence[Sequence[int]]) -> None:
+        """Keep the answers of a batch, and score the choices of its samples."""
+        scored = self.asked.scored
+        choice_scores: list[list[float]] = [[] for _ in rows]
+        if any(scored.endings):
+            used = indices or self.order[:1]
+            samples = [(scored.prompts[index].tolist(), scored.endings[index]) for index in used]
+            choice_scores = ending_log_likelihoods(decoder, samples, adapter=self.asked.adapter)
+        for index, row, scores in zip(indices, rows, choice_scores, strict=False):
+            self.mine[index] = (_text(self.asked.tokenizer, row, scored.task.stop), tuple(scores))
+
+    def answers(self, gathered: Sequence[_Found]) -> list[Answer]:
+        """All answers in the samples' order, from those of all ranks."""
+        found = {index: answer for part in gathered for index, answer in part.items()}
+        return [Answer(found[i][0], example, found[i][1]) for i, example in enumerate(self.asked.scored.examples)]
+
+
+def _filled(sets: Sequence[_AskedSet], number: int) -> list[list[_AskedSet]]:
+    """Whose batch of this number is decoded together; the same on all ranks."""
+    found: list[list[_AskedSet]] = []
+    room = 0
+    for some in sets:
+        num_rows = some.num_rows(number)
+        if num_rows > room:
+            found.append([])
+            room = BATCHES_AT_ONCE * some.asked.batch_size
+        found[-1].append(some)
+        room -= num_rows
+    return found
 
 
 def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:

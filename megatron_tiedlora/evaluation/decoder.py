@@ -1,5 +1,8 @@
 """A model that continues token sequences: this rank's stage, its key-value caches, and messages between stages.
 
+It takes the rows of one adapter, or with a bank those of several in one call. Each adapter's rows have the caches and
+the attention of a batch of their own; the base's matmuls are over the rows of all.
+
 A batch is divided into as many parts as there are stages, so that the stages work on different parts at the same time.
 Hidden states go from stage to stage. The last stage sends the tokens it chose to the other stages of its pipeline.
 """
@@ -7,25 +10,40 @@ Hidden states go from stage to stage. The last stage sends the tokens it chose t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
 
+from megatron_tiedlora.adapters.adapter_bank import Share, Shares, pieces_of
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.model.attention import KeyValueCache, cache_dtype
+from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
+
+
+class Rows(NamedTuple):
+    """What one adapter's sequences bring to a call: tokens and their positions, (b, s) int64, and one cache per block.
+
+    Attributes:
+        adapter: its name in the stage's bank; "" if the stage has one adapter at most.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    caches: Sequence[KeyValueCache]
+    adapter: str = ""
 
 
 class Decoder:
     """Calls one stage with caches. All ranks of a tensor-parallel group and of a pipeline make the same calls.
 
-    The adapter is read and folded once, when the decoder is built. Build a new one after an optimizer step: F is a
-    copy, but A may share the parameter's memory (in fp32, where nothing is cast or gathered), so the two would no
-    longer match.
+    The adapter is read and folded once, when the decoder is built; of a bank, those of a call when they change. Build a
+    new decoder after an optimizer step: F is a copy, but A may share the parameter's memory (in fp32, where nothing is
+    cast or gathered), so the two would no longer match.
     """
 
     def __init__(
@@ -42,8 +60,9 @@ class Decoder:
         self.calls_together = calls_together
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self._read: tuple[str, ...] = ()  # whose updates these are, if the stage has a bank
         with torch.no_grad():
-            self._updates = stage.read_adapter()
+            self._updates = {} if stage.bank is not None else stage.read_adapter()
         self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
 
     @property
@@ -72,22 +91,75 @@ class Decoder:
         *,
         wanted: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        adapter: str = "",
     ) -> torch.Tensor | None:
         """Call the stage on a part of the batch. Returns logits, or with labels the loss of each position, (b, s).
 
         Only the last stage returns them; the others send hidden states to the next stage and return None. Arguments
-        are as in `Stage.predict`, but every stage gets tokens, for their shape.
+        are as in `Stage.predict`, but every stage gets tokens, for their shape. `adapter` is as in `Rows`.
         """
+        rows = Rows(tokens, positions, caches, adapter)
+        output = self._call([rows], None if wanted is None else [wanted], labels)
+        if output is None or self.stage.bank is None:
+            return output
+        return output if wanted is not None else output.view(*tokens.shape, *output.shape[2:])
+
+    def forward_together(
+        self, rows: Sequence[Rows], wanted: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor | None:
+        """The same for some rows of each of several adapters. Returns logits: (tokens, V), or (sequences, V).
+
+        Args:
+            rows: of one adapter at most, unless the stage has a bank.
+            wanted: for each of `rows` the position, (b,) int64, of each sequence whose logits are wanted.
+        """
+        output = self._call(rows, wanted, None)
+        return None if output is None else output.flatten(0, 1)
+
+    @torch.no_grad()
+    def _call(
+        self, rows: Sequence[Rows], wanted: Sequence[torch.Tensor] | None, labels: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        shares: Shares = ()
+        tokens, positions, caches, _ = rows[0]
+        picked, all_caches = None if wanted is None else wanted[0], list[AnyCache](caches)
+        if self.stage.bank is not None:
+            shares = tuple(Share(some.adapter, *some.tokens.shape) for some in rows)
+            tokens, positions = (
+                torch.cat([tensor.flatten() for tensor in tensors])[None]
+                for tensors in ([some.tokens for some in rows], [some.positions for some in rows])
+            )
+            all_caches = list(zip(*(some.caches for some in rows), strict=True))
+            labels = None if labels is None else labels.flatten()[None]
+            picked = None if wanted is None else torch.cat(list(_among_all(shares, wanted)))
         inputs = tokens
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
-        output = self.stage.predict(inputs, positions, labels, caches=caches, updates=self._updates, wanted=wanted)
+        updates = self._updates_of(shares)
+        output = self.stage.predict(
+            inputs, positions, labels, shares=shares, caches=all_caches, updates=updates, wanted=picked
+        )
         if self.is_last:
             return output
         work = distributed.isend(output, group=self.pipeline.handle, group_dst=self.pipeline.rank + 1)
         self._keep(work, output)
         return None
+
+    def _updates_of(self, shares: Shares) -> Mapping[int, LayerUpdate]:
+        if not shares:
+            return self._updates
+        names = tuple(share.adapter for share in shares)
+        if names != self._read:
+            self._read, self._updates = names, self.stage.read_adapter(shares)
+        pieces, none = pieces_of(shares), torch.empty(0)
+        return {
+            layer: {
+                name: linear._replace(rows=linear.rows.at(none, none, pieces, pieces))
+                for name, linear in update.items()
+            }
+            for layer, update in self._updates.items()
+        }
 
     def share(self, chosen: torch.Tensor | None, batch: int) -> Callable[[], torch.Tensor]:
         """Send the last stage's tokens, (batch,) int64, to every stage; `chosen` is None on the other stages.
@@ -119,3 +191,12 @@ class Decoder:
         """Wait until everything that was sent has been received."""
         while self._in_flight:
             self._in_flight.popleft()[0].wait()
+
+
+def _among_all(shares: Shares, wanted: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Positions of each share's sequences, as indices into the tokens of all shares."""
+    start = 0
+    for share, positions in zip(shares, wanted, strict=True):
+        first = start + torch.arange(share.num_rows, device=positions.device) * share.length
+        yield first + positions
+        start += share.num_tokens

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
 
-from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.decoder import Decoder, Rows
 from megatron_tiedlora.model.attention import KeyValueCache
 
 # Prompts computed together have at most this many tokens including padding, which bounds the memory. None is shorter
@@ -29,7 +31,24 @@ Agree = Callable[[bool], bool]
 """Maps "this rank's sequences are done" to "those of all ranks are". All ranks call it together, and it may raise."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one adapter, and when their answers end.
+
+    Attributes:
+        prompts: non-empty token ids of any lengths, the same on all ranks of a pipeline and tensor group.
+        end_ids: tokens that end a sequence.
+        is_end: called with all new tokens of a sequence after each of them.
+        adapter: its name in the stage's bank; "" if the stage has one adapter at most.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    end_ids: Collection[int]
+    max_new_tokens: int
+    is_end: Callable[[Sequence[int]], bool] = lambda _: False
+    adapter: str = ""
+
+
 def generate(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -39,35 +58,46 @@ def generate(
     is_end: Callable[[Sequence[int]], bool] = lambda _: False,
     agree: Agree = bool,
 ) -> list[list[int]]:
+    """`generate_together` for prompts of one adapter at most. Returns the new tokens of each prompt."""
+    return generate_together(decoder, [Prompts(prompts, end_ids, max_new_tokens, is_end)], agree=agree)[0]
+
+
+@torch.no_grad()
+def generate_together(
+    decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool
+) -> list[list[list[int]]]:
     """Continue each prompt with its most likely tokens until one of `end_ids`, `is_end` or `max_new_tokens`.
 
+    An adapter's prompts have the batch that they have alone: its order, caches and calls of attention. Only the base's
+    matmuls are over the rows of all adapters. An adapter whose sequences have all ended leaves.
+
     Args:
-        prompts: non-empty token ids of any lengths, the same on all ranks of a pipeline and tensor group.
-        end_ids: tokens that end a sequence.
-        is_end: called with all new tokens of a sequence after each of them.
+        given: the prompts of each adapter, which has a place in the decoder's bank; of one at most without a bank.
 
     Returns:
-        the new tokens of each prompt without the end token, on every rank of the pipeline.
+        for each adapter the new tokens of each prompt without the end token, on every rank of the pipeline.
 
     Raises:
         whatever `agree` raises; then no message is in flight between the stages.
     """
-    parts = [
-        _Part(decoder, some, end_ids=end_ids, max_new_tokens=max_new_tokens, is_end=is_end)
-        for some in split_evenly(prompts, decoder.num_parts)
+    num_steps = max(some.max_new_tokens for some in given)
+    batches = [
+        [_Batch(decoder, some, prompts, num_steps) for prompts in split_evenly(some.prompts, decoder.num_parts)]
+        for some in given
     ]
+    parts = [_Part(decoder, [batch for batch in some if batch is not None]) for some in zip_longest(*batches)]
     every = 1 if decoder.calls_together else TOKENS_BETWEEN_AGREEMENTS
-    for step in range(1, max_new_tokens + 1):
+    for step in range(1, num_steps + 1):
         for part in parts:
             part.advance()
-        if step % every and step < max_new_tokens:
+        if step % every and step < num_steps:
             continue
         for part in parts:  # no message may be in flight when all ranks meet, or stages would wait for each other
             part.collect()
         decoder.finish()
         if agree(all(part.is_done for part in parts)):
             break
-    return [row for part in parts for row in part.in_given_order()]
+    return [[row for batch in some for row in batch.in_given_order()] for some in batches]
 
 
 def split_evenly(items: Sequence[Item], num_parts: int) -> list[Sequence[Item]]:
@@ -101,73 +131,126 @@ def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) ->
     return padded.to(device)
 
 
-class _Part:
-    """A part of the batch: sequences that go through the stages together."""
+class _Batch:
+    """The sequences of one adapter in a part of the batch, longest first."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        prompts: Sequence[Sequence[int]],
-        *,
-        end_ids: Collection[int],
-        max_new_tokens: int,
-        is_end: Callable[[Sequence[int]], bool],
-    ) -> None:
-        self.decoder = decoder
-        self.end_ids = end_ids
-        self.is_end = is_end
-        self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # longest first
+    def __init__(self, decoder: Decoder, given: Prompts, prompts: Sequence[Sequence[int]], num_steps: int) -> None:
+        """An empty cache for `prompts`, which are some of the adapter's.
+
+        Args:
+            num_steps: how many tokens may be computed, of which no more than the adapter's own maximum are used.
+        """
+        self.given = given
+        self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         self.prompts = [prompts[index] for index in self.order]
         self.lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=decoder.device)
-        self.caches = decoder.new_caches(len(prompts), len(self.prompts[0]) + max_new_tokens)
+        self.most = num_steps if decoder.calls_together else given.max_new_tokens
+        self.caches = decoder.new_caches(len(prompts), len(self.prompts[0]) + self.most)
         self.rows: list[list[int]] = [[] for _ in prompts]
         self.tokens = torch.empty(0)  # the newest token of each sequence, (b, 1), once there is one
         self.ended = [False] * len(prompts)
         self.num_chosen = 0
-        self.waiting: Callable[[], torch.Tensor] | None = None  # for the tokens that were chosen last
 
     @property
     def is_done(self) -> bool:
         """Whether every sequence has ended, judging by the tokens collected so far."""
-        return all(self.ended)
+        return all(self.ended) or self.num_chosen >= self.most
 
-    def advance(self) -> None:
-        """Compute one more token for every sequence. It is collected at the next call, so that stages run ahead."""
-        self.collect()
-        if self.is_done and not self.decoder.calls_together:
-            return
-        if self.num_chosen == 0:
-            chosen = self._read_prompts()
-        else:
-            positions = (self.lengths + self.num_chosen - 1)[:, None]
-            logits = self.decoder.forward(self.tokens, positions, self.caches)
-            chosen = None if logits is None else logits[:, -1].argmax(-1)
-        self.num_chosen += 1
-        self.waiting = self.decoder.share(chosen, len(self.rows))
-        if self.decoder.num_parts == 1:
-            self.collect()
+    def runs(self, *, whole: bool) -> list[slice]:
+        """Prompts that are computed together; with `whole`, all of them."""
+        return [slice(0, len(self.prompts))] if whole else similar_lengths([len(prompt) for prompt in self.prompts])
 
-    def _read_prompts(self) -> torch.Tensor | None:
-        """Fill the caches and choose the first token of every sequence, (b,) on the last stage."""
-        found = []
-        runs = similar_lengths([len(prompt) for prompt in self.prompts])
-        if self.decoder.calls_together:  # the number of calls must not depend on a rank's own prompts
-            runs = [slice(0, len(self.prompts))]
-        for rows in runs:
-            tokens = pad_right(self.prompts[rows], 0, self.decoder.device)
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            caches = [KeyValueCache(cache.keys[rows], cache.values[rows]) for cache in self.caches]
-            logits = self.decoder.forward(tokens, positions, caches, wanted=self.lengths[rows] - 1)
-            if logits is not None:
-                found.append(logits[:, -1].argmax(-1))
-        for cache in self.caches:
-            cache.filled = len(self.prompts[0])
-        return torch.cat(found) if found else None
+    def prompt_rows(self, some: slice, device: torch.device) -> Rows:
+        """Some prompts, whose keys and values the caches get."""
+        tokens = pad_right(self.prompts[some], 0, device)
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        caches = [KeyValueCache(cache.keys[some], cache.values[some]) for cache in self.caches]
+        return Rows(tokens, positions, caches, self.given.adapter)
+
+    def newest_rows(self) -> Rows:
+        """The newest token of each sequence."""
+        return Rows(self.tokens, (self.lengths + self.num_chosen - 1)[:, None], self.caches, self.given.adapter)
+
+    def take(self, chosen: torch.Tensor) -> None:
+        """Add a token to each sequence that has not ended, (b,)."""
+        self.tokens = chosen[:, None]
+        for index, token in enumerate(chosen.tolist()):
+            if self.ended[index] or self.num_chosen > self.given.max_new_tokens:
+                continue
+            if token in self.given.end_ids:
+                self.ended[index] = True
+            else:
+                self.rows[index].append(token)
+                self.ended[index] = self.given.is_end(self.rows[index])
 
     def in_given_order(self) -> list[list[int]]:
         """The new tokens of each prompt, in the order of the prompts."""
         found = dict(zip(self.order, self.rows, strict=True))
         return [found[index] for index in range(len(found))]
+
+
+class _Part:
+    """A part of the batch: sequences that go through the stages together, some of each adapter."""
+
+    def __init__(self, decoder: Decoder, batches: Sequence[_Batch]) -> None:
+        self.decoder = decoder
+        self.batches = list(batches)
+        self.computed: list[_Batch] = []  # whose newest tokens are waited for
+        self.waiting: Callable[[], torch.Tensor] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every sequence has ended, judging by the tokens collected so far."""
+        return all(batch.is_done for batch in self.batches)
+
+    def advance(self) -> None:
+        """Compute one more token for every sequence. It is collected at the next call, so that stages run ahead."""
+        self.collect()
+        self.computed = [batch for batch in self.batches if self.decoder.calls_together or not batch.is_done]
+        if not self.computed:
+            return
+        if self.computed[0].num_chosen == 0:
+            chosen = self._read_prompts()
+        else:
+            chosen = _most_likely(self.decoder.forward_together([batch.newest_rows() for batch in self.computed]))
+        for batch in self.computed:
+            batch.num_chosen += 1
+        self.waiting = self.decoder.share(chosen, sum(len(batch.rows) for batch in self.computed))
+        if self.decoder.num_parts == 1:
+            self.collect()
+
+    def _read_prompts(self) -> torch.Tensor | None:
+        """Fill the caches and choose the first token of every sequence, (b,) on the last stage."""
+        found: dict[int, list[torch.Tensor]] = {number: [] for number in range(len(self.computed))}
+        whole = self.decoder.calls_together  # the number of calls must not depend on a rank's own prompts
+        runs = [batch.runs(whole=whole) for batch in self.computed]
+        for turn in zip_longest(*runs):
+            present = [(number, some) for number, some in enumerate(turn) if some is not None]
+            for call in [present] if whole else self._calls(present):
+                rows = [self.computed[number].prompt_rows(some, self.decoder.device) for number, some in call]
+                wanted = [self.computed[number].lengths[some] - 1 for number, some in call]
+                chosen = _most_likely(self.decoder.forward_together(rows, wanted))
+                if chosen is not None:
+                    parts = chosen.split([len(positions) for positions in wanted])
+                    for (number, _), part in zip(call, parts, strict=True):
+                        found[number].append(part)
+        for batch in self.computed:
+            for cache in batch.caches:
+                cache.filled = len(batch.prompts[0])
+        return torch.cat([part for parts in found.values() for part in parts]) if self.decoder.is_last else None
+
+    def _calls(self, runs: Sequence[tuple[int, slice]]) -> list[list[tuple[int, slice]]]:
+        """The runs of several adapters that are computed together."""
+        calls: list[list[tuple[int, slice]]] = []
+        room = 0
+        for number, some in runs:
+            num_tokens = len(self.computed[number].prompts[some.start]) * (some.stop - some.start)
+            if num_tokens > room:
+                calls.append([])
+                room = PROMPT_TOKENS_AT_ONCE
+            calls[-1].append((number, some))
+            room -= num_tokens
+        return calls
 
     def collect(self) -> None:
         """Receive the tokens that the last stage chose, if there are any."""
@@ -175,12 +258,9 @@ class _Part:
             return
         chosen = self.waiting()
         self.waiting = None
-        self.tokens = chosen[:, None]
-        for index, token in enumerate(chosen.tolist()):
-            if self.ended[index]:
-                continue
-            if token in self.end_ids:
-                self.ended[index] = True
-            else:
-                self.rows[index].append(token)
-                self.ended[index] = self.is_end(self.rows[index])
+        for batch, part in zip(self.computed, chosen.split([len(b.rows) for b in self.computed]), strict=True):
+            batch.take(part)
+
+
+def _most_likely(logits: torch.Tensor | None) -> torch.Tensor | None:
+    return None if logits is None else logits.argmax(-1)

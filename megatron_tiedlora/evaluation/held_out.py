@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import UserError
@@ -40,7 +41,7 @@ def read_held_out(plan: EvaluationPlan) -> tuple[PreTrainedTokenizerBase, Scored
     return tokenizer, scored
 
 
-def check_same_rows(scored: ScoredSet) -> None:
+def check_same_rows(scored: Sequence[ScoredSet]) -> None:
     """Raise UserError if a rank has read other rows than rank 0, since every rank reads them itself."""
-    if differing := num_differing(scored.sha256):
+    if differing := num_differing(" ".join(some.sha256 for some in scored)):
         raise UserError(f"{differing} ranks read other rows than rank 0; give every host the same files")

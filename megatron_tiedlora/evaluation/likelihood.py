@@ -18,11 +18,14 @@ Sample = tuple[Sequence[int], Sequence[Sequence[int]]]
 
 
 @torch.no_grad()
-def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample]) -> list[list[float]]:
+def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapter: str = "") -> list[list[float]]:
     """Summed log-likelihood of each ending after its prompt, in nats.
 
     The last token of a prompt predicts the first token of an ending, so it is computed with the endings. The tokens
     before it go through the model once, and stay in the cache.
+
+    Args:
+        adapter: as in `Rows`.
 
     Returns:
         values by sample and ending on ranks of the last stage; elsewhere one empty list per sample.
@@ -30,7 +33,7 @@ def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample]) -> list[
     scores: list[list[float]] = []
     for part in split_evenly(samples, decoder.num_parts):
         for some in _groups(part, whole=decoder.calls_together):
-            scores += _score(decoder, some)
+            scores += _score(decoder, some, adapter)
     decoder.finish()
     return scores
 
@@ -47,7 +50,7 @@ def _groups(samples: Sequence[Sample], *, whole: bool) -> Iterator[Sequence[Samp
     yield samples[start:]
 
 
-def _score(decoder: Decoder, samples: Sequence[Sample]) -> list[list[float]]:
+def _score(decoder: Decoder, samples: Sequence[Sample], adapter: str) -> list[list[float]]:
     device = decoder.device
     counts = [len(endings) for _, endings in samples]
     rows = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts)).to(device)
@@ -59,12 +62,14 @@ def _score(decoder: Decoder, samples: Sequence[Sample]) -> list[list[float]]:
         prompts = pad_right(before, 0, device)
         positions = torch.arange(longest, device=device).expand_as(prompts)
         # The head needs at least one position; these logits are not used.
-        decoder.forward(prompts, positions, caches, wanted=torch.zeros(len(samples), dtype=torch.int64, device=device))
+        unused = torch.zeros(len(samples), dtype=torch.int64, device=device)
+        decoder.forward(prompts, positions, caches, wanted=unused, adapter=adapter)
     tokens = pad_right([row[:-1] for row in after], 0, device)
     labels = pad_right([row[1:] for row in after], IGNORED_LABEL, device)
     starts = torch.tensor([len(prompt) for prompt in before], device=device)[rows]
     positions = starts[:, None] + torch.arange(tokens.shape[1], device=device)
-    losses = decoder.forward(tokens, positions, [cache.take(rows) for cache in caches], labels=labels)
+    taken = [cache.take(rows) for cache in caches]
+    losses = decoder.forward(tokens, positions, taken, labels=labels, adapter=adapter)
     if losses is None:
         return [[] for _ in samples]
     found = iter((-losses.double().sum(dim=1)).tolist())

@@ -14,6 +14,7 @@ from megatron_tiedlora.base.base_formats import UNQUANTISED
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
+from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.load_model import DTYPES, describe_dtype, resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
@@ -24,7 +25,7 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
-from megatron_tiedlora.convert.inputs import check_base
+from megatron_tiedlora.convert.inputs import Identify, check_base
 from megatron_tiedlora.convert.open_adapter import is_merged, open_adapter
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.tasks import Task, get_task
@@ -86,7 +87,13 @@ class EvaluationPlan:
         return "-".join([model, self.task.name, *([] if model == self.adapter_name else [self.adapter_name])])
 
     def headline(
-        self, num_samples: int, num_truncated: int, attention: AttentionRoute, chat_note: str = ""
+        self,
+        num_samples: int,
+        num_truncated: int,
+        attention: AttentionRoute,
+        chat_note: str = "",
+        *,
+        adapters: int = 1,
     ) -> list[str]:
         """A few lines about the evaluation, to print before its progress bar.
 
@@ -95,11 +102,14 @@ class EvaluationPlan:
             num_truncated: how many of their prompts lose their middle, or early turns.
             chat_note: what wrote the text of chats.
             attention: which kernels compute the attention of prompts.
+            adapters: how many are scored together; more than one have their own lines.
         """
         settings, grid = self.settings, self.grid
         dtype = describe_dtype(settings.dtype, self.dtype_name)
         adapter = ""
-        if self.adapter is not None:
+        if adapters > 1:
+            adapter = f" with {adapters} adapters"
+        elif self.adapter is not None:
             targets = ", ".join(target.name for target in self.adapter.config.targets)
             adapter = f" with {self.adapter_name} on {targets}, from {settings.adapter}"
         quantised = "" if self.base is None else f" (the linears of its blocks in {self.base})"
@@ -146,15 +156,20 @@ class EvaluationPlan:
         return {"model_kind": self.kind, "adapter": adapter, "layout": layout}
 
 
-def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -> EvaluationPlan:
+def plan_evaluation(
+    settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify = identify_model
+) -> EvaluationPlan:
     """Find the model and adapter, and check that settings, model and number of ranks fit together.
+
+    Args:
+        identify: for a caller that plans for many adapters of one base.
 
     Raises:
         UserError: names the first thing that does not fit, with the fix.
     """
     task, settings = get_task(settings.task), _as_trained(settings)
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
-    source, adapter, kind, notes = _find_model(settings)
+    source, adapter, kind, notes = _find_model(settings, identify)
     model_shape = source.shape
     check_layout(model_shape, grid)
     max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.limit.tokens, task.max_new_tokens)
@@ -251,7 +266,9 @@ def _notes(settings: EvaluateSettings) -> Iterator[str]:
         yield f"rows are read by the rules of version 0.1 (--data_rules {FIRST_DATA_RULES})"
 
 
-def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter | None, str, tuple[str, ...]]:
+def _find_model(
+    settings: EvaluateSettings, identify: Identify
+) -> tuple[ModelSource, NativeAdapter | None, str, tuple[str, ...]]:
     """(base, adapter, kind of model, notes).
 
     Raises:
@@ -276,5 +293,6 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
         tokenizer=settings.tokenizer,
         differs=settings.base_differs,
         base_format=used if opened.recorded else trained,  # nobody knows on what it was trained otherwise
+        identify=identify,
     )
     return opened.source, opened.adapter, opened.kind, (*opened.notes, *base.notes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from megatron_tiedlora.evaluation.scores import Score
 
 PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
+TABLE_FILE = "table.csv"  # of several adapters
 DEFAULT_PARENT = "evaluations"
 _LIBRARIES = ("torch", "deepspeed", "transformers", "rouge-score", "sacrebleu")
 
@@ -62,18 +65,59 @@ def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: P
     }
 
 
-def write_results(
-    plan: EvaluationPlan, answers: Sequence[Answer], scores: Mapping[str, Score], output: NewOutput
-) -> None:
-    """Write both files atomically: the folder appears complete or not at all.
+Evaluation = tuple[EvaluationPlan, Sequence[Answer], Mapping[str, Score]]
+
+
+def write_results(evaluations: Mapping[str, Evaluation], output: NewOutput) -> None:
+    """Write the files atomically: the folder appears complete or not at all.
+
+    Args:
+        evaluations: by the adapter's name, which is then the name of a folder with its files, beside the table of all;
+            or one alone, whose name is "".
 
     Raises:
         UserError: another process has taken over the folder meanwhile, or it cannot be written.
     """
-    rows = [prediction_row(answer, plan.task.metrics) for answer in answers]
     with output.written() as temporary:
-        write_text(temporary / PREDICTIONS_FILE, "".join(_json_line(row) for row in rows))
-        write_json(temporary / RESULTS_FILE, results_content(plan, scores, output.path))
+        for name, (plan, answers, scores) in evaluations.items():
+            folder = temporary / name
+            folder.mkdir(exist_ok=True)
+            rows = [prediction_row(answer, plan.task.metrics) for answer in answers]
+            write_text(folder / PREDICTIONS_FILE, "".join(_json_line(row) for row in rows))
+            write_json(folder / RESULTS_FILE, results_content(plan, scores, output.path / name))
+        if "" not in evaluations:
+            write_text(temporary / TABLE_FILE, _table(evaluations))
+
+
+def _table(evaluations: Mapping[str, Evaluation]) -> str:
+    """The scores of all adapters as CSV, a row for each."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    _, _, first = next(iter(evaluations.values()))
+    metrics = [column for name in first for column in (name, f"{name}_low", f"{name}_high")]
+    writer.writerow(["name", "adapter", "kind", "n", *metrics])
+    for name, (plan, answers, scores) in evaluations.items():
+        values = [value for score in scores.values() for value in (score.value, score.low, score.high)]
+        writer.writerow([name, plan.settings.adapter, plan.adapter_name, len(answers), *values])
+    return text.getvalue()
+
+
+def score_tables(evaluations: Mapping[str, Evaluation], folder: Path) -> list[str]:
+    """The lines that a user sees at the end: of one, or a row for each of several adapters."""
+    if "" in evaluations:
+        plan, _, scores = evaluations[""]
+        return score_table(plan, scores, folder)
+    plan, answers, first = next(iter(evaluations.values()))
+    width = max(len("adapter"), *map(len, evaluations))
+    columns = [f"{name} (95 % interval)" for name in first]
+    lines = [
+        f"{plan.task.name}, {len(answers)} {plan.settings.split} rows, scores in per cent",
+        f"  {'adapter':<{width}}" + "".join(f"  {column:>24}" for column in columns),
+    ]
+    for name, (_, _, scores) in evaluations.items():
+        values = [f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})" for score in scores.values()]
+        lines.append(f"  {name:<{width}}" + "".join(f"  {value:>24}" for value in values))
+    return [*lines, f"files     {folder / TABLE_FILE}", f"          {folder}/NAME/{RESULTS_FILE}, {PREDICTIONS_FILE}"]
 
 
 def score_table(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.nn import functional
 from megatron_tiedlora.adapters.adapter_bank import Share, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.model.cpu_attention import QueryTile, attend_by_tiles, find_query_tiles, tile_size
+from megatron_tiedlora.model.cpu_attention import TiledRows, attend_in_parts, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import Documents, documents_end_to_end, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
 from megatron_tiedlora.model.qkv import QkvLinear
@@ -66,6 +67,9 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
+AnyCache = KeyValueCache | tuple[KeyValueCache, ...]  # of one batch, or of each share of tokens of several adapters
+
+
 @dataclass(frozen=True)
 class AttentionContext:
     """What attention needs to know about the tokens of a call; it is the same for all layers.
@@ -73,21 +77,21 @@ class AttentionContext:
     Attributes:
         positions: (b, s) int64.
         table: cos and sin of their rotation, see `rotation_table`.
-        tiles: on a CPU, which tokens see each other.
-        tiles_of_shares: the same for each share of a shared micro-batch.
+        parts: on a CPU, the rows and which of their tokens see each other.
         documents: elsewhere, the packed documents; a token sees its own document up to itself.
         attend: the function that computes attention within documents.
         mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
             cache's dtype.
+        of_shares: if keys come from the caches of several shares, the context of each.
     """
 
     positions: torch.Tensor
     table: tuple[torch.Tensor, torch.Tensor]
-    tiles: tuple[QueryTile, ...] = ()
-    tiles_of_shares: tuple[tuple[Share, tuple[QueryTile, ...]], ...] = ()
+    parts: tuple[TiledRows, ...] = ()
     documents: Documents | None = None
     attend: Attend | None = None
     mask: torch.Tensor | None = None
+    of_shares: tuple[tuple[Share, AttentionContext], ...] = ()
 
 
 class Attention(nn.Module):
@@ -113,7 +117,7 @@ class Attention(nn.Module):
         dtype: torch.dtype,
         *,
         documents: torch.Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AnyCache | None = None,
         shares: Shares = (),
     ) -> AttentionContext:
         """What `attend` of every layer needs to know about the tokens, computed once for all layers.
@@ -124,21 +128,23 @@ class Attention(nn.Module):
             documents: (b, s) int64, document ids; None: one document per row. Best on the host.
             shares: of a shared micro-batch.
             cache: of any layer, as it is before the call. The first call fills it with whole prompts, padded on the
-                right; later tokens see its keys up to their own position.
+                right; later tokens see its keys up to their own position. With shares there is one for each.
         """
         heads = self.qkv.heads
         context = AttentionContext(positions, rotation_table(positions, heads, dtype))
+        if isinstance(cache, tuple):
+            by_share = zip(shares, _by_share(positions, shares), cache, strict=True)
+            of_shares = ((share, self.context(ids, dtype, cache=of_share)) for share, ids, of_share in by_share)
+            return replace(context, of_shares=tuple(of_shares))
         if cache is not None and cache.filled:
             return replace(context, mask=self._cache_mask(positions, cache))
         device, (num_rows, length) = positions.device, positions.shape
         if device.type == "cpu":
             size = tile_size(heads.num, heads.num_kv)
             if shares:
-                own = [None] * len(shares) if documents is None else _by_share(documents, shares)
-                pairs = zip(shares, own, strict=True)
-                tiles = tuple((share, find_query_tiles(ids, share.length, size=size)) for share, ids in pairs)
-                return replace(context, tiles_of_shares=tiles)
-            return replace(context, tiles=find_query_tiles(documents, length, size=size))
+                return replace(context, parts=_tiled_shares(shares, documents, size))
+            whole = TiledRows(num_rows, length, find_query_tiles(documents, length, size=size))
+            return replace(context, parts=(whole,))
         if shares:
             ids = torch.zeros(1, length) if documents is None else documents
             found = documents_end_to_end(_by_share(ids, shares), device)
@@ -167,27 +173,41 @@ class Attention(nn.Module):
         tensor_parallel: TensorParallel,
         *,
         update: LayerUpdate | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AnyCache | None = None,
     ) -> torch.Tensor:
         """The attention output of this rank's heads, (b, s, local heads * head_dim), for `output`.
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
             context: of the s tokens.
-            cache: of this rank's key and value heads; the new keys and values are added to it.
+            cache: of this rank's key and value heads; the new keys and values are added to it. With shares there is
+                one for each.
         """
         qkv_update = None if update is None else update.get(QKV)
         num_rows = len(context.positions)
         query, key, value = self.qkv(hidden, tensor_parallel, qkv_update, num_rows=num_rows, table=context.table)
+        if isinstance(cache, tuple):
+            by_share = zip(_heads_by_share(context, query, key, value), context.of_shares, cache, strict=True)
+            outputs = [self._attend(*heads, own, of_share) for heads, (_, own), of_share in by_share]
+            return torch.cat([output.flatten(0, 1) for output in outputs])[None]
+        return self._attend(query, key, value, context, cache)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: AttentionContext,
+        cache: KeyValueCache | None,
+    ) -> torch.Tensor:
+        """(b, heads, s, head_dim) -> (b, s, heads * head_dim)."""
         if cache is not None and cache.filled:
             cache.update(key, value, context.positions)
-            return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(hidden.dtype)
+            return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(query.dtype)
         if cache is not None:
             cache.update(key, value, context.positions)
-        if context.tiles_of_shares:
-            return _attend_by_share(query, key, value, context.tiles_of_shares, self.kernels)
-        if context.tiles:
-            return attend_by_tiles(query, key, value, context.tiles, self.kernels)
+        if context.parts:
+            return attend_in_parts(query, key, value, context.parts, self.kernels)
         assert context.documents is not None and context.attend is not None, "a context without tiles has documents"
         return attend_within(query, key, value, context.documents, context.attend)
 
@@ -198,21 +218,32 @@ def _by_share(ids: torch.Tensor, shares: Shares) -> list[torch.Tensor]:
     return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
 
 
-def _attend_by_share(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    shares: Sequence[tuple[Share, Sequence[QueryTile]]],
-    kernels: Kernels,
-) -> torch.Tensor:
-    """`attend_by_tiles` of each share of (1, heads, s, head_dim), as if it were alone: (1, s, heads * head_dim)."""
-    sizes = [share.num_tokens for share, _ in shares]
-    parts = zip(*(heads.transpose(1, 2).flatten(0, 1).split(sizes) for heads in (query, key, value)), strict=True)
-    outputs = []
-    for (share, tiles), of_share in zip(shares, parts, strict=True):
-        rows = [part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share]
-        outputs.append(attend_by_tiles(rows[0], rows[1], rows[2], tiles, kernels).flatten(0, 1))
-    return torch.cat(outputs)[None]
+def _heads_by_share(
+    context: AttentionContext, *heads: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Queries, keys and values (1, heads, s, head_dim) -> the (rows, heads, length, head_dim) of each share."""
+    shares = [share for share, _ in context.of_shares]
+    sizes = [share.num_tokens for share in shares]
+    parts = zip(*(some.transpose(1, 2).flatten(0, 1).split(sizes) for some in heads), strict=True)
+    for share, of_share in zip(shares, parts, strict=True):
+        query, key, value = (part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share)
+        yield query, key, value
+
+
+def _tiled_shares(shares: Shares, documents: torch.Tensor | None, size: int) -> tuple[TiledRows, ...]:
+    """The rows of a shared micro-batch as attention on a CPU takes them, which gives each row the bits it has alone.
+
+    Rows of one length that follow each other are computed together. Packed ones are not, as a tile would get the keys
+    that one of them sees, and their sums would have other addends of zero.
+    """
+    if documents is not None:
+        pairs = zip(shares, _by_share(documents, shares), strict=True)
+        return tuple(TiledRows(s.num_rows, s.length, find_query_tiles(ids, s.length, size=size)) for s, ids in pairs)
+    found = []
+    for length, some in groupby(shares, key=lambda share: share.length):
+        num_rows = sum(share.num_rows for share in some)
+        found.append(TiledRows(num_rows, length, find_query_tiles(None, length, size=size)))
+    return tuple(found)
 
 
 def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ a key head are stacked as queries of one head, so that no key is copied for them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,14 @@ def find_query_tiles(ids: torch.Tensor | None, length: int, *, size: int) -> tup
     return tuple(tiles)
 
 
+class TiledRows(NamedTuple):
+    """Consecutive rows of one length, and the tiles of their queries."""
+
+    num_rows: int
+    length: int
+    tiles: tuple[QueryTile, ...]
+
+
 def attend_by_tiles(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Sequence[QueryTile], kernels: Kernels
 ) -> torch.Tensor:
@@ -78,7 +86,17 @@ def attend_by_tiles(
     Returns:
         (b, s, heads * head_dim).
     """
-    output: torch.Tensor = _TiledAttention.apply(query, key, value, tiles, kernels)
+    return attend_in_parts(query, key, value, [TiledRows(len(query), query.shape[2], tuple(tiles))], kernels)
+
+
+def attend_in_parts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[TiledRows], kernels: Kernels
+) -> torch.Tensor:
+    """The same of several sets of rows, which follow each other in memory; the b s tokens are those of all parts.
+
+    The result is written to one memory, so that it is saved once.
+    """
+    output: torch.Tensor = _TiledAttention.apply(query, key, value, parts, kernels)
     return output.flatten(2)
 
 
@@ -131,50 +149,110 @@ class _TiledAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        tiles: Sequence[QueryTile],
+        parts: Sequence[TiledRows],
         kernels: Kernels,
     ) -> torch.Tensor:
-        size, num_heads, length, head_dim = query.shape
-        operands = _Operands(query.detach(), key.detach(), tiles)
-        values = value.detach().reshape(operands.keys.shape)
-        output = query.new_empty(size, length, num_heads, head_dim)
-        log_sums = upcast(query.new_empty(size, num_heads, length, 1))
-        memory = operands.memory(query.dtype)
-        for tile in tiles:
-            scores, weights = operands.scores(tile), operands.of_tile(memory, tile)
-            sums, total = kernels.exp_scores_(_lines(scores, tile), tile.mask, _lines(weights, tile))
-            summed = torch.bmm(weights, values[:, tile.first : tile.stop])
-            part = slice(tile.start, tile.stop)
-            lines = (size, num_heads, tile.stop - tile.start, -1)
-            log_sums[:, :, part] = sums.view(lines)
-            output[:, part] = (summed.view(lines) / total.view(lines)).transpose(1, 2)
-        ctx.save_for_backward(query, key, value, output, log_sums)
-        ctx.tiles, ctx.kernels = tiles, kernels
-        return output
+        heads = [tensor.detach() for tensor in (query, key, value)]
+        output = _tokens_first(query)
+        by_part = _by_part((*heads, output), parts)
+        pairs = zip(parts, by_part, strict=True)
+        log_sums = [_attend_(*views, tiles=part.tiles, kernels=kernels) for part, views in pairs]
+        result = output.transpose(1, 2)
+        ctx.save_for_backward(query, key, value, result, *log_sums)
+        ctx.parts, ctx.kernels = parts, kernels
+        return result
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, output, log_sums = (tensor.detach() for tensor in ctx.saved_tensors)
-        operands = _Operands(query, key, ctx.tiles)
-        keys, values = operands.keys, value.reshape(operands.keys.shape)
-        grad_output = gradient.transpose(1, 2)
-        deltas = (upcast(gradient) * upcast(output)).sum(-1, keepdim=True).transpose(1, 2)
-        grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        grad_key, grad_value = (torch.zeros_like(keys, dtype=log_sums.dtype) for _ in range(2))
-        memories = [operands.memory(query.dtype) for _ in range(2)]
-        for tile in ctx.tiles:
-            part, seen = slice(tile.start, tile.stop), slice(tile.first, tile.stop)
-            queries, gradients = (operands.fold(heads, tile, query.dtype) for heads in (query, grad_output))
-            weights, grad_scores = (operands.of_tile(memory, tile) for memory in memories)
-            torch.bmm(gradients, values[:, seen].transpose(1, 2), out=grad_scores)
-            row_wise = (log_sums[:, :, part], deltas[:, :, part], grad_scores, weights)
-            scores = _lines(operands.scores(tile), tile)
-            ctx.kernels.score_gradient_(scores, tile.mask, *(_lines(tensor, tile) for tensor in row_wise))
-            grad_value[:, seen] += torch.bmm(weights.transpose(1, 2), gradients)
-            grad_key[:, seen] += torch.bmm(grad_scores.transpose(1, 2), queries)
-            product = torch.empty_like(queries)
-            torch.baddbmm(product, grad_scores, keys[:, seen], beta=0, alpha=operands.scale, out=product)
-            grad_query[:, :, part] = product.view(*query.shape[:2], -1, query.shape[-1])
-        grad_key *= operands.scale
-        return grad_query, *(heads.to(key.dtype).view(key.shape) for heads in (grad_key, grad_value)), None, None
+        query, key, value, output, *log_sums = (tensor.detach() for tensor in ctx.saved_tensors)
+        heads = query, key, value
+        grad_heads = [_tokens_first(tensor) for tensor in heads]
+        tensors = *heads, output.transpose(1, 2), gradient.transpose(1, 2), *grad_heads
+        by_part = zip(ctx.parts, _by_part(tensors, ctx.parts), log_sums, strict=True)
+        for part, views, of_part in by_part:
+            _attention_gradients_(*views, log_sums=of_part, tiles=part.tiles, kernels=ctx.kernels)
+        return *grad_heads, None, None
+
+
+def _tokens_first(heads: torch.Tensor) -> torch.Tensor:
+    """Memory for (b, heads, s, head_dim) in the order of (b, s, heads, head_dim), as matmuls over all heads read it."""
+    size, num_heads, length, head_dim = heads.shape
+    return heads.new_empty(size, length, num_heads, head_dim).transpose(1, 2)
+
+
+def _by_part(
+    tensors: Sequence[torch.Tensor], parts: Sequence[TiledRows]
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(b, heads, s, head_dim) each -> the (rows, heads, length, head_dim) of each part, as views."""
+    if len(parts) == 1 and len(tensors[0]) == parts[0].num_rows:
+        yield tuple(tensors)
+        return
+    sizes = [part.num_rows * part.length for part in parts]
+    by_tensor = [tensor.transpose(1, 2).flatten(0, 1).split(sizes) for tensor in tensors]
+    for part, views in zip(parts, zip(*by_tensor, strict=True), strict=True):
+        yield tuple(view.unflatten(0, (part.num_rows, part.length)).transpose(1, 2) for view in views)
+
+
+def _attend_(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    tiles: Sequence[QueryTile],
+    kernels: Kernels,
+) -> torch.Tensor:
+    """Write O to `output`, (b, heads, s, head_dim); returns log sum exp(S), (b, heads, s, 1)."""
+    size, num_heads, length, _ = query.shape
+    operands = _Operands(query, key, tiles)
+    values = value.reshape(operands.keys.shape)
+    log_sums = upcast(query.new_empty(size, num_heads, length, 1))
+    memory = operands.memory(query.dtype)
+    for tile in tiles:
+        scores, weights = operands.scores(tile), operands.of_tile(memory, tile)
+        sums, total = kernels.exp_scores_(_lines(scores, tile), tile.mask, _lines(weights, tile))
+        summed = torch.bmm(weights, values[:, tile.first : tile.stop])
+        part = slice(tile.start, tile.stop)
+        lines = (size, num_heads, tile.stop - tile.start, -1)
+        log_sums[:, :, part] = sums.view(lines)
+        output[:, :, part] = summed.view(lines) / total.view(lines)
+    return log_sums
+
+
+def _attention_gradients_(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    gradient: torch.Tensor,
+    grad_query: torch.Tensor,
+    grad_key: torch.Tensor,
+    grad_value: torch.Tensor,
+    *,
+    log_sums: torch.Tensor,
+    tiles: Sequence[QueryTile],
+    kernels: Kernels,
+) -> None:
+    """Write dQ, dK and dV, (b, heads, s, head_dim) as all others, from O, dO and log sum exp(S)."""
+    operands = _Operands(query, key, tiles)
+    keys, values = operands.keys, value.reshape(operands.keys.shape)
+    deltas = (upcast(gradient) * upcast(output)).sum(-1, keepdim=True)
+    key_sums, value_sums = (torch.zeros_like(keys, dtype=log_sums.dtype) for _ in range(2))
+    memories = [operands.memory(query.dtype) for _ in range(2)]
+    for tile in tiles:
+        part, seen = slice(tile.start, tile.stop), slice(tile.first, tile.stop)
+        queries, gradients = (operands.fold(heads, tile, query.dtype) for heads in (query, gradient))
+        weights, grad_scores = (operands.of_tile(memory, tile) for memory in memories)
+        torch.bmm(gradients, values[:, seen].transpose(1, 2), out=grad_scores)
+        row_wise = (log_sums[:, :, part], deltas[:, :, part], grad_scores, weights)
+        scores = _lines(operands.scores(tile), tile)
+        kernels.score_gradient_(scores, tile.mask, *(_lines(tensor, tile) for tensor in row_wise))
+        value_sums[:, seen] += torch.bmm(weights.transpose(1, 2), gradients)
+        key_sums[:, seen] += torch.bmm(grad_scores.transpose(1, 2), queries)
+        product = torch.empty_like(queries)
+        torch.baddbmm(product, grad_scores, keys[:, seen], beta=0, alpha=operands.scale, out=product)
+        grad_query[:, :, part] = product.view(*query.shape[:2], -1, query.shape[-1])
+    key_sums *= operands.scale
+    grad_key.copy_(key_sums.view(key.shape))
+    grad_value.copy_(value_sums.view(key.shape))

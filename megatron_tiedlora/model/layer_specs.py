@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import OUTPUT, LinearShape, ModelShape, NormShape
-from megatron_tiedlora.model.attention import Attention, AttentionContext, KeyValueCache
+from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.norm import Norm
 from megatron_tiedlora.model.normed_linear import NormedLinear
@@ -50,7 +50,7 @@ class Block(nn.Module):
         tensor_parallel: TensorParallel,
         *,
         update: LayerUpdate | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AnyCache | None = None,
     ) -> torch.Tensor:
         """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape. See `Attention.attend`."""
         attention_output = self.attention.attend(hidden, context, tensor_parallel, update=update, cache=cache)

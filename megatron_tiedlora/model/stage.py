@@ -6,8 +6,7 @@ It leaves schedules and messages between stages to DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,11 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Shares
-from megatron_tiedlora.adapters.input_dropout import InputDropout, dropout_salt, token_keys
+from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.model.attention import Attention, KeyValueCache
+from megatron_tiedlora.model.attention import AnyCache, Attention
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.model.tail import Attended, SupervisedTail
@@ -29,7 +28,7 @@ from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
 
 # What `Stage.predict` takes beside the inputs: caches, updates and wanted positions.
-_Prediction = tuple[Sequence[KeyValueCache] | None, Mapping[int, LayerUpdate] | None, torch.Tensor | None]
+_Prediction = tuple[Sequence[AnyCache] | None, Mapping[int, LayerUpdate] | None, torch.Tensor | None]
 
 
 class _WithZeroGradients(torch.autograd.Function):
@@ -121,16 +120,6 @@ class Stage(nn.Module):
             return self.bank.first_layer < self.blocks[0]
         return self.adapter is not None and self.adapter.config.layers[0] < self.blocks[0]
 
-    @contextmanager
-    def using(self, adapter: TiedAdapter) -> Iterator[None]:
-        """Inside, all tokens meet this adapter alone, as if the stage had no bank; for calls without gradients."""
-        bank, self.bank = self.bank, None
-        self.adapter = adapter
-        try:
-            yield
-        finally:
-            self.adapter, self.bank = None, bank
-
     def forward(
         self,
         inputs: torch.Tensor,
@@ -157,14 +146,14 @@ class Stage(nn.Module):
             for each share, (shares,); without `labels` the input of its `tail`.
         """
         if prediction is not None:
-            return self._predict(inputs, positions, labels, documents, prediction)
+            return self._predict(inputs, positions, labels, documents, shares, prediction)
         if self.embedding is not None:
             hidden = self.embed(inputs, self.tensor_parallel)
         else:
             hidden = inputs if self.needs_input_gradient else inputs.detach()
         updates = self.read_adapter(shares)
         if numbers is not None:
-            updates = self._with_dropout(updates, numbers)
+            updates = self._with_dropout(updates, numbers, shares)
         output = self.run_blocks(
             hidden, positions, self.tensor_parallel, documents=documents, updates=updates, shares=shares
         )
@@ -192,7 +181,8 @@ class Stage(nn.Module):
         labels: torch.Tensor | None = None,
         *,
         documents: torch.Tensor | None = None,
-        caches: Sequence[KeyValueCache] | None = None,
+        shares: Shares = (),
+        caches: Sequence[AnyCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -200,15 +190,19 @@ class Stage(nn.Module):
 
         Args:
             inputs, positions, labels, documents: as in `forward`.
-            caches: one per block, for decoding.
+            shares: of tokens (1, s) of several adapters.
+            caches: one per block, for decoding; with shares one per block and share.
             updates: the result of `read_adapter`, if it was called before.
-            wanted: (b,) int64, the position of each row whose logits are wanted; the result is then (b, 1, V).
+            wanted: (b,) int64, the position of each row whose logits are wanted; the result is then (b, 1, V). With
+                shares there is one for each of their rows, among all s tokens.
 
         Returns:
             activations between layers if the stage has no head. A loss is 0 where there is no label.
         """
         # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
-        found: torch.Tensor = self(inputs, positions, labels, documents=documents, prediction=(caches, updates, wanted))
+        found: torch.Tensor = self(
+            inputs, positions, labels, documents=documents, shares=shares, prediction=(caches, updates, wanted)
+        )
         return found
 
     def _predict(
@@ -217,19 +211,20 @@ class Stage(nn.Module):
         positions: torch.Tensor,
         labels: torch.Tensor | Supervised | None,
         documents: torch.Tensor | None,
+        shares: Shares,
         prediction: _Prediction,
     ) -> torch.Tensor:
         caches, updates, wanted = prediction
         tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
         hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
         output = self.run_blocks(
-            hidden, positions, tensor_parallel, documents=documents, caches=caches, updates=updates
+            hidden, positions, tensor_parallel, documents=documents, caches=caches, updates=updates, shares=shares
         )
         if isinstance(output, torch.Tensor):
             return output
         if isinstance(labels, torch.Tensor):
-            return self.tail.position_losses(output, labels, tensor_parallel)
-        return self.tail.logits(output, tensor_parallel, wanted=wanted)
+            return self.tail.position_losses(output, labels, tensor_parallel, shares)
+        return self.tail.logits(output, tensor_parallel, wanted=wanted, shares=shares)
 
     def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
         """Uninitialised activations between layers on this rank, for rows (num_rows, length)."""
@@ -253,25 +248,16 @@ class Stage(nn.Module):
         return dict(zip(self.adapter.part.layers, updates, strict=True))
 
     def _with_dropout(
-        self, updates: Mapping[int, LayerUpdate], numbers: torch.Tensor
+        self, updates: Mapping[int, LayerUpdate], numbers: torch.Tensor, shares: Shares
     ) -> dict[int, LayerUpdate]:
         """The updates with dropout of their inputs, for tokens of these numbers (b, s)."""
+        if self.bank is not None:
+            return self.bank.with_dropout(updates, numbers, shares, self.tensor_parallel)
         if self.adapter is None or not self.dropout:
             return dict(updates)
-        part, parts = self.adapter.part, self.tensor_parallel.sequence_parts
-        keys = token_keys(numbers.flatten(), seed=self.seed)
-        local_keys = keys.chunk(parts)[self.tensor_parallel.group.rank] if parts > 1 else keys
-        first = {
-            target.name: part.tp_rank * target.local_sizes(part.tp_size)[0] if target.cut == "row" else 0
-            for target in part.config.targets
-        }
-
-        def dropped(layer: int, name: str) -> AllRows:
-            salt = dropout_salt(self.seed, layer=layer, target=name)
-            return AllRows(InputDropout(keys, local_keys, salt=salt, first=first[name], probability=self.dropout))
-
+        dropped = Dropout(self.dropout, self.seed).of_linears(self.adapter.part, numbers, self.tensor_parallel)
         return {
-            layer: {name: linear._replace(rows=dropped(layer, name)) for name, linear in update.items()}
+            layer: {name: linear._replace(rows=AllRows(dropped(layer, name))) for name, linear in update.items()}
             for layer, update in updates.items()
         }
 
@@ -287,7 +273,7 @@ class Stage(nn.Module):
         tensor_parallel: TensorParallel,
         *,
         documents: torch.Tensor | None = None,
-        caches: Sequence[KeyValueCache] | None = None,
+        caches: Sequence[AnyCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
         shares: Shares = (),
     ) -> torch.Tensor | Attended:
@@ -296,7 +282,7 @@ class Stage(nn.Module):
         Args:
             updates: the result of `read_adapter`, if it was called before.
         """
-        updates = self.read_adapter() if updates is None else updates
+        updates = self.read_adapter(shares) if updates is None else updates
         cache = caches[0] if caches else None
         context = self.attention.context(positions, hidden.dtype, documents=documents, cache=cache, shares=shares)
         for number, index in enumerate(self.blocks):

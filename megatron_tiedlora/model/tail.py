@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP
 from megatron_tiedlora.model.layer_specs import Block, Head
-from megatron_tiedlora.model.supervised import Supervised, find_supervised
+from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised, find_supervised
 from megatron_tiedlora.parallel.backward import run_with_early_backward
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.pieces import Pieces
+from megatron_tiedlora.parallel.pieces import Piece, Pieces
 
 
 class Attended(NamedTuple):
@@ -63,9 +64,17 @@ class SupervisedTail:
         self.block, self.head = block, head
 
     def logits(
-        self, attended: Attended, tensor_parallel: TensorParallel, *, wanted: torch.Tensor | None = None
+        self,
+        attended: Attended,
+        tensor_parallel: TensorParallel,
+        *,
+        wanted: torch.Tensor | None = None,
+        shares: Shares = (),
     ) -> torch.Tensor:
-        """(b, s, V), equal on every rank. With `wanted`, (b,) int64, only one position of each row: (b, 1, V)."""
+        """(b, s, V), equal on every rank. With `wanted`, (b,) int64, only one position of each row: (b, 1, V).
+
+        With shares, the rows are theirs, and the positions are among all tokens (1, s).
+        """
         size, length = attended.attention_output.shape[:2]
         if wanted is None:
             joined = self._join(attended, tensor_parallel)
@@ -73,8 +82,10 @@ class SupervisedTail:
             return self._head(hidden, tensor_parallel).view(size, length, -1)
         assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
         rows = torch.arange(size, device=wanted.device) * length + wanted
-        joined = self._join(attended, tensor_parallel, _Some(rows, rows))
-        hidden = self.block.add_mlp(joined, tensor_parallel, attended.mlp_update)
+        pieces = tuple(Piece(number, share.num_rows) for number, share in enumerate(shares))
+        some = _Some(rows, rows, pieces, pieces)
+        joined = self._join(attended, tensor_parallel, some)
+        hidden = self.block.add_mlp(joined, tensor_parallel, some.of(attended.mlp_update))
         return self._head(hidden, tensor_parallel).transpose(0, 1)
 
     def loss(
@@ -84,7 +95,7 @@ class SupervisedTail:
 
         If they belong to several owners, there is one for each, (owners,).
         """
-        supervised, some, joined = self._supervised(attended, labels, tensor_parallel)
+        supervised, some, joined = self._supervised(attended, self._found(labels, tensor_parallel), tensor_parallel)
         update = some.of(attended.mlp_update)
         pairs = [(linear, tensor) for linear in update.values() for tensor in (linear.grad_a, linear.grad_f)]
         stand_ins = [tensor for _, tensor in pairs]
@@ -108,20 +119,32 @@ class SupervisedTail:
         return run_with_early_backward(summed, *inputs, pieces=pieces)
 
     def position_losses(
-        self, attended: Attended, labels: torch.Tensor, tensor_parallel: TensorParallel
+        self, attended: Attended, labels: torch.Tensor, tensor_parallel: TensorParallel, shares: Shares = ()
     ) -> torch.Tensor:
         """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
-        supervised, _, joined = self._supervised(attended, labels, tensor_parallel)
-        losses = self._losses(joined, attended.mlp_update, supervised, tensor_parallel, summed=False)
+        supervised, some, joined = self._supervised(
+            attended, self._found(labels, tensor_parallel, shares), tensor_parallel
+        )
+        update = some.of(attended.mlp_update)
+        losses = self._losses(joined, update, supervised, tensor_parallel, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
+    def _found(
+        self, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel, shares: Shares = ()
+    ) -> Supervised:
+        if isinstance(labels, Supervised):
+            return labels
+        num_parts = tensor_parallel.sequence_parts
+        if shares:
+            return find_shared_supervised(labels, pieces_of(shares), num_parts)
+        return find_supervised(labels, num_parts)
+
     def _supervised(
-        self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
+        self, attended: Attended, supervised: Supervised, tensor_parallel: TensorParallel
     ) -> tuple[Supervised, _Some, torch.Tensor]:
         """The supervised positions, those of this rank, and the last block's result there, up to its MLP."""
         num_parts = tensor_parallel.sequence_parts
-        supervised = labels if isinstance(labels, Supervised) else find_supervised(labels, num_parts)
         some = _Some.of_rank(supervised, tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
         return supervised, some, self._join(attended, tensor_parallel, some)
 

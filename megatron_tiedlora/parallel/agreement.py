@@ -56,8 +56,19 @@ def gather_numbers(value: int) -> list[int]:
 
 def first_message(message: str | None) -> str | None:
     """The message of the lowest rank that has one, on every rank; None if no rank has one."""
-    if world_size() == 1 or not sum_over_ranks([float(message is not None)])[0]:
-        return message
+    (found,) = first_messages([message])
+    return found
+
+
+def first_messages(messages: Sequence[str | None]) -> list[str | None]:
+    """The same for several, of which each rank has as many. If no rank has any, one sum tells."""
+    if world_size() == 1 or not messages:
+        return list(messages)
+    counts = sum_over_ranks([float(message is not None) for message in messages])
+    return [_sent_by_first(message) if count else None for message, count in zip(messages, counts, strict=True)]
+
+
+def _sent_by_first(message: str | None) -> str:
     # A text that is not Unicode is sent with escapes: an encoding error here would hide the message.
     mine = bytearray() if message is None else packed(message.encode(errors="backslashreplace").decode())
     sizes = gather_numbers(len(mine))

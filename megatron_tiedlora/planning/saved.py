@@ -93,7 +93,7 @@ def saved_bytes(stage: StagePlan, shares: Sequence[ShareShape]) -> float:
         if recomputes:
             saved += kind.number * tokens * of_token.hidden * (not ends or owners.needs(block)[OUTPUT])
         else:
-            in_attention, in_mlp = _block_bytes(owners, block)
+            in_attention, in_mlp = _block_bytes(owners, block, of_token)
             saved += kind.number * tokens * (in_attention + in_mlp * (not ends))
             names, sizes = (QKV,) if ends else TARGET_NAMES, [share.num_tokens for share in shares]
             saved += kind.number * sum(_ax_bytes(owners, block, name, sizes) for name in names)
@@ -112,13 +112,13 @@ def _ax_bytes(owners: StageOwners, block: int, name: str, tokens: Sequence[int])
     return numbers * owners.stage.layout.dtype.itemsize
 
 
-def _block_bytes(owners: StageOwners, block: int) -> tuple[float, float]:
+def _block_bytes(owners: StageOwners, block: int, of_token: TokenBytes) -> tuple[float, float]:
     """What a block saves for a token without full recompute, beside A x: up to its output projection, in its MLP.
 
     In the first adapted layer nothing is saved of what comes before the first adapted linear.
     """
     stage = owners.stage
-    layout, of_token, needs = stage.layout, token_bytes(stage.shape, stage.layout), owners.needs(block)
+    layout, needs = stage.layout, owners.needs(block)
     number = FP32 / layout.sequence_parts
     in_attention: float = 0.0
     if needs[QKV] or owners.trains_a(block, QKV):
@@ -168,60 +168,62 @@ def factor_bytes(owners: StageOwners, *, given: bool = False) -> int:
         given: count also those that are only arguments of what is recomputed or runs its backward pass at once.
     """
     stage = owners.stage
+    memories = {
+        (id(part), target.name): _factor_memories(part, target, stage.layout)
+        for part in owners.parts
+        for target in part.config.targets
+    }
     found: dict[tuple[Hashable, ...], int] = {}  # by what is in one memory
     for name in TARGET_NAMES:
         layers = [layer for layer in stage.blocks if owners.adapts(layer, name)]
         if not given:
             layers = [layer for layer in layers if _saves_factors(stage, layer, name)]
         for layer in layers:
-            factors = [_factors(part, name, layer, stage.layout) for part in owners.adapting(layer, name)]
-            for letter, of_letter in zip("AF", zip(*factors, strict=True), strict=True):
-                if len(of_letter) > 1:
-                    found[name, letter, *(factor.key for factor in of_letter)] = sum(f.numbers for f in of_letter)
-                elif of_letter[0].is_copy:
-                    found[name, letter, of_letter[0].owner] = of_letter[0].in_memory
+            factors = zip(*(memories[id(part), name] for part in owners.adapting(layer, name)), strict=True)
+            for letter, several in zip("AF", factors, strict=True):
+                if len(several) > 1:
+                    keys = ((factor.owner, 0 if factor.tied else layer) for factor in several)
+                    found[name, letter, *keys] = sum(factor.numbers for factor in several)
+                elif several[0].is_copy:
+                    found[name, letter, several[0].owner] = several[0].in_memory
     return sum(found.values()) * stage.layout.dtype.itemsize
 
 
 class _FactorMemory(NamedTuple):
-    """One of the factors of a linear, as a layer has it.
+    """One of the factors of a linear.
 
     Attributes:
-        owner, layer: its adapter, and the layer if each has its own.
-        numbers: of this layer; `in_memory` are those of all layers of the stage.
+        owner: its adapter.
+        numbers: of one layer; `in_memory` are those of all layers of the stage.
+        tied: whether all layers have the same.
         is_copy: whether it is a copy of the parameter.
     """
 
     owner: int
-    layer: int
     numbers: int
     in_memory: int
+    tied: bool
     is_copy: bool
 
-    @property
-    def key(self) -> tuple[int, int]:
-        """Equal for layers that have the same factor."""
-        return self.owner, self.layer
 
-
-def _factors(part: AdapterPart, name: str, layer: int, layout: Layout) -> tuple[_FactorMemory, _FactorMemory]:
+def _factor_memories(part: AdapterPart, target: Target, layout: Layout) -> tuple[_FactorMemory, _FactorMemory]:
     """A and F."""
-    config, target = part.config, target_of(part, name)
-    columns, rows = target.local_sizes(part.tp_size)
+    config, (columns, rows) = part.config, target.local_sizes(part.tp_size)
     scaled = any(part.exists(target.prefix + factor) for factor in "uv")
     a_is_copy, b_is_copy = (
         layout.dtype.itemsize != FP32 or part.is_gathered(target.prefix + factor) for factor in "AB"
     )
-    found = []
-    for width, tied, is_copy in (
-        (columns, config.method_spec.A.tied, a_is_copy),
-        # else F is B itself
-        (rows, config.method_spec.B.tied and not scaled, b_is_copy or scaled or config.scale != 1.0),
-    ):
+    f_is_tied, f_is_copy = config.method_spec.B.tied and not scaled, b_is_copy or scaled or config.scale != 1.0
+
+    def memory(width: int, *, tied: bool, is_copy: bool) -> _FactorMemory:
         numbers = width * config.rank
-        in_memory = numbers * (1 if tied else len(part.layers))
-        found.append(_FactorMemory(id(part), 0 if tied else layer, numbers, in_memory, is_copy))
-    return found[0], found[1]
+        return _FactorMemory(id(part), numbers, numbers * (1 if tied else len(part.layers)), tied, is_copy)
+
+    # If F is no copy, it is B itself.
+    return (
+        memory(columns, tied=config.method_spec.A.tied, is_copy=a_is_copy),
+        memory(rows, tied=f_is_tied, is_copy=f_is_copy),
+    )
 
 
 def _saves_factors(stage: StagePlan, block: int, name: str) -> bool:

@@ -195,17 +195,16 @@ class StageOwners:
     @cached_property
     def backward_blocks(self) -> tuple[int, ...]:
         """The blocks that have a backward pass. Blocks below the first adapted layer have none."""
-        first = min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
-        return tuple(block for block in self.stage.blocks if self.stage.needs_input_gradient or block >= first)
+        everywhere = self.stage.needs_input_gradient
+        return tuple(block for block in self.stage.blocks if everywhere or block >= self._first)
 
     @cached_property
     def kinds(self) -> tuple[BlockKind, ...]:
         """The stage's blocks by what they do, in the order of their first ones."""
         stage, adapted = self.stage, [frozenset(part.layers) for part in self.parts]
-        first = min((min(layers) for layers in adapted if layers), default=math.inf)
         found: dict[tuple[tuple[bool, ...], bool, bool], list[int]] = {}
         for block in stage.blocks:  # what is adapted, and whether its input needs a gradient, decide the rest
-            earlier = stage.needs_input_gradient or first < block
+            earlier = stage.needs_input_gradient or self._first < block
             own = tuple(block in layers for layers in adapted)
             found.setdefault((own, earlier, stage.ends_in(block)), []).append(block)
         return tuple(
@@ -213,13 +212,26 @@ class StageOwners:
             for (own, earlier, ends_here), blocks in found.items()
         )
 
-    def adapting(self, block: int, name: str) -> list[AdapterPart]:
+    @cached_property
+    def _first(self) -> float:
+        return min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
+
+    @cached_property
+    def _adapting(self) -> dict[tuple[int, str], list[AdapterPart]]:
+        found: dict[tuple[int, str], list[AdapterPart]] = {}
+        for part in self.parts:
+            for layer in part.layers:
+                for target in part.config.targets:
+                    found.setdefault((layer, target.name), []).append(part)
+        return found
+
+    def adapting(self, block: int, name: str) -> Sequence[AdapterPart]:
         """The parts that adapt a linear in one of the stage's blocks."""
-        return [part for part in self.parts if part.adapts(block, name)]
+        return self._adapting.get((block, name), ())
 
     def adapts(self, block: int, name: str) -> bool:
         """Whether one of them does."""
-        return any(part.adapts(block, name) for part in self.parts)
+        return (block, name) in self._adapting
 
     def trains_a(self, block: int, name: str) -> bool:
         """Whether A of one of them is trained there."""
@@ -235,7 +247,7 @@ class StageOwners:
 
     def needs(self, block: int) -> dict[str, bool]:
         """See `needs_gradient`."""
-        earlier = self.stage.needs_input_gradient or any(min(part.layers, default=block) < block for part in self.parts)
+        earlier = self.stage.needs_input_gradient or self._first < block
         return needs_gradient([name for name in TARGET_NAMES if self.adapts(block, name)], earlier=earlier)
 
     def reads_mlp_input(self, block: int) -> bool:

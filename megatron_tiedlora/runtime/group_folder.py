@@ -28,10 +28,6 @@ class GroupFolder(RunFolder):
     settings = PathIn("adapters.yaml")  # every setting as resolved, of all and of each
     table = PathIn("table.csv")  # one row per adapter
 
-    def member(self, name: str) -> RunFolder:
-        """The run folder of one adapter, to read only."""
-        return RunFolder(self.path / name)
-
     def write_status(self, state: State, *, step: int, reason: str) -> None:
         """Write run_status.json, and that of each adapter that has not ended."""
         super().write_status(state, step=step, reason=reason)

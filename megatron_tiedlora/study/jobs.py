@@ -24,7 +24,7 @@ SHOW_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class StudyJob:
-    """A run or a score.
+    """A run or a score, or several runs that train together.
 
     Attributes:
         needs: names of jobs that must have ended, successfully or not.
@@ -32,6 +32,7 @@ class StudyJob:
         failure: called after its end: None, or why it is not finished.
         done: the part that is done, 0 to 1, and a few words about its state.
         vital: if it fails, nothing else is started.
+        runs: the jobs of runs that train together, which are not started themselves; `done` is then the sum of theirs.
     """
 
     name: str
@@ -40,14 +41,21 @@ class StudyJob:
     failure: Callable[[], str | None]
     done: Callable[[], tuple[float, str]]
     vital: bool = False
+    runs: tuple[StudyJob, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many runs or scores it is."""
+        return len(self.runs) or 1
 
 
 @dataclass
 class Outcome:
-    """How the jobs ended: the reasons of failed jobs by name, the signal that stopped the others (0: none), and
-    whether they were given up because a vital job failed."""
+    """How the jobs ended: the reasons of failed runs and scores by name, and the names of their logs if they are
+    others; the signal that stopped the others (0: none), and whether they were given up as a vital job failed."""
 
     failures: dict[str, str] = field(default_factory=dict)
+    logs: dict[str, str] = field(default_factory=dict)
     stopped_by: int = 0
     given_up: bool = False
 
@@ -75,13 +83,14 @@ def run_jobs(
 
     Args:
         slots: launcher arguments of each slot.
-        finished: number of jobs that an earlier start has finished, for the progress bar.
+        finished: number of runs and scores that an earlier start has finished, for the progress bar.
     """
+    to_do = _size(jobs)
     outcome, pending = Outcome(), list(jobs)
     running: list[_Running] = []
     waited_for = {job.name for job in jobs}
     heard = 0
-    with _bar(finished, len(jobs)) as bar, _none_left_running(running, stop, bar):
+    with _bar(finished, to_do) as bar, _none_left_running(running, stop, bar):
         while pending or running:
             if len(stop.received) > heard:
                 _pass_on(stop.received[heard:], running, bar, first=not outcome.stopped_by)
@@ -106,7 +115,8 @@ def run_jobs(
                     waited_for.discard(job.name)
                     continue
                 running.append(_Running(job, start(command), free.pop(0), time.monotonic()))
-            _show(bar, running, total=finished + len(jobs), left=len(pending) + len(running))
+            left = _size(pending) + _size([active.job for active in running])
+            _show(bar, running, total=finished + to_do, left=left)
             if running:
                 time.sleep(POLL_SECONDS)
     return outcome
@@ -155,11 +165,17 @@ def _pass_on(signals: Sequence[int], running: Sequence[_Running], bar: Any, *, f
 
 
 def _note_end(active: _Running, outcome: Outcome, bar: Any) -> None:
-    reason = active.job.failure()
-    words = f"FAILED: {reason}" if reason is not None else active.job.done()[1]
-    if reason is not None:
-        outcome.failures[active.job.name] = reason
-    bar.write(printable(f"{active.job.name:<28} {words}  [{_duration(time.monotonic() - active.started)}]"))
+    for job in active.job.runs or (active.job,):
+        reason = job.failure()
+        words = f"FAILED: {reason}" if reason is not None else job.done()[1]
+        if reason is not None:
+            outcome.failures[job.name] = reason
+            outcome.logs |= {} if job is active.job else {job.name: active.job.name}
+        bar.write(printable(f"{job.name:<28} {words}  [{_duration(time.monotonic() - active.started)}]"))
+
+
+def _size(jobs: Sequence[StudyJob]) -> int:
+    return sum(job.size for job in jobs)
 
 
 def _duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ import psutil
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
-from megatron_tiedlora.study.record import RUNS, SCORES
+from megatron_tiedlora.study.record import GROUPS, RUNS, SCORES
 
 _FOLDER_FLAG = "--output_dir"
 
@@ -37,7 +37,7 @@ def reject_left_behind(folder: Path) -> None:
 
     Ranks on other machines are not seen.
     """
-    folders = [f"{os.path.realpath(folder / name)}{os.sep}" for name in (RUNS, SCORES)]
+    folders = [f"{os.path.realpath(folder / name)}{os.sep}" for name in (RUNS, GROUPS, SCORES)]
     here = psutil.Process()
     mine = {here.pid, *(parent.pid for parent in here.parents())}  # a parent shell's command line may name the folder
     for process in psutil.process_iter():

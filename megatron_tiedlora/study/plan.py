@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from megatron_tiedlora.base.atomic import discard
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.yaml_files import read_yaml_mapping
+from megatron_tiedlora.base.yaml_files import read_yaml_mapping, write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
@@ -40,6 +40,15 @@ from megatron_tiedlora.study.record import (
     last_lines,
 )
 from megatron_tiedlora.study.scores import BASE_NAME, best_run, read_run, read_score
+from megatron_tiedlora.study.together import (
+    SCORES_END,
+    check_groups,
+    group_settings,
+    grouped,
+    most_together,
+    take_scores,
+)
+from megatron_tiedlora.training.halving import REASON
 from megatron_tiedlora.training.length import with_models_length
 from megatron_tiedlora.training.plan import plan_run
 
@@ -83,14 +92,38 @@ class SweepPlan:
 
     def jobs(self, lock: int) -> list[StudyJob]:
         """The unfinished jobs in order: the base model's score, then the runs and the score of each point."""
+        take_scores(self.folder)
         jobs = [] if self._scored(BASE_NAME) else [self._score(None, (), lock)]
-        for point in self.grid.points:
-            runs = self._unfinished(point)
-            jobs += [self._train(run, lock) for run in runs]
-            # The run to score is known only when all have ended, so a point with unfinished runs has a score job.
-            if runs or not self._scored(self._scored_name(point)):
-                jobs.append(self._score(point, tuple(run.name for run in runs), lock))
+        left, started = list(self.grid.points), dict[str, str]()  # by name of a run its job's
+        for runs in ((), *self.groups()):
+            if runs:
+                jobs.append(self._train(runs[0], lock) if len(runs) == 1 else self._train_together(runs, lock))
+                started |= {run.name: jobs[-1].name for run in runs}
+            ready: dict[Point, tuple[str, ...]] = {}  # what each needs
+            while left and all(run.name in started for run in self._unfinished(left[0])):
+                point = left.pop(0)
+                needs = tuple(dict.fromkeys(started[run.name] for run in self._unfinished(point)))
+                # The run to score is known only when all have ended, so a point with unfinished runs has a score job.
+                if needs or not self._scored(self._scored_name(point)):
+                    ready[point] = needs
+            if len(ready) > 1 and self.settings.together != 1:
+                jobs.append(self._score_together(ready, lock))
+            else:
+                jobs += [self._score(point, needs, lock) for point, needs in ready.items()]
         return jobs
+
+    def groups(self) -> list[tuple[Run, ...]]:
+        """The unfinished runs, those that train together in one group. Raises UserError."""
+        runs, most = [self._unfinished(point) for point in self.grid.points], self.settings.together
+        if most == "auto" and (num_runs := sum(map(len, runs))):
+            widest = max(self.grid.points, key=lambda point: point.num_trained(self.base.shape))
+            settings = group_settings(self.command, self.grid.runs(widest)[0])
+            ranks = settings.tensor_parallel * settings.pipeline_parallel
+            plan = plan_run(settings, rank=0, world_size=ranks, weights=False, source=self.source)
+            most = most_together(plan, num_runs=num_runs, num_slots=len(self.slots()))
+            if self.settings.halving:  # the learning rates of a point are compared
+                most = max(most, len(self.grid.learning_rates))
+        return grouped(runs, 1 if most == "auto" else most)
 
     @property
     def num_jobs(self) -> int:
@@ -120,24 +153,34 @@ class SweepPlan:
         found = None if train.epochs is None else read_yaml_mapping(recorded).get("max_steps")
         return found if isinstance(found, int) else train.max_steps
 
-    def _train(self, run: Run, lock: int) -> StudyJob:
-        path = self.folder.run(run.name)
+    @property
+    def _given(self) -> dict[str, Any]:
+        """The given settings of every start of train.py."""
+        given = {name: value for name, value in self.command.given.items() if name != "test_file"}
+        return {**given, "resume": "auto", **self._take_over}
+
+    def _train(self, run: Run, lock: int, *, group: str | None = None) -> StudyJob:
+        """The job that trains a run, or that reads how it went on in the job `group`."""
+        path, log = self.folder.run(run.name), self.folder.log(group or run.name)
         guard = self.folder.guard
 
         def command(slot: tuple[str, ...]) -> Command:
             guard()
-            given = {name: value for name, value in self.command.given.items() if name != "test_file"}
-            settings = {**given, **run.settings, "output_dir": path, "resume": "auto", **self._take_over}
-            return Command("train", settings, with_port(slot), self.folder.log(run.name), lock)
+            settings = {**self._given, **run.settings, "output_dir": path}
+            return Command("train", settings, with_port(slot), log, lock)
 
         def failure() -> str | None:
             end = read_run(path)
-            return None if end.state == "finished" else _reason(self.folder.log(run.name), end.reason)
+            if end.state == "finished":
+                return None
+            return end.reason if group is not None and end.reason else _reason(log, end.reason)
 
         def done() -> tuple[float, str]:
             end = read_run(path)
             if end.state == "finished" and end.best is not None:
-                return 1.0, f"best validation {self.command.train.eval_metric} {end.best:.4f}, ended at step {end.step}"
+                why = f" ({end.reason})" if end.reason.startswith(REASON) else ""
+                best = f"best validation {self.command.train.eval_metric} {end.best:.4f}"
+                return 1.0, f"{best}, ended at step {end.step}{why}"
             row = last_row(RunFolder(path).metrics)
             if row is None:
                 return 0.0, "starting"
@@ -146,9 +189,36 @@ class SweepPlan:
 
         return StudyJob(run.name, (), command, failure, done)
 
-    def _score(self, point: Point | None, needs: tuple[str, ...], lock: int) -> StudyJob:
-        """The job that scores the best run of a point, or the base model, without which nothing can be compared."""
+    def _train_together(self, runs: tuple[Run, ...], lock: int) -> StudyJob:
+        """The job that trains several runs in one start; each has the folder that it has alone."""
+        first, rates = runs[0].name, [run.point for run in runs]
+        name, folder, file = f"group {first}", self.folder.group(first), self.folder.group(f"{first}.yaml")
+        jobs = tuple(self._train(run, lock, group=name) for run in runs)
+        halving = self.settings.halving and len(set(rates)) < len(rates)
+
+        def command(slot: tuple[str, ...]) -> Command:
+            entries = [
+                {"name": run.name, **run.settings, "output_dir": str(self.folder.run(run.name))} for run in runs
+            ]
+            for run in runs:  # if the start fails, how an earlier one ended is not why
+                discard(RunFolder(self.folder.run(run.name)).status, guard=self.folder.guard)
+            with suppress(OSError):  # the next line says what is wrong
+                file.parent.mkdir(exist_ok=True)
+            write_yaml(file, entries, guard=self.folder.guard)
+            settings = {**self._given, "adapters": file, "output_dir": folder, **({"halving": True} if halving else {})}
+            return Command("train", settings, with_port(slot), self.folder.log(name), lock)
+
+        def done() -> tuple[float, str]:
+            parts = [job.done()[0] for job in jobs]
+            return sum(parts), f"{len(jobs)} runs, {sum(parts) / len(parts):.0%}"
+
+        return StudyJob(name, (), command, lambda: None, done, runs=jobs)
+
+    def _score(self, point: Point | None, needs: tuple[str, ...], lock: int, *, group: str | None = None) -> StudyJob:
+        """The job that scores the best run of a point, or the base model, without which nothing can be compared; or
+        that reads what the job `group` has found."""
         job = f"score {BASE_NAME}" if point is None else _score_job(point)
+        log = self.folder.log(group or job)
 
         def command(slot: tuple[str, ...]) -> Command | None:
             name = self._scored_name(point)
@@ -156,19 +226,14 @@ class SweepPlan:
                 return None
             folder = self.folder.score(name)
             discard(folder, guard=self.folder.guard)  # it has no result
-            settings = {
-                **{setting: getattr(self.command.train, setting) for setting in _SHARED_WITH_EVALUATE},
-                "max_length": with_models_length(self.command.train, self.source).max_length,
-                "adapter": None if point is None else self.folder.run(name) / "adapter",
-                "batch_size": self.settings.test_batch_size,
-                "limit": self.test_limit,
-                "output_dir": folder,
-                **self._take_over,
-            }
-            return Command("evaluate", settings, with_port(slot), self.folder.log(job), lock)
+            adapter = None if point is None else self.folder.run(name) / "adapter"
+            settings = {**self._of_scores, "adapter": adapter, "output_dir": folder}
+            return Command("evaluate", settings, with_port(slot), log, lock)
 
         def failure() -> str | None:
-            return None if self._scored(self._scored_name(point)) else _reason(self.folder.log(job))
+            if group is not None:
+                take_scores(self.folder)
+            return None if self._scored(self._scored_name(point)) else _reason(log)
 
         def done() -> tuple[float, str]:
             name = self._scored_name(point)
@@ -178,6 +243,36 @@ class SweepPlan:
             return 0.0, "decoding" if score is None else f"{self.base.metric} {score.value:.2f} % ({name})"
 
         return StudyJob(job, needs, command, failure, done, vital=point is None)
+
+    @property
+    def _of_scores(self) -> dict[str, Any]:
+        """The settings of every start of evaluate.py."""
+        return {
+            **{setting: getattr(self.command.train, setting) for setting in _SHARED_WITH_EVALUATE},
+            "max_length": with_models_length(self.command.train, self.source).max_length,
+            "batch_size": self.settings.test_batch_size,
+            "limit": self.test_limit,
+            **self._take_over,
+        }
+
+    def _score_together(self, points: Mapping[Point, tuple[str, ...]], lock: int) -> StudyJob:
+        """The job that scores the best runs of several points in one start; `points` has what each needs."""
+        first = _score_job(next(iter(points))).removeprefix("score ")
+        name, folder = f"scores {first}", self.folder.group(f"{first}{SCORES_END}")
+        jobs = tuple(self._score(point, (), lock, group=name) for point in points)
+
+        def command(slot: tuple[str, ...]) -> Command | None:
+            best = [found for point in points if (found := self._scored_name(point)) is not None]
+            left = [run for run in best if not self._scored(run)]
+            if not left:
+                return None
+            discard(folder, guard=self.folder.guard)  # it has no results
+            words = ("--adapters", *(f"{run}={self.folder.run(run) / 'adapter'}" for run in left))
+            settings = {**self._of_scores, "output_dir": folder}
+            return Command("evaluate", settings, with_port(slot), self.folder.log(name), lock, words)
+
+        needs = tuple(dict.fromkeys(need for of_point in points.values() for need in of_point))
+        return StudyJob(name, needs, command, lambda: None, lambda: (0.0, f"decoding {len(jobs)}"), runs=jobs)
 
     def dry_run_lines(self) -> list[str]:
         """A table of all runs with their states and trained parameters."""
@@ -195,7 +290,11 @@ class SweepPlan:
             counts[end.state] = counts.get(end.state, 0) + 1
             best = "" if end.best is None else f", best validation {self.command.train.eval_metric} {end.best:.4f}"
             state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
+            state += f" ({end.reason})" if end.reason.startswith(REASON) else ""
             lines.append(f"  {run.name:<28}{run.point.num_trained(base.shape):>20,}   {state}")
+        if self.settings.together != 1:
+            lines += ["", "  groups to train together"]
+            lines += [f"  {number:>3}  {', '.join(run.name for run in g)}" for number, g in enumerate(self.groups(), 1)]
         return [*lines, "", "  " + ", ".join(f"{count} {state}" for state, count in counts.items())]
 
 
@@ -218,6 +317,9 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         source, targets=train.targets, task=task.name, metric=task.metrics[0], files=files.values()
     )
     check_resumable(folder, command, base)
+    if settings.together != 1:
+        with _no_accelerator_needed():
+            check_groups(command, ranks=ranks, source=source)
     grid = make_grid(settings, source.shape.num_layers)
     for run in _each_run(grid):
         make_settings({**command.given, **run.settings})

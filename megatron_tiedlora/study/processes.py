@@ -36,6 +36,7 @@ class Command:
         launcher: arguments of the `deepspeed` launcher.
         log: its output is appended to this file.
         lock: descriptor that the launcher keeps open, so that the study stays locked while it lives.
+        words: further words of the command line.
     """
 
     script: Literal["train", "evaluate"]
@@ -43,11 +44,13 @@ class Command:
     launcher: tuple[str, ...]
     log: Path
     lock: int
+    words: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The settings as flags, without those that are None."""
-        return tuple(f"--{name}={flag_text(value)}" for name, value in self.settings.items() if value is not None)
+        """The settings as flags, without those that are None, and the further words."""
+        flags = (f"--{name}={flag_text(value)}" for name, value in self.settings.items() if value is not None)
+        return (*flags, *self.words)
 
 
 def flag_text(value: Any) -> str:

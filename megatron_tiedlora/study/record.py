@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, discard, remove_leftovers, unguarded, write_json
@@ -39,7 +40,7 @@ from megatron_tiedlora.study.paper import paper_model
 from megatron_tiedlora.study.processes import LOG_MARK
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
 
-RUNS, SCORES, LOGS = "runs", "scores", "logs"
+RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
 # A resumed run may change these settings, but a resumed study may not.
 _SAME_STUDY = {
     *("model", "tokenizer", "train_file", "validation_file", "test_file", "prompt_template", "columns", "chat_template")
@@ -71,6 +72,10 @@ class StudyFolder:
     def run(self, name: str) -> Path:
         """The run folder of the run called `name`."""
         return self.path / RUNS / name
+
+    def group(self, name: str) -> Path:
+        """The folder of all of the runs that train together, of which `name` is the first."""
+        return self.path / GROUPS / name
 
     def score(self, name: str) -> Path:
         """The folder that launch/evaluate.py writes for the run called `name`, or for `base`."""
@@ -125,7 +130,9 @@ def check_folder(folder: StudyFolder) -> None:
     """Raise UserError if the path is a file, or the folder holds something other than a study, or links. A start that
     was killed before it wrote its settings is no obstacle."""
     path = folder.path
-    reject_links(*(path / name for name in (RUNS, SCORES, LOGS)), *(path / RUNS).glob("*"))
+    folders = (RUNS, GROUPS, SCORES, LOGS)
+    groups = (item for item in (path / GROUPS).glob("*") if item.suffix != ".yaml")  # the lists of their adapters
+    reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *groups)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")
     if not path.is_dir() or folder.settings.is_file():
@@ -214,14 +221,23 @@ def read_base(folder: StudyFolder) -> BaseRecord:
     return read_fields(folder.base, content, BaseRecord, optional=("file_sha256",))
 
 
-def write_status(folder: StudyFolder, state: str, failures: Mapping[str, str], *, reason: str | None = None) -> None:
+def write_status(
+    folder: StudyFolder,
+    state: str,
+    failures: Mapping[str, str],
+    *,
+    logs: Mapping[str, str] = MappingProxyType({}),
+    reason: str | None = None,
+) -> None:
     """Write sweep_status.json: how this start ended, and for every failure its reason and the last lines of its log.
 
     Args:
+        logs: whose log is that of a failure, if it is another's.
         reason: why the sweep itself failed.
     """
+    files = {name: folder.log(logs.get(name, name)) for name in failures}
     failed = [
-        {"name": name, "reason": reason, "log": str(folder.log(name)), "last_lines": last_lines(folder.log(name))}
+        {"name": name, "reason": reason, "log": str(files[name]), "last_lines": last_lines(files[name])}
         for name, reason in failures.items()
     ]
     why = {} if reason is None else {"reason": reason}

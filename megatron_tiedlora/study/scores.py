@@ -19,6 +19,7 @@ from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
 from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, read_command
+from megatron_tiedlora.training.halving import REASON
 
 BASE_NAME = "base"
 _ROW_SETTINGS = ("train_file", "validation_file", "test_file", "prompt_template", "columns")
@@ -54,6 +55,7 @@ class Result:
     Attributes:
         run: the run whose learning rate is best on validation; None if no run of the point is finished.
         missing: unfinished runs of other learning rates, which may still be better.
+        stopped: the runs that --halving stopped before their last step, and why.
     """
 
     point: Point
@@ -61,6 +63,7 @@ class Result:
     run: Run | None = None
     missing: tuple[Run, ...] = ()
     score: TestScore | None = None
+    stopped: tuple[tuple[Run, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,4 +176,9 @@ def _read_result(folder: StudyFolder, grid: SweepGrid, point: Point, base: BaseR
         chosen,
         tuple(run for run in runs if chosen is not None and read_run(folder.run(run.name)).state != "finished"),
         None if chosen is None else read_score(folder.score(chosen.name)),
+        tuple(
+            (run, end.reason.removeprefix(REASON))
+            for run, end in ((run, read_run(folder.run(run.name))) for run in runs)
+            if end.state == "finished" and end.reason.startswith(REASON)
+        ),
     )

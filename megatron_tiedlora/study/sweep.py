@@ -55,7 +55,8 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
         write_record(folder, command, plan.base)
         try:
             jobs = plan.jobs(lock.descriptor)
-            outcome = run_jobs(jobs, slots=slots, start=start, stop=stop, finished=plan.num_jobs - len(jobs))
+            num_to_do = sum(job.size for job in jobs)
+            outcome = run_jobs(jobs, slots=slots, start=start, stop=stop, finished=plan.num_jobs - num_to_do)
         except BaseException as error:
             with suppress(UserError):  # the disk may be full
                 write_status(folder, "failed", {}, reason=str(error) or type(error).__name__)
@@ -66,10 +67,10 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
 def _end(plan: SweepPlan, outcome: Outcome) -> int:
     folder = plan.folder
     if outcome.stopped_by:
-        write_status(folder, "stopped", outcome.failures)
+        write_status(folder, "stopped", outcome.failures, logs=outcome.logs)
         show(f"stopped; the same command, or --output_dir {shlex.quote(str(folder.path))} alone, resumes it")
         return 128 + outcome.stopped_by
-    write_status(folder, "failed" if outcome.failures else "finished", outcome.failures)
+    write_status(folder, "failed" if outcome.failures else "finished", outcome.failures, logs=outcome.logs)
     if not outcome.given_up:
         study = read_study(folder.path)
         written = write_tables([study], folder.path, guard=folder.guard)
@@ -79,8 +80,9 @@ def _end(plan: SweepPlan, outcome: Outcome) -> int:
         return 0
     names = list(outcome.failures)
     for name in names[:_SHOWN_FAILURES]:
-        show("", f"{name}: {outcome.failures[name]}; the end of {folder.log(name)}:")
-        show(*(f"    {line}" for line in last_lines(folder.log(name))))
+        log = folder.log(outcome.logs.get(name, name))
+        show("", f"{name}: {outcome.failures[name]}; the end of {log}:")
+        show(*(f"    {line}" for line in last_lines(log)))
     gave_up = "; nothing else was started" if outcome.given_up else ""
     line = f"error: {len(names)} failed: {', '.join(names)}{gave_up} (logs in {folder.log(names[0]).parent})"
     show(line, file=sys.stderr)

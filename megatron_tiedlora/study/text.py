@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.study.grid import rate_text
+from megatron_tiedlora.study.grid import Point, rate_text
 from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, MODEL_TITLES
 from megatron_tiedlora.study.scores import Result, Study
 from megatron_tiedlora.study.tables import BASE_ROW, Cell, Row, SingleRow, table2, table3, tensors_text
@@ -128,7 +128,15 @@ def _notes2(studies: Sequence[Study], rows: Sequence[Row], *, with_paper: bool) 
     if with_paper:
         models = {MODEL_TITLES[s.base.paper_model] for s in studies if s.base.paper_model is not None}
         notes.append(f"- paper: the published numbers for {', '.join(sorted(models))}, told by shape or name.")
-    return notes + _other_rows_notes(studies)
+    stopped = [line for study in studies for line in _stopped_notes(study, study.grid.table)]
+    return [*notes, *stopped, *_other_rows_notes(studies)]
+
+
+def _stopped_notes(study: Study, points: Iterable[Point]) -> list[str]:
+    """Notes on the learning rates of `points` that --halving stopped."""
+    stopped = [found for point in points for found in study.result(point).stopped]
+    note = f"- {study.base.task}: --halving stopped these runs before their last step; each counts with its best step"
+    return [f"{note}.", *(f"  - {run.name}: {why}" for run, why in stopped)] if stopped else []
 
 
 def _other_rows_notes(studies: Sequence[Study]) -> list[str]:
@@ -146,12 +154,12 @@ def table2_csv(studies: Sequence[Study]) -> str:
     lines: list[list[Any]] = [
         ["model", "section", "method", "task", "metric", "score", "rank", "params_percent_of_best_lora"]
         + ["low", "high", "samples", "decline_percent", "learning_rate", "trained_parameters", "all_rates_finished"]
-        + ["paper_score", "paper_rank", "paper_params_percent"]
+        + ["paper_score", "paper_rank", "paper_params_percent", "stopped_rates"]
     ]
     for study in studies:
         if (score := study.base_score) is not None:
             where = [study.base.model, BASE_ROW, BASE_ROW, study.base.task, study.base.metric]
-            lines.append([*where, score.value, None, None, score.low, score.high, score.num_samples, *[None] * 7])
+            lines.append([*where, score.value, None, None, score.low, score.high, score.num_samples, *[None] * 8])
     for row in table2(studies):
         for study, cell in zip(studies, row.cells, strict=True):
             if cell.result is not None or cell.paper is not None:
@@ -159,7 +167,7 @@ def table2_csv(studies: Sequence[Study]) -> str:
                 lines.append([*where, *_cell_values(cell)])
         if len(studies) > 1 and row.mean is not None:
             where = [studies[0].base.model, row.section, row.method, "average", ""]
-            lines.append([*where, row.mean, *[None] * 5, row.decline, *[None] * 6])
+            lines.append([*where, row.mean, *[None] * 5, row.decline, *[None] * 7])
     return _csv(lines)
 
 
@@ -167,18 +175,24 @@ def _cell_values(cell: Cell) -> list[Any]:
     paper = cell.paper
     published = [None] * 3 if paper is None else [paper.score, paper.rank, paper.params_percent]
     if cell.result is None or cell.score is None:
-        return [None] * 10 + published
+        return [None] * 10 + [*published, None]
     score = cell.score
     return [
         *(score.value, cell.result.point.rank, cell.params_percent, score.low, score.high, score.num_samples),
         *(cell.decline, *_result_values(cell.result)),
         *published,
+        _stopped_rates(cell.result),
     ]
 
 
 def _result_values(result: Result) -> list[Any]:
     rate = None if result.run is None else rate_text(result.run.learning_rate)
     return [rate, result.num_trained, str(not result.missing).lower()]
+
+
+def _stopped_rates(result: Result) -> str | None:
+    """The learning rates that --halving stopped."""
+    return " ".join(rate_text(run.learning_rate) for run, _ in result.stopped) or None
 
 
 # Table 3 ----------------------------------------------------------------------------------------------------------
@@ -207,6 +221,8 @@ def table3_markdown(studies: Sequence[Study]) -> str:
         )
     if any(cell.result.missing for row in rows for cell in row.cells):
         notes.append(f"- {INCOMPLETE}: not all learning rates are finished.")
+    for row in rows:
+        notes += _stopped_notes(row.study, [cell.result.point for cell in row.cells])
     notes += _other_rows_notes([row.study for row in rows])
     return _text([*lines, *_markdown_table(header, body), "", *notes])
 
@@ -228,7 +244,7 @@ def table3_csv(studies: Sequence[Study]) -> str:
     """Table 3 as CSV, with one cell per line."""
     lines: list[list[Any]] = [
         ["model", "task", "metric", "rank", "adapter", "score", "low", "high", "samples"]
-        + ["learning_rate", "trained_parameters", "all_rates_finished", "paper_score"]
+        + ["learning_rate", "trained_parameters", "all_rates_finished", "paper_score", "stopped_rates"]
     ]
     for row in table3(studies):
         base = row.study.base
@@ -236,7 +252,8 @@ def table3_csv(studies: Sequence[Study]) -> str:
             score = cell.result.score
             values = [None] * 4 if score is None else [score.value, score.low, score.high, score.num_samples]
             where = [base.model, base.task, base.metric, row.rank, cell.column]
-            lines.append([*where, *values, *_result_values(cell.result), cell.paper])
+            known = [*values, *_result_values(cell.result), cell.paper, _stopped_rates(cell.result)]
+            lines.append([*where, *known])
     return _csv(lines)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
+from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.errors import UserError
@@ -56,11 +57,8 @@ def shared_plan(plans: Plans) -> RunPlan:
     """The plan whose stages all adapters have: that of the one whose first adapted layer is lowest.
 
     Raises:
-        UserError: the engine would clip all adapters together, or an adapter has dropout.
+        UserError: the engine would clip all adapters together.
     """
-    for name, own in plans.items():
-        if own.settings.dropout:
-            raise UserError(f"{name}: --dropout is not implemented for several adapters in one run; train it alone")
     plan = min(plans.values(), key=lambda plan: plan.adapter.layers[0])
     if plan.engine.zero_stage in (1, 2):
         raise UserError(
@@ -96,7 +94,12 @@ def build_bank(
             part = AdapterPart(plan.adapter, own, shared.grid.tp_rank, shared.grid.tp_size)
             adapters[name] = TiedAdapter(part).to(device)
             adapters[name].load_full(initial_values(plan.adapter) if state is None else state)
-        bank = AdapterBank(adapters)
+        dropout = {
+            name: Dropout(plan.settings.dropout, plan.settings.seed)
+            for name, plan in plans.items()
+            if plan.settings.dropout
+        }
+        bank = AdapterBank(adapters, dropout)
         module, stage, groups, process_grid = build_stage(shared, bank, device, kernels)
         load_base(shared, weights, stage, groups)
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(stage.layers))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
 from typing import Protocol
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.adapters.tying import GradientGuard, find_mismatch
+from megatron_tiedlora.adapters.tying import GradientGuard, find_mismatches
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.engine.engine import all_open
 from megatron_tiedlora.engine.engine_json import EngineConfig
-from megatron_tiedlora.parallel.agreement import first_message, max_over_ranks
+from megatron_tiedlora.parallel.agreement import first_messages, max_over_ranks
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 # If v or B starts at zero, the gradient of its partner is zero at the first step. It must be non-zero at the second.
@@ -79,42 +81,82 @@ class StepChecks:
         Raises:
             RunFailed: a trained tensor has no gradient, or has only had zeros; on every rank, with its name.
         """
-        self._steps += 1
-        if self._guard is not None or ranks_missing:
-            self._stop_where_missing(step)
-        if self._guard is None or self._steps < self._guarded_steps:
-            return
-        largest = max_over_ranks(self._guard.largest())
-        zero = [label for label, value in zip(self._guard.labels(), largest, strict=True) if value == 0]
-        self._guard.remove()
-        self._guard = None
-        if zero:
-            raise RunFailed(
-                f"step {step}: the gradient of {', '.join(zero)} has been exactly zero since the run's start, so it"
-                " would never be trained"
-            )
-
-    def _stop_where_missing(self, step: int) -> None:
-        names = [*self._runner.missing_gradients, *(self._guard.missing() if self._guard else [])]
-        layers = ", ".join(map(str, self._runner.adapter.part.layers))
-        text = f"no gradient reaches {', '.join(dict.fromkeys(names))} from the stage with adapted layers {layers}"
-        if found := first_message(text if names else None):
-            raise RunFailed(f"step {step}: {found}; this step changed nothing")
+        _raise(before_steps({"": (self, step)}, ranks_missing={"": ranks_missing}))
 
     def after_step(self, step: int) -> None:
         """Compare replicas after `step`. Raises RunFailed on every rank if they differ."""
-        if self._steps <= self._check_steps:
-            self._compare(step)
+        _raise(after_steps({"": (self, step)}))
 
     def before_save(self, step: int) -> None:
         """Compare replicas before a checkpoint of `step`. Raises RunFailed on every rank if they differ."""
         if self._check_steps > 0 and self._steps > self._check_steps:  # earlier steps were compared after the step
-            self._compare(step)
+            _raise(_compare({"": (self, step)}))
 
-    def _compare(self, step: int) -> None:
-        with all_open(self._runner.adapter, self._runner.config):  # under ZeRO-3 data-parallel ranks hold shards
-            mismatch = find_mismatch(self._runner.adapter, self._runner.groups)
-        if found := first_message(str(mismatch) if mismatch else None):
-            raise RunFailed(
-                f"after step {step} {found}; the ranks no longer train one adapter. This step was not saved"
+    def _missing(self) -> str | None:
+        """A text on the tensors without a gradient on this rank."""
+        names = [*self._runner.missing_gradients, *(self._guard.missing() if self._guard else [])]
+        layers = ", ".join(map(str, self._runner.adapter.part.layers))
+        text = f"no gradient reaches {', '.join(dict.fromkeys(names))} from the stage with adapted layers {layers}"
+        return text if names else None
+
+
+Checks = Mapping[str, tuple[StepChecks, int]]  # of some adapters, by name, each with the number of its step
+
+
+def before_steps(checks: Checks, *, ranks_missing: Mapping[str, float]) -> dict[str, RunFailed]:
+    """`StepChecks.before_step` of several adapters, in as many messages as of one. Returns what fails, by name."""
+    for own, _ in checks.values():
+        own._steps += 1
+    asked = [name for name, (own, _) in checks.items() if own._guard is not None or ranks_missing[name]]
+    texts = first_messages([checks[name][0]._missing() for name in asked])
+    failed = {
+        name: RunFailed(f"step {checks[name][1]}: {text}; this step changed nothing")
+        for name, text in zip(asked, texts, strict=True)
+        if text
+    }
+    ending = {
+        name: own._guard
+        for name, (own, _) in checks.items()
+        if name not in failed and own._guard is not None and own._steps >= own._guarded_steps
+    }
+    if not ending:
+        return failed
+    largest = iter(max_over_ranks([value for guard in ending.values() for value in guard.largest()]))
+    for name, guard in ending.items():
+        own, step = checks[name]
+        labels = guard.labels()
+        zero = [label for label, value in zip(labels, islice(largest, len(labels)), strict=True) if value == 0]
+        guard.remove()
+        own._guard = None
+        if zero:
+            failed[name] = RunFailed(
+                f"step {step}: the gradient of {', '.join(zero)} has been exactly zero since the run's start, so it"
+                " would never be trained"
             )
+    return failed
+
+
+def after_steps(checks: Checks) -> dict[str, RunFailed]:
+    """`StepChecks.after_step` of several adapters, in as many messages as of one. Returns what fails, by name."""
+    return _compare({name: (own, step) for name, (own, step) in checks.items() if own._steps <= own._check_steps})
+
+
+def _compare(checks: Checks) -> dict[str, RunFailed]:
+    if not checks:
+        return {}
+    runners = [own._runner for own, _ in checks.values()]
+    with ExitStack() as opened:
+        for runner in runners:  # under ZeRO-3 data-parallel ranks hold shards
+            opened.enter_context(all_open(runner.adapter, runner.config))
+        mismatches = find_mismatches([runner.adapter for runner in runners], runners[0].groups)
+    texts = first_messages([str(mismatch) if mismatch else None for mismatch in mismatches])
+    return {
+        name: RunFailed(f"after step {step} {text}; the ranks no longer train one adapter. This step was not saved")
+        for (name, (_, step)), text in zip(checks.items(), texts, strict=True)
+        if text
+    }
+
+
+def _raise(failed: Mapping[str, RunFailed]) -> None:
+    for failure in failed.values():
+        raise failure

@@ -85,7 +85,7 @@ def _own_bytes(group: GroupPlan, adapter: int) -> int:
 def _memory(group: GroupPlan, data: Data) -> list[str]:
     longest = _longest_rows(group, data)
     tokens, most = group.most_tokens(longest), max(len(shape.shares) for shape in group.micro_batches)
-    micro_batches = f"{tokens:,} tokens of up to {count_text(most, 'adapter')}"
+    micro_batches = f"{tokens:,} tokens of up to {count_text(most, 'adapter')} at step 1"
     machine = group.shared.machine
     peaks = _peaks(group, longest)
     lines = memory_lines(group.stages, peaks, tokens=tokens, micro_batches=micro_batches, machine=machine)
@@ -100,11 +100,13 @@ def _one_more(group: GroupPlan, data: Data) -> list[str]:
     more = replace(group, plans={**group.plans, "": group.plans[name]}, batches=batches)
     peaks = zip(_peaks(more, {**longest, "": longest[name]}), _peaks(group, longest), strict=True)
     added = max(new.allocated - old.allocated for new, old in peaks)
-    return [
-        "one more adapter",
+    line = (
         f"  like {name}: {bytes_in_words(added)} per rank, {bytes_in_words(_own_bytes(group, number))} of them its"
-        " tensors, gradients and moments; the rest are its factors, and tokens where micro-batches have room for more",
-    ]
+        " tensors, gradients and moments"
+    )
+    if added > _own_bytes(group, number):
+        line += "; the rest are its factors, and tokens where micro-batches have room for more"
+    return ["one more adapter", line]
 
 
 def _longest_rows(group: GroupPlan, data: Data) -> dict[str, int]:

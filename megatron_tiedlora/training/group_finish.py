@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import Checkpoint
 from megatron_tiedlora.convert.export_peft import base_location
 from megatron_tiedlora.convert.serving import serve_together
+from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
+from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.training import finish
-from megatron_tiedlora.training.group import Group
+from megatron_tiedlora.training.group import Finished, Group, table_rows
+from megatron_tiedlora.training.group_evaluation import of_start
 from megatron_tiedlora.training.member import Member
 
 
 def score_before(group: Group, checkpoints: Mapping[str, Checkpoint | None]) -> None:
     """Score the adapters that begin, before their first step. All ranks call it."""
-    for name, member in group.members.items():
-        if checkpoints[name] is None:
-            with member.failing_alone():
-                finish.record_score(member, "before", finish.score(member))
+    _score(group, [member for name, member in group.members.items() if checkpoints[name] is None], "before")
 
 
 def score_after(group: Group) -> None:
@@ -27,7 +27,21 @@ def score_after(group: Group) -> None:
     for member in _trained(group):
         with member.failing_alone():
             finish.use_best_adapter(member)
-            finish.record_score(member, "after", finish.score(member))
+    _score(group, _trained(group), "after")
+
+
+def _score(group: Group, members: Sequence[Member], moment: str) -> None:
+    """Score them together on their test samples, and record that."""
+
+    def score(some: Sequence[Member]) -> dict[str, dict[str, Score]]:
+        return group.evaluation.scores(some, lambda member: member.data.scored)
+
+    with group.stop.deferred():
+        found = of_start(members, score) if moment == "before" else score(members)
+    for member in members:
+        if member.name in found:
+            with member.failing_alone():
+                finish.record_score(member, moment, found[member.name])
 
 
 def export_all(group: Group) -> list[str]:
@@ -57,17 +71,27 @@ def original_losses(group: Group) -> list[str]:
 
 def set_end(group: Group, end: End) -> None:
     """How the run ends: it fails if an adapter did."""
-    failed, total = group.failed, count_text(len(group.members), "adapter")
+    failed, total = group.failed, count_text(len(group.names), "adapter")
     end.reason = f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
     if failed:
         end.state, end.status = "failed", FAILED_STATUS
 
 
-def table_lines(group: Group) -> list[str]:
+def end_at_once(adapters: Mapping[str, Finished], folder: GroupFolder, end: End, *, is_main: bool) -> list[str]:
+    """End a start that finds every adapter finished: rank 0 writes the table and the status. Returns lines to print."""
+    end.reason = f"{count_text(len(adapters), 'adapter')} trained"
+    if is_main:
+        folder.write_table(table_rows(adapters))
+        last = max(adapter.progress.step for adapter in adapters.values())
+        folder.write_status("finished", step=last, reason=end.reason)
+    return table_lines(adapters, folder)
+
+
+def table_lines(adapters: Mapping[str, Member | Finished], folder: GroupFolder) -> list[str]:
     """The last lines: how each adapter ended, and where its files are. On rank 0."""
-    width = max(len("adapter"), *map(len, group.members))
+    width = max(len("adapter"), *map(len, adapters))
     rows = ["", f"{'adapter':<{width}}  {'state':<9}{'step':>7}{'best step':>11}{'best':>10}  reason"]
-    for name, member in group.members.items():
+    for name, member in adapters.items():
         progress = member.progress
         state = "finished" if member.failure is None else "failed"
         best = "-" if progress.best_metric is None else f"{progress.best_metric:.4f}"
@@ -75,8 +99,9 @@ def table_lines(group: Group) -> list[str]:
             f"{name:<{width}}  {state:<9}{progress.step:>7}{progress.best_step or '-':>11}{best:>10}"
             f"  {member.failure or member.reason}"
         )
-    rows += ["", f"run folder  {group.folder.path}", "  NAME/      the run folder of each adapter, with peft/"]
-    finished = [member for member in group.members.values() if member.failure is None]
+    rows += ["", f"run folder  {folder.path}"]
+    rows += ["  NAME/      the run folder of each adapter, with peft/; or the output_dir of its entry"]
+    finished = [member for member in adapters.values() if member.failure is None]
     if not finished:
         return rows
     source = finished[0].plan.source

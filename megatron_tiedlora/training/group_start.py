@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.versions import installed_versions
@@ -25,21 +27,30 @@ from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.runtime.group_folder import GroupFolder
-from megatron_tiedlora.runtime.run_folder import choose_run_folder, last_run_folder, take_run_folder
+from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder, take_run_folder
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import session
 from megatron_tiedlora.training.build_bank import BuiltBank, Plans, shared_plan
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
-from megatron_tiedlora.training.group import Group
+from megatron_tiedlora.training.group import Finished, Group
 from megatron_tiedlora.training.group_plan import longest_run
 from megatron_tiedlora.training.group_step import GroupStep
+from megatron_tiedlora.training.halving import check_halving, rivals_of
+from megatron_tiedlora.training.loop import is_trained
 from megatron_tiedlora.training.member import Member
 from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.resumed import with_kept_warmup
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.throughput import Meter, start_meter
 
 DS_CONFIG = "zero0.json"  # by default, as others would clip all adapters together, or shard the base
+# What adapters with the same data may have of their own.
+_NOT_OF_DATA = (
+    *("method", "rank", "alpha", "layers", "targets", "init_from", "init_std_a", "init_std_b", "dropout", "output_dir"),
+    *("global_batch_size", "max_steps", "epochs", "learning_rate", "weight_decay", "beta1", "beta2", "schedule"),
+    *("warmup_steps", "gradient_clipping", "eval_interval", "patience", "save_interval"),
+)
 Data = Mapping[str, RunData]
 Checkpoints = Mapping[str, Checkpoint | None]
 Release = Callable[[], None]
@@ -59,13 +70,16 @@ def plan_group(settings: Settings, *, rank: int, world_size: int, weights: bool 
     assert file is not None
     folder = last_run_folder(_name(settings)).path if settings.output_dir is None else user_path(settings.output_dir)
     for name, given in read_adapters(file, settings).items():
-        # A run that is resumed reads in its folder what its --init_from was.
-        own = {"ds_config": DS_CONFIG, **given.model_dump(exclude_unset=True), "output_dir": str(folder / name)}
+        own = {"ds_config": DS_CONFIG, **given.model_dump(exclude_unset=True)}
+        if settings.resume != "none":  # a run that is resumed reads in its folder what its --init_from was
+            own = {"output_dir": str(folder / name), **own}
         source = next(iter(plans.values())).source if plans else None
         try:
             plans[name] = plan_run(make_settings(own), rank=rank, world_size=world_size, weights=weights, source=source)
         except UserError as error:
             raise UserError(f"{file}: {name}: {error}") from None
+    if settings.halving:
+        check_halving({name: plan.settings for name, plan in plans.items()})
     shared = shared_plan(plans)
     for name, plan in plans.items():
         if plan.dtype_name != shared.dtype_name:
@@ -79,11 +93,20 @@ def _name(settings: Settings) -> str:
 
 
 def prepare_group_data(plans: Plans) -> dict[str, RunData]:
-    """The data of each adapter. Raises UserError that names the adapter."""
-    data = {}
+    """The data of each adapter, read once for all whose settings of data are the same.
+
+    Raises:
+        UserError: names the adapter.
+    """
+    data, read = {}, list[tuple[dict[str, Any], RunData]]()
     for name, plan in plans.items():
-        with _naming(name):
-            data[name] = prepare_data(plan)
+        values = {**plan.settings.model_dump(exclude=set(_NOT_OF_DATA)), "max_new_tokens": plan.max_new_tokens}
+        found = next((own for other, own in read if other == values), None)
+        if found is None:
+            with _naming(name):
+                found = prepare_data(plan)
+            read.append((values, found))
+        data[name] = found
     return data
 
 
@@ -133,8 +156,8 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
         )
         held.callback(lock.release)
         keep(held.close)
-        for name, plan in plans.items():
-            choose_run_folder(str(folder.path / name), name=plan.name, resume=settings.resume)
+        for plan in in_folder(plans, folder).values():
+            choose_run_folder(plan.settings.output_dir, name=plan.name, resume=settings.resume)
         return str(folder.path), lock.owner.start
 
     path, start = decided_by_rank_0(take, kind=tuple[str, str])
@@ -149,26 +172,54 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
 
 
 def in_folder(plans: Plans, folder: GroupFolder) -> dict[str, RunPlan]:
-    """The plans with the run folder of each adapter."""
+    """The plans with the run folder of each adapter: RUN/NAME, or what its entry says."""
     return {
-        name: replace(plan, settings=plan.settings.completed(output_dir=str(folder.path / name)))
+        name: replace(
+            plan, settings=plan.settings.completed(output_dir=plan.settings.output_dir or str(folder.path / name))
+        )
         for name, plan in plans.items()
     }
 
 
-def find_checkpoints(plans: Plans, data: Data, folder: GroupFolder) -> dict[str, Checkpoint | None]:
+def find_checkpoints(plans: Plans, data: Data) -> dict[str, Checkpoint | None]:
     """The checkpoint from which each adapter goes on; None: it begins. Raises UserError as a run of its own does."""
     found = {}
     for name, plan in plans.items():
         with _naming(name):
-            found[name] = session.find_checkpoint(plan, data[name], folder.member(name))
+            found[name] = session.find_checkpoint(plan, data[name], _run_folder(plan))
     return found
+
+
+def _run_folder(plan: RunPlan) -> RunFolder:
+    """The run folder of one adapter, to read only."""
+    return RunFolder(user_path(str(plan.settings.output_dir)))
 
 
 def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
     """The plans with the warm-up of the checkpoints."""
     saved = {name: None if found is None else found.settings for name, found in checkpoints.items()}
     return {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
+
+
+def finished_before(plans: Plans, checkpoints: Checkpoints) -> dict[str, Finished]:
+    """The adapters that an earlier start has finished and exported, and that have no step left by their settings."""
+
+    def reasons() -> dict[str, str]:
+        found = {}
+        for name, plan in plans.items():
+            own, checkpoint = _run_folder(plan), checkpoints[name]
+            status = read_json_or_none(own.status) or {}
+            exported = status.get("state") == "finished" and (own.path / "peft").is_dir()
+            if exported and checkpoint is not None and is_trained(plan.settings, checkpoint.progress):
+                found[name] = str(status.get("reason", ""))
+        return found
+
+    found = {}
+    for name, reason in decided_by_rank_0(reasons, kind=dict[str, str]).items():
+        checkpoint = checkpoints[name]
+        assert checkpoint is not None
+        found[name] = Finished(name, plans[name], _run_folder(plans[name]), checkpoint.progress, reason)
+    return found
 
 
 def choose_group_kernels(plans: Plans, device: torch.device) -> ChosenKernels:
@@ -186,18 +237,27 @@ def make_group(
     device: torch.device,
     stop: StopRequests,
     *,
+    finished: Mapping[str, Finished],
     keep: Keep,
 ) -> Group:
     """Take and occupy the folder of each adapter, and make the group. The first files of the run are written here.
+
+    Args:
+        plans: of all adapters.
+        finished: those of them that an earlier start has finished.
 
     Raises:
         UserError: a folder cannot be written; on every rank.
     """
     _write_settings(settings, plans, folder)
+    names = tuple(plans)
+    plans = {name: plan for name, plan in plans.items() if name not in finished}
     meter = start_meter(shared_plan(plans), device)
-    progress = {name: Progress() if found is None else found.progress for name, found in checkpoints.items()}
-    finished = {name: found.step for name, found in progress.items()}
-    step = GroupStep(plans, built, stop, finished=finished, shares_micro_batches=settings.share_micro_batches)
+    saved = {name: checkpoints[name] for name in plans}
+    progress = {name: Progress() if found is None else found.progress for name, found in saved.items()}
+    steps = {name: found.step for name, found in progress.items()}
+    step = GroupStep(plans, built, stop, finished=steps, shares_micro_batches=settings.share_micro_batches)
+    rivals = rivals_of({name: plan.settings for name, plan in plans.items()}) if settings.halving else {}
     members = {}
     for name, plan in plans.items():
         own = session.open_run_folder(plan, data[name], keep=keep)
@@ -215,8 +275,9 @@ def make_group(
             layout=built.layout(plan),
             own_step=built.step.steps[name],
             own_checks=step.checks[name],
+            keeps_losses=bool(rivals.get(name)),
         )
-    group = Group(members, step, folder, stop)
+    group = Group(members, step, folder, stop, finished, names, settings.profile, rivals)
     group.folder = replace(folder, running=group.unrecorded)
     return group
 
@@ -255,6 +316,9 @@ def headline(
         f"attention  {stage.attention.route(device, plan.dtype)}",
         f"run folder {group.folder.path}",
     ]
+    if over := steps_over(group.profile, group.last_turn):
+        lines.append(f"note       {over}")
+    lines += [f"{name:<10} finished before" for name in group.finished]
     for name, member in group.members.items():
         own = member.plan.settings
         step = f", resumed from step {member.progress.step}" if member.progress.step else ""
@@ -264,4 +328,6 @@ def headline(
         )
         lines += [f"note       {name}: {note}" for note in (*data[name].notes, *built.notes[name])]
         lines += [f"warning    {name}: {warning}" for warning in data[name].warnings(own)]
+        if group.rivals.get(name) and member.num_evaluation_parts < 2:
+            lines.append(f"warning    {name}: --halving cannot tell noise, as the validation set is one batch")
     return lines

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.base.errors import UserError
@@ -21,7 +21,7 @@ from megatron_tiedlora.parallel.agreement import raise_on_every_rank, sum_over_r
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.runtime.stopping import StepVotes, StopRequests
 from megatron_tiedlora.training.build_bank import BuiltBank, Plans, shared_plan
-from megatron_tiedlora.training.checks import RunFailed, StepChecks, require_finite
+from megatron_tiedlora.training.checks import RunFailed, StepChecks, after_steps, before_steps, require_finite
 from megatron_tiedlora.training.group_plan import micro_batch_capacity
 from megatron_tiedlora.training.step import LONG_STEP_SECONDS
 
@@ -78,10 +78,11 @@ class GroupStep:
         self._plans, self._built, self._stop = plans, built, stop
         self._shared = shared_plan(plans)
         self.finished = {name: (finished or {}).get(name, 0) for name in plans}
-        self._capacity = micro_batch_capacity(plans, shares=shares_micro_batches)
+        self.capacity = micro_batch_capacity(plans, shares=shares_micro_batches)
+        self.runner = built.runner
         self._long_seconds = long_seconds
         self._seconds = math.inf  # of the last step, mean over ranks; unknown yet, so the first one counts as long
-        runner = built.runner
+        runner = self.runner
         self._seen = {name: _One(a, runner.groups, runner.config) for name, a in built.step.bank.adapters.items()}
         self.checks = {
             name: StepChecks(one, check_steps=plans[name].settings.replica_check_steps)
@@ -109,10 +110,10 @@ class GroupStep:
         """
         started, grid = time.monotonic(), self._shared.grid
         bank_step = self._built.step
-        parts = shared_rounds(steps, capacity=self._capacity)
+        parts = shared_rounds(steps, capacity=self.capacity)
         weights = {name: self._weight(name, step) for name, step in steps.items()}
         inputs = [shared_input(some) for some in parts]
-        summed = self._built.runner.accumulate_shares(inputs, weights, self._between_micro_batches)
+        summed = self.runner.accumulate_shares(inputs, weights, self._between_micro_batches)
         self._note_missing(bank_step.sum_gradients(steps))
         requested = self._stop.requested_signal()
         mine = StepVotes(
@@ -131,30 +132,46 @@ class GroupStep:
         if votes.failed:
             raise_on_every_rank(failure)
         norms = bank_step.norms(steps)
-        reports = {}
-        for index, (name, step) in enumerate(steps.items()):
-            loss, last = own[len(steps) + index] / step.num_supervised, (saved_steps or {}).get(name)
-            reports[name] = self._take(name, loss, norms[name], ranks_missing=own[index], saved_step=last)
+        reports = {
+            name: OwnReport(
+                self.finished[name] + 1,
+                own[len(steps) + index] / step.num_supervised,
+                bank_step.steps[name].learning_rate,
+                norms[name],
+            )
+            for index, (name, step) in enumerate(steps.items())
+        }
+        failed = self._take(reports, dict(zip(steps, own[: len(steps)], strict=True)), saved_steps or {})
+        reports |= {name: replace(reports[name], failure=str(failure)) for name, failure in failed.items()}
         bank_step.clear()
         self._seconds = votes.seconds / grid.world_size
         return GroupReport(reports, time.monotonic() - started, votes)
 
     def _take(
-        self, name: str, loss: float, norm: float, *, ranks_missing: float, saved_step: int | None
-    ) -> OwnReport:
-        """The step of one adapter, or why it took none."""
-        number, step, checks = self.finished[name] + 1, self._built.step, self.checks[name]
-        report = OwnReport(number, loss, step.steps[name].learning_rate, norm)
-        try:
-            require_finite("loss", loss, step=number, saved_step=saved_step)
-            checks.before_step(number, ranks_missing=ranks_missing)
-            require_finite("gradient norm", norm, step=number, saved_step=saved_step)
-            step.take(name, norm)
-            checks.after_step(number)
-        except RunFailed as failed:
-            return OwnReport(number, loss, report.learning_rate, norm, failure=str(failed))
-        self.finished[name] = number
-        return report
+        self, reports: Mapping[str, OwnReport], ranks_missing: Mapping[str, float], saved_steps: Mapping[str, int]
+    ) -> dict[str, RunFailed]:
+        """Take the step of each adapter whose checks do not fail. Returns those that failed, which took none."""
+        failed: dict[str, RunFailed] = {}
+
+        def healthy() -> dict[str, tuple[StepChecks, int]]:
+            return {name: (self.checks[name], own.number) for name, own in reports.items() if name not in failed}
+
+        def must_be_finite(what: str, values: Mapping[str, float]) -> None:
+            for name, (_, number) in healthy().items():
+                try:
+                    require_finite(what, values[name], step=number, saved_step=saved_steps.get(name))
+                except RunFailed as failure:
+                    failed[name] = failure
+
+        must_be_finite("loss", {name: own.loss for name, own in reports.items()})
+        failed |= before_steps(healthy(), ranks_missing=ranks_missing)
+        must_be_finite("gradient norm", {name: own.grad_norm for name, own in reports.items()})
+        for name in healthy():
+            self._built.step.take(name, reports[name].grad_norm)
+        failed |= after_steps(healthy())
+        for name, (_, number) in healthy().items():
+            self.finished[name] = number
+        return failed
 
     def _weight(self, name: str, step: TrainingStep) -> Weight:
         share = self._plans[name].batches.accumulation_steps * self._shared.grid.dp_size

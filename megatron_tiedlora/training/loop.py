@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -17,7 +18,8 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
-from megatron_tiedlora.data.loader import TrainingStep, evaluation_batches, num_evaluation_batches
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.data.loader import MicroBatch, TrainingStep, evaluation_batches, num_evaluation_batches
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.engine import all_open, trained_parameters
 from megatron_tiedlora.engine.optimizer_state import read_moments
@@ -34,6 +36,13 @@ from megatron_tiedlora.training.profiling import StepProfiler
 from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.step import StepReport, TrainStep
 from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation found: the mean validation loss, and scores of answers to validation samples by metric."""
+
+    loss: float
+    scores: Mapping[str, Score]
 
 
 @dataclass
@@ -71,7 +80,6 @@ class Trainer:
             RunFailed: the loss or the gradient norm is not finite, a trained tensor gets no gradient, or replicas
                 differ; nothing was saved after the last good step.
         """
-        settings = self.plan.settings
         self._saved_step = self.progress.step if self.progress.step else None
         pad_id, consumed = padding_id(self.data.tokenizer), self.progress.consumed_samples
         loader = self.plan.training_loader(self.data.train, pad_id=pad_id, consumed_samples=consumed)
@@ -81,7 +89,7 @@ class Trainer:
                     self._evaluate_start(bar)
                 else:
                     self._evaluate_and_save(bar)  # if the run was stopped between a step and its evaluation
-                while self.progress.step < settings.max_steps and not self._out_of_patience():
+                while not self.is_trained:
                     self._train_step(next(loader), bar)
                     self._evaluate_and_save(bar)
                 raise_on_every_rank(self._log_failure)
@@ -98,6 +106,11 @@ class Trainer:
     @property
     def _checks(self) -> StepChecks:
         return self._step.checks
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether no step is left to take."""
+        return is_trained(self.plan.settings, self.progress)
 
     def _out_of_patience(self) -> bool:
         return self.progress.evaluations_since_best >= self.plan.settings.patience
@@ -154,40 +167,62 @@ class Trainer:
         Raises:
             RunStopped: all ranks agreed to stop before a batch (in a pipeline: before a few batches).
         """
-        dataset, grid, size = self.data.validation, self.plan.grid, self.plan.batches.micro_batch_size
-        total = num_evaluation_batches(dataset, micro_batch_size=size, dp_size=grid.dp_size)
-        batches = evaluation_batches(
-            dataset,
-            micro_batch_size=size,
-            dp_rank=grid.dp_rank,
-            dp_size=grid.dp_size,
-            pad_id=padding_id(self.data.tokenizer),
-            pad_multiple=self.plan.layout.pad_multiple,
-        )
-        loss = 0.0
-        with tqdm(total=total, desc="validation", unit="batch", disable=not self.is_main, leave=False) as bar:
+        dataset, batches, loss = self.data.validation, self.evaluation_batches(), 0.0
+        with self.evaluation_bar(self.num_evaluation_batches) as bar:
             while some := [batch.model_input for batch in itertools.islice(batches, self.runner.inputs_at_once)]:
                 self.stop.agree(True)
                 loss += self.runner.evaluate(some)
                 bar.update(len(some))
         return sum_over_ranks([loss])[0] / dataset.num_supervised
 
+    @property
+    def num_evaluation_batches(self) -> int:
+        """How many batches each rank evaluates."""
+        size, dp_size = self.plan.batches.micro_batch_size, self.plan.grid.dp_size
+        return num_evaluation_batches(self.data.validation, micro_batch_size=size, dp_size=dp_size)
+
+    def evaluation_batches(self) -> Iterator[MicroBatch]:
+        """This rank's batches of the validation split."""
+        return evaluation_batches(
+            self.data.validation,
+            micro_batch_size=self.plan.batches.micro_batch_size,
+            dp_rank=self.plan.grid.dp_rank,
+            dp_size=self.plan.grid.dp_size,
+            pad_id=padding_id(self.data.tokenizer),
+            pad_multiple=self.plan.layout.pad_multiple,
+        )
+
+    def evaluation_bar(self, num_batches: int) -> Any:
+        """A bar that counts batches."""
+        return tqdm(total=num_batches, desc="validation", unit="batch", disable=not self.is_main, leave=False)
+
     def _evaluate_start(self, bar: Any) -> None:
         """Log the validation loss before the first step; also how far a non-zero initial update moves it."""
-        started = self.evaluate()
-        self._log_validation(started, self.score(self.data.scored_validation), bar)
-        if self.plan.adapter.method_spec.starts_at_base:
-            return
+        started = self._evaluated()
+        self._log_validation(started, bar)
+        if not self.plan.adapter.method_spec.starts_at_base:
+            with self.base_alone():
+                base = self.evaluate()
+            self._show_start(bar, base, started.loss)
+
+    def _evaluated(self) -> Evaluated:
+        return Evaluated(self.evaluate(), self.score(self.data.scored_validation))
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """Inside, the update is zero."""
         adapter, tensors = self.runner.adapter, self.plan.adapter.tensors
         moved = [adapter.get_parameter(name) for name, (_, factor) in tensors.items() if factor == "B"]
         with all_open(adapter, self.plan.engine):
             saved = [parameter.detach().clone() for parameter in moved]
             for parameter in moved:
                 parameter.data.zero_()
-        base = self.evaluate()
+        yield
         with all_open(adapter, self.plan.engine):
             for parameter, values in zip(moved, saved, strict=True):
                 parameter.data.copy_(values)
+
+    def _show_start(self, bar: Any, base: float, started: float) -> None:
         if self.is_main:
             bar.write(
                 f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from"
@@ -220,7 +255,8 @@ class Trainer:
         names = scored.task.metrics
         return decided_by_rank_0(lambda: score_answers(names, answers or []), kind=dict[str, Score])
 
-    def _log_validation(self, loss: float, scores: Mapping[str, Score], bar: Any) -> None:
+    def _log_validation(self, found: Evaluated, bar: Any) -> None:
+        loss, scores = found
         require_finite("validation loss", loss, step=self.progress.step, saved_step=self._saved_step)
         if self.log is not None:
             values = {name: score.value for name, score in scores.items()}
@@ -232,13 +268,24 @@ class Trainer:
         minutes = self.plan.settings.save_interval_minutes
         return self.is_main and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
 
-    def _evaluate_and_save(self, bar: Any) -> None:
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether the adapter is to be evaluated after its last step, and was not."""
+        settings, step = self.plan.settings, self.progress.step
+        due = step % settings.eval_interval == 0 or step == settings.max_steps
+        return due and self.progress.evaluated_step != step
+
+    def _evaluate_and_save(self, bar: Any, evaluated: Evaluated | None = None) -> None:
+        """Evaluate if that is due, and save.
+
+        Args:
+            evaluated: what the evaluation found, if it was made together with others.
+        """
         settings, step = self.plan.settings, self.progress.step
         improved = False
-        due = step % settings.eval_interval == 0 or step == settings.max_steps
-        if due and self.progress.evaluated_step != step:
-            loss, scores = self.evaluate(), self.score(self.data.scored_validation)
-            self._log_validation(loss, scores, bar)
+        if self.evaluation_is_due:
+            loss, scores = found = evaluated or self._evaluated()
+            self._log_validation(found, bar)
             value = scores[settings.eval_metric].value if scores else loss
             best = self.progress.best_metric
             improved = best is None or (value > best if scores else value < best)
@@ -302,6 +349,11 @@ class Trainer:
             for moment, local in moments.items()
             for name, tensor in gather_full(names, local, self.plan.adapter_layout).items()
         }
+
+
+def is_trained(settings: Settings, progress: Progress) -> bool:
+    """Whether a run has no step left to take: by its number of steps, or as it is out of patience."""
+    return progress.step >= settings.max_steps or progress.evaluations_since_best >= settings.patience
 
 
 def full_adapter_state(plan: RunPlan, runner: Runner) -> dict[str, torch.Tensor]:

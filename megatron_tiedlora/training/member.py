@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,13 +24,12 @@ from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.engine.bank_step import OwnStep
 from megatron_tiedlora.engine.engine import trained_parameters
 from megatron_tiedlora.engine.optimizer_state import read_moments
-from megatron_tiedlora.evaluation.answering import ScoredSet
-from megatron_tiedlora.evaluation.scores import Score
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.heartbeat import rank_line
 from megatron_tiedlora.training.checks import StepChecks, require_finite
 from megatron_tiedlora.training.group_step import GroupReport
-from megatron_tiedlora.training.loop import Trainer
+from megatron_tiedlora.training.halving import BatchLosses, read_record
+from megatron_tiedlora.training.loop import Evaluated, Trainer
 from megatron_tiedlora.training.step import StepReport
 
 
@@ -62,6 +61,8 @@ class Member(Trainer):
         failure: why it failed; None if it did not.
         reason: why its training ended; "" before that.
         recorded: whether its run_status.json says how it ended.
+        keeps_losses: whether its last evaluation is kept to be compared with those of others (--halving).
+        evaluated: that evaluation; None before the first step.
     """
 
     runner: OwnRunner
@@ -72,6 +73,8 @@ class Member(Trainer):
     failure: str | None = None
     reason: str = ""
     recorded: bool = False
+    keeps_losses: bool = False
+    evaluated: BatchLosses | None = None
 
     def __post_init__(self) -> None:
         self._saved_step = self.progress.step or None
@@ -97,6 +100,11 @@ class Member(Trainer):
     def wants_save(self) -> bool:
         """Whether rank 0 wants a checkpoint by --save_interval_minutes."""
         return self._save_is_due()
+
+    @property
+    def num_evaluation_parts(self) -> int:
+        """Of how many parts an evaluation knows the loss."""
+        return -(-self.num_evaluation_batches // self.runner.inputs_at_once)
 
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
@@ -130,13 +138,21 @@ class Member(Trainer):
         """This rank's share of its next global batch."""
         return next(self._loader)
 
-    def begin(self, bar: Any) -> None:
-        """Evaluate before the first step, or what was left to do after the last one. May end it."""
-        if self.progress.step == 0:
-            self._evaluate_start(NamedBar(bar, self.name))
-            self._end_if_trained()
-        else:
-            self.after_step(bar)
+    def recall(self) -> None:
+        """With --halving: the evaluation that it was resumed after. It has ended if it was stopped then."""
+        if self.keeps_losses:
+            path, step = self.folder.path, self.progress.evaluated_step
+            self.evaluated = decided_by_rank_0(lambda: read_record(path, step=step), kind=BatchLosses | None)
+        if self.evaluated is not None and self.evaluated.stopped and self.progress.step == self.evaluated.step:
+            self._end(self.evaluated.stopped)
+
+    def begin(self, bar: Any, started: Evaluated) -> None:
+        """Log the evaluation before the first step."""
+        self._log_validation(started, NamedBar(bar, self.name))
+
+    def show_start(self, bar: Any, base: float, started: float) -> None:
+        """Say how far the initial update moves the validation loss of the base."""
+        self._show_start(NamedBar(bar, self.name), base, started)
 
     def took(self, samples: TrainingStep, report: GroupReport, bar: Any) -> None:
         """Count and log the step that it took with the group, or fail with the reason why it took none."""
@@ -149,23 +165,45 @@ class Member(Trainer):
         step = StepReport(own.number, own.loss, own.learning_rate, own.grad_norm, report.seconds, report.votes)
         self._report(NamedBar(bar, self.name), step, samples)
 
-    def after_step(self, bar: Any) -> None:
-        """Evaluate and save if that is due. May end it."""
-        self._evaluate_and_save(NamedBar(bar, self.name))
-        self._end_if_trained()
+    def after_step(self, bar: Any, evaluated: Evaluated | None) -> None:
+        """Log an evaluation, which is there if it was due, and save if that is due. May end it."""
+        assert evaluated is not None or not self.evaluation_is_due, "evaluations are made together"
+        self._evaluate_and_save(NamedBar(bar, self.name), evaluated)
+        self.end_if_trained()
 
-    def _end_if_trained(self) -> None:
-        if self.progress.step < self.plan.settings.max_steps and not self._out_of_patience():
+    def end_if_trained(self) -> None:
+        """End it after its last step, or if it is out of patience."""
+        if not self.is_trained:
             return
+        self._end("early_stopping" if self._out_of_patience() else "max_steps")
+
+    def _end(self, reason: str) -> None:
         raise_on_every_rank(self._log_failure)
-        self.save()  # after early stopping there may be no checkpoint of the last evaluation
-        self.reason = "early_stopping" if self._out_of_patience() else "max_steps"
+        self.save()  # there may be no checkpoint of the last evaluation
+        self.reason = reason
         self.close_log()
 
-    def score(self, scored: ScoredSet | None) -> dict[str, Score]:
-        """See Trainer."""
-        with self.runner.alone():
-            return super().score(scored)
+    def end_behind(self, reason: str) -> None:
+        """End it after its last evaluation. A resumed run ends it there too."""
+        assert self.evaluated is not None
+        self._end(reason)
+        self._keep(replace(self.evaluated, stopped=reason))
+
+    def keep_losses(self, parts: Sequence[tuple[float, int]]) -> None:
+        """With --halving: keep an evaluation, of which this rank has the loss and supervised tokens of each part.
+
+        It is in the run folder before the checkpoint that follows it.
+        """
+        if self.keeps_losses and self.progress.step:
+            losses, tokens = zip(*parts, strict=True)
+            summed = sum_over_ranks([*losses, *map(float, tokens)])
+            replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # each rank of a model has counted them
+            counts = (round(count) // replicas for count in summed[len(losses) :])
+            self._keep(BatchLosses(self.progress.step, tuple(summed[: len(losses)]), tuple(counts)))
+
+    def _keep(self, evaluated: BatchLosses) -> None:
+        decided_by_rank_0(lambda: evaluated.write(self.folder.path, guard=self.folder.guard))
+        self.evaluated = evaluated
 
     def _full_state(self) -> dict[str, torch.Tensor]:
         state = gather_state(dict(self.runner.adapter.named_parameters()), self.layout)

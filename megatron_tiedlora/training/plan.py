@@ -43,7 +43,7 @@ from megatron_tiedlora.training.length import with_counted_steps, with_models_le
 # Settings that may differ between a checkpoint and the run that resumes it: they do not change what it computes.
 LAYOUT_SETTINGS = frozenset(
     (
-        *("adapters", "share_micro_batches"),
+        *("adapters", "share_micro_batches", "halving"),
         *("ds_config", "output_dir", "resume", "take_over", "base_differs", "dry_run", "world_size", "plan_for", "gpu"),
         *("deterministic", "timeout_minutes", "tensor_parallel", "pipeline_parallel", "sequence_parallel", "recompute"),
         *("replica_check_steps", "compile", "micro_batch_size", "packing", "save_interval", "save_interval_minutes"),

@@ -4,6 +4,7 @@ bounds of two exact runs at layouts.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,23 @@ pytestmark = pytest.mark.distributed
 LOSS_TOLERANCE, NORM_TOLERANCE, ADAPTER_TOLERANCE = 1e-6, 1e-5, 5e-5
 OWN: dict[str, dict[str, Any]] = {
     "a": {"method": "tl6", "rank": 8, "global_batch_size": 8, "max_steps": 6},
-    "b": {"method": "lora", "rank": 3, "layers": (2, 3), "global_batch_size": 4, "max_steps": 4, "learning_rate": 2e-2},
+    "b": {
+        **{"method": "lora", "rank": 3, "layers": (2, 3), "dropout": 0.1},
+        **{"global_batch_size": 4, "max_steps": 4, "learning_rate": 2e-2},
+    },
     "c": {"method": "vera", "rank": 16, "targets": "all", "global_batch_size": 16, "max_steps": 6, "seed": 5},
-    "d": {"method": "tl2", "rank": 1, "targets": "o_proj,gate_up", "global_batch_size": 4, "gradient_clipping": 0.01},
+    "d": {
+        **{"method": "tl2", "rank": 1, "targets": "o_proj,gate_up", "dropout": 0.2, "seed": 3},
+        **{"global_batch_size": 4, "gradient_clipping": 0.01},
+    },
 }
+EIGHT = OWN | {
+    "e": {"method": "tl1", "rank": 5, "max_steps": 3, "learning_rate": 1e-2, "gradient_clipping": 0.001},
+    "f": {"method": "tl3", "rank": 2, "layers": (3,), "global_batch_size": 4, "gradient_clipping": 0.001},
+    "g": {"method": "tl4", "rank": 7, "layers": (1,), "targets": "all", "global_batch_size": 12, "seed": 2},
+    "h": {"method": "tl5", "rank": 12, "max_steps": 5, "weight_decay": 0.1},
+}
+TWO = {name: OWN[name] for name in ("b", "c")}
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +60,56 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def settings(base: dict[str, Any], **changes: Any) -> dict[str, dict[str, Any]]:
-    return {name: {**base, **own, **changes} for name, own in OWN.items()}
+def settings(
+    base: dict[str, Any], adapters: dict[str, dict[str, Any]] = OWN, **changes: Any
+) -> dict[str, dict[str, Any]]:
+    return {name: {**base, **own, **changes} for name, own in adapters.items()}
 
 
-def test_six_steps_have_the_bits_of_single_runs(base: dict[str, Any], tmp_path: Path) -> None:
-    variants = [("fp32", True, True), ("bf16", False, True), ("bf16", True, True), ("fp32", False, False)]
+KEYS = ("adapters", "packing", "shares")
+FOUR_PACKED, FOUR_PADDED = [(OWN, True, True), (OWN, True, False)], [(OWN, False, True), (OWN, False, False)]
+COMPILED = [(TWO, False, True), *FOUR_PACKED]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "variants", [FOUR_PACKED, FOUR_PADDED, [(EIGHT, True, True)]], ids=["four packed", "four padded", "eight"]
+)
+def test_six_steps_have_the_bits_of_single_runs(
+    base: dict[str, Any], variants: list[Any], dtype: str, tmp_path: Path
+) -> None:
+    check_bits(base, [dict(zip(KEYS, variant, strict=True)) for variant in variants], dtype, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_so_have_they_with_compiled_kernels(base: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    cases = [dict(zip(KEYS, variant, strict=True)) | {"compiled": True} for variant in COMPILED]
+    check_bits(base, cases, dtype, tmp_path)
+
+
+def check_bits(base: dict[str, Any], variants: list[dict[str, Any]], dtype: str, folder: Path) -> None:
+    """Losses, gradients of the first step, norms before clipping and adapters after all steps equal single runs'."""
     cases = [
-        {"settings": settings(base, dtype=dtype, packing=packing), "shares": shares, "alone": True}
-        for dtype, packing, shares in variants
+        {
+            "settings": settings(base, variant["adapters"], dtype=dtype, packing=variant["packing"]),
+            "shares": variant["shares"],
+            "alone": True,
+            "compiled": variant.get("compiled", False),
+        }
+        for variant in variants
     ]
-    (runs,) = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=1, folder=tmp_path)
+    (runs,) = run_on_ranks(run_bank_steps, cases, str(folder), ranks=1, folder=folder)
     for case, run in zip(cases, runs, strict=True):
         assert (run.most > 1) == case["shares"] and not run.failures
-        for name in OWN:
+        for name, own in case["settings"].items():
             alone, together = run.alone[name], run.together[name]
+            assert len(alone.losses) == own["max_steps"]
             assert together.losses == alone.losses and together.norms == alone.norms, (name, case)
-            assert min(alone.norms) > case["settings"][name]["gradient_clipping"], "clipping must be active"
-            assert together.state.keys() == alone.state.keys()
-            assert all(torch.equal(together.state[t], value) for t, value in alone.state.items()), (name, case)
+            assert min(alone.norms) > own["gradient_clipping"], (name, alone.norms, "clipping must be active")
+            for found, expected in ((together.gradients, alone.gradients), (together.state, alone.state)):
+                assert found.keys() == expected.keys() and found
+                assert all(torch.equal(found[tensor], value) for tensor, value in expected.items()), (name, case)
 
 
 # (ranks, what differs from one process)

@@ -43,6 +43,8 @@ def _cases(base: dict[str, Any]) -> dict[str, BankCase]:
             cases[f"one at {layout}{sequences}"] = case(base, "a", **more)
             cases[f"four at {layout}{sequences}"] = case(base, **more)
             cases[f"four apart at {layout}{sequences}"] = case(base, of_case={"shares": False}, **more)
+        cases[f"one checked at {layout}"] = case(base, "a", of_case={"checked": True}, replica_check_steps=2, **changes)
+        cases[f"four checked at {layout}"] = case(base, of_case={"checked": True}, replica_check_steps=2, **changes)
     both, tensor = LAYOUTS["(2, 2, 1)"], LAYOUTS["(2, 1, 2)"]
     cases["packed"] = case(base, packing=True, **both)
     cases["recompute"] = case(base, recompute="full", **both)
@@ -73,7 +75,7 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name", _cases({"four": ""}))
+@pytest.mark.parametrize("name", [name for name, of_name in _cases({"four": ""}).items() if not of_name.checked])
 def test_prediction_is_what_is_counted(ran: Mapping[str, BankRan], name: str) -> None:
     found = ran[name]
     for rank, counted in enumerate(found.counted):
@@ -109,6 +111,17 @@ def test_a_step_sums_in_as_many_messages_as_one_adapter_s(ran: Mapping[str, Bank
         sums = [of_step(found) for found in (one, four)]
         assert sums[0].messages == sums[1].messages and sum(sums[0].messages.values()) >= 3
         assert all(size > sums[0].bytes[key] for key, size in sums[1].bytes.items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_checks_of_all_send_as_many_messages_as_one_adapter_s(ran: Mapping[str, BankRan], layout: str) -> None:
+    """Of gradients and replicas, in the first two steps; each group sends one message for all tensors it compares."""
+    names = (f"one at {layout}", f"one checked at {layout}", f"four at {layout}", f"four checked at {layout}")
+    for one, one_checked, four, four_checked in zip(*(ran[name].counted for name in names), strict=True):
+        for step in ("first", "traffic"):
+            of_one = getattr(one_checked, step).messages - getattr(one, step).messages
+            of_four = getattr(four_checked, step).messages - getattr(four, step).messages
+            assert of_one == of_four and 3 <= sum(of_one.values()) <= 6, (step, of_one)
 
 
 def of_step(counted: BankCounted) -> Traffic:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import shutil
 import signal
@@ -129,13 +130,14 @@ def state(folder: Path) -> tuple[str, int, str]:
 def _best_is_scored() -> None:
     """A rank that scores another adapter after training than the best one ends with a traceback."""
 
-    def look(trainer: Any) -> None:
-        if trainer.progress.step > 0:
-            best = load_file(trainer.folder.adapter / "adapter_model.safetensors")
-            for name, parameter in trainer.runner.adapter.named_parameters():
-                assert torch.equal(parameter.detach(), best[name]), name
+    def look(_: Any, members: Any, samples_of: Any) -> None:
+        for member in members:
+            if member.state == "ended" and samples_of(member) is member.data.scored:
+                best = load_file(member.folder.adapter / "adapter_model.safetensors")
+                for name, parameter in member.runner.adapter.named_parameters():
+                    assert torch.equal(parameter.detach(), best[name]), name
 
-    before_call("megatron_tiedlora.training.finish", "score", look)
+    before_call("megatron_tiedlora.training.group_evaluation", "GroupEvaluation.scores", look)
 
 
 def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
@@ -176,6 +178,44 @@ def test_a_killed_run_is_resumed(base: Base, tmp_path: Path, alone: Path, four: 
     for name in four:
         same_folders(folder / name, alone / name)
     assert {row["state"] for row in table(folder).values()} == {"finished"}
+
+
+def _builds_only(*names: str) -> None:
+    """A rank that builds another adapter, or that loads a base for none, ends with a traceback."""
+
+    def look(plans: Any, *_: Any) -> None:
+        assert tuple(plans) == names, tuple(plans)
+
+    before_call("megatron_tiedlora.training.build_bank", "build_bank", look)
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+    """Nothing of them is built, scored or exported again; one with more steps by now, and a new one, are."""
+    longer = {**four["b"], "schedule": "constant"}
+    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", {"a": four["a"], "b": longer})
+    run(base, folder, adapters=file)
+    before, rows_before = {name: _times(folder / name) for name in ("a", "b")}, table(folder)
+    ended = run(base, folder, adapters=file, resume="auto", prelude=_builds_only)
+    assert {name: _times(folder / name) for name in ("a", "b")} == before and table(folder) == rows_before
+    assert "--enable-lora --lora-modules a=" in ended.outputs[0]
+    assert state(folder) == ("finished", 6, "2 adapters trained")
+
+    written(file, {"a": four["a"], "b": {**longer, "max_steps": 5}, "d": four["d"]})
+    ended = run(base, folder, adapters=file, resume="auto", prelude=partial(_builds_only, "b", "d"))
+    assert _times(folder / "a") == before["a"] and state(folder / "b")[1] == 5
+    same_folders(folder / "d", alone / "d")
+    found = table(folder)
+    assert list(found) == ["a", "b", "d"] and found["a"] == rows_before["a"] and found["b"]["step"] == "5"
+    assert {row["state"] for row in found.values()} == {"finished"}
+    assert "a          finished before" in ended.outputs[0]
+
+    shutil.rmtree(folder / "a" / "peft")
+    run(base, folder, adapters=file, resume="auto", prelude=partial(_builds_only, "a"))
+    same_folders(folder / "a", alone / "a")
 
 
 def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
@@ -229,12 +269,20 @@ def test_two_ranks(base: Base, tmp_path: Path, alone: Path, four: Four, layout: 
         ({"a": {"layers": [9]}}, {}, "adapters.yaml: a: --layers 9: "),
         ({"a": {}, "b": {"train_file": "missing.jsonl"}}, {}, "b: "),
         ({"logs": {}}, {}, "the run itself has a file 'logs'"),
-        ({"a": {"dropout": 0.1}}, {}, "a: --dropout is not implemented for several adapters"),
         ({"a": {}}, {"ds_config": "zero2.json"}, "ZeRO-2 clips the gradients of all adapters together"),
-        ({"a": {}}, {"profile": "1:2"}, "--profile is not implemented for --adapters"),
+        ({"profile": {}}, {}, "the run itself has a file 'profile'"),
+        ({"a": {"profile": "1:2"}}, {}, "entry 1 (a): profile cannot differ between the adapters of a run"),
         ({"a": {}}, {"resume": "somewhere"}, "each adapter has checkpoints of its own; give auto"),
         ({"a": {}}, {"adapters": "nowhere.yaml"}, "--adapters nowhere.yaml: no such file"),
         ({"a": {}}, {"adapters": None, "share_micro_batches": False}, "--share_micro_batches needs --adapters"),
+        ({"a": {"output_dir": "one"}, "b": {"output_dir": "./one"}}, {}, "b: output_dir is that of a; give each"),
+        ({"a": {}}, {"adapters": None, "halving": True}, "--halving needs --adapters"),
+        ({"a": {"rank": 2}, "b": {"rank": 3}}, {"halving": True}, "no two adapters differ only in the learning rate"),
+        (
+            {"a": {"eval_metric": "exact_match"}, "b": {"eval_metric": "exact_match", "learning_rate": 1.0}},
+            {"halving": True},
+            "a: --halving compares validation losses; remove --eval_metric exact_match",
+        ),
     ],
 )
 def test_bad_inputs(base: Base, tmp_path: Path, own: Any, changes: dict[str, Any], message: str) -> None:
@@ -243,6 +291,53 @@ def test_bad_inputs(base: Base, tmp_path: Path, own: Any, changes: dict[str, Any
     ended = run(base, tmp_path / "run", expect=2, **{"adapters": file, **changes})
     assert message in ended.error_line()
     assert not (tmp_path / "run").exists()
+
+
+def test_an_entry_names_a_run_folder(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+    """A run that began alone goes on in its own folder, beside one that begins in another."""
+    begun, new = tmp_path / "begun", tmp_path / "elsewhere" / "new"
+    kill = partial(kill_at_call, "megatron_tiedlora.training.loop", "Trainer._train_step", call=4)
+    run(base, begun, prelude=kill, expect=-signal.SIGKILL, ds_config="zero0.json", **four["a"])
+    own = {"a": {**four["a"], "output_dir": str(begun)}, "b": {**four["b"], "output_dir": str(new)}, "d": four["d"]}
+    file = written(tmp_path / "adapters.yaml", own)
+    run(base, tmp_path / "run", adapters=file, resume="auto")
+    for name, folder in {"a": begun, "b": new, "d": tmp_path / "run" / "d"}.items():
+        same_folders(folder, alone / name)
+    assert not (tmp_path / "run" / "a").exists() and not (tmp_path / "run" / "b").exists()
+    line = run(base, tmp_path / "again", adapters=file, expect=2).error_line()
+    assert f"--output_dir {begun} holds the run" in line
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 2}, {}])
+def test_halving_on_two_ranks(base: Base, tmp_path: Path, layout: dict[str, Any]) -> None:
+    """Every rank stops the one that is behind, and the noise is that of one rank's batches or of pairs of them."""
+    own = {"a": {}, "b": {"learning_rate": 1e-7}}
+    file = written(tmp_path / "adapters.yaml", own)
+    layout = {"micro_batch_size": 1, "validation_file": base.train, "max_steps": 6, **layout}  # 24 batches
+    run(base, tmp_path / "run", adapters=file, ranks=2, halving=True, **layout)
+    assert state(tmp_path / "run" / "a") == ("finished", 6, "max_steps")
+    assert state(tmp_path / "run" / "b")[0] == "finished" and state(tmp_path / "run" / "b")[1] < 6
+    record = json.loads((tmp_path / "run" / "b" / "halving.json").read_text())
+    assert sum(record["losses"]) / sum(record["tokens"]) == pytest.approx(
+        next(row["loss"] for row in rows(tmp_path / "run" / "b")[::-1] if row["split"] == "validation"), rel=1e-6
+    )
+    assert table(tmp_path / "run")["b"]["reason"] == record["stopped"] == state(tmp_path / "run" / "b")[2]
+
+
+def test_a_profile_records_turns_of_all(base: Base, tmp_path: Path) -> None:
+    """In the folder of the run, also when one adapter has ended; a resume says which turns it is too late for."""
+    folder, constant = tmp_path / "run", {"schedule": "constant"}
+    file = written(tmp_path / "adapters.yaml", {"a": {"max_steps": 2}, "b": {"max_steps": 4}})
+    run(base, folder, adapters=file, profile="2:3", **constant)
+    events = json.loads(gzip.decompress((folder / "profile" / "rank_0.json.gz").read_bytes()))["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert {"step 2", "step 3", "aten::mm"} <= names and not {"step 1", "step 4"} & names
+    assert not (folder / "a" / "profile").exists()
+    written(file, {"a": {"max_steps": 2}, "b": {"max_steps": 6}})
+    ended = run(base, folder, adapters=file, profile="2:5", resume="auto", **constant)
+    note = "note       --profile 2:5: the run continues after step 4, so steps 2 to 4 are not recorded"
+    assert note in ended.outputs[0].splitlines()
 
 
 def test_a_folder_of_another_kind(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:

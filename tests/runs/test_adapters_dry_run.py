@@ -91,16 +91,20 @@ def test_the_tables_are_those_of_all(base: Base, tmp_path: Path) -> None:
         assert needed["optimizer"] == bytes_in_words(8 * sum(stage.trained))
     assert "1 / 32 B" in messages[0]["model"], "one message with the squares of four norms"
     apart = group_report(make_settings({**settings, "share_micro_batches": False}))
-    assert "each micro-batch has one adapter" in apart and "of up to 1 adapter," in apart
+    assert "each micro-batch has one adapter" in apart and "of up to 1 adapter at step 1," in apart
 
 
-@pytest.mark.parametrize("shares", [True, False])
-def test_one_more_adapter_costs_what_is_said(base: Base, tmp_path: Path, shares: bool) -> None:
-    """The difference to the same run with that entry twice."""
-    settings = settings_of(base, tmp_path, OWN, share_micro_batches=shares)
+@pytest.mark.parametrize("changes", [{}, {"max_length": 256}, {"share_micro_batches": False}], ids=str)
+def test_one_more_adapter_costs_what_is_said(base: Base, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The difference to the same run with that entry twice; with room for its tokens also its factors and these."""
+    changes = {"packing": False, **changes}
+    adapters = {name: OWN[name] for name in ("small", "wide")} if "max_length" in changes else OWN
+    settings = settings_of(base, tmp_path, adapters, **changes)
     text = group_report(make_settings(settings))
     before = peak(grouped(settings))
-    after = peak(grouped(settings_of(base, tmp_path, {**OWN, "again": OWN["wide"]}, share_micro_batches=shares)))
+    after = peak(grouped(settings_of(base, tmp_path, {**adapters, "again": OWN["wide"]}, **changes)))
+    own = max(bank_bytes(part) for part in grouped(settings).stages[0].parts)
+    assert (after - before > own) == ("max_length" in changes), "each micro-batch is full otherwise"
     assert f"one more adapter\n  like wide: {bytes_in_words(after - before)} per rank," in text
 
 

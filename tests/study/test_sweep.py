@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_files import files_of, losses, run_settings
+from run_files import files_of, losses, run_settings, status
 from run_helpers import Base, start_command
 from sweep_runs import (
     LAUNCH,
@@ -61,7 +62,8 @@ def work(folder: Path) -> Path:
 
 
 def run(study: tuple[Base, Path], folder: Path, *, expect: int = 0, preludes: Any = None, **changes: Any) -> Any:
-    arguments = study_arguments(*study, folder, **changes)
+    # Groups train with ZeRO-0, and ZeRO-2, the default of single runs, rounds otherwise.
+    arguments = study_arguments(*study, folder, **{"ds_config": "zero0.json", **changes})
     return run_sweep(arguments, work=work(folder), cache=study[0].cache, preludes=preludes).expect(expect)
 
 
@@ -178,6 +180,94 @@ def test_runs_that_fail(study: tuple[Base, Path], tmp_path: Path) -> None:
     assert {path.name for path in (folder / "scores").iterdir()} == {
         *("base", "tl5-r2-lr5e-2", "lora-r2-lr1e-2-layer2", better)
     }
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_runs_that_train_together(study: tuple[Base, Path], whole: Path, tmp_path: Path, killed: bool) -> None:
+    """Tables, answers and runs are those of runs one after another; also if all is killed while they train."""
+    folder, group = tmp_path / "out", f"group {RUNS[0]}"
+    if killed:
+        die = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.group", name="Group._turn", call=7)
+        run(study, folder, expect=-signal.SIGKILL, preludes={group: die}, together=8)
+        assert starts(work(folder)) == ["score base", group]
+        assert {losses(folder / "runs" / name)[-1][0] for name in RUNS} == {6}
+        # Once more, after the scores were written, and before the sweep has seen it.
+        die = functools.partial(kill_all_at_call, module="megatron_tiedlora.evaluation.results", name="score_tables")
+        go_on(study, folder, expect=-signal.SIGKILL, preludes={"scores lora-r2": die})
+        assert starts(work(folder)) == [group, "scores lora-r2"]
+        go_on(study, folder)
+    else:
+        run(study, folder, together=8)
+    assert starts(work(folder)) == ([] if killed else ["score base", group, "scores lora-r2"])
+    for name in TABLES:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    for name in RUNS:
+        for split in ("train", "validation"):
+            assert losses(folder / "runs" / name, split) == losses(whole / "runs" / name, split)
+        kept = [files_of(some / "runs" / name / "adapter") for some in (folder, whole)]
+        assert kept[0] == kept[1] and status(folder / "runs" / name) == status(whole / "runs" / name)
+    assert {path.name for path in (folder / "scores").iterdir()} == {path.name for path in (whole / "scores").iterdir()}
+    for answers in (folder / "scores").glob("*/predictions.jsonl"):
+        assert answers.read_bytes() == (whole / "scores" / answers.parent.name / answers.name).read_bytes()
+    go_on(study, folder, "--together=1")  # nothing is left to do
+    assert starts(work(folder)) == []
+
+
+def test_a_run_that_fails_beside_others(study: tuple[Base, Path], whole: Path, tmp_path: Path) -> None:
+    """It is failed alone, with its reason, and tried again by itself. A run that began alone goes on with others."""
+    folder, good, sick = tmp_path / "out", "tl6-r2-lr2e-1", "tl6-r2-lr1e9"
+    changes = {"methods": "tl6", "ranks": "2", "gradient_clipping": 1.0}
+    begun = functools.partial(kill_all_at_step, step=7)
+    run(study, folder, expect=-signal.SIGKILL, preludes={good: begun}, learning_rates="2e-1", **changes)
+    go_on(study, folder, "--together=auto", "--learning_rates=2e-1,1e9", expect=1)
+    assert starts(work(folder)) == ["score base", good, f"group {good}", "score tl6-r2"]
+    assert losses(folder / "runs" / good) == losses(whole / "runs" / good)
+    status = json.loads((folder / "sweep_status.json").read_text())
+    assert [(run["name"], Path(run["log"]).name) for run in status["failed"]] == [(sick, f"group {good}.log")]
+    assert "Lower --learning_rate" in status["failed"][0]["reason"]
+    assert "not all learning rates are finished" in (folder / "table2.md").read_text()
+    assert go_on(study, folder, expect=1).error_line().startswith(f"error: 1 failed: {sick} (")
+    assert starts(work(folder)) == [sick]
+
+
+def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) -> None:
+    """A clear loser stops at the first evaluation after its warm-up, a near tie goes on, and tables say which stopped;
+    the same if all is killed and started again: when only the first was evaluated, before one stops, and afterwards."""
+    changes = {"methods": "tl6", "ranks": "2", "learning_rates": "2e-1,1e-6,1.9e-1", "warmup_steps": 4, "together": 3}
+    whole, folder, group = tmp_path / "whole", tmp_path / "out", "group tl6-r2-lr2e-1"
+    run(study, whole, halving=True, **changes)
+    ends = {rate: status(whole / "runs" / f"tl6-r2-lr{rate}") for rate in ("2e-1", "1e-6", "1.9e-1")}
+    assert {rate: (end["step"], end["state"]) for rate, end in ends.items()} == {
+        "2e-1": (16, "finished"),
+        "1e-6": (4, "finished"),
+        "1.9e-1": (16, "finished"),
+    }
+    why = ends["1e-6"]["reason"]
+    assert why.startswith("halving: at step 4 it was behind tl6-r2-lr") and "noise" in why
+    table = (whole / "table2.md").read_text()
+    assert f"  - tl6-r2-lr1e-6: {why.removeprefix('halving: ')}\n" in table and "--halving stopped these runs" in table
+    assert "not all learning rates" not in table
+    rows = list(csv.DictReader((whole / "table2.csv").read_text().splitlines()))
+    assert {row["stopped_rates"] for row in rows if row["method"] == "tl6"} == {"1e-6"}
+    assert why in run(study, whole, dry_run=True, halving=True, **changes).outputs[0]
+
+    turn = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.group", name="Group._turn")
+    stop = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.member", name="Member.end_behind")
+    # Three turns of three, and the first of the fourth; the others begin anew, and the first waits for them.
+    uneven = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.member", name="Member.after_step")
+    first = {group: functools.partial(uneven, call=11)}
+    run(study, folder, expect=-signal.SIGKILL, preludes=first, halving=True, **changes)
+    latest = {rate: folder / "runs" / f"tl6-r2-lr{rate}" / "checkpoints" / "latest" for rate in ends}
+    assert [rate for rate in ends if latest[rate].is_file()] == ["2e-1"]
+    go_on(study, folder, expect=-signal.SIGKILL, preludes={group: stop})
+    go_on(study, folder, expect=-signal.SIGKILL, preludes={group: functools.partial(turn, call=7)})
+    go_on(study, folder)
+    for name in TABLES:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    for rate in ends:
+        name = f"tl6-r2-lr{rate}"
+        assert status(folder / "runs" / name) == ends[rate]
+        assert losses(folder / "runs" / name) == losses(whole / "runs" / name)
 
 
 def test_a_base_that_cannot_be_scored_starts_nothing_else(study: tuple[Base, Path], tmp_path: Path) -> None:

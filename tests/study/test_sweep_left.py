@@ -93,6 +93,7 @@ def no_start(_: Any) -> Any:
     [
         (("--output_dir=out/scores/base",), True),  # as it was given, from its own folder
         (("--output_dir", "{folder}/runs/x"), True),
+        (("--output_dir={folder}/groups/x",), True),
         (("ssh", "cd /x; python launch.py --output_dir={folder}/runs/x --rank=2"), True),
         (("--output_dir={folder}-2/runs/x",), False),
         (("--output_dir={folder}/runs-2/x",), False),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,14 @@ REFUSED = [
     ("--runs_at_once=2 --launcher_args=--master_port=7", "--runs_at_once 2: the runs cannot share the --master_port"),
     ("--launcher_args='x", "--launcher_args 'x: no closing quotation"),
     ("--gpus_per_run=1", "--gpus_per_run 1: this machine has 0 GPUs; give"),
+    ("--together=0", "--together 0: give auto, or a number from 1 on"),
+    ("--together=many", "--together many: "),
+    ("--together=2 --dropout=0.1", "--together 2: lora-r2-lr2e-1: --dropout is not implemented for several adapters"),
+    ("--together=auto --ds_config=zero2.json", "--together auto: --ds_config zero2.json: ZeRO-2 clips"),
+    ("--share_micro_batches=false", "--share_micro_batches cannot be given to a sweep: with --together"),
+    ("--halving=true", "--halving compares learning rates that train together; give --together auto, or 2 or more"),
+    ("--halving=true --together=2 --learning_rates=1", "--halving compares learning rates; give two or more"),
+    ("--halving=true --together=2 --eval_metric=exact_match", "remove --eval_metric exact_match"),
     ("--tables_from=a", "cannot be combined with --tables_from"),
 ]
 
@@ -209,6 +218,27 @@ def test_a_folder_of_a_start_that_was_cut_off_at_once(base: Base, tmp_path: Path
     (tmp_path / ".owner").touch()
     (tmp_path / ".writing-sweep.yaml-0123abcd").write_text("meth")
     assert sweep([*study_arguments(base, base.validation, tmp_path), "--dry_run"], no_start) == 0
+
+
+def test_the_dry_run_shows_what_trains_together(
+    base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [*study_arguments(base, base.validation, tmp_path / "out"), "--dry_run"]
+
+    def groups(*flags: str) -> list[str]:
+        assert sweep([*argv, *flags], no_start) == 0
+        lines = capsys.readouterr().out.splitlines()
+        first = lines.index("  groups to train together") + 1
+        return [line.split(None, 1)[1] for line in lines[first : lines.index("", first)]]
+
+    runs = [f"{m}-r{r}-lr{rate}" for m in ("lora", "tl6") for r in (2, 3) for rate in ("2e-1", "5e-2")]
+    pairs = [", ".join(runs[i : i + 2]) for i in range(0, 8, 2)]
+    assert groups("--together=8") == groups("--together=auto") == [", ".join(runs)]
+    assert groups("--together=5") == [", ".join(pairs[:2]), ", ".join(pairs[2:])]
+    assert groups("--together=3") == pairs  # the runs of a point are not divided
+    assert groups("--together=auto", "--runs_at_once=4") == pairs
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1e9))
+    assert groups("--together=auto") == runs  # as much as one needs, and less
 
 
 def test_a_shape_can_be_listed_and_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -243,6 +243,29 @@ def test_table3_at_another_rank_is_not_the_papers(tmp_path: Path) -> None:
     assert {row["paper_score"] for row in rows} == {""}
 
 
+def test_every_table_names_the_rates_that_halving_stopped(tmp_path: Path) -> None:
+    """Of its own points. A stopped run is finished, so it can be the best, and nothing is missing."""
+    folder = single_layer_study(tmp_path / "study", learning_rates=[1e-4, 1e-5])
+    why = "halving: at step 4 it was behind"
+    for name in ("lora-r8-lr1e-5", "lora-r16-lr1e-5-layer8"):
+        write_run(folder, name, best=2.0, reason=why)
+    write_run(folder, "tl5-r16-lr1e-5", best=2.0, reason="early_stopping")
+    studies, notes = [read_study(folder)], {}
+    for table in (table2_markdown, table3_markdown):
+        notes[table] = [line for line in table(studies).splitlines() if "it was behind" in line]
+    assert notes[table2_markdown] == ["  - lora-r8-lr1e-5: at step 4 it was behind"]
+    assert notes[table3_markdown] == ["  - lora-r16-lr1e-5-layer8: at step 4 it was behind"]
+    rows = list(csv.DictReader(table3_csv(studies).splitlines()))
+    assert {row["adapter"]: row["stopped_rates"] for row in rows if row["stopped_rates"]} == {"layer_8": "1e-5"}
+    assert [row["adapter"] for row in rows if row["all_rates_finished"] == "true"] == ["layer_8", "tl5"]
+    row = next(row for row in csv.DictReader(table2_csv(studies).splitlines()) if row["method"] == "lora")
+    assert (row["stopped_rates"], row["all_rates_finished"]) == ("1e-5", "true")
+    write_run(folder, "tl6-r2-lr1e-4", best=2.0)
+    write_run(folder, "tl6-r2-lr1e-5", best=1.0, reason=why)
+    chosen = read_study(folder).result(Point("tl6", 2))
+    assert chosen.run is not None and chosen.run.learning_rate == 1e-5 and not chosen.missing
+
+
 def test_single_layers() -> None:
     assert single_layers(None, 32) == ()
     assert single_layers("paper", 32) == (1, 4, 8, 12, 16, 20, 24, 28, 32)

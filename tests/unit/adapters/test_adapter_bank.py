@@ -15,6 +15,7 @@ from shared_batches import Member, SharedBatch, joined, rounds
 from tiny_models import random_adapter, write_tiny_model
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
+from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
@@ -45,6 +46,14 @@ EIGHT = (
 PACKED = tuple(
     Member(m.name, m.adapter, rows, seed=m.seed, packed=True)
     for m, rows in zip(FOUR, (((3, 2), (4, 1)), ((5,),), ((2, 2, 3),), ((1,), (6, 2))), strict=True)
+)
+
+
+# The same samples, so rows of one length follow each other, and one of another length among them.
+SAME = (
+    *(Member(name, {"method": method, "rank": 4}, ((1, 1),), seed=9) for name, method in (("a", "tl6"), ("b", "lora"))),
+    Member("c", {"method": "tl2", "rank": 2, "targets": ("o_proj",)}, ((1,),), seed=2),
+    Member("d", {"method": "tl5", "rank": 3}, ((1, 1),), seed=9),
 )
 
 
@@ -133,7 +142,7 @@ def together(
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("members", [TWO, FOUR, EIGHT, PACKED], ids=["two", "four", "eight", "packed"])
+@pytest.mark.parametrize("members", [TWO, FOUR, EIGHT, PACKED, SAME], ids=["two", "four", "eight", "packed", "same"])
 def test_every_gradient_is_the_single_runs(
     members: tuple[Member, ...], dtype: torch.dtype, shared: bool, folder: Path
 ) -> None:
@@ -186,10 +195,46 @@ def test_a_neighbour_that_is_not_finite_changes_no_bit(members: tuple[Member, ..
                 assert all(torch.equal(found[member.name][name], g) for name, g in gradients[member.name].items())
 
 
-def test_a_token_saves_what_it_saves_alone(folder: Path) -> None:
-    """Also of A x: the numbers of its own adapter's rank."""
+@pytest.mark.parametrize("members", [FOUR, PACKED], ids=["unpacked", "packed"])
+def test_dropout_is_each_adapters_own(members: tuple[Member, ...], folder: Path) -> None:
+    """Its own seed and probability, for the numbers of its own tokens; one adapter has none."""
+    dropout = {"a": Dropout(0.3, 1), "c": Dropout(0.5, 2), "d": Dropout(0.1, 3)}
+    parts = [(member.name, member.micro_batches[0]) for member in members]
+    numbers = [torch.arange(b.input_ids.numel()).view_as(b.input_ids) + 7 * i for i, (_, b) in enumerate(parts)]
+    shared, wide = joined(parts), torch.float32
+    bank = AdapterBank({member.name: adapter_of(member, folder, wide) for member in members}, dropout)
+    losses = stage_of(folder, bank, torch.bfloat16)(
+        *(shared.tokens, shared.positions, shared.supervised()),
+        documents=shared.documents,
+        shares=shared.shares,
+        numbers=torch.cat([own.flatten() for own in numbers])[None],
+    )
+    losses.sum().backward()
+    for member, (name, batch), own, loss in zip(members, parts, numbers, losses.tolist(), strict=True):
+        found: list[Gradients] = []
+        for probability, seed in (dropout.get(name, Dropout(0.0, 0)), Dropout(0.0, 0)):
+            adapter = adapter_of(member, folder, wide)
+            stage = stage_of(folder, adapter, torch.bfloat16)
+            stage.dropout, stage.seed = probability, seed
+            alone = stage(batch.input_ids, batch.positions, batch.labels, documents=batch.documents, numbers=own)
+            assert found or float(alone.detach()) == loss, name
+            alone.backward()
+            found.append(gradients_of(adapter))
+        expected, without = found
+        together = gradients_of(bank.adapters[name])
+        assert together.keys() == expected.keys()
+        assert all(torch.equal(together[tensor], gradient) for tensor, gradient in expected.items()), name
+        assert (name in dropout) == any(not torch.equal(expected[t], without[t]) for t in expected), name
+
+
+@pytest.mark.parametrize("targets", [("qkv",), ("o_proj",), ALL_TARGETS], ids=["qkv", "o_proj", "all"])
+def test_a_token_saves_what_it_saves_alone(targets: tuple[str, ...], folder: Path) -> None:
+    """Also of A x: the numbers of its own adapter's rank. The input of o_proj is the attention output that is kept."""
     methods = zip(("tl6", "lora", "tl2", "tl5"), (8, 3, 1, 12), strict=True)  # all train A and F
-    members = [Member(method, {"method": method, "rank": rank}, ((1, 1),), seed=rank) for method, rank in methods]
+    members = [
+        Member(method, {"method": method, "rank": rank, "targets": targets}, ((1, 1),), seed=rank)
+        for method, rank in methods
+    ]
     bank = AdapterBank({member.name: adapter_of(member, folder, torch.float32) for member in members})
     parts = [(member.name, member.micro_batches[0]) for member in members]
     shared, expected = joined(parts), 0

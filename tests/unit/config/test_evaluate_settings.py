@@ -15,7 +15,7 @@ from megatron_tiedlora.data.tasks import get_task
 
 def test_flags_are_those_of_the_interface() -> None:
     flags = (
-        "model adapter task test_file tensor_parallel pipeline_parallel dtype max_new_tokens batch_size limit"
+        "model adapter adapters task test_file tensor_parallel pipeline_parallel dtype max_new_tokens batch_size limit"
         " output_dir merge_adapter split prompt_template tokenizer max_length seed timeout_minutes config train_file"
         " validation_file take_over base_differs columns chat_template add_bos special_tokens_in_text data_rules base"
     )

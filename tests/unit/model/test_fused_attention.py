@@ -272,7 +272,7 @@ def test_a_layer_gives_what_it_gives_on_a_cpu(
         torch.nn.init.normal_(parameter)
     ids = IDS if packed else None
     context = layer.context(torch.arange(16).expand(2, 16), torch.float64, documents=ids)
-    assert context.tiles and context.documents is None
+    assert context.parts and context.documents is None
     documents: Documents = find_documents(IDS, HOST) if packed else whole_rows(2, 16, HOST)
     on_gpu = replace(context, tiles=(), documents=documents, attend=fused_attention._torch_flash)
     hidden = torch.randn(2, 16, 48, dtype=torch.float64)

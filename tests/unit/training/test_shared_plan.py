@@ -27,8 +27,3 @@ def test_zero_1_and_2_would_clip_all_together(stage: int) -> None:
     with pytest.raises(UserError, match=rf"zero{stage}.json: ZeRO-{stage} clips .* Use zero0.json, or zero3.json"):
         shared_plan({"a": plan_of(ds_config=f"zero{stage}.json")})
     shared_plan({"a": plan_of(ds_config="zero3.json")})
-
-
-def test_dropout_is_not_implemented() -> None:
-    with pytest.raises(UserError, match="b: --dropout is not implemented for several adapters"):
-        shared_plan({"a": plan_of(), "b": plan_of(dropout=0.1)})

@@ -1,0 +1,117 @@
+"""--halving: of adapters that differ only in the learning rate, what is behind on validation by more than noise stops.
+
+Both have answered the same batches of the validation set at the same step. With losses a_j and b_j, summed over the t_j
+supervised tokens of batch j of n, and N = sum t_j, one is behind by D = sum (a_j - b_j) / N. The noise is the half
+width of D's 95 % interval, t(n - 1) S, with the standard error of a ratio of sums over batches,
+
+    S^2 = n / (n - 1) sum (a_j - b_j - D t_j)^2 / N^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_tiedlora.base.atomic import Guard, write_json
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_or_none
+from megatron_tiedlora.config.settings import Settings
+
+REASON = "halving: "  # begins the reason for the end of what was stopped
+RECORD_FILE = "halving.json"  # in the run folder: the last evaluation, and why training was stopped after it
+# Student's t of a two-sided 95 % interval, for 1, 2, ... degrees of freedom; the last is for more as well.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+class Gap(NamedTuple):
+    """By how much one adapter is behind another, in validation loss per token, and the noise of that."""
+
+    behind: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class BatchLosses:
+    """An evaluation: the loss and the supervised tokens of each batch of the validation set, over all ranks.
+
+    Attributes:
+        stopped: why training ended after it; "" if it did not.
+    """
+
+    step: int
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+    stopped: str = ""
+
+    @property
+    def loss(self) -> float:
+        """The mean over all supervised tokens."""
+        return math.fsum(self.losses) / sum(self.tokens)
+
+    def behind(self, other: BatchLosses) -> Gap:
+        """How far this is behind `other`, whose batches are the same. With one batch the noise is not known: inf."""
+        assert self.tokens == other.tokens, "evaluations of different batches"
+        used = [(a - b, t) for a, b, t in zip(self.losses, other.losses, self.tokens, strict=True) if t]
+        count, total = len(used), sum(self.tokens)
+        mean = math.fsum(difference for difference, _ in used) / total
+        if count < 2:
+            return Gap(mean, math.inf)
+        squares = math.fsum((difference - mean * tokens) ** 2 for difference, tokens in used)
+        error = math.sqrt(count / (count - 1) * squares) / total
+        return Gap(mean, _STUDENT[min(count - 1, len(_STUDENT)) - 1] * error)
+
+    def write(self, folder: Path, *, guard: Guard) -> None:
+        """Write it to a run folder. Raises UserError."""
+        write_json(folder / RECORD_FILE, asdict(self), guard=guard)
+
+
+def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
+    """The evaluation after `step` that a run folder records; None if it records another, or none that can be read."""
+    content: dict[str, Any] = read_json_or_none(folder / RECORD_FILE) or {}
+    losses, tokens, stopped = (content.get(name) for name in ("losses", "tokens", "stopped"))
+    if step is None or content.get("step") != step or not isinstance(losses, list) or not isinstance(tokens, list):
+        return None
+    numbers = [value for value in losses if type(value) in (int, float) and math.isfinite(value)]
+    counts = [value for value in tokens if type(value) is int and value >= 0]
+    if not 0 < len(losses) == len(tokens) == len(numbers) == len(counts) or not sum(counts):
+        return None
+    return BatchLosses(step, tuple(map(float, numbers)), tuple(counts), stopped if isinstance(stopped, str) else "")
+
+
+def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
+    """By each adapter's name the others that differ from it only in the learning rate, and in the folder."""
+    same = {
+        name: own.model_dump(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()
+    }
+    return {name: tuple(other for other in same if other != name and same[other] == same[name]) for name in same}
+
+
+def check_halving(settings: Mapping[str, Settings]) -> None:
+    """Raise UserError if --halving has nothing to compare, or the best checkpoint is not chosen by the loss."""
+    rivals = rivals_of(settings)
+    if not any(rivals.values()):
+        raise UserError("--halving: no two adapters differ only in the learning rate; remove it")
+    for name, own in settings.items():
+        if rivals[name] and own.eval_metric != "loss":
+            raise UserError(f"{name}: --halving compares validation losses; remove --eval_metric {own.eval_metric}")
+
+
+def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Which adapters are behind the best of their rivals of the same step by more than noise, each with the reason.
+
+    Args:
+        evaluated: the last evaluation of each.
+    """
+    found = {}
+    for name, own in evaluated.items():
+        beside = [other for other in rivals[name] if other in evaluated and evaluated[other].step == own.step]
+        if not beside:
+            continue
+        best = min(beside, key=lambda other: evaluated[other].loss)
+        gap = own.behind(evaluated[best])
+        if gap.behind > gap.noise:
+            found[name] = f"{REASON}at step {own.step} it was behind {best} by {gap.behind:.4f}, noise {gap.noise:.4f}"
+    return found

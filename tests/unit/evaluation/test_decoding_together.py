@@ -1,0 +1,187 @@
+"""Decoding with several adapters in one call: each gives the tokens, and likelihoods, that it gives alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked_ranks import groups_of, run_on_ranks
+from native_files import native_adapter
+from oracle import OracleConfig
+from oracle_adapter import ALL_TARGETS
+from tiny_models import EOS_ID, random_adapter, write_tiny_model
+
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.evaluation.decoder import Decoder, Rows
+from megatron_tiedlora.evaluation.generate import Prompts, generate, generate_together
+from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.planning.partition import layer_costs, partition
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "a": {"method": "tl6", "rank": 8},
+    "b": {"method": "lora", "rank": 3, "layers": (2, 3)},
+    "c": {"method": "vera", "rank": 16, "targets": ALL_TARGETS},
+    "d": {"method": "tl2", "rank": 1, "targets": ("o_proj", "gate_up"), "layers": (1,)},
+}
+NUM_PROMPTS = {"a": 9, "b": 4, "c": 1, "d": 12}  # one has fewer prompts than a pipeline has parts
+MOST = {"a": 20, "b": 11, "c": 20, "d": 5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("together") / "model"
+    return write_tiny_model(path, tokenizer=False, hidden_size=64, intermediate_size=96, num_layers=3)
+
+
+def adapters_of(source: ModelSource) -> dict[str, NativeAdapter]:
+    config = OracleConfig.from_folder(source.weights_folder())
+    return {
+        name: native_adapter(source, random_adapter(config=config, alpha=6.0, seed=seed, **own))
+        for seed, (name, own) in enumerate(ADAPTERS.items())
+    }
+
+
+def prompts_of(name: str) -> list[list[int]]:
+    """Each adapter's own, of mixed lengths."""
+    draw = random.Random(name)
+    return [[draw.randint(3, 319) for _ in range(draw.randint(1, 30))] for _ in range(NUM_PROMPTS[name])]
+
+
+def asked(name: str, *, end: int = EOS_ID) -> Prompts:
+    return Prompts(prompts_of(name), (end,), MOST[name], adapter=name)
+
+
+def decoder_of(
+    folder: Path, which: str | None, grid: Grid, dtype: torch.dtype, *, calls_together: bool = False
+) -> Decoder:
+    """Of all adapters, or of one alone."""
+    source = find_model(str(folder))
+    adapters = adapters_of(source)
+    groups = groups_of(grid) if grid.world_size > 1 else ParallelGroups()
+    stage = load_model(
+        source,
+        adapters if which is None else adapters[which],
+        dtype=dtype,
+        grid=grid,
+        groups=groups,
+        stages=partition(layer_costs(source.shape, length=32, first_adapted=1), grid.pp_size),
+    )
+    return Decoder(stage, groups, source.shape, calls_together=calls_together)
+
+
+def alone(decoder: Decoder, name: str, *, end: int = EOS_ID) -> list[list[int]]:
+    return generate(decoder, prompts_of(name), end_ids=(end,), max_new_tokens=MOST[name])
+
+
+def chosen_logits(decoder: Decoder, shares: list[tuple[str, list[list[int]]]]) -> list[torch.Tensor]:
+    """The logits after prompts of one length, and after two more tokens, of each adapter in one call."""
+    found: list[torch.Tensor] = []
+    tokens = [torch.tensor(prompts) for _, prompts in shares]
+    caches = [decoder.new_caches(*ids.shape[:1], ids.shape[1] + 2) for ids in tokens]
+    for step in range(3):
+        at = [ids.shape[1] for ids in tokens]
+        news = tokens if step == 0 else [torch.full((len(ids), 1), 7) for ids in tokens]
+        positions = [
+            torch.arange(n).expand_as(ids) if step == 0 else torch.full((len(ids), 1), n + step - 1)
+            for ids, n in zip(tokens, at, strict=True)
+        ]
+        rows = [
+            Rows(new, places, cache, name if decoder.stage.bank else "")
+            for new, places, cache, (name, _) in zip(news, positions, caches, shares, strict=True)
+        ]
+        wanted = [torch.full((len(ids),), n - 1) for ids, n in zip(tokens, at, strict=True)] if step == 0 else None
+        logits = decoder.forward_together(rows, wanted)
+        assert logits is not None
+        found.append(logits)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_have_the_bits_of_a_decoder_of_its_own(folder: Path, dtype: torch.dtype) -> None:
+    """Four rows or more of each: a CPU's matmuls then do not depend on how many rows there are."""
+    draw = random.Random(1)
+    shares = [
+        (name, [[draw.randint(3, 319) for _ in range(length)] for _ in range(count)])
+        for name, length, count in (("b", 6, 5), ("a", 11, 4), ("d", 3, 8), ("c", 9, 4))
+    ]
+    together = decoder_of(folder, None, Grid(0, 1), dtype)
+    found = chosen_logits(together, shares)
+    start = 0
+    for name, prompts in shares:
+        own = chosen_logits(decoder_of(folder, name, Grid(0, 1), dtype), [(name, prompts)])
+        for step, (mine, all_of) in enumerate(zip(own, found, strict=True)):
+            assert torch.equal(all_of[start : start + len(prompts)], mine), (name, step)
+        start += len(prompts)
+
+
+@pytest.mark.parametrize("calls_together", [False, True])
+def test_each_gives_the_tokens_that_it_gives_alone(folder: Path, calls_together: bool) -> None:
+    """Also if some end early, as they do with an end token that one of them soon gives."""
+    together = decoder_of(folder, None, Grid(0, 1), torch.float32, calls_together=calls_together)
+    own = {name: decoder_of(folder, name, Grid(0, 1), torch.float32) for name in ADAPTERS}
+    expected = {name: alone(decoder, name) for name, decoder in own.items()}
+    assert len({str(rows) for rows in expected.values()}) == len(expected)
+    found = generate_together(together, [asked(name) for name in ADAPTERS])
+    assert dict(zip(ADAPTERS, found, strict=True)) == expected
+    end = expected["b"][0][1]
+    found = generate_together(together, [asked(name, end=end) for name in ("d", "b", "a")])
+    assert found == [alone(own[name], name, end=end) for name in ("d", "b", "a")]
+    assert min(map(len, found[1])) < MOST["b"]
+
+
+def test_an_adapter_that_has_ended_leaves(folder: Path) -> None:
+    """The stage sees the rows of the others alone; a finished one costs nothing."""
+    decoder = decoder_of(folder, None, Grid(0, 1), torch.float32)
+    seen: list[int] = []
+    handle = decoder.stage.layers["0"].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].numel()))
+    try:
+        soon = Prompts([[5] * 4] * 6, (), 6, lambda row: len(row) == 3, adapter="a")
+        generate_together(decoder, [soon, Prompts([[5] * 4] * 5, (), 6, adapter="b")])
+    finally:
+        handle.remove()
+    assert seen == [44, 11, 11, 5, 5, 5]
+
+
+def samples(name: str) -> list[tuple[list[int], list[list[int]]]]:
+    draw = random.Random(name + name)
+    return [
+        (prompt, [[draw.randint(3, 319) for _ in range(draw.randint(1, 9))] for _ in range(3)])
+        for prompt in prompts_of(name)
+    ]
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_likelihoods_of_one_of_several(folder: Path, name: str) -> None:
+    together = decoder_of(folder, None, Grid(0, 1), torch.float32)
+    expected = ending_log_likelihoods(decoder_of(folder, name, Grid(0, 1), torch.float32), samples(name))
+    assert ending_log_likelihoods(together, samples(name), adapter=name) == expected
+
+
+def _decode_rank(folder: str, world_size: int, tp: int, pp: int) -> dict[str, Any]:
+    grid = Grid(torch.distributed.get_rank(), world_size, tp_size=tp, pp_size=pp)
+    found = {}
+    for calls_together in (False, True):
+        decoder = decoder_of(Path(folder), None, grid, torch.float32, calls_together=calls_together)
+        found[str(calls_together)] = generate_together(decoder, [asked(name) for name in ADAPTERS])
+    found["likelihoods"] = ending_log_likelihoods(decoder, samples("a"), adapter="a")
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2), (1, 3)])
+def test_every_layout(folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
+    """All ranks have all tokens; three stages have parts with some of the adapters under way."""
+    expected = [alone(decoder_of(folder, name, Grid(0, 1), torch.float32), name) for name in ADAPTERS]
+    likelihoods = ending_log_likelihoods(decoder_of(folder, "a", Grid(0, 1), torch.float32), samples("a"))
+    world = tp * pp
+    for rank, found in enumerate(run_on_ranks(_decode_rank, str(folder), world, tp, pp, ranks=world, folder=tmp_path)):
+        assert found["False"] == expected and found["True"] == expected
+        if Grid(rank, world, tp_size=tp, pp_size=pp).pp_rank == pp - 1:
+            assert torch.allclose(torch.tensor(found["likelihoods"]), torch.tensor(likelihoods), rtol=1e-5, atol=1e-4)
