@@ -6,6 +6,7 @@ python tools/plan.py --model FOLDER --train_file data.jsonl --gpu a100-80 --yaml
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -35,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
     from megatron_tiedlora.planner.report import make_plan, report_lines, report_record
 
     prepare_environment()
+    gc.disable()  # a plan makes some hundred thousand records and frees few: looking for garbage takes a second
     made = make_plan(command)
+    gc.enable()
     lines, chosen = report_lines(made), made.chosen
     if "json_file" in paths:
         write_json(paths["json_file"], report_record(made))

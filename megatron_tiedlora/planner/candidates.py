@@ -6,6 +6,7 @@ choices. What it returns is changed in these three for each layout.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -177,17 +178,14 @@ def search(
         UserError: no layout is accepted; the words are those of a run.
     """
     storages = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
-    choices, found, refused = _Choices(settings, storages), [], Counter[str]()
+    choices, refused = _Choices(settings, storages), Counter[str]()
+    found: list[Candidate] = []
     for tp_size, pp_size in choices.grids(cluster.world_size):
         dp_size = cluster.world_size // (tp_size * pp_size)
         for engine_file in choices.engine_files:
             for storage in choices.chosen_storages:
-                variants = [
-                    {"rows": rows, "shards_sequences": shards, "recompute": recompute}
-                    for rows in choices.rows(max(dp_size, 1))
-                    for shards in choices.sequences(tp_size)
-                    for recompute in choices.recomputes
-                ]
+                rows, sequences = choices.rows(max(dp_size, 1)), choices.sequences(tp_size)
+                variants = list(itertools.product(rows, sequences, choices.recomputes))
                 try:
                     if not choices._given("tensor_parallel"):
                         _check_in_node(tp_size, cluster)
@@ -196,10 +194,15 @@ def search(
                     refused[str(error)] += len(variants)
                     continue
                 share = plan.batches.global_batch_size // dp_size
-                found += [
-                    Candidate(plan, replace(plan.layout, micro_batches=share // v["rows"], **v), engine_file, storage)
-                    for v in variants
-                ]
+                for size, shards, recompute in variants:
+                    layout = replace(
+                        plan.layout,
+                        rows=size,
+                        micro_batches=share // size,
+                        shards_sequences=shards,
+                        recompute=recompute,
+                    )
+                    found.append(Candidate(plan, layout, engine_file, storage))
     if not found:
         raise UserError(refused.most_common(1)[0][0])
     return Search(tuple(found), refused)

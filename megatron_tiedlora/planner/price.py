@@ -203,7 +203,8 @@ class Pricer:
         """By stage, the first stage that does the same."""
 
         def find() -> list[int]:
-            links, firsts, found = self.links(candidate), {}, []
+            links, found = self.links(candidate), []
+            firsts: dict[Hashable, int] = {}
             for stage in self._stages(candidate):
                 crosses = [links.to_next(near).num_nodes for near in (stage.index - 1, stage.index)]
                 kinds = [kind._replace(example=0) for kind in stage.owned_by().kinds]

@@ -124,7 +124,7 @@ class StagePlan:
             return largest * layout.dtype.itemsize
         return 0 if layout.keep_transposed else largest
 
-    @property
+    @cached_property
     def trained(self) -> tuple[int, ...]:
         """The numbers in each trained tensor of a rank.
 

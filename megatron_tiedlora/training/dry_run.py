@@ -75,8 +75,12 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
     layout, machine = plan.layout, plan.machine
     largest = largest_micro_batch(layout, packing=plan.settings.packing, first=first)
     tokens = layout.rows * largest.length
-    sizes = {"tokens": tokens, "documents": largest.documents, "longest": largest.longest}
-    memories = [stage_memory(stage, **sizes, machine=machine) for stage in plan.stages]
+    memories = [
+        stage_memory(
+            stage, tokens=tokens, documents=largest.documents, longest=largest.longest, machine=machine
+        )
+        for stage in plan.stages
+    ]
     micro_batches = f"{layout.rows} x {largest.length} tokens"
     lines = memory_lines(plan.stages, memories, tokens=tokens, micro_batches=micro_batches, machine=machine)
     lines += [] if plan.settings.gpu is None else [verdict_line(memories, machine)]

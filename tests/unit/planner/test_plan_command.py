@@ -43,7 +43,7 @@ class Printed:
 
     def rows(self) -> list[list[str]]:
         """The words of each row of the table."""
-        return [line.split() for line in self.text.splitlines() if re.match(r"  t\d+p\d+d\d+-\S+ +\d", line)]
+        return [line.split() for line in self.text.splitlines() if re.match(r"  t\d+p\d+d\d+-[^\s:]+ +\d", line)]
 
 
 def planned(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> Printed:
