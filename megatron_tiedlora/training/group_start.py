@@ -156,7 +156,7 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
         )
         held.callback(lock.release)
         keep(held.close)
-        for plan in in_folder(plans, folder).values():
+        for plan in in_folder(plans, GroupFolder(folder.path)).values():
             choose_run_folder(plan.settings.output_dir, name=plan.name, resume=settings.resume)
         return str(folder.path), lock.owner.start
 

@@ -16,7 +16,6 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.runner import StepInput
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import build
 from megatron_tiedlora.training.build_bank import build_bank, shared_plan
@@ -50,14 +49,12 @@ class BankRun:
     Attributes:
         alone, together: by adapter.
         failures: why adapters took no more steps together, by name.
-        traffic: of the last step of all adapters together.
         most: the most adapters in one of its micro-batches.
     """
 
     alone: dict[str, Trained]
     together: dict[str, Trained]
     failures: dict[str, str]
-    traffic: Traffic
     most: int
 
 
@@ -145,9 +142,7 @@ def _together(
     runner.accumulate_shares = counted  # type: ignore[method-assign]
     for number in range(1, 1 + max(plan.settings.max_steps for plan in plans.values())):
         running = [name for name, plan in plans.items() if number <= plan.settings.max_steps and name not in failures]
-        counter = TrafficCounter(named_handles(runner.groups))
-        with counter:
-            found = group.run({name: next(loaders[name]) for name in running})
+        found = group.run({name: next(loaders[name]) for name in running})
         for name, report in found.adapters.items():
             reports[name].append(report)
             if report.failure is not None:
@@ -162,4 +157,4 @@ def _together(
         losses, norms = ([getattr(report, kind) for report in reports[name]] for kind in ("loss", "grad_norm"))
         together[name] = Trained(losses, norms, state, gradients[name])
     runner.engine.destroy()
-    return BankRun(alone, together, failures, counter.traffic, max(micro_batches))
+    return BankRun(alone, together, failures, max(micro_batches))
