@@ -72,7 +72,7 @@ class EvaluateSettings(CommandSettings):
     adapters: tuple[str, ...] | None = optional_field(
         "model",
         "several adapters of one base, scored in one start: NAME=FOLDER or FOLDER, which may be as of --adapter, a run,"
-        " a folder of runs (also of train.py --adapters), or a pattern in quotes (default: none)",
+        " a folder of runs (also of a run with --adapters), or a pattern in quotes (default: none)",
         words=True,
     )
     base_differs: bool = setting_field(

@@ -133,8 +133,8 @@ def count_prompts() -> None:
     """Print how many prompts each batch of the rank has."""
     before_call(
         "megatron_tiedlora.evaluation.answering",
-        "generate",
-        lambda _, prompts: print(f"prompts: {len(prompts)}", file=sys.stderr),
+        "generate_together",
+        lambda _, asked: print(f"prompts: {len(asked[0].prompts)}", file=sys.stderr),
     )
 
 
@@ -249,7 +249,7 @@ def test_ranks_that_read_other_rows_are_refused(models: Models, tmp_path: Path) 
 def stop_at_call(number: int, rank: str) -> None:
     """Rank `rank` is told to stop before the second batch; the others are not."""
     if os.environ["RANK"] == rank:
-        kill_at_call("megatron_tiedlora.evaluation.answering", "generate", call=2, number=number)
+        kill_at_call("megatron_tiedlora.evaluation.answering", "generate_together", call=2, number=number)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

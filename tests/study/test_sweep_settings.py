@@ -177,7 +177,6 @@ REFUSED = [
     ("--gpus_per_run=1", "--gpus_per_run 1: this machine has 0 GPUs; give"),
     ("--together=0", "--together 0: give auto, or a number from 1 on"),
     ("--together=many", "--together many: "),
-    ("--together=2 --dropout=0.1", "--together 2: lora-r2-lr2e-1: --dropout is not implemented for several adapters"),
     ("--together=auto --ds_config=zero2.json", "--together auto: --ds_config zero2.json: ZeRO-2 clips"),
     ("--share_micro_batches=false", "--share_micro_batches cannot be given to a sweep: with --together"),
     ("--halving=true", "--halving compares learning rates that train together; give --together auto, or 2 or more"),
