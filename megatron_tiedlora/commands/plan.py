@@ -29,16 +29,18 @@ def main(argv: Sequence[str]) -> int:
         for name, value in files.items()
         if value is not None
     }
-    # These import torch and DeepSpeed's settings, which takes seconds: --help and a wrong flag do not wait for it.
-    from megatron_tiedlora.base.atomic import write_json
-    from megatron_tiedlora.base.yaml_files import write_yaml
-    from megatron_tiedlora.planner.launch_lines import chosen_settings
-    from megatron_tiedlora.planner.report import make_plan, report_lines, report_record
+    gc.disable()  # what follows makes a million objects and frees few: looking for garbage takes half a second
+    try:
+        # These import torch and DeepSpeed's settings, which takes seconds: --help and a wrong flag do not wait for it.
+        from megatron_tiedlora.base.atomic import write_json
+        from megatron_tiedlora.base.yaml_files import write_yaml
+        from megatron_tiedlora.planner.launch_lines import chosen_settings
+        from megatron_tiedlora.planner.report import make_plan, report_lines, report_record
 
-    prepare_environment()
-    gc.disable()  # a plan makes some hundred thousand records and frees few: looking for garbage takes a second
-    made = make_plan(command)
-    gc.enable()
+        prepare_environment()
+        made = make_plan(command)
+    finally:
+        gc.enable()
     lines, chosen = report_lines(made), made.chosen
     if "json_file" in paths:
         write_json(paths["json_file"], report_record(made))

@@ -1,6 +1,6 @@
 """Settings of tools/plan.py: the cluster, and what is shown. All other flags on its command line are launch/train.py's.
 
-A training flag that chooses a layout (`LAYOUT_FLAGS`) limits the search to that value.
+A training flag that chooses a layout limits the search to that value.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ _DECIDED = {
     "world_size": "give --nodes and --gpus_per_node, or --ranks_on_cpu",
     "plan_for": "give --gpu, or --ranks_on_cpu",
     "adapters": "a plan is for one adapter; the dry run of launch/train.py has the memory of several",
-    "gpu": "",
+    "gpu": "give it on the command line",  # where it is this command's; so it was in a YAML file
 }
-_FP8_KINDS = {"fp8-products": (False,), "fp8-transposed": (True,)}
-FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, *_FP8_KINDS)
+FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 
 
 class PlanSettings(CommandSettings):
@@ -65,7 +64,7 @@ class PlanSettings(CommandSettings):
     gpus_per_node: int = setting_field("cluster", "cards in a node", 8, ge=1, le=256)
     gpu: str | None = optional_field("cluster", "the kind of card [h100]", choices=GPU_NAMES)
     ranks_on_cpu: int | None = optional_field("cluster", "plan so many ranks on this machine's CPUs", ge=1, le=1024)
-    constants: str | None = optional_field("cluster", "constants of a machine, a file of --measure, in place of --gpu")
+    constants: str | None = optional_field("cluster", "a JSON file of a machine's constants, in place of --gpu")
     formats: tuple[str, ...] = setting_field(
         "cluster", f"storage formats of the base that are compared: some of {', '.join(FORMAT_NAMES)}", FORMAT_NAMES
     )

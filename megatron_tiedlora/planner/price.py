@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_tiedlora.planner.candidates import Candidate, Cluster
 from megatron_tiedlora.planning.flops import step_flops
@@ -31,10 +31,12 @@ from megatron_tiedlora.planning.step_time import (
     step_seconds,
     sum_terms,
 )
-from megatron_tiedlora.planning.work import Batch, StageWork, stage_work
+from megatron_tiedlora.planning.work import Batch, Batches, StageWork, stage_work
 from megatron_tiedlora.training.first_step import FirstStep, first_batches, largest_micro_batch
 from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.run_data import RunData
+
+if TYPE_CHECKING:
+    from megatron_tiedlora.training.run_data import RunData
 
 
 class Work(NamedTuple):
@@ -142,29 +144,18 @@ class Pricer:
     def parts(self, candidate: Candidate) -> StepParts:
         """What a candidate's time follows from."""
         groups, layout, batches = self._groups(candidate), candidate.layout, self.batches(candidate)
-        by_group: dict[int, list[StageSeconds]] = {}
-        for group in groups:
-            passes = {
-                id(batch): self._seconds(candidate, group, batch)
-                for batch in {id(batch): batch for batch in batches}.values()
-            }
-            by_group[group] = [passes[id(batch)] for batch in batches]
+        by_group = {group: [self._seconds(candidate, group, batch) for batch in batches.kinds] for group in groups}
         of_stage = self._group_of_stage(candidate)
         shards = (candidate.storage, len(batches)) if _shards(layout) else ()
         sums = self._once(
             ("sums", *_grid(layout), candidate.engine_file, *shards),
             lambda: max(sum(term.seconds for term in self.sum_terms(candidate, group)) for group in groups),
         )
-        return StepParts([by_group[index] for index in of_stage], sums, self.cluster.machine["step"])
+        return StepParts(batches, [by_group[index] for index in of_stage], sums, self.cluster.machine["step"])
 
     def stage(self, candidate: Candidate, index: int) -> StagePlan:
         """One of its stages."""
         return self._at(self._stages(candidate)[index], candidate.layout)
-
-    def busiest_stage(self, candidate: Candidate) -> int:
-        """The first stage of those that work longest."""
-        works = [sum(sum(map(sum, each)) for each in passes) for passes in self.parts(candidate).stages]
-        return works.index(max(works))
 
     def stage_terms(self, candidate: Candidate, stage: int, batch: Batch) -> tuple[list[Term], list[Term]]:
         """What the passes of a micro-batch on a stage spend their time on."""
@@ -260,13 +251,11 @@ class Pricer:
         found: StageSeconds = self._once(key, compute)
         return found
 
-    def batches(self, candidate: Candidate) -> Sequence[Batch]:
+    def batches(self, candidate: Candidate) -> Batches:
         """The micro-batches of a step on a data-parallel rank."""
         layout = candidate.layout
         key = ("batches", *_grid(layout), layout.rows, layout.shards_sequences)
-        found: Sequence[Batch] = self._once(
-            key, lambda: first_batches(self._plan(candidate), layout, self._first(candidate))
-        )
+        found: Batches = self._once(key, lambda: first_batches(self._plan(candidate), layout, self._first(candidate)))
         return found
 
     def _plan(self, candidate: Candidate) -> RunPlan:

@@ -18,7 +18,6 @@ from megatron_tiedlora.planner.table import Plan, counts_line, missed_lines, ref
 from megatron_tiedlora.planner.why import why_lines
 from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS
 from megatron_tiedlora.planning.machines import Machine, read_machine
-from megatron_tiedlora.training.run_data import prepare_data
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,16 @@ def make_plan(command: PlanCommand) -> Made:
     cluster = Cluster(settings.world_size, settings.ranks_per_node, find_machine(command))
     source = find_model(train.model, weights=False)
     found = search(train, cluster, source=source, formats=settings.formats)
-    data = None if source.folder is None else prepare_data(found.candidates[0].plan)
-    steps = found.candidates[0].plan.settings.max_steps
-    if data is not None:
-        steps = found.candidates[0].plan.counted(len(data.train)).settings.max_steps
+    first, data = found.candidates[0].plan, None
+    if source.folder is not None:
+        # Imported here, as a plan without data does not wait for what reads it.
+        from megatron_tiedlora.training.run_data import prepare_data
+
+        data = prepare_data(first)
+        first = first.counted(len(data.train))
     pricer = Pricer(cluster, data)
-    return Made(command, cluster, Plan.of(found, pricer.price(found.candidates), steps=steps), pricer)
+    plan = Plan.of(found, pricer.price(found.candidates), steps=first.settings.max_steps)
+    return Made(command, cluster, plan, pricer)
 
 
 def report_lines(made: Made) -> list[str]:

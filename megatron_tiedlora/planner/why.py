@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from megatron_tiedlora.base.wording import bytes_in_words, count_text, time_text
 from megatron_tiedlora.planner.candidates import Candidate
@@ -10,7 +10,7 @@ from megatron_tiedlora.planner.price import Priced, Pricer, capacity
 from megatron_tiedlora.planner.table import Plan, missing_line
 from megatron_tiedlora.planning.links import Term
 from megatron_tiedlora.planning.memory import StageMemory, micro_batches_in_flight, num_communicators
-from megatron_tiedlora.planning.work import Batch
+from megatron_tiedlora.planning.work import Batches
 
 _HELD = {
     "base": "base weights",
@@ -59,10 +59,11 @@ def _memory(row: Priced, pricer: Pricer) -> list[str]:
     return [*lines, f"  {bytes_in_words(sizes.total):>12}  of {bytes_in_words(capacity(row.cluster))}"]
 
 
-def _time(row: Priced, pricer: Pricer, batches: Sequence[Batch]) -> list[str]:
+def _time(row: Priced, pricer: Pricer, batches: Batches) -> list[str]:
     candidate, spent = row.candidate, row.step
-    stage, parts = pricer.busiest_stage(candidate), pricer.parts(candidate)
-    batch = max(batches, key=lambda one: one.shape.num_tokens)
+    parts = pricer.parts(candidate)
+    stage, _ = parts.busiest()
+    batch = max(batches.kinds, key=lambda one: one.shape.num_tokens)
     forward, backward = pricer.stage_terms(candidate, stage, batch)
     number, stages = _micro_batches(len(batches)), count_text(len(parts.stages), "stage")
     lines = [f"time of a step, on stage {stage}, which works longest"]

@@ -126,7 +126,8 @@ GPUS: Mapping[str, Machine] = {card.name: card for card in _CARDS}
 assert tuple(GPUS) == GPU_NAMES, "--gpu offers the cards of this table"
 DEFAULT_GPU = "h100"
 
-_MEASURED = "2 threads of an AMD EPYC with bf16 instructions (docs/planning.md); --measure has those of this machine"
+# So that --ranks_on_cpu has numbers to sort layouts by. No rank on CPUs has been timed against them.
+_ROUGH = "a rough guess for 2 threads of a server CPU with bf16 instructions, not measured"
 _CPU: dict[str, float] = {
     "memory": 16e9,
     "peak.bf16": 0.9e12,
@@ -155,7 +156,7 @@ _CPU: dict[str, float] = {
     "communicator": 0.0,
     "slack": 0.05,
 }
-CPU = Machine("cpu", "CPU", False, {name: Constant(value, _MEASURED) for name, value in _CPU.items()})
+CPU = Machine("cpu", "CPU", False, {name: Constant(value, _ROUGH) for name, value in _CPU.items()})
 
 
 def default_machine(*, on_gpu: bool) -> Machine:

@@ -351,7 +351,8 @@ def _gathered_bytes(stage: StagePlan) -> float:
         return 0.0
     mlp = (block.gate_up.num_weights + block.down.num_weights) // layout.tp_size  # which are gathered together
     most = layout.live_parameters + max(mlp, *(tensor.size for tensor in stage.local_base))
-    return min(most / sum(tensor.size for tensor in stage.local_base), 1.0) * stage.base_bytes
+    numbers = sum(number * tensor.size for tensor, number in stage.local_base.items())
+    return min(most / numbers, 1.0) * stage.base_bytes
 
 
 def _pipeline_bytes(stage: StagePlan, *, tokens: int) -> float:

@@ -107,7 +107,7 @@ def simulate(order: Order, cost: Callable[[int, Pass], Any]) -> Timeline:
         for rank, passes in enumerate(order):
             while following[rank] < len(passes):
                 one = passes[following[rank]]
-                source = one._replace(part=one.part + (-1 if one.kind == FORWARD else 1))
+                source = Pass(one.kind, one.micro_batch, one.part + (-1 if one.kind == FORWARD else 1))
                 start = clocks[rank]
                 if 0 <= source.part < num_parts:
                     if source not in ends:

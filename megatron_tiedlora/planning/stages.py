@@ -7,6 +7,7 @@ stage needs, and `traffic` the messages that it sends.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -55,7 +56,8 @@ class StagePlan:
     Attributes:
         layers: the stage's entries of the flat list (embedding 0, blocks from 1, head last).
         parts: the part of each adapter that tensor-parallel rank 0 holds; the others hold as many numbers.
-        local_base: each base parameter of a rank, with padding of the vocabulary and a copied head.
+        local_base: the base parameters of a rank, with padding of the vocabulary and a copied head: how many there are
+            of each size.
         full_base_bytes: the bytes of the base parameters of all ranks of the stage together, without padding.
         cost_share: the stage's share of the work of all stages.
     """
@@ -65,7 +67,7 @@ class StagePlan:
     index: int
     layers: range
     parts: tuple[AdapterPart, ...]
-    local_base: tuple[StoredTensor, ...]
+    local_base: Mapping[StoredTensor, int]
     full_base_bytes: int
     cost_share: float
 
@@ -103,12 +105,12 @@ class StagePlan:
     @cached_property
     def base_bytes(self) -> int:
         """The bytes of a rank's base parameters."""
-        return sum(tensor.num_bytes for tensor in self.local_base)
+        return sum(number * tensor.num_bytes for tensor, number in self.local_base.items())
 
     @property
     def quantised_bytes(self) -> int:
         """Those of them that store quantised weights."""
-        return sum(tensor.num_bytes for tensor in self.local_base if tensor.quantised)
+        return sum(number * tensor.num_bytes for tensor, number in self.local_base.items() if tensor.quantised)
 
     @property
     def dequantised_bytes(self) -> int:
@@ -202,11 +204,12 @@ class StageOwners:
     def kinds(self) -> tuple[BlockKind, ...]:
         """The stage's blocks by what they do, in the order of their first ones."""
         stage, adapted = self.stage, [frozenset(part.layers) for part in self.parts]
+        everywhere, last = stage.needs_input_gradient, stage.blocks[-1] if stage.is_last else None
         found: dict[tuple[tuple[bool, ...], bool, bool], list[int]] = {}
         for block in stage.blocks:  # what is adapted, and whether its input needs a gradient, decide the rest
-            earlier = stage.needs_input_gradient or self._first < block
+            earlier = everywhere or self._first < block
             own = tuple(block in layers for layers in adapted)
-            found.setdefault((own, earlier, stage.ends_in(block)), []).append(block)
+            found.setdefault((own, earlier, block == last), []).append(block)
         return tuple(
             BlockKind(blocks[0], len(blocks), ends_here, goes_back=earlier or any(own))
             for (own, earlier, ends_here), blocks in found.items()
@@ -272,17 +275,21 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
     """All stages of the model, in order. The layout must fit the model (see `check_layout`)."""
     tp_size = layout.tp_size
     costs = layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
-    tables = {first: _rules_by_layer(shape, has_embedding=first) for first in (True, False)}
-    sizes: dict[Hashable, tuple[tuple[StoredTensor, ...], int]] = {}  # layers have weights of the same sizes
+    sizes: dict[Hashable, tuple[tuple[StoredTensor, ...], int]] = {}  # blocks have weights of the same sizes
     stages = []
     for index, layers in enumerate(partition(costs, layout.pp_size)):
-        stored = []
-        for rule in (rule for layer in layers for rule in tables[index == 0].get(layer, ())):
-            key = (rule.spec, rule.shape, rule.is_quantised(shape))
+        local_base, full_base_bytes = Counter[StoredTensor](), 0
+        weights = _weights(shape, has_embedding=index == 0)
+        numbers = Counter(size for layer in layers for size in weights.by_layer.get(layer, ()))
+        for size, number in numbers.items():
+            rule, key = weights.sizes[size], (index == 0, size)
             if key not in sizes:
                 full = sum(tensor.num_bytes for tensor in stored_tensors(rule, shape, layout))
                 sizes[key] = stored_tensors(rule, shape, layout, tp_size), full
-            stored.append(sizes[key])
+            local, full = sizes[key]
+            full_base_bytes += number * full
+            for tensor in local:
+                local_base[tensor] += number
         stages.append(
             StagePlan(
                 shape,
@@ -293,18 +300,26 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
                     AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, tp_size)
                     for adapter in layout.adapters
                 ),
-                local_base=tuple(tensor for local, _ in stored for tensor in local),
-                full_base_bytes=sum(full for _, full in stored),
+                local_base=local_base,
+                full_base_bytes=full_base_bytes,
                 cost_share=sum(costs[layer] for layer in layers) / sum(costs),
             )
         )
     return tuple(stages)
 
 
+class _Weights(NamedTuple):
+    """The weights of a stage: one of each size, and by entry of the flat list the indices of its weights among them."""
+
+    sizes: Sequence[WeightRule]
+    by_layer: Mapping[int, Sequence[int]]
+
+
 @cache
-def _rules_by_layer(shape: ModelShape, *, has_embedding: bool) -> Mapping[int, Sequence[WeightRule]]:
-    """The rules of a stage's weights by the entry of the flat list that they belong to."""
-    found: dict[int, list[WeightRule]] = {}
+def _weights(shape: ModelShape, *, has_embedding: bool) -> _Weights:
+    found: dict[Hashable, tuple[int, WeightRule]] = {}
+    by_layer: dict[int, list[int]] = {}
     for rule in stage_weight_rules(shape, has_embedding=has_embedding):
-        found.setdefault(rule.layer, []).append(rule)
-    return found
+        index, _ = found.setdefault((rule.spec, rule.shape, rule.is_quantised(shape)), (len(found), rule))
+        by_layer.setdefault(rule.layer, []).append(index)
+    return _Weights([rule for _, rule in found.values()], by_layer)

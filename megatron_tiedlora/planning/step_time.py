@@ -9,7 +9,7 @@ launches, and gathers of ZeRO-3 with `overlap_comm`.
 from __future__ import annotations
 
 import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.schedule import FORWARD, Pass, one_f_one_b, simulate
 from megatron_tiedlora.planning.stages import StagePlan
 from megatron_tiedlora.planning.traffic import engine_traffic, once_traffic
-from megatron_tiedlora.planning.work import Batch, PassWork, StageWork, stage_work
+from megatron_tiedlora.planning.work import Batches, PassWork, StageWork, stage_work
 
 DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes
 
@@ -84,27 +84,43 @@ class StepParts:
     """What the time of a step follows from.
 
     Attributes:
-        stages: by stage, by micro-batch in the order in which they run; equal ones may be the same object.
+        batches: its micro-batches.
+        stages: by stage, by kind of micro-batch.
         sums: of the messages once a step.
         outside: see `Seconds`.
     """
 
+    batches: Batches
     stages: Sequence[Sequence[StageSeconds]]
     sums: float
     outside: float
 
+    def busiest(self) -> tuple[int, Seconds]:
+        """The first stage of those that work longest, and what all its passes take."""
+        firsts: dict[int, int] = {}
+        for index, passes in enumerate(self.stages):  # stages that do the same are one object
+            firsts.setdefault(id(passes), index)
+        spent = {index: self._together(self.stages[index]) for index in firsts.values()}
+        longest = max(spent, key=lambda index: sum(spent[index]))
+        return longest, spent[longest]
 
-def step_parts(stages: Sequence[StagePlan], batches: Sequence[Batch], links: Links, machine: Machine) -> StepParts:
+    def _together(self, passes: Sequence[StageSeconds]) -> Seconds:
+        found = Seconds()
+        for each, number in zip(passes, self.batches.numbers, strict=True):
+            found = found.plus(each.forward.plus(each.backward).times(number))
+        return found
+
+
+def step_parts(stages: Sequence[StagePlan], batches: Batches, links: Links, machine: Machine) -> StepParts:
     """The time of a layout's stages on these micro-batches."""
-    by_stage = []
-    for stage in stages:
-        known = {batch: stage_seconds(stage_work(stage, batch), stage, links, machine) for batch in set(batches)}
-        by_stage.append([known[batch] for batch in batches])
+    by_stage = [
+        [stage_seconds(stage_work(stage, batch), stage, links, machine) for batch in batches.kinds] for stage in stages
+    ]
     number = len(batches)
     sums = max(
         sum(term.seconds for term in sum_terms(stage, links, machine, num_micro_batches=number)) for stage in stages
     )
-    return StepParts(by_stage, sums, machine["step"])
+    return StepParts(batches, by_stage, sums, machine["step"])
 
 
 def stage_seconds(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> StageSeconds:
@@ -169,7 +185,7 @@ def _gather_terms(stage: StagePlan, links: Links, machine: Machine) -> list[Term
     if layout.zero_stage < 3 or layout.dp_size == 1:
         return []
     gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # those of two passes
-    count = sum(tensor.size > PERSISTENT for tensor in stage.local_base)
+    count = sum(number for tensor, number in stage.local_base.items() if tensor.size > PERSISTENT)
     return [links[DATA].term("all-gather", count, gathered, machine, purpose="gathers")]
 
 
@@ -211,7 +227,7 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
     found: list[Seconds] = [Seconds()] * len(steps)
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, step in enumerate(steps):
-        alike[len(step.stages), len(step.stages[0])].append(index)
+        alike[len(step.stages), len(step.batches)].append(index)
     for (num_stages, num_micro_batches), indices in alike.items():
         order = one_f_one_b(num_stages, num_micro_batches)
         spans = simulate(order, _costs([steps[index] for index in indices])).seconds
@@ -221,14 +237,14 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
 
 
 def _costs(steps: Sequence[StepParts]) -> Callable[[int, Pass], Any]:
-    """By rank and pass, the cost in each of the steps. Micro-batches that are one object share it."""
+    """By rank and pass, the cost in each of the steps."""
     known: dict[Hashable, Any] = {}
-    uniform = all(passes[0] is passes[-1] and len(set(map(id, passes))) == 1 for s in steps for passes in s.stages)
+    uniform = all(len(step.batches.kinds) == 1 for step in steps)
 
     def cost(rank: int, one: Pass) -> Any:
         key = (rank, one.kind, 0 if uniform else one.micro_batch)
         if key not in known:
-            passes = [step.stages[rank][one.micro_batch] for step in steps]
+            passes = [step.stages[rank][step.batches.order[one.micro_batch]] for step in steps]
             chosen = (each.forward if one.kind == FORWARD else each.backward for each in passes)
             known[key] = np.array([seconds.total for seconds in chosen])
         return known[key]
@@ -238,15 +254,5 @@ def _costs(steps: Sequence[StepParts]) -> Callable[[int, Pass], Any]:
 
 def _by_purpose(step: StepParts, span: float) -> Seconds:
     """The seconds of the stage that works longest, and what it waits for."""
-    by_stage = {id(passes): passes for passes in step.stages}.values()
-    passes = max(by_stage, key=lambda passes: sum(number * sum(map(sum, each)) for each, number in _counted(passes)))
-    spent = Seconds()
-    for each, number in _counted(passes):
-        spent = spent.plus(each.forward.plus(each.backward).times(number))
+    _, spent = step.busiest()
     return spent._replace(bubble=max(0.0, span - spent.total), sums=step.sums, outside=step.outside)
-
-
-def _counted(passes: Sequence[StageSeconds]) -> list[tuple[StageSeconds, int]]:
-    """The different micro-batches, and how many there are of each."""
-    numbers = Counter(map(id, passes))
-    return [(each, numbers[id(each)]) for each in {id(each): each for each in passes}.values()]

@@ -139,7 +139,8 @@ def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
     def whole(sizes: Iterable[int]) -> int:
         return sum(padded(size, dp_size) for size in sizes)
 
-    base = sum(padded(tensor.size, dp_size) * tensor.itemsize for tensor in stage.local_base)
+    stored = stage.local_base.items()
+    base = sum(number * padded(tensor.size, dp_size) * tensor.itemsize for tensor, number in stored)
     parameters = base + FP32 * whole(stage.held[:1] if stage.layout.is_bank else stage.held)
     sent.add(DATA, "all-gather", parameters, count=2 * num_micro_batches)
     sent.add(DATA, "reduce-scatter", FP32 * whole(stage.trained), count=num_micro_batches)

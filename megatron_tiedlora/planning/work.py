@@ -6,6 +6,8 @@ forward pass, and is counted there. Blocks that do the same are counted once and
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,6 +25,32 @@ class Batch(NamedTuple):
 
     shape: MicroBatchShape
     squared_lengths: int
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The micro-batches of a step on a data-parallel rank.
+
+    Attributes:
+        kinds: the different ones.
+        order: by micro-batch in the order in which they run, its index in `kinds`.
+        numbers: by kind, how many there are.
+    """
+
+    kinds: tuple[Batch, ...]
+    order: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> Batches:
+        """Those of an order."""
+        indices: dict[Batch, int] = {}
+        order = tuple(indices.setdefault(batch, len(indices)) for batch in batches)
+        numbers = Counter(order)
+        return cls(tuple(indices), order, tuple(numbers[index] for index in range(len(indices))))
+
+    def __len__(self) -> int:
+        return len(self.order)
 
 
 @dataclass

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_tiedlora.data.loader import GlobalBatch
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.micro_batches import assumed_micro_batches
-from megatron_tiedlora.planning.work import Batch
+from megatron_tiedlora.planning.work import Batch, Batches
 from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.run_data import RunData
+
+if TYPE_CHECKING:  # a plan without data does not wait for what reads it
+    from megatron_tiedlora.training.run_data import RunData
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,18 @@ def largest_micro_batch(layout: Layout, *, packing: bool, first: FirstStep | Non
     return LargestMicroBatch(length, layout.rows, length)
 
 
-def first_batches(plan: RunPlan, layout: Layout, first: FirstStep | None = None) -> Sequence[Batch]:
-    """The micro-batches of data-parallel rank 0 in the first step, in their order; equal ones are one object.
+def first_batches(plan: RunPlan, layout: Layout, first: FirstStep | None = None) -> Batches:
+    """The micro-batches of data-parallel rank 0 in the first step.
 
     Args:
         layout: of the plan, or one that differs from it in what no sample depends on.
     """
     if first is None:
         shapes = assumed_micro_batches(layout)
-        return [Batch(shapes[0], layout.rows * layout.length**2)] * len(shapes)
-    known: dict[Batch, Batch] = {}
+        return Batches((Batch(shapes[0], layout.rows * layout.length**2),), (0,) * len(shapes), (len(shapes),))
     found = []
     rows_of_rank = first.batch.on_rank(plan.grid.dp_rank, dp_size=plan.grid.dp_size)
     for shape, rows in zip(plan.micro_batches(first.data.train, first.batch), rows_of_rank, strict=True):
         lengths = first.data.train.lengths_of([index for row in rows for index in row])
-        batch = Batch(shape, int((lengths**2).sum()))
-        found.append(known.setdefault(batch, batch))
-    return found
+        found.append(Batch(shape, int((lengths**2).sum())))
+    return Batches.of(found)

@@ -27,9 +27,10 @@ from megatron_tiedlora.planning.machines import CONSTANTS, read_machine
 from megatron_tiedlora.training.dry_run import dry_run_report
 from megatron_tiedlora.training.plan import plan_run
 
-SECONDS = {4: 5.0, 128: 15.0}  # by nodes, of two cores of their own
-# A machine that other tests load takes longer, also by the processor's clock.
-BUSY = 2.5
+SECONDS = {4: 5.0, 128: 15.0}  # what the command may take on two idle cores, by nodes
+# The test counts CPU seconds, since other processes wait for the same cores. These share caches and clock too, beside
+# which the same work has taken up to twice as many; the rest is for modules that are compiled anew in each process.
+ALLOWANCE = 2.5
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def timed() -> dict[int, tuple[str, float]]:
 def test_large_clusters_take_seconds(timed: dict[int, tuple[str, float]]) -> None:
     for nodes, (_, seconds) in timed.items():
         print(f"{nodes} nodes: {seconds:.1f} s of a processor")
-        assert seconds < BUSY * SECONDS[nodes]
+        assert seconds < ALLOWANCE * SECONDS[nodes]
 
 
 def test_the_first_line_counts_all_layouts(timed: dict[int, tuple[str, float]]) -> None:
@@ -209,7 +210,7 @@ def test_a_file_of_constants_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"constants": None}, "has no constants; write one"),
+        ({"constants": None}, "is no file of constants; docs/planning.md says"),
         ({"memory": "80"}, "memory is '80', expected a number in bytes"),
         ({"memory": -1}, "memory is -1, expected a number"),
         ({"memory": 0}, "memory is 0; a machine without it computes nothing"),

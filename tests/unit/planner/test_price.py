@@ -120,7 +120,7 @@ def test_messages_are_charged_once() -> None:
     one, _ = priced(*ONE, "--tensor_parallel=2", "--sequence_parallel=true", "--global_batch_size=4", ranks=2)
     stages = plan_stages(SOURCE.shape, one.candidate.layout)
     batches = first_batches(one.candidate.plan, one.candidate.layout)
-    traffic = step_traffic(stages[0], [batch.shape for batch in batches])
+    traffic = step_traffic(stages[0], [batches.kinds[index].shape for index in batches.order])
     messages, size = traffic.of_group(TENSOR)
     # u's sum is the tensor group's too, but once a step
     once = 15e-6 + 4 * stages[0].shape.num_layers * 8 / 360e9
@@ -137,7 +137,8 @@ def test_gathers_are_hidden_only_where_the_engine_hides_them(tmp_path: Path, ove
     flags = (*ONE[1:], f"--ds_config={file}", "--global_batch_size=8")
     slow = changed(H100, network_bandwidth=2e8)  # a card's network takes far longer than the pass
     one, _ = priced(*flags, "--tensor_parallel=1", ranks=2, per_node=1, machine=slow)
-    numbers = sum(tensor.size for tensor in plan_stages(SOURCE.shape, one.candidate.layout)[0].local_base)
+    base = plan_stages(SOURCE.shape, one.candidate.layout)[0].local_base
+    numbers = sum(number * tensor.size for tensor, number in base.items())
     gathers = 4 * 2 * (2 * numbers / 2) / (2e8 * 0.9)  # 4 micro-batches, 2 passes, half of 2 bytes a number
     compute = one.step.total - one.step.gathers - one.step.sums - one.step.outside
     expected = gathers - compute if overlaps else gathers

@@ -59,7 +59,7 @@ def step_of(one: Priced, pricer: Pricer, chunks: int) -> float:
     if chunks == 1:
         return one.step.total
     parts = pricer.parts(one.candidate)
-    number, stages = len(parts.stages[0]), [passes[0] for passes in parts.stages]
+    number, stages = len(parts.batches), [passes[0] for passes in parts.stages]
     order = interleaved(len(stages), number, chunks)
 
     def cost(rank: int, kind: str) -> float:
