@@ -1,8 +1,8 @@
 """What DualPipeV would gain, from DeepSpeed's own order of passes; docs/planning.md has these rows.
 
-Every rank has two chunks of the model: the parts r and 2 p - 1 - r of 2 p. Chunks are equal here, and a pass of one costs
-half of a stage's pass and all of what a stage sends. DeepSpeed waits for all messages of a rank together, which is left
-out, so that its engine is slower than this.
+Every rank has two chunks of the model: the parts r and 2 p - 1 - r of 2 p. Chunks are equal here, and a pass of one
+costs half of a stage's pass and all of what a stage sends. DeepSpeed waits for all messages of a rank together. That is
+left out, so its engine is slower than this.
 """
 
 from __future__ import annotations
