@@ -18,13 +18,13 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import bytes_in_words
 
 
-def check_writable(path: Path, *, given: str) -> None:
-    """Raise UserError if the folder `path` cannot be created or written. `given` is the value of --output_dir."""
+def check_writable(path: Path, *, given: str, flag: str = "--output_dir") -> None:
+    """Raise UserError if the folder `path` cannot be created or written. `given` is the value of the flag."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not existing.is_dir():
-        raise UserError(f"--output_dir {given}: {existing} is a file; give a folder")
+        raise UserError(f"{flag} {given}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {given}: {existing} is not writable; give another folder")
+        raise UserError(f"{flag} {given}: {existing} is not writable; give another folder")
 
 
 def reject_links(*folders: Path) -> None:

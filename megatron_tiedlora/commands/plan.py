@@ -2,6 +2,7 @@
 
 python tools/plan.py --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100
 python tools/plan.py --model FOLDER --train_file data.jsonl --gpu a100-80 --yaml plan.yaml
+torchrun --nproc_per_node 8 tools/plan.py --measure constants.json --model FOLDER
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import NoReturn
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.output_folder import check_writable
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.cli import run_command
-from megatron_tiedlora.config.plan_settings import parse_plan
-from megatron_tiedlora.runtime.launch_env import prepare_environment
+from megatron_tiedlora.config.plan_settings import PlanCommand, parse_plan
+from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
+
+_MINUTES = 10.0  # in which the ranks of --measure must meet
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
     command = parse_plan(argv)
     require_extra("train", only=["deepspeed"])
     settings = command.settings
+    if settings.measure is not None:
+        return _measure(command, settings.measure)
     files = {name: getattr(settings, name) for name in ("json_file", "yaml")}
     paths = {
         name: user_path(value, flag=f"--{name.removesuffix('_file')}")
@@ -48,6 +54,28 @@ def main(argv: Sequence[str]) -> int:
         write_yaml(paths["yaml"], chosen_settings(command.train, chosen.candidate))
     show(*lines)
     return 0 if made.plan.rows else 1
+
+
+def _measure(command: PlanCommand, file: str) -> int:
+    """Measure this machine, on all ranks of a launcher; rank 0 writes the file."""
+    path = user_path(file, flag="--measure")
+    check_writable(path.parent, given=file, flag="--measure")  # before a minute of work
+    prepare_environment()
+    rank, world_size = rank_and_world_size()
+    from megatron_tiedlora.base.atomic import write_json
+    from megatron_tiedlora.checkpoint.sources import find_model
+    from megatron_tiedlora.planner.measure import measure_machine
+    from megatron_tiedlora.runtime.process_group import choose_device, join_process_group, leave_process_group
+
+    source = find_model(command.train.model, weights=False)
+    device = choose_device() if world_size == 1 else join_process_group(_MINUTES, expected_ranks=world_size)
+    machine = measure_machine(source, device, seconds=command.settings.measure_seconds)
+    if rank == 0:
+        write_json(path, machine.record())
+        show(*machine.lines(), f"{path}: constants of {machine.title}, for --constants")
+    if world_size > 1:
+        leave_process_group()
+    return 0
 
 
 def run(argv: Sequence[str]) -> NoReturn:

@@ -64,7 +64,11 @@ class PlanSettings(CommandSettings):
     gpus_per_node: int = setting_field("cluster", "cards in a node", 8, ge=1, le=256)
     gpu: str | None = optional_field("cluster", "the kind of card [h100]", choices=GPU_NAMES)
     ranks_on_cpu: int | None = optional_field("cluster", "plan so many ranks on this machine's CPUs", ge=1, le=1024)
-    constants: str | None = optional_field("cluster", "a JSON file of a machine's constants, in place of --gpu")
+    constants: str | None = optional_field("cluster", "constants of a machine, a file of --measure, in place of --gpu")
+    measure: str | None = optional_field(
+        "cluster", "measure the constants of this machine, write them to this file, and plan nothing"
+    )
+    measure_seconds: float = setting_field("cluster", "about how long --measure takes", 60.0, gt=0, le=3600)
     formats: tuple[str, ...] = setting_field(
         "cluster", f"storage formats of the base that are compared: some of {', '.join(FORMAT_NAMES)}", FORMAT_NAMES
     )
@@ -95,11 +99,19 @@ class PlanSettings(CommandSettings):
     @model_validator(mode="after")
     def _check(self) -> PlanSettings:
         given = self.model_fields_set
+        for name in ("measure", "constants", "json_file", "yaml"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"--{name.removesuffix('_file')}: the path is empty")
         for flag in ("nodes", "gpus_per_node", "gpu"):
             if self.ranks_on_cpu is not None and flag in given:
                 raise ValueError(f"--ranks_on_cpu {self.ranks_on_cpu} plans this machine's CPUs; remove --{flag}")
         if self.constants is not None and self.gpu is not None:
             raise ValueError(f"--constants {self.constants} and --gpu {self.gpu} both say what a card does; give one")
+        if self.measure is None and "measure_seconds" in given:
+            raise ValueError("--measure_seconds needs --measure")
+        others = sorted(given - {"measure", "measure_seconds"})
+        if self.measure is not None and others:
+            raise ValueError(f"--measure measures this machine and plans nothing; remove --{others[0]}")
         return self
 
     @property

@@ -1,7 +1,7 @@
 """What a cluster's cards, links and libraries do, as a few named constants, each with its source.
 
 A `Machine` is one kind of card with its node. Planners multiply the counts of a layout (`flops`, `elementwise`,
-`memory`, `traffic`) by these constants and by nothing else. `Machine.record` is a file of them.
+`memory`, `traffic`) by these constants and by nothing else. `tiedlora plan --measure` writes a file of them.
 """
 
 from __future__ import annotations
@@ -92,6 +92,14 @@ class Machine:
         facts = {"name": self.name, "title": self.title, "on_gpu": self.on_gpu, "capability": self.capability}
         return {**facts, "constants": constants}
 
+    def lines(self) -> list[str]:
+        """Its constants as text."""
+        width = max(map(len, self.constants))
+        return [
+            f"  {name:<{width}}  {constant.value:>12,.4g} {CONSTANTS[name][0]:<9}  {constant.source}"
+            for name, constant in self.constants.items()
+        ]
+
     def changed(self, constants: Mapping[str, Constant], *, name: str, title: str) -> Machine:
         """The same with other values of some constants."""
         return replace(self, name=name, title=title, constants={**self.constants, **constants})
@@ -106,7 +114,7 @@ def read_machine(path: Path) -> Machine:
     content = read_json_object(path, kind="a file of constants")
     constants = content.get("constants")
     if not isinstance(constants, dict) or type(content.get("on_gpu")) is not bool:
-        raise UserError(f"{path}: is no file of constants; docs/planning.md says what such a file has")
+        raise UserError(f"{path}: is no file of constants; write one with `python tools/plan.py --measure FILE`")
     found = {}
     for name, entry in constants.items():
         if name not in CONSTANTS:
@@ -120,7 +128,7 @@ def read_machine(path: Path) -> Machine:
         found[name] = Constant(float(value), str(source))
     missing = [name for name in CONSTANTS if name not in found]
     if missing:
-        raise UserError(f"{path}: {missing[0]} is missing; docs/planning.md says what such a file has")
+        raise UserError(f"{path}: {missing[0]} is missing; write one with `python tools/plan.py --measure FILE`")
     name, capability = str(content.get("name", path.stem)), content.get("capability")
     if isinstance(capability, list) and [type(part) for part in capability] == [int, int]:
         capability = tuple(capability)

@@ -210,7 +210,7 @@ def test_a_file_of_constants_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"constants": None}, "is no file of constants; docs/planning.md says"),
+        ({"constants": None}, "is no file of constants; write one with"),
         ({"memory": "80"}, "memory is '80', expected a number in bytes"),
         ({"memory": -1}, "memory is -1, expected a number"),
         ({"memory": 0}, "memory is 0; a machine without it computes nothing"),

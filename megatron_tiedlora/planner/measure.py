@@ -1,0 +1,262 @@
+"""Measures a machine's constants: matmuls of a model's linears, attention, copies, dequantising, and messages by size.
+
+    share = FLOP / seconds / peak        message: an all-reduce or a gather of one page takes it
+    bandwidth = bytes over a ring / (seconds of a large message - message)
+
+Seconds are the median of what fits in the time for each of these. What cannot be measured alone keeps the value and the
+source of the machine that it starts from: a preset for a card that is known, else the H100's; or the guesses for CPUs.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from torch import distributed
+
+from megatron_tiedlora.base.base_formats import BASE_NAMES, FP8_CAPABILITY
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
+from megatron_tiedlora.model.documents import whole_rows
+from megatron_tiedlora.model.fused_attention import attend_within, choose_attention
+from megatron_tiedlora.parallel.kernels import EAGER
+from megatron_tiedlora.parallel.weight_maker import weight_maker
+from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS, listed_peak
+from megatron_tiedlora.planning.machines import Constant, Machine
+from megatron_tiedlora.training.throughput import measured_peak, resident_bytes, timed
+
+TOKENS = {"cpu": 512, "cuda": 4096}  # of a matmul and of an attention
+_COPIED = {"cpu": 2**26, "cuda": 2**30}  # bytes
+_MESSAGES = {"cpu": (2**12, 2**18, 2**24), "cuda": (2**12, 2**20, 2**28)}  # bytes of a rank's part
+_MOST = 200  # repetitions
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def measure_machine(source: ModelSource, device: torch.device, *, seconds: float, tokens: int | None = None) -> Machine:
+    """The constants of the machine that this process runs on; of rank 0's if several ranks measure together.
+
+    Args:
+        source: the model, for the widths of its linears and heads.
+        seconds: about how long it takes.
+        tokens: of a matmul and of an attention.
+    """
+    found = dict(_Measure(source, device, tokens or TOKENS[device.type], seconds).constants())
+    start, title = _start(device), _title(device)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return replace(start.changed(found, name="measured", title=title), capability=capability)
+
+
+def _title(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _start(device: torch.device) -> Machine:
+    """What keeps its values where nothing is measured."""
+    if device.type == "cpu":
+        return CPU
+    return _preset(device) or GPUS[DEFAULT_GPU]
+
+
+def _preset(device: torch.device) -> Machine | None:
+    """The preset of a card whose data sheet is known."""
+    name = torch.cuda.get_device_name(device)
+    words, peak = set(name.replace("-", " ").split()), listed_peak(name)
+    alike = (card for card in GPUS.values() if set(card.title.split()) <= words and card["peak.bf16"] == peak)
+    return next(alike, None)
+
+
+@dataclass(frozen=True)
+class _Measure:
+    source: ModelSource
+    device: torch.device
+    tokens: int
+    seconds: float
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.source.shape
+
+    @property
+    def knows_card(self) -> bool:
+        return self.device.type == "cuda" and _preset(self.device) is not None
+
+    def constants(self) -> Iterator[tuple[str, Constant]]:
+        """Each constant that can be measured, with how it was."""
+        on_gpu = self.device.type == "cuda"
+        yield "memory", self._memory()
+        yield "context", self._context()
+        has_fp8 = not on_gpu or torch.cuda.get_device_capability(self.device) >= FP8_CAPABILITY
+        share = self.seconds / (4 + has_fp8 + 1 + len(BASE_NAMES) + 2)  # of the time, for each of the following
+        for name, dtype in _DTYPES.items():
+            peak = self._peak(name)
+            yield f"peak.{name}", peak
+            yield f"matmul.{name}", self._share(self._matmuls(dtype, None, None, share), peak, "matmuls")
+            yield f"attention.{name}", self._share(self._attention(dtype, share), peak, "attention, forward and back")
+        if has_fp8:
+            yield from self._fp8(share)
+        yield from self._copies(share)
+        for name in BASE_NAMES:
+            yield f"dequantise.{name}", self._dequantised(name, share)
+        yield from self._messages(2 * share)
+
+    def _constant(self, value: float, words: str) -> Constant:
+        return Constant(value, f"measured on {_title(self.device)}, torch {torch.__version__}: {words}")
+
+    def _share(self, rate: float, peak: Constant, what: str) -> Constant:
+        return self._constant(rate / peak.value, f"{what} of {self.source.name} over {self.tokens:,} tokens")
+
+    def _time(self, step: Callable[[], object], seconds: float) -> float:
+        """The median of what one call takes; at least one call is counted, after one that is not."""
+        step()
+        taken: list[float] = []
+        started = time.perf_counter()
+        while not taken or (len(taken) < _MOST and time.perf_counter() - started < seconds):
+            taken.append(timed(step, self.device))
+        return median(taken)
+
+    def _numbers(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device).to(dtype)
+
+    def _memory(self) -> Constant:
+        if self.device.type == "cpu":
+            return self._constant(float(psutil.virtual_memory().total), "memory of the machine")
+        properties = torch.cuda.get_device_properties(self.device)
+        return self._constant(float(properties.total_memory), "as PyTorch reports it")
+
+    def _context(self) -> Constant:
+        if self.device.type == "cpu":
+            return self._constant(float(resident_bytes("VmRSS") or CPU["context"]), "resident memory of an idle rank")
+        torch.zeros(1, device=self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        used = total - free - torch.cuda.memory_reserved(self.device)
+        return self._constant(float(used), "used beside PyTorch's allocator, of other processes too")
+
+    def _peak(self, name: str) -> Constant:
+        if self.knows_card:
+            return _start(self.device).constants[f"peak.{name}"]
+        return self._constant(measured_peak(self.device, _DTYPES[name]), "the fastest square matmul")
+
+    def _matmuls(self, dtype: torch.dtype, base: str | None, products: str | None, seconds: float) -> float:
+        """FLOP/s of all linears of a block, forward and for the gradient of their inputs."""
+        flops, taken, linears = 0.0, 0.0, self.shape.block.linears
+        for linear in linears:
+            with self.device:
+                weight = weight_maker(base, products=products)(linear.out_size, linear.in_size, dtype=dtype)
+            weight.load(self._numbers(linear.out_size, linear.in_size, dtype=dtype))
+            x, grad_y = (self._numbers(self.tokens, size, dtype=dtype) for size in (linear.in_size, linear.out_size))
+            for step in (lambda: weight.times_transposed(x), lambda: weight.times(grad_y)):  # noqa: B023
+                flops += 2 * self.tokens * linear.num_weights
+                taken += self._time(step, seconds / len(linears) / 2)
+        return flops / taken
+
+    def _attention(self, dtype: torch.dtype, seconds: float) -> float:
+        """FLOP/s by the necessary FLOPs, as `block_flops` counts them."""
+        heads = self.shape.heads
+        query, key, value = (
+            self._numbers(1, num, self.tokens, heads.dim, dtype=dtype).requires_grad_()
+            for num in (heads.num, heads.num_kv, heads.num_kv)
+        )
+        if self.device.type == "cpu":
+            tiles = find_query_tiles(None, self.tokens, size=tile_size(heads.num, heads.num_kv))
+
+            def forward() -> torch.Tensor:
+                return attend_by_tiles(query, key, value, tiles, EAGER)
+        else:
+            documents = whole_rows(1, self.tokens, self.device)
+            attend = choose_attention(self.device, dtype, heads.dim).attend
+            assert attend is not None, "a GPU has a kernel"
+
+            def forward() -> torch.Tensor:
+                return attend_within(query, key, value, documents, attend)
+
+        grad = torch.ones_like(forward())
+        return 3 * 2 * self.tokens**2 * heads.rows[0] / self._time(lambda: forward().backward(grad), seconds)
+
+    def _fp8(self, seconds: float) -> Iterator[tuple[str, Constant]]:
+        rate = self._matmuls(torch.bfloat16, "fp8", "fp8", seconds)
+        peak = _start(self.device).constants["peak.fp8"] if self.knows_card else self._constant(rate, "fp8 matmuls")
+        yield "peak.fp8", peak
+        yield "matmul.fp8", self._share(rate, peak, "fp8 matmuls")
+
+    def _copies(self, seconds: float) -> Iterator[tuple[str, Constant]]:
+        size = _COPIED[self.device.type]
+        source = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        rate = 2 * size / self._time(lambda: target.copy_(source), seconds)
+        if self.knows_card:
+            yield "elementwise", self._constant(rate / _start(self.device)["bandwidth"], "copies")
+        else:
+            yield "bandwidth", self._constant(rate, "copies")
+            yield "elementwise", self._constant(1.0, "copies are the bandwidth")
+
+    def _dequantised(self, name: str, seconds: float) -> Constant:
+        linear = self.shape.block.output
+        with self.device:
+            weight = weight_maker(name)(linear.out_size, linear.in_size, dtype=torch.bfloat16)
+        weight.load(self._numbers(linear.out_size, linear.in_size, dtype=torch.bfloat16))
+        x = self._numbers(1, linear.in_size, dtype=torch.bfloat16)  # one token: dequantising is nearly all
+        taken = self._time(lambda: weight.times_transposed(x), seconds)
+        return self._constant(linear.num_weights / taken, f"the output projection of {self.source.name}")
+
+    # Messages --------------------------------------------------------------------------------------------------------
+
+    def _messages(self, seconds: float) -> Iterator[tuple[str, Constant]]:
+        """Over the ranks of this host, and over all ranks if they are on several hosts."""
+        if not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return
+        hosts = [""] * distributed.get_world_size()
+        distributed.all_gather_object(hosts, socket.gethostname())
+        groups = {host: [rank for rank, name in enumerate(hosts) if name == host] for host in dict.fromkeys(hosts)}
+        made = {host: distributed.new_group(ranks) for host, ranks in groups.items()}
+        here = groups[hosts[distributed.get_rank()]]
+        if len(here) > 1:
+            message, bandwidth = self._links(made[hosts[here[0]]], len(here), seconds / len(groups))
+            yield from self._link("node", message, bandwidth, f"{len(here)} ranks of a host")
+        if len(groups) > 1:
+            message, bandwidth = self._links(distributed.group.WORLD, len(hosts), seconds / 2)
+            words = f"{len(hosts)} ranks of {len(groups)} hosts"
+            yield from self._link("network", message, bandwidth / len(here), words)
+
+    def _link(self, name: str, message: float, bandwidth: float, words: str) -> Iterator[tuple[str, Constant]]:
+        what = f"all-reduces and gathers of {words}"
+        if self.knows_card:
+            yield f"{name}_link", self._constant(bandwidth / _start(self.device)[f"{name}_bandwidth"], what)
+        else:
+            yield f"{name}_bandwidth", self._constant(bandwidth, what)
+            yield f"{name}_link", self._constant(1.0, "the measured bandwidth is that of collectives")
+        yield "message", self._constant(message, what)
+
+    def _links(self, group: Any, size: int, seconds: float) -> tuple[float, float]:
+        """Seconds of the smallest message, and bytes per second of the largest one beyond these."""
+        sizes = _MESSAGES[self.device.type]
+        found: dict[int, float] = {}
+        carried: dict[int, float] = {}
+        for length in sizes:
+            part = torch.zeros(length // 4, device=self.device)
+            whole = torch.zeros(size * (length // 4), device=self.device)
+            reduced = self._together(lambda: distributed.all_reduce(whole, group=group), group, seconds / 6)  # noqa: B023
+            gathered = self._together(
+                lambda: distributed.all_gather_into_tensor(whole, part, group=group),  # noqa: B023
+                group,
+                seconds / 6,
+            )
+            found[length] = reduced + gathered
+            carried[length] = 3 * (size - 1) * length  # over a ring: twice for the all-reduce
+        message = found[sizes[0]] / 2
+        beyond = max(found[sizes[-1]] - 2 * message, 1e-9)
+        return message, carried[sizes[-1]] / beyond
+
+    def _together(self, step: Callable[[], object], group: Any, seconds: float) -> float:
+        """The median of calls that every rank of the group makes equally often."""
+        step()
+        first = torch.tensor([timed(step, self.device)], device=self.device)
+        distributed.all_reduce(first, op=distributed.ReduceOp.MAX, group=group)
+        number = max(1, min(_MOST, int(seconds / max(float(first), 1e-9))))
+        return median(timed(step, self.device) for _ in range(number))
