@@ -71,6 +71,7 @@ def _measure(command: PlanCommand, file: str) -> int:
     device = choose_device() if world_size == 1 else join_process_group(_MINUTES, expected_ranks=world_size)
     machine = measure_machine(source, device, seconds=command.settings.measure_seconds)
     if rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, machine.record())
         show(*machine.lines(), f"{path}: constants of {machine.title}, for --constants")
     if world_size > 1:
