@@ -131,7 +131,7 @@ def train_together(settings: Settings) -> End:
         plans = group_start.in_folder(plans, folder)
         checkpoints = group_start.find_checkpoints(plans, data)
         plans = group_start.resumed(plans, checkpoints)
-        finished = group_start.finished_before(plans, checkpoints)
+        finished = group_start.finished_before(plans, checkpoints, halving=settings.halving)
         left = {name: plan for name, plan in plans.items() if name not in finished}
         if not left:
             lines = group_finish.end_at_once(finished, folder, end, is_main=rank == 0)

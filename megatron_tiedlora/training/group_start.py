@@ -21,7 +21,7 @@ from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
-from megatron_tiedlora.config.adapters_file import PER_ADAPTER, read_adapters
+from megatron_tiedlora.config.adapters_file import PER_ADAPTER, check_folders, read_adapters
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.model.weights import num_base_parameters
@@ -35,7 +35,7 @@ from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.group import Finished, Group
 from megatron_tiedlora.training.group_plan import longest_run
 from megatron_tiedlora.training.group_step import GroupStep
-from megatron_tiedlora.training.halving import check_halving, rivals_of
+from megatron_tiedlora.training.halving import REASON, check_halving, rivals_of
 from megatron_tiedlora.training.loop import is_trained
 from megatron_tiedlora.training.member import Member
 from megatron_tiedlora.training.plan import RunPlan, plan_run
@@ -156,14 +156,15 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
         )
         held.callback(lock.release)
         keep(held.close)
-        for plan in in_folder(plans, GroupFolder(folder.path)).values():
-            choose_run_folder(plan.settings.output_dir, name=plan.name, resume=settings.resume)
+        own = {name: str(plan.settings.output_dir) for name, plan in in_folder(plans, folder).items()}
+        check_folders(str(settings.adapters), {"the run of all": str(folder.path), **own})
+        for name, output_dir in own.items():
+            choose_run_folder(output_dir, name=plans[name].name, resume=settings.resume)
         return str(folder.path), lock.owner.start
 
     path, start = decided_by_rank_0(take, kind=tuple[str, str])
     first = next(iter(plans.values()))
     owner = Owner(Path(path), start, is_main=first.grid.rank == 0)
-
 
     def hold(release: Release) -> None:
         held.callback(release)
@@ -201,17 +202,22 @@ def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
     return {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
 
 
-def finished_before(plans: Plans, checkpoints: Checkpoints) -> dict[str, Finished]:
-    """The adapters that an earlier start has finished and exported, and that have no step left by their settings."""
+def finished_before(plans: Plans, checkpoints: Checkpoints, *, halving: bool) -> dict[str, Finished]:
+    """The adapters that an earlier start has finished and exported, and that have no step left by their settings.
+
+    Args:
+        halving: what --halving stopped is then finished too; otherwise it has steps left.
+    """
 
     def reasons() -> dict[str, str]:
         found = {}
         for name, plan in plans.items():
             own, checkpoint = _run_folder(plan), checkpoints[name]
             status = read_json_or_none(own.status) or {}
-            exported = status.get("state") == "finished" and (own.path / "peft").is_dir()
-            if exported and checkpoint is not None and is_trained(plan.settings, checkpoint.progress):
-                found[name] = str(status.get("reason", ""))
+            exported, reason = status.get("state") == "finished" and (own.path / "peft").is_dir(), status.get("reason")
+            stopped = halving and str(reason).startswith(REASON)
+            if exported and checkpoint is not None and (stopped or is_trained(plan.settings, checkpoint.progress)):
+                found[name] = str(reason or "")
         return found
 
     found = {}
@@ -251,13 +257,13 @@ def make_group(
     """
     _write_settings(settings, plans, folder)
     names = tuple(plans)
+    rivals = rivals_of({name: plan.settings for name, plan in plans.items()}) if settings.halving else {}
     plans = {name: plan for name, plan in plans.items() if name not in finished}
     meter = start_meter(shared_plan(plans), device)
     saved = {name: checkpoints[name] for name in plans}
     progress = {name: Progress() if found is None else found.progress for name, found in saved.items()}
     steps = {name: found.step for name, found in progress.items()}
     step = GroupStep(plans, built, stop, finished=steps, shares_micro_batches=settings.share_micro_batches)
-    rivals = rivals_of({name: plan.settings for name, plan in plans.items()}) if settings.halving else {}
     members = {}
     for name, plan in plans.items():
         own = session.open_run_folder(plan, data[name], keep=keep)
@@ -328,6 +334,6 @@ def headline(
         )
         lines += [f"note       {name}: {note}" for note in (*data[name].notes, *built.notes[name])]
         lines += [f"warning    {name}: {warning}" for warning in data[name].warnings(own)]
-        if group.rivals.get(name) and member.num_evaluation_parts < 2:
+        if group.rivals.get(name) and member.num_evaluation_batches < 2:
             lines.append(f"warning    {name}: --halving cannot tell noise, as the validation set is one batch")
     return lines
