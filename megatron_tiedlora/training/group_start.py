@@ -172,7 +172,7 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
     return GroupFolder(Path(path), owner), hold
 
 
-def in_folder(plans: Plans, folder: GroupFolder) -> dict[str, RunPlan]:
+def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
     """The plans with the run folder of each adapter: RUN/NAME, or what its entry says."""
     return {
         name: replace(
