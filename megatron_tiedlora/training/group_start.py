@@ -53,6 +53,7 @@ _NOT_OF_DATA = (
 )
 Data = Mapping[str, RunData]
 Checkpoints = Mapping[str, Checkpoint | None]
+Folders = Mapping[str, RunFolder]
 Release = Callable[[], None]
 Keep = Callable[[Release], None]
 
@@ -182,18 +183,32 @@ def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
     }
 
 
-def find_checkpoints(plans: Plans, data: Data) -> dict[str, Checkpoint | None]:
-    """The checkpoint from which each adapter goes on; None: it begins. Raises UserError as a run of its own does."""
+def open_run_folders(plans: Plans, data: Data, *, keep: Keep) -> dict[str, RunFolder]:
+    """The run folder of each adapter. Those that exist are taken, before their checkpoints are looked for.
+
+    New ones are made with the run's first files: a start that is killed before these leaves nothing in the folder of
+    all, which the next start would reject.
+
+    Raises:
+        UserError: as in a single run.
+    """
+    found = {name: RunFolder(user_path(str(plan.settings.output_dir))) for name, plan in plans.items()}
+    there = decided_by_rank_0(lambda: [name for name, own in found.items() if own.path.exists()], kind=list[str])
+    return found | {name: _open_run_folder(name, plans, data, keep) for name in there}
+
+
+def _open_run_folder(name: str, plans: Plans, data: Data, keep: Keep) -> RunFolder:
+    with _naming(name):
+        return session.open_run_folder(plans[name], data[name], keep=keep)
+
+
+def find_checkpoints(plans: Plans, data: Data, folders: Folders) -> dict[str, Checkpoint | None]:
+    """The checkpoint from which each adapter continues; None: it begins. Raises UserError as a single run does."""
     found = {}
     for name, plan in plans.items():
         with _naming(name):
-            found[name] = session.find_checkpoint(plan, data[name], _run_folder(plan))
+            found[name] = session.find_checkpoint(plan, data[name], folders[name])
     return found
-
-
-def _run_folder(plan: RunPlan) -> RunFolder:
-    """The run folder of one adapter, to read only."""
-    return RunFolder(user_path(str(plan.settings.output_dir)))
 
 
 def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
@@ -202,7 +217,9 @@ def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
     return {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
 
 
-def finished_before(plans: Plans, checkpoints: Checkpoints, *, halving: bool) -> dict[str, Finished]:
+def finished_before(
+    plans: Plans, folders: Folders, checkpoints: Checkpoints, *, halving: bool
+) -> dict[str, Finished]:
     """The adapters that an earlier start has finished and exported, and that have no step left by their settings.
 
     Args:
@@ -212,7 +229,7 @@ def finished_before(plans: Plans, checkpoints: Checkpoints, *, halving: bool) ->
     def reasons() -> dict[str, str]:
         found = {}
         for name, plan in plans.items():
-            own, checkpoint = _run_folder(plan), checkpoints[name]
+            own, checkpoint = folders[name], checkpoints[name]
             status = read_json_or_none(own.status) or {}
             exported, reason = status.get("state") == "finished" and (own.path / "peft").is_dir(), status.get("reason")
             stopped = halving and str(reason).startswith(REASON)
@@ -224,7 +241,7 @@ def finished_before(plans: Plans, checkpoints: Checkpoints, *, halving: bool) ->
     for name, reason in decided_by_rank_0(reasons, kind=dict[str, str]).items():
         checkpoint = checkpoints[name]
         assert checkpoint is not None
-        found[name] = Finished(name, plans[name], _run_folder(plans[name]), checkpoint.progress, reason)
+        found[name] = Finished(name, plans[name], folders[name], checkpoint.progress, reason)
     return found
 
 
@@ -238,6 +255,7 @@ def make_group(
     plans: Plans,
     data: Data,
     folder: GroupFolder,
+    folders: Folders,
     checkpoints: Checkpoints,
     built: BuiltBank,
     device: torch.device,
@@ -246,10 +264,11 @@ def make_group(
     finished: Mapping[str, Finished],
     keep: Keep,
 ) -> Group:
-    """Take and occupy the folder of each adapter, and make the group. The first files of the run are written here.
+    """Occupy the folder of each adapter, and make the group. The first files of the run are written here.
 
     Args:
         plans: of all adapters.
+        folders: of each of them; those without an owner are new.
         finished: those of them that an earlier start has finished.
 
     Raises:
@@ -266,7 +285,9 @@ def make_group(
     step = GroupStep(plans, built, stop, finished=steps, shares_micro_batches=settings.share_micro_batches)
     members = {}
     for name, plan in plans.items():
-        own = session.open_run_folder(plan, data[name], keep=keep)
+        own = folders[name]
+        if own.owner is None:
+            own = _open_run_folder(name, plans, data, keep)
         members[name] = Member(
             plan=plan,
             data=data[name],

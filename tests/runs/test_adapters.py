@@ -20,6 +20,8 @@ from run_helpers import Base, World, run, start_ranks, write_base
 from run_preludes import before_call, kill_at_call, slow_turns
 from safetensors.torch import load_file
 
+from megatron_tiedlora.base.ownership import take_folder
+
 _FOUR: dict[str, dict[str, Any]] = {
     "a": {"method": "tl6", "rank": 8, "max_steps": 6},
     "b": {"method": "lora", "layers": [2, 3], "global_batch_size": 8, "max_steps": 4, "learning_rate": 1e-2},
@@ -309,6 +311,11 @@ def test_an_entry_names_a_run_folder(base: Base, tmp_path: Path, alone: Path, fo
     assert not (tmp_path / "run" / "a").exists() and not (tmp_path / "run" / "b").exists()
     line = run(base, tmp_path / "again", adapters=file, expect=2).error_line()
     assert f"--output_dir {begun} holds the run" in line
+    # It is taken before its checkpoint is read and the base is loaded: another start may be writing the next one.
+    lock = take_folder(begun, hint="wait")
+    line = run(base, tmp_path / "again", adapters=file, resume="auto", expect=2).error_line()
+    lock.release()
+    assert "a: " in line and "is at work here" in line and not (tmp_path / "again").exists()
 
 
 def test_a_profile_records_turns_of_all(base: Base, tmp_path: Path) -> None:
