@@ -239,7 +239,8 @@ class SweepPlan:
         def failure() -> str | None:
             if group is not None:
                 take_scores(self.folder)
-            return None if self._scored(self._scored_name(point)) else _reason(log)
+            name = self._scored_name(point)  # None: no run has finished, so others alone were scored
+            return None if name is None or self._scored(name) else _reason(log)
 
         def done() -> tuple[float, str]:
             name = self._scored_name(point)
