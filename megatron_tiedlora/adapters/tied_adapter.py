@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +67,7 @@ class AdapterConfig:
             "targets": targets,
         }
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, tuple[Target, str]]:
         """Every tensor by name: its target, and which of A, B, u, v it is."""
         return {target.prefix + factor: (target, factor) for target in self.targets for factor in FACTORS}

@@ -36,6 +36,7 @@ COMMANDS = (
     Command("evaluate", "evaluate", "answer a task's held-out rows and score them", "launch/evaluate.py"),
     Command("sweep", "sweep", "train methods x ranks x learning rates, and write tables", "launch/sweep.py"),
     Command("doctor", "doctor", "examine the hosts of a job before it starts", "launch/doctor.py"),
+    Command("plan", "plan", "find the fastest layout of a cluster before it is booked", "tools/plan.py"),
     Command("merge", "merge", "merge an adapter into its base model", "tools/merge_adapter.py"),
     Command("export", "export", "write an adapter as LoRA for PEFT, vLLM and others", "tools/export_peft.py"),
     Command("import", "import_adapter", "read a PEFT LoRA or VeRA as a native adapter", "tools/import_peft.py"),

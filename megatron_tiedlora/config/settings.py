@@ -53,6 +53,7 @@ from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, PAPER_DE
 from megatron_tiedlora.config.trackers import TENSORBOARD, TRACKER_NAMES, parse_trackers
 
 Schedule = Literal["cosine", "linear", "constant"]  # training/optimizer.py has what they are
+GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/cards.py has what they are
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
 
 GROUPS = {
@@ -120,6 +121,9 @@ class Settings(CommandSettings):
     world_size: int | None = optional_field("run", "with --dry_run: the number of ranks to plan for", ge=1)
     plan_for: Literal["cpu", "gpu"] | None = optional_field(
         "run", "with --dry_run: the device type to plan for (default: what this machine has)"
+    )
+    gpu: str | None = optional_field(
+        "run", "with --dry_run: plan for this card, and say whether it is large enough and how fast", choices=GPU_NAMES
     )
     deterministic: bool = setting_field(
         "run", "bit-identical runs for one parallel layout, hosts and versions; slower on GPUs", False
@@ -359,6 +363,10 @@ class Settings(CommandSettings):
             raise ValueError("--world_size needs --dry_run; in a run the launcher decides how many ranks train")
         if self.plan_for is not None and not self.dry_run:
             raise ValueError("--plan_for needs --dry_run; a run uses the GPUs that it sees")
+        if self.gpu is not None and not self.dry_run:
+            raise ValueError("--gpu needs --dry_run; a run uses the GPUs that it sees")
+        if self.gpu is not None and self.plan_for == "cpu":
+            raise ValueError(f"--gpu {self.gpu} plans for GPUs; remove --plan_for cpu")
         if self.take_over and self.resume == "none":
             raise ValueError("--take_over needs --resume; a new run has a folder of its own")
         if self.base_differs and self.resume == "none" and self.init_from is None:

@@ -51,6 +51,7 @@ DECIDED_BY_SWEEP = {
     "resume": "the sweep always resumes its runs where they stopped",
     "world_size": "the launcher decides how many ranks a run has (--launcher_args or --gpus_per_run)",
     "plan_for": "the dry run of a sweep only lists runs",
+    "gpu": "the dry run of a sweep only lists runs",
     "adapters": "the sweep makes its own lists of adapters, of as many as --together says",
     "share_micro_batches": "with --together the runs of a group share micro-batches",
 }

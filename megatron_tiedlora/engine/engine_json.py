@@ -79,6 +79,11 @@ class EngineConfig:
         """ZeRO-3 stops gathering weights once it holds more numbers than these."""
         return int(self.values.get("zero_optimization", {}).get("stage3_max_live_parameters", 1_000_000_000))
 
+    @property
+    def overlaps_gathers(self) -> bool:
+        """Whether ZeRO-3 has a stream of its own for gathering weights: by default, but not in zero3.json."""
+        return self.zero_stage == 3 and bool(self.values["zero_optimization"].get("overlap_comm", True))
+
 
 def find_engine_json(name: str) -> Path:
     """The file that --ds_config names: as given, or else in this package's ds_configs/. Raises UserError."""

@@ -15,8 +15,9 @@ from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.gpu_checks.package import attention_choice, compiler_failure, compute_dtype
 from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.planning.cards import listed_peak
 from megatron_tiedlora.runtime.process_group import gpu_name
-from megatron_tiedlora.training.throughput import listed_peak, matmul_rate, timed
+from megatron_tiedlora.training.throughput import matmul_rate, timed
 
 OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 PACKAGES = ("deepspeed", "triton", "flash_attn", "flash_attn_3", "transformers", "pydantic", "numpy")

@@ -30,13 +30,7 @@ def check_fp8_device(device: torch.device) -> None:
     """Raise UserError if `device` is a GPU that cannot multiply in fp8. A CPU emulates it."""
     if device.type != "cuda":
         return
-    found = torch.cuda.get_device_capability(device)
-    if found < FP8_CAPABILITY:
-        name, least = torch.cuda.get_device_name(device), ".".join(map(str, FP8_CAPABILITY))
-        raise UserError(
-            f"--products fp8 needs a GPU of compute capability {least} or more, and {name} has"
-            f" {'.'.join(map(str, found))}; leave --products out"
-        )
+    check_fp8_capability(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     try:
         _multiply_by_row(device)
     except RuntimeError as error:  # some GPUs and versions of torch have a scale for the whole tensor alone
@@ -45,6 +39,15 @@ def check_fp8_device(device: torch.device) -> None:
             f"--products fp8: {name} cannot multiply with a scale for each row by torch {torch.__version__}"
             f" ({one_line(str(error))}); leave --products out"
         ) from error
+
+
+def check_fp8_capability(name: str, found: tuple[int, int]) -> None:
+    """Raise UserError if a GPU of that name and compute capability cannot multiply in fp8."""
+    if found < FP8_CAPABILITY:
+        raise UserError(
+            f"--products fp8 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))} or more, and {name}"
+            f" has {'.'.join(map(str, found))}; leave --products out"
+        )
 
 
 def _multiply_by_row(device: torch.device) -> None:

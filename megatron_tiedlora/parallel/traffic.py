@@ -63,6 +63,12 @@ class Traffic:
             self.messages[group, kind] += count
             self.bytes[group, kind] += count * size
 
+    def include(self, other: Traffic, *, times: int = 1) -> None:
+        """Count the messages of another, `times` times."""
+        for key, count in other.messages.items():
+            self.messages[key] += times * count
+            self.bytes[key] += times * other.bytes[key]
+
     def of_group(self, group: str) -> tuple[int, int]:
         """(messages, bytes) of a group, summed over all kinds."""
         return (

@@ -39,6 +39,7 @@ class Layout:
         shards_sequences: whether activations between layers are sharded along the sequence if tp_size is above 1.
         zero_stage: the ZeRO stage, 0 to 3.
         live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than this.
+        overlaps_gathers: whether ZeRO-3 gathers weights while it computes with others.
         dtype: the dtype of the base, and of activations.
         base: the storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
         products: "fp8" if what these linears multiply is rounded to fp8 too.
@@ -60,6 +61,7 @@ class Layout:
     shards_sequences: bool = True
     zero_stage: int = 0
     live_parameters: int = 1_000_000_000
+    overlaps_gathers: bool = False
     dtype: torch.dtype = torch.bfloat16
     base: str | None = None
     products: str | None = None

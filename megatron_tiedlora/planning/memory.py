@@ -8,7 +8,8 @@ saves less), plus the temporary tensors of one block. Two more figures stand apa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,22 +19,65 @@ from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.planning.cards import default_machine
 from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.micro_batches import ShareShape
 from megatron_tiedlora.planning.saved import FP32, factor_bytes, saved_bytes, token_bytes
-from megatron_tiedlora.planning.stages import StageOwners, StagePlan, frozen_tensors, trained_tensors
+from megatron_tiedlora.planning.stages import (
+    StageOwners,
+    StagePlan,
+    frozen_tensors,
+    gathered_numbers,
+    trained_tensors,
+)
 
-# Estimates. Users report 0.3 to 0.7 GB for NCCL on hosts with NVLink (NVIDIA/nccl issues 864 and 964).
-CONTEXT_BYTES = 0.5e9
-COMMUNICATOR_BYTES = 0.5e9
 # cuBLAS allocates 32 MiB on an H100 for each of the two threads that run forward and backward passes.
 WORKSPACE_BYTES = 2 * 2.0**25
+BUCKET_NUMBERS = 1_000_000  # reduce_bucket_size of the ds_configs/ files
 MULTIPROCESSORS = 132  # of an H100; flash attention's deterministic backward pass divides its work by them
 
 
-@dataclass(frozen=True)
-class StageMemory:
-    """The bytes on each rank of a stage. PyTorch allocates all of them but `libraries`."""
+class HeldBytes(NamedTuple):
+    """The bytes on each rank of a stage that no micro-batch changes.
+
+    Attributes:
+        gathered: weights that ZeRO-3 has gathered.
+        buffers: of messages: buckets of gradients, factors that are gathered, and their gradients.
+    """
+
+    base: float
+    dequantised: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    buffers: float
+
+    @property
+    def weights(self) -> float:
+        """What a rank cannot do without, whatever its micro-batches and schedule are."""
+        return self.base + self.dequantised
+
+
+class StepBytes(NamedTuple):
+    """The bytes of the micro-batches in flight: of autograd, of temporary tensors, and of the pipeline's engine.
+
+    They depend neither on the storage of the base nor on the ZeRO stage.
+    """
+
+    activations: float
+    engine: float
+
+
+class StageMemory(NamedTuple):
+    """The bytes on each rank of a stage. PyTorch allocates all of them but `libraries` and `slack`.
+
+    Attributes:
+        engine: hidden states that a pipeline holds, or weights that ZeRO-3 has gathered.
+        libraries: a reserve for CUDA and NCCL, or for what an idle process on a CPU holds.
+        slack: a reserve for what the allocator cannot use.
+    """
 
     base: float
     dequantised: float
@@ -42,17 +86,19 @@ class StageMemory:
     optimizer: float
     activations: float
     engine: float
+    buffers: float
     libraries: float
+    slack: float
 
     @property
     def total(self) -> float:
         """The sum."""
-        return sum(astuple(self))
+        return sum(self)
 
     @property
     def allocated(self) -> float:
         """The bytes that PyTorch allocates at the peak of a step."""
-        return self.total - self.libraries
+        return self.total - self.libraries - self.slack
 
 
 def stage_memory(
@@ -62,6 +108,7 @@ def stage_memory(
     documents: int = 1,
     longest: int | None = None,
     adapters: Sequence[int] = (0,),
+    machine: Machine | None = None,
 ) -> StageMemory:
     """The bytes that a rank of `stage` needs.
 
@@ -70,28 +117,74 @@ def stage_memory(
         documents: the documents in that micro-batch.
         longest: the tokens of the longest document; None means all.
         adapters: the numbers of those that own its tokens; all tokens count as those of the one that needs most.
+        machine: whose reserves count; None for those of `default_machine`.
     """
+    step = step_bytes(stage, tokens=tokens, documents=documents, longest=longest, adapters=adapters)
+    return with_reserves(stage, held_bytes(stage), step, machine)
+
+
+def with_reserves(stage: StagePlan, held: HeldBytes, step: StepBytes, machine: Machine | None = None) -> StageMemory:
+    """Everything together, with the reserves of a machine."""
+    machine = machine or default_machine(on_gpu=stage.layout.on_gpu)
+    engine = held.gathered + step.engine
+    allocated = held.weights + held.adapter + held.gradients + held.optimizer + held.buffers + step.activations + engine
+    return StageMemory(
+        base=held.base,
+        dequantised=held.dequantised,
+        adapter=held.adapter,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
+        activations=step.activations,
+        engine=engine,
+        buffers=held.buffers,
+        libraries=machine["context"] + machine["communicator"] * num_communicators(stage),
+        slack=machine["slack"] * allocated,
+    )
+
+
+def held_bytes(stage: StagePlan) -> HeldBytes:
+    """The part of `stage_memory` that no micro-batch changes."""
     layout, trained = stage.layout, sum(stage.trained)
-    attention = attention_memory(stage.shape, layout, tokens=tokens, documents=documents, longest=longest or tokens)
     of_gradients, of_moments, of_weights = (layout.dp_size if layout.zero_stage >= least else 1 for least in (2, 1, 3))
     of_adapter, num_copies = of_weights, 2 if layout.zero_stage == 0 else 3
     if layout.is_bank:  # which no engine shards or copies
         of_gradients = of_moments = of_adapter = 1
         num_copies = 2
-    return StageMemory(
+    return HeldBytes(
         base=stage.base_bytes / of_weights,
         dequantised=float(stage.dequantised_bytes),
         adapter=FP32 * sum(stage.held) / of_adapter,
         gradients=FP32 * trained / of_gradients,
         # Two moments; from ZeRO-1 on also a copy of the values, which the optimizer updates.
         optimizer=num_copies * FP32 * trained / of_moments,
-        activations=max(
-            _activation_bytes(stage.owned_by(adapters), widest, tokens=tokens, attention=attention)
-            for widest in adapters
-        ),
-        engine=_engine_bytes(stage, tokens=tokens),
-        libraries=CONTEXT_BYTES + COMMUNICATOR_BYTES * num_communicators(stage) if layout.on_gpu else 0.0,
+        gathered=_gathered_bytes(stage),
+        buffers=_buffer_bytes(stage),
     )
+
+
+def step_bytes(
+    stage: StagePlan,
+    *,
+    tokens: int,
+    documents: int = 1,
+    longest: int | None = None,
+    adapters: Sequence[int] = (0,),
+) -> StepBytes:
+    """The part of `stage_memory` that follows from its micro-batches."""
+    attention = attention_memory(
+        stage.shape, stage.layout, tokens=tokens, documents=documents, longest=longest or tokens
+    )
+    owners = stage.owned_by(adapters)
+    activations = (_activation_bytes(owners, widest, tokens=tokens, attention=attention) for widest in adapters)
+    return StepBytes(max(activations), _pipeline_bytes(stage, tokens=tokens))
+
+
+def _buffer_bytes(stage: StagePlan) -> float:
+    """Buffers of messages: a bucket of gradients (ZeRO-0 sums a copy of all), gathered factors and their gradients."""
+    layout, trained = stage.layout, sum(stage.trained)
+    bucket = 0 if layout.dp_size == 1 or layout.is_bank else min(trained, BUCKET_NUMBERS)
+    gathered = 2 * layout.tp_size * sum(map(gathered_numbers, stage.parts)) if layout.tp_size > 1 else 0
+    return float(FP32 * (bucket + gathered))
 
 
 def bank_bytes(part: AdapterPart) -> int:
@@ -251,19 +344,27 @@ def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
     return tokens * (came_in + (of_token.attended if stage.layout.recompute == "full" else 0.0))
 
 
-def _engine_bytes(stage: StagePlan, *, tokens: int) -> float:
-    """All bytes that DeepSpeed holds: weights that ZeRO-3 has gathered, or those of a pipeline.
+def _gathered_bytes(stage: StagePlan) -> float:
+    """Weights that ZeRO-3 has gathered; it stops gathering above `live_parameters` (0.19.8)."""
+    layout, block = stage.layout, stage.shape.block
+    if layout.zero_stage < 3 or layout.dp_size == 1:
+        return 0.0
+    mlp = (block.gate_up.num_weights + block.down.num_weights) // layout.tp_size  # which are gathered together
+    most = layout.live_parameters + max(mlp, *(tensor.size for tensor in stage.local_base))
+    numbers = sum(number * tensor.size for tensor, number in stage.local_base.items())
+    return min(most / numbers, 1.0) * stage.base_bytes
 
-    ZeRO-3 stops gathering above `live_parameters` (0.19.8). A pipeline's stage also has a buffer for received
-    gradients. The last stage receives none, but holds the input of its head from the previous micro-batch.
+
+def _pipeline_bytes(stage: StagePlan, *, tokens: int) -> float:
+    """All bytes that DeepSpeed holds of a pipeline's micro-batches.
+
+    A stage also has a buffer for received gradients. The last stage receives none, but holds the input of its head from
+    the previous micro-batch.
     """
-    layout, of_token = stage.layout, token_bytes(stage.shape, stage.layout)
+    layout = stage.layout
     if layout.pp_size == 1:
-        block = stage.shape.block  # the linears of an MLP are gathered together
-        mlp = (block.gate_up.num_weights + block.down.num_weights) // layout.tp_size
-        most = layout.live_parameters + max(mlp, *(tensor.size for tensor in stage.local_base))
-        share = min(most / sum(tensor.size for tensor in stage.local_base), 1.0)
-        return share * stage.base_bytes if layout.zero_stage == 3 and layout.dp_size > 1 else 0.0
+        return 0.0
+    of_token = token_bytes(stage.shape, layout)
     once = of_token.hidden
     if stage.is_last:
         once = of_token.hidden + of_token.attended if layout.micro_batches > 1 else 0.0

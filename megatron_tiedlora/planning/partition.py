@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from megatron_tiedlora.base.shapes import ModelShape
 
@@ -42,6 +43,11 @@ def partition(costs: Sequence[float], num_stages: int) -> Stages:
     Raises:
         ValueError: fewer blocks than stages.
     """
+    return _partition(tuple(costs), num_stages)
+
+
+@cache
+def _partition(costs: tuple[float, ...], num_stages: int) -> Stages:
     num_blocks = len(costs) - 2
     if num_stages > num_blocks:
         raise ValueError(f"{num_blocks} layers cannot be partitioned into {num_stages} stages")

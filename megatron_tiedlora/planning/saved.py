@@ -88,15 +88,15 @@ def saved_bytes(stage: StagePlan, shares: Sequence[ShareShape]) -> float:
     of_token, recomputes = token_bytes(stage.shape, stage.layout), stage.layout.recompute == "full"
     tokens, after = (sum(sizes) for sizes in list(zip(*shares, strict=True))[1:])
     saved = float(factor_bytes(owners))
-    for block in owners.backward_blocks:
-        ends = stage.ends_in(block)
+    for kind in (kind for kind in owners.kinds if kind.goes_back):
+        block, ends = kind.example, kind.ends_here
         if recomputes:
-            saved += tokens * of_token.hidden * (not ends or owners.needs(block)[OUTPUT])
+            saved += kind.number * tokens * of_token.hidden * (not ends or owners.needs(block)[OUTPUT])
         else:
             in_attention, in_mlp = _block_bytes(owners, block, of_token)
-            saved += tokens * (in_attention + in_mlp * (not ends))
-            names = (QKV,) if ends else TARGET_NAMES
-            saved += sum(_ax_bytes(owners, block, name, [share.num_tokens for share in shares]) for name in names)
+            saved += kind.number * tokens * (in_attention + in_mlp * (not ends))
+            names, sizes = (QKV,) if ends else TARGET_NAMES, [share.num_tokens for share in shares]
+            saved += kind.number * sum(_ax_bytes(owners, block, name, sizes) for name in names)
         if ends:
             saved += after * _tail_bytes(owners) + _early_bytes(owners)
             saved += _ax_bytes(owners, block, OUTPUT, [share.num_after for share in shares])

@@ -7,9 +7,10 @@ stage needs, and `traffic` the messages that it sends.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
@@ -55,7 +56,8 @@ class StagePlan:
     Attributes:
         layers: the stage's entries of the flat list (embedding 0, blocks from 1, head last).
         parts: the part of each adapter that tensor-parallel rank 0 holds; the others hold as many numbers.
-        local_base: each base parameter of a rank, with padding of the vocabulary and a copied head.
+        local_base: the base parameters of a rank, with padding of the vocabulary and a copied head: how many there are
+            of each size.
         full_base_bytes: the bytes of the base parameters of all ranks of the stage together, without padding.
         cost_share: the stage's share of the work of all stages.
     """
@@ -65,7 +67,7 @@ class StagePlan:
     index: int
     layers: range
     parts: tuple[AdapterPart, ...]
-    local_base: tuple[StoredTensor, ...]
+    local_base: Mapping[StoredTensor, int]
     full_base_bytes: int
     cost_share: float
 
@@ -100,15 +102,15 @@ class StagePlan:
         """Whether an earlier stage has an adapted layer."""
         return self.layout.first_adapted < self.blocks[0]
 
-    @property
+    @cached_property
     def base_bytes(self) -> int:
         """The bytes of a rank's base parameters."""
-        return sum(tensor.num_bytes for tensor in self.local_base)
+        return sum(number * tensor.num_bytes for tensor, number in self.local_base.items())
 
     @property
     def quantised_bytes(self) -> int:
         """Those of them that store quantised weights."""
-        return sum(tensor.num_bytes for tensor in self.local_base if tensor.quantised)
+        return sum(number * tensor.num_bytes for tensor, number in self.local_base.items() if tensor.quantised)
 
     @property
     def dequantised_bytes(self) -> int:
@@ -124,7 +126,7 @@ class StagePlan:
             return largest * layout.dtype.itemsize
         return 0 if layout.keep_transposed else largest
 
-    @property
+    @cached_property
     def trained(self) -> tuple[int, ...]:
         """The numbers in each trained tensor of a rank.
 
@@ -157,6 +159,25 @@ def frozen_tensors(part: AdapterPart) -> list[str]:
     return [name for name in part.config.tensors if part.exists(name) and not part.config.factor(name).trained]
 
 
+def gathered_numbers(part: AdapterPart) -> int:
+    """The numbers of a rank's part that it gathers for each micro-batch."""
+    return sum(part.local_size(name) for name in part.config.tensors if part.is_gathered(name))
+
+
+class BlockKind(NamedTuple):
+    """The blocks of a stage that do the same work: one of them, and how many they are.
+
+    Attributes:
+        ends_here: whether the head follows it.
+        goes_back: whether it has a backward pass.
+    """
+
+    example: int
+    number: int
+    ends_here: bool
+    goes_back: bool
+
+
 @dataclass(frozen=True)
 class StageOwners:
     """A stage for a micro-batch whose tokens belong to some of the adapters: what is adapted, and what has a gradient.
@@ -178,6 +199,21 @@ class StageOwners:
         """The blocks that have a backward pass. Blocks below the first adapted layer have none."""
         everywhere = self.stage.needs_input_gradient
         return tuple(block for block in self.stage.blocks if everywhere or block >= self._first)
+
+    @cached_property
+    def kinds(self) -> tuple[BlockKind, ...]:
+        """The stage's blocks by what they do, in the order of their first ones."""
+        stage, adapted = self.stage, [frozenset(part.layers) for part in self.parts]
+        everywhere, last = stage.needs_input_gradient, stage.blocks[-1] if stage.is_last else None
+        found: dict[tuple[tuple[bool, ...], bool, bool], list[int]] = {}
+        for block in stage.blocks:  # what is adapted, and whether its input needs a gradient, decide the rest
+            earlier = everywhere or self._first < block
+            own = tuple(block in layers for layers in adapted)
+            found.setdefault((own, earlier, block == last), []).append(block)
+        return tuple(
+            BlockKind(blocks[0], len(blocks), ends_here, goes_back=earlier or any(own))
+            for (own, earlier, ends_here), blocks in found.items()
+        )
 
     @cached_property
     def _first(self) -> float:
@@ -239,10 +275,21 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
     """All stages of the model, in order. The layout must fit the model (see `check_layout`)."""
     tp_size = layout.tp_size
     costs = layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
-    tables = {first: stage_weight_rules(shape, has_embedding=first) for first in (True, False)}
+    sizes: dict[Hashable, tuple[tuple[StoredTensor, ...], int]] = {}  # blocks have weights of the same sizes
     stages = []
     for index, layers in enumerate(partition(costs, layout.pp_size)):
-        rules = [rule for rule in tables[index == 0] if rule.layer in layers]
+        local_base, full_base_bytes = Counter[StoredTensor](), 0
+        weights = _weights(shape, has_embedding=index == 0)
+        numbers = Counter(size for layer in layers for size in weights.by_layer.get(layer, ()))
+        for size, number in numbers.items():
+            rule, key = weights.sizes[size], (index == 0, size)
+            if key not in sizes:
+                full = sum(tensor.num_bytes for tensor in stored_tensors(rule, shape, layout))
+                sizes[key] = stored_tensors(rule, shape, layout, tp_size), full
+            local, full = sizes[key]
+            full_base_bytes += number * full
+            for tensor in local:
+                local_base[tensor] += number
         stages.append(
             StagePlan(
                 shape,
@@ -253,9 +300,26 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
                     AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, tp_size)
                     for adapter in layout.adapters
                 ),
-                local_base=tuple(tensor for rule in rules for tensor in stored_tensors(rule, shape, layout, tp_size)),
-                full_base_bytes=sum(t.num_bytes for rule in rules for t in stored_tensors(rule, shape, layout)),
+                local_base=local_base,
+                full_base_bytes=full_base_bytes,
                 cost_share=sum(costs[layer] for layer in layers) / sum(costs),
             )
         )
     return tuple(stages)
+
+
+class _Weights(NamedTuple):
+    """The weights of a stage: one of each size, and by entry of the flat list the indices of its weights among them."""
+
+    sizes: Sequence[WeightRule]
+    by_layer: Mapping[int, Sequence[int]]
+
+
+@cache
+def _weights(shape: ModelShape, *, has_embedding: bool) -> _Weights:
+    found: dict[Hashable, tuple[int, WeightRule]] = {}
+    by_layer: dict[int, list[int]] = {}
+    for rule in stage_weight_rules(shape, has_embedding=has_embedding):
+        index, _ = found.setdefault((rule.spec, rule.shape, rule.is_quantised(shape)), (len(found), rule))
+        by_layer.setdefault(rule.layer, []).append(index)
+    return _Weights([rule for _, rule in found.values()], by_layer)

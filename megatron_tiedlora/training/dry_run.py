@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.wording import bytes_in_words, time_text
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.loader import GlobalBatch, num_positions
+from megatron_tiedlora.data.loader import num_positions
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.model.weights import num_base_parameters
-from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.planning.links import RANKS_PER_NODE, Links
 from megatron_tiedlora.planning.memory import (
     cache_bytes,
     stage_memory,
 )
 from megatron_tiedlora.planning.micro_batches import assumed_micro_batches
-from megatron_tiedlora.training.dry_run_tables import memory_lines, message_lines, partition_lines
+from megatron_tiedlora.planning.step_time import step_parts, step_seconds
+from megatron_tiedlora.training.dry_run_tables import memory_lines, message_lines, partition_lines, verdict_line
+from megatron_tiedlora.training.first_step import FirstStep, first_batches, largest_micro_batch
 from megatron_tiedlora.training.init_from import start_lines
 from megatron_tiedlora.training.length import epochs_of
 from megatron_tiedlora.training.plan import RunPlan, plan_run
@@ -37,22 +39,14 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
     sections = [_parameters(plan), partition_lines(plan.stages)]
     if plan.source.folder is None:
         no_data = ["data", "  (a preset shape has no tokenizer; give a model folder to count tokens)"]
-        sections += [_memory(plan), _messages(plan), _batches(plan), no_data]
+        sections += [_memory(plan), _messages(plan), *_speed(plan), _batches(plan), no_data]
     else:
         data = prepare_data(plan)
         plan = plan.counted(len(data.train))
         first = FirstStep(data, plan.global_batch(data.train))
-        sections += [_memory(plan, first), _messages(plan, first), _batches(plan, first)]
+        sections += [_memory(plan, first), _messages(plan, first), *_speed(plan, first), _batches(plan, first)]
         sections += [_data(plan, data), sample_lines(plan, data)]
     return "\n\n".join("\n".join(map(printable, section)) for section in sections)
-
-
-@dataclass(frozen=True)
-class FirstStep:
-    """The data of a run, and the plan of its first step."""
-
-    data: RunData
-    batch: GlobalBatch
 
 
 def _parameters(plan: RunPlan) -> list[str]:
@@ -78,18 +72,38 @@ def _parameters(plan: RunPlan) -> list[str]:
 
 
 def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
-    layout, packing = plan.layout, plan.settings.packing
-    longest = layout.length if first is None else first.data.train.longest
-    length = padded(layout.length if packing else longest, layout.pad_multiple)
-    documents = layout.rows
-    if first is not None and packing:  # a micro-batch's samples, and the padding of each row
-        documents = max(sum(map(len, rows)) + len(rows) for rows in first.batch.micro_batches)
-    else:
-        longest = length
-    tokens = layout.rows * length
-    memories = [stage_memory(stage, tokens=tokens, documents=documents, longest=longest) for stage in plan.stages]
-    lines = memory_lines(plan.stages, memories, tokens=tokens, micro_batches=f"{layout.rows} x {length} tokens")
+    layout, machine = plan.layout, plan.machine
+    largest = largest_micro_batch(layout, packing=plan.settings.packing, first=first)
+    tokens = layout.rows * largest.length
+    memories = [
+        stage_memory(
+            stage, tokens=tokens, documents=largest.documents, longest=largest.longest, machine=machine
+        )
+        for stage in plan.stages
+    ]
+    micro_batches = f"{layout.rows} x {largest.length} tokens"
+    lines = memory_lines(plan.stages, memories, tokens=tokens, micro_batches=micro_batches, machine=machine)
+    lines += [] if plan.settings.gpu is None else [verdict_line(memories, machine)]
     return [*lines, *([] if first is None else _decoding(plan, first.data))]
+
+
+def _speed(plan: RunPlan, first: FirstStep | None = None) -> list[list[str]]:
+    """With --gpu: the planned time of a step, by what it is spent on."""
+    if plan.settings.gpu is None:
+        return []
+    batches = first_batches(plan, plan.layout, first)
+    links = Links(plan.layout, RANKS_PER_NODE)
+    (spent,) = step_seconds([step_parts(plan.stages, batches, links, plan.machine)])
+    tokens = plan.batches.global_batch_size * plan.layout.length if first is None else first.batch.num_tokens
+    rate = tokens / spent.total / plan.grid.world_size
+    shares = ", ".join(f"{name} {size / spent.total:.1%}" for name, size in spent._asdict().items() if size)
+    return [
+        [
+            f"speed on {plan.machine.name}, planned and not measured, {RANKS_PER_NODE} ranks in a node",
+            f"  a step takes {time_text(spent.total)}: {rate:,.0f} tokens/s of each rank",
+            f"  {shares}",
+        ]
+    ]
 
 
 def _decoding(plan: RunPlan, data: RunData) -> list[str]:

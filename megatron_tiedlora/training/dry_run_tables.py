@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import (
-    COMMUNICATOR_BYTES,
-    CONTEXT_BYTES,
     StageMemory,
     eager_bytes,
     micro_batches_in_flight,
@@ -46,12 +45,15 @@ def partition_lines(stages: Stages) -> list[str]:
     ]
 
 
-def memory_lines(stages: Stages, memories: Sequence[StageMemory], *, tokens: int, micro_batches: str) -> list[str]:
+def memory_lines(
+    stages: Stages, memories: Sequence[StageMemory], *, tokens: int, micro_batches: str, machine: Machine
+) -> list[str]:
     """The bytes of a rank of each stage, by purpose, with notes.
 
     Args:
         tokens: of the largest micro-batch.
         micro_batches: the same in words.
+        machine: whose reserves are counted.
     """
     shape, layout = stages[0].shape, stages[0].layout
     cells = []
@@ -64,7 +66,9 @@ def memory_lines(stages: Stages, memories: Sequence[StageMemory], *, tokens: int
             "optimizer": memory.optimizer,
             "activations": memory.activations,
             **({"engine": memory.engine} if layout.pp_size > 1 or memory.engine else {}),
-            **({"CUDA, NCCL": memory.libraries} if layout.on_gpu else {}),
+            **({"buffers": memory.buffers} if any(one.buffers for one in memories) else {}),
+            "CUDA, NCCL" if layout.on_gpu else "process": memory.libraries,
+            "allocator": memory.slack,
             "sum": memory.total,
         }
         cells.append([*map(bytes_in_words, sizes.values()), str(micro_batches_in_flight(stage))])
@@ -79,7 +83,7 @@ def memory_lines(stages: Stages, memories: Sequence[StageMemory], *, tokens: int
         *_base_line(stages),
         _kernels_line(stages[0], tokens=tokens),
         *_engine_line(stages[0]),
-        *_libraries_line(stages),
+        *_reserves_lines(stages, machine),
     ]
 
 
@@ -114,16 +118,28 @@ def _kernels_line(stage: StagePlan, *, tokens: int) -> str:
     return f"  (kernels that are not compiled need {bytes_in_words(size)} of the activations for a moment)"
 
 
-def _libraries_line(stages: Stages) -> list[str]:
-    """The note on the table's column `CUDA, NCCL`."""
-    if not stages[0].layout.on_gpu:
-        return []
+def _reserves_lines(stages: Stages, machine: Machine) -> list[str]:
+    """The notes on the columns that are no counts but reserves of a machine."""
     counts = sorted({num_communicators(stage) for stage in stages})
-    return [
-        f"  (CUDA, NCCL: estimates of memory outside PyTorch, {bytes_in_words(CONTEXT_BYTES)} of context and"
-        f" {bytes_in_words(COMMUNICATOR_BYTES)} for each of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}"
-        " communicators)"
-    ]
+    context, each = bytes_in_words(machine["context"]), bytes_in_words(machine["communicator"])
+    words = f"process: a reserve of {context} for Python and its libraries"
+    if stages[0].layout.on_gpu:
+        number = " to ".join(map(str, counts[:: max(1, len(counts) - 1)]))
+        words = f"CUDA, NCCL: a reserve outside PyTorch, {context} of context and {each} for each of {number}"
+        words += " communicators"
+    slack = f"allocator: a reserve of {machine['slack']:.0%} for what it cannot use"
+    return [f"  ({words}; {slack}; constants of {machine.name})"]
+
+
+def verdict_line(memories: Sequence[StageMemory], machine: Machine) -> str:
+    """Whether the fullest rank fits in a card."""
+    fullest = max(memories, key=lambda memory: memory.total)
+    needed = f"{bytes_in_words(fullest.total)} of {bytes_in_words(machine['memory'])}"
+    words = f"  {machine.name}: the fullest rank needs {needed}"
+    if fullest.total <= machine["memory"]:
+        return f"{words}: it fits"
+    size, name = max((size, name) for name, size in fullest._asdict().items())
+    return f"{words}: IT DOES NOT FIT; {name} {bytes_in_words(size)}"
 
 
 def _engine_line(stage: StagePlan) -> list[str]:

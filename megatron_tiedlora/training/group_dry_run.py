@@ -10,6 +10,7 @@ from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.planning.memory import StageMemory, bank_bytes, stage_memory
+from megatron_tiedlora.planning.stages import StagePlan
 from megatron_tiedlora.training.dry_run import sample_lines
 from megatron_tiedlora.training.dry_run_tables import (
     memory_lines,
@@ -17,6 +18,7 @@ from megatron_tiedlora.training.dry_run_tables import (
     partition_lines,
     ranges,
     table_lines,
+    verdict_line,
 )
 from megatron_tiedlora.training.group_plan import GroupPlan
 from megatron_tiedlora.training.group_start import counted, plan_group, prepare_group_data
@@ -84,7 +86,10 @@ def _memory(group: GroupPlan, data: Data) -> list[str]:
     longest = _longest_rows(group, data)
     tokens, most = group.most_tokens(longest), max(len(shape.shares) for shape in group.micro_batches)
     micro_batches = f"{tokens:,} tokens of up to {count_text(most, 'adapter')} at step 1"
-    return memory_lines(group.stages, _peaks(group, longest), tokens=tokens, micro_batches=micro_batches)
+    machine = group.shared.machine
+    peaks = _peaks(group, longest)
+    lines = memory_lines(group.stages, peaks, tokens=tokens, micro_batches=micro_batches, machine=machine)
+    return lines if group.shared.settings.gpu is None else [*lines, verdict_line(peaks, machine)]
 
 
 def _one_more(group: GroupPlan, data: Data) -> list[str]:
@@ -94,7 +99,7 @@ def _one_more(group: GroupPlan, data: Data) -> list[str]:
     batches = None if group.batches is None else {**group.batches, "": group.batches[name]}
     more = replace(group, plans={**group.plans, "": group.plans[name]}, batches=batches)
     peaks = zip(_peaks(more, {**longest, "": longest[name]}), _peaks(group, longest), strict=True)
-    added = max(new.total - old.total for new, old in peaks)
+    added = max(new.allocated - old.allocated for new, old in peaks)
     line = (
         f"  like {name}: {bytes_in_words(added)} per rank, {bytes_in_words(_own_bytes(group, number))} of them its"
         " tensors, gradients and moments"
@@ -116,11 +121,13 @@ def _peaks(group: GroupPlan, longest: Mapping[str, int]) -> list[StageMemory]:
     """The memory of each stage: of the largest micro-batch, if it has the adapters of one of the step."""
     tokens = group.most_tokens(longest)
     sizes = {"tokens": tokens, "documents": group.most_documents(), "longest": min(tokens, max(longest.values()))}
-    together = {shape.adapters for shape in group.micro_batches}
-    return [
-        max((stage_memory(stage, adapters=adapters, **sizes) for adapters in together), key=lambda found: found.total)
-        for stage in group.stages
-    ]
+    together, machine = {shape.adapters for shape in group.micro_batches}, group.shared.machine
+
+    def peak(stage: StagePlan) -> StageMemory:
+        found = (stage_memory(stage, adapters=adapters, machine=machine, **sizes) for adapters in together)
+        return max(found, key=lambda memory: memory.total)
+
+    return [peak(stage) for stage in group.stages]
 
 
 def _messages(group: GroupPlan, data: Data) -> list[str]:

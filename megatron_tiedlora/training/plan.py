@@ -28,7 +28,9 @@ from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.weight_maker import weight_maker
+from megatron_tiedlora.planning.cards import GPUS, default_machine
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
+from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape, SampleRow, micro_batch_shape
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.runtime.launch_env import uses_gpu
@@ -42,7 +44,7 @@ from megatron_tiedlora.training.length import with_counted_steps, with_models_le
 LAYOUT_SETTINGS = frozenset(
     (
         *("adapters", "share_micro_batches", "halving"),
-        *("ds_config", "output_dir", "resume", "take_over", "base_differs", "dry_run", "world_size", "plan_for"),
+        *("ds_config", "output_dir", "resume", "take_over", "base_differs", "dry_run", "world_size", "plan_for", "gpu"),
         *("deterministic", "timeout_minutes", "tensor_parallel", "pipeline_parallel", "sequence_parallel", "recompute"),
         *("replica_check_steps", "compile", "micro_batch_size", "packing", "save_interval", "save_interval_minutes"),
         *("keep_transposed", "keep_checkpoints", "test_file", "eval_batch_size", "report_to", "profile"),
@@ -86,6 +88,7 @@ class RunPlan:
             shards_sequences=settings.sequence_parallel,
             zero_stage=engine.zero_stage,
             live_parameters=engine.live_parameters,
+            overlaps_gathers=engine.overlaps_gathers,
             dtype=DTYPES[self.dtype_name],
             base=settings.base,
             products=settings.products,
@@ -105,6 +108,12 @@ class RunPlan:
     def stage(self) -> StagePlan:
         """This rank's stage."""
         return self.stages[self.grid.pp_rank]
+
+    @property
+    def machine(self) -> Machine:
+        """Whose reserves and speed are planned with: of --gpu, else the default for GPUs or CPUs."""
+        gpu = self.settings.gpu
+        return default_machine(on_gpu=self.on_gpu) if gpu is None else GPUS[gpu]
 
     @property
     def batch_shape(self) -> BatchShape:
@@ -249,7 +258,7 @@ def plan_run(
     if rank == 0:  # only rank 0 reports
         check_installed(settings.report_to)
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
-    on_gpu = uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu"
+    on_gpu = settings.gpu is not None or (uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu")
     # An error must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
     shape, settings = found.shape, with_models_length(with_start(settings, found), found)

@@ -10,7 +10,6 @@ has, so nothing is sent and no rank waits for its device.
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import time
@@ -25,26 +24,10 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
+from megatron_tiedlora.planning.cards import listed_peak
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.training.plan import RunPlan
 
-# Dense bf16 TFLOP/s (half of the rate with sparsity) from the vendor's data sheets, by words of the device's name. The
-# first row counts whose words are all in the name. Other devices are measured, and so is fp32, whose rate depends on
-# whether TF32 is allowed.
-_DATA_SHEETS: tuple[tuple[frozenset[str], float], ...] = (
-    (frozenset({"GB200"}), 2500.0),
-    (frozenset({"B200"}), 2250.0),
-    (frozenset({"GH200"}), 989.4),
-    (frozenset({"H200", "NVL"}), 835.5),
-    (frozenset({"H200"}), 989.4),
-    (frozenset({"H100", "NVL"}), 835.5),
-    (frozenset({"H100", "PCIe"}), 756.5),
-    (frozenset({"H100", "HBM3"}), 989.4),  # SXM
-    (frozenset({"A100"}), 312.0),
-    (frozenset({"A40"}), 149.7),
-    (frozenset({"L40S"}), 362.1),
-    (frozenset({"L4"}), 121.0),
-)
 # Seconds for measuring a peak, approximately, and for a matmul that is long enough to be timed.
 _MEASURING, _LONG_MATMUL = 0.25, 0.02
 _SMALLEST, _LARGEST = 256, 4096  # rows and columns of such matmuls; three of the largest matrices are 100 MB in bf16
@@ -130,20 +113,15 @@ def start_meter(plan: RunPlan, device: torch.device) -> Meter:
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak of one device for matmuls in this dtype: from the data sheet if its name is known, else measured."""
+    """The peak of one device for matmuls in this dtype: from the data sheet if its name is known, else measured.
+
+    Other devices are measured, and so is fp32, whose rate depends on whether TF32 is allowed.
+    """
     if device.type == "cuda" and dtype == torch.bfloat16:
         listed = listed_peak(torch.cuda.get_device_name(device))
         if listed is not None:
             return Peak(listed, "data sheet")
     return Peak(measured_peak(device, dtype), "measured")
-
-
-def listed_peak(name: str) -> float | None:
-    """bf16 FLOP/s of a device of that name; None if its data sheet is not known or it is a part of a device (MIG)."""
-    words = set(re.split(r"[\s-]+", name))
-    if "MIG" in words:
-        return None
-    return next((1e12 * rate for needed, rate in _DATA_SHEETS if needed <= words), None)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:

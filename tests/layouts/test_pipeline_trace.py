@@ -7,13 +7,14 @@ prints the measured bubbles of docs/performance_log.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import pytest
 from all_cuts import all_cuts, cost_key
 from forked_ranks import run_on_ranks
@@ -24,6 +25,7 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.memory import engine_bytes_in_flight, micro_batches_in_flight, stage_memory
 from megatron_tiedlora.planning.partition import layer_costs
+from megatron_tiedlora.planning.schedule import Order, Pass, one_f_one_b, simulate
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 
 pytestmark = pytest.mark.distributed
@@ -119,50 +121,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, int, int
     return found
 
 
-def one_f_one_b(stage: int, num_stages: int, num_micro_batches: int) -> list[tuple[str, int]]:
-    """Forward passes until as many are in flight as stages follow, itself counted; then one back, one forward."""
-    ahead = min(num_stages - stage, num_micro_batches)
-    order = [("F", index) for index in range(ahead)]
-    for index in range(num_micro_batches):
-        order.append(("B", index))
-        if ahead + index < num_micro_batches:
-            order.append(("F", ahead + index))
-    return order
-
-
-Order = Sequence[Sequence[tuple[str, int]]]  # by stage, (kind, micro-batch) of its passes
-Number = TypeVar("Number", Fraction, float)
-
-
 def order_of(stages: Sequence[Sequence[Event]]) -> Order:
-    return [[(event.kind, event.micro_batch) for event in events] for events in stages]
-
-
-def idle_shares(order: Order, cost: Callable[[int, str, int], Number]) -> list[Number]:
-    """By stage, the idle share of a step whose passes start as early as their order and their inputs let them.
-
-    Args:
-        cost: of a pass, from (stage, kind, micro-batch).
-    """
-    ends: dict[tuple[int, str, int], Any] = {}
-    clock: list[Any] = [0] * len(order)
-    left = [list(passes) for passes in order]
-    while any(left):
-        moved = False
-        for stage, passes in enumerate(left):
-            if not passes:
-                continue
-            kind, index = passes[0]
-            source = (stage - 1 if kind == "F" else stage + 1, kind, index)  # the pass whose result it takes
-            if 0 <= source[0] < len(order) and source not in ends:
-                continue
-            clock[stage] = max(clock[stage], ends.get(source, 0)) + cost(stage, kind, index)
-            ends[stage, kind, index] = clock[stage]
-            passes.pop(0)
-            moved = True
-        assert moved, "the order never ends"
-    busy = [sum(cost(stage, *item) for item in passes) for stage, passes in enumerate(order)]
-    return [1 - spent / max(clock) for spent in busy]
+    return [[Pass(e.kind, e.micro_batch, stage) for e in events] for stage, events in enumerate(stages)]
 
 
 @pytest.mark.parametrize("key", CASES, ids=str)
@@ -173,8 +133,8 @@ def test_each_stage_runs_1f1b(ran: Mapping[tuple[str, int, int], Ran], key: tupl
     plan = found.plan(0)
     for rank, traced in enumerate(found.traced):
         stage = plan.stages[rank // plan.grid.tp_size]
-        order = [(event.kind, event.micro_batch) for event in traced.steps[0]]
-        assert order == one_f_one_b(stage.index, p, m)
+        order = [Pass(event.kind, event.micro_batch, stage.index) for event in traced.steps[0]]
+        assert order == one_f_one_b(p, m)[stage.index]
         in_flight = max(len(held.in_flight) for held in traced.held)
         assert in_flight == min(p - stage.index, m) == micro_batches_in_flight(stage)
 
@@ -202,23 +162,33 @@ def test_the_bubble_of_equal_stages(
     Of several adapters, m are the micro-batches of all of them.
     """
     _, p, m = key
-    found = idle_shares(order_of(ran[key].steps(0)), lambda _stage, kind, _index: Fraction(costs[kind]))
-    assert found == [Fraction(p - 1, m + p - 1)] * p
+    found = simulate(order_of(ran[key].steps(0)), lambda _rank, one: Fraction(costs[one.kind]))
+    assert found.idle_shares == [Fraction(p - 1, m + p - 1)] * p
 
 
 def test_another_order_has_another_bubble() -> None:
     """The simulation tells schedules apart: forward and back one micro-batch after the other keeps one stage busy."""
-    order = [[(kind, index) for index in range(4) for kind in "FB"]] * 2
-    assert idle_shares(order, lambda *_: Fraction(1)) == [Fraction(1, 2)] * 2
-    with pytest.raises(AssertionError, match="never ends"):
-        idle_shares([[("B", 0), ("F", 0)], [("F", 0), ("B", 0)]], lambda *_: Fraction(1))
+    order = [[Pass(kind, index, stage) for index in range(4) for kind in "FB"] for stage in range(2)]
+    assert simulate(order, lambda *_: Fraction(1)).idle_shares == [Fraction(1, 2)] * 2
+    with pytest.raises(ValueError, match="wait for each other"):
+        simulate([[Pass("B", 0, 0), Pass("F", 0, 0)], [Pass("F", 0, 1), Pass("B", 0, 1)]], lambda *_: Fraction(1))
 
 
 def test_a_dearer_stage_makes_the_others_wait() -> None:
     """Two stages of costs 1 and 2 a pass, two micro-batches, by hand."""
-    order = [one_f_one_b(stage, 2, 2) for stage in range(2)]
     # Stage 1 works from 1 to 9 without a break; stage 0 ends with B1, at 10.
-    assert idle_shares(order, lambda stage, *_: Fraction(stage + 1)) == [Fraction(6, 10), Fraction(2, 10)]
+    found = simulate(one_f_one_b(2, 2), lambda stage, _one: Fraction(stage + 1))
+    assert (found.seconds, found.idle_shares) == (10, [Fraction(6, 10), Fraction(2, 10)])
+
+
+def test_several_layouts_are_simulated_at_once() -> None:
+    """With arrays as costs, each of them has the times that it has alone."""
+    costs = {"F": np.array([1.0, 3.0, 2.0]), "B": np.array([2.0, 1.0, 2.0])}
+    together = simulate(one_f_one_b(3, 4), lambda rank, one: costs[one.kind] * (rank + 1))
+    for number in range(3):
+        alone = simulate(one_f_one_b(3, 4), lambda rank, one, n=number: costs[one.kind][n] * (rank + 1))
+        assert alone.seconds == together.seconds[number]
+        assert alone.busy == [spent[number] for spent in together.busy]
 
 
 @pytest.mark.parametrize("key", CASES, ids=str)
@@ -281,7 +251,7 @@ def test_measured_bubble(tmp_path: Path) -> None:
             cases.append(Case(settings, m, ROWS, length, length, steps=2, adapters=adapters))
         for (adapters, m), found in zip(keys, run(cases, tmp_path, ranks=p), strict=True):
             steps = [found.steps(number) for number in range(2)]
-            assert all(order_of(step) == [one_f_one_b(stage, p, m) for stage in range(p)] for step in steps)
+            assert all(order_of(step) == one_f_one_b(p, m) for step in steps)
             replayed, seen = [idle_by_processor_time(step) for step in steps], [idle_by_clock(step) for step in steps]
             shares = ((p - 1) / (m + p - 1), min(replayed), min(seen))
             print(f"| {p} | {len(adapters) or 1} | {m} | {' | '.join(f'{share:.1%}' for share in shares)} |")
@@ -290,7 +260,7 @@ def test_measured_bubble(tmp_path: Path) -> None:
 def idle_by_processor_time(step: Sequence[Sequence[Event]]) -> float:
     """Of all stages together."""
     worked = {(stage, e.kind, e.micro_batch): e.worked for stage, events in enumerate(step) for e in events}
-    shares = idle_shares(order_of(step), lambda stage, kind, index: worked[stage, kind, index])
+    shares = simulate(order_of(step), lambda _rank, one: worked[one.part, one.kind, one.micro_batch]).idle_shares
     return sum(shares) / len(shares)
 
 

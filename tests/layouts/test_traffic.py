@@ -233,7 +233,7 @@ def test_what_deepspeed_sends_at_each_zero_stage() -> None:
     bound, adapter = {}, make_adapter_config("tl6", rank=1, layers=(1,), targets=(target,), seed=0)
     for zero_stage, dp_size in [(0, 3), (1, 3), (2, 3), (3, 3), (3, 1)]:
         layout = Layout((adapter,), length=8, dp_size=dp_size, zero_stage=zero_stage)
-        base = (StoredTensor(5, 2), StoredTensor(8, 2))
+        base = {StoredTensor(5, 2): 1, StoredTensor(8, 2): 1}
         stage: Any = SimpleNamespace(layout=layout, trained=(20, 3), held=(20, 3), local_base=base)
         bound[zero_stage, dp_size] = engine_bytes(stage, num_micro_batches=4)
     assert bound == {

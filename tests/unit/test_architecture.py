@@ -24,6 +24,7 @@ ORDER = (
     "peft",
     "evaluation",
     "training",
+    "planner",
     "sharing",
     "cluster",
     "study",

@@ -17,6 +17,7 @@ from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings, field_flags
 from megatron_tiedlora.config.launch_settings import LaunchSettings
+from megatron_tiedlora.config.plan_settings import PlanSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import SweepSettings
 
@@ -25,7 +26,7 @@ NAMED = frozenset(re.findall(r"--[a-z][a-z0-9_]*", "\n".join(file.read_text() fo
 
 
 @pytest.mark.parametrize(
-    "kind", [Settings, EvaluateSettings, SweepSettings, LaunchSettings, DoctorSettings, BenchSettings]
+    "kind", [Settings, EvaluateSettings, SweepSettings, LaunchSettings, DoctorSettings, BenchSettings, PlanSettings]
 )
 def test_every_flag_is_in_a_document(kind: type[CommandSettings]) -> None:
     missing = [name for name, field in kind.model_fields.items() if not NAMED & {*field_flags(name, field)}]

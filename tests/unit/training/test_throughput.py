@@ -22,12 +22,12 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.order import sample_indices
 from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.planning.cards import listed_peak
 from megatron_tiedlora.training import throughput
 from megatron_tiedlora.training.throughput import (
     Meter,
     Peak,
     find_peak,
-    listed_peak,
     matmul_rate,
     measured_peak,
     peak_memory_bytes,

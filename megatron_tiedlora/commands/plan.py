@@ -1,0 +1,55 @@
+"""Plan a cluster before it is booked: every layout that a run accepts, what it needs and how long it takes.
+
+python tools/plan.py --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100
+python tools/plan.py --model FOLDER --train_file data.jsonl --gpu a100-80 --yaml plan.yaml
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.config.cli import run_command
+from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.runtime.launch_env import prepare_environment
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plan and print; returns 0 if a layout fits, else 1."""
+    command = parse_plan(argv)
+    require_extra("train", only=["deepspeed"])
+    settings = command.settings
+    files = {name: getattr(settings, name) for name in ("json_file", "yaml")}
+    paths = {
+        name: user_path(value, flag=f"--{name.removesuffix('_file')}")
+        for name, value in files.items()
+        if value is not None
+    }
+    gc.disable()  # what follows makes a million objects and frees few: looking for garbage takes half a second
+    try:
+        # These import torch and DeepSpeed's settings, which takes seconds: --help and a wrong flag do not wait for it.
+        from megatron_tiedlora.base.atomic import write_json
+        from megatron_tiedlora.base.yaml_files import write_yaml
+        from megatron_tiedlora.planner.launch_lines import chosen_settings
+        from megatron_tiedlora.planner.report import make_plan, report_lines, report_record
+
+        prepare_environment()
+        made = make_plan(command)
+    finally:
+        gc.enable()
+    lines, chosen = report_lines(made), made.chosen
+    if "json_file" in paths:
+        write_json(paths["json_file"], report_record(made))
+    if "yaml" in paths and chosen is not None:
+        write_yaml(paths["yaml"], chosen_settings(command.train, chosen.candidate))
+    show(*lines)
+    return 0 if made.plan.rows else 1
+
+
+def run(argv: Sequence[str]) -> NoReturn:
+    """Run the command and exit with its status."""
+    run_command(main, argv)

@@ -1,0 +1,142 @@
+"""Settings of tools/plan.py: the cluster, and what is shown. All other flags on its command line are launch/train.py's.
+
+A training flag that chooses a layout limits the search to that value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import field_validator, model_validator
+
+from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.config.cli import build_parser, parse_settings, reject_unknown
+from megatron_tiedlora.config.fields import (
+    CommandSettings,
+    comma_separated,
+    optional_field,
+    setting_field,
+    validate_settings,
+)
+from megatron_tiedlora.config.settings import GPU_NAMES, Settings
+
+ABOUT = """\
+Find the fastest parallel configuration of a cluster before it is booked: what fits, what it sends, how long it takes.
+
+    python tools/plan.py --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100     a table, the fastest first
+    python tools/plan.py --model FOLDER --train_file data.jsonl --gpu a100-80          with the lengths of your samples
+    python tools/plan.py ... --why t2p1d16-b2-zero0                                    the arithmetic of one row
+    python tools/plan.py ... --yaml plan.yaml                                          settings of the fastest row
+
+It needs no GPU and reads no weights. Every combination of tensor, pipeline and sequence parallelism, micro-batch,
+recompute, ZeRO stage and storage format that launch/train.py accepts is enumerated, by the same checks. Stages, memory,
+messages and FLOPs are those of --dry_run; a few constants of the cards make seconds of them (--constants FILE)."""
+
+# Where a flag of launch/train.py has another default here.
+PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
+# What a plan decides for itself, and what to give instead.
+_DECIDED = {
+    "dry_run": "a plan is a dry run of every layout",
+    "world_size": "give --nodes and --gpus_per_node, or --ranks_on_cpu",
+    "plan_for": "give --gpu, or --ranks_on_cpu",
+    "adapters": "a plan is for one adapter; the dry run of launch/train.py has the memory of several",
+    "gpu": "give it on the command line",  # where it is this command's; so it was in a YAML file
+}
+FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
+
+
+class PlanSettings(CommandSettings):
+    """The cluster of a plan and what is shown of it, validated and frozen."""
+
+    prog: ClassVar[str] = "plan.py"
+    about: ClassVar[str] = ABOUT
+    groups: ClassVar[dict[str, str]] = {
+        "run": "flags of launch/train.py: the model, the adapter, the data; those of a layout limit the search",
+        "cluster": "what is booked",
+        "shown": "what is shown and written",
+    }
+
+    nodes: int = setting_field("cluster", "number of nodes", 1, ge=1, le=4096)
+    gpus_per_node: int = setting_field("cluster", "cards in a node", 8, ge=1, le=256)
+    gpu: str | None = optional_field("cluster", "the kind of card [h100]", choices=GPU_NAMES)
+    ranks_on_cpu: int | None = optional_field("cluster", "plan so many ranks on this machine's CPUs", ge=1, le=1024)
+    constants: str | None = optional_field("cluster", "a JSON file of a machine's constants, in place of --gpu")
+    formats: tuple[str, ...] = setting_field(
+        "cluster", f"storage formats of the base that are compared: some of {', '.join(FORMAT_NAMES)}", FORMAT_NAMES
+    )
+
+    top: int = setting_field("shown", "rows of the table; 0 for all", 20, ge=0)
+    every_layout: bool = setting_field(
+        "shown", "show each layout, not only the fastest of each tensor x pipeline x data and storage format", False
+    )
+    why: str | None = optional_field("shown", "print the arithmetic of this layout, a name of the table")
+    layout: str | None = optional_field("shown", "write command and YAML of this layout [the fastest that fits]")
+    yaml: str | None = optional_field("shown", "write the settings of the layout to this file, for --config")
+    json_file: str | None = optional_field("shown", "write all layouts to this file", flag="json")
+
+    @field_validator("formats", mode="before")
+    @classmethod
+    def _check_formats(cls, value: object) -> object:
+        names = comma_separated(value)
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            return names
+        for name in names:
+            if name not in FORMAT_NAMES:
+                near = nearest_name(name, FORMAT_NAMES)
+                raise ValueError(f"--formats: {name!r} is unknown{near}; known: {', '.join(FORMAT_NAMES)}")
+        if not names:
+            raise ValueError(f"--formats is empty; give some of {', '.join(FORMAT_NAMES)}")
+        return tuple(name for name in FORMAT_NAMES if name in names)
+
+    @model_validator(mode="after")
+    def _check(self) -> PlanSettings:
+        given = self.model_fields_set
+        for flag in ("nodes", "gpus_per_node", "gpu"):
+            if self.ranks_on_cpu is not None and flag in given:
+                raise ValueError(f"--ranks_on_cpu {self.ranks_on_cpu} plans this machine's CPUs; remove --{flag}")
+        if self.constants is not None and self.gpu is not None:
+            raise ValueError(f"--constants {self.constants} and --gpu {self.gpu} both say what a card does; give one")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self.ranks_on_cpu or self.nodes * self.gpus_per_node
+
+    @property
+    def ranks_per_node(self) -> int:
+        """The ranks of a node."""
+        return self.ranks_on_cpu or self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """One start of tools/plan.py: its own settings, and those of the run that is planned."""
+
+    settings: PlanSettings
+    train: Settings
+
+
+def parse_plan(argv: Sequence[str]) -> PlanCommand:
+    """Parse the settings of both.
+
+    Raises:
+        UserError: something is unknown, out of range or contradictory, in the words of launch/train.py.
+    """
+    parser = build_parser(PlanSettings)
+    parser.epilog = "Settings of launch/train.py follow. The YAML file of --config holds only those."
+    values, rest = parser.parse_known_args(list(argv))
+    own = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
+    config = own.pop("config", None)
+    _, unknown = build_parser(Settings).parse_known_args(rest)
+    reject_unknown(unknown, known=[f"--{name}" for name in (*PlanSettings.model_fields, *Settings.model_fields)])
+    train = parse_settings([*(("--config", config) if config is not None else ()), *rest], Settings)
+    for name, instead in _DECIDED.items():
+        if name in train.model_fields_set:
+            raise UserError(f"--{name} is not for a plan: {instead}")
+    defaults = {name: value for name, value in PLAN_DEFAULTS.items() if name not in train.model_fields_set}
+    return PlanCommand(validate_settings(own, PlanSettings), train.completed(**defaults))

@@ -1,0 +1,257 @@
+"""Every layout of a cluster, by the checks of a run: `plan_run` accepts a layout or says what is wrong with it.
+
+Micro-batch, sequence parallelism and recompute are in no check, so `plan_run` is asked once for each value of the other
+choices. What it returns is changed in these three for each layout.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
+from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
+from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.machines import Machine
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+
+RECOMPUTES = ("none", "selective", "full")
+# The file of each ZeRO stage. zero2_offload.json is left out: it moves a few MB to the host.
+ENGINE_FILES = tuple(sorted(path.name for path in SHIPPED_CONFIGS.glob("zero?.json")))
+
+
+class Storage(NamedTuple):
+    """How the base is stored and multiplied: --base, --products, --keep_transposed."""
+
+    base: str | None = None
+    products: str | None = None
+    keep_transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """A name of `FORMAT_NAMES`."""
+        if self.products is None:
+            return self.base or UNQUANTISED
+        return "fp8-transposed" if self.keep_transposed else "fp8-products"
+
+
+STORAGES = (Storage(), *map(Storage, BASE_NAMES), Storage("fp8", "fp8"), Storage("fp8", "fp8", True))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is booked: so many ranks, `per_node` in each node, on such cards."""
+
+    world_size: int
+    per_node: int
+    machine: Machine
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that a run accepts.
+
+    Attributes:
+        plan: of the run with its grid, engine file and storage; of the other choices `layout` has the values.
+        engine_file: the value of --ds_config.
+    """
+
+    plan: RunPlan
+    layout: Layout
+    engine_file: str
+    storage: Storage
+
+    @property
+    def name(self) -> str:
+        """A name that tells it from all others, for the table and --why."""
+        layout, zero = self.layout, self.engine_file.removesuffix(".json")
+        words = [f"t{layout.tp_size}p{layout.pp_size}d{layout.dp_size}-b{layout.rows}-{zero}"]
+        words += ["wholeseq"] if layout.tp_size > 1 and not layout.shards_sequences else []
+        words += [layout.recompute] if layout.recompute != "none" else []
+        words += [self.storage.name] if self.storage != Storage() else []
+        return "-".join(words)
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The settings of launch/train.py that choose it."""
+        layout = self.layout
+        chosen = {
+            "tensor_parallel": layout.tp_size,
+            "pipeline_parallel": layout.pp_size,
+            "sequence_parallel": layout.shards_sequences,
+            "micro_batch_size": layout.rows,
+            "recompute": layout.recompute,
+            "ds_config": self.engine_file,
+            "base": self.storage.base,
+            "products": self.storage.products,
+            "keep_transposed": self.storage.keep_transposed,
+        }
+        return {name: value for name, value in chosen.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was enumerated.
+
+    Attributes:
+        candidates: the layouts that a run accepts.
+        refused: by what a run says of it, the number of the other layouts.
+    """
+
+    candidates: tuple[Candidate, ...]
+    refused: Counter[str]
+
+    @property
+    def enumerated(self) -> int:
+        """All layouts."""
+        return len(self.candidates) + self.refused.total()
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """The values of each choice. A flag that was given leaves one value."""
+
+    settings: Settings
+    storages: tuple[Storage, ...]
+
+    def _given(self, name: str) -> bool:
+        return name in self.settings.model_fields_set
+
+    def grids(self, world_size: int) -> Iterator[tuple[int, int]]:
+        """Tensor and pipeline parallel sizes whose product divides the ranks; a given one in any case."""
+        settings = self.settings
+        tensor = [settings.tensor_parallel] if self._given("tensor_parallel") else divisors(world_size)
+        pipeline = [settings.pipeline_parallel] if self._given("pipeline_parallel") else divisors(world_size)
+        pinned = self._given("tensor_parallel") and self._given("pipeline_parallel")
+        yield from ((t, p) for t in tensor for p in pipeline if pinned or world_size % (t * p) == 0)
+
+    def rows(self, dp_size: int) -> list[int]:
+        """Rows of a micro-batch: the divisors of a rank's share of the global batch."""
+        if self.settings.micro_batch_size is not None:
+            return [self.settings.micro_batch_size]
+        share, rest = divmod(self.settings.global_batch_size, dp_size)
+        return [1] if rest else divisors(share)
+
+    def sequences(self, tp_size: int) -> list[bool]:
+        """Whether sequences are sharded; of no consequence without tensor parallelism."""
+        if self._given("sequence_parallel") or tp_size == 1:
+            return [self.settings.sequence_parallel]
+        return [True, False]
+
+    @property
+    def recomputes(self) -> tuple[str, ...]:
+        """Values of --recompute."""
+        return (self.settings.recompute,) if self._given("recompute") else RECOMPUTES
+
+    @property
+    def engine_files(self) -> tuple[str, ...]:
+        """Values of --ds_config."""
+        return (self.settings.ds_config,) if self._given("ds_config") else ENGINE_FILES
+
+    @property
+    def chosen_storages(self) -> tuple[Storage, ...]:
+        """Values of --base, --products and --keep_transposed together."""
+        settings = self.settings
+        given = [name for name in Storage._fields if self._given(name)]
+        wanted = {name: getattr(settings, name) for name in given}
+        fits = [s for s in self.storages if all(getattr(s, name) == value for name, value in wanted.items())]
+        # What fits none is asked of `plan_run` as it was given, for its words.
+        return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
+
+
+def search(
+    settings: Settings, cluster: Cluster, *, source: ModelSource, formats: tuple[str, ...] | None = None
+) -> Search:
+    """Enumerate all layouts of the settings on a cluster.
+
+    Args:
+        formats: names of the storage formats that are compared; None for all.
+
+    Raises:
+        UserError: no layout is accepted; the words are those of a run.
+    """
+    storages = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
+    choices, refused = _Choices(settings, storages), Counter[str]()
+    found: list[Candidate] = []
+    for tp_size, pp_size in choices.grids(cluster.world_size):
+        dp_size = cluster.world_size // (tp_size * pp_size)
+        for engine_file in choices.engine_files:
+            for storage in choices.chosen_storages:
+                rows, sequences = choices.rows(max(dp_size, 1)), choices.sequences(tp_size)
+                variants = list(itertools.product(rows, sequences, choices.recomputes))
+                try:
+                    if not choices._given("tensor_parallel"):
+                        _check_in_node(tp_size, cluster)
+                    plan = _plan(settings, cluster, source, tp_size, pp_size, engine_file, storage)
+                except UserError as error:
+                    refused[str(error)] += len(variants)
+                    continue
+                share = plan.batches.global_batch_size // dp_size
+                for size, shards, recompute in variants:
+                    layout = replace(
+                        plan.layout,
+                        rows=size,
+                        micro_batches=share // size,
+                        shards_sequences=shards,
+                        recompute=recompute,
+                    )
+                    found.append(Candidate(plan, layout, engine_file, storage))
+    if not found:
+        raise UserError(refused.most_common(1)[0][0])
+    return Search(tuple(found), refused)
+
+
+def _check_in_node(tp_size: int, cluster: Cluster) -> None:
+    if cluster.per_node % tp_size:
+        raise UserError(
+            f"--tensor_parallel {tp_size}: a group would span nodes of {cluster.per_node}, whose network is too slow"
+            f" for it; give --tensor_parallel {tp_size} to plan it"
+        )
+
+
+def _plan(
+    settings: Settings,
+    cluster: Cluster,
+    source: ModelSource,
+    tp_size: int,
+    pp_size: int,
+    engine_file: str,
+    storage: Storage,
+) -> RunPlan:
+    """What `plan_run` says of a layout."""
+    machine = cluster.machine
+    values = {
+        **{name: getattr(settings, name) for name in settings.model_fields_set},
+        **planned_values(settings, machine.on_gpu),
+        "world_size": cluster.world_size,
+        "tensor_parallel": tp_size,
+        "pipeline_parallel": pp_size,
+        "ds_config": engine_file,
+        **storage._asdict(),
+    }
+    if storage.products is not None and machine.on_gpu:
+        assert machine.capability is not None, "a GPU has a capability"
+        check_fp8_capability(machine.title, machine.capability)
+    return plan_run(make_settings(values), rank=0, world_size=cluster.world_size, weights=False, source=source)
+
+
+def planned_values(settings: Settings, on_gpu: bool) -> dict[str, Any]:
+    """The settings of a plan that differ from a run's."""
+    return {
+        "max_length": settings.max_length,
+        "global_batch_size": settings.global_batch_size,
+        "dry_run": True,
+        "plan_for": "gpu" if on_gpu else "cpu",
+    }
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, in ascending order."""
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -1,0 +1,88 @@
+"""What stands out in a plan, in words that follow from its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_tiedlora.planner.candidates import Storage
+from megatron_tiedlora.planner.price import Priced
+from megatron_tiedlora.planner.table import Plan
+
+_LARGE = 0.15  # of a step, for something that is worth a hint
+_FASTER = 1.05  # how much faster another layout must be to be named
+# What the storage of the base changes is a matter of the loss, not of speed; see docs/quantised.md.
+_CHANGES_NUMBERS = "changes the base that is trained on (docs/quantised.md has what that does to the loss)"
+
+
+def hint_lines(plan: Plan) -> list[str]:
+    """Hints on the fastest layout and on those that a user may have had in mind."""
+    if not plan.rows:
+        return []
+    best, shown = plan.rows[0], plan.best_of_each()
+    hints = [*_storage(best, shown), *_tensor(shown), *_bubble(best), *_gathers(shown), *_recompute(best, plan)]
+    return hints
+
+
+def _sizes(row: Priced) -> str:
+    layout = row.candidate.layout
+    return f"{layout.tp_size} x {layout.pp_size} x {layout.dp_size}"
+
+
+def _storage(best: Priced, shown: Sequence[Priced]) -> list[str]:
+    plain = next((row for row in shown if row.candidate.storage == Storage()), None)
+    if best.candidate.storage == Storage():
+        return []
+    words = f"{best.name}: {best.candidate.storage.name} {_CHANGES_NUMBERS}"
+    if plain is None:
+        return [f"{words}; in 16 bits nothing fits"]
+    return [f"{words}; the fastest in {_dtype(plain)} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"]
+
+
+def _dtype(row: Priced) -> str:
+    return "fp32" if row.candidate.layout.dtype.itemsize == 4 else "bf16"
+
+
+def _ratio(faster: Priced, slower: Priced) -> float:
+    return faster.tokens_per_second / slower.tokens_per_second
+
+
+def _tensor(shown: Sequence[Priced]) -> list[str]:
+    """The layout with most tensor parallelism, if its messages take much of the step."""
+    wide = max(shown, key=lambda row: (row.candidate.layout.tp_size, row.tokens_per_second))
+    alike = [row for row in shown if row.candidate.storage == wide.candidate.storage]
+    fastest = max(alike, key=lambda row: row.tokens_per_second)
+    share = wide.step.tensor / wide.step.total
+    if share < _LARGE or _ratio(fastest, wide) < _FASTER:
+        return []
+    return [
+        f"{wide.name}: tensor messages take {share:.0%}; {_sizes(fastest)} is {_ratio(fastest, wide):.1f} x as fast"
+        f" ({fastest.name})"
+    ]
+
+
+def _bubble(best: Priced) -> list[str]:
+    layout, share = best.candidate.layout, best.step.bubble / best.step.total
+    if share < _LARGE:
+        return []
+    return [
+        f"{best.name}: stages wait {share:.0%} of the time; a larger --global_batch_size gives more than"
+        f" {layout.micro_batches} micro-batches per rank"
+    ]
+
+
+def _gathers(shown: Sequence[Priced]) -> list[str]:
+    row = max(shown, key=lambda row: row.step.gathers / row.step.total)
+    share = row.step.gathers / row.step.total
+    if share < _LARGE:
+        return []
+    return [f"{row.name}: ZeRO-3 gathers weights for {share:.0%} of the time, as nothing hides it in zero3.json"]
+
+
+def _recompute(best: Priced, plan: Plan) -> list[str]:
+    layout = best.candidate.layout
+    if layout.recompute == "none":
+        return []
+    others = [row for row in plan.rows if row.candidate.layout.recompute == "none"]
+    if not others:
+        return [f"{best.name}: every layout that fits recomputes; more cards or a smaller storage format would not"]
+    return [f"{best.name} recomputes; {others[0].name} does not, at {1 / _ratio(best, others[0]):.0%} of its speed"]

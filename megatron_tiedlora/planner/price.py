@@ -1,0 +1,313 @@
+"""The memory and time of every candidate. What does not depend on a choice is computed once for all its values.
+
+| computed once for each | what |
+|---|---|
+| tensor, pipeline, storage | stages |
+| the same, ZeRO | what ranks hold (`held_bytes`), messages once a step |
+| tensor, pipeline, sequences, micro-batch, recompute | activations (`step_bytes`), counts of passes (`stage_work`) |
+| number of stages and micro-batches | a simulation of the schedule, for all layouts together |
+
+Stages that do the same share these too: the first of them has most micro-batches in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megatron_tiedlora.planner.candidates import Candidate, Cluster
+from megatron_tiedlora.planning.flops import step_flops
+from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.links import Links, Term
+from megatron_tiedlora.planning.memory import HeldBytes, StageMemory, StepBytes, held_bytes, step_bytes, with_reserves
+from megatron_tiedlora.planning.stages import StagePlan, plan_stages
+from megatron_tiedlora.planning.step_time import (
+    Seconds,
+    StageSeconds,
+    StepParts,
+    stage_seconds,
+    stage_terms,
+    step_seconds,
+    sum_terms,
+)
+from megatron_tiedlora.planning.work import Batch, Batches, StageWork, stage_work
+from megatron_tiedlora.training.first_step import FirstStep, first_batches, largest_micro_batch
+from megatron_tiedlora.training.plan import RunPlan
+
+if TYPE_CHECKING:
+    from megatron_tiedlora.training.run_data import RunData
+
+
+class Work(NamedTuple):
+    """The samples of a step of the whole run."""
+
+    tokens: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A candidate with its price.
+
+    Attributes:
+        memory: of the fullest rank; None if its weights alone do not fit.
+        weights: the bytes of these weights.
+        stage: the index of that rank's stage.
+        seconds: of a step; None if it does not fit.
+    """
+
+    candidate: Candidate
+    cluster: Cluster
+    work: Work
+    weights: float
+    memory: StageMemory | None = None
+    stage: int = 0
+    seconds: Seconds | None = None
+
+    @property
+    def name(self) -> str:
+        """The candidate's."""
+        return self.candidate.name
+
+    @property
+    def needed(self) -> float:
+        """The bytes that the fullest rank needs, or its weights if these are too large."""
+        return self.weights if self.memory is None else self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank's card is large enough."""
+        return self.memory is not None and self.memory.total <= capacity(self.cluster)
+
+    @property
+    def step(self) -> Seconds:
+        """The seconds of a step of a layout that fits."""
+        assert self.seconds is not None, "only layouts that fit have a time"
+        return self.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of one rank."""
+        return self.work.tokens / self.step.total / self.cluster.world_size
+
+    @property
+    def mfu(self) -> float:
+        """Of the peak in the dtype of the base, as a run reports it."""
+        peak = self.cluster.machine["peak.fp32" if self.candidate.layout.dtype.itemsize == 4 else "peak.bf16"]
+        return self.work.flops / self.step.total / (peak * self.cluster.world_size)
+
+
+def capacity(cluster: Cluster) -> float:
+    """The bytes of memory for each rank."""
+    return cluster.machine["memory"] / (1 if cluster.machine.on_gpu else cluster.per_node)
+
+
+class Pricer:
+    """Prices candidates of one cluster, and remembers the parts."""
+
+    def __init__(self, cluster: Cluster, data: RunData | None = None) -> None:
+        self.cluster = cluster
+        self.data = data
+        self._known: dict[Hashable, Any] = {}
+
+    def price(self, candidates: Iterable[Candidate]) -> list[Priced]:
+        """All of them, in their order."""
+        priced = [self._with_memory(candidate) for candidate in candidates]
+        fitting = [index for index, one in enumerate(priced) if one.fits]
+        seconds = step_seconds([self.parts(priced[index].candidate) for index in fitting])
+        for index, found in zip(fitting, seconds, strict=True):
+            priced[index] = replace(priced[index], seconds=found)
+        return priced
+
+    def price_in_full(self, candidate: Candidate) -> Priced:
+        """One of them, with a time and all of its memory even if it does not fit."""
+        found = self._with_memory(candidate, drops=False)
+        (seconds,) = step_seconds([self.parts(candidate)])
+        return replace(found, seconds=seconds)
+
+    def _with_memory(self, candidate: Candidate, *, drops: bool = True) -> Priced:
+        groups = self._groups(candidate)
+        held = [self._held(candidate, group) for group in groups]
+        weights = max(each.weights for each in held)
+        work = self._work(candidate)
+        if drops and weights > capacity(self.cluster):
+            return Priced(candidate, self.cluster, work, weights)
+        stages = self._stages(candidate)
+        found = [
+            with_reserves(stages[group], each, self._step(candidate, group), self.cluster.machine)
+            for group, each in zip(groups, held, strict=True)
+        ]
+        fullest = max(range(len(groups)), key=lambda number: found[number].total)
+        return Priced(candidate, self.cluster, work, weights, found[fullest], groups[fullest])
+
+    def parts(self, candidate: Candidate) -> StepParts:
+        """What a candidate's time follows from."""
+        groups, layout, batches = self._groups(candidate), candidate.layout, self.batches(candidate)
+        by_group = {group: [self._seconds(candidate, group, batch) for batch in batches.kinds] for group in groups}
+        of_stage = self._group_of_stage(candidate)
+        shards = (candidate.storage, len(batches)) if _shards(layout) else ()
+        sums = self._once(
+            ("sums", *_grid(layout), candidate.engine_file, *shards),
+            lambda: max(sum(term.seconds for term in self.sum_terms(candidate, group)) for group in groups),
+        )
+        return StepParts(batches, [by_group[index] for index in of_stage], sums, self.cluster.machine["step"])
+
+    def stage(self, candidate: Candidate, index: int) -> StagePlan:
+        """One of its stages."""
+        return self._at(self._stages(candidate)[index], candidate.layout)
+
+    def stage_terms(self, candidate: Candidate, stage: int, batch: Batch) -> tuple[list[Term], list[Term]]:
+        """What the passes of a micro-batch on a stage spend their time on."""
+        work, found = self._passes(candidate, stage, batch), self.stage(candidate, stage)
+        return stage_terms(work, found, self.links(candidate), self.cluster.machine)
+
+    def sum_terms(self, candidate: Candidate, stage: int) -> list[Term]:
+        """The messages once a step of a stage's rank."""
+        found, number = self.stage(candidate, stage), len(self.batches(candidate))
+        return sum_terms(found, self.links(candidate), self.cluster.machine, num_micro_batches=number)
+
+    # Parts that several candidates share ------------------------------------------------------------------------------
+
+    def _once(self, key: Hashable, compute: Any) -> Any:
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def _stages(self, candidate: Candidate) -> Sequence[StagePlan]:
+        key = ("stages", *_grid(candidate.layout), candidate.storage)
+        found: Sequence[StagePlan] = self._once(key, lambda: plan_stages(candidate.plan.source.shape, candidate.layout))
+        return found
+
+    @staticmethod
+    def _at(stage: StagePlan, layout: Layout) -> StagePlan:
+        """The stage under a layout that shares the partition and the storage."""
+        return replace(stage, layout=layout)
+
+    def links(self, candidate: Candidate) -> Links:
+        """The links of its groups."""
+        layout = candidate.layout
+        found: Links = self._once(("links", *_grid(layout)), lambda: Links(layout, self.cluster.per_node))
+        return found
+
+    def _group_of_stage(self, candidate: Candidate) -> list[int]:
+        """By stage, the first stage that does the same."""
+
+        def find() -> list[int]:
+            links, found = self.links(candidate), []
+            firsts: dict[Hashable, int] = {}
+            for stage in self._stages(candidate):
+                crosses = [links.to_next(near).num_nodes for near in (stage.index - 1, stage.index)]
+                kinds = [kind._replace(example=0) for kind in stage.owned_by().kinds]
+                key = (stage.is_first, stage.is_last, str(kinds), *crosses)
+                found.append(firsts.setdefault(key, stage.index))
+            return found
+
+        of_stage: list[int] = self._once(("groups", *_grid(candidate.layout)), find)
+        return of_stage
+
+    def _groups(self, candidate: Candidate) -> list[int]:
+        of_stage = self._group_of_stage(candidate)
+        return list(dict.fromkeys(of_stage))
+
+    def _held(self, candidate: Candidate, group: int) -> HeldBytes:
+        layout = candidate.layout
+        key = ("held", *_grid(layout), candidate.storage, candidate.engine_file, group)
+        found: HeldBytes = self._once(key, lambda: held_bytes(self._at(self._stages(candidate)[group], layout)))
+        return found
+
+    def _step(self, candidate: Candidate, group: int) -> StepBytes:
+        layout = candidate.layout
+
+        def compute() -> StepBytes:
+            largest = largest_micro_batch(layout, packing=candidate.plan.settings.packing, first=self._first(candidate))
+            return step_bytes(
+                self._at(self._stages(candidate)[group], layout),
+                tokens=layout.rows * largest.length,
+                documents=largest.documents,
+                longest=largest.longest,
+            )
+
+        found: StepBytes = self._once(("step", *_choices(layout), group), compute)
+        return found
+
+    def _passes(self, candidate: Candidate, group: int, batch: Batch) -> StageWork:
+        layout = candidate.layout
+        found: StageWork = self._once(
+            ("passes", *_choices(layout), group, batch),
+            lambda: stage_work(self._at(self._stages(candidate)[group], layout), batch),
+        )
+        return found
+
+    def _seconds(self, candidate: Candidate, group: int, batch: Batch) -> StageSeconds:
+        layout = candidate.layout
+        gathers = candidate.engine_file if layout.zero_stage == 3 else ""
+
+        def compute() -> StageSeconds:
+            work, stage = self._passes(candidate, group, batch), self.stage(candidate, group)
+            return stage_seconds(work, stage, self.links(candidate), self.cluster.machine)
+
+        key = ("seconds", *_choices(layout), candidate.storage, gathers, group, batch)
+        found: StageSeconds = self._once(key, compute)
+        return found
+
+    def batches(self, candidate: Candidate) -> Batches:
+        """The micro-batches of a step on a data-parallel rank."""
+        layout = candidate.layout
+        key = ("batches", *_grid(layout), layout.rows, layout.shards_sequences)
+        found: Batches = self._once(key, lambda: first_batches(self._plan(candidate), layout, self._first(candidate)))
+        return found
+
+    def _plan(self, candidate: Candidate) -> RunPlan:
+        """The plan of a run with the candidate's micro-batches."""
+        plan = candidate.plan
+        return replace(plan, batches=replace(plan.batches, micro_batch_size=candidate.layout.rows))
+
+    def _first(self, candidate: Candidate) -> FirstStep | None:
+        if self.data is None:
+            return None
+        data, layout = self.data, candidate.layout
+        found: FirstStep = self._once(
+            ("first", *_grid(layout), layout.rows),
+            lambda: FirstStep(data, self._plan(candidate).global_batch(data.train)),
+        )
+        return found
+
+    def _work(self, candidate: Candidate) -> Work:
+        """Tokens and FLOPs of the samples of a step, as `mfu` of a run counts them."""
+
+        def compute() -> Work:
+            plan = candidate.plan
+            shape, (adapter,) = plan.source.shape, candidate.layout.adapters
+            if self.data is None:
+                length, samples = candidate.layout.length, plan.batches.global_batch_size
+                tokens, squared, supervised = samples * length, samples * length**2, samples * (length - 1)
+            else:
+                batch = plan.global_batch(self.data.train)
+                tokens, squared, supervised = batch.num_tokens, batch.squared_lengths, batch.num_supervised
+            flops = step_flops(
+                shape,
+                adapter,
+                num_tokens=tokens,
+                squared_lengths=squared,
+                num_after=supervised,
+                num_supervised=supervised,
+            )
+            return Work(tokens, flops.total)
+
+        found: Work = self._once("work", compute)
+        return found
+
+
+def _shards(layout: Layout) -> bool:
+    """Whether the engine's messages depend on the micro-batches or on the storage of the base: from ZeRO-2 on."""
+    return layout.zero_stage >= 2
+
+
+def _grid(layout: Layout) -> tuple[int, int, int]:
+    return layout.tp_size, layout.pp_size, layout.dp_size
+
+
+def _choices(layout: Layout) -> tuple[Hashable, ...]:
+    """What activations and passes depend on, beside the model and the data."""
+    return (*_grid(layout), layout.rows, layout.shards_sequences, layout.recompute)

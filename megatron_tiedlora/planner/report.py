@@ -1,0 +1,144 @@
+"""Makes a plan from the command's settings, and words it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import count_text, nearest_name
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand
+from megatron_tiedlora.planner.candidates import Cluster, search
+from megatron_tiedlora.planner.hints import hint_lines
+from megatron_tiedlora.planner.launch_lines import chosen_settings, command_lines, record_of
+from megatron_tiedlora.planner.price import Priced, Pricer, capacity
+from megatron_tiedlora.planner.table import Plan, counts_line, missed_lines, refused_lines, table_lines
+from megatron_tiedlora.planner.why import why_lines
+from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS
+from megatron_tiedlora.planning.machines import Machine, read_machine
+
+
+@dataclass(frozen=True)
+class Made:
+    """A plan, with what it was made from."""
+
+    command: PlanCommand
+    cluster: Cluster
+    plan: Plan
+    pricer: Pricer
+
+    def row(self, name: str, *, flag: str) -> Priced:
+        """The layout of a name. Raises UserError, with the nearest one."""
+        rows = {row.name: row for row in (*self.plan.rows, *self.plan.others)}
+        if name not in rows:
+            raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}; names are those of the table")
+        return rows[name]
+
+    @property
+    def chosen(self) -> Priced | None:
+        """The layout of --layout, or the fastest one; None if nothing fits."""
+        named = self.command.settings.layout
+        if named is not None:
+            return self.row(named, flag="layout")
+        return self.plan.rows[0] if self.plan.rows else None
+
+
+def find_machine(command: PlanCommand) -> Machine:
+    """The machine of --constants, of --gpu, or this one."""
+    settings = command.settings
+    if settings.constants is not None:
+        machine = read_machine(user_path(settings.constants, flag="--constants"))
+        if machine.on_gpu == (settings.ranks_on_cpu is not None):
+            kind = "GPUs" if machine.on_gpu else "CPUs"
+            raise UserError(
+                f"--constants {settings.constants} are those of {kind}; {'remove' if machine.on_gpu else 'give'}"
+                " --ranks_on_cpu"
+            )
+        return machine
+    return GPUS[settings.gpu or DEFAULT_GPU] if settings.ranks_on_cpu is None else CPU
+
+
+def make_plan(command: PlanCommand) -> Made:
+    """Enumerate and price all layouts.
+
+    Raises:
+        UserError: no layout is accepted, or the model or data cannot be read; in the words of a run.
+    """
+    settings, train = command.settings, command.train
+    cluster = Cluster(settings.world_size, settings.ranks_per_node, find_machine(command))
+    source = find_model(train.model, weights=False)
+    found = search(train, cluster, source=source, formats=settings.formats)
+    first, data = found.candidates[0].plan, None
+    if source.folder is not None:
+        # Imported here, as a plan without data does not wait for what reads it.
+        from megatron_tiedlora.training.run_data import prepare_data
+
+        data = prepare_data(first)
+        first = first.counted(len(data.train))
+    pricer = Pricer(cluster, data)
+    plan = Plan.of(found, pricer.price(found.candidates), steps=first.settings.max_steps)
+    return Made(command, cluster, plan, pricer)
+
+
+def report_lines(made: Made) -> list[str]:
+    """The whole report."""
+    settings, plan = made.command.settings, made.plan
+    rows = list(plan.rows) if settings.every_layout else plan.best_of_each()
+    shown = rows[: settings.top or None]
+    lines = [counts_line(plan), *_head(made), *refused_lines(plan), ""]
+    if shown:
+        more = f", the first {len(shown)} of {len(rows)}" if len(shown) < len(rows) else ""
+        kind = "" if settings.every_layout else ", the fastest of each tensor x pipeline x data and storage"
+        lines.append(f"layouts that fit in {capacity(made.cluster) / 1e9:.1f} GB{kind}{more}")
+        lines += table_lines(shown, plan)
+        lines.append("  (tokens/s of each rank; products to sums: shares of a step; hours of the run; all planned)")
+    if missed := missed_lines(plan):
+        lines += ["", "does not fit", *(f"  {line}" for line in missed)]
+    if hints := hint_lines(plan):
+        lines += ["", *(f"hint: {line}" for line in hints)]
+    if settings.why is not None:
+        lines += ["", *why_lines(made.row(settings.why, flag="why"), made.pricer, plan)]
+    if made.chosen is not None:
+        values = chosen_settings(made.command.train, made.chosen.candidate)
+        lines += ["", f"start {made.chosen.name}", *command_lines(values, made.cluster, yaml=settings.yaml)]
+    return lines
+
+
+def _head(made: Made) -> list[str]:
+    """What was planned, and which values were left out."""
+    command, cluster = made.command, made.cluster
+    settings, train, data = command.settings, command.train, made.pricer.data
+    nodes = count_text(-(-cluster.world_size // cluster.per_node), "node")
+    where = f"{nodes} of {cluster.per_node} x {cluster.machine.title}"
+    samples = made.plan.steps * train.global_batch_size
+    length = float(train.max_length) if data is None else data.train.num_tokens / len(data.train)
+    lines = [
+        f"{train.model} on {where}; {made.plan.steps:,} steps of {train.global_batch_size} samples ="
+        f" {samples:,} samples of {length:,.0f} tokens {'each' if data is None else 'on average'}"
+    ]
+    assumed = [f"--{name} {value}" for name, value in PLAN_DEFAULTS.items() if name not in train.model_fields_set]
+    if settings.gpu is None and settings.constants is None and settings.ranks_on_cpu is None:
+        assumed.insert(0, f"--gpu {DEFAULT_GPU}")
+    if {"max_steps", "epochs"}.isdisjoint(train.model_fields_set):
+        assumed.append(f"--max_steps {made.plan.steps}")
+    return [*lines, *([f"left out, so assumed: {', '.join(assumed)}"] if assumed else [])]
+
+
+def report_record(made: Made) -> dict[str, Any]:
+    """The report as JSON: all layouts, the fastest first."""
+    plan, train = made.plan, made.command.train
+    return {
+        "model": train.model,
+        "ranks": made.cluster.world_size,
+        "ranks_per_node": made.cluster.per_node,
+        "machine": made.cluster.machine.record(),
+        "max_length": train.max_length,
+        "global_batch_size": train.global_batch_size,
+        "steps": plan.steps,
+        "enumerated": plan.search.enumerated,
+        "refused": dict(plan.search.refused.most_common()),
+        "hints": hint_lines(plan),
+        "layouts": [record_of(row, plan) for row in (*plan.rows, *plan.others)],
+    }

@@ -1,0 +1,141 @@
+"""The text of a plan: how many layouts there are, the table of the fastest, and those that miss little."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.planner.candidates import Search
+from megatron_tiedlora.planner.price import Priced, capacity
+
+_MISSED = 5  # lines about layouts that do not fit
+_REASONS = 4  # lines about those that are refused
+# What a user would change first, so that a layout fits.
+_CHANGES = ("recompute", "micro_batch_size", "ds_config", "sequence_parallel")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every layout of a cluster, priced.
+
+    Attributes:
+        rows: those that fit, the fastest first; of equally fast ones the one with less memory.
+        others: those that do not fit.
+        steps: of the run.
+    """
+
+    search: Search
+    rows: tuple[Priced, ...]
+    others: tuple[Priced, ...]
+    steps: int
+
+    @classmethod
+    def of(cls, search: Search, priced: Iterable[Priced], *, steps: int) -> Plan:
+        """Sort what was priced."""
+        found = list(priced)
+        fitting = sorted((one for one in found if one.fits), key=lambda one: (one.step.total, one.needed))
+        return cls(search, tuple(fitting), tuple(one for one in found if not one.fits), steps)
+
+    def best_of_each(self) -> list[Priced]:
+        """The fastest of each tensor x pipeline x data and storage."""
+        found: dict[tuple[object, ...], Priced] = {}
+        for row in self.rows:
+            found.setdefault(group_of(row), row)
+        return list(found.values())
+
+    def hours(self, row: Priced) -> float:
+        """The hours of the run."""
+        return self.steps * row.step.total / 3600
+
+
+def group_of(row: Priced) -> tuple[object, ...]:
+    """What rows of a table share that differ in micro-batch, recompute, sequences and ZeRO only."""
+    layout = row.candidate.layout
+    return layout.tp_size, layout.pp_size, layout.dp_size, row.candidate.storage
+
+
+def counts_line(plan: Plan) -> str:
+    """How many layouts were enumerated, and what became of them."""
+    dropped = sum(one.memory is None for one in plan.others)
+    priced = len(plan.rows) + len(plan.others) - dropped
+    return (
+        f"{plan.search.enumerated:,} layouts enumerated: {plan.search.refused.total():,} a run refuses, {dropped:,}"
+        f" dropped as their weights alone do not fit, {priced:,} priced; {len(plan.rows):,} fit"
+    )
+
+
+def refused_lines(plan: Plan) -> list[str]:
+    """What a run says of those that it refuses, the most frequent first."""
+    counts = plan.search.refused.most_common()
+    lines = [f"  {number:,} x {reason}" for reason, number in counts[:_REASONS]]
+    left = sum(number for _, number in counts[_REASONS:])
+    return [*lines, *([f"  {left:,} x {count_text(len(counts) - _REASONS, 'more reason')}"] if left else [])]
+
+
+def table_lines(rows: Sequence[Priced], plan: Plan) -> list[str]:
+    """The table."""
+    header = ["layout", "GB", "tokens/s", "MFU", "products", "attention", "between", "tensor", "gathers"]
+    lines = [[*header, "bubble", "sums", "hours", "rank hours"]]
+    for row in rows:
+        total, spent, hours = row.step.total, row.step, plan.hours(row)
+        between = spent.between + spent.dequantised + spent.launches
+        shares = [spent.products, spent.attention, between, spent.tensor, spent.gathers]
+        shares += [spent.bubble + spent.pipeline, spent.sums + spent.outside]
+        lines.append(
+            [
+                row.name,
+                f"{row.needed / 1e9:.1f}",
+                f"{row.tokens_per_second:,.{0 if row.tokens_per_second >= 100 else 1}f}",
+                f"{row.mfu:.1%}",
+                *(f"{share / total:.1%}" for share in shares),
+                _number(hours),
+                _number(hours * row.cluster.world_size),
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return [
+        "  " + "  ".join([f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def missed_lines(plan: Plan) -> list[str]:
+    """For each tensor x pipeline x data and storage of which nothing fits: the one that misses least."""
+    fitting = {group_of(row) for row in plan.rows}
+    least: dict[tuple[object, ...], Priced] = {}
+    for one in plan.others:
+        group = group_of(one)
+        if group not in fitting and (group not in least or one.needed < least[group].needed):
+            least[group] = one
+    nearest = sorted(least.values(), key=lambda one: one.needed)[:_MISSED]
+    return [missing_line(one, plan) for one in nearest]
+
+
+def missing_line(row: Priced, plan: Plan) -> str:
+    """What a layout that does not fit lacks, and which change makes it fit."""
+    room = capacity(row.cluster) / 1e9
+    if row.memory is None:
+        return f"{row.name}: {row.needed / 1e9:.1f} of {room:.1f} GB for the weights alone"
+    parts = {name: size for name, size in row.memory._asdict().items() if name != "slack"}
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:2]
+    words = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest)
+    return f"{row.name}: {row.needed / 1e9:.1f} of {room:.1f} GB, {words}; {_what_fits(row, plan)}"
+
+
+def _what_fits(row: Priced, plan: Plan) -> str:
+    """The smallest change of a layout that fits, in flags: of one setting if that is enough."""
+    best: tuple[tuple[int, int, float], str] | None = None
+    for other in plan.rows:
+        if group_of(other) != group_of(row):
+            continue
+        mine, theirs = row.candidate.flags, other.candidate.flags
+        changed = [name for name in _CHANGES if mine[name] != theirs[name]]
+        rank = (len(changed), sum(1 << _CHANGES.index(name) for name in changed), other.step.total)
+        if best is None or rank < best[0]:
+            best = rank, " ".join(f"--{name} {str(theirs[name]).lower()}" for name in changed)
+    return "nothing fits with these parallel sizes" if best is None else f"{best[1]} fits"

@@ -1,0 +1,164 @@
+"""Cards by name: peaks from data sheets, and the machines that `--gpu` names.
+
+A preset's constants that nobody has measured say so in their source; docs/planning.md has the fit of the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from megatron_tiedlora.config.settings import GPU_NAMES
+from megatron_tiedlora.planning.machines import Constant, Machine
+
+# Dense bf16 TFLOP/s (half of the rate with sparsity) from the vendor's data sheets, by words of the device's name. The
+# first row counts whose words are all in the name.
+_DATA_SHEETS: tuple[tuple[frozenset[str], float], ...] = (
+    (frozenset({"GB200"}), 2500.0),
+    (frozenset({"B200"}), 2250.0),
+    (frozenset({"GH200"}), 989.4),
+    (frozenset({"H200", "NVL"}), 835.5),
+    (frozenset({"H200"}), 989.4),
+    (frozenset({"H100", "NVL"}), 835.5),
+    (frozenset({"H100", "PCIe"}), 756.5),
+    (frozenset({"H100", "HBM3"}), 989.4),  # SXM
+    (frozenset({"A100"}), 312.0),
+    (frozenset({"A40"}), 149.7),
+    (frozenset({"L40S"}), 362.1),
+    (frozenset({"L4"}), 121.0),
+)
+
+_SHEET = "data sheet"
+_FITTED = "fitted to three published rates of LoRA in fp8 on H100 (docs/planning.md)"
+_ASSUMED = "assumed, not measured"
+_AS_H100 = "as on H100, where it is fitted"
+_LINK = "assumed: NCCL's bus bandwidth on such nodes is 75 to 85 % of the link"
+_NETWORK = "assumed: 90 % of the network card"
+_REPORTED = "0.3 to 0.7 GB on hosts with NVLink, as users report (NVIDIA/nccl issues 864 and 964)"
+_LAUNCHES = "counted without a GPU: about 1 ms of the host's time per block, forward and backward (docs/gpu_log.md)"
+_RESERVED = "counted without a GPU: 1.01 to 1.07 of the allocated bytes are reserved (docs/gpu_log.md)"
+_CAPACITY = "total capacity in PyTorch's messages on this card"
+
+
+def listed_peak(name: str) -> float | None:
+    """bf16 FLOP/s of a device of that name; None if its data sheet is not known or it is a part of a device (MIG)."""
+    words = set(re.split(r"[\s-]+", name))
+    if "MIG" in words:
+        return None
+    return next((1e12 * rate for needed, rate in _DATA_SHEETS if needed <= words), None)
+
+
+def _card(
+    name: str,
+    device: str,
+    *,
+    gib: float,
+    fp8: float,
+    fp32: float,
+    bandwidth: float,
+    link: float,
+    network: float,
+    capability: tuple[int, int],
+    of_fp8: str = _AS_H100,
+) -> Machine:
+    """A preset: a data-centre card in a node with a fast link among its cards, and a network card for each.
+
+    Args:
+        device: its name, for the peak in bf16.
+        gib: its memory in GiB.
+        fp8, fp32: further peaks in TFLOP/s; 0 if it has no such matmuls.
+        bandwidth, link, network: GB/s of its memory, of its link in the node and of its network card, in one direction.
+        of_fp8: source of the share of the peak in fp8.
+    """
+    peak = listed_peak(device)
+    assert peak is not None, "a preset's card has a data sheet"
+    values: dict[str, tuple[float, str]] = {
+        "memory": (gib * 2**30, _CAPACITY),
+        "peak.bf16": (peak, _SHEET),
+        "peak.fp8": (fp8 * 1e12, _SHEET),
+        "peak.fp32": (fp32 * 1e12, _SHEET),
+        "matmul.bf16": (0.72, f"{_ASSUMED}: what large matmuls in bf16 reach; published training is 10 to 20 % slower"),
+        "matmul.fp8": (FP8_SHARE, of_fp8),
+        "matmul.fp32": (0.8, _ASSUMED),
+        "attention.bf16": (0.55, f"{_ASSUMED}: forward and backward pass of fused kernels together"),
+        "attention.fp32": (0.4, _ASSUMED),
+        "bandwidth": (bandwidth * 1e9, _SHEET),
+        "elementwise": (0.8, f"{_ASSUMED}: compiled kernels that read and write once"),
+        "dequantise.nf4": (0.0, "by its bytes"),
+        "dequantise.int8": (0.0, "by its bytes"),
+        "dequantise.fp8": (0.0, "by its bytes"),
+        "node_bandwidth": (link * 1e9, _SHEET),
+        "node_link": (0.8, _LINK),
+        "network_bandwidth": (network * 1e9, _SHEET),
+        "network_link": (0.9, _NETWORK),
+        "message": (15e-6, f"{_ASSUMED}: NCCL's small messages take 10 to 20 us"),
+        "instruction": (1e-4, _ASSUMED),
+        "block": (5e-4, _LAUNCHES),
+        "hides_launches": (1.0, "CUDA's launches return at once"),
+        "step": (5e-3, _ASSUMED),
+        "context": (0.5e9, _ASSUMED),
+        "communicator": (0.5e9, _REPORTED),
+        "slack": (0.05, _RESERVED),
+    }
+    return Machine(name, device, True, {key: Constant(*value) for key, value in values.items()}, capability)
+
+
+FP8_SHARE = 0.53
+
+_CARDS = (
+    _card("a100-80", "A100 80GB", gib=79.1, fp8=0, fp32=19.5, bandwidth=2039, link=300, network=25, capability=(8, 0)),
+    _card(
+        "h100",
+        "H100 80GB HBM3",
+        gib=79.1,
+        fp8=1978.9,
+        fp32=66.9,
+        bandwidth=3350,
+        link=450,
+        network=50,
+        capability=(9, 0),
+        of_fp8=_FITTED,
+    ),
+    _card("h200", "H200", gib=139.8, fp8=1978.9, fp32=66.9, bandwidth=4800, link=450, network=50, capability=(9, 0)),
+    _card("b200", "B200", gib=178.3, fp8=4500, fp32=75, bandwidth=8000, link=900, network=50, capability=(10, 0)),
+)
+GPUS: Mapping[str, Machine] = {card.name: card for card in _CARDS}
+assert tuple(GPUS) == GPU_NAMES, "--gpu offers the cards of this table"
+DEFAULT_GPU = "h100"
+
+# So that --ranks_on_cpu has numbers to sort layouts by. No rank on CPUs has been timed against them.
+_ROUGH = "a rough guess for 2 threads of a server CPU with bf16 instructions, not measured"
+_CPU: dict[str, float] = {
+    "memory": 16e9,
+    "peak.bf16": 0.9e12,
+    "peak.fp8": 0.3e12,
+    "peak.fp32": 0.175e12,
+    "matmul.bf16": 1.0,
+    "matmul.fp8": 1.0,
+    "matmul.fp32": 1.0,
+    "attention.bf16": 0.2,
+    "attention.fp32": 0.5,
+    "bandwidth": 20e9,
+    "elementwise": 0.8,
+    "dequantise.nf4": 2e9,
+    "dequantise.int8": 4e9,
+    "dequantise.fp8": 1e9,
+    "node_bandwidth": 2e9,
+    "node_link": 1.0,
+    "network_bandwidth": 1e9,
+    "network_link": 1.0,
+    "message": 1e-4,
+    "instruction": 1e-4,
+    "block": 3e-4,
+    "hides_launches": 0.0,
+    "step": 5e-3,
+    "context": 0.5e9,
+    "communicator": 0.0,
+    "slack": 0.05,
+}
+CPU = Machine("cpu", "CPU", False, {name: Constant(value, _ROUGH) for name, value in _CPU.items()})
+
+
+def default_machine(*, on_gpu: bool) -> Machine:
+    """The machine of a plan that names none."""
+    return GPUS[DEFAULT_GPU] if on_gpu else CPU

@@ -1,0 +1,129 @@
+"""What a cluster's cards, links and libraries do, as a few named constants, each with its source.
+
+A `Machine` is one kind of card with its node. Planners multiply the counts of a layout (`flops`, `elementwise`,
+`memory`, `traffic`) by these constants and by nothing else. `Machine.record` is a file of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.wording import nearest_name
+
+# Every constant: its unit, and what it is.
+CONSTANTS: Mapping[str, tuple[str, str]] = {
+    "memory": ("bytes", "of a card, as PyTorch reports it; on CPUs the memory of the machine"),
+    "peak.bf16": ("FLOP/s", "dense peak of matmuls in bf16"),
+    "peak.fp8": ("FLOP/s", "the same in fp8"),
+    "peak.fp32": ("FLOP/s", "the same in fp32"),
+    "matmul.bf16": ("share", "of that peak which matmuls of a model's widths reach"),
+    "matmul.fp8": ("share", "the same in fp8, with what rounds activations to fp8"),
+    "matmul.fp32": ("share", "the same in fp32"),
+    "attention.bf16": ("share", "of the peak in bf16 which attention reaches, by its necessary FLOPs"),
+    "attention.fp32": ("share", "the same in fp32"),
+    "bandwidth": ("bytes/s", "of the memory, by the data sheet"),
+    "elementwise": ("share", "of it which elementwise kernels reach"),
+    "dequantise.nf4": ("weights/s", "that are dequantised; 0: as fast as their bytes are read and written"),
+    "dequantise.int8": ("weights/s", "the same"),
+    "dequantise.fp8": ("weights/s", "the same"),
+    "node_bandwidth": ("bytes/s", "of a rank's link to the others of its node, in one direction"),
+    "node_link": ("share", "of it which collectives reach"),
+    "network_bandwidth": ("bytes/s", "of a rank's link to other nodes, in one direction"),
+    "network_link": ("share", "of it which collectives reach"),
+    "message": ("seconds", "of a message without its bytes"),
+    "instruction": ("seconds", "that DeepSpeed's pipeline adds to a pass"),
+    "block": ("seconds", "that the host needs to launch a pass through a block"),
+    "hides_launches": ("0 or 1", "1: the device works while the host launches, so only the longer of both counts"),
+    "step": ("seconds", "of a step beside its passes and messages: loader, agreements, optimizer"),
+    "context": ("bytes", "of a process outside PyTorch's allocator: CUDA, libraries"),
+    "communicator": ("bytes", "of a communicator's buffers"),
+    "slack": ("share", "of the allocated bytes which the allocator reserves beyond them"),
+}
+
+_ABOVE_ZERO = (
+    *("memory", "bandwidth", "elementwise", "node_bandwidth", "node_link", "network_bandwidth", "network_link"),
+    *(name for name in CONSTANTS if name.startswith(("peak.bf16", "peak.fp32", "matmul.", "attention."))),
+)
+
+
+class Constant(NamedTuple):
+    """A value, and where it is from."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A kind of card, in nodes of `cards` of them.
+
+    Attributes:
+        title: for tables.
+        on_gpu: False for processes on CPUs.
+        capability: CUDA's compute capability; None on CPUs.
+        constants: one for each name of `CONSTANTS`.
+    """
+
+    name: str
+    title: str
+    on_gpu: bool
+    constants: Mapping[str, Constant] = field(repr=False)
+    capability: tuple[int, int] | None = None
+
+    def __getitem__(self, name: str) -> float:
+        """The value of a constant."""
+        return self.constants[name].value
+
+    def rate(self, what: str, dtype: str) -> float:
+        """The FLOP/s of `matmul` or `attention` in a dtype, bf16, fp8 or fp32."""
+        return self[f"peak.{dtype}"] * self[f"{what}.{dtype}"]
+
+    def record(self) -> dict[str, Any]:
+        """The machine as --constants reads it."""
+        constants = {
+            name: {"value": constant.value, "unit": CONSTANTS[name][0], "source": constant.source}
+            for name, constant in self.constants.items()
+        }
+        facts = {"name": self.name, "title": self.title, "on_gpu": self.on_gpu, "capability": self.capability}
+        return {**facts, "constants": constants}
+
+    def changed(self, constants: Mapping[str, Constant], *, name: str, title: str) -> Machine:
+        """The same with other values of some constants."""
+        return replace(self, name=name, title=title, constants={**self.constants, **constants})
+
+
+def read_machine(path: Path) -> Machine:
+    """The machine in a file of --constants.
+
+    Raises:
+        UserError: the file is not one, or a constant is missing, unknown or no number above 0.
+    """
+    content = read_json_object(path, kind="a file of constants")
+    constants = content.get("constants")
+    if not isinstance(constants, dict) or type(content.get("on_gpu")) is not bool:
+        raise UserError(f"{path}: is no file of constants; docs/planning.md says what such a file has")
+    found = {}
+    for name, entry in constants.items():
+        if name not in CONSTANTS:
+            raise UserError(f"{path}: unknown constant {shown(name)}{nearest_name(name, CONSTANTS)}")
+        value = entry.get("value") if isinstance(entry, dict) else entry
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise UserError(f"{path}: {name} is {shown(value)}, expected a number in {CONSTANTS[name][0]}")
+        if value == 0 and name in _ABOVE_ZERO:
+            raise UserError(f"{path}: {name} is 0; a machine without it computes nothing")
+        source = entry.get("source", path.name) if isinstance(entry, dict) else path.name
+        found[name] = Constant(float(value), str(source))
+    missing = [name for name in CONSTANTS if name not in found]
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing; docs/planning.md says what such a file has")
+    name, capability = str(content.get("name", path.stem)), content.get("capability")
+    if isinstance(capability, list) and [type(part) for part in capability] == [int, int]:
+        capability = tuple(capability)
+    elif capability is not None:
+        raise UserError(f"{path}: capability is {shown(capability)}, expected two numbers such as [9, 0]")
+    return Machine(name, str(content.get("title", name)), content["on_gpu"], found, capability)

@@ -1,0 +1,258 @@
+"""How long a step takes: the counts of `work`, by the constants of a machine, along the schedule of `schedule`.
+
+    step = the longest path through the passes of all stages + sums of the step + what is outside passes
+
+A pass takes the sum of its parts. A part runs beside another one only where the code does so: on a GPU the host's
+launches, and gathers of ZeRO-3 with `overlap_comm`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_tiedlora.base.base_formats import BASE_FORMATS
+from megatron_tiedlora.parallel.traffic import DATA, PIPELINE
+from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.links import Links, Term
+from megatron_tiedlora.planning.machines import Machine
+from megatron_tiedlora.planning.schedule import FORWARD, Pass, one_f_one_b, simulate
+from megatron_tiedlora.planning.stages import StagePlan
+from megatron_tiedlora.planning.traffic import engine_traffic, once_traffic
+from megatron_tiedlora.planning.work import Batches, PassWork, StageWork, stage_work
+
+DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes
+
+
+class Seconds(NamedTuple):
+    """Seconds by what they are spent on; of a pass, of a stage's passes, or of a step.
+
+    Attributes:
+        products: matmuls, frozen ones and the adapter's, with those that are computed again.
+        attention: the same of attention.
+        between: norms, gate, rotation, residuals, loss: what moves memory.
+        dequantised: making weights of a quantised base ready for a matmul.
+        launches: of the host, that the device does not hide.
+        tensor: messages of the tensor group.
+        gathers: weights that ZeRO-3 gathers and nothing hides.
+        pipeline: sending hidden states, and DeepSpeed's instructions.
+        bubble: waiting for other stages.
+        sums: messages once a step.
+        outside: of a step beside its passes and messages.
+    """
+
+    products: float = 0.0
+    attention: float = 0.0
+    between: float = 0.0
+    dequantised: float = 0.0
+    launches: float = 0.0
+    tensor: float = 0.0
+    gathers: float = 0.0
+    pipeline: float = 0.0
+    bubble: float = 0.0
+    sums: float = 0.0
+    outside: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return sum(self)
+
+    def plus(self, other: Seconds) -> Seconds:
+        """Each of them with that of another."""
+        return Seconds(*map(operator.add, self, other))
+
+    def times(self, number: int) -> Seconds:
+        """Each of them `number` times."""
+        return Seconds(*(number * seconds for seconds in self))
+
+
+class StageSeconds(NamedTuple):
+    """The passes of a micro-batch on a rank of a stage."""
+
+    forward: Seconds
+    backward: Seconds
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What the time of a step follows from.
+
+    Attributes:
+        batches: its micro-batches.
+        stages: by stage, by kind of micro-batch.
+        sums: of the messages once a step.
+        outside: see `Seconds`.
+    """
+
+    batches: Batches
+    stages: Sequence[Sequence[StageSeconds]]
+    sums: float
+    outside: float
+
+    def busiest(self) -> tuple[int, Seconds]:
+        """The first stage of those that work longest, and what all its passes take."""
+        firsts: dict[int, int] = {}
+        for index, passes in enumerate(self.stages):  # stages that do the same are one object
+            firsts.setdefault(id(passes), index)
+        spent = {index: self._together(self.stages[index]) for index in firsts.values()}
+        longest = max(spent, key=lambda index: sum(spent[index]))
+        return longest, spent[longest]
+
+    def _together(self, passes: Sequence[StageSeconds]) -> Seconds:
+        found = Seconds()
+        for each, number in zip(passes, self.batches.numbers, strict=True):
+            found = found.plus(each.forward.plus(each.backward).times(number))
+        return found
+
+
+def step_parts(stages: Sequence[StagePlan], batches: Batches, links: Links, machine: Machine) -> StepParts:
+    """The time of a layout's stages on these micro-batches."""
+    by_stage = [
+        [stage_seconds(stage_work(stage, batch), stage, links, machine) for batch in batches.kinds] for stage in stages
+    ]
+    number = len(batches)
+    sums = max(
+        sum(term.seconds for term in sum_terms(stage, links, machine, num_micro_batches=number)) for stage in stages
+    )
+    return StepParts(batches, by_stage, sums, machine["step"])
+
+
+def stage_seconds(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> StageSeconds:
+    """The passes of a micro-batch of this work on a rank of the stage."""
+    return StageSeconds(*(_sum(terms) for terms in stage_terms(work, stage, links, machine)))
+
+
+def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> tuple[list[Term], list[Term]]:
+    """What the forward and the backward pass of a micro-batch spend their time on."""
+    layout = stage.layout
+    forward = pass_terms(work.forward, layout, links, machine)
+    backward = pass_terms(work.backward, layout, links, machine)
+    again = pass_terms(work.again, layout, links, machine) if layout.recompute != "none" else []
+    backward += [term._replace(label=f"{term.label}, recomputed") for term in again]
+    for terms, goes_back in ((forward, False), (backward, True)):
+        gathers = _gather_terms(stage, links, machine)
+        if layout.overlaps_gathers and gathers:  # hidden behind the pass, as far as that is long enough
+            hidden = min(_sum(terms).total, sum(term.seconds for term in gathers))
+            gathers.append(Term("gathers", "hidden behind the pass", 0.0, 0.0, "s", fixed=-hidden))
+        terms += gathers
+        terms += _sending(stage, work.backward if goes_back else work.forward, links, machine, goes_back=goes_back)
+    return forward, backward
+
+
+def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -> list[Term]:
+    """A pass without gathers and sends to other stages."""
+    dtype = DTYPES[layout.dtype.itemsize]
+    of_linears, moved = dtype if layout.products is None else DTYPES[1], machine["bandwidth"] * machine["elementwise"]
+    found = [
+        Term(
+            "products", f"matmuls of blocks in {of_linears}", work.linears, machine.rate("matmul", of_linears), "FLOP"
+        ),
+        Term("products", f"head, adapter in {dtype}", work.head + work.low_rank, machine.rate("matmul", dtype), "FLOP"),
+        Term("attention", "attention", work.attention, machine.rate("attention", dtype), "FLOP"),
+        Term("between", "norms, gate, rotation, residuals, loss", work.moved, moved, "B"),
+    ]
+    if layout.base is not None:
+        found.append(_dequantised(work, layout, machine))
+    launches = work.blocks * machine["block"]
+    if machine["hides_launches"]:
+        launches -= sum(term.seconds for term in found)
+    found.append(Term("launches", "the host launches kernels", work.blocks, 0.0, "blocks", fixed=max(0.0, launches)))
+    return found + links.terms(work.sent, machine, purpose="tensor")
+
+
+def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> Term:
+    """Making weights ready for a matmul: dequantised, or transposed for half of the matmuls in fp8."""
+    assert layout.base is not None
+    moved, weights = machine["bandwidth"] * machine["elementwise"], work.weights + work.weights_back
+    if layout.products is not None and layout.on_gpu:  # one byte read and one written
+        transposed = 0.0 if layout.keep_transposed else work.weights_back
+        return Term("dequantised", f"weights in {layout.base} transposed", 2 * transposed, moved, "B")
+    if rate := machine[f"dequantise.{layout.base}"]:
+        return Term("dequantised", f"weights in {layout.base} dequantised", weights, rate, "weights")
+    of_weight = BASE_FORMATS[layout.base].bits / 8 + layout.dtype.itemsize
+    return Term("dequantised", f"weights in {layout.base} dequantised", of_weight * weights, moved, "B")
+
+
+def _gather_terms(stage: StagePlan, links: Links, machine: Machine) -> list[Term]:
+    """What ZeRO-3 gathers for one pass: a message for each parameter that is not so small that all ranks keep it."""
+    layout = stage.layout
+    if layout.zero_stage < 3 or layout.dp_size == 1:
+        return []
+    gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # those of two passes
+    count = sum(number for tensor, number in stage.local_base.items() if tensor.size > PERSISTENT)
+    return [links[DATA].term("all-gather", count, gathered, machine, purpose="gathers")]
+
+
+PERSISTENT = 100_000  # numbers of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
+
+
+def _sending(stage: StagePlan, work: PassWork, links: Links, machine: Machine, *, goes_back: bool) -> list[Term]:
+    """Sending a pass's result to the next stage, and what DeepSpeed's pipeline adds."""
+    if stage.layout.pp_size == 1:
+        return []
+    found = [Term("pipeline", "DeepSpeed's instructions", 0.0, 0.0, "", fixed=machine["instruction"])]
+    if count := work.sent.messages[PIPELINE, "send"]:
+        link, size = links.to_next(stage.index - 1 if goes_back else stage.index), work.sent.bytes[PIPELINE, "send"]
+        found.append(link.term("send", count, size, machine, purpose="pipeline"))
+    return found
+
+
+def sum_terms(stage: StagePlan, links: Links, machine: Machine, *, num_micro_batches: int) -> list[Term]:
+    """The messages that a rank sends once a step: gradients, norms, reports; of ZeRO-3 only gradients."""
+    sent = engine_traffic(stage, num_micro_batches=num_micro_batches)
+    if stage.layout.zero_stage == 3:
+        del sent.bytes[DATA, "all-gather"]
+    return links.terms(once_traffic(stage), machine, purpose="sums") + links.terms(sent, machine, purpose="sums")
+
+
+def _sum(terms: Iterable[Term]) -> Seconds:
+    """The terms by purpose."""
+    found = dict.fromkeys(Seconds._fields, 0.0)
+    for term in terms:
+        found[term.purpose] += term.seconds
+    return Seconds(**found)
+
+
+def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
+    """The time of each step, by what the stage that works longest spends it on.
+
+    Steps with as many stages and micro-batches are simulated together.
+    """
+    found: list[Seconds] = [Seconds()] * len(steps)
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, step in enumerate(steps):
+        alike[len(step.stages), len(step.batches)].append(index)
+    for (num_stages, num_micro_batches), indices in alike.items():
+        order = one_f_one_b(num_stages, num_micro_batches)
+        spans = simulate(order, _costs([steps[index] for index in indices])).seconds
+        for index, span in zip(indices, spans.tolist(), strict=True):
+            found[index] = _by_purpose(steps[index], span)
+    return found
+
+
+def _costs(steps: Sequence[StepParts]) -> Callable[[int, Pass], Any]:
+    """By rank and pass, the cost in each of the steps."""
+    known: dict[Hashable, Any] = {}
+    uniform = all(len(step.batches.kinds) == 1 for step in steps)
+
+    def cost(rank: int, one: Pass) -> Any:
+        key = (rank, one.kind, 0 if uniform else one.micro_batch)
+        if key not in known:
+            passes = [step.stages[rank][step.batches.order[one.micro_batch]] for step in steps]
+            chosen = (each.forward if one.kind == FORWARD else each.backward for each in passes)
+            known[key] = np.array([seconds.total for seconds in chosen])
+        return known[key]
+
+    return cost
+
+
+def _by_purpose(step: StepParts, span: float) -> Seconds:
+    """The seconds of the stage that works longest, and what it waits for."""
+    _, spent = step.busiest()
+    return spent._replace(bubble=max(0.0, span - spent.total), sums=step.sums, outside=step.outside)

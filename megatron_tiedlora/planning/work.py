@@ -1,0 +1,158 @@
+"""What a rank of a stage does in the passes of a micro-batch, as counts without a machine.
+
+Counts come from `flops`, `elementwise` and `traffic`. What follows the last attention runs its backward pass inside the
+forward pass, and is counted there. Blocks that do the same are counted once and multiplied.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV
+from megatron_tiedlora.parallel.traffic import Traffic
+from megatron_tiedlora.planning import elementwise
+from megatron_tiedlora.planning.flops import block_flops, head_flops
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape
+from megatron_tiedlora.planning.stages import BlockKind, StageOwners, StagePlan
+from megatron_tiedlora.planning.traffic import pass_traffic
+
+
+class Batch(NamedTuple):
+    """A micro-batch: its shape, and the sum of s^2 over its documents of s tokens, for attention."""
+
+    shape: MicroBatchShape
+    squared_lengths: int
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The micro-batches of a step on a data-parallel rank.
+
+    Attributes:
+        kinds: the different ones.
+        order: by micro-batch in the order in which they run, its index in `kinds`.
+        numbers: by kind, how many there are.
+    """
+
+    kinds: tuple[Batch, ...]
+    order: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> Batches:
+        """Those of an order."""
+        indices: dict[Batch, int] = {}
+        order = tuple(indices.setdefault(batch, len(indices)) for batch in batches)
+        numbers = Counter(order)
+        return cls(tuple(indices), order, tuple(numbers[index] for index in range(len(indices))))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+@dataclass
+class PassWork:
+    """Counts of one pass, or of what a backward pass computes again, on a rank.
+
+    Attributes:
+        linears, head, low_rank, attention: FLOPs of the blocks' frozen matmuls, of the head's, of the adapter's, and of
+            attention.
+        moved: bytes of everything else; see `elementwise`.
+        weights: numbers of the blocks' linears that matmuls read; a quantised base dequantises them.
+        weights_back: the same of matmuls for gradients, which read them transposed.
+        blocks: passes through a block, which the host launches.
+        sent: messages.
+    """
+
+    linears: float = 0.0
+    head: float = 0.0
+    low_rank: float = 0.0
+    attention: float = 0.0
+    moved: float = 0.0
+    weights: float = 0.0
+    weights_back: float = 0.0
+    blocks: float = 0.0
+    sent: Traffic = field(default_factory=Traffic)
+
+
+class StageWork(NamedTuple):
+    """A forward pass; a backward pass without what it computes again; and that."""
+
+    forward: PassWork
+    backward: PassWork
+    again: PassWork
+
+
+def stage_work(stage: StagePlan, batch: Batch) -> StageWork:
+    """The work of a rank of a stage for a micro-batch."""
+    owners = stage.owned_by(batch.shape.adapters)
+    found = StageWork(PassWork(), PassWork(), PassWork())
+    for kind in owners.kinds:
+        _add_blocks(found, owners, kind, batch)
+    if stage.is_first:
+        found.forward.moved += elementwise.embedding_bytes(owners, tokens=batch.shape.num_tokens).forward
+    if stage.is_last:
+        found.forward.head += head_flops(stage.shape, batch.shape.num_supervised) / stage.layout.tp_size
+        found.forward.moved += elementwise.head_bytes(owners, batch.shape).forward
+    sent = pass_traffic(stage, batch.shape)
+    found.forward.sent, found.backward.sent, found.again.sent = sent
+    return found
+
+
+def _add_blocks(found: StageWork, owners: StageOwners, kind: BlockKind, batch: Batch) -> None:
+    """Add the blocks of a kind."""
+    stage, shape, block, number = owners.stage, batch.shape, kind.example, kind.number
+    layout, needs, recompute = stage.layout, owners.needs(block), stage.layout.recompute
+    after = shape.num_after if kind.ends_here else shape.num_tokens
+    (config,) = {id(part.config): part.config for part in owners.parts}.values()
+    flops = block_flops(
+        stage.shape,
+        config,
+        [name for name in needs if owners.adapts(block, name)],
+        needs,
+        num_tokens=shape.num_tokens,
+        squared_lengths=batch.squared_lengths,
+        num_after=after,
+    )
+    moved = elementwise.block_bytes(owners, block, tokens=shape.num_tokens, after=after)
+    forward, backward, again = found
+    share = number / layout.tp_size
+
+    def add(work: PassWork, name: str, *, goes_back: bool = False) -> None:
+        linear = flops.linears[name]
+        matmul, low_rank = (linear.backward, linear.low_rank_backward) if goes_back else linear[:2]
+        work.linears += matmul * share
+        work.low_rank += low_rank * share
+        read = stage.shape.block.adaptable[name].num_weights * share * (matmul > 0)
+        work.weights += read * (not goes_back)
+        work.weights_back += read * goes_back
+
+    for name in flops.linears:
+        add(forward, name)
+    forward.attention += flops.attention * share
+    forward.moved += number * moved.forward
+    forward.blocks += number
+    if not kind.goes_back:
+        return
+    for name in flops.linears:
+        early = kind.ends_here and name in (GATE_UP, DOWN)
+        add(forward if early else backward, name, goes_back=True)
+    backward.attention += flops.attention_backward * share
+    backward.moved += number * moved.backward
+    backward.blocks += number
+    again.moved += number * moved.again
+    if recompute == "full" and (not kind.ends_here or needs[OUTPUT]):
+        again.attention += flops.attention * share
+        for name in (QKV,) if kind.ends_here else flops.linears:
+            add(again, name)
+        again.blocks += number
+    elif recompute == "selective" and not kind.ends_here and owners.reads_mlp_input(block):
+        add(again, GATE_UP)
+
+
+def pass_flops(work: PassWork) -> float:
+    """All FLOPs of a pass."""
+    return work.linears + work.head + work.low_rank + work.attention

@@ -1,0 +1,45 @@
+"""Plans of tools/plan.py in this process, for small models and clusters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.planner.candidates import Candidate, Cluster, Search, search
+from megatron_tiedlora.planner.price import Pricer
+from megatron_tiedlora.planning.cards import GPUS
+from megatron_tiedlora.planning.machines import Constant, Machine
+
+H100 = GPUS["h100"]
+
+
+def changed(machine: Machine, **values: float) -> Machine:
+    """The machine with other constants; `__` stands for the dot in their names."""
+    constants = {name.replace("__", "."): Constant(value, "a test") for name, value in values.items()}
+    return machine.changed(constants, name="changed", title=machine.title)
+
+
+def short(model: str, num_layers: int) -> ModelSource:
+    """A preset with fewer layers, which takes rows of up to 8,192 tokens."""
+    source = find_model(model)
+    limit = replace(source.shape.limit, tokens=8192)
+    return replace(source, shape=replace(source.shape, num_layers=num_layers, limit=limit))
+
+
+def searched(
+    *flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100
+) -> tuple[Search, Cluster]:
+    """All layouts of a cluster."""
+    command = parse_plan([f"--model={source.name}", *flags])
+    cluster = Cluster(ranks, per_node, machine)
+    return search(command.train, cluster, source=source, formats=command.settings.formats), cluster
+
+
+def the_only(
+    *flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100
+) -> tuple[Candidate, Pricer]:
+    """The one layout that the flags leave, and what prices it."""
+    found, cluster = searched(*flags, source=source, ranks=ranks, per_node=per_node, machine=machine)
+    (candidate,) = found.candidates
+    return candidate, Pricer(cluster)

@@ -1,0 +1,207 @@
+"""Every layout that a run accepts is enumerated, and no other: `plan_run` is asked about each by itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+from planned import H100, searched, short
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, divisors, search
+from megatron_tiedlora.planner.report import find_machine, make_plan
+from megatron_tiedlora.planning.cards import GPUS
+from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.training.plan import plan_run
+
+SOURCE = short("qwen3-8b", 3)
+RANKS, PER_NODE, BATCH = 12, 4, 12
+
+
+def asked(**choices: Any) -> Layout | str:
+    """The layout of a run with these choices, or what the run says."""
+    values = {"model": SOURCE.name, "dry_run": True, "plan_for": "gpu", "world_size": RANKS, "max_length": 512}
+    try:
+        settings = make_settings({**values, "global_batch_size": BATCH, **choices})
+        return plan_run(settings, rank=0, world_size=RANKS, weights=False, source=SOURCE).layout
+    except UserError as error:
+        return str(error)
+
+
+def test_what_is_enumerated_is_what_a_run_accepts() -> None:
+    """The full product of all choices; a run is asked about each. Groups over nodes are not asked for."""
+    flags = (f"--global_batch_size={BATCH}", "--max_length=512")
+    found, _ = searched(*flags, source=SOURCE, ranks=RANKS, per_node=PER_NODE)
+    accepted, refused = {}, Counter[str]()
+    for tp, pp in ((t, p) for t in divisors(RANKS) for p in divisors(RANKS) if RANKS % (t * p) == 0):
+        share, rest = divmod(BATCH, RANKS // (tp * pp))
+        sizes = [1] if rest else divisors(share)
+        for file, storage, rows, recompute in product(ENGINE_FILES, STORAGES, sizes, RECOMPUTES):
+            for shards in [True, False] if tp > 1 else [True]:
+                layout = asked(
+                    tensor_parallel=tp,
+                    pipeline_parallel=pp,
+                    ds_config=file,
+                    micro_batch_size=rows,
+                    recompute=recompute,
+                    sequence_parallel=shards,
+                    **storage._asdict(),
+                )
+                if PER_NODE % tp:
+                    refused["over nodes"] += 1
+                elif isinstance(layout, str):
+                    refused[layout] += 1
+                else:
+                    accepted[file, storage, tp, pp, rows, recompute, shards] = layout
+    mine = {
+        (c.engine_file, c.storage, *sizes_of(c.layout), c.layout.recompute, c.layout.shards_sequences): c.layout
+        for c in found.candidates
+    }
+    assert mine == accepted and len(mine) == len(found.candidates) > 200
+    theirs = Counter[str]()
+    for words, number in found.refused.items():
+        theirs["over nodes" if "span nodes" in words else words] += number
+    assert theirs == refused and len(refused) > 4
+    assert found.enumerated == len(accepted) + refused.total()
+    assert len({candidate.name for candidate in found.candidates}) == len(found.candidates)
+
+
+def sizes_of(layout: Layout) -> tuple[int, int, int]:
+    return layout.tp_size, layout.pp_size, layout.rows
+
+
+def test_a_flag_leaves_one_value() -> None:
+    flags = ("--tensor_parallel=2", "--recompute=full", "--ds_config=zero1.json", "--base=nf4", "--micro_batch_size=2")
+    found, _ = searched(*flags, f"--global_batch_size={BATCH}", source=SOURCE, ranks=4)
+    assert {sizes_of(c.layout) for c in found.candidates} == {(2, 1, 2), (2, 2, 2)}
+    assert {(c.layout.recompute, c.engine_file, c.storage.name) for c in found.candidates} == {
+        ("full", "zero1.json", "nf4")
+    }
+    # --base fp8 leaves its products open
+    fp8, _ = searched("--base=fp8", source=SOURCE, ranks=1)
+    assert {c.storage.name for c in fp8.candidates} == {"fp8", "fp8-products", "fp8-transposed"}
+
+
+def test_tensor_parallelism_spans_nodes_only_if_it_is_asked_for() -> None:
+    found, _ = searched("--formats=none", source=SOURCE, ranks=8, per_node=2)
+    assert {c.layout.tp_size for c in found.candidates} == {1, 2}
+    asked_for, _ = searched("--formats=none", "--tensor_parallel=4", source=SOURCE, ranks=8, per_node=2)
+    assert {c.layout.tp_size for c in asked_for.candidates} == {4}
+
+
+def test_a_card_without_fp8_refuses_it_in_the_words_of_a_run() -> None:
+    found, _ = searched(source=SOURCE, ranks=1, machine=GPUS["a100-80"])
+    assert {c.storage.name for c in found.candidates} == {"none", "int8", "fp8", "nf4"}
+    (words,) = found.refused
+    assert words.startswith("--products fp8 needs a GPU of compute capability 8.9 or more, and A100 80GB has 8.0")
+    assert H100.capability is not None and H100.capability >= (8, 9)
+
+
+# Contradictions -----------------------------------------------------------------------------------------------------
+
+# One layout of four ranks, so that a plan has no other way out than a run.
+PINNED = {
+    "tensor_parallel": "2",
+    "pipeline_parallel": "2",
+    "sequence_parallel": "true",
+    "ds_config": "zero1.json",
+    "micro_batch_size": "1",
+    "recompute": "none",
+    "global_batch_size": "8",
+    "max_length": "512",
+}
+VALUES: dict[str, tuple[str, ...]] = {
+    "tensor_parallel": ("3", "4"),
+    "pipeline_parallel": ("1", "4", "64"),
+    "ds_config": ("zero0.json", "zero2.json", "zero3.json", "nosuch.json"),
+    "micro_batch_size": ("3", "8"),
+    "global_batch_size": ("7", "16"),
+    "max_length": ("8192", "4"),
+    "recompute": ("full", "some"),
+    "sequence_parallel": ("false",),
+    "base": ("nf4", "fp8", "int4"),
+    "products": ("fp8",),
+    "keep_transposed": ("true",),
+    "epochs": ("2",),
+    "max_steps": ("10",),
+    "warmup_steps": ("20",),
+    "layers": ("1,2", "40"),
+    "targets": ("all", "q_proj"),
+    "rank": ("0", "16"),
+    "method": ("lora", "none"),
+    "dtype": ("fp32",),
+    "profile": ("3:5", "5:3"),
+    "resume": ("auto",),
+    "take_over": ("true",),
+    "eval_samples": ("4",),
+    "eval_metric": ("rouge",),
+    "max_new_tokens": ("100000",),
+}
+
+
+def words_of_a_run(flags: list[str]) -> str:
+    """What launch/train.py says, '' if it accepts the flags."""
+    try:
+        settings = parse_settings([*flags, "--dry_run", "--world_size=4", "--plan_for=gpu"], Settings)
+        plan_run(settings, rank=0, world_size=4, weights=False)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def words_of_a_plan(flags: list[str]) -> str:
+    """What tools/plan.py says, '' if it has a layout."""
+    try:
+        command = parse_plan([*flags, "--gpus_per_node=4", "--formats=none"])
+        from megatron_tiedlora.checkpoint.sources import find_model
+        from megatron_tiedlora.planner.candidates import Cluster
+
+        cluster = Cluster(4, 4, find_machine(command))
+        source = find_model(command.train.model, weights=False)
+        search(command.train, cluster, source=source, formats=command.settings.formats)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_plan_refuses_what_a_run_refuses() -> None:
+    """Over all pairs of flags and their values, in the same words."""
+    values = [(name, value) for name, options in VALUES.items() for value in options]
+    refused = 0
+    for pair in combinations(values, 2):
+        given = {**PINNED, **dict(pair)}
+        flags = ["--model=llama2-7b", *(f"--{name}={value}" for name, value in given.items())]
+        expected, found = words_of_a_run(flags), words_of_a_plan(flags)
+        assert found == expected, pair
+        refused += bool(expected)
+    assert refused > 400
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dry_run"], "--dry_run is not for a plan"),
+        (["--world_size=4", "--dry_run"], "is not for a plan"),
+        (["--gpu=h1000"], "--gpu h1000: input should be one of .*did you mean h100"),
+        (["--ranks_on_cpu=2", "--nodes=2"], "--ranks_on_cpu 2 plans this machine's CPUs; remove --nodes"),
+        (["--constants=c.json", "--gpu=h100"], "--constants c.json and --gpu h100 both say"),
+        (["--constants=nosuch.json"], "nosuch.json"),
+        (["--formats=int3"], "--formats: 'int3' is unknown"),
+        (["--nodes=0"], "--nodes 0"),
+        (["--gpu_per_node=4"], "unknown argument --gpu_per_node"),
+        (["--why=t1p1d9"], "--why t1p1d9: no such layout"),
+        (["--layout=t1p1d9"], "--layout t1p1d9: no such layout"),
+        (["--adapters=a.yaml"], "--adapters is not for a plan"),
+    ],
+)
+def test_bad_input_is_one_line(flags: list[str], words: str) -> None:
+    from megatron_tiedlora.planner.report import report_lines
+
+    with pytest.raises(UserError, match=words):
+        made = make_plan(parse_plan(["--model=llama2-7b", "--gpus_per_node=1", "--formats=none", *flags]))
+        report_lines(made)

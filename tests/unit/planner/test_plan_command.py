@@ -1,0 +1,241 @@
+"""tools/plan.py as it is started: the table, the arithmetic of a row, JSON, the command and the YAML of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import ROOT
+from planned import H100
+from run_helpers import write_rows
+from tiny_models import write_tiny_model, write_tiny_tokenizer
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.commands import plan as command
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.planning.links import Links
+from megatron_tiedlora.planning.machines import CONSTANTS, read_machine
+from megatron_tiedlora.training.dry_run import dry_run_report
+from megatron_tiedlora.training.plan import plan_run
+
+SECONDS = {4: 5.0, 128: 15.0}  # what the command may take on two idle cores, by nodes
+# The test counts CPU seconds, since other processes wait for the same cores. These share caches and clock too, beside
+# which the same work has taken up to twice as many; the rest is for modules that are compiled anew in each process.
+ALLOWANCE = 2.5
+
+
+@dataclass(frozen=True)
+class Printed:
+    """What a plan has printed and written."""
+
+    text: str
+    record: dict[str, Any]
+    values: Path
+    status: int
+
+    def rows(self) -> list[list[str]]:
+        """The words of each row of the table."""
+        return [line.split() for line in self.text.splitlines() if re.match(r"  t\d+p\d+d\d+-[^\s:]+ +\d", line)]
+
+
+def planned(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> Printed:
+    """Run the command in this process."""
+    status = command.main([*flags, f"--json={folder / 'plan.json'}", f"--yaml={folder / 'plan.yaml'}"])
+    record = json.loads((folder / "plan.json").read_text())
+    return Printed(capsys.readouterr().out, record, folder / "plan.yaml", status)
+
+
+@pytest.fixture(scope="module")
+def timed() -> dict[int, tuple[str, float]]:
+    """The text and the processor's seconds of the issue's command, by nodes, each in a process of its own."""
+    found = {}
+    for nodes in SECONDS:
+        words = ["--model", "llama2-70b", "--nodes", str(nodes), "--gpus_per_node", "8", "--gpu", "h100"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        text = subprocess.run(
+            [sys.executable, "-m", "megatron_tiedlora", "plan", *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        ).stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found[nodes] = text, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return found
+
+
+def test_large_clusters_take_seconds(timed: dict[int, tuple[str, float]]) -> None:
+    for nodes, (_, seconds) in timed.items():
+        print(f"{nodes} nodes: {seconds:.1f} s of a processor")
+        assert seconds < ALLOWANCE * SECONDS[nodes]
+
+
+def test_the_first_line_counts_all_layouts(timed: dict[int, tuple[str, float]]) -> None:
+    first = timed[4][0].splitlines()[0]
+    numbers = [int(word.replace(",", "")) for word in re.findall(r"[\d,]*\d", first)]
+    enumerated, refused, dropped, priced, fitting = numbers
+    assert enumerated == refused + dropped + priced and 0 < fitting < priced and dropped > 0
+    assert "left out, so assumed: --max_length 4096, --global_batch_size 128" in timed[4][0]
+
+
+def test_70b_on_32_h100_is_data_parallel_over_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In bf16 and of all formats the fastest layout has copies of the model on several nodes; none spans one."""
+    for formats in ("none", "none,nf4,fp8-products"):
+        found = planned(tmp_path, capsys, "--model=llama2-70b", "--nodes=4", f"--formats={formats}", "--top=0")
+        best = found.record["layouts"][0]
+        layout = plan_run(
+            parse_settings([f"--config={found.values}", "--dry_run", "--gpu=h100", "--world_size=32"], Settings),
+            rank=0,
+            world_size=32,
+            weights=False,
+        ).layout
+        assert found.rows()[0][0] == best["layout"] and layout.dp_size == best["data_parallel"] > 1
+        assert Links(layout, 8)["data"].num_nodes > 1 and Links(layout, 8)["tensor"].num_nodes == 1
+        rates = [float(row[2].replace(",", "")) for row in found.rows()]
+        assert rates == sorted(rates, reverse=True) and len(rates) > 15
+    wide = [row for row in found.record["layouts"] if row["settings"]["tensor_parallel"] == 8 and row["fits"]]
+    plain = next(row for row in wide if "base" not in row["settings"])
+    assert 0.25 < plain["seconds"]["tensor"] / plain["seconds"]["step"] < 0.35
+    assert "tensor messages take" in found.text and "x as fast" in found.text
+
+
+def test_the_arithmetic_of_a_row_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Amount / rate of each line is its time, the passes and the rest are the step; bytes add up to the sum."""
+    name = "t2p2d2-b1-zero1-selective"
+    flags = ("--model=llama2-70b", "--formats=none", "--global_batch_size=16", f"--why={name}", f"--layout={name}")
+    found = planned(tmp_path, capsys, *flags)
+    text = found.text[found.text.index(f"{name}: tensor 2") :]
+    scales = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
+    units = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+    amount = r"([\d.,]+) ([PTGMk]?)(?:FLOP|B)"
+    fixed = r"(?: \+ ([\d.]+) (s|ms|us))?"
+    terms = re.findall(rf"^ +([\d.]+) (s|ms|us)  .*: {amount} / {amount}/s{fixed}$", text, re.MULTILINE)
+    assert len(terms) > 12
+    for seconds, unit, size, scale, rate, of_rate, more, of_more in terms:
+        value = float(size.replace(",", "")) * scales[scale] / (float(rate.replace(",", "")) * scales[of_rate])
+        value += float(more) * units[of_more] if more else 0.0
+        assert float(seconds) * units[unit] == pytest.approx(value, rel=0.02)
+    record = next(row for row in found.record["layouts"] if row["layout"] == name)
+    spent = record["seconds"]
+    assert sum(value for key, value in spent.items() if key != "step") == pytest.approx(spent["step"])
+    passes = sum(float(t[0]) * units[t[1]] for t in re.findall(r"^    +([\d.]+) (s|ms|us)  ", text, re.MULTILINE))
+    assert passes > 0
+    held = record["bytes"]
+    parts = [size for key, size in held.items() if key not in ("needed", "of", "stage")]
+    assert sum(parts) == pytest.approx(held["needed"])
+    assert f"{bytes_in_words(held['needed'])}  of 84.93 GB" in text
+    assert "recomputed: " in text and "waiting: the schedule of 2 stages and 8 micro-batches, simulated" in text
+
+
+def test_what_does_not_fit_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (
+        "--model=llama2-7b",
+        "--gpus_per_node=1",
+        "--global_batch_size=8",
+        "--formats=none",
+        "--ds_config=zero1.json",
+    )
+    found = planned(tmp_path, capsys, *flags, "--why=t1p1d1-b8-zero1")
+    assert re.search(
+        r"t1p1d1-b8-zero1: 1\d\d\.\d of 84\.9 GB, activations \d+\.\d, base 13\.\d; --recompute selective fits",
+        found.text,
+    )
+    nothing = planned(tmp_path, capsys, "--model=llama2-70b", "--gpus_per_node=1", "--formats=none", "--nodes=1")
+    assert nothing.status == 1 and nothing.rows() == []
+    assert "138.0 of 84.9 GB for the weights alone" in nothing.text
+
+
+@pytest.mark.parametrize("chosen", ["", "t2p2d2-b2-zero1-full", "t2p1d4-b1-zero3-selective-nf4"])
+def test_the_dry_run_of_a_plan_s_yaml_has_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], chosen: str
+) -> None:
+    """Memory of the fullest rank, the verdict, messages and the time of a step."""
+    flags = ("--model=llama2-13b", "--global_batch_size=16", "--method=lora", "--rank=16", "--targets=all")
+    found = planned(tmp_path, capsys, *flags, *([f"--layout={chosen}"] if chosen else []))
+    layouts = {row["layout"]: row for row in found.record["layouts"]}
+    row = layouts[chosen] if chosen else found.record["layouts"][0]
+    words = [f"--config={found.values}", "--dry_run", "--gpu=h100", "--world_size=8"]
+    report = dry_run_report(parse_settings(words, Settings))
+    needed, room = bytes_in_words(row["bytes"]["needed"]), bytes_in_words(H100["memory"])
+    assert f"h100: the fullest rank needs {needed} of {room}: it fits" in report
+    assert f"{row['tokens_per_second_per_rank']:,.0f} tokens/s of each rank" in report
+    assert f"start {row['layout']}" in found.text and f"--config {found.values}" in found.text
+
+
+def test_a_command_has_the_flags_of_the_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --yaml the flags stand in the command, which launch/train.py accepts."""
+    assert command.main(["--model=llama2-13b", "--global_batch_size=16", "--formats=none", "--seed=7"]) == 0
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if line.startswith("python launch/run.py") or "tiedlora run" in line)
+    words = line.split()
+    assert words[words.index("--seed") + 1] == "7"
+    flags = words[words.index("--model") :]
+    settings = parse_settings([*flags, "--dry_run", "--gpu=h100", "--world_size=8"], Settings)
+    assert plan_run(settings, rank=0, world_size=8, weights=False).layout.dp_size == 8
+
+
+def test_real_lengths_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With data the micro-batches are those of the first step, and the YAML names the files."""
+    write_tiny_model(tmp_path / "model", vocab_size=320)
+    write_tiny_tokenizer(tmp_path / "model", vocab_size=320)
+    write_rows(tmp_path / "rows.jsonl", 24)
+    flags = (f"--model={tmp_path / 'model'}", f"--train_file={tmp_path / 'rows.jsonl'}", "--gpus_per_node=2")
+    found = planned(tmp_path, capsys, *flags, "--global_batch_size=8", "--max_length=64", "--max_steps=3")
+    assert "24 samples of" in found.text and "tokens on average" in found.text
+    text = found.values.read_text()
+    assert f"train_file: {tmp_path / 'rows.jsonl'}" in text and "max_steps: 3" in text
+    assert found.record["layouts"][0]["tokens_per_second_per_rank"] > 0
+
+
+# Machines -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_constants_is_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(H100.record()))
+    assert read_machine(file) == H100
+    assert {name for name, constant in H100.constants.items() if not constant.source} == set()
+    assert set(H100.constants) == set(CONSTANTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"constants": None}, "is no file of constants; docs/planning.md says"),
+        ({"memory": "80"}, "memory is '80', expected a number in bytes"),
+        ({"memory": -1}, "memory is -1, expected a number"),
+        ({"memory": 0}, "memory is 0; a machine without it computes nothing"),
+        ({"bandwith": 1.0}, "unknown constant 'bandwith' .did you mean bandwidth"),
+        ({"message": None}, "message is None"),
+        ({"capability": "9"}, "capability is '9', expected two numbers"),
+    ],
+)
+def test_a_wrong_file_of_constants_is_one_line(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    content = H100.record()
+    for name, value in change.items():
+        if name in content:
+            content[name] = value
+        else:
+            content["constants"][name] = value
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        read_machine(file)
+
+
+def test_a_missing_constant_is_named(tmp_path: Path) -> None:
+    content = H100.record()
+    del content["constants"]["step"]
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="step is missing"):
+        read_machine(file)

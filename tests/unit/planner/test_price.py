@@ -1,0 +1,191 @@
+"""Prices: what is computed once for many layouts equals what each has alone, and each term by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planned import H100, changed, searched, short, the_only
+
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.parallel.traffic import TENSOR
+from megatron_tiedlora.planner.candidates import Candidate, planned_values
+from megatron_tiedlora.planner.price import Priced, Pricer, capacity
+from megatron_tiedlora.planner.table import Plan
+from megatron_tiedlora.planning.flops import step_flops
+from megatron_tiedlora.planning.links import Links
+from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.planning.saved import token_bytes
+from megatron_tiedlora.planning.stages import plan_stages
+from megatron_tiedlora.planning.step_time import step_parts, step_seconds
+from megatron_tiedlora.planning.traffic import step_traffic
+from megatron_tiedlora.training.first_step import first_batches
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+
+SOURCE = short("llama2-7b", 6)
+ONE = ("--ds_config=zero1.json", "--recompute=none", "--micro_batch_size=1", "--formats=none", "--max_length=4096")
+
+
+def run_plan(candidate: Candidate) -> RunPlan:
+    """The plan of a run that is given the candidate's flags."""
+    settings, ranks = candidate.plan.settings, candidate.layout.world_size
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    values = {**given, **planned_values(settings, True), **candidate.flags, "world_size": ranks}
+    return plan_run(make_settings(values), rank=0, world_size=ranks, weights=False, source=candidate.plan.source)
+
+
+def priced(*flags: str, ranks: int = 1, **keywords: object) -> tuple[Priced, Pricer]:
+    """The only layout that the flags leave, with its price."""
+    candidate, pricer = the_only(*flags, source=SOURCE, ranks=ranks, **keywords)  # type: ignore[arg-type]
+    return pricer.price_in_full(candidate), pricer
+
+
+@pytest.mark.parametrize(
+    "flags", [("--layers=3,5", "--targets=all", "--method=lora"), ("--recompute=none",)], ids=["some layers", "plain"]
+)
+def test_each_layout_has_the_price_that_it_has_alone(flags: tuple[str, ...]) -> None:
+    """Memory of all stages and time, from the plan of a run with the flags of the layout."""
+    found, cluster = searched(*flags, "--global_batch_size=16", "--max_length=2048", source=SOURCE, ranks=8, per_node=4)
+    pricer = Pricer(cluster)
+    priced = pricer.price(found.candidates)
+    assert {(p.candidate.layout.pp_size, p.candidate.layout.tp_size) for p in priced} >= {(1, 1), (2, 4), (4, 2)}
+    for one in priced[:: max(1, len(priced) // 150)]:
+        plan = run_plan(one.candidate)
+        assert one.candidate.layout == plan.layout
+        tokens = plan.layout.rows * plan.layout.length
+        sizes = {"tokens": tokens, "documents": plan.layout.rows, "longest": plan.layout.length}
+        memories = [stage_memory(stage, **sizes, machine=cluster.machine) for stage in plan.stages]
+        assert one.needed == max(memory.total for memory in memories), one.name
+        parts = step_parts(plan.stages, first_batches(plan, plan.layout), Links(plan.layout, 4), cluster.machine)
+        assert one.step.total == pytest.approx(step_seconds([parts])[0].total, rel=1e-12), one.name
+
+
+def test_the_pruned_table_is_the_full_one() -> None:
+    """What is dropped by its weights alone would not have fitted; the order of the others is the same."""
+    machine = changed(H100, memory=2.6e9, context=1e8, communicator=1e7)
+    found, cluster = searched("--global_batch_size=8", "--max_length=512", source=SOURCE, ranks=4, machine=machine)
+    pricer = Pricer(cluster)
+    pruned = Plan.of(found, pricer.price(found.candidates), steps=1)
+    full = [Pricer(cluster).price_in_full(candidate) for candidate in found.candidates]
+    dropped = {one.name for one in pruned.others if one.memory is None}
+    assert 0 < len(dropped) < len(found.candidates)
+    by_name = {one.name: one for one in full}
+    assert all(by_name[name].needed > capacity(cluster) for name in dropped)
+    fitting = sorted((one for one in full if one.fits), key=lambda one: (one.step.total, one.needed))
+    assert [(one.name, one.needed, one.step) for one in pruned.rows] == [
+        (one.name, one.needed, one.step) for one in fitting
+    ]
+    assert len(pruned.rows) > 20 and len(pruned.rows) + len(pruned.others) == len(found.candidates)
+
+
+# Terms by hand ------------------------------------------------------------------------------------------------------
+
+
+def test_products_and_attention_are_those_of_the_samples() -> None:
+    """Without recompute they are the FLOPs of MFU, divided by the rates."""
+    one, _ = priced(*ONE, "--global_batch_size=4")
+    flops = step_flops(
+        SOURCE.shape,
+        one.candidate.layout.adapters[0],
+        num_tokens=4 * 4096,
+        squared_lengths=4 * 4096**2,
+        num_after=4 * 4096,
+        num_supervised=4 * 4095,
+    )
+    products = (flops.matmuls + flops.adapter + flops.head) / (989.4e12 * 0.72)
+    assert one.step.products == pytest.approx(products, rel=1e-3)
+    assert one.step.attention == pytest.approx(flops.attention / (989.4e12 * 0.55), rel=1e-9)
+    assert one.step.launches == 0, "4,096 tokens of 7B take a card longer than launching them"
+    assert one.mfu == pytest.approx(one.work.flops / 989.4e12 / one.step.total)
+
+
+def test_recompute_is_charged() -> None:
+    """Selective: gate and up once more in all blocks but the last. Full: all of a block's matmuls, of the last QKV."""
+    plain, selective, full = (
+        priced(*ONE, f"--recompute={kind}", "--global_batch_size=4")[0].step for kind in ("none", "selective", "full")
+    )
+    linears, rate, tokens = SOURCE.shape.block.adaptable, 989.4e12 * 0.72, 4 * 4096
+    gate_up = 2 * tokens * linears["gate_up"].num_weights
+    assert selective.products - plain.products == pytest.approx(5 * gate_up / rate, rel=2e-3)
+    whole = sum(2 * tokens * linear.num_weights for linear in linears.values())
+    of_last = 2 * tokens * linears["qkv"].num_weights
+    assert full.products - plain.products == pytest.approx((5 * whole + of_last) / rate, rel=2e-3)
+    assert full.attention == pytest.approx(4 / 3 * plain.attention)
+    assert full.between > selective.between > plain.between
+
+
+def test_messages_are_charged_once() -> None:
+    """The tensor group's bytes over a ring of two, and 15 us for each message; nothing hides them."""
+    one, _ = priced(*ONE, "--tensor_parallel=2", "--sequence_parallel=true", "--global_batch_size=4", ranks=2)
+    stages = plan_stages(SOURCE.shape, one.candidate.layout)
+    batches = first_batches(one.candidate.plan, one.candidate.layout)
+    traffic = step_traffic(stages[0], [batches.kinds[index].shape for index in batches.order])
+    messages, size = traffic.of_group(TENSOR)
+    # u's sum is the tensor group's too, but once a step
+    once = 15e-6 + 4 * stages[0].shape.num_layers * 8 / 360e9
+    assert one.step.tensor == pytest.approx(size / 2 / 360e9 + messages * 15e-6 - once, rel=1e-4)
+    assert messages > 8 * 6 * 4
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_gathers_are_hidden_only_where_the_engine_hides_them(tmp_path: Path, overlaps: bool) -> None:
+    """Two passes gather each weight; with a stream of their own they take what is longer than the pass."""
+    file = tmp_path / "zero3.json"
+    overlap = "true" if overlaps else "false"
+    file.write_text(f'{{"zero_optimization": {{"stage": 3, "overlap_comm": {overlap}}}}}')
+    flags = (*ONE[1:], f"--ds_config={file}", "--global_batch_size=8")
+    slow = changed(H100, network_bandwidth=2e8)  # a card's network takes far longer than the pass
+    one, _ = priced(*flags, "--tensor_parallel=1", ranks=2, per_node=1, machine=slow)
+    base = plan_stages(SOURCE.shape, one.candidate.layout)[0].local_base
+    numbers = sum(number * tensor.size for tensor, number in base.items())
+    gathers = 4 * 2 * (2 * numbers / 2) / (2e8 * 0.9)  # 4 micro-batches, 2 passes, half of 2 bytes a number
+    compute = one.step.total - one.step.gathers - one.step.sums - one.step.outside
+    expected = gathers - compute if overlaps else gathers
+    assert one.step.gathers == pytest.approx(expected, rel=0.01)
+    fast, _ = priced(*flags, "--tensor_parallel=1", ranks=2)
+    assert (fast.step.gathers == 0) == overlaps
+
+
+def test_the_bubble_of_a_pipeline() -> None:
+    """Equal stages wait for (p - 1) / (m + p - 1) of the passes; unequal ones for more."""
+    shape = SOURCE.shape
+    one, pricer = priced(*ONE, "--pipeline_parallel=2", "--global_batch_size=6", ranks=2)
+    parts = pricer.parts(one.candidate)
+    passes = [sum(sum(each) for each in stage[0]) for stage in parts.stages]
+    least = (6 + 1) * min(passes)
+    assert least < one.step.total - one.step.sums - one.step.outside < (6 + 1) * max(passes)
+    equal = replace(parts, stages=[parts.stages[0]] * 2)
+    (found,) = step_seconds([equal])
+    assert found.bubble / (found.total - found.sums - found.outside) == pytest.approx(1 / 7)
+    assert one.step.bubble > 0 and shape.num_layers == 6
+    alone, _ = priced(*ONE, "--pipeline_parallel=1", "--global_batch_size=6")
+    assert alone.step.bubble == 0
+
+
+def test_activations_are_of_all_micro_batches_in_flight() -> None:
+    """The first of three stages has three of them in flight, the second two."""
+    flags = (*ONE, "--pipeline_parallel=3", "--global_batch_size=12")
+    one, pricer = priced(*flags, ranks=3)
+    stages = [pricer.stage(one.candidate, index) for index in range(3)]
+    assert [len(stage.blocks) for stage in stages] == [2, 2, 2]
+    first, second = (stage_memory(stage, tokens=4096).activations for stage in stages[:2])
+    saved = token_bytes(SOURCE.shape, one.candidate.layout).saved * 4096 * 2
+    assert first - second == pytest.approx(saved, rel=0.2), "a micro-batch of two blocks"
+    assert one.stage == 0 and one.memory is not None and one.memory.activations == first
+    assert first > 3 * saved * 0.8
+
+
+def test_memory_has_every_part() -> None:
+    """The sum is that of the fields, and reserves follow the machine."""
+    flags = (*ONE, "--tensor_parallel=2", "--pipeline_parallel=1", "--sequence_parallel=true", "--global_batch_size=4")
+    one, _ = priced(*flags, ranks=4)
+    memory = one.memory
+    assert memory is not None and memory.total == sum(memory) and all(size > 0 for size in memory[2:] if size)
+    other = changed(H100, context=3e9, communicator=1e9, slack=0.1)
+    heavier, _ = priced(*flags, ranks=4, machine=other)
+    assert heavier.memory is not None
+    assert heavier.memory.allocated == pytest.approx(memory.allocated)
+    assert heavier.memory.libraries - memory.libraries == pytest.approx(2.5e9 + 4 * 0.5e9)
+    assert heavier.memory.slack == pytest.approx(2 * memory.slack)
+    assert memory.buffers > 0, "a bucket of gradients and gathered factors"

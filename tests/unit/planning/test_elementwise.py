@@ -1,0 +1,117 @@
+"""Bytes that a block moves beside its frozen matmuls and attention: counted on tensors without data, and by formula.
+
+    make test PYTEST_ARGS=-s TESTS=tests/unit/planning/test_elementwise.py
+
+prints both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from bytes_touched import BytesTouched
+from torch.utils._python_dispatch import _disable_current_modes
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.model import attention
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.parallel.kernels import EAGER
+from megatron_tiedlora.planning.micro_batches import assumed_micro_batches
+from megatron_tiedlora.planning.work import Batch, stage_work
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+
+LENGTH = 1024
+CASES = [
+    ("llama2-7b", "none", {}),
+    ("llama2-7b", "selective", {}),
+    ("llama2-7b", "full", {}),
+    ("llama2-7b", "none", {"method": "lora", "targets": "all", "rank": 16}),
+    ("llama2-7b", "selective", {"method": "lora", "targets": "all", "rank": 16}),
+    ("llama2-7b", "none", {"method": "vera"}),
+    ("llama2-70b", "none", {}),
+    ("qwen3-8b", "full", {"targets": "qkv,down_proj"}),
+]
+
+
+class _Attend(torch.autograd.Function):
+    """Results and gradients of attention, of which nothing is counted."""
+
+    @staticmethod
+    def forward(ctx: Any, *heads: torch.Tensor) -> torch.Tensor:
+        ctx.heads = heads
+        batch, num, length, dim = heads[0].shape
+        with _disable_current_modes():
+            return heads[0].new_empty(batch, length, num * dim)
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: torch.Tensor) -> Any:
+        with _disable_current_modes():
+            return tuple(torch.empty_like(head.transpose(1, 2)).contiguous().transpose(1, 2) for head in ctx.heads)
+
+
+@pytest.fixture
+def _without_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    route = type("Route", (), {"attend": staticmethod(lambda *_: None)})
+    monkeypatch.setattr(attention, "attend_within", lambda query, key, value, *_: _Attend.apply(query, key, value))
+    monkeypatch.setattr(attention.Attention, "route", lambda *_: route)
+    yield
+
+
+def planned(model: str, num_layers: int, recompute: str, changes: dict[str, Any]) -> RunPlan:
+    values = {"model": model, "dry_run": True, "plan_for": "gpu", "compile": "true", "recompute": recompute, **changes}
+    settings = make_settings({**values, "max_length": LENGTH, "global_batch_size": 1, "micro_batch_size": 1})
+    source = find_model(model)
+    source = replace(source, shape=replace(source.shape, num_layers=num_layers))
+    return plan_run(settings, rank=0, world_size=1, weights=False, source=source)
+
+
+def counted(plan: RunPlan) -> int:
+    """Bytes of all operations of a micro-batch, forward and backward."""
+    counter, recompute, shape = BytesTouched(), plan.settings.recompute, plan.source.shape
+    with torch.device("meta"):
+        specs = layer_specs(
+            shape, dtype=torch.bfloat16, kernels=counter.watched(EAGER), recomputes_gate=recompute == "selective"
+        )
+        stage = Stage(specs, None, recompute=recompute)
+        stage.adapter = TiedAdapter(AdapterPart.whole(plan.adapter))
+        tokens, positions = torch.zeros(2, 1, LENGTH, dtype=torch.int64).unbind(0)
+    labels = torch.zeros(1, LENGTH, dtype=torch.int64)
+    labels[:, -1] = -100
+    supervised = find_supervised(labels).moved(lambda tensor: tensor.to("meta"))
+    stage.train()
+    with counter:
+        loss = stage(tokens, positions, supervised)
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+    return counter.total
+
+
+def frozen_bytes(plan: RunPlan, *, passes: dict[str, int]) -> int:
+    """Of a block's frozen matmuls: inputs and weights read, results written."""
+    size = 0
+    for name, linear in plan.source.shape.block.adaptable.items():
+        size += passes[name] * 2 * (LENGTH * (linear.in_size + linear.out_size) + linear.num_weights)
+    return size
+
+
+@pytest.mark.usefixtures("_without_attention")
+@pytest.mark.parametrize(("model", "recompute", "changes"), CASES, ids=str)
+def test_a_block_moves_what_is_planned(model: str, recompute: str, changes: dict[str, Any]) -> None:
+    """The difference that one more block makes, in the middle of the model."""
+    plans = [planned(model, number, recompute, changes) for number in (2, 3)]
+    fewer, more = (counted(plan) for plan in plans)
+    again = {"none": [], "selective": ["gate_up"], "full": list(plans[0].source.shape.block.adaptable)}[recompute]
+    passes = {name: 2 + (name in again) for name in plans[0].source.shape.block.adaptable}
+    found = more - fewer - frozen_bytes(plans[0], passes=passes)
+    work = [stage_work(plan.stage, Batch(assumed_micro_batches(plan.layout)[0], LENGTH**2)) for plan in plans]
+    formula = sum(two.moved - one.moved for one, two in zip(*work, strict=True))
+    print(f"\n{model} {recompute} {changes}: counted {found / 1e6:.1f} MB, formula {formula / 1e6:.1f} MB")
+    assert formula == pytest.approx(found, rel=0.05)
