@@ -38,8 +38,8 @@ PER_ADAPTER = frozenset(
 )
 # It names a folder inside the run folder, on any file system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-# Beside the folders of the adapters.
-_FILES_OF_RUN = ("logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
+# Beside the folders of the adapters; a run of one adapter has `adapter`.
+_FILES_OF_RUN = ("adapter", "logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
 # Settings of the run of all that none of them has itself.
 _OF_ALL = ("adapters", "share_micro_batches", "halving", "output_dir", "profile")
 

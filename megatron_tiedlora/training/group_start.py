@@ -147,12 +147,18 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
         session.check_same_data(own)
     held = ExitStack()  # the folder of all is released last
 
+    def reject_other_runs(folder: RunFolder) -> None:
+        for name, plan in in_folder(plans, GroupFolder(folder.path)).items():
+            with _naming(name):
+                session.reject_another_run(plan, data[name], RunFolder(Path(str(plan.settings.output_dir))))
+
     def take() -> tuple[str, str]:
         folder, lock = take_run_folder(
             settings.output_dir,
             name=_name(settings),
             resume=settings.resume,
             take_over=settings.take_over,
+            before=reject_other_runs,
             kind=GroupFolder,
         )
         held.callback(lock.release)

@@ -271,6 +271,7 @@ def test_two_ranks(base: Base, tmp_path: Path, alone: Path, four: Four, layout: 
         ({"a": {"layers": [9]}}, {}, "adapters.yaml: a: --layers 9: "),
         ({"a": {}, "b": {"train_file": "missing.jsonl"}}, {}, "b: "),
         ({"logs": {}}, {}, "the run itself has a file 'logs'"),
+        ({"adapter": {}}, {}, "the run itself has a file 'adapter'"),
         ({"a": {}}, {"ds_config": "zero2.json"}, "ZeRO-2 clips the gradients of all adapters together"),
         ({"profile": {}}, {}, "the run itself has a file 'profile'"),
         ({"a": {"profile": "1:2"}}, {}, "entry 1 (a): profile cannot differ between the adapters of a run"),
@@ -350,17 +351,20 @@ def test_a_folder_of_another_kind(base: Base, tmp_path: Path, alone: Path, four:
 
 def test_the_folder_of_each_has_one_writer(base: Base, tmp_path: Path) -> None:
     """While all train, one of them cannot be continued alone; one whose folder is taken over fails alone."""
-    folder, own = tmp_path / "run", {"max_steps": 8}
+    folder, own = tmp_path / "run", {"max_steps": 16}
     file = written(tmp_path / "adapters.yaml", {"a": own, "b": own})
+    other = written(tmp_path / "other.yaml", {"a": own, "b": {**own, "rank": 4}})
     together = start_ranks(
         base.arguments(output_dir=folder, adapters=file), folder=tmp_path / "w", cache=base.cache, prelude=slow_turns
     )
     wait_until(lambda: (folder / "b" / "checkpoints" / "latest").is_file(), together)
+    line = run(base, folder, adapters=other, resume="auto", take_over=True, expect=2).error_line()
+    assert line.startswith("error: b: ") and "but now it is 4" in line, "the run is not taken over"
     line = run(base, folder / "b", resume="auto", expect=2, **own).error_line()
     assert "is at work here" in line
     run(base, folder / "b", resume="auto", take_over=True, **own)
     together.wait().expect(1)
-    assert state(folder / "a") == ("finished", 8, "max_steps") and state(folder / "b") == ("finished", 8, "max_steps")
+    assert state(folder / "a") == ("finished", 16, "max_steps") == state(folder / "b")
     found = table(folder)
     assert found["a"]["state"] == "finished" and found["b"]["state"] == "failed"
     assert "changed nothing more there" in found["b"]["reason"]
