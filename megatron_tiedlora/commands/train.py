@@ -129,9 +129,10 @@ def train_together(settings: Settings) -> End:
         folder, keep = group_start.open_group_folder(settings, plans, data, keep=end.hold)
         end.owner = folder.owner
         plans = group_start.in_folder(plans, folder)
-        checkpoints = group_start.find_checkpoints(plans, data)
+        folders = group_start.open_run_folders(plans, data, keep=keep)
+        checkpoints = group_start.find_checkpoints(plans, data, folders)
         plans = group_start.resumed(plans, checkpoints)
-        finished = group_start.finished_before(plans, checkpoints)
+        finished = group_start.finished_before(plans, folders, checkpoints, halving=settings.halving)
         left = {name: plan for name, plan in plans.items() if name not in finished}
         if not left:
             lines = group_finish.end_at_once(finished, folder, end, is_main=rank == 0)
@@ -141,7 +142,17 @@ def train_together(settings: Settings) -> End:
         chosen = group_start.choose_group_kernels(plans, device)
         built = build_bank(left, device, checkpoints, kernels=chosen.kernels)
         group = group_start.make_group(
-            settings, plans, data, folder, checkpoints, built, device, stop, finished=finished, keep=keep
+            settings,
+            plans,
+            data,
+            folder,
+            folders,
+            checkpoints,
+            built,
+            device,
+            stop,
+            finished=finished,
+            keep=keep,
         )
         end.enter(group.folder)
         end.first_step = group.last_turn

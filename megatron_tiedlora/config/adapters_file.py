@@ -38,8 +38,8 @@ PER_ADAPTER = frozenset(
 )
 # It names a folder inside the run folder, on any file system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-# Beside the folders of the adapters.
-_FILES_OF_RUN = ("logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
+# Beside the folders of the adapters; a run of one adapter has `adapter`.
+_FILES_OF_RUN = ("adapter", "logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
 # Settings of the run of all that none of them has itself.
 _OF_ALL = ("adapters", "share_micro_batches", "halving", "output_dir", "profile")
 
@@ -69,7 +69,7 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
         if taken is not None:
             raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another; names are folders")
         found[name] = _settings_of(own, shared, f"{path}: {name}")
-    _check_folders(path, found)
+    check_folders(path, {name: own.output_dir for name, own in found.items() if own.output_dir is not None})
     if not found:
         raise UserError(f"{path}: holds no adapter; write one entry for each, which begins with '- name: '")
     _check_shared(path, found)
@@ -117,15 +117,14 @@ def _settings_of(own: Mapping[str, Any], shared: Mapping[str, Any], where: str) 
         raise UserError(f"{where}: {error}") from None
 
 
-def _check_folders(path: str, found: Mapping[str, Settings]) -> None:
-    """Raise UserError if two entries have one output_dir."""
+def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:
+    """Raise UserError if two of the folders, by name, are one."""
     given: dict[str, str] = {}
-    for name, settings in found.items():
-        if settings.output_dir is not None:
-            folder = os.path.realpath(user_path(settings.output_dir))
-            if folder in given:
-                raise UserError(f"{path}: {name}: output_dir is that of {given[folder]}; give each a folder of its own")
-            given[folder] = name
+    for name, output_dir in output_dirs.items():
+        folder = os.path.realpath(user_path(output_dir))
+        if folder in given:
+            raise UserError(f"{path}: {name}: output_dir is that of {given[folder]}; give each a folder of its own")
+        given[folder] = name
 
 
 def _check_shared(path: str, found: Mapping[str, Settings]) -> None:

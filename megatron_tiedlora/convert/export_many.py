@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -78,7 +79,7 @@ def output_names(adapters: Iterable[Path]) -> dict[Path, str]:
 
 def adapter_name(adapter: Path) -> str:
     """The name of an adapter's folder, or of the run around `adapter`."""
-    named = adapter.absolute()
+    named = Path(os.path.abspath(adapter))  # without '..', which names no folder
     while named.name in _UNNAMED:
         named = named.parent
     return named.name

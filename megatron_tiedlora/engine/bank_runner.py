@@ -6,8 +6,9 @@ ranks. `BankStep` does what follows the backward passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -83,15 +84,14 @@ class BankPlainRunner(PlainRunner):
                 between()
         return losses.totals(counted=self.counts_loss)
 
-
     @torch.no_grad()
-    def evaluate_shares(self, batches: Sequence[StepInput]) -> dict[str, float]:
-        """The summed loss of each adapter without gradients; 0 if another rank counts it."""
+    def evaluate_shares(self, batches: Sequence[StepInput]) -> list[dict[str, float]]:
+        """The summed loss of each batch's adapters without gradients; 0 if another rank counts it."""
         self.engine.eval()
-        losses = ShareLosses(_unweighted(batches))
-        for batch in batches:
-            losses.weighted(self.forward(batch), batch.shares)
-        return losses.totals(counted=self.counts_loss)
+        losses = [_unweighted(batch) for batch in batches]
+        for of_batch, batch in zip(losses, batches, strict=True):
+            of_batch.weighted(self.forward(batch), batch.shares)
+        return [of_batch.totals(counted=self.counts_loss) for of_batch in losses]
 
 
 class BankPipelineRunner(PipelineRunner):
@@ -101,7 +101,7 @@ class BankPipelineRunner(PipelineRunner):
         super().__init__(*arguments, **keywords)
         from deepspeed.runtime.pipe import schedule
 
-        self._losses = ShareLosses({})
+        self._losses: Iterator[ShareLosses] = iter(())  # where those of the next micro-batch that is loaded go
         self.engine._INSTRUCTION_MAP |= {
             schedule.ReduceTiedGrads: lambda _engine: None,
             schedule.ReduceGrads: lambda _engine: None,
@@ -120,26 +120,29 @@ class BankPipelineRunner(PipelineRunner):
         from deepspeed.runtime.pipe.schedule import TrainSchedule
 
         self.engine.module.train()
-        self._losses = ShareLosses(weights)
+        losses = ShareLosses(weights)
+        self._losses = repeat(losses)
         self._run(TrainSchedule, batches, 1.0)
-        return self._losses.totals(counted=self.counts_loss)
+        return losses.totals(counted=self.counts_loss)
 
     @torch.no_grad()
-    def evaluate_shares(self, batches: Sequence[StepInput]) -> dict[str, float]:
+    def evaluate_shares(self, batches: Sequence[StepInput]) -> list[dict[str, float]]:
         """See BankPlainRunner."""
         from deepspeed.runtime.pipe.schedule import InferenceSchedule
 
         self.engine.module.eval()
-        self._losses = ShareLosses(_unweighted(batches))
+        losses = [_unweighted(batch) for batch in batches]
+        self._losses = iter(losses)
         self._run(InferenceSchedule, batches, 1.0)
-        return self._losses.totals(counted=self.counts_loss)
+        return [of_batch.totals(counted=self.counts_loss) for of_batch in losses]
 
     def _labels(self, batch: StepInput) -> tuple[Any, ...]:
-        return *self._supervised(batch), lambda losses: self._losses.weighted(losses, batch.shares)
+        losses = next(self._losses)
+        return *self._supervised(batch), lambda found: losses.weighted(found, batch.shares)
 
 
-def _unweighted(batches: Sequence[StepInput]) -> dict[str, Weight]:
-    return {share.adapter: Weight(1.0, 1) for batch in batches for share in batch.shares}
+def _unweighted(batch: StepInput) -> ShareLosses:
+    return ShareLosses({share.adapter: Weight(1.0, 1) for share in batch.shares})
 
 
 class OwnRunner(Runner):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.base_identity import identify_model
@@ -17,6 +18,7 @@ from megatron_tiedlora.convert.export_many import adapter_name, find_adapters
 from megatron_tiedlora.evaluation.answering import Questions, ScoredSet
 from megatron_tiedlora.evaluation.held_out import read_held_out
 from megatron_tiedlora.evaluation.plan import EvaluationPlan, plan_evaluation
+from megatron_tiedlora.evaluation.results import TABLE_FILE
 from megatron_tiedlora.model.fused_attention import AttentionRoute
 
 if TYPE_CHECKING:
@@ -25,24 +27,29 @@ if TYPE_CHECKING:
 Plans = Mapping[str, EvaluationPlan]  # by the adapter's name; they differ in the adapter and in what follows from it
 
 _OWN = ("adapter", "adapters", "output_dir")  # settings that do not decide which rows are answered, and how
+_LONGEST_NAME = 240  # bytes
 
 
 def named_adapters(given: Sequence[str]) -> dict[str, Path]:
     """The folders that the values of --adapters name, by the adapter's name: NAME of NAME=FOLDER, or the run's.
 
     Raises:
-        UserError: a value names no adapter, or two have one name. A folder that is no adapter is found when it is read.
+        UserError: a value names no adapter, two have one name, or a name cannot be that of a folder beside the table. A
+            folder that is no adapter is found when it is read.
     """
     found: dict[str, Path] = {}
     for value in given:
         name, is_named, path = value.partition("=")
         is_named = is_named if "/" not in name else ""
         folders = find_adapters([path if is_named else value], flag="--adapters", runs=True)
-        if is_named and (not name or name.startswith(".") or len(folders) > 1):
-            why = f"{path} holds {len(folders)} adapters" if len(folders) > 1 else "the name cannot be a folder's"
+        if is_named and len(folders) > 1:
+            why = f"{path} holds {len(folders)} adapters"
             raise UserError(f"--adapters {as_given(value)}: {why}; give NAME=FOLDER for each")
         for folder in folders:
             own = name if is_named else adapter_name(folder)
+            if not own or own.startswith(".") or own == TABLE_FILE or len(os.fsencode(own)) > _LONGEST_NAME:
+                why = f"{shown(own)} cannot be a folder's name"
+                raise UserError(f"--adapters {as_given(value)}: {why}; give NAME=FOLDER")
             if found.setdefault(own, folder) != folder:
                 raise UserError(f"--adapters: {found[own]} and {folder} are both named {own}; give NAME=FOLDER")
     return found

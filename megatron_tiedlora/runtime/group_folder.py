@@ -32,6 +32,8 @@ class GroupFolder(RunFolder):
         """Write run_status.json, and that of each adapter that has not ended."""
         super().write_status(state, step=step, reason=reason)
         for folder, own_step in self.running():
+            if not folder.is_of_main and folder.status.exists():
+                continue  # only rank 0 knows which ones it has finished by now
             with suppress(UserError):  # another start may have one of them by now
                 folder.write_status(state, step=own_step, reason=reason)
 

@@ -57,6 +57,11 @@ class RunFolder:
         return unguarded if self.owner is None else self.owner.check
 
     @property
+    def is_of_main(self) -> bool:
+        """Whether this is rank 0 of the start that owns the folder."""
+        return self.owner is not None and self.owner.is_main
+
+    @property
     def is_run(self) -> bool:
         """Whether a run has used this folder."""
         return self.settings.is_file()

@@ -114,7 +114,7 @@ class SweepPlan:
 
     def groups(self) -> list[tuple[Run, ...]]:
         """The unfinished runs, those that train together in one group. Raises UserError."""
-        runs, most = [self._unfinished(point) for point in self.grid.points], self.settings.together
+        runs, most = [self._to_train(point) for point in self.grid.points], self.settings.together
         if most == "auto" and (num_runs := sum(map(len, runs))):
             widest = max(self.grid.points, key=lambda point: point.num_trained(self.base.shape))
             settings = group_settings(self.command, self.grid.runs(widest)[0])
@@ -136,6 +136,11 @@ class SweepPlan:
 
     def _unfinished(self, point: Point) -> list[Run]:
         return [run for run in self.grid.runs(point) if read_run(self.folder.run(run.name)).state != "finished"]
+
+    def _to_train(self, point: Point) -> list[Run]:
+        """The unfinished runs of a point. With --halving also the others, so that a group leaves what was stopped."""
+        left = self._unfinished(point)
+        return list(self.grid.runs(point)) if left and self.settings.halving else left
 
     def _scored(self, name: str | None) -> bool:
         return name is not None and read_score(self.folder.score(name)) is not None
@@ -200,8 +205,9 @@ class SweepPlan:
             entries = [
                 {"name": run.name, **run.settings, "output_dir": str(self.folder.run(run.name))} for run in runs
             ]
-            for run in runs:  # if the start fails, how an earlier one ended is not why
-                discard(RunFolder(self.folder.run(run.name)).status, guard=self.folder.guard)
+            for path in (self.folder.run(run.name) for run in runs):
+                if read_run(path).state != "finished":  # if the start fails, how an earlier one ended is not why
+                    discard(RunFolder(path).status, guard=self.folder.guard)
             with suppress(OSError):  # the next line says what is wrong
                 file.parent.mkdir(exist_ok=True)
             write_yaml(file, entries, guard=self.folder.guard)
@@ -233,7 +239,8 @@ class SweepPlan:
         def failure() -> str | None:
             if group is not None:
                 take_scores(self.folder)
-            return None if self._scored(self._scored_name(point)) else _reason(log)
+            name = self._scored_name(point)  # None: no run has finished, so others alone were scored
+            return None if name is None or self._scored(name) else _reason(log)
 
         def done() -> tuple[float, str]:
             name = self._scored_name(point)

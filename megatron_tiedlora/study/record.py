@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatron_tiedlora.base.atomic import Guard, discard, remove_leftovers, unguarded, write_json
+from megatron_tiedlora.base.atomic import Guard, discard, is_temporary, remove_leftovers, unguarded, write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
@@ -131,7 +131,8 @@ def check_folder(folder: StudyFolder) -> None:
     was killed before it wrote its settings is no obstacle."""
     path = folder.path
     folders = (RUNS, GROUPS, SCORES, LOGS)
-    groups = (item for item in (path / GROUPS).glob("*") if item.suffix != ".yaml")  # the lists of their adapters
+    # Beside the lists of their adapters, of which a kill may leave a temporary file.
+    groups = (item for item in (path / GROUPS).glob("*") if item.suffix != ".yaml" and not is_temporary(item))
     reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *groups)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")
@@ -193,7 +194,8 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
 
 def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
     """Write the study's record, before its first command starts. Raises UserError if it cannot be written."""
-    remove_leftovers(folder.path, guard=folder.guard)
+    for path in (folder.path, folder.path / GROUPS):
+        remove_leftovers(path, guard=folder.guard)
     own = {
         name: _plain(getattr(command.settings, name)) for name in SweepSettings.model_fields if name not in _UNRECORDED
     }

@@ -49,7 +49,7 @@ class Group:
         profile: turns that are recorded, as of --profile.
         finished: those that an earlier start has finished.
         names: of all, in the order of their file.
-        rivals: with --halving, by each adapter's name those that it is compared with.
+        rivals: with --halving, by each adapter's name those that it is compared with while they run.
         last_turn: the number of the last turn; the first one follows the most steps that an adapter has.
     """
 

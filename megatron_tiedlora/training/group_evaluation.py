@@ -6,11 +6,10 @@ over the tokens of several. So the numbers are those of an evaluation of its own
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from typing import TypeVar
 
 from megatron_tiedlora.data.loader import evaluation_sizes
@@ -21,7 +20,6 @@ from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.scores import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks
-from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.loop import Evaluated
 from megatron_tiedlora.training.member import Member
@@ -61,21 +59,21 @@ class GroupEvaluation:
         if not members:
             return {}
         totals = dict.fromkeys((member.name for member in members), 0.0)
-        parts: dict[str, list[tuple[float, int]]] = {member.name: [] for member in members}
+        of_batches: dict[str, list[tuple[float, int]]] = {member.name: [] for member in members}
         batches = self._shared_batches(members)
         with members[0].evaluation_bar(sum(member.num_evaluation_batches for member in members)) as bar:
             while some := list(islice(batches, self.runner.inputs_at_once)):
                 self.stop.agree(True)
                 found = self.runner.evaluate_shares([shared_input(owned) for owned in some])
-                tokens = _num_supervised(some)
-                for name, loss in found.items():
-                    totals[name] += loss
-                    parts[name].append((loss, tokens[name]))
+                for owned, losses in zip(some, found, strict=True):
+                    for name, batch in owned:
+                        totals[name] += losses[name]
+                        of_batches[name].append((losses[name], batch.num_supervised))
                 bar.update(sum(map(len, some)))
         summed = sum_over_ranks(list(totals.values()))
         for member in members:
             with member.failing_alone():
-                member.keep_losses(parts[member.name])
+                member.keep_losses(of_batches[member.name])
         pairs = zip(members, summed, strict=True)
         return {member.name: loss / member.data.validation.num_supervised for member, loss in pairs}
 
@@ -136,6 +134,7 @@ def of_start(members: Members, evaluate: Callable[[Members], dict[str, Found]]) 
     found = evaluate(list(first.values()))
     left = [member for member in members if member.failure is None]
     found |= evaluate([member for member in left if same[member.name].failure is not None])
+    left = [member for member in left if member.failure is None]
     return {member.name: found[(member if member.name in found else same[member.name]).name] for member in left}
 
 
@@ -145,14 +144,6 @@ def _start(member: Member) -> tuple[object, ...]:
     if plan.settings.init_from is not None or not plan.adapter.method_spec.starts_at_base:
         return (member.name,)
     return id(member.data), plan.batches.micro_batch_size, plan.max_new_tokens, plan.settings.eval_batch_size
-
-
-def _num_supervised(batches: Iterable[Sequence[Owned]]) -> Counter[str]:
-    """The supervised tokens of each adapter in shared batches."""
-    found: Counter[str] = Counter()
-    for name, batch in chain.from_iterable(batches):
-        found[name] += int((batch.labels != IGNORED_LABEL).sum())
-    return found
 
 
 def _sizes(member: Member) -> list[int]:

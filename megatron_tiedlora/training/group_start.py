@@ -21,7 +21,7 @@ from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
-from megatron_tiedlora.config.adapters_file import PER_ADAPTER, read_adapters
+from megatron_tiedlora.config.adapters_file import PER_ADAPTER, check_folders, read_adapters
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.model.weights import num_base_parameters
@@ -35,7 +35,7 @@ from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.group import Finished, Group
 from megatron_tiedlora.training.group_plan import longest_run
 from megatron_tiedlora.training.group_step import GroupStep
-from megatron_tiedlora.training.halving import check_halving, rivals_of
+from megatron_tiedlora.training.halving import REASON, check_halving, rivals_of
 from megatron_tiedlora.training.loop import is_trained
 from megatron_tiedlora.training.member import Member
 from megatron_tiedlora.training.plan import RunPlan, plan_run
@@ -53,6 +53,7 @@ _NOT_OF_DATA = (
 )
 Data = Mapping[str, RunData]
 Checkpoints = Mapping[str, Checkpoint | None]
+Folders = Mapping[str, RunFolder]
 Release = Callable[[], None]
 Keep = Callable[[Release], None]
 
@@ -146,24 +147,31 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
         session.check_same_data(own)
     held = ExitStack()  # the folder of all is released last
 
+    def reject_other_runs(folder: RunFolder) -> None:
+        for name, plan in in_folder(plans, GroupFolder(folder.path)).items():
+            with _naming(name):
+                session.reject_another_run(plan, data[name], RunFolder(Path(str(plan.settings.output_dir))))
+
     def take() -> tuple[str, str]:
         folder, lock = take_run_folder(
             settings.output_dir,
             name=_name(settings),
             resume=settings.resume,
             take_over=settings.take_over,
+            before=reject_other_runs,
             kind=GroupFolder,
         )
         held.callback(lock.release)
         keep(held.close)
-        for plan in in_folder(plans, GroupFolder(folder.path)).values():
-            choose_run_folder(plan.settings.output_dir, name=plan.name, resume=settings.resume)
+        own = {name: str(plan.settings.output_dir) for name, plan in in_folder(plans, folder).items()}
+        check_folders(str(settings.adapters), {"the run of all": str(folder.path), **own})
+        for name, output_dir in own.items():
+            choose_run_folder(output_dir, name=plans[name].name, resume=settings.resume)
         return str(folder.path), lock.owner.start
 
     path, start = decided_by_rank_0(take, kind=tuple[str, str])
     first = next(iter(plans.values()))
     owner = Owner(Path(path), start, is_main=first.grid.rank == 0)
-
 
     def hold(release: Release) -> None:
         held.callback(release)
@@ -171,7 +179,7 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
     return GroupFolder(Path(path), owner), hold
 
 
-def in_folder(plans: Plans, folder: GroupFolder) -> dict[str, RunPlan]:
+def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
     """The plans with the run folder of each adapter: RUN/NAME, or what its entry says."""
     return {
         name: replace(
@@ -181,18 +189,32 @@ def in_folder(plans: Plans, folder: GroupFolder) -> dict[str, RunPlan]:
     }
 
 
-def find_checkpoints(plans: Plans, data: Data) -> dict[str, Checkpoint | None]:
-    """The checkpoint from which each adapter goes on; None: it begins. Raises UserError as a run of its own does."""
+def open_run_folders(plans: Plans, data: Data, *, keep: Keep) -> dict[str, RunFolder]:
+    """The run folder of each adapter. Those that exist are taken, before their checkpoints are looked for.
+
+    New ones are made with the run's first files: a start that is killed before these leaves nothing in the folder of
+    all, which the next start would reject.
+
+    Raises:
+        UserError: as in a single run.
+    """
+    found = {name: RunFolder(user_path(str(plan.settings.output_dir))) for name, plan in plans.items()}
+    there = decided_by_rank_0(lambda: [name for name, own in found.items() if own.path.exists()], kind=list[str])
+    return found | {name: _open_run_folder(name, plans, data, keep) for name in there}
+
+
+def _open_run_folder(name: str, plans: Plans, data: Data, keep: Keep) -> RunFolder:
+    with _naming(name):
+        return session.open_run_folder(plans[name], data[name], keep=keep)
+
+
+def find_checkpoints(plans: Plans, data: Data, folders: Folders) -> dict[str, Checkpoint | None]:
+    """The checkpoint from which each adapter continues; None: it begins. Raises UserError as a single run does."""
     found = {}
     for name, plan in plans.items():
         with _naming(name):
-            found[name] = session.find_checkpoint(plan, data[name], _run_folder(plan))
+            found[name] = session.find_checkpoint(plan, data[name], folders[name])
     return found
-
-
-def _run_folder(plan: RunPlan) -> RunFolder:
-    """The run folder of one adapter, to read only."""
-    return RunFolder(user_path(str(plan.settings.output_dir)))
 
 
 def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
@@ -201,24 +223,31 @@ def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
     return {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
 
 
-def finished_before(plans: Plans, checkpoints: Checkpoints) -> dict[str, Finished]:
-    """The adapters that an earlier start has finished and exported, and that have no step left by their settings."""
+def finished_before(
+    plans: Plans, folders: Folders, checkpoints: Checkpoints, *, halving: bool
+) -> dict[str, Finished]:
+    """The adapters that an earlier start has finished and exported, and that have no step left by their settings.
+
+    Args:
+        halving: what --halving stopped is then finished too; otherwise it has steps left.
+    """
 
     def reasons() -> dict[str, str]:
         found = {}
         for name, plan in plans.items():
-            own, checkpoint = _run_folder(plan), checkpoints[name]
+            own, checkpoint = folders[name], checkpoints[name]
             status = read_json_or_none(own.status) or {}
-            exported = status.get("state") == "finished" and (own.path / "peft").is_dir()
-            if exported and checkpoint is not None and is_trained(plan.settings, checkpoint.progress):
-                found[name] = str(status.get("reason", ""))
+            exported, reason = status.get("state") == "finished" and (own.path / "peft").is_dir(), status.get("reason")
+            stopped = halving and str(reason).startswith(REASON)
+            if exported and checkpoint is not None and (stopped or is_trained(plan.settings, checkpoint.progress)):
+                found[name] = str(reason or "")
         return found
 
     found = {}
     for name, reason in decided_by_rank_0(reasons, kind=dict[str, str]).items():
         checkpoint = checkpoints[name]
         assert checkpoint is not None
-        found[name] = Finished(name, plans[name], _run_folder(plans[name]), checkpoint.progress, reason)
+        found[name] = Finished(name, plans[name], folders[name], checkpoint.progress, reason)
     return found
 
 
@@ -232,6 +261,7 @@ def make_group(
     plans: Plans,
     data: Data,
     folder: GroupFolder,
+    folders: Folders,
     checkpoints: Checkpoints,
     built: BuiltBank,
     device: torch.device,
@@ -240,10 +270,11 @@ def make_group(
     finished: Mapping[str, Finished],
     keep: Keep,
 ) -> Group:
-    """Take and occupy the folder of each adapter, and make the group. The first files of the run are written here.
+    """Occupy the folder of each adapter, and make the group. The first files of the run are written here.
 
     Args:
         plans: of all adapters.
+        folders: of each of them; those without an owner are new.
         finished: those of them that an earlier start has finished.
 
     Raises:
@@ -251,16 +282,18 @@ def make_group(
     """
     _write_settings(settings, plans, folder)
     names = tuple(plans)
+    rivals = rivals_of({name: plan.settings for name, plan in plans.items()}) if settings.halving else {}
     plans = {name: plan for name, plan in plans.items() if name not in finished}
     meter = start_meter(shared_plan(plans), device)
     saved = {name: checkpoints[name] for name in plans}
     progress = {name: Progress() if found is None else found.progress for name, found in saved.items()}
     steps = {name: found.step for name, found in progress.items()}
     step = GroupStep(plans, built, stop, finished=steps, shares_micro_batches=settings.share_micro_batches)
-    rivals = rivals_of({name: plan.settings for name, plan in plans.items()}) if settings.halving else {}
     members = {}
     for name, plan in plans.items():
-        own = session.open_run_folder(plan, data[name], keep=keep)
+        own = folders[name]
+        if own.owner is None:
+            own = _open_run_folder(name, plans, data, keep)
         members[name] = Member(
             plan=plan,
             data=data[name],
@@ -328,6 +361,6 @@ def headline(
         )
         lines += [f"note       {name}: {note}" for note in (*data[name].notes, *built.notes[name])]
         lines += [f"warning    {name}: {warning}" for warning in data[name].warnings(own)]
-        if group.rivals.get(name) and member.num_evaluation_parts < 2:
+        if group.rivals.get(name) and member.num_evaluation_batches < 2:
             lines.append(f"warning    {name}: --halving cannot tell noise, as the validation set is one batch")
     return lines

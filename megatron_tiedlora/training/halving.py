@@ -83,9 +83,7 @@ def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
 
 def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
     """By each adapter's name the others that differ from it only in the learning rate, and in the folder."""
-    same = {
-        name: own.model_dump(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()
-    }
+    same = {name: own.model_dump(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()}
     return {name: tuple(other for other in same if other != name and same[other] == same[name]) for name in same}
 
 
@@ -103,11 +101,13 @@ def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple
     """Which adapters are behind the best of their rivals of the same step by more than noise, each with the reason.
 
     Args:
-        evaluated: the last evaluation of each.
+        evaluated: the last evaluation of each. One from before a resume may have had other batches, as these follow
+            from the micro-batch size and the parallel configuration; it is not compared.
     """
     found = {}
     for name, own in evaluated.items():
-        beside = [other for other in rivals[name] if other in evaluated and evaluated[other].step == own.step]
+        same = [(other, evaluated[other]) for other in rivals[name] if other in evaluated]
+        beside = [other for other, its in same if (its.step, its.tokens) == (own.step, own.tokens)]
         if not beside:
             continue
         best = min(beside, key=lambda other: evaluated[other].loss)

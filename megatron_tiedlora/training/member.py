@@ -101,11 +101,6 @@ class Member(Trainer):
         """Whether rank 0 wants a checkpoint by --save_interval_minutes."""
         return self._save_is_due()
 
-    @property
-    def num_evaluation_parts(self) -> int:
-        """Of how many parts an evaluation knows the loss."""
-        return -(-self.num_evaluation_batches // self.runner.inputs_at_once)
-
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
         """Inside, an error of this adapter, raised on every rank, ends it and not the group."""
@@ -189,13 +184,13 @@ class Member(Trainer):
         self._end(reason)
         self._keep(replace(self.evaluated, stopped=reason))
 
-    def keep_losses(self, parts: Sequence[tuple[float, int]]) -> None:
-        """With --halving: keep an evaluation, of which this rank has the loss and supervised tokens of each part.
+    def keep_losses(self, batches: Sequence[tuple[float, int]]) -> None:
+        """With --halving: keep an evaluation, of which this rank has the loss and supervised tokens of each batch.
 
         It is in the run folder before the checkpoint that follows it.
         """
         if self.keeps_losses and self.progress.step:
-            losses, tokens = zip(*parts, strict=True)
+            losses, tokens = zip(*batches, strict=True)
             summed = sum_over_ranks([*losses, *map(float, tokens)])
             replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # each rank of a model has counted them
             counts = (round(count) // replicas for count in summed[len(losses) :])

@@ -68,7 +68,7 @@ def open_run_folder(plan: RunPlan, data: RunData, *, keep: Callable[[Callable[[]
             name=plan.name,
             resume=settings.resume,
             take_over=settings.take_over,
-            before=partial(_reject_another_run, plan, data),
+            before=partial(reject_another_run, plan, data),
         )
         keep(lock.release)
         for path in (folder.path, folder.checkpoints, folder.logs):
@@ -79,7 +79,7 @@ def open_run_folder(plan: RunPlan, data: RunData, *, keep: Callable[[Callable[[]
     return RunFolder(Path(path), Owner(Path(path), start, is_main=plan.grid.rank == 0))
 
 
-def _reject_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None:
+def reject_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None:
     """Raise UserError if the run that --resume means cannot be continued with these settings, data or base."""
     try:
         checkpoint = _find_checkpoint(plan.settings.resume, folder)

@@ -84,7 +84,7 @@ def test_latest_of_a_run_leads_nowhere_else(area: Path, name: str) -> None:
     assert read_run(run) == RunEnd("failed", "it ended without a finite value on validation", 10, None)
 
 
-@pytest.mark.parametrize("name", ["runs", "scores", "logs", "runs/lora-r2-lr1e-4"])
+@pytest.mark.parametrize("name", ["runs", "groups", "scores", "logs", "runs/lora-r2-lr1e-4", "groups/x"])
 def test_a_study_with_links_for_folders_is_refused(area: Path, name: str) -> None:
     study = write_study(area / "study", learning_rates=[1e-4])
     (area / "again").symlink_to(study)

@@ -233,7 +233,7 @@ def test_a_run_that_fails_beside_others(study: tuple[Base, Path], whole: Path, t
 def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) -> None:
     """A clear loser stops at the first evaluation after its warm-up, a near tie goes on, and tables say which stopped;
     the same if all is killed and started again: when only the first was evaluated, before one stops, and afterwards."""
-    changes = {"methods": "tl6", "ranks": "2", "learning_rates": "2e-1,1e-6,1.9e-1", "warmup_steps": 4, "together": 3}
+    changes = {"methods": "tl6", "ranks": "2", "learning_rates": "2e-1,1.9e-1,1e-6", "warmup_steps": 4, "together": 3}
     whole, folder, group = tmp_path / "whole", tmp_path / "out", "group tl6-r2-lr2e-1"
     run(study, whole, halving=True, **changes)
     ends = {rate: status(whole / "runs" / f"tl6-r2-lr{rate}") for rate in ("2e-1", "1e-6", "1.9e-1")}
@@ -261,7 +261,10 @@ def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) 
     assert [rate for rate in ends if latest[rate].is_file()] == ["2e-1"]
     go_on(study, folder, expect=-signal.SIGKILL, preludes={group: stop})
     go_on(study, folder, expect=-signal.SIGKILL, preludes={group: functools.partial(turn, call=7)})
+    last = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.finish", name="export", call=3)
+    go_on(study, folder, expect=-signal.SIGKILL, preludes={group: last})  # its rivals have finished, and it has not
     go_on(study, folder)
+    assert starts(work(folder)) == [group, "score tl6-r2"]
     for name in TABLES:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     for rate in ends:

@@ -82,6 +82,27 @@ def write_started(base: Base, folder: Path, *flags: str, file: Path | None = Non
     return folder
 
 
+def test_what_cannot_be_scored_beside_others_has_not_failed(base: Base, tmp_path: Path) -> None:
+    """No run of these points has finished, which is said of the runs."""
+    folder = write_started(base, tmp_path / "out", "--together=8")
+    scores = plan_sweep(parse_sweep([f"--output_dir={folder}"])).jobs(0)[-1]
+    assert len(scores.runs) == 4 and [job.failure() for job in scores.runs] == [None] * 4
+
+
+def test_a_list_of_adapters_that_a_kill_left_half_written(base: Base, tmp_path: Path) -> None:
+    folder = write_started(base, tmp_path / "out", "--together=8")
+    left = folder / "groups" / ".writing-lora-r2-lr2e-1.yaml-0123abcd"
+    left.parent.mkdir()
+    for item in (left, left.with_name("lora-r2-lr2e-1.yaml")):
+        item.write_text("[")
+    plan = plan_sweep(parse_sweep([f"--output_dir={folder}"]))
+    write_record(plan.folder, plan.command, plan.base)
+    assert [item.name for item in left.parent.iterdir()] == ["lora-r2-lr2e-1.yaml"]
+    left.with_name("other").write_text("")
+    with pytest.raises(UserError, match=r"groups/other is not a folder"):
+        plan_sweep(parse_sweep([f"--output_dir={folder}"]))
+
+
 def test_the_folder_alone_starts_runs_as_before(base: Base, tmp_path: Path) -> None:
     folder = write_started(base, tmp_path / "out", "--launcher_args=--num_gpus 2", "--runs_at_once=3")
 

@@ -18,14 +18,14 @@ def member(name: str, data: object, *, starts_at_base: bool = True, init_from: s
     return SimpleNamespace(name=name, data=data, plan=plan, failure=None)
 
 
-def evaluated(members: list[Any], failing: str = "") -> tuple[list[list[str]], dict[str, str]]:
+def evaluated(members: list[Any], failing: str = "", *, later: str = "") -> tuple[list[list[str]], dict[str, str]]:
     """The names of each evaluation, and what was found of each member: whose evaluation it was."""
     calls: list[list[str]] = []
 
     def evaluate(some: Any) -> dict[str, str]:
         calls.append([one.name for one in some])
         for one in some:
-            one.failure = "bad answers" if one.name == failing else one.failure
+            one.failure = "bad answers" if one.name in (failing, later) else one.failure
         return {one.name: f"of {one.name}" for one in some if one.failure is None}
 
     return calls, of_start(members, evaluate)
@@ -47,3 +47,5 @@ def test_one_that_fails_does_not_speak_for_others() -> None:
     data = object()
     calls, found = evaluated([member("a", data), member("b", data), member("c", data)], failing="a")
     assert calls == [["a"], ["b", "c"]] and found == {"b": "of b", "c": "of c"}
+    _, found = evaluated([member("a", data), member("b", data), member("c", data)], failing="a", later="b")
+    assert found == {"c": "of c"}

@@ -61,6 +61,10 @@ def test_only_rivals_at_the_same_step_are_compared() -> None:
     assert list(find_behind({"a": worse, "b": better, "c": worse}, rivals)) == ["a"]
     later = BatchLosses(12, better.losses, better.tokens)
     assert not find_behind({"a": worse, "b": later}, rivals) and not find_behind({"a": worse}, rivals)
+    # From a resume at another parallel configuration, whose batches are others.
+    pairs = ((*numbers[:-2], sum(numbers[-2:])) for numbers in (better.losses, better.tokens))
+    apart = BatchLosses(8, *pairs)
+    assert apart.loss == pytest.approx(better.loss) and not find_behind({"a": worse, "b": apart}, rivals)
 
 
 def test_a_record_is_of_one_step(tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""The end of a run of several adapters is written to each that has not ended, and to no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_tiedlora.base.ownership import Owner, take_folder
+from megatron_tiedlora.runtime.group_folder import GroupFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_another_rank_leaves_what_rank_0_has_finished(tmp_path: Path, is_main: bool) -> None:
+    """Rank 0 was lost between two exports: its peers, which write that down, do not know of the first one."""
+    paths = [tmp_path / name for name in ("run", "run/finished", "run/ended")]
+    locks = [take_folder(path, hint="") for path in paths]
+    owners = [Owner(path, lock.owner.start, is_main=is_main) for path, lock in zip(paths, locks, strict=True)]
+    own = [RunFolder(path, owner) for path, owner in zip(paths[1:], owners[1:], strict=True)]
+    own[0].write_status("finished", step=3, reason="max_steps")
+    unrecorded = own[1:] if is_main else own
+    group = GroupFolder(paths[0], owners[0], lambda: [(folder, 3) for folder in unrecorded])
+    group.write_status("failed", step=3, reason="rank 0 was lost")
+    states = [json.loads((path / "run_status.json").read_text())["state"] for path in paths]
+    assert states == ["failed", "finished", "failed"]
+    for lock in locks:
+        lock.release()
