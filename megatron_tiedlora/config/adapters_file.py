@@ -41,7 +41,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 # Beside the folders of the adapters; a run of one adapter has `adapter`.
 _FILES_OF_RUN = ("adapter", "logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
 # Settings of the run of all that none of them has itself.
-_OF_ALL = ("adapters", "share_micro_batches", "halving", "output_dir", "profile")
+OF_ALL = ("adapters", "share_micro_batches", "halving", "output_dir", "profile")
 
 
 def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
@@ -59,7 +59,7 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
         raise UserError(f"--adapters {path}: is a folder; give a YAML list. --init_from starts from an adapter")
     if not file.is_file():
         raise UserError(f"--adapters {path}: no such file")
-    shared = {name: getattr(given, name) for name in given.model_fields_set if name not in _OF_ALL}
+    shared = {name: getattr(given, name) for name in given.model_fields_set if name not in OF_ALL}
     found: dict[str, Settings] = {}
     for number, entry in enumerate(read_yaml_list(file), start=1):
         name, own = _checked_entry(entry, f"{path}: entry {number}")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Shares
+from megatron_tiedlora.adapters.adapter_bank import Shares
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, Runner, StepInput
 
@@ -55,12 +55,6 @@ class ShareLosses:
 
 class BankPlainRunner(PlainRunner):
     """One stage: DeepSpeedEngine, ZeRO-0, or ZeRO-3 for the base."""
-
-    @property
-    def bank(self) -> AdapterBank:
-        """The adapters' parts on this rank."""
-        assert self.stage.bank is not None
-        return self.stage.bank
 
     def accumulate_shares(
         self, batches: Sequence[StepInput], weights: Mapping[str, Weight], between: Callable[[], None]
@@ -107,12 +101,6 @@ class BankPipelineRunner(PipelineRunner):
             schedule.ReduceGrads: lambda _engine: None,
         }
 
-    @property
-    def bank(self) -> AdapterBank:
-        """The adapters' parts on this rank."""
-        assert self.stage.bank is not None
-        return self.stage.bank
-
     def accumulate_shares(
         self, batches: Sequence[StepInput], weights: Mapping[str, Weight], between: Callable[[], None]
     ) -> dict[str, float]:
@@ -150,7 +138,8 @@ class OwnRunner(Runner):
 
     def __init__(self, shared: BankPlainRunner | BankPipelineRunner, name: str) -> None:
         super().__init__(shared.engine, shared.stage, shared.groups, shared.config, shared.device)
-        self._own = shared.bank.adapters[name]
+        assert shared.stage.bank is not None
+        self._own = shared.stage.bank.adapters[name]
 
     @property
     def adapter(self) -> TiedAdapter:

@@ -21,7 +21,7 @@ from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
-from megatron_tiedlora.config.adapters_file import PER_ADAPTER, check_folders, read_adapters
+from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, check_folders, read_adapters
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.model.weights import num_base_parameters
@@ -322,7 +322,7 @@ def _write_settings(settings: Settings, plans: Plans, folder: GroupFolder) -> No
     (first, of_all), *_ = resolved.items()
     own = {name: {key: values[key] for key in values if key in PER_ADAPTER} for name, values in resolved.items()}
     shared = {key: value for key, value in of_all.items() if key not in PER_ADAPTER and key != "adapters"}
-    shared |= {"output_dir": str(folder.path), "share_micro_batches": settings.share_micro_batches}
+    shared |= {key: getattr(settings, key) for key in OF_ALL} | {"output_dir": str(folder.path)}
     ranks, versions = plans[first].grid.world_size, installed_versions("torch", "deepspeed", "transformers")
     if plans[first].grid.rank == 0:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bank_steps_worker import BankRun, run_bank_steps
+from bank_steps_worker import BankRun, Trained, run_bank_steps
 from engine_runs import relative_distance, relative_errors, write_uneven_data
 from forked_ranks import run_on_ranks
 from tiny_models import write_tiny_model
@@ -134,18 +134,51 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_six_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_process: BankRun) -> None:
-    variants = [changes for size, changes in LAYOUTS if size == ranks]
+    check_layouts(base, ranks, [changes for size, changes in LAYOUTS if size == ranks], one_process, tmp_path)
+
+
+# AdamW makes of roundings near a gradient of 0 what it likes: a single run's gate_up.v of "c" differs by 1.4e-4 between
+# (1, 4, 1) and one process. So the single run at the same layout is what is compared with.
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [(4, {"tensor_parallel": 4}), (4, {"pipeline_parallel": 4}), (8, {"tensor_parallel": 2, "pipeline_parallel": 2})],
+    ids=["4x1x1", "1x4x1", "2x2x2"],
+)
+def test_six_steps_at_larger_layouts(
+    base: dict[str, Any], tmp_path: Path, ranks: int, changes: dict[str, Any]
+) -> None:
+    """Of a model with 5 layers, and 8 heads on 4 key-value heads, against single runs at the same layout."""
+    model = write_tiny_model(tmp_path / "model", num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6)
+    case = {"settings": settings({**base, "model": str(model)}, **changes), "shares": True, "alone": True}
+    by_rank = run_on_ranks(run_bank_steps, [case], str(tmp_path), ranks=ranks, folder=tmp_path)
+    for (run,) in by_rank:
+        assert run.most > 1 and not run.failures
+        for name in OWN:
+            check_near(run.together[name], run.alone[name], (name, changes))
+
+
+def check_near(found: Trained, expected: Trained, which: Any) -> None:
+    """Losses, norms and the adapter are within the bounds of two exact runs."""
+    assert max(relative_errors(found.losses, expected.losses)) <= LOSS_TOLERANCE, which
+    assert max(relative_errors(found.norms, expected.norms)) <= NORM_TOLERANCE, which
+    assert found.state.keys() == expected.state.keys()
+    for tensor, value in expected.state.items():
+        assert relative_distance(found.state[tensor], value) <= ADAPTER_TOLERANCE, (tensor, which)
+
+
+def check_layouts(
+    base: dict[str, Any], ranks: int, variants: list[dict[str, Any]], one_process: BankRun, folder: Path
+) -> None:
+    """All adapters are within the bounds of one process, and the same on every rank."""
     cases = [{"settings": settings(base, **changes), "shares": True, "alone": False} for changes in variants]
-    by_rank = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=ranks, folder=tmp_path)
+    by_rank = run_on_ranks(run_bank_steps, cases, str(folder), ranks=ranks, folder=folder)
     for changes, runs in zip(variants, zip(*by_rank, strict=True), strict=True):
         assert runs[0].most > 1 and not runs[0].failures, changes
         for name in OWN:
             found, expected = runs[0].together[name], one_process.together[name]
-            assert max(relative_errors(found.losses, expected.losses)) <= LOSS_TOLERANCE, (name, changes)
-            assert max(relative_errors(found.norms, expected.norms)) <= NORM_TOLERANCE, (name, changes)
-            assert found.state.keys() == expected.state.keys()
-            for tensor, value in expected.state.items():
-                assert relative_distance(found.state[tensor], value) <= ADAPTER_TOLERANCE, (name, tensor, changes)
+            check_near(found, expected, (name, changes))
             for run in runs[1:]:
                 assert run.together[name].norms == found.norms and run.together[name].losses == found.losses
 

@@ -124,7 +124,9 @@ def peak(group: GroupPlan) -> float:
     def bytes_of(shape: MicroBatchShape) -> float:
         longest = group.batches["wide"][0].longest
         sizes = {"tokens": group.most_tokens(dict.fromkeys(group.plans, longest)), "documents": group.most_documents()}
-        return stage_memory(group.stages[0], adapters=shape.adapters, longest=longest, **sizes).total
+        machine = group.shared.machine
+        found = stage_memory(group.stages[0], adapters=shape.adapters, longest=longest, machine=machine, **sizes)
+        return found.allocated
 
     return max(map(bytes_of, group.micro_batches))
 

@@ -49,6 +49,7 @@ def test_what_was_stopped_stays_so(base: Base, tmp_path: Path) -> None:
     assert state(folder / "a") == ("finished", 6, "max_steps") and not (folder / "b" / "run_status.json").exists()
     stopped = json.loads((folder / "b" / "halving.json").read_text())["stopped"]
     assert stopped.startswith("halving: ")
+    assert "\nhalving: true\n" in (folder / "adapters.yaml").read_text()
     run(base, folder, halving=True, resume="auto", prelude=partial(builds_only, "b"), **settings)
     ended = state(folder / "b")
     assert ended[0] == "finished" and ended[1] < 6 and ended[2] == stopped

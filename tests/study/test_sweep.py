@@ -264,7 +264,7 @@ def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) 
     last = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.finish", name="export", call=3)
     go_on(study, folder, expect=-signal.SIGKILL, preludes={group: last})  # its rivals have finished, and it has not
     go_on(study, folder)
-    assert starts(work(folder)) == [group, "score tl6-r2"]
+    assert starts(work(folder)) == ["score base", *[group] * 5, "score tl6-r2"]
     for name in TABLES:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     for rate in ends:
