@@ -27,6 +27,15 @@ def check_writable(path: Path, *, given: str, flag: str = "--output_dir") -> Non
         raise UserError(f"{flag} {given}: {existing} is not writable; give another folder")
 
 
+def output_file(given: str, *, flag: str) -> Path:
+    """The path of a file that a command writes at its end. Raises UserError if it could not be written."""
+    path = user_path(given, flag=flag)
+    if path.is_dir():
+        raise UserError(f"{flag} {given}: is a folder; give a file")
+    check_writable(path.parent, given=given, flag=flag)
+    return path
+
+
 def reject_links(*folders: Path) -> None:
     """Raise UserError if a subfolder of --output_dir that is written to is a link, or not a folder.
 

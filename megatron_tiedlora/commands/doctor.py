@@ -3,6 +3,7 @@
     python launch/doctor.py --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
     python launch/doctor.py --model MODEL                      inside a Slurm allocation, else this machine alone
 
+With --measure FILE it then measures what tools/plan.py needs of these hosts.
 Start it once, where you would start the job. It starts what it needs on the hosts and leaves nothing there.
 """
 
@@ -12,13 +13,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from megatron_tiedlora.base.atomic import write_text
+from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.output_folder import output_file
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.cluster.doctor.examine import examine
+from megatron_tiedlora.cluster.doctor.records import DoctorReport
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
@@ -32,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     file = user_path(str(settings.json_file), flag="--json")
     if to_file and not file.absolute().parent.is_dir():
         raise UserError(f"--json {settings.json_file}: its folder does not exist; make it or give another file")
+    constants = None if settings.measure is None else output_file(settings.measure, flag="--measure")
     report = examine(settings, os.environ, lambda line: show(line, file=sys.stderr))
     text = json.dumps(report.model_dump(mode="json"), indent=2)
     if settings.json_file == "-":
@@ -40,7 +45,19 @@ def main(argv: Sequence[str]) -> int:
         print(report_text(report))
     if to_file:
         write_text(file, f"{text}\n")
+    if constants is not None:
+        _write_constants(report, constants)
     return 0 if report.verdict == "ready" else 1
+
+
+def _write_constants(report: DoctorReport, file: Path) -> None:
+    """Write what was measured, and say so beside the lines of progress."""
+    if report.verdict != "ready" or report.machine is None:
+        show("nothing was measured, as the hosts are not ready", file=sys.stderr)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, report.machine)
+    show(f"{file}: constants of {report.machine['title']}, for tools/plan.py --constants", file=sys.stderr)
 
 
 def run(argv: Sequence[str]) -> NoReturn:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.output_folder import check_writable
+from megatron_tiedlora.base.output_folder import output_file
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.config.plan_settings import PlanCommand, parse_plan
@@ -58,8 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _measure(command: PlanCommand, file: str) -> int:
     """Measure this machine, on all ranks of a launcher; rank 0 writes the file."""
-    path = user_path(file, flag="--measure")
-    check_writable(path.parent, given=file, flag="--measure")  # before a minute of work
+    path = output_file(file, flag="--measure")  # before a minute of work
     prepare_environment()
     rank, world_size = rank_and_world_size()
     from megatron_tiedlora.base.atomic import write_json

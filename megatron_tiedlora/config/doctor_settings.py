@@ -24,8 +24,11 @@ use, clocks that differ, and networks that do not connect the ranks.
     python launch/doctor.py --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
     python launch/doctor.py --model MODEL      inside a Slurm allocation (srun, no ssh), else this machine alone
 
+    python launch/doctor.py --hostfile hostfile --model MODEL --measure constants.json
+
 First all hosts are checked at the same time. Then the job's ranks are started briefly and run an all-reduce in each
-tensor, pipeline and data parallel group. No files or processes are left on any host.
+tensor, pipeline and data parallel group. With --measure and no error, all ranks then measure the constants that
+`tools/plan.py --constants` reads. No files or processes are left on any host.
 Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
 
 
@@ -43,6 +46,10 @@ class DoctorSettings(CommandSettings):
     json_file: str | None = optional_field(
         "run", "write everything to this file, for scripts; - prints it instead of the table", flag="json"
     )
+    measure: str | None = optional_field(
+        "run", "if the hosts are ready, measure with all ranks what tools/plan.py needs, and write it to this file"
+    )
+    measure_seconds: float = setting_field("run", "about how long --measure takes", 60.0, gt=0, le=3600)
 
     model: str | None = optional_field(
         "job", "the base model, the same on every host: a folder, demo, or a hub id (searched in each host's cache)"
@@ -76,7 +83,14 @@ class DoctorSettings(CommandSettings):
             raise ValueError(f"--model {self.model} is a shape without files to look for; give a folder or hub id")
         if self.ssh_port is not None and self.hostfile is None:
             raise ValueError("--ssh_port needs --hostfile: without one no host is reached by ssh")
-        for name, value in self.paths().items():
+        if self.measure is None and "measure_seconds" in self.model_fields_set:
+            raise ValueError("--measure_seconds needs --measure")
+        if self.measure is not None and self.model is None:
+            raise ValueError(f"--measure {self.measure} needs --model: matmuls of its widths are measured")
+        if self.measure is not None and self.measure == self.json_file:
+            raise ValueError(f"--measure and --json both write {self.measure}; give two files")
+        written = {} if self.measure is None else {"measure": self.measure}
+        for name, value in {**self.paths(), **written}.items():
             if not value.strip():
                 raise ValueError(f"--{name}: the path is empty")
         return self

@@ -18,6 +18,9 @@ from folders import ROOT
 from host_commands import Started, wait_until
 from host_needs import needs
 from slurm_cluster import SlurmCluster
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.planning.machines import read_machine
 
 pytestmark = [pytest.mark.distributed, needs("ssh"), pytest.mark.timeout(240)]
 DOCTOR = ROOT / "launch" / "doctor.py"
@@ -102,16 +105,17 @@ LAYOUTS = (
 @pytest.mark.parametrize(("slots", "layout", "groups"), LAYOUTS)
 def test_a_healthy_pair_is_ready(
     cluster: FakeCluster,
-    model: Path,
     slots: int,
     layout: dict[str, int],
     groups: list[tuple[str, list[int], list[str]]],
 ) -> None:
-    runs = cluster.folder / "new" / "runs"
+    """Its ranks then measure their links, over the network too; the file is written where the doctor was started."""
+    model = write_tiny_model(cluster.folder / f"tiny{slots}", num_layers=1)
+    runs, constants = cluster.folder / "new" / "runs", cluster.folder / f"constants{slots}.json"
     # Both hosts import torch at once, which takes half a minute where other tests run beside them.
-    patient: dict[str, Any] = {"timeout_seconds": 80, **layout}
+    patient: dict[str, Any] = {"timeout_seconds": 80, "measure": constants, "measure_seconds": 0.1, **layout}
     doctor = Examined(cluster, hostfile=cluster.hostfile(slots), model=model, output_dir=runs, **patient)
-    status, report = doctor.wait(120.0)
+    status, report = doctor.wait(180.0)
     text = doctor.started.output()
     assert (status, report["verdict"], report["findings"]) == (0, "ready", []), text
     assert f"verdict: ready, 2 hosts, {2 * slots} ranks" in text
@@ -122,6 +126,10 @@ def test_a_healthy_pair_is_ready(
     assert [(group["kind"], group["ranks"], group["hosts"]) for group in report["groups"]] == groups
     for group in report["groups"]:
         assert group["correct"] and group["bus_bytes_per_second"] == pytest.approx(1e6 / group["seconds"])
+    found = read_machine(constants).constants
+    assert found["network_link"].source.startswith("measured on") and found["network_link"].value == 1.0
+    assert f"{2 * slots} ranks of 2 hosts" in found["network_bandwidth"].source
+    assert found["node_link"].source.startswith("measured on") == (slots > 1)
     assert not runs.parent.exists()
     assert_nothing_left(cluster)
 

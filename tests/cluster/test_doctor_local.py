@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from folders import ROOT
 from ranks import ENVIRONMENT
+from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.doctor.examine import find_hosts
@@ -28,6 +29,7 @@ from megatron_tiedlora.cluster.doctor.probe import (
 from megatron_tiedlora.commands.doctor import main
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.planning.machines import read_machine
 from megatron_tiedlora.runtime.launch_env import free_port
 
 DOCTOR = ROOT / "launch" / "doctor.py"
@@ -49,10 +51,11 @@ def doctor(*flags: object, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 def test_this_machine_alone(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    """Its ranks all-reduce, and then measure its constants, which a plan reads."""
+    write_tiny_model(tmp_path / "model", num_layers=1)
     given = ("--model=model", "--output_dir=runs", "--pipeline_parallel=2", "--allreduce_mb=1", "--json=report.json")
-    done = doctor(*given, f"--master_port={free_port()}", folder=tmp_path)
+    measured = ("--measure=new/constants.json", "--measure_seconds=0.1")
+    done = doctor(*given, *measured, f"--master_port={free_port()}", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "verdict: ready, 1 host, 2 ranks" in done.stdout and "pipeline" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
@@ -61,7 +64,32 @@ def test_this_machine_alone(tmp_path: Path) -> None:
     assert (group["kind"], group["ranks"], group["correct"]) == ("pipeline", [0, 1], True)
     assert host["probe"]["executable"] == sys.executable
     assert host["probe"]["source_hash"] == source_hash(ROOT / "megatron_tiedlora")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new", "report.json"]
+    machine = read_machine(tmp_path / "new" / "constants.json")
+    assert machine.record() == report["machine"] | {"capability": None} and report["seconds"]["measure"] > 0
+    assert "2 ranks of a host" in machine.constants["message"].source
+    assert machine.constants["matmul.fp32"].source.endswith(f"matmuls of {tmp_path / 'model'} over 512 tokens")
+    assert f"new/constants.json: constants of {machine.title}, for tools/plan.py --constants" in done.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_a_rank_alone_that_cannot_measure(tmp_path: Path) -> None:
+    """The reason is an error of the report, and no file is written; nor is anything measured after another error."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    given = ("--model=model", "--measure=constants.json", f"--master_port={free_port()}", "--json=-")
+    done = doctor(*given, folder=tmp_path)
+    report = json.loads(done.stdout)
+    (finding,) = report["findings"]
+    assert (done.returncode, finding["code"], report["machine"]) == (1, "not_measured", None)
+    assert "did not finish measuring (" in finding["message"] and "config.json" in finding["message"]
+    (tmp_path / "model" / "config.json").unlink()
+    (tmp_path / "model").rmdir()
+    done = doctor(*given, folder=tmp_path)
+    assert done.returncode == 1 and [one["code"] for one in json.loads(done.stdout)["findings"]] == ["path_missing"]
+    assert "measuring" not in done.stderr and done.stderr.endswith("nothing was measured, as the hosts are not ready\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_json_alone_on_stdout_and_a_model_that_is_missing(tmp_path: Path) -> None:
@@ -103,10 +131,23 @@ def test_what_is_on_the_hub_is_no_missing_path(tmp_path: Path) -> None:
         (["--output_dir=~nosuchuser/runs"], "--output_dir '~nosuchuser/runs': is not a path"),
         (["--timeout_seconds=1e14"], "--timeout_seconds 1e14: input should be less than or equal to 86400"),
         (["--json=no/where.json"], "--json no/where.json: its folder does not exist"),
+        (["--measure=c.json"], "--measure c.json needs --model: matmuls of its widths are measured"),
+        (["--measure=c.json", "--model=llama2-7b"], "is a shape without files"),
+        (["--measure=", "--model=x"], "--measure: the path is empty"),
+        (["--measure_seconds=3", "--model=x"], "--measure_seconds needs --measure"),
+        (["--measure=c.json", "--model=x", "--json=c.json"], "--measure and --json both write c.json; give two files"),
+        (["--measure=c.json", "--model=x", "--measure_seconds=0"], "--measure_seconds 0: input should be greater"),
+        (["--measure=folder", "--model=x"], "--measure folder: is a folder; give a file"),
+        (["--measure=odd/c.json", "--model=x"], "--measure odd/c.json: odd is a file; give a folder"),
+        (["--measure=closed/c.json", "--model=x"], "--measure closed/c.json: closed is not writable; give another"),
     ],
 )
 def test_wrong_usage_is_one_line(flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("closed").mkdir()
+    allowed = os.access  # the superuser may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != Path("closed") and allowed(path, mode))
     Path("empty").write_text("# nobody\n\n")
     Path("odd").write_text("a slots=1\nb slots=2\n")
     with pytest.raises(UserError) as raised:

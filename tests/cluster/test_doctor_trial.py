@@ -188,6 +188,8 @@ def test_ranks_that_do_not_start_meet_or_finish() -> None:
     stuck = trial(dict.fromkeys(range(4), "joined"), ended=ended)
     assert explained(stuck) == [("allreduce_failed", ["nodea", "nodeb"])]
     assert "not finished in 60 s" in explain_trial(HOSTS, LAYOUT, stuck, limit=60)[0].message
+    (measuring,) = explain_trial(HOSTS, LAYOUT, stuck, limit=60, measures=True)
+    assert measuring.code == "not_measured" and "did not finish measuring (not finished in 60 s)" in measuring.message
 
 
 def test_a_node_that_slurm_misses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +228,7 @@ def test_the_json_report_reads_back_and_keeps_its_names() -> None:
     }
     assert names["DoctorReport"] == {
         "verdict", "num_errors", "num_warnings", "route", "layout", "hosts", "groups", "skipped", "findings", "seconds",
+        "machine",
     }  # fmt: skip
     assert names["Finding"] == {"level", "code", "hosts", "message", "fix"}
     assert names["HostReport"] == {"name", "slots", "first_rank", "probe", "clock", "seconds"}

@@ -1,4 +1,4 @@
-"""The examination from hosts to report: ask, compare, test the shared folder, and start ranks if that can help."""
+"""The examination from hosts to report: ask, compare, test the shared folder, start ranks if that can help, measure."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
@@ -23,6 +24,7 @@ from megatron_tiedlora.cluster.doctor.records import (
     Finding,
     GroupResult,
     HostReport,
+    MeasureOrder,
     ParallelConfig,
 )
 from megatron_tiedlora.cluster.forwarded_env import forward_env, read_user_file
@@ -98,7 +100,32 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
         findings += [*explain_trial(hosts, layout, trial, limit=limit), *judge_groups(groups)]
         seconds["ranks"] = time.monotonic() - begin
         say(f"the ranks have ended ({seconds['ranks']:.1f} s)")
-    return make_report(route, layout, hosts, groups, skipped, findings, seconds)
+    machine = None
+    if settings.measure is not None and not any(finding.level == "error" for finding in findings):
+        begin = time.monotonic()
+        model = str(settings.model) if "model" in hub else paths["model"]
+        machine, more = _measured(hosts, layout, transport, settings, model=model, say=say)
+        findings += more
+        seconds["measure"] = time.monotonic() - begin
+    return make_report(route, layout, hosts, groups, skipped, findings, seconds, machine)
+
+
+def _measured(
+    hosts: Sequence[HostReport],
+    layout: ParallelConfig,
+    transport: Transport,
+    settings: DoctorSettings,
+    *,
+    model: str,
+    say: Say,
+) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """The constants of rank 0's machine, measured with all ranks; or why there are none."""
+    order = MeasureOrder(model=model, seconds=settings.measure_seconds)
+    say(f"measuring with {count_text(layout.num_ranks, 'rank')}, for about {order.seconds:g} s ...")
+    timeout = settings.timeout_seconds + order.seconds
+    trial, limit = start_ranks(hosts, layout, transport, large_bytes=0, timeout=timeout, say=say, measure=order)
+    found = (event.machine for event in trial.events.get(0, ()) if event.event == "constants")
+    return next(found, None), explain_trial(hosts, layout, trial, limit=limit, measures=True)
 
 
 def _base_format(settings: DoctorSettings) -> str | None:
@@ -147,6 +174,7 @@ def make_report(
     skipped: str | None,
     findings: Sequence[Finding],
     seconds: Mapping[str, float],
+    machine: dict[str, Any] | None = None,
 ) -> DoctorReport:
     """Count the findings, errors first, and conclude."""
     errors = [finding for finding in findings if finding.level == "error"]
@@ -162,6 +190,7 @@ def make_report(
         skipped=skipped,
         findings=[*errors, *warnings],
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
+        machine=machine,
     )
 
 
@@ -212,4 +241,4 @@ def _why_no_ranks(findings: Sequence[Finding], layout: ParallelConfig) -> str | 
     in_the_way = [finding for finding in findings if finding.level == "error" and finding.code not in _NOT_IN_THE_WAY]
     if in_the_way:
         return f"no ranks were started: correct {count_text(len(in_the_way), 'error')} first"
-    return "no ranks were started: a single rank has no communication to test" if layout.num_ranks == 1 else None
+    return "no all-reduce: a single rank has no communication to test" if layout.num_ranks == 1 else None

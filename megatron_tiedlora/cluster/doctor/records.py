@@ -5,7 +5,7 @@ The field names are those of the JSON report, so scripts rely on them.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -178,10 +178,18 @@ class ParallelConfig(Record):
     backend: Backend | None = None
 
 
+class MeasureOrder(Record):
+    """Ranks measure the constants of their machine, with matmuls of a model's widths, in about this time."""
+
+    model: str
+    seconds: float
+
+
 class TrialOrder(Record):
     """What the ranks of a host are to do.
 
     Attributes:
+        measure: what they do in place of all-reduces.
         large_bytes: bytes per rank in the all-reduce that measures bandwidth.
         timeout: longest time in seconds that a rank waits for the others.
         seconds: time limit, after which all ranks end by themselves.
@@ -193,6 +201,7 @@ class TrialOrder(Record):
     large_bytes: int
     timeout: float
     seconds: float
+    measure: MeasureOrder | None = None
 
 
 class RankEvent(Record):
@@ -200,20 +209,22 @@ class RankEvent(Record):
 
     Attributes:
         event: `started` (torch is imported), `joined` (all ranks have met), `measured` (an all-reduce over one of its
-            groups), `done`, `failed`.
+            groups), `constants` (rank 0 has measured them), `done`, `failed`.
         ranks: the ranks of the group.
         seconds: duration of one all-reduce on this rank.
         reason: why the rank failed.
+        machine: the constants, as --constants reads them.
     """
 
     rank: int
-    event: Literal["started", "joined", "measured", "done", "failed"]
+    event: Literal["started", "joined", "measured", "constants", "done", "failed"]
     kind: GroupKind | None = None
     ranks: list[int] = Field(default_factory=list)
     num_bytes: int = 0
     seconds: float = 0.0
     correct: bool = True
     reason: str = ""
+    machine: dict[str, Any] | None = None
 
 
 class GroupResult(Record):
@@ -258,6 +269,7 @@ class DoctorReport(Record):
     Attributes:
         seconds: duration of each phase that was run.
         groups: empty if no ranks were started; `skipped` then says why.
+        machine: the constants that --measure has found, as tools/plan.py reads them; None if it has found none.
     """
 
     verdict: Literal["ready", "not ready"]
@@ -270,3 +282,4 @@ class DoctorReport(Record):
     skipped: str | None
     findings: list[Finding]
     seconds: dict[str, float]
+    machine: dict[str, Any] | None = None

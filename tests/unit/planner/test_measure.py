@@ -106,5 +106,6 @@ def test_bad_input_is_one_line(flags: list[str], words: str) -> None:
 
 def test_a_file_that_cannot_be_written_is_found_before_measuring(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^--measure .*file is a file; give a folder"):
-        command.main(["--model=demo", f"--measure={tmp_path / 'file' / 'constants.json'}"])
+    for path, words in ((tmp_path / "file" / "c.json", "file is a file; give a folder"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=rf"^--measure .*{words}"):
+            command.main(["--model=demo", f"--measure={path}"])
