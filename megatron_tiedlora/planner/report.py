@@ -10,6 +10,7 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text, nearest_name
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand
+from megatron_tiedlora.parallel.traffic import GROUPS
 from megatron_tiedlora.planner.candidates import Cluster, search
 from megatron_tiedlora.planner.hints import hint_lines
 from megatron_tiedlora.planner.launch_lines import chosen_settings, command_lines, record_of
@@ -18,6 +19,7 @@ from megatron_tiedlora.planner.table import Plan, counts_line, missed_lines, ref
 from megatron_tiedlora.planner.why import why_lines
 from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS
 from megatron_tiedlora.planning.machines import Machine, read_machine
+from megatron_tiedlora.planning.traffic import engine_traffic, step_traffic
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _head(made: Made) -> list[str]:
 
 
 def report_record(made: Made) -> dict[str, Any]:
-    """The report as JSON: all layouts, the fastest first."""
+    """The report as JSON: all layouts, the fastest first, and the chosen one with its command and messages."""
     plan, train = made.plan, made.command.train
     return {
         "model": train.model,
@@ -140,5 +142,21 @@ def report_record(made: Made) -> dict[str, Any]:
         "enumerated": plan.search.enumerated,
         "refused": dict(plan.search.refused.most_common()),
         "hints": hint_lines(plan),
+        "chosen": None if made.chosen is None else _chosen_record(made, made.chosen),
         "layouts": [record_of(row, plan) for row in (*plan.rows, *plan.others)],
     }
+
+
+def _chosen_record(made: Made, row: Priced) -> dict[str, Any]:
+    """How to start a layout, and by stage and group the messages of a rank in a step; of DeepSpeed's at most these."""
+    values, yaml = chosen_settings(made.command.train, row.candidate), made.command.settings.yaml
+    command, messages = command_lines(values, made.cluster, yaml=yaml)[0], []
+    batches = made.pricer.batches(row.candidate)
+    shapes = [batches.kinds[index].shape for index in batches.order]
+    for index in range(row.candidate.layout.pp_size):
+        stage = made.pricer.stage(row.candidate, index)
+        sent = step_traffic(stage, shapes)
+        sent.include(engine_traffic(stage, num_micro_batches=len(batches)))
+        of_groups = {group: sent.of_group(group) for group in GROUPS}
+        messages.append({group: {"messages": count, "bytes": size} for group, (count, size) in of_groups.items()})
+    return {"layout": row.name, "command": command, "settings": values, "messages": messages}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from megatron_tiedlora.data.loader import GlobalBatch
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.micro_batches import assumed_micro_batches
+from megatron_tiedlora.planning.micro_batches import assumed_micro_batches, micro_batch_shape
 from megatron_tiedlora.planning.work import Batch, Batches
 from megatron_tiedlora.training.plan import RunPlan
 
@@ -53,7 +53,7 @@ def first_batches(plan: RunPlan, layout: Layout, first: FirstStep | None = None)
         return Batches((Batch(shapes[0], layout.rows * layout.length**2),), (0,) * len(shapes), (len(shapes),))
     found = []
     rows_of_rank = first.batch.on_rank(plan.grid.dp_rank, dp_size=plan.grid.dp_size)
-    for shape, rows in zip(plan.micro_batches(first.data.train, first.batch), rows_of_rank, strict=True):
+    for marks, rows in zip(plan.sample_rows(first.data.train, first.batch), rows_of_rank, strict=True):
         lengths = first.data.train.lengths_of([index for row in rows for index in row])
-        found.append(Batch(shape, int((lengths**2).sum())))
+        found.append(Batch(micro_batch_shape(layout, marks), int((lengths**2).sum())))
     return Batches.of(found)

@@ -8,7 +8,8 @@ import re
 def stage_table(text: str, title: str) -> list[dict[str, str]]:
     """The cells of the table under the section that starts with `title`, by stage and column; joint lines repeated."""
     section = text[re.search(rf"^{title}", text, re.MULTILINE).start() :].split("\n\n")[0]  # type: ignore[union-attr]
-    header, *lines = [re.split(" {2,}", line.strip()) for line in section.splitlines()[1:] if line[2:3] != "("]
+    table = [line for line in section.splitlines() if re.match(r"  (stage|\d+(-\d+)?) {2,}", line)]  # and no notes
+    header, *lines = [re.split(" {2,}", line.strip()) for line in table]
     assert header[0] == "stage", header
     stages: list[dict[str, str]] = []
     for label, *cells in lines:

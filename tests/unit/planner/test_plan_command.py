@@ -24,7 +24,6 @@ from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.machines import CONSTANTS, read_machine
-from megatron_tiedlora.training.dry_run import dry_run_report
 from megatron_tiedlora.training.plan import plan_run
 
 SECONDS = {4: 5.0, 128: 15.0}  # what the command may take on two idle cores, by nodes
@@ -152,23 +151,6 @@ def test_what_does_not_fit_says_what_is_missing(tmp_path: Path, capsys: pytest.C
     nothing = planned(tmp_path, capsys, "--model=llama2-70b", "--gpus_per_node=1", "--formats=none", "--nodes=1")
     assert nothing.status == 1 and nothing.rows() == []
     assert "138.0 of 84.9 GB for the weights alone" in nothing.text
-
-
-@pytest.mark.parametrize("chosen", ["", "t2p2d2-b2-zero1-full", "t2p1d4-b1-zero3-selective-nf4"])
-def test_the_dry_run_of_a_plan_s_yaml_has_its_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], chosen: str
-) -> None:
-    """Memory of the fullest rank, the verdict, messages and the time of a step."""
-    flags = ("--model=llama2-13b", "--global_batch_size=16", "--method=lora", "--rank=16", "--targets=all")
-    found = planned(tmp_path, capsys, *flags, *([f"--layout={chosen}"] if chosen else []))
-    layouts = {row["layout"]: row for row in found.record["layouts"]}
-    row = layouts[chosen] if chosen else found.record["layouts"][0]
-    words = [f"--config={found.values}", "--dry_run", "--gpu=h100", "--world_size=8"]
-    report = dry_run_report(parse_settings(words, Settings))
-    needed, room = bytes_in_words(row["bytes"]["needed"]), bytes_in_words(H100["memory"])
-    assert f"h100: the fullest rank needs {needed} of {room}: it fits" in report
-    assert f"{row['tokens_per_second_per_rank']:,.0f} tokens/s of each rank" in report
-    assert f"start {row['layout']}" in found.text and f"--config {found.values}" in found.text
 
 
 def test_a_command_has_the_flags_of_the_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
