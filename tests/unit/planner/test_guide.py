@@ -1,17 +1,21 @@
-"""docs/guide.md: its table is planned anew; each command is run or parsed, with a tiny model in place of the large."""
+"""docs/guide.md: its table is planned anew from its commands; each command is planned or parsed at its own size.
+
+tests/runs/test_guide_runs.py runs them, one after another.
+"""
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from folders import ROOT
+from guide_commands import COMMANDS, TEXT, words_of
 from run_helpers import write_rows
-from tiny_models import write_tiny_model, write_tiny_tokenizer
+from tiny_models import write_tiny_model
 
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands import export, merge, plan, verify
@@ -23,40 +27,65 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.planner.report import make_plan
+from megatron_tiedlora.planning.cards import GPUS
 from megatron_tiedlora.training.plan import plan_run
 
-TEXT = (ROOT / "docs" / "guide.md").read_text()
-COMMANDS = [line.strip() for line in TEXT.replace("\\\n", "").splitlines() if line.startswith("    ")]
-JOB = ("--max_length=2048", "--global_batch_size=128", "--max_steps=235")
-JOBS = {
-    "7B on one card": ("--model=llama2-7b", "--gpus_per_node=1", "--formats=none"),
-    "7B on one card, 4 bits": ("--model=llama2-7b", "--gpus_per_node=1", "--formats=nf4"),
-    "70B on one card, 4 bits": ("--model=llama2-70b", "--gpus_per_node=1", "--formats=nf4"),
-    "70B on one node": ("--model=llama2-70b", "--formats=none"),
-    "70B on 4 nodes": ("--model=llama2-70b", "--nodes=4", "--formats=none"),
-    "70B on 16 nodes": ("--model=llama2-70b", "--nodes=16", "--formats=none"),
-}
+PLANS = {name: command for command in COMMANDS for name in re.findall(r"tiedlora plan .* --yaml (\S+)", command)}
+ROWS = {Path(name).name: title for title, name in re.findall(r"^\| (.*?) \| `([\w-]+\.yaml)` \|", TEXT, re.MULTILINE)}
 # Of other programs; what of them is ours is checked below.
-OTHERS = ("make test", "hf download", "kubectl apply -f launch/kubernetes/pytorchjob.yaml")
+OTHERS = (
+    "make test",
+    "hf download",
+    "kubectl apply -f launch/kubernetes/pytorchjob.yaml",
+    "vllm serve runs/seven/merged",
+    "python convert_hf_to_gguf.py runs/seven/merged --outfile seven.gguf",
+    "llama-server -m seven.gguf",
+)
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_the_table_is_what_the_planner_says(name: str) -> None:
-    made = make_plan(parse_plan([*JOBS[name], *JOB]))
-    row = made.plan.rows[0]
+@pytest.mark.parametrize("name", PLANS)
+def test_the_table_is_what_its_commands_plan(name: str) -> None:
+    """But for the data: every sample has the full length, and the model is a preset, so that no file is needed."""
+    words = words_of(PLANS[name], "")[2:]
+    for flag in ("--train_file", "--yaml"):
+        del words[words.index(flag) : words.index(flag) + 2]
+    words[words.index("--model") + 1] = Path(words[words.index("--model") + 1]).name
+    made = make_plan(parse_plan(words))
+    row, file = made.plan.rows[0], Path(name).name
     hours = made.plan.hours(row)
-    line = f"| {name} | `{row.name}` | {row.needed / 1e9:.1f} | {row.tokens_per_second:,.0f} | {hours:.2f}"
-    line += f" | {hours * made.cluster.world_size:.1f} |"
+    line = f"| {ROWS.get(file, '?')} | `{file}` | `{row.name}` | {row.needed / 1e9:.1f} | {row.tokens_per_second:,.0f}"
+    line += f" | {hours:.2f} | {hours * made.cluster.world_size:.1f} |"
     print(f"\n{line}")
     assert line in TEXT
+
+
+def test_the_words_about_the_table_are_those_of_its_plans() -> None:
+    assert {Path(name).name for name in PLANS} == set(ROWS) and len(ROWS) == 6
+    train = parse_plan(PLANS["seven.yaml"].split()[2:]).train
+    samples = train.max_steps * train.global_batch_size
+    said = f"{train.global_batch_size} samples in a step and {train.max_steps} steps, so {samples:,} samples, here of"
+    assert f"{said} {train.max_length:,} tokens" in " ".join(TEXT.split())
+    assert (train.method, train.rank) == ("tl6", 8) and "`tl6` at rank 8" in TEXT
+    assert f"({GPUS['h100']['memory'] / 1e9:.1f} GB as PyTorch counts)" in TEXT
+
+
+def test_kubernetes_takes_what_the_guide_says() -> None:
+    (job,) = yaml.safe_load_all((ROOT / "launch" / "kubernetes" / "pytorchjob.yaml").read_text())
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
+    names = [word.partition("=")[0] for word in container["args"]]
+    assert names == ["--model", "--train_file", "--output_dir", "--resume"]
+    nodes = parse_plan(PLANS["/shared/sixteen.yaml"].split()[2:]).settings.nodes
+    ranks = nodes * int(job["spec"]["nprocPerNode"])
+    assert f"{nodes - 1} replicas of the worker and {ranks} expected ranks" in TEXT
 
 
 def test_every_command_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans are made and what they write is read; runs are planned to the end; the rest is parsed."""
     monkeypatch.chdir(tmp_path)
-    write_tiny_model(tmp_path / "model", vocab_size=320, hidden_size=64, intermediate_size=128, max_positions=4096)
-    write_tiny_tokenizer(tmp_path / "model", vocab_size=320)
-    write_rows(tmp_path / "data.jsonl", 256)
+    shared = tmp_path / "shared"
+    model = write_tiny_model(shared / "llama2-7b", hidden_size=64, intermediate_size=128, max_positions=4096)
+    (shared / "llama2-70b").symlink_to(model)
+    write_rows(shared / "data.jsonl", 256)
     ranks: dict[str, int] = {}  # of a YAML file
 
     def started(words: Sequence[str]) -> None:
@@ -87,12 +116,13 @@ def test_every_command_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     hints = serve_hints(Path("runs/seven/peft-16"), "/shared/llama2-7b", 16, find_model("llama2-7b").shape, ["qkv"])
     seen = set()
     for command in COMMANDS:
-        words = shlex.split(re.sub(r"/shared/llama2-\w+", "model", command))
-        if words[0] == "tiedlora":
-            seen.add(words[1])
-            checks[words[1]](words[2:])
+        words = words_of(command, str(shared))
+        if "tiedlora" in words:
+            name, *rest = words[words.index("tiedlora") + 1 :]
+            seen.add(name)
+            checks[name](rest)
         elif words[0] == "sbatch":
             started(words[words.index("launch/slurm.sbatch") + 1 :])
         else:
             assert command in hints or command.startswith(OTHERS), command
-    assert seen == set(checks) and len(ranks) == 4
+    assert seen == set(checks) and len(ranks) == len(PLANS)
