@@ -100,9 +100,8 @@ def newcomer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Newcome
     else:
         from megatron_tiedlora.data.demo import demo_model_path
 
-        shared.mkdir()
-        (shared / "llama2-7b").symlink_to(demo_model_path())
-    (shared / "llama2-70b").symlink_to((shared / "llama2-7b").resolve())
+        shutil.copytree(demo_model_path(), shared / "llama2-7b")
+    (shared / "llama2-70b").symlink_to("llama2-7b")
     write_rows(shared / "data.jsonl", 24)
     for entry in yaml.safe_load(ADAPTERS):
         write_rows(shared / Path(entry["train_file"]).name, 16)
