@@ -25,7 +25,7 @@ from megatron_tiedlora.training.dry_run import dry_run_report
 
 pytestmark = pytest.mark.distributed
 
-# Columns of the table of --dry_run, by the field of the plan's record; "" is in words that depend on the layout.
+# Columns of the table of --dry_run on CPUs, by the field of the plan's record.
 COLUMNS = {
     "base": "base weights",
     "dequantised": "one dequantised",

@@ -199,7 +199,8 @@ def explain_trial(
     stuck = [name for name, ranks in ranks_of.items() if not all(trial.reached(rank, "done") for rank in ranks)]
     if measures:
         message = f"the ranks on {enumerate_names(stuck)} did not finish measuring ({reason})"
-        return [error("not_measured", stuck, message, "raise --timeout_seconds, or measure with a smaller --model")]
+        fix = "correct what the reason says; for want of time raise --timeout_seconds, or give a smaller --model"
+        return [error("not_measured", stuck, message, fix)]
     message = f"the ranks on {enumerate_names(stuck)} did not finish their all-reduces ({reason})"
     return [
         error("allreduce_failed", stuck, message, "check the hosts' network, or raise --timeout_seconds if it is slow")
