@@ -20,7 +20,7 @@ from megatron_tiedlora.planning.memory import (
     stage_memory,
 )
 from megatron_tiedlora.planning.micro_batches import assumed_micro_batches
-from megatron_tiedlora.planning.step_time import step_parts, step_seconds
+from megatron_tiedlora.planning.step_time import planned_seconds
 from megatron_tiedlora.training.dry_run_tables import memory_lines, message_lines, partition_lines, verdict_line
 from megatron_tiedlora.training.first_step import FirstStep, first_batches, largest_micro_batch
 from megatron_tiedlora.training.init_from import start_lines
@@ -76,9 +76,7 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
     largest = largest_micro_batch(layout, packing=plan.settings.packing, first=first)
     tokens = layout.rows * largest.length
     memories = [
-        stage_memory(
-            stage, tokens=tokens, documents=largest.documents, longest=largest.longest, machine=machine
-        )
+        stage_memory(stage, tokens=tokens, documents=largest.documents, longest=largest.longest, machine=machine)
         for stage in plan.stages
     ]
     micro_batches = f"{layout.rows} x {largest.length} tokens"
@@ -93,7 +91,7 @@ def _speed(plan: RunPlan, first: FirstStep | None = None) -> list[list[str]]:
         return []
     batches = first_batches(plan, plan.layout, first)
     links = Links(plan.layout, RANKS_PER_NODE)
-    (spent,) = step_seconds([step_parts(plan.stages, batches, links, plan.machine)])
+    spent = planned_seconds(plan.stages, batches, links, plan.machine)
     tokens = plan.batches.global_batch_size * plan.layout.length if first is None else first.batch.num_tokens
     rate = tokens / spent.total / plan.grid.world_size
     shares = ", ".join(f"{name} {size / spent.total:.1%}" for name, size in spent._asdict().items() if size)

@@ -97,7 +97,7 @@ LAYOUTS = (
         {"tensor_parallel": 2},
         [("tensor", [0, 1], ["nodea"]), ("tensor", [2, 3], ["nodeb"]), ("data", [0, 2], BOTH), ("data", [1, 3], BOTH)],
         id="2x2",
-        marks=pytest.mark.slow,
+        marks=[pytest.mark.slow, pytest.mark.timeout(400)],
     ),
 )
 
@@ -109,13 +109,14 @@ def test_a_healthy_pair_is_ready(
     layout: dict[str, int],
     groups: list[tuple[str, list[int], list[str]]],
 ) -> None:
-    """Its ranks then measure their links, over the network too; the file is written where the doctor was started."""
-    model = write_tiny_model(cluster.folder / f"tiny{slots}", num_layers=1)
-    runs, constants = cluster.folder / "new" / "runs", cluster.folder / f"constants{slots}.json"
+    """Two ranks a host then measure their links, over the network too, into a file where the doctor was started."""
+    model = write_tiny_model(cluster.folder / f"tiny{slots}", num_layers=1, max_positions=1024)
+    runs, constants = cluster.folder / "new" / "runs", cluster.folder / "constants.json"
     # Both hosts import torch at once, which takes half a minute where other tests run beside them.
-    patient: dict[str, Any] = {"timeout_seconds": 80, "measure": constants, "measure_seconds": 0.1, **layout}
+    patient: dict[str, Any] = {"timeout_seconds": 80, **layout}
+    patient |= {"measure": constants, "measure_seconds": 0.1} if slots > 1 else {}
     doctor = Examined(cluster, hostfile=cluster.hostfile(slots), model=model, output_dir=runs, **patient)
-    status, report = doctor.wait(180.0)
+    status, report = doctor.wait(120.0 if slots == 1 else 300.0)
     text = doctor.started.output()
     assert (status, report["verdict"], report["findings"]) == (0, "ready", []), text
     assert f"verdict: ready, 2 hosts, {2 * slots} ranks" in text
@@ -126,10 +127,10 @@ def test_a_healthy_pair_is_ready(
     assert [(group["kind"], group["ranks"], group["hosts"]) for group in report["groups"]] == groups
     for group in report["groups"]:
         assert group["correct"] and group["bus_bytes_per_second"] == pytest.approx(1e6 / group["seconds"])
-    found = read_machine(constants).constants
-    assert found["network_link"].source.startswith("measured on") and found["network_link"].value == 1.0
-    assert f"{2 * slots} ranks of 2 hosts" in found["network_bandwidth"].source
-    assert found["node_link"].source.startswith("measured on") == (slots > 1)
+    if slots > 1:
+        found = read_machine(constants).constants
+        assert "4 ranks of 2 hosts" in found["network_bandwidth"].source
+        assert "2 ranks of a host" in found["node_bandwidth"].source
     assert not runs.parent.exists()
     assert_nothing_left(cluster)
 

@@ -35,7 +35,7 @@ from megatron_tiedlora.runtime.launch_env import free_port
 DOCTOR = ROOT / "launch" / "doctor.py"
 
 
-def doctor(*flags: object, folder: Path) -> subprocess.CompletedProcess[str]:
+def doctor(*flags: object, folder: Path, limit: float = 100.0) -> subprocess.CompletedProcess[str]:
     """Run the command on this machine, outside of any allocation."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     return subprocess.run(
@@ -44,18 +44,18 @@ def doctor(*flags: object, folder: Path) -> subprocess.CompletedProcess[str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=limit,
     )
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_this_machine_alone(tmp_path: Path) -> None:
     """Its ranks all-reduce, and then measure its constants, which a plan reads."""
-    write_tiny_model(tmp_path / "model", num_layers=1)
+    write_tiny_model(tmp_path / "model", num_layers=1, max_positions=1024)
     given = ("--model=model", "--output_dir=runs", "--pipeline_parallel=2", "--allreduce_mb=1", "--json=report.json")
-    measured = ("--measure=new/constants.json", "--measure_seconds=0.1")
-    done = doctor(*given, *measured, f"--master_port={free_port()}", folder=tmp_path)
+    measured = ("--measure=new/constants.json", "--measure_seconds=0.1", "--timeout_seconds=120")
+    done = doctor(*given, *measured, f"--master_port={free_port()}", folder=tmp_path, limit=290)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "verdict: ready, 1 host, 2 ranks" in done.stdout and "pipeline" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
@@ -68,7 +68,7 @@ def test_this_machine_alone(tmp_path: Path) -> None:
     machine = read_machine(tmp_path / "new" / "constants.json")
     assert machine.record() == report["machine"] | {"capability": None} and report["seconds"]["measure"] > 0
     assert "2 ranks of a host" in machine.constants["message"].source
-    assert machine.constants["matmul.fp32"].source.endswith(f"matmuls of {tmp_path / 'model'} over 512 tokens")
+    assert f"matmuls of {tmp_path / 'model'} over 512 tokens" in machine.constants["matmul.fp32"].source
     assert f"new/constants.json: constants of {machine.title}, for tools/plan.py --constants" in done.stderr
 
 

@@ -18,13 +18,13 @@ from megatron_tiedlora.cluster.doctor import compare, compare_network
 from megatron_tiedlora.cluster.doctor.ask import ask_hosts, try_shared
 from megatron_tiedlora.cluster.doctor.job_files import absolute_path, job_files
 from megatron_tiedlora.cluster.doctor.measure import explain_trial, group_results, judge_groups, start_ranks
+from megatron_tiedlora.cluster.doctor.measure_hosts import measure_hosts
 from megatron_tiedlora.cluster.doctor.records import (
     Backend,
     DoctorReport,
     Finding,
     GroupResult,
     HostReport,
-    MeasureOrder,
     ParallelConfig,
 )
 from megatron_tiedlora.cluster.forwarded_env import forward_env, read_user_file
@@ -104,28 +104,14 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
     if settings.measure is not None and not any(finding.level == "error" for finding in findings):
         begin = time.monotonic()
         model = str(settings.model) if "model" in hub else paths["model"]
-        machine, more = _measured(hosts, layout, transport, settings, model=model, say=say)
+        say(f"measuring with {count_text(layout.num_ranks, 'rank')}, for about {settings.measure_seconds:g} s ...")
+        limit = 2 * settings.timeout_seconds + 4 * settings.measure_seconds
+        machine, more = measure_hosts(
+            hosts, layout, transport, model=model, seconds=settings.measure_seconds, limit=limit
+        )
         findings += more
         seconds["measure"] = time.monotonic() - begin
     return make_report(route, layout, hosts, groups, skipped, findings, seconds, machine)
-
-
-def _measured(
-    hosts: Sequence[HostReport],
-    layout: ParallelConfig,
-    transport: Transport,
-    settings: DoctorSettings,
-    *,
-    model: str,
-    say: Say,
-) -> tuple[dict[str, Any] | None, list[Finding]]:
-    """The constants of rank 0's machine, measured with all ranks; or why there are none."""
-    order = MeasureOrder(model=model, seconds=settings.measure_seconds)
-    say(f"measuring with {count_text(layout.num_ranks, 'rank')}, for about {order.seconds:g} s ...")
-    timeout = settings.timeout_seconds + order.seconds
-    trial, limit = start_ranks(hosts, layout, transport, large_bytes=0, timeout=timeout, say=say, measure=order)
-    found = (event.machine for event in trial.events.get(0, ()) if event.event == "constants")
-    return next(found, None), explain_trial(hosts, layout, trial, limit=limit, measures=True)
 
 
 def _base_format(settings: DoctorSettings) -> str | None:

@@ -31,8 +31,8 @@ def start_rank(order: TrialOrder, local_rank: int) -> subprocess.Popen[bytes]:
         order.first_rank + local_rank, layout.num_ranks, local_rank, layout.master_host, layout.master_port
     )
     variables = {"OMP_NUM_THREADS": "1", **os.environ, **launch_env}
-    words = [sys.executable, "-P", "-m", _MODULE, order.model_dump_json()]
-    return subprocess.Popen(words, env=variables, stdin=subprocess.DEVNULL)
+    words = order.words or ("-m", _MODULE, order.model_dump_json())
+    return subprocess.Popen([sys.executable, "-P", *words], env=variables, stdin=subprocess.DEVNULL)
 
 
 def input_ended() -> bool:

@@ -1,7 +1,5 @@
 """Start the ranks of the wanted layout on all hosts for a short trial, and judge the network by what they report.
 
-The same start serves --measure, for which ranks measure the constants of their machine instead.
-
 host_ranks.py runs on each host, rank.py in each rank.
 """
 
@@ -23,7 +21,6 @@ from megatron_tiedlora.cluster.doctor.records import (
     Finding,
     GroupResult,
     HostReport,
-    MeasureOrder,
     ParallelConfig,
     RankEvent,
     TrialOrder,
@@ -61,7 +58,6 @@ def start_ranks(
     large_bytes: int,
     timeout: float,
     say: Callable[[str], None],
-    measure: MeasureOrder | None = None,
 ) -> tuple[Trial, float]:
     """Run the trial to its end, or little longer than its time limit; returns the trial and that limit in seconds.
 
@@ -71,7 +67,6 @@ def start_ranks(
     Args:
         timeout: seconds that a rank waits for others; the limit of the whole trial is twice as long.
         say: called with a line when all ranks have met.
-        measure: what ranks measure in place of all-reduces.
     """
     limit, trial, lock = 2 * timeout, Trial(), threading.Lock()
     commands = {}
@@ -83,7 +78,6 @@ def start_ranks(
             large_bytes=large_bytes,
             timeout=timeout,
             seconds=limit,
-            measure=measure,
         )
         commands[host.name] = module_command("host_ranks", order.model_dump_json())
     timers: list[threading.Timer] = []
@@ -167,14 +161,8 @@ def group_results(
     return results
 
 
-def explain_trial(
-    hosts: Sequence[HostReport], layout: ParallelConfig, trial: Trial, *, limit: float, measures: bool = False
-) -> list[Finding]:
-    """Why ranks did not finish; empty if all did. If a host was lost, only that is reported.
-
-    Args:
-        measures: whether they measured their machine, and all-reduced before.
-    """
+def explain_trial(hosts: Sequence[HostReport], layout: ParallelConfig, trial: Trial, *, limit: float) -> list[Finding]:
+    """Why ranks did not finish; empty if all did. If a host was lost, only that is reported."""
     ranks_of = {host.name: range(host.first_rank, host.first_rank + host.slots) for host in hosts}
     if trial.unreachable:
         return [_explain_lost(name, ranks_of[name], trial) for name in trial.unreachable]
@@ -197,10 +185,6 @@ def explain_trial(
         )
         return [error("not_joined", apart, message, fix)]
     stuck = [name for name, ranks in ranks_of.items() if not all(trial.reached(rank, "done") for rank in ranks)]
-    if measures:
-        message = f"the ranks on {enumerate_names(stuck)} did not finish measuring ({reason})"
-        fix = "correct what the reason says; for want of time raise --timeout_seconds, or give a smaller --model"
-        return [error("not_measured", stuck, message, fix)]
     message = f"the ranks on {enumerate_names(stuck)} did not finish their all-reduces ({reason})"
     return [
         error("allreduce_failed", stuck, message, "check the hosts' network, or raise --timeout_seconds if it is slow")
@@ -210,7 +194,7 @@ def explain_trial(
 def _explain_lost(name: str, ranks: Sequence[int], trial: Trial) -> Finding:
     stages = (("started", "before its ranks started"), ("joined", "before its ranks met the others"))
     not_reached = (text for event, text in stages if not all(trial.reached(rank, event) for rank in ranks))
-    stage = next(not_reached, "while its ranks all-reduced or measured")
+    stage = next(not_reached, "while its ranks all-reduced")
     return error(
         "link_lost",
         [name],

@@ -1,7 +1,5 @@
 """One rank of the doctor's trial: it meets the others as a job's ranks do and all-reduces over each of its groups.
 
-With an order to measure it measures the constants of its machine instead, as `tools/plan.py --measure` does.
-
     python -m megatron_tiedlora.cluster.doctor.rank ORDER    (a record as JSON; ranks and master from the environment)
 
 It reports its progress in lines that begin with RANK_MARK. Every wait, also in subgroups, has the order's timeout, and
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.cluster.doctor.rank_groups import group_members
-from megatron_tiedlora.cluster.doctor.records import GroupKind, MeasureOrder, RankEvent, TrialOrder
+from megatron_tiedlora.cluster.doctor.records import GroupKind, RankEvent, TrialOrder
 
 if TYPE_CHECKING:
     import torch
@@ -64,35 +62,14 @@ class TrialRank:
         if found != layout.num_ranks:
             raise RuntimeError(f"{found} ranks have met, not {layout.num_ranks}")
         self.say("joined")
-        if self._order.measure is None:
-            self._reduce_over_groups(device)
-        else:
-            self._measure_machine(self._order.measure, device)
-        max_over_ranks([0.0])  # wait until all have measured
-        self.say("done")
-        distributed.destroy_process_group()
-
-    def _measure_machine(self, order: MeasureOrder, device: torch.device) -> None:
-        """Measure with all ranks; rank 0 reports the constants."""
-        from megatron_tiedlora.checkpoint.sources import find_model
-        from megatron_tiedlora.planner.measure import measure_machine
-
-        machine = measure_machine(find_model(order.model, weights=False), device, seconds=order.seconds)
-        if self._rank == 0:  # a long line, while the others are silent: they wait for it before they are done
-            self.say("constants", machine=machine.record())
-
-    def _reduce_over_groups(self, device: torch.device) -> None:
-        """All-reduce in each of its groups."""
-        from torch import distributed
-
-        from megatron_tiedlora.runtime.process_group import group_backend
-
-        timeout, backend = timedelta(seconds=self._order.timeout), group_backend(device)
-        for kind, groups in group_members(self._order.layout).items():
+        for kind, groups in group_members(layout).items():
             handles = [distributed.new_group(ranks, timeout=timeout, backend=backend) for ranks in groups]
             for ranks, handle in zip(groups, handles, strict=True):
                 if self._rank in ranks:
                     self._measure(kind, ranks, handle, device)
+        max_over_ranks([0.0])  # wait until all have measured
+        self.say("done")
+        distributed.destroy_process_group()
 
     def _measure(self, kind: GroupKind, ranks: list[int], handle: Any, device: torch.device) -> None:
         """Measure both message sizes; groups of one kind run at the same time, as they do in a job."""

@@ -178,21 +178,14 @@ class ParallelConfig(Record):
     backend: Backend | None = None
 
 
-class MeasureOrder(Record):
-    """Ranks measure the constants of their machine, with matmuls of a model's widths, in about this time."""
-
-    model: str
-    seconds: float
-
-
 class TrialOrder(Record):
     """What the ranks of a host are to do.
 
     Attributes:
-        measure: what they do in place of all-reduces.
         large_bytes: bytes per rank in the all-reduce that measures bandwidth.
         timeout: longest time in seconds that a rank waits for the others.
         seconds: time limit, after which all ranks end by themselves.
+        words: what Python runs in each rank in place of the doctor's own trial; such a rank does not end by itself.
     """
 
     layout: ParallelConfig
@@ -201,7 +194,7 @@ class TrialOrder(Record):
     large_bytes: int
     timeout: float
     seconds: float
-    measure: MeasureOrder | None = None
+    words: tuple[str, ...] = ()
 
 
 class RankEvent(Record):
@@ -209,22 +202,20 @@ class RankEvent(Record):
 
     Attributes:
         event: `started` (torch is imported), `joined` (all ranks have met), `measured` (an all-reduce over one of its
-            groups), `constants` (rank 0 has measured them), `done`, `failed`.
+            groups), `done`, `failed`.
         ranks: the ranks of the group.
         seconds: duration of one all-reduce on this rank.
         reason: why the rank failed.
-        machine: the constants, as --constants reads them.
     """
 
     rank: int
-    event: Literal["started", "joined", "measured", "constants", "done", "failed"]
+    event: Literal["started", "joined", "measured", "done", "failed"]
     kind: GroupKind | None = None
     ranks: list[int] = Field(default_factory=list)
     num_bytes: int = 0
     seconds: float = 0.0
     correct: bool = True
     reason: str = ""
-    machine: dict[str, Any] | None = None
 
 
 class GroupResult(Record):
