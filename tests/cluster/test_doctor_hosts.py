@@ -114,7 +114,7 @@ def test_a_healthy_pair_is_ready(
     runs, constants = cluster.folder / "new" / "runs", cluster.folder / "constants.json"
     # Both hosts import torch at once, which takes half a minute where other tests run beside them.
     patient: dict[str, Any] = {"timeout_seconds": 80, **layout}
-    patient |= {"measure": constants, "measure_seconds": 0.1} if slots > 1 else {}
+    patient |= {"timeout_seconds": 130, "measure": constants, "measure_seconds": 0.1} if slots > 1 else {}
     doctor = Examined(cluster, hostfile=cluster.hostfile(slots), model=model, output_dir=runs, **patient)
     status, report = doctor.wait(120.0 if slots == 1 else 300.0)
     text = doctor.started.output()

@@ -11,6 +11,7 @@ import torch
 from megatron_tiedlora.cluster.doctor import measure
 from megatron_tiedlora.cluster.doctor.examine import make_report
 from megatron_tiedlora.cluster.doctor.measure import Trial, explain_trial, group_results, judge_groups
+from megatron_tiedlora.cluster.doctor.measure_hosts import explain_end
 from megatron_tiedlora.cluster.doctor.rank import SMALL_BYTES, TrialRank
 from megatron_tiedlora.cluster.doctor.records import (
     DoctorReport,
@@ -188,6 +189,13 @@ def test_ranks_that_do_not_start_meet_or_finish() -> None:
     stuck = trial(dict.fromkeys(range(4), "joined"), ended=ended)
     assert explained(stuck) == [("allreduce_failed", ["nodea", "nodeb"])]
     assert "not finished in 60 s" in explain_trial(HOSTS, LAYOUT, stuck, limit=60)[0].message
+
+
+def test_why_nothing_was_measured() -> None:
+    """The time, a rank's own error in front of what others say later, or the last words."""
+    assert explain_end(Done("nodea", None, "", "compiling the kernels ...\n", 160.2)) == "not finished in 160 s"
+    assert explain_end(Done("nodea", 1, "", "bars\nerror: no such model\nConnection closed\n", 9.0)) == "no such model"
+    assert explain_end(Done("nodea", 255, "", "Connection closed\n", 9.0)) == "Connection closed"
 
 
 def test_a_node_that_slurm_misses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ class Newcomer:
 def newcomer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Newcomer]:
     shared = tmp_path / "shared"
     if request.param == "tiny":
-        write_tiny_model(shared / "llama2-7b", hidden_size=64, intermediate_size=128, num_layers=2)
+        write_tiny_model(shared / "llama2-7b", hidden_size=64, intermediate_size=128, num_layers=2, max_positions=4096)
     else:
         from megatron_tiedlora.data.demo import demo_model_path
 

@@ -53,7 +53,7 @@ def measure_hosts(
     done = HostCommands(transport, limit=limit, on_line=hear, at_once=len(hosts)).run(commands)
     failed = [one for one in done.values() if one.status != 0]
     if failed or not printed:
-        reason = next(filter(None, map(_reason, failed)), f"not finished in {limit:.0f} s")
+        reason = next(filter(None, map(explain_end, failed)), "nothing was printed")
         names = [one.host for one in failed] or [host.name for host in hosts]
         message = f"the ranks on {enumerate_names(names)} did not finish measuring ({reason})"
         fix = "correct what the reason says; for want of time raise --timeout_seconds, or give a smaller --model"
@@ -61,7 +61,9 @@ def measure_hosts(
     return json.loads(printed[0]), []
 
 
-def _reason(done: Done) -> str:
-    """Why a host's ranks failed: their first error, or the last words."""
+def explain_end(done: Done) -> str:
+    """Why a host's ranks failed: the time, their first error, or the last words."""
+    if done.status is None:
+        return f"not finished in {done.seconds:.0f} s"
     lines = done.stderr.splitlines()
     return next((line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)), done.last_words)
