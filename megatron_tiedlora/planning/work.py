@@ -7,7 +7,7 @@ forward pass, and is counted there. Blocks that do the same are counted once and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -52,6 +52,16 @@ class Batches:
     def __len__(self) -> int:
         return len(self.order)
 
+    @property
+    def shapes(self) -> tuple[MicroBatchShape, ...]:
+        """Their shapes, in order."""
+        return tuple(self.kinds[index].shape for index in self.order)
+
+    @property
+    def adapters(self) -> list[int]:
+        """The numbers of the adapters that take the step."""
+        return sorted({adapter for batch in self.kinds for adapter in batch.shape.adapters})
+
 
 @dataclass
 class PassWork:
@@ -88,10 +98,11 @@ class StageWork(NamedTuple):
 
 def stage_work(stage: StagePlan, batch: Batch) -> StageWork:
     """The work of a rank of a stage for a micro-batch."""
-    owners = stage.owned_by(batch.shape.adapters)
+    owners, shares = stage.owned_by(batch.shape.adapters), batch.shape.shares
+    alone = [owners] if len(shares) == 1 else [stage.owned_by((share.adapter,)) for share in shares]
     found = StageWork(PassWork(), PassWork(), PassWork())
     for kind in owners.kinds:
-        _add_blocks(found, owners, kind, batch)
+        _add_blocks(found, owners, kind, batch, alone)
     if stage.is_first:
         found.forward.moved += elementwise.embedding_bytes(owners, tokens=batch.shape.num_tokens).forward
     if stage.is_last:
@@ -102,22 +113,31 @@ def stage_work(stage: StagePlan, batch: Batch) -> StageWork:
     return found
 
 
-def _add_blocks(found: StageWork, owners: StageOwners, kind: BlockKind, batch: Batch) -> None:
-    """Add the blocks of a kind."""
-    stage, shape, block, number = owners.stage, batch.shape, kind.example, kind.number
+def _add_blocks(
+    found: StageWork, owners: StageOwners, kind: BlockKind, batch: Batch, alone: Sequence[StageOwners]
+) -> None:
+    """Add the blocks of a kind.
+
+    Args:
+        alone: the owner of each share. A token meets the factors of its own adapter.
+    """
+    stage, block, number = owners.stage, kind.example, kind.number
     layout, needs, recompute = stage.layout, owners.needs(block), stage.layout.recompute
-    after = shape.num_after if kind.ends_here else shape.num_tokens
-    (config,) = {id(part.config): part.config for part in owners.parts}.values()
-    flops = block_flops(
-        stage.shape,
-        config,
-        [name for name in needs if owners.adapts(block, name)],
-        needs,
-        num_tokens=shape.num_tokens,
-        squared_lengths=batch.squared_lengths,
-        num_after=after,
-    )
-    moved = elementwise.block_bytes(owners, block, tokens=shape.num_tokens, after=after)
+    flops, moved = None, elementwise.MovedBytes()
+    for share, own in zip(batch.shape.shares, alone, strict=True):
+        after = share.num_after if kind.ends_here else share.num_tokens
+        of_share = block_flops(
+            stage.shape,
+            own.parts[0].config,
+            [name for name in needs if own.adapts(block, name)],
+            needs,
+            num_tokens=share.num_tokens,
+            squared_lengths=batch.squared_lengths if flops is None else 0,  # those of all shares, once
+            num_after=after,
+        )
+        flops = of_share if flops is None else flops.plus(of_share)
+        moved = moved.plus(elementwise.block_bytes(owners, block, tokens=share.num_tokens, after=after, own=own))
+    assert flops is not None, "a micro-batch has tokens"
     forward, backward, again = found
     share = number / layout.tp_size
 
