@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import GlobalBatch
 from megatron_tiedlora.data.packing import Rows
 from megatron_tiedlora.data.token_dataset import TokenDataset
@@ -69,6 +70,16 @@ class FirstStep:
     plan: RunPlan
     layout: Layout
     data: RunData | None = None
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's."""
+        return self.plan.source.shape
+
+    @property
+    def plans(self) -> dict[str, RunPlan]:
+        """The only plan, whose adapter has no name."""
+        return {"": self.plan}
 
     @cached_property
     def batch(self) -> GlobalBatch | None:

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import GlobalBatch, largest_positions, num_positions
 from megatron_tiedlora.data.shared import fill_rounds
 from megatron_tiedlora.data.token_dataset import TokenDataset
@@ -55,6 +56,11 @@ class GroupPlan:
         """See `shared_plan`."""
         return shared_plan(self.plans)
 
+    @property
+    def shape(self) -> ModelShape:
+        """The model's."""
+        return self.shared.source.shape
+
     @cached_property
     def rounds(self) -> list[list[tuple[str, int]]]:
         """Which of this rank's micro-batches go together; see `fill_rounds`."""
@@ -76,7 +82,7 @@ class GroupPlan:
     @cached_property
     def stages(self) -> tuple[StagePlan, ...]:
         """Every pipeline stage, in order."""
-        return plan_stages(self.shared.source.shape, self.layout)
+        return plan_stages(self.shape, self.layout)
 
     @cached_property
     def batches(self) -> Batches:
