@@ -6,7 +6,6 @@ choices; of several adapters `plan_group`, which asks it about each. `runs` chan
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,6 +203,7 @@ def search(
         dp_size = cluster.world_size // (tp_size * pp_size)
         rows, sequences = choices.rows(max(dp_size, 1)), choices.sequences(tp_size)
         variants = (rows, sequences, choices.recomputes)
+        number = len(rows) * len(sequences) * len(choices.recomputes)
         for engine_file in choices.engine_files:
             for storage in choices.chosen_storages:
                 try:
@@ -211,7 +211,7 @@ def search(
                         _check_in_node(tp_size, cluster)
                     plans = _plans(run, cluster, tp_size, pp_size, engine_file, storage)
                 except UserError as error:
-                    refused[str(error)] += math.prod(map(len, variants))
+                    refused[str(error)] += number
                     continue
                 accepted.append(_Accepted(plans, variants, engine_file, storage))
     if not accepted:

@@ -120,9 +120,9 @@ class PlannedRun:
             if key not in self._steps:
                 self._steps[key] = self._first_step({n: _varied(plan, size, shards) for n, plan in plans.items()})
             step = self._steps[key]
-            sizes = {"rows": size, "micro_batches": step.layout.micro_batches, "shards_sequences": shards}
+            shared = replace(base, rows=size, micro_batches=step.layout.micro_batches, shards_sequences=shards)
             for recompute in recomputes:
-                yield Variant(replace(base, **sizes, recompute=recompute), step)
+                yield Variant(replace(shared, recompute=recompute), step)
 
     def alone(self, variant: Variant) -> list[FirstStep]:
         """The first step of each adapter of --adapters as a run of its own, in the same layout."""

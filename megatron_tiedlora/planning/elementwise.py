@@ -75,12 +75,14 @@ def block_bytes(
         ends_here = owners.stage.ends_in(block)
         if owners.reads_mlp_input(block):
             backward += after * _exit_back(own, block, DOWN, width.gate_up / 2, width, needs_x=needs[DOWN])
-            backward += after * 1.5 * width.gate_up * own.trains_a(block, DOWN)
+            backward += after * 1.5 * width.gate_up * owners.trains_a(block, DOWN)
             backward += after * 2.5 * width.gate_up * (needs[GATE_UP] or owners.adapts(block, GATE_UP))
+        backward += after * _norm(width) * owners.trains_a(block, GATE_UP)  # the norm again, for the gradient of A
         backward += after * _entry_back(own, block, GATE_UP, width.gate_up, width, needs_x=needs[GATE_UP])
         backward += after * _exit_back(own, block, OUTPUT, width.attended, width, needs_x=needs[OUTPUT])
         if needs[OUTPUT]:
             backward += tokens * 2 * width.qkv
+        backward += tokens * _norm(width) * owners.trains_a(block, QKV)
         backward += tokens * _entry_back(own, block, QKV, width.qkv, width, needs_x=needs[QKV])
         if layout.recompute == "full" and (not ends_here or needs[OUTPUT]):
             again = attention if ends_here else forward - 3 * after * width.between
@@ -128,7 +130,7 @@ def _entry_back(owners: StageOwners, block: int, name: str, out: float, width: _
     if needs_x or trains_a:
         moved += out
     if trains_a:
-        moved += 3 * width.between  # the norm again, and the gradient of A
+        moved += width.between  # the gradient of A
     if needs_x:
         share = width.between if parallel and trains_a else width.whole
         moved += 2 * share + (2 * width.whole if parallel and trains_a else 0.0)

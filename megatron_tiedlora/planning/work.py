@@ -6,6 +6,7 @@ forward pass, and is counted there. Blocks that do the same are counted once and
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV
 from megatron_tiedlora.parallel.traffic import Traffic
 from megatron_tiedlora.planning import elementwise
-from megatron_tiedlora.planning.flops import block_flops, head_flops
+from megatron_tiedlora.planning.flops import BlockFlops, block_flops, head_flops
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.stages import BlockKind, StageOwners, StagePlan
 from megatron_tiedlora.planning.traffic import pass_traffic
@@ -119,25 +120,11 @@ def _add_blocks(
     """Add the blocks of a kind.
 
     Args:
-        alone: the owner of each share. A token meets the factors of its own adapter.
+        alone: the owner of each share.
     """
     stage, block, number = owners.stage, kind.example, kind.number
     layout, needs, recompute = stage.layout, owners.needs(block), stage.layout.recompute
-    flops, moved = None, elementwise.MovedBytes()
-    for share, own in zip(batch.shape.shares, alone, strict=True):
-        after = share.num_after if kind.ends_here else share.num_tokens
-        of_share = block_flops(
-            stage.shape,
-            own.parts[0].config,
-            [name for name in needs if own.adapts(block, name)],
-            needs,
-            num_tokens=share.num_tokens,
-            squared_lengths=batch.squared_lengths if flops is None else 0,  # those of all shares, once
-            num_after=after,
-        )
-        flops = of_share if flops is None else flops.plus(of_share)
-        moved = moved.plus(elementwise.block_bytes(owners, block, tokens=share.num_tokens, after=after, own=own))
-    assert flops is not None, "a micro-batch has tokens"
+    flops, moved = _of_block(owners, kind, batch, alone)
     forward, backward, again = found
     share = number / layout.tp_size
 
@@ -171,6 +158,28 @@ def _add_blocks(
         again.blocks += number
     elif recompute == "selective" and not kind.ends_here and owners.reads_mlp_input(block):
         add(again, GATE_UP)
+
+
+def _of_block(
+    owners: StageOwners, kind: BlockKind, batch: Batch, alone: Sequence[StageOwners]
+) -> tuple[BlockFlops, elementwise.MovedBytes]:
+    """The FLOPs of a block and what it moves, share by share: a token meets the factors of its own adapter."""
+    block, needs = kind.example, owners.needs(kind.example)
+    flops, moved = list[BlockFlops](), elementwise.MovedBytes()
+    for share, own in zip(batch.shape.shares, alone, strict=True):
+        after = share.num_after if kind.ends_here else share.num_tokens
+        one = block_flops(
+            owners.stage.shape,
+            own.parts[0].config,
+            [name for name in needs if own.adapts(block, name)],
+            needs,
+            num_tokens=share.num_tokens,
+            squared_lengths=0 if flops else batch.squared_lengths,  # those of all shares, once
+            num_after=after,
+        )
+        flops.append(one)
+        moved = moved.plus(elementwise.block_bytes(owners, block, tokens=share.num_tokens, after=after, own=own))
+    return functools.reduce(BlockFlops.plus, flops), moved
 
 
 def pass_flops(work: PassWork) -> float:

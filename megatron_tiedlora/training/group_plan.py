@@ -88,7 +88,8 @@ class GroupPlan:
     def batches(self) -> Batches:
         """This rank's micro-batches of the step."""
         numbers, found = {name: number for number, name in enumerate(self.plans)}, dict[Hashable, Batch]()
-        rows, squared = ({name: of(name) for name in self._taking} for of in (self._rows, self._squared))
+        rows = {name: self._rows(name) for name in self._taking}
+        squared = {name: self._squared(name) for name in self._taking}
 
         def batch_of(some: Sequence[tuple[str, int]]) -> Batch:
             # without data all micro-batches of an adapter are alike
