@@ -35,7 +35,8 @@ Find the fastest parallel configuration of a cluster before it is booked: what f
 
 It needs no GPU and reads no weights. Every combination of tensor, pipeline and sequence parallelism, micro-batch,
 recompute, ZeRO stage and storage format that launch/train.py accepts is enumerated, by the same checks. Stages, memory,
-messages and FLOPs are those of --dry_run; a few constants of the cards make seconds of them (--constants FILE)."""
+messages and FLOPs are those of --dry_run; a few constants of the cards make seconds of them (--constants FILE).
+With --adapters all layouts are of one run of several adapters, which is compared with one adapter after another."""
 
 # Where a flag of launch/train.py has another default here.
 PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}

@@ -125,6 +125,18 @@ def test_each_layout_has_the_price_of_its_dry_run(three: str, shares: bool) -> N
         assert one.work == group.work and group.work.tokens == (16 + 24 + 48) * 1024
 
 
+def test_the_tensors_of_all_adapters_are_summed(three: str) -> None:
+    """One message over two data-parallel ranks with the gradients of all, and a report of each."""
+    flags = ("--ds_config=zero0.json", "--recompute=none", "--micro_batch_size=1", "--tensor_parallel=1")
+    found, cluster = searched(
+        *flags, f"--adapters={three}", "--pipeline_parallel=1", "--formats=none", "--global_batch_size=16",
+        source=SOURCE, ranks=2,
+    )  # fmt: skip
+    (one,) = Pricer(cluster).price(found.candidates)
+    trained = sum(sum(adapter.num_trained().values()) for adapter in one.candidate.layout.adapters)
+    assert one.step.sums == pytest.approx(4 * trained / 360e9 + 2 * 15e-6, rel=1e-3)
+
+
 @pytest.mark.parametrize("changes", [{"layers": "2,3"}, {"layers": "3,5"}, {"adapters": THREE}], ids=str)
 def test_stages_share_what_they_do_alike(tmp_path: Path, changes: dict[str, str]) -> None:
     """Stages of one block each differ if their block is adapted, or its input needs a gradient, or by its adapters."""
