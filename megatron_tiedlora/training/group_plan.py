@@ -132,7 +132,7 @@ class GroupPlan:
 
     def _longest(self, name: str) -> int:
         """The tokens of an adapter's longest row."""
-        if self.samples is None or self.shared.settings.packing:
+        if self.samples is None or name not in self.samples or self.shared.settings.packing:
             return self.layout.length
         return self.samples[name][0].longest
 
