@@ -137,22 +137,30 @@ def test_the_tensors_of_all_adapters_are_summed(three: str) -> None:
     assert one.step.sums == pytest.approx(4 * trained / 360e9 + 2 * 15e-6, rel=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{"layers": "2,3"}, {"layers": "3,5"}, {"adapters": THREE}], ids=str)
-def test_stages_share_what_they_do_alike(tmp_path: Path, changes: dict[str, str]) -> None:
-    """Stages of one block each differ if their block is adapted, or its input needs a gradient, or by its adapters."""
-    flags = [f"--layers={changes['layers']}"] if "layers" in changes else []
-    if "adapters" in changes:
-        (tmp_path / "a.yaml").write_text(THREE)
-        flags = [f"--adapters={tmp_path / 'a.yaml'}"]
-    pinned = ("--pipeline_parallel=6", "--recompute=none", "--ds_config=zero0.json", "--formats=none")
-    found, cluster = searched(*flags, *pinned, "--global_batch_size=24", source=SOURCE, ranks=6)
-    one = Pricer(cluster).price(found.candidates)[0]
+LATE = "- name: all\n- name: late\n  layers: 3,4,5\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "of_stage"),
+    [("--layers=2,3", 1), ("--layers=3,5", 1), (THREE, 1), (LATE, 2)],
+    ids=["two", "apart", "three adapters", "late"],
+)
+def test_stages_share_what_they_do_alike(tmp_path: Path, flag: str, of_stage: int) -> None:
+    """Stages differ if their blocks are adapted, or an input needs a gradient, or by their blocks' adapters."""
+    source, ranks = short("llama2-7b", 6 if of_stage == 1 else 8), 6 if of_stage == 1 else 4
+    if flag.startswith("-"):
+        (tmp_path / "a.yaml").write_text(flag)
+        flag = flag if flag.startswith("--") else f"--adapters={tmp_path / 'a.yaml'}"
+    pinned = (f"--pipeline_parallel={ranks}", "--recompute=none", "--ds_config=zero0.json", "--formats=none")
+    found, cluster = searched(flag, *pinned, "--global_batch_size=24", source=source, ranks=ranks)
+    pricer = Pricer(cluster)
+    one = pricer.price(found.candidates)[0]
     step, layout = one.candidate.step, one.candidate.layout
-    stages = plan_stages(SOURCE.shape, layout)
-    assert [len(stage.blocks) for stage in stages] == [1] * 6
+    stages = plan_stages(source.shape, layout)
+    assert [len(stage.blocks) for stage in stages] == [of_stage] * ranks
     assert one.needed == max(step.largest.memory(stage, cluster.machine).total for stage in stages)
     parts = step_parts(stages, step.batches, Links(layout, 8), cluster.machine)
-    assert one.step.total == pytest.approx(step_seconds([parts])[0].total, rel=1e-12)
+    assert pricer.parts(one.candidate).stages == parts.stages
 
 
 # Numbers of the dry run ---------------------------------------------------------------------------------------------
@@ -269,10 +277,10 @@ def test_hours_are_those_of_the_tokens_of_all(three: str) -> None:
     assert again.candidates[0].step.steps == 2000
 
 
-@pytest.mark.parametrize("layout", ["t1p2d1-b2-zero0", "t2p1d1-b1-zero0-selective"])
+@pytest.mark.parametrize("layout", ["t1p2d1-b2-zero0", "t2p1d1-b1-zero0-selective", "t1p1d2-b4-zero3"])
 def test_in_turn_is_the_plan_of_each_alone(three: str, layout: str) -> None:
     """The hours that the planner gives each adapter's own run in the layout."""
-    shared = ("--formats=none", "--max_length=1024", "--ds_config=zero0.json")
+    shared = ("--formats=none", "--max_length=1024")
     found, cluster = searched(*shared, f"--adapters={three}", "--global_batch_size=16", source=SOURCE, ranks=2)
     row = next(row for row in Pricer(cluster).price(found.candidates) if row.name == layout)
     alone = {
