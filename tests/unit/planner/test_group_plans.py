@@ -250,10 +250,11 @@ def test_plans_with_data_have_the_numbers_of_the_dry_run(
 
 def test_the_yaml_of_a_plan_starts_the_group(tmp_path: Path, model: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two ranks of this machine, as it stands."""
-    monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(model.cache))
     (tmp_path / "two.yaml").write_text("- name: a\n- name: b\n  method: lora\n  global_batch_size: 6\n")
     flags = {"adapters": tmp_path / "two.yaml", "ranks_on_cpu": 2, "pipeline_parallel": 2, "micro_batch_size": None}
-    planned(tmp_path, *model.arguments(**flags, max_steps=2, output_dir=tmp_path / "run"), "--formats=none")
+    with monkeypatch.context() as patch:  # ranks of later tests would inherit it from the process that forks them
+        patch.setenv("MEGATRON_TIEDLORA_CACHE", str(model.cache))
+        planned(tmp_path, *model.arguments(**flags, max_steps=2, output_dir=tmp_path / "run"), "--formats=none")
     ended = run_ranks([f"--config={tmp_path / 'plan.yaml'}"], folder=tmp_path / "work", cache=model.cache, ranks=2)
     ended.expect(0)
     rows = (tmp_path / "run" / "table.csv").read_text().splitlines()
