@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.base_formats import precision_in_words
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.benchmark.kernel_classes import CLASSES, kernel_seconds
 from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, read_samples, saved_formula
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import (
     describe_setup,
+    peak_bytes,
     restart_peak,
     saved_by_autograd,
     storage_bytes,
@@ -33,15 +35,19 @@ from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
+from megatron_tiedlora.planning.links import Links
+from megatron_tiedlora.planning.machines import Machine, read_machine
+from megatron_tiedlora.planning.step_time import planned_seconds
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.process_group import join_process_group
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
+from megatron_tiedlora.training.first_step import batches_of, largest_of
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.step import TrainStep
-from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed, training_flops
+from megatron_tiedlora.training.throughput import find_peak, timed, training_flops
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,9 @@ def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> d
         UserError: names the first thing that does not fit, before anything starts; on every rank.
         RunStopped: the launcher has died.
     """
+    machine = None
+    if settings.constants is not None:
+        machine = read_machine(user_path(settings.constants, flag="--constants"))
     run = start(make_plan(settings, rank=rank, world_size=world_size), settings)
     plan, device = run.plan, run.runner.device
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
@@ -81,12 +90,31 @@ def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> d
     held = restart_peak(device)
     timers = {"step": lambda: run.seconds_of(next(given))}
     seconds = take_turns(timers, repeats=settings.repeats, uncounted=GUARDED_STEPS, shows=rank == 0)["step"]
-    peak = None if held is None else peak_memory_bytes(device)
+    peak = None if held is None else peak_bytes(device)
     mine = {"held": held, "peak": peak, **_rank_figures(run, steps[-1])}
+    planned = {} if machine is None else _planned(run, steps[-1], machine)
+    mine["planned_peak"] = planned.pop("peak", None)
     ranks = gather_on_rank_0(mine, kind=dict[str, Any])
     if ranks is None:
         return None
-    return {**_describe(plan, device), "kernels": run.kernels, **_step_figures(plan, steps[-1], seconds, ranks)}
+    figures = {**_step_figures(plan, steps[-1], seconds, ranks), "planned": planned or None}
+    return {**_describe(plan, device), "kernels": run.kernels, **figures}
+
+
+def _planned(run: Started, step: TrainingStep, machine: Machine) -> dict[str, Any]:
+    """What the planner says of the step with a machine's constants: the peak of this rank, and seconds by purpose.
+
+    On a CPU the peak has the reserve for an idle process, but none for what an allocator keeps.
+    """
+    plan = run.plan
+    batch = plan.global_batch(run.dataset, consumed_samples=step.consumed_samples)
+    largest = largest_of(plan.layout, run.dataset, batch, packing=plan.settings.packing)
+    memory = largest.memory(plan.stage, machine)
+    links = Links(plan.layout, plan.grid.world_size)
+    batches = batches_of(plan, plan.layout, run.dataset, batch)
+    spent = planned_seconds(plan.stages, batches, links, machine)
+    reserve = 0.0 if plan.on_gpu else memory.libraries
+    return {"peak": memory.allocated + reserve, "machine": machine.title, "seconds": spent._asdict()}
 
 
 def start(plan: RunPlan, settings: BenchSettings) -> Started:

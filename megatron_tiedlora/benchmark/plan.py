@@ -41,10 +41,18 @@ _SAME = (
 )
 
 
-def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **changes: Any) -> RunPlan:
+def make_plan(
+    settings: BenchSettings,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    source: ModelSource | None = None,
+    **changes: Any,
+) -> RunPlan:
     """The plan of a training run that takes the step described by the settings.
 
     Args:
+        source: a model with random weights in place of --model.
         changes: values of the run's settings that a benchmark does not have.
 
     Raises:
@@ -57,11 +65,7 @@ def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **
             f"--samples {settings.samples} is not a multiple of --rows {settings.rows} x {grid.dp_size} data-parallel"
             " ranks"
         )
-    config = random_config(settings)
-    if config is None:
-        source = find_model(settings.model)
-    else:
-        source = ModelSource(settings.model, None, shape_from_hf(config, source=settings.model))
+    source = source or _source(settings)
     source.check_length("--length", settings.length)
     if settings.length < LEAST_LENGTH and settings.measured_on(world_size) == "layout":
         raise UserError(f"--length {settings.length}: a training run's rows have at least {LEAST_LENGTH} tokens")
@@ -80,6 +84,13 @@ def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **
         "seed": 0,
     }
     return plan_run(make_settings({**values, **changes}), rank=rank, world_size=world_size, source=source)
+
+
+def _source(settings: BenchSettings) -> ModelSource:
+    config = random_config(settings)
+    if config is None:
+        return find_model(settings.model)
+    return ModelSource(settings.model, None, shape_from_hf(config, source=settings.model))
 
 
 def random_config(settings: BenchSettings) -> dict[str, Any] | None:

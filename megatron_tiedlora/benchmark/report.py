@@ -60,6 +60,7 @@ def layout_table(report: Mapping[str, Any]) -> list[str]:
         _SHARES_HEADER,
         _speed(report, report),
         *_gpu_lines(report, ""),
+        *_planned(report),
         *_memory(report["ranks"]),
         *_messages(report),
     ]
@@ -84,19 +85,31 @@ def _gpu_lines(figures: Mapping[str, Any], name: str) -> list[str]:
     return lines
 
 
+def _planned(report: Mapping[str, Any]) -> list[str]:
+    """The step as it was planned, if it was."""
+    planned = report["planned"]
+    if planned is None:
+        return []
+    spent = planned["seconds"]
+    total = sum(spent.values())
+    shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in spent.items() if seconds)
+    ratio = total / median(report["seconds"])
+    return [f"planned for {planned['machine']}: {total:.3f} s, {ratio:.3f} of the median; {shares}"]
+
+
 def _memory(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
-        f"{'stage':<7}{'saved MB':>10}{'formula':>9}{'ratio':>7}{'held MB':>10}{'peak MB':>10}"
+        f"{'stage':<7}{'saved MB':>10}{'formula':>9}{'ratio':>7}{'held MB':>10}{'peak MB':>10}{'planned':>10}"
         "   of the rank with most; held: before the first step"
     ]
     for stage, members in _by_stage(ranks).items():
-        saved, formula, held, peak = (
+        saved, formula, held, peak, planned = (
             max((member[key] for member in members if member[key] is not None), default=None)
-            for key in ("saved", "saved_formula", "held", "peak")
+            for key in ("saved", "saved_formula", "held", "peak", "planned_peak")
         )
         lines.append(
             f"{stage:<7}{_megabytes(saved):>10}{_megabytes(formula):>9}{_ratio(saved, formula):>7}"
-            f"{_megabytes(held):>10}{_megabytes(peak):>10}"
+            f"{_megabytes(held):>10}{_megabytes(peak):>10}{_megabytes(planned):>10}"
         )
     return lines
 

@@ -22,7 +22,7 @@ from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.training.throughput import peak_memory_bytes, resident_bytes
 
 Value = TypeVar("Value")
-_ALLOCATOR_SETTINGS = ("MALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_ALLOCATOR_SETTINGS = ("MALLOC_CONF", "MALLOC_MMAP_THRESHOLD_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 SPEED_HEADER = f"{'seconds':>9}{'least':>8}{'most':>8}{'tokens/s':>10}"
 
 
@@ -115,17 +115,11 @@ def storage_bytes(saved: Mapping[int, torch.Tensor]) -> int:
 
 
 def restart_peak(device: torch.device) -> int | None:
-    """Let `peak_memory_bytes` start again. Returns the bytes that are held now, or None if that is not known."""
+    """Let `peak_bytes` start again. Returns the bytes that are held now, or None if that is not known."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
-    gc.collect()
-    # Memory that is free but still resident would be used by a step without a rise of the peak. This returns it to the
-    # system where malloc is glibc's; another allocator, which a report's header names, keeps by its own rules.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    before = resident_bytes("VmRSS")
+    before = idle_bytes()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux, or not allowed
@@ -133,12 +127,39 @@ def restart_peak(device: torch.device) -> int | None:
     return before
 
 
+def idle_bytes() -> int | None:
+    """The anonymous memory of this process now; None if the system does not tell.
+
+    Memory that is free but still resident would be used by a step without a rise of the peak. It is returned to the
+    system first where malloc is glibc's; another allocator, which a report's header names, keeps by its own rules.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return resident_bytes("RssAnon")
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The peak memory since `restart_peak`: allocated by torch on CUDA, else anonymous; None if unknown.
+
+    Linux tells the peak of all resident memory. Files and shared memory are in it as they are now.
+    """
+    if device.type == "cuda":
+        return peak_memory_bytes(device)
+    parts = [resident_bytes(name) for name in ("VmHWM", "RssFile", "RssShmem")]
+    if any(part is None for part in parts):
+        return None
+    most, *others = (part or 0 for part in parts)
+    return most - sum(others)
+
+
 def peak_of(step: Callable[[], object], device: torch.device) -> int | None:
-    """The peak bytes of a first step minus those held before it (CUDA: allocated; CPU: resident); None if unknown.
+    """The peak bytes of a first step minus those held before it (CUDA: allocated; CPU: anonymous); None if unknown.
 
     Call it in a fresh process, because an allocator other than glibc's may reuse memory of earlier steps.
     """
     before = restart_peak(device)
     step()
-    most = peak_memory_bytes(device)
+    most = peak_bytes(device)
     return None if before is None or most is None else most - before

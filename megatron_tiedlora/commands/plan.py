@@ -64,19 +64,18 @@ def _measure(command: PlanCommand, file: str) -> int:
     prepare_environment()
     rank, world_size = rank_and_world_size()
     from megatron_tiedlora.base.atomic import write_json
+    from megatron_tiedlora.benchmark.machine import measure_machine
     from megatron_tiedlora.checkpoint.sources import find_model
-    from megatron_tiedlora.planner.measure import measure_machine
-    from megatron_tiedlora.runtime.process_group import choose_device, join_process_group, leave_process_group
+    from megatron_tiedlora.runtime.process_group import join_process_group, leave_process_group
 
     source = find_model(command.train.model, weights=False)
-    device = choose_device() if world_size == 1 else join_process_group(_MINUTES, expected_ranks=world_size)
+    device = join_process_group(_MINUTES, expected_ranks=world_size)
     machine = measure_machine(source, device, seconds=command.settings.measure_seconds)
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, machine.record())
         show(*machine.lines(), f"{path}: constants of {machine.title}, for --constants")
-    if world_size > 1:
-        leave_process_group()
+    leave_process_group()
     return 0
 
 

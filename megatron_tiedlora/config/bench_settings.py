@@ -128,6 +128,9 @@ class BenchSettings(CommandSettings):
     micro_batches: int | None = optional_field(
         "layout", "made-up micro-batches per rank per step [1; with a pipeline 2 x its stages]", ge=1
     )
+    constants: str | None = optional_field(
+        "layout", "also plan the step with the constants in this file of tools/plan.py --measure"
+    )
     documents: int | None = optional_field("layout", "equal samples that are packed in each made-up row [1]", ge=1)
 
     layers: tuple[int, ...] = setting_field("scaling", "values of --num_layers", (1, 2, 4))

@@ -23,6 +23,7 @@ from megatron_tiedlora.config.fields import (
     validate_settings,
 )
 from megatron_tiedlora.config.settings import GPU_NAMES, Settings
+from megatron_tiedlora.config.tasks import DEFAULT_TASK
 
 ABOUT = """\
 Find the fastest parallel configuration of a cluster before it is booked: what fits, what it sends, how long it takes.
@@ -145,8 +146,10 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
     values, rest = parser.parse_known_args(list(argv))
     own = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
     config = own.pop("config", None)
-    _, unknown = build_parser(Settings).parse_known_args(rest)
+    known, unknown = build_parser(Settings).parse_known_args(rest)
     reject_unknown(unknown, known=[f"--{name}" for name in (*PlanSettings.model_fields, *Settings.model_fields)])
+    if "measure" in own and not known.task and not known.train_file:
+        rest += ["--task", DEFAULT_TASK]  # of a run only the model is read
     train = parse_settings([*(("--config", config) if config is not None else ()), *rest], Settings)
     for name, instead in _DECIDED.items():
         if name in train.model_fields_set:

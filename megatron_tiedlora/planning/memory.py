@@ -16,6 +16,7 @@ import torch
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
+from megatron_tiedlora.model.cpu_attention import tile_size
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.layers import padded
@@ -221,7 +222,7 @@ def micro_batches_in_flight(stage: StagePlan) -> int:
 
 @dataclass(frozen=True)
 class AttentionMemory:
-    """The bytes that attention's kernel on a GPU needs beside its inputs and output.
+    """The bytes that attention's kernel needs beside its inputs and output.
 
     Attributes:
         saved: what a block saves for its backward pass, beside one fp32 number per token per head.
@@ -238,7 +239,7 @@ def attention_memory(
     """The memory of attention for a micro-batch of `tokens` in so many documents, the longest of `longest` tokens.
 
     The figures are those of PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
-    memory-efficient kernel in fp32. A CPU computes tiles of queries, whose scores are small.
+    memory-efficient kernel in fp32. On a CPU they are those of the tiles in `model/cpu_attention.py`.
     """
     itemsize, tp_size = layout.dtype.itemsize, layout.tp_size
     heads, query = shape.heads.num // tp_size, shape.heads.rows[0] // tp_size
@@ -257,6 +258,12 @@ def attention_memory(
             copies = -(-MULTIPROCESSORS // (documents * heads))
         workspace = FP32 * heads * rows * (copies * padded(shape.heads.dim, 32) + 1)
         workspace += 2 * query * tokens * itemsize * grouped
+    else:
+        # The scores of a tile, their exponentials, both gradients and what the kernel makes; wide keys and two sums.
+        queries = min(tile_size(shape.heads.num, shape.heads.num_kv), longest)
+        scores = layout.rows * heads * queries * longest
+        workspace = scores * (FP32 + 2 * itemsize + FP32 * (1 if layout.compiled else 3))
+        workspace += tokens * shape.heads.rows[1] // tp_size * FP32 * (2 + (itemsize < FP32))
     return AttentionMemory(saved, float(gradients + workspace))
 
 
@@ -293,8 +300,10 @@ def _activation_bytes(owners: StageOwners, adapter: int, *, tokens: int, attenti
 
 def _mlp_gradient_bytes(stage: StagePlan, tokens: int) -> float:
     """The gradients of gate, up and their product, the kernel's temporary tensors, and the gathered gradient."""
-    of_token = token_bytes(stage.shape, stage.layout)
-    return tokens * (1.5 * of_token.gate + of_token.gathered) + eager_bytes(stage.shape, stage.layout, tokens)
+    layout, of_token = stage.layout, token_bytes(stage.shape, stage.layout)
+    # What is compiled for a CPU joins the gradients of gate and up in one more tensor.
+    gates = 2.5 if layout.compiled and not layout.on_gpu else 1.5
+    return tokens * (gates * of_token.gate + of_token.gathered) + eager_bytes(stage.shape, layout, tokens)
 
 
 def eager_bytes(shape: ModelShape, layout: Layout, tokens: int) -> float:
@@ -323,7 +332,8 @@ def _head_bytes(stage: StagePlan, tokens: int) -> float:
     of_token = token_bytes(shape, layout)
     norms = 2 * tokens * (of_token.hidden + FP32 / layout.sequence_parts)
     logits = min(tokens, HEAD_ROWS) * shape.vocab_size / layout.tp_size
-    at_loss = 3 * tokens * of_token.whole + logits * layout.dtype.itemsize + _at_once(layout, logits) * FP32
+    # A kernel that is not compiled makes two copies in fp32: of the logits, and of what their largest leaves.
+    at_loss = 3 * tokens * of_token.whole + logits * layout.dtype.itemsize + 2 * _at_once(layout, logits) * FP32
     attended = 0.0
     if layout.recompute == "full" and layout.pp_size == 1:  # else the engine holds it
         attended = tokens * of_token.attended

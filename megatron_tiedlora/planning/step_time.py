@@ -152,15 +152,25 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
         ),
         Term("products", f"head, adapter in {dtype}", work.head + work.low_rank, machine.rate("matmul", dtype), "FLOP"),
         Term("attention", "attention", work.attention, machine.rate("attention", dtype), "FLOP"),
+        *_beside("attention", f"queries in {dtype}", work.queries, machine[f"queries.{dtype}"], "numbers"),
         Term("between", "norms, gate, rotation, residuals, loss", work.moved, moved, "B"),
     ]
-    if layout.base is not None:
+    read = work.head_weights
+    if layout.base is None:
+        read += work.weights + work.weights_back
+    else:
         found.append(_dequantised(work, layout, machine))
+    found += _beside("products", f"weights in {dtype}", read, machine[f"weights.{dtype}"], "weights")
     launches = work.blocks * machine["block"]
     if machine["hides_launches"]:
         launches -= sum(term.seconds for term in found)
     found.append(Term("launches", "the host launches kernels", work.blocks, 0.0, "blocks", fixed=max(0.0, launches)))
     return found + links.terms(work.sent, machine, purpose="tensor")
+
+
+def _beside(purpose: str, what: str, amount: float, rate: float, unit: str) -> list[Term]:
+    """Reading inputs, if that is not hidden behind computing."""
+    return [Term(purpose, f"{what} read", amount, rate, unit)] if rate else []
 
 
 def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> Term:
@@ -214,6 +224,12 @@ def _sum(terms: Iterable[Term]) -> Seconds:
     for term in terms:
         found[term.purpose] += term.seconds
     return Seconds(**found)
+
+
+def planned_seconds(stages: Sequence[StagePlan], batches: Batches, links: Links, machine: Machine) -> Seconds:
+    """The time of one layout's step, by what it is spent on."""
+    (seconds,) = step_seconds([step_parts(stages, batches, links, machine)])
+    return seconds
 
 
 def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV
+from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.traffic import Traffic
 from megatron_tiedlora.planning import elementwise
 from megatron_tiedlora.planning.flops import BlockFlops, block_flops, head_flops
@@ -71,9 +72,11 @@ class PassWork:
     Attributes:
         linears, head, low_rank, attention: FLOPs of the blocks' frozen matmuls, of the head's, of the adapter's, and of
             attention.
+        queries: numbers of queries that attention reads; twice as many in a backward pass.
         moved: bytes of everything else; see `elementwise`.
         weights: numbers of the blocks' linears that matmuls read; a quantised base dequantises them.
         weights_back: the same of matmuls for gradients, which read them transposed.
+        head_weights: the same of the head's matmuls.
         blocks: passes through a block, which the host launches.
         sent: messages.
     """
@@ -82,9 +85,11 @@ class PassWork:
     head: float = 0.0
     low_rank: float = 0.0
     attention: float = 0.0
+    queries: float = 0.0
     moved: float = 0.0
     weights: float = 0.0
     weights_back: float = 0.0
+    head_weights: float = 0.0
     blocks: float = 0.0
     sent: Traffic = field(default_factory=Traffic)
 
@@ -108,6 +113,8 @@ def stage_work(stage: StagePlan, batch: Batch) -> StageWork:
         found.forward.moved += elementwise.embedding_bytes(owners, tokens=batch.shape.num_tokens).forward
     if stage.is_last:
         found.forward.head += head_flops(stage.shape, batch.shape.num_supervised) / stage.layout.tp_size
+        pieces = -(-batch.shape.num_supervised // HEAD_ROWS)
+        found.forward.head_weights += 2 * pieces * stage.shape.head.num_weights / stage.layout.tp_size
         found.forward.moved += elementwise.head_bytes(owners, batch.shape).forward
     sent = pass_traffic(stage, batch.shape)
     found.forward.sent, found.backward.sent, found.again.sent = sent
@@ -139,7 +146,9 @@ def _add_blocks(
 
     for name in flops.linears:
         add(forward, name)
+    queries = batch.shape.num_tokens * stage.shape.heads.rows[0] * share
     forward.attention += flops.attention * share
+    forward.queries += queries
     forward.moved += number * moved.forward
     forward.blocks += number
     if not kind.goes_back:
@@ -148,11 +157,13 @@ def _add_blocks(
         early = kind.ends_here and name in (GATE_UP, DOWN)
         add(forward if early else backward, name, goes_back=True)
     backward.attention += flops.attention_backward * share
+    backward.queries += 2 * queries * (flops.attention_backward > 0)
     backward.moved += number * moved.backward
     backward.blocks += number
     again.moved += number * moved.again
     if recompute == "full" and (not kind.ends_here or needs[OUTPUT]):
         again.attention += flops.attention * share
+        again.queries += queries
         for name in (QKV,) if kind.ends_here else flops.linears:
             add(again, name)
         again.blocks += number

@@ -17,7 +17,7 @@ from megatron_tiedlora.planning.memory import (
 )
 from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import StagePlan
-from megatron_tiedlora.planning.step_time import step_parts, step_seconds
+from megatron_tiedlora.planning.step_time import planned_seconds
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes, step_traffic
 from megatron_tiedlora.planning.work import Batches
 from megatron_tiedlora.training.first_step import FirstStep
@@ -152,7 +152,7 @@ def speed_lines(first: FirstStep | GroupPlan, stages: Stages, plan: RunPlan) -> 
     if plan.settings.gpu is None:
         return []
     links = Links(first.layout, RANKS_PER_NODE)
-    (spent,) = step_seconds([step_parts(stages, first.batches, links, plan.machine)])
+    spent = planned_seconds(stages, first.batches, links, plan.machine)
     rate = first.work.tokens / spent.total / plan.grid.world_size
     shares = ", ".join(f"{name} {size / spent.total:.1%}" for name, size in spent._asdict().items() if size)
     return [

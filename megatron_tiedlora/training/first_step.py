@@ -89,12 +89,10 @@ class FirstStep:
     @cached_property
     def largest(self) -> LargestMicroBatch:
         """The largest micro-batch of the run."""
-        layout, packing = self.layout, self.plan.settings.packing
-        longest = layout.length if self.data is None else self.data.train.longest
-        length = padded(layout.length if packing else longest, layout.pad_multiple)
-        if self.batch is not None and packing:  # a micro-batch's samples, and the padding of each row
-            documents = max(sum(map(len, rows)) + len(rows) for rows in self.batch.micro_batches)
-            return LargestMicroBatch(layout.rows * length, documents, longest)
+        layout = self.layout
+        if self.data is not None and self.batch is not None:
+            return largest_of(layout, self.data.train, self.batch, packing=self.plan.settings.packing)
+        length = padded(layout.length, layout.pad_multiple)
         return LargestMicroBatch(layout.rows * length, layout.rows, length)
 
     @cached_property
@@ -104,9 +102,7 @@ class FirstStep:
         if self.data is None or self.batch is None:
             shapes = assumed_micro_batches(layout)
             return Batches((Batch(shapes[0], layout.rows * layout.length**2),), (0,) * len(shapes), (len(shapes),))
-        train, ours = self.data.train, self.batch.on_rank(plan.grid.dp_rank, dp_size=plan.grid.dp_size)
-        pairs = zip(plan.sample_rows(train, self.batch), squared_lengths(train, ours), strict=True)
-        return Batches.of(Batch(micro_batch_shape(layout, rows), squared) for rows, squared in pairs)
+        return batches_of(plan, layout, self.data.train, self.batch)
 
     @cached_property
     def work(self) -> Work:
@@ -117,6 +113,22 @@ class FirstStep:
     def steps(self) -> float:
         """How many such steps the run has."""
         return self.plan.settings.max_steps
+
+
+def largest_of(layout: Layout, dataset: TokenDataset, batch: GlobalBatch, *, packing: bool) -> LargestMicroBatch:
+    """The largest micro-batch of these samples: of a run as many rows, of `batch` the documents."""
+    length = padded(layout.length if packing else dataset.longest, layout.pad_multiple)
+    if packing:  # a micro-batch's samples, and the padding of each row
+        documents = max(sum(map(len, rows)) + len(rows) for rows in batch.micro_batches)
+        return LargestMicroBatch(layout.rows * length, documents, dataset.longest)
+    return LargestMicroBatch(layout.rows * length, layout.rows, length)
+
+
+def batches_of(plan: RunPlan, layout: Layout, dataset: TokenDataset, batch: GlobalBatch) -> Batches:
+    """This data-parallel rank's micro-batches of a step on these samples."""
+    ours = batch.on_rank(plan.grid.dp_rank, dp_size=plan.grid.dp_size)
+    pairs = zip(plan.sample_rows(dataset, batch), squared_lengths(dataset, ours), strict=True)
+    return Batches.of(Batch(micro_batch_shape(layout, rows), squared) for rows, squared in pairs)
 
 
 def work_of(plan: RunPlan, batch: GlobalBatch | None) -> Work:

@@ -3,8 +3,10 @@
     share = FLOP / seconds / peak        message: an all-reduce or a gather of one page takes it
     bandwidth = bytes over a ring / (seconds of a large message - message)
 
-Seconds are the median of what fits in the time for each of these. What cannot be measured alone keeps the value and the
-source of the machine that it starts from: a preset for a card that is known, else the H100's; or the guesses for CPUs.
+Seconds are the median of what fits in the time for each of these. On a CPU a matmul's seconds for few and for many
+tokens make a line; where it begins is the time to read the weights. What only a step shows comes from `anchors`. What
+cannot be measured keeps the value and the source of the machine that it starts from: a preset for a card that is known,
+else the H100's; or those of CPUs.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import distributed
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES, FP8_CAPABILITY
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.benchmark.anchors import Anchors
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import whole_rows
@@ -30,11 +33,12 @@ from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS, listed_peak
 from megatron_tiedlora.planning.machines import Constant, Machine
-from megatron_tiedlora.training.throughput import measured_peak, resident_bytes, timed
+from megatron_tiedlora.training.throughput import measured_peak, timed
 
 TOKENS = {"cpu": 512, "cuda": 4096}  # of a matmul and of an attention
 _COPIED = {"cpu": 2**26, "cuda": 2**30}  # bytes
 _MESSAGES = {"cpu": (2**12, 2**18, 2**24), "cuda": (2**12, 2**20, 2**28)}  # bytes of a rank's part
+_FEWER = 8  # times fewer tokens, for the other end of a line
 _MOST = 200  # repetitions
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -47,10 +51,14 @@ def measure_machine(source: ModelSource, device: torch.device, *, seconds: float
         seconds: about how long it takes.
         tokens: of a matmul and of an attention.
     """
-    found = dict(_Measure(source, device, tokens or TOKENS[device.type], seconds).constants())
-    start, title = _start(device), _title(device)
+    tokens, title = tokens or TOKENS[device.type], _title(device)
+    measure = _Measure(source, device, tokens, seconds)
+    anchors = Anchors(source, device, measure.source_text)
+    found = anchors.alone(_start(device))
+    found = found.changed(dict(measure.constants()), name="measured", title=title)
+    found = anchors.beside(found, tokens=tokens)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return replace(start.changed(found, name="measured", title=title), capability=capability)
+    return replace(found, capability=capability)
 
 
 def _title(device: torch.device) -> str:
@@ -91,14 +99,15 @@ class _Measure:
         """Each constant that can be measured, with how it was."""
         on_gpu = self.device.type == "cuda"
         yield "memory", self._memory()
-        yield "context", self._context()
+        if on_gpu:
+            yield "context", self._context()
         has_fp8 = not on_gpu or torch.cuda.get_device_capability(self.device) >= FP8_CAPABILITY
         share = self.seconds / (4 + has_fp8 + 1 + len(BASE_NAMES) + 2)  # of the time, for each of the following
-        for name, dtype in _DTYPES.items():
+        for name in _DTYPES:
             peak = self._peak(name)
             yield f"peak.{name}", peak
-            yield f"matmul.{name}", self._share(self._matmuls(dtype, None, None, share), peak, "matmuls")
-            yield f"attention.{name}", self._share(self._attention(dtype, share), peak, "attention, forward and back")
+            yield from self._matmul_line(name, peak, share)
+            yield from self._attention_line(name, peak, share)
         if has_fp8:
             yield from self._fp8(share)
         yield from self._copies(share)
@@ -106,8 +115,12 @@ class _Measure:
             yield f"dequantise.{name}", self._dequantised(name, share)
         yield from self._messages(2 * share)
 
+    def source_text(self, words: str) -> str:
+        """The source of a constant that was measured."""
+        return f"measured on {_title(self.device)}, torch {torch.__version__}: {words}"
+
     def _constant(self, value: float, words: str) -> Constant:
-        return Constant(value, f"measured on {_title(self.device)}, torch {torch.__version__}: {words}")
+        return Constant(value, self.source_text(words))
 
     def _share(self, rate: float, peak: Constant, what: str) -> Constant:
         return self._constant(rate / peak.value, f"{what} of {self.source.name} over {self.tokens:,} tokens")
@@ -131,8 +144,6 @@ class _Measure:
         return self._constant(float(properties.total_memory), "as PyTorch reports it")
 
     def _context(self) -> Constant:
-        if self.device.type == "cpu":
-            return self._constant(float(resident_bytes("VmRSS") or CPU["context"]), "resident memory of an idle rank")
         torch.zeros(1, device=self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free - torch.cuda.memory_reserved(self.device)
@@ -143,33 +154,65 @@ class _Measure:
             return _start(self.device).constants[f"peak.{name}"]
         return self._constant(measured_peak(self.device, _DTYPES[name]), "the fastest square matmul")
 
-    def _matmuls(self, dtype: torch.dtype, base: str | None, products: str | None, seconds: float) -> float:
-        """FLOP/s of all linears of a block, forward and for the gradient of their inputs."""
-        flops, taken, linears = 0.0, 0.0, self.shape.block.linears
+    def _matmul_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
+        """The share of the peak, and on a CPU the weights that are read each second beside that."""
+        dtype, weights = _DTYPES[name], 2 * self.shape.block.num_weights
+        many = self._matmuls(dtype, self.tokens, seconds / 2)
+        flops, read = 2 * self.tokens * weights, 0.0
+        if self.device.type == "cpu":
+            tokens = max(1, self.tokens // _FEWER)
+            few = self._matmuls(dtype, tokens, seconds / 2)
+            begins = few - (many - few) * tokens / (self.tokens - tokens)
+            if 0 < begins < few:
+                many, read = many - begins, weights / begins
+        yield f"matmul.{name}", self._share(flops / many, peak, "matmuls")
+        words = f"matmuls of {self.source.name} over {self.tokens // _FEWER} and {self.tokens:,} tokens"
+        yield f"weights.{name}", self._constant(read, words) if read else Constant(0.0, "while it computes")
+
+    def _matmuls(
+        self, dtype: torch.dtype, tokens: int, seconds: float, base: str | None = None, products: str | None = None
+    ) -> float:
+        """The seconds of all linears of a block, forward and for the gradient of their inputs."""
+        taken, linears = 0.0, self.shape.block.linears
         for linear in linears:
             with self.device:
                 weight = weight_maker(base, products=products)(linear.out_size, linear.in_size, dtype=dtype)
             weight.load(self._numbers(linear.out_size, linear.in_size, dtype=dtype))
-            x, grad_y = (self._numbers(self.tokens, size, dtype=dtype) for size in (linear.in_size, linear.out_size))
+            x, grad_y = (self._numbers(tokens, size, dtype=dtype) for size in (linear.in_size, linear.out_size))
             for step in (lambda: weight.times_transposed(x), lambda: weight.times(grad_y)):  # noqa: B023
-                flops += 2 * self.tokens * linear.num_weights
                 taken += self._time(step, seconds / len(linears) / 2)
-        return flops / taken
+        return taken
 
-    def _attention(self, dtype: torch.dtype, seconds: float) -> float:
-        """FLOP/s by the necessary FLOPs, as `block_flops` counts them."""
+    def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
+        """The share of the peak by necessary FLOPs, those of `block_flops`; on a CPU also the queries that are read."""
+        dtype, width = _DTYPES[name], self.shape.heads.rows[0]
+        many = self._attention(dtype, self.tokens, seconds / 2)
+        flops, read = 3 * 2 * self.tokens**2 * width, 0.0
+        if self.device.type == "cpu":
+            tokens = max(1, self.tokens // _FEWER)
+            few = self._attention(dtype, tokens, seconds / 2)
+            ratio = self.tokens / tokens
+            begins = (few - many / ratio**2) / (1 - 1 / ratio) * ratio  # seconds = this + FLOPs / rate, at all tokens
+            if 0 < begins < many:
+                many, read = many - begins, 3 * self.tokens * width / begins
+        yield f"attention.{name}", self._share(flops / many, peak, "attention, forward and back")
+        words = f"attention of {self.source.name} over {self.tokens // _FEWER} and {self.tokens:,} tokens"
+        yield f"queries.{name}", self._constant(read, words) if read else Constant(0.0, "while it computes")
+
+    def _attention(self, dtype: torch.dtype, tokens: int, seconds: float) -> float:
+        """The seconds of attention over a sample, forward and back."""
         heads = self.shape.heads
         query, key, value = (
-            self._numbers(1, num, self.tokens, heads.dim, dtype=dtype).requires_grad_()
+            self._numbers(1, num, tokens, heads.dim, dtype=dtype).requires_grad_()
             for num in (heads.num, heads.num_kv, heads.num_kv)
         )
         if self.device.type == "cpu":
-            tiles = find_query_tiles(None, self.tokens, size=tile_size(heads.num, heads.num_kv))
+            tiles = find_query_tiles(None, tokens, size=tile_size(heads.num, heads.num_kv))
 
             def forward() -> torch.Tensor:
                 return attend_by_tiles(query, key, value, tiles, EAGER)
         else:
-            documents = whole_rows(1, self.tokens, self.device)
+            documents = whole_rows(1, tokens, self.device)
             attend = choose_attention(self.device, dtype, heads.dim).attend
             assert attend is not None, "a GPU has a kernel"
 
@@ -177,10 +220,11 @@ class _Measure:
                 return attend_within(query, key, value, documents, attend)
 
         grad = torch.ones_like(forward())
-        return 3 * 2 * self.tokens**2 * heads.rows[0] / self._time(lambda: forward().backward(grad), seconds)
+        return self._time(lambda: forward().backward(grad), seconds)
 
     def _fp8(self, seconds: float) -> Iterator[tuple[str, Constant]]:
-        rate = self._matmuls(torch.bfloat16, "fp8", "fp8", seconds)
+        taken = self._matmuls(torch.bfloat16, self.tokens, seconds, "fp8", "fp8")
+        rate = 4 * self.tokens * self.shape.block.num_weights / taken
         peak = _start(self.device).constants["peak.fp8"] if self.knows_card else self._constant(rate, "fp8 matmuls")
         yield "peak.fp8", peak
         yield "matmul.fp8", self._share(rate, peak, "fp8 matmuls")
@@ -190,11 +234,8 @@ class _Measure:
         source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         rate = 2 * size / self._time(lambda: target.copy_(source), seconds)
-        if self.knows_card:
-            yield "elementwise", self._constant(rate / _start(self.device)["bandwidth"], "copies")
-        else:
+        if not self.knows_card:
             yield "bandwidth", self._constant(rate, "copies")
-            yield "elementwise", self._constant(1.0, "copies are the bandwidth")
 
     def _dequantised(self, name: str, seconds: float) -> Constant:
         linear = self.shape.block.output
