@@ -136,6 +136,6 @@ def _measured(machine: Machine, values: dict[str, Any], *, repeats: int, source:
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + repeats)]
     seconds = [run.seconds_of(step) for step in steps][GUARDED_STEPS:]
     batch = plan.global_batch(run.dataset, consumed_samples=steps[-1].consumed_samples)
-    batches = batches_of(plan, run.dataset, batch)
+    batches = batches_of(plan, plan.layout, run.dataset, batch)
     planned = planned_seconds(plan.stages, batches, Links(plan.layout, world_size), machine)
     return _Step(median(seconds), planned)
