@@ -33,7 +33,7 @@ from megatron_tiedlora.planning.step_time import Seconds, planned_seconds
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.first_step import batches_of
 
-_LAYERS = 9
+_LAYERS = 33  # so many that the launches of their passes stand out of the noise of a busy machine
 _LENGTH = 64
 _MICRO_BATCHES = 8  # of the step of two stages
 _TINY_REPEATS, _REPEATS = 20, 5
