@@ -33,7 +33,7 @@ from megatron_tiedlora.planning.step_time import Seconds, planned_seconds
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.first_step import batches_of
 
-_LAYERS = 9
+_LAYERS = 33  # so many that the launches of their passes stand out of the noise of a busy machine
 _LENGTH = 64
 _MICRO_BATCHES = 8  # of the step of two stages
 _TINY_REPEATS, _REPEATS = 20, 5
@@ -136,6 +136,6 @@ def _measured(machine: Machine, values: dict[str, Any], *, repeats: int, source:
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + repeats)]
     seconds = [run.seconds_of(step) for step in steps][GUARDED_STEPS:]
     batch = plan.global_batch(run.dataset, consumed_samples=steps[-1].consumed_samples)
-    batches = batches_of(plan, run.dataset, batch)
+    batches = batches_of(plan, plan.layout, run.dataset, batch)
     planned = planned_seconds(plan.stages, batches, Links(plan.layout, world_size), machine)
     return _Step(median(seconds), planned)

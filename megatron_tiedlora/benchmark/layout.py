@@ -37,7 +37,6 @@ from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_rank
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
 from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.machines import Machine, read_machine
-from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.step_time import planned_seconds
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.process_group import join_process_group
@@ -110,14 +109,9 @@ def _planned(run: Started, step: TrainingStep, machine: Machine) -> dict[str, An
     plan = run.plan
     batch = plan.global_batch(run.dataset, consumed_samples=step.consumed_samples)
     largest = largest_of(plan.layout, run.dataset, batch, packing=plan.settings.packing)
-    memory = stage_memory(
-        plan.stage,
-        tokens=plan.layout.rows * largest.length,
-        documents=largest.documents,
-        longest=largest.longest,
-        machine=machine,
-    )
-    links, batches = Links(plan.layout, plan.grid.world_size), batches_of(plan, run.dataset, batch)
+    memory = largest.memory(plan.stage, machine)
+    links = Links(plan.layout, plan.grid.world_size)
+    batches = batches_of(plan, plan.layout, run.dataset, batch)
     spent = planned_seconds(plan.stages, batches, links, machine)
     reserve = 0.0 if plan.on_gpu else memory.libraries
     return {"peak": memory.allocated + reserve, "machine": machine.title, "seconds": spent._asdict()}

@@ -2,6 +2,7 @@
 
 python tools/plan.py --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100
 python tools/plan.py --model FOLDER --train_file data.jsonl --gpu a100-80 --yaml plan.yaml
+python tools/plan.py --model FOLDER --adapters four.yaml --gpus_per_node 8
 torchrun --nproc_per_node 8 tools/plan.py --measure constants.json --model FOLDER
 """
 

@@ -118,12 +118,12 @@ def train_together(settings: Settings) -> End:
     stop = StopRequests()
     stop.install()
     with reported_end(rank, world_size, stop) as end:
-        from megatron_tiedlora.training import group_finish, group_start
+        from megatron_tiedlora.training import group_finish, group_start, member_plans
         from megatron_tiedlora.training.build_bank import build_bank
 
-        plans = group_start.plan_group(settings, rank=rank, world_size=world_size)
-        data = group_start.prepare_group_data(plans)
-        plans = group_start.counted(plans, data)
+        plans = member_plans.plan_group(settings, rank=rank, world_size=world_size)
+        data = member_plans.prepare_group_data(plans)
+        plans = member_plans.counted(plans, data)
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
         end.watch_peers(settings.timeout_minutes)
         folder, keep = group_start.open_group_folder(settings, plans, data, keep=end.hold)

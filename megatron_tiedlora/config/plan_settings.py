@@ -30,12 +30,14 @@ Find the fastest parallel configuration of a cluster before it is booked: what f
 
     python tools/plan.py --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100     a table, the fastest first
     python tools/plan.py --model FOLDER --train_file data.jsonl --gpu a100-80          with the lengths of your samples
+    python tools/plan.py --model FOLDER --adapters four.yaml                           several adapters in one run
     python tools/plan.py ... --why t2p1d16-b2-zero0                                    the arithmetic of one row
     python tools/plan.py ... --yaml plan.yaml                                          settings of the fastest row
 
 It needs no GPU and reads no weights. Every combination of tensor, pipeline and sequence parallelism, micro-batch,
 recompute, ZeRO stage and storage format that launch/train.py accepts is enumerated, by the same checks. Stages, memory,
-messages and FLOPs are those of --dry_run; a few constants of the cards make seconds of them (--constants FILE)."""
+messages and FLOPs are those of --dry_run; a few constants of the cards make seconds of them (--constants FILE).
+With --adapters all layouts are of one run of several adapters, which is compared with one adapter after another."""
 
 # Where a flag of launch/train.py has another default here.
 PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
@@ -44,7 +46,6 @@ _DECIDED = {
     "dry_run": "a plan is a dry run of every layout",
     "world_size": "give --nodes and --gpus_per_node, or --ranks_on_cpu",
     "plan_for": "give --gpu, or --ranks_on_cpu",
-    "adapters": "a plan is for one adapter; the dry run of launch/train.py has the memory of several",
     "gpu": "give it on the command line",  # where it is this command's; so it was in a YAML file
 }
 FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")

@@ -49,8 +49,14 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
     from megatron_tiedlora.training.loop import full_adapter_state
 
     settings = settings_of(case, order, world_size)
-    changes = {"learning_rate": order.learning_rate, "replica_check_steps": order.steps, "timeout_minutes": 1.0}
-    plan = make_plan(settings, rank=rank, world_size=world_size, **changes)
+    plan = make_plan(
+        settings,
+        rank=rank,
+        world_size=world_size,
+        learning_rate=order.learning_rate,
+        replica_check_steps=order.steps,
+        timeout_minutes=1.0,
+    )
     run = start(plan, settings)
     losses = [run.train_step.run(next(run.loader)).loss for _ in range(order.steps)]
     state = full_adapter_state(plan, run.runner)

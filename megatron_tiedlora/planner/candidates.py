@@ -1,26 +1,30 @@
 """Every layout of a cluster, by the checks of a run: `plan_run` accepts a layout or says what is wrong with it.
 
 Micro-batch, sequence parallelism and recompute are in no check, so `plan_run` is asked once for each value of the other
-choices. What it returns is changed in these three for each layout.
+choices; of several adapters `plan_group`, which asks it about each. `runs` changes what it returns in these three.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
+from megatron_tiedlora.planner.runs import PlannedRun, Variant
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
-from megatron_tiedlora.training.plan import RunPlan, plan_run
+
+if TYPE_CHECKING:
+    from megatron_tiedlora.training.first_step import FirstStep
+    from megatron_tiedlora.training.group_plan import GroupPlan
+    from megatron_tiedlora.training.plan import RunPlan
 
 RECOMPUTES = ("none", "selective", "full")
 # The file of each ZeRO stage. zero2_offload.json is left out: it moves a few MB to the host.
@@ -59,14 +63,23 @@ class Candidate:
     """A layout that a run accepts.
 
     Attributes:
-        plan: of the run with its grid, engine file and storage; of the other choices `layout` has the values.
+        variant: its layout, and the first step that it is planned by.
         engine_file: the value of --ds_config.
     """
 
-    plan: RunPlan
-    layout: Layout
+    variant: Variant
     engine_file: str
     storage: Storage
+
+    @property
+    def layout(self) -> Layout:
+        """The record that the planners read."""
+        return self.variant.layout
+
+    @property
+    def step(self) -> FirstStep | GroupPlan:
+        """The first step of the run."""
+        return self.variant.step
 
     @property
     def name(self) -> str:
@@ -105,6 +118,7 @@ class Search:
         refused: by what a run says of it, the number of the other layouts.
     """
 
+    run: PlannedRun
     candidates: tuple[Candidate, ...]
     refused: Counter[str]
 
@@ -118,8 +132,13 @@ class Search:
 class _Choices:
     """The values of each choice. A flag that was given leaves one value."""
 
-    settings: Settings
+    run: PlannedRun
     storages: tuple[Storage, ...]
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the run."""
+        return self.run.settings
 
     def _given(self, name: str) -> bool:
         return name in self.settings.model_fields_set
@@ -133,10 +152,10 @@ class _Choices:
         yield from ((t, p) for t in tensor for p in pipeline if pinned or world_size % (t * p) == 0)
 
     def rows(self, dp_size: int) -> list[int]:
-        """Rows of a micro-batch: the divisors of a rank's share of the global batch."""
+        """Rows of a micro-batch: the divisors of a rank's share of the global batch, of each adapter's if several."""
         if self.settings.micro_batch_size is not None:
             return [self.settings.micro_batch_size]
-        share, rest = divmod(self.settings.global_batch_size, dp_size)
+        share, rest = divmod(self.run.common_batch, dp_size)
         return [1] if rest else divisors(share)
 
     def sequences(self, tp_size: int) -> list[bool]:
@@ -175,37 +194,44 @@ def search(
         formats: names of the storage formats that are compared; None for all.
 
     Raises:
-        UserError: no layout is accepted; the words are those of a run.
+        UserError: no layout is accepted, or the data cannot be read; the words are those of a run.
     """
     storages = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
-    choices, refused = _Choices(settings, storages), Counter[str]()
-    found: list[Candidate] = []
+    run, refused = PlannedRun(settings, source, cluster.machine.on_gpu), Counter[str]()
+    choices, accepted = _Choices(run, storages), list[_Accepted]()
     for tp_size, pp_size in choices.grids(cluster.world_size):
         dp_size = cluster.world_size // (tp_size * pp_size)
+        rows, sequences = choices.rows(max(dp_size, 1)), choices.sequences(tp_size)
+        variants = (rows, sequences, choices.recomputes)
+        number = len(rows) * len(sequences) * len(choices.recomputes)
         for engine_file in choices.engine_files:
             for storage in choices.chosen_storages:
-                rows, sequences = choices.rows(max(dp_size, 1)), choices.sequences(tp_size)
-                variants = list(itertools.product(rows, sequences, choices.recomputes))
                 try:
                     if not choices._given("tensor_parallel"):
                         _check_in_node(tp_size, cluster)
-                    plan = _plan(settings, cluster, source, tp_size, pp_size, engine_file, storage)
+                    plans = _plans(run, cluster, tp_size, pp_size, engine_file, storage)
                 except UserError as error:
-                    refused[str(error)] += len(variants)
+                    refused[str(error)] += number
                     continue
-                share = plan.batches.global_batch_size // dp_size
-                for size, shards, recompute in variants:
-                    layout = replace(
-                        plan.layout,
-                        rows=size,
-                        micro_batches=share // size,
-                        shards_sequences=shards,
-                        recompute=recompute,
-                    )
-                    found.append(Candidate(plan, layout, engine_file, storage))
-    if not found:
+                accepted.append(_Accepted(plans, variants, engine_file, storage))
+    if not accepted:
         raise UserError(refused.most_common(1)[0][0])
-    return Search(tuple(found), refused)
+    run.read_data(accepted[0].plans)
+    found = (
+        Candidate(variant, one.engine_file, one.storage)
+        for one in accepted
+        for variant in run.variants(one.plans, *one.variants)
+    )
+    return Search(run, tuple(found), refused)
+
+
+class _Accepted(NamedTuple):
+    """The plans that a run accepts, and the values of the choices that no check depends on."""
+
+    plans: Mapping[str, RunPlan]
+    variants: tuple[Sequence[int], Sequence[bool], Sequence[str]]
+    engine_file: str
+    storage: Storage
 
 
 def _check_in_node(tp_size: int, cluster: Cluster) -> None:
@@ -216,40 +242,17 @@ def _check_in_node(tp_size: int, cluster: Cluster) -> None:
         )
 
 
-def _plan(
-    settings: Settings,
-    cluster: Cluster,
-    source: ModelSource,
-    tp_size: int,
-    pp_size: int,
-    engine_file: str,
-    storage: Storage,
-) -> RunPlan:
-    """What `plan_run` says of a layout."""
+def _plans(
+    run: PlannedRun, cluster: Cluster, tp_size: int, pp_size: int, engine_file: str, storage: Storage
+) -> Mapping[str, RunPlan]:
+    """What `plan_run` says of a layout, by adapter."""
     machine = cluster.machine
-    values = {
-        **{name: getattr(settings, name) for name in settings.model_fields_set},
-        **planned_values(settings, machine.on_gpu),
-        "world_size": cluster.world_size,
-        "tensor_parallel": tp_size,
-        "pipeline_parallel": pp_size,
-        "ds_config": engine_file,
-        **storage._asdict(),
-    }
     if storage.products is not None and machine.on_gpu:
         assert machine.capability is not None, "a GPU has a capability"
         check_fp8_capability(machine.title, machine.capability)
-    return plan_run(make_settings(values), rank=0, world_size=cluster.world_size, weights=False, source=source)
-
-
-def planned_values(settings: Settings, on_gpu: bool) -> dict[str, Any]:
-    """The settings of a plan that differ from a run's."""
-    return {
-        "max_length": settings.max_length,
-        "global_batch_size": settings.global_batch_size,
-        "dry_run": True,
-        "plan_for": "gpu" if on_gpu else "cpu",
-    }
+    sizes = {"tensor_parallel": tp_size, "pipeline_parallel": pp_size}
+    choices = {**sizes, "ds_config": engine_file, **storage._asdict()}
+    return run.plans(choices, world_size=cluster.world_size)
 
 
 def divisors(number: int) -> list[int]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from megatron_tiedlora.planner.candidates import Candidate, Cluster
-from megatron_tiedlora.planning.flops import step_flops
+from megatron_tiedlora.planner.runs import PlannedRun
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.links import Links, Term
-from megatron_tiedlora.planning.memory import HeldBytes, StageMemory, StepBytes, held_bytes, step_bytes, with_reserves
+from megatron_tiedlora.planning.memory import HeldBytes, StageMemory, StepBytes, held_bytes, with_reserves
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.step_time import (
     Seconds,
@@ -28,22 +28,12 @@ from megatron_tiedlora.planning.step_time import (
     StepParts,
     stage_seconds,
     stage_terms,
+    step_parts,
     step_seconds,
     sum_terms,
 )
-from megatron_tiedlora.planning.work import Batch, Batches, StageWork, stage_work
-from megatron_tiedlora.training.first_step import FirstStep, first_batches, largest_micro_batch
-from megatron_tiedlora.training.plan import RunPlan
-
-if TYPE_CHECKING:
-    from megatron_tiedlora.training.run_data import RunData
-
-
-class Work(NamedTuple):
-    """The samples of a step of the whole run."""
-
-    tokens: int
-    flops: int
+from megatron_tiedlora.planning.work import Batch, StageWork, stage_work
+from megatron_tiedlora.training.first_step import Work
 
 
 @dataclass(frozen=True)
@@ -106,9 +96,8 @@ def capacity(cluster: Cluster) -> float:
 class Pricer:
     """Prices candidates of one cluster, and remembers the parts."""
 
-    def __init__(self, cluster: Cluster, data: RunData | None = None) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.data = data
         self._known: dict[Hashable, Any] = {}
 
     def price(self, candidates: Iterable[Candidate]) -> list[Priced]:
@@ -143,7 +132,7 @@ class Pricer:
 
     def parts(self, candidate: Candidate) -> StepParts:
         """What a candidate's time follows from."""
-        groups, layout, batches = self._groups(candidate), candidate.layout, self.batches(candidate)
+        groups, layout, batches = self._groups(candidate), candidate.layout, candidate.step.batches
         by_group = {group: [self._seconds(candidate, group, batch) for batch in batches.kinds] for group in groups}
         of_stage = self._group_of_stage(candidate)
         shards = (candidate.storage, len(batches)) if _shards(layout) else ()
@@ -164,8 +153,8 @@ class Pricer:
 
     def sum_terms(self, candidate: Candidate, stage: int) -> list[Term]:
         """The messages once a step of a stage's rank."""
-        found, number = self.stage(candidate, stage), len(self.batches(candidate))
-        return sum_terms(found, self.links(candidate), self.cluster.machine, num_micro_batches=number)
+        links, machine = self.links(candidate), self.cluster.machine
+        return sum_terms(self.stage(candidate, stage), candidate.step.batches, links, machine)
 
     # Parts that several candidates share ------------------------------------------------------------------------------
 
@@ -176,7 +165,7 @@ class Pricer:
 
     def _stages(self, candidate: Candidate) -> Sequence[StagePlan]:
         key = ("stages", *_grid(candidate.layout), candidate.storage)
-        found: Sequence[StagePlan] = self._once(key, lambda: plan_stages(candidate.plan.source.shape, candidate.layout))
+        found: Sequence[StagePlan] = self._once(key, lambda: plan_stages(candidate.step.shape, candidate.layout))
         return found
 
     @staticmethod
@@ -198,8 +187,7 @@ class Pricer:
             firsts: dict[Hashable, int] = {}
             for stage in self._stages(candidate):
                 crosses = [links.to_next(near).num_nodes for near in (stage.index - 1, stage.index)]
-                kinds = [kind._replace(example=0) for kind in stage.owned_by().kinds]
-                key = (stage.is_first, stage.is_last, str(kinds), *crosses)
+                key = (stage.is_first, stage.is_last, _kinds(stage), *crosses)
                 found.append(firsts.setdefault(key, stage.index))
             return found
 
@@ -219,16 +207,10 @@ class Pricer:
     def _step(self, candidate: Candidate, group: int) -> StepBytes:
         layout = candidate.layout
 
-        def compute() -> StepBytes:
-            largest = largest_micro_batch(layout, packing=candidate.plan.settings.packing, first=self._first(candidate))
-            return step_bytes(
-                self._at(self._stages(candidate)[group], layout),
-                tokens=layout.rows * largest.length,
-                documents=largest.documents,
-                longest=largest.longest,
-            )
-
-        found: StepBytes = self._once(("step", *_choices(layout), group), compute)
+        found: StepBytes = self._once(
+            ("step", *_choices(layout), group),
+            lambda: candidate.step.largest.step_bytes(self._at(self._stages(candidate)[group], layout)),
+        )
         return found
 
     def _passes(self, candidate: Candidate, group: int, batch: Batch) -> StageWork:
@@ -251,52 +233,34 @@ class Pricer:
         found: StageSeconds = self._once(key, compute)
         return found
 
-    def batches(self, candidate: Candidate) -> Batches:
-        """The micro-batches of a step on a data-parallel rank."""
-        layout = candidate.layout
-        key = ("batches", *_grid(layout), layout.rows, layout.shards_sequences)
-        found: Batches = self._once(key, lambda: first_batches(self._plan(candidate), layout, self._first(candidate)))
-        return found
-
-    def _plan(self, candidate: Candidate) -> RunPlan:
-        """The plan of a run with the candidate's micro-batches."""
-        plan = candidate.plan
-        return replace(plan, batches=replace(plan.batches, micro_batch_size=candidate.layout.rows))
-
-    def _first(self, candidate: Candidate) -> FirstStep | None:
-        if self.data is None:
-            return None
-        data, layout = self.data, candidate.layout
-        found: FirstStep = self._once(
-            ("first", *_grid(layout), layout.rows),
-            lambda: FirstStep(data, self._plan(candidate).global_batch(data.train)),
-        )
-        return found
-
     def _work(self, candidate: Candidate) -> Work:
-        """Tokens and FLOPs of the samples of a step, as `mfu` of a run counts them."""
-
-        def compute() -> Work:
-            plan = candidate.plan
-            shape, (adapter,) = plan.source.shape, candidate.layout.adapters
-            if self.data is None:
-                length, samples = candidate.layout.length, plan.batches.global_batch_size
-                tokens, squared, supervised = samples * length, samples * length**2, samples * (length - 1)
-            else:
-                batch = plan.global_batch(self.data.train)
-                tokens, squared, supervised = batch.num_tokens, batch.squared_lengths, batch.num_supervised
-            flops = step_flops(
-                shape,
-                adapter,
-                num_tokens=tokens,
-                squared_lengths=squared,
-                num_after=supervised,
-                num_supervised=supervised,
-            )
-            return Work(tokens, flops.total)
-
-        found: Work = self._once("work", compute)
+        """Tokens and FLOPs of the samples of a step, which are the same in all layouts."""
+        found: Work = self._once("work", lambda: candidate.step.work)
         return found
+
+
+def _kinds(stage: StagePlan) -> Hashable:
+    """What the blocks of a stage do: how many there are of each kind, their adapters, and what needs a gradient."""
+    owners = stage.owned_by(range(len(stage.parts)))
+    return tuple(
+        (
+            kind._replace(example=0),
+            tuple(kind.example in part.layers for part in stage.parts),
+            tuple(owners.needs(kind.example).values()),
+        )
+        for kind in owners.kinds
+    )
+
+
+def hours_in_turn(row: Priced, run: PlannedRun) -> float:
+    """The hours of the adapters of a run one after another, each alone in the layout of a row."""
+    steps = run.alone(row.candidate.variant)
+    parts = []
+    for first in steps:
+        stages, links = plan_stages(first.shape, first.layout), Links(first.layout, row.cluster.per_node)
+        parts.append(step_parts(stages, first.batches, links, row.cluster.machine))
+    spent = (first.steps * seconds.total for first, seconds in zip(steps, step_seconds(parts), strict=True))
+    return sum(spent) / 3600
 
 
 def _shards(layout: Layout) -> bool:

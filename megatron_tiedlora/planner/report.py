@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
@@ -14,8 +16,8 @@ from megatron_tiedlora.parallel.traffic import GROUPS
 from megatron_tiedlora.planner.candidates import Cluster, search
 from megatron_tiedlora.planner.hints import hint_lines
 from megatron_tiedlora.planner.launch_lines import chosen_settings, command_lines, record_of
-from megatron_tiedlora.planner.price import Priced, Pricer, capacity
-from megatron_tiedlora.planner.table import Plan, counts_line, missed_lines, refused_lines, table_lines
+from megatron_tiedlora.planner.price import Priced, Pricer, capacity, hours_in_turn
+from megatron_tiedlora.planner.table import Plan, counts_line, hours_text, missed_lines, refused_lines, table_lines
 from megatron_tiedlora.planner.why import why_lines
 from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS
 from megatron_tiedlora.planning.machines import Machine, read_machine
@@ -37,6 +39,17 @@ class Made:
         if name not in rows:
             raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}; names are those of the table")
         return rows[name]
+
+    @property
+    def is_group(self) -> bool:
+        """Whether it is of --adapters."""
+        return self.command.train.adapters is not None
+
+    @cached_property
+    def hours_in_turn(self) -> float | None:
+        """Of several adapters: the hours of one after another, each alone in the chosen layout, if that fits."""
+        row = self.chosen
+        return hours_in_turn(row, self.plan.search.run) if self.is_group and row is not None and row.fits else None
 
     @property
     def chosen(self) -> Priced | None:
@@ -72,15 +85,8 @@ def make_plan(command: PlanCommand) -> Made:
     cluster = Cluster(settings.world_size, settings.ranks_per_node, find_machine(command))
     source = find_model(train.model, weights=False)
     found = search(train, cluster, source=source, formats=settings.formats)
-    first, data = found.candidates[0].plan, None
-    if source.folder is not None:
-        # Imported here, as a plan without data does not wait for what reads it.
-        from megatron_tiedlora.training.run_data import prepare_data
-
-        data = prepare_data(first)
-        first = first.counted(len(data.train))
-    pricer = Pricer(cluster, data)
-    plan = Plan.of(found, pricer.price(found.candidates), steps=first.settings.max_steps)
+    pricer = Pricer(cluster)
+    plan = Plan.of(found, pricer.price(found.candidates), steps=found.candidates[0].step.steps)
     return Made(command, cluster, plan, pricer)
 
 
@@ -95,7 +101,9 @@ def report_lines(made: Made) -> list[str]:
         kind = "" if settings.every_layout else ", the fastest of each tensor x pipeline x data and storage"
         lines.append(f"layouts that fit in {capacity(made.cluster) / 1e9:.1f} GB{kind}{more}")
         lines += table_lines(shown, plan)
-        lines.append("  (tokens/s of each rank; products to sums: shares of a step; hours of the run; all planned)")
+        hours = "of the tokens of all steps at the speed of step 1, which all take" if made.is_group else "of the run"
+        lines.append(f"  (tokens/s of each rank; products to sums: shares of a step; hours {hours}; all planned)")
+        lines += _in_turn_lines(made)
     if missed := missed_lines(plan):
         lines += ["", "does not fit", *(f"  {line}" for line in missed)]
     if hints := hint_lines(plan):
@@ -108,24 +116,52 @@ def report_lines(made: Made) -> list[str]:
     return lines
 
 
+def _in_turn_lines(made: Made) -> list[str]:
+    """How the chosen layout of several adapters compares with a run of each."""
+    row, apart = made.chosen, made.hours_in_turn
+    if row is None or apart is None:
+        return []
+    together = made.plan.hours(row)
+    number = count_text(len(row.candidate.step.plans), "adapter")
+    return [
+        f"{row.name}: {number} together take {hours_text(together)} hours; one after another, each alone in this"
+        f" layout, {hours_text(apart)} ({apart / together:.2f} x as long)"
+    ]
+
+
 def _head(made: Made) -> list[str]:
     """What was planned, and which values were left out."""
-    command, cluster = made.command, made.cluster
-    settings, train, data = command.settings, command.train, made.pricer.data
+    command, cluster, run = made.command, made.cluster, made.plan.search.run
+    settings, train = command.settings, command.train
     nodes = count_text(-(-cluster.world_size // cluster.per_node), "node")
     where = f"{nodes} of {cluster.per_node} x {cluster.machine.title}"
-    samples = made.plan.steps * train.global_batch_size
-    length = float(train.max_length) if data is None else data.train.num_tokens / len(data.train)
+    plans = run.plans_of_step
+    who = f"{count_text(len(plans), 'adapter')} of {train.adapters}: " if made.is_group else ""
+    steps = [plan.settings.max_steps for plan in plans.values()]
+    sizes = [plan.settings.global_batch_size for plan in plans.values()]
+    samples = {name: number * size for name, number, size in zip(plans, steps, sizes, strict=True)}
+    means = {name: own.train.num_tokens / len(own.train) for name, own in run.data.items()}
+    length = sum(number * means.get(name, train.max_length) for name, number in samples.items()) / sum(samples.values())
     lines = [
-        f"{train.model} on {where}; {made.plan.steps:,} steps of {train.global_batch_size} samples ="
-        f" {samples:,} samples of {length:,.0f} tokens {'each' if data is None else 'on average'}"
+        f"{train.model} on {where}; {who}{_range(steps)} steps of {_range(sizes)} samples ="
+        f" {sum(samples.values()):,} samples of {length:,.0f} tokens {'on average' if means else 'each'}"
     ]
-    assumed = [f"--{name} {value}" for name, value in PLAN_DEFAULTS.items() if name not in train.model_fields_set]
+    assumed = [f"--{name} {value}" for name, value in PLAN_DEFAULTS.items() if run.assumes(name)]
     if settings.gpu is None and settings.constants is None and settings.ranks_on_cpu is None:
         assumed.insert(0, f"--gpu {DEFAULT_GPU}")
-    if {"max_steps", "epochs"}.isdisjoint(train.model_fields_set):
-        assumed.append(f"--max_steps {made.plan.steps}")
-    return [*lines, *([f"left out, so assumed: {', '.join(assumed)}"] if assumed else [])]
+    given = {"max_steps", "epochs"}
+    if left := [own.max_steps for own in run.adapters.values() if given.isdisjoint(own.model_fields_set)]:
+        assumed.append(f"--max_steps {_range(left)}".replace(",", ""))
+    lines += [f"left out, so assumed: {', '.join(assumed)}"] if assumed else []
+    if not run.data and any(own.epochs is not None for own in run.adapters.values()):
+        lines.append("the steps of --epochs are counted from data, and a preset reads none")
+    return lines
+
+
+def _range(values: Collection[int]) -> str:
+    """`7`, `1 to 7`."""
+    least, most = min(values), max(values)
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def report_record(made: Made) -> dict[str, Any]:
@@ -137,7 +173,7 @@ def report_record(made: Made) -> dict[str, Any]:
         "ranks_per_node": made.cluster.per_node,
         "machine": made.cluster.machine.record(),
         "max_length": train.max_length,
-        "global_batch_size": train.global_batch_size,
+        **(_of_adapters(made) if made.is_group else {"global_batch_size": train.global_batch_size}),
         "steps": plan.steps,
         "enumerated": plan.search.enumerated,
         "refused": dict(plan.search.refused.most_common()),
@@ -147,11 +183,23 @@ def report_record(made: Made) -> dict[str, Any]:
     }
 
 
+def _of_adapters(made: Made) -> dict[str, Any]:
+    """What only a plan of several adapters has."""
+    row = made.chosen
+    return {
+        "adapters": {
+            name: {"steps": plan.settings.max_steps, "global_batch_size": plan.settings.global_batch_size}
+            for name, plan in made.plan.search.run.plans_of_step.items()
+        },
+        "in_turn": None if row is None else {"layout": row.name, "hours": made.hours_in_turn},
+    }
+
+
 def _chosen_record(made: Made, row: Priced) -> dict[str, Any]:
     """How to start a layout, and by stage and group the messages of a rank in a step; of DeepSpeed's at most these."""
     values, yaml = chosen_settings(made.command.train, row.candidate), made.command.settings.yaml
     command, messages = command_lines(values, made.cluster, yaml=yaml)[0], []
-    batches = made.pricer.batches(row.candidate)
+    batches = row.candidate.step.batches
     shapes = [batches.kinds[index].shape for index in batches.order]
     for index in range(row.candidate.layout.pp_size):
         stage = made.pricer.stage(row.candidate, index)

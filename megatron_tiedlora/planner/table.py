@@ -22,16 +22,16 @@ class Plan:
     Attributes:
         rows: those that fit, the fastest first; of equally fast ones the one with less memory.
         others: those that do not fit.
-        steps: of the run.
+        steps: how many times the run has the tokens of the step that is planned.
     """
 
     search: Search
     rows: tuple[Priced, ...]
     others: tuple[Priced, ...]
-    steps: int
+    steps: float
 
     @classmethod
-    def of(cls, search: Search, priced: Iterable[Priced], *, steps: int) -> Plan:
+    def of(cls, search: Search, priced: Iterable[Priced], *, steps: float) -> Plan:
         """Sort what was priced."""
         found = list(priced)
         fitting = sorted((one for one in found if one.fits), key=lambda one: (one.step.total, one.needed))
@@ -89,8 +89,8 @@ def table_lines(rows: Sequence[Priced], plan: Plan) -> list[str]:
                 f"{row.tokens_per_second:,.{0 if row.tokens_per_second >= 100 else 1}f}",
                 f"{row.mfu:.1%}",
                 *(f"{share / total:.1%}" for share in shares),
-                _number(hours),
-                _number(hours * row.cluster.world_size),
+                hours_text(hours),
+                hours_text(hours * row.cluster.world_size),
             ]
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -100,7 +100,8 @@ def table_lines(rows: Sequence[Priced], plan: Plan) -> list[str]:
     ]
 
 
-def _number(value: float) -> str:
+def hours_text(value: float) -> str:
+    """Hours with as many digits as say something."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

@@ -29,10 +29,13 @@ _HELD = {
 def why_lines(row: Priced, pricer: Pricer, plan: Plan) -> list[str]:
     """Everything about a layout. A row that does not fit is priced as if it did."""
     full = row if row.fits else pricer.price_in_full(row.candidate)
-    layout, batches = row.candidate.layout, pricer.batches(row.candidate)
+    layout, step = row.candidate.layout, row.candidate.step
+    batches, most = step.batches, f"{layout.rows} x {layout.length:,} tokens"
+    if layout.is_bank:
+        most = f"{step.largest.tokens:,} tokens of {count_text(max(map(len, step.largest.owners)), 'adapter')}"
     lines = [
         f"{row.name}: tensor {layout.tp_size} x pipeline {layout.pp_size} x data {layout.dp_size},"
-        f" {_micro_batches(len(batches))} of up to {layout.rows} x {layout.length:,} tokens"
+        f" {_micro_batches(len(batches))} of up to {most}"
         f" per rank and step, recompute {layout.recompute}"
     ]
     lines += _memory(full, pricer)

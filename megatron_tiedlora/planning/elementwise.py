@@ -23,6 +23,12 @@ class MovedBytes:
     backward: float = 0.0
     again: float = 0.0
 
+    def plus(self, other: MovedBytes) -> MovedBytes:
+        """Each of them with that of another."""
+        return MovedBytes(
+            self.forward + other.forward, self.backward + other.backward, self.again + other.again
+        )
+
 
 @dataclass(frozen=True)
 class _Widths:
@@ -47,35 +53,41 @@ def _widths(owners: StageOwners) -> _Widths:
     )
 
 
-def block_bytes(owners: StageOwners, block: int, *, tokens: int, after: int) -> MovedBytes:
-    """What a block moves.
+def block_bytes(
+    owners: StageOwners, block: int, *, tokens: int, after: int, own: StageOwners | None = None
+) -> MovedBytes:
+    """What a block moves for tokens of a micro-batch.
 
     Args:
-        tokens: of the micro-batch, padding included.
-        after: its positions that are computed after the attention.
+        owners: the adapters of the micro-batch, which decide what has a gradient.
+        tokens: all of them, padding included, or those of one of the adapters.
+        after: those of them that are computed after the attention.
+        own: the adapter whose tokens they are, if the micro-batch has several.
     """
-    width, needs, layout = _widths(owners), owners.needs(block), owners.stage.layout
-    attention = tokens * (_norm(width) + _entry(owners, block, QKV, width) + 2 * width.qkv)
-    output = after * (_exit(owners, block, OUTPUT, width.attended, width) + 3 * width.between)
-    mlp = after * (_norm(width) + _entry(owners, block, GATE_UP, width) + 1.5 * width.gate_up)
-    down = after * (_exit(owners, block, DOWN, width.gate_up / 2, width) + 3 * width.between)
+    width, needs, layout, own = _widths(owners), owners.needs(block), owners.stage.layout, own or owners
+    attention = tokens * (_norm(width) + _entry(own, block, QKV, width) + 2 * width.qkv)
+    output = after * (_exit(own, block, OUTPUT, width.attended, width) + 3 * width.between)
+    mlp = after * (_norm(width) + _entry(own, block, GATE_UP, width) + 1.5 * width.gate_up)
+    down = after * (_exit(own, block, DOWN, width.gate_up / 2, width) + 3 * width.between)
     forward = attention + output + mlp + down
     backward = again = 0.0
     if block in owners.backward_blocks:
         ends_here = owners.stage.ends_in(block)
         if owners.reads_mlp_input(block):
-            backward += after * _exit_back(owners, block, DOWN, width.gate_up / 2, width)
+            backward += after * _exit_back(own, block, DOWN, width.gate_up / 2, width, needs_x=needs[DOWN])
             backward += after * 1.5 * width.gate_up * owners.trains_a(block, DOWN)
             backward += after * 2.5 * width.gate_up * (needs[GATE_UP] or owners.adapts(block, GATE_UP))
-        backward += after * _entry_back(owners, block, GATE_UP, width.gate_up, width, needs_x=needs[GATE_UP])
-        backward += after * _exit_back(owners, block, OUTPUT, width.attended, width)
+        backward += after * _norm(width) * owners.trains_a(block, GATE_UP)  # the norm again, for the gradient of A
+        backward += after * _entry_back(own, block, GATE_UP, width.gate_up, width, needs_x=needs[GATE_UP])
+        backward += after * _exit_back(own, block, OUTPUT, width.attended, width, needs_x=needs[OUTPUT])
         if needs[OUTPUT]:
             backward += tokens * 2 * width.qkv
-        backward += tokens * _entry_back(owners, block, QKV, width.qkv, width, needs_x=needs[QKV])
+        backward += tokens * _norm(width) * owners.trains_a(block, QKV)
+        backward += tokens * _entry_back(own, block, QKV, width.qkv, width, needs_x=needs[QKV])
         if layout.recompute == "full" and (not ends_here or needs[OUTPUT]):
             again = attention if ends_here else forward - 3 * after * width.between
         elif layout.recompute == "selective" and not ends_here and owners.reads_mlp_input(block):
-            again = after * (_norm(width) + 2 * owners.adapts(block, GATE_UP) * width.gate_up)
+            again = after * (_norm(width) + 2 * own.adapts(block, GATE_UP) * width.gate_up)
     itemsize = layout.dtype.itemsize
     return MovedBytes(forward * itemsize, backward * itemsize, again * itemsize)
 
@@ -118,7 +130,7 @@ def _entry_back(owners: StageOwners, block: int, name: str, out: float, width: _
     if needs_x or trains_a:
         moved += out
     if trains_a:
-        moved += 3 * width.between  # the norm again, and the gradient of A
+        moved += width.between  # the gradient of A
     if needs_x:
         share = width.between if parallel and trains_a else width.whole
         moved += 2 * share + (2 * width.whole if parallel and trains_a else 0.0)
@@ -130,10 +142,12 @@ def _exit(owners: StageOwners, block: int, name: str, in_width: float, width: _W
     return in_width + 2 * width.whole if owners.adapts(block, name) else 0.0
 
 
-def _exit_back(owners: StageOwners, block: int, name: str, in_width: float, width: _Widths) -> float:
+def _exit_back(
+    owners: StageOwners, block: int, name: str, in_width: float, width: _Widths, *, needs_x: bool
+) -> float:
     """The gradients of a row-parallel linear's factors, and their share in that of its input."""
     if not owners.adapts(block, name):
         return 0.0
-    trains_a, needs_x = owners.trains_a(block, name), owners.needs(block)[name]
+    trains_a = owners.trains_a(block, name)
     moved = width.whole * owners.trains_f(block, name) + width.whole * (needs_x or trains_a)
     return moved + in_width * trains_a + 2 * in_width * needs_x

@@ -7,6 +7,7 @@ token takes 4 P + 3 A + 6 r (in + out) L for each target, as no weight has a gra
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -54,6 +55,15 @@ class BlockFlops:
     linears: Mapping[str, LinearFlops]
     attention: int
     attention_backward: int
+
+    def plus(self, other: BlockFlops) -> BlockFlops:
+        """Each of them with that of another."""
+        pairs = ((name, map(operator.add, own, other.linears[name])) for name, own in self.linears.items())
+        return BlockFlops(
+            {name: LinearFlops(*sums) for name, sums in pairs},
+            self.attention + other.attention,
+            self.attention_backward + other.attention_backward,
+        )
 
 
 def block_flops(

@@ -310,10 +310,11 @@ def eager_bytes(shape: ModelShape, layout: Layout, tokens: int) -> float:
     """The most temporary bytes that a kernel needs if it is not compiled.
 
     That kernel is `gate_gradient`. It needs eight fp32 numbers for each pair of gate and up that it processes at once,
-    or five if these are fp32 already.
+    or five if these are fp32 already. On a CPU it makes its result when it has freed two of them.
     """
     numbers = tokens * shape.block.gate_up.out_size / layout.tp_size
-    return _at_once(layout, numbers) / 2 * FP32 * (8 if layout.dtype.itemsize < FP32 else 5)
+    of_pair = (8 if layout.dtype.itemsize < FP32 else 5) - 2 * (not layout.on_gpu)
+    return _at_once(layout, numbers) / 2 * FP32 * of_pair
 
 
 def _at_once(layout: Layout, numbers: float) -> float:

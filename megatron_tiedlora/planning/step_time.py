@@ -116,10 +116,7 @@ def step_parts(stages: Sequence[StagePlan], batches: Batches, links: Links, mach
     by_stage = [
         [stage_seconds(stage_work(stage, batch), stage, links, machine) for batch in batches.kinds] for stage in stages
     ]
-    number = len(batches)
-    sums = max(
-        sum(term.seconds for term in sum_terms(stage, links, machine, num_micro_batches=number)) for stage in stages
-    )
+    sums = max(sum(term.seconds for term in sum_terms(stage, batches, links, machine)) for stage in stages)
     return StepParts(batches, by_stage, sums, machine["step"])
 
 
@@ -213,12 +210,12 @@ def _sending(stage: StagePlan, work: PassWork, links: Links, machine: Machine, *
     return found
 
 
-def sum_terms(stage: StagePlan, links: Links, machine: Machine, *, num_micro_batches: int) -> list[Term]:
+def sum_terms(stage: StagePlan, batches: Batches, links: Links, machine: Machine) -> list[Term]:
     """The messages that a rank sends once a step: gradients, norms, reports; of ZeRO-3 only gradients."""
-    sent = engine_traffic(stage, num_micro_batches=num_micro_batches)
+    once, sent = once_traffic(stage, batches.adapters), engine_traffic(stage, num_micro_batches=len(batches))
     if stage.layout.zero_stage == 3:
         del sent.bytes[DATA, "all-gather"]
-    return links.terms(once_traffic(stage), machine, purpose="sums") + links.terms(sent, machine, purpose="sums")
+    return links.terms(once, machine, purpose="sums") + links.terms(sent, machine, purpose="sums")
 
 
 def _sum(terms: Iterable[Term]) -> Seconds:
@@ -255,10 +252,14 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
 def _costs(steps: Sequence[StepParts]) -> Callable[[int, Pass], Any]:
     """By rank and pass, the cost in each of the steps."""
     known: dict[Hashable, Any] = {}
-    uniform = all(len(step.batches.kinds) == 1 for step in steps)
+    # by micro-batch a number, which it shares with those that are of the same kind in each of the steps
+    alike: dict[tuple[int, ...], int] = {}
+    numbers = [
+        alike.setdefault(kinds, len(alike)) for kinds in zip(*(step.batches.order for step in steps), strict=True)
+    ]
 
     def cost(rank: int, one: Pass) -> Any:
-        key = (rank, one.kind, 0 if uniform else one.micro_batch)
+        key = (rank, one.kind, numbers[one.micro_batch])
         if key not in known:
             passes = [step.stages[rank][step.batches.order[one.micro_batch]] for step in steps]
             chosen = (each.forward if one.kind == FORWARD else each.backward for each in passes)

@@ -6,8 +6,9 @@ forward pass, and is counted there. Blocks that do the same are counted once and
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.traffic import Traffic
 from megatron_tiedlora.planning import elementwise
-from megatron_tiedlora.planning.flops import block_flops, head_flops
+from megatron_tiedlora.planning.flops import BlockFlops, block_flops, head_flops
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.stages import BlockKind, StageOwners, StagePlan
 from megatron_tiedlora.planning.traffic import pass_traffic
@@ -52,6 +53,16 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @property
+    def shapes(self) -> tuple[MicroBatchShape, ...]:
+        """Their shapes, in order."""
+        return tuple(self.kinds[index].shape for index in self.order)
+
+    @property
+    def adapters(self) -> list[int]:
+        """The numbers of the adapters that take the step."""
+        return sorted({adapter for batch in self.kinds for adapter in batch.shape.adapters})
 
 
 @dataclass
@@ -93,10 +104,11 @@ class StageWork(NamedTuple):
 
 def stage_work(stage: StagePlan, batch: Batch) -> StageWork:
     """The work of a rank of a stage for a micro-batch."""
-    owners = stage.owned_by(batch.shape.adapters)
+    owners, shares = stage.owned_by(batch.shape.adapters), batch.shape.shares
+    alone = [owners] if len(shares) == 1 else [stage.owned_by((share.adapter,)) for share in shares]
     found = StageWork(PassWork(), PassWork(), PassWork())
     for kind in owners.kinds:
-        _add_blocks(found, owners, kind, batch)
+        _add_blocks(found, owners, kind, batch, alone)
     if stage.is_first:
         found.forward.moved += elementwise.embedding_bytes(owners, tokens=batch.shape.num_tokens).forward
     if stage.is_last:
@@ -109,22 +121,17 @@ def stage_work(stage: StagePlan, batch: Batch) -> StageWork:
     return found
 
 
-def _add_blocks(found: StageWork, owners: StageOwners, kind: BlockKind, batch: Batch) -> None:
-    """Add the blocks of a kind."""
-    stage, shape, block, number = owners.stage, batch.shape, kind.example, kind.number
+def _add_blocks(
+    found: StageWork, owners: StageOwners, kind: BlockKind, batch: Batch, alone: Sequence[StageOwners]
+) -> None:
+    """Add the blocks of a kind.
+
+    Args:
+        alone: the owner of each share.
+    """
+    stage, block, number = owners.stage, kind.example, kind.number
     layout, needs, recompute = stage.layout, owners.needs(block), stage.layout.recompute
-    after = shape.num_after if kind.ends_here else shape.num_tokens
-    (config,) = {id(part.config): part.config for part in owners.parts}.values()
-    flops = block_flops(
-        stage.shape,
-        config,
-        [name for name in needs if owners.adapts(block, name)],
-        needs,
-        num_tokens=shape.num_tokens,
-        squared_lengths=batch.squared_lengths,
-        num_after=after,
-    )
-    moved = elementwise.block_bytes(owners, block, tokens=shape.num_tokens, after=after)
+    flops, moved = _of_block(owners, kind, batch, alone)
     forward, backward, again = found
     share = number / layout.tp_size
 
@@ -139,7 +146,7 @@ def _add_blocks(found: StageWork, owners: StageOwners, kind: BlockKind, batch: B
 
     for name in flops.linears:
         add(forward, name)
-    queries = shape.num_tokens * stage.shape.heads.rows[0] * share
+    queries = batch.shape.num_tokens * stage.shape.heads.rows[0] * share
     forward.attention += flops.attention * share
     forward.queries += queries
     forward.moved += number * moved.forward
@@ -162,6 +169,28 @@ def _add_blocks(found: StageWork, owners: StageOwners, kind: BlockKind, batch: B
         again.blocks += number
     elif recompute == "selective" and not kind.ends_here and owners.reads_mlp_input(block):
         add(again, GATE_UP)
+
+
+def _of_block(
+    owners: StageOwners, kind: BlockKind, batch: Batch, alone: Sequence[StageOwners]
+) -> tuple[BlockFlops, elementwise.MovedBytes]:
+    """The FLOPs of a block and what it moves, share by share: a token meets the factors of its own adapter."""
+    block, needs = kind.example, owners.needs(kind.example)
+    flops, moved = list[BlockFlops](), elementwise.MovedBytes()
+    for share, own in zip(batch.shape.shares, alone, strict=True):
+        after = share.num_after if kind.ends_here else share.num_tokens
+        one = block_flops(
+            owners.stage.shape,
+            own.parts[0].config,
+            [name for name in needs if own.adapts(block, name)],
+            needs,
+            num_tokens=share.num_tokens,
+            squared_lengths=0 if flops else batch.squared_lengths,  # those of all shares, once
+            num_after=after,
+        )
+        flops.append(one)
+        moved = moved.plus(elementwise.block_bytes(owners, block, tokens=share.num_tokens, after=after, own=own))
+    return functools.reduce(BlockFlops.plus, flops), moved
 
 
 def pass_flops(work: PassWork) -> float:

@@ -23,8 +23,7 @@ from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.study.grid import Point, Run
 from megatron_tiedlora.study.record import GROUPS, StudyFolder
-from megatron_tiedlora.training.build_bank import shared_plan
-from megatron_tiedlora.training.group_start import DS_CONFIG
+from megatron_tiedlora.training.member_plans import DS_CONFIG, shared_plan
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 
 SCORES_END = ".scores"  # of the name of a folder in GROUPS, where several adapters were scored

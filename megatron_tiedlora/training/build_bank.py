@@ -11,7 +11,6 @@ from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values
-from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
@@ -23,10 +22,9 @@ from megatron_tiedlora.engine.optimizer_state import MOMENTS, write_moments
 from megatron_tiedlora.parallel.agreement import gather_numbers
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.build import build_stage, checked_base, load_base, start_values
+from megatron_tiedlora.training.member_plans import Plans, shared_plan
 from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan
-
-Plans = Mapping[str, RunPlan]  # by the adapter's name; they differ only in what belongs to an adapter
 
 
 @dataclass(frozen=True)
@@ -51,21 +49,6 @@ class BuiltBank:
         """Which rank holds which part of the adapter of one of the plans."""
         layers = (tuple(layer for layer in plan.adapter.layers if layer in stage) for stage in self.stage_layers)
         return AdapterLayout(plan.adapter, plan.grid, tuple(layers))
-
-
-def shared_plan(plans: Plans) -> RunPlan:
-    """The plan whose stages all adapters have: that of the one whose first adapted layer is lowest.
-
-    Raises:
-        UserError: the engine would clip all adapters together.
-    """
-    plan = min(plans.values(), key=lambda plan: plan.adapter.layers[0])
-    if plan.engine.zero_stage in (1, 2):
-        raise UserError(
-            f"--ds_config {plan.settings.ds_config}: ZeRO-{plan.engine.zero_stage} clips the gradients of all adapters"
-            " together, and would shard only their few MB. Use zero0.json, or zero3.json to shard the base"
-        )
-    return plan
 
 
 def build_bank(

@@ -9,20 +9,20 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.base.wording import bytes_in_words, time_text
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.loader import num_positions
+from megatron_tiedlora.data.loader import GlobalBatch, num_positions
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.model.weights import num_base_parameters
-from megatron_tiedlora.planning.links import RANKS_PER_NODE, Links
-from megatron_tiedlora.planning.memory import (
-    cache_bytes,
-    stage_memory,
+from megatron_tiedlora.planning.memory import cache_bytes
+from megatron_tiedlora.training.dry_run_tables import (
+    memory_lines,
+    message_lines,
+    partition_lines,
+    speed_lines,
+    verdict_line,
 )
-from megatron_tiedlora.planning.micro_batches import assumed_micro_batches
-from megatron_tiedlora.planning.step_time import planned_seconds
-from megatron_tiedlora.training.dry_run_tables import memory_lines, message_lines, partition_lines, verdict_line
-from megatron_tiedlora.training.first_step import FirstStep, first_batches, largest_micro_batch
+from megatron_tiedlora.training.first_step import FirstStep
 from megatron_tiedlora.training.init_from import start_lines
 from megatron_tiedlora.training.length import epochs_of
 from megatron_tiedlora.training.plan import RunPlan, plan_run
@@ -39,14 +39,18 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
     sections = [_parameters(plan), partition_lines(plan.stages)]
     if plan.source.folder is None:
         no_data = ["data", "  (a preset shape has no tokenizer; give a model folder to count tokens)"]
-        sections += [_memory(plan), _messages(plan), *_speed(plan), _batches(plan), no_data]
+        sections += [*_of_step(FirstStep(plan, plan.layout)), no_data]
     else:
         data = prepare_data(plan)
         plan = plan.counted(len(data.train))
-        first = FirstStep(data, plan.global_batch(data.train))
-        sections += [_memory(plan, first), _messages(plan, first), *_speed(plan, first), _batches(plan, first)]
+        sections += _of_step(FirstStep(plan, plan.layout, data))
         sections += [_data(plan, data), sample_lines(plan, data)]
     return "\n\n".join("\n".join(map(printable, section)) for section in sections)
+
+
+def _of_step(first: FirstStep) -> list[list[str]]:
+    speed = speed_lines(first, first.plan.stages, first.plan)
+    return [_memory(first), _messages(first), *speed, _batches(first)]
 
 
 def _parameters(plan: RunPlan) -> list[str]:
@@ -71,37 +75,13 @@ def _parameters(plan: RunPlan) -> list[str]:
     return lines
 
 
-def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
-    layout, machine = plan.layout, plan.machine
-    largest = largest_micro_batch(layout, packing=plan.settings.packing, first=first)
-    tokens = layout.rows * largest.length
-    memories = [
-        stage_memory(stage, tokens=tokens, documents=largest.documents, longest=largest.longest, machine=machine)
-        for stage in plan.stages
-    ]
-    micro_batches = f"{layout.rows} x {largest.length} tokens"
-    lines = memory_lines(plan.stages, memories, tokens=tokens, micro_batches=micro_batches, machine=machine)
+def _memory(first: FirstStep) -> list[str]:
+    plan, largest, machine = first.plan, first.largest, first.plan.machine
+    memories = [largest.memory(stage, machine) for stage in plan.stages]
+    micro_batches = f"{first.layout.rows} x {largest.tokens // first.layout.rows} tokens"
+    lines = memory_lines(plan.stages, memories, tokens=largest.tokens, micro_batches=micro_batches, machine=machine)
     lines += [] if plan.settings.gpu is None else [verdict_line(memories, machine)]
-    return [*lines, *([] if first is None else _decoding(plan, first.data))]
-
-
-def _speed(plan: RunPlan, first: FirstStep | None = None) -> list[list[str]]:
-    """With --gpu: the planned time of a step, by what it is spent on."""
-    if plan.settings.gpu is None:
-        return []
-    batches = first_batches(plan, plan.layout, first)
-    links = Links(plan.layout, RANKS_PER_NODE)
-    spent = planned_seconds(plan.stages, batches, links, plan.machine)
-    tokens = plan.batches.global_batch_size * plan.layout.length if first is None else first.batch.num_tokens
-    rate = tokens / spent.total / plan.grid.world_size
-    shares = ", ".join(f"{name} {size / spent.total:.1%}" for name, size in spent._asdict().items() if size)
-    return [
-        [
-            f"speed on {plan.machine.name}, planned and not measured, {RANKS_PER_NODE} ranks in a node",
-            f"  a step takes {time_text(spent.total)}: {rate:,.0f} tokens/s of each rank",
-            f"  {shares}",
-        ]
-    ]
+    return [*lines, *([] if first.data is None else _decoding(plan, first.data))]
 
 
 def _decoding(plan: RunPlan, data: RunData) -> list[str]:
@@ -117,25 +97,24 @@ def _decoding(plan: RunPlan, data: RunData) -> list[str]:
     ]
 
 
-def _messages(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
-    if first is None:
-        of = f"samples of {plan.layout.length:,} tokens, all supervised"
-        return message_lines(plan.stages, assumed_micro_batches(plan.layout), of=of)
-    shapes = plan.micro_batches(first.data.train, first.batch)
-    return message_lines(plan.stages, shapes, of="step 1's samples on data-parallel rank 0")
+def _messages(first: FirstStep) -> list[str]:
+    of = "step 1's samples on data-parallel rank 0"
+    if first.data is None:
+        of = f"samples of {first.layout.length:,} tokens, all supervised"
+    return message_lines(first.plan.stages, first.batches, of=of)
 
 
-def _batches(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
-    b = plan.batches
+def _batches(first: FirstStep) -> list[str]:
+    plan, b = first.plan, first.plan.batches
     lines = [
         "batches",
         f"  global batch {b.global_batch_size} samples, {plan.batches_in_words}",
         f"  {plan.settings.max_steps} steps, {plan.settings.max_steps * b.global_batch_size:,} samples",
     ]
-    if first is None and plan.settings.epochs is not None:
+    if first.data is None and plan.settings.epochs is not None:
         lines[-1] = f"  --epochs {plan.settings.epochs:g}: its steps are counted from data, and a preset reads none"
-    if first is not None:
-        lines.append(_fill(plan, first))
+    if first.data is not None and first.batch is not None:
+        lines.append(_fill(plan, first.data, first.batch))
     elif plan.settings.packing:
         lines.append(
             f"  samples of {plan.settings.max_length:,} tokens make {b.accumulation_steps:,} micro-batches per"
@@ -144,10 +123,9 @@ def _batches(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
     return lines
 
 
-def _fill(plan: RunPlan, first: FirstStep) -> str:
+def _fill(plan: RunPlan, data: RunData, step: GlobalBatch) -> str:
     """A line on how many positions of the first step hold a token."""
-    step = first.batch
-    positions = num_positions(first.data.train, step.micro_batches, pad_multiple=plan.layout.pad_multiple)
+    positions = num_positions(data.train, step.micro_batches, pad_multiple=plan.layout.pad_multiple)
     num_rows = sum(len(rows) for rows in step.micro_batches)
     return (
         f"  step 1: {step.num_tokens:,} tokens in {num_rows} rows of {len(step.micro_batches)} micro-batches,"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.wording import bytes_in_words, time_text
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.links import RANKS_PER_NODE, Links
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import (
     StageMemory,
@@ -14,10 +15,14 @@ from megatron_tiedlora.planning.memory import (
     micro_batches_in_flight,
     num_communicators,
 )
-from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import StagePlan
+from megatron_tiedlora.planning.step_time import planned_seconds
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes, step_traffic
+from megatron_tiedlora.planning.work import Batches
+from megatron_tiedlora.training.first_step import FirstStep
+from megatron_tiedlora.training.group_plan import GroupPlan
+from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.step import LONG_STEP_SECONDS
 
 Stages = Sequence[StagePlan]
@@ -142,6 +147,23 @@ def verdict_line(memories: Sequence[StageMemory], machine: Machine) -> str:
     return f"{words}: IT DOES NOT FIT; {name} {bytes_in_words(size)}"
 
 
+def speed_lines(first: FirstStep | GroupPlan, stages: Stages, plan: RunPlan) -> list[list[str]]:
+    """With --gpu: the planned time of a step, by what it is spent on."""
+    if plan.settings.gpu is None:
+        return []
+    links = Links(first.layout, RANKS_PER_NODE)
+    spent = planned_seconds(stages, first.batches, links, plan.machine)
+    rate = first.work.tokens / spent.total / plan.grid.world_size
+    shares = ", ".join(f"{name} {size / spent.total:.1%}" for name, size in spent._asdict().items() if size)
+    return [
+        [
+            f"speed on {plan.machine.name}, planned and not measured, {RANKS_PER_NODE} ranks in a node",
+            f"  a step takes {time_text(spent.total)}: {rate:,.0f} tokens/s of each rank",
+            f"  {shares}",
+        ]
+    ]
+
+
 def _engine_line(stage: StagePlan) -> list[str]:
     """The note on the table's column `engine`."""
     layout = stage.layout
@@ -159,13 +181,14 @@ def _engine_line(stage: StagePlan) -> list[str]:
     ]
 
 
-def message_lines(stages: Stages, micro_batches: Sequence[MicroBatchShape], *, of: str) -> list[str]:
+def message_lines(stages: Stages, batches: Batches, *, of: str) -> list[str]:
     """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.traffic counts.
 
     Args:
-        of: what the micro-batches are of, in words.
+        batches: the micro-batches of a rank.
+        of: what they are of, in words.
     """
-    layout = stages[0].layout
+    layout, micro_batches = stages[0].layout, batches.shapes
     lines = [f"messages and bytes per step and rank: {of}"]
     if layout.world_size == 1:
         return [*lines, "  none: one rank sends nothing"]

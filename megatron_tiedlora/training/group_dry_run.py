@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.model.weights import num_base_parameters
-from megatron_tiedlora.planning.memory import StageMemory, bank_bytes, stage_memory
-from megatron_tiedlora.planning.stages import StagePlan
+from megatron_tiedlora.planning.memory import bank_bytes
 from megatron_tiedlora.training.dry_run import sample_lines
 from megatron_tiedlora.training.dry_run_tables import (
     memory_lines,
     message_lines,
     partition_lines,
     ranges,
+    speed_lines,
     table_lines,
     verdict_line,
 )
-from megatron_tiedlora.training.group_plan import GroupPlan
-from megatron_tiedlora.training.group_start import counted, plan_group, prepare_group_data
+from megatron_tiedlora.training.group_plan import GroupPlan, first_step_of
 from megatron_tiedlora.training.length import epochs_of
+from megatron_tiedlora.training.member_plans import Data, counted, plan_group, prepare_group_data
 from megatron_tiedlora.training.run_data import RunData
-
-Data = Mapping[str, RunData]  # empty for a preset, which has no tokenizer
 
 
 def group_report(settings: Settings, *, launched_ranks: int = 1) -> str:
@@ -36,15 +33,13 @@ def group_report(settings: Settings, *, launched_ranks: int = 1) -> str:
     """
     ranks = settings.world_size or launched_ranks
     plans, shares = plan_group(settings, rank=0, world_size=ranks, weights=False), settings.share_micro_batches
-    if next(iter(plans.values())).source.folder is None:
-        group, data = GroupPlan(plans, shares), dict[str, RunData]()
-    else:
+    data = dict[str, RunData]()
+    if next(iter(plans.values())).source.folder is not None:
         data = prepare_group_data(plans)
         plans = counted(plans, data)
-        batches = {name: (data[name].train, plan.global_batch(data[name].train)) for name, plan in plans.items()}
-        group = GroupPlan(plans, shares, batches)
-    sections = [_adapters(group), partition_lines(group.stages), _memory(group, data)]
-    sections += [_one_more(group, data), _messages(group, data), _batches(group, data)]
+    group = first_step_of(plans, data, shares=shares)
+    sections = [_adapters(group), partition_lines(group.stages), _memory(group), _one_more(group)]
+    sections += [_messages(group, data), *speed_lines(group, group.stages, group.shared), _batches(group, data)]
     sections += [*_data(group, data), *_samples(group, data)]
     return "\n\n".join("\n".join(map(printable, section)) for section in sections)
 
@@ -82,24 +77,25 @@ def _own_bytes(group: GroupPlan, adapter: int) -> int:
     return max(bank_bytes(stage.parts[adapter]) for stage in group.stages)
 
 
-def _memory(group: GroupPlan, data: Data) -> list[str]:
-    longest = _longest_rows(group, data)
-    tokens, most = group.most_tokens(longest), max(len(shape.shares) for shape in group.micro_batches)
+def _memory(group: GroupPlan) -> list[str]:
+    tokens, most = group.largest.tokens, max(map(len, group.largest.owners))
     micro_batches = f"{tokens:,} tokens of up to {count_text(most, 'adapter')} at step 1"
     machine = group.shared.machine
-    peaks = _peaks(group, longest)
+    peaks = [group.largest.memory(stage, machine) for stage in group.stages]
     lines = memory_lines(group.stages, peaks, tokens=tokens, micro_batches=micro_batches, machine=machine)
     return lines if group.shared.settings.gpu is None else [*lines, verdict_line(peaks, machine)]
 
 
-def _one_more(group: GroupPlan, data: Data) -> list[str]:
+def _one_more(group: GroupPlan) -> list[str]:
     """What the run needs beside with its largest adapter twice."""
     number = max(range(len(group.plans)), key=lambda number: _own_bytes(group, number))
-    name, longest = list(group.plans)[number], _longest_rows(group, data)
-    batches = None if group.batches is None else {**group.batches, "": group.batches[name]}
-    more = replace(group, plans={**group.plans, "": group.plans[name]}, batches=batches)
-    peaks = zip(_peaks(more, {**longest, "": longest[name]}), _peaks(group, longest), strict=True)
-    added = max(new.allocated - old.allocated for new, old in peaks)
+    name, machine = list(group.plans)[number], group.shared.machine
+    samples = None if group.samples is None else {**group.samples, "": group.samples[name]}
+    more = replace(group, plans={**group.plans, "": group.plans[name]}, samples=samples)
+    before, after = (
+        [run.largest.memory(stage, machine).allocated for stage in run.stages] for run in (group, more)
+    )
+    added = max(new - old for new, old in zip(after, before, strict=True))
     line = (
         f"  like {name}: {bytes_in_words(added)} per rank, {bytes_in_words(_own_bytes(group, number))} of them its"
         " tensors, gradients and moments"
@@ -109,36 +105,15 @@ def _one_more(group: GroupPlan, data: Data) -> list[str]:
     return ["one more adapter", line]
 
 
-def _longest_rows(group: GroupPlan, data: Data) -> dict[str, int]:
-    """The tokens of each adapter's longest row."""
-    return {
-        name: group.layout.length if plan.settings.packing or not data else data[name].train.longest
-        for name, plan in group.plans.items()
-    }
-
-
-def _peaks(group: GroupPlan, longest: Mapping[str, int]) -> list[StageMemory]:
-    """The memory of each stage: of the largest micro-batch, if it has the adapters of one of the step."""
-    tokens = group.most_tokens(longest)
-    sizes = {"tokens": tokens, "documents": group.most_documents(), "longest": min(tokens, max(longest.values()))}
-    together, machine = {shape.adapters for shape in group.micro_batches}, group.shared.machine
-
-    def peak(stage: StagePlan) -> StageMemory:
-        found = (stage_memory(stage, adapters=adapters, machine=machine, **sizes) for adapters in together)
-        return max(found, key=lambda memory: memory.total)
-
-    return [peak(stage) for stage in group.stages]
-
-
 def _messages(group: GroupPlan, data: Data) -> list[str]:
     of = "step 1's samples on data-parallel rank 0"
     if not data:
         of = f"samples of {group.layout.length:,} tokens, all supervised"
-    return message_lines(group.stages, group.micro_batches, of=of)
+    return message_lines(group.stages, group.batches, of=of)
 
 
 def _batches(group: GroupPlan, data: Data) -> list[str]:
-    shapes = group.micro_batches
+    shapes = group.batches.shapes
     apart = sum(len(shape.shares) for shape in shapes)
     lines = [
         "batches",

@@ -5,130 +5,48 @@ Each adapter's are those of a run of its own in RUN/NAME. All of them are checke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.ownership import Owner
-from megatron_tiedlora.base.paths import last_name, user_path
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
-from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, check_folders, read_adapters
-from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, check_folders
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.runtime.group_folder import GroupFolder
-from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder, take_run_folder
+from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, take_run_folder
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import session
-from megatron_tiedlora.training.build_bank import BuiltBank, Plans, shared_plan
+from megatron_tiedlora.training.build_bank import BuiltBank
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.group import Finished, Group
 from megatron_tiedlora.training.group_plan import longest_run
 from megatron_tiedlora.training.group_step import GroupStep
-from megatron_tiedlora.training.halving import REASON, check_halving, rivals_of
+from megatron_tiedlora.training.halving import REASON, rivals_of
 from megatron_tiedlora.training.loop import is_trained
 from megatron_tiedlora.training.member import Member
-from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.member_plans import Data, Plans, group_name, naming, shared_plan
+from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.resumed import with_kept_warmup
-from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.throughput import Meter, start_meter
 
-DS_CONFIG = "zero0.json"  # by default, as others would clip all adapters together, or shard the base
-# What adapters with the same data may have of their own.
-_NOT_OF_DATA = (
-    *("method", "rank", "alpha", "layers", "targets", "init_from", "init_std_a", "init_std_b", "dropout", "output_dir"),
-    *("global_batch_size", "max_steps", "epochs", "learning_rate", "weight_decay", "beta1", "beta2", "schedule"),
-    *("warmup_steps", "gradient_clipping", "eval_interval", "patience", "save_interval"),
-)
-Data = Mapping[str, RunData]
 Checkpoints = Mapping[str, Checkpoint | None]
 Folders = Mapping[str, RunFolder]
 Release = Callable[[], None]
 Keep = Callable[[Release], None]
-
-
-def plan_group(settings: Settings, *, rank: int, world_size: int, weights: bool = True) -> dict[str, RunPlan]:
-    """The plan of each adapter of --adapters, by name. The model is looked for once.
-
-    Args:
-        weights: as of `plan_run`.
-
-    Raises:
-        UserError: names the file and the adapter, if its settings do not fit.
-    """
-    file, plans = settings.adapters, dict[str, RunPlan]()
-    assert file is not None
-    folder = last_run_folder(_name(settings)).path if settings.output_dir is None else user_path(settings.output_dir)
-    for name, given in read_adapters(file, settings).items():
-        own = {"ds_config": DS_CONFIG, **given.model_dump(exclude_unset=True)}
-        if settings.resume != "none":  # a run that is resumed reads in its folder what its --init_from was
-            own = {"output_dir": str(folder / name), **own}
-        source = next(iter(plans.values())).source if plans else None
-        try:
-            plans[name] = plan_run(make_settings(own), rank=rank, world_size=world_size, weights=weights, source=source)
-        except UserError as error:
-            raise UserError(f"{file}: {name}: {error}") from None
-    if settings.halving:
-        check_halving({name: plan.settings for name, plan in plans.items()})
-    shared = shared_plan(plans)
-    for name, plan in plans.items():
-        if plan.dtype_name != shared.dtype_name:
-            raise UserError(f"{file}: {name} would have the base in {plan.dtype_name}, others not; give --dtype")
-    return plans
-
-
-def _name(settings: Settings) -> str:
-    """MODEL-FILE, the name of the folder of all."""
-    return f"{last_name(settings.model)}-{Path(str(settings.adapters)).stem}"
-
-
-def prepare_group_data(plans: Plans) -> dict[str, RunData]:
-    """The data of each adapter, read once for all whose settings of data are the same.
-
-    Raises:
-        UserError: names the adapter.
-    """
-    data, read = {}, list[tuple[dict[str, Any], RunData]]()
-    for name, plan in plans.items():
-        values = {**plan.settings.model_dump(exclude=set(_NOT_OF_DATA)), "max_new_tokens": plan.max_new_tokens}
-        found = next((own for other, own in read if other == values), None)
-        if found is None:
-            with _naming(name):
-                found = prepare_data(plan)
-            read.append((values, found))
-        data[name] = found
-    return data
-
-
-def counted(plans: Plans, data: Data) -> dict[str, RunPlan]:
-    """The plans whose --max_steps is counted for --epochs."""
-    found = {}
-    for name, plan in plans.items():
-        with _naming(name):
-            found[name] = plan.counted(len(data[name].train))
-    return found
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Inside, an error says which adapter it is of."""
-    try:
-        yield
-    except UserError as error:
-        named = UserError(f"{name}: {error}")
-        named.of_peer = error.of_peer
-        raise named from None
 
 
 def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Keep) -> tuple[GroupFolder, Keep]:
@@ -149,13 +67,13 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
 
     def reject_other_runs(folder: RunFolder) -> None:
         for name, plan in in_folder(plans, GroupFolder(folder.path)).items():
-            with _naming(name):
+            with naming(name):
                 session.reject_another_run(plan, data[name], RunFolder(Path(str(plan.settings.output_dir))))
 
     def take() -> tuple[str, str]:
         folder, lock = take_run_folder(
             settings.output_dir,
-            name=_name(settings),
+            name=group_name(settings),
             resume=settings.resume,
             take_over=settings.take_over,
             before=reject_other_runs,
@@ -204,7 +122,7 @@ def open_run_folders(plans: Plans, data: Data, *, keep: Keep) -> dict[str, RunFo
 
 
 def _open_run_folder(name: str, plans: Plans, data: Data, keep: Keep) -> RunFolder:
-    with _naming(name):
+    with naming(name):
         return session.open_run_folder(plans[name], data[name], keep=keep)
 
 
@@ -212,7 +130,7 @@ def find_checkpoints(plans: Plans, data: Data, folders: Folders) -> dict[str, Ch
     """The checkpoint from which each adapter continues; None: it begins. Raises UserError as a single run does."""
     found = {}
     for name, plan in plans.items():
-        with _naming(name):
+        with naming(name):
             found[name] = session.find_checkpoint(plan, data[name], folders[name])
     return found
 

@@ -80,7 +80,7 @@ def test_prediction_is_what_is_counted(ran: Mapping[str, BankRan], name: str) ->
     found = ran[name]
     for rank, counted in enumerate(found.counted):
         plan = found.plan(rank)
-        shapes = [(shape.num_tokens, len(shape.shares)) for shape in plan.micro_batches]
+        shapes = [(shape.num_tokens, len(shape.shares)) for shape in plan.batches.shapes]
         assert shapes == counted.shapes and len(shapes) > 1
         predicted, most = found.predicted(rank)
         if plan.layout.zero_stage < 3:

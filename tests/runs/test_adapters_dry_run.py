@@ -19,8 +19,8 @@ from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.traffic import step_traffic
 from megatron_tiedlora.training.group_dry_run import group_report
-from megatron_tiedlora.training.group_plan import GroupPlan
-from megatron_tiedlora.training.group_start import counted, plan_group, prepare_group_data
+from megatron_tiedlora.training.group_plan import GroupPlan, first_step_of
+from megatron_tiedlora.training.member_plans import counted, plan_group, prepare_group_data
 
 OWN: dict[str, dict[str, Any]] = {
     "small": {},
@@ -81,9 +81,9 @@ def test_the_tables_are_those_of_all(base: Base, tmp_path: Path) -> None:
     text = group_report(make_settings(settings))
     messages, memory = stage_table(text, "messages and bytes"), stage_table(text, "bytes per rank")
     group = grouped(settings)
-    assert max(len(shape.shares) for shape in group.micro_batches) > 1
+    assert max(len(shape.shares) for shape in group.batches.shapes) > 1
     for stage, sent, needed in zip(group.stages, messages, memory, strict=True):
-        traffic = step_traffic(stage, group.micro_batches)
+        traffic = step_traffic(stage, group.batches.shapes)
         for name, cell in sent.items():
             count, size = traffic.of_group(name.replace("all ranks", "world"))
             assert cell == f"{count:,} / {bytes_in_words(size)}", name
@@ -113,22 +113,21 @@ def grouped(settings: dict[str, Any]) -> GroupPlan:
     made = make_settings(settings)
     plans = plan_group(made, rank=0, world_size=settings.get("world_size", 1))
     data = prepare_group_data(plans)
-    plans = counted(plans, data)
-    batches = {name: (data[name].train, plan.global_batch(data[name].train)) for name, plan in plans.items()}
-    return GroupPlan(plans, made.share_micro_batches, batches)
+    return first_step_of(counted(plans, data), data, shares=made.share_micro_batches)
 
 
 def peak(group: GroupPlan) -> float:
     """The bytes of the only stage, by the micro-batch that needs most; all of them count as the largest."""
 
     def bytes_of(shape: MicroBatchShape) -> float:
-        longest = group.batches["wide"][0].longest
-        sizes = {"tokens": group.most_tokens(dict.fromkeys(group.plans, longest)), "documents": group.most_documents()}
+        assert group.samples is not None
+        longest = group.samples["wide"][0].longest
+        sizes = {"tokens": group.largest.tokens, "documents": group.largest.documents}
         machine = group.shared.machine
         found = stage_memory(group.stages[0], adapters=shape.adapters, longest=longest, machine=machine, **sizes)
         return found.allocated
 
-    return max(map(bytes_of, group.micro_batches))
+    return max(map(bytes_of, group.batches.shapes))
 
 
 def test_presets_need_no_files(tmp_path: Path) -> None:

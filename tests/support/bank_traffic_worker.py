@@ -123,8 +123,8 @@ class BankRan:
         """What the second step sends, and the most bytes that DeepSpeed sends beside it."""
         plan = self.plan(rank)
         stage = plan.stages[plan.shared.grid.pp_rank]
-        most = engine_bytes(stage, num_micro_batches=len(plan.micro_batches))
-        return step_traffic(stage, plan.micro_batches), most
+        most = engine_bytes(stage, num_micro_batches=len(plan.batches))
+        return step_traffic(stage, plan.batches.shapes), most
 
 
 def run_bank_cases(cases: Mapping[str, BankCase], folder: Path, *, ranks: int) -> dict[str, BankRan]:

@@ -29,6 +29,7 @@ from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_READS_NOTHING = {"new_zeros"}  # of its argument but the dtype
 _OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading what was there
 
 
@@ -75,7 +76,7 @@ def _touched(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
         given = kwargs.get(argument.name) if argument.kwarg_only or index >= len(args) else args[index]
         changed = argument.alias_info is not None and argument.alias_info.is_write
         overwritten = changed and (name in _OVERWRITES or argument.is_out)
-        size += _num_bytes(given) * ((not overwritten) + changed)
+        size += _num_bytes(given) * ((not overwritten and name not in _READS_NOTHING) + changed)
     new = (r.alias_info is None for r in func._schema.returns)
     results = result if len(func._schema.returns) > 1 else (result,)
     return size + sum(_num_bytes(tensor) for tensor, is_new in zip(results, new, strict=True) if is_new)

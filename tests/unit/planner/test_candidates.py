@@ -196,7 +196,7 @@ def test_a_plan_refuses_what_a_run_refuses() -> None:
         (["--gpu_per_node=4"], "unknown argument --gpu_per_node"),
         (["--why=t1p1d9"], "--why t1p1d9: no such layout"),
         (["--layout=t1p1d9"], "--layout t1p1d9: no such layout"),
-        (["--adapters=a.yaml"], "--adapters is not for a plan"),
+        (["--adapters=nosuch.yaml"], "--adapters nosuch.yaml: no such file"),
     ],
 )
 def test_bad_input_is_one_line(flags: list[str], words: str) -> None:

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 from planned import H100, changed, searched, short, the_only
+from run_helpers import write_base
 
-from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.parallel.traffic import TENSOR
-from megatron_tiedlora.planner.candidates import Candidate, planned_values
+from megatron_tiedlora.planner.candidates import Candidate
 from megatron_tiedlora.planner.price import Priced, Pricer, capacity
+from megatron_tiedlora.planner.report import make_plan
+from megatron_tiedlora.planner.runs import planned_values
 from megatron_tiedlora.planner.table import Plan
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.links import Links
@@ -20,8 +25,9 @@ from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.step_time import step_parts, step_seconds
 from megatron_tiedlora.planning.traffic import step_traffic
-from megatron_tiedlora.training.first_step import first_batches
+from megatron_tiedlora.training.first_step import FirstStep
 from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.run_data import prepare_data
 
 SOURCE = short("llama2-7b", 6)
 ONE = ("--ds_config=zero1.json", "--recompute=none", "--micro_batch_size=1", "--formats=none", "--max_length=4096")
@@ -29,10 +35,11 @@ ONE = ("--ds_config=zero1.json", "--recompute=none", "--micro_batch_size=1", "--
 
 def run_plan(candidate: Candidate) -> RunPlan:
     """The plan of a run that is given the candidate's flags."""
-    settings, ranks = candidate.plan.settings, candidate.layout.world_size
+    (plan,) = candidate.step.plans.values()
+    settings, ranks = plan.settings, candidate.layout.world_size
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     values = {**given, **planned_values(settings, True), **candidate.flags, "world_size": ranks}
-    return plan_run(make_settings(values), rank=0, world_size=ranks, weights=False, source=candidate.plan.source)
+    return plan_run(make_settings(values), rank=0, world_size=ranks, weights=False, source=plan.source)
 
 
 def priced(*flags: str, ranks: int = 1, **keywords: object) -> tuple[Priced, Pricer]:
@@ -57,7 +64,7 @@ def test_each_layout_has_the_price_that_it_has_alone(flags: tuple[str, ...]) -> 
         sizes = {"tokens": tokens, "documents": plan.layout.rows, "longest": plan.layout.length}
         memories = [stage_memory(stage, **sizes, machine=cluster.machine) for stage in plan.stages]
         assert one.needed == max(memory.total for memory in memories), one.name
-        parts = step_parts(plan.stages, first_batches(plan, plan.layout), Links(plan.layout, 4), cluster.machine)
+        parts = step_parts(plan.stages, FirstStep(plan, plan.layout).batches, Links(plan.layout, 4), cluster.machine)
         assert one.step.total == pytest.approx(step_seconds([parts])[0].total, rel=1e-12), one.name
 
 
@@ -119,8 +126,7 @@ def test_messages_are_charged_once() -> None:
     """The tensor group's bytes over a ring of two, and 15 us for each message; nothing hides them."""
     one, _ = priced(*ONE, "--tensor_parallel=2", "--sequence_parallel=true", "--global_batch_size=4", ranks=2)
     stages = plan_stages(SOURCE.shape, one.candidate.layout)
-    batches = first_batches(one.candidate.plan, one.candidate.layout)
-    traffic = step_traffic(stages[0], [batches.kinds[index].shape for index in batches.order])
+    traffic = step_traffic(stages[0], one.candidate.step.batches.shapes)
     messages, size = traffic.of_group(TENSOR)
     # u's sum is the tensor group's too, but once a step
     once = 15e-6 + 4 * stages[0].shape.num_layers * 8 / 360e9
@@ -189,3 +195,24 @@ def test_memory_has_every_part() -> None:
     assert heavier.memory.libraries - memory.libraries == pytest.approx(2.5e9 + 4 * 0.5e9)
     assert heavier.memory.slack == pytest.approx(2 * memory.slack)
     assert memory.buffers > 0, "a bucket of gradients and gathered factors"
+
+
+def test_real_samples_are_planned_for_every_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With data, the steps of --epochs and layouts that do not shard sequences have the dry run's micro-batches too."""
+    base = write_base(tmp_path / "base", vocab_size=320)
+    monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(base.cache))
+    flags = base.arguments(global_batch_size=12, micro_batch_size=None, max_steps=None, warmup_steps=None, epochs=2)
+    command = parse_plan([*flags, "--ranks_on_cpu=2", "--formats=none", "--ds_config=zero0.json"])
+    made = make_plan(command)
+    assert {row.candidate.layout.shards_sequences for row in made.plan.rows} == {True, False}
+    for row in made.plan.rows:
+        words = [*flags, "--dry_run", "--plan_for=cpu", "--world_size=2"]
+        given = parse_settings(words, Settings).model_dump(exclude_unset=True)
+        plan = plan_run(make_settings({**given, **row.candidate.flags}), rank=0, world_size=2, weights=False)
+        data = prepare_data(plan)
+        plan = plan.counted(len(data.train))
+        first = FirstStep(plan, plan.layout, data)
+        assert row.candidate.layout == first.layout and first.steps == 4 == made.plan.steps
+        assert row.candidate.step.batches == first.batches
+        memories = [first.largest.memory(stage, made.cluster.machine) for stage in first.plan.stages]
+        assert row.needed == max(memory.total for memory in memories), row.name

@@ -22,6 +22,7 @@ from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
 from megatron_tiedlora.planning.micro_batches import ShareShape, shared_shape
 from megatron_tiedlora.planning.saved import saved_bytes, token_bytes
 from megatron_tiedlora.planning.stages import plan_stages
+from megatron_tiedlora.planning.work import Batch, stage_work
 
 LAST = 4
 SHAPE: ModelShape = shape_from_hf(
@@ -178,3 +179,23 @@ def test_one_more_adapter_adds_its_factors_once_and_no_activation() -> None:
     )
     columns, rows = SHAPE.hidden_size, sum(SHAPE.heads.rows)
     assert two - one == 2 * 4 * (columns + LAST * rows)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_work_of_a_shared_micro_batch_is_that_of_its_parts(recompute: str) -> None:
+    """FLOPs; the weights are read, and the blocks launched, once for all of them. What one needs all tokens move."""
+    adapters = (adapter("tl6", 8), adapter("lora", 3, targets=(QKV, GATE_UP, DOWN)), adapter("vera", 2))
+    stage = plan_stages(SHAPE, layout_of(adapters, recompute=recompute))[0]
+    rows = [np.arange(96) % 3 > 0] * 2
+    parts = [shared_shape(stage.layout, [(number, rows)]) for number in range(3)]
+    shape = shared_shape(stage.layout, [(number, rows) for number in range(3)])
+    apart = [stage_work(stage, Batch(part, 2 * 96**2)) for part in parts]
+    together = stage_work(stage, Batch(shape, 3 * 2 * 96**2))
+    for index, whole in enumerate(together):
+        singles = [work[index] for work in apart]
+        for name in ("linears", "head", "low_rank", "attention"):
+            expected = sum(getattr(single, name) for single in singles)
+            assert getattr(whole, name) == pytest.approx(expected, rel=1e-9), (index, name)
+        assert whole.moved >= sum(single.moved for single in singles)
+        assert whole.blocks == singles[0].blocks and whole.weights <= sum(single.weights for single in singles)
+    assert together.forward.low_rank > apart[1].forward.low_rank > apart[2].forward.low_rank > 0

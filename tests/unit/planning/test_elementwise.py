@@ -7,24 +7,28 @@ prints both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bytes_touched import BytesTouched
 from torch.utils._python_dispatch import _disable_current_modes
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.adapters import adapter_bank
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share, pieces_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model import attention
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.model.supervised import find_shared_supervised, find_supervised
 from megatron_tiedlora.parallel.kernels import EAGER
-from megatron_tiedlora.planning.micro_batches import assumed_micro_batches
+from megatron_tiedlora.planning.micro_batches import assumed_micro_batches, shared_shape
+from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.work import Batch, stage_work
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 
@@ -73,24 +77,32 @@ def planned(model: str, num_layers: int, recompute: str, changes: dict[str, Any]
     return plan_run(settings, rank=0, world_size=1, weights=False, source=source)
 
 
-def counted(plan: RunPlan) -> int:
-    """Bytes of all operations of a micro-batch, forward and backward."""
+def counted(plan: RunPlan, bank: Sequence[AdapterConfig] = ()) -> int:
+    """Bytes of all operations of a micro-batch, forward and backward.
+
+    Args:
+        bank: the adapters that have as many of its tokens each, in place of the plan's.
+    """
     counter, recompute, shape = BytesTouched(), plan.settings.recompute, plan.source.shape
+    shares = tuple(Share(str(number), 1, LENGTH // len(bank)) for number in range(len(bank)))
     with torch.device("meta"):
         specs = layer_specs(
             shape, dtype=torch.bfloat16, kernels=counter.watched(EAGER), recomputes_gate=recompute == "selective"
         )
-        stage = Stage(specs, None, recompute=recompute)
-        stage.adapter = TiedAdapter(AdapterPart.whole(plan.adapter))
+        owned = {str(number): TiedAdapter(AdapterPart.whole(own)) for number, own in enumerate(bank)}
+        stage = Stage(specs, AdapterBank(owned) if bank else None, recompute=recompute)
+        if not bank:
+            stage.adapter = TiedAdapter(AdapterPart.whole(plan.adapter))
         tokens, positions = torch.zeros(2, 1, LENGTH, dtype=torch.int64).unbind(0)
     labels = torch.zeros(1, LENGTH, dtype=torch.int64)
     labels[:, -1] = -100
-    supervised = find_supervised(labels).moved(lambda tensor: tensor.to("meta"))
+    supervised = find_shared_supervised(labels, pieces_of(shares)) if bank else find_supervised(labels)
+    supervised = supervised.moved(lambda tensor: tensor.to("meta"))
     stage.train()
     with counter:
-        loss = stage(tokens, positions, supervised)
+        loss = stage(tokens, positions, supervised, shares=shares)
         assert isinstance(loss, torch.Tensor)
-        loss.backward()
+        loss.sum().backward()  # of several adapters, a loss of each
     return counter.total
 
 
@@ -115,3 +127,29 @@ def test_a_block_moves_what_is_planned(model: str, recompute: str, changes: dict
     formula = sum(two.moved - one.moved for one, two in zip(*work, strict=True))
     print(f"\n{model} {recompute} {changes}: counted {found / 1e6:.1f} MB, formula {formula / 1e6:.1f} MB")
     assert formula == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.usefixtures("_without_attention")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_tokens_of_several_adapters_move_what_is_planned(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each adapter's tokens move what its own targets make them move."""
+    # Tensors without data have one address, by which factors are joined once for all layers.
+    monkeypatch.setattr(adapter_bank._Flat, "of", lambda _, factors: torch.cat([f.flatten() for f in factors]))
+    found, formula = [], []
+    for number in (2, 3):
+        plans = [
+            planned("llama2-7b", number, recompute, changes)
+            for changes in ({"targets": "qkv"}, {"method": "lora", "targets": "all", "rank": 4})
+        ]
+        bank = tuple(plan.adapter for plan in plans)
+        found.append(counted(plans[0], bank))
+        layout = replace(plans[0].layout, adapters=bank, is_bank=True)
+        rows = [np.arange(LENGTH // 2) > 0]
+        batch = Batch(shared_shape(layout, [(0, rows), (1, rows)]), 0)
+        work = stage_work(plan_stages(plans[0].source.shape, layout)[0], batch)
+        formula.append(sum(each.moved for each in work))
+    again = {"none": [], "selective": ["gate_up"], "full": list(plans[0].source.shape.block.adaptable)}[recompute]
+    passes = {name: 2 + (name in again) for name in plans[0].source.shape.block.adaptable}
+    block = found[1] - found[0] - frozen_bytes(plans[0], passes=passes)
+    print(f"\n{recompute}: counted {block / 1e6:.1f} MB, formula {(formula[1] - formula[0]) / 1e6:.1f} MB")
+    assert formula[1] - formula[0] == pytest.approx(block, rel=0.05)

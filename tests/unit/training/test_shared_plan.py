@@ -8,7 +8,7 @@ import pytest
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.training.build_bank import shared_plan
+from megatron_tiedlora.training.member_plans import shared_plan
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 
 

@@ -1,0 +1,172 @@
+"""`tiedlora plan --measure`: what is measured, its arithmetic with a clock set by hand, and the file that it writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from folders import ROOT
+from forked_ranks import run_on_ranks
+from run_helpers import run_ranks
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.benchmark import anchors
+from megatron_tiedlora.benchmark import machine as measuring
+from megatron_tiedlora.benchmark.anchors import Anchors
+from megatron_tiedlora.benchmark.machine import measure_machine
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.commands import plan as command
+from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.planning.cards import CPU
+from megatron_tiedlora.planning.machines import CONSTANTS, Constant, Machine, read_machine
+from megatron_tiedlora.planning.step_time import Seconds
+
+DEVICE = torch.device("cpu")
+DTYPES = ("bf16", "fp32")
+ALONE = {
+    *("memory", "context", "block", "step", "peak.fp8", "matmul.fp8", "bandwidth", "elementwise"),
+    *(f"{name}.{dtype}" for name in ("peak", "matmul", "attention") for dtype in DTYPES),
+    *("dequantise.nf4", "dequantise.int8", "dequantise.fp8"),
+}
+LINES = {f"{name}.{dtype}" for name in ("weights", "queries") for dtype in DTYPES}  # of which some may be hidden
+TOGETHER = {"node_bandwidth", "node_link", "message", "instruction"}
+TOOL = ROOT / "tools" / "plan.py"
+PLAIN = {"TORCH_COMPILE_DISABLE": "1"}
+
+
+def tiny(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "model", hidden_size=64, intermediate_size=128, max_positions=1024)
+
+
+def measured(machine: Machine) -> set[str]:
+    return {name for name, constant in machine.constants.items() if constant.source.startswith("measured on")}
+
+
+@pytest.mark.distributed
+def test_a_measured_file_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One process measures what it can alone; the rest keeps its value and says where that is from."""
+    file = tmp_path / "constants.json"
+    flags = [f"--measure={file}", f"--model={tiny(tmp_path)}", "--measure_seconds=0.05"]
+    (text,) = run_ranks(flags, folder=tmp_path, script=TOOL, environment=PLAIN).expect(0).outputs
+    machine = read_machine(file)
+    assert measured(machine) - LINES == ALONE and set(machine.constants) == set(CONSTANTS)
+    kept = set(CONSTANTS) - ALONE - LINES
+    assert {name: machine.constants[name] for name in kept} == {name: CPU.constants[name] for name in kept}
+    assert 1e8 < machine["context"] < 2e9 and 1e-5 < machine["block"] < 1 and 0 < machine["elementwise"] <= 1
+    assert all(name in text for name in CONSTANTS) and f"{file}: constants of CPU" in text
+    flags = ["--ranks_on_cpu=2", "--max_length=64", "--global_batch_size=8", "--formats=none"]
+    assert command.main([f"--constants={file}", "--model=llama2-7b", *flags, "--layers=1", "--top=1"]) in (0, 1)
+    assert "2 x CPU, " in capsys.readouterr().out
+
+
+def measure_here(model: str) -> Machine:
+    os.environ.update(PLAIN)
+    return measure_machine(find_model(model, weights=False), DEVICE, seconds=0.05, tokens=16)
+
+
+@pytest.mark.distributed
+def test_ranks_measure_their_messages(tmp_path: Path) -> None:
+    for machine in run_on_ranks(measure_here, str(tiny(tmp_path)), ranks=2, folder=tmp_path / "ranks"):
+        assert measured(machine) - LINES == ALONE | TOGETHER
+        assert "2 ranks of a host" in machine.constants["node_bandwidth"].source
+        assert 1e6 < machine["node_bandwidth"] < 1e12 and 1e-7 < machine["message"] < 1
+
+
+def test_the_arithmetic_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 ms a pass and 5 ms beside them; two stages take 9 passes each, and 2 ms of DeepSpeed's for each of them."""
+
+    def tiny(machine: Machine, *, num_layers: int, pipeline_parallel: int = 1, **more: int) -> anchors._Step:
+        planned = Seconds(products=0.001, launches=2 * num_layers * machine["block"], outside=machine["step"])
+        if pipeline_parallel == 2:
+            return anchors._Step(planned.total + 18 * (machine["instruction"] + 0.002), planned)
+        return anchors._Step(0.001 + 2 * num_layers * 0.003 + 0.005, planned)
+
+    def own(machine: Machine, source: object, *, tokens: int) -> anchors._Step:
+        assert machine["elementwise"] == 1 and tokens == 16
+        return anchors._Step(1.3, Seconds(products=0.9, between=0.1))
+
+    monkeypatch.setattr(anchors, "_tiny_step", tiny)
+    monkeypatch.setattr(anchors, "_own_step", own)
+    monkeypatch.setattr(anchors, "idle_bytes", lambda: 12345)
+    monkeypatch.setattr(anchors.distributed, "get_world_size", lambda: 2)
+    measures = Anchors(find_model("demo", weights=False), DEVICE, lambda words: words)
+    found = measures.beside(measures.alone(CPU), tokens=16)
+    assert found["block"] == pytest.approx(0.003) and found["step"] == pytest.approx(0.005)
+    assert found["instruction"] == pytest.approx(0.002) and found["context"] == 12345
+    assert found["elementwise"] == pytest.approx(0.1 / (0.1 + 0.3))  # of 1.3 s, 0.9 are matmuls
+
+
+def test_the_arithmetic_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 ranks, 1 ms a message and 2 GB/s over a ring: an all-reduce of 4 parts carries 6 of them, a gather 3."""
+
+    def together(self: object, step: Callable[[], object], group: object, seconds: float) -> float:
+        found.append(step)
+        length = measuring._MESSAGES["cpu"][(len(found) - 1) // 2]
+        return 1e-3 + (6 if len(found) % 2 else 3) * length / 2e9
+
+    found: list[object] = []
+    monkeypatch.setattr(measuring._Measure, "_together", together)
+    one = measuring._Measure(find_model("demo", weights=False), DEVICE, 16, 0.1)
+    message, bandwidth = one._links(None, 4, 0.1)
+    assert message == pytest.approx(1e-3, rel=0.01) and bandwidth == pytest.approx(2e9, rel=0.01)
+
+
+def test_the_arithmetic_of_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call takes half a second by this clock."""
+    monkeypatch.setattr(measuring, "timed", lambda step, device: 0.5)
+    monkeypatch.setattr(measuring, "measured_peak", lambda device, dtype: 1e9)
+    source = find_model("demo", weights=False)
+    shape, one = source.shape, measuring._Measure(source, DEVICE, 16, 1e-6)
+    taken = 2 * len(shape.block.linears) * 0.5
+    assert one._matmuls(torch.bfloat16, 16, 1e-6) == taken
+    assert one._attention(torch.float32, 16, 1e-6) == 0.5
+    assert dict(one._copies(1e-6))["bandwidth"].value == 2 * 2**26 / 0.5
+    assert one._dequantised("nf4", 1e-6).value == shape.block.output.num_weights / 0.5
+    assert dict(one._fp8(1e-6))["peak.fp8"].value == pytest.approx(4 * 16 * shape.block.num_weights / taken)
+
+
+def test_the_arithmetic_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read at 2e9 and queries at 1e8 a second beside FLOPs at 3e9 a second; peaks are 6e9."""
+    source, peak = find_model("demo", weights=False), Constant(6e9, "")
+    weights, width = 2 * source.shape.block.num_weights, source.shape.heads.rows[0]
+
+    def matmuls(self: object, dtype: torch.dtype, tokens: int, seconds: float) -> float:
+        return 2 * tokens * weights / 3e9 + weights / 2e9
+
+    def attention(self: object, dtype: torch.dtype, tokens: int, seconds: float) -> float:
+        return 6 * tokens**2 * width / 3e9 + 3 * tokens * width / 1e8
+
+    monkeypatch.setattr(measuring._Measure, "_matmuls", matmuls)
+    monkeypatch.setattr(measuring._Measure, "_attention", attention)
+    one = measuring._Measure(source, DEVICE, 512, 1.0)
+    found = {**dict(one._matmul_line("bf16", peak, 1.0)), **dict(one._attention_line("bf16", peak, 1.0))}
+    expected = {"matmul.bf16": 0.5, "weights.bf16": 2e9, "attention.bf16": 0.5, "queries.bf16": 1e8}
+    assert {name: constant.value for name, constant in found.items()} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--measure=c.json", "--gpu=h100"], "--measure measures this machine and plans nothing; remove --gpu"),
+        (["--measure=c.json", "--ranks_on_cpu=2"], "remove --ranks_on_cpu"),
+        (["--measure=c.json", "--why=t1p1d1-b1-zero0"], "remove --why"),
+        (["--measure_seconds=3"], "--measure_seconds needs --measure"),
+        (["--measure=c.json", "--measure_seconds=0"], "--measure_seconds 0"),
+        (["--measure="], "--measure: the path is empty"),
+        (["--json="], "--json: the path is empty"),
+    ],
+)
+def test_bad_input_is_one_line(flags: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_plan(["--model=demo", *flags])
+
+
+def test_a_file_that_cannot_be_written_is_found_before_measuring(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, words in ((tmp_path / "file" / "c.json", "file is a file; give a folder"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=rf"^--measure .*{words}"):
+            command.main(["--model=demo", f"--measure={path}"])
