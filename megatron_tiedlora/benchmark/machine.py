@@ -51,7 +51,7 @@ def measure_machine(source: ModelSource, device: torch.device, *, seconds: float
         seconds: about how long it takes.
         tokens: of a matmul and of an attention.
     """
-    tokens, title = tokens or TOKENS[device.type], _title(device)
+    tokens, title = tokens or min(TOKENS[device.type], source.shape.limit.tokens), _title(device)
     measure = _Measure(source, device, tokens, seconds)
     anchors = Anchors(source, device, measure.source_text)
     found = anchors.alone(_start(device))
