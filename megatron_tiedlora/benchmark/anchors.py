@@ -54,7 +54,7 @@ _NOTHING = Constant(0.0, "not measured yet")
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that was measured: its seconds, what is planned for them without what is unknown, and its passes."""
+    """A step that was measured: its seconds, and what is planned for them without what is unknown."""
 
     seconds: float
     planned: Seconds

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 
 from megatron_tiedlora.config.settings import GPU_NAMES
-from megatron_tiedlora.planning.machines import Constant, Machine
+from megatron_tiedlora.planning.machines import CONSTANTS, Constant, Machine
 
 # Dense bf16 TFLOP/s (half of the rate with sparsity) from the vendor's data sheets, by words of the device's name. The
 # first row counts whose words are all in the name.
@@ -130,41 +130,51 @@ GPUS: Mapping[str, Machine] = {card.name: card for card in _CARDS}
 assert tuple(GPUS) == GPU_NAMES, "--gpu offers the cards of this table"
 DEFAULT_GPU = "h100"
 
-# So that --ranks_on_cpu has numbers to sort layouts by. No rank on CPUs has been timed against them.
-_ROUGH = "a rough guess for 2 threads of a server CPU with bf16 instructions, not measured"
+# So that --ranks_on_cpu has numbers to sort layouts by; another CPU has others (--measure).
+_CPU_MEASURED = "measured by 2 ranks with a core each of a server CPU (EPYC) with bf16 instructions, at SmolLM2's widths"
+_CPU_GUESSED = "a guess, not measured"
 _CPU: dict[str, float] = {
-    "memory": 16e9,
-    "peak.bf16": 0.9e12,
-    "peak.fp8": 0.3e12,
-    "peak.fp32": 0.175e12,
-    "matmul.bf16": 1.0,
+    "peak.bf16": 214e9,
+    "peak.fp8": 99e9,
+    "peak.fp32": 99e9,
+    "matmul.bf16": 0.92,
     "matmul.fp8": 1.0,
-    "matmul.fp32": 1.0,
-    "attention.bf16": 0.2,
-    "attention.fp32": 0.5,
-    "weights.bf16": 2e9,
-    "weights.fp32": 2e9,
-    "queries.bf16": 1e8,
-    "queries.fp32": 1e8,
-    "bandwidth": 20e9,
-    "elementwise": 0.8,
-    "dequantise.nf4": 2e9,
-    "dequantise.int8": 4e9,
-    "dequantise.fp8": 1e9,
-    "node_bandwidth": 2e9,
+    "matmul.fp32": 0.93,
+    "attention.bf16": 0.25,
+    "attention.fp32": 0.45,
+    "weights.bf16": 60e9,
+    "weights.fp32": 5.6e9,
+    "queries.bf16": 0.11e9,
+    "queries.fp32": 0.13e9,
+    "bandwidth": 14.3e9,
+    "elementwise": 0.28,
+    "dequantise.nf4": 3.1e9,
+    "dequantise.int8": 1.9e9,
+    "dequantise.fp8": 0.75e9,
+    "node_bandwidth": 0.8e9,
     "node_link": 1.0,
+    "message": 0.46e-3,
+    "instruction": 2.3e-3,
+    "block": 1.5e-3,
+    "step": 10e-3,
+    "context": 0.37e9,
+}
+_CPU_GUESSES: dict[str, float] = {
+    "memory": 16e9,
     "network_bandwidth": 1e9,
     "network_link": 1.0,
-    "message": 1e-4,
-    "instruction": 1e-4,
-    "block": 3e-4,
-    "hides_launches": 0.0,
-    "step": 5e-3,
-    "context": 0.5e9,
     "communicator": 0.0,
     "slack": 0.05,
 }
-CPU = Machine("cpu", "CPU", False, {name: Constant(value, _ROUGH) for name, value in _CPU.items()})
+CPU = Machine(
+    "cpu",
+    "CPU",
+    False,
+    {name: Constant(value, _CPU_MEASURED) for name, value in _CPU.items()}
+    | {name: Constant(value, _CPU_GUESSED) for name, value in _CPU_GUESSES.items()}
+    | {"hides_launches": Constant(0.0, "the thread that launches computes, too")},
+)
+assert set(CPU.constants) == set(CONSTANTS), "a machine has every constant"
 
 
 def default_machine(*, on_gpu: bool) -> Machine:
