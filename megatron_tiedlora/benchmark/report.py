@@ -94,7 +94,7 @@ def _planned(report: Mapping[str, Any]) -> list[str]:
     total = sum(spent.values())
     shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in spent.items() if seconds)
     ratio = total / median(report["seconds"])
-    return [f"planned for {planned['machine']}: {total:.3f} s, {ratio:.3f} of the median; {shares}"]
+    return [f"planned for {planned['machine']}: {total:,.3f} s, {ratio:.3f} of the median; {shares}"]
 
 
 def _memory(ranks: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -131,7 +131,7 @@ assert tuple(GPUS) == GPU_NAMES, "--gpu offers the cards of this table"
 DEFAULT_GPU = "h100"
 
 # So that --ranks_on_cpu has numbers to sort layouts by; another CPU has others (--measure).
-_CPU_MEASURED = "measured by 2 ranks with a core each of a server CPU (EPYC) with bf16 instructions, at SmolLM2's widths"
+_CPU_MEASURED = "measured by 2 ranks with a core each of a server CPU with bf16 instructions, at SmolLM2's widths"
 _CPU_GUESSED = "a guess, not measured"
 _CPU: dict[str, float] = {
     "peak.bf16": 214e9,

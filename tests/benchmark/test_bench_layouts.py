@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from engine_runs import write_uneven_data
 from folders import ROOT
@@ -23,7 +24,15 @@ from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import describe_allocator
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
+from megatron_tiedlora.planning.cards import CPU
+from megatron_tiedlora.planning.links import Links
+from megatron_tiedlora.planning.machines import Constant
+from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.planning.micro_batches import micro_batch_shape
+from megatron_tiedlora.planning.step_time import planned_seconds
+from megatron_tiedlora.planning.work import Batch, Batches
 from megatron_tiedlora.training.plan import RunPlan
 
 TOOL = ROOT / "tools" / "bench_step.py"
@@ -89,9 +98,24 @@ def test_tensor_parallel_under_the_launcher(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.distributed
 def test_pipeline_of_random_weights(folder: Path, tmp_path: Path) -> None:
-    """A shape without weights, cut into stages: twice as many micro-batches as stages."""
-    bench(folder, tmp_path, "--pipeline_parallel=2", "--random_weights", ranks=2, model="shape").expect(0)
+    """A shape without weights, cut into stages: twice as many micro-batches as stages. The step is planned, too."""
+    flags = ("--pipeline_parallel=2", "--random_weights")
+    constants = CPU.changed({"step": Constant(1000.0, "a test")}, name="slow", title="slow CPU")
+    (tmp_path / "constants.json").write_text(json.dumps(constants.record()))
+    planned = f"--constants={tmp_path / 'constants.json'}"
+    ended = bench(folder, tmp_path, *flags, planned, ranks=2, model="shape").expect(0)
     report = report_of(tmp_path)
+    values = {"rows": 2, "length": 64, "dtype": "fp32", "rank": 3, "compile": "false", "pipeline_parallel": 2}
+    settings = validate_settings({**values, "model": str(folder / "shape"), "random_weights": True}, BenchSettings)
+    plan = make_plan(settings, world_size=2)
+    row = np.arange(64) >= 32
+    batches = Batches.of([Batch(micro_batch_shape(plan.layout, [row, row]), 2 * 64**2)] * 4)
+    seconds = planned_seconds(plan.stages, batches, Links(plan.layout, 2), constants)
+    assert report["planned"]["seconds"] == pytest.approx(seconds._asdict()) and seconds.outside == 1000
+    for member, stage in zip(report["ranks"], plan.stages, strict=True):
+        memory = stage_memory(stage, tokens=2 * 64, documents=2, longest=64, machine=constants)
+        assert member["planned_peak"] == memory.allocated + constants["context"]
+    assert "planned for slow CPU: 1,000." in ended.outputs[0]
     assert report["weights"] == "random" and report["micro_batches"] == 4
     assert report["tokens"] == 4 * 2 * 64
     assert [member["stage"] for member in report["ranks"]] == [0, 1]
@@ -128,6 +152,7 @@ def test_one_rank_with_an_engine(folder: Path, tmp_path: Path) -> None:
     [
         (("--against=peft",), "--against peft is for one process, so not for 2 ranks; start it without a launcher"),
         (("--tensor_parallel=3",), "2 ranks are not a multiple of --tensor_parallel 3"),
+        (("--constants=none.json",), "none.json: no such file; expected a file of constants"),
         (("--pipeline_parallel=2", "--ds_config=zero2.json"), "ZeRO-2 does not go with --pipeline_parallel 2"),
     ],
 )

@@ -107,6 +107,17 @@ def test_products_and_attention_are_those_of_the_samples() -> None:
     assert one.mfu == pytest.approx(one.work.flops / 989.4e12 / one.step.total)
 
 
+def test_reading_beside_computing_is_charged_where_it_is_measured() -> None:
+    """Weights of a block forward and, but the first QKV's, back; the head's twice in 4 parts; queries three times."""
+    slow = changed(H100, weights__bf16=1e9, queries__bf16=1e6)
+    plain, read = (priced(*ONE, "--global_batch_size=4", machine=machine)[0].step for machine in (H100, slow))
+    shape = SOURCE.shape
+    blocks = 2 * 6 * shape.block.num_weights - shape.block.qkv.num_weights
+    head = 2 * 4 * shape.vocab_size * shape.hidden_size
+    assert read.products - plain.products == pytest.approx(4 * (blocks + head) / 1e9)
+    assert read.attention - plain.attention == pytest.approx(4 * 4096 * 6 * 3 * shape.hidden_size / 1e6)
+
+
 def test_recompute_is_charged() -> None:
     """Selective: gate and up once more in all blocks but the last. Full: all of a block's matmuls, of the last QKV."""
     plain, selective, full = (
