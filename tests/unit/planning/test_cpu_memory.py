@@ -33,8 +33,9 @@ def most_allocated(profiled: Any) -> int:
     "flags",
     [
         {"vocab_size": 320, "length": 128},  # the gradients of an MLP
-        {"vocab_size": 320, "length": 512, "recompute": "selective"},  # tiles of attention
+        {"vocab_size": 320, "length": 512, "recompute": "selective"},
         {"vocab_size": 320, "length": 512, "recompute": "full", "dtype": "fp32"},
+        {"vocab_size": 320, "length": 512, "intermediate_size": 64},  # tiles of attention
         {"vocab_size": 16384, "length": 128},  # logits
     ],
     ids=lambda flags: " ".join(f"{name} {value}" for name, value in flags.items()),
@@ -42,7 +43,8 @@ def most_allocated(profiled: Any) -> int:
 def test_a_step_allocates_what_is_planned(flags: dict[str, Any], tmp_path: Path) -> None:
     changes = dict(flags)
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_layers": 4, "max_positions": 512}
-    model = write_tiny_model(tmp_path / "model", vocab_size=changes.pop("vocab_size"), tokenizer=False, **sizes)
+    sizes |= {name: changes.pop(name) for name in ("vocab_size", "intermediate_size") if name in changes}
+    model = write_tiny_model(tmp_path / "model", tokenizer=False, **sizes)
     values = {"model": str(model), "random_weights": True, "rows": 8, "supervised": 1.0, "compile": "false", **changes}
     settings = validate_settings(values, BenchSettings)
     plan = make_plan(settings)
@@ -51,4 +53,4 @@ def test_a_step_allocates_what_is_planned(flags: dict[str, Any], tmp_path: Path)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         side.step()
     planned = step_bytes(plan.stage, tokens=8 * settings.length, documents=8, longest=settings.length).activations
-    assert planned == pytest.approx(most_allocated(profiled), rel=0.03)
+    assert planned == pytest.approx(most_allocated(profiled), rel=0.04)  # masks, labels and copies of a tile are not planned
