@@ -53,4 +53,5 @@ def test_a_step_allocates_what_is_planned(flags: dict[str, Any], tmp_path: Path)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         side.step()
     planned = step_bytes(plan.stage, tokens=8 * settings.length, documents=8, longest=settings.length).activations
-    assert planned == pytest.approx(most_allocated(profiled), rel=0.04)  # masks, labels and copies of a tile are not planned
+    # Masks, labels and copies of a tile are not planned.
+    assert planned == pytest.approx(most_allocated(profiled), rel=0.04)
