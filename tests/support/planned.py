@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.planner.candidates import Candidate, Cluster, Search, search
 from megatron_tiedlora.planner.price import Pricer
+from megatron_tiedlora.planner.report import find_machine
 from megatron_tiedlora.planning.cards import GPUS
 from megatron_tiedlora.planning.machines import Constant, Machine
 
@@ -43,3 +45,15 @@ def the_only(
     found, cluster = searched(*flags, source=source, ranks=ranks, per_node=per_node, machine=machine)
     (candidate,) = found.candidates
     return candidate, Pricer(cluster)
+
+
+def words_of_a_plan(flags: list[str]) -> str:
+    """What tools/plan.py says of a node of 4 cards, '' if it has a layout."""
+    try:
+        planned = parse_plan([*flags, "--gpus_per_node=4", "--formats=none"])
+        cluster = Cluster(4, 4, find_machine(planned))
+        source = find_model(planned.train.model, weights=False)
+        search(planned.train, cluster, source=source, formats=planned.settings.formats)
+    except UserError as error:
+        return str(error)
+    return ""

@@ -7,14 +7,14 @@ from itertools import combinations, product
 from typing import Any
 
 import pytest
-from planned import H100, searched, short
+from planned import H100, searched, short, words_of_a_plan
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, divisors, search
-from megatron_tiedlora.planner.report import find_machine, make_plan
+from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
+from megatron_tiedlora.planner.report import make_plan
 from megatron_tiedlora.planning.cards import GPUS
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.training.plan import plan_run
@@ -149,21 +149,6 @@ def words_of_a_run(flags: list[str]) -> str:
     try:
         settings = parse_settings([*flags, "--dry_run", "--world_size=4", "--plan_for=gpu"], Settings)
         plan_run(settings, rank=0, world_size=4, weights=False)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def words_of_a_plan(flags: list[str]) -> str:
-    """What tools/plan.py says, '' if it has a layout."""
-    try:
-        command = parse_plan([*flags, "--gpus_per_node=4", "--formats=none"])
-        from megatron_tiedlora.checkpoint.sources import find_model
-        from megatron_tiedlora.planner.candidates import Cluster
-
-        cluster = Cluster(4, 4, find_machine(command))
-        source = find_model(command.train.model, weights=False)
-        search(command.train, cluster, source=source, formats=command.settings.formats)
     except UserError as error:
         return str(error)
     return ""

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import H100, searched, short
+from planned import H100, searched, short, words_of_a_plan
 from report_tables import stage_table
 from run_helpers import Base, run_ranks, write_base
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands import plan as command
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, Cluster, divisors, search
+from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
 from megatron_tiedlora.planner.price import Pricer, hours_in_turn
-from megatron_tiedlora.planner.report import find_machine, make_plan
+from megatron_tiedlora.planner.report import make_plan
 from megatron_tiedlora.planner.table import Plan
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.links import Links
@@ -349,18 +348,6 @@ def words_of_a_run(flags: list[str]) -> str:
     try:
         settings = parse_settings([*flags, "--dry_run", "--world_size=4", "--plan_for=gpu"], Settings)
         plan_group(settings, rank=0, world_size=4, weights=False)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def words_of_a_plan(flags: list[str]) -> str:
-    """What tools/plan.py says, '' if it has a layout."""
-    try:
-        planned = parse_plan([*flags, "--gpus_per_node=4", "--formats=none"])
-        cluster = Cluster(4, 4, find_machine(planned))
-        source = find_model(planned.train.model, weights=False)
-        search(planned.train, cluster, source=source, formats=planned.settings.formats)
     except UserError as error:
         return str(error)
     return ""
