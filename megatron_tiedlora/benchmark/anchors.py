@@ -11,6 +11,7 @@ A tiny layer is so narrow that its matmuls and messages of bytes take nearly no 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -30,6 +31,7 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.machines import Constant, Machine
 from megatron_tiedlora.planning.step_time import Seconds, planned_seconds
+from megatron_tiedlora.runtime.process_group import ranks_by_host
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.first_step import batches_of
 
@@ -105,6 +107,7 @@ class Anchors:
         own = _own_step(_with(machine, {"elementwise": Constant(1.0, "as copies")}), self.source, tokens=tokens)
         moved = own.planned.between
         words = f"a step of 2 layers of {self.source.name} over {tokens:,} tokens, beside what other constants explain"
+        words = words if own.left else f"as copies, as nothing was left of {words}"
         return _with(machine, {"elementwise": self._constant(moved / (moved + own.left), words)})
 
     def _constant(self, value: float, words: str) -> Constant:
@@ -137,5 +140,6 @@ def _measured(machine: Machine, values: dict[str, Any], *, repeats: int, source:
     seconds = [run.seconds_of(step) for step in steps][GUARDED_STEPS:]
     batch = plan.global_batch(run.dataset, consumed_samples=steps[-1].consumed_samples)
     batches = batches_of(plan, plan.layout, run.dataset, batch)
-    planned = planned_seconds(plan.stages, batches, Links(plan.layout, world_size), machine)
+    links = Links(plan.layout, len(ranks_by_host()[socket.gethostname()]))
+    planned = planned_seconds(plan.stages, batches, links, machine)
     return _Step(median(seconds), planned)

@@ -33,11 +33,12 @@ from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS, listed_peak
 from megatron_tiedlora.planning.machines import Constant, Machine
+from megatron_tiedlora.runtime.process_group import ranks_by_host
 from megatron_tiedlora.training.throughput import measured_peak, timed
 
 TOKENS = {"cpu": 512, "cuda": 4096}  # of a matmul and of an attention
 _COPIED = {"cpu": 2**26, "cuda": 2**30}  # bytes
-_MESSAGES = {"cpu": (2**12, 2**18, 2**24), "cuda": (2**12, 2**20, 2**28)}  # bytes of a rank's part
+_MESSAGES = {"cpu": (2**12, 2**24), "cuda": (2**12, 2**28)}  # bytes of a rank's part
 _FEWER = 8  # times fewer tokens, for the other end of a line
 _MOST = 200  # repetitions
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -54,7 +55,10 @@ def measure_machine(source: ModelSource, device: torch.device, *, seconds: float
     tokens, title = tokens or min(TOKENS[device.type], source.shape.limit.tokens), _title(device)
     measure = _Measure(source, device, tokens, seconds)
     anchors = Anchors(source, device, measure.source_text)
-    found = anchors.alone(_start(device))
+    start = _start(device)
+    if device.type == "cuda":  # before there is a communicator, which a plan counts too
+        start = start.changed({"context": measure.context()}, name=start.name, title=start.title)
+    found = anchors.alone(start)
     found = found.changed(dict(measure.constants()), name="measured", title=title)
     found = anchors.beside(found, tokens=tokens)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -99,8 +103,6 @@ class _Measure:
         """Each constant that can be measured, with how it was."""
         on_gpu = self.device.type == "cuda"
         yield "memory", self._memory()
-        if on_gpu:
-            yield "context", self._context()
         has_fp8 = not on_gpu or torch.cuda.get_device_capability(self.device) >= FP8_CAPABILITY
         share = self.seconds / (4 + has_fp8 + 1 + len(BASE_NAMES) + 2)  # of the time, for each of the following
         for name in _DTYPES:
@@ -110,7 +112,8 @@ class _Measure:
             yield from self._attention_line(name, peak, share)
         if has_fp8:
             yield from self._fp8(share)
-        yield from self._copies(share)
+        if not self.knows_card:
+            yield "bandwidth", self._copies(share)
         for name in BASE_NAMES:
             yield f"dequantise.{name}", self._dequantised(name, share)
         yield from self._messages(2 * share)
@@ -143,7 +146,8 @@ class _Measure:
         properties = torch.cuda.get_device_properties(self.device)
         return self._constant(float(properties.total_memory), "as PyTorch reports it")
 
-    def _context(self) -> Constant:
+    def context(self) -> Constant:
+        """What a process holds on a GPU beside PyTorch's allocator."""
         torch.zeros(1, device=self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free - torch.cuda.memory_reserved(self.device)
@@ -176,7 +180,9 @@ class _Measure:
         taken, linears = 0.0, self.shape.block.linears
         for linear in linears:
             with self.device:
-                weight = weight_maker(base, products=products)(linear.out_size, linear.in_size, dtype=dtype)
+                # Transposing is not a part of a matmul on a GPU, where it is a term of its own.
+                made = weight_maker(base, products=products, keep_transposed=products is not None)
+                weight = made(linear.out_size, linear.in_size, dtype=dtype)
             weight.load(self._numbers(linear.out_size, linear.in_size, dtype=dtype))
             x, grad_y = (self._numbers(tokens, size, dtype=dtype) for size in (linear.in_size, linear.out_size))
             for step in (lambda: weight.times_transposed(x), lambda: weight.times(grad_y)):  # noqa: B023
@@ -229,13 +235,11 @@ class _Measure:
         yield "peak.fp8", peak
         yield "matmul.fp8", self._share(rate, peak, "fp8 matmuls")
 
-    def _copies(self, seconds: float) -> Iterator[tuple[str, Constant]]:
+    def _copies(self, seconds: float) -> Constant:
         size = _COPIED[self.device.type]
         source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        rate = 2 * size / self._time(lambda: target.copy_(source), seconds)
-        if not self.knows_card:
-            yield "bandwidth", self._constant(rate, "copies")
+        return self._constant(2 * size / self._time(lambda: target.copy_(source), seconds), "copies")
 
     def _dequantised(self, name: str, seconds: float) -> Constant:
         linear = self.shape.block.output
@@ -252,17 +256,17 @@ class _Measure:
         """Over the ranks of this host, and over all ranks if they are on several hosts."""
         if not distributed.is_initialized() or distributed.get_world_size() == 1:
             return
-        hosts = [""] * distributed.get_world_size()
-        distributed.all_gather_object(hosts, socket.gethostname())
-        groups = {host: [rank for rank, name in enumerate(hosts) if name == host] for host in dict.fromkeys(hosts)}
+        groups = ranks_by_host()
         made = {host: distributed.new_group(ranks) for host, ranks in groups.items()}
-        here = groups[hosts[distributed.get_rank()]]
+        host, world_size = socket.gethostname(), distributed.get_world_size()
+        here = groups[host]
+        part = seconds if len(groups) == 1 else seconds / 2  # hosts measure at the same time
         if len(here) > 1:
-            message, bandwidth = self._links(made[hosts[here[0]]], len(here), seconds / len(groups))
+            message, bandwidth = self._links(made[host], len(here), part)
             yield from self._link("node", message, bandwidth, f"{len(here)} ranks of a host")
         if len(groups) > 1:
-            message, bandwidth = self._links(distributed.group.WORLD, len(hosts), seconds / 2)
-            words = f"{len(hosts)} ranks of {len(groups)} hosts"
+            message, bandwidth = self._links(distributed.group.WORLD, world_size, part)
+            words = f"{world_size} ranks of {len(groups)} hosts"
             yield from self._link("network", message, bandwidth / len(here), words)
 
     def _link(self, name: str, message: float, bandwidth: float, words: str) -> Iterator[tuple[str, Constant]]:
@@ -282,11 +286,11 @@ class _Measure:
         for length in sizes:
             part = torch.zeros(length // 4, device=self.device)
             whole = torch.zeros(size * (length // 4), device=self.device)
-            reduced = self._together(lambda: distributed.all_reduce(whole, group=group), group, seconds / 6)  # noqa: B023
+            reduced = self._together(lambda: distributed.all_reduce(whole, group=group), group, seconds / 4)  # noqa: B023
             gathered = self._together(
                 lambda: distributed.all_gather_into_tensor(whole, part, group=group),  # noqa: B023
                 group,
-                seconds / 6,
+                seconds / 4,
             )
             found[length] = reduced + gathered
             carried[length] = 3 * (size - 1) * length  # over a ring: twice for the all-reduce

@@ -148,8 +148,8 @@ class _Choices:
         settings = self.settings
         tensor = [settings.tensor_parallel] if self._given("tensor_parallel") else divisors(world_size)
         pipeline = [settings.pipeline_parallel] if self._given("pipeline_parallel") else divisors(world_size)
-        pinned = self._given("tensor_parallel") and self._given("pipeline_parallel")
-        yield from ((t, p) for t in tensor for p in pipeline if pinned or world_size % (t * p) == 0)
+        found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
+        yield from found or [(tensor[0], pipeline[0])]
 
     def rows(self, dp_size: int) -> list[int]:
         """Rows of a micro-batch: the divisors of a rank's share of the global batch, of each adapter's if several."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import psutil
+
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text, nearest_name
@@ -20,7 +22,7 @@ from megatron_tiedlora.planner.price import Priced, Pricer, capacity, hours_in_t
 from megatron_tiedlora.planner.table import Plan, counts_line, hours_text, missed_lines, refused_lines, table_lines
 from megatron_tiedlora.planner.why import why_lines
 from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS
-from megatron_tiedlora.planning.machines import Machine, read_machine
+from megatron_tiedlora.planning.machines import Constant, Machine, read_machine
 from megatron_tiedlora.planning.traffic import engine_traffic, step_traffic
 
 
@@ -72,7 +74,10 @@ def find_machine(command: PlanCommand) -> Machine:
                 " --ranks_on_cpu"
             )
         return machine
-    return GPUS[settings.gpu or DEFAULT_GPU] if settings.ranks_on_cpu is None else CPU
+    if settings.ranks_on_cpu is None:
+        return GPUS[settings.gpu or DEFAULT_GPU]
+    memory = Constant(float(psutil.virtual_memory().total), "of this machine")
+    return CPU.changed({"memory": memory}, name=CPU.name, title=CPU.title)
 
 
 def make_plan(command: PlanCommand) -> Made:

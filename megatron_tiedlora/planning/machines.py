@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import nearest_name
@@ -53,6 +54,8 @@ _ABOVE_ZERO = (
     *("memory", "bandwidth", "elementwise", "node_bandwidth", "node_link", "network_bandwidth", "network_link"),
     *(name for name in CONSTANTS if name.startswith(("peak.bf16", "peak.fp32", "matmul.", "attention."))),
 )
+_MOST = 1e30
+_MOST_SHARE = 2.0  # measured ones can be a little more than 1
 
 
 class Constant(NamedTuple):
@@ -123,9 +126,11 @@ def read_machine(path: Path) -> Machine:
     for name, entry in constants.items():
         if name not in CONSTANTS:
             raise UserError(f"{path}: unknown constant {shown(name)}{nearest_name(name, CONSTANTS)}")
-        value = entry.get("value") if isinstance(entry, dict) else entry
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise UserError(f"{path}: {name} is {shown(value)}, expected a number in {CONSTANTS[name][0]}")
+        value, unit = entry.get("value") if isinstance(entry, dict) else entry, CONSTANTS[name][0]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
+            raise UserError(f"{path}: {name} is {shown(value)}, expected a number in {unit}")
+        if unit == "share" and value > _MOST_SHARE:
+            raise UserError(f"{path}: {name} is {shown(value)}, expected a share, where 1 is all of it")
         if value == 0 and name in _ABOVE_ZERO:
             raise UserError(f"{path}: {name} is 0; a machine without it computes nothing")
         source = entry.get("source", path.name) if isinstance(entry, dict) else path.name
@@ -138,4 +143,10 @@ def read_machine(path: Path) -> Machine:
         capability = tuple(capability)
     elif capability is not None:
         raise UserError(f"{path}: capability is {shown(capability)}, expected two numbers such as [9, 0]")
+    if content["on_gpu"] and capability is None:
+        raise UserError(f"{path}: capability is missing, CUDA's compute capability of the card such as [9, 0]")
+    has_fp8 = not content["on_gpu"] or capability >= FP8_CAPABILITY
+    for needed in ("peak.fp8", "matmul.fp8"):
+        if has_fp8 and found[needed].value == 0:
+            raise UserError(f"{path}: {needed} is 0; a card of capability 8.9 or more, and a CPU, multiplies in fp8")
     return Machine(name, str(content.get("title", name)), content["on_gpu"], found, capability)

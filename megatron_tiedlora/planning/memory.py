@@ -181,7 +181,10 @@ def step_bytes(
 
 
 def _buffer_bytes(stage: StagePlan) -> float:
-    """Buffers of messages: a bucket of gradients (ZeRO-0 sums a copy of all), gathered factors and their gradients."""
+    """Buffers of messages: a bucket of gradients, gathered factors and their gradients.
+
+    ZeRO-0 sums a copy of all gradients, when the activations are freed.
+    """
     layout, trained = stage.layout, sum(stage.trained)
     bucket = 0 if layout.dp_size == 1 or layout.is_bank else min(trained, BUCKET_NUMBERS)
     gathered = 2 * layout.tp_size * sum(map(gathered_numbers, stage.parts)) if layout.tp_size > 1 else 0

@@ -177,8 +177,8 @@ def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> Term:
     """Making weights ready for a matmul: dequantised, or transposed for half of the matmuls in fp8."""
     assert layout.base is not None
     moved, weights = machine["bandwidth"] * machine["elementwise"], work.weights + work.weights_back
-    if layout.products is not None and layout.on_gpu:  # one byte read and one written
-        transposed = 0.0 if layout.keep_transposed else work.weights_back
+    if layout.products is not None:  # one byte read and one written; on a CPU in the time of the emulated matmul
+        transposed = 0.0 if layout.keep_transposed or not layout.on_gpu else work.weights_back
         return Term("dequantised", f"weights in {layout.base} transposed", 2 * transposed, moved, "B")
     if rate := machine[f"dequantise.{layout.base}"]:
         return Term("dequantised", f"weights in {layout.base} dequantised", weights, rate, "weights")

@@ -181,6 +181,13 @@ def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -
     )
 
 
+def ranks_by_host() -> dict[str, list[int]]:
+    """The ranks of the job on each host. All ranks call it together."""
+    hosts = [""] * distributed.get_world_size()
+    distributed.all_gather_object(hosts, socket.gethostname())
+    return {host: [rank for rank, name in enumerate(hosts) if name == host] for host in dict.fromkeys(hosts)}
+
+
 def leave_process_group() -> None:
     """Destroy the process group if there is one."""
     if distributed.is_initialized():

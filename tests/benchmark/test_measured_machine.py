@@ -87,17 +87,21 @@ def test_the_arithmetic_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def own(machine: Machine, source: object, *, tokens: int) -> anchors._Step:
         assert machine["elementwise"] == 1 and tokens == 16
-        return anchors._Step(1.3, Seconds(products=0.9, between=0.1))
+        return anchors._Step(taken, Seconds(products=0.9, between=0.1))
 
     monkeypatch.setattr(anchors, "_tiny_step", tiny)
     monkeypatch.setattr(anchors, "_own_step", own)
     monkeypatch.setattr(anchors, "idle_bytes", lambda: 12345)
     monkeypatch.setattr(anchors.distributed, "get_world_size", lambda: 2)
+    taken = 1.3
     measures = Anchors(find_model("demo", weights=False), DEVICE, lambda words: words)
     found = measures.beside(measures.alone(CPU), tokens=16)
     assert found["block"] == pytest.approx(0.003) and found["step"] == pytest.approx(0.005)
     assert found["instruction"] == pytest.approx(0.002) and found["context"] == 12345
     assert found["elementwise"] == pytest.approx(0.1 / (0.1 + 0.3))  # of 1.3 s, 0.9 are matmuls
+    taken = 0.8
+    found = measures.beside(found, tokens=16)
+    assert found["elementwise"] == 1 and "nothing was left of" in found.constants["elementwise"].source
 
 
 def test_the_arithmetic_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +128,7 @@ def test_the_arithmetic_of_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = 2 * len(shape.block.linears) * 0.5
     assert one._matmuls(torch.bfloat16, 16, 1e-6) == taken
     assert one._attention(torch.float32, 16, 1e-6) == 0.5
-    assert dict(one._copies(1e-6))["bandwidth"].value == 2 * 2**26 / 0.5
+    assert one._copies(1e-6).value == 2 * 2**26 / 0.5
     assert one._dequantised("nf4", 1e-6).value == shape.block.output.num_weights / 0.5
     assert dict(one._fp8(1e-6))["peak.fp8"].value == pytest.approx(4 * 16 * shape.block.num_weights / taken)
 

@@ -168,6 +168,15 @@ def test_a_plan_refuses_what_a_run_refuses() -> None:
 
 
 @pytest.mark.parametrize(
+    "flag", ["--tensor_parallel=3", "--pipeline_parallel=5", "--tensor_parallel=64", "--pipeline_parallel=3"]
+)
+def test_one_size_alone_is_refused_in_the_words_of_a_run(flag: str) -> None:
+    flags = ["--model=llama2-7b", "--max_length=512", "--global_batch_size=8", flag]
+    expected = words_of_a_run(flags)
+    assert expected and words_of_a_plan(flags) == expected
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--dry_run"], "--dry_run is not for a plan"),

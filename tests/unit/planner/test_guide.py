@@ -23,7 +23,7 @@ from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.launch_settings import parse_launch
-from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.plan_settings import FORMAT_NAMES, parse_plan
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.planner.report import make_plan
@@ -57,6 +57,16 @@ def test_the_table_is_what_its_commands_plan(name: str) -> None:
     line += f" | {hours:.2f} | {hours * made.cluster.world_size:.1f} |"
     print(f"\n{line}")
     assert line in TEXT
+
+
+def test_the_words_about_70b_on_one_card_are_those_of_its_plans() -> None:
+    """16 bits do not fit; 4 bits do without recompute, 8 bits only with full recompute."""
+    flags = ["--model=llama2-70b", "--gpus_per_node=1", "--max_length=2048"]
+    rows = {name: make_plan(parse_plan([*flags, f"--formats={name}"])).plan.rows for name in FORMAT_NAMES}
+    recomputes = {name: {row.candidate.layout.recompute for row in found} for name, found in rows.items()}
+    assert not rows["none"] and "none" in recomputes["nf4"]
+    assert all(recomputes[name] == {"full"} for name in ("int8", "fp8", "fp8-products"))
+    assert not rows["fp8-transposed"]
 
 
 def test_the_words_about_the_table_are_those_of_its_plans() -> None:

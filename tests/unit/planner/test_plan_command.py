@@ -198,7 +198,11 @@ def test_a_file_of_constants_is_read_back(tmp_path: Path) -> None:
         ({"memory": 0}, "memory is 0; a machine without it computes nothing"),
         ({"bandwith": 1.0}, "unknown constant 'bandwith' .did you mean bandwidth"),
         ({"message": None}, "message is None"),
+        ({"memory": 10**400}, "memory is an integer of 1329 bits, expected a number in bytes"),
+        ({"matmul.bf16": 72}, "matmul.bf16 is 72, expected a share, where 1 is all of it"),
+        ({"peak.fp8": 0}, "peak.fp8 is 0; a card of capability 8.9 or more"),
         ({"capability": "9"}, "capability is '9', expected two numbers"),
+        ({"capability": None}, "capability is missing, CUDA's compute capability"),
     ],
 )
 def test_a_wrong_file_of_constants_is_one_line(tmp_path: Path, change: dict[str, Any], words: str) -> None:

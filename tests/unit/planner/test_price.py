@@ -18,8 +18,10 @@ from megatron_tiedlora.planner.price import Priced, Pricer, capacity
 from megatron_tiedlora.planner.report import make_plan
 from megatron_tiedlora.planner.runs import planned_values
 from megatron_tiedlora.planner.table import Plan
+from megatron_tiedlora.planning.cards import CPU
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.links import Links
+from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import plan_stages
@@ -116,6 +118,17 @@ def test_reading_beside_computing_is_charged_where_it_is_measured() -> None:
     head = 2 * 4 * shape.vocab_size * shape.hidden_size
     assert read.products - plain.products == pytest.approx(4 * (blocks + head) / 1e9)
     assert read.attention - plain.attention == pytest.approx(4 * 4096 * 6 * 3 * shape.hidden_size / 1e6)
+
+
+@pytest.mark.parametrize("machine", [H100, CPU], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_fp8_products_transpose_on_a_gpu_only(machine: Machine, keeps: bool) -> None:
+    """Half of the matmuls read transposed codes: one byte read and one written; on a CPU that is in the emulation."""
+    flags = ("--base=fp8", "--products=fp8", f"--keep_transposed={keeps}", "--global_batch_size=1")
+    one, _ = priced(*flags, *ONE[:3], "--max_length=512", machine=machine)
+    blocks = 6 * SOURCE.shape.block.num_weights - SOURCE.shape.block.qkv.num_weights
+    transposed = 2 * blocks / (3350e9 * 0.8)
+    assert one.step.dequantised == pytest.approx(0 if keeps or not machine.on_gpu else transposed)
 
 
 def test_recompute_is_charged() -> None:

@@ -8,9 +8,11 @@ llama2_70b_lora (27.9 minutes on 8 H100). docs/planning.md says what this does n
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import pytest
+from folders import ROOT
 from planned import H100, changed, short, the_only
 
 from megatron_tiedlora.planner.price import Priced, Pricer
@@ -34,6 +36,7 @@ class Published(NamedTuple):
     rate: float
 
 
+DOCS = (ROOT / "docs" / "planning.md").read_text()
 ROWS = {
     "Megatron-Bridge 70B": Published("llama2-70b", 80, 2, 4, 4096, 32, "qkv", 20, 2643),
     "NeMo 7B": Published("llama2-7b", 32, 1, 1, 4096, 32, "qkv", 1, 24824),
@@ -78,6 +81,7 @@ def test_published_rates_are_met(name: str, bound: float) -> None:
     found = planned_rate(row, FP8_SHARE)
     print(f"\n| {name} | {row.rate:,.0f} | {found:,.0f} | {found / row.rate - 1:+.1%} |")
     assert found == pytest.approx(row.rate, rel=bound)
+    assert re.search(rf"\| {row.rate:,.0f} \| {found:,.0f} \|", DOCS), "docs/planning.md has this row"
 
 
 def test_the_fitted_share_is_the_one_that_misses_least() -> None:
