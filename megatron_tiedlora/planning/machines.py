@@ -145,7 +145,7 @@ def read_machine(path: Path) -> Machine:
         raise UserError(f"{path}: capability is {shown(capability)}, expected two numbers such as [9, 0]")
     if content["on_gpu"] and capability is None:
         raise UserError(f"{path}: capability is missing, CUDA's compute capability of the card such as [9, 0]")
-    has_fp8 = not content["on_gpu"] or capability >= FP8_CAPABILITY
+    has_fp8 = capability is None or capability >= FP8_CAPABILITY
     for needed in ("peak.fp8", "matmul.fp8"):
         if has_fp8 and found[needed].value == 0:
             raise UserError(f"{path}: {needed} is 0; a card of capability 8.9 or more, and a CPU, multiplies in fp8")
