@@ -105,7 +105,7 @@ class Anchors:
             words = "a step of 2 tiny stages beside its passes and messages"
             machine = _with(machine, {"instruction": self._constant(left, words)})
         own = _own_step(_with(machine, {"elementwise": Constant(1.0, "as copies")}), self.source, tokens=tokens)
-        moved = own.planned.between
+        moved = own.planned.elementwise
         words = f"a step of 2 layers of {self.source.name} over {tokens:,} tokens, beside what other constants explain"
         words = words if own.left else f"as copies, as nothing was left of {words}"
         return _with(machine, {"elementwise": self._constant(moved / (moved + own.left), words)})

@@ -107,7 +107,7 @@ def report_lines(made: Made) -> list[str]:
         lines.append(f"layouts that fit in {capacity(made.cluster) / 1e9:.1f} GB{kind}{more}")
         lines += table_lines(shown, plan)
         hours = "of the tokens of all steps at the speed of step 1, which all take" if made.is_group else "of the run"
-        lines.append(f"  (tokens/s of each rank; products to sums: shares of a step; hours {hours}; all planned)")
+        lines.append(f"  (tokens/s of each rank; matmuls to sums: shares of a step; hours {hours}; all planned)")
         lines += _in_turn_lines(made)
     if missed := missed_lines(plan):
         lines += ["", "does not fit", *(f"  {line}" for line in missed)]

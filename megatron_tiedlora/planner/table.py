@@ -75,12 +75,12 @@ def refused_lines(plan: Plan) -> list[str]:
 
 def table_lines(rows: Sequence[Priced], plan: Plan) -> list[str]:
     """The table."""
-    header = ["layout", "GB", "tokens/s", "MFU", "products", "attention", "between", "tensor", "gathers"]
+    header = ["layout", "GB", "tokens/s", "MFU", "matmuls", "attention", "elementwise", "tensor", "gathers"]
     lines = [[*header, "bubble", "sums", "hours", "rank hours"]]
     for row in rows:
         total, spent, hours = row.step.total, row.step, plan.hours(row)
-        between = spent.between + spent.dequantised + spent.launches
-        shares = [spent.products, spent.attention, between, spent.tensor, spent.gathers]
+        elementwise = spent.elementwise + spent.dequantised + spent.launches
+        shares = [spent.matmuls, spent.attention, elementwise, spent.tensor, spent.gathers]
         shares += [spent.bubble + spent.pipeline, spent.sums + spent.outside]
         lines.append(
             [

@@ -33,9 +33,9 @@ class Seconds(NamedTuple):
     """Seconds by what they are spent on; of a pass, of a stage's passes, or of a step.
 
     Attributes:
-        products: matmuls, frozen ones and the adapter's, with those that are computed again.
+        matmuls: frozen ones and the adapter's, with those that are computed again.
         attention: the same of attention.
-        between: norms, gate, rotation, residuals, loss: what moves memory.
+        elementwise: norms, gate, rotation, residuals, loss: what moves memory.
         dequantised: making weights of a quantised base ready for a matmul.
         launches: of the host, that the device does not hide.
         tensor: messages of the tensor group.
@@ -46,9 +46,9 @@ class Seconds(NamedTuple):
         outside: of a step beside its passes and messages.
     """
 
-    products: float = 0.0
+    matmuls: float = 0.0
     attention: float = 0.0
-    between: float = 0.0
+    elementwise: float = 0.0
     dequantised: float = 0.0
     launches: float = 0.0
     tensor: float = 0.0
@@ -148,19 +148,19 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
     of_linears, moved = dtype if layout.products is None else DTYPES[1], machine["bandwidth"] * machine["elementwise"]
     found = [
         Term(
-            "products", f"matmuls of blocks in {of_linears}", work.linears, machine.rate("matmul", of_linears), "FLOP"
+            "matmuls", f"matmuls of blocks in {of_linears}", work.linears, machine.rate("matmul", of_linears), "FLOP"
         ),
-        Term("products", f"head, adapter in {dtype}", work.head + work.low_rank, machine.rate("matmul", dtype), "FLOP"),
+        Term("matmuls", f"head, adapter in {dtype}", work.head + work.low_rank, machine.rate("matmul", dtype), "FLOP"),
         Term("attention", "attention", work.attention, machine.rate("attention", dtype), "FLOP"),
         *_beside("attention", f"queries in {dtype}", work.queries, machine[f"queries.{dtype}"], "numbers"),
-        Term("between", "norms, gate, rotation, residuals, loss", work.moved, moved, "B"),
+        Term("elementwise", "norms, gate, rotation, residuals, loss", work.moved, moved, "B"),
     ]
     read = work.head_weights
     if layout.base is None:
         read += work.weights + work.weights_back
     else:
         found.append(_dequantised(work, layout, machine))
-    found += _beside("products", f"weights in {dtype}", read, machine[f"weights.{dtype}"], "weights")
+    found += _beside("matmuls", f"weights in {dtype}", read, machine[f"weights.{dtype}"], "weights")
     launches = work.blocks * machine["block"]
     if machine["hides_launches"]:
         launches -= sum(term.seconds for term in found)

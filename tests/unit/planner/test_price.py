@@ -103,7 +103,7 @@ def test_products_and_attention_are_those_of_the_samples() -> None:
         num_supervised=4 * 4095,
     )
     products = (flops.matmuls + flops.adapter + flops.head) / (989.4e12 * 0.72)
-    assert one.step.products == pytest.approx(products, rel=1e-3)
+    assert one.step.matmuls == pytest.approx(products, rel=1e-3)
     assert one.step.attention == pytest.approx(flops.attention / (989.4e12 * 0.55), rel=1e-9)
     assert one.step.launches == 0, "4,096 tokens of 7B take a card longer than launching them"
     assert one.mfu == pytest.approx(one.work.flops / 989.4e12 / one.step.total)
@@ -116,7 +116,7 @@ def test_reading_beside_computing_is_charged_where_it_is_measured() -> None:
     shape = SOURCE.shape
     blocks = 2 * 6 * shape.block.num_weights - shape.block.qkv.num_weights
     head = 2 * 4 * shape.vocab_size * shape.hidden_size
-    assert read.products - plain.products == pytest.approx(4 * (blocks + head) / 1e9)
+    assert read.matmuls - plain.matmuls == pytest.approx(4 * (blocks + head) / 1e9)
     assert read.attention - plain.attention == pytest.approx(4 * 4096 * 6 * 3 * shape.hidden_size / 1e6)
 
 
@@ -138,12 +138,12 @@ def test_recompute_is_charged() -> None:
     )
     linears, rate, tokens = SOURCE.shape.block.adaptable, 989.4e12 * 0.72, 4 * 4096
     gate_up = 2 * tokens * linears["gate_up"].num_weights
-    assert selective.products - plain.products == pytest.approx(5 * gate_up / rate, rel=2e-3)
+    assert selective.matmuls - plain.matmuls == pytest.approx(5 * gate_up / rate, rel=2e-3)
     whole = sum(2 * tokens * linear.num_weights for linear in linears.values())
     of_last = 2 * tokens * linears["qkv"].num_weights
-    assert full.products - plain.products == pytest.approx((5 * whole + of_last) / rate, rel=2e-3)
+    assert full.matmuls - plain.matmuls == pytest.approx((5 * whole + of_last) / rate, rel=2e-3)
     assert full.attention == pytest.approx(4 / 3 * plain.attention)
-    assert full.between > selective.between > plain.between
+    assert full.elementwise > selective.elementwise > plain.elementwise
 
 
 def test_messages_are_charged_once() -> None:
