@@ -19,8 +19,7 @@ def hint_lines(plan: Plan) -> list[str]:
     if not plan.rows:
         return []
     best, shown = plan.rows[0], plan.best_of_each()
-    hints = [*_storage(best, shown), *_tensor(shown), *_bubble(best), *_gathers(shown), *_recompute(best, plan)]
-    return hints
+    return [*_storage(best, plan), *_tensor(shown), *_bubble(best), *_gathers(shown), *_recompute(best, plan)]
 
 
 def _sizes(row: Priced) -> str:
@@ -28,13 +27,14 @@ def _sizes(row: Priced) -> str:
     return f"{layout.tp_size} x {layout.pp_size} x {layout.dp_size}"
 
 
-def _storage(best: Priced, shown: Sequence[Priced]) -> list[str]:
-    plain = next((row for row in shown if row.candidate.storage == Storage()), None)
-    if best.candidate.storage == Storage():
+def _storage(best: Priced, plan: Plan) -> list[str]:
+    if best.candidate.storage == Storage() or plan.search.run.source.stored is not None:
         return []
+    plain = next((row for row in plan.rows if row.candidate.storage == Storage()), None)
     words = f"{best.name}: {best.candidate.storage.name} {_CHANGES_NUMBERS}"
     if plain is None:
-        return [f"{words}; in 16 bits nothing fits"]
+        is_compared = any(row.candidate.storage == Storage() for row in plan.others)
+        return [f"{words}; in 16 bits nothing fits" if is_compared else words]
     return [f"{words}; the fastest in {_dtype(plain)} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"]
 
 
@@ -75,7 +75,10 @@ def _gathers(shown: Sequence[Priced]) -> list[str]:
     share = row.step.gathers / row.step.total
     if share < _LARGE:
         return []
-    return [f"{row.name}: ZeRO-3 gathers weights for {share:.0%} of the time, as nothing hides it in zero3.json"]
+    file = row.candidate.engine_file
+    hides = row.candidate.layout.overlaps_gathers
+    why = f"beyond what {file} hides behind products" if hides else f"as nothing hides it in {file}"
+    return [f"{row.name}: ZeRO-3 gathers weights for {share:.0%} of the time, {why}"]
 
 
 def _recompute(best: Priced, plan: Plan) -> list[str]:
@@ -85,4 +88,5 @@ def _recompute(best: Priced, plan: Plan) -> list[str]:
     others = [row for row in plan.rows if row.candidate.layout.recompute == "none"]
     if not others:
         return [f"{best.name}: every layout that fits recomputes; more cards or a smaller storage format would not"]
-    return [f"{best.name} recomputes; {others[0].name} does not, at {1 / _ratio(best, others[0]):.0%} of its speed"]
+    speed = f"{1 / _ratio(best, others[0]):.0%}"
+    return [f"{best.name} recomputes; {others[0].name} does not, at {speed} of its speed"] if speed != "100%" else []

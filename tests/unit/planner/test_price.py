@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from run_helpers import write_base
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.traffic import TENSOR
 from megatron_tiedlora.planner.candidates import Candidate
+from megatron_tiedlora.planner.hints import hint_lines
 from megatron_tiedlora.planner.price import Priced, Pricer, capacity
 from megatron_tiedlora.planner.report import make_plan
 from megatron_tiedlora.planner.runs import planned_values
@@ -25,7 +28,7 @@ from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import plan_stages
-from megatron_tiedlora.planning.step_time import step_parts, step_seconds
+from megatron_tiedlora.planning.step_time import Seconds, step_parts, step_seconds
 from megatron_tiedlora.planning.traffic import step_traffic
 from megatron_tiedlora.training.first_step import FirstStep
 from megatron_tiedlora.training.plan import RunPlan, plan_run
@@ -240,3 +243,28 @@ def test_real_samples_are_planned_for_every_layout(tmp_path: Path, monkeypatch: 
         assert row.candidate.step.batches == first.batches
         memories = [first.largest.memory(stage, made.cluster.machine) for stage in first.plan.stages]
         assert row.needed == max(memory.total for memory in memories), row.name
+
+
+def test_hints_name_the_engine_file_and_no_ties(tmp_path: Path) -> None:
+    content = json.loads((SHIPPED_CONFIGS / "zero3.json").read_text())
+    spent = Seconds(products=1.0, gathers=1.0)
+    for overlaps, words in ((False, "as nothing hides it in FILE"), (True, "beyond what FILE hides behind products")):
+        file = tmp_path / f"mine-{overlaps}.json"
+        content["zero_optimization"]["overlap_comm"] = overlaps
+        file.write_text(json.dumps(content))
+        flags = [f"--ds_config={file}" if "zero1" in flag else flag for flag in ONE]
+        found, cluster = searched(*flags, "--global_batch_size=8", source=SOURCE, ranks=2)
+        row = next(p for p in Pricer(cluster).price(found.candidates) if p.candidate.layout.dp_size == 2)
+        plan = Plan.of(found, [replace(row, seconds=spent)], steps=1.0)
+        assert hint_lines(plan) == [
+            f"{row.name}: ZeRO-3 gathers weights for 50% of the time, {words.replace('FILE', str(file))}"
+        ]
+    flags = [flag for flag in ONE if "recompute" not in flag]
+    found, cluster = searched(*flags, "--global_batch_size=8", source=SOURCE, ranks=1)
+    again, plain = (
+        next(p for p in Pricer(cluster).price(found.candidates) if p.candidate.layout.recompute == name)
+        for name in ("selective", "none")
+    )
+    for seconds, hints in ((1.5, [f"{again.name} recomputes; {plain.name} does not, at 67% of its speed"]), (1.0, [])):
+        rows = [replace(again, seconds=Seconds(1.0)), replace(plain, seconds=Seconds(seconds + 1e-6))]
+        assert hint_lines(Plan.of(found, rows, steps=1.0)) == hints
