@@ -24,10 +24,14 @@ _ALONE = ""  # the name of an adapter without --adapters
 
 
 class Variant(NamedTuple):
-    """A layout of a run, and the step that it is planned by: layouts share it that have the same micro-batches."""
+    """A layout of a run, and the step that it is planned by: layouts share it that have the same micro-batches.
+
+    `is_default` says whether micro-batch, sequence parallelism and recompute are those of a run without their flags.
+    """
 
     layout: Layout
     step: FirstStep | GroupPlan
+    is_default: bool
 
 
 @dataclass
@@ -122,7 +126,8 @@ class PlannedRun:
             step = self._steps[key]
             shared = replace(base, rows=size, micro_batches=step.layout.micro_batches, shards_sequences=shards)
             for recompute in recomputes:
-                yield Variant(replace(shared, recompute=recompute), step)
+                is_default = (size, shards, recompute) == (base.rows, base.shards_sequences, base.recompute)
+                yield Variant(replace(shared, recompute=recompute), step, is_default)
 
     def alone(self, variant: Variant) -> list[FirstStep]:
         """The first step of each adapter of --adapters as a run of its own, in the same layout."""

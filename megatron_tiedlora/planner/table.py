@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.planner.candidates import Search
+from megatron_tiedlora.planner.candidates import Search, Storage
 from megatron_tiedlora.planner.price import Priced, capacity
 
 _MISSED = 5  # lines about layouts that do not fit
 _REASONS = 4  # lines about those that are refused
-# What a user would change first, so that a layout fits.
-_CHANGES = ("recompute", "micro_batch_size", "ds_config", "sequence_parallel")
+# What a user would change first, so that a layout fits; the last one changes the numbers.
+_CHANGES = ("recompute", "micro_batch_size", "ds_config", "sequence_parallel", "base")
+_SMALLEST = Storage("nf4")  # if a layout does not fit in it, then in no format
 
 
 @dataclass(frozen=True)
@@ -106,22 +107,25 @@ def hours_text(value: float) -> str:
 
 
 def missed_lines(plan: Plan) -> list[str]:
-    """For each tensor x pipeline x data and storage of which nothing fits: the one that misses least."""
-    fitting = {group_of(row) for row in plan.rows}
-    least: dict[tuple[object, ...], Priced] = {}
-    for one in plan.others:
-        group = group_of(one)
-        if group not in fitting and (group not in least or one.needed < least[group].needed):
-            least[group] = one
-    nearest = sorted(least.values(), key=lambda one: one.needed)[:_MISSED]
-    return [missing_line(one, plan) for one in nearest]
+    """Of each tensor x pipeline x data and storage the layout that a run has by default; those that miss least."""
+    settings, plain = plan.search.run.settings, dict[tuple[object, ...], Priced]()
+
+    def unlike(row: Priced) -> tuple[bool, bool, float]:
+        return not row.candidate.variant.is_default, row.candidate.engine_file != settings.ds_config, row.needed
+
+    for row in (*plan.rows, *plan.others):
+        group = group_of(row)
+        if group not in plain or unlike(row) < unlike(plain[group]):
+            plain[group] = row
+    missed = sorted((row for row in plain.values() if not row.fits), key=lambda row: row.needed)
+    return [missing_line(row, plan) for row in missed[:_MISSED]]
 
 
 def missing_line(row: Priced, plan: Plan) -> str:
     """What a layout that does not fit lacks, and which change makes it fit."""
     room = capacity(row.cluster) / 1e9
     if row.memory is None:
-        return f"{row.name}: {row.needed / 1e9:.1f} of {room:.1f} GB for the weights alone"
+        return f"{row.name}: {row.needed / 1e9:.1f} of {room:.1f} GB for the weights alone; {_what_fits(row, plan)}"
     parts = {name: size for name, size in row.memory._asdict().items() if name != "slack"}
     largest = sorted(parts.items(), key=lambda part: -part[1])[:2]
     words = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest)
@@ -129,14 +133,17 @@ def missing_line(row: Priced, plan: Plan) -> str:
 
 
 def _what_fits(row: Priced, plan: Plan) -> str:
-    """The smallest change of a layout that fits, in flags: of one setting if that is enough."""
-    best: tuple[tuple[int, int, float], str] | None = None
+    """The smallest change of a layout that fits, in flags: of one setting if that is enough, last of the storage."""
+    *sizes, storage = group_of(row)
+    groups = [group_of(row), *([(*sizes, _SMALLEST)] if storage == Storage() else [])]
+    best: tuple[tuple[int, int, int, float], str] | None = None
     for other in plan.rows:
-        if group_of(other) != group_of(row):
+        if group_of(other) not in groups:
             continue
         mine, theirs = row.candidate.flags, other.candidate.flags
-        changed = [name for name in _CHANGES if mine[name] != theirs[name]]
-        rank = (len(changed), sum(1 << _CHANGES.index(name) for name in changed), other.step.total)
+        changed = [name for name in _CHANGES if mine.get(name) != theirs.get(name)]
+        order = sum(1 << _CHANGES.index(name) for name in changed)
+        rank = (groups.index(group_of(other)), len(changed), order, other.step.total)
         if best is None or rank < best[0]:
             best = rank, " ".join(f"--{name} {str(theirs[name]).lower()}" for name in changed)
     return "nothing fits with these parallel sizes" if best is None else f"{best[1]} fits"

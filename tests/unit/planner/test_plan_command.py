@@ -150,7 +150,23 @@ def test_what_does_not_fit_says_what_is_missing(tmp_path: Path, capsys: pytest.C
     )
     nothing = planned(tmp_path, capsys, "--model=llama2-70b", "--gpus_per_node=1", "--formats=none", "--nodes=1")
     assert nothing.status == 1 and nothing.rows() == []
-    assert "138.0 of 84.9 GB for the weights alone" in nothing.text
+    assert "138.0 of 84.9 GB for the weights alone; nothing fits with these parallel sizes" in nothing.text
+
+
+def test_the_table_says_what_would_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the layout that a run has by default: recompute is named before ZeRO, and another storage last."""
+    flags = ("--model=llama2-7b", "--gpus_per_node=1", "--global_batch_size=8", "--formats=none,nf4")
+    found = planned(tmp_path, capsys, *flags, "--micro_batch_size=8")
+    missed = found.text[found.text.index("does not fit") :].split("\n\n")[0].splitlines()[1:]
+    assert len(missed) == 2 and {line.split(": ")[0].strip() for line in missed} == {
+        "t1p1d1-b8-zero2",
+        "t1p1d1-b8-zero2-nf4",
+    }
+    assert all(line.endswith("; --recompute selective fits") for line in missed)
+    large = planned(tmp_path, capsys, "--model=llama2-70b", "--gpus_per_node=1", "--formats=none,nf4")
+    assert re.search(
+        r"\n  t1p1d1-b2-zero2: 138.0 of 84.9 GB for the weights alone; (--recompute \w+ )?--base nf4 fits\n", large.text
+    )
 
 
 def test_a_command_has_the_flags_of_the_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
