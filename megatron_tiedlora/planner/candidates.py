@@ -180,6 +180,8 @@ class _Choices:
         settings = self.settings
         given = [name for name in Storage._fields if self._given(name)]
         wanted = {name: getattr(settings, name) for name in given}
+        if "base" in wanted:  # a run's record has an empty --base for a model that is stored quantised
+            wanted["base"] = settings.base or self.run.source.stored_base
         fits = [s for s in self.storages if all(getattr(s, name) == value for name, value in wanted.items())]
         # What fits none is asked of `plan_run` as it was given, for its words.
         return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
@@ -196,9 +198,8 @@ def search(
     Raises:
         UserError: no layout is accepted, or the data cannot be read; the words are those of a run.
     """
-    storages = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
     run, refused = PlannedRun(settings, source, cluster.machine.on_gpu), Counter[str]()
-    choices, accepted = _Choices(run, storages), list[_Accepted]()
+    choices, accepted = _Choices(run, _compared(settings, source, formats)), list[_Accepted]()
     for tp_size, pp_size in choices.grids(cluster.world_size):
         dp_size = cluster.world_size // (tp_size * pp_size)
         rows, sequences = choices.rows(max(dp_size, 1)), choices.sequences(tp_size)
@@ -223,6 +224,28 @@ def search(
         for variant in run.variants(one.plans, *one.variants)
     )
     return Search(run, tuple(found), refused)
+
+
+def _compared(settings: Settings, source: ModelSource, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
+    """The storages of the names in `formats`, of which a model that is stored quantised has those of its own format.
+
+    Raises:
+        UserError: none is left.
+    """
+    named = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
+    given = f"--formats {','.join(storage.name for storage in named)}"
+    left = named if source.stored is None else tuple(s for s in named if s.base == source.stored.base)
+    if source.stored is not None and not left:
+        names = " or ".join(storage.name for storage in STORAGES if storage.base == source.stored.base)
+        raise UserError(
+            f"{given}: {source.name} has its weights in {source.stored.in_words} already; give {names}, or leave"
+            " --formats out"
+        )
+    base = settings.base or source.stored_base
+    if "base" in settings.model_fields_set and base not in [storage.base for storage in named]:
+        base = base or UNQUANTISED
+        raise UserError(f"{given} and --base {base}: none of these formats stores the base in {base}; leave one out")
+    return left
 
 
 class _Accepted(NamedTuple):

@@ -50,7 +50,8 @@ def the_only(
 def words_of_a_plan(flags: list[str]) -> str:
     """What tools/plan.py says of a node of 4 cards, '' if it has a layout."""
     try:
-        planned = parse_plan([*flags, "--gpus_per_node=4", "--formats=none"])
+        formats = [] if any(flag.startswith("--base=") for flag in flags) else ["--formats=none"]
+        planned = parse_plan([*flags, "--gpus_per_node=4", *formats])
         cluster = Cluster(4, 4, find_machine(planned))
         source = find_model(planned.train.model, weights=False)
         search(planned.train, cluster, source=source, formats=planned.settings.formats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
 
@@ -13,8 +14,12 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.model.stored_formats import BITSANDBYTES, FBGEMM, StoredFormat
 from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
-from megatron_tiedlora.planner.report import make_plan
+from megatron_tiedlora.planner.hints import hint_lines
+from megatron_tiedlora.planner.price import Pricer
+from megatron_tiedlora.planner.report import make_plan, report_lines
+from megatron_tiedlora.planner.table import Plan
 from megatron_tiedlora.planning.cards import GPUS
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.training.plan import plan_run
@@ -102,6 +107,29 @@ def test_a_card_without_fp8_refuses_it_in_the_words_of_a_run() -> None:
     assert H100.capability is not None and H100.capability >= (8, 9)
 
 
+def test_a_model_that_is_stored_quantised_has_one_format() -> None:
+    """Its own: it is never in 16 bits, so nothing says what those would need or how fast they would be."""
+    flags, own = (f"--global_batch_size={BATCH}", "--max_length=512"), StoredFormat(BITSANDBYTES, "nf4")
+    stored = replace(SOURCE, stored=own)
+    for more in ((), ("--base=nf4",), ("--formats=nf4,int8",)):
+        found, cluster = searched(*flags, *more, source=stored, ranks=1)
+        assert {c.storage.name for c in found.candidates} == {"nf4"} and not found.refused
+    plan = Plan.of(found, Pricer(cluster).price(found.candidates), steps=1.0)
+    assert plan.rows and not any("changes the base" in line for line in hint_lines(plan))
+    fp8, _ = searched(*flags, source=replace(SOURCE, stored=StoredFormat(FBGEMM, "fp8")), ranks=1)
+    assert {c.storage.name for c in fp8.candidates} == {"fp8", "fp8-products", "fp8-transposed"}
+    with pytest.raises(UserError, match=r"^--formats none,int8: .* has its weights in nf4 .*; give nf4, or"):
+        searched(*flags, "--formats=int8,none", source=stored, ranks=1)
+    with pytest.raises(UserError, match=r"^--base int8: qwen3-8b has its weights in nf4"):
+        searched(*flags, "--base=int8", source=stored, ranks=1)
+
+
+def test_nothing_is_said_of_16_bits_that_were_not_compared() -> None:
+    found, cluster = searched("--formats=nf4", f"--global_batch_size={BATCH}", source=SOURCE, ranks=1)
+    text = "".join(hint_lines(Plan.of(found, Pricer(cluster).price(found.candidates), steps=1.0)))
+    assert "nf4 changes the base" in text and "in 16 bits nothing fits" not in text
+
+
 # Contradictions -----------------------------------------------------------------------------------------------------
 
 # One layout of four ranks, so that a plan has no other way out than a run.
@@ -186,6 +214,7 @@ def test_one_size_alone_is_refused_in_the_words_of_a_run(flag: str) -> None:
         (["--constants=c.json", "--gpu=h100"], "--constants c.json and --gpu h100 both say"),
         (["--constants=nosuch.json"], "nosuch.json"),
         (["--formats=int3"], "--formats: 'int3' is unknown"),
+        (["--formats=int8", "--base=nf4"], "^--formats int8 and --base nf4: none of these formats stores"),
         (["--nodes=0"], "--nodes 0"),
         (["--gpu_per_node=4"], "unknown argument --gpu_per_node"),
         (["--why=t1p1d9"], "--why t1p1d9: no such layout"),
@@ -194,8 +223,6 @@ def test_one_size_alone_is_refused_in_the_words_of_a_run(flag: str) -> None:
     ],
 )
 def test_bad_input_is_one_line(flags: list[str], words: str) -> None:
-    from megatron_tiedlora.planner.report import report_lines
-
     with pytest.raises(UserError, match=words):
         made = make_plan(parse_plan(["--model=llama2-7b", "--gpus_per_node=1", "--formats=none", *flags]))
         report_lines(made)
