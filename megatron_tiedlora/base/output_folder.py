@@ -6,9 +6,10 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, new_folder, remove_leftovers
@@ -34,6 +35,19 @@ def output_file(given: str, *, flag: str) -> Path:
         raise UserError(f"{flag} {given}: is a folder; give a file")
     check_writable(path.parent, given=given, flag=flag)
     return path
+
+
+def output_files(given: Mapping[str, str | None]) -> dict[str, Path]:
+    """The paths of the files, by flag, that a command writes at its end; a flag that was left out has none.
+
+    Raises:
+        UserError: one could not be written, or two are the same file.
+    """
+    found = {flag: output_file(value, flag=flag) for flag, value in given.items() if value is not None}
+    for (one, path), (other, same) in combinations(found.items(), 2):
+        if path.resolve() == same.resolve():
+            raise UserError(f"{one} and {other} both write {given[one]}; give two files")
+    return found
 
 
 def reject_links(*folders: Path) -> None:

@@ -19,7 +19,7 @@ from typing import NoReturn
 from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.output_folder import output_file
+from megatron_tiedlora.base.output_folder import output_files
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.cluster.doctor.examine import examine
 from megatron_tiedlora.cluster.doctor.records import DoctorReport
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     file = user_path(str(settings.json_file), flag="--json")
     if to_file and not file.absolute().parent.is_dir():
         raise UserError(f"--json {settings.json_file}: its folder does not exist; make it or give another file")
-    constants = None if settings.measure is None else output_file(settings.measure, flag="--measure")
+    written = output_files({"--measure": settings.measure, "--json": settings.json_file if to_file else None})
     report = examine(settings, os.environ, lambda line: show(line, file=sys.stderr))
     text = json.dumps(report.model_dump(mode="json"), indent=2)
     if settings.json_file == "-":
@@ -45,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
         print(report_text(report))
     if to_file:
         write_text(file, f"{text}\n")
-    if constants is not None:
-        _write_constants(report, constants)
+    if "--measure" in written:
+        _write_constants(report, written["--measure"])
     return 0 if report.verdict == "ready" else 1
 
 

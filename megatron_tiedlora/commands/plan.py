@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.output_folder import output_file
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.output_folder import output_file, output_files
 from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.config.plan_settings import PlanCommand, parse_plan
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
@@ -31,30 +31,30 @@ def main(argv: Sequence[str]) -> int:
     settings = command.settings
     if settings.measure is not None:
         return _measure(command, settings.measure)
-    files = {name: getattr(settings, name) for name in ("json_file", "yaml")}
-    paths = {
-        name: user_path(value, flag=f"--{name.removesuffix('_file')}")
-        for name, value in files.items()
-        if value is not None
-    }
+    prints = settings.json_file == "-"
+    paths = output_files({"--json": None if prints else settings.json_file, "--yaml": settings.yaml})
     gc.disable()  # what follows makes a million objects and frees few: looking for garbage takes half a second
     try:
         # These import torch and DeepSpeed's settings, which takes seconds: --help and a wrong flag do not wait for it.
         from megatron_tiedlora.base.atomic import write_json
         from megatron_tiedlora.base.yaml_files import write_yaml
         from megatron_tiedlora.planner.launch_lines import chosen_settings
-        from megatron_tiedlora.planner.report import make_plan, report_lines, report_record
+        from megatron_tiedlora.planner.report import make_plan, report_lines, report_record, warning_lines
 
         prepare_environment()
         made = make_plan(command)
     finally:
         gc.enable()
     lines, chosen = report_lines(made), made.chosen
-    if "json_file" in paths:
-        write_json(paths["json_file"], report_record(made))
-    if "yaml" in paths and chosen is not None:
-        write_yaml(paths["yaml"], chosen_settings(command.train, chosen.candidate))
-    show(*lines)
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if "--json" in paths:
+        write_json(paths["--json"], report_record(made))
+    if "--yaml" in paths and chosen is not None:
+        write_yaml(paths["--yaml"], chosen_settings(command.train, chosen.candidate))
+    show(*([json.dumps(report_record(made))] if prints else lines))
+    if warnings := warning_lines(made):
+        show(*warnings, file=sys.stderr)
     return 0 if made.plan.rows else 1
 
 

@@ -87,8 +87,6 @@ class DoctorSettings(CommandSettings):
             raise ValueError("--measure_seconds needs --measure")
         if self.measure is not None and self.model is None:
             raise ValueError(f"--measure {self.measure} needs --model: matmuls of its widths are measured")
-        if self.measure is not None and self.measure == self.json_file:
-            raise ValueError(f"--measure and --json both write {self.measure}; give two files")
         written = {} if self.measure is None else {"measure": self.measure}
         for name, value in {**self.paths(), **written}.items():
             if not value.strip():

@@ -48,6 +48,8 @@ _DECIDED = {
     "plan_for": "give --gpu, or --ranks_on_cpu",
     "gpu": "give it on the command line",  # where it is this command's; so it was in a YAML file
 }
+_NOT_MEASURED = "--measure measures this machine and plans nothing; remove --{}"
+_OF_MEASURE = ("model", "local_rank")  # flags of launch/train.py that it takes; in the file of --config are others too
 FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 
 
@@ -82,7 +84,9 @@ class PlanSettings(CommandSettings):
     why: str | None = optional_field("shown", "print the arithmetic of this layout, a name of the table")
     layout: str | None = optional_field("shown", "write command and YAML of this layout [the fastest that fits]")
     yaml: str | None = optional_field("shown", "write the settings of the layout to this file, for --config")
-    json_file: str | None = optional_field("shown", "write all layouts to this file", flag="json")
+    json_file: str | None = optional_field(
+        "shown", "write all layouts to this file; - prints them instead of the table", flag="json"
+    )
 
     @field_validator("formats", mode="before")
     @classmethod
@@ -113,7 +117,7 @@ class PlanSettings(CommandSettings):
             raise ValueError("--measure_seconds needs --measure")
         others = sorted(given - {"measure", "measure_seconds"})
         if self.measure is not None and others:
-            raise ValueError(f"--measure measures this machine and plans nothing; remove --{others[0]}")
+            raise ValueError(_NOT_MEASURED.format(others[0].removesuffix("_file")))
         return self
 
     @property
@@ -148,8 +152,10 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
     config = own.pop("config", None)
     known, unknown = build_parser(Settings).parse_known_args(rest)
     reject_unknown(unknown, known=[f"--{name}" for name in (*PlanSettings.model_fields, *Settings.model_fields)])
-    if "measure" in own and not known.task and not known.train_file:
-        rest += ["--task", DEFAULT_TASK]  # of a run only the model is read
+    if "measure" in own:  # of a run only the model is read
+        if others := [name for name, value in vars(known).items() if value is not None and name not in _OF_MEASURE]:
+            raise UserError(_NOT_MEASURED.format(others[0]))
+        rest += ["--task", DEFAULT_TASK]
     train = parse_settings([*(("--config", config) if config is not None else ()), *rest], Settings)
     for name, instead in _DECIDED.items():
         if name in train.model_fields_set:

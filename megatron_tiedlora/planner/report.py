@@ -19,7 +19,15 @@ from megatron_tiedlora.planner.candidates import Cluster, search
 from megatron_tiedlora.planner.hints import hint_lines
 from megatron_tiedlora.planner.launch_lines import chosen_settings, command_lines, record_of
 from megatron_tiedlora.planner.price import Priced, Pricer, capacity, hours_in_turn
-from megatron_tiedlora.planner.table import Plan, counts_line, hours_text, missed_lines, refused_lines, table_lines
+from megatron_tiedlora.planner.table import (
+    Plan,
+    counts_line,
+    hours_text,
+    missed_lines,
+    missing_line,
+    refused_lines,
+    table_lines,
+)
 from megatron_tiedlora.planner.why import why_lines
 from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS
 from megatron_tiedlora.planning.machines import Constant, Machine, read_machine
@@ -119,6 +127,14 @@ def report_lines(made: Made) -> list[str]:
         values = chosen_settings(made.command.train, made.chosen.candidate)
         lines += ["", f"start {made.chosen.name}", *command_lines(values, made.cluster, yaml=settings.yaml)]
     return lines
+
+
+def warning_lines(made: Made) -> list[str]:
+    """What a user may have taken for granted: that the layout of --layout fits, and that a file was written."""
+    row, yaml = made.chosen, made.command.settings.yaml
+    if row is not None:
+        return [] if row.fits else [f"warning: --layout does not fit: {missing_line(row, made.plan)}"]
+    return [] if yaml is None else [f"warning: --yaml {yaml} is not written, as no layout fits"]
 
 
 def _in_turn_lines(made: Made) -> list[str]:

@@ -158,6 +158,10 @@ def test_the_arithmetic_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--measure=c.json", "--gpu=h100"], "--measure measures this machine and plans nothing; remove --gpu"),
         (["--measure=c.json", "--ranks_on_cpu=2"], "remove --ranks_on_cpu"),
         (["--measure=c.json", "--why=t1p1d1-b1-zero0"], "remove --why"),
+        (["--measure=c.json", "--json=p.json"], "remove --json"),
+        (["--measure=c.json", "--max_length=99"], "plans nothing; remove --max_length"),
+        (["--measure=c.json", "--recompute=full"], "remove --recompute"),
+        (["--measure=c.json", "--train_file=rows.jsonl"], "remove --train_file"),
         (["--measure_seconds=3"], "--measure_seconds needs --measure"),
         (["--measure=c.json", "--measure_seconds=0"], "--measure_seconds 0"),
         (["--measure="], "--measure: the path is empty"),
@@ -174,3 +178,11 @@ def test_a_file_that_cannot_be_written_is_found_before_measuring(tmp_path: Path)
     for path, words in ((tmp_path / "file" / "c.json", "file is a file; give a folder"), (tmp_path, "is a folder")):
         with pytest.raises(UserError, match=rf"^--measure .*{words}"):
             command.main(["--model=demo", f"--measure={path}"])
+
+
+def test_a_file_of_settings_names_the_model_to_measure(tmp_path: Path) -> None:
+    """It may hold a run's other settings, which are not for a measurement."""
+    file = tmp_path / "run.yaml"
+    for data in ("train_file: rows.jsonl", "task: squad"):
+        file.write_text(f"model: demo\n{data}\nmax_length: 99\n")
+        assert parse_plan([f"--config={file}", "--measure=c.json"]).train.model == "demo"

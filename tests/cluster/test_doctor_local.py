@@ -136,6 +136,7 @@ def test_what_is_on_the_hub_is_no_missing_path(tmp_path: Path) -> None:
         (["--measure=", "--model=x"], "--measure: the path is empty"),
         (["--measure_seconds=3", "--model=x"], "--measure_seconds needs --measure"),
         (["--measure=c.json", "--model=x", "--json=c.json"], "--measure and --json both write c.json; give two files"),
+        (["--measure=c.json", "--model=x", "--json=./c.json"], "--measure and --json both write c.json; give two"),
         (["--measure=c.json", "--model=x", "--measure_seconds=0"], "--measure_seconds 0: input should be greater"),
         (["--measure=folder", "--model=x"], "--measure folder: is a folder; give a file"),
         (["--measure=odd/c.json", "--model=x"], "--measure odd/c.json: odd is a file; give a folder"),

@@ -169,6 +169,47 @@ def test_the_table_says_what_would_fit(tmp_path: Path, capsys: pytest.CaptureFix
     )
 
 
+SMALL = ("--model=llama2-7b", "--gpus_per_node=1", "--formats=none", "--global_batch_size=8")
+
+
+def test_a_layout_that_does_not_fit_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard error, as is a YAML that could not be written."""
+    assert command.main([*SMALL, "--layout=t1p1d1-b8-zero1"]) == 0
+    words = capsys.readouterr().err
+    assert re.match(r"warning: --layout does not fit: t1p1d1-b8-zero1: \d+\.\d of 84.9 GB, .* fits\n$", words)
+    file = tmp_path / "p.yaml"
+    assert command.main(["--model=llama2-70b", "--gpus_per_node=1", "--formats=none", f"--yaml={file}"]) == 1
+    assert capsys.readouterr().err == f"warning: --yaml {file} is not written, as no layout fits\n"
+    assert not file.exists()
+
+
+def test_json_is_printed_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """For `-`; other files are written into folders that are made for them."""
+    assert command.main([*SMALL, "--json=-", f"--yaml={tmp_path / 'new' / 'p.yaml'}"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["model"] == "llama2-7b" and printed.err == ""
+    assert command.main([*SMALL, f"--json={tmp_path / 'other' / 'p.json'}"]) == 0
+    assert {path.name for path in tmp_path.glob("*/*")} == {"p.yaml", "p.json"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--json=file/p.json",), "--json file/p.json: file is a file; give a folder"),
+        (("--yaml=file/p.yaml",), "--yaml file/p.yaml: file is a file; give a folder"),
+        (("--yaml=.",), "--yaml .: is a folder; give a file"),
+        (("--json=p", "--yaml=./p"), "--json and --yaml both write p; give two files"),
+    ],
+)
+def test_wrong_files_are_found_before_planning(
+    flags: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
+        command.main(["--model=nosuch", "--task=squad", *flags])
+
+
 def test_a_command_has_the_flags_of_the_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without --yaml the flags stand in the command, which launch/train.py accepts."""
     assert command.main(["--model=llama2-13b", "--global_batch_size=16", "--formats=none", "--seed=7"]) == 0
