@@ -77,7 +77,7 @@ def _gathers(shown: Sequence[Priced]) -> list[str]:
         return []
     file = row.candidate.engine_file
     hides = row.candidate.layout.overlaps_gathers
-    why = f"beyond what {file} hides behind products" if hides else f"as nothing hides it in {file}"
+    why = f"beyond what {file} hides behind computation" if hides else f"as nothing hides it in {file}"
     return [f"{row.name}: ZeRO-3 gathers weights for {share:.0%} of the time, {why}"]
 
 

@@ -247,8 +247,9 @@ def test_real_samples_are_planned_for_every_layout(tmp_path: Path, monkeypatch: 
 
 def test_hints_name_the_engine_file_and_no_ties(tmp_path: Path) -> None:
     content = json.loads((SHIPPED_CONFIGS / "zero3.json").read_text())
-    spent = Seconds(products=1.0, gathers=1.0)
-    for overlaps, words in ((False, "as nothing hides it in FILE"), (True, "beyond what FILE hides behind products")):
+    spent = Seconds(matmuls=1.0, gathers=1.0)
+    hidden = "beyond what FILE hides behind computation"
+    for overlaps, words in ((False, "as nothing hides it in FILE"), (True, hidden)):
         file = tmp_path / f"mine-{overlaps}.json"
         content["zero_optimization"]["overlap_comm"] = overlaps
         file.write_text(json.dumps(content))
