@@ -11,7 +11,6 @@ A tiny layer is so narrow that its matmuls and messages of bytes take nearly no 
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -31,7 +30,7 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.machines import Constant, Machine
 from megatron_tiedlora.planning.step_time import Seconds, planned_seconds
-from megatron_tiedlora.runtime.process_group import ranks_by_host
+from megatron_tiedlora.runtime.process_group import ranks_here
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.first_step import batches_of
 
@@ -140,6 +139,6 @@ def _measured(machine: Machine, values: dict[str, Any], *, repeats: int, source:
     seconds = [run.seconds_of(step) for step in steps][GUARDED_STEPS:]
     batch = plan.global_batch(run.dataset, consumed_samples=steps[-1].consumed_samples)
     batches = batches_of(plan, plan.layout, run.dataset, batch)
-    links = Links(plan.layout, len(ranks_by_host()[socket.gethostname()]))
+    links = Links(plan.layout, ranks_here())
     planned = planned_seconds(plan.stages, batches, links, machine)
     return _Step(median(seconds), planned)

@@ -8,7 +8,6 @@ torch's profiler.
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.machines import Machine, read_machine
 from megatron_tiedlora.planning.step_time import planned_seconds
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
-from megatron_tiedlora.runtime.process_group import join_process_group, ranks_by_host
+from megatron_tiedlora.runtime.process_group import join_process_group, ranks_here
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
 from megatron_tiedlora.training.checks import GUARDED_STEPS
@@ -111,7 +110,7 @@ def _planned(run: Started, step: TrainingStep, machine: Machine) -> dict[str, An
     batch = plan.global_batch(run.dataset, consumed_samples=step.consumed_samples)
     largest = largest_of(plan.layout, run.dataset, batch, packing=plan.settings.packing)
     memory = largest.memory(plan.stage, machine)
-    links = Links(plan.layout, len(ranks_by_host()[socket.gethostname()]))
+    links = Links(plan.layout, ranks_here())
     batches = batches_of(plan, plan.layout, run.dataset, batch)
     spent = planned_seconds(plan.stages, batches, links, machine)
     reserve = 0.0 if plan.on_gpu else memory.libraries

@@ -11,7 +11,6 @@ else the H100's; or those of CPUs.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -257,12 +256,13 @@ class _Measure:
         if not distributed.is_initialized() or distributed.get_world_size() == 1:
             return
         groups = ranks_by_host()
-        made = {host: distributed.new_group(ranks) for host, ranks in groups.items()}
-        host, world_size = socket.gethostname(), distributed.get_world_size()
-        here = groups[host]
+        made = [distributed.new_group(ranks) for ranks in groups]
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        (index,) = (index for index, ranks in enumerate(groups) if rank in ranks)
+        here = groups[index]
         part = seconds if len(groups) == 1 else seconds / 2  # hosts measure at the same time
         if len(here) > 1:
-            message, bandwidth = self._links(made[host], len(here), part)
+            message, bandwidth = self._links(made[index], len(here), part)
             yield from self._link("node", message, bandwidth, f"{len(here)} ranks of a host")
         if len(groups) > 1:
             message, bandwidth = self._links(distributed.group.WORLD, world_size, part)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
+import zlib
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -22,7 +23,7 @@ from torch import distributed
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.parallel.agreement import first_message, gather_on_rank_0
+from megatron_tiedlora.parallel.agreement import first_message, gather_numbers, gather_on_rank_0
 from megatron_tiedlora.runtime.heartbeat import is_lost_exchange
 from megatron_tiedlora.runtime.launch_env import local_rank, uses_gpu
 
@@ -181,11 +182,15 @@ def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -
     )
 
 
-def ranks_by_host() -> dict[str, list[int]]:
+def ranks_by_host() -> list[list[int]]:
     """The ranks of the job on each host. All ranks call it together."""
-    hosts = [""] * distributed.get_world_size()
-    distributed.all_gather_object(hosts, socket.gethostname())
-    return {host: [rank for rank, name in enumerate(hosts) if name == host] for host in dict.fromkeys(hosts)}
+    numbers = gather_numbers(zlib.crc32(socket.gethostname().encode()))
+    return [[rank for rank, found in enumerate(numbers) if found == number] for number in dict.fromkeys(numbers)]
+
+
+def ranks_here() -> int:
+    """The number of ranks on this rank's host. All ranks call it together."""
+    return next(len(ranks) for ranks in ranks_by_host() if distributed.get_rank() in ranks)
 
 
 def leave_process_group() -> None:
