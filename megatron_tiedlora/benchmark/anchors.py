@@ -27,12 +27,9 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.presets import is_preset
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.machines import Constant, Machine
-from megatron_tiedlora.planning.step_time import Seconds, planned_seconds
-from megatron_tiedlora.runtime.process_group import ranks_here
+from megatron_tiedlora.planning.step_time import Seconds
 from megatron_tiedlora.training.checks import GUARDED_STEPS
-from megatron_tiedlora.training.first_step import batches_of
 
 _LAYERS = 33  # so many that the launches of their passes stand out of the noise of a busy machine
 _LENGTH = 64
@@ -137,8 +134,4 @@ def _measured(machine: Machine, values: dict[str, Any], *, repeats: int, source:
     run = start(plan, settings)
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + repeats)]
     seconds = [run.seconds_of(step) for step in steps][GUARDED_STEPS:]
-    batch = plan.global_batch(run.dataset, consumed_samples=steps[-1].consumed_samples)
-    batches = batches_of(plan, plan.layout, run.dataset, batch)
-    links = Links(plan.layout, ranks_here())
-    planned = planned_seconds(plan.stages, batches, links, machine)
-    return _Step(median(seconds), planned)
+    return _Step(median(seconds), run.planned_seconds(steps[-1], machine))

@@ -37,7 +37,7 @@ from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_rank
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
 from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.machines import Machine, read_machine
-from megatron_tiedlora.planning.step_time import planned_seconds
+from megatron_tiedlora.planning.step_time import Seconds, planned_seconds
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.process_group import join_process_group, ranks_here
 from megatron_tiedlora.runtime.stopping import StopRequests
@@ -71,6 +71,13 @@ class Started:
         self.train_step.stop.agree(True)
         (longest,) = max_over_ranks([timed(lambda: self.train_step.run(step), self.runner.device)])
         return longest
+
+    def planned_seconds(self, step: TrainingStep, machine: Machine) -> Seconds:
+        """What the planner says of a step on a machine of this one's hosts. All ranks call it together."""
+        plan = self.plan
+        batch = plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
+        batches = batches_of(plan, plan.layout, self.dataset, batch)
+        return planned_seconds(plan.stages, batches, Links(plan.layout, ranks_here()), machine)
 
 
 def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> dict[str, Any] | None:
@@ -110,9 +117,7 @@ def _planned(run: Started, step: TrainingStep, machine: Machine) -> dict[str, An
     batch = plan.global_batch(run.dataset, consumed_samples=step.consumed_samples)
     largest = largest_of(plan.layout, run.dataset, batch, packing=plan.settings.packing)
     memory = largest.memory(plan.stage, machine)
-    links = Links(plan.layout, ranks_here())
-    batches = batches_of(plan, plan.layout, run.dataset, batch)
-    spent = planned_seconds(plan.stages, batches, links, machine)
+    spent = run.planned_seconds(step, machine)
     reserve = 0.0 if plan.on_gpu else memory.libraries
     return {"peak": memory.allocated + reserve, "machine": machine.title, "seconds": spent._asdict()}
 

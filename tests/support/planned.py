@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planner.candidates import Candidate, Cluster, Search, search
 from megatron_tiedlora.planner.price import Pricer
 from megatron_tiedlora.planner.report import find_machine
 from megatron_tiedlora.planning.cards import GPUS
 from megatron_tiedlora.planning.machines import Constant, Machine
+from megatron_tiedlora.training.plan import plan_run
 
 H100 = GPUS["h100"]
 
@@ -45,6 +49,16 @@ def the_only(
     found, cluster = searched(*flags, source=source, ranks=ranks, per_node=per_node, machine=machine)
     (candidate,) = found.candidates
     return candidate, Pricer(cluster)
+
+
+def words_of_a_run(flags: list[str], plan: Callable[..., object] = plan_run) -> str:
+    """What launch/train.py says on 4 GPUs, '' if it accepts the flags."""
+    try:
+        settings = parse_settings([*flags, "--dry_run", "--world_size=4", "--plan_for=gpu"], Settings)
+        plan(settings, rank=0, world_size=4, weights=False)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def words_of_a_plan(flags: list[str]) -> str:

@@ -8,12 +8,11 @@ from itertools import combinations, product
 from typing import Any
 
 import pytest
-from planned import H100, searched, short, words_of_a_plan
+from planned import H100, searched, short, words_of_a_plan, words_of_a_run
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
-from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.stored_formats import BITSANDBYTES, FBGEMM, StoredFormat
 from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
 from megatron_tiedlora.planner.hints import hint_lines
@@ -170,16 +169,6 @@ VALUES: dict[str, tuple[str, ...]] = {
     "eval_metric": ("rouge",),
     "max_new_tokens": ("100000",),
 }
-
-
-def words_of_a_run(flags: list[str]) -> str:
-    """What launch/train.py says, '' if it accepts the flags."""
-    try:
-        settings = parse_settings([*flags, "--dry_run", "--world_size=4", "--plan_for=gpu"], Settings)
-        plan_run(settings, rank=0, world_size=4, weights=False)
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 def test_a_plan_refuses_what_a_run_refuses() -> None:
