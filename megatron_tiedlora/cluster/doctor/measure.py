@@ -50,6 +50,31 @@ class Trial:
         return any(seen.event == event for seen in self.events.get(rank, ()))
 
 
+def rank_commands(
+    hosts: Sequence[HostReport],
+    layout: ParallelConfig,
+    *,
+    large_bytes: int,
+    timeout: float,
+    limit: float,
+    words: tuple[str, ...] = (),
+) -> dict[str, list[str]]:
+    """The command that starts each host's ranks; see `TrialOrder` for its values."""
+    commands = {}
+    for host in hosts:
+        order = TrialOrder(
+            layout=layout,
+            first_rank=host.first_rank,
+            slots=host.slots,
+            large_bytes=large_bytes,
+            timeout=timeout,
+            seconds=limit,
+            words=words,
+        )
+        commands[host.name] = module_command("host_ranks", order.model_dump_json())
+    return commands
+
+
 def start_ranks(
     hosts: Sequence[HostReport],
     layout: ParallelConfig,
@@ -69,17 +94,7 @@ def start_ranks(
         say: called with a line when all ranks have met.
     """
     limit, trial, lock = 2 * timeout, Trial(), threading.Lock()
-    commands = {}
-    for host in hosts:
-        order = TrialOrder(
-            layout=layout,
-            first_rank=host.first_rank,
-            slots=host.slots,
-            large_bytes=large_bytes,
-            timeout=timeout,
-            seconds=limit,
-        )
-        commands[host.name] = module_command("host_ranks", order.model_dump_json())
+    commands = rank_commands(hosts, layout, large_bytes=large_bytes, timeout=timeout, limit=limit)
     timers: list[threading.Timer] = []
 
     def hear(_command: RemoteCommand, line: str) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_tiedlora.base.wording import enumerate_names
-from megatron_tiedlora.cluster.doctor.ask import module_command
 from megatron_tiedlora.cluster.doctor.compare import error
-from megatron_tiedlora.cluster.doctor.records import Finding, HostReport, ParallelConfig, TrialOrder
+from megatron_tiedlora.cluster.doctor.measure import rank_commands
+from megatron_tiedlora.cluster.doctor.records import Finding, HostReport, ParallelConfig
 from megatron_tiedlora.cluster.remote import Done, HostCommands, RemoteCommand, Transport
 
 _ERROR = "error: "
@@ -32,18 +32,7 @@ def measure_hosts(
         limit: seconds until all ranks are ended.
     """
     words = ("-m", "megatron_tiedlora", "plan", "--measure=-", f"--model={model}", f"--measure_seconds={seconds}")
-    commands = {}
-    for host in hosts:
-        order = TrialOrder(
-            layout=layout,
-            first_rank=host.first_rank,
-            slots=host.slots,
-            large_bytes=0,
-            timeout=limit,
-            seconds=limit,
-            words=words,
-        )
-        commands[host.name] = module_command("host_ranks", order.model_dump_json())
+    commands = rank_commands(hosts, layout, large_bytes=0, timeout=limit, limit=limit, words=words)
     printed: list[str] = []
 
     def hear(_command: RemoteCommand, line: str) -> None:
