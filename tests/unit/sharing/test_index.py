@@ -16,7 +16,8 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.commands.index import main
-from megatron_tiedlora.sharing.index import INDEX_FILE, build_index, find_entries, verify_entries
+from megatron_tiedlora.sharing.collection import build_index, verify_entries
+from megatron_tiedlora.sharing.index import INDEX_FILE, find_entries
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -98,7 +99,7 @@ def test_odd_folders_are_one_line(root: Path) -> None:
     (root / "others/lora").rename(root / "others/a\nb")
     count, problems = build_index(root)
     assert count == 1 and len(problems) == 2
-    assert all("cannot be shown" in problem or "is not a name" in problem for problem in problems)
+    assert all("cannot be shown" in problem or "task = ['a'] has the wrong type" in problem for problem in problems)
     (root / INDEX_FILE).unlink()
     (root / INDEX_FILE).mkdir()
     with pytest.raises(UserError, match=INDEX_FILE.replace(".", r"\.")):
