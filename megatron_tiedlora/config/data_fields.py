@@ -17,6 +17,7 @@ FIRST_DATA_RULES, DATA_RULES = 1, 2
 # What version 0.1 did where there are choices now.
 FIRST_RULES: Mapping[str, str] = {"train_on": "last_turn", "add_bos": "true", "special_tokens_in_text": "control"}
 
+HUB_NAMES = "hub_names"  # in run.yaml: the ids of data and tokenizer that come from the hub
 TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_template
 
 FILES_HELP = (

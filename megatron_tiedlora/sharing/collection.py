@@ -130,9 +130,7 @@ def compare_adapters(one: Path, other: Path) -> list[str]:
     """
     first, second = load_adapter(one), load_adapter(other)
     mine, yours = _facts(first), _facts(second)
-    lines = [
-        f"{name}: {shown(mine[name])} and {shown(yours[name])}" for name in mine if mine[name] != yours.get(name)
-    ]
+    lines = [f"{name}: {shown(mine[name])} and {shown(yours[name])}" for name in mine if mine[name] != yours.get(name)]
     for name in dict.fromkeys([*first.config.tensors, *second.config.tensors]):
         here, there = first.state.get(name), second.state.get(name)
         if here is None or there is None:
