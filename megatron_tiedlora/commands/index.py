@@ -110,8 +110,8 @@ def _table(entries: Sequence[Entry]) -> Iterator[str]:
     rows = [_HEADING]
     for entry in entries:
         numbers = (str(entry.rank), entry.targets, f"{entry.parameters:,}")
-        row = (entry.name, last_name(entry.base_model), entry.method, *numbers, entry.task or "-", entry.date)
-        rows.append((*row, entry.path))
+        names = (entry.name, last_name(entry.base_model), entry.method)
+        rows.append((*names, *numbers, entry.task or "-", entry.date, entry.path))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -16,7 +16,7 @@ examples:
   tiedlora push runs/demo --repo me/demo-tied --base_name HuggingFaceTB/SmolLM2-135M-Instruct
 
 The repository gets the adapter as LoRA for PEFT and vLLM, the native files in native/, a model card with base, method,
-scores, the training command and versions, and the plot of the losses. No path of this host is in them. Log in with
+scores, the training command and versions, and the plot of the losses. No folder of this host is in them. Log in with
 `hf auth login`, or set HF_TOKEN.
 """
 

@@ -89,7 +89,7 @@ def model_card(facts: CardFacts) -> str:
 def _metadata(facts: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    task = facts.settings.get("task") if facts.settings.get("task") in TASK_NAMES else "custom"
+    task = next((name for name in TASK_NAMES if name == facts.settings.get("task")), "custom")
     results = [
         EvalResult(
             task_type="text-generation",

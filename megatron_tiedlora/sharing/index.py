@@ -83,7 +83,7 @@ class Entry:
     date: _Name
 
 
-_COLUMNS = tuple(field.name for field in fields(Entry))  # type: ignore[arg-type]
+_COLUMNS = tuple(field.name for field in fields(Entry))
 
 
 def _column(name: str, kind: Any) -> str:
@@ -151,49 +151,38 @@ def entry_folder(root: Path, entry: Entry) -> Path:
 def _entries(root: Path) -> Iterator[Entry]:
     """The rows of the index of `root`. Raises UserError as `find_entries`."""
     file = root / INDEX_FILE
-    why = None
     try:
         if file.is_symlink() or not file.is_file():
-            why = "is not a file" if os.path.lexists(file) else "no such file"
-        elif (size := file.stat().st_size) > _LARGEST:
-            why = f"is larger than {_LARGEST:,} bytes"
-        else:
-            # Of an immutable file SQLite opens neither a journal nor a log beside it.
-            address = f"{file.absolute().as_uri()}?mode=ro&immutable=1"
-            with closing(sqlite3.connect(address, uri=True)) as database:
-                yield from _checked_rows(database, most_text=size)
-    except _NotAnIndex as error:
-        why = str(error)
-    except ValidationError as error:
-        why = first_problem(error)
-    except (OSError, sqlite3.Error, UnicodeDecodeError) as error:  # the last one by SQLite's messages
-        why = f"cannot be read ({error})"
-    if why is not None:
-        raise UserError(f"{file}: {why}; write it with `tiedlora index {shlex.quote(str(root))}`")
-
-
-class _NotAnIndex(Exception):
-    """Says what a database is instead of an index."""
+            raise ValueError("is not a plain file" if os.path.lexists(file) else "no such file")
+        if (size := file.stat().st_size) > _LARGEST:
+            raise ValueError(f"is larger than {_LARGEST:,} bytes")
+        # Of an immutable file SQLite opens neither a journal nor a log beside it.
+        address = f"{file.absolute().as_uri()}?mode=ro&immutable=1"
+        with closing(sqlite3.connect(address, uri=True)) as database:
+            yield from _checked_rows(database, most_text=size)
+    except (OSError, sqlite3.Error, ValueError) as error:  # SQLite's messages may be a UnicodeDecodeError
+        why = first_problem(error) if isinstance(error, ValidationError) else error
+        raise UserError(f"{file}: {why}; write it with `tiedlora index {shlex.quote(str(root))}`") from None
 
 
 def _checked_rows(database: sqlite3.Connection, *, most_text: int) -> Iterator[Entry]:
     """The rows of a database that has the schema of an index and nothing else.
 
     Its pages may refer to one page many times, and so hold any number of rows. As a row has some text, the rows of an
-    index end where there would be more text than the file has bytes, `most_text`.
+    index end where there would be more text than the file has bytes, `most_text`. Raises ValueError or SQLite's errors.
     """
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_ROW)
     database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, _LONGEST_ROW)
     database.set_progress_handler(lambda: True, _SCHEMA_STEPS)
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version != FORMAT:
-        raise _NotAnIndex(f"has format {version}, not {FORMAT}")
+        raise ValueError(f"has format {version}, not {FORMAT}")
     schema = [sql for (sql,) in database.execute("SELECT sql FROM sqlite_master") if sql is not None]
     if schema != list(_SCHEMA):
-        raise _NotAnIndex("is another database than an index of adapters")
+        raise ValueError("is another database than an index of adapters")
     database.set_progress_handler(None, 0)
     for row in database.execute(f"SELECT {', '.join(_COLUMNS)} FROM adapters NOT INDEXED"):
         most_text -= sum(len(value) for value in row if isinstance(value, str))
         if most_text < 0:
-            raise _NotAnIndex("has more text than bytes")
+            raise ValueError("has more text than bytes")
         yield Entry(*row)
