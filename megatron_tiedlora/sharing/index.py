@@ -28,7 +28,7 @@ INDEX_FILE = "adapters.sqlite"
 FORMAT = 2  # of the file, its `user_version`
 FILTERS = ("name", "base_model", "method", "rank", "targets", "task")  # what `find` compares
 _LARGEST = 2**26  # bytes of the file: about 80,000 adapters with scores
-_LONGEST_ROW = 2**18  # bytes; the limits of an entry's fields stay below it
+_LONGEST_ROW = 2**18  # bytes, also of the schema's; the limits of an entry's fields stay below it
 _SCHEMA_STEPS = 10_000  # of SQLite's machine, to read the schema; ours takes a few hundred
 
 
@@ -172,7 +172,6 @@ def _checked_rows(database: sqlite3.Connection, *, most_text: int) -> Iterator[E
     index end where there would be more text than the file has bytes, `most_text`. Raises ValueError or SQLite's errors.
     """
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_ROW)
-    database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, _LONGEST_ROW)
     database.set_progress_handler(lambda: True, _SCHEMA_STEPS)
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version != FORMAT:

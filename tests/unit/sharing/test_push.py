@@ -169,7 +169,7 @@ def test_a_run_records_what_comes_from_the_hub(base: Path, tmp_path: Path, monke
 
 
 HOSTILE = ("<b>x</b>", "[a](http://x)", "<img src=x onerror=y>", "a|b", "`c`", "![d](http://x)", "e\n\n# f", "",
-           "\x1b[2J", "&lt;", "__g__", "</code>")  # fmt: skip
+           "\x1b[2J", "&lt;", "__g__", "</code>", "h` <b>x</b> `i")  # fmt: skip
 
 
 def test_names_of_a_strangers_run_are_no_markup(run_folder: Path, tmp_path: Path) -> None:
