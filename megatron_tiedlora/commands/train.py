@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal, 1 an adapter failed."""
     settings = parse_settings(argv, Settings)
-    require_extra("train")
+    if not settings.dry_run:
+        require_extra("train")
     prepare_environment()
     if settings.dry_run:
         rank, world_size = rank_and_world_size()

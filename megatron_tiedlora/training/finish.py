@@ -213,7 +213,7 @@ def next_steps(trainer: Trainer) -> list[str]:
     lines = [
         "",
         f"run folder  {path}",
-        f"  adapter/  the Tied-LoRA adapter, {_size(trainer.folder)}",
+        f"  adapter/  the adapter, {_size(trainer.folder)}",
         "  peft/     the same as a LoRA adapter for PEFT, vLLM and others",
     ]
     merged = path / "merged"

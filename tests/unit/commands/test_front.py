@@ -221,6 +221,23 @@ def test_a_command_without_its_extra_says_what_to_install(name: str, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+DRY_RUN = ["train", "--dry_run", "--model", "llama2-7b"]
+ARITHMETIC = {
+    "plan": ["plan", "--model", "llama2-7b", "--gpu", "h100", "--nodes", "1"],
+    "a dry run": [*DRY_RUN, "--world_size", "2", "--tensor_parallel", "2", "--ds_config", "zero1.json"],
+    "a dry run of offloading": [*DRY_RUN, "--ds_config", "zero2_offload.json"],
+}
+
+
+@pytest.mark.parametrize("case", ARITHMETIC)
+def test_what_is_only_computed_needs_no_extra(case: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", WITHOUT, ",".join({*EXTRAS["train"], *EXTRAS["eval"]}), *ARITHMETIC[case]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert re.search("parameters|layouts", done.stdout) and list(tmp_path.iterdir()) == []
+
+
 # Messages and the report for bugs ----------------------------------------------------------------------------------
 
 
