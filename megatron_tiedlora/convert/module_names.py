@@ -10,7 +10,7 @@ at most 1,000 pieces. For one-line ASCII names the result is that of `re`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from itertools import accumulate
 from typing import Any
 
@@ -44,7 +44,7 @@ def name_matcher(modules: Any, *, what: str) -> Callable[[str], bool]:
     return lambda name: any(end in names for end in _ends(name))
 
 
-def pattern_finder(patterns: Iterable[str], *, what: str) -> Callable[[str], str | None]:
+def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], str | None]:
     """A function that returns the first pattern that matches a module's dotted name, or an ending of it after a dot;
     None if none does.
 
@@ -54,9 +54,9 @@ def pattern_finder(patterns: Iterable[str], *, what: str) -> Callable[[str], str
     Raises:
         UserError: a pattern has other pieces, or they are too long.
     """
-    split = {pattern: _split(pattern, what, "Write the names of modules") for pattern in patterns}
-    if (length := sum(map(len, split))) > _LONGEST_PATTERNS:
+    if (length := sum(map(len, patterns))) > _LONGEST_PATTERNS:
         raise UserError(f"{what}: its patterns have {length:,} characters; at most {_LONGEST_PATTERNS:,} are read")
+    split = {pattern: _split(pattern, what, "Write the names of modules") for pattern in patterns}
 
     def find(name: str) -> str | None:
         positions = _positions(name)

@@ -97,15 +97,15 @@ def read_by_pattern(
     Raises:
         UserError: a value or a pattern is not accepted.
     """
-    field, of_patterns = fields
-    default, patterns = read(content.get(field), f"{file}: {field}"), content.get(of_patterns)
-    what = f"{file}: {of_patterns}"
-    if patterns is not None and not isinstance(patterns, dict):
+    default, what = read(content.get(fields[0]), f"{file}: {fields[0]}"), f"{file}: {fields[1]}"
+    patterns = {} if content.get(fields[1]) is None else content[fields[1]]
+    if not isinstance(patterns, dict):
         raise UserError(f"{what} = {shown(patterns)} is not an object {{pattern: value}}; leave it out if it is empty")
-    values = {pattern: read(value, f"{what}: {shown(pattern)}") for pattern, value in (patterns or {}).items()}
-    find = pattern_finder(values, what=what)
+    find = pattern_finder(patterns, what=what)
+    values = {pattern: read(value, f"{what}: {shown(pattern)}") for pattern, value in patterns.items()}
     found = {module: find(name) for name, module in chosen.items()}
-    unused = [pattern for pattern in values if pattern not in found.values()]
+    used = set(found.values())
+    unused = [pattern for pattern in values if pattern not in used]
     notes = (f"{what}: {shown(unused)} decides for no adapted module",) if unused else ()
     return {module: default if key is None else values[key] for module, key in found.items()}, notes
 

@@ -94,7 +94,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
     "one_a_layer": ({"r": 2, "target_modules": r".*layers\.(0\..*q_proj|1\..*up_proj|2\..*down_proj)"}, (1, 2, 3), 2),
 }
 TARGETS = {  # of the native adapter, where it is not qkv alone
-    **dict.fromkeys(["ranks_and_alphas", "ranks_and_alphas_rslora"], ["qkv", "down_proj"]),
+    **{"ranks_and_alphas": ["qkv", "down_proj"], "ranks_and_alphas_rslora": ["qkv", "down_proj"]},
     **{"rank_of_a_layer": ["o_proj"], "whole_names": [*TARGET_NAMES]},
     **{"o": ["o_proj"], "up": ["gate_up"], "gate": ["gate_up"], "mlp": ["gate_up", "down_proj"]},
     **{"o_and_separate": ["o_proj", "gate_up"], "o_and_down": ["o_proj", "down_proj"], "all_linear": [*TARGET_NAMES]},
