@@ -115,7 +115,10 @@ def test_folders_are_those_of_single_runs(base: Base, tmp_path: Path, alone: Pat
     for name in four:
         same_folders(tmp_path / "run" / name, alone / name)
     served = " ".join(f"{name}={tmp_path}/run/{name}/peft" for name in four)
-    assert f"--enable-lora --lora-modules {served} --max-lora-rank 16" in ended.outputs[0]
+    (command,) = (line for line in ended.outputs[0].split("\n") if "vllm serve" in line)
+    modules = "qkv_proj o_proj gate_up_proj down_proj"
+    assert f"--enable-lora --max-lora-rank 16 --lora-target-modules {modules} " in command
+    assert command.endswith(f" --max-loras 4 --max-cpu-loras 4 --lora-modules {served}")
     found = table(tmp_path / "run")
     assert {name: (row["state"], row["reason"]) for name, row in found.items()} == {
         name: ("finished", "max_steps") for name in four
