@@ -128,7 +128,8 @@ def test_many_in_one_call(adapters: Path, tmp_path: Path, capsys: pytest.Capture
     given = [str(adapters / "runs/*/adapter"), str(adapters / "plain")]
     assert main(["--adapter", *given, "--output", str(tmp_path / "all")]) == 0
     exported, vllm, resolver, serving = capsys.readouterr().out.splitlines()
-    assert exported == f"exported 3 adapters: {tmp_path / 'all'}" and vllm.startswith("# serve with vLLM 0.26 or later;")
+    assert exported == f"exported 3 adapters: {tmp_path / 'all'}"
+    assert vllm.startswith("# serve with vLLM 0.26 or later;")
     assert "resolver asks for the base that the export names, mine; export with --base_name" in resolver
     modules = " ".join(f"{name}={tmp_path / 'all' / name}" for name in ("lora", "tl6", "plain"))
     assert serving.endswith(f" --max-loras 3 --max-cpu-loras 3 --lora-modules {modules}")
