@@ -116,7 +116,7 @@ def test_a_rank_above_that_of_any_update_is_rejected(method: str) -> None:
 
     for targets in ("qkv", "all", "down_proj"):
         sizes = "down_proj has 11,008 inputs" if targets == "down_proj" else "qkv has 4,096 inputs and 12,288 outputs"
-        with pytest.raises(UserError, match=f"^--rank 4097: {sizes}.*, so no update of it has a rank above 4,096. Give"):
+        with pytest.raises(UserError, match=f"^--rank 4097: {sizes}.*, so no update of it has a rank above 4,096"):
             planned(4097, targets)
         assert planned(4096, targets).adapter.rank == 4096
 
