@@ -73,7 +73,7 @@ def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     _reject_features(file, content)
     chosen, sizes = chosen_modules(file, content, source), modules_of(source.shape.block)
     ranks, rank_notes = read_by_pattern(file, content, ("r", "rank_pattern"), chosen, read_rank)
-    alphas, alpha_notes = read_by_pattern(file, content, ("lora_alpha", "alpha_pattern"), chosen, _read_alpha)
+    alphas, alpha_notes = read_by_pattern(file, content, ("lora_alpha", "alpha_pattern"), chosen, read_alpha)
     stored = StoredTensors(
         "LoRA",
         shared={},
@@ -131,7 +131,8 @@ def _reject_features(file: Path, content: Mapping[str, Any]) -> None:
     reject_other_fields(file, content, kind="LoRA", harmless=_HARMLESS)
 
 
-def _read_alpha(alpha: Any, what: str) -> float:
+def read_alpha(alpha: Any, what: str) -> float:
+    """The alpha that is called `what` in messages. Raises UserError if a native adapter cannot have it."""
     if type(alpha) not in (int, float):
         raise UserError(f"{what} = {shown(alpha)} is not a number")
     if not SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA:

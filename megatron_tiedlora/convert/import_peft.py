@@ -32,9 +32,8 @@ from megatron_tiedlora.checkpoint.native_adapter import (
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
-from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.export_peft import peft_tensors
-from megatron_tiedlora.convert.import_lora import Lora, native_lora, read_lora, trains_apart
+from megatron_tiedlora.convert.import_lora import Lora, native_lora, read_alpha, read_lora, trains_apart
 from megatron_tiedlora.convert.import_vera import read_vera
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, is_peft
 
@@ -107,9 +106,7 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> PeftCo
                 apart = "its vectors are a part of the A and B of a lora here"
         case other:
             raise UserError(f"{file}: peft_type {as_given(other)} is not supported; only LORA and VERA are")
-    if not SMALLEST_ALPHA <= config.alpha <= LARGEST_ALPHA:
-        bounds = f"{SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}"
-        raise UserError(f"{file}: its native alpha {config.alpha:g} is not between {bounds}; scale lora_B instead")
+    read_alpha(config.alpha, f"{file}: its native alpha")
     check_update(config, state, source=folder / WEIGHTS_FILE)
     if apart is not None:
         apart = f"{folder}: {apart}, so training continues differently from PEFT's"
@@ -157,13 +154,11 @@ def _unlike_export(
         found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
     exported = peft_tensors(source, native, rank=rank, dtype=dtype)
     differences = [f"{name} is not in the adapter's export" for name in found if name not in exported]
-    differences += [f"{name} is missing" for name in exported if name not in found]
-    both = [name for name in found if name in exported]
-    differences += [
-        f"{name} differs from the adapter's export"
-        for name in both
-        if not _same_bits(exported[name].float(), found[name])
-    ]
+    for name, tensor in exported.items():
+        if name not in found:
+            differences.append(f"{name} is missing")
+        elif not _same_bits(tensor.float(), found[name]):
+            differences.append(f"{name} differs from the adapter's export")
     return tuple(differences)
 
 

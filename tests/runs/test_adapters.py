@@ -206,7 +206,7 @@ def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, fou
     before, rows_before = {name: times(folder / name) for name in ("a", "b")}, table(folder)
     ended = run(base, folder, adapters=file, resume="auto", prelude=builds_only)
     assert {name: times(folder / name) for name in ("a", "b")} == before and table(folder) == rows_before
-    assert "--enable-lora --lora-modules a=" in ended.outputs[0]
+    assert " --enable-lora " in ended.outputs[0] and " --lora-modules a=" in ended.outputs[0]
     assert state(folder) == ("finished", 6, "2 adapters trained")
 
     written(file, {"a": four["a"], "b": {**longer, "max_steps": 5}, "d": four["d"]})
