@@ -165,6 +165,20 @@ def test_what_is_exported_comes_back(base: Path, tmp_path: Path, method: str, la
     }
 
 
+@pytest.mark.parametrize(("alpha", "exact"), [(1, True), (3, False), (64, True)])
+def test_a_scale_of_its_own_is_in_b(base: Path, tmp_path: Path, alpha: float, exact: bool) -> None:
+    """It makes no B larger, is exact if it is another power of two, and off by half a bit of fp32 otherwise."""
+    options: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": QKV, "alpha_pattern": {"k_proj": alpha}}
+    lora_model(base, **options).save_pretrained(tmp_path)
+    stored, adapter = load_file(tmp_path / WEIGHTS), load_peft_adapter(tmp_path, find_model(str(base)))
+    assert adapter.config.alpha / adapter.config.rank == max(2, alpha / 2)
+    rows = {"q_proj": (slice(0, 48), slice(0, 2), 2), "k_proj": (slice(48, 72), slice(2, 4), alpha / 2)}
+    for module, (of_b, columns, scale) in rows.items():
+        b = stored[f"base_model.model.model.layers.0.self_attn.{module}.lora_B.weight"].double() * scale
+        found = adapter.state["B"][0, of_b, columns].double() * (adapter.config.alpha / adapter.config.rank)
+        assert torch.equal(found, b) if exact or module == "q_proj" else ((found - b) / b).abs().max() <= 2**-24
+
+
 @pytest.mark.parametrize("name", ["ranks_and_alphas", "whole_names"])
 def test_patterns_come_back_from_their_export(base: Path, tmp_path: Path, name: str) -> None:
     """Export has one rank and alpha r, so the scales are in the factors; the update is the one that PEFT computed."""
