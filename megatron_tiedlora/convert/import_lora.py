@@ -84,7 +84,7 @@ def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     )
     factors, _ = read_factors(folder, chosen, stored, source)
     divisor = math.sqrt if content.get("use_rslora") else float
-    lora = {module: Pair(*pair, alphas[module] / divisor(ranks[module])) for module, pair in factors.items()}
+    lora = {key: Pair(a, b, alphas[key] / divisor(ranks[key])) for key, (a, b) in factors.items()}
     return lora, (*rank_notes, *alpha_notes)
 
 

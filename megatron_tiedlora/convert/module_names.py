@@ -55,8 +55,9 @@ def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], s
         UserError: a pattern has other pieces, or they are too long.
     """
     if (length := sum(map(len, patterns))) > _LONGEST_PATTERNS:
-        raise UserError(f"{what}: its patterns have {length:,} characters; at most {_LONGEST_PATTERNS:,} are read")
-    split = {pattern: _split(pattern, what, "Write the names of modules") for pattern in patterns}
+        too_long = f"its patterns have {length:,} characters; at most {_LONGEST_PATTERNS:,} are read"
+        raise UserError(f"{what}: {too_long}. Write endings of names")
+    split = {pattern: _split(pattern, what, "Write endings of names") for pattern in patterns}
 
     def find(name: str) -> str | None:
         positions = _positions(name)

@@ -218,7 +218,7 @@ def test_a_pattern_of_other_pieces_is_not_compiled(
     if name == "exclude_modules" and not pattern:  # PEFT too takes it for none
         assert isinstance(found, NativeAdapter)
     else:
-        instead = "Write the names of modules" if name.endswith("_pattern") else "Write a list of names"
+        instead = "Write endings of names" if name.endswith("_pattern") else "Write a list of names"
         assert isinstance(found, UserError) and instead in str(found)
 
 

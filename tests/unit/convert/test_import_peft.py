@@ -43,14 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --------------------------------------------------------------------------------------------- the same update
 
 Q_AND_V = ["q_proj", "v_proj"]
-QKV = ["q_proj", "k_proj", "v_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-# The first pattern that matches decides: q_proj of layer 1 has rank 3, and those of the others 4.
-PATTERNS: dict[str, Any] = {
-    "target_modules": [*QKV, "down_proj"],
-    "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 3, "q_proj": 4, r"layers\.\d+\.mlp\.down_proj": 6, "v_proj": 2},
-    "alpha_pattern": {"q_proj|v_proj": 11, r".*\.(0|2)\.mlp\..*": 0.7},
-}
 # name: options of PEFT's LoraConfig, layers and rank of the native adapter
 OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
     "q_v": ({"r": 3, "lora_alpha": 5, "target_modules": Q_AND_V}, (1, 2, 3), 6),
@@ -75,27 +68,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
     "o_and_down": ({"r": 3, "lora_alpha": 5, "target_modules": ["down_proj", "o_proj"]}, (1, 2, 3), 3),
     "o_and_separate": ({"r": 2, "target_modules": ["o_proj", "gate_proj", "up_proj"]}, (1, 2, 3), 4),  # o_proj padded
     "all_linear": ({"r": 2, "lora_alpha": 5, "target_modules": "all-linear"}, (1, 2, 3), 6),
-    # of q, k and v with a rank and an alpha each: the sum of their ranks; of o_proj the largest rank of a layer
-    "ranks": ({"r": 3, "rank_pattern": {"q_proj": 5, "k_proj": 1}, "target_modules": QKV}, (1, 2, 3), 9),
-    "alphas": ({"r": 3, "alpha_pattern": {"k_proj": 7, "v_proj": 0.1}, "target_modules": QKV}, (1, 2, 3), 9),
-    "ranks_and_alphas": ({"r": 2, "lora_alpha": 5, "use_rslora": False, **PATTERNS}, (1, 2, 3), 8),
-    "ranks_and_alphas_rslora": ({"r": 2, "lora_alpha": 5, "use_rslora": True, **PATTERNS}, (1, 2, 3), 8),
-    "rank_of_a_layer": ({"r": 2, "rank_pattern": {r"layers\.1\..*": 7}, "target_modules": ["o_proj"]}, (1, 2, 3), 7),
-    "whole_names": (
-        {
-            **{"r": 2, "target_modules": "all-linear"},
-            "rank_pattern": {"model.layers.2.mlp.up_proj": 6, "mlp.down_proj": 1, "^q_proj": 9, "proj": 9},
-            "alpha_pattern": {r".*\.0\.self_attn\.(k|v)_proj$": 3, "model.layers.0.self_attn.v_proj": 8},
-        },
-        (1, 2, 3),
-        8,
-    ),
     # q of layer 1, up of layer 2, down of layer 3: one module a linear, so nothing is block-diagonal
     "one_a_layer": ({"r": 2, "target_modules": r".*layers\.(0\..*q_proj|1\..*up_proj|2\..*down_proj)"}, (1, 2, 3), 2),
 }
 TARGETS = {  # of the native adapter, where it is not qkv alone
-    **{"ranks_and_alphas": ["qkv", "down_proj"], "ranks_and_alphas_rslora": ["qkv", "down_proj"]},
-    **{"rank_of_a_layer": ["o_proj"], "whole_names": [*TARGET_NAMES]},
     **{"o": ["o_proj"], "up": ["gate_up"], "gate": ["gate_up"], "mlp": ["gate_up", "down_proj"]},
     **{"o_and_separate": ["o_proj", "gate_up"], "o_and_down": ["o_proj", "down_proj"], "all_linear": [*TARGET_NAMES]},
     "one_a_layer": ["qkv", "gate_up", "down_proj"],
@@ -143,9 +119,6 @@ def test_which_adapters_train_on_as_peft_s(base: Path, tmp_path: Path) -> None:
     assert not trains_as_peft("half", {"k_proj": "q_proj", "v_proj": "q_proj"}, target_modules="all-linear")
     assert not trains_as_peft("q", {}, target_modules=["q_proj"])
     assert not trains_as_peft("two", {"v_proj": "q_proj"}, target_modules=["q_proj", "v_proj"])
-    of_layer: dict[str, Any] = {"target_modules": ["o_proj"], "rank_pattern": {r".*\.1\..*": 4}}
-    assert not trains_as_peft("scales", {}, **of_layer)
-    assert trains_as_peft("one scale", {}, **of_layer, lora_alpha=1, alpha_pattern={r".*\.1\..*": 2})
 
 
 @pytest.mark.parametrize("method", ["lora", "tl6"])
@@ -163,43 +136,6 @@ def test_what_is_exported_comes_back(base: Path, tmp_path: Path, method: str, la
     assert {name: (t.shape, t.dtype) for name, t in back.state.items()} == {
         name: (back.config.shape(name), torch.float32) for name in "ABuv"
     }
-
-
-@pytest.mark.parametrize(("alpha", "exact"), [(1, True), (3, False), (64, True)])
-def test_a_scale_of_its_own_is_in_b(base: Path, tmp_path: Path, alpha: float, exact: bool) -> None:
-    """It makes no B larger, is exact if it is another power of two, and off by half a bit of fp32 otherwise."""
-    options: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": QKV, "alpha_pattern": {"k_proj": alpha}}
-    lora_model(base, **options).save_pretrained(tmp_path)
-    stored, adapter = load_file(tmp_path / WEIGHTS), load_peft_adapter(tmp_path, find_model(str(base)))
-    assert adapter.config.alpha / adapter.config.rank == max(2, alpha / 2)
-    rows = {"q_proj": (slice(0, 48), slice(0, 2), 2), "k_proj": (slice(48, 72), slice(2, 4), alpha / 2)}
-    for module, (of_b, columns, scale) in rows.items():
-        b = stored[f"base_model.model.model.layers.0.self_attn.{module}.lora_B.weight"].double() * scale
-        found = adapter.state["B"][0, of_b, columns].double() * (adapter.config.alpha / adapter.config.rank)
-        assert torch.equal(found, b) if exact or module == "q_proj" else ((found - b) / b).abs().max() <= 2**-24
-
-
-@pytest.mark.parametrize("name", ["ranks_and_alphas", "whole_names"])
-def test_patterns_come_back_from_their_export(base: Path, tmp_path: Path, name: str) -> None:
-    """Export has one rank and alpha r, so the scales are in the factors; the update is the one that PEFT computed."""
-    peft = lora_model(base, **OPTIONS[name][0])
-    peft.save_pretrained(tmp_path / "peft")
-    source = find_model(str(base))
-    native = load_peft_adapter(tmp_path / "peft", source)
-    export_peft(source, native, tmp_path / "exported")
-    back = load_peft_adapter(tmp_path / "exported", source)
-    assert back.config.rank == native.config.rank
-    expected = {
-        f"{key.removeprefix('base_model.model.')}.weight": module.get_delta_weight("default")
-        for key, module in peft.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
-    found = {}
-    for rule, a, b in back.updates(source.shape):
-        found |= rule.by_stored_tensor(b @ a)
-    assert {key for key, update in found.items() if update.any()} == set(expected)
-    for key, update in expected.items():
-        torch.testing.assert_close(found[key], update.detach(), rtol=1e-5, atol=1e-6, msg=key)
 
 
 @pytest.mark.parametrize("method", ["lora", "tl6"])
@@ -228,9 +164,8 @@ def test_a_fused_projection_is_one_module(tmp_path: Path, method: str, layers: t
         assert share(ours, logits_of(peft)) > 0.01  # the update is there
 
 
-@pytest.mark.parametrize("name", ["q_v", "ranks_and_alphas", "ranks_and_alphas_rslora", "whole_names"])
-def test_it_merges_as_a_native_adapter(base: Path, tmp_path: Path, name: str) -> None:
-    peft = lora_model(base, **OPTIONS[name][0])
+def test_it_merges_as_a_native_adapter(base: Path, tmp_path: Path) -> None:
+    peft = lora_model(base, r=3, lora_alpha=5, target_modules=Q_AND_V)
     peft.save_pretrained(tmp_path / "peft")
     source = find_model(str(base))
     merge_adapter(source, load_peft_adapter(tmp_path / "peft", source), tmp_path / "merged")
@@ -268,17 +203,6 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"bias": "lora_only"}, "bias = 'lora_only' trains biases"),
         ({"lora_bias": True}, "lora_bias = True is not a plain LoRA"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not a plain LoRA"),
-        ({"rank_pattern": ["q_proj"]}, r"rank_pattern = \['q_proj'\] is not an object {pattern: value}; leave it out"),
-        ({"rank_pattern": {"q_proj": -8}}, "rank_pattern: 'q_proj' = -8 is not an integer from 1 to 1,048,576"),
-        ({"rank_pattern": {"q_proj": 8.0}}, "rank_pattern: 'q_proj' = 8.0 is not an integer"),
-        ({"rank_pattern": {"nothing": True}}, "rank_pattern: 'nothing' = True is not an integer"),
-        ({"rank_pattern": {"(.*)*!": 8}}, r"rank_pattern: the pattern '\(\.\*\)\*!' is not read; .* Write the names"),
-        ({"rank_pattern": {"q_proj)(": 8}}, r"rank_pattern: the pattern 'q_proj\)\(' is not read"),
-        ({"rank_pattern": {f"{n}.{'q' * 900}": 8 for n in range(60)}}, "rank_pattern: its patterns have 54,"),
-        ({"alpha_pattern": 8}, "alpha_pattern = 8 is not an object"),
-        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern: 'q_proj' = '8' is not a number"),
-        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern: 'q_proj' = 0 is not between"),
-        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern: 'q_proj' = nan is not between"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication = "),
         ({"trainable_token_indices": [1]}, "trainable_token_indices = "),
         ({"a_field_to_come": 1}, "a_field_to_come = 1 is not a plain LoRA"),
@@ -331,23 +255,6 @@ def test_tensors_that_do_not_fit_are_refused(
 ) -> None:
     folder = with_tensors(plain, tmp_path / "adapter", changes)
     assert re.match(rf"{re.escape(WEIGHTS)}: {said}", rejection(base, folder))
-
-
-def test_patterns_that_do_not_fit_the_tensors(base: Path, plain: Path, tmp_path: Path) -> None:
-    """A rank that the tensors do not have is an error; a pattern that matches no module has no effect, as in PEFT."""
-    other = with_fields(plain, tmp_path / "other", {"rank_pattern": {"v_proj": 2}})
-    said = r"\S*v_proj\.lora_A\.weight has shape \(3, 32\), but with its rank in \S* and .* it must be \(2, 32\); give"
-    assert re.match(rf"{re.escape(WEIGHTS)}: {said}", rejection(base, other))
-    unused = {"rank_pattern": {"q_pro": 2, "q_proj": 3}, "alpha_pattern": {"lm_head": 2, "v_proj": 5, r".*\.v_proj": 7}}
-    folder, said_then = with_fields(plain, tmp_path / "unused", unused), list[str]()
-    found = load_peft_adapter(folder, find_model(str(base)), say=said_then.append)
-    assert said_then == [
-        f"{folder / CONFIG}: rank_pattern: ['q_pro'] decides for no adapted module",
-        f"{folder / CONFIG}: alpha_pattern: ['lm_head', '.*\\\\.v_proj'] decides for no adapted module",
-    ]
-    expected = load_peft_adapter(plain, find_model(str(base)))
-    assert found.config == expected.config
-    assert all(torch.equal(found.state[name], tensor) for name, tensor in expected.state.items())
 
 
 def test_folders_that_hold_no_peft_adapter(base: Path, plain: Path, tmp_path: Path) -> None:
