@@ -88,7 +88,7 @@ def read_by_pattern(
     read: Callable[[Any, str], T],
 ) -> tuple[dict[Module, T], tuple[str, ...]]:
     """The value that PEFT takes for each chosen module: that of the first pattern that matches its name or an ending of
-    it. Also returns a note if a pattern decides for no module.
+    it, in the order of the file (PEFT sorts them as it saves). Also returns a note if a pattern decides for no module.
 
     Args:
         fields: names of the value for all other modules, and of the object {pattern: value}.
