@@ -145,7 +145,7 @@ def _data(plan: RunPlan, data: RunData) -> list[str]:
         )
     lines.append(f"  the run sees the training part {epochs_of(plan.settings, len(data.train)):.2f} times")
     lines += (f"  {line}" for line in data.notes)
-    return [*lines, *(f"  warning: {warning}" for warning in data.warnings(plan.settings))]
+    return [*lines, *(f"  warning: {warning}" for warning in data.warnings(plan))]
 
 
 def sample_lines(plan: RunPlan, data: RunData) -> list[str]:

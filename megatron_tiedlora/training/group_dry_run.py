@@ -138,7 +138,7 @@ def _data(group: GroupPlan, data: Data) -> list[list[str]]:
         passes = f"{epochs_of(settings, len(train)):.2f}"
         rows.append([name, settings.task, *(f"{number:,}" for number in numbers), passes])
         notes += [f"  {name}: {note}" for note in own.notes]
-        notes += [f"  warning: {name}: {warning}" for warning in own.warnings(settings)]
+        notes += [f"  warning: {name}: {warning}" for warning in own.warnings(group.plans[name])]
     header = ("adapter", "task", "samples", "tokens", "supervised", "longest", "cut", "validation", "passes")
     return [
         [

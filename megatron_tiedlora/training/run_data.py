@@ -75,9 +75,9 @@ class RunData:
                 )
         return lines
 
-    def warnings(self, settings: Settings) -> list[str]:
+    def warnings(self, plan: RunPlan) -> list[str]:
         """What a user probably does not want."""
-        found = length_warnings(settings, self.train)
+        found = [*length_warnings(plan.settings, self.train), *plan.rank_excess]
         if self.parts.unended:
             ends = self.tokenizer.eos_token
             found.append(

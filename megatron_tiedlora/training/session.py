@@ -287,5 +287,5 @@ def headline(
     if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
         notes.append(over)
     lines.append(f"run folder {folder.path}{_start(plan, checkpoint)}")
-    warnings = data.warnings(settings)
+    warnings = data.warnings(plan)
     return [*lines, *(f"note       {note}" for note in notes), *(f"warning    {warning}" for warning in warnings)]

@@ -25,7 +25,7 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.launch_settings import parse_launch
 from megatron_tiedlora.config.plan_settings import FORMAT_NAMES, parse_plan
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.convert.serving import serve_hints
+from megatron_tiedlora.convert.serving import Export, serve_hints
 from megatron_tiedlora.planner.report import make_plan
 from megatron_tiedlora.planning.cards import GPUS
 from megatron_tiedlora.training.plan import plan_run
@@ -123,7 +123,8 @@ def test_every_command_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "export": lambda words: export.parser().parse_known_names(words),
         "verify": lambda words: verify.parser().parse_known_names(words),
     }
-    hints = serve_hints(Path("runs/seven/peft-16"), "/shared/llama2-7b", 16, find_model("llama2-7b").shape, ["qkv"])
+    exported = {"tied": Export(Path("runs/seven/peft-16"), 16, ["qkv"])}
+    hints = serve_hints(exported, "/shared/llama2-7b", find_model("llama2-7b").shape)
     seen = set()
     for command in COMMANDS:
         words = words_of(command, str(shared))

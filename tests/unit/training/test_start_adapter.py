@@ -119,7 +119,7 @@ def test_what_is_no_adapter_of_this_model_is_rejected(folder: Path, tmp_path: Pa
         "run": r"--init_from .*run: this is a run folder; give .*run/adapter",
         "other": r"--init_from .*other: this is a model folder",
         "native": r"--init_from .*native: trained on .*other with num_key_value_heads 4, but .*model has 2",
-        "peft": r"adapter_model.safetensors: \S* has shape \(32, 2\), but with r and .*model it must be \(16, 2\)",
+        "peft": r"adapter_model.safetensors: \S* has shape \(32, 2\), but with its rank .*model it must be \(16, 2\)",
     }.items():
         with pytest.raises(UserError, match=said):
             plan_of(folder, init_from=tmp_path / name)
