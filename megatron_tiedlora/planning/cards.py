@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
+
 from megatron_tiedlora.config.settings import GPU_NAMES
+from megatron_tiedlora.model.fused_attention import CANDIDATES
 from megatron_tiedlora.planning.machines import CONSTANTS, Constant, Machine
 
 # Dense bf16 TFLOP/s (half of the rate with sparsity) from the vendor's data sheets, by words of the device's name. The
@@ -38,6 +41,37 @@ _REPORTED = "0.3 to 0.7 GB on hosts with NVLink, as users report (NVIDIA/nccl is
 _LAUNCHES = "counted without a GPU: about 1 ms of the host's time per block, forward and backward (docs/gpu_log.md)"
 _RESERVED = "counted without a GPU: 1.01 to 1.07 of the allocated bytes are reserved (docs/gpu_log.md)"
 _CAPACITY = "total capacity in PyTorch's messages on this card"
+_UNFUSED = "counted: eager kernels that find the largest number, divide, limit and store"
+
+
+def _of_paper(share: float, ahead: int, back: int) -> Constant:
+    rates = f"{ahead} TFLOP/s forward with a causal mask, {back} backward without one, which is faster than with one"
+    counted = "a kernel computes 5 matmuls backward, of which a plan counts 4"
+    return Constant(share, f"FlashAttention-3's paper, H100, heads of 128, 4,096 tokens: {rates}; {counted}")
+
+
+# Of the peak in bf16, forward and backward pass together, by compute capability and by the names of CANDIDATES.
+_HOPPER = {
+    "FlashAttention 3": _of_paper(0.45, 579, 542),
+    "PyTorch's flash kernel": _of_paper(0.26, 319, 310),  # which is FlashAttention 2
+}
+ATTENTION: Mapping[tuple[int, int], Mapping[str, Constant]] = {
+    (8, 0): {"PyTorch's flash kernel": Constant(0.55, "FlashAttention-2's paper: 0.5 to 0.73 on A100")},
+    (9, 0): _HOPPER,
+    (10, 0): {"PyTorch's flash kernel": Constant(0.26, f"{_ASSUMED}: the share on H100; it may be less")},
+}
+CUDNN_ATTENTION = _of_paper(0.41, 518, 499)  # of NVIDIA's own published rates; a run does not use it
+
+
+def default_attention(capability: tuple[int, int]) -> str:
+    """The attention kernel of a run in bf16 on such a card where nothing but PyTorch is installed."""
+    return next(c.name for c in CANDIDATES if not (c.is_library or c.unfit(capability, torch.bfloat16, 128)))
+
+
+def attention_of(machine: Machine) -> str | None:
+    """The kernel whose share of the peak a machine has; None if that was measured, or the machine is a CPU."""
+    known = {} if machine.capability is None else ATTENTION.get(machine.capability, {})
+    return next((name for name, share in known.items() if share == machine.constants["attention.bf16"]), None)
 
 
 def listed_peak(name: str) -> float | None:
@@ -80,7 +114,7 @@ def _card(
         "matmul.bf16": (0.72, f"{_ASSUMED}: what large matmuls in bf16 reach; published training is 10 to 20 % slower"),
         "matmul.fp8": (FP8_SHARE, of_fp8),
         "matmul.fp32": (0.8, _ASSUMED),
-        "attention.bf16": (0.55, f"{_ASSUMED}: forward and backward pass of fused kernels together"),
+        "attention.bf16": ATTENTION[capability][default_attention(capability)],
         "attention.fp32": (0.4, _ASSUMED),
         "weights.bf16": (0.0, "while it computes"),
         "weights.fp32": (0.0, "while it computes"),
@@ -91,6 +125,8 @@ def _card(
         "dequantise.nf4": (0.0, "by its bytes"),
         "dequantise.int8": (0.0, "by its bytes"),
         "dequantise.fp8": (0.0, "by its bytes"),
+        "round.forward": (35.0, _UNFUSED),
+        "round.backward": (49.0, f"{_UNFUSED}; the weight's scales are multiplied in first"),
         "node_bandwidth": (link * 1e9, _SHEET),
         "node_link": (0.8, _LINK),
         "network_bandwidth": (network * 1e9, _SHEET),
@@ -107,7 +143,7 @@ def _card(
     return Machine(name, device, True, {key: Constant(*value) for key, value in values.items()}, capability)
 
 
-FP8_SHARE = 0.53
+FP8_SHARE = 0.56
 
 _CARDS = (
     _card("a100-80", "A100 80GB", gib=79.1, fp8=0, fp32=19.5, bandwidth=2039, link=300, network=25, capability=(8, 0)),
@@ -151,6 +187,8 @@ _CPU: dict[str, float] = {
     "dequantise.nf4": 3.1e9,
     "dequantise.int8": 1.9e9,
     "dequantise.fp8": 0.75e9,
+    "round.forward": 0.0,
+    "round.backward": 0.0,
     "node_bandwidth": 0.8e9,
     "node_link": 1.0,
     "message": 0.46e-3,
