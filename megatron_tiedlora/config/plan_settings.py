@@ -73,8 +73,10 @@ class PlanSettings(CommandSettings):
         "cluster", "measure the constants of this machine, write them to this file (-: print them), and plan nothing"
     )
     measure_seconds: float = setting_field("cluster", "about how long --measure takes", 60.0, gt=0, le=3600)
-    formats: tuple[str, ...] = setting_field(
-        "cluster", f"storage formats of the base that are compared: some of {', '.join(FORMAT_NAMES)}", FORMAT_NAMES
+    formats: tuple[str, ...] | None = optional_field(
+        "cluster",
+        f"storage formats of the base to choose from: some of {', '.join(FORMAT_NAMES)} [16 bits or that of --base;"
+        " what others would gain is said]",
     )
 
     top: int = setting_field("shown", "rows of the table; 0 for all", 20, ge=0)

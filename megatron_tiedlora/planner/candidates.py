@@ -45,6 +45,11 @@ class Storage(NamedTuple):
             return self.base or UNQUANTISED
         return "fp8-transposed" if self.keep_transposed else "fp8-products"
 
+    @property
+    def num_changes(self) -> int:
+        """How many of the three flags differ from a run in 16 bits."""
+        return sum(map(bool, self))
+
 
 STORAGES = (Storage(), *map(Storage, BASE_NAMES), Storage("fp8", "fp8"), Storage("fp8", "fp8", True))
 
@@ -104,7 +109,7 @@ class Candidate:
             "ds_config": self.engine_file,
             "base": self.storage.base,
             "products": self.storage.products,
-            "keep_transposed": self.storage.keep_transposed,
+            "keep_transposed": self.storage.keep_transposed or None,
         }
         return {name: value for name, value in chosen.items() if value is not None}
 
@@ -116,11 +121,13 @@ class Search:
     Attributes:
         candidates: the layouts that a run accepts.
         refused: by what a run says of it, the number of the other layouts.
+        ranked: the storage formats to choose from; candidates in others only show what these would gain.
     """
 
     run: PlannedRun
     candidates: tuple[Candidate, ...]
     refused: Counter[str]
+    ranked: tuple[Storage, ...]
 
     @property
     def enumerated(self) -> int:
@@ -193,20 +200,21 @@ def search(
     """Enumerate all layouts of the settings on a cluster.
 
     Args:
-        formats: names of the storage formats that are compared; None for all.
+        formats: names of the storage formats to choose from; None for the first of all, which changes least.
 
     Raises:
         UserError: no layout is accepted, or the data cannot be read; the words are those of a run.
     """
     run, refused = PlannedRun(settings, source, cluster.machine.on_gpu), Counter[str]()
     choices, accepted = _Choices(run, _compared(settings, source, formats)), list[_Accepted]()
+    storages = choices.chosen_storages
     for tp_size, pp_size in choices.grids(cluster.world_size):
         dp_size = cluster.world_size // (tp_size * pp_size)
         rows, sequences = choices.rows(max(dp_size, 1)), choices.sequences(tp_size)
         variants = (rows, sequences, choices.recomputes)
         number = len(rows) * len(sequences) * len(choices.recomputes)
         for engine_file in choices.engine_files:
-            for storage in choices.chosen_storages:
+            for storage in storages:
                 try:
                     if not choices._given("tensor_parallel"):
                         _check_in_node(tp_size, cluster)
@@ -223,7 +231,7 @@ def search(
         for one in accepted
         for variant in run.variants(one.plans, *one.variants)
     )
-    return Search(run, tuple(found), refused)
+    return Search(run, tuple(found), refused, storages if formats is not None else storages[:1])
 
 
 def _compared(settings: Settings, source: ModelSource, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:

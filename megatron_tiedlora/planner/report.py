@@ -45,7 +45,7 @@ class Made:
 
     def row(self, name: str, *, flag: str) -> Priced:
         """The layout of a name. Raises UserError, with the nearest one."""
-        rows = {row.name: row for row in (*self.plan.rows, *self.plan.others)}
+        rows = {row.name: row for row in self.plan.all_rows}
         if name not in rows:
             raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}; names are those of the table")
         return rows[name]
@@ -200,7 +200,7 @@ def report_record(made: Made) -> dict[str, Any]:
         "refused": dict(plan.search.refused.most_common()),
         "hints": hint_lines(plan),
         "chosen": None if made.chosen is None else _chosen_record(made, made.chosen),
-        "layouts": [record_of(row, plan) for row in (*plan.rows, *plan.others)],
+        "layouts": [record_of(row, plan) for row in plan.all_rows],
     }
 
 

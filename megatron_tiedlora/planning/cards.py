@@ -60,6 +60,7 @@ ATTENTION: Mapping[tuple[int, int], Mapping[str, Constant]] = {
     (9, 0): _HOPPER,
     (10, 0): {"PyTorch's flash kernel": Constant(0.26, f"{_ASSUMED}: the share on H100; it may be less")},
 }
+NF4_WITHOUT_LIBRARY = 47.0  # bytes that eager kernels move for a weight, where bitsandbytes is not installed
 CUDNN_ATTENTION = _of_paper(0.41, 518, 499)  # of NVIDIA's own published rates; a run does not use it
 
 
