@@ -141,7 +141,7 @@ def test_presets_need_no_files(tmp_path: Path) -> None:
     assert [row["adapter"] for row in table(text, "3 adapters: ")] == ["a", "b", "c"]
     (memory,) = stage_table(text, "bytes per rank")
     assert memory["base weights"] == "17.25 GB" and "one more adapter\n  like c: " in text
-    assert "counted from data" in text and "no tokenizer" in text
+    assert "counted from data" in text and "give a model folder to count them" in text
 
 
 @pytest.mark.parametrize(
