@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bytes_touched import BytesTouched
+from folders import ROOT
 from planned import H100, changed, searched, short, the_only
 
 from megatron_tiedlora.commands import plan as command
@@ -103,6 +104,15 @@ def test_attention_is_that_of_a_default_installation() -> None:
     assert H100["attention.bf16"] == GPUS["h200"]["attention.bf16"] == 0.26
     assert "FlashAttention-3's paper, H100" in H100.constants["attention.bf16"].source
     assert attention_of(changed(H100, attention__bf16=0.26)) is None  # measured: nobody knows by which kernel
+
+
+def test_the_words_about_7b_are_those_of_its_plans() -> None:
+    text = " ".join((ROOT / "docs" / "planning.md").read_text().split())
+    plain = fastest("llama2-7b", 32, "--formats=none")
+    faster = fastest("llama2-7b", 32, "--formats=none", machine=changed(H100, attention__bf16=0.45))
+    rates = [f"{row.tokens_per_second:,.0f}" for row in (plain, faster, fastest("llama2-7b", 32, FP8))]
+    assert f"7B on one card {rates[1]} tokens/s instead of {rates[0]}" in text
+    assert f"in fp8 ({rates[2]} tokens/s planned) than in bf16 ({rates[0]})" in text
 
 
 @pytest.mark.parametrize(

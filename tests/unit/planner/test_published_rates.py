@@ -1,7 +1,8 @@
 """Published rates of LoRA on 8 H100, by the time model with one number fitted to them: the share of the peak in fp8.
 
 Sources: NeMo's performance summary 24.12 (7B, 13B; 70B 2,621), Megatron-Bridge 26.06 (70B 2,643), MLPerf Training's
-llama2_70b_lora (27.9 minutes on 8 H100). docs/planning.md says what this does not prove.
+llama2_70b_lora (27.9 minutes on 8 H100). Attention and rounding are planned as NVIDIA's code has them. docs/planning.md
+says what this does not prove.
 
     make test PYTEST_ARGS=-s TESTS=tests/unit/planner/test_published_rates.py
 """
