@@ -153,25 +153,16 @@ class Candidate:
         """The function. PyTorch's kernels obey torch.use_deterministic_algorithms instead of the argument."""
         return _from_library(self.kernel, deterministic) if isinstance(self.kernel, str) else self.kernel
 
-    @property
-    def is_library(self) -> bool:
-        """Whether it must be installed beside PyTorch."""
-        return isinstance(self.kernel, str)
-
     def obstacle(self, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
         """Why it cannot run, in words that follow its name; None if it can."""
-        if unfit := self.unfit(capability, dtype, head_dim):
-            return unfit
-        return "is not installed" if isinstance(self.kernel, str) and find_spec(self.kernel) is None else None
-
-    def unfit(self, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
-        """The same of the card and the model, whatever is installed."""
         if dtype not in self.min_capability:
             return f"has no {str(dtype).removeprefix('torch.')}"
         if capability < self.min_capability[dtype] or (self.below is not None and capability >= self.below):
             return f"is not for compute capability {capability[0]}.{capability[1]}"
         if self.max_head_dim is not None and head_dim > self.max_head_dim:
             return f"has no heads of {head_dim}"
+        if isinstance(self.kernel, str) and find_spec(self.kernel) is None:
+            return "is not installed"
         return None
 
 

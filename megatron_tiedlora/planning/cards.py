@@ -66,7 +66,8 @@ CUDNN_ATTENTION = _of_paper(0.41, 518, 499)  # of NVIDIA's own published rates; 
 
 def default_attention(capability: tuple[int, int]) -> str:
     """The attention kernel of a run in bf16 on such a card where nothing but PyTorch is installed."""
-    return next(c.name for c in CANDIDATES if not (c.is_library or c.unfit(capability, torch.bfloat16, 128)))
+    of_torch = (candidate for candidate in CANDIDATES if callable(candidate.kernel))
+    return next(one.name for one in of_torch if one.obstacle(capability, torch.bfloat16, 128) is None)
 
 
 def attention_of(machine: Machine) -> str | None:

@@ -248,7 +248,7 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
         alike[len(step.stages), len(step.batches)].append(index)
     for (num_stages, num_micro_batches), indices in alike.items():
         order = one_f_one_b(num_stages, num_micro_batches)
-        spans = simulate(order, _costs([steps[index] for index in indices])).seconds
+        spans = simulate(order, _costs([steps[index] for index in indices]))
         for index, span in zip(indices, spans.tolist(), strict=True):
             found[index] = _by_purpose(steps[index], span)
     return found

@@ -98,9 +98,9 @@ def test_attention_is_that_of_a_default_installation() -> None:
         assert card.capability is not None
         name = attention_of(card)
         assert name == default_attention(card.capability) == "PyTorch's flash kernel"
-        assert not names[name].is_library and set(ATTENTION[card.capability]) <= set(names)
+        assert callable(names[name].kernel) and set(ATTENTION[card.capability]) <= set(names)
         for kernel in ATTENTION[card.capability]:
-            assert names[kernel].unfit(card.capability, torch.bfloat16, 128) is None
+            assert names[kernel].obstacle(card.capability, torch.bfloat16, 128) in (None, "is not installed")
     assert H100["attention.bf16"] == GPUS["h200"]["attention.bf16"] == 0.26
     assert "FlashAttention-3's paper, H100" in H100.constants["attention.bf16"].source
     assert attention_of(changed(H100, attention__bf16=0.26)) is None  # measured: nobody knows by which kernel
