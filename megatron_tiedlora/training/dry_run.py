@@ -42,7 +42,8 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> Report:
     plan = plan if data is None else plan.counted(len(data.train))
     first = FirstStep(plan, plan.layout, data)
     memories = [first.largest.memory(stage, plan.machine) for stage in plan.stages]
-    sections = [_parameters(plan), partition_lines(plan.stages), _memory(first, memories), _messages(first)]
+    sections = [_parameters(plan), partition_lines(plan.stages), _memory(first, memories)]
+    sections += [message_lines(plan.stages, first, with_data=data is not None)]
     sections += [*speed_lines(first, plan.stages, plan), _batches(first)]
     sections += [no_data_lines(plan)] if data is None else [_data(plan, data), sample_lines(plan, data)]
     return Report.of(sections, fits=fits(memories, plan))
@@ -89,13 +90,6 @@ def _decoding(plan: RunPlan, data: RunData) -> list[str]:
         f"  decoding: up to {bytes_in_words(size)} of keys and values for {batch} prompts of up to {longest} tokens"
         f" with {plan.max_new_tokens} new ones (--eval_batch_size, --max_new_tokens)"
     ]
-
-
-def _messages(first: FirstStep) -> list[str]:
-    of = "step 1's samples on data-parallel rank 0"
-    if first.data is None:
-        of = f"samples of {first.layout.length:,} tokens, all supervised"
-    return message_lines(first.plan.stages, first.batches, of=of)
 
 
 def _batches(first: FirstStep) -> list[str]:

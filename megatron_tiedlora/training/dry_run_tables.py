@@ -21,7 +21,6 @@ from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import StagePlan
 from megatron_tiedlora.planning.step_time import planned_seconds
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes, step_traffic
-from megatron_tiedlora.planning.work import Batches
 from megatron_tiedlora.training.first_step import FirstStep
 from megatron_tiedlora.training.group_plan import GroupPlan
 from megatron_tiedlora.training.plan import RunPlan
@@ -210,14 +209,11 @@ def _engine_line(stage: StagePlan) -> list[str]:
     ]
 
 
-def message_lines(stages: Stages, batches: Batches, *, of: str) -> list[str]:
-    """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.traffic counts.
-
-    Args:
-        batches: the micro-batches of a rank.
-        of: what they are of, in words.
-    """
-    layout, micro_batches = stages[0].layout, batches.shapes
+def message_lines(stages: Stages, first: FirstStep | GroupPlan, *, with_data: bool) -> list[str]:
+    """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.traffic counts."""
+    layout, micro_batches = stages[0].layout, first.batches.shapes
+    of = "step 1's samples on data-parallel rank 0"
+    of = of if with_data else f"samples of {layout.length:,} tokens, all supervised"
     lines = [f"messages and bytes per step and rank: {of}"]
     if layout.world_size == 1:
         return [*lines, "  none: one rank sends nothing"]

@@ -43,7 +43,8 @@ def group_report(settings: Settings, *, launched_ranks: int = 1) -> Report:
     group = first_step_of(plans, data, shares=shares)
     peaks = [group.largest.memory(stage, group.shared.machine) for stage in group.stages]
     sections = [_adapters(group), partition_lines(group.stages), _memory(group, peaks), _one_more(group)]
-    sections += [_messages(group, data), *speed_lines(group, group.stages, group.shared), _batches(group, data)]
+    sections += [message_lines(group.stages, group, with_data=bool(data))]
+    sections += [*speed_lines(group, group.stages, group.shared), _batches(group, data)]
     sections += [*_data(group, data), *_samples(group, data)]
     return Report.of(sections, fits=fits(peaks, group.shared))
 
@@ -106,13 +107,6 @@ def _one_more(group: GroupPlan) -> list[str]:
     if added > _own_bytes(group, number):
         line += "; the rest are its factors, and tokens where micro-batches have room for more"
     return ["one more adapter", line]
-
-
-def _messages(group: GroupPlan, data: Data) -> list[str]:
-    of = "step 1's samples on data-parallel rank 0"
-    if not data:
-        of = f"samples of {group.layout.length:,} tokens, all supervised"
-    return message_lines(group.stages, group.batches, of=of)
 
 
 def _batches(group: GroupPlan, data: Data) -> list[str]:
