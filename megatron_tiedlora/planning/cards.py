@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
+from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.config.settings import GPU_NAMES
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 from megatron_tiedlora.planning.machines import CONSTANTS, Constant, Machine
@@ -34,7 +35,6 @@ _DATA_SHEETS: tuple[tuple[frozenset[str], float], ...] = (
 _SHEET = "data sheet"
 _FITTED = "fitted to three published rates of LoRA in fp8 on H100 (docs/planning.md)"
 _ASSUMED = "assumed, not measured"
-_AS_H100 = "as on H100, where it is fitted"
 _LINK = "assumed: NCCL's bus bandwidth on such nodes is 75 to 85 % of the link"
 _NETWORK = "assumed: 90 % of the network card"
 _REPORTED = "0.3 to 0.7 GB on hosts with NVLink, as users report (NVIDIA/nccl issues 864 and 964)"
@@ -95,7 +95,6 @@ def _card(
     link: float,
     network: float,
     capability: tuple[int, int],
-    of_fp8: str = _AS_H100,
 ) -> Machine:
     """A preset: a data-centre card in a node with a fast link among its cards, and a network card for each.
 
@@ -104,7 +103,6 @@ def _card(
         gib: its memory in GiB.
         fp8, fp32: further peaks in TFLOP/s; 0 if it has no such matmuls.
         bandwidth, link, network: GB/s of its memory, of its link in the node and of its network card, in one direction.
-        of_fp8: source of the share of the peak in fp8.
     """
     peak = listed_peak(device)
     assert peak is not None, "a preset's card has a data sheet"
@@ -114,19 +112,14 @@ def _card(
         "peak.fp8": (fp8 * 1e12, _SHEET),
         "peak.fp32": (fp32 * 1e12, _SHEET),
         "matmul.bf16": (0.72, f"{_ASSUMED}: what large matmuls in bf16 reach; published training is 10 to 20 % slower"),
-        "matmul.fp8": (FP8_SHARE, of_fp8),
+        "matmul.fp8": (FP8_SHARE, _FITTED),
         "matmul.fp32": (0.8, _ASSUMED),
         "attention.bf16": ATTENTION[capability][default_attention(capability)],
         "attention.fp32": (0.4, _ASSUMED),
-        "weights.bf16": (0.0, "while it computes"),
-        "weights.fp32": (0.0, "while it computes"),
-        "queries.bf16": (0.0, "while it computes"),
-        "queries.fp32": (0.0, "while it computes"),
+        **dict.fromkeys(("weights.bf16", "weights.fp32", "queries.bf16", "queries.fp32"), (0.0, "while it computes")),
         "bandwidth": (bandwidth * 1e9, _SHEET),
         "elementwise": (0.8, f"{_ASSUMED}: compiled kernels that read and write once"),
-        "dequantise.nf4": (0.0, "by its bytes"),
-        "dequantise.int8": (0.0, "by its bytes"),
-        "dequantise.fp8": (0.0, "by its bytes"),
+        **{f"dequantise.{base}": (0.0, "by its bytes") for base in BASE_NAMES},
         "round.forward": (35.0, _UNFUSED),
         "round.backward": (49.0, f"{_UNFUSED}; the weight's scales are multiplied in first"),
         "node_bandwidth": (link * 1e9, _SHEET),
@@ -146,21 +139,11 @@ def _card(
 
 
 FP8_SHARE = 0.56
+_H100 = "H100 80GB HBM3"  # SXM
 
 _CARDS = (
     _card("a100-80", "A100 80GB", gib=79.1, fp8=0, fp32=19.5, bandwidth=2039, link=300, network=25, capability=(8, 0)),
-    _card(
-        "h100",
-        "H100 80GB HBM3",
-        gib=79.1,
-        fp8=1978.9,
-        fp32=66.9,
-        bandwidth=3350,
-        link=450,
-        network=50,
-        capability=(9, 0),
-        of_fp8=_FITTED,
-    ),
+    _card("h100", _H100, gib=79.1, fp8=1978.9, fp32=66.9, bandwidth=3350, link=450, network=50, capability=(9, 0)),
     _card("h200", "H200", gib=139.8, fp8=1978.9, fp32=66.9, bandwidth=4800, link=450, network=50, capability=(9, 0)),
     _card("b200", "B200", gib=178.3, fp8=4500, fp32=75, bandwidth=8000, link=900, network=50, capability=(10, 0)),
 )
