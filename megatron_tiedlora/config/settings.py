@@ -124,7 +124,9 @@ class Settings(CommandSettings):
         "run", "with --dry_run: the device type to plan for (default: what this machine has)"
     )
     gpu: str | None = optional_field(
-        "run", "with --dry_run: plan for this card, and say whether it is large enough and how fast", choices=GPU_NAMES
+        "run",
+        "with --dry_run: plan for this card, and say how fast it is and whether it is large enough (status 1 if not)",
+        choices=GPU_NAMES,
     )
     deterministic: bool = setting_field(
         "run", "bit-identical runs for one parallel layout, hosts and versions; slower on GPUs", False

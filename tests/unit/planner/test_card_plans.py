@@ -93,7 +93,7 @@ def test_70b_does_not_start_in_fp8() -> None:
 
 
 def test_attention_is_that_of_a_default_installation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel of the table is one that a run can choose. The default is none of a library that this machine has."""
+    """Every kernel of the table is one that a run can choose. The default one is no library's, even if there is one."""
     monkeypatch.setattr(fused_attention, "find_spec", lambda _name: object())
     names = {candidate.name: candidate for candidate in CANDIDATES}
     for card in GPUS.values():
