@@ -28,10 +28,6 @@ from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
 from megatron_tiedlora.model.weights import WeightRule
 
 MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it
-OLD_BASE_NOTE = (
-    "written by an earlier version: its base was compared only by config and final norm, and its files have no checksum"
-)
-
 
 SHAPE_FIELDS = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -39,8 +35,8 @@ SHAPE_FIELDS = (
 )
 HASH_FIELDS = ("base_hash", "base_weights_hash", "base_sample", "tokenizer", "tokenizer_hash")
 FORMAT_FIELDS = ("base_format", "base_stored")
-# Unknown in files of earlier versions, or the base is not quantised.
-OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash", *FORMAT_FIELDS)
+# The tokenizer is the base's own, its files are unknown, or the base is not quantised.
+OPTIONAL_FIELDS = ("tokenizer", "tokenizer_hash", *FORMAT_FIELDS)
 _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what the linears may have been stored in, beside fp32
 
 
@@ -49,7 +45,6 @@ class BaseIdentity:
     """Which base model an adapter was trained on. The fields have the names that they have in files.
 
     Attributes:
-        intermediate_size: None if unknown, as for an adapter of QKV alone.
         base_model: as the user gave it to --model.
         base_hash: hash of the shape, `ModelSource.base_hash`.
         base_weights_hash: hash of the final norm's weight in bf16 and of a merge's record, because a merge changes few
@@ -68,7 +63,7 @@ class BaseIdentity:
     num_attention_heads: Size
     num_key_value_heads: Size
     head_dim: Size
-    intermediate_size: Size | None = None
+    intermediate_size: Size
     base_model: Text
     base_hash: Text
     base_weights_hash: Text
@@ -241,14 +236,12 @@ def check_same_base(
     """
     for field in SHAPE_FIELDS:
         value, other = getattr(trained, field), getattr(found, field)
-        if _differ(value, other):
+        if value != other:
             raise UserError(
                 f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other};"
                 " give its own base with --model"
             )
     notes: tuple[str, ...] = ()
-    if trained.base_sample is None and found.base_sample is not None:
-        notes += (f"{source}: {OLD_BASE_NOTE}",)
     if trained.base_format != found.base_format:
         kinds = f"in {trained.precision}, but this uses it in {found.precision}; its losses differ between them"
         notes += (f"{source}: trained on its base {kinds}",)

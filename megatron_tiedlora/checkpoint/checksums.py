@@ -1,6 +1,6 @@
 """Checksums of files in the JSON beside them, which also has its own, so that damage and mix-ups are found before use.
 
-They are not signatures: anyone who can change the files can change them too. Files of older versions have none.
+They are not signatures: anyone who can change the files can change them too. Files that PEFT wrote have none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def sealed(content: Mapping[str, Any], *, files: Iterable[Path] = ()) -> dict[st
 
 
 def check_seal(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
-    """The checksums of files in a JSON object read from `file`; empty if an older version wrote it without any.
+    """The checksums of files in a JSON object read from `file`; empty if PEFT wrote it, without any.
 
     Raises:
         UserError: the content has changed since it was written.

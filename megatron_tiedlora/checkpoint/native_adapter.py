@@ -1,7 +1,7 @@
 """The native adapter format: a folder with full fp32 A, B, u, v, their config and their base, for any layout.
 
 It is also the format of the PEFT method TIED_LORA (`megatron_tiedlora.peft`), so it has the fields that PEFT's loaders
-ask of every method. Format version 1, for adapters of QKV alone, did not have them; it is read, and no longer written.
+ask of every method.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_js
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.methods import METHODS
-from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES, ModelShape
+from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.checksums import check_seal, sealed
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
@@ -32,7 +32,8 @@ from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.messages import SentTensor
 
-PEFT_TYPE = "TIED_LORA"  # what peft_type is in a native adapter of format version 2
+FORMAT_VERSION = 2
+PEFT_TYPE = "TIED_LORA"  # what peft_type is in a native adapter
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _LARGEST_UPDATE = 1e30  # of an entry; beyond it the update, and sums with it, may not be finite in fp32
@@ -131,11 +132,7 @@ def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> No
 
 @dataclass(frozen=True, kw_only=True)
 class StoredAdapter(BaseIdentity):
-    """The record in adapter_config.json: an adapter's config, beside the identity of its base.
-
-    Attributes:
-        targets: None in format version 1.
-    """
+    """The record in adapter_config.json: an adapter's config, beside the identity of its base."""
 
     method: Text
     rank: Size
@@ -146,7 +143,7 @@ class StoredAdapter(BaseIdentity):
     init_std_a: Real
     init_std_b: Real
     dtype: Literal["bf16", "fp32"]
-    targets: list[Text] | None = None
+    targets: list[Text]
 
     @staticmethod
     def of(config: AdapterConfig, base: BaseIdentity) -> StoredAdapter:
@@ -159,7 +156,7 @@ class StoredAdapter(BaseIdentity):
         """The fields as they are written, without unknown (None) ones."""
         values = {name: value for name in _ORDER if (value := getattr(self, name)) is not None}
         for_peft = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": self.base_model}
-        return {"format_version": 2, **for_peft, "inference_mode": True, **values}
+        return {"format_version": FORMAT_VERSION, **for_peft, "inference_mode": True, **values}
 
     @property
     def config(self) -> AdapterConfig:
@@ -167,10 +164,10 @@ class StoredAdapter(BaseIdentity):
         query, kv = (number * self.head_dim for number in (self.num_attention_heads, self.num_key_value_heads))
         shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED - {"targets"}}
         targets = sized_targets(
-            self.targets or (QKV,),
+            self.targets,
             hidden_size=self.hidden_size,
             qkv_rows=(query, kv, kv),
-            intermediate_size=self.intermediate_size or 0,
+            intermediate_size=self.intermediate_size,
         )
         return AdapterConfig(**{**shared, "layers": tuple(self.layers), "targets": targets})
 
@@ -196,17 +193,13 @@ class StoredAdapter(BaseIdentity):
             raise UserError(f"{file}: layers {shown(self.layers)} are not among 1 to {self.num_layers}")
         if self.layers != sorted(set(self.layers)):
             raise UserError(f"{file}: layers {shown(self.layers)} are not in ascending order")
-        if self.targets is not None:
-            if not self.targets or self.targets != [name for name in TARGET_NAMES if name in self.targets]:
-                known = ", ".join(TARGET_NAMES)
-                raise UserError(f"{file}: targets {shown(self.targets)} are not some of {known}, in this order")
-            if self.intermediate_size is None and self.targets != [QKV]:
-                raise UserError(f"{file}: intermediate_size is missing")
+        if not self.targets or self.targets != [name for name in TARGET_NAMES if name in self.targets]:
+            known = ", ".join(TARGET_NAMES)
+            raise UserError(f"{file}: targets {shown(self.targets)} are not some of {known}, in this order")
 
 
 _SHARED = {field.name for field in fields(StoredAdapter)} & {field.name for field in fields(AdapterConfig)}
 _LAYOUT = "q|k|v"
-_NEW = ("targets", "intermediate_size")  # not in version 1
 _ORDER = (  # of the fields in the file
     *("method", "rank", "alpha", *SHAPE_FIELDS, "qkv_layout", "targets", "layers", "base_model", *HASH_FIELDS),
     *("seed", "init_std_a", "init_std_b", "dtype", "base_format", "base_stored"),
@@ -267,12 +260,10 @@ def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, st
     if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:
         raise UserError(f"{folder}: this is a PEFT adapter; give the native one (the run's adapter/ folder)")
     version = content.get("format_version")
-    if type(version) is not int or version not in (1, 2):
-        raise UserError(f"{file}: format_version {shown(version)} is not 1 or 2")
+    if type(version) is not int or version != FORMAT_VERSION:
+        said = f"{file}: format_version {shown(version)}, of version {shown(content.get('version'))} of this package"
+        raise UserError(f"{said}, is not {FORMAT_VERSION}, which is read; train the adapter again")
     sums = check_seal(file, content)
-    if version == 1:
-        content = {name: value for name, value in content.items() if name not in _NEW}
-    optional = (*OPTIONAL_FIELDS, *(_NEW if version == 1 else ("intermediate_size",)))
-    stored = read_fields(file, content, StoredAdapter, optional=optional)
+    stored = read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
     stored.check(file)
     return stored.config, stored.base, sums

@@ -30,7 +30,7 @@ PER_ADAPTER = frozenset(
     (
         *("method", "rank", "alpha", "layers", "targets", "init_from", "init_std_a", "init_std_b", "dropout", "seed"),
         *("task", "train_file", "validation_file", "test_file", "prompt_template", "columns", "train_on"),
-        *("chat_template", "add_bos", "special_tokens_in_text", "data_rules", "max_new_tokens"),
+        *("chat_template", "add_bos", "special_tokens_in_text", "max_new_tokens"),
         *("global_batch_size", "max_steps", "epochs", "learning_rate", "weight_decay", "beta1", "beta2", "schedule"),
         *("warmup_steps", "gradient_clipping", "eval_interval", "eval_metric", "eval_samples", "patience"),
         *("save_interval", "output_dir"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from megatron_tiedlora.base.errors import as_given
@@ -10,12 +10,6 @@ from megatron_tiedlora.base.errors import as_given
 AddBos = Literal["auto", "true", "false"]
 SpecialTokensInText = Literal["refuse", "plain", "control"]
 TrainOn = Literal["all_turns", "last_turn"]
-
-# The rules of version 0.1, which its runs and adapters keep, and those of new runs. Increase the second if a row would
-# give other tokens.
-FIRST_DATA_RULES, DATA_RULES = 1, 2
-# What version 0.1 did where there are choices now.
-FIRST_RULES: Mapping[str, str] = {"train_on": "last_turn", "add_bos": "true", "special_tokens_in_text": "control"}
 
 TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_template
 
@@ -31,28 +25,11 @@ SPECIAL_TOKENS_HELP = (
     "control tokens (and roles that the chat template does not know) in your rows: reject the row, read them as plain"
     " text, or as the control tokens"
 )
-DATA_RULES_HELP = (
-    f"rules by which rows become tokens; {FIRST_DATA_RULES}: those of version 0.1, which its runs keep on resume"
-)
 
 
 def boolean_word(value: Any) -> Any:
     """A YAML file's true or false as the word; any other value is unchanged."""
     return str(value).lower() if isinstance(value, bool) else value
-
-
-def with_first_rules(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The values with those `known` ones of version 0.1 where --data_rules asks for them."""
-    first = {name: value for name, value in FIRST_RULES.items() if name in known}
-    return {**(first if str(values.get("data_rules")) == str(FIRST_DATA_RULES) else {}), **values}
-
-
-def check_first_rules(data_rules: int | None, values: Mapping[str, Any]) -> None:
-    """Raise ValueError if `values` contradict the first rules, if `data_rules` are these."""
-    for name, value in FIRST_RULES.items():
-        if data_rules == FIRST_DATA_RULES and values.get(name, value) != value:
-            said = f"--{name} {values[name]} contradicts --data_rules {FIRST_DATA_RULES}, which means {value}"
-            raise ValueError(f"{said}; leave one out")
 
 
 def parse_columns(text: str | None) -> Mapping[str, str] | None:

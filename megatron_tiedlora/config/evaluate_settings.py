@@ -12,16 +12,12 @@ from megatron_tiedlora.config.data_fields import (
     ADD_BOS_HELP,
     CHAT_TEMPLATE_HELP,
     COLUMNS_HELP,
-    DATA_RULES,
-    DATA_RULES_HELP,
     FILES_HELP,
     SPECIAL_TOKENS_HELP,
     AddBos,
     SpecialTokensInText,
     boolean_word,
-    check_first_rules,
     checked_columns,
-    with_first_rules,
 )
 from megatron_tiedlora.config.fields import LONGEST_WAIT_MINUTES, CommandSettings, optional_field, setting_field
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, TASK_NAMES
@@ -118,7 +114,6 @@ class EvaluateSettings(CommandSettings):
     chat_template: str | None = optional_field("data", f"{CHAT_TEMPLATE_HELP} {_AS_TRAINED}")
     add_bos: AddBos | None = optional_field("data", f"{ADD_BOS_HELP} {_AS_TRAINED}")
     special_tokens_in_text: SpecialTokensInText | None = optional_field("data", f"{SPECIAL_TOKENS_HELP} {_AS_TRAINED}")
-    data_rules: int | None = optional_field("data", f"{DATA_RULES_HELP} {_AS_TRAINED}", ge=1, le=DATA_RULES)
     max_new_tokens: int | None = optional_field(
         "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
     )
@@ -141,7 +136,7 @@ class EvaluateSettings(CommandSettings):
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
-        filled = with_first_rules(values, cls.model_fields)
+        filled = dict(values)
         files = ("test_file", "validation_file", "train_file")
         if "task" not in filled and any(name in filled for name in files):
             filled["task"] = "custom"
@@ -151,7 +146,6 @@ class EvaluateSettings(CommandSettings):
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateSettings:
-        check_first_rules(self.data_rules, self.model_dump(exclude_none=True))
         if self.adapter is not None and self.adapters is not None:
             raise ValueError("give either --adapter or --adapters")
         if self.adapters == ():

@@ -22,8 +22,6 @@ from megatron_tiedlora.config.data_fields import (
     ADD_BOS_HELP,
     CHAT_TEMPLATE_HELP,
     COLUMNS_HELP,
-    DATA_RULES,
-    DATA_RULES_HELP,
     FILES_HELP,
     SPECIAL_TOKENS_HELP,
     TRAIN_ON_HELP,
@@ -31,9 +29,7 @@ from megatron_tiedlora.config.data_fields import (
     SpecialTokensInText,
     TrainOn,
     boolean_word,
-    check_first_rules,
     checked_columns,
-    with_first_rules,
 )
 from megatron_tiedlora.config.fields import (
     BASE_HELP,
@@ -212,7 +208,6 @@ class Settings(CommandSettings):
     chat_template: str | None = optional_field("data", CHAT_TEMPLATE_HELP)
     add_bos: AddBos = setting_field("data", ADD_BOS_HELP, "auto")
     special_tokens_in_text: SpecialTokensInText = setting_field("data", SPECIAL_TOKENS_HELP, "refuse")
-    data_rules: int = setting_field("data", DATA_RULES_HELP, DATA_RULES, ge=1, le=DATA_RULES)
     max_new_tokens: int | None = optional_field(
         "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
     )
@@ -291,7 +286,7 @@ class Settings(CommandSettings):
 
     @classmethod
     def _filled(cls, values: dict[str, Any]) -> dict[str, Any]:
-        filled = with_first_rules(values, cls.model_fields)
+        filled = dict(values)
         if "task" not in filled and "train_file" in filled:
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
@@ -346,7 +341,6 @@ class Settings(CommandSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
-        check_first_rules(self.data_rules, self.model_dump())
         if self.layers is not None and (min(self.layers) < 1 or len(set(self.layers)) != len(self.layers)):
             raise ValueError(f"--layers {','.join(map(str, self.layers))}: layers count from 1, and each appears once")
         if self.layers is not None and list(self.layers) != sorted(self.layers):

@@ -18,7 +18,6 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.json_files import read_fields, read_json_object
 from megatron_tiedlora.checkpoint.base_identity import (
-    FORMAT_FIELDS,
     OPTIONAL_FIELDS,
     SHAPE_FIELDS,
     BaseIdentity,
@@ -227,8 +226,6 @@ def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
         return None
     content = read_json_object(file, kind="the record of an export")
     not_recorded = {name: getattr(like, name) for name in (*SHAPE_FIELDS, "dtype")}
-    formats = {name: getattr(like, name) for name in FORMAT_FIELDS}  # earlier versions did not record them
-    fields = {**formats, **content, **not_recorded}
-    found = read_fields(file, fields, BaseIdentity, optional=OPTIONAL_FIELDS)
+    found = read_fields(file, {**content, **not_recorded}, BaseIdentity, optional=OPTIONAL_FIELDS)
     found.check_formats(file)
     return found

@@ -128,7 +128,7 @@ def check_base(
     if merged and found.base_weights_hash != adapter.base.base_weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
     notes = check_same_base(adapter.base, found, source=flag, differs=differs)
-    if not adapter.sealed and adapter.base.base_sample is not None:  # a note of `check_same_base` says it otherwise
+    if not adapter.sealed:
         notes += (f"{flag}: {UNSEALED_NOTE}",)
     record = {name: getattr(found, name) for name in HASH_FIELDS}
     if differences := base_differences(adapter.base, found):

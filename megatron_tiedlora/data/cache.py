@@ -288,7 +288,7 @@ def cache_key(encoding: Encoding, content: str, *, first_only: bool = False) -> 
         encoding.max_length,
         sorted(encoding.end_ids),
         *(list((reading.columns or {}).items()), reading.train_on, reading.add_bos, reading.special_tokens),
-        *(reading.first_rules, reading.template_fields, content, first_only, _code()),
+        *(reading.template_fields, content, first_only, _code()),
     ]
     return hashlib.sha256(json.dumps(choices).encode() + _tokenizer_content(encoding.tokenizer)).hexdigest()
 

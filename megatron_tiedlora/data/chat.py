@@ -56,8 +56,6 @@ class Chat:
         """
         if self.reading.train_on == "last_turn":
             conversation = conversation.with_last_turn_trained()
-        if self.reading.first_rules:
-            return self._by_first_rules(conversation, source)
         self._check_known(conversation, source)
         conversation = self._guarded(conversation, source)
         parts = self._lines(conversation) if self._template is None else self._rendered(conversation, source)
@@ -128,17 +126,6 @@ class Chat:
         tools = self.control.guard(conversation.tools, "field 'tools'", source)
         return replace(conversation, messages=tuple(messages), tools=tools)
 
-    def _by_first_rules(self, conversation: Conversation, source: str) -> tuple[tuple[Segment, ...], int]:
-        """Version 0.1: the prompt of the last answer, and its content with an end-of-sequence token."""
-        before = conversation.messages[:-1]
-        if self._template is not None:
-            prompt = self._template.render_prompt(before, source)
-        else:
-            lines = [f"{message['role'].capitalize()}: {message['content']}" for message in before]
-            prompt = "\n".join([*lines, "Assistant:"])
-        answer = join_answer(prompt, conversation.answer)
-        return (Segment(prompt), Segment(answer, supervised=True, ends=True)), 1
-
     def _check_known(self, conversation: Conversation, source: str) -> None:
         """Raise UserError for what the template, or lines without one, would drop or not know."""
         names = self._template_names(bool(conversation.tools), source)
@@ -203,7 +190,7 @@ class Chat:
     def note(self) -> str:
         """How conversations are read, for the first lines of a run."""
         what = "every answer" if self.reading.train_on == "all_turns" else "the last answer"
-        if self.reading.first_rules or not self.templated:
+        if not self.templated:
             return f"{self.name}; {what} is supervised"
         how = "its generation marks" if has_marks(self._template_text(None)) else "comparing its renderings"
         return f"{self.name}; {what} is supervised, found by {how}"

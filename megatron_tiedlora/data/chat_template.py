@@ -22,7 +22,7 @@ import psutil
 from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.errors import UserError, one_line
 from megatron_tiedlora.data.limits import limited
-from megatron_tiedlora.data.rendering import Rendered, TurnsChange, render_prompt, render_with_spans
+from megatron_tiedlora.data.rendering import Rendered, TurnsChange, render_with_spans
 from megatron_tiedlora.data.template_names import TemplateNames, template_names
 
 # Templates take milliseconds; the first call, which loads Jinja, takes some tenths of a second. They need a few times
@@ -44,10 +44,6 @@ class ChatTemplate:
         self._name = name or getattr(tokenizer, "name_or_path", "the tokenizer")
         self._process: psutil.Process | None = None
         self._connection: Connection | None = None
-
-    def render_prompt(self, messages: Sequence[Mapping[str, Any]], source: str) -> str:
-        """Return the prompt for a conversation whose next turn is the assistant's. Raises UserError as `render`."""
-        return self._asked({"messages": list(messages), "tools": None, "answers": None}, source).text
 
     def render(
         self,
@@ -71,18 +67,15 @@ class ChatTemplate:
                 needs more than a second of CPU time or 256 MiB; its text is longer than ten times the conversation's
                 plus 100,000 characters.
         """
-        turns = {"messages": list(messages), "names": list(names)}
-        return self._asked({**turns, "tools": list(tools) if tools else None, "answers": list(answers)}, source)
+        turns = {"messages": list(messages), "tools": list(tools) if tools else None, "names": list(names)}
+        longest = _OWN_CHARACTERS + _RATIO * _num_characters([turns["messages"], turns["tools"]])
+        answer = self._answered({**turns, "answers": list(answers), "longest": longest}, source)
+        return Rendered(answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"]))
 
     def names(self, text: str, source: str) -> TemplateNames:
         """Return the names that a template's `text` reads. Raises UserError if it is broken, or takes too long."""
-        found = self._answered({"template": text, "answers": None}, source)
+        found = self._answered({"template": text, "answers": ()}, source)
         return TemplateNames(**{name: frozenset(words) for name, words in found["found"].items()})
-
-    def _asked(self, request: Mapping[str, Any], source: str) -> Rendered:
-        longest = _OWN_CHARACTERS + _RATIO * _num_characters([request["messages"], request["tools"]])
-        answer = self._answered({**request, "longest": longest}, source)
-        return Rendered(answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"]))
 
     def _answered(self, request: Mapping[str, Any], source: str) -> dict[str, Any]:
         """The answer of the process. Raises UserError with its reason if there is none."""
@@ -110,7 +103,7 @@ class ChatTemplate:
             self._start()
         assert self._process is not None and self._connection is not None
         before, deadline = _seconds(self._process), time.monotonic() + _SILENCE
-        most = _SECONDS + _SECONDS_PER_ANSWER * len(request["answers"] or ())
+        most = _SECONDS + _SECONDS_PER_ANSWER * len(request["answers"])
         _send(self._connection, request)
         while not self._connection.poll(0.05):
             if _seconds(self._process) - before > most:
@@ -166,12 +159,9 @@ def _render(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     if "template" in request:
         return _names(request["template"])
     try:
-        if request["answers"] is None:
-            found = render_prompt(tokenizer, request["messages"])
-        else:
-            found = render_with_spans(
-                tokenizer, request["messages"], request["tools"], request["answers"], names=request["names"]
-            )
+        found = render_with_spans(
+            tokenizer, request["messages"], request["tools"], request["answers"], names=request["names"]
+        )
     except MemoryError:
         return {"reason": f"needs more than {_MEMORY:,} bytes for these messages"}
     except TurnsChange as error:

@@ -142,7 +142,7 @@ class Encoder:
                 (parts,) = segment_ids(self._tokenizer, [shorter.prompt_segments])
                 tokens, _ = self._put_together(example, shorter.prompt_segments, parts)
             if len(tokens) > self._max_length:
-                tokens = self._without_middle(example, tokens, room=self._max_length)
+                tokens = self._without_middle(tokens, room=self._max_length)
             yield tokens, tokens is not whole
 
     def _put_together(
@@ -173,8 +173,8 @@ class Encoder:
         return int(self._tokenizer.eos_token_id)
 
     def _shortened(self, example: Example) -> Example | None:
-        """A chat without its first exchange; None if no more can be left out, or by the rules of version 0.1."""
-        if example.conversation is None or self._chat.reading.first_rules:
+        """A chat without its first exchange; None if no more can be left out."""
+        if example.conversation is None:
             return None
         shorter = example.conversation.without_first_exchange()
         if shorter is None:
@@ -204,16 +204,15 @@ class Encoder:
                     f"{example.source}: the answer of {len(answer)} tokens (including EOS) does not fit in "
                     f"max_length {self._max_length} with a prompt before it; raise --max_length or remove the row"
                 )
-            prompt = self._without_middle(example, tokens[:first], room=room)
+            prompt = self._without_middle(tokens[:first], room=room)
             tokens, supervised = [*prompt, *answer], [*(False for _ in prompt), *supervised[first:]]
         return EncodedExample(
             np.asarray(tokens, dtype=np.int32), np.asarray(supervised, dtype=np.bool_), cut, lost_turns
         )
 
-    def _without_middle(self, example: Example, prompt: list[int], *, room: int) -> list[int]:
-        """The start of a prompt and both its ends, `room` tokens in all. To version 0.1 a start in a text was text."""
-        is_text = self._chat.reading.first_rules and example.prompt.startswith(self._tokenizer.bos_token or "\0")
-        start = self._start if prompt[: len(self._start)] == self._start and not is_text else []
+    def _without_middle(self, prompt: list[int], *, room: int) -> list[int]:
+        """The start of a prompt and both its ends, `room` tokens in all."""
+        start = self._start if prompt[: len(self._start)] == self._start else []
         ids, keep = prompt[len(start) :], max(room - len(start), 0)
         head = (keep + 1) // 2
         return [*start, *ids[:head], *ids[len(ids) - (keep - head) :]]

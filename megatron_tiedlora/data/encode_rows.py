@@ -119,7 +119,7 @@ def encoded_rows(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[En
     first = list(islice(chunks, _FEW_CHUNKS + 1))
     # A process of multiprocessing's pool, or another daemonic one, may not start processes.
     several = len(first) > _FEW_CHUNKS and not current_process().daemon
-    one_shape = OneShape(encoding.reading)
+    one_shape = OneShape()
     for found in (_in_processes if several else _in_this_process)(chain(first, chunks), encoding):
         for shape, source in found.shapes:
             one_shape.check(shape, source)

@@ -49,14 +49,13 @@ class ExampleMaker:
 class OneShape:
     """Checks that all rows of a file have one shape."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self) -> None:
         self._first: dict[str, tuple[str, str]] = {}
-        self._reading = reading
 
     def check(self, shape: str, source: str) -> None:
         """Raise UserError if the first row of the file of `source` had another shape."""
         expected, first = self._first.setdefault(source.rpartition(":")[0], (shape, source))
-        if shape != expected and not self._reading.first_rules:
+        if shape != expected:
             raise UserError(
                 f"{source}: a row of shape {shape} in a file whose first row ({first}) has shape {expected}; give each"
                 " shape a file of its own"

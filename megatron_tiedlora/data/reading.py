@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megatron_tiedlora.config.data_fields import (
-    FIRST_DATA_RULES,
-    AddBos,
-    SpecialTokensInText,
-    TrainOn,
-    parse_columns,
-)
+from megatron_tiedlora.config.data_fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
 
@@ -25,7 +19,6 @@ class Reading:
     chat_template: the file given in place of the tokenizer's template, for messages.
     add_bos: whether the beginning-of-sequence token is put in front.
     special_tokens: what control tokens in a row's texts mean.
-    first_rules: whether the rules are those of version 0.1.
     template_fields: the fields of a row that the user's prompt template names.
     trains: whether rows are trained on; else their last answers are scored, also those that are not to be trained.
     """
@@ -35,7 +28,6 @@ class Reading:
     chat_template: str | None = None
     add_bos: AddBos = "auto"
     special_tokens: SpecialTokensInText = "refuse"
-    first_rules: bool = False
     template_fields: tuple[str, ...] = ()
     trains: bool = True
 
@@ -46,7 +38,6 @@ class Reading:
             columns=parse_columns(settings.columns),
             train_on=settings.train_on if isinstance(settings, Settings) else "last_turn",
             chat_template=settings.chat_template,
-            first_rules=settings.data_rules == FIRST_DATA_RULES,
             trains=isinstance(settings, Settings),
         )
         add_bos, special_tokens = settings.add_bos, settings.special_tokens_in_text

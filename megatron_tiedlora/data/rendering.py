@@ -39,11 +39,6 @@ def has_marks(template: str) -> bool:
     return _GENERATION.search(template) is not None
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Any]) -> Rendered:
-    """The messages with the start of an answer."""
-    return Rendered(_render(tokenizer, messages, None, starts_answer=True))
-
-
 def render_with_spans(
     tokenizer: Any,
     messages: Sequence[Any],

@@ -111,7 +111,7 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
     given, flag = str(files.get(split) or ""), f"--{split}_file"
     own_id = task.hub is not None and given == task.hub.id and split in task.hub.splits
     with _readable(given):
-        pair = task.read_files(given, flag, reading) if given and task.read_files else None
+        pair = task.read_files(given, flag) if given and task.read_files else None
     parts: tuple[_Part, ...]
     if pair is not None:
         parts = (_Part(Source(given), pair, lambda: _names_and_contents(local_files(given).values())),)

@@ -57,7 +57,7 @@ def load_split(
         samples: Iterable[list[Row]] = ([row] for row in _train_rows(entry, files=files, seed=seed, reading=reading))
     else:
         samples = _held_out_samples(entry, split, files=files, seed=seed, reading=reading)
-    one_shape, examples = OneShape(reading), []
+    one_shape, examples = OneShape(), []
     with opened_chat(tokenizer, reading) as chat:
         maker = ExampleMaker(entry, template=template, chat=chat)
         for sample in islice(samples, limit):

@@ -67,7 +67,7 @@ class Task:
     validation_rows: how many rows are carved from a large train part (from a small one, 5 %).
     merge_by: held-out rows with the same value of this field are one sample with several references.
     unfold: (row, source) -> flat rows, for files with nested rows.
-    read_files: (argument, flag, what the user decided) -> a function that reads rows, for formats that only this task
+    read_files: (argument, flag) -> a function that reads rows, for formats that only this task
         has; None: read it like any other file.
     generate: split -> rows, for a task without files; independent of the run's seed, so that scores are comparable.
     scored_rows: how many test rows are answered by default, also before and after training. None: all of them, and in
@@ -88,7 +88,7 @@ class Task:
     validation_rows: int = 500
     merge_by: str | None = None
     unfold: Callable[[Mapping[str, Any], str], Iterator[Row]] | None = None
-    read_files: Callable[[str, str, Reading], Callable[[], Iterable[Row]] | None] | None = None
+    read_files: Callable[[str, str], Callable[[], Iterable[Row]] | None] | None = None
     generate: Callable[[Split], Iterable[Row]] | None = None
     scored_rows: int | None = None
     max_new_tokens: int = 500

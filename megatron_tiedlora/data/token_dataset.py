@@ -129,7 +129,7 @@ class TokenDataset:
         return self.supervised[self.offsets[stored] : self.offsets[stored + 1]]
 
     def update_digest(self, digest: hashlib._Hash) -> None:
-        """Add ids, offsets and what is supervised to a hash, as version 0.1 did with its arrays."""
+        """Add ids, offsets and what is supervised to a hash, in the order of the arrays, which checkpoints keep."""
         for block in self._blocks():
             digest.update(self._gathered(block).tokens.data)
         end = np.zeros(1, np.int64)
@@ -141,7 +141,7 @@ class TokenDataset:
         after_prompts = all(self._gathered(block).prompt_lengths is not None for block in self._blocks())
         for block in self._blocks():
             part = self._gathered(block)
-            prompts = part.prompt_lengths if after_prompts else None  # as version 0.1 stored what is supervised
+            prompts = part.prompt_lengths if after_prompts else None
             digest.update((part.supervised if prompts is None else prompts).data)
 
     def _blocks(self) -> Iterator[slice]:

@@ -18,8 +18,7 @@ from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.load_model import DTYPES, describe_dtype, resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.cli import read_yaml
-from megatron_tiedlora.config.data_fields import FIRST_DATA_RULES, TEMPLATE_HASH
+from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
 from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
@@ -214,11 +213,10 @@ def _trained_with(settings: EvaluateSettings) -> dict[str, Any]:
     if settings.adapter is None:
         return {}
     run_file = user_path(settings.adapter).parent / "run.yaml"
-    with suppress(UserError):  # a file of another kind or version cannot be compared
+    with suppress(UserError):  # a file of another kind cannot be compared
         if run_file.is_file():
-            template = read_yaml_mapping(run_file).get(TEMPLATE_HASH)
-            trained = read_yaml(str(run_file), Settings.model_fields)
-            return trained if template is None else {**trained, TEMPLATE_HASH: template}
+            known = {*Settings.model_fields, TEMPLATE_HASH}
+            return {name: value for name, value in read_yaml_mapping(run_file).items() if name in known}
     return {}
 
 
@@ -229,11 +227,7 @@ def _as_trained(settings: EvaluateSettings) -> EvaluateSettings:
         UserError: the user's contradict them, or the file of the run's chat template has changed.
     """
     trained = _trained_with(settings)
-    if not trained or settings.data_rules is not None:
-        return settings
-    rules: dict[str, Any] = {"data_rules": trained.get("data_rules", FIRST_DATA_RULES)}
-    names = ("chat_template",) if rules["data_rules"] == FIRST_DATA_RULES else _READING
-    rules |= {name: trained[name] for name in names if trained.get(name) is not None}
+    rules = {name: trained[name] for name in _READING if trained.get(name) is not None}
     if "chat_template" in rules and settings.chat_template is None:
         _check_trained_template(str(rules["chat_template"]), trained.get(TEMPLATE_HASH))
     return validate_settings({**rules, **settings.model_dump(exclude_none=True)}, EvaluateSettings)
@@ -252,7 +246,7 @@ def _check_trained_template(file: str, trained: Any) -> None:
 
 
 def _notes(settings: EvaluateSettings) -> Iterator[str]:
-    """Notes if the files beside an adapter show that it was trained with other prompts, or by old rules."""
+    """Notes if the files beside an adapter show that it was trained with other prompts."""
     trained = _trained_with(settings)
     for name in ("task", "prompt_template", "tokenizer", *_READING):
         if name == "chat_template" and settings.chat_template is not None and TEMPLATE_HASH in trained:
@@ -262,8 +256,6 @@ def _notes(settings: EvaluateSettings) -> Iterator[str]:
             yield f"the adapter's run had --{name} {trained[name]}, this has {getattr(settings, name)}"
     if trained.get("products") is not None:
         yield f"the adapter's run had --products {trained['products']}; an evaluation multiplies in --dtype"
-    if settings.data_rules == FIRST_DATA_RULES:
-        yield f"rows are read by the rules of version 0.1 (--data_rules {FIRST_DATA_RULES})"
 
 
 def _find_model(

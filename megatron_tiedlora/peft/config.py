@@ -110,7 +110,7 @@ class TiedLoraConfig(PeftConfig):
 
 
 def is_native(content: Mapping[str, Any]) -> bool:
-    """Whether an adapter_config.json is a native folder's; format version 1 has no peft_type."""
+    """Whether an adapter_config.json is a native folder's."""
     return "format_version" in content and content.get("peft_type", PEFT_TYPE) == PEFT_TYPE
 
 

@@ -1,9 +1,9 @@
 """Adds the method TIED_LORA to an installed PEFT, or says in one line why that is not possible.
 
 PEFT's `register_peft_method` accepts only names that its enumeration `PeftType` has, so the name is added there first.
-Folders of format version 1 have no `peft_type`, and native folders call the rank `rank`; PEFT's reader of
-`adapter_config.json` is therefore wrapped, so that it reads native folders as this package does. Other folders are read
-as before. Both can go when PEFT has the method, or lets packages add names.
+Native folders call the rank `rank`; PEFT's reader of `adapter_config.json` is therefore wrapped, so that it reads
+native folders as this package does. Other folders are read as before. Both can go when PEFT has the method, or lets
+packages add names.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _add_type(kind: Any, name: str, *, version: str) -> None:
 
 
 def _read_native_folders(mixin: Any) -> None:
-    """Let PEFT's reader of `adapter_config.json` read native folders of both format versions."""
+    """Let PEFT's reader of `adapter_config.json` read native folders."""
     from megatron_tiedlora.peft.config import is_native, native_arguments
 
     read = mixin.from_json_file.__func__

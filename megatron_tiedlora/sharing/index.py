@@ -34,7 +34,7 @@ class Entry:
     Attributes:
         path: the adapter's folder, relative to the indexed one.
         name: the run's name, or the folder's.
-        base_hash, weights_hash: of its base's config and weights; None in files of earlier versions.
+        base_hash, weights_hash: of its base's config and weights; the second is None if it is unknown.
         targets: names, with commas.
         parameters: how many are trained.
         task: of its run; None if it lies outside of one.

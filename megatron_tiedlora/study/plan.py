@@ -56,7 +56,7 @@ from megatron_tiedlora.training.plan import plan_run
 _SHARED_WITH_EVALUATE = (
     *("seed", "timeout_minutes", "model", "tokenizer", "dtype", "base", "tensor_parallel", "pipeline_parallel"),
     *("task", "test_file", "prompt_template", "max_new_tokens", "columns", "chat_template", "add_bos"),
-    *("special_tokens_in_text", "data_rules"),
+    "special_tokens_in_text",
 )
 
 

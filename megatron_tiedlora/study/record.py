@@ -91,7 +91,7 @@ class BaseRecord:
     """The base model and the task of a study.
 
     Attributes:
-        file_sha256: hashes of the local row files, by name; None if an older version wrote the record.
+        file_sha256: hashes of the local row files, by name.
     """
 
     model: Text
@@ -100,7 +100,7 @@ class BaseRecord:
     paper_model: Text | None  # the paper's model, whose published numbers are shown beside the study's
     task: Text
     metric: Text
-    file_sha256: dict[Text, Text] | None = None
+    file_sha256: dict[Text, Text]
 
 
 def describe_base(
@@ -162,11 +162,8 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
     found = read_base(folder)
     if found.base_hash != base.base_hash:
         raise UserError(f"{folder.base}: --model {base.model} is not the sweep's model {found.model}; give that one")
-    if found.file_sha256 is None:
-        return
-    sums = base.file_sha256 or {}
-    for name in [*found.file_sha256, *sums]:
-        if found.file_sha256.get(name) != sums.get(name):
+    for name in [*found.file_sha256, *base.file_sha256]:
+        if found.file_sha256.get(name) != base.file_sha256.get(name):
             raise UserError(
                 f"{name}: holds other rows than when the sweep was started ({folder.base} has its SHA-256); restore the"
                 " former file, or give another --output_dir"
@@ -220,7 +217,7 @@ def read_command(folder: StudyFolder) -> SweepCommand:
 def read_base(folder: StudyFolder) -> BaseRecord:
     """Read base.json. Raises UserError naming what is broken."""
     content = read_json_object(folder.base, kind="a sweep's folder")
-    return read_fields(folder.base, content, BaseRecord, optional=("file_sha256",))
+    return read_fields(folder.base, content, BaseRecord)
 
 
 def write_status(

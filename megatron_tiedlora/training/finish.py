@@ -93,10 +93,7 @@ def summary_lines(trainer: Trainer) -> list[str]:
 
 
 def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """The rows for scores.json. Scores of a metric before and after share a row if they are of the same samples.
-
-    Scores written by older versions have no hash of their samples; two of them share a row.
-    """
+    """The rows for scores.json. Scores of a metric before and after share a row if they are of the same samples."""
     before, after = (scores.get(moment, {}) for moment in ("before", "after"))
     rows = []
     for name in dict.fromkeys([*before, *after]):

@@ -37,7 +37,6 @@ from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
 from megatron_tiedlora.runtime.trackers import check_installed
 from megatron_tiedlora.training.init_from import with_start
-from megatron_tiedlora.training.kept_rules import with_kept_rules
 from megatron_tiedlora.training.length import with_counted_steps, with_models_length
 
 # Settings that may differ between a checkpoint and the run that resumes it: they do not change what it computes.
@@ -254,7 +253,7 @@ def plan_run(
     Raises:
         UserError: the first thing that does not fit, with the fix.
     """
-    task, settings = get_task(settings.task), with_kept_rules(settings)
+    task = get_task(settings.task)
     if settings.eval_metric not in ("loss", *task.metrics):
         raise UserError(
             f"--eval_metric {settings.eval_metric} is not a metric of task {settings.task}. Give loss or"

@@ -13,17 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.config.data_fields import FIRST_DATA_RULES
 from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS, RunPlan
 from megatron_tiedlora.training.profiling import steps_over
-
-# What runs of earlier versions did without recording it: QKV alone, one schedule, AdamW's own betas, no dropout.
-_EARLIER = {
-    **{"targets": [QKV], "schedule": "cosine", "beta1": 0.9, "beta2": 0.999, "dropout": 0.0},
-    **{"data_rules": FIRST_DATA_RULES, "init_from": None, "base": None, "products": None},
-}
 
 
 def check_resumed_settings(
@@ -34,7 +26,7 @@ def check_resumed_settings(
     Args:
         saved: the settings in the checkpoint, which is of `step` and called `source`.
     """
-    saved, settings = {**_EARLIER, **saved}, plan.settings
+    settings = plan.settings
     for name, value in plan.resolved_settings().items():
         if name in LAYOUT_SETTINGS or name == "epochs" or name not in saved:
             continue
@@ -43,7 +35,7 @@ def check_resumed_settings(
         before = saved[name]
         if (list(before) if isinstance(before, (list, tuple)) else before) == value:
             continue
-        if name == "max_steps" and saved["schedule"] == settings.schedule == "constant":
+        if name == "max_steps" and saved.get("schedule") == settings.schedule == "constant":
             if settings.max_steps < step:
                 raise UserError(f"{source}: is of step {step}, after {_steps_in_words(plan)}; give at least {step}")
             continue
@@ -58,9 +50,9 @@ def check_resumed_settings(
         found = f"{source}: trained with --{name} {was}, but now it is"
         if name == "max_steps":
             raise UserError(
-                f"{found} {_steps_in_words(plan)}, and --schedule {saved['schedule']} reaches 0 at --max_steps (only"
-                " --schedule constant, from the first step on, lets a run continue); resume with the same value, or"
-                f" start a new run with --init_from {shlex.quote(source)}"
+                f"{found} {_steps_in_words(plan)}, and --schedule {saved.get('schedule')} reaches 0 at --max_steps"
+                " (only --schedule constant, from the first step on, lets a run continue); resume with the same value,"
+                f" or start a new run with --init_from {shlex.quote(source)}"
             )
         same = f"leave it out, or give {was}" if name == "warmup_steps" else "resume with the same value"
         raise UserError(f"{found} {now}; {same}")

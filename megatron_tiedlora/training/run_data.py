@@ -7,7 +7,6 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.data_fields import FIRST_DATA_RULES
 from megatron_tiedlora.config.decoding import longest_prompt
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
@@ -66,9 +65,8 @@ class RunData:
 
     @property
     def notes(self) -> list[str]:
-        """How chats became text, what they lost, and old rules, for the first lines of a run."""
-        lines = [f"rows by the rules of version 0.1, with which the run began (--data_rules {FIRST_DATA_RULES})"]
-        lines = [*(lines if self.reading.first_rules else []), *self.parts.mix]
+        """How chats became text, and what they lost, for the first lines of a run."""
+        lines = [*self.parts.mix]
         if self.parts.chats:
             lines.append(f"chats by {chat_note(self.tokenizer, self.reading)}")
         for name, split in (("train", self.train), ("validation", self.validation)):

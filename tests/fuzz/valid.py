@@ -35,7 +35,7 @@ def check_adapter(adapter: NativeAdapter) -> None:
     assert set(adapter.state) == set(config.tensors)
     for name, tensor in adapter.state.items():
         assert tensor.dtype == torch.float32 and tensor.isfinite().all(), name
-    sizes = [getattr(base, name) for name in SHAPE_FIELDS[:-1]] + [base.intermediate_size or 1]  # None in version 1
+    sizes = [getattr(base, name) for name in SHAPE_FIELDS]
     assert all(type(number) is int and number > 0 for number in (*config.layers, *sizes))
     json.dumps([asdict(config), asdict(base)], allow_nan=False)
     for name, (_, factor) in config.tensors.items():

@@ -306,30 +306,7 @@ def _own_copy(folder: str) -> None:
         ModelSource.weights_folder = lambda source: Path(folder)  # type: ignore[method-assign]
 
 
-# Older adapters, tokenizers of a run's own, merged bases --------------------------------------------------------------
-
-
-def older(folder: Path, target: Path) -> Path:
-    """An adapter as a version without samples and checksums wrote it."""
-    shutil.copytree(folder, target)
-    file = target / "adapter_config.json"
-    content = json.loads(file.read_text())
-    for name in ("base_sample", "tokenizer_hash", "sha256", "config_sha256"):
-        del content[name]
-    file.write_text(json.dumps(content))
-    return target
-
-
-def test_an_older_adapter_keeps_the_old_check_and_says_so(
-    base: Base, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    older(made / "adapter", tmp_path / "adapter")
-    model = changed(base.model, tmp_path / "model", one_tensor)
-    merge(tmp_path, model, tmp_path / "output")
-    assert "note: --adapter: written by an earlier version" in capsys.readouterr().out
-    edit_tensors(model / "model.safetensors", lambda tensors: tensors[NORM].normal_())
-    with pytest.raises(UserError, match="whose weights differ"):
-        merge(tmp_path, model, tmp_path / "output2")
+# Tokenizers of a run's own, merged bases --------------------------------------------------------------
 
 
 def test_tokens_that_a_config_adds_count(base: Base, tmp_path: Path) -> None:

@@ -4,5 +4,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
 SUPPORT = ROOT / "tests" / "support"
-STORED_ADAPTER = ROOT / "tests" / "data" / "adapter_format_1"
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real data sets, where they are beside the repository

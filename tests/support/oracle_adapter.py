@@ -150,9 +150,8 @@ class OracleAdapter:
         """Read a native adapter folder (`adapter_config.json` and `adapter_model.safetensors`)."""
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
-        targets = tuple(config.get("targets", ["qkv"]))  # version 1 of the format has no other
         shared = config["method"], config["rank"], float(config["alpha"]), tuple(config["layers"])
-        return cls(*shared, tensors, targets)
+        return cls(*shared, tensors, tuple(config["targets"]))
 
 
 def adapter_update(

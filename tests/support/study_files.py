@@ -35,6 +35,7 @@ def write_study(
         "paper_model": model if known else None,
         "task": task,
         "metric": SCORED[task],
+        "file_sha256": {},
     }
     (folder / "base.json").write_text(json.dumps(base))
     return folder

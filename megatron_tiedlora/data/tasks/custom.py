@@ -10,7 +10,6 @@ from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.fields import required_texts, without
-from megatron_tiedlora.data.first_rules import parts_by_first_rules
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.shapes import REFERENCES, find_shape
 from megatron_tiedlora.data.task import Parts, Task
@@ -22,8 +21,6 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
 
     Raises UserError naming the source with its fields and the shapes, or the field that is empty.
     """
-    if reading.first_rules:
-        return parts_by_first_rules(row, source, columns=tuple(reading.columns or ()))
     shape = find_shape(row, source, named=reading.template_fields, columns=reading.columns)
     content = shape.read(row, source)
     references = row.get(REFERENCES)

@@ -33,7 +33,7 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
     second = checked_text(row["ctx_b"], "ctx_b", source, allow_empty=True).capitalize()
     start = f"{required_text(row, 'ctx_a', source)} {second}"
     query = clean(f"{required_text(row, 'activity_label', source)}: {start}")
-    context = query.strip() if reading.first_rules else query.rstrip()
+    context = query.rstrip()
     endings = required_texts(row["endings"], "endings", source)
     cleaned = (clean(ending) for ending in endings)
     # An ending of only brackets keeps them.
@@ -42,8 +42,6 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
     numbered = "\n".join(f"{number}. {choice}" for number, choice in enumerate(shown_choices, start=1))
     fields = {**without(row, "label"), "context": context, "endings": numbered}
     right = _label(row, len(choices), source)
-    if reading.first_rules:
-        return Parts(fields, None, (shown_choices[right],), shown_choices)
     # White space at the end of the prompt is scored with the ending, as the harness does.
     follow = tuple(f"{query[len(context) :]} {choice}" for choice in choices)
     return Parts(fields, None, (choices[right],), choices, follow)

@@ -38,10 +38,10 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
     yield ({**without(row, "translation"), **pair} if isinstance(pair, Mapping) else dict(row)), source
 
 
-def _aligned_files(argument: str, flag: str, reading: Reading) -> Callable[[], list[Row]] | None:
+def _aligned_files(argument: str, flag: str) -> Callable[[], list[Row]] | None:
     """What reads the rows of two text files "GERMAN,ENGLISH", or None if the argument names files or data sets."""
     pair = _pair(argument, flag)
-    return None if pair is None else partial(_read_aligned, *pair, reading)
+    return None if pair is None else partial(_read_aligned, *pair)
 
 
 def _pair(argument: str, flag: str) -> tuple[str, str] | None:
@@ -70,8 +70,8 @@ def _pair(argument: str, flag: str) -> tuple[str, str] | None:
     return (names[1], names[0]) if first == "en" or second == "de" else (names[0], names[1])
 
 
-def _read_aligned(german_name: str, english_name: str, reading: Reading) -> list[Row]:
-    german, english = (_sentences(name, reading) for name in (german_name, english_name))
+def _read_aligned(german_name: str, english_name: str) -> list[Row]:
+    german, english = (_sentences(name) for name in (german_name, english_name))
     _check_aligned(german, english)
     rows: list[Row] = []
     for (number, de), (other, en) in zip(german.lines, english.lines, strict=True):
@@ -104,12 +104,12 @@ class _Sentences:
     blank: list[tuple[int, int]] = field(default_factory=list)
 
 
-def _sentences(name: str, reading: Reading) -> _Sentences:
+def _sentences(name: str) -> _Sentences:
     """The sentences of a file: its lines, or in the formats of the release its segments and lines without a tag, where
-    blank lines separate them. Version 0.1 took every line for a sentence."""
+    blank lines separate them."""
     lines = list(enumerate(read_lines(name), start=1))
     base = Path(name.lower()).name
-    if reading.first_rules or not (base.endswith(".xml") or base.startswith("train.tags.")):
+    if not (base.endswith(".xml") or base.startswith("train.tags.")):
         return _Sentences(name, "line", lines)
     found = _Sentences(name, "sentence", [])
     for number, line in lines:

@@ -69,7 +69,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "width": ({"intermediate_size": 7}, "gate_up.B has shape"),
     "fewer": ({"targets": ["qkv"]}, "holds a tensor 'gate_up."),
     "more": ({"targets": ["qkv", "gate_up", "down_proj"]}, "tensor down_proj.A is missing"),
-    "version": ({"format_version": 1}, "holds a tensor 'gate_up."),
+    "version": ({"format_version": 1}, "format_version 1, of version '"),
     "type": ({"peft_type": "LORA"}, "this is a PEFT adapter"),
 }
 

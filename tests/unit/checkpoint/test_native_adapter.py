@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from folders import STORED_ADAPTER
 from native_files import native_adapter, reseal, write_native
 from oracle import OracleAdapter, OracleConfig, delta_weights
 from oracle_adapter import ALL_TARGETS, TARGET_PARTS
@@ -19,11 +18,10 @@ from tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
-from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.inputs import check_base
@@ -206,7 +204,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "not json": (lambda folder: (folder / CONFIG).write_text("{"), CONFIG, "not valid JSON"),
     "no object": (lambda folder: (folder / CONFIG).write_text("[]"), CONFIG, "expected a JSON object"),
     "truncated": (cut, WEIGHTS, "not a whole safetensors file"),
-    "version": (edit(format_version=3), CONFIG, "format_version 3 is not 1 or 2"),
+    "version": (edit(format_version=3), CONFIG, "is not 2, which is read; train"),
     "method": (edit(method="tl7"), CONFIG, "method 'tl7'"),
     "layout": (edit(qkv_layout="interleaved"), CONFIG, "'interleaved'"),
     "no rank": (edit(rank=None), CONFIG, "rank is missing"),
@@ -215,6 +213,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "rank text": (edit(rank="4"), CONFIG, "rank = '4'"),
     "head_dim": (edit(head_dim="wide"), CONFIG, "head_dim = 'wide'"),
     "alpha": (edit(alpha="much"), CONFIG, "wrong type"),
+    "no targets": (edit(targets=None), CONFIG, "targets is missing"),
+    "no width": (edit(intermediate_size=None), CONFIG, "intermediate_size is missing"),
+    "no sample": (edit(base_sample=None), CONFIG, "base_sample is missing"),
     "layers": (edit(layers=7), CONFIG, "wrong type"),
     "layer 0": (edit(layers=[0, 3]), CONFIG, "[0, 3] are not among 1 to 3"),
     "layer 4": (edit(layers=[1, 4]), CONFIG, "[1, 4] are not among 1 to 3"),
@@ -252,21 +253,13 @@ def test_a_damaged_adapter_is_one_line_that_names_the_file(base: Path, tmp_path:
     assert "\n" not in str(error.value)
 
 
-def test_format_version_1_is_read_and_written_as_version_2(tmp_path: Path) -> None:
-    """An adapter of the first version keeps its tensors byte for byte, and every field that it had."""
-    adapter = load_adapter(STORED_ADAPTER)
-    assert adapter.sha256 == "4f0d1afe8f46ca4fafc12d764ef9d3185bb0dd287e12a24973bab4bf48a2a7c4"
-    assert (adapter.config.method, adapter.config.layers) == ("tl6", (1, 3))
-    assert adapter.config.targets == (qkv_target(32, (32, 16, 16)),)
-    model = find_model(str(write_tiny_model(tmp_path / "model")))
-    assert adapter.base.base_hash == model.base_hash
-    save_adapter(tmp_path / "again", adapter.config, adapter.base, adapter.state)
-    assert (tmp_path / "again" / WEIGHTS_FILE).read_bytes() == (STORED_ADAPTER / WEIGHTS_FILE).read_bytes()
-    before, after = (json.loads((folder / CONFIG_FILE).read_text()) for folder in (STORED_ADAPTER, tmp_path / "again"))
-    for_peft = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode"}
-    assert after.keys() - before.keys() == {"targets", *for_peft} and after["format_version"] == 2
-    of_version = ("format_version", "version", "config_sha256")  # the last is a hash of the others
-    assert [item for item in before.items() if item[0] not in of_version] == [
-        item for item in after.items() if item[0] in before and item[0] not in of_version
-    ]
-    assert load_adapter(tmp_path / "again").equals(adapter)
+def test_a_folder_of_another_format_names_the_version_that_wrote_it(base: Path, tmp_path: Path) -> None:
+    """That of version 0.1, which was not published, had no peft_type, targets and intermediate_size."""
+    write_native(tmp_path / "adapter", base, values(base))
+    edit(format_version=1, version="0.1.0", peft_type=None, targets=None, intermediate_size=None)(tmp_path / "adapter")
+    with pytest.raises(UserError) as error:
+        load_adapter(tmp_path / "adapter")
+    assert str(error.value) == (
+        f"{tmp_path / 'adapter' / CONFIG}: format_version 1, of version '0.1.0' of this package, is not 2, which is"
+        " read; train the adapter again"
+    )

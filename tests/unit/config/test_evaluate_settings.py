@@ -17,7 +17,7 @@ def test_flags_are_those_of_the_interface() -> None:
     flags = (
         "model adapter adapters task test_file tensor_parallel pipeline_parallel dtype max_new_tokens batch_size limit"
         " output_dir merge_adapter split prompt_template tokenizer max_length seed timeout_minutes config train_file"
-        " validation_file take_over base_differs columns chat_template add_bos special_tokens_in_text data_rules base"
+        " validation_file take_over base_differs columns chat_template add_bos special_tokens_in_text base"
     )
     parser = build_parser(EvaluateSettings)
     found = {option for action in parser._actions for option in action.option_strings}

@@ -9,7 +9,6 @@ import pytest
 from task_files import refusal, write, write_rows
 
 from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks.iwslt2017 import TASK
 
@@ -142,9 +141,6 @@ def test_the_release_is_read_as_its_segments(
     samples = read("iwslt2017", ",".join(files))
     assert [sample.references[0] for sample in samples] == [english[name] for name in ("first", "second", "third")]
     assert [sample.source for sample in samples] == [f"{files[0]}:{place}" for place in places]
-    # Version 0.1 took every line for a sentence.
-    old = read("iwslt2017", ",".join(files), reading=Reading(first_rules=True)) if form is TAGS else []
-    assert len(old) in (0, form.count("\n"))
     if form is XML:
         broken = write(tmp_path / "x.de.xml", "<seg id='1'>a\nb</seg>\n")
         assert f"{broken}:1: a <seg> does not end" in refusal(lambda: read("iwslt2017", f"{broken},{files[1]}"))
@@ -182,6 +178,5 @@ def test_several_data_sets_of_the_hub_are_rows(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "a.jsonl", [{"de": "Ja.", "en": "Yes."}])
     message = refusal(lambda: read("iwslt2017", f"{rows}:0.5,./none/none:0.5"))
     assert "2 files" in message
-    reading = Reading()
     assert TASK.read_files is not None
-    assert TASK.read_files(f"{rows}:0.5,someone/pairs:de-en:train:0.5", "--train_file", reading) is None
+    assert TASK.read_files(f"{rows}:0.5,someone/pairs:de-en:train:0.5", "--train_file") is None

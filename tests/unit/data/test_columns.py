@@ -21,10 +21,9 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo
 PLAIN = {"prompt": "a", "completion": "b"}
 
 
-def custom(tmp_path: Path, row: Row, columns: str, *, first_rules: bool = False, **options: Any) -> Example:
+def custom(tmp_path: Path, row: Row, columns: str, **options: Any) -> Example:
     path = write_rows(tmp_path / "data.jsonl", [row])
-    train_on: Any = "last_turn" if first_rules else "all_turns"
-    reading = Reading(columns=parse_columns(columns), first_rules=first_rules, train_on=train_on)
+    reading = Reading(columns=parse_columns(columns))
     (example,) = load_split("custom", "test", files={"test": path}, seed=0, reading=reading, **options)
     return example
 
@@ -96,13 +95,6 @@ def test_the_tools_of_a_chat_are_read_under_either_name(tmp_path: Path) -> None:
 def test_columns_that_do_not_fit(tmp_path: Path, row: Row, columns: str, words: list[str]) -> None:
     message = refusal(lambda: custom(tmp_path, row, columns))
     assert all(word in message for word in words), message
-
-
-def test_columns_choose_a_shape_by_the_first_rules_too(tmp_path: Path) -> None:
-    row = {"messages": TURNS, "q": "Hi", "a": "Yo"}
-    assert custom(tmp_path, row, "prompt=q,completion=a", first_rules=True).prompt == "Hi"
-    assert custom(tmp_path, row, "messages=messages", first_rules=True).prompt == "User: Hi\nAssistant:"
-    assert "--data_rules 1" in refusal(lambda: custom(tmp_path, row, "query=q,response=a", first_rules=True))
 
 
 def test_columns_of_a_task_and_of_a_prompt_template(tmp_path: Path) -> None:

@@ -166,7 +166,6 @@ CHANGES: list[dict[str, Any]] = [
     {"train_on": "last_turn"},
     {"add_bos": "true"},
     {"special_tokens": "plain"},
-    {"first_rules": True},
 ]
 
 

@@ -320,16 +320,6 @@ def test_a_long_chat_loses_whole_early_turns(tmp_path: Path) -> None:
     assert message.startswith(f"{file}:1: the answer of {sum(shortest.learned)} tokens")
 
 
-def test_a_long_chat_loses_its_middle_by_the_first_rules(tmp_path: Path) -> None:
-    """Version 0.1 did so; a run of it could not be resumed otherwise."""
-    cage = Cage(tmp_path / "tokenizer")
-    file = write_rows(tmp_path / "rows.jsonl", [{"messages": THREE}])
-    reading = Reading(train_on="last_turn", first_rules=True)
-    (whole,) = cage.samples(file, reading=reading, max_length=300)
-    (cut,) = cage.samples(file, reading=reading, max_length=len(whole.ids) - 10)
-    assert len(cut.ids) == len(whole.ids) - 10 and cut.ids[:8] == whole.ids[:8] and cut.ids[-12:] == whole.ids[-12:]
-
-
 def test_a_long_text_becomes_several_samples(tmp_path: Path) -> None:
     cage = Cage(tmp_path / "tokenizer", bos=True)
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "Once upon a time. " * 9}])

@@ -14,7 +14,7 @@ from tiny_models import write_tiny_model
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
 from megatron_tiedlora.config.cli import read_yaml
-from megatron_tiedlora.config.data_fields import FIRST_DATA_RULES, TEMPLATE_HASH
+from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import Settings, make_settings
@@ -52,18 +52,15 @@ def evaluated(run: Path, **more: Any) -> Any:
     return plan_evaluation(validate_settings(values, EvaluateSettings), rank=0, world_size=1)
 
 
-@pytest.mark.parametrize("rules", [2, FIRST_DATA_RULES])
-def test_a_chat_template_is_compared_by_its_content(base: Path, tmp_path: Path, rules: int) -> None:
+def test_a_chat_template_is_compared_by_its_content(base: Path, tmp_path: Path) -> None:
     template = Path(write(tmp_path / "mine.jinja", CHATML))
-    run = run_of(base, tmp_path / "run", template, data_rules=rules)
+    run = run_of(base, tmp_path / "run", template)
     recorded = yaml.safe_load((run / "run.yaml").read_text())
     assert recorded[TEMPLATE_HASH] == hashlib.sha256(CHATML.encode()).hexdigest()
     assert TEMPLATE_HASH not in read_yaml(str(run / "run.yaml"), Settings.model_fields)  # it may be given to --config
     assert evaluated(run).settings.chat_template == str(template)
     copy = write(tmp_path / "copy.jinja", CHATML)
-    old = "rows are read by the rules of version 0.1 (--data_rules 1)"
-    notes = (old,) if rules == FIRST_DATA_RULES else ()
-    assert evaluated(run).notes == evaluated(run, chat_template=copy).notes == notes
+    assert evaluated(run).notes == evaluated(run, chat_template=copy).notes == ()
 
     template.write_text(OTHER)
     message = refusal(lambda: evaluated(run))
@@ -73,7 +70,18 @@ def test_a_chat_template_is_compared_by_its_content(base: Path, tmp_path: Path, 
     assert plan.notes[0] == f"--chat_template {template} has other content than that of the adapter's run"
     template.unlink()
     assert "is not on this host; give the file" in refusal(lambda: evaluated(run))
-    assert evaluated(run, chat_template=copy).notes == notes
+    assert evaluated(run, chat_template=copy).notes == ()
+
+
+def test_the_run_s_reading_is_that_of_the_evaluation(base: Path, tmp_path: Path) -> None:
+    """Where the command gives none; a setting in run.yaml that is unknown here is no obstacle."""
+    run = run_of(base, tmp_path / "run", Path(write(tmp_path / "mine.jinja", CHATML)), add_bos="false")
+    (run / "run.yaml").write_text((run / "run.yaml").read_text() + "later_setting: 3\n")
+    found = evaluated(run).settings
+    assert (found.add_bos, found.special_tokens_in_text) == ("false", "refuse")
+    assert evaluated(run, add_bos="true").settings.add_bos == "true"
+    (run / "run.yaml").unlink()
+    assert evaluated(run).settings.add_bos is evaluated(run).settings.special_tokens_in_text is None
 
 
 def test_a_run_that_recorded_no_content_is_compared_by_name(base: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_an_adapter_s_run_and_base_are_compared(models: Models, tmp_path: Path) 
     """What the files beside it tell of other prompts or, for PEFT, of another base is noted before decoding."""
     (tmp_path / "run").mkdir()
     shutil.copytree(models.native, tmp_path / "run" / "adapter")
-    template = {"task": "custom", "prompt_template": "Q: {prompt}", "data_rules": 2, "versions": {}}
+    template = {"task": "custom", "prompt_template": "Q: {prompt}", "versions": {}}
     (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump(template))
     shutil.copytree(models.peft, tmp_path / "peft")
     file = tmp_path / "peft" / "adapter_config.json"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from folders import STORED_ADAPTER
 from hf_models import hf_model, write_adapter, write_bases
 from native_files import reseal
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
@@ -83,16 +81,16 @@ def test_a_folder_that_peft_wrote_is_accepted_with_a_note(bases: dict[str, Path]
 
 
 @pytest.mark.parametrize("read", [PeftConfig.from_pretrained, TiedLoraConfig.from_pretrained])
-def test_format_version_1_is_read(tmp_path: Path, read: Any) -> None:
-    """A folder that was written before the method existed has no `peft_type`."""
-    assert "peft_type" not in json.loads((STORED_ADAPTER / CONFIG).read_text())
-    config = read(str(STORED_ADAPTER))
-    native = load_adapter(STORED_ADAPTER)
-    assert isinstance(config, TiedLoraConfig) and config.method == "tl6" and config.targets == ["qkv"]
-    assert (config.r, config.alpha, config.layers) == (native.config.rank, native.config.alpha, [1, 3])
-    base = write_tiny_model(tmp_path / "model")
-    model = PeftModel.from_pretrained(hf_model(base), STORED_ADAPTER)
-    model.load_adapter(str(STORED_ADAPTER), "again")
+def test_the_config_is_that_of_the_folder(tmp_path: Path, read: Any) -> None:
+    base, stored = write_tiny_model(tmp_path / "model"), tmp_path / "native"
+    write_adapter(stored, base)
+    config, native = read(str(stored)), load_adapter(stored)
+    assert isinstance(config, TiedLoraConfig) and config.method == native.config.method
+    assert (config.r, config.alpha, config.layers) == (
+        *(native.config.rank, native.config.alpha), list(native.config.layers),
+    )  # fmt: skip
+    model = PeftModel.from_pretrained(hf_model(base), stored)
+    model.load_adapter(str(stored), "again")
     model.save_pretrained(tmp_path / "saved")
     assert load_adapter(tmp_path / "saved").equals(native) and load_adapter(tmp_path / "saved" / "again").equals(native)
     assert (tmp_path / "saved" / "README.md").is_file()  # PEFT's model card is no obstacle

@@ -106,9 +106,9 @@ COMMANDS: dict[str, tuple[list[str], set[str]]] = {
         ["--rank=4", "--alpha=6", "--layers=2", "--init_std_a=0.3", "--max_length=32", "--max_new_tokens=9"],
         {"max_steps", "method", "rank", "alpha", "layers", "init_std_a", "max_length", "max_new_tokens"},
     ),
-    "first rules": (
-        ["--data_rules=1"],
-        {"max_steps", "method", "data_rules", "train_on", "add_bos", "special_tokens_in_text"},
+    "rows": (
+        ["--train_on=last_turn", "--add_bos=true", "--special_tokens_in_text=control"],
+        {"max_steps", "method", "train_on", "add_bos", "special_tokens_in_text"},
     ),
     "template": (
         ["--prompt_template=-Q: {prompt}\n````\nA 'b':", "--targets=all", "--packing=false"],
