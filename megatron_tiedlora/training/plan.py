@@ -98,6 +98,11 @@ class RunPlan:
             deterministic=settings.deterministic,
         )
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether there are rows and a tokenizer; a dry run without them takes each row to be full."""
+        return self.source.folder is not None and self.settings.names_data
+
     @cached_property
     def stages(self) -> tuple[StagePlan, ...]:
         """Every pipeline stage, in order."""

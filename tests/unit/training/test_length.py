@@ -99,10 +99,10 @@ def test_a_dry_run_counts_and_warns(tmp_path: Path) -> None:
 
     model, rows = write_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 20)
     given = {"model": str(model), "train_file": str(rows), "validation_file": str(rows), "global_batch_size": 8}
-    report = dry_run_report(make_settings({**given, "dry_run": True, "epochs": 30, "dtype": "fp32"}))
+    report = dry_run_report(make_settings({**given, "dry_run": True, "epochs": 30, "dtype": "fp32"})).text
     assert "  75 steps, 600 samples" in report and "sees the training part 30.00 times" in report
     assert "  warning: the run sees each of the 20 training samples 30.0 times; a lower value of --epochs" in report
-    preset = dry_run_report(settings_of(epochs=2))
+    preset = dry_run_report(settings_of(epochs=2)).text
     assert "--epochs 2: its steps are counted from data" in preset and "2000 steps" not in preset
 
 
