@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,7 +71,45 @@ def open_weights(file: Path) -> Any:
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
 
 
-class BaseWeights:
+class WeightFiles:
+    """The safetensors files of a folder. They are memory-mapped, each when a tensor of it is asked for.
+
+    Attributes:
+        file_of: the file that holds each tensor, by the tensor's name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file_of = weight_map(folder)
+        self._open = ExitStack()
+        self._readers: dict[Path, Any] = {}
+        self._headers: dict[Path, Header] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def reader(self, file: Path) -> Any:
+        """The opened file; see `open_weights`."""
+        if file not in self._readers:
+            self._readers[file] = self._open.enter_context(open_weights(file))
+        return self._readers[file]
+
+    def header(self, file: Path) -> Header:
+        """The header of a file; see `read_header`."""
+        if file not in self._headers:
+            self._headers[file] = read_header(file)
+        return self._headers[file]
+
+    def stored(self, name: str) -> Any:
+        """The stored tensor of this name, from which slices are read; None if there is none."""
+        file = self.file_of.get(name)
+        return None if file is None else self.reader(file).get_slice(name)
+
+
+class BaseWeights(WeightFiles):
     """A base checkpoint. Opening it checks its tensors against the model's name table before any value is read.
 
     Attributes:
@@ -85,14 +123,10 @@ class BaseWeights:
         Args:
             stored: the format of the blocks' linears, if they are quantised there.
         """
-        self.folder = folder
+        super().__init__(folder)
         self.rules = weight_rules(shape)
         self.bytes_read = 0
-        self._files = weight_map(folder)
-        self._open = ExitStack()
-        self._readers: dict[Path, Any] = {}
-        self._headers: dict[Path, Header] = {}
-        self._stored = None if stored is None else StoredWeights(stored, self._slice_or_none)
+        self._stored = None if stored is None else StoredWeights(stored, self.stored)
         self._quantised: dict[str, tuple[int, ...]] = {}
         if stored is not None:
             for rule in quantised_rules(shape):
@@ -100,27 +134,21 @@ class BaseWeights:
         embedding, head = (f"{linear.sources[0].module}.weight" for linear in (shape.embedding, shape.head))
         names = {name for rule in self.rules for name in rule.hf_names} | {head}
         if stored is not None:
-            names |= self._files.keys()
-        for file in sorted({self._files[name] for name in names if name in self._files}):
-            self._readers[file] = self._open.enter_context(open_weights(file))
+            names |= self.file_of.keys()
+        for file in sorted({self.file_of[name] for name in names if name in self.file_of}):
+            self.reader(file)
         self._check()
-        if shape.tied_embeddings and head in self._files:
+        if shape.tied_embeddings and head in self.file_of:
             self._check_tied_head(head, embedding)
-
-    def __enter__(self) -> BaseWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
 
     def _check(self) -> None:
         for rule in self.rules:
             for name, expected in zip(rule.hf_names, rule.hf_shapes(), strict=True):
-                if name not in self._files:
+                if name not in self.file_of:
                     raise UserError(f"{self.folder}: tensor {name} is missing from the safetensors files")
-                file = self._files[name]
+                file = self.file_of[name]
                 try:
-                    stored = self._readers[file].get_slice(name)
+                    stored = self.stored(name)
                 except SafetensorError as error:
                     raise UserError(f"{file}: {error}, although the index names it") from None
                 if self._stored is not None and name in self._quantised:
@@ -137,7 +165,7 @@ class BaseWeights:
 
     def _check_tied_head(self, head: str, embedding: str) -> None:
         """Raise UserError if a stored head differs from the embedding: transformers would not tie them then."""
-        ours, theirs = (self._readers[self._files[name]].get_slice(name) for name in (head, embedding))
+        ours, theirs = self.stored(head), self.stored(embedding)
         same = ours.get_shape() == theirs.get_shape()
         for start in range(0, ours.get_shape()[0] if same else 0, _COMPARED_ROWS):
             rows = slice(start, start + _COMPARED_ROWS)
@@ -158,14 +186,12 @@ class BaseWeights:
         return self._sample(name)
 
     def _sample(self, name: str) -> torch.Tensor:
-        file = self._files[name]
-        if file not in self._headers:
-            self._headers[file] = read_header(file)
-        return read_runs(file, self._headers[file], name, count=SAMPLED_RUNS, length=RUN_LENGTH)
+        file = self.file_of[name]
+        return read_runs(file, self.header(file), name, count=SAMPLED_RUNS, length=RUN_LENGTH)
 
-    def _slice_or_none(self, name: str) -> Any:
-        file = self._files.get(name)
-        return None if file is None else self._readers[file].get_slice(name)
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor of the name table that is not quantised."""
+        return FLOAT_TYPES[self.stored(name).get_dtype()]
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
         """The stored tensor `name`, or a slice of it along `dim`, in its stored dtype; in fp32 if it is quantised."""
@@ -174,10 +200,10 @@ class BaseWeights:
             try:
                 values, num_bytes = self._stored.values(name, self._quantised[name], rows)
             except UserError as error:
-                raise UserError(f"{self._files[name]}: {error}") from None
+                raise UserError(f"{self.file_of[name]}: {error}") from None
             self.bytes_read += num_bytes
             return values[:, columns]
-        stored = self._readers[self._files[name]].get_slice(name)
+        stored = self.stored(name)
         index: Any = ... if part is None else (slice(None),) * dim + (part,)
         tensor: torch.Tensor = stored[index]
         self.bytes_read += tensor.numel() * tensor.element_size()
@@ -214,12 +240,13 @@ class BaseWeights:
                 continue
             values = self.read(stored.name, part, dim)
             if rule.divides and not values.all():
-                raise UserError(f"{self._files[stored.name]}: {stored.name} has a zero, by which training would divide")
+                why = f"{stored.name} has a zero, by which training would divide"
+                raise UserError(f"{self.file_of[stored.name]}: {why}")
             try:
                 target.load(values, dim=dim, start=offset, columns=columns)
             except ValueError as error:
                 why = f"{stored.name} has {error}, which cannot be quantised; leave --base out"
-                raise UserError(f"{self._files[stored.name]}: {why}") from None
+                raise UserError(f"{self.file_of[stored.name]}: {why}") from None
             offset += size
         padding = list(target.local_shape)
         padding[dim] -= offset
@@ -238,7 +265,7 @@ class BaseWeights:
         try:
             target.load_stored(found.codes, found.scales, start=start, columns=columns)
         except ValueError as error:
-            raise UserError(f"{self._files[name]}: {name} has {error}; download the model again") from None
+            raise UserError(f"{self.file_of[name]}: {name} has {error}; download the model again") from None
 
 
 def load_base_weights(

@@ -1,32 +1,39 @@
-"""Logits of whole models, computed one layer at a time by the package's own layers.
+"""Logits and losses of whole models, computed one layer at a time by the package's own layers.
 
-It needs the memory of one layer, whatever the model: a layer is built, filled for one model after another, run, and
-freed. Of the embedding only the rows of the tokens are read, and the head is computed for some rows of it at a time.
+It needs the memory of one layer, whatever the model: a layer is built, filled for one model after another, run on all
+rows, and freed. Of the embedding only the rows of the tokens are kept. Logits are computed by some rows of the head at
+a time. For a loss, rows are processed in groups whose activations fit into the host's memory, and weights are read once
+for each group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.convert.merged_rows import row_blocks
+from megatron_tiedlora.convert.merged_rows import ReadRows, row_blocks
+from megatron_tiedlora.data.loader import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
 from megatron_tiedlora.parallel.groups import ALONE, TensorParallel
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
-_HEAD_ELEMENTS = 2**24  # of the head at a time; 64 MiB in fp32
-
-ReadRows = Callable[[str, slice], torch.Tensor]
+_HEAD_ELEMENTS = 2**24  # of the head at a time, for logits; 64 MiB in fp32
+_SHARE = 0.25  # of the host's free memory, for activations that wait
+_ROWS_AT_ONCE = 512  # of logits, for a loss
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,13 @@ class Weights:
     adapters: Mapping[str, NativeAdapter | None]
 
 
+class _Inputs(NamedTuple):
+    """Rows of a model's input: tokens (b, s) and position ids (b, s)."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+
+
 @torch.no_grad()
 def layerwise_logits(
     shape: ModelShape,
@@ -52,71 +66,169 @@ def layerwise_logits(
     progress: bool = False,
 ) -> dict[str, torch.Tensor]:
     """fp32 logits (b, s, V) by the names in `models`, which are all of the same shape. Layers compute in `dtype`."""
-    specs, rules = layer_specs(shape, dtype=dtype), weight_rules(shape)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    hidden: dict[str, torch.Tensor] = {}
-    with tqdm(total=len(specs), desc="logits", unit="layer", disable=not progress, leave=False) as bar:
-        for model in models:
-            hidden |= dict.fromkeys(model.adapters, _embed(shape, model.read, tokens, dtype))
-        bar.update()
-        for spec in specs[1:-1]:
-            stage = Stage([spec], None)
-            for model in models:
-                fill(stage, (rule for rule in rules if rule.layer == spec.index), model.read)
-                for name, adapter in model.adapters.items():
-                    updates = _updates(adapter, spec.index, dtype)
-                    hidden[name] = stage.predict(hidden[name], positions, updates=updates)
-            del stage  # before the next layer is built
-            bar.update()
-        logits: dict[str, torch.Tensor] = {}
-        for model in models:
-            logits |= _head(shape, model.read, {name: hidden[name] for name in model.adapters}, dtype)
-        bar.update()
-    return logits
-
-
-def _embed(shape: ModelShape, read: ReadRows, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The input of the first block, (b, s, d), by an embedding of the rows that occur."""
-    ids, renumbered = tokens.unique(return_inverse=True)
-    embedding: Any = layer_specs(_with_vocabulary(shape, len(ids)), dtype=dtype)[0].build()
-    for row, index in enumerate(ids.tolist()):
-        embedding.frozen.load(read(_stored_name(shape, 0), slice(index, index + 1)), start=row)
-    embedded: torch.Tensor = embedding(renumbered, TensorParallel())
-    return embedded
-
-
-def _head(
-    shape: ModelShape, read: ReadRows, hidden: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """fp32 logits (b, s, V) from results (b, s, d) of the last block, by heads of some rows of the vocabulary each."""
-    last = shape.num_layers + 1
-    norms = [rule for rule in weight_rules(shape) if rule.layer == last and rule.linear is None]
-    logits: dict[str, list[torch.Tensor]] = {name: [] for name in hidden}
+    layers = _Layers(shape, dtype, _CPU)
+    inputs = _Inputs(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
     size = max(_HEAD_ELEMENTS // shape.hidden_size, 1)
-    for start in range(0, shape.vocab_size, size):
-        stop = min(start + size, shape.vocab_size)
-        head: Any = layer_specs(_with_vocabulary(shape, stop - start), dtype=dtype)[-1].build()
-        if shape.tied_embeddings:
-            head.take_weight(FrozenWeight.empty(stop - start, shape.hidden_size, dtype=dtype))
-        fill(nn.ModuleDict({"layers": nn.ModuleDict({str(last): head})}), norms, read)
-        head.frozen.load(read(_stored_name(shape, last), slice(start, stop)))
-        for name, states in hidden.items():
-            logits[name].append(head(states, TensorParallel()).float())
+    logits: dict[str, list[torch.Tensor]] = {}
+    with _bar("logits", shape, progress) as bar:
+        hidden = layers.hidden(models, [inputs], bar)
+        for model in models:
+            for start in range(0, shape.vocab_size, size):
+                head = layers.head(model.read, start, min(start + size, shape.vocab_size))
+                for name in model.adapters:
+                    logits.setdefault(name, []).append(head(hidden[name][0], TensorParallel()).float())
+        bar.update()
     return {name: torch.cat(parts, dim=-1) for name, parts in logits.items()}
 
 
-def _with_vocabulary(shape: ModelShape, size: int) -> ModelShape:
-    """The same model with a vocabulary of `size` tokens."""
-    return replace(shape, embedding=replace(shape.embedding, blocks=(size,)), head=replace(shape.head, blocks=(size,)))
+@torch.no_grad()
+def layerwise_loss(
+    shape: ModelShape,
+    read: ReadRows,
+    adapter: NativeAdapter,
+    batches: Iterable[MicroBatch],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    between: Callable[[], object] = lambda: None,
+    progress: bool = False,
+) -> float:
+    """The summed loss over the supervised positions of `batches`, none of them packed.
+
+    Args:
+        read: reads rows of a stored tensor, in any float dtype.
+        dtype: of the layers' computation.
+        between: called before each block; it may raise to end the computation.
+        progress: show a bar.
+    """
+    layers, total = _Layers(shape, dtype, device, between), 0.0
+    for group in _groups(batches, shape.hidden_size * dtype.itemsize):
+        with _bar("loss", shape, progress) as bar:
+            inputs = [_Inputs(batch.input_ids, batch.position_ids) for batch in group]
+            hidden = layers.hidden([Weights(read, {"": adapter})], inputs, bar)[""]
+            head = layers.head(read, 0, shape.vocab_size)
+            for batch, states in zip(group, hidden, strict=True):
+                total += _summed_loss(head, states, batch.labels, device)
+    return total
 
 
-def _stored_name(shape: ModelShape, layer: int) -> str:
-    """The stored tensor of the embedding (layer 0), or of the head."""
-    linear = shape.embedding if layer == 0 or shape.tied_embeddings else shape.head
-    return f"{linear.sources[0].module}.weight"
+def _bar(name: str, shape: ModelShape, progress: bool) -> Any:
+    return tqdm(total=shape.num_layers + 2, desc=name, unit="layer", disable=not progress, leave=False)
 
 
-def fill(module: nn.Module, rules: Iterable[WeightRule], read: ReadRows) -> None:
+def _groups(batches: Iterable[MicroBatch], bytes_per_token: int) -> Iterator[list[MicroBatch]]:
+    """Batches whose activations fit into memory together; at least one."""
+    group: list[MicroBatch] = []
+    used, most = 0, _SHARE * psutil.virtual_memory().available
+    for batch in batches:
+        size = batch.input_ids.numel() * bytes_per_token
+        if group and used + size > most:
+            yield group
+            group, used = [], 0
+        group.append(batch)
+        used += size
+    if group:
+        yield group
+
+
+def _summed_loss(head: Any, states: torch.Tensor, labels: torch.Tensor, device: torch.device) -> float:
+    """The loss of the last block's results (b, s, d), by logits of some rows at a time."""
+    found, total = labels != IGNORED_LABEL, 0.0
+    for rows, wanted in zip(states[found].split(_ROWS_AT_ONCE), labels[found].split(_ROWS_AT_ONCE), strict=True):
+        logits = head(rows[None].to(device), TensorParallel())[0].float()
+        total += functional.cross_entropy(logits, wanted.to(device), reduction="sum").item()
+    return total
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The layers of a model of this shape, which compute in `dtype` on `device`.
+
+    Attributes:
+        between: called before each block.
+    """
+
+    shape: ModelShape
+    dtype: torch.dtype
+    device: torch.device
+    between: Callable[[], object] = lambda: None
+
+    def hidden(self, models: Sequence[Weights], inputs: Sequence[_Inputs], bar: Any) -> dict[str, list[torch.Tensor]]:
+        """Results (b, s, d) of the last block for each of `inputs`, in the host's memory, by the names in `models`."""
+        hidden: dict[str, list[torch.Tensor]] = {}
+        for model in models:
+            embedded = self._embedded(model.read, inputs)
+            hidden |= {name: list(embedded) for name in model.adapters}
+        bar.update()
+        rules = weight_rules(self.shape)
+        for spec in layer_specs(self.shape, dtype=self.dtype)[1:-1]:
+            self.between()
+            with self.device:
+                stage = Stage([spec], None)
+            for model in models:
+                _fill(stage, (rule for rule in rules if rule.layer == spec.index), model.read)
+                for name, adapter in model.adapters.items():
+                    updates = self._updates(adapter, spec.index)
+                    for index, (_, positions) in enumerate(inputs):
+                        states = hidden[name][index].to(self.device)
+                        found = stage.predict(states, positions.to(self.device), updates=updates)
+                        hidden[name][index] = found.cpu()
+            del stage  # before the next layer is built
+            bar.update()
+        return hidden
+
+    def head(self, read: ReadRows, start: int, stop: int) -> Any:
+        """The last layer with rows `start` to `stop - 1` of the head's weight."""
+        last = self.shape.num_layers + 1
+        with self.device:
+            head: Any = layer_specs(self._with_vocabulary(stop - start), dtype=self.dtype)[-1].build()
+            if self.shape.tied_embeddings:
+                head.take_weight(FrozenWeight.empty(stop - start, self.shape.hidden_size, dtype=self.dtype))
+        norms = (rule for rule in weight_rules(self.shape) if rule.layer == last and rule.linear is None)
+        _fill(nn.ModuleDict({"layers": nn.ModuleDict({str(last): head})}), norms, read)
+        for rows in self._vocabulary_blocks(stop - start):
+            values = read(self._stored_name(last), slice(start + rows.start, start + rows.stop))
+            head.frozen.load(values, start=rows.start)
+        return head
+
+    def _embedded(self, read: ReadRows, inputs: Sequence[_Inputs]) -> list[torch.Tensor]:
+        """The inputs of the first block, (b, s, d) each, by an embedding of the rows that occur."""
+        ids = torch.cat([tokens.flatten() for tokens, _ in inputs]).unique()
+        with self.device:
+            embedding: Any = layer_specs(self._with_vocabulary(len(ids)), dtype=self.dtype)[0].build()
+        offset = 0
+        for rows in self._vocabulary_blocks(self.shape.vocab_size):
+            here = ids[(ids >= rows.start) & (ids < rows.stop)]
+            if len(here):
+                embedding.frozen.load(read(self._stored_name(0), rows)[here - rows.start], start=offset)
+                offset += len(here)
+        renumbered = (torch.searchsorted(ids, tokens).to(self.device) for tokens, _ in inputs)
+        return [embedding(tokens, TensorParallel()).cpu() for tokens in renumbered]
+
+    def _vocabulary_blocks(self, size: int) -> Iterator[slice]:
+        return row_blocks((size, self.shape.hidden_size))
+
+    def _with_vocabulary(self, size: int) -> ModelShape:
+        """The same model with a vocabulary of `size` tokens."""
+        embedding, head = (replace(linear, blocks=(size,)) for linear in (self.shape.embedding, self.shape.head))
+        return replace(self.shape, embedding=embedding, head=head)
+
+    def _stored_name(self, layer: int) -> str:
+        """The stored tensor of the embedding (layer 0), or of the head."""
+        linear = self.shape.embedding if layer == 0 or self.shape.tied_embeddings else self.shape.head
+        return f"{linear.sources[0].module}.weight"
+
+    def _updates(self, adapter: NativeAdapter | None, layer: int) -> dict[int, LayerUpdate]:
+        """The adapter's update of one layer, by the layer; empty if it has none there."""
+        if adapter is None or layer not in adapter.config.layers:
+            return {}
+        part = TiedAdapter(AdapterPart(adapter.config, (layer,))).to(self.device)
+        part.load_full(adapter.state)
+        (update,) = part(ALONE, dtype=self.dtype)
+        return {layer: update}
+
+
+def _fill(module: nn.Module, rules: Iterable[WeightRule], read: ReadRows) -> None:
     """Read weights of the name table into the module, some rows at a time: a whole tensor in fp32 would be large."""
     targets = frozen_weights(module)
     for rule in rules:
@@ -126,13 +238,3 @@ def fill(module: nn.Module, rules: Iterable[WeightRule], read: ReadRows) -> None
                 values = read(part.name, slice(part.start + rows.start, part.start + rows.stop))
                 targets[rule.name].load(values, start=offset)
                 offset += len(values)
-
-
-def _updates(adapter: NativeAdapter | None, layer: int, dtype: torch.dtype) -> dict[int, LayerUpdate]:
-    """The adapter's update of one layer, by the layer; empty if it has none there."""
-    if adapter is None or layer not in adapter.config.layers:
-        return {}
-    part = TiedAdapter(AdapterPart(adapter.config, (layer,)))
-    part.load_full(adapter.state)
-    (update,) = part(ALONE, dtype=dtype)
-    return {layer: update}

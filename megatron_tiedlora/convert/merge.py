@@ -2,37 +2,44 @@
 
 It copies the base's files one by one and computes the adapted tensors some rows at a time (`merged_file`). So it needs
 little memory, whatever the model. A merge that was killed continues with the files that are whole (`merge_journal`).
+Of a folder that is quantised the values D(W), which training saw, take the place of W, and all tensors are computed.
+
+Only files of the folder itself are copied: one that came from somebody else may hold links to anywhere, and outputs are
+shared with others. Links of the hub's cache, from `models--X/snapshots/REVISION/` into `models--X/blobs/`, count as its
+own files.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from megatron_tiedlora.base.atomic import sync_path, write_json
 from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object, read_json_or_none
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, BaseWeights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.checkpoint.streamed_files import write_streamed
+from megatron_tiedlora.checkpoint.streamed_files import StreamedTensor, write_streamed
 from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
-from megatron_tiedlora.convert.merge_dequantised import dequantised_tensors, state_plain_weights
 from megatron_tiedlora.convert.merge_journal import MergeJournal, fingerprint
 from megatron_tiedlora.convert.merged_file import MergedFile
-from megatron_tiedlora.convert.merged_rows import Changes, stored_changes
-from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_files
-from megatron_tiedlora.data.tokenizer import save_tokenizer
+from megatron_tiedlora.convert.merged_rows import Changes, merged_reader, row_blocks, stored_changes
+from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
+from megatron_tiedlora.model.weights import quantised_rules
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
 NO_PRECISION_NOTE = (
@@ -44,6 +51,12 @@ _MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "*.jinja"),
+)
+# The files from which transformers reads a tokenizer, including chat templates, whose texts it saves again.
+_TOKENIZER_SOURCES = (
+    *("tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json"),
+    *("*.txt", "*.spm", "*.codes", "chat_template*", "*.jinja", "additional_chat_templates"),
+    "additional_chat_templates/*",
 )
 
 
@@ -87,7 +100,7 @@ def merge_adapter(
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
     # The base's tokenizer is saved again over its copy: transformers would rebuild some from their class names.
-    saved = load_tokenizer_to_copy(tokenizer or folder) if tokenizer is not None or own_files else None
+    saved = _load_tokenizer_to_copy(tokenizer or folder) if tokenizer is not None or own_files else None
     onto = trained_format(adapter) if onto_trained else None
     base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs, base_format=onto)
     if onto is not None and "weights" in base.record.get("base_differs", ()):
@@ -102,61 +115,39 @@ def merge_adapter(
     for note in base.notes:
         say(note)
     record = {**adapter.record(), **base.record, **({} if onto is None else {MERGED_ONTO: onto})}
-    if source.stored is not None:
-        merge = _Dequantised(source, adapter, dtype, [*model_files, *own_files])
-        with new(output) as temporary:
-            merge.write(temporary, fingerprint(record, []), output, between, progress)
-            if saved is not None:
-                save_tokenizer(saved, temporary)
-            write_json(temporary / MERGE_RECORD, record)
-        return
-    places = weight_map(folder)
-    side_files(folder, sorted({file.name for file in places.values()}))  # rejects links out of the folder here too
-    changed = stored_changes(adapter, source.shape, base_format=onto)
-    plans = {file: MergedFile.of(file, places, changed, dtype) for file in sorted(set(places.values()))}
-    copied = [*model_files, *own_files, *side_files(folder, [INDEX_FILE])]
+    copied = [*model_files, *own_files]
+    # Of a folder that is quantised the values are there as training saw them.
+    quantised = source.stored is not None
+    changed = stored_changes(adapter, source.shape, base_format=None if quantised else onto)
+    plans: dict[Path, MergedFile] = {}
+    if not quantised:
+        places = weight_map(folder)
+        side_files(folder, sorted({file.name for file in places.values()}))  # rejects links out of the folder here too
+        plans = {file: MergedFile.of(file, places, changed, dtype) for file in sorted(set(places.values()))}
+        copied += side_files(folder, [INDEX_FILE])
+    copied_bytes = sum(file.stat().st_size for file in copied)
     with new(output) as temporary:
         journal = MergeJournal(temporary, fingerprint({**record, "dtype": str(dtype)}, plans))
-        needed = sum(plan.size for file, plan in plans.items() if file.name not in journal)
-        require_room(temporary, needed + sum(file.stat().st_size for file in copied), output=output)
-        _write_weights(temporary, plans, changed, journal, between, progress)
+        if quantised:  # it notes no file as whole, so all are written again after a kill
+            with BaseWeights(folder, source.shape, source.stored) as weights:
+                tensors = _dequantised_tensors(weights, source.shape, changed, dtype, between)
+                needed = sum(tensor.num_bytes for tensor in tensors)
+                require_room(temporary, needed + copied_bytes, output=output)
+                write_streamed(temporary, tensors, source=source.name, progress=progress)
+        else:
+            needed = sum(plan.size for file, plan in plans.items() if file.name not in journal)
+            require_room(temporary, needed + copied_bytes, output=output)
+            _write_weights(temporary, plans, changed, journal, between, progress)
         for file in copied:
             shutil.copyfile(file, temporary / file.name)
-        if dtype is not None:
-            _state_dtype(temporary / "config.json", dtype)
-            _state_size(temporary / INDEX_FILE, sum(plan.value_bytes for plan in plans.values()))
+        if quantised or dtype is not None:
+            _restate_config(temporary / "config.json", dtype, dequantised=quantised)
+        if plans and dtype is not None:
+            _restate_size(temporary / INDEX_FILE, sum(plan.value_bytes for plan in plans.values()))
         if saved is not None:
             save_tokenizer(saved, temporary)
         write_json(temporary / MERGE_RECORD, record)
         journal.close()
-
-
-@dataclass(frozen=True)
-class _Dequantised:
-    """A merge onto the values of a folder that is quantised."""
-
-    source: ModelSource
-    adapter: NativeAdapter
-    dtype: torch.dtype | None
-    copied: Sequence[Path]
-
-    def write(
-        self, folder: Path, inputs: str, output: Path, between: Callable[[], object], progress: bool
-    ) -> None:
-        """Write weights and the copied files. What a merge that was killed left in `folder` is written again."""
-        source, shape = self.source, self.source.shape
-        MergeJournal(folder, inputs).close()  # it has removed whatever is of other inputs, and knows of no whole file
-        with BaseWeights(source.weights_folder(), shape, source.stored) as weights:
-            changes = stored_changes(self.adapter, shape)
-            tensors = dequantised_tensors(weights, source, changes, self.dtype, between)
-            needed = sum(tensor.num_bytes for tensor in tensors)
-            require_room(folder, needed + sum(file.stat().st_size for file in self.copied), output=output)
-            write_streamed(folder, tensors, source=source.name, progress=progress)
-        for file in self.copied:
-            shutil.copyfile(file, folder / file.name)
-        state_plain_weights(folder / "config.json")
-        if self.dtype is not None:
-            _state_dtype(folder / "config.json", self.dtype)
 
 
 def reject_quantised(source: ModelSource) -> None:
@@ -198,6 +189,36 @@ def merged_onto(folder: Path) -> str | None:
     return onto
 
 
+def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The sorted files of a model folder that match one of `patterns`. Folders are ignored.
+
+    Raises:
+        UserError: a file is a link that leads out of the model, or a pipe, a socket or a device.
+    """
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots" and inside[0].parents[1].name.startswith("models--"):
+        inside.append(inside[0].parents[1] / "blobs")
+    for path in found:
+        target = Path(os.path.realpath(path))
+        if not any(target.is_relative_to(root) for root in inside):
+            raise UserError(
+                f"{path}: leads to {target}, out of the model folder, and would be copied from there; replace it with"
+                " the file itself, or remove the link"
+            )
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path}: is a pipe, a socket or a device; replace it with a file, or remove it")
+    return [path for path in found if path.is_file()]
+
+
+def _load_tokenizer_to_copy(source: str | Path) -> PreTrainedTokenizerBase:
+    """`load_tokenizer` for a tokenizer that is saved to an output. Raises UserError as that and `side_files` do."""
+    folder = user_path(source)
+    if folder.is_dir():
+        side_files(folder, _TOKENIZER_SOURCES)
+    return load_tokenizer(source)
+
+
 def _write_weights(
     folder: Path,
     plans: Mapping[Path, MergedFile],
@@ -232,15 +253,51 @@ def _write_weights(
         note_whole(wait=True)
 
 
-def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
+def _dequantised_tensors(
+    weights: BaseWeights,
+    shape: ModelShape,
+    changed: Changes,
+    dtype: torch.dtype | None,
+    between: Callable[[], object],
+) -> list[StreamedTensor]:
+    """Every tensor of a merge onto a folder that is quantised, computed some rows at a time.
+
+    They have new files with new names: the folder's own do not fit, because its tensors have other sizes and names.
+
+    Args:
+        dtype: of all tensors; None: each as stored, and those that are quantised as the embedding is.
+        between: called for each block of rows.
+    """
+    quantised = {name for rule in quantised_rules(shape) for name in rule.hf_names}
+    merged, (first, *_) = merged_reader(weights.read, changed), weights.rules[0].hf_names
+
+    def tensor(name: str, full_shape: tuple[int, ...]) -> StreamedTensor:
+        own = dtype or weights.dtype(first if name in quantised else name)
+
+        def blocks() -> Iterator[torch.Tensor]:
+            for rows in row_blocks(full_shape):
+                between()
+                yield merged(name, rows, own)
+
+        return StreamedTensor(name, own, full_shape, blocks)
+
+    shapes = {name: full for rule in weights.rules for name, full in zip(rule.hf_names, rule.hf_shapes(), strict=True)}
+    return [tensor(name, full_shape) for name, full_shape in shapes.items()]
+
+
+def _restate_config(config_file: Path, dtype: torch.dtype | None, *, dequantised: bool) -> None:
+    """Make a config name `dtype`, if one was given, and no longer say that the weights are quantised."""
     values = read_json_object(config_file, kind="a model's config")
-    # transformers 4 writes torch_dtype and 5 writes dtype; both read torch_dtype.
-    for name in {"torch_dtype", "dtype"} & values.keys() or {"torch_dtype"}:
-        values[name] = str(dtype).removeprefix("torch.")
+    if dequantised:
+        values.pop("quantization_config", None)
+    if dtype is not None:
+        # transformers 4 writes torch_dtype and 5 writes dtype; both read torch_dtype.
+        for name in {"torch_dtype", "dtype"} & values.keys() or {"torch_dtype"}:
+            values[name] = str(dtype).removeprefix("torch.")
     write_json(config_file, values)
 
 
-def _state_size(index_file: Path, size: int) -> None:
+def _restate_size(index_file: Path, size: int) -> None:
     if index_file.is_file():
         values = read_json_object(index_file, kind="a safetensors index")
         metadata = values.get("metadata")

@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import one_line, shown
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights, weight_map
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, Header, read_header
-from megatron_tiedlora.convert.merged_rows import Change, row_blocks, stored_changes
-from megatron_tiedlora.model.weights import weight_rules
+from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
+from megatron_tiedlora.convert.merged_rows import merged_reader, row_blocks, stored_changes
 
 _MOST_LINES = 8  # about tensors that differ
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -55,30 +54,6 @@ def bit_lines(compared: str, differences: Sequence[str]) -> list[str]:
     return [f"{compared}  {verdict}", *shown_first, *([f"  and {left} more"] if left else [])]
 
 
-class _Tensors:
-    """The tensors of a folder's safetensors files. They are memory-mapped."""
-
-    def __init__(self, folder: Path, opened: ExitStack) -> None:
-        self.files = weight_map(folder)
-        self.headers: dict[Path, Header] = {file: read_header(file) for file in sorted(set(self.files.values()))}
-        self._readers = {file: opened.enter_context(open_weights(file)) for file in self.headers}
-
-    def entry(self, name: str) -> Mapping[str, Any] | None:
-        """The tensor's entry in the header of its file; None if there is none."""
-        return self.headers[self.files[name]].entries.get(name) if name in self.files else None
-
-    def rows_of(self, name: str, rows: slice) -> torch.Tensor:
-        """Some rows of a tensor in the file that has it."""
-        return self.rows(self.files[name], name, rows)
-
-    def rows(self, file: Path, name: str, rows: slice) -> torch.Tensor:
-        """Some rows of a tensor, in its stored dtype. A number is a row."""
-        reader = self._readers[file]
-        stored = reader.get_slice(name)
-        found: torch.Tensor = stored[rows] if stored.get_shape() else reader.get_tensor(name)[None]
-        return found
-
-
 def compare_merged(
     source: ModelSource,
     adapter: NativeAdapter,
@@ -98,15 +73,11 @@ def compare_merged(
     changes = stored_changes(adapter, source.shape, base_format=base_format)
     differences, counts = [], {True: 0, False: 0}
     with ExitStack() as opened:
-        written = _Tensors(merged, opened)
-        names = {name for rule in weight_rules(source.shape) for name in rule.hf_names}
-        base: _Tensors | _Dequantised
-        dtype = None
-        if source.stored is None:
-            base = _Tensors(source.weights_folder(), opened)
-            dtype = _merge_dtype(base, written, names)
-        else:
-            base = _Dequantised(opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored)))
+        base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
+        written = opened.enter_context(WeightFiles(merged))
+        names = {name for rule in base.rules for name in rule.hf_names}
+        dtype = None if source.stored is not None else _merge_dtype(base, written, names)
+        wanted = merged_reader(base.read, changes)
         tensors = list(_in_file_order(written))
         total = sum(_size(entry) for _, _, entry in tensors)
         bar = opened.enter_context(
@@ -114,32 +85,27 @@ def compare_merged(
         )
         for file, name, entry in tensors:
             counts[name in changes] += 1
-            if isinstance(base, _Tensors):
-                why = _why_unlike(entry, base.entry(name), dtype, of_model=name in names)
+            if source.stored is None:
+                why = _why_unlike(entry, _entry(base, name), dtype, of_model=name in names)
             else:  # its stored tensors have other sizes and dtypes than those of the merge
                 why = None if name in names else "is not in the base"
             if why is None:
-                why = _compare_values(base, written, file, name, entry, changes.get(name), bar.update)
+                like = "base + adapter" if name in changes else "the base"
+                why = _compare_values(wanted, written.reader(file), name, entry, like, bar.update)
             if why is not None:
                 differences.append(one_line(f"{file}: {name} {why}"))
     return MergedBits(counts[True], counts[False], tuple(differences))
 
 
-class _Dequantised:
-    """The values of a base that is quantised, as `_Tensors` has those of a plain one."""
-
-    def __init__(self, weights: BaseWeights) -> None:
-        self._weights = weights
-
-    def rows_of(self, name: str, rows: slice) -> torch.Tensor:
-        """Some rows of a tensor; in fp32 if it is quantised."""
-        return self._weights.read(name, rows)
-
-
-def _in_file_order(written: _Tensors) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
-    for file, header in written.headers.items():
-        for name, entry in sorted(header.entries.items(), key=lambda item: item[1]["data_offsets"]):
+def _in_file_order(written: WeightFiles) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
+    for file in sorted(set(written.file_of.values())):
+        for name, entry in sorted(written.header(file).entries.items(), key=lambda item: item[1]["data_offsets"]):
             yield file, name, entry
+
+
+def _entry(files: WeightFiles, name: str) -> Mapping[str, Any] | None:
+    """The tensor's entry in the header of its file; None if there is none."""
+    return files.header(files.file_of[name]).entries.get(name) if name in files.file_of else None
 
 
 def _size(entry: Mapping[str, Any]) -> int:
@@ -147,10 +113,10 @@ def _size(entry: Mapping[str, Any]) -> int:
     return int(stop) - int(start)
 
 
-def _merge_dtype(base: _Tensors, written: _Tensors, names: Collection[str]) -> str | None:
+def _merge_dtype(base: WeightFiles, written: WeightFiles, names: Collection[str]) -> str | None:
     """The dtype of a merge to one dtype, or None if tensors keep their own: what fits most of the model's `names`."""
-    found = {name: entry["dtype"] for name in names if (entry := written.entry(name)) is not None}
-    own = {name: entry["dtype"] for name in names if (entry := base.entry(name)) is not None}
+    found = {name: entry["dtype"] for name in names if (entry := _entry(written, name)) is not None}
+    own = {name: entry["dtype"] for name in names if (entry := _entry(base, name)) is not None}
 
     def misfits(dtype: str | None) -> int:
         return sum(kind != (dtype or own.get(name)) for name, kind in found.items())
@@ -179,22 +145,28 @@ def _why_unlike(
 
 
 def _compare_values(
-    base: _Tensors | _Dequantised,
-    written: _Tensors,
-    file: Path,
+    wanted_rows: Callable[[str, slice, torch.dtype], torch.Tensor],
+    written: Any,
     name: str,
     entry: Mapping[str, Any],
-    change: Callable[[], Change] | None,
+    like: str,
     compared: Callable[[int], object],
 ) -> str | None:
-    """How the values of a tensor differ from what they must be; None if they do not."""
-    made = None if change is None else change()
+    """How the values of a tensor differ from what they must be; None if they do not.
+
+    Args:
+        written: the opened file that has it.
+        like: what it must be, in words.
+        compared: called with numbers of bytes.
+    """
     count, first_row, furthest = 0, 0, 0
+    stored = written.get_slice(name)
     for rows in row_blocks(tuple(entry["shape"]) or (1,)):
-        found, wanted = written.rows(file, name, rows), base.rows_of(name, rows)
-        wanted = wanted.to(found.dtype) if made is None else made.rows(wanted, rows, found.dtype)
+        part: Any = rows if entry["shape"] else ...  # a number has no rows
+        found = stored[part]
+        wanted = wanted_rows(name, part, found.dtype)
         compared(found.nbytes)
-        found, wanted = (tensor.contiguous().view(_INTEGERS[tensor.itemsize]) for tensor in (found, wanted))
+        found, wanted = (_bits(tensor) for tensor in (found, wanted))
         if torch.equal(found, wanted):
             continue
         different = (found != wanted).flatten(1) if found.dim() > 1 else (found != wanted)[:, None]
@@ -204,9 +176,12 @@ def _compare_values(
         furthest = max(furthest, _steps(found, wanted))
     if not count:
         return None
-    like = "the base" if change is None else "base + adapter"
     where = f"in {count_text(count, 'value')}, first in row {first_row}"
     return f"differs from {like} {where}, by up to {count_text(furthest, 'unit')} in the last place"
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return torch.atleast_1d(values.contiguous().view(_INTEGERS[values.itemsize]))
 
 
 def _steps(found: torch.Tensor, wanted: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -24,6 +24,7 @@ BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32, and as much again f
 _FEWEST_ROWS = 16  # of a block: a matmul of a few rows sums in another order than one of many
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A' (r, in) and B' (rows, r), fp32
+ReadRows = Callable[[str, slice], torch.Tensor]  # of a stored tensor, by its name
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -51,7 +52,7 @@ class Change:
     """What a merge makes of a stored tensor.
 
     Attributes:
-        factors: None if the adapter does not change it.
+        factors: None if there is no adapter, or if it does not change the tensor.
         base_format: the storage format whose values stand for W; None for W itself.
     """
 
@@ -71,30 +72,34 @@ class Change:
 Changes = Mapping[str, Callable[[], Change]]  # by the name of the stored tensor
 
 
-def stored_changes(adapter: NativeAdapter, shape: ModelShape, *, base_format: str | None = None) -> Changes:
+def merged_reader(read: ReadRows, changes: Changes) -> Callable[[str, slice, torch.dtype], torch.Tensor]:
+    """A function that gives some rows of a merged tensor in a dtype; `read` gives the rows of the base.
+
+    It keeps the factors of the last tensor, so the rows of a tensor are best read one after another.
+    """
+    change_of = lru_cache(maxsize=1)(lambda name: changes[name]() if name in changes else Change(None))
+    return lambda name, rows, dtype: change_of(name).rows(read(name, rows), rows, dtype)
+
+
+def stored_changes(adapter: NativeAdapter | None, shape: ModelShape, *, base_format: str | None = None) -> Changes:
     """Functions that compute the change of every stored tensor that a merge changes.
 
     Factors of all layers at once would take memory for each layer.
 
     Args:
+        adapter: None for what `base_format` alone changes.
         base_format: of the base that the adapter is merged onto; None for the stored one.
     """
     found: dict[str, Callable[[], Change]] = {}
     if base_format is not None:
         names = (name for rule in quantised_rules(shape) for name in rule.hf_names)
         found = dict.fromkeys(names, lambda: Change(None, base_format))
-    for rule, target in adapter.changed(shape):
+    for rule, target in () if adapter is None else adapter.changed(shape):
         for name in rule.hf_names:
             found[name] = partial(_change, adapter, rule, target, name, base_format)
     return found
 
 
-def _change(
-    adapter: NativeAdapter, rule: WeightRule, target: Target, name: str, base_format: str | None
-) -> Change:
-    return Change(_factors(adapter, rule, target, name), base_format)
-
-
-def _factors(adapter: NativeAdapter, rule: WeightRule, target: Target, name: str) -> Factors:
+def _change(adapter: NativeAdapter, rule: WeightRule, target: Target, name: str, base_format: str | None) -> Change:
     a, b = adapter.factors(rule, target)
-    return a, rule.by_stored_tensor(b)[name]
+    return Change((a, rule.by_stored_tensor(b)[name]), base_format)

@@ -4,41 +4,81 @@ A merged folder in 16 bits cannot have the adapter's logits. So it is compared w
 dtype, where the difference must vanish. The difference from the unrounded adapter is only shown.
 
 Bits are compared by `merged_bits`, and logits computed by `layerwise`, both in the memory of one layer. Where the whole
-model fits, `in_transformers` also computes them in the software that users load the exports with.
+model fits, they are also computed in the software that users load the exports with: transformers and PEFT, in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from megatron_tiedlora.base.errors import UserError, printable, shown
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.wording import bytes_in_words, first_line
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights, weight_map
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.convert.import_peft import compare_export, load_peft_adapter, stored_dtype
-from megatron_tiedlora.convert.in_transformers import has_peft, peft_logits, require_peft, transformers_logits
 from megatron_tiedlora.convert.inputs import trained_otherwise
-from megatron_tiedlora.convert.layerwise import ReadRows, Weights, layerwise_logits
-from megatron_tiedlora.convert.logit_table import LogitComparison, Wanted, compare_logits, format_comparisons
+from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
 from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
 from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
-from megatron_tiedlora.convert.merged_rows import Change, stored_changes
+from megatron_tiedlora.convert.merged_rows import merged_reader, stored_changes
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
-from megatron_tiedlora.model.weights import num_base_parameters, quantised_rules
+from megatron_tiedlora.model.weights import num_base_parameters
 
 _PROBED = (2, 48)  # rows and tokens of the input
 LARGEST_WHOLE = 8_000_000_000  # bytes of a model in fp32 that is loaded whole without being asked for
 RUNTIMES = {"transformers": "--merged", "peft": "--peft"}  # what --in names, and the flag of the export it loads
+TOLERANCE = 1e-4  # as a share of the largest logit
+
+Wanted = Literal["equal", "different", "rounded"]
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """How much logits differ from the native adapter's.
+
+    Attributes:
+        largest, mean: maximum and mean of |difference|, as a share of the largest |logit|.
+        divergence: mean KL(native || other), in nats per position.
+        agreement: share of positions with the same most likely token.
+        wanted: "equal" within TOLERANCE, "different" at all, or "rounded": only shown, as the next row is judged.
+    """
+
+    name: str
+    largest: float
+    mean: float
+    divergence: float
+    agreement: float
+    wanted: Wanted
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is as wanted; NaN never is."""
+        if self.wanted == "different":
+            return self.largest > 0
+        return self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf"))
+
+    @property
+    def verdict(self) -> str:
+        """The last column of the table."""
+        if self.wanted == "different":
+            if not self.passed:
+                return "FAILED: the adapter changes nothing"
+            return "differs, as it should" if self.largest > TOLERANCE else "differs by less than the tolerance"
+        if not self.passed:
+            return f"FAILED: above {TOLERANCE:.0e}"
+        return "ok" if self.wanted == "equal" else "for information"
 
 
 @dataclass(frozen=True)
@@ -158,11 +198,13 @@ def verify_export(
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         models = [Weights(base.read, {"native": adapter, "plain": None} | ({"peft": imported} if imported else {}))]
-        for name in {trained, onto} - {None, source.stored_base}:
-            models.append(Weights(_dequantised(base, source, str(name)), {str(name): adapter}))
+        for name in {str(known) for known in (trained, onto) if known not in (None, source.stored_base)}:
+            quantised = merged_reader(base.read, stored_changes(None, source.shape, base_format=name))
+            models.append(Weights(partial(quantised, dtype=torch.float32), {name: adapter}))
         if merged is not None:
             if rounds:
-                models.append(Weights(_rounded(base, source, adapter, stored, made_onto), {"rounded": None}))
+                once = merged_reader(base.read, stored_changes(adapter, source.shape, base_format=made_onto))
+                models.append(Weights(lambda name, rows: once(name, rows, stored[name]), {"rounded": None}))
             written = opened.enter_context(BaseWeights(merged, source.shape))
             models.append(Weights(written.read, {"merged": None}))
         found = layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
@@ -204,42 +246,88 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
             f"{file}: {', '.join(differ) or 'not the config'} as in {source.name}; give the adapter's own merge, or its"
             " base with --model"
         )
-    with BaseWeights(merged, source.shape) as weights:  # checks names and shapes
-        names = {name for rule in weights.rules for name in rule.hf_names}
-    files = weight_map(merged)
-    types = {}
-    for file in set(files.values()):
-        with open_weights(file) as reader:
-            for name in (name for name in names if files[name] == file):
-                types[name] = FLOAT_TYPES[reader.get_slice(name).get_dtype()]
-    return types
+    with BaseWeights(merged, source.shape) as written:  # checks names and shapes
+        return {name: written.dtype(name) for rule in written.rules for name in rule.hf_names}
 
 
-def _rounded(
-    base: BaseWeights,
-    source: ModelSource,
-    adapter: NativeAdapter,
-    stored: Mapping[str, torch.dtype],
-    onto: str | None,
-) -> ReadRows:
-    """Reads rows of base + adapter, added in fp32 and rounded to the dtypes in the merged folder."""
-    changes = stored_changes(adapter, source.shape, base_format=onto)
-    of_tensor = lru_cache(maxsize=1)(lambda name: changes[name]())
-
-    def read(name: str, rows: slice) -> torch.Tensor:
-        values = base.read(name, rows)
-        return values.to(stored[name]) if name not in changes else of_tensor(name).rows(values, rows, stored[name])
-
-    return read
+def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted: Wanted) -> LogitComparison:
+    """Compare two sets of logits (b, s, V)."""
+    scale = native.abs().max().item()
+    difference = (native - other).abs()
+    log_p, log_q = native.log_softmax(-1), other.log_softmax(-1)
+    return LogitComparison(
+        name,
+        largest=difference.max().item() / scale,
+        mean=difference.mean().item() / scale,
+        divergence=(log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        agreement=(native.argmax(-1) == other.argmax(-1)).float().mean().item(),
+        wanted=wanted,
+    )
 
 
-def _dequantised(base: BaseWeights, source: ModelSource, name: str) -> ReadRows:
-    """Reads rows of the base that a storage format makes of the stored one, in fp32."""
-    change = Change(None, name)
-    quantised = {stored for rule in quantised_rules(source.shape) for stored in rule.hf_names}
+def format_comparisons(results: Sequence[LogitComparison]) -> str:
+    """A table of comparisons, one per line under a heading."""
+    heading = f"{'logits against base + adapter':<30}{'max diff':>10}{'mean diff':>11}{'KL':>10}{'top-1':>8}  verdict"
+    lines = [
+        f"{row.name:<30}{row.largest:>10.1e}{row.mean:>11.1e}{row.divergence:>10.1e}{row.agreement:>8.1%}  "
+        for row in results
+    ]
+    return "\n".join([heading, *(printable(line + row.verdict) for line, row in zip(lines, results, strict=True))])
 
-    def read(stored: str, rows: slice) -> torch.Tensor:
-        values = base.read(stored, rows)
-        return change.rows(values, rows, torch.float32) if stored in quantised else values
 
-    return read
+def has_peft() -> bool:
+    """Whether PEFT is installed."""
+    return importlib.util.find_spec("peft") is not None
+
+
+def require_peft() -> None:
+    """Raise UserError if PEFT is not installed."""
+    if not has_peft():
+        raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
+
+
+def peft_logits(folder: Path, adapter: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits (b, s, V) of the base in `folder` with the PEFT adapter in `adapter`. Raises UserError if one does not
+    load."""
+    from peft import PeftModel
+
+    return transformers_logits(folder, tokens, partial(PeftModel.from_pretrained, model_id=str(adapter)))
+
+
+def transformers_logits(
+    folder: Path, tokens: torch.Tensor, wrap: Callable[[Any], Any] = lambda model: model
+) -> torch.Tensor:
+    """Logits (b, s, V) of the model in `folder`, put into `wrap`. Raises UserError if it does not load."""
+    from transformers import AutoModelForCausalLM
+
+    with _quiet_transformers():
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",  # ignore the config's, which may name code on the hub
+            )
+            model = wrap(loaded).eval()
+        except Exception as error:  # of many types; whatever it is, users of transformers could not load it either
+            raise UserError(f"{folder}: does not load in transformers ({first_line(error)})") from error
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens).logits
+    return logits
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Disable transformers' progress bar for each model (ours counts models), and its warning about PEFT's calls."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

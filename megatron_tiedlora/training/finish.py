@@ -18,7 +18,7 @@ from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
 from megatron_tiedlora.convert.export_peft import base_location, export_peft
-from megatron_tiedlora.convert.layerwise_loss import layerwise_loss
+from megatron_tiedlora.convert.layerwise import layerwise_loss
 from megatron_tiedlora.convert.merge import is_merge_of, merge_adapter
 from megatron_tiedlora.convert.serving import Export, serve_hints
 from megatron_tiedlora.convert.verify import verify_export

@@ -18,9 +18,8 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.import_peft import load_peft_adapter
-from megatron_tiedlora.convert.logit_table import TOLERANCE
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.convert.verify import verify_export
+from megatron_tiedlora.convert.verify import TOLERANCE, verify_export
 
 
 @pytest.mark.parametrize("name", FAMILY_MODELS)

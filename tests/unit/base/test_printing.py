@@ -22,7 +22,7 @@ from megatron_tiedlora.cluster import watch
 from megatron_tiedlora.cluster.doctor.records import DoctorReport, Finding, HostReport, ParallelConfig
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.logit_table import LogitComparison, format_comparisons
+from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
 from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.study.jobs import StudyJob, run_jobs
 from megatron_tiedlora.study.scores import read_study

@@ -11,8 +11,8 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.convert import layerwise_loss as module
-from megatron_tiedlora.convert.layerwise_loss import layerwise_loss
+from megatron_tiedlora.convert import layerwise as module
+from megatron_tiedlora.convert.layerwise import layerwise_loss
 from megatron_tiedlora.data.loader import MicroBatch
 
 CPU = torch.device("cpu")

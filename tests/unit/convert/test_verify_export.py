@@ -18,9 +18,8 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.commands.verify import parser
 from megatron_tiedlora.convert import verify
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
-from megatron_tiedlora.convert.logit_table import LogitComparison, format_comparisons
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.convert.verify import Verification, verify_export
+from megatron_tiedlora.convert.verify import LogitComparison, Verification, format_comparisons, verify_export
 
 ALL = ("qkv", "o_proj", "gate_up", "down_proj")
 
