@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_tiedlora.base.paths import user_path
     from megatron_tiedlora.convert.export_many import export_all, find_adapters
     from megatron_tiedlora.convert.export_peft import base_location, base_name, export_peft
-    from megatron_tiedlora.convert.inputs import open_inputs
+    from megatron_tiedlora.convert.open_adapter import open_adapter
     from megatron_tiedlora.convert.serving import Export, serve_hints
 
     def note(text: str) -> None:
@@ -78,7 +78,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     reject_existing(output, flag=f"--output {output}")
     (options.adapter,) = options.adapter
-    source, adapter = open_inputs(options.adapter, options.model)
+    opened = open_adapter(options.adapter, options.model, kind="native")
+    source, adapter = opened.source, opened.adapter
     rank = export_peft(source, adapter, output, native=user_path(options.adapter), say=note, **chosen)
     show(f"exported {options.adapter} as LoRA of rank {rank} on {base_location(source)}: {output}")
     show_serving(source, {"tied": Export(output, rank, [target.name for target in adapter.config.targets])})

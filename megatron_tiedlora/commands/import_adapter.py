@@ -39,22 +39,22 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.base.output_folder import new_output, reject_existing
-    from megatron_tiedlora.convert.open_adapter import find_peft_base, import_peft
+    from megatron_tiedlora.convert.open_adapter import import_peft
 
     output = options.output
     reject_existing(output, flag=f"--output {output}")
-    source = find_peft_base(options.peft, options.model)
-    config = import_peft(
-        source,
+    opened = import_peft(
+        options.model,
         options.peft,
         output,
         base_differs=options.base_differs,
         say=lambda note: show(f"note: {note}"),
         new=partial(new_output, take_over=options.take_over),
     )
+    config = opened.config
     targets = ", ".join(target.name for target in config.targets)
     what = f"{config.method} of rank {config.rank} on {targets} of {len(config.layers)} layers"
-    show(f"imported {options.peft} as {what} of {source.name}: {output}")
+    show(f"imported {options.peft} as {what} of {opened.source.name}: {output}")
     show(f"train it further with: --init_from {shlex.quote(str(output))}")
     return 0
 

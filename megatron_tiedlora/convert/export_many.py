@@ -17,8 +17,7 @@ from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, load_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.export_peft import base_location, export_peft
-from megatron_tiedlora.convert.find_base import find_base
-from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind
+from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind, find_base
 from megatron_tiedlora.convert.serving import Export
 
 _UNNAMED = ("adapter", NATIVE_FOLDER)  # folders of adapters that are named after the folder around them

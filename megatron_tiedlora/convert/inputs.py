@@ -1,15 +1,18 @@
-"""The inputs of every conversion: a native adapter, and the base that it was trained on."""
+"""The inputs of every conversion: which kind of adapter a folder holds, its base, which is found by name or by hash
+among the models in a folder, and whether a model is that base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.base_identity import (
     HASH_FIELDS,
     MERGE_RECORD,
@@ -22,14 +25,18 @@ from megatron_tiedlora.checkpoint.base_identity import (
 )
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.checksums import UNSEALED_NOTE
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter, load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
-from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.find_base import find_base
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.presets import is_preset
 
 EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: what its native adapter is, and the base
 BASE_PATH = "base_path"  # in that record: the base's folder on the host that exported
 NATIVE_FOLDER = "native"  # in an exported PEFT folder: the two files of that adapter
+_DEPTH = 4  # of a model below the folder; the hub's cache has models--OWNER--NAME/snapshots/REVISION
+_MODEL_CONFIG = "config.json"
+_WEIGHT_HASHES = ("base_weights_hash", "base_sample")
+_GIVE = "give the base, or a folder of models that holds it: it is found there by its hashes"
 
 
 def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
@@ -48,7 +55,7 @@ def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["nat
             raise UserError(f"{flag}: this is a folder of checkpoints; give one of them, {Path(folder) / 'step_N'}")
         if (path / "adapter" / CONFIG_FILE).is_file():
             raise UserError(f"{flag}: this is a run folder; give {Path(folder) / 'adapter'}")
-        if (path / "config.json").is_file():
+        if (path / _MODEL_CONFIG).is_file():
             raise UserError(f"{flag}: this is a model folder; give it with --model")
         raise UserError(f"{flag}: has no {CONFIG_FILE}; give the folder of a native or PEFT adapter")
     content = read_json_object(path / CONFIG_FILE, kind="an adapter folder")
@@ -64,18 +71,70 @@ def is_peft(content: Mapping[str, Any]) -> bool:
     return content.get("peft_type", PEFT_TYPE) != PEFT_TYPE
 
 
-def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAdapter]:
-    """The adapter in the folder `adapter`, and its base: `model`, or else the one that the adapter names.
+def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes: Mapping[str, Any]) -> ModelSource:
+    """The base of the adapter in `folder`: the one that `model` names, or else the one that the adapter names.
 
-    `check_base` checks whether that is the base that it was trained on.
+    Args:
+        model: value of --model, or what it has been found to be. It may name a folder of models, among which the base
+            is found by its hashes.
+        hashes: `base_hash`, `base_weights_hash` and `base_sample` of the adapter's base, as far as they are known.
 
     Raises:
-        UserError: the adapter or the base does not exist, or it is a PEFT adapter.
+        UserError: it does not exist.
     """
-    adapter_kind(adapter)
-    folder = user_path(adapter)
-    native = load_adapter(folder)
-    return find_base(folder, model, native.base.base_model, asdict(native.base)), native
+    if isinstance(model, ModelSource):
+        return model
+    if model is not None:
+        models = _models_under(model)
+        return find_model(model) if models is None else _find_by_hash(folder, model, models, hashes)
+    try:
+        return find_model(named)
+    except UserError as error:
+        hint = "give it with --model, or a folder of models, where it is found by its hashes"
+        raise UserError(f"{folder}: its base cannot be found; {hint} ({error})") from None
+
+
+def _models_under(model: str) -> list[Path] | None:
+    """The folders of models below the folder `model`; None if it is a model itself, or not a folder.
+
+    Raises:
+        UserError: the folder holds no models.
+    """
+    folder = user_path(model)
+    if is_preset(model) or not folder.is_dir() or (folder / _MODEL_CONFIG).is_file():
+        return None
+    found = sorted(file.parent for pattern in _patterns() for file in folder.glob(pattern))
+    if not found:
+        none = f"holds no {_MODEL_CONFIG}, and no models down to {_DEPTH} folders below"
+        raise UserError(f"--model {model}: {none}; {_GIVE}")
+    return found
+
+
+def _patterns() -> Iterator[str]:
+    for depth in range(1, _DEPTH + 1):
+        yield "*/" * depth + _MODEL_CONFIG
+
+
+def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[str, Any]) -> ModelSource:
+    wanted = {name: hashes[name] for name in _WEIGHT_HASHES if hashes.get(name) is not None}
+    if not wanted or "base_hash" not in hashes:
+        raise UserError(f"--model {model}: {folder} does not record its base's hashes; give the base's own folder")
+    for path in models:
+        with suppress(UserError):  # not a model that is known here
+            source = find_model(str(path))
+            if source.base_hash == hashes["base_hash"] and _has_weights(source, wanted):
+                return source
+    raise UserError(f"--model {model}: none of its {count_text(len(models), 'model')} is the base of {folder}; {_GIVE}")
+
+
+def _has_weights(source: ModelSource, wanted: Mapping[str, Any]) -> bool:
+    found = identify_model(source, "fp32")
+    return all(getattr(found, name) == value for name, value in wanted.items())
+
+
+def is_merged(source: ModelSource) -> bool:
+    """Whether an adapter was merged into a model."""
+    return source.folder is not None and (source.folder / MERGE_RECORD).is_file()
 
 
 Identify = Callable[[ModelSource, str, str | None], BaseIdentity]
@@ -124,8 +183,7 @@ def check_base(
     if not uses_tokenizer and adapter.base.tokenizer is not None:
         trained = adapter.base
         found = replace(found, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)
-    merged = (source.weights_folder() / MERGE_RECORD).is_file()
-    if merged and found.base_weights_hash != adapter.base.base_weights_hash and not differs:
+    if is_merged(source) and found.base_weights_hash != adapter.base.base_weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
     notes = check_same_base(adapter.base, found, source=flag, differs=differs)
     if not adapter.sealed:

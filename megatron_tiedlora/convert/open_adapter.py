@@ -1,37 +1,64 @@
-"""Opens an adapter of any kind with its base: a native adapter, a checkpoint of a run, or a PEFT folder; and writes the
-last as a native adapter."""
+"""Opens what a user names as an adapter, with its base: a native adapter, a checkpoint of a run, or a PEFT folder; and
+writes the last as a native adapter.
+
+A PEFT folder is read as the exactly equal native adapter, by its kind's own module: `import_lora` or `import_vera`. In
+our own exports the native adapter travels along.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.json_files import read_json_or_none
+from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.json_files import read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.checkpoint.base_identity import FORMAT_FIELDS, MERGE_RECORD
+from megatron_tiedlora.checkpoint.base_identity import (
+    FORMAT_FIELDS,
+    OPTIONAL_FIELDS,
+    SHAPE_FIELDS,
+    BaseIdentity,
+    identify_model,
+    identify_shape,
+)
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     NativeAdapter,
+    check_update,
     copy_adapter_files,
+    load_adapter,
     write_adapter_files,
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.find_base import find_base
-from megatron_tiedlora.convert.import_peft import exported_base, read_peft, read_peft_config
+from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
+from megatron_tiedlora.convert.export_peft import peft_tensors
+from megatron_tiedlora.convert.import_lora import Lora, native_lora, read_alpha, read_lora, trains_apart
+from megatron_tiedlora.convert.import_vera import read_vera
 from megatron_tiedlora.convert.inputs import (
     BASE_PATH,
     EXPORT_RECORD,
     NATIVE_FOLDER,
     adapter_kind,
     check_base,
-    open_inputs,
+    find_base,
+    is_merged,
+    is_peft,
 )
+from megatron_tiedlora.parallel.messages import SentTensor
+
+Kind = Literal["native", "peft"]
+_BASE_NAME = "base_model_name_or_path"  # in PEFT's config
 
 
 @dataclass(frozen=True)
@@ -39,26 +66,59 @@ class OpenedAdapter:
     """An adapter, and the model that it is used with; `check_base` checks whether that is its base.
 
     Attributes:
-        adapter: if it is a PEFT adapter, its base is the one that it was exported for. If its files do not record one,
-            it is the model.
-        kind: what its folder holds.
-        recorded: whether its files record its base.
-        notes: what a user should know about it.
+        source: the model.
+        kind: what the adapter's folder holds.
+        state: full fp32 tensors.
+        native: the native adapter, also one that was exported, travelled along in a PEFT folder and is the same; None
+            for any other PEFT adapter.
+        exported_for: the base for which a PEFT folder was exported; None if its files do not record one.
+        apart: says why training continues differently from PEFT's, even if PEFT has one A for modules that are fused
+            here; None if it does not.
+        tokenizer: the tokenizer in use, if it is not the base's own.
+        notes: what else a user should know.
     """
 
     source: ModelSource
-    adapter: NativeAdapter
-    kind: Literal["native", "peft"]
-    recorded: bool = True
+    kind: Kind
+    config: AdapterConfig
+    state: Mapping[str, SentTensor]
+    native: NativeAdapter | None
+    exported_for: BaseIdentity | None = None
+    apart: str | None = None
+    tokenizer: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def trained_on(self) -> BaseIdentity | None:
+        """The base that the adapter's files record; None if they do not."""
+        return self.exported_for if self.native is None else self.native.base
+
+    @cached_property
+    def adapter(self) -> NativeAdapter:
+        """The native adapter. Its base is the one that it was exported for, or else its own. If its files record none,
+        it is the model, which is read for it."""
+        if self.native is None:
+            base = self.exported_for or identify_model(self.source, "fp32", self.tokenizer)
+            return NativeAdapter(self.config, base, self.state)
+        return self.native if self.exported_for is None else replace(self.native, base=self.exported_for)
 
 
 def open_adapter(
-    given: str, model: str | None, *, tokenizer: str | None = None, longest: int = 0, differs: bool = False
+    given: str | Path,
+    model: ModelSource | str | None,
+    *,
+    flag: str = "--adapter",
+    kind: Kind | None = None,
+    tokenizer: str | None = None,
+    longest: int = 0,
+    differs: bool = False,
 ) -> OpenedAdapter:
-    """The adapter in the folder `given` to --adapter, and its base: `model`, or else the one that the adapter names.
+    """The adapter in the folder `given`, and its base: `model`, or else the one that the adapter names.
 
     Args:
+        given: value of `flag`.
+        model: value of --model, or what it has been found to be.
+        kind: what the folder must hold; None for either.
         tokenizer: the tokenizer in use, if it is not the base's own.
         longest: value of --max_length, checked before a weight is read; 0 if there is none.
         differs: value of --base_differs.
@@ -66,40 +126,40 @@ def open_adapter(
     Raises:
         UserError: the adapter or the base does not exist, cannot be read, or does not fit the other.
     """
-    if adapter_kind(given) == "native":
-        source, native = open_inputs(given, model)
-        source.check_length("--max_length", longest)
-        return OpenedAdapter(source, native, "native")
     folder = user_path(given)
-    source = find_peft_base(folder, model)
+    found = kind if kind == "peft" else adapter_kind(given, flag=f"{flag} {given}")
+    if "native" in (kind, found):
+        native = load_adapter(folder)
+        source = find_base(folder, model, native.base.base_model, asdict(native.base))
+        source.check_length("--max_length", longest)
+        return OpenedAdapter(source, "native", native.config, native.state, native)
+    source, notes = _peft_base(folder, model, differs=differs)
     source.check_length("--max_length", longest)
-    notes = check_peft_base(folder, source, differs=differs)
-    content = read_peft(folder, source)
-    adapter = content.of_base(source, tokenizer=tokenizer)
-    trained = exported_base(folder, adapter.base)
-    return OpenedAdapter(
-        source,
-        adapter if trained is None else replace(adapter, base=trained),
-        "peft",
-        recorded=trained is not None or content.native is not None,
-        notes=(*notes, *content.notes),
+    opened = read_peft(folder, source)
+    like = identify_shape(source, "fp32", weights_hash="") if opened.native is None else opened.native.base
+    return replace(
+        opened,
+        exported_for=exported_base(folder, like),
+        tokenizer=tokenizer,
+        notes=(*notes, *opened.notes),
     )
 
 
 def import_peft(
-    source: ModelSource,
+    model: ModelSource | str | None,
     folder: Path,
     output: Path,
     *,
     base_differs: bool = False,
     say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
-) -> AdapterConfig:
-    """Write the PEFT adapter in `folder` as a native adapter folder of `source` atomically, and return its config.
+) -> OpenedAdapter:
+    """Write the PEFT adapter in `folder` as a native adapter folder of `model` atomically, and return it.
 
     A native adapter that travelled along, and is the same, is copied byte for byte.
 
     Args:
+        model: as for `open_adapter`.
         base_differs: write it although the adapter was trained on another base; a copied one keeps its own.
         say: called with each note.
         new: makes the output folder.
@@ -108,79 +168,185 @@ def import_peft(
         UserError: the adapter cannot be read or is for another base, or the output exists.
     """
     reject_existing(output, flag=f"--output {output}")
-    content = read_peft(folder, source)
-    adapter = content.of_base(source)
-    recorded = exported_base(folder, adapter.base)
-    trained = adapter.base if content.native is not None or recorded is None else recorded
-    own_base = replace(adapter, base=replace(trained, base_stored=None))  # an import quantises nothing
+    opened = open_adapter(folder, model, kind="peft", differs=base_differs)
+    source, native, trained = opened.source, opened.native, opened.trained_on or opened.adapter.base
     base = check_base(
         source,
-        own_base,
+        replace(opened.adapter, base=replace(trained, base_stored=None)),  # an import quantises nothing
         uses_tokenizer=False,
         differs=base_differs,
         base_format=trained.base_format,  # an import uses the base in no format
         flag=f"--peft {folder}",
     )
-    for note in (*check_peft_base(folder, source, differs=base_differs), *content.notes, *base.notes):
+    for note in (*opened.notes, *base.notes, *([] if opened.apart is None else [opened.apart])):
         say(note)
-    if content.apart is not None:
-        say(content.apart)
     with new(output) as temporary:
-        if content.native is not None:
-            copy_adapter_files(folder / NATIVE_FOLDER, temporary, content.native)
+        if native is not None:
+            copy_adapter_files(folder / NATIVE_FOLDER, temporary, native)
         else:
             kept = {name: getattr(trained, name) for name in ("tokenizer", "tokenizer_hash", *FORMAT_FIELDS)}
-            own = replace(adapter.base, **kept)
-            write_adapter_files(temporary, adapter.config, own, adapter.state)
-    return adapter.config
+            own = replace(identify_model(source, "fp32"), **kept)
+            write_adapter_files(temporary, opened.config, own, opened.state)
+    return opened
 
 
-def find_peft_base(folder: Path, model: str | None) -> ModelSource:
-    """The base of a PEFT adapter: `model`, or else the one that it names. Raises UserError if there is none."""
-    named = _named_base(folder)
-    if not (model or named):
-        raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
-    return find_base(folder, model, named, _export_record(folder))
+def _peft_base(
+    folder: Path, model: ModelSource | str | None, *, differs: bool
+) -> tuple[ModelSource, tuple[str, ...]]:
+    """The base of a PEFT adapter: `model`, or else the one that it names; and notes if its files name another one.
 
-
-def check_peft_base(folder: Path, source: ModelSource, *, differs: bool = False) -> tuple[str, ...]:
-    """Notes on a base that PEFT's files name otherwise. They are all that is known of it if this package did not write
-    the folder.
+    That name is all that is known of the base if this package did not write the folder.
 
     Raises:
-        UserError: an adapter is merged into `source`, which the files do not name, and `differs` (--base_differs) is
-            False.
+        UserError: there is none; or an adapter is merged into it, which the files do not name, and `differs`
+            (--base_differs) is False.
     """
-    named = _named_base(folder)
-    same = _same_folder(source, named)
+    record, in_config = read_json_or_none(folder / EXPORT_RECORD) or {}, read_peft_config(folder).get(_BASE_NAME)
+    path, named = record.get(BASE_PATH), in_config if isinstance(in_config, str) else ""
+    with suppress(UserError):  # it cannot be a path
+        if isinstance(path, str) and (user_path(path).is_dir() or not isinstance(in_config, str)):
+            named = path
+    if not (model or named):
+        raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
+    source, same = find_base(folder, model, named, record), False
+    with suppress(UserError):  # the name cannot be a path, or the model has no folder
+        same = user_path(named).resolve() == source.weights_folder().resolve()
     if is_merged(source) and not same and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
     if (folder / EXPORT_RECORD).is_file() or not named or named == source.name or same:
-        return ()
-    return (f"{folder} names the base {named}; PEFT files do not record whether {source.name} is the same",)
+        return source, ()
+    return source, (f"{folder} names the base {named}; PEFT files do not record whether {source.name} is the same",)
 
 
-def is_merged(source: ModelSource) -> bool:
-    """Whether an adapter was merged into a model."""
-    return source.folder is not None and (source.folder / MERGE_RECORD).is_file()
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """The fields of a PEFT adapter's config. Raises UserError if the folder holds no PEFT adapter."""
+    file = folder / CONFIG_FILE
+    content = read_json_object(file, kind="a PEFT adapter folder")
+    if not is_peft(content):
+        what = "it is a native one" if "format_version" in content else "it has no peft_type"
+        raise UserError(f"{file}: not a PEFT adapter ({what}); give another folder")
+    return content
 
 
-def _named_base(folder: Path) -> str:
-    """The path of the base on this host, or else its name in a PEFT folder; '' if there is none."""
-    named = read_peft_config(folder).get("base_model_name_or_path")
-    path = _export_record(folder).get(BASE_PATH)
-    with suppress(UserError):  # it cannot be a path
-        if isinstance(path, str) and (user_path(path).is_dir() or not isinstance(named, str)):
-            return path
-    return named if isinstance(named, str) else ""
+def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> OpenedAdapter:
+    """Read a PEFT LoRA or VeRA adapter for `source`, of which only the shapes are used; its own base is not looked up.
+
+    PEFT's files count. If the folder has a native adapter that gives their tensors bit for bit, that adapter is taken,
+    because it is the same and tied, and not rounded to 16 bits as PEFT's tensors may be.
+
+    Args:
+        tied: False to take PEFT's tensors in any case.
+
+    Raises:
+        UserError: it is not a PEFT LoRA or VeRA adapter of adaptable linears; it has a feature beyond the plain kind;
+            or tensors are missing, unknown, not finite, or do not have the shapes of `source`.
+    """
+    file, content = folder / CONFIG_FILE, read_peft_config(folder)
+    native: NativeAdapter | None = None
+    apart: str | None = None
+    notes: tuple[str, ...] = ()
+    state: Mapping[str, torch.Tensor]
+    match content["peft_type"]:
+        case "LORA":
+            lora, unused = read_lora(folder, content, source)
+            native, notes = _travelled(folder, lora, source)
+            notes += unused
+            native = native if tied else None
+            config, state = native_lora(lora, source) if native is None else (native.config, native.state)
+            apart = trains_apart(lora, source) if native is None else None
+        case "VERA":
+            config, state = read_vera(folder, content, source)
+            if config.method != "vera":
+                apart = "its vectors are a part of the A and B of a lora here"
+        case other:
+            raise UserError(f"{file}: peft_type {as_given(other)} is not supported; only LORA and VERA are")
+    read_alpha(config.alpha, f"{file}: its native alpha")
+    check_update(config, state, source=folder / WEIGHTS_FILE)
+    if apart is not None:
+        apart = f"{folder}: {apart}, so training continues differently from PEFT's"
+    return OpenedAdapter(source, "peft", config, state, native, apart=apart, notes=notes)
 
 
-def _export_record(folder: Path) -> dict[str, Any]:
-    """The record of an export; empty if this package did not write the folder."""
-    return read_json_or_none(folder / EXPORT_RECORD) or {}
+def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAdapter | None, tuple[str, ...]]:
+    """The native adapter in a PEFT folder, if it gives the tensors of the folder bit for bit; and notes."""
+    inside = folder / NATIVE_FOLDER
+    if not os.path.lexists(inside):
+        if not (folder / EXPORT_RECORD).is_file():
+            return None, ()
+        return None, (f"{folder}: only its PEFT files are used, since {NATIVE_FOLDER}/, what was exported, is missing",)
+    try:
+        for path in (inside, inside / CONFIG_FILE, inside / WEIGHTS_FILE):
+            if path.is_symlink():
+                raise UserError(f"{path} is a link")
+        native = load_adapter(inside)
+    except UserError as error:
+        return None, (f"{folder}: only its PEFT files are used, since {NATIVE_FOLDER}/ is broken: {error}",)
+    if not _unlike_export(lora, source, native, stored_dtype(folder)):
+        return native, ()
+    changed = f"{folder}: only its PEFT files are used, since they are not what the adapter in {NATIVE_FOLDER}/ gives"
+    return None, (f"{changed}; they were changed after the export",)
 
 
-def _same_folder(source: ModelSource, named: str) -> bool:
-    with suppress(UserError):  # the name cannot be a path
-        return user_path(named).resolve() == source.weights_folder().resolve()
-    return False
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the tensors in a PEFT folder: fp32 if they have several."""
+    names = {entry["dtype"] for entry in read_header(folder / WEIGHTS_FILE).entries.values()}
+    return FLOAT_TYPES.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
+
+
+def _unlike_export(lora: Lora, source: ModelSource, native: NativeAdapter, dtype: torch.dtype) -> tuple[str, ...]:
+    """A sentence for everything in which a LoRA differs from the export of a native adapter in `dtype`, bit by bit."""
+    config, block = native.config, source.shape.block
+    fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
+    rank, scales = max(len(pair.a) for pair in lora.values()), {pair.scale for pair in lora.values()}
+    if not fits or config.layers[-1] > source.shape.num_layers or config.rank > rank or scales != {1.0}:
+        return ("its targets, layers, rank or scale cannot be the adapter's",)
+    found: dict[str, torch.Tensor] = {}
+    for (layer, module), pair in lora.items():
+        name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
+        found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
+    exported = peft_tensors(source, native, rank=rank, dtype=dtype)
+    differences = [f"{name} is not in the adapter's export" for name in found if name not in exported]
+    for name, tensor in exported.items():
+        if name not in found:
+            differences.append(f"{name} is missing")
+        elif not _same_bits(tensor.float(), found[name]):
+            differences.append(f"{name} differs from the adapter's export")
+    return tuple(differences)
+
+
+def compare_export(folder: Path, source: ModelSource, adapter: NativeAdapter) -> tuple[str, ...] | None:
+    """A sentence for everything in which the PEFT files in `folder` differ from the export of `adapter`, bit by bit;
+    None if this package did not export them.
+
+    Raises:
+        UserError: it is not a PEFT LoRA of `source`.
+    """
+    if not (folder / EXPORT_RECORD).is_file():
+        return None
+    file = folder / WEIGHTS_FILE
+    lora, _ = read_lora(folder, read_peft_config(folder), source)
+    return tuple(f"{file}: {difference}" for difference in _unlike_export(lora, source, adapter, stored_dtype(folder)))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two fp32 tensors are equal, also in the sign of a zero."""
+    return torch.equal(*(tensor.contiguous().view(torch.int32) for tensor in (one, other)))
+
+
+def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
+    """The base that the PEFT adapter in `folder` was exported for; None if this package did not export it.
+
+    Args:
+        like: a base of the same shape.
+
+    Raises:
+        UserError: the record cannot be read, or its storage format or precision is unknown.
+    """
+    file = folder / EXPORT_RECORD
+    if not file.is_file():
+        return None
+    content = read_json_object(file, kind="the record of an export")
+    not_recorded = {name: getattr(like, name) for name in (*SHAPE_FIELDS, "dtype")}
+    found = read_fields(file, {**content, **not_recorded}, BaseIdentity, optional=OPTIONAL_FIELDS)
+    found.check_formats(file)
+    return found

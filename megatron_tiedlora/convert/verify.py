@@ -26,12 +26,12 @@ from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_sh
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.import_peft import compare_export, load_peft_adapter, stored_dtype
 from megatron_tiedlora.convert.inputs import trained_otherwise
 from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
 from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
 from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
 from megatron_tiedlora.convert.merged_rows import merged_reader, stored_changes
+from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.weights import num_base_parameters
@@ -186,7 +186,8 @@ def verify_export(
     runtimes, note = choose_runtimes(source, inside, merged=merged, peft=peft, dtype=dtype)
     stored = {} if merged is None else _stored_types(source, merged)
     notes = [text for text in (note, otherwise and f"as trained, base in {trained}: {otherwise}") if text]
-    imported = None if peft is None else load_peft_adapter(peft, source, tied=False, say=notes.append)
+    imported = None if peft is None else read_peft(peft, source, tied=False)
+    notes += () if imported is None else imported.notes
     exported = None if peft is None else compare_export(peft, source, adapter)
     if imported is not None and "peft" in runtimes:
         require_peft()
@@ -197,7 +198,8 @@ def verify_export(
     rounds = any(kind.itemsize < 4 for kind in (dtype, *stored.values()))
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
-        models = [Weights(base.read, {"native": adapter, "plain": None} | ({"peft": imported} if imported else {}))]
+        of_peft = {} if imported is None else {"peft": imported.adapter}
+        models = [Weights(base.read, {"native": adapter, "plain": None, **of_peft})]
         for name in {str(known) for known in (trained, onto) if known not in (None, source.stored_base)}:
             quantised = merged_reader(base.read, stored_changes(None, source.shape, base_format=name))
             models.append(Weights(partial(quantised, dtype=torch.float32), {name: adapter}))

@@ -24,8 +24,8 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
-from megatron_tiedlora.convert.inputs import Identify, check_base
-from megatron_tiedlora.convert.open_adapter import is_merged, open_adapter
+from megatron_tiedlora.convert.inputs import Identify, check_base, is_merged
+from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.tasks import Task, get_task
 from megatron_tiedlora.model.fused_attention import AttentionRoute
@@ -284,7 +284,7 @@ def _find_model(
         opened.adapter,
         tokenizer=settings.tokenizer,
         differs=settings.base_differs,
-        base_format=used if opened.recorded else trained,  # nobody knows on what it was trained otherwise
+        base_format=trained if opened.trained_on is None else used,  # nobody knows on what it was trained otherwise
         identify=identify,
     )
     return opened.source, opened.adapter, opened.kind, (*opened.notes, *base.notes)

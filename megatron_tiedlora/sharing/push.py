@@ -20,7 +20,8 @@ from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.checkpoint.native_adapter import write_adapter_files
 from megatron_tiedlora.convert.export_peft import base_name, export_peft
-from megatron_tiedlora.convert.inputs import BASE_PATH, EXPORT_RECORD, NATIVE_FOLDER, open_inputs
+from megatron_tiedlora.convert.inputs import BASE_PATH, EXPORT_RECORD, NATIVE_FOLDER
+from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.sharing.card import CardFacts, model_card, without_folders
 
@@ -64,7 +65,8 @@ def write_published(
     folder = run.adapter if run.is_run else run.path
     if not run.is_run:
         run = RunFolder(folder.parent)
-    source, adapter = open_inputs(str(folder), model)
+    opened = open_adapter(folder, model, kind="native")
+    source, adapter = opened.source, opened.adapter
     name = named or base_name(source)
     if named is None and not source.from_hub:
         say(f"the card names the base by its folder's name, {name}; give --base_name ORG/NAME for its name on the hub")

@@ -16,14 +16,11 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_shape
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.resume import recorded_settings
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.convert.import_peft import exported_base, read_peft
-from megatron_tiedlora.convert.inputs import adapter_kind
-from megatron_tiedlora.convert.open_adapter import check_peft_base
+from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.parallel.messages import SentTensor
 from megatron_tiedlora.runtime.run_folder import RunFolder, last_run_folder, run_name
@@ -117,27 +114,16 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapte
         UserError: there is none, it cannot be read or is for a model of another shape; or `source` has a merged adapter
             that a PEFT adapter does not know of, without `differs` (--base_differs).
     """
-    flag, folder = f"--init_from {given}", user_path(given)
-    if adapter_kind(folder, flag=flag) == "native":
-        native = load_adapter(folder)
-        _check_shape(native, source, flag)
-        return StartAdapter(native.config, native.state, native.base, "a native adapter")
-    content = read_peft(folder, source)
-    notes = (*content.notes, *check_peft_base(folder, source, differs=differs))
-    if content.native is not None:
-        exported = "a PEFT folder with the native adapter that was exported"
-        return StartAdapter(content.config, content.state, content.native.base, exported, notes)
-    if content.apart is not None:
-        notes += (content.apart,)
-    trained = exported_base(folder, identify_shape(source, "fp32", weights_hash=""))
-    return StartAdapter(content.config, content.state, trained, "a PEFT adapter", notes)
-
-
-def _check_shape(native: NativeAdapter, source: ModelSource, flag: str) -> None:
-    """Raise UserError if an adapter is for a model of another shape."""
-    base = native.base
-    same_weights = identify_shape(source, base.dtype, weights_hash=base.base_weights_hash)
-    check_same_base(base, same_weights, source=flag, differs=True)
+    opened = open_adapter(given, source, flag="--init_from", differs=differs)
+    kind = "a PEFT adapter"
+    if opened.kind == "native":
+        kind, base = "a native adapter", opened.adapter.base
+        same_weights = identify_shape(source, base.dtype, weights_hash=base.base_weights_hash)
+        check_same_base(base, same_weights, source=f"--init_from {given}", differs=True)  # of its shape alone
+    elif opened.native is not None:
+        kind = "a PEFT folder with the native adapter that was exported"
+    notes = opened.notes if opened.apart is None else (*opened.notes, opened.apart)
+    return StartAdapter(opened.config, opened.state, opened.trained_on, kind, notes)
 
 
 def _decided(config: AdapterConfig) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.import_peft import load_peft_adapter
 from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.open_adapter import read_peft
 from megatron_tiedlora.convert.verify import TOLERANCE, verify_export
 
 
@@ -35,7 +35,7 @@ def test_exports_compute_what_the_adapter_computes(tmp_path: Path, name: str) ->
     assert found.passed and found.logits[0].largest > 0.02, found.report()
     assert json.loads((tmp_path / "merged/config.json").read_text()) == json.loads((base / "config.json").read_text())
 
-    back = load_peft_adapter(tmp_path / "peft", source)  # the same product as plain LoRA
+    back = read_peft(tmp_path / "peft", source).adapter  # the same product as plain LoRA
     ids = torch.randint(3, 320, (1, 24), generator=torch.Generator().manual_seed(5))
     positions = torch.arange(24).expand_as(ids)
     with torch.no_grad():

@@ -28,7 +28,7 @@ from megatron_tiedlora.checkpoint.resume import (
 )
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.import_peft import load_peft_adapter
+from megatron_tiedlora.convert.open_adapter import read_peft
 from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder
 from megatron_tiedlora.training.session import adopt_checkpoint
@@ -214,7 +214,7 @@ def test_a_pattern_of_other_pieces_is_not_compiled(
     value = {pattern: 4} if name.endswith("_pattern") else pattern
     (folder / CONFIG).write_text(json.dumps({**content, name: value}))
     with bounded():
-        found = outcome(lambda: load_peft_adapter(folder, source), unchanged=area, names=(str(folder),))
+        found = outcome(lambda: read_peft(folder, source).adapter, unchanged=area, names=(str(folder),))
     if name == "exclude_modules" and not pattern:  # PEFT too takes it for none
         assert isinstance(found, NativeAdapter)
     else:

@@ -22,8 +22,8 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.import_peft import load_peft_adapter
 from megatron_tiedlora.convert.inputs import adapter_kind
+from megatron_tiedlora.convert.open_adapter import read_peft
 from megatron_tiedlora.convert.peft_files import modules_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,7 +51,7 @@ def test_a_broken_peft_adapter(base: Path, exported: Path, area: Path, examples:
 
     def load() -> NativeAdapter:
         adapter_kind(folder)
-        return load_peft_adapter(folder, source)
+        return read_peft(folder, source).adapter
 
     def body(draw: Draw) -> object:
         fresh(exported, folder)
@@ -172,7 +172,7 @@ def test_an_odd_peft_adapter_is_what_peft_makes_of_it(base: Path, exported: Path
 
     def body(draw: Draw) -> object:
         write_variant(draw, exported, folder, source)
-        loaded = outcome(lambda: load_peft_adapter(folder, source), unchanged=area, names=(str(folder),))
+        loaded = outcome(lambda: read_peft(folder, source).adapter, unchanged=area, names=(str(folder),))
         try:
             theirs = peft_update(model, folder)
         except Exception:  # of any kind

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.convert.import_peft import load_peft_adapter
+from megatron_tiedlora.convert.open_adapter import read_peft
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -38,7 +38,7 @@ def with_tensors(plain: Path, folder: Path, changes: Mapping[str, torch.Tensor |
 def rejection(base: Path, folder: Path) -> str:
     """The one line with which an adapter of `base` is rejected, without the folder at its start."""
     with pytest.raises(UserError) as caught:
-        load_peft_adapter(folder, find_model(str(base)))
+        assert read_peft(folder, find_model(str(base))).adapter
     message = str(caught.value)
     assert message.startswith(str(folder)) and "\n" not in message
     return message.removeprefix(f"{folder}/")

@@ -18,8 +18,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.commands.export import main
 from megatron_tiedlora.commands.verify import main as verify
-from megatron_tiedlora.convert.inputs import open_inputs
-from megatron_tiedlora.convert.open_adapter import find_peft_base, import_peft, open_adapter
+from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
 from megatron_tiedlora.convert.verify import verify_export
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "tiedlora_export.json"
@@ -90,13 +89,13 @@ def test_an_export_in_16_bits(models: Path, adapters: Path, tmp_path: Path, dtyp
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     assert exact.keys() == rounded.keys()
     assert all(torch.equal(exact[name].to(kind), rounded[name]) for name in exact)
-    source, native = open_inputs(str(given), None)
-    found = verify_export(source, native, peft=peft)
+    opened = open_adapter(given, None)
+    found = verify_export(opened.source, opened.adapter, peft=peft)
     rows = {row.name: row for row in found.logits}
     assert found.passed and found.exported == () and not found.notes
     assert rows["PEFT adapter"].largest > 1e-6 and "information" in rows["PEFT adapter"].verdict
     assert rows["PEFT adapter, in peft"].largest < 1e-5 and rows["PEFT adapter, in peft"].wanted == "equal"
-    import_peft(source, peft, tmp_path / "back")
+    import_peft(opened.source, peft, tmp_path / "back")
     for name in (WEIGHTS, CONFIG):
         assert (tmp_path / "back" / name).read_bytes() == (given / name).read_bytes()
 
@@ -194,18 +193,17 @@ def test_a_base_is_found_among_models(models: Path, adapters: Path, tmp_path: Pa
     main(["--adapter", str(folder), "--output", str(tmp_path / "peft")])
     shutil.rmtree(base)
     with pytest.raises(UserError, match="its base cannot be found; give it with --model, or a folder of models, where"):
-        open_inputs(str(folder), None)
-    found, _ = open_inputs(str(folder), str(tmp_path / "moved"))
-    assert found.folder == tmp_path / "moved/mine"
-    assert find_peft_base(tmp_path / "peft", str(tmp_path / "moved")).folder == tmp_path / "moved/mine"
+        open_adapter(str(folder), None)
+    for given in (folder, tmp_path / "peft"):
+        assert open_adapter(str(given), str(tmp_path / "moved")).source.folder == tmp_path / "moved/mine"
     shutil.rmtree(tmp_path / "moved/mine")
     with pytest.raises(UserError, match=r"moved: none of its 2 models is the base of .*/adapter; give the base, or"):
-        open_inputs(str(folder), str(tmp_path / "moved"))
+        open_adapter(str(folder), str(tmp_path / "moved"))
     (tmp_path / "empty/below").mkdir(parents=True)
     said = r"--model .*/empty: holds no config\.json, and no models .* a folder of models that holds it: .* its hashes"
-    for opens in (open_inputs, open_adapter):
+    for kind in ("native", None):
         with pytest.raises(UserError, match=said):
-            opens(str(folder), str(tmp_path / "empty"))
+            open_adapter(str(folder), str(tmp_path / "empty"), kind=kind)
 
 
 @pytest.mark.parametrize("command", ["merge", "export", "verify", "import_adapter", "push"])
@@ -219,5 +217,5 @@ def test_a_peft_adapter_of_others_has_no_hashes(models: Path, adapters: Path, tm
     main(["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "peft")])
     (tmp_path / "peft" / RECORD).unlink()
     with pytest.raises(UserError, match="does not record its base's hashes; give the base's own folder"):
-        find_peft_base(tmp_path / "peft", str(models))
+        open_adapter(tmp_path / "peft", str(models))
     assert load_adapter(tmp_path / "peft/native").base.base_model == str(models / "mine")

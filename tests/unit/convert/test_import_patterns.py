@@ -17,8 +17,8 @@ from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.import_peft import load_peft_adapter, read_peft
 from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.open_adapter import read_peft
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_logits_and_merged_weights_equal_peft_s(base: Path, tmp_path: Path, name
     peft = lora_model(base, **options)
     peft.save_pretrained(tmp_path / "peft")
     source = find_model(str(base))
-    adapter = load_peft_adapter(tmp_path / "peft", source)
+    adapter = read_peft(tmp_path / "peft", source).adapter
     assert (adapter.config.method, adapter.config.layers, adapter.config.rank) == ("lora", (1, 2, 3), rank)
     assert [target.name for target in adapter.config.targets] == TARGETS.get(name, ["qkv"])
     ours = logits_of(load_model(source, adapter, dtype=torch.float32).predict, torch.arange(24).expand(2, 24))
@@ -81,7 +81,7 @@ def test_a_scale_of_its_own_is_in_b(base: Path, tmp_path: Path, alpha: float, ex
     """It makes no B larger, is exact if it is another power of two, and off by half a bit of fp32 otherwise."""
     options: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": QKV, "alpha_pattern": {"k_proj": alpha}}
     lora_model(base, **options).save_pretrained(tmp_path)
-    stored, adapter = load_file(tmp_path / WEIGHTS), load_peft_adapter(tmp_path, find_model(str(base)))
+    stored, adapter = load_file(tmp_path / WEIGHTS), read_peft(tmp_path, find_model(str(base))).adapter
     assert adapter.config.alpha / adapter.config.rank == max(2, alpha / 2)
     rows = {"q_proj": (slice(0, 48), slice(0, 2), 2), "k_proj": (slice(48, 72), slice(2, 4), alpha / 2)}
     for module, (of_b, columns, scale) in rows.items():
@@ -96,9 +96,9 @@ def test_patterns_come_back_from_their_export(base: Path, tmp_path: Path, name: 
     peft = lora_model(base, **OPTIONS[name][0])
     peft.save_pretrained(tmp_path / "peft")
     source = find_model(str(base))
-    native = load_peft_adapter(tmp_path / "peft", source)
+    native = read_peft(tmp_path / "peft", source).adapter
     export_peft(source, native, tmp_path / "exported")
-    back = load_peft_adapter(tmp_path / "exported", source)
+    back = read_peft(tmp_path / "exported", source).adapter
     assert back.config.rank == native.config.rank
     expected = {
         f"{key.removeprefix('base_model.model.')}.weight": module.get_delta_weight("default")
@@ -166,12 +166,12 @@ def test_patterns_that_do_not_fit_the_tensors(base: Path, plain: Path, tmp_path:
     said = r"\S*v_proj\.lora_A\.weight has shape \(3, 32\), but with its rank in \S* and .* it must be \(2, 32\); give"
     assert re.match(rf"{re.escape(WEIGHTS)}: {said}", rejection(base, other))
     unused = {"rank_pattern": {"q_pro": 2, "q_proj": 3}, "alpha_pattern": {"lm_head": 2, "v_proj": 5, r".*\.v_proj": 7}}
-    folder, said_then = with_fields(plain, tmp_path / "unused", unused), list[str]()
-    found = load_peft_adapter(folder, find_model(str(base)), say=said_then.append)
-    assert said_then == [
+    folder = with_fields(plain, tmp_path / "unused", unused)
+    found = read_peft(folder, find_model(str(base)))
+    assert list(found.notes) == [
         f"{folder / CONFIG}: rank_pattern: ['q_pro'] decides for no adapted module",
         f"{folder / CONFIG}: alpha_pattern: ['lm_head', '.*\\\\.v_proj'] decides for no adapted module",
     ]
-    expected = load_peft_adapter(plain, find_model(str(base)))
+    expected = read_peft(plain, find_model(str(base))).adapter
     assert found.config == expected.config
     assert all(torch.equal(found.state[name], tensor) for name, tensor in expected.state.items())

@@ -27,10 +27,9 @@ from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapt
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.import_peft import exported_base, load_peft_adapter, read_peft
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind, check_base
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
+from megatron_tiedlora.convert.open_adapter import exported_base, import_peft, open_adapter, read_peft
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_logits_equal_peft_s(base: Path, tmp_path: Path, name: str) -> None:
     peft.save_pretrained(tmp_path)
     source = find_model(str(base))
     assert adapter_kind(tmp_path) == "peft"
-    adapter = load_peft_adapter(tmp_path, source)
+    adapter = read_peft(tmp_path, source).adapter
     assert adapter.config.method == "lora" and (adapter.config.layers, adapter.config.rank) == (layers, rank)
     assert [target.name for target in adapter.config.targets] == TARGETS.get(name, ["qkv"])
     save_adapter(tmp_path / "native", adapter.config, adapter.base, adapter.state)
@@ -127,7 +126,7 @@ def test_what_is_exported_comes_back(base: Path, tmp_path: Path, method: str, la
     """The export's A is one for q, k and v, so the rank stays."""
     source, native, _ = with_adapter(base, method, layers)
     export_peft(source, native, tmp_path / "peft")
-    back = load_peft_adapter(tmp_path / "peft", source)
+    back = read_peft(tmp_path / "peft", source).adapter
     assert (back.config.rank, back.config.layers) == (4, native.config.layers)
     for layer in native.config.layers:
         pairs = (lora_factors(one.config, one.state, one.config.targets[0], layer) for one in (back, native))
@@ -150,7 +149,7 @@ def test_a_fused_projection_is_one_module(tmp_path: Path, method: str, layers: t
     export_peft(source, native, tmp_path / "peft")
     stored = load_file(tmp_path / "peft" / WEIGHTS)
     assert len(stored) == 2 * len(native.config.layers) and all(".qkv_proj.lora_" in name for name in stored)
-    back = load_peft_adapter(tmp_path / "peft", source)
+    back = read_peft(tmp_path / "peft", source).adapter
     assert (back.config.method, back.config.rank, back.config.layers) == ("lora", 4, native.config.layers)
     for (found_rule, *found), (rule, *expected) in zip(
         back.updates(source.shape), native.updates(source.shape), strict=True
@@ -168,7 +167,7 @@ def test_it_merges_as_a_native_adapter(base: Path, tmp_path: Path) -> None:
     peft = lora_model(base, r=3, lora_alpha=5, target_modules=Q_AND_V)
     peft.save_pretrained(tmp_path / "peft")
     source = find_model(str(base))
-    merge_adapter(source, load_peft_adapter(tmp_path / "peft", source), tmp_path / "merged")
+    merge_adapter(source, read_peft(tmp_path / "peft", source).adapter, tmp_path / "merged")
     expected = peft.merge_and_unload().state_dict()
     for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5, msg=name)
@@ -179,7 +178,7 @@ def test_factors_in_16_bits_are_read_as_they_are(base: Path, tmp_path: Path, dty
     lora_model(base, r=2, target_modules=Q_AND_V).save_pretrained(tmp_path)
     stored = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / WEIGHTS).items()}
     save_file(stored, tmp_path / WEIGHTS)
-    adapter = load_peft_adapter(tmp_path, find_model(str(base)))
+    adapter = read_peft(tmp_path, find_model(str(base))).adapter
     key = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
     assert torch.equal(adapter.state["A"][1, 2:], stored[key].float())
 

@@ -17,8 +17,8 @@ from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.convert.import_peft import load_peft_adapter, read_peft
 from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.open_adapter import read_peft
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def imported(peft: Any, base: Path, folder: Path) -> tuple[ModelSource, NativeAd
     """PEFT's adapter, written and read, with logits like PEFT's."""
     peft.save_pretrained(folder)
     source = find_model(str(base))
-    adapter = load_peft_adapter(folder, source)
+    adapter = read_peft(folder, source).adapter
     ours = logits_of(load_model(source, adapter, dtype=torch.float32).predict, torch.arange(24).expand(2, 24))
     assert share(ours, logits_of(peft)) <= 1e-5
     with peft.disable_adapter():

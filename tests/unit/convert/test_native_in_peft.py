@@ -24,9 +24,8 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.import_peft import load_peft_adapter, read_peft
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
-from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
+from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter, read_peft
 
 KEPT = ROOT / "tests" / "data" / "run_before_families"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -80,7 +79,7 @@ def test_the_files_come_back_byte_for_byte(base: Path, tmp_path: Path, method: s
         source, native = exported(base, folder, method, layers=layers, targets=targets, pad_rank_to=padded)
         assert imported(source, folder) == []
         assert files_of(folder / "back") == files_of(folder / "adapter")
-        assert load_peft_adapter(folder / "peft", source).equals(native)
+        assert read_peft(folder / "peft", source).adapter.equals(native)
 
 
 @pytest.mark.parametrize("family", ["phi3", "stablelm", "qwen3"])
@@ -107,9 +106,8 @@ def test_files_of_an_earlier_version_are_not_written_anew(tmp_path: Path, adapte
 def test_what_this_version_exported_stays_the_same_bits() -> None:
     """A kept export of tl6 on all targets, at alpha / r = 1.5: a version that folds in another order would not see
     that its files are the adapter's."""
-    folder, notes = ROOT / "tests/data/peft_with_native", []
-    adapter = load_peft_adapter(folder, find_model(str(KEPT / "base")), say=notes.append)
-    assert (notes, adapter.config.method, len(adapter.config.targets)) == ([], "tl6", 4)
+    opened = read_peft(ROOT / "tests/data/peft_with_native", find_model(str(KEPT / "base")))
+    assert (opened.notes, opened.config.method, len(opened.config.targets)) == ((), "tl6", 4)
 
 
 def test_an_adapter_that_is_replaced_during_the_export_is_found(base: Path, tmp_path: Path) -> None:
@@ -131,7 +129,7 @@ def test_peft_loads_the_folder_as_before(base: Path, tmp_path: Path) -> None:
     ours = logits_of(load_model(source, native, dtype=torch.float32).predict, torch.arange(24).expand(2, 24))
     assert share(ours, logits_of(peft)) <= 1e-5
     peft.save_pretrained(tmp_path / "saved")  # what PEFT saves has no native/ any more
-    back = load_peft_adapter(tmp_path / "saved", source)
+    back = read_peft(tmp_path / "saved", source).adapter
     assert (back.config.method, back.config.rank) == ("lora", 4)
 
 
@@ -226,7 +224,7 @@ def test_a_broken_native_folder_is_said_and_not_used(base: Path, tmp_path: Path,
     break_it(tmp_path / "peft/native")
     (note,) = imported(source, tmp_path)
     assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since ") and why in note
-    assert load_peft_adapter(tmp_path / "plain", source).equals(load_adapter(tmp_path / "back"))
+    assert read_peft(tmp_path / "plain", source).adapter.equals(load_adapter(tmp_path / "back"))
     (tmp_path / "peft" / EXPORT_RECORD).unlink()
     if damage == "missing":  # so it is anybody's LoRA
         assert not read_peft(tmp_path / "peft", source).notes

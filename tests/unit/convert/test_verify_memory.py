@@ -17,8 +17,8 @@ from wide_models import write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.output_folder import new_output
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.convert.inputs import open_inputs
 from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.open_adapter import open_adapter
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 
@@ -74,7 +74,8 @@ def check(folder: Path, *flags: str) -> Check:
 def write_merged(folder: Path, targets: tuple[str, ...]) -> None:
     """Merge an adapter of the model in `folder`."""
     write_wide_adapter(folder / "adapter", folder / "base", targets)
-    merge_adapter(*open_inputs(str(folder / "adapter"), None), folder / "merged", new=new_output)
+    opened = open_adapter(folder / "adapter", None)
+    merge_adapter(opened.source, opened.adapter, folder / "merged", new=new_output)
 
 
 def layer_bytes(base: Path, dtype: torch.dtype) -> int:
