@@ -254,11 +254,7 @@ def _write_weights(
 
 
 def _dequantised_tensors(
-    weights: BaseWeights,
-    shape: ModelShape,
-    changed: Changes,
-    dtype: torch.dtype | None,
-    between: Callable[[], object],
+    weights: BaseWeights, shape: ModelShape, changed: Changes, dtype: torch.dtype | None, between: Callable[[], object]
 ) -> list[StreamedTensor]:
     """Every tensor of a merge onto a folder that is quantised, computed some rows at a time.
 
@@ -269,10 +265,10 @@ def _dequantised_tensors(
         between: called for each block of rows.
     """
     quantised = {name for rule in quantised_rules(shape) for name in rule.hf_names}
-    merged, (first, *_) = merged_reader(weights.read, changed), weights.rules[0].hf_names
+    merged, embedding = merged_reader(weights.read, changed), weights.rules[0].hf_names[0]
 
     def tensor(name: str, full_shape: tuple[int, ...]) -> StreamedTensor:
-        own = dtype or weights.dtype(first if name in quantised else name)
+        own = dtype or weights.dtype(embedding if name in quantised else name)
 
         def blocks() -> Iterator[torch.Tensor]:
             for rows in row_blocks(full_shape):

@@ -137,12 +137,8 @@ def open_adapter(
     source.check_length("--max_length", longest)
     opened = read_peft(folder, source)
     like = identify_shape(source, "fp32", weights_hash="") if opened.native is None else opened.native.base
-    return replace(
-        opened,
-        exported_for=exported_base(folder, like),
-        tokenizer=tokenizer,
-        notes=(*notes, *opened.notes),
-    )
+    recorded = exported_base(folder, like)
+    return replace(opened, exported_for=recorded, tokenizer=tokenizer, notes=(*notes, *opened.notes))
 
 
 def import_peft(
@@ -190,9 +186,7 @@ def import_peft(
     return opened
 
 
-def _peft_base(
-    folder: Path, model: ModelSource | str | None, *, differs: bool
-) -> tuple[ModelSource, tuple[str, ...]]:
+def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) -> tuple[ModelSource, tuple[str, ...]]:
     """The base of a PEFT adapter: `model`, or else the one that it names; and notes if its files name another one.
 
     That name is all that is known of the base if this package did not write the folder.

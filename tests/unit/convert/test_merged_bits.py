@@ -189,6 +189,18 @@ def test_a_copy_of_a_tied_head_is_compared_where_there_is_one(tmp_path: Path) ->
     assert "lm_head.weight is F16, not BF16" in found
 
 
+def test_a_number_beside_the_weights(tmp_path: Path) -> None:
+    """Some programs store one, as a tensor without dimensions."""
+    base = write_tiny_model(tmp_path / "base", tokenizer=False)
+    rewrite(base / "model.safetensors", "scale", torch.tensor(3.0))
+    inputs = with_adapter(base, "tl5")[:2]
+    merge_adapter(*inputs, tmp_path / "merged")
+    assert differences(inputs, tmp_path / "merged") == ()
+    rewrite(tmp_path / "merged/model.safetensors", "scale", torch.tensor(3.5))
+    (found,) = differences(inputs, tmp_path / "merged")
+    assert "scale differs from the base in 1 value, first in row 0, by up to 2097152 units" in found
+
+
 def test_a_fused_stored_tensor(tmp_path: Path) -> None:
     """Phi-3 stores q, k and v as one tensor, and gate and up as one."""
     base = write_tiny_model(tmp_path / "base", family="phi3", tokenizer=False)
