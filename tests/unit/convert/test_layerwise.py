@@ -12,16 +12,17 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.convert import layerwise
+from megatron_tiedlora.convert import layerwise, merged_rows
 from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
 
 ALL = ("qkv", "o_proj", "gate_up", "down_proj")
 
 
 @pytest.fixture(autouse=True)
-def small_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head of 100 rows at a time, which do not divide the vocabulary."""
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head of 100 rows at a time, which do not divide the vocabulary, and weights read by 64 rows."""
     monkeypatch.setattr(layerwise, "_HEAD_ELEMENTS", 100 * 32)
+    monkeypatch.setattr(merged_rows, "BLOCK_ELEMENTS", 64 * 32)
 
 
 def logits(base: Path, dtype: torch.dtype, **adapter_fields: object) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

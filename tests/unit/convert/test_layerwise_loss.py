@@ -12,6 +12,7 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.convert import layerwise as module
+from megatron_tiedlora.convert import merged_rows
 from megatron_tiedlora.convert.layerwise import layerwise_loss
 from megatron_tiedlora.data.loader import MicroBatch
 
@@ -35,6 +36,7 @@ def test_it_is_that_of_the_whole_model(
 ) -> None:
     monkeypatch.setattr(module, "_SHARE", share)
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(merged_rows, "BLOCK_ELEMENTS", 64 * 32)
     folder = write_tiny_model(tmp_path / "model", tokenizer=False, tied=tied)
     source, adapter, _ = with_adapter(folder, "tl6", (1, 3), targets=("qkv", "down_proj"))
     batches = [batch(2, 11, 0), batch(3, 20, 1), batch(1, 8, 2)]

@@ -239,14 +239,17 @@ def test_the_bar_counts_bytes(
     assert "merged files" in shown and "/295k" in shown and "B/s" in shown  # the size of the tensors
 
 
-def test_a_merge_onto_a_folder_that_is_quantised(tmp_path: Path) -> None:
-    """Every tensor is compared with the folder's values, and one that the model does not have is named."""
+@pytest.mark.parametrize("kind", ["fp8 by row", "nf4 nested"])
+def test_a_merge_onto_a_folder_that_is_quantised(tmp_path: Path, kind: str) -> None:
+    """Every tensor is compared with the folder's values, and one that the model does not have is named. The values of
+    nested scales would change if they were quantised again."""
     plain = write_tiny_model(tmp_path / "plain", dtype=torch.bfloat16, tokenizer=False, **SHAPE)
-    quantised, _ = quantised_folder(plain, tmp_path / "folders", "fp8 by row")
+    quantised, _ = quantised_folder(plain, tmp_path / "folders", kind)
     source, adapter = find_model(str(quantised)), with_adapter(plain, "tl6", layers=(1, 3), targets=ALL)[1]
     inputs = source, replace(adapter, base=identify_model(source, "bf16"))
     merged = tmp_path / "merged"
     merge_adapter(*inputs, merged, onto_trained=True)
+    assert find_model(str(merged)).stored is None
     found = compare_merged(*inputs, merged)
     assert (found.touched, found.differences) == (2 * 7, ())
     (file,) = merged.glob("*.safetensors")
