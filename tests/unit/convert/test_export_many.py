@@ -18,6 +18,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.commands.export import main
 from megatron_tiedlora.commands.verify import main as verify
+from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
 from megatron_tiedlora.convert.verify import verify_export
 
@@ -219,3 +220,18 @@ def test_a_peft_adapter_of_others_has_no_hashes(models: Path, adapters: Path, tm
     with pytest.raises(UserError, match="does not record its base's hashes; give the base's own folder"):
         open_adapter(tmp_path / "peft", str(models))
     assert load_adapter(tmp_path / "peft/native").base.base_model == str(models / "mine")
+
+
+def test_a_peft_adapter_of_others_on_a_merged_model(models: Path, adapters: Path, tmp_path: Path) -> None:
+    """It is rejected, unless the adapter's own config names that model, or the user insists."""
+    peft, merged = tmp_path / "peft", tmp_path / "merged"
+    main(["--adapter", str(adapters / "plain"), "--output", str(peft)])
+    (peft / RECORD).unlink()
+    opened = open_adapter(adapters / "plain", None)
+    merge_adapter(opened.source, opened.adapter, merged)
+    with pytest.raises(UserError, match="merged: an adapter is merged into it already; give the plain base with"):
+        open_adapter(peft, str(merged))
+    assert any("names the base mine" in note for note in open_adapter(peft, str(merged), differs=True).notes)
+    (peft / CONFIG).write_text(json.dumps({**content(peft), "base_model_name_or_path": str(merged)}))
+    found = open_adapter(peft, None)
+    assert found.source.folder == merged and not any("names the base" in note for note in found.notes)

@@ -239,10 +239,10 @@ def test_the_bar_counts_bytes(
     assert "merged files" in shown and "/295k" in shown and "B/s" in shown  # the size of the tensors
 
 
-@pytest.mark.parametrize("kind", ["fp8 by row", "nf4 nested"])
+@pytest.mark.parametrize("kind", ["fp8 by row", "fp8 by tensor"])
 def test_a_merge_onto_a_folder_that_is_quantised(tmp_path: Path, kind: str) -> None:
-    """Every tensor is compared with the folder's values, and one that the model does not have is named. The values of
-    nested scales would change if they were quantised again."""
+    """Every tensor is compared with the folder's values, and one that the model does not have is named. Rows that
+    share a scale would have other values if they were quantised again."""
     plain = write_tiny_model(tmp_path / "plain", dtype=torch.bfloat16, tokenizer=False, **SHAPE)
     quantised, _ = quantised_folder(plain, tmp_path / "folders", kind)
     source, adapter = find_model(str(quantised)), with_adapter(plain, "tl6", layers=(1, 3), targets=ALL)[1]
