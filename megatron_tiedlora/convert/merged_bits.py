@@ -166,7 +166,8 @@ def _compare_values(
         found = stored[part]
         wanted = wanted_rows(name, part, found.dtype)
         compared(found.nbytes)
-        found, wanted = (_bits(tensor) for tensor in (found, wanted))
+        bits = (tensor.contiguous().view(_INTEGERS[tensor.itemsize]) for tensor in (found, wanted))
+        found, wanted = torch.atleast_1d(*bits)
         if torch.equal(found, wanted):
             continue
         different = (found != wanted).flatten(1) if found.dim() > 1 else (found != wanted)[:, None]
@@ -178,10 +179,6 @@ def _compare_values(
         return None
     where = f"in {count_text(count, 'value')}, first in row {first_row}"
     return f"differs from {like} {where}, by up to {count_text(furthest, 'unit')} in the last place"
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return torch.atleast_1d(values.contiguous().view(_INTEGERS[values.itemsize]))
 
 
 def _steps(found: torch.Tensor, wanted: torch.Tensor) -> int:

@@ -94,9 +94,10 @@ def stored_changes(adapter: NativeAdapter | None, shape: ModelShape, *, base_for
     if base_format is not None:
         names = (name for rule in quantised_rules(shape) for name in rule.hf_names)
         found = dict.fromkeys(names, lambda: Change(None, base_format))
-    for rule, target in () if adapter is None else adapter.changed(shape):
-        for name in rule.hf_names:
-            found[name] = partial(_change, adapter, rule, target, name, base_format)
+    if adapter is not None:
+        for rule, target in adapter.changed(shape):
+            for name in rule.hf_names:
+                found[name] = partial(_change, adapter, rule, target, name, base_format)
     return found
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_tiedlora.base.errors import UserError, printable, shown
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.wording import bytes_in_words, first_line
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
@@ -30,7 +31,7 @@ from megatron_tiedlora.convert.inputs import trained_otherwise
 from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
 from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
 from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
-from megatron_tiedlora.convert.merged_rows import merged_reader, stored_changes
+from megatron_tiedlora.convert.merged_rows import ReadRows, merged_reader, stored_changes
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
@@ -201,8 +202,7 @@ def verify_export(
         of_peft = {} if imported is None else {"peft": imported.adapter}
         models = [Weights(base.read, {"native": adapter, "plain": None, **of_peft})]
         for name in {str(known) for known in (trained, onto) if known not in (None, source.stored_base)}:
-            quantised = merged_reader(base.read, stored_changes(None, source.shape, base_format=name))
-            models.append(Weights(partial(quantised, dtype=torch.float32), {name: adapter}))
+            models.append(Weights(_quantised(base, source.shape, name), {name: adapter}))
         if merged is not None:
             if rounds:
                 once = merged_reader(base.read, stored_changes(adapter, source.shape, base_format=made_onto))
@@ -250,6 +250,12 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
         )
     with BaseWeights(merged, source.shape) as written:  # checks names and shapes
         return {name: written.dtype(name) for rule in written.rules for name in rule.hf_names}
+
+
+def _quantised(base: BaseWeights, shape: ModelShape, base_format: str) -> ReadRows:
+    """Reads rows of the base that a storage format makes of the stored one, in fp32."""
+    read = merged_reader(base.read, stored_changes(None, shape, base_format=base_format))
+    return lambda name, rows: read(name, rows, torch.float32)
 
 
 def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted: Wanted) -> LogitComparison:
