@@ -15,6 +15,7 @@ from megatron_tiedlora.data.loader import GlobalBatch, num_positions
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.planning.memory import cache_bytes
+from megatron_tiedlora.runtime.run_folder import choose_run_folder
 from megatron_tiedlora.training.dry_run_tables import (
     memory_lines,
     message_lines,
@@ -36,6 +37,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
         UserError: as the run itself would.
     """
     plan = plan_run(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
+    choose_run_folder(settings.output_dir, name=plan.name, resume=settings.resume)
     sections = [_parameters(plan), partition_lines(plan.stages)]
     if plan.source.folder is None:
         no_data = ["data", "  (a preset shape has no tokenizer; give a model folder to count tokens)"]
