@@ -136,17 +136,14 @@ def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:
             raise UserError(f"{path}: {name}: output_dir is that of {given[folder]}; give each a folder of its own")
         given[folder] = name
     for folder, name in given.items():
-        for inside, holder in zip((folder, *folder.parents), folder.parents, strict=False):
-            if given.get(holder) == RUN_OF_ALL:
-                if inside.name.lower() in _FILES_OF_RUN or inside.name.startswith("."):
-                    raise UserError(
-                        f"{path}: {name}: output_dir lies in {shown(inside.name)}, where the run itself has files; give"
-                        " another folder"
-                    )
-            elif holder in given:
-                raise UserError(
-                    f"{path}: {name}: output_dir lies in that of {given[holder]}; give each a folder of its own"
-                )
+        holder = next((parent for parent in folder.parents if parent in given), folder)
+        inside = folder.parts[len(holder.parts) :][:1]
+        if inside and given[holder] != RUN_OF_ALL:
+            where = f"that of {given[holder]}; give each a folder of its own"
+            raise UserError(f"{path}: {name}: output_dir lies in {where}")
+        if any(part.startswith(".") or part.lower() in _FILES_OF_RUN for part in inside):
+            where = f"{shown(inside[0])}, where the run itself has files"
+            raise UserError(f"{path}: {name}: output_dir lies in {where}; give another folder")
 
 
 def _check_shared(path: str, found: Mapping[str, Settings]) -> None:

@@ -191,8 +191,3 @@ def _of_block(
         flops.append(one)
         moved = moved.plus(elementwise.block_bytes(owners, block, tokens=share.num_tokens, after=after, own=own))
     return functools.reduce(BlockFlops.plus, flops), moved
-
-
-def pass_flops(work: PassWork) -> float:
-    """All FLOPs of a pass."""
-    return work.linears + work.head + work.low_rank + work.attention

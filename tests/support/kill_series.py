@@ -160,6 +160,8 @@ def _assert_nothing_lost(folder: Path) -> None:
     logged, saved = _last_step([folder]), find_newest_checkpoint(folder / "checkpoints")
     step = saved.progress.step if saved is not None else 0
     assert step >= logged - 1, f"step {logged} was done, step {step} was saved"
-    assert saved is None or not saved.notes, saved.notes
+    # Between the renames of a checkpoint and of `latest` there is one more, which is not used.
+    notes = [] if saved is None else [note for note in saved.notes if "is later than what latest names" not in note]
+    assert not notes, notes
     if (folder / "adapter").exists():
         load_adapter(folder / "adapter")
