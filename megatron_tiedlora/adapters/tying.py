@@ -79,12 +79,6 @@ class Mismatch:
         return f"{where}: rank {ranks} from rank {self.first} by up to {self.largest:.3g}"
 
 
-def find_mismatch(adapter: TiedAdapter, groups: ParallelGroups) -> Mismatch | None:
-    """`find_mismatches` of one adapter."""
-    (found,) = find_mismatches([adapter], groups)
-    return found
-
-
 def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> list[Mismatch | None]:
     """Compare every replicated tensor bit by bit. Returns for each adapter the first that differs, or None.
 

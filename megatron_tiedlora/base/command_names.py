@@ -59,6 +59,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(("merge-lora", "merge-adapter", "merge-peft"), "merge"),
     **dict.fromkeys(("push-to-hub", "upload", "publish"), "push"),
     **dict.fromkeys(("version", "info", "collect-env"), "env"),
+    "serve": "export, which prints the command of `vllm serve`",
 }
 _BY_SCRIPT = {command.script: command for command in COMMANDS if command.script}
 _SCRIPTS = "|".join(map(re.escape, _BY_SCRIPT))

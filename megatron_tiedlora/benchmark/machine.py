@@ -232,7 +232,9 @@ class _Measure:
         rate = 4 * self.tokens * self.shape.block.num_weights / taken
         peak = _start(self.device).constants["peak.fp8"] if self.knows_card else self._constant(rate, "fp8 matmuls")
         yield "peak.fp8", peak
-        yield "matmul.fp8", self._share(rate, peak, "fp8 matmuls")
+        yield "matmul.fp8", self._share(rate, peak, "fp8 matmuls, with rounding")
+        for name in ("round.forward", "round.backward"):
+            yield name, self._constant(0.0, "in the seconds of fp8 matmuls")
 
     def _copies(self, seconds: float) -> Constant:
         size = _COPIED[self.device.type]

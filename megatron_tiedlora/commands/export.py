@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.config.cli import CommandParser, adapter_flags, run_command
+
+if TYPE_CHECKING:
+    from megatron_tiedlora.checkpoint.sources import ModelSource
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 EXAMPLE = """\
@@ -20,7 +23,8 @@ examples:
 Padding the rank with zeros does not change what the adapter computes; it is for programs that accept only certain
 ranks. The adapter's own files travel along in DIR/native, where tools/import_peft.py finds them. Several adapters, or
 a pattern in quotes, are written to DIR/NAME each, named after their folders or runs. Each folder is written
-atomically. PEFT's config names the base by its hub id, by --base_name, or else by the name of its folder.
+atomically. PEFT's config names the base by its hub id, by --base_name, or else by the name of its folder. vLLM's
+resolver of adapters in a folder takes an export only if that name is the --model of the server.
 """
 
 
@@ -47,12 +51,16 @@ def main(argv: Sequence[str]) -> int:
     from megatron_tiedlora.base.output_folder import new_output, reject_existing
     from megatron_tiedlora.base.paths import user_path
     from megatron_tiedlora.convert.export_many import export_all, find_adapters
-    from megatron_tiedlora.convert.export_peft import base_location, export_peft
+    from megatron_tiedlora.convert.export_peft import base_location, base_name, export_peft
     from megatron_tiedlora.convert.inputs import open_inputs
-    from megatron_tiedlora.convert.serving import serve_hints
+    from megatron_tiedlora.convert.serving import Export, serve_hints
 
     def note(text: str) -> None:
         show(f"note: {text}")
+
+    def show_serving(source: ModelSource, exports: Mapping[str, Export]) -> None:
+        named = options.base_name or base_name(source)
+        show(*serve_hints(exports, base_location(source), source.shape, named=named))
 
     output, adapters = options.output, find_adapters(options.adapter)
     chosen = {
@@ -63,17 +71,17 @@ def main(argv: Sequence[str]) -> int:
         "new": partial(new_output, take_over=options.take_over),
     }
     if len(options.adapter) > 1 or adapters != [user_path(options.adapter[0])]:
-        export_all(adapters, options.model, output, say=note, options=chosen)
+        of_bases = export_all(adapters, options.model, output, say=note, options=chosen)
         show(f"exported {count_text(len(adapters), 'adapter')}: {output}")
+        for source, exports in of_bases:
+            show_serving(source, exports)
         return 0
     reject_existing(output, flag=f"--output {output}")
     (options.adapter,) = options.adapter
     source, adapter = open_inputs(options.adapter, options.model)
     rank = export_peft(source, adapter, output, native=user_path(options.adapter), say=note, **chosen)
-    location = base_location(source)
-    show(f"exported {options.adapter} as LoRA of rank {rank} on {location}: {output}")
-    targets = [target.name for target in adapter.config.targets]
-    show(*serve_hints(output, location, rank, source.shape, targets))
+    show(f"exported {options.adapter} as LoRA of rank {rank} on {base_location(source)}: {output}")
+    show_serving(source, {"tied": Export(output, rank, [target.name for target in adapter.config.targets])})
     show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --peft {shlex.quote(str(output))}")
     return 0
 

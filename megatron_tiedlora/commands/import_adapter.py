@@ -15,7 +15,8 @@ example:
   python tools/import_peft.py --peft downloads/lora --model meta-llama/Llama-2-7b-hf --output adapters/lora
 
 An export of this project gives back the tied adapter that it came from, byte for byte, unless its PEFT files were
-changed. Any other LoRA or VeRA becomes an equal lora or vera, without rounding. DIR is written atomically.
+changed. Any other LoRA or VeRA becomes an equal lora or vera. Only what has to be multiplied into B is rounded, once to
+fp32: an alpha / r of some modules alone (rank_pattern, alpha_pattern), or VeRA's vectors. DIR is written atomically.
 """
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
@@ -60,30 +61,25 @@ def _targets(given: str) -> str:
 def main(argv: Sequence[str]) -> int:
     """Build, search or check the index; returns the exit status."""
     options = parser().parse_known_names(argv)
-    from megatron_tiedlora.sharing.index import (
-        FILTERS,
-        INDEX_FILE,
-        build_index,
-        find_entries,
-        find_entry,
-        verify_entries,
-    )
+    # Only what reads adapters imports torch, which takes seconds: `find` does not wait for it.
+    from megatron_tiedlora.sharing.index import FILTERS, INDEX_FILE, entry_folder, find_entries, find_entry
 
     root = options.folder
     wanted = {name: value for name in FILTERS if (value := getattr(options, name)) is not None}
     _check(options, wanted)
+    if options.action == "find":
+        entries = find_entries(root, wanted)
+        for line in (json.dumps(asdict(entry)) for entry in entries) if options.json else _table(entries):
+            show(line)
+        return 0
+    from megatron_tiedlora.sharing.collection import build_index, compare_adapters, verify_entries
+
     match options.action:
         case "build":
             count, problems = build_index(root, progress=True)
             indexed = f"indexed {count_text(count, 'adapter')}: {root / INDEX_FILE}"
             show(*(f"left out: {problem}" for problem in problems), indexed)
             return 1 if problems else 0
-        case "find":
-            entries = find_entries(root, wanted)
-            lines = [json.dumps(asdict(entry)) for entry in entries] if options.json else _table(entries)
-            for line in lines:
-                show(line)
-            return 0
         case "verify":
             entries = find_entries(root, wanted)
             problems = verify_entries(root, entries, progress=True)
@@ -91,9 +87,7 @@ def main(argv: Sequence[str]) -> int:
             verified = f"verified {count_text(len(entries), 'adapter')} of {size}: {len(problems)} with problems"
             show(*(f"FAILED  {problem}" for problem in problems), verified)
             return 1 if problems else 0
-    from megatron_tiedlora.sharing.compare import compare_adapters
-
-    one, other = (root / find_entry(root, name).path for name in options.adapters)
+    one, other = (entry_folder(root, find_entry(root, name)) for name in options.adapters)
     differences = compare_adapters(one, other)
     show(*(differences or ["the same"]))
     return 1 if differences else 0
@@ -112,15 +106,16 @@ def _check(options: argparse.Namespace, wanted: Collection[str]) -> None:
         raise UserError(f"{action} takes no name of an adapter; give {options.adapters[0]} with --name")
 
 
-def _table(entries: Sequence[Entry]) -> list[str]:
+def _table(entries: Sequence[Entry]) -> Iterator[str]:
     rows = [_HEADING]
     for entry in entries:
-        base = entry.base_model.rstrip("/").rpartition("/")[2]
         numbers = (str(entry.rank), entry.targets, f"{entry.parameters:,}")
-        rows.append((entry.name, base, entry.method, *numbers, entry.task or "-", entry.date, entry.path))
+        names = (entry.name, last_name(entry.base_model), entry.method)
+        rows.append((*names, *numbers, entry.task or "-", entry.date, entry.path))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [*table, "", count_text(len(entries), "adapter")]
+    for row in rows:
+        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from ("", count_text(len(entries), "adapter"))
 
 
 def run(argv: Sequence[str]) -> NoReturn:

@@ -27,15 +27,15 @@ _MINUTES = 10.0  # in which the ranks of --measure must meet
 def main(argv: Sequence[str]) -> int:
     """Plan and print; returns 0 if a layout fits, else 1."""
     command = parse_plan(argv)
-    require_extra("train", only=["deepspeed"])
     settings = command.settings
     if settings.measure is not None:
+        require_extra("train", only=["deepspeed"])
         return _measure(command, settings.measure)
     prints = settings.json_file == "-"
     paths = output_files({"--json": None if prints else settings.json_file, "--yaml": settings.yaml})
     gc.disable()  # what follows makes a million objects and frees few: looking for garbage takes half a second
     try:
-        # These import torch and DeepSpeed's settings, which takes seconds: --help and a wrong flag do not wait for it.
+        # These import torch, which takes a second: --help and a wrong flag do not wait for it.
         from megatron_tiedlora.base.atomic import write_json
         from megatron_tiedlora.base.yaml_files import write_yaml
         from megatron_tiedlora.planner.launch_lines import chosen_settings

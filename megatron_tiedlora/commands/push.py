@@ -16,7 +16,7 @@ examples:
   tiedlora push runs/demo --repo me/demo-tied --base_name HuggingFaceTB/SmolLM2-135M-Instruct
 
 The repository gets the adapter as LoRA for PEFT and vLLM, the native files in native/, a model card with base, method,
-scores, the training command and versions, and the plot of the losses. No path of this host is in them. Log in with
+scores, the training command and versions, and the plot of the losses. No folder of this host is in them. Log in with
 `hf auth login`, or set HF_TOKEN.
 """
 
@@ -41,9 +41,11 @@ def main(argv: Sequence[str]) -> int:
     """Publish the adapter; returns the exit status."""
     options = parser().parse_known_names(argv)
     from megatron_tiedlora.base.output_folder import reject_existing
-    from megatron_tiedlora.sharing.push import check_repo, upload, write_published
+    from megatron_tiedlora.sharing.push import check_hub_id, upload, write_published
 
-    check_repo(options.repo)
+    check_hub_id(options.repo, flag="--repo", owned=True)
+    if options.base_name is not None:
+        check_hub_id(options.base_name, flag="--base_name")
     if options.dry_run and options.output is None:
         raise UserError("--dry_run writes the folder; give it with --output DIR")
     if options.output is not None:

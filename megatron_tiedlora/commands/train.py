@@ -21,22 +21,29 @@ from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environm
 
 if TYPE_CHECKING:
     from megatron_tiedlora.runtime.ending import End
+    from megatron_tiedlora.training.dry_run_tables import Report
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal, 1 an adapter failed."""
+    """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal, 1 an adapter failed.
+
+    A dry run returns 1 if the layout does not fit in the card of --gpu.
+    """
     settings = parse_settings(argv, Settings)
-    require_extra("train")
+    if not settings.dry_run:
+        require_extra("train")
     prepare_environment()
     if settings.dry_run:
         rank, world_size = rank_and_world_size()
-        if rank == 0:
-            print(_report(settings, launched_ranks=world_size))
-        return 0
+        if rank:
+            return 0
+        report = _report(settings, launched_ranks=world_size)
+        print(report.text)
+        return 0 if report.fits else 1
     return (train_rank if settings.adapters is None else train_together)(settings).status
 
 
-def _report(settings: Settings, *, launched_ranks: int) -> str:
+def _report(settings: Settings, *, launched_ranks: int) -> Report:
     """What --dry_run shows."""
     if settings.adapters is None:
         from megatron_tiedlora.training.dry_run import dry_run_report

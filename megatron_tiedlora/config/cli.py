@@ -23,7 +23,7 @@ from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.logs import show_messages
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
-from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
+from megatron_tiedlora.config.data_fields import HUB_NAMES, TEMPLATE_HASH
 from megatron_tiedlora.config.fields import (
     AnySettings,
     CommandSettings,
@@ -36,7 +36,7 @@ from megatron_tiedlora.config.fields import (
 from megatron_tiedlora.config.other_names import name_hint
 
 # Names in a run's run.yaml that hold for that run only. They are ignored, so that the file can be given to --config.
-RECORDED_NAMES = ("ranks", "versions", TEMPLATE_HASH, "output_dir", "resume", "take_over", "base_differs")
+RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH, "output_dir", "resume", "take_over", "base_differs")
 RECORD_MARK = "versions"
 _COMMAND_LINE_ONLY = ("take_over", "base_differs")  # the user decides these anew at each start
 

@@ -11,6 +11,7 @@ AddBos = Literal["auto", "true", "false"]
 SpecialTokensInText = Literal["refuse", "plain", "control"]
 TrainOn = Literal["all_turns", "last_turn"]
 
+HUB_NAMES = "hub_names"  # in run.yaml: the ids of data and tokenizer that come from the hub
 TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_template
 
 FILES_HELP = (

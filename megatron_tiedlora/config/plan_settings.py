@@ -23,7 +23,6 @@ from megatron_tiedlora.config.fields import (
     validate_settings,
 )
 from megatron_tiedlora.config.settings import GPU_NAMES, Settings
-from megatron_tiedlora.config.tasks import DEFAULT_TASK
 
 ABOUT = """\
 Find the fastest parallel configuration of a cluster before it is booked: what fits, what it sends, how long it takes.
@@ -39,7 +38,7 @@ recompute, ZeRO stage and storage format that launch/train.py accepts is enumera
 messages and FLOPs are those of --dry_run; a few constants of the cards make seconds of them (--constants FILE).
 With --adapters all layouts are of one run of several adapters, which is compared with one adapter after another."""
 
-# Where a flag of launch/train.py has another default here.
+# Where a flag of launch/train.py has another default here; --max_length at most the model's limit, as there.
 PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
 # What a plan decides for itself, and what to give instead.
 _DECIDED = {
@@ -73,8 +72,10 @@ class PlanSettings(CommandSettings):
         "cluster", "measure the constants of this machine, write them to this file (-: print them), and plan nothing"
     )
     measure_seconds: float = setting_field("cluster", "about how long --measure takes", 60.0, gt=0, le=3600)
-    formats: tuple[str, ...] = setting_field(
-        "cluster", f"storage formats of the base that are compared: some of {', '.join(FORMAT_NAMES)}", FORMAT_NAMES
+    formats: tuple[str, ...] | None = optional_field(
+        "cluster",
+        f"storage formats of the base to choose from: some of {', '.join(FORMAT_NAMES)} [16 bits or that of --base;"
+        " what others would gain is said]",
     )
 
     top: int = setting_field("shown", "rows of the table; 0 for all", 20, ge=0)
@@ -152,13 +153,13 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
     config = own.pop("config", None)
     known, unknown = build_parser(Settings).parse_known_args(rest)
     reject_unknown(unknown, known=[f"--{name}" for name in (*PlanSettings.model_fields, *Settings.model_fields)])
-    if "measure" in own:  # of a run only the model is read
-        if others := [name for name, value in vars(known).items() if value is not None and name not in _OF_MEASURE]:
-            raise UserError(_NOT_MEASURED.format(others[0]))
-        rest += ["--task", DEFAULT_TASK]
-    train = parse_settings([*(("--config", config) if config is not None else ()), *rest], Settings)
+    others = [name for name, value in vars(known).items() if value is not None and name not in _OF_MEASURE]
+    if "measure" in own and others:  # of a run only the model is read
+        raise UserError(_NOT_MEASURED.format(others[0]))
+    # As a dry run, which needs no data. That a file of --config says so, too, does no harm.
+    train = parse_settings([*(("--config", config) if config is not None else ()), *rest, "--dry_run"], Settings)
     for name, instead in _DECIDED.items():
-        if name in train.model_fields_set:
+        if getattr(known, name) is not None or name in train.model_fields_set - {"dry_run"}:
             raise UserError(f"--{name} is not for a plan: {instead}")
     defaults = {name: value for name, value in PLAN_DEFAULTS.items() if name not in train.model_fields_set}
     return PlanCommand(validate_settings(own, PlanSettings), train.completed(**defaults))

@@ -61,6 +61,7 @@ GROUPS = {
     "speed": "trade memory for time",
     "optimisation": "batches, steps and learning rate",
 }
+NO_TRAIN_FILE = "--task custom needs --train_file (JSONL with prompt and completion, or a hub id)"
 
 
 class Settings(CommandSettings):
@@ -119,7 +120,9 @@ class Settings(CommandSettings):
         "run", "with --dry_run: the device type to plan for (default: what this machine has)"
     )
     gpu: str | None = optional_field(
-        "run", "with --dry_run: plan for this card, and say whether it is large enough and how fast", choices=GPU_NAMES
+        "run",
+        "with --dry_run: plan for this card, and say how fast it is and whether it is large enough (status 1 if not)",
+        choices=GPU_NAMES,
     )
     deterministic: bool = setting_field(
         "run", "bit-identical runs for one parallel layout, hosts and versions; slower on GPUs", False
@@ -290,8 +293,8 @@ class Settings(CommandSettings):
             filled["task"] = DEFAULT_TASK
         elif "task" not in filled and "adapters" in filled:
             filled["task"] = "custom"  # of no consequence: each adapter's entry is filled in by itself
-        elif "task" not in filled and is_preset(as_given(filled["model"])):
-            filled["task"] = "custom"  # a preset has no tokenizer, so its dry run reads no data
+        elif "task" not in filled and (is_preset(as_given(filled["model"])) or filled.get("dry_run") in (True, "true")):
+            filled["task"] = "custom"  # a dry run without data has full rows; a preset has no tokenizer to read any
         filled = {**PAPER_DEFAULTS, **TASK_DEFAULTS.get(as_given(filled.get("task")), {}), **filled}
         steps = as_given(filled["max_steps"])  # not checked yet
         if "warmup_steps" not in values and steps.isdecimal() and len(steps) < 16:
@@ -299,6 +302,11 @@ class Settings(CommandSettings):
         if "init_from" not in filled:
             filled = {"alpha": filled.get("rank", 8), **filled}
         return {"save_interval": filled["eval_interval"], **filled}
+
+    @property
+    def names_data(self) -> bool:
+        """Whether there are rows to train on: those of --train_file, or the task's own."""
+        return self.task != "custom" or self.train_file is not None
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -351,8 +359,8 @@ class Settings(CommandSettings):
             raise ValueError("--share_micro_batches needs --adapters; one adapter shares with none")
         if self.halving and self.adapters is None:
             raise ValueError("--halving needs --adapters; it compares adapters that train together")
-        if self.task == "custom" and self.train_file is None and not (self.adapters or is_preset(self.model)):
-            raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
+        if not (self.names_data or self.dry_run or self.adapters or is_preset(self.model)):
+            raise ValueError(NO_TRAIN_FILE)
         if self.world_size is not None and not self.dry_run:
             raise ValueError("--world_size needs --dry_run; in a run the launcher decides how many ranks train")
         if self.plan_for is not None and not self.dry_run:

@@ -16,9 +16,10 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, load_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.export_peft import base_location, export_peft
 from megatron_tiedlora.convert.find_base import find_base
 from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind
+from megatron_tiedlora.convert.serving import Export
 
 _UNNAMED = ("adapter", NATIVE_FOLDER)  # folders of adapters that are named after the folder around them
 
@@ -92,8 +93,8 @@ def export_all(
     *,
     say: Callable[[str], object] = str,
     options: Mapping[str, Any],
-) -> None:
-    """Export each adapter into a folder of its own in `output`, with a bar.
+) -> list[tuple[ModelSource, dict[str, Export]]]:
+    """Export each adapter into a folder of its own in `output`, with a bar. Returns the exports of each base, by name.
 
     Args:
         model: value of --model.
@@ -117,7 +118,7 @@ def export_all(
         kinds = ("base_hash", "base_weights_hash", "base_sample")
         return find_base(output, model, named, dict(zip(kinds, hashes, strict=True)))
 
-    identify = cache(identify_model)
+    identify, of_bases = cache(identify_model), dict[str, tuple[ModelSource, dict[str, Export]]]()
     for adapter, name in tqdm(names.items(), desc="export", unit="adapter", leave=False):
         try:
             if adapter_kind(adapter) != "native":
@@ -126,7 +127,7 @@ def export_all(
             base = native.base
             source = base_of(base.base_model, base.base_hash, base.base_weights_hash, base.base_sample)
             notes: list[str] = []
-            export_peft(
+            rank = export_peft(
                 source, native, output / name, native=adapter, say=notes.append, identify=identify, **options
             )
         except UserError as error:
@@ -134,3 +135,6 @@ def export_all(
             raise UserError(text if str(adapter) in text else f"{adapter}: {text}") from None
         for note in notes:
             say(note.replace("--adapter", str(adapter), 1))
+        exported = Export(output / name, rank, [target.name for target in native.config.targets])
+        of_bases.setdefault(base_location(source), (source, {}))[1][name] = exported
+    return list(of_bases.values())

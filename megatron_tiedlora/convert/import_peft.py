@@ -32,9 +32,8 @@ from megatron_tiedlora.checkpoint.native_adapter import (
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
-from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.export_peft import peft_tensors
-from megatron_tiedlora.convert.import_lora import Lora, native_lora, read_lora, trains_as_peft
+from megatron_tiedlora.convert.import_lora import Lora, native_lora, read_alpha, read_lora, trains_apart
 from megatron_tiedlora.convert.import_vera import read_vera
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, is_peft
 
@@ -95,21 +94,19 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> PeftCo
     state: Mapping[str, torch.Tensor]
     match content["peft_type"]:
         case "LORA":
-            lora = read_lora(folder, content, source)
+            lora, unused = read_lora(folder, content, source)
             native, notes = _travelled(folder, lora, source)
+            notes += unused
             native = native if tied else None
             config, state = native_lora(lora, source) if native is None else (native.config, native.state)
-            if native is None and not trains_as_peft(lora, source):
-                apart = "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter"
+            apart = trains_apart(lora, source) if native is None else None
         case "VERA":
             config, state = read_vera(folder, content, source)
             if config.method != "vera":
                 apart = "its vectors are a part of the A and B of a lora here"
         case other:
             raise UserError(f"{file}: peft_type {as_given(other)} is not supported; only LORA and VERA are")
-    if not SMALLEST_ALPHA <= config.alpha <= LARGEST_ALPHA:
-        bounds = f"{SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}"
-        raise UserError(f"{file}: its native alpha {config.alpha:g} is not between {bounds}; scale lora_B instead")
+    read_alpha(config.alpha, f"{file}: its native alpha")
     check_update(config, state, source=folder / WEIGHTS_FILE)
     if apart is not None:
         apart = f"{folder}: {apart}, so training continues differently from PEFT's"
@@ -148,21 +145,20 @@ def _unlike_export(
     """A sentence for everything in which a LoRA differs from the export of a native adapter in `dtype`, bit by bit."""
     config, block = native.config, source.shape.block
     fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
-    if not fits or config.layers[-1] > source.shape.num_layers or config.rank > lora.rank or lora.scale != 1.0:
+    rank, scales = max(len(pair.a) for pair in lora.values()), {pair.scale for pair in lora.values()}
+    if not fits or config.layers[-1] > source.shape.num_layers or config.rank > rank or scales != {1.0}:
         return ("its targets, layers, rank or scale cannot be the adapter's",)
     found: dict[str, torch.Tensor] = {}
-    for (layer, module), pair in lora.pairs.items():
+    for (layer, module), pair in lora.items():
         name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
         found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
-    exported = peft_tensors(source, native, rank=lora.rank, dtype=dtype)
+    exported = peft_tensors(source, native, rank=rank, dtype=dtype)
     differences = [f"{name} is not in the adapter's export" for name in found if name not in exported]
-    differences += [f"{name} is missing" for name in exported if name not in found]
-    both = [name for name in found if name in exported]
-    differences += [
-        f"{name} differs from the adapter's export"
-        for name in both
-        if not _same_bits(exported[name].float(), found[name])
-    ]
+    for name, tensor in exported.items():
+        if name not in found:
+            differences.append(f"{name} is missing")
+        elif not _same_bits(tensor.float(), found[name]):
+            differences.append(f"{name} differs from the adapter's export")
     return tuple(differences)
 
 
@@ -176,7 +172,7 @@ def compare_export(folder: Path, source: ModelSource, adapter: NativeAdapter) ->
     if not (folder / EXPORT_RECORD).is_file():
         return None
     file = folder / WEIGHTS_FILE
-    lora = read_lora(folder, read_peft_config(folder), source)
+    lora, _ = read_lora(folder, read_peft_config(folder), source)
     return tuple(f"{file}: {difference}" for difference in _unlike_export(lora, source, adapter, stored_dtype(folder)))
 
 

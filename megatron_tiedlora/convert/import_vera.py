@@ -21,7 +21,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import LinearShape
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.import_lora import Lora, Pair, native_lora
+from megatron_tiedlora.convert.import_lora import Pair, native_lora
 from megatron_tiedlora.convert.peft_files import (
     Module,
     StoredTensors,
@@ -53,7 +53,7 @@ def read_vera(
             " save the adapter with PEFT and save_projection = True"
         )
     reject_other_fields(file, content, kind="VeRA", harmless=_HARMLESS)
-    rank = read_rank(file, content)
+    rank = read_rank(content.get("r"), f"{file}: r")
     chosen = chosen_modules(file, content, source)
     sizes = modules_of(source.shape.block)
     used = [sizes[module.name] for module in chosen.values()]
@@ -64,8 +64,8 @@ def read_vera(
             "base_model.vera_B": (max(out_size for _, out_size in used), rank),
         },
         of_module={
-            "vera_lambda_b": lambda _, out_size: (out_size,),
-            "vera_lambda_d": lambda *_: (rank,),
+            "vera_lambda_b": lambda module: (sizes[module.name][1],),
+            "vera_lambda_d": lambda _: (rank,),
         },
     )
     vectors, (a, b) = read_factors(folder, chosen, stored, source)
@@ -82,7 +82,7 @@ def read_vera(
     for module, (v, u) in vectors.items():
         in_size, out_size = sizes[module.name]
         pairs[module] = Pair(a[:, :in_size], (v.double()[:, None] * b[:out_size] * u.double()).float())
-    return native_lora(Lora(pairs, rank, scale=1.0), source)
+    return native_lora(pairs, source)
 
 
 def _is_one_module(linear: LinearShape, layers: tuple[int, ...], adapted: Collection[Module]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -18,8 +18,9 @@ from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FIL
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import read_header, read_tensors
 from megatron_tiedlora.convert.export_peft import target_modules
-from megatron_tiedlora.convert.module_names import name_matcher
+from megatron_tiedlora.convert.module_names import name_matcher, pattern_finder
 
+T = TypeVar("T")
 _LARGEST_RANK = 2**20
 # Fields that do not change what any kind of adapter computes for linear layers, or that are read below.
 _HARMLESS = {
@@ -72,12 +73,41 @@ def reject_other_fields(file: Path, content: Mapping[str, Any], *, kind: str, ha
             raise UserError(f"{file}: {as_given(name)} = {shown(value)} is not a plain {kind}; only that is supported")
 
 
-def read_rank(file: Path, content: Mapping[str, Any]) -> int:
-    """The config's r. Raises UserError if it is not a rank."""
-    rank: Any = content.get("r")
+def read_rank(rank: Any, what: str) -> int:
+    """The rank that is called `what` in messages. Raises UserError if it is none."""
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
-        raise UserError(f"{file}: r = {shown(rank)} is not an integer from 1 to {_LARGEST_RANK:,}")
+        raise UserError(f"{what} = {shown(rank)} is not an integer from 1 to {_LARGEST_RANK:,}")
     return rank
+
+
+def read_by_pattern(
+    file: Path,
+    content: Mapping[str, Any],
+    fields: tuple[str, str],
+    chosen: Mapping[str, Module],
+    read: Callable[[Any, str], T],
+) -> tuple[dict[Module, T], tuple[str, ...]]:
+    """The value that PEFT takes for each chosen module: that of the first pattern that matches its name or an ending of
+    it, in the order of the file (PEFT sorts them as it saves). Also returns a note if a pattern decides for no module.
+
+    Args:
+        fields: names of the value for all other modules, and of the object {pattern: value}.
+        read: checks a value, which the second argument names in messages.
+
+    Raises:
+        UserError: a value or a pattern is not accepted.
+    """
+    default, what = read(content.get(fields[0]), f"{file}: {fields[0]}"), f"{file}: {fields[1]}"
+    patterns = {} if content.get(fields[1]) is None else content[fields[1]]
+    if not isinstance(patterns, dict):
+        raise UserError(f"{what} = {shown(patterns)} is not an object {{pattern: value}}; leave it out if it is empty")
+    find = pattern_finder(patterns, what=what)
+    values = {pattern: read(value, f"{what}: {shown(pattern)}") for pattern, value in patterns.items()}
+    found = {module: find(name) for name, module in chosen.items()}
+    used = set(found.values())
+    unused = [pattern for pattern in values if pattern not in used]
+    notes = (f"{what}: {shown(unused)} decides for no adapted module",) if unused else ()
+    return {module: default if key is None else values[key] for module, key in found.items()}, notes
 
 
 def chosen_modules(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict[str, Module]:
@@ -128,12 +158,12 @@ class StoredTensors(NamedTuple):
     Attributes:
         kind: the kind's name, for messages.
         shared: shapes of the tensors that all modules share, by name.
-        of_module: names below a module, each with a function that gives the shape for (in, out) of the module.
+        of_module: names below a module, each with a function that gives the shape for the module.
     """
 
     kind: str
     shared: Mapping[str, tuple[int, ...]]
-    of_module: Mapping[str, Callable[[int, int], tuple[int, ...]]]
+    of_module: Mapping[str, Callable[[Module], tuple[int, ...]]]
 
 
 def read_factors(
@@ -162,7 +192,7 @@ def read_factors(
                 raise UserError(
                     f"{file}: {as_given(key)} is not a {stored.kind} factor of {words}; only these are supported"
                 )
-            name, layer, module, factor = match.groups()
+            name, layer, _, factor = match.groups()
             if int(layer) >= num_layers:
                 raise UserError(
                     f"{file}: {key} is for layer {int(layer)}, but {source.name} has layers 0 to {num_layers - 1};"
@@ -170,11 +200,11 @@ def read_factors(
                 )
             if name not in chosen:
                 raise UserError(f"{file}: {key} is present, but {CONFIG_FILE} does not target its module")
-            shapes[key] = stored.of_module[factor](*modules[module])
+            shapes[key] = stored.of_module[factor](chosen[name])
         if found != shapes[key]:
             raise UserError(
-                f"{file}: {key} has shape {shown(found)}, but with r and {source.name} it must be {shapes[key]}; give"
-                " the adapter's own base with --model"
+                f"{file}: {key} has shape {shown(found)}, but with its rank in {CONFIG_FILE} and {source.name} it must"
+                f" be {shapes[key]}; give the adapter's own base with --model"
             )
     values = read_tensors(file, shapes)
     keys = {name: [f"base_model.model.{name}.{factor}" for factor in stored.of_module] for name in chosen}

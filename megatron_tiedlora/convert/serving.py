@@ -1,69 +1,72 @@
-"""How an exported adapter is served: the commands of vLLM, SGLang and llama.cpp, as lines for a shell."""
+"""How exported adapters are served: the commands of vLLM, SGLang and llama.cpp, as lines for a shell."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, ModelShape
 
 # The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_MODULES = {QKV: "qkv_proj", OUTPUT: "o_proj", GATE_UP: "gate_up_proj", DOWN: "down_proj"}  # its fused linears
+_LARGEST_BATCH = 8  # adapters in one batch of vLLM: each takes a slot of GPU memory
 
 
-def serve_hints(output: Path, base: str, rank: int, shape: ModelShape, targets: Sequence[str]) -> list[str]:
-    """The commands that serve the exported adapter in the folder `output`, each after a comment that names the program.
+class Export(NamedTuple):
+    """An exported adapter: its folder and rank, and the names of the adapted linears."""
+
+    folder: Path
+    rank: int
+    targets: Sequence[str]
+
+
+def serve_hints(exports: Mapping[str, Export], base: str, shape: ModelShape, *, named: str | None = None) -> list[str]:
+    """The commands that serve exported adapters of one base by name, each after a comment that names the program.
+
+    SGLang and llama.cpp are left out if there are several.
 
     Args:
+        exports: by the name of the adapter in requests.
         base: hub id or folder of the base.
-        rank: of the export.
-        targets: names of the adapted linears.
+        named: name of the base in PEFT's config, for a note if it is not `base`.
     """
-    rest = ["# serve with SGLang", _sglang(output, base)]
-    rest += ["# serve with llama.cpp, in its folder", *_llama_cpp(output, base)]
+    lines = _vllm(exports, base, shape, named)
+    if len(exports) == 1:
+        ((name, export),) = exports.items()
+        gguf = f"{export.folder.name}.gguf"
+        convert = ["python", "convert_lora_to_gguf.py", str(export.folder), "--base", base, "--outfile", gguf]
+        # SGLang finds the adapter's rank and modules itself, and has no maximum rank.
+        paths = ["--model-path", base, "--lora-paths", f"{name}={export.folder}"]
+        lines += ["# serve with SGLang", shlex.join(["python", "-m", "sglang.launch_server", *paths])]
+        lines += ["# serve with llama.cpp, in its folder", shlex.join(convert)]
+        lines.append(f"llama-server -m BASE.gguf --lora {shlex.quote(gguf)}")
+    return lines
+
+
+def _vllm(exports: Mapping[str, Export], base: str, shape: ModelShape, named: str | None) -> list[str]:
     if shape.final_norm.bias_name is not None:  # StableLM
-        return ["# vLLM serves this model without adapters; serve the merged model instead", *rest]
-    fitting = min((known for known in VLLM_RANKS if known >= rank), default=None)
-    if fitting is None:
-        return [f"# vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model instead", *rest]
-    vllm = _vllm({"tied": output}, base, fitting)
-    modules = ["--lora-target-modules", *(_VLLM_MODULES[name] for name in targets)]
-    return [f"# serve with vLLM; a newer one needs less memory with {shlex.join(modules)}", vllm, *rest]
-
-
-def serve_together(outputs: Mapping[str, tuple[Path, int]], base: str, shape: ModelShape) -> list[str]:
-    """The command with which vLLM serves several exported adapters by name, after a comment; none if it serves none.
-
-    Args:
-        outputs: (folder, rank) of each export, by its name.
-        base: hub id or folder of the base.
-    """
-    fitting = {
-        name: next((known for known in VLLM_RANKS if known >= rank), None) for name, (_, rank) in outputs.items()
-    }
-    served = {name: outputs[name][0] for name, known in fitting.items() if known is not None}
-    if not served or shape.final_norm.bias_name is not None:
-        return []
-    largest = max(known for known in fitting.values() if known is not None)
-    comment = "# serve all with vLLM, by name (--max-loras N: requests of N of them in one batch)"
-    return [comment, _vllm(served, base, largest)]
-
-
-def _vllm(outputs: Mapping[str, Path], base: str, max_rank: int) -> str:
-    modules = [f"{name}={output}" for name, output in outputs.items()]
-    return shlex.join(
-        ["vllm", "serve", base, "--enable-lora", "--lora-modules", *modules, "--max-lora-rank", str(max_rank)]
-    )
-
-
-def _sglang(output: Path, base: str) -> str:
-    """SGLang finds the adapter's rank and modules itself, and has no maximum rank."""
-    return shlex.join(["python", "-m", "sglang.launch_server", "--model-path", base, "--lora-paths", f"tied={output}"])
-
-
-def _llama_cpp(output: Path, base: str) -> list[str]:
-    gguf = f"{output.name}.gguf"
-    convert = ["python", "convert_lora_to_gguf.py", str(output), "--base", base, "--outfile", gguf]
-    return [shlex.join(convert), f"llama-server -m BASE.gguf --lora {shlex.quote(gguf)}"]
+        return ["# vLLM has no LoRA for StableLM; serve the merged model instead"]
+    ranks = {name: next((known for known in VLLM_RANKS if known >= of.rank), 0) for name, of in exports.items()}
+    served = {name: exports[name] for name, rank in ranks.items() if rank}
+    lines = []
+    if left_out := ", ".join(name for name, rank in ranks.items() if not rank):
+        lines = [f"# vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model of {left_out} instead"]
+    if not served:
+        return lines
+    adapted = {target for export in served.values() for target in export.targets}
+    words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(max(ranks.values()))]
+    # Without it, each slot has room for every linear, the embedding and the head.
+    words += ["--lora-target-modules", *(module for target, module in _VLLM_MODULES.items() if target in adapted)]
+    lines.append("# serve with vLLM 0.26 or later")
+    if len(served) > 1:  # both are 1 by default
+        batch = min(len(served), _LARGEST_BATCH)
+        words += ["--max-loras", str(batch), "--max-cpu-loras", str(len(served))]
+        lines[-1] += "; --max-loras: adapters in one batch, --max-cpu-loras: in host memory"
+    if named not in (None, base):
+        note = f"# its filesystem resolver asks for the base that the export names, {named}"
+        lines.append(f"{note}; export with --base_name {base}")
+    words += ["--lora-modules", *(f"{name}={export.folder}" for name, export in served.items())]
+    return [*lines, shlex.join(words)]

@@ -213,7 +213,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
     }
     if suffix not in readers or (packed and suffix not in _TEXT_SUFFIXES):
         names = f"{', '.join(SUFFIXES)}, and {', '.join(_TEXT_SUFFIXES)} with {_COMPRESSED}"
-        raise UserError(f"{path}: unknown suffix {suffix + _COMPRESSED * packed!r}; data files are {names}")
+        text = '; write each text as a row {"text": ...} of a .jsonl file' if suffix == ".txt" else ""
+        raise UserError(f"{path}: unknown suffix {suffix + _COMPRESSED * packed!r}; data files are {names}{text}")
     try:
         yield from readers[suffix](path)
     except MemoryError:

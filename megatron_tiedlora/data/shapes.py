@@ -201,11 +201,15 @@ def find_shape(
     columns = columns or {}
     found = [shape for shape in SHAPES if all(row.get(name) is not None for name in shape.needs)]
     found = found or [shape for shape in SHAPES if all(name in row for name in shape.needs)]  # one is null
+    preference = ""
+    if any(not _is_empty(row.get(name)) for name in ("rejected", "rejected_response", "rejected_messages")):
+        preference = ". Preference data is not trained here, but --columns can name its chosen answers alone"
     if not found:
         after = ", under the names of --columns" if columns else ""
+        example = "prompt=prompt,completion=chosen or messages=chosen" if preference else "OURS=YOURS[,...]"
         raise UserError(
-            f"{source}: the row has {describe_fields(row)}{after}; expected {shape_names()}. Name your fields with"
-            " --columns OURS=YOURS[,...]"
+            f"{source}: the row has {describe_fields(row)}{after}; expected {shape_names()}{preference}. Name your"
+            f" fields with --columns {example}"
         )
     found.sort(key=lambda shape: len(_unread_by(shape, columns)))
     shape = found[0]
@@ -227,7 +231,7 @@ def find_shape(
         if unread and not _is_empty(value):
             raise UserError(
                 f"{source}: field {name!r} looks like data, but rows of shape {shape.name} are read without it; name"
-                f" the fields to read with --columns {_choice(shape, columns)}"
+                f" the fields to read with --columns {_choice(shape, columns)}{preference}"
             )
     return shape
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.data.order import permutation
-from megatron_tiedlora.data.readers import named_files
+from megatron_tiedlora.data.readers import hub_data, named_files
 
 _WEIGHT = re.compile(r"(.+):([0-9]*\.?[0-9]+)")
 _MIX_STREAM = 2**32 + 2  # differs from the streams of epochs, held-out rows and drawn samples
@@ -131,11 +131,21 @@ def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.
     return Mix(np.concatenate(kept), tuple(lines))
 
 
+def hub_ids(*given: str | None) -> list[str]:
+    """The ids, without config and split, of the hub data sets among what these values of data flags name here."""
+    found = (hub_data(name, split="") for value in given if value is not None for name in _names(value))
+    return sorted({data.hub_id for data in found if data is not None})
+
+
+def _names(given: str) -> list[str]:
+    return [_parse_source(name.strip()).name for name in ([given] if _exists(given) else given.split(","))]
+
+
 def local_files(given: str) -> dict[str, Path]:
     """The files that a data flag's value names on this host, by name; those of folders and patterns too."""
     found: dict[str, Path] = {}
-    for name in (source.name for source in map(_parse_source, [given] if _exists(given) else given.split(","))):
-        name, path = name.strip(), user_path(name.strip())
+    for name in _names(given):
+        path = user_path(name)
         if path.is_file():
             found[name] = path
         elif path.is_dir():

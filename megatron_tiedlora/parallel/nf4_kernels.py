@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.parallel.quantise import dequantise_nf4
 
 # (packed codes (rows, width / 2), scales (rows, blocks) fp32, codes for each scale, result (rows, width)) -> None
@@ -29,6 +30,16 @@ def nf4_kernel(out: torch.Tensor, block: int) -> Kernel | None:
     if out.shape[1] % block or out.shape[1] % 2 or (out.is_cuda and block < _LEAST_GPU_BLOCK):
         return None
     return _checked_kernel(out.device.type, out.dtype)
+
+
+def slow_nf4(device: torch.device, dtype: torch.dtype) -> str:
+    """Why no kernel dequantises nf4 on a device, and what to do; '' if one does."""
+    if _checked_kernel(device.type, dtype) is not None:
+        return ""
+    why = f"{PACKAGE} is not installed; {install_hint('quantised')}"
+    if find_spec(PACKAGE) is not None:
+        why = f"the kernel of {PACKAGE} is not right here for {str(dtype).removeprefix('torch.')}"
+    return f"nf4 is dequantised by plain PyTorch, ten times as slowly: {why}"
 
 
 @cache

@@ -45,6 +45,11 @@ class Storage(NamedTuple):
             return self.base or UNQUANTISED
         return "fp8-transposed" if self.keep_transposed else "fp8-products"
 
+    @property
+    def num_changes(self) -> int:
+        """How many of the three flags differ from a run in 16 bits."""
+        return sum(map(bool, self))
+
 
 STORAGES = (Storage(), *map(Storage, BASE_NAMES), Storage("fp8", "fp8"), Storage("fp8", "fp8", True))
 
@@ -104,7 +109,7 @@ class Candidate:
             "ds_config": self.engine_file,
             "base": self.storage.base,
             "products": self.storage.products,
-            "keep_transposed": self.storage.keep_transposed,
+            "keep_transposed": self.storage.keep_transposed or None,
         }
         return {name: value for name, value in chosen.items() if value is not None}
 
@@ -116,11 +121,13 @@ class Search:
     Attributes:
         candidates: the layouts that a run accepts.
         refused: by what a run says of it, the number of the other layouts.
+        ranked: the storage formats to choose from; candidates in others only show what these would gain.
     """
 
     run: PlannedRun
     candidates: tuple[Candidate, ...]
     refused: Counter[str]
+    ranked: tuple[Storage, ...]
 
     @property
     def enumerated(self) -> int:
@@ -140,14 +147,15 @@ class _Choices:
         """Those of the run."""
         return self.run.settings
 
-    def _given(self, name: str) -> bool:
+    def given(self, name: str) -> bool:
+        """Whether a flag was given."""
         return name in self.settings.model_fields_set
 
     def grids(self, world_size: int) -> Iterator[tuple[int, int]]:
         """Tensor and pipeline parallel sizes whose product divides the ranks; a given one in any case."""
         settings = self.settings
-        tensor = [settings.tensor_parallel] if self._given("tensor_parallel") else divisors(world_size)
-        pipeline = [settings.pipeline_parallel] if self._given("pipeline_parallel") else divisors(world_size)
+        tensor = [settings.tensor_parallel] if self.given("tensor_parallel") else divisors(world_size)
+        pipeline = [settings.pipeline_parallel] if self.given("pipeline_parallel") else divisors(world_size)
         found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
         yield from found or [(tensor[0], pipeline[0])]
 
@@ -160,25 +168,25 @@ class _Choices:
 
     def sequences(self, tp_size: int) -> list[bool]:
         """Whether sequences are sharded; of no consequence without tensor parallelism."""
-        if self._given("sequence_parallel") or tp_size == 1:
+        if self.given("sequence_parallel") or tp_size == 1:
             return [self.settings.sequence_parallel]
         return [True, False]
 
     @property
     def recomputes(self) -> tuple[str, ...]:
         """Values of --recompute."""
-        return (self.settings.recompute,) if self._given("recompute") else RECOMPUTES
+        return (self.settings.recompute,) if self.given("recompute") else RECOMPUTES
 
     @property
     def engine_files(self) -> tuple[str, ...]:
         """Values of --ds_config."""
-        return (self.settings.ds_config,) if self._given("ds_config") else ENGINE_FILES
+        return (self.settings.ds_config,) if self.given("ds_config") else ENGINE_FILES
 
     @property
     def chosen_storages(self) -> tuple[Storage, ...]:
         """Values of --base, --products and --keep_transposed together."""
         settings = self.settings
-        given = [name for name in Storage._fields if self._given(name)]
+        given = [name for name in Storage._fields if self.given(name)]
         wanted = {name: getattr(settings, name) for name in given}
         if "base" in wanted:  # a run's record has an empty --base for a model that is stored quantised
             wanted["base"] = settings.base or self.run.source.stored_base
@@ -193,24 +201,23 @@ def search(
     """Enumerate all layouts of the settings on a cluster.
 
     Args:
-        formats: names of the storage formats that are compared; None for all.
+        formats: names of the storage formats to choose from; None for the first of all, which changes least.
 
     Raises:
         UserError: no layout is accepted, or the data cannot be read; the words are those of a run.
     """
     run, refused = PlannedRun(settings, source, cluster.machine.on_gpu), Counter[str]()
     choices, accepted = _Choices(run, _compared(settings, source, formats)), list[_Accepted]()
+    storages = choices.chosen_storages
     for tp_size, pp_size in choices.grids(cluster.world_size):
         dp_size = cluster.world_size // (tp_size * pp_size)
         rows, sequences = choices.rows(max(dp_size, 1)), choices.sequences(tp_size)
         variants = (rows, sequences, choices.recomputes)
         number = len(rows) * len(sequences) * len(choices.recomputes)
         for engine_file in choices.engine_files:
-            for storage in choices.chosen_storages:
+            for storage in storages:
                 try:
-                    if not choices._given("tensor_parallel"):
-                        _check_in_node(tp_size, cluster)
-                    plans = _plans(run, cluster, tp_size, pp_size, engine_file, storage)
+                    plans = _plans(choices, cluster, tp_size, pp_size, engine_file, storage)
                 except UserError as error:
                     refused[str(error)] += number
                     continue
@@ -223,7 +230,7 @@ def search(
         for one in accepted
         for variant in run.variants(one.plans, *one.variants)
     )
-    return Search(run, tuple(found), refused)
+    return Search(run, tuple(found), refused, storages if formats is not None else storages[:1])
 
 
 def _compared(settings: Settings, source: ModelSource, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
@@ -257,25 +264,22 @@ class _Accepted(NamedTuple):
     storage: Storage
 
 
-def _check_in_node(tp_size: int, cluster: Cluster) -> None:
-    if cluster.per_node % tp_size:
+def _plans(
+    choices: _Choices, cluster: Cluster, tp_size: int, pp_size: int, engine_file: str, storage: Storage
+) -> Mapping[str, RunPlan]:
+    """What `plan_run` says of a layout, by adapter."""
+    machine = cluster.machine
+    if cluster.per_node % tp_size and not choices.given("tensor_parallel"):
         raise UserError(
             f"--tensor_parallel {tp_size}: a group would span nodes of {cluster.per_node}, whose network is too slow"
             f" for it; give --tensor_parallel {tp_size} to plan it"
         )
-
-
-def _plans(
-    run: PlannedRun, cluster: Cluster, tp_size: int, pp_size: int, engine_file: str, storage: Storage
-) -> Mapping[str, RunPlan]:
-    """What `plan_run` says of a layout, by adapter."""
-    machine = cluster.machine
     if storage.products is not None and machine.on_gpu:
         assert machine.capability is not None, "a GPU has a capability"
         check_fp8_capability(machine.title, machine.capability)
     sizes = {"tensor_parallel": tp_size, "pipeline_parallel": pp_size}
-    choices = {**sizes, "ds_config": engine_file, **storage._asdict()}
-    return run.plans(choices, world_size=cluster.world_size)
+    chosen = {**sizes, "ds_config": engine_file, **storage._asdict()}
+    return choices.run.plans(chosen, world_size=cluster.world_size)
 
 
 def divisors(number: int) -> list[int]:

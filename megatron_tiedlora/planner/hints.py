@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_tiedlora.planner.candidates import Storage
-from megatron_tiedlora.planner.price import Priced
+from megatron_tiedlora.planner.price import Priced, Pricer
 from megatron_tiedlora.planner.table import Plan
+from megatron_tiedlora.planning.cards import ATTENTION, NF4_WITHOUT_LIBRARY, attention_of
+from megatron_tiedlora.planning.machines import Constant
 
 _LARGE = 0.15  # of a step, for something that is worth a hint
 _FASTER = 1.05  # how much faster another layout must be to be named
+_GAIN = 0.01  # by how much another storage format must be faster
 # What the storage of the base changes is a matter of the loss, not of speed; see docs/quantised.md.
 _CHANGES_NUMBERS = "changes the base that is trained on (docs/quantised.md has what that does to the loss)"
 
@@ -17,9 +21,10 @@ _CHANGES_NUMBERS = "changes the base that is trained on (docs/quantised.md has w
 def hint_lines(plan: Plan) -> list[str]:
     """Hints on the fastest layout and on those that a user may have had in mind."""
     if not plan.rows:
-        return []
+        return _formats(plan)
     best, shown = plan.rows[0], plan.best_of_each()
-    return [*_storage(best, plan), *_tensor(shown), *_bubble(best), *_gathers(shown), *_recompute(best, plan)]
+    found = [*_storage(best, plan), *_formats(plan), *_tensor(shown), *_bubble(best), *_gathers(shown)]
+    return [*found, *_recompute(best, plan), *_attention(best), *_nf4(best)]
 
 
 def _sizes(row: Priced) -> str:
@@ -36,6 +41,54 @@ def _storage(best: Priced, plan: Plan) -> list[str]:
         is_compared = any(row.candidate.storage == Storage() for row in plan.others)
         return [f"{words}; in 16 bits nothing fits" if is_compared else words]
     return [f"{words}; the fastest in {_dtype(plain)} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"]
+
+
+def _formats(plan: Plan) -> list[str]:
+    """What the fastest layout of each format that was not asked for would gain."""
+    fastest: dict[str, Priced] = {}
+    for row in plan.elsewhere:
+        fastest.setdefault(row.candidate.storage.name, row)
+    lines = []
+    for name, row in fastest.items():
+        gain = _ratio(row, plan.rows[0]) - 1 if plan.rows else None
+        if gain is None or gain >= _GAIN:
+            words = "would fit" if gain is None else f"would gain {gain:.0%}"
+            words = f"{name} {words} ({row.name}, {_rate(row)})"
+            lines.append(f"{words}, but {_CHANGES_NUMBERS}; --formats {name} takes it")
+    return lines
+
+
+def _attention(best: Priced) -> list[str]:
+    """The kernel that is planned with, and what the fastest one on such a card would give."""
+    machine, kernel = best.cluster.machine, attention_of(best.cluster.machine)
+    if kernel is None or _dtype(best) != "bf16":
+        return []
+    assert machine.capability is not None, "it has a kernel of a card"
+    words = f"attention is planned by {kernel}, which a run takes where no other is installed"
+    known = ATTENTION[machine.capability]
+    if (name := max(known, key=lambda name: known[name].value)) != kernel:
+        words += f"; with {name} (docs/gpu.md) {best.name} would do {_rate(_with(best, 'attention.bf16', known[name]))}"
+    return [words]
+
+
+def _nf4(best: Priced) -> list[str]:
+    machine = best.cluster.machine
+    if best.candidate.storage.base != "nf4" or not machine.on_gpu or machine["dequantise.nf4"]:
+        return []
+    weights = machine["bandwidth"] * machine["elementwise"] / NF4_WITHOUT_LIBRARY
+    slower = _with(best, "dequantise.nf4", Constant(weights, "of eager kernels"))
+    return [f"nf4 is planned with bitsandbytes' kernel; without it {best.name} would do {_rate(slower)}"]
+
+
+def _with(row: Priced, name: str, constant: Constant) -> Priced:
+    """The same layout on a machine with another constant."""
+    machine = row.cluster.machine
+    machine = machine.changed({name: constant}, name=machine.name, title=machine.title)
+    return Pricer(replace(row.cluster, machine=machine)).price_in_full(row.candidate)
+
+
+def _rate(row: Priced) -> str:
+    return f"{row.tokens_per_second:,.0f} tokens/s"
 
 
 def _dtype(row: Priced) -> str:

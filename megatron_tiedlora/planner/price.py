@@ -12,9 +12,9 @@ Stages that do the same share these too: the first of them has most micro-batche
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_tiedlora.planner.candidates import Candidate, Cluster
 from megatron_tiedlora.planner.runs import PlannedRun
@@ -34,6 +34,8 @@ from megatron_tiedlora.planning.step_time import (
 )
 from megatron_tiedlora.planning.work import Batch, StageWork, stage_work
 from megatron_tiedlora.training.first_step import Work
+
+_Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,8 @@ class Pricer:
         return StepParts(batches, [by_group[index] for index in of_stage], sums, self.cluster.machine["step"])
 
     def stage(self, candidate: Candidate, index: int) -> StagePlan:
-        """One of its stages."""
-        return self._at(self._stages(candidate)[index], candidate.layout)
+        """One of its stages; layouts with the same partition and storage share all of it but the layout."""
+        return replace(self._stages(candidate)[index], layout=candidate.layout)
 
     def stage_terms(self, candidate: Candidate, stage: int, batch: Batch) -> tuple[list[Term], list[Term]]:
         """What the passes of a micro-batch on a stage spend their time on."""
@@ -158,26 +160,20 @@ class Pricer:
 
     # Parts that several candidates share ------------------------------------------------------------------------------
 
-    def _once(self, key: Hashable, compute: Any) -> Any:
+    def _once(self, key: Hashable, compute: Callable[[], _Part]) -> _Part:
         if key not in self._known:
             self._known[key] = compute()
-        return self._known[key]
+        found: _Part = self._known[key]
+        return found
 
     def _stages(self, candidate: Candidate) -> Sequence[StagePlan]:
         key = ("stages", *_grid(candidate.layout), candidate.storage)
-        found: Sequence[StagePlan] = self._once(key, lambda: plan_stages(candidate.step.shape, candidate.layout))
-        return found
-
-    @staticmethod
-    def _at(stage: StagePlan, layout: Layout) -> StagePlan:
-        """The stage under a layout that shares the partition and the storage."""
-        return replace(stage, layout=layout)
+        return self._once(key, lambda: plan_stages(candidate.step.shape, candidate.layout))
 
     def links(self, candidate: Candidate) -> Links:
         """The links of its groups."""
         layout = candidate.layout
-        found: Links = self._once(("links", *_grid(layout)), lambda: Links(layout, self.cluster.per_node))
-        return found
+        return self._once(("links", *_grid(layout)), lambda: Links(layout, self.cluster.per_node))
 
     def _group_of_stage(self, candidate: Candidate) -> list[int]:
         """By stage, the first stage that does the same."""
@@ -191,35 +187,22 @@ class Pricer:
                 found.append(firsts.setdefault(key, stage.index))
             return found
 
-        of_stage: list[int] = self._once(("groups", *_grid(candidate.layout)), find)
-        return of_stage
+        return self._once(("groups", *_grid(candidate.layout)), find)
 
     def _groups(self, candidate: Candidate) -> list[int]:
-        of_stage = self._group_of_stage(candidate)
-        return list(dict.fromkeys(of_stage))
+        return list(dict.fromkeys(self._group_of_stage(candidate)))
 
     def _held(self, candidate: Candidate, group: int) -> HeldBytes:
-        layout = candidate.layout
-        key = ("held", *_grid(layout), candidate.storage, candidate.engine_file, group)
-        found: HeldBytes = self._once(key, lambda: held_bytes(self._at(self._stages(candidate)[group], layout)))
-        return found
+        key = ("held", *_grid(candidate.layout), candidate.storage, candidate.engine_file, group)
+        return self._once(key, lambda: held_bytes(self.stage(candidate, group)))
 
     def _step(self, candidate: Candidate, group: int) -> StepBytes:
-        layout = candidate.layout
-
-        found: StepBytes = self._once(
-            ("step", *_choices(layout), group),
-            lambda: candidate.step.largest.step_bytes(self._at(self._stages(candidate)[group], layout)),
-        )
-        return found
+        key = ("step", *_choices(candidate.layout), group)
+        return self._once(key, lambda: candidate.step.largest.step_bytes(self.stage(candidate, group)))
 
     def _passes(self, candidate: Candidate, group: int, batch: Batch) -> StageWork:
-        layout = candidate.layout
-        found: StageWork = self._once(
-            ("passes", *_choices(layout), group, batch),
-            lambda: stage_work(self._at(self._stages(candidate)[group], layout), batch),
-        )
-        return found
+        key = ("passes", *_choices(candidate.layout), group, batch)
+        return self._once(key, lambda: stage_work(self.stage(candidate, group), batch))
 
     def _seconds(self, candidate: Candidate, group: int, batch: Batch) -> StageSeconds:
         layout = candidate.layout
@@ -229,14 +212,11 @@ class Pricer:
             work, stage = self._passes(candidate, group, batch), self.stage(candidate, group)
             return stage_seconds(work, stage, self.links(candidate), self.cluster.machine)
 
-        key = ("seconds", *_choices(layout), candidate.storage, gathers, group, batch)
-        found: StageSeconds = self._once(key, compute)
-        return found
+        return self._once(("seconds", *_choices(layout), candidate.storage, gathers, group, batch), compute)
 
     def _work(self, candidate: Candidate) -> Work:
         """Tokens and FLOPs of the samples of a step, which are the same in all layouts."""
-        found: Work = self._once("work", lambda: candidate.step.work)
-        return found
+        return self._once("work", lambda: candidate.step.work)
 
 
 def _kinds(stage: StagePlan) -> Hashable:

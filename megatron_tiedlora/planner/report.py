@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ from megatron_tiedlora.planner.why import why_lines
 from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS
 from megatron_tiedlora.planning.machines import Constant, Machine, read_machine
 from megatron_tiedlora.planning.traffic import engine_traffic, step_traffic
+from megatron_tiedlora.training.length import with_models_length
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Made:
 
     def row(self, name: str, *, flag: str) -> Priced:
         """The layout of a name. Raises UserError, with the nearest one."""
-        rows = {row.name: row for row in (*self.plan.rows, *self.plan.others)}
+        rows = {row.name: row for row in self.plan.all_rows}
         if name not in rows:
             raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}; names are those of the table")
         return rows[name]
@@ -97,10 +98,11 @@ def make_plan(command: PlanCommand) -> Made:
     settings, train = command.settings, command.train
     cluster = Cluster(settings.world_size, settings.ranks_per_node, find_machine(command))
     source = find_model(train.model, weights=False)
+    train = with_models_length(train, source)
     found = search(train, cluster, source=source, formats=settings.formats)
     pricer = Pricer(cluster)
     plan = Plan.of(found, pricer.price(found.candidates), steps=found.candidates[0].step.steps)
-    return Made(command, cluster, plan, pricer)
+    return Made(replace(command, train=train), cluster, plan, pricer)
 
 
 def report_lines(made: Made) -> list[str]:
@@ -167,7 +169,7 @@ def _head(made: Made) -> list[str]:
         f"{train.model} on {where}; {who}{_range(steps)} steps of {_range(sizes)} samples ="
         f" {sum(samples.values()):,} samples of {length:,.0f} tokens {'on average' if means else 'each'}"
     ]
-    assumed = [f"--{name} {value}" for name, value in PLAN_DEFAULTS.items() if run.assumes(name)]
+    assumed = [f"--{name} {getattr(train, name)}" for name in PLAN_DEFAULTS if run.assumes(name)]
     if settings.gpu is None and settings.constants is None and settings.ranks_on_cpu is None:
         assumed.insert(0, f"--gpu {DEFAULT_GPU}")
     given = {"max_steps", "epochs"}
@@ -175,7 +177,9 @@ def _head(made: Made) -> list[str]:
         assumed.append(f"--max_steps {_range(left)}".replace(",", ""))
     lines += [f"left out, so assumed: {', '.join(assumed)}"] if assumed else []
     if not run.data and any(own.epochs is not None for own in run.adapters.values()):
-        lines.append("the steps of --epochs are counted from data, and a preset reads none")
+        lines.append("the steps of --epochs are counted from data, and none is read")
+    if not run.data and run.source.folder is not None:
+        lines.append("no --train_file and no --task: every sample has the full length, and the command below needs one")
     return lines
 
 
@@ -200,7 +204,7 @@ def report_record(made: Made) -> dict[str, Any]:
         "refused": dict(plan.search.refused.most_common()),
         "hints": hint_lines(plan),
         "chosen": None if made.chosen is None else _chosen_record(made, made.chosen),
-        "layouts": [record_of(row, plan) for row in (*plan.rows, *plan.others)],
+        "layouts": [record_of(row, plan) for row in plan.all_rows],
     }
 
 

@@ -41,7 +41,7 @@ class PlannedRun:
     Attributes:
         settings: launch/train.py's, with the defaults of a plan.
         on_gpu: whether its ranks run on GPUs.
-        data: of each adapter, once `read_data` was called; empty for a preset, which has no tokenizer.
+        data: of each adapter, once `read_data` was called; empty for a preset, or if no rows are named.
     """
 
     settings: Settings
@@ -102,7 +102,7 @@ class PlannedRun:
 
     def read_data(self, plans: Mapping[str, RunPlan]) -> None:
         """Read the data, which is the same for all layouts. Raises UserError as a run does."""
-        if self.source.folder is None:
+        if not any(plan.reads_data for plan in plans.values()):
             return
         if self.settings.adapters is None:
             from megatron_tiedlora.training.run_data import prepare_data

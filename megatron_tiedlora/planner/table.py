@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.planner.candidates import Search, Storage
 from megatron_tiedlora.planner.price import Priced, capacity
+from megatron_tiedlora.training.dry_run_tables import table_lines as aligned_lines
 
+_TIE = 1.005  # times the time of the fastest
 _MISSED = 5  # lines about layouts that do not fit
 _REASONS = 4  # lines about those that are refused
 # What a user would change first, so that a layout fits; the last one changes the numbers.
@@ -21,13 +23,16 @@ class Plan:
     """Every layout of a cluster, priced.
 
     Attributes:
-        rows: those that fit, the fastest first; of equally fast ones the one with less memory.
+        rows: those that fit in a format to choose from, the fastest first; of equally fast ones the one with less
+            memory. Layouts within `_TIE` of the fastest are equally fast, and the least changed base is first.
+        elsewhere: those that fit in another format, in the same order.
         others: those that do not fit.
         steps: how many times the run has the tokens of the step that is planned.
     """
 
     search: Search
     rows: tuple[Priced, ...]
+    elsewhere: tuple[Priced, ...]
     others: tuple[Priced, ...]
     steps: float
 
@@ -36,7 +41,16 @@ class Plan:
         """Sort what was priced."""
         found = list(priced)
         fitting = sorted((one for one in found if one.fits), key=lambda one: (one.step.total, one.needed))
-        return cls(search, tuple(fitting), tuple(one for one in found if not one.fits), steps)
+        rows = [one for one in fitting if one.candidate.storage in search.ranked]
+        ties = sum(one.step.total <= _TIE * rows[0].step.total for one in rows)
+        rows[:ties] = sorted(rows[:ties], key=lambda one: one.candidate.storage.num_changes)  # it is stable
+        elsewhere = [one for one in fitting if one.candidate.storage not in search.ranked]
+        return cls(search, tuple(rows), tuple(elsewhere), tuple(one for one in found if not one.fits), steps)
+
+    @property
+    def all_rows(self) -> tuple[Priced, ...]:
+        """Every layout."""
+        return (*self.rows, *self.elsewhere, *self.others)
 
     def best_of_each(self) -> list[Priced]:
         """The fastest of each tensor x pipeline x data and storage."""
@@ -59,10 +73,10 @@ def group_of(row: Priced) -> tuple[object, ...]:
 def counts_line(plan: Plan) -> str:
     """How many layouts were enumerated, and what became of them."""
     dropped = sum(one.memory is None for one in plan.others)
-    priced = len(plan.rows) + len(plan.others) - dropped
+    fitting = len(plan.rows) + len(plan.elsewhere)
     return (
         f"{plan.search.enumerated:,} layouts enumerated: {plan.search.refused.total():,} a run refuses, {dropped:,}"
-        f" dropped as their weights alone do not fit, {priced:,} priced; {len(plan.rows):,} fit"
+        f" dropped as their weights alone do not fit, {fitting + len(plan.others) - dropped:,} priced; {fitting:,} fit"
     )
 
 
@@ -77,7 +91,7 @@ def refused_lines(plan: Plan) -> list[str]:
 def table_lines(rows: Sequence[Priced], plan: Plan) -> list[str]:
     """The table."""
     header = ["layout", "GB", "tokens/s", "MFU", "matmuls", "attention", "elementwise", "tensor", "gathers"]
-    lines = [[*header, "bubble", "sums", "hours", "rank hours"]]
+    header, lines = [*header, "bubble", "sums", "hours", "rank hours"], []
     for row in rows:
         total, spent, hours = row.step.total, row.step, plan.hours(row)
         elementwise = spent.elementwise + spent.dequantised + spent.launches
@@ -94,11 +108,7 @@ def table_lines(rows: Sequence[Priced], plan: Plan) -> list[str]:
                 hours_text(hours * row.cluster.world_size),
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return [
-        "  " + "  ".join([f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
+    return aligned_lines(header, lines)
 
 
 def hours_text(value: float) -> str:
@@ -115,6 +125,8 @@ def missed_lines(plan: Plan) -> list[str]:
 
     for row in (*plan.rows, *plan.others):
         group = group_of(row)
+        if row.candidate.storage not in plan.search.ranked:
+            continue
         if group not in plain or unlike(row) < unlike(plain[group]):
             plain[group] = row
     missed = sorted((row for row in plain.values() if not row.fits), key=lambda row: row.needed)
@@ -137,7 +149,7 @@ def _what_fits(row: Priced, plan: Plan) -> str:
     *sizes, storage = group_of(row)
     groups = [group_of(row), *([(*sizes, _SMALLEST)] if storage == Storage() else [])]
     best: tuple[tuple[int, int, int, float], str] | None = None
-    for other in plan.rows:
+    for other in (*plan.rows, *plan.elsewhere):
         if group_of(other) not in groups:
             continue
         mine, theirs = row.candidate.flags, other.candidate.flags

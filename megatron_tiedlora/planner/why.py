@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megatron_tiedlora.base.wording import bytes_in_words, count_text, time_text
-from megatron_tiedlora.planner.candidates import Candidate
 from megatron_tiedlora.planner.price import Priced, Pricer, capacity
 from megatron_tiedlora.planner.table import Plan, missing_line
 from megatron_tiedlora.planning.links import Term
@@ -77,17 +76,14 @@ def _time(row: Priced, pricer: Pricer, batches: Batches) -> list[str]:
     lines.append(f"  {time_text(spent.bubble):>10}  waiting: the schedule of {stages} and {number}, simulated")
     lines += ["  once a step", *_terms(pricer.sum_terms(candidate, stage))]
     lines.append(f"  {time_text(spent.outside):>10}  loader, agreements, optimizer")
-    lines.append(f"  {time_text(spent.total):>10}  a step: {row.work.tokens:,} tokens on {_ranks(candidate)} ranks are")
-    lines[-1] += f" {row.tokens_per_second:,.0f} tokens/s of each; MFU {row.mfu:.1%}"
+    lines.append(f"  {time_text(spent.total):>10}  a step: {row.work.tokens:,} tokens on")
+    lines[-1] += f" {candidate.layout.world_size:,} ranks are {row.tokens_per_second:,.0f} tokens/s of each;"
+    lines[-1] += f" MFU {row.mfu:.1%}"
     return lines
 
 
 def _micro_batches(number: int) -> str:
     return "1 micro-batch" if number == 1 else f"{number:,} micro-batches"
-
-
-def _ranks(candidate: Candidate) -> str:
-    return f"{candidate.layout.world_size:,}"
 
 
 def _terms(terms: Iterable[Term]) -> list[str]:

@@ -8,7 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
+
+from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.config.settings import GPU_NAMES
+from megatron_tiedlora.model.fused_attention import CANDIDATES
 from megatron_tiedlora.planning.machines import CONSTANTS, Constant, Machine
 
 # Dense bf16 TFLOP/s (half of the rate with sparsity) from the vendor's data sheets, by words of the device's name. The
@@ -31,13 +35,45 @@ _DATA_SHEETS: tuple[tuple[frozenset[str], float], ...] = (
 _SHEET = "data sheet"
 _FITTED = "fitted to three published rates of LoRA in fp8 on H100 (docs/planning.md)"
 _ASSUMED = "assumed, not measured"
-_AS_H100 = "as on H100, where it is fitted"
 _LINK = "assumed: NCCL's bus bandwidth on such nodes is 75 to 85 % of the link"
 _NETWORK = "assumed: 90 % of the network card"
 _REPORTED = "0.3 to 0.7 GB on hosts with NVLink, as users report (NVIDIA/nccl issues 864 and 964)"
 _LAUNCHES = "counted without a GPU: about 1 ms of the host's time per block, forward and backward (docs/gpu_log.md)"
 _RESERVED = "counted without a GPU: 1.01 to 1.07 of the allocated bytes are reserved (docs/gpu_log.md)"
 _CAPACITY = "total capacity in PyTorch's messages on this card"
+_UNFUSED = "counted: eager kernels that find the largest number, divide, limit and store"
+
+
+def _of_paper(share: float, ahead: int, back: int) -> Constant:
+    rates = f"{ahead} TFLOP/s forward with a causal mask, {back} backward without one, which is faster than with one"
+    counted = "a kernel computes 5 matmuls backward, of which a plan counts 4"
+    return Constant(share, f"FlashAttention-3's paper, H100, heads of 128, 4,096 tokens: {rates}; {counted}")
+
+
+# Of the peak in bf16, forward and backward pass together, by compute capability and by the names of CANDIDATES.
+_HOPPER = {
+    "FlashAttention 3": _of_paper(0.45, 579, 542),
+    "PyTorch's flash kernel": _of_paper(0.26, 319, 310),  # which is FlashAttention 2
+}
+ATTENTION: Mapping[tuple[int, int], Mapping[str, Constant]] = {
+    (8, 0): {"PyTorch's flash kernel": Constant(0.55, "FlashAttention-2's paper: 0.5 to 0.73 on A100")},
+    (9, 0): _HOPPER,
+    (10, 0): {"PyTorch's flash kernel": Constant(0.26, f"{_ASSUMED}: the share on H100; it may be less")},
+}
+NF4_WITHOUT_LIBRARY = 47.0  # bytes that eager kernels move for a weight, where bitsandbytes is not installed
+CUDNN_ATTENTION = _of_paper(0.41, 518, 499)  # of NVIDIA's own published rates; a run does not use it
+
+
+def default_attention(capability: tuple[int, int]) -> str:
+    """The attention kernel of a run in bf16 on such a card where nothing but PyTorch is installed."""
+    of_torch = (candidate for candidate in CANDIDATES if callable(candidate.kernel))
+    return next(one.name for one in of_torch if one.obstacle(capability, torch.bfloat16, 128) is None)
+
+
+def attention_of(machine: Machine) -> str | None:
+    """The kernel whose share of the peak a machine has; None if that was measured, or the machine is a CPU."""
+    known = {} if machine.capability is None else ATTENTION.get(machine.capability, {})
+    return next((name for name, share in known.items() if share == machine.constants["attention.bf16"]), None)
 
 
 def listed_peak(name: str) -> float | None:
@@ -59,7 +95,6 @@ def _card(
     link: float,
     network: float,
     capability: tuple[int, int],
-    of_fp8: str = _AS_H100,
 ) -> Machine:
     """A preset: a data-centre card in a node with a fast link among its cards, and a network card for each.
 
@@ -68,7 +103,6 @@ def _card(
         gib: its memory in GiB.
         fp8, fp32: further peaks in TFLOP/s; 0 if it has no such matmuls.
         bandwidth, link, network: GB/s of its memory, of its link in the node and of its network card, in one direction.
-        of_fp8: source of the share of the peak in fp8.
     """
     peak = listed_peak(device)
     assert peak is not None, "a preset's card has a data sheet"
@@ -78,19 +112,16 @@ def _card(
         "peak.fp8": (fp8 * 1e12, _SHEET),
         "peak.fp32": (fp32 * 1e12, _SHEET),
         "matmul.bf16": (0.72, f"{_ASSUMED}: what large matmuls in bf16 reach; published training is 10 to 20 % slower"),
-        "matmul.fp8": (FP8_SHARE, of_fp8),
+        "matmul.fp8": (FP8_SHARE, _FITTED),
         "matmul.fp32": (0.8, _ASSUMED),
-        "attention.bf16": (0.55, f"{_ASSUMED}: forward and backward pass of fused kernels together"),
+        "attention.bf16": ATTENTION[capability][default_attention(capability)],
         "attention.fp32": (0.4, _ASSUMED),
-        "weights.bf16": (0.0, "while it computes"),
-        "weights.fp32": (0.0, "while it computes"),
-        "queries.bf16": (0.0, "while it computes"),
-        "queries.fp32": (0.0, "while it computes"),
+        **dict.fromkeys(("weights.bf16", "weights.fp32", "queries.bf16", "queries.fp32"), (0.0, "while it computes")),
         "bandwidth": (bandwidth * 1e9, _SHEET),
         "elementwise": (0.8, f"{_ASSUMED}: compiled kernels that read and write once"),
-        "dequantise.nf4": (0.0, "by its bytes"),
-        "dequantise.int8": (0.0, "by its bytes"),
-        "dequantise.fp8": (0.0, "by its bytes"),
+        **{f"dequantise.{base}": (0.0, "by its bytes") for base in BASE_NAMES},
+        "round.forward": (35.0, _UNFUSED),
+        "round.backward": (49.0, f"{_UNFUSED}; the weight's scales are multiplied in first"),
         "node_bandwidth": (link * 1e9, _SHEET),
         "node_link": (0.8, _LINK),
         "network_bandwidth": (network * 1e9, _SHEET),
@@ -107,22 +138,12 @@ def _card(
     return Machine(name, device, True, {key: Constant(*value) for key, value in values.items()}, capability)
 
 
-FP8_SHARE = 0.53
+FP8_SHARE = 0.56
+_H100 = "H100 80GB HBM3"  # SXM
 
 _CARDS = (
     _card("a100-80", "A100 80GB", gib=79.1, fp8=0, fp32=19.5, bandwidth=2039, link=300, network=25, capability=(8, 0)),
-    _card(
-        "h100",
-        "H100 80GB HBM3",
-        gib=79.1,
-        fp8=1978.9,
-        fp32=66.9,
-        bandwidth=3350,
-        link=450,
-        network=50,
-        capability=(9, 0),
-        of_fp8=_FITTED,
-    ),
+    _card("h100", _H100, gib=79.1, fp8=1978.9, fp32=66.9, bandwidth=3350, link=450, network=50, capability=(9, 0)),
     _card("h200", "H200", gib=139.8, fp8=1978.9, fp32=66.9, bandwidth=4800, link=450, network=50, capability=(9, 0)),
     _card("b200", "B200", gib=178.3, fp8=4500, fp32=75, bandwidth=8000, link=900, network=50, capability=(10, 0)),
 )
@@ -151,6 +172,8 @@ _CPU: dict[str, float] = {
     "dequantise.nf4": 3.1e9,
     "dequantise.int8": 1.9e9,
     "dequantise.fp8": 0.75e9,
+    "round.forward": 0.0,
+    "round.backward": 0.0,
     "node_bandwidth": 0.8e9,
     "node_link": 1.0,
     "message": 0.46e-3,

@@ -6,6 +6,7 @@ A pass starts as early as its rank's order and its input let it. With 1F1B and p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,49 +44,8 @@ def one_f_one_b(num_stages: int, num_micro_batches: int) -> list[list[Pass]]:
     return orders
 
 
-def interleaved(num_stages: int, num_micro_batches: int, num_chunks: int) -> list[list[Pass]]:
-    """Megatron's interleaved 1F1B, for comparison: rank r has the parts r, r + p, ...; p divides the micro-batches."""
-    if num_micro_batches % num_stages:
-        raise ValueError(f"{num_micro_batches} micro-batches do not divide into groups of {num_stages}")
-    width, total = num_stages * num_chunks, num_micro_batches * num_chunks
-
-    def numbered(kind: str, number: int, stage: int) -> Pass:
-        group, within = divmod(number, width)
-        chunk = within // num_stages
-        if kind == BACKWARD:
-            chunk = num_chunks - 1 - chunk
-        return Pass(kind, group * num_stages + within % num_stages, chunk * num_stages + stage)
-
-    orders = []
-    for stage in range(num_stages):
-        ahead = min(total, 2 * (num_stages - stage - 1) + (num_chunks - 1) * num_stages)
-        order = [numbered(FORWARD, number, stage) for number in range(ahead)]
-        for number in range(total - ahead):
-            order += [numbered(FORWARD, ahead + number, stage), numbered(BACKWARD, number, stage)]
-        order += [numbered(BACKWARD, number, stage) for number in range(total - ahead, total)]
-        orders.append(order)
-    return orders
-
-
-class Timeline(NamedTuple):
-    """What a simulation has found.
-
-    Attributes:
-        seconds: from the start to the end of the last pass of all ranks.
-        busy: by rank, the sum of its passes.
-    """
-
-    seconds: Any
-    busy: list[Any]
-
-    @property
-    def idle_shares(self) -> list[Any]:
-        """By rank, the share of the time in which it waits."""
-        return [1 - spent / self.seconds for spent in self.busy]
-
-
-def simulate(order: Order, cost: Callable[[int, Pass], Any]) -> Timeline:
-    """Run the passes, each as early as it can be.
+def simulate(order: Order, cost: Callable[[int, Pass], Any]) -> Any:
+    """The time from the start to the end of the last pass of all ranks, if each pass runs as early as it can.
 
     A forward pass takes the result of the same micro-batch on the part before, a backward pass that of the part behind.
 
@@ -99,7 +59,6 @@ def simulate(order: Order, cost: Callable[[int, Pass], Any]) -> Timeline:
     num_parts = 1 + max(one.part for passes in order for one in passes)
     ends: dict[Pass, Any] = {}
     clocks: list[Any] = [0] * len(order)
-    busy: list[Any] = [0] * len(order)
     following = [0] * len(order)
     left = sum(map(len, order))
     while left:
@@ -112,22 +71,10 @@ def simulate(order: Order, cost: Callable[[int, Pass], Any]) -> Timeline:
                 if 0 <= source.part < num_parts:
                     if source not in ends:
                         break
-                    start = _later(start, ends[source])
-                spent = cost(rank, one)
-                busy[rank] = busy[rank] + spent
-                clocks[rank] = ends[one] = start + spent
+                    start = np.maximum(start, ends[source])
+                clocks[rank] = ends[one] = start + cost(rank, one)
                 following[rank] += 1
                 left -= 1
         if left == before:
             raise ValueError("the passes of this order wait for each other")
-    seconds = clocks[0]
-    for clock in clocks[1:]:
-        seconds = _later(seconds, clock)
-    return Timeline(seconds, busy)
-
-
-def _later(one: Any, other: Any) -> Any:
-    """The later of two times, for each of the layouts if there are several."""
-    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
-        return np.maximum(one, other)
-    return max(one, other)
+    return functools.reduce(np.maximum, clocks)

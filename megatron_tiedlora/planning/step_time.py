@@ -36,7 +36,7 @@ class Seconds(NamedTuple):
         matmuls: frozen ones and the adapter's, with those that are computed again.
         attention: the same of attention.
         elementwise: norms, gate, rotation, residuals, loss: what moves memory.
-        dequantised: making weights of a quantised base ready for a matmul.
+        dequantised: making weights of a quantised base ready for a matmul, and rounding what FP8 matmuls multiply.
         launches: of the host, that the device does not hide.
         tensor: messages of the tensor group.
         gathers: weights that ZeRO-3 gathers and nothing hides.
@@ -159,7 +159,7 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
     if layout.base is None:
         read += work.weights + work.weights_back
     else:
-        found.append(_dequantised(work, layout, machine))
+        found += _dequantised(work, layout, machine)
     found += _beside("matmuls", f"weights in {dtype}", read, machine[f"weights.{dtype}"], "weights")
     launches = work.blocks * machine["block"]
     if machine["hides_launches"]:
@@ -173,17 +173,22 @@ def _beside(purpose: str, what: str, amount: float, rate: float, unit: str) -> l
     return [Term(purpose, f"{what} read", amount, rate, unit)] if rate else []
 
 
-def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> Term:
-    """Making weights ready for a matmul: dequantised, or transposed for half of the matmuls in fp8."""
+def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> list[Term]:
+    """Making weights ready for a matmul: dequantised, or for FP8 matmuls transposed, whose activations are rounded."""
     assert layout.base is not None
     moved, weights = machine["bandwidth"] * machine["elementwise"], work.weights + work.weights_back
     if layout.products is not None:  # one byte read and one written; on a CPU in the time of the emulated matmul
         transposed = 0.0 if layout.keep_transposed or not layout.on_gpu else work.weights_back
-        return Term("dequantised", f"weights in {layout.base} transposed", 2 * transposed, moved, "B")
+        rounded = machine["round.forward"] * work.rounded + machine["round.backward"] * work.rounded_back
+        return [
+            Term("dequantised", f"weights in {layout.base} transposed", 2 * transposed, moved, "B"),
+            Term("dequantised", "activations and gradients rounded to fp8", rounded, moved, "B"),
+        ]
+    label = f"weights in {layout.base} dequantised"
     if rate := machine[f"dequantise.{layout.base}"]:
-        return Term("dequantised", f"weights in {layout.base} dequantised", weights, rate, "weights")
+        return [Term("dequantised", label, weights, rate, "weights")]
     of_weight = BASE_FORMATS[layout.base].bits / 8 + layout.dtype.itemsize
-    return Term("dequantised", f"weights in {layout.base} dequantised", of_weight * weights, moved, "B")
+    return [Term("dequantised", label, of_weight * weights, moved, "B")]
 
 
 def _gather_terms(stage: StagePlan, links: Links, machine: Machine) -> list[Term]:
@@ -243,7 +248,7 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
         alike[len(step.stages), len(step.batches)].append(index)
     for (num_stages, num_micro_batches), indices in alike.items():
         order = one_f_one_b(num_stages, num_micro_batches)
-        spans = simulate(order, _costs([steps[index] for index in indices])).seconds
+        spans = simulate(order, _costs([steps[index] for index in indices]))
         for index, span in zip(indices, spans.tolist(), strict=True):
             found[index] = _by_purpose(steps[index], span)
     return found

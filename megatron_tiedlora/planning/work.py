@@ -76,6 +76,8 @@ class PassWork:
         moved: bytes of everything else; see `elementwise`.
         weights: numbers of the blocks' linears that matmuls read; a quantised base dequantises them.
         weights_back: the same of matmuls for gradients, which read them transposed.
+        rounded, rounded_back: numbers of activations, and of gradients, that the blocks' linears multiply; FP8 matmuls
+            round them first.
         head_weights: the same of the head's matmuls.
         blocks: passes through a block, which the host launches.
         sent: messages.
@@ -89,6 +91,8 @@ class PassWork:
     moved: float = 0.0
     weights: float = 0.0
     weights_back: float = 0.0
+    rounded: float = 0.0
+    rounded_back: float = 0.0
     head_weights: float = 0.0
     blocks: float = 0.0
     sent: Traffic = field(default_factory=Traffic)
@@ -140,9 +144,15 @@ def _add_blocks(
         matmul, low_rank = (linear.backward, linear.low_rank_backward) if goes_back else linear[:2]
         work.linears += matmul * share
         work.low_rank += low_rank * share
-        read = stage.shape.block.adaptable[name].num_weights * share * (matmul > 0)
+        shape = stage.shape.block.adaptable[name]
+        read = shape.num_weights * share * (matmul > 0)
         work.weights += read * (not goes_back)
         work.weights_back += read * goes_back
+        # A rank has all columns of what it multiplies, or its shard of them: by the side on which the weight is cut.
+        others, cut = (shape.in_size, "column") if goes_back else (shape.out_size, "row")
+        rounded = matmul / (2 * others) * (share if shape.cut == cut else number)
+        work.rounded += rounded * (not goes_back)
+        work.rounded_back += rounded * goes_back
 
     for name in flops.linears:
         add(forward, name)
@@ -191,8 +201,3 @@ def _of_block(
         flops.append(one)
         moved = moved.plus(elementwise.block_bytes(owners, block, tokens=share.num_tokens, after=after, own=own))
     return functools.reduce(BlockFlops.plus, flops), moved
-
-
-def pass_flops(work: PassWork) -> float:
-    """All FLOPs of a pass."""
-    return work.linears + work.head + work.low_rank + work.attention

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import html
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -13,13 +13,17 @@ from megatron_tiedlora.base.errors import UserError, printable
 from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.data_fields import HUB_NAMES
 from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.tasks import TASK_NAMES
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS, plan_run
 
 # Settings that do not decide what was trained: those of the layout, without those that name data.
 _FILES = ("train_file", "validation_file", "chat_template", "tokenizer", "init_from")
 _LEFT_OUT = LAYOUT_SETTINGS - {*_FILES, "prompt_template", "columns"} | {"ranks", "versions", "data_sha256"}
+_TIED = "[Tied-LoRA](https://arxiv.org/abs/2311.09578)"
+_OTHERS = {"lora": "[LoRA](https://arxiv.org/abs/2106.09685)", "vera": "[VeRA](https://arxiv.org/abs/2310.11454)"}
 # Settings that a run derives from others and from its model, if they are not given.
 _DERIVED = ("warmup_steps", "alpha", "max_length", "layers", "init_std_a", "init_std_b", "max_new_tokens")
 
@@ -57,14 +61,14 @@ def model_card(facts: CardFacts) -> str:
             _metadata(facts),
             "---",
             "",
-            f"# {_plain(last_name(facts.repo))}",
+            f"# {last_name(facts.repo)}",
             "",
-            f"A [Tied-LoRA](https://arxiv.org/abs/2311.09578) adapter of `{_plain(facts.base)}`: method"
+            f"A {_OTHERS.get(config.method, _TIED)} adapter of {_code(facts.base)}: method"
             f" `{config.method}` of rank {config.rank} on {targets} of {len(config.layers)} layers, with {trained:,}"
             " trained parameters.",
             "",
-            "`adapter_model.safetensors` is the same adapter as a plain LoRA, for PEFT, vLLM and others."
-            " `native/` has the tied tensors themselves, for megatron_tiedlora.",
+            "`adapter_model.safetensors` is the adapter as a plain LoRA, for PEFT, vLLM and others."
+            " `native/` has the tensors as they were trained, for megatron_tiedlora.",
             "",
             "## Use",
             "",
@@ -72,8 +76,8 @@ def model_card(facts: CardFacts) -> str:
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
             "",
-            f"model = AutoModelForCausalLM.from_pretrained({_plain(facts.base)!r})",
-            f"model = PeftModel.from_pretrained(model, {_plain(facts.repo)!r})",
+            f"model = AutoModelForCausalLM.from_pretrained({facts.base!r})",
+            f"model = PeftModel.from_pretrained(model, {facts.repo!r})",
             "```",
             *_score_section(facts),
             *_training_section(facts),
@@ -85,13 +89,13 @@ def model_card(facts: CardFacts) -> str:
 def _metadata(facts: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    task = str(facts.settings.get("task", "custom"))
+    task = next((name for name in TASK_NAMES if name == facts.settings.get("task")), "custom")
     results = [
         EvalResult(
             task_type="text-generation",
             dataset_type=task,
             dataset_name=task,
-            metric_type=name,
+            metric_type=html.escape(printable(name)),
             metric_value=score["score"],
             dataset_args={"samples": score["n"]},
         )
@@ -102,7 +106,7 @@ def _metadata(facts: CardFacts) -> str:
         model_name=last_name(facts.repo),
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", "tied-lora", "megatron_tiedlora"],
+        tags=["lora", *([] if facts.adapter.config.method in _OTHERS else ["tied-lora"]), "megatron_tiedlora"],
         eval_results=results or None,
         **base,
     )
@@ -111,7 +115,7 @@ def _metadata(facts: CardFacts) -> str:
 
 def _score_section(facts: CardFacts) -> Iterator[str]:
     rows = [
-        f"| {moment} training | {_plain(name)} | {score['score']:.2f} | {low:.2f} to {high:.2f} | {score['n']} |"
+        f"| {moment} training | {_code(name)} | {score['score']:.2f} | {low:.2f} to {high:.2f} | {score['n']:d} |"
         for moment in ("before", "after")
         for name, score in facts.scores.get(moment, {}).items()
         for low, high in [score["confidence_interval"]]
@@ -133,7 +137,7 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
         chosen.pop("max_steps", None)
     derived = _derived(chosen, facts)
     chosen = {name: value for name, value in chosen.items() if name not in derived or value != derived[name]}
-    chosen |= {name: _without_folders(str(chosen[name])) for name in _FILES if name in chosen}
+    chosen |= {name: without_folders(str(chosen[name]), facts.settings) for name in _FILES if name in chosen}
     words = [_flag(name, _word(value)) for name, value in chosen.items()]
     command = f"tiedlora train --model {shlex.quote(facts.base)} {' '.join(words)}"
     # A template of prompts may have lines and marks of its own.
@@ -141,7 +145,7 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
     yield from ("", "## Training", "", marks, *map(printable, command.split("\n")), marks)
     versions = facts.settings.get("versions")
     if isinstance(versions, dict):
-        yield from ("", _plain("Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "."))
+        yield from ("", f"Versions: {', '.join(_code(f'{name} {value}') for name, value in versions.items())}.")
 
 
 def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
@@ -166,14 +170,16 @@ def _default(name: str) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 
-def _without_folders(given: str) -> str:
-    """The value of a flag for files without the folders of this host; a hub id stays."""
+def without_folders(given: str, settings: Mapping[str, Any]) -> str:
+    """The value of a flag for files without folders: each of its names is shortened to its last part.
 
-
-    def shortened(part: str) -> str:
-        return last_name(part) if part.startswith(("/", "~", ".")) or os.path.exists(part) else part
-
-    return ",".join(shortened(part.strip()) for part in given.split(","))
+    Hub ids stay if `settings`, the content of run.yaml, says that they were some. Nothing is looked up here: what a
+    name means on this host, in this folder, is not what it meant to the run.
+    """
+    from_hub = settings.get(HUB_NAMES)
+    ids = from_hub if isinstance(from_hub, list) else []  # earlier versions recorded none
+    names = map(str.strip, given.split(","))
+    return ",".join(name if name.partition(":")[0] in ids else last_name(name) for name in names)
 
 
 def _flag(name: str, word: str) -> str:
@@ -185,5 +191,7 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else flag_value(value)
 
 
-def _plain(text: str) -> str:
-    return printable(text).replace("`", "'").replace("|", "/")
+def _code(text: str) -> str:
+    """A text of a stranger as a code span, in which neither Markdown nor HTML means anything; also in a table."""
+    shown = printable(text).replace("`", "'").replace("|", "/")
+    return f"`{shown or ' '}`"

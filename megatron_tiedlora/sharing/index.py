@@ -1,35 +1,55 @@
-"""An index of the native adapters in a folder: one SQLite file, which other programs can read too."""
+"""The index of the native adapters in a folder: one SQLite file, which other programs can read too.
+
+It may come from a stranger, so it is read only if its schema is the one written here, in time and memory that its size
+limits, and every row is checked. SQLite's own check of a file is not used: it overflows the stack on deep trees.
+"""
 
 from __future__ import annotations
 
-import json
+import os
 import shlex
 import sqlite3
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import astuple, dataclass, fields, replace
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from dataclasses import astuple, fields
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
-from tqdm import tqdm
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from megatron_tiedlora.base.atomic import new_file
-from megatron_tiedlora.base.errors import UserError, as_given, shown
-from megatron_tiedlora.base.file_hash import file_sha256
-from megatron_tiedlora.base.json_files import read_json_or_none
-from megatron_tiedlora.base.yaml_files import read_yaml_mapping
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_config
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind
-from megatron_tiedlora.runtime.run_folder import RunFolder
+from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.json_files import Count, Real, Size, first_problem
 
 INDEX_FILE = "adapters.sqlite"
-FORMAT = 1  # of the file, its `user_version`
+FORMAT = 2  # of the file, its `user_version`
+FILTERS = ("name", "base_model", "method", "rank", "targets", "task")  # what `find` compares
+_LARGEST = 2**26  # bytes of the file: about 80,000 adapters with scores
+_LONGEST_ROW = 2**18  # bytes, also of the schema's; the limits of an entry's fields stay below it
+_SCHEMA_STEPS = 10_000  # of SQLite's machine, to read the schema; ours takes a few hundred
 
 
-@dataclass(frozen=True)
+def _inside(path: str) -> str:
+    if not path.isprintable():
+        raise ValueError("it has characters that cannot be shown; rename the folder")
+    if path.startswith("/") or ".." in path.split("/") or path != str(PurePosixPath(path)):
+        raise ValueError("it is not a path in the indexed folder")
+    return path
+
+
+_Name = Annotated[str, Field(strict=True, max_length=255)]
+_Long = Annotated[str, Field(strict=True, max_length=4000)]
+_Path = Annotated[_Long, AfterValidator(_inside)]
+_Scores = Annotated[str, Field(strict=True, max_length=100_000)]
+_Hash = Annotated[str, Field(strict=True, min_length=64, max_length=64)]
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """A row of the index.
+    """A row of the index. Values of other types are a ValidationError.
 
     Attributes:
         path: the adapter's folder, relative to the indexed one.
@@ -44,114 +64,54 @@ class Entry:
         date: when its config was written, in ISO 8601 and UTC.
     """
 
-    path: str
-    name: str
-    base_model: str
-    base_hash: str
-    weights_hash: str | None
-    method: str
-    rank: int
-    alpha: float
-    targets: str
-    layers: int
-    parameters: int
-    task: str | None
-    scores: str | None
-    run: str | None
-    sha256: str
-    size: int
-    date: str
+    path: _Path
+    name: _Name
+    base_model: _Long
+    base_hash: _Name
+    weights_hash: _Name | None
+    method: _Name
+    rank: Size
+    alpha: Real
+    targets: _Name
+    layers: Size
+    parameters: Count
+    task: _Name | None
+    scores: _Scores | None
+    run: _Path | None
+    sha256: _Hash
+    size: Count
+    date: _Name
 
 
 _COLUMNS = tuple(field.name for field in fields(Entry))
-FILTERS = ("name", "base_model", "method", "rank", "targets", "task")  # what `find` compares
 
 
-def read_entry(root: Path, folder: Path) -> Entry:
-    """The row of the native adapter in `folder`, which is `root` or below it.
+def _column(name: str, kind: Any) -> str:
+    plain, *optional = typing.get_args(kind) or (kind,)
+    sql_type = {str: "TEXT", int: "INTEGER", float: "REAL"}[plain]
+    return f"{name} {sql_type}{'' if optional else ' NOT NULL'}{' PRIMARY KEY' if name == 'path' else ''}"
 
-    Raises:
-        UserError: its config, or the files of its run, cannot be read.
-    """
-    config, base, sums = read_config(folder)
-    weights, run = folder / WEIGHTS_FILE, RunFolder(folder.parent)
-    in_run = folder != root and folder.name == "adapter" and run.is_run
-    settings = read_yaml_mapping(run.settings) if in_run else {}
-    scores = (read_json_or_none(run.scores) or {}).get("after") if in_run else None
+
+# The statements that make the file. It has an index for each column by which other programs may want to search.
+_SCHEMA = (
+    f"CREATE TABLE adapters ({', '.join(_column(*item) for item in typing.get_type_hints(Entry).items())})",
+    *(f"CREATE INDEX adapters_{name} ON adapters ({name})" for name in FILTERS),
+)
+
+
+def write_index(root: Path, entries: Sequence[Entry]) -> None:
+    """Write the index of `root` atomically, in place of an earlier one. Raises UserError if it cannot be written."""
+    file = root / INDEX_FILE
     try:
-        written, size = (folder / CONFIG_FILE).stat(), weights.stat().st_size
-    except OSError as error:
-        raise UserError(f"{weights}: cannot be read ({error.strerror or error})") from None
-    task = settings.get("task")
-    if not (task is None or isinstance(task, str)):
-        raise UserError(f"{run.settings}: task = {shown(task)} is not a name")
-    named = folder.parent if folder.name in ("adapter", NATIVE_FOLDER) else folder
-    for name in (named.name, str(folder)):
-        if not name.isprintable():
-            raise UserError(f"{folder}: its name has characters that cannot be shown; rename it")
-    return Entry(
-        path=str(folder.relative_to(root)),
-        name=named.name,
-        base_model=base.base_model,
-        base_hash=base.base_hash,
-        weights_hash=base.base_sample,
-        method=config.method,
-        rank=config.rank,
-        alpha=config.alpha,
-        targets=",".join(target.name for target in config.targets),
-        layers=len(config.layers),
-        parameters=sum(config.num_trained().values()),
-        task=task,
-        scores=None if scores is None else json.dumps(scores),
-        run=str(folder.parent.relative_to(root)) if in_run else None,
-        sha256=sums.get(WEIGHTS_FILE) or file_sha256(weights),
-        size=size + written.st_size,
-        date=datetime.fromtimestamp(written.st_mtime, UTC).isoformat(timespec="seconds"),
-    )
-
-
-def find_folders(root: Path) -> Iterator[Path]:
-    """The folders of adapters in `root` and below, native or not, without those that a run has besides: checkpoints and
-    exports. Hidden folders, in which something is being written, are left out, and links are not followed."""
-    for file in sorted(root.rglob(CONFIG_FILE)):
-        folder = file.parent
-        if any(part.startswith(".") for part in folder.relative_to(root).parts):
-            continue
-        in_export = folder.name == NATIVE_FOLDER and (folder.parent / EXPORT_RECORD).is_file()
-        run = RunFolder(folder.parent.parent)
-        if not (run.is_run and (in_export or folder.parent.name == run.checkpoints.name)):
-            yield folder
-
-
-def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
-    """Write the index of the adapters below `root` atomically, in place of an earlier one.
-
-    Returns:
-        how many adapters it has, and a sentence for each that could not be read.
-
-    Raises:
-        UserError: `root` is not a folder, or cannot be written.
-    """
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
-    entries, problems = [], []
-    for folder in tqdm(find_folders(root), desc="index", unit="adapter", disable=not progress, leave=False):
-        try:
-            if adapter_kind(folder, flag=str(folder)) == "native":
-                entries.append(read_entry(root, folder))
-        except UserError as error:
-            problems.append(str(error))
-    try:
-        with new_file(root / INDEX_FILE) as temporary, closing(sqlite3.connect(temporary)) as database:
-            columns = ", ".join(f"{name} PRIMARY KEY" if name == "path" else name for name in _COLUMNS)
-            database.execute(f"CREATE TABLE adapters ({columns})")
-            database.execute(f"PRAGMA user_version = {FORMAT}")
+        with new_file(file) as temporary, closing(sqlite3.connect(temporary)) as database:
+            database.executescript(";".join((*_SCHEMA, f"PRAGMA user_version = {FORMAT}")))
             places = ", ".join("?" * len(_COLUMNS))
             database.executemany(f"INSERT INTO adapters VALUES ({places})", map(astuple, entries))
             database.commit()
+            if temporary.stat().st_size > _LARGEST:
+                raise UserError(f"{file}: {len(entries):,} adapters are too many for one index; index subfolders")
     except sqlite3.Error as error:
-        raise UserError(f"{root / INDEX_FILE}: cannot be written ({error})") from None
-    return len(entries), problems
+        raise UserError(f"{file}: cannot be written ({error})") from None
 
 
 def find_entries(root: Path, wanted: Mapping[str, Any]) -> list[Entry]:
@@ -160,57 +120,68 @@ def find_entries(root: Path, wanted: Mapping[str, Any]) -> list[Entry]:
     Texts are patterns with `*` and `?`. Targets must be the same set.
 
     Raises:
-        UserError: there is no index, or it cannot be read.
+        UserError: there is no index, or it is not one that `write_index` writes.
     """
-    terms, values = ["1"], []
-    for name, value in wanted.items():
-        if name not in FILTERS:
-            raise ValueError(name)
-        terms.append(f"{name} GLOB ?" if isinstance(value, str) else f"{name} = ?")
-        values.append(value)
-    return _select(root, " AND ".join(terms), values)
+    found = (entry for entry in _entries(root) if all(_matches(getattr(entry, name), wanted[name]) for name in wanted))
+    return sorted(found, key=lambda entry: entry.path)
+
+
+def _matches(value: object, wanted: object) -> bool:
+    return fnmatchcase(value, wanted) if isinstance(value, str) and isinstance(wanted, str) else value == wanted
 
 
 def find_entry(root: Path, name: str) -> Entry:
     """The row of one adapter, by its path or its name. Raises UserError if there is none, or more than one."""
-    found = _select(root, "path = ?", [name]) or _select(root, "name = ?", [name])
+    entries = list(_entries(root))
+    found = [entry for entry in entries if entry.path == name] or [entry for entry in entries if entry.name == name]
     if len(found) != 1:
         what = "no adapter" if not found else f"{len(found)} adapters; give one's path"
         raise UserError(f"{root / INDEX_FILE}: {as_given(name)} names {what}")
     return found[0]
 
 
-def _select(root: Path, condition: str, values: Sequence[Any]) -> list[Entry]:
+def entry_folder(root: Path, entry: Entry) -> Path:
+    """The folder of an adapter. Raises UserError if a link leads out of `root`, the indexed folder."""
+    folder = root / entry.path
+    if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
+        raise UserError(f"{folder}: a link leads out of {root}; copy the adapter to its place")
+    return folder
+
+
+def _entries(root: Path) -> Iterator[Entry]:
+    """The rows of the index of `root`. Raises UserError as `find_entries`."""
     file = root / INDEX_FILE
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; write it with `tiedlora index {shlex.quote(str(root))}`")
     try:
-        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
-            (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version != FORMAT:
-                raise UserError(f"{file}: has format {version}, not {FORMAT}; write it again")
-            columns = ", ".join(_COLUMNS)
-            rows = database.execute(f"SELECT {columns} FROM adapters WHERE {condition} ORDER BY path", values)
-            return [Entry(*row) for row in rows]
-    except sqlite3.Error as error:
-        raise UserError(f"{file}: cannot be read ({error}); write it again") from None
+        if file.is_symlink() or not file.is_file():
+            raise ValueError("is not a plain file" if os.path.lexists(file) else "no such file")
+        if (size := file.stat().st_size) > _LARGEST:
+            raise ValueError(f"is larger than {_LARGEST:,} bytes")
+        # Of an immutable file SQLite opens neither a journal nor a log beside it.
+        address = f"{file.absolute().as_uri()}?mode=ro&immutable=1"
+        with closing(sqlite3.connect(address, uri=True)) as database:
+            yield from _checked_rows(database, most_text=size)
+    except (OSError, sqlite3.Error, ValueError) as error:  # SQLite's messages may be a UnicodeDecodeError
+        why = first_problem(error) if isinstance(error, ValidationError) else error
+        raise UserError(f"{file}: {why}; write it with `tiedlora index {shlex.quote(str(root))}`") from None
 
 
-def _identity(entry: Entry) -> Entry:
-    """The row without what may change although the adapter does not."""
-    return replace(entry, scores=None, task=None, run=None, date="", size=0)
+def _checked_rows(database: sqlite3.Connection, *, most_text: int) -> Iterator[Entry]:
+    """The rows of a database that has the schema of an index and nothing else.
 
-
-def verify_entries(root: Path, entries: Sequence[Entry], *, progress: bool = False) -> list[str]:
-    """A sentence for each adapter that cannot be read, has another checksum than its config, or has changed since it
-    was indexed."""
-    problems = []
-    for entry in tqdm(entries, desc="verify", unit="adapter", disable=not progress, leave=False):
-        folder = root / entry.path
-        try:
-            load_adapter(folder)
-            if _identity(read_entry(root, folder)) != _identity(entry):
-                problems.append(f"{folder}: has changed since it was indexed")
-        except UserError as error:
-            problems.append(str(error))
-    return problems
+    Its pages may refer to one page many times, and so hold any number of rows. As a row has some text, the rows of an
+    index end where there would be more text than the file has bytes, `most_text`. Raises ValueError or SQLite's errors.
+    """
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_ROW)
+    database.set_progress_handler(lambda: True, _SCHEMA_STEPS)
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version != FORMAT:
+        raise ValueError(f"has format {version}, not {FORMAT}")
+    schema = [sql for (sql,) in database.execute("SELECT sql FROM sqlite_master") if sql is not None]
+    if schema != list(_SCHEMA):
+        raise ValueError("is another database than an index of adapters")
+    database.set_progress_handler(None, 0)
+    for row in database.execute(f"SELECT {', '.join(_COLUMNS)} FROM adapters NOT INDEXED"):
+        most_text -= sum(len(value) for value in row if isinstance(value, str))
+        if most_text < 0:
+            raise ValueError("has more text than bytes")
+        yield Entry(*row)

@@ -15,27 +15,27 @@ from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.output_folder import new_output
-from megatron_tiedlora.base.paths import last_name, user_path
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, write_adapter_files
+from megatron_tiedlora.checkpoint.native_adapter import write_adapter_files
 from megatron_tiedlora.convert.export_peft import base_name, export_peft
 from megatron_tiedlora.convert.inputs import BASE_PATH, EXPORT_RECORD, NATIVE_FOLDER, open_inputs
 from megatron_tiedlora.runtime.run_folder import RunFolder
-from megatron_tiedlora.sharing.card import CardFacts, model_card
+from megatron_tiedlora.sharing.card import CardFacts, model_card, without_folders
 
 
-def check_repo(repo: str) -> None:
-    """Raise UserError if `repo` is not OWNER/NAME as the hub accepts it."""
+def check_hub_id(name: str, *, flag: str, owned: bool = False) -> None:
+    """Raise UserError if `name`, the value of `flag`, is no id that the hub accepts, or, if `owned`, not OWNER/NAME."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(repo)
+        validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"--repo {repo}: {first_line(error)}") from None
-    if repo.count("/") != 1:
-        raise UserError(f"--repo {repo}: give OWNER/NAME")
+        raise UserError(f"{flag} {name}: {first_line(error)}") from None
+    if owned and "/" not in name:
+        raise UserError(f"{flag} {name}: give OWNER/NAME")
 
 
 def write_published(
@@ -81,7 +81,7 @@ def write_published(
     with new_output(output) as temporary:
         inside = nullcontext(temporary)
         export_peft(source, adapter, output, named=name, base_differs=base_differs, say=say, new=lambda _: inside)
-        _hide_paths(temporary, adapter, name)
+        _hide_paths(temporary, facts)
         (temporary / "README.md").write_text(_card(facts, run), encoding="utf-8")
         if run.is_run and plot.is_file() and not plot.is_symlink():
             shutil.copyfile(plot, temporary / plot.name)
@@ -94,15 +94,16 @@ def _card(facts: CardFacts, run: RunFolder) -> str:
         raise UserError(f"{run.scores}: is not a file of scores that a run writes; move it away") from None
 
 
-def _hide_paths(folder: Path, adapter: NativeAdapter, name: str) -> None:
+def _hide_paths(folder: Path, facts: CardFacts) -> None:
     """Add the native adapter to an export, and name the base and the tokenizer in both without their paths."""
-    tokenizer = None if adapter.base.tokenizer is None else last_name(adapter.base.tokenizer)
+    adapter, given = facts.adapter, facts.adapter.base.tokenizer
+    tokenizer = None if given is None else without_folders(given, facts.settings)
     (folder / NATIVE_FOLDER).mkdir()
-    base = replace(adapter.base, base_model=name, tokenizer=tokenizer)
+    base = replace(adapter.base, base_model=facts.base, tokenizer=tokenizer)
     write_adapter_files(folder / NATIVE_FOLDER, adapter.config, base, adapter.state)
     record = read_json_object(folder / EXPORT_RECORD, kind="the record of an export")
     record.pop(BASE_PATH, None)
-    write_json(folder / EXPORT_RECORD, {**record, "base_model": name, "tokenizer": tokenizer})
+    write_json(folder / EXPORT_RECORD, {**record, "base_model": facts.base, "tokenizer": tokenizer})
 
 
 def upload(folder: Path, repo: str, *, private: bool) -> str:
@@ -116,7 +117,7 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
     hub = HfApi()
     try:
         address = hub.create_repo(repo, private=private, exist_ok=True)
-        hub.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload a Tied-LoRA adapter")
+        hub.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload an adapter")
     except Exception as error:  # the hub's client raises many kinds; each means that the upload is not complete
         raise UserError(f"--repo {repo}: the hub has not taken it ({first_line(error)})") from None
     return str(address)

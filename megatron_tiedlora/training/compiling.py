@@ -31,6 +31,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.nf4_kernels import slow_nf4
 from megatron_tiedlora.runtime.launch_env import local_rank
 from megatron_tiedlora.training.plan import RunPlan
 
@@ -56,10 +57,11 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     Raises:
         UserError: on every rank, with --compile true, if a rank cannot compile.
     """
+    slow = f"; {text}" if plan.settings.base == "nf4" and (text := slow_nf4(device, plan.dtype)) else ""
     if plan.settings.compile == "false":
-        return ChosenKernels(EAGER, "not compiled")
+        return ChosenKernels(EAGER, f"not compiled{slow}")
     if not plan.layout.compiled:
-        return ChosenKernels(EAGER, "not compiled, as the run is short (--compile true does it)")
+        return ChosenKernels(EAGER, f"not compiled, as the run is short (--compile true does it){slow}")
     if plan.grid.rank == 0:
         _LOGGER.info("compiling the kernels ...")
     started = time.monotonic()
@@ -76,10 +78,10 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
         sum_over_ranks([0.0])  # wait for all ranks
     failure = first_message(failure)
     if failure is None:
-        return ChosenKernels(kernels, f"compiled in {time.monotonic() - started:.1f} s")
+        return ChosenKernels(kernels, f"compiled in {time.monotonic() - started:.1f} s{slow}")
     if plan.settings.compile == "true":
         raise UserError(f"--compile true: {failure}. Install a C++ compiler, or give --compile auto or false")
-    return ChosenKernels(EAGER, f"not compiled: {failure}")
+    return ChosenKernels(EAGER, f"not compiled: {failure}{slow}")
 
 
 def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int = 1) -> Kernels:

@@ -1,26 +1,28 @@
-"""--dry_run: a report on a run without starting it. It needs no weights; presets need no files at all."""
+"""--dry_run: a report on a run without starting it. It needs no weights and no data; presets need no files at all."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import GlobalBatch, num_positions
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.model.weights import num_base_parameters
-from megatron_tiedlora.planning.memory import cache_bytes
+from megatron_tiedlora.planning.memory import StageMemory, cache_bytes
 from megatron_tiedlora.training.dry_run_tables import (
+    Report,
+    fits,
     memory_lines,
     message_lines,
+    no_data_lines,
     partition_lines,
     speed_lines,
-    verdict_line,
+    verdict_lines,
 )
 from megatron_tiedlora.training.first_step import FirstStep
 from megatron_tiedlora.training.init_from import start_lines
@@ -29,28 +31,22 @@ from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, first_source, prepare_data
 
 
-def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
-    """The whole report as text, for --world_size ranks or else for as many as were launched.
+def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> Report:
+    """The whole report, for --world_size ranks or else for as many as were launched.
 
     Raises:
         UserError: as the run itself would.
     """
     plan = plan_run(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
-    sections = [_parameters(plan), partition_lines(plan.stages)]
-    if plan.source.folder is None:
-        no_data = ["data", "  (a preset shape has no tokenizer; give a model folder to count tokens)"]
-        sections += [*_of_step(FirstStep(plan, plan.layout)), no_data]
-    else:
-        data = prepare_data(plan)
-        plan = plan.counted(len(data.train))
-        sections += _of_step(FirstStep(plan, plan.layout, data))
-        sections += [_data(plan, data), sample_lines(plan, data)]
-    return "\n\n".join("\n".join(map(printable, section)) for section in sections)
-
-
-def _of_step(first: FirstStep) -> list[list[str]]:
-    speed = speed_lines(first, first.plan.stages, first.plan)
-    return [_memory(first), _messages(first), *speed, _batches(first)]
+    data = prepare_data(plan) if plan.reads_data else None
+    plan = plan if data is None else plan.counted(len(data.train))
+    first = FirstStep(plan, plan.layout, data)
+    memories = [first.largest.memory(stage, plan.machine) for stage in plan.stages]
+    sections = [_parameters(plan), partition_lines(plan.stages), _memory(first, memories)]
+    sections += [message_lines(plan.stages, first, with_data=data is not None)]
+    sections += [*speed_lines(first, plan.stages, plan), _batches(first)]
+    sections += [no_data_lines(plan)] if data is None else [_data(plan, data), sample_lines(plan, data)]
+    return Report.of(sections, fits=fits(memories, plan))
 
 
 def _parameters(plan: RunPlan) -> list[str]:
@@ -75,12 +71,11 @@ def _parameters(plan: RunPlan) -> list[str]:
     return lines
 
 
-def _memory(first: FirstStep) -> list[str]:
+def _memory(first: FirstStep, memories: Sequence[StageMemory]) -> list[str]:
     plan, largest, machine = first.plan, first.largest, first.plan.machine
-    memories = [largest.memory(stage, machine) for stage in plan.stages]
     micro_batches = f"{first.layout.rows} x {largest.tokens // first.layout.rows} tokens"
     lines = memory_lines(plan.stages, memories, tokens=largest.tokens, micro_batches=micro_batches, machine=machine)
-    lines += [] if plan.settings.gpu is None else [verdict_line(memories, machine)]
+    lines += verdict_lines(memories, plan)
     return [*lines, *([] if first.data is None else _decoding(plan, first.data))]
 
 
@@ -97,13 +92,6 @@ def _decoding(plan: RunPlan, data: RunData) -> list[str]:
     ]
 
 
-def _messages(first: FirstStep) -> list[str]:
-    of = "step 1's samples on data-parallel rank 0"
-    if first.data is None:
-        of = f"samples of {first.layout.length:,} tokens, all supervised"
-    return message_lines(first.plan.stages, first.batches, of=of)
-
-
 def _batches(first: FirstStep) -> list[str]:
     plan, b = first.plan, first.plan.batches
     lines = [
@@ -112,7 +100,7 @@ def _batches(first: FirstStep) -> list[str]:
         f"  {plan.settings.max_steps} steps, {plan.settings.max_steps * b.global_batch_size:,} samples",
     ]
     if first.data is None and plan.settings.epochs is not None:
-        lines[-1] = f"  --epochs {plan.settings.epochs:g}: its steps are counted from data, and a preset reads none"
+        lines[-1] = f"  --epochs {plan.settings.epochs:g}: its steps are counted from data, and none is read"
     if first.data is not None and first.batch is not None:
         lines.append(_fill(plan, first.data, first.batch))
     elif plan.settings.packing:
@@ -145,7 +133,7 @@ def _data(plan: RunPlan, data: RunData) -> list[str]:
         )
     lines.append(f"  the run sees the training part {epochs_of(plan.settings, len(data.train)):.2f} times")
     lines += (f"  {line}" for line in data.notes)
-    return [*lines, *(f"  warning: {warning}" for warning in data.warnings(plan.settings))]
+    return [*lines, *(f"  warning: {warning}" for warning in data.warnings(plan))]
 
 
 def sample_lines(plan: RunPlan, data: RunData) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.wording import bytes_in_words, time_text
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.layout import Layout
@@ -19,13 +21,24 @@ from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import StagePlan
 from megatron_tiedlora.planning.step_time import planned_seconds
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes, step_traffic
-from megatron_tiedlora.planning.work import Batches
 from megatron_tiedlora.training.first_step import FirstStep
 from megatron_tiedlora.training.group_plan import GroupPlan
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.step import LONG_STEP_SECONDS
 
 Stages = Sequence[StagePlan]
+
+
+class Report(NamedTuple):
+    """A dry run as text, and whether every rank fits in the card of --gpu; without --gpu it does."""
+
+    text: str
+    fits: bool
+
+    @classmethod
+    def of(cls, sections: Sequence[Sequence[str]], *, fits: bool) -> Report:
+        """The report with a blank line between two sections."""
+        return cls("\n\n".join("\n".join(map(printable, section)) for section in sections), fits)
 
 
 def partition_lines(stages: Stages) -> list[str]:
@@ -136,15 +149,30 @@ def _reserves_lines(stages: Stages, machine: Machine) -> list[str]:
     return [f"  ({words}; {slack}; constants of {machine.name})"]
 
 
-def verdict_line(memories: Sequence[StageMemory], machine: Machine) -> str:
-    """Whether the fullest rank fits in a card."""
+def no_data_lines(plan: RunPlan) -> list[str]:
+    """The section on data of a dry run that reads none."""
+    needed = "a model folder" if plan.source.folder is None else "--train_file or --task"
+    length = plan.settings.max_length
+    return ["data", f"  (none is read, so every row has {length:,} tokens; give {needed} to count them)"]
+
+
+def fits(memories: Sequence[StageMemory], plan: RunPlan) -> bool:
+    """Whether a rank of each stage fits in the card of --gpu; True without --gpu."""
+    return plan.settings.gpu is None or all(memory.total <= plan.machine["memory"] for memory in memories)
+
+
+def verdict_lines(memories: Sequence[StageMemory], plan: RunPlan) -> list[str]:
+    """With --gpu: whether the fullest rank fits in that card."""
+    if plan.settings.gpu is None:
+        return []
+    machine = plan.machine
     fullest = max(memories, key=lambda memory: memory.total)
     needed = f"{bytes_in_words(fullest.total)} of {bytes_in_words(machine['memory'])}"
     words = f"  {machine.name}: the fullest rank needs {needed}"
-    if fullest.total <= machine["memory"]:
-        return f"{words}: it fits"
+    if fits(memories, plan):
+        return [f"{words}: it fits"]
     size, name = max((size, name) for name, size in fullest._asdict().items())
-    return f"{words}: IT DOES NOT FIT; {name} {bytes_in_words(size)}"
+    return [f"{words}: IT DOES NOT FIT; {name} {bytes_in_words(size)}"]
 
 
 def speed_lines(first: FirstStep | GroupPlan, stages: Stages, plan: RunPlan) -> list[list[str]]:
@@ -181,14 +209,11 @@ def _engine_line(stage: StagePlan) -> list[str]:
     ]
 
 
-def message_lines(stages: Stages, batches: Batches, *, of: str) -> list[str]:
-    """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.traffic counts.
-
-    Args:
-        batches: the micro-batches of a rank.
-        of: what they are of, in words.
-    """
-    layout, micro_batches = stages[0].layout, batches.shapes
+def message_lines(stages: Stages, first: FirstStep | GroupPlan, *, with_data: bool) -> list[str]:
+    """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.traffic counts."""
+    layout, micro_batches = stages[0].layout, first.batches.shapes
+    of = "step 1's samples on data-parallel rank 0"
+    of = of if with_data else f"samples of {layout.length:,} tokens, all supervised"
     lines = [f"messages and bytes per step and rank: {of}"]
     if layout.world_size == 1:
         return [*lines, "  none: one rank sends nothing"]

@@ -22,7 +22,7 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adap
 from megatron_tiedlora.convert.export_peft import base_location, export_peft
 from megatron_tiedlora.convert.layerwise_loss import layerwise_loss
 from megatron_tiedlora.convert.merge import is_merge_of, merge_adapter
-from megatron_tiedlora.convert.serving import serve_hints
+from megatron_tiedlora.convert.serving import Export, serve_hints
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.loader import evaluation_batches
 from megatron_tiedlora.data.tasks import get_task
@@ -218,7 +218,7 @@ def next_steps(trainer: Trainer) -> list[str]:
     lines = [
         "",
         f"run folder  {path}",
-        f"  adapter/  the Tied-LoRA adapter, {_size(trainer.folder)}",
+        f"  adapter/  the adapter, {_size(trainer.folder)}",
         "  peft/     the same as a LoRA adapter for PEFT, vLLM and others",
     ]
     merged = path / "merged"
@@ -236,7 +236,8 @@ def next_steps(trainer: Trainer) -> list[str]:
         merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
         lines += ["", "next", f"  python tools/merge_adapter.py {shlex.join(merge)}"]
         lines.append(f"  python tools/verify_export.py {shlex.join([*adapter, '--peft', str(peft)])}")
-    serving = serve_hints(peft, base_location(source), settings.rank, source.shape, settings.targets)
+    exported = Export(peft, settings.rank, settings.targets)
+    serving = serve_hints({"tied": exported}, base_location(source), source.shape)
     return [*lines, *(f"  {line}" for line in serving)]
 
 

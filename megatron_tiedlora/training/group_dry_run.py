@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.model.weights import num_base_parameters
-from megatron_tiedlora.planning.memory import bank_bytes
+from megatron_tiedlora.planning.memory import StageMemory, bank_bytes
 from megatron_tiedlora.training.dry_run import sample_lines
 from megatron_tiedlora.training.dry_run_tables import (
+    Report,
+    fits,
     memory_lines,
     message_lines,
+    no_data_lines,
     partition_lines,
     ranges,
     speed_lines,
     table_lines,
-    verdict_line,
+    verdict_lines,
 )
 from megatron_tiedlora.training.group_plan import GroupPlan, first_step_of
 from megatron_tiedlora.training.length import epochs_of
@@ -25,8 +28,8 @@ from megatron_tiedlora.training.member_plans import Data, counted, plan_group, p
 from megatron_tiedlora.training.run_data import RunData
 
 
-def group_report(settings: Settings, *, launched_ranks: int = 1) -> str:
-    """The whole report as text, for --world_size ranks or else for as many as were launched.
+def group_report(settings: Settings, *, launched_ranks: int = 1) -> Report:
+    """The whole report, for --world_size ranks or else for as many as were launched.
 
     Raises:
         UserError: as the run itself would.
@@ -34,14 +37,16 @@ def group_report(settings: Settings, *, launched_ranks: int = 1) -> str:
     ranks = settings.world_size or launched_ranks
     plans, shares = plan_group(settings, rank=0, world_size=ranks, weights=False), settings.share_micro_batches
     data = dict[str, RunData]()
-    if next(iter(plans.values())).source.folder is not None:
+    if any(plan.reads_data for plan in plans.values()):
         data = prepare_group_data(plans)
         plans = counted(plans, data)
     group = first_step_of(plans, data, shares=shares)
-    sections = [_adapters(group), partition_lines(group.stages), _memory(group), _one_more(group)]
-    sections += [_messages(group, data), *speed_lines(group, group.stages, group.shared), _batches(group, data)]
+    peaks = [group.largest.memory(stage, group.shared.machine) for stage in group.stages]
+    sections = [_adapters(group), partition_lines(group.stages), _memory(group, peaks), _one_more(group)]
+    sections += [message_lines(group.stages, group, with_data=bool(data))]
+    sections += [*speed_lines(group, group.stages, group.shared), _batches(group, data)]
     sections += [*_data(group, data), *_samples(group, data)]
-    return "\n\n".join("\n".join(map(printable, section)) for section in sections)
+    return Report.of(sections, fits=fits(peaks, group.shared))
 
 
 def _adapters(group: GroupPlan) -> list[str]:
@@ -77,13 +82,12 @@ def _own_bytes(group: GroupPlan, adapter: int) -> int:
     return max(bank_bytes(stage.parts[adapter]) for stage in group.stages)
 
 
-def _memory(group: GroupPlan) -> list[str]:
+def _memory(group: GroupPlan, peaks: Sequence[StageMemory]) -> list[str]:
     tokens, most = group.largest.tokens, max(map(len, group.largest.owners))
     micro_batches = f"{tokens:,} tokens of up to {count_text(most, 'adapter')} at step 1"
     machine = group.shared.machine
-    peaks = [group.largest.memory(stage, machine) for stage in group.stages]
     lines = memory_lines(group.stages, peaks, tokens=tokens, micro_batches=micro_batches, machine=machine)
-    return lines if group.shared.settings.gpu is None else [*lines, verdict_line(peaks, machine)]
+    return [*lines, *verdict_lines(peaks, group.shared)]
 
 
 def _one_more(group: GroupPlan) -> list[str]:
@@ -105,13 +109,6 @@ def _one_more(group: GroupPlan) -> list[str]:
     return ["one more adapter", line]
 
 
-def _messages(group: GroupPlan, data: Data) -> list[str]:
-    of = "step 1's samples on data-parallel rank 0"
-    if not data:
-        of = f"samples of {group.layout.length:,} tokens, all supervised"
-    return message_lines(group.stages, group.batches, of=of)
-
-
 def _batches(group: GroupPlan, data: Data) -> list[str]:
     shapes = group.batches.shapes
     apart = sum(len(shape.shares) for shape in shapes)
@@ -123,13 +120,13 @@ def _batches(group: GroupPlan, data: Data) -> list[str]:
     if not group.shares_micro_batches:
         lines.append("  (--share_micro_batches false: each micro-batch has one adapter)")
     if not data and any(plan.settings.epochs is not None for plan in group.plans.values()):
-        lines.append("  (the steps of --epochs are counted from data, and a preset reads none)")
+        lines.append("  (the steps of --epochs are counted from data, and none is read)")
     return lines
 
 
 def _data(group: GroupPlan, data: Data) -> list[list[str]]:
     if not data:
-        return [["data", "  (a preset shape has no tokenizer; give a model folder to count tokens)"]]
+        return [no_data_lines(group.shared)]
     rows, notes = [], []
     for name, own in data.items():
         settings, train = group.plans[name].settings, own.train
@@ -138,7 +135,7 @@ def _data(group: GroupPlan, data: Data) -> list[list[str]]:
         passes = f"{epochs_of(settings, len(train)):.2f}"
         rows.append([name, settings.task, *(f"{number:,}" for number in numbers), passes])
         notes += [f"  {name}: {note}" for note in own.notes]
-        notes += [f"  warning: {name}: {warning}" for warning in own.warnings(settings)]
+        notes += [f"  warning: {name}: {warning}" for warning in own.warnings(group.plans[name])]
     header = ("adapter", "task", "samples", "tokens", "supervised", "longest", "cut", "validation", "passes")
     return [
         [

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import Checkpoint
 from megatron_tiedlora.convert.export_peft import base_location
-from megatron_tiedlora.convert.serving import serve_together
+from megatron_tiedlora.convert.serving import Export, serve_hints
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.runtime.group_folder import GroupFolder
@@ -105,6 +105,7 @@ def table_lines(adapters: Mapping[str, Member | Finished], folder: GroupFolder) 
     if not finished:
         return rows
     source = finished[0].plan.source
-    exports = {member.name: (member.folder.path / "peft", member.plan.settings.rank) for member in finished}
-    serving = serve_together(exports, base_location(source), source.shape)
-    return [*rows, *(["", "next", *(f"  {line}" for line in serving)] if serving else [])]
+    own = [(member.folder.path / "peft", member.plan.settings) for member in finished]
+    exports = {of.name: Export(peft, its.rank, its.targets) for of, (peft, its) in zip(finished, own, strict=True)}
+    serving = serve_hints(exports, base_location(source), source.shape)
+    return [*rows, "", "next", *(f"  {line}" for line in serving)]

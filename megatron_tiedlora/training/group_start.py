@@ -278,7 +278,7 @@ def headline(
             f" {own.global_batch_size} per step, {count_text(own.max_steps, 'step')}{step}"
         )
         lines += [f"note       {name}: {note}" for note in (*data[name].notes, *built.notes[name])]
-        lines += [f"warning    {name}: {warning}" for warning in data[name].warnings(own)]
+        lines += [f"warning    {name}: {warning}" for warning in data[name].warnings(member.plan)]
         if group.rivals.get(name) and member.num_evaluation_batches < 2:
             lines.append(f"warning    {name}: --halving cannot tell noise, as the validation set is one batch")
     return lines

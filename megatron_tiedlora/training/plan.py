@@ -98,6 +98,11 @@ class RunPlan:
             deterministic=settings.deterministic,
         )
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether there are rows and a tokenizer; a dry run without them takes each row to be full."""
+        return self.source.folder is not None and self.settings.names_data
+
     @cached_property
     def stages(self) -> tuple[StagePlan, ...]:
         """Every pipeline stage, in order."""
@@ -173,6 +178,16 @@ class RunPlan:
             return f"{wanted}; --micro_batch_size changes it"
         share = self.batches.global_batch_size // self.batches.data_parallel
         return f"{wanted} more are needed, but a rank's {share} samples allow no more; see --global_batch_size"
+
+    @property
+    def rank_excess(self) -> list[str]:
+        """A line that says that the rank is above that of any update; none if it is not, or not the user's choice."""
+        widest = max(self.adapter.targets, key=lambda target: min(target.in_size, target.out_size))
+        sizes, rank = (widest.in_size, widest.out_size), self.adapter.rank
+        if rank <= min(sizes) or self.settings.init_from is not None:
+            return []
+        words = "{:,} inputs and {:,} outputs".format(*sizes)
+        return [f"--rank {rank}: {widest.name} has {words}, so no update of it has a rank above {min(sizes):,}"]
 
     @property
     def adapter_layout(self) -> AdapterLayout:
@@ -292,9 +307,12 @@ def plan_run(
         init_std_a=settings.init_std_a,
         init_std_b=settings.init_std_b,
     )
-    if weights and source is None:
-        found = find_model(settings.model)
     plan = RunPlan(settings, found, grid, batches, engine, adapter, on_gpu)
+    method = adapter.method_spec
+    if plan.rank_excess and (method.A.trained or method.B.trained):  # vera only chooses among r frozen terms
+        raise UserError(f"{plan.rank_excess[0]}. Give at most that")
+    if weights and source is None:
+        plan = replace(plan, source=find_model(settings.model))
     if settings.products is not None and on_gpu:
         check_gpu_products(shape.block.linears, tp_size=grid.tp_size, dtype=plan.dtype)
     return plan

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.decoding import longest_prompt
-from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
 from megatron_tiedlora.data.chat import chat_note, chat_writer, set_chat_template
 from megatron_tiedlora.data.encode_rows import Encoding
@@ -75,9 +76,9 @@ class RunData:
                 )
         return lines
 
-    def warnings(self, settings: Settings) -> list[str]:
+    def warnings(self, plan: RunPlan) -> list[str]:
         """What a user probably does not want."""
-        found = length_warnings(settings, self.train)
+        found = [*length_warnings(plan.settings, self.train), *plan.rank_excess]
         if self.parts.unended:
             ends = self.tokenizer.eos_token
             found.append(
@@ -97,8 +98,10 @@ def prepare_data(plan: RunPlan) -> RunData:
     """Read, check and tokenise every split of the run.
 
     Raises:
-        UserError: a file, row, tokenizer or vocabulary does not fit.
+        UserError: a file, row, tokenizer or vocabulary does not fit, or no rows are named.
     """
+    if not plan.settings.names_data:
+        raise UserError(NO_TRAIN_FILE)
     settings, vocab_size = plan.settings, plan.source.shape.vocab_size
     model_folder = plan.source.weights_folder()  # raises for a preset, which has no files
     tokenizer, reading = load_tokenizer(settings.tokenizer or model_folder), Reading.of(settings)

@@ -28,8 +28,9 @@ from megatron_tiedlora.checkpoint.resume import (
     move_latest,
     remove_superseded,
 )
-from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
+from megatron_tiedlora.config.data_fields import HUB_NAMES, TEMPLATE_HASH
 from megatron_tiedlora.data.chat import chat_template_sha256
+from megatron_tiedlora.data.sources import hub_ids
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing, raise_on_every_rank
 from megatron_tiedlora.runtime.run_folder import (
@@ -217,10 +218,12 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
 
 
 def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
-    """Write run.yaml: every resolved setting, the content of --chat_template as a hash, and versions of libraries."""
+    """Write run.yaml: every resolved setting, what comes from the hub, the content of --chat_template as a hash, and
+    versions of libraries."""
     versions = installed_versions("torch", "deepspeed", "transformers")
     settings = plan.resolved_settings()
     settings["output_dir"] = str(folder.path)
+    settings[HUB_NAMES] = hub_ids(*(settings[name] for name in ("train_file", "validation_file", "tokenizer")))
     if plan.settings.chat_template is not None:
         settings[TEMPLATE_HASH] = chat_template_sha256(plan.settings.chat_template)
     folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
@@ -284,5 +287,5 @@ def headline(
     if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
         notes.append(over)
     lines.append(f"run folder {folder.path}{_start(plan, checkpoint)}")
-    warnings = data.warnings(settings)
+    warnings = data.warnings(plan)
     return [*lines, *(f"note       {note}" for note in notes), *(f"warning    {warning}" for warning in warnings)]

@@ -30,7 +30,7 @@ DTYPES = ("bf16", "fp32")
 ALONE = {
     *("memory", "context", "block", "step", "peak.fp8", "matmul.fp8", "bandwidth", "elementwise"),
     *(f"{name}.{dtype}" for name in ("peak", "matmul", "attention") for dtype in DTYPES),
-    *("dequantise.nf4", "dequantise.int8", "dequantise.fp8"),
+    *("dequantise.nf4", "dequantise.int8", "dequantise.fp8", "round.forward", "round.backward"),
 }
 LINES = {f"{name}.{dtype}" for name in ("weights", "queries") for dtype in DTYPES}  # of which some may be hidden
 TOGETHER = {"node_bandwidth", "node_link", "message", "instruction"}

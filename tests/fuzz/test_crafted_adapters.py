@@ -195,7 +195,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(native: NativeAdapter, area
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -211,13 +211,15 @@ def test_a_pattern_of_other_pieces_is_not_compiled(
     source, folder = find_model(str(base)), area / "peft"
     export_peft(source, native, folder)
     content = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**content, name: pattern}))
+    value = {pattern: 4} if name.endswith("_pattern") else pattern
+    (folder / CONFIG).write_text(json.dumps({**content, name: value}))
     with bounded():
         found = outcome(lambda: load_peft_adapter(folder, source), unchanged=area, names=(str(folder),))
     if name == "exclude_modules" and not pattern:  # PEFT too takes it for none
         assert isinstance(found, NativeAdapter)
     else:
-        assert isinstance(found, UserError) and "Write a list of names" in str(found)
+        instead = "Write endings of names" if name.endswith("_pattern") else "Write a list of names"
+        assert isinstance(found, UserError) and instead in str(found)
 
 
 @pytest.mark.timeout(60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,11 @@ VALUES: dict[str, list[Any]] = {
     "exclude_modules": [None, [], ["v_proj"], "v_proj", r".*\.1\..*", ["layers.0.self_attn.k_proj"], ["nothing"]],
     "layers_to_transform": [None, 0, 2, [0], [0, 2], [1, 1], [], [5], -1, "0", [True]],
     "layers_pattern": [None, "layers", ["layers"], "blocks", ""],
-    "rank_pattern": [{}, {"q_proj": 2}, None],
-    "alpha_pattern": [{}, {"q_proj": 12}, None],
+    "rank_pattern": [{}, {"q_proj": 2}, {"proj": 2}, {"(": 2}, {"q_proj": 0}, {".*": "4"}, [], None],
+    "alpha_pattern": [
+        {}, {"q_proj": 12}, {r"layers\.[02]\.": 3}, {r"layers\.(0|2)\..*": 3, ".*": 0.5}, {"^v_proj": 4}, {".*": 0},
+        {"model.layers.1.mlp.up_proj": 8, "up_proj": -1}, {"k_proj|v_proj": 7, "k_proj": 9}, {"": 2}, 12, None,
+    ],
     "bias": ["none", "all", "lora_only", None],
     "fan_in_fan_out": [True, False],
     "use_dora": [True, False],
@@ -108,14 +112,21 @@ def write_variant(draw: Draw, exported: Path, folder: Path, source: ModelSource)
         "target_modules": parts,
         "layers_to_transform": layers,
     }
+    ranks = {}
+    if draw.chance(0.4):  # PEFT's rule, for the few kinds of patterns here
+        ranks = {draw.pick([part, rf"layers\.{layers[0]}\..*", f".*{part}"]): draw.number(1, 5) for part in parts}
+        content["rank_pattern"] = ranks
+    if draw.chance(0.4):
+        content["alpha_pattern"] = {draw.pick(parts): draw.pick([1, 3, 0.7]) for _ in range(2)}
     generator, modules = torch.Generator().manual_seed(draw.number(0, 2**31)), modules_of(source.shape.block)
     tensors = {}
     for layer in layers:
         for module, (columns, rows) in modules.items():
             if module.rpartition(".")[2] in parts:
-                name = f"base_model.model.model.layers.{layer}.{module}.lora_"
-                tensors[f"{name}A.weight"] = torch.randn(rank, columns, generator=generator)
-                tensors[f"{name}B.weight"] = torch.randn(rows, rank, generator=generator) * 0.3
+                name = f"model.layers.{layer}.{module}"
+                own = next((r for key, r in ranks.items() if re.fullmatch(rf"(.*\.)?({key})", name)), rank)
+                tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(own, columns, generator=generator)
+                tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, own, generator=generator) * 0.3
     for name in draw.some(sorted(VALUES), draw.number(0, 2)):
         content[name] = strange_value(draw) if draw.chance(0.1) else draw.pick(VALUES[name])
         draw.say(f"{name} = {content[name]!a}"[:80])

@@ -135,7 +135,7 @@ def no_output(run: Callable[[], Any]) -> Any:
 
 def _train(argv: Sequence[str]) -> CommandSettings:
     settings = parse_settings([*argv, "--dry_run=true"], Settings)
-    no_output(lambda: print(dry_run_report(settings)))
+    no_output(lambda: print(dry_run_report(settings).text))
     return settings
 
 

@@ -19,6 +19,7 @@ import pytest
 from all_cuts import all_cuts, cost_key
 from forked_ranks import run_on_ranks
 from pipeline_worker import Case, Event, Traced, trace_steps
+from planned import idle_shares
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
@@ -162,14 +163,14 @@ def test_the_bubble_of_equal_stages(
     Of several adapters, m are the micro-batches of all of them.
     """
     _, p, m = key
-    found = simulate(order_of(ran[key].steps(0)), lambda _rank, one: Fraction(costs[one.kind]))
-    assert found.idle_shares == [Fraction(p - 1, m + p - 1)] * p
+    found = idle_shares(order_of(ran[key].steps(0)), lambda _rank, one: Fraction(costs[one.kind]))
+    assert found == [Fraction(p - 1, m + p - 1)] * p
 
 
 def test_another_order_has_another_bubble() -> None:
     """The simulation tells schedules apart: forward and back one micro-batch after the other keeps one stage busy."""
     order = [[Pass(kind, index, stage) for index in range(4) for kind in "FB"] for stage in range(2)]
-    assert simulate(order, lambda *_: Fraction(1)).idle_shares == [Fraction(1, 2)] * 2
+    assert idle_shares(order, lambda *_: Fraction(1)) == [Fraction(1, 2)] * 2
     with pytest.raises(ValueError, match="wait for each other"):
         simulate([[Pass("B", 0, 0), Pass("F", 0, 0)], [Pass("F", 0, 1), Pass("B", 0, 1)]], lambda *_: Fraction(1))
 
@@ -177,18 +178,18 @@ def test_another_order_has_another_bubble() -> None:
 def test_a_dearer_stage_makes_the_others_wait() -> None:
     """Two stages of costs 1 and 2 a pass, two micro-batches, by hand."""
     # Stage 1 works from 1 to 9 without a break; stage 0 ends with B1, at 10.
-    found = simulate(one_f_one_b(2, 2), lambda stage, _one: Fraction(stage + 1))
-    assert (found.seconds, found.idle_shares) == (10, [Fraction(6, 10), Fraction(2, 10)])
+    found = [work(one_f_one_b(2, 2), lambda stage, _one: Fraction(stage + 1)) for work in (simulate, idle_shares)]
+    assert found == [10, [Fraction(6, 10), Fraction(2, 10)]]
 
 
 def test_several_layouts_are_simulated_at_once() -> None:
     """With arrays as costs, each of them has the times that it has alone."""
     costs = {"F": np.array([1.0, 3.0, 2.0]), "B": np.array([2.0, 1.0, 2.0])}
-    together = simulate(one_f_one_b(3, 4), lambda rank, one: costs[one.kind] * (rank + 1))
-    for number in range(3):
-        alone = simulate(one_f_one_b(3, 4), lambda rank, one, n=number: costs[one.kind][n] * (rank + 1))
-        assert alone.seconds == together.seconds[number]
-        assert alone.busy == [spent[number] for spent in together.busy]
+    for work in (lambda *step: [simulate(*step)], idle_shares):
+        together = work(one_f_one_b(3, 4), lambda rank, one: costs[one.kind] * (rank + 1))
+        for number in range(3):
+            alone = work(one_f_one_b(3, 4), lambda rank, one, n=number: costs[one.kind][n] * (rank + 1))
+            assert alone == [each[number] for each in together]
 
 
 @pytest.mark.parametrize("key", CASES, ids=str)
@@ -260,7 +261,7 @@ def test_measured_bubble(tmp_path: Path) -> None:
 def idle_by_processor_time(step: Sequence[Sequence[Event]]) -> float:
     """Of all stages together."""
     worked = {(stage, e.kind, e.micro_batch): e.worked for stage, events in enumerate(step) for e in events}
-    shares = simulate(order_of(step), lambda _rank, one: worked[one.part, one.kind, one.micro_batch]).idle_shares
+    shares = idle_shares(order_of(step), lambda _rank, one: worked[one.part, one.kind, one.micro_batch])
     return sum(shares) / len(shares)
 
 

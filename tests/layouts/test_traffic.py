@@ -201,7 +201,7 @@ def test_base_bytes_are_those_of_built_stages(ran: Mapping[str, Ran]) -> None:
 def test_the_report_says_it(ran: Mapping[str, Ran], name: str) -> None:
     """The tables of --dry_run hold what a built stage weighs and what is predicted for the first step."""
     found = ran[name]
-    text = dry_run_report(make_settings(found.case.settings), launched_ranks=len(found.counted))
+    text = dry_run_report(make_settings(found.case.settings), launched_ranks=len(found.counted)).text
     memory, messages = stage_table(text, "bytes per rank"), stage_table(text, "messages and bytes")
     for rank, counted in enumerate(found.counted):
         plan = found.plan(rank)

@@ -115,7 +115,10 @@ def test_folders_are_those_of_single_runs(base: Base, tmp_path: Path, alone: Pat
     for name in four:
         same_folders(tmp_path / "run" / name, alone / name)
     served = " ".join(f"{name}={tmp_path}/run/{name}/peft" for name in four)
-    assert f"--enable-lora --lora-modules {served} --max-lora-rank 16" in ended.outputs[0]
+    (command,) = (line for line in ended.outputs[0].split("\n") if "vllm serve" in line)
+    modules = "qkv_proj o_proj gate_up_proj down_proj"
+    assert f"--enable-lora --max-lora-rank 16 --lora-target-modules {modules} " in command
+    assert command.endswith(f" --max-loras 4 --max-cpu-loras 4 --lora-modules {served}")
     found = table(tmp_path / "run")
     assert {name: (row["state"], row["reason"]) for name, row in found.items()} == {
         name: ("finished", "max_steps") for name in four
@@ -203,7 +206,7 @@ def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, fou
     before, rows_before = {name: times(folder / name) for name in ("a", "b")}, table(folder)
     ended = run(base, folder, adapters=file, resume="auto", prelude=builds_only)
     assert {name: times(folder / name) for name in ("a", "b")} == before and table(folder) == rows_before
-    assert "--enable-lora --lora-modules a=" in ended.outputs[0]
+    assert " --enable-lora " in ended.outputs[0] and " --lora-modules a=" in ended.outputs[0]
     assert state(folder) == ("finished", 6, "2 adapters trained")
 
     written(file, {"a": four["a"], "b": {**longer, "max_steps": 5}, "d": four["d"]})

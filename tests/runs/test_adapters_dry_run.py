@@ -58,7 +58,7 @@ def table(text: str, title: str) -> list[dict[str, str]]:
 
 
 def test_each_adapter_has_a_row(base: Base, tmp_path: Path) -> None:
-    text = group_report(make_settings(settings_of(base, tmp_path, OWN)))
+    text = group_report(make_settings(settings_of(base, tmp_path, OWN))).text
     rows = {row["adapter"]: row for row in table(text, "4 adapters: ")}
     assert list(rows) == list(OWN)
     assert [row["rank"] for row in rows.values()] == ["8", "16", "2", "4"]
@@ -78,7 +78,7 @@ def test_the_tables_are_those_of_all(base: Base, tmp_path: Path) -> None:
     """At a layout: memory and messages of the bank, which one adapter's micro-batches alone do not have."""
     layout = {"tensor_parallel": 2, "pipeline_parallel": 2, "world_size": 4}
     settings = settings_of(base, tmp_path, OWN, **layout)
-    text = group_report(make_settings(settings))
+    text = group_report(make_settings(settings)).text
     messages, memory = stage_table(text, "messages and bytes"), stage_table(text, "bytes per rank")
     group = grouped(settings)
     assert max(len(shape.shares) for shape in group.batches.shapes) > 1
@@ -90,7 +90,7 @@ def test_the_tables_are_those_of_all(base: Base, tmp_path: Path) -> None:
         assert needed["adapters"] == bytes_in_words(4 * sum(stage.held))
         assert needed["optimizer"] == bytes_in_words(8 * sum(stage.trained))
     assert "1 / 32 B" in messages[0]["model"], "one message with the squares of four norms"
-    apart = group_report(make_settings({**settings, "share_micro_batches": False}))
+    apart = group_report(make_settings({**settings, "share_micro_batches": False})).text
     assert "each micro-batch has one adapter" in apart and "of up to 1 adapter at step 1," in apart
 
 
@@ -100,7 +100,7 @@ def test_one_more_adapter_costs_what_is_said(base: Base, tmp_path: Path, changes
     changes = {"packing": False, **changes}
     adapters = {name: OWN[name] for name in ("small", "wide")} if "max_length" in changes else OWN
     settings = settings_of(base, tmp_path, adapters, **changes)
-    text = group_report(make_settings(settings))
+    text = group_report(make_settings(settings)).text
     before = peak(grouped(settings))
     after = peak(grouped(settings_of(base, tmp_path, {**adapters, "again": OWN["wide"]}, **changes)))
     own = max(bank_bytes(part) for part in grouped(settings).stages[0].parts)
@@ -141,7 +141,7 @@ def test_presets_need_no_files(tmp_path: Path) -> None:
     assert [row["adapter"] for row in table(text, "3 adapters: ")] == ["a", "b", "c"]
     (memory,) = stage_table(text, "bytes per rank")
     assert memory["base weights"] == "17.25 GB" and "one more adapter\n  like c: " in text
-    assert "counted from data" in text and "no tokenizer" in text
+    assert "counted from data" in text and "give a model folder to count them" in text
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_the_dry_run_of_a_plan_with_data_has_its_numbers(job: Job, tmp_path: Pat
     formats = next((name for name in ("nf4", "int8") if layout.endswith(name)), "none")
     record = planned(tmp_path, *job.flags, *cluster, f"--formats={formats}", f"--layout={layout}")
     words = [f"--config={tmp_path / 'plan.yaml'}", "--dry_run", "--world_size=4"]
-    report = dry_run_report(parse_settings([*words, *(["--gpu=h100"] if on_gpu else [])], Settings))
+    report = dry_run_report(parse_settings([*words, *(["--gpu=h100"] if on_gpu else [])], Settings)).text
     assert_same_numbers(record, report, on_gpu=on_gpu)
     assert record["chosen"]["layout"] == layout
 
@@ -129,7 +129,7 @@ def test_the_dry_run_of_a_preset_s_plan_has_its_numbers(tmp_path: Path, layout: 
     record = planned(tmp_path, *flags, *([f"--layout={layout}"] if layout else []))
     assert record["chosen"]["layout"] == (layout or record["layouts"][0]["layout"])
     words = [f"--config={tmp_path / 'plan.yaml'}", "--dry_run", "--gpu=h100", "--world_size=8"]
-    assert_same_numbers(record, dry_run_report(parse_settings(words, Settings)), on_gpu=True)
+    assert_same_numbers(record, dry_run_report(parse_settings(words, Settings)).text, on_gpu=True)
 
 
 @pytest.mark.parametrize(

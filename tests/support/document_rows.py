@@ -26,7 +26,7 @@ from megatron_tiedlora.config.launch_settings import parse_launch
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
-from megatron_tiedlora.convert.serving import serve_hints
+from megatron_tiedlora.convert.serving import Export, serve_hints
 from megatron_tiedlora.training.plan import plan_run
 
 DOCUMENTS = {"README.md": README, "docs/guide.md": GUIDE}
@@ -143,7 +143,8 @@ def applies(reader: Reader, command: str) -> None:
 
 def is_others(reader: Reader, command: str) -> None:
     """Other programs: what an export prints, or what has of ours only a folder that a command before it wrote."""
-    hints = serve_hints(Path("runs/seven/peft-16"), "/shared/llama2-7b", 16, find_model("llama2-7b").shape, ["qkv"])
+    exported = {"tied": Export(Path("runs/seven/peft-16"), 16, ["qkv"])}
+    hints = serve_hints(exported, "/shared/llama2-7b", find_model("llama2-7b").shape)
     read = re.findall(r"runs/[\w/-]+|\w+\.gguf", command)[:1]
     before = " ".join(reader.document.commands).partition(command)[0]
     assert command in hints or command.startswith("hf ") or (read and read[0] in before), command

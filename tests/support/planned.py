@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
@@ -15,6 +16,7 @@ from megatron_tiedlora.planner.price import Pricer
 from megatron_tiedlora.planner.report import find_machine
 from megatron_tiedlora.planning.cards import GPUS
 from megatron_tiedlora.planning.machines import Constant, Machine
+from megatron_tiedlora.planning.schedule import Order, Pass, simulate
 from megatron_tiedlora.training.plan import plan_run
 
 H100 = GPUS["h100"]
@@ -72,3 +74,9 @@ def words_of_a_plan(flags: list[str]) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def idle_shares(order: Order, cost: Callable[[int, Pass], Any]) -> list[Any]:
+    """By rank, the share of a simulated step in which it waits."""
+    seconds = simulate(order, cost)
+    return [1 - sum(cost(rank, one) for one in passes) / seconds for rank, passes in enumerate(order)]

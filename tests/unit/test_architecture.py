@@ -36,7 +36,6 @@ ORDER = (
 INTERFACE = ROOT / "megatron_tiedlora" / "__init__.py"  # exports names of other packages, imported when they are used
 SOURCES = sorted((ROOT / "megatron_tiedlora").rglob("*.py"))
 ENGINE_FILES = {
-    "engine/engine_json.py",  # DeepSpeed's own schema of the ZeRO section
     "runtime/process_group.py",
     "engine/topology.py",  # DeepSpeed's topology and process groups
     "engine/pipelined.py",  # its PipelineModule

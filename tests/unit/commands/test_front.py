@@ -28,7 +28,7 @@ from megatron_tiedlora.base.command_names import (
     program_name,
 )
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.extras import missing_module, require_extra
+from megatron_tiedlora.base.extras import EXTRAS, missing_module, require_extra
 from megatron_tiedlora.base.logs import show_messages
 from megatron_tiedlora.commands import env, front
 
@@ -146,7 +146,11 @@ def test_a_text_names_what_its_reader_has_started(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("name", "ours"), [("finetune", "train"), ("SFT", "train"), ("merge_lora", "merge"), ("inference", "evaluate")]
+    ("name", "ours"),
+    [
+        *(("finetune", "train"), ("SFT", "train"), ("merge_lora", "merge"), ("inference", "evaluate")),
+        ("serve", "export, which prints the command of `vllm serve`"),
+    ],
 )
 def test_a_command_of_other_tools_is_answered_with_ours(
     name: str, ours: str, capsys: pytest.CaptureFixture[str]
@@ -158,7 +162,8 @@ def test_a_command_of_other_tools_is_answered_with_ours(
 
 def test_every_name_of_other_tools_has_a_command_and_is_none_of_ours() -> None:
     for name, ours in _OTHER_NAMES.items():
-        assert find_command(ours) is not None and find_command(name) is None and other_command(name) == ours
+        command = find_command(ours.partition(",")[0])  # what follows says what it does
+        assert command is not None and find_command(name) is None and other_command(name) == ours
 
 
 def test_a_command_with_another_spelling() -> None:
@@ -207,6 +212,23 @@ def test_a_command_without_its_extra_says_what_to_install(name: str, tmp_path: P
     assert done.stderr.startswith("error: this needs deepspeed") and done.stderr.count("\n") == 1
     assert re.search(r"pip install 'megatron_tiedlora\[(train|eval|train,eval)\]'$", done.stderr.strip())
     assert list(tmp_path.iterdir()) == []
+
+
+DRY_RUN = ["train", "--dry_run", "--model", "llama2-7b"]
+ARITHMETIC = {
+    "plan": ["plan", "--model", "llama2-7b", "--gpu", "h100", "--nodes", "1"],
+    "a dry run": [*DRY_RUN, "--world_size", "2", "--tensor_parallel", "2", "--ds_config", "zero1.json"],
+    "a dry run of offloading": [*DRY_RUN, "--ds_config", "zero2_offload.json"],
+}
+
+
+@pytest.mark.parametrize("case", ARITHMETIC)
+def test_what_is_only_computed_needs_no_extra(case: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", WITHOUT, ",".join({*EXTRAS["train"], *EXTRAS["eval"]}), *ARITHMETIC[case]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert re.search("parameters|layouts", done.stdout) and list(tmp_path.iterdir()) == []
 
 
 # Messages and the report for bugs ----------------------------------------------------------------------------------

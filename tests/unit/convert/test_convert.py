@@ -24,7 +24,6 @@ from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
 
@@ -350,29 +349,6 @@ def test_a_padded_rank_below_the_adapter_s_is_refused(
     with pytest.raises(UserError, match=f"--pad_rank_to {rank} is less than the adapter's rank 4"):
         export_peft(*gqa[:2], tmp_path / "peft", pad_rank_to=rank)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (8, 8), (9, 16), (100, 128), (512, 512)])
-def test_the_serve_command_allows_the_rank(rank: int, served: int) -> None:
-    """A shell takes the lines as they stand: programs are named in comments."""
-    lines = serve_hints(Path("out dir/peft"), "org/base", rank, PLAIN, ["qkv", "down_proj"])
-    comments, commands = [line for line in lines if line[0] == "#"], [line for line in lines if line[0] != "#"]
-    assert commands == [
-        f"vllm serve org/base --enable-lora --lora-modules 'tied=out dir/peft' --max-lora-rank {served}",
-        "python -m sglang.launch_server --model-path org/base --lora-paths 'tied=out dir/peft'",
-        "python convert_lora_to_gguf.py 'out dir/peft' --base org/base --outfile peft.gguf",
-        "llama-server -m BASE.gguf --lora peft.gguf",
-    ]
-    assert "--lora-target-modules qkv_proj down_proj" in comments[0] and len(comments) == 3
-
-
-def test_a_rank_that_vllm_does_not_serve_is_said() -> None:
-    layer_norm = shape_from_hf({"model_type": "stablelm"})
-    for rank, shape in ((513, PLAIN), (8, layer_norm)):
-        vllm, *rest = serve_hints(Path("peft"), "org/base", rank, shape, ["qkv"])
-        assert vllm.startswith("# vLLM ") and "serve the merged model" in vllm
-        others = "\n".join(rest)
-        assert "sglang.launch_server --model-path org/base" in others and "convert_lora_to_gguf.py peft" in others
 
 
 def test_what_is_not_finite_is_refused_by_tensor(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -67,8 +67,14 @@ def test_the_commands_that_serve_are_shown(
 ) -> None:
     main(["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "peft")])
     out = capsys.readouterr().out
-    assert f"vllm serve {models / 'mine'} " in out and "--lora-target-modules qkv_proj" in out
+    command = f"vllm serve {models / 'mine'} --enable-lora --max-lora-rank 8 --lora-target-modules qkv_proj"
+    assert f"\n{command} --lora-modules tied={tmp_path / 'peft'}\n" in out
+    resolver = "its filesystem resolver asks for the base that the export names, mine; export with --base_name"
+    assert f"\n# {resolver} {models / 'mine'}\n" in out
     assert "sglang.launch_server" in out and "convert_lora_to_gguf.py" in out
+    base = ["--base_name", str(models / "mine")]
+    main(["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "named"), *base])
+    assert "resolver" not in capsys.readouterr().out, "it finds this one"
 
 
 # Dtypes --------------------------------------------------------------------------------------------------------------
@@ -121,7 +127,12 @@ def test_what_16_bits_do_not_hold_is_refused(models: Path, tmp_path: Path) -> No
 def test_many_in_one_call(adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [str(adapters / "runs/*/adapter"), str(adapters / "plain")]
     assert main(["--adapter", *given, "--output", str(tmp_path / "all")]) == 0
-    assert capsys.readouterr().out == f"exported 3 adapters: {tmp_path / 'all'}\n"
+    exported, vllm, resolver, serving = capsys.readouterr().out.splitlines()
+    assert exported == f"exported 3 adapters: {tmp_path / 'all'}"
+    assert vllm.startswith("# serve with vLLM 0.26 or later;")
+    assert "resolver asks for the base that the export names, mine; export with --base_name" in resolver
+    modules = " ".join(f"{name}={tmp_path / 'all' / name}" for name in ("lora", "tl6", "plain"))
+    assert serving.endswith(f" --max-loras 3 --max-cpu-loras 3 --lora-modules {modules}")
     assert sorted(item.name for item in (tmp_path / "all").iterdir()) == ["lora", "plain", "tl6"]
     for name, folder in {"tl6": "runs/tl6/adapter", "lora": "runs/lora/adapter", "plain": "plain"}.items():
         main(["--adapter", str(adapters / folder), "--output", str(tmp_path / "one" / name)])

@@ -40,6 +40,21 @@ def custom(path: str, **options: Any) -> list[Example]:
     return load_split("custom", "test", files={"test": path}, seed=0, **options)
 
 
+PREFERENCE = {"prompt": "x", "chosen": "y", "rejected": "z"}
+
+
+def test_the_chosen_answers_of_preference_data_can_be_trained(tmp_path: Path) -> None:
+    """By the flags that the message gives, for texts and for chats."""
+    chats = {"chosen": ONE["messages"], "rejected": ONE["messages"]}
+    texts = {"prompt": "prompt", "completion": "chosen"}
+    for row, columns, same in (
+        (PREFERENCE, texts, {"prompt": "x", "completion": "y"}),
+        (chats, {"messages": "chosen"}, ONE),
+    ):
+        found = custom(write_rows(tmp_path / "rows.jsonl", [row]), reading=Reading(columns=columns))
+        assert found == custom(write_rows(tmp_path / "rows.jsonl", [same]))
+
+
 def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
     """What a file of these rows is rejected with, without the file's name."""
     path = write_rows(tmp_path / "data.jsonl", rows)
@@ -55,6 +70,10 @@ def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
     ("row", "words"),
     [
         ({"question": "x", "id": 1}, ["'question', 'id'", '"prompt", "completion"', '{"messages"}', "--columns"]),
+        (PREFERENCE, ["'prompt', 'chosen', 'rejected'; expected", "Preference data is not trained here, but --columns",
+                      "--columns prompt=prompt,completion=chosen or messages=chosen"]),
+        ({**PLAIN, "rejected": "z"}, ["'rejected' looks like data", "completion=completion. Preference data is not t"]),
+        ({**ONE, "rejected_response": "z"}, ["'rejected_response' looks like data", "Preference data is not trained"]),
         ({"prompt": "x", "completion": ""}, ["'completion'", "empty"]),
         ({"prompt": "x", "completion": None}, ["'completion'", "missing"]),
         ({"input": 3, "output": "x"}, ["'input'", "int"]),

@@ -199,6 +199,9 @@ def test_broken_packed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         path = write(tmp_path / name, gzip.compress(b"{}\n" * 1000))
         assert refusal(lambda path=path: read_rows(path)).endswith("when unpacked; give a smaller part of it")
     assert "unknown suffix '.parquet.gz'" in refusal(lambda: read_rows(write(tmp_path / "a.parquet.gz", whole)))
+    said = refusal(lambda: read_rows(write(tmp_path / "a.txt", b"a text")))
+    assert "unknown suffix '.txt'" in said
+    assert said.endswith('; write each text as a row {"text": ...} of a .jsonl file')
 
 
 @pytest.mark.parametrize("content", [b"", b"ARROW1", b"ARROW1\0\0" + b"\xff" * 100, b"\xff" * 100, b"x" * 9])

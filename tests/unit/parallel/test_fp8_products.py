@@ -222,7 +222,7 @@ def test_the_dry_run_shows_both_ways_to_transpose() -> None:
         settings = make_settings({**SETTINGS, "base": "fp8", "products": "fp8", "keep_transposed": keep})
         stage = plan_run(settings, rank=0, world_size=1, weights=False).stages[0]
         found[keep] = stage.base_bytes, stage.dequantised_bytes
-        report = dry_run_report(settings)
+        report = dry_run_report(settings).text
         assert ("one transposed" in report) == (not keep) and "they are multiplied in fp8" in report
         assert ("with transposed copies" in report) == keep
     weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)

@@ -20,13 +20,17 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, in
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights, weight_map
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import nf4_kernels
 from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
+from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.layers import frozen_linear
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.weight_maker import weight_maker
+from megatron_tiedlora.training import compiling
+from megatron_tiedlora.training.plan import plan_run
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -156,6 +160,25 @@ def test_both_kernels_give_the_same_bits(kernels: str, dtype: torch.dtype) -> No
         assert torch.equal(found, own.to(dtype)), (width, size)
 
 
+@pytest.mark.parametrize("compile", ["false", "auto", "true"])
+@pytest.mark.parametrize("base", ["nf4", "int8", None])
+def test_a_run_says_that_nf4_is_slow_without_a_kernel(
+    kernels: str, base: str | None, compile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setattr(compiling, "compiled_kernels", lambda *_, **__: EAGER)
+    values = {"model": "llama2-7b", "train_file": "x", "base": base, "compile": compile, "plan_for": "cpu"}
+    plan = plan_run(make_settings({**values, "dry_run": True}), rank=0, world_size=1, weights=False)
+    said = compiling.choose_kernels(plan, torch.device("cpu")).description
+    first, _, slow = said.partition("; ")
+    assert first.startswith(("not compiled", "compiled in "))
+    if kernels == "bitsandbytes" or base != "nf4":
+        assert not slow
+    else:
+        assert slow.startswith("nf4 is dequantised by plain PyTorch, ten times as slowly: a_package_that_is_not_there ")
+        assert "is not installed; install it with: pip install " in slow and "[quantised]" in slow
+
+
 def test_a_kernel_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(codes: torch.Tensor, scales: torch.Tensor, block: int, out: torch.Tensor) -> None:
         out.copy_(nf4_kernels.dequantise_nf4(codes, scales, out.shape[1], block))
@@ -164,6 +187,9 @@ def test_a_kernel_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     nf4_kernels._checked_kernel.cache_clear()
     monkeypatch.setattr(nf4_kernels, "_cpu_kernel", lambda dtype: wrong)
     assert nf4_kernels.nf4_kernel(torch.empty(4, 64), 64) is None
+    monkeypatch.setattr(nf4_kernels, "PACKAGE", "torch")  # one that is installed
+    said = nf4_kernels.slow_nf4(torch.device("cpu"), torch.float32)
+    assert said.endswith("ten times as slowly: the kernel of torch is not right here for float32")
     nf4_kernels._checked_kernel.cache_clear()
 
 

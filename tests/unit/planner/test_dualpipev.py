@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, DualPipeVSchedule, ForwardPass
 from folders import ROOT
-from planned import H100, the_only
+from planned import H100, idle_shares, the_only
 
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.planning.cards import GPUS
@@ -53,7 +53,7 @@ def test_idle_shares(num_stages: int, num_micro_batches: int) -> None:
     """With equal passes; half the bubble, for half a micro-batch more of activations."""
     p, m = num_stages, num_micro_batches
     usual, other = one_f_one_b(p, m), dualpipev(p, m)
-    idle, less = (max(simulate(order, lambda *_: 1.0).idle_shares) for order in (usual, other))
+    idle, less = (max(idle_shares(order, lambda *_: 1.0)) for order in (usual, other))
     assert idle == pytest.approx((p - 1) / (m + p - 1)) and less == pytest.approx((p - 1) / (2 * m + p - 1))
     held, more = most_in_flight(usual, chunks=1), most_in_flight(other, chunks=2)
     row = f"| {p} | {m} | {idle:.1%} | {less:.1%} | {held:g} | {more:g} |"
@@ -85,7 +85,7 @@ def test_layouts_of_70b_on_32_gpus(machine: Machine, tensor: int, pipeline: int,
         passes = [stage[0].forward if kind == FORWARD else stage[0].backward for stage in parts.stages]
         cost[kind] = sum(each.total - each.pipeline for each in passes) / len(passes) / 2
         cost[kind] += max(each.pipeline for each in passes)
-    seconds = float(simulate(order, lambda _, passed: cost[passed.kind]).seconds) + parts.sums + parts.outside
+    seconds = float(simulate(order, lambda _, passed: cost[passed.kind])) + parts.sums + parts.outside
     more = most_in_flight(order, chunks=2) / most_in_flight(one_f_one_b(pipeline, len(parts.batches)), chunks=1)
     grown = (more - 1) * (one.memory.activations + one.memory.engine) * (1 + machine["slack"])
     row = (

@@ -174,7 +174,7 @@ def planned(folder: Path, *flags: str) -> dict[str, Any]:
 
 def dry_run(folder: Path, *flags: str) -> str:
     """What launch/train.py --dry_run says of the YAML of a plan."""
-    return group_report(parse_settings([f"--config={folder / 'plan.yaml'}", "--dry_run", *flags], Settings))
+    return group_report(parse_settings([f"--config={folder / 'plan.yaml'}", "--dry_run", *flags], Settings)).text
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.traffic import TENSOR
-from megatron_tiedlora.planner.candidates import Candidate
+from megatron_tiedlora.planner.candidates import Candidate, Storage
 from megatron_tiedlora.planner.hints import hint_lines
 from megatron_tiedlora.planner.price import Priced, Pricer, capacity
 from megatron_tiedlora.planner.report import make_plan
@@ -85,10 +85,12 @@ def test_the_pruned_table_is_the_full_one() -> None:
     by_name = {one.name: one for one in full}
     assert all(by_name[name].needed > capacity(cluster) for name in dropped)
     fitting = sorted((one for one in full if one.fits), key=lambda one: (one.step.total, one.needed))
-    assert [(one.name, one.needed, one.step) for one in pruned.rows] == [
-        (one.name, one.needed, one.step) for one in fitting
-    ]
-    assert len(pruned.rows) > 20 and len(pruned.rows) + len(pruned.others) == len(found.candidates)
+    for rows, is_ranked in ((pruned.rows, True), (pruned.elsewhere, False)):
+        assert [(one.name, one.needed, one.step) for one in rows] == [
+            (one.name, one.needed, one.step) for one in fitting if (one.candidate.storage == Storage()) == is_ranked
+        ]
+        assert len(rows) > 10
+    assert len(pruned.all_rows) == len(found.candidates)
 
 
 # Terms by hand ------------------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ def test_products_and_attention_are_those_of_the_samples() -> None:
     )
     products = (flops.matmuls + flops.adapter + flops.head) / (989.4e12 * 0.72)
     assert one.step.matmuls == pytest.approx(products, rel=1e-3)
-    assert one.step.attention == pytest.approx(flops.attention / (989.4e12 * 0.55), rel=1e-9)
+    assert one.step.attention == pytest.approx(flops.attention / (989.4e12 * 0.26), rel=1e-9)
     assert one.step.launches == 0, "4,096 tokens of 7B take a card longer than launching them"
     assert one.mfu == pytest.approx(one.work.flops / 989.4e12 / one.step.total)
 
@@ -126,12 +128,15 @@ def test_reading_beside_computing_is_charged_where_it_is_measured() -> None:
 @pytest.mark.parametrize("machine", [H100, CPU], ids=["gpu", "cpu"])
 @pytest.mark.parametrize("keeps", [False, True])
 def test_fp8_products_transpose_on_a_gpu_only(machine: Machine, keeps: bool) -> None:
-    """Half of the matmuls read transposed codes: one byte read and one written; on a CPU that is in the emulation."""
+    """Half of the matmuls read transposed codes: one byte read and one written. What all of them multiply is rounded:
+    35 bytes a number forward and 49 backward, where the first QKV needs none. On a CPU both are in the emulation."""
     flags = ("--base=fp8", "--products=fp8", f"--keep_transposed={keeps}", "--global_batch_size=1")
     one, _ = priced(*flags, *ONE[:3], "--max_length=512", machine=machine)
     blocks = 6 * SOURCE.shape.block.num_weights - SOURCE.shape.block.qkv.num_weights
-    transposed = 2 * blocks / (3350e9 * 0.8)
-    assert one.step.dequantised == pytest.approx(0 if keeps or not machine.on_gpu else transposed)
+    forward, backward = 6 * (3 * 4096 + 11008), 6 * (12288 + 4096 + 2 * 11008 + 4096) - 12288
+    rounded = 512 * (35 * forward + 49 * backward)
+    moved = (0 if keeps else 2 * blocks) + rounded
+    assert one.step.dequantised == pytest.approx(moved / (3350e9 * 0.8) if machine.on_gpu else 0)
 
 
 def test_recompute_is_charged() -> None:
@@ -248,20 +253,20 @@ def test_real_samples_are_planned_for_every_layout(tmp_path: Path, monkeypatch: 
 def test_hints_name_the_engine_file_and_no_ties(tmp_path: Path) -> None:
     content = json.loads((SHIPPED_CONFIGS / "zero3.json").read_text())
     spent = Seconds(matmuls=1.0, gathers=1.0)
-    hidden = "beyond what FILE hides behind computation"
+    hidden, measured = "beyond what FILE hides behind computation", changed(H100, attention__bf16=0.3)
     for overlaps, words in ((False, "as nothing hides it in FILE"), (True, hidden)):
         file = tmp_path / f"mine-{overlaps}.json"
         content["zero_optimization"]["overlap_comm"] = overlaps
         file.write_text(json.dumps(content))
         flags = [f"--ds_config={file}" if "zero1" in flag else flag for flag in ONE]
-        found, cluster = searched(*flags, "--global_batch_size=8", source=SOURCE, ranks=2)
+        found, cluster = searched(*flags, "--global_batch_size=8", source=SOURCE, ranks=2, machine=measured)
         row = next(p for p in Pricer(cluster).price(found.candidates) if p.candidate.layout.dp_size == 2)
         plan = Plan.of(found, [replace(row, seconds=spent)], steps=1.0)
         assert hint_lines(plan) == [
             f"{row.name}: ZeRO-3 gathers weights for 50% of the time, {words.replace('FILE', str(file))}"
         ]
     flags = [flag for flag in ONE if "recompute" not in flag]
-    found, cluster = searched(*flags, "--global_batch_size=8", source=SOURCE, ranks=1)
+    found, cluster = searched(*flags, "--global_batch_size=8", source=SOURCE, ranks=1, machine=measured)
     again, plain = (
         next(p for p in Pricer(cluster).price(found.candidates) if p.candidate.layout.recompute == name)
         for name in ("selective", "none")

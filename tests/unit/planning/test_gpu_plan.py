@@ -107,7 +107,7 @@ def test_what_was_chosen_is_told() -> None:
     assert short in planned("--plan_for=gpu", "--global_batch_size=635", "--max_length=500", ranks=5).batches_in_words
     for flags in (("--plan_for=cpu",), ("--plan_for=gpu", "--micro_batch_size=2"), ("--plan_for=gpu", "--packing=0")):
         assert "on a GPU" not in planned(*flags).batches_in_words
-    text = dry_run.dry_run_report(parse_settings(["--model=llama2-7b", "--dry_run", "--plan_for=gpu"], Settings))
+    text = dry_run.dry_run_report(parse_settings(["--model=llama2-7b", "--dry_run", "--plan_for=gpu"], Settings)).text
     assert why in text and "micro-batches of up to 2 x 4096 tokens, on GPUs" in text
 
 

@@ -28,7 +28,7 @@ def test_70b_in_nf4_fits_one_gpu_of_80_gb() -> None:
     assert stage.base_bytes - stage.quantised_bytes == 2 * (2 * 32000 * 8192 + 161 * 8192)
     assert memory.dequantised == 2 * 2 * 8192 * 28672 and memory.total < 80e9
     assert stage_memory(plan(base=None).stages[0], tokens=4096).total > 150e9
-    report = dry_run_report(make_settings({**LLAMA_70B, "base": "nf4", "dry_run": True, "plan_for": "gpu"}))
+    report = dry_run_report(make_settings({**LLAMA_70B, "base": "nf4", "dry_run": True, "plan_for": "gpu"})).text
     assert "base weights: 38.50 GB of them before ZeRO are the linears of the blocks in nf4" in report
     assert re.search(r"base weights +one dequantised +adapter", report)
 

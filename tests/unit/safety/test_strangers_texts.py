@@ -20,7 +20,7 @@ from tiny_models import write_tiny_tokenizer
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.hosts import slurm_hosts
-from megatron_tiedlora.convert.module_names import name_matcher
+from megatron_tiedlora.convert.module_names import name_matcher, pattern_finder
 from megatron_tiedlora.data import readers
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.examples import Example
@@ -46,10 +46,11 @@ def random_texts(parts: list[str], count: int, longest: int) -> list[str]:
 
 
 def test_a_pattern_matches_as_re_does() -> None:
-    """Of all rows of pieces those that are accepted, on names that many of them match."""
+    """Of all rows of pieces those that are accepted, on names that many of them match: whole, and as PEFT matches the
+    keys of rank_pattern."""
     pieces = ["a", "b", "1", "_", r"\.", ".", ".*", ".+", r"\d+", "[0-9]+", "|", "(", "(?:", ")", "^", "$"]
     names = random_texts(["a", "b", "1", "_", "."], 5000, 6)
-    accepted = matched = 0
+    accepted = matched = ended = 0
     for number, pattern in enumerate(random_texts(pieces, 30_000, 8)):
         try:
             compiled = re.compile(pattern)
@@ -65,7 +66,10 @@ def test_a_pattern_matches_as_re_does() -> None:
         for name in names[4 * number % 5000 :][:4]:
             matched += matches(name)
             assert matches(name) == bool(compiled.fullmatch(name)), (pattern, name)
-    assert accepted > 10_000 and matched > 2500
+            keyed = re.match(rf"(.*\.)?({pattern})$", name)
+            assert pattern_finder([pattern], what="x")(name) == (pattern if keyed else None), (pattern, name)
+            ended += bool(keyed)
+    assert accepted > 10_000 and matched > 2500 and ended > 1.2 * matched
 
 
 @pytest.mark.parametrize("pattern", ["(.|.)" * 200, ".*" * 500, "(?:.*|.*)" * 111, "(" * 500 + ")" * 500])
@@ -74,6 +78,16 @@ def test_no_accepted_pattern_takes_long(pattern: str) -> None:
         matches = name_matcher(pattern, what="x")
         for layer in range(500):
             matches(f"model.layers.{layer}.self_attn.q_proj!")
+
+
+def test_a_pattern_for_each_module_takes_no_longer() -> None:
+    """As many whole names as the largest models have, and the longest list of the slowest pieces."""
+    names = [f"model.layers.{layer}.mlp.{part}_proj" for layer in range(126) for part in "abcdefg"]
+    with bounded(20.0):
+        find = pattern_finder(names, what="x")
+        assert [find(name) for name in names[::7]] == names[::7]
+        find = pattern_finder([f"{number}{'(|' * 300}{')' * 300}" for number in range(10, 65)], what="x")
+        assert not any(map(find, names[::7]))
 
 
 def test_a_million_names_take_no_longer_than_one() -> None:

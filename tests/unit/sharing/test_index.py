@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -16,7 +19,8 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.commands.index import main
-from megatron_tiedlora.sharing.index import INDEX_FILE, build_index, find_entries, verify_entries
+from megatron_tiedlora.sharing.collection import build_index, verify_entries
+from megatron_tiedlora.sharing.index import FILTERS, INDEX_FILE, find_entries
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -98,7 +102,7 @@ def test_odd_folders_are_one_line(root: Path) -> None:
     (root / "others/lora").rename(root / "others/a\nb")
     count, problems = build_index(root)
     assert count == 1 and len(problems) == 2
-    assert all("cannot be shown" in problem or "is not a name" in problem for problem in problems)
+    assert all("cannot be shown" in problem or "task = ['a'] has the wrong type" in problem for problem in problems)
     (root / INDEX_FILE).unlink()
     (root / INDEX_FILE).mkdir()
     with pytest.raises(UserError, match=INDEX_FILE.replace(".", r"\.")):
@@ -158,6 +162,48 @@ def test_the_table_and_the_json(root: Path, capsys: pytest.CaptureFixture[str]) 
     assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()] == ["layers", "lora", "first"]
 
 
+def test_finding_does_not_wait_for_torch(root: Path) -> None:
+    build_index(root)
+    code = "import sys; from megatron_tiedlora.commands.index import main; main(sys.argv[1:])"
+    code += "; assert 'torch' not in sys.modules"
+    for words in (["find", "--method", "tl6"], ["find", "--json"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(root), *words], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and "first" in done.stdout, done.stderr
+
+
+def test_other_programs_find_types_and_indexes(root: Path) -> None:
+    build_index(root)
+    with sqlite3.connect(root / INDEX_FILE) as database:
+        types = {
+            name: (kind, bool(needed)) for _, name, kind, needed, *_ in database.execute("PRAGMA table_info(adapters)")
+        }
+        assert (
+            types["rank"] == ("INTEGER", True) and types["alpha"] == ("REAL", True) and types["task"] == ("TEXT", False)
+        )
+        for column in FILTERS:
+            (plan,) = database.execute(f"EXPLAIN QUERY PLAN SELECT path FROM adapters WHERE {column} = 1")
+            assert f"USING INDEX adapters_{column}" in plan[3]
+
+
+@pytest.mark.parametrize("error", [OverflowError("timestamp out of range"), ValueError("year 318857 is out of range")])
+def test_a_time_of_no_calendar_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Some file systems take it."""
+    monkeypatch.setattr("megatron_tiedlora.sharing.collection.datetime", Mock(fromtimestamp=Mock(side_effect=error)))
+    count, problems = build_index(root)
+    assert count == 0 and problems[1] == f"{root / 'others/lora'}: cannot be read ({error})"
+
+
+def test_a_row_that_would_not_be_read_is_not_written(root: Path) -> None:
+    """The same types hold for both."""
+    file = root / "runs/first/scores.json"
+    file.write_text(json.dumps({"after": {"f1": {"score": 50.0, "note": "x" * 100_000}}}))
+    count, (problem,) = build_index(root)
+    assert count == 2 and "scores = " in problem and "at most 100000 characters" in problem
+    assert len(find_entries(root, {})) == 2
+
+
 WRONG = {
     "no folder": (["none"], "none: no such folder"),
     "no index": ([".", "find"], "no such file; write it with `tiedlora index"),
@@ -182,7 +228,7 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("content", [b"", b"no database at all, but as long as a header of one would be at least"])
 def test_a_broken_index_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / INDEX_FILE).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{INDEX_FILE}: (cannot be read|has format 0)"):
+    with pytest.raises(UserError, match=rf"{INDEX_FILE}: (file is not a database|has format 0)"):
         find_entries(tmp_path, {})
 
 

@@ -8,23 +8,28 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from folders import ROOT
 from hub_stand_in import Hub, hub_stand_in
-from native_files import with_adapter, write_exports
+from markdown_it import MarkdownIt
+from native_files import with_adapter, write_exports, write_native
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.base.extras import EXTRAS
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.verify import verify_export
-from megatron_tiedlora.sharing.push import check_repo, write_published
+from megatron_tiedlora.runtime.run_folder import RunFolder
+from megatron_tiedlora.sharing.push import check_hub_id, write_published
 from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.session import write_run_settings
 
 SCORES = {
     "before": {"gsm8k": {"score": 10.0, "n": 24, "confidence_interval": [2.0, 20.0]}},
@@ -89,11 +94,128 @@ def test_the_card(run_folder: Path, tmp_path: Path) -> None:
     (result,) = metadata["model-index"][0]["results"]
     assert (result["metrics"][0]["type"], result["metrics"][0]["value"]) == ("gsm8k", 12.5)
     assert "method `tl6` of rank 4 on qkv of 3 layers" in body
-    assert "| after training | gsm8k | 12.50 | 4.00 to 25.00 | 24 |" in body
+    assert "| after training | `gsm8k` | 12.50 | 4.00 to 25.00 | 24 |" in body
     assert "tiedlora train --model org/base --" in body and "--dropout 0.1" in body and "--layers" not in body
     assert "--train_file rows.jsonl" in body and "--prompt_template '```{prompt}'" in body and "--max_steps 3" in body
     assert "--output_dir" not in body and "torch 2.6" in body
     assert "from_pretrained('org/base')" in body and "from_pretrained(model, 'me/demo')" in body
+
+
+# Values of flags of a run, the hub ids that it recorded, and what may be published of them.
+NAMES = {
+    "relative": ({"train_file": "clients/acme/train.jsonl"}, [], "--train_file train.jsonl"),
+    "absolute": ({"train_file": "/clients/acme/train.jsonl"}, [], "--train_file train.jsonl"),
+    "two": ({"validation_file": "clients/acme/a.csv, ~/clients/b.csv"}, [], "--validation_file a.csv,b.csv"),
+    "weights": (
+        {"train_file": "clients/acme/a.jsonl:0.5,../clients/b.jsonl:0.5"}, [], "--train_file a.jsonl:0.5,b.jsonl:0.5"
+    ),
+    "pattern": ({"train_file": "clients/acme/t*.jsonl"}, [], "--train_file 't*.jsonl'"),
+    "folder": ({"train_file": "clients/acme/rows/"}, [], "--train_file rows"),
+    "hub": (
+        {"train_file": "org/set:main:train:0.5,clients/acme/b.jsonl:0.5"},
+        ["org/set"],
+        "--train_file org/set:main:train:0.5,b.jsonl:0.5",
+    ),
+    "hub, not recorded": ({"train_file": "org/set:main"}, None, "--train_file set:main"),
+    "hub, badly recorded": ({"train_file": "org/set:main"}, "org/set", "--train_file set:main"),
+    "tokenizer": ({"tokenizer": "clients/acme/tokenizer.model"}, [], "--tokenizer tokenizer.model"),
+    "tokenizer of the hub": ({"tokenizer": "org/tokens"}, ["org/tokens"], "--tokenizer org/tokens"),
+    "template": ({"chat_template": "clients/acme/chat.jinja"}, [], "--chat_template chat.jinja"),
+    "adapter": ({"init_from": "clients/acme/first/adapter"}, [], "--init_from adapter"),
+    "others": (
+        {"output_dir": "clients/acme/out", "test_file": "clients/t.jsonl", "ds_config": "clients/zero.json",
+         "resume": "clients/acme/step_1", "adapters": "clients/all.yaml"}, [], "tiedlora train"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["from elsewhere", "from where they are"])
+@pytest.mark.parametrize("case", NAMES)
+def test_no_folder_is_published(
+    base: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, *, there: bool
+) -> None:
+    given, recorded, expected = NAMES[case]
+    monkeypatch.chdir(tmp_path)
+    for value in given.values() if there else []:
+        for name in (part.strip().rpartition(":")[0] or part for part in value.split(",")):
+            if name.startswith("clients"):
+                Path(name).parent.mkdir(parents=True, exist_ok=True)
+                Path(name).touch()
+    adapter, run = load_adapter(run_folder / "adapter"), tmp_path / "run"
+    base_of = replace(adapter.base, tokenizer=given.get("tokenizer"))
+    save_adapter(run / "adapter", adapter.config, base_of, adapter.state)
+    record = {} if recorded is None else {"hub_names": recorded}
+    (run / "run.yaml").write_text(yaml.safe_dump({**SETTINGS, **given, **record, "seed": 7}))
+    write_published(str(run), "me/demo", tmp_path / "out")
+    assert expected in (tmp_path / "out" / "README.md").read_text()
+    for file in (tmp_path / "out").rglob("*.*"):
+        assert b"clients" not in file.read_bytes() and b"acme" not in file.read_bytes(), file
+    named = load_adapter(tmp_path / "out" / "native").base.tokenizer
+    assert (named is None) is ("tokenizer" not in given) and (named is None or f"--tokenizer {named}" in expected)
+
+
+def test_a_run_records_what_comes_from_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the record can be given to --config."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clients/acme").mkdir(parents=True)  # has the form of an id
+    (tmp_path / "run").mkdir()
+    (tmp_path / "rows.jsonl").touch()
+    names = "org/set:main:train:0.25,clients/acme:0.25,rows.jsonl:0.25,other/set:0.25"
+    words = [f"--train_file={names}", "--validation_file=third/set", "--tokenizer=org/tokens", f"--model={base}"]
+    write_run_settings(planned(words, base), RunFolder(tmp_path / "run"))
+    written = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert written["hub_names"] == ["org/set", "org/tokens", "other/set", "third/set"]
+    assert parse_settings(["--config", "run/run.yaml"], Settings).train_file == names
+
+
+HOSTILE = ("<b>x</b>", "[a](http://x)", "<img src=x onerror=y>", "a|b", "`c`", "![d](http://x)", "e\n\n# f", "",
+           "\x1b[2J", "&lt;", "__g__", "</code>", "h` <b>x</b> `i")  # fmt: skip
+
+
+def test_names_of_a_strangers_run_are_no_markup(run_folder: Path, tmp_path: Path) -> None:
+    """Of metrics, versions and tasks: seen by a parser of Markdown, the card has the elements that it always has."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    scores = {moment: {name: SCORES["after"]["gsm8k"] for name in HOSTILE} for moment in ("before", "after")}
+    (tmp_path / "run/scores.json").write_text(json.dumps(scores))
+    versions = {name: name for name in HOSTILE}
+    (tmp_path / "run/run.yaml").write_text(yaml.safe_dump({**SETTINGS, "task": HOSTILE[0], "versions": versions}))
+    write_published(str(tmp_path / "run"), "me/demo", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    (result,) = yaml.safe_load(front)["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "custom" and "<" not in front
+    parsed = MarkdownIt("commonmark").enable("table").parse(body)
+    inline = [token for block in parsed for token in block.children or ()]
+    assert {token.type for token in inline} == {"text", "code_inline", "link_open", "link_close"}
+    links = [token.attrs["href"] for token in inline if token.type == "link_open"]
+    assert links == ["https://arxiv.org/abs/2311.09578"]
+    assert not {"html_block"} & {block.type for block in parsed}
+    cells = [block for block in parsed if block.type == "td_open"]
+    assert len(cells) == 5 * 2 * len(HOSTILE)
+    shown = [token.content for token in inline if token.type == "code_inline"]
+    assert "<b>x</b>" in shown and "[a](http://x) [a](http://x)" in shown and "a/b" in shown
+
+
+@pytest.mark.parametrize(("method", "kind"), [("lora", "A [LoRA]("), ("vera", "A [VeRA]("), ("tl5", "A [Tied-LoRA](")])
+def test_the_card_says_which_kind_of_adapter_it_is(base: Path, tmp_path: Path, method: str, kind: str) -> None:
+    write_native(tmp_path / "one", base, with_adapter(base, method)[2])
+    write_published(str(tmp_path / "one"), "me/demo", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert kind in text and ("tied" in text.lower().replace("tiedlora", "")) is (method == "tl5")
+
+
+def test_a_card_needs_no_extra(run_folder: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules.update(dict.fromkeys(sys.argv[1].split(',')));" + (
+        "from megatron_tiedlora.commands.push import run; run(sys.argv[2:])"
+    )
+    words = [str(run_folder), "--repo=me/demo", "--base_name=org/base", "--dry_run", f"--output={tmp_path / 'out'}"]
+    modules = ",".join({*EXTRAS["train"], *EXTRAS["eval"]})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, modules, *words], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tiedlora train" in (tmp_path / "out/README.md").read_text()
 
 
 SAMPLES = 100  # so 1.5 epochs of 16 samples a step are 10 steps, fewer than the default warm-up of 50
@@ -195,6 +317,10 @@ WRONG = {
     "name": (["--repo", "me/de mo"], "--repo me/de mo: Repo id must"),
     "no output": (["--repo", "me/demo", "--dry_run"], "--dry_run writes the folder; give it with --output DIR"),
     "exists": (["--repo", "me/demo", "--output", "."], "--output ."),
+    "base": (
+        ["--repo", "me/demo", "--base_name", "/clients/acme/base"],
+        "--base_name /clients/acme/base: Repo id must",
+    ),
 }
 
 
@@ -213,4 +339,4 @@ def test_what_is_no_adapter_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"empty: has no adapter_config\.json"):
         write_published(str(tmp_path / "empty"), "me/demo", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    check_repo("me/demo")
+    check_hub_id("me/demo", flag="--repo", owned=True)

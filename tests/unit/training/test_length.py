@@ -1,16 +1,21 @@
-"""--max_length by default, the steps of --epochs, and the warnings on both."""
+"""--max_length by default, the steps of --epochs, the largest --rank, and the warnings on them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from native_files import with_adapter
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.methods import METHOD_NAMES
+from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.data.order import sample_indices
 from megatron_tiedlora.training.length import length_warnings, steps_in_words, steps_of_epochs, with_counted_steps
@@ -94,8 +99,45 @@ def test_a_dry_run_counts_and_warns(tmp_path: Path) -> None:
 
     model, rows = write_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 20)
     given = {"model": str(model), "train_file": str(rows), "validation_file": str(rows), "global_batch_size": 8}
-    report = dry_run_report(make_settings({**given, "dry_run": True, "epochs": 30, "dtype": "fp32"}))
+    report = dry_run_report(make_settings({**given, "dry_run": True, "epochs": 30, "dtype": "fp32"})).text
     assert "  75 steps, 600 samples" in report and "sees the training part 30.00 times" in report
     assert "  warning: the run sees each of the 20 training samples 30.0 times; a lower value of --epochs" in report
-    preset = dry_run_report(settings_of(epochs=2))
+    preset = dry_run_report(settings_of(epochs=2)).text
     assert "--epochs 2: its steps are counted from data" in preset and "2000 steps" not in preset
+
+
+@pytest.mark.parametrize("method", [name for name in METHOD_NAMES if name != "vera"])
+def test_a_rank_above_that_of_any_update_is_rejected(method: str) -> None:
+    """The linear that allows the largest is named: with two targets a rank may be too large for one of them."""
+
+    def planned(rank: int, targets: str) -> RunPlan:
+        settings = settings_of(method=method, rank=rank, targets=targets)
+        return plan_run(settings, rank=0, world_size=1, weights=False)
+
+    for targets in ("qkv", "all", "down_proj"):
+        sizes = "down_proj has 11,008 inputs" if targets == "down_proj" else "qkv has 4,096 inputs and 12,288 outputs"
+        with pytest.raises(UserError, match=f"^--rank 4097: {sizes}.*, so no update of it has a rank above 4,096"):
+            planned(4097, targets)
+        assert planned(4096, targets).adapter.rank == 4096
+
+
+def test_a_rank_above_that_of_any_update_is_said_with_vera(tmp_path: Path) -> None:
+    """PEFT's users choose such ranks: its A and B are frozen, and u chooses among their r terms."""
+    from megatron_tiedlora.training.dry_run import dry_run_report
+
+    model, rows = write_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 20)
+    given = {"model": str(model), "train_file": str(rows), "validation_file": str(rows), "method": "vera"}
+    given |= {"dry_run": True, "global_batch_size": 8, "targets": "o_proj"}
+    said = "  warning: --rank {}: o_proj has 32 inputs and 32 outputs, so no update of it has a rank above 32"
+    assert said.format(33) in dry_run_report(make_settings({**given, "rank": 33}))
+    assert "no update of it" not in dry_run_report(make_settings({**given, "rank": 32}))
+
+
+def test_the_rank_of_an_adapter_to_start_from_is_not_questioned(tmp_path: Path) -> None:
+    """An imported LoRA of q, k and v has the sum of three ranks."""
+    source, native, _ = with_adapter(write_tiny_model(tmp_path / "model"), "lora", targets=["o_proj"])
+    wide = replace(native.config, rank=40)
+    state = {name: torch.ones(wide.shape(name)) for name in wide.tensors}
+    save_adapter(tmp_path / "wide", wide, native.base, state)
+    plan = plan_of(tmp_path / "model", init_from=str(tmp_path / "wide"), dry_run=True)
+    assert plan.adapter.rank == 40 and source.shape.hidden_size == 32 and not plan.rank_excess

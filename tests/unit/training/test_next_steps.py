@@ -53,6 +53,7 @@ def commands(lines: list[str]) -> list[list[str]]:
 def test_a_merge_of_this_adapter_is_listed(run: Path, base: Path) -> None:
     lines = ended(run, base)
     assert "  merged/   the base with the adapter merged in, for transformers" in lines
+    assert any(line.startswith("  adapter/  the adapter, ") for line in lines)  # of any method
     assert not any("merge_adapter" in line for line in lines)
     (python,) = [line.strip() for line in lines if line.startswith("  from ")]
     found: dict[str, Any] = {}

@@ -119,7 +119,7 @@ def test_what_is_no_adapter_of_this_model_is_rejected(folder: Path, tmp_path: Pa
         "run": r"--init_from .*run: this is a run folder; give .*run/adapter",
         "other": r"--init_from .*other: this is a model folder",
         "native": r"--init_from .*native: trained on .*other with num_key_value_heads 4, but .*model has 2",
-        "peft": r"adapter_model.safetensors: \S* has shape \(32, 2\), but with r and .*model it must be \(16, 2\)",
+        "peft": r"adapter_model.safetensors: \S* has shape \(32, 2\), but with its rank .*model it must be \(16, 2\)",
     }.items():
         with pytest.raises(UserError, match=said):
             plan_of(folder, init_from=tmp_path / name)
@@ -154,10 +154,10 @@ def test_notes_say_where_training_is_not_peft_s(folder: Path) -> None:
 
 
 def test_the_dry_run_says_what_it_starts_with(folder: Path) -> None:
-    report = dry_run_report(make_settings(values(folder, "lora", dry_run=True)))
+    report = dry_run_report(make_settings(values(folder, "lora", dry_run=True))).text
     assert "trained parameters: lora, rank 6, 3 adapted layers (qkv)" in report
     assert f"  starts with the values of {folder / 'lora'}, a PEFT adapter\n  ({folder / 'lora'}: modules" in report
-    report = dry_run_report(make_settings(values(folder, "peft", dry_run=True)))
+    report = dry_run_report(make_settings(values(folder, "peft", dry_run=True))).text
     assert "a PEFT folder with the native adapter" in report
     preset = {"model": "llama2-7b", "world_size": 4, "dry_run": True}
     with pytest.raises(UserError, match=r"trained on .* with num_layers 3, but llama2-7b has 32"):
@@ -203,7 +203,7 @@ def test_a_resumed_run_does_not_read_the_adapter_again(folder: Path, run: Path) 
         check(plan, run)
     shutil.copytree(folder / "o", run.parent / "start")  # another adapter by now
     assert facts(resumed(folder, run)) == ("tl5", 4, 6.0, [1, 3], [*TARGETS])
-    assert "starts with" not in dry_run_report(resumed(folder, run, dry_run=True).settings)
+    assert "starts with" not in dry_run_report(resumed(folder, run, dry_run=True).settings).text
 
 
 def test_a_resumed_run_is_of_the_same_settings(folder: Path, run: Path) -> None:

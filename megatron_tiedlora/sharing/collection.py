@@ -1,0 +1,147 @@
+"""Reads the native adapters of a folder: makes the rows of their index, verifies and compares them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.file_hash import file_sha256
+from megatron_tiedlora.base.json_files import first_problem, read_json_or_none
+from megatron_tiedlora.base.yaml_files import read_yaml_mapping
+from megatron_tiedlora.checkpoint.native_adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    NativeAdapter,
+    load_adapter,
+    read_config,
+)
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind
+from megatron_tiedlora.runtime.run_folder import RunFolder
+from megatron_tiedlora.sharing.index import Entry, entry_folder, write_index
+
+
+def read_entry(root: Path, folder: Path) -> Entry:
+    """The row of the native adapter in `folder`, which is `root` or below it.
+
+    Raises:
+        UserError: its config, or the files of its run, cannot be read, or hold what no row can.
+    """
+    config, base, sums = read_config(folder)
+    weights, run = folder / WEIGHTS_FILE, RunFolder(folder.parent)
+    in_run = folder != root and folder.name == "adapter" and run.is_run
+    settings = read_yaml_mapping(run.settings) if in_run else {}
+    scores = (read_json_or_none(run.scores) or {}).get("after") if in_run else None
+    named = folder.parent if folder.name in ("adapter", NATIVE_FOLDER) else folder
+    try:
+        written = (folder / CONFIG_FILE).stat()
+        return Entry(
+            path=str(folder.relative_to(root)),
+            name=named.name,
+            base_model=base.base_model,
+            base_hash=base.base_hash,
+            weights_hash=base.base_sample,
+            method=config.method,
+            rank=config.rank,
+            alpha=config.alpha,
+            targets=",".join(target.name for target in config.targets),
+            layers=len(config.layers),
+            parameters=sum(config.num_trained().values()),
+            task=settings.get("task"),
+            scores=None if scores is None else json.dumps(scores),
+            run=str(folder.parent.relative_to(root)) if in_run else None,
+            sha256=sums.get(WEIGHTS_FILE) or file_sha256(weights),
+            size=weights.stat().st_size + written.st_size,
+            date=datetime.fromtimestamp(written.st_mtime, UTC).isoformat(timespec="seconds"),
+        )
+    except ValidationError as error:
+        raise UserError(f"{folder}: {first_problem(error)}") from None
+    except (OSError, OverflowError, ValueError) as error:  # the last two by a time of no calendar
+        raise UserError(f"{folder}: cannot be read ({error})") from None
+
+
+def find_folders(root: Path) -> Iterator[Path]:
+    """The folders of adapters in `root` and below, native or not, without those that a run has besides: checkpoints and
+    exports. Hidden folders, in which something is being written, are left out, and links are not followed."""
+    for file in sorted(root.rglob(CONFIG_FILE)):
+        folder = file.parent
+        if any(part.startswith(".") for part in folder.relative_to(root).parts):
+            continue
+        in_export = folder.name == NATIVE_FOLDER and (folder.parent / EXPORT_RECORD).is_file()
+        run = RunFolder(folder.parent.parent)
+        if not (run.is_run and (in_export or folder.parent.name == run.checkpoints.name)):
+            yield folder
+
+
+def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
+    """Write the index of the adapters below `root` atomically, in place of an earlier one.
+
+    Returns:
+        how many adapters it has, and a sentence for each that could not be read.
+
+    Raises:
+        UserError: `root` is not a folder, or cannot be written.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    entries, problems = [], []
+    for folder in tqdm(find_folders(root), desc="index", unit="adapter", disable=not progress, leave=False):
+        try:
+            if adapter_kind(folder, flag=str(folder)) == "native":
+                entries.append(read_entry(root, folder))
+        except UserError as error:
+            problems.append(str(error))
+    write_index(root, entries)
+    return len(entries), problems
+
+
+def _identity(entry: Entry) -> Entry:
+    """The row without what may change although the adapter does not."""
+    return replace(entry, scores=None, task=None, run=None, date="", size=0)
+
+
+def verify_entries(root: Path, entries: Sequence[Entry], *, progress: bool = False) -> list[str]:
+    """A sentence for each adapter that cannot be read, has another checksum than its config, or has changed since it
+    was indexed."""
+    problems = []
+    for entry in tqdm(entries, desc="verify", unit="adapter", disable=not progress, leave=False):
+        try:
+            folder = entry_folder(root, entry)
+            load_adapter(folder)
+            if _identity(read_entry(root, folder)) != _identity(entry):
+                problems.append(f"{folder}: has changed since it was indexed")
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def compare_adapters(one: Path, other: Path) -> list[str]:
+    """A line for each field and each tensor that differs; empty if the adapters are the same.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    first, second = load_adapter(one), load_adapter(other)
+    mine, yours = _facts(first), _facts(second)
+    lines = [f"{name}: {shown(mine[name])} and {shown(yours[name])}" for name in mine if mine[name] != yours.get(name)]
+    for name in dict.fromkeys([*first.config.tensors, *second.config.tensors]):
+        here, there = first.state.get(name), second.state.get(name)
+        if here is None or there is None:
+            lines.append(f"{name}: only in {one if there is None else other}")
+        elif here.shape != there.shape:
+            lines.append(f"{name}: shape {tuple(here.shape)} and {tuple(there.shape)}")
+        elif (largest := float((here - there).abs().max())) > 0:
+            lines.append(f"{name}: differs by up to {largest:.3g}, of {float(here.abs().max()):.3g}")
+    return lines
+
+
+def _facts(adapter: NativeAdapter) -> dict[str, Any]:
+    config = adapter.config
+    return {**config.facts, "seed": config.seed, **asdict(adapter.base)}

@@ -1,0 +1,87 @@
+"""The ZeRO section's own list of names and types, beside DeepSpeed's."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import (
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+)
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.config.batch import plan_batches
+from megatron_tiedlora.engine.engine_json import ZeroSection, load_engine_config
+
+LEFT_OUT = {"zenflow", "leaf_module"}
+OFFLOADS = {"offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig, "offload_param": DeepSpeedZeroOffloadParamConfig}
+VALUES = [True, False, None, 0, 1, 2, 3, 4, -1, 5e8, 0.5, 1.0, 1.5, 1e30, 10**30, math.nan, math.inf, "", "x", "5",
+          "0.5", "true", "false", "none", "cpu", "nvme", "/tmp", [], [1], {}, {"device": "cpu"}, {"a": 1}]  # fmt: skip
+
+
+def load(file: Path, zero: dict[str, Any]) -> dict[str, Any]:
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    values = load_engine_config(str(file), batches=plan_batches(8, 2, 2), gradient_clipping=1.0).values
+    return dict(values["zero_optimization"])
+
+
+def test_the_names_are_those_of_deepspeed() -> None:
+    deprecated = {
+        name
+        for name, field in DeepSpeedZeroConfig.model_fields.items()
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("deprecated")
+    }
+    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert set(ZeroSection.model_fields) == names - deprecated - LEFT_OUT and names > LEFT_OUT
+
+
+@pytest.mark.parametrize("name", ZeroSection.model_fields)
+def test_every_value_that_is_taken_deepspeed_takes_too(tmp_path: Path, name: str) -> None:
+    taken = 0
+    for value in VALUES:
+        try:
+            zero = load(tmp_path / "engine.json", {"stage": 3, name: value})
+        except UserError as error:
+            assert f"engine.json: zero_optimization.{name}" in str(error), error
+        else:
+            DeepSpeedZeroConfig(**zero)
+            taken += 1
+    assert taken
+
+
+@pytest.mark.parametrize("section", OFFLOADS)
+def test_every_value_of_offloading_that_is_taken_deepspeed_takes_too(tmp_path: Path, section: str) -> None:
+    for name in OFFLOADS[section].model_fields:
+        taken = 0
+        for value in VALUES:
+            try:
+                zero = load(tmp_path / "engine.json", {"stage": 3, section: {"device": "cpu", name: value}})
+            except UserError as error:
+                assert f"engine.json: zero_optimization.{section}" in str(error), error
+            else:
+                DeepSpeedZeroConfig(**zero)
+                taken += 1
+        assert taken, name
+
+
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"stage3_max_liv_parameters": 1}, "did you mean stage3_max_live_parameters?"),
+        ({"max_live_parameters": 1}, "did you mean stage3_max_live_parameters?"),
+        ({"cpu_offload": True}, "unknown key zero_optimization.cpu_offload"),
+        ({"zenflow": {}}, "unknown key zero_optimization.zenflow"),
+        ({"overlap_comm": "maybe"}, "zero_optimization.overlap_comm = 'maybe'"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio is for stage 3"),
+        ({"offload_param": {"device": "disk"}}, "zero_optimization.offload_param.device = 'disk'"),
+    ],
+)
+def test_wrong_values_are_one_line(tmp_path: Path, zero: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=r"engine\.json: ") as caught:
+        load(tmp_path / "engine.json", zero)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
