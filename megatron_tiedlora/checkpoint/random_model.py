@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from megatron_tiedlora.base.atomic import new_folder, write_json
 from megatron_tiedlora.base.output_folder import reject_existing, require_room
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, draw_
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import num_base_parameters, weight_rules
@@ -37,7 +37,7 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     index: dict[str, str] = {}
     with new_folder(output) as folder:
         parts = [list(rules) for _, rules in groupby(weight_rules(model_shape), key=lambda rule: rule.layer)]
-        for number, rules in enumerate(tqdm(parts, desc=name, unit="shard"), start=1):
+        for number, rules in enumerate(progress_bar(name, "shard", parts), start=1):
             file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             tensors = {
                 hf_name: draw_(
