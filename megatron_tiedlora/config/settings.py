@@ -52,6 +52,15 @@ Schedule = Literal["cosine", "linear", "constant"]  # training/optimizer.py has 
 GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/cards.py has what they are
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
 
+ABOUT = """\
+Fine-tune a language model with Tied-LoRA: as one process, or as one rank of a launcher.
+
+    tiedlora train --model FOLDER --train_file data.jsonl --output_dir runs/first         your model and rows
+    tiedlora train --model FOLDER --train_file data.jsonl --dry_run                       what it needs; nothing trains
+    tiedlora run --num_gpus 4 --model FOLDER --train_file data.jsonl                      the same run on four GPUs
+
+Most runs need few of the flags: --model, --train_file, --validation_file, --output_dir, --method, --rank,
+--learning_rate, --epochs, --global_batch_size and --max_length."""
 GROUPS = {
     "run": "the run folder, and how the run starts",
     "model": "the frozen base model",
@@ -74,7 +83,7 @@ class Settings(CommandSettings):
     """
 
     prog: ClassVar[str] = "train.py"
-    about: ClassVar[str] = "Fine-tune a language model with Tied-LoRA."
+    about: ClassVar[str] = ABOUT
     groups: ClassVar[Mapping[str, str]] = GROUPS
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, give --task or --train_file"}
     instead: ClassVar[Sequence[tuple[str, str]]] = (("epochs", "max_steps"),)
