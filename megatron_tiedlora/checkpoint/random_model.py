@@ -14,21 +14,20 @@ from megatron_tiedlora.base.atomic import new_folder, write_json
 from megatron_tiedlora.base.output_folder import reject_existing, require_room
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, draw_
+from megatron_tiedlora.config.presets import PRESETS, TINY
+from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import num_base_parameters, weight_rules
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
 
-def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:
-    """Write config.json, shards and index of a model into `output`.
-
-    Args:
-        values: the content of its config.json.
-        name: its name in messages.
+def write_random_model(name: str, output: Path, *, seed: int) -> None:
+    """Write config.json, shards and index of the preset `name` into `output`, and the tokenizer of `tiny`.
 
     Raises:
         UserError: `output` exists, or the disk has too little space.
     """
+    values = PRESETS[name]
     reject_existing(output, flag=f"--output {output}")
     model_shape = shape_from_hf(values, source=name)
     needed = num_base_parameters(model_shape) * torch.bfloat16.itemsize
@@ -54,6 +53,8 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
         write_json(folder / "config.json", {**values, "architectures": [_class_name(values)], "dtype": "bfloat16"})
         weight_index = {"metadata": {"total_size": needed}, "weight_map": index}
         write_json(folder / INDEX_FILE, weight_index)
+        if name == TINY:
+            save_tokenizer(byte_tokenizer(values["max_position_embeddings"]), folder)
 
 
 def _class_name(values: Mapping[str, Any]) -> str:
