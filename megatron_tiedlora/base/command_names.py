@@ -46,8 +46,8 @@ COMMANDS = (
     Command("convert-nemo", "convert_nemo", "convert GPT-2B-001 from its .nemo file", "tools/convert_nemo.py"),
     Command("check-gpu", "check_gpu", "check what this machine's GPUs can do", "tools/check_gpu.py"),
     Command("bench", "bench", "measure a training step or decoding", "tools/bench_step.py"),
-    Command("prepare-demo", "prepare_demo", "make the demo model of `--model demo`", "tools/prepare_demo.py"),
-    Command("random-model", "random_model", "write a model of random weights", "tools/write_random_model.py"),
+    Command("prepare-demo", "prepare_demo", "make the demo model (needs the extra demo)", "tools/prepare_demo.py"),
+    Command("random-model", "random_model", "write random weights; tiny trains at once", "tools/write_random_model.py"),
     Command("env", "env", "versions, devices and variables, for a bug report"),
 )
 

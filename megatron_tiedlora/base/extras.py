@@ -16,7 +16,7 @@ from megatron_tiedlora.base.wording import enumerate_names
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "train": ("deepspeed", "datasets", "tensorboard", "matplotlib", "accelerate"),
     "eval": ("deepspeed", "datasets", "rouge_score", "sacrebleu"),
-    "demo": ("gguf", "reasoning_gym", "peft"),
+    "demo": ("gguf", "accelerate", "reasoning_gym", "peft"),
     "mpi": ("mpi4py",),
 }
 

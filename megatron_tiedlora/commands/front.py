@@ -26,8 +26,8 @@ def help_text() -> str:
             "",
             *(f"  {command.name:{width}}{command.about}" for command in COMMANDS),
             "",
-            f"  {PROGRAM} prepare-demo; {PROGRAM} train    trains the demo model in this one process",
-            f"  {PROGRAM} run --num_gpus 4 ...           trains on four GPUs of this machine",
+            f"  {PROGRAM} prepare-demo; {PROGRAM} train    trains the demo model in this one process (extra demo)",
+            f"  {PROGRAM} run --num_gpus 4 ...           trains on four GPUs of this machine (extra train)",
         ]
     )
 

@@ -18,7 +18,6 @@ import torch
 from megatron_tiedlora.base.atomic import discard
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping, write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.settings import make_settings
@@ -287,8 +286,7 @@ class SweepPlan:
         points, base = self.grid.points, self.base
         runs = [run for point in points for run in self.grid.runs(point)]
         lines = [
-            f"sweep      {count_text(len(runs), 'run')} and {len(points) + 1} scores of {base.model} on"
-            f" {base.task} ({base.metric})",
+            f"sweep      {len(runs)} runs and {len(points) + 1} scores of {base.model} on {base.task} ({base.metric})",
             f"folder     {self.folder.path}",
             "",
             f"  {'run':<28}{'trained parameters':>20}   state",

@@ -93,11 +93,11 @@ def _decoding(plan: RunPlan, data: RunData) -> list[str]:
 
 
 def _batches(first: FirstStep) -> list[str]:
-    plan, b = first.plan, first.plan.batches
+    plan, b, steps = first.plan, first.plan.batches, first.plan.settings.max_steps
     lines = [
         "batches",
         f"  global batch {count_text(b.global_batch_size, 'sample')}, {plan.batches_in_words}",
-        f"  {count_text(plan.settings.max_steps, 'step')}, {plan.settings.max_steps * b.global_batch_size:,} samples",
+        f"  {count_text(steps, 'step')}, {count_text(steps * b.global_batch_size, 'sample')}",
     ]
     if first.data is None and plan.settings.epochs is not None:
         lines[-1] = f"  --epochs {plan.settings.epochs:g}: its steps are counted from data, and none is read"
