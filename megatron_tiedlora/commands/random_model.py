@@ -10,10 +10,9 @@ in seconds on a CPU: tiedlora train --model tiny --train_file rows.jsonl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 from megatron_tiedlora.base.errors import show
-from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value
 from megatron_tiedlora.config.presets import PRESETS
 
 
@@ -30,8 +29,3 @@ def main(argv: Sequence[str]) -> int:
     write_random_model(arguments.model, arguments.output, seed=arguments.seed)
     show(f"{arguments.output}: random weights in the shape of {arguments.model}")
     return 0
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)

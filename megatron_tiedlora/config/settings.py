@@ -39,6 +39,7 @@ from megatron_tiedlora.config.fields import (
     TARGETS_HELP,
     CommandSettings,
     comma_separated,
+    flag_value,
     optional_field,
     parse_targets,
     setting_field,
@@ -351,9 +352,9 @@ class Settings(CommandSettings):
     @model_validator(mode="after")
     def _check(self) -> Settings:
         if self.layers is not None and (min(self.layers) < 1 or len(set(self.layers)) != len(self.layers)):
-            raise ValueError(f"--layers {','.join(map(str, self.layers))}: layers count from 1, and each appears once")
+            raise ValueError(f"--layers {flag_value(self.layers)}: layers count from 1, and each appears once")
         if self.layers is not None and list(self.layers) != sorted(self.layers):
-            raise ValueError(f"--layers {','.join(map(str, self.layers))}: write them in ascending order")
+            raise ValueError(f"--layers {flag_value(self.layers)}: write them in ascending order")
         if self.epochs is not None and "max_steps" in self.model_fields_set:
             raise ValueError(
                 f"--epochs {self.epochs:g} and --max_steps {self.max_steps} both say how long to train; give one"
@@ -370,12 +371,9 @@ class Settings(CommandSettings):
             raise ValueError("--halving needs --adapters; it compares adapters that train together")
         if not (self.names_data or self.dry_run or self.adapters or is_preset(self.model)):
             raise ValueError(NO_TRAIN_FILE)
-        if self.world_size is not None and not self.dry_run:
-            raise ValueError("--world_size needs --dry_run; in a run the launcher decides how many ranks train")
-        if self.plan_for is not None and not self.dry_run:
-            raise ValueError("--plan_for needs --dry_run; a run uses the GPUs that it sees")
-        if self.gpu is not None and not self.dry_run:
-            raise ValueError("--gpu needs --dry_run; a run uses the GPUs that it sees")
+        for name in ("world_size", "plan_for", "gpu"):
+            if getattr(self, name) is not None and not self.dry_run:
+                raise ValueError(f"--{name} needs --dry_run; a run has the ranks and GPUs that its launcher gives it")
         if self.gpu is not None and self.plan_for == "cpu":
             raise ValueError(f"--gpu {self.gpu} plans for GPUs; remove --plan_for cpu")
         if self.take_over and self.resume == "none":
