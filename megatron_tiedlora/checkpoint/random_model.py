@@ -14,20 +14,23 @@ from megatron_tiedlora.base.atomic import new_folder, write_json
 from megatron_tiedlora.base.output_folder import reject_existing, require_room
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, draw_
-from megatron_tiedlora.config.presets import PRESETS, TINY
+from megatron_tiedlora.config.presets import TINY
 from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import num_base_parameters, weight_rules
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
 
-def write_random_model(name: str, output: Path, *, seed: int) -> None:
-    """Write config.json, shards and index of the preset `name` into `output`, and the tokenizer of `tiny`.
+def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:
+    """Write config.json, shards and index of a model into `output`; for the preset `tiny` a tokenizer too.
+
+    Args:
+        values: the content of its config.json.
+        name: its name in messages.
 
     Raises:
         UserError: `output` exists, or the disk has too little space.
     """
-    values = PRESETS[name]
     reject_existing(output, flag=f"--output {output}")
     model_shape = shape_from_hf(values, source=name)
     needed = num_base_parameters(model_shape) * torch.bfloat16.itemsize

@@ -26,6 +26,6 @@ def main(argv: Sequence[str]) -> int:
     # This imports torch, which takes a second: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.checkpoint.random_model import write_random_model
 
-    write_random_model(arguments.model, arguments.output, seed=arguments.seed)
+    write_random_model(PRESETS[arguments.model], arguments.output, name=arguments.model, seed=arguments.seed)
     show(f"{arguments.output}: random weights in the shape of {arguments.model}")
     return 0

@@ -176,7 +176,7 @@ def _as_meant(name: str, value: Any, kind: type[CommandSettings]) -> Any:
         return [_as_meant(name, part, kind) if isinstance(part, str) else part for part in value]
     if not isinstance(value, str):
         return value
-    if "," in value and tuple in map(typing.get_origin, kinds):
+    if "," in value and any(typing.get_origin(one) is tuple for one in kinds):
         return ",".join(str(_as_meant(name, part, kind)) for part in value.split(","))
     if _POWER_OF_TEN.fullmatch(value.strip()) and int in kinds and not kinds & {float, str}:
         return int(number) if (number := float(value)).is_integer() else value

@@ -196,8 +196,8 @@ def value_meant(setting: str, given: str, choices: Sequence[str]) -> str:
 
     Any other value is returned as it was given.
     """
-    spelled, alias = {_plain(choice): choice for choice in choices}, OUR_VALUES.get(setting, {}).get(_plain(given))
-    return spelled.get(_plain(given)) or (alias if alias in choices else given)
+    named = {alias: value for alias, value in OUR_VALUES.get(setting, {}).items() if value in choices}
+    return {**named, **{_plain(choice): choice for choice in choices}}.get(_plain(given), given)
 
 
 def value_hint(setting: str, given: str, choices: Sequence[str]) -> str:
