@@ -52,13 +52,11 @@ from megatron_tiedlora.config.trackers import TENSORBOARD, TRACKER_NAMES, parse_
 Schedule = Literal["cosine", "linear", "constant"]  # training/optimizer.py has what they are
 GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/cards.py has what they are
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
-
 ABOUT = """\
 Fine-tune a language model with Tied-LoRA: as one process, or as one rank of a launcher.
 
     tiedlora train --model FOLDER --train_file data.jsonl --output_dir runs/first         your model and rows
     tiedlora train --model FOLDER --train_file data.jsonl --dry_run                       what it needs; nothing trains
-    tiedlora run --num_gpus 4 --model FOLDER --train_file data.jsonl                      the same run on four GPUs
 
 Most runs need few of the flags: --model, --train_file, --validation_file, --output_dir, --method, --rank,
 --learning_rate, --epochs, --global_batch_size and --max_length."""
@@ -351,18 +349,14 @@ class Settings(CommandSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
-        if self.layers is not None and (min(self.layers) < 1 or len(set(self.layers)) != len(self.layers)):
-            raise ValueError(f"--layers {flag_value(self.layers)}: layers count from 1, and each appears once")
-        if self.layers is not None and list(self.layers) != sorted(self.layers):
-            raise ValueError(f"--layers {flag_value(self.layers)}: write them in ascending order")
+        if self.layers is not None and (min(self.layers) < 1 or list(self.layers) != sorted(set(self.layers))):
+            raise ValueError(f"--layers {flag_value(self.layers)}: they count from 1, once each, in ascending order")
         if self.epochs is not None and "max_steps" in self.model_fields_set:
-            raise ValueError(
-                f"--epochs {self.epochs:g} and --max_steps {self.max_steps} both say how long to train; give one"
-            )
+            both = f"--epochs {self.epochs:g} and --max_steps {self.max_steps}"
+            raise ValueError(f"{both} both say how long to train; give one")
         if self.epochs is None and self.warmup_steps > self.max_steps:
-            raise ValueError(
-                f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}; lower the first"
-            )
+            more = f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}"
+            raise ValueError(f"{more}; lower the first")
         if self.profile is not None and self.epochs is None and profiled_steps(self.profile)[0] > self.max_steps:
             raise ValueError(f"--profile {self.profile} begins after --max_steps {self.max_steps}; give earlier steps")
         if not self.share_micro_batches and self.adapters is None:

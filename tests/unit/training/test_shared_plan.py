@@ -52,7 +52,8 @@ def test_too_few_ranks_are_told_both_ways_to_have_more(world_size: int, layout: 
 
 
 def test_one_rank_and_one_step_are_no_plural() -> None:
-    report = dry_run_report(make_settings({"model": "tiny", "dry_run": True, "max_steps": 1, "global_batch_size": 1}))
+    settings = make_settings({"model": "tiny", "dry_run": True, "max_steps": 1, "global_batch_size": 1})
+    report = dry_run_report(settings).text
     assert "1 rank = tensor 1" in report and "1 data-parallel rank," in report and "  1 step, " in report
     assert not re.findall(r"\b1 (?:ranks|steps|rows|samples|data-parallel ranks|micro-batches)\b", report)
     assert [count_text(1, "micro-batch"), count_text(1200, "micro-batch")] == ["1 micro-batch", "1,200 micro-batches"]
