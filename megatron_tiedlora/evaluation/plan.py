@@ -13,6 +13,7 @@ import torch
 from megatron_tiedlora.base.base_formats import UNQUANTISED
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.paths import last_name, user_path
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.load_model import DTYPES, describe_dtype, resolve_dtype
@@ -113,11 +114,12 @@ class EvaluationPlan:
         quantised = "" if self.base is None else f" (the linears of its blocks in {self.base})"
         merged = ", merged" if settings.merge_adapter else ""
         cut = f", {num_truncated} of them without their middle or early turns to fit" if num_truncated else ""
+        prompts = count_text(settings.batch_size, "prompt")
         return [
             f"model      {self.source.name} in {dtype}{quantised}{adapter}{merged}",
-            f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
-            f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
-            f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once per rank",
+            f"data       task {self.task.name}, {count_text(num_samples, f'{settings.split} row')}{cut}",
+            f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}",
+            f"decoding   greedy, at most {self.max_new_tokens} tokens, {prompts} at once per rank",
             f"attention  {attention}",
             *([f"chats      by {chat_note}"] if chat_note else []),
             *(f"note       {note}" for note in self.notes),
