@@ -186,7 +186,7 @@ def test_values_fold_case_and_know_what_others_call_them(flag: str, value: objec
 def test_a_warm_up_follows_a_number_of_steps_that_is_written_as_a_power() -> None:
     assert parse_settings(["--max_steps=1e1", "--task=gsm8k"], Settings).warmup_steps == 10
     assert "--max_steps 15e-1: input should be a valid integer" in refusal("--max_steps=15e-1")
-    assert refusal("--max_steps=1e19") == "--max_steps 10000000000000000000: out of range"
+    assert refusal("--max_steps=1e19").startswith("--max_steps 10000000000000000000: out of range; give a number below")
 
 
 def test_lists_of_other_commands_fold_too() -> None:
