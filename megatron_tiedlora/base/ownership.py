@@ -229,9 +229,9 @@ def take_folder(
             made = _make(folder, new=new)
             with suppress(FileNotFoundError):  # a start that gave it back has removed it since
                 descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o664)
-        os.write(descriptor, json.dumps(asdict(token)).encode())
         with suppress(OSError):  # a file system without locks: then only the token's mtime counts
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(descriptor, json.dumps(asdict(token)).encode())  # a token without a lock is of a dead start
         with _one_at_a_time(folder, lock_seconds):
             _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint, before=before)
         emptied = (folder, *made[1:]) if removed_after else made
@@ -250,20 +250,15 @@ def take_folder(
 def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
     """Create the folder and its parents. Returns those that were created, the innermost first."""
     made: list[Path] = []
-    try:
-        for path in (*reversed(folder.parents), folder):
-            if path.is_dir() and not (new and path == folder):
-                continue
+    for path in (*reversed(folder.parents), folder):
+        is_new = new and path == folder
+        if is_new or not path.is_dir():
             try:
                 path.mkdir()
                 made.insert(0, path)
             except FileExistsError:
-                if (new and path == folder) or path.is_symlink():  # to nothing
+                if is_new or path.is_symlink():  # to nothing
                     raise
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from error
     return tuple(made)
 
 

@@ -241,6 +241,11 @@ def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) ->
         step = getattr(progress, name)
         if step is not None and step > progress.step:
             raise UserError(f"{file}: {name} = {step} is after its step {progress.step}")
+    best, since_best = progress.best_step, progress.evaluations_since_best
+    if (best is None) != (progress.best_metric is None):
+        raise UserError(f"{file}: it has one of best_step and best_metric, not both")
+    if since_best > progress.step - (best or 0):
+        raise UserError(f"{file}: evaluations_since_best = {since_best} is more than the steps since its best")
     if _STEP_NAME.fullmatch(file.parent.name) and file.parent.name != f"step_{progress.step}":
         raise UserError(f"{file}: its step is {progress.step}, but its folder is {file.parent.name}; rename the folder")
     samples, step = progress.consumed_samples, progress.step

@@ -135,7 +135,11 @@ class Settings(CommandSettings):
         "run", "FIRST:LAST, steps that torch's profiler records; each rank writes RUN/profile/rank_N.json.gz"
     )
     timeout_minutes: float = setting_field(
-        "run", "longest wait for another rank before the run fails", 30.0, gt=0, le=LONGEST_WAIT_MINUTES
+        "run",
+        "longest wait for another rank, or for a silent start that tokenises the same data",
+        30.0,
+        gt=0,
+        le=LONGEST_WAIT_MINUTES,
     )
 
     model: str = setting_field(

@@ -146,16 +146,12 @@ def _training_data(
     )
 
 
-class _WrittenByAnother(Exception):
-    """The folder is there and whole: other processes may have mapped it, so it must not be replaced."""
-
-
 def _once(path: Path, dtypes: Mapping[str, Any], write: Callable[[Path], None], waits: Iterator[None]) -> _Found:
     """What the folder `path` holds. `write` is called for it if no process has written it, or is writing it."""
 
     def reject_whole(_: Path) -> None:
-        if mapped_arrays(path, dtypes) is not None:
-            raise _WrittenByAnother
+        if mapped_arrays(path, dtypes) is not None:  # other processes may have mapped it
+            raise OwnerLost(f"{path}: written by another process")
 
     while (found := mapped_arrays(path, dtypes)) is None:  # a finished folder is renamed into place when complete
         try:
@@ -166,7 +162,7 @@ def _once(path: Path, dtypes: Mapping[str, Any], write: Callable[[Path], None], 
         try:
             with output.written() as temporary:
                 write(temporary)
-        except (_WrittenByAnother, OwnerLost):  # since this process looked, or while it was suspended
+        except OwnerLost:  # another process has written it since this one looked, or while it was suspended
             continue
         finally:
             output.release()
