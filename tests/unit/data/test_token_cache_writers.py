@@ -66,14 +66,29 @@ class _Writer:
 
 
 @pytest.fixture
+def writing(tokenizer: Any, tmp_path: Path) -> Iterator[Callable[[str], _Writer]]:
+    """Starts a `_Writer` for a file. It does not outlive the test."""
+    started: list[_Writer] = []
+
+    def start(file: str) -> _Writer:
+        started.append(_Writer(tokenizer, file, tmp_path))
+        return started[-1]
+
+    yield start
+    for writer in started:
+        if writer.process.is_alive():
+            writer.end(signal.SIGKILL)
+
+
+@pytest.fixture
 def files(tmp_path: Path) -> tuple[str, str]:
     return write_rows(tmp_path / "a.jsonl", rows(9)), write_rows(tmp_path / "b.jsonl", rows(7))
 
 
 def test_a_start_removes_what_killed_ones_have_left_of_any_data(
-    tokenizer: Any, tmp_path: Path, files: tuple[str, str]
+    tokenizer: Any, tmp_path: Path, files: tuple[str, str], writing: Callable[[str], _Writer]
 ) -> None:
-    writer = _Writer(tokenizer, files[0], tmp_path)
+    writer = writing(files[0])
     assert list(writer.partial.glob(".writing-*/tokens.npy"))
     _start(tokenizer, files[1], tmp_path)
     grow_old(writer.partial, 600)  # its lock says that it lives
@@ -85,11 +100,15 @@ def test_a_start_removes_what_killed_ones_have_left_of_any_data(
 
 
 def test_where_locks_are_not_seen_age_decides(
-    tokenizer: Any, tmp_path: Path, files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    tokenizer: Any,
+    tmp_path: Path,
+    files: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    writing: Callable[[str], _Writer],
 ) -> None:
     from megatron_tiedlora.base import ownership
 
-    writer = _Writer(tokenizer, files[0], tmp_path)
+    writer = writing(files[0])
     writer.end(signal.SIGKILL)
     monkeypatch.setattr(ownership, "_is_unlocked", lambda _: None)
     for age, left in ((50, True), (70, False)):
@@ -110,9 +129,11 @@ def test_what_version_0_2_left_goes_after_a_day(tokenizer: Any, tmp_path: Path, 
 # Waiting ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_writer_that_is_suspended_is_replaced(tokenizer: Any, tmp_path: Path, files: tuple[str, str]) -> None:
+def test_a_writer_that_is_suspended_is_replaced(
+    tokenizer: Any, tmp_path: Path, files: tuple[str, str], writing: Callable[[str], _Writer]
+) -> None:
     """It changes nothing when it wakes up, and takes what the other has written."""
-    writer = _Writer(tokenizer, files[0], tmp_path)
+    writer = writing(files[0])
     grow_old(writer.partial, 65)
     found = _start(tokenizer, files[0], tmp_path)
     inodes = {path: path.stat().st_ino for path in (tmp_path / "tokens").rglob("*")}
@@ -140,8 +161,9 @@ def test_a_start_that_waits_says_for_what_and_gives_up(
     files: tuple[str, str],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    writing: Callable[[str], _Writer],
 ) -> None:
-    writer = _Writer(tokenizer, files[0], tmp_path)
+    writer = writing(files[0])
     (tokens,) = writer.partial.glob(".writing-*/tokens.npy")
     size = tokens.stat().st_size
 
@@ -167,11 +189,11 @@ def test_a_start_that_waits_says_for_what_and_gives_up(
 
 
 def test_a_start_that_waits_goes_on_when_the_writer_has_ended(
-    tokenizer: Any, tmp_path: Path, files: tuple[str, str]
+    tokenizer: Any, tmp_path: Path, files: tuple[str, str], writing: Callable[[str], _Writer]
 ) -> None:
     """It takes what the writer has written, or writes it itself if the writer was killed."""
     for number, file in ((signal.SIGCONT, files[0]), (signal.SIGKILL, files[1])):
-        writer = _Writer(tokenizer, file, tmp_path)
+        writer = writing(file)
         threading.Timer(0.5, os.kill, (writer.pid, number)).start()
         assert len(_start(tokenizer, file, tmp_path).train) > 0
         assert not list((tmp_path / "tokens").glob(".*"))
@@ -183,9 +205,7 @@ def test_a_start_that_waits_goes_on_when_the_writer_has_ended(
 
 @pytest.mark.parametrize("field", ["sha256", "mix", "chats", "templated", "ended"])
 @pytest.mark.parametrize("change", ["another value", "missing"])
-def test_facts_have_a_checksum(
-    tokenizer: Any, tmp_path: Path, files: tuple[str, str], field: str, change: str
-) -> None:
+def test_facts_have_a_checksum(tokenizer: Any, tmp_path: Path, files: tuple[str, str], field: str, change: str) -> None:
     first = _start(tokenizer, files[0], tmp_path)
     changed = 0
     for file in (tmp_path / "tokens").glob("*/content.json"):
