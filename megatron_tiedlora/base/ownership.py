@@ -6,7 +6,6 @@ the file without waiting, and the former owner finds the other token before its 
 
 A check comes right before each rename of a temporary file (`atomic`), and a new owner removes temporary files before
 it reads the folder. So an owner that is suspended between its check and its rename changes nothing when it wakes up.
-The age of a file is its distance from one that was just written beside it: clocks of hosts differ from the server's.
 """
 
 from __future__ import annotations
@@ -131,12 +130,7 @@ class Owner:
             return
         os.rename(file, away)
         if not self._has_written(away.name):  # it was suspended since it looked, and another start took the folder
-            try:
-                os.link(away, file)
-            except FileExistsError:  # a third start
-                pass
-            except OSError:  # a file system without hard links
-                os.rename(away, file)
+            os.rename(away, file)
         away.unlink(missing_ok=True)
         self._mark.unlink(missing_ok=True)
 
@@ -220,9 +214,8 @@ def take_folder(
         FileExistsError: it exists, and `new` is set.
         UserError: it cannot be created or written.
     """
-    start, machine, processes = uuid.uuid4().hex[:16], _machine(), _processes()
-    token = Token(start, socket.gethostname(), os.getpid(), machine, time.time(), processes)
-    temporary, descriptor = folder / f"{_CANDIDATE}{start}", None
+    token = Token(uuid.uuid4().hex[:16], socket.gethostname(), os.getpid(), _machine(), time.time(), _processes())
+    temporary, descriptor = folder / f"{_CANDIDATE}{token.start}", None
     made: tuple[Path, ...] = ()
     try:
         while descriptor is None:
@@ -235,7 +228,7 @@ def take_folder(
         with _one_at_a_time(folder, lock_seconds):
             _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint, before=before)
         emptied = (folder, *made[1:]) if removed_after else made
-        return FolderLock(Owner(folder, start), descriptor, renew_seconds, lock_seconds, emptied)
+        return FolderLock(Owner(folder, token.start), descriptor, renew_seconds, lock_seconds, emptied)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
@@ -294,8 +287,7 @@ def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None
         age = now - file.stat().st_mtime
     except OSError:  # released meanwhile
         return
-    marked = token is not None and (folder / f"{_GIVEN_UP}{token.start}").exists()
-    silent = marked or age > STALE_SECONDS
+    silent = age > STALE_SECONDS or (token is not None and (folder / f"{_GIVEN_UP}{token.start}").exists())
     if _is_dead(file, age) or (silent and (resumes or _is_unlocked(file) is not False)):
         return
     who = "another start" if token is None else f"{token} since {token.time}"
@@ -372,19 +364,15 @@ def _one_at_a_time(folder: Path, seconds: float) -> Iterator[None]:
     try:
         deadline = time.monotonic() + seconds  # the holder may be suspended; tokens are safe enough without it
         with suppress(OSError):
-            while not _try_lock(descriptor) and time.monotonic() < deadline:
-                time.sleep(0.02)
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.02)
         yield
     finally:
         os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
