@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
@@ -29,7 +29,10 @@ def main(argv: Sequence[str]) -> int:
     """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
     settings = parse_settings(argv, EvaluateSettings)
     require_extra("eval")
-    # These import torch, which takes a second: --help and a wrong flag do not wait for it.
+    from megatron_tiedlora.data.splits import check_files_exist
+
+    check_files_exist(settings)
+    # These import torch, which takes a second: --help, a wrong flag and a missing file do not wait for it.
     from megatron_tiedlora.runtime.ending import reported_end
     from megatron_tiedlora.runtime.stopping import StopRequests
 
@@ -113,10 +116,5 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     show(*score_tables(found, output.path))
 
 
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv, reports=first_to_fail)
-
-
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run_command(main, sys.argv[1:], reports=first_to_fail)

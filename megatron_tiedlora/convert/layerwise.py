@@ -16,9 +16,9 @@ import psutil
 import torch
 from torch import nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, TiedAdapter
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.convert.merged_rows import ReadRows, row_blocks
@@ -70,7 +70,7 @@ def layerwise_logits(
     inputs = _Inputs(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
     size = max(_HEAD_ELEMENTS // shape.hidden_size, 1)
     logits: dict[str, list[torch.Tensor]] = {}
-    with _bar("logits", shape, progress) as bar:
+    with progress_bar("logits", "layer", total=shape.num_layers + 2, shows=progress) as bar:
         hidden = layers.hidden(models, [inputs], bar)
         for model in models:
             for start in range(0, shape.vocab_size, size):
@@ -103,17 +103,13 @@ def layerwise_loss(
     """
     layers, total = _Layers(shape, dtype, device, between), 0.0
     for group in _groups(batches, shape.hidden_size * dtype.itemsize):
-        with _bar("loss", shape, progress) as bar:
+        with progress_bar("loss", "layer", total=shape.num_layers + 2, shows=progress) as bar:
             inputs = [_Inputs(batch.input_ids, batch.position_ids) for batch in group]
             hidden = layers.hidden([Weights(read, {"": adapter})], inputs, bar)[""]
             head = layers.head(read, 0, shape.vocab_size)
             for batch, states in zip(group, hidden, strict=True):
                 total += _summed_loss(head, states, batch.labels, device)
     return total
-
-
-def _bar(name: str, shape: ModelShape, progress: bool) -> Any:
-    return tqdm(total=shape.num_layers + 2, desc=name, unit="layer", disable=not progress, leave=False)
 
 
 def _groups(batches: Iterable[MicroBatch], bytes_per_token: int) -> Iterator[list[MicroBatch]]:
