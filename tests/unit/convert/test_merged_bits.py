@@ -15,6 +15,7 @@ from quantised_folders import SHAPE, quantised_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base import progress
 from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
@@ -198,7 +199,7 @@ def test_a_number_beside_the_weights(tmp_path: Path) -> None:
     assert differences(inputs, tmp_path / "merged") == ()
     rewrite(tmp_path / "merged/model.safetensors", "scale", torch.tensor(3.5))
     (found,) = differences(inputs, tmp_path / "merged")
-    assert "scale differs from the base in 1 value, first in row 0, by up to 2097152 units" in found
+    assert "scale differs from the base in 1 value, first in row 0, by up to 2,097,152 units" in found
 
 
 def test_a_fused_stored_tensor(tmp_path: Path) -> None:
@@ -232,8 +233,12 @@ def test_blocks_cover_all_rows_and_none_is_small(shape: tuple[int, ...]) -> None
 
 
 def test_the_bar_counts_bytes(
-    inputs: tuple[ModelSource, NativeAdapter], exported: Path, capsys: pytest.CaptureFixture[str]
+    inputs: tuple[ModelSource, NativeAdapter],
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     compare_merged(*inputs, exported / "fp32", progress=True)
     shown = capsys.readouterr().err
     assert "merged files" in shown and "/295k" in shown and "B/s" in shown  # the size of the tensors
