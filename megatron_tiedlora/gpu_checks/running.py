@@ -1,4 +1,4 @@
-"""Runs for several parts, made as in tools/bench_step.py, whose steps the caller chooses."""
+"""Runs for several parts, made as in tiedlora bench, whose steps the caller chooses."""
 
 from __future__ import annotations
 

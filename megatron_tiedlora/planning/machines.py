@@ -123,7 +123,7 @@ def read_machine(path: Path) -> Machine:
     content = read_json_object(path, kind="a file of constants")
     constants = content.get("constants")
     if not isinstance(constants, dict) or type(content.get("on_gpu")) is not bool:
-        raise UserError(f"{path}: is no file of constants; write one with `python tools/plan.py --measure FILE`")
+        raise UserError(f"{path}: is no file of constants; write one with `tiedlora plan --measure FILE`")
     found = {}
     for name, entry in constants.items():
         if name not in CONSTANTS:
@@ -139,7 +139,7 @@ def read_machine(path: Path) -> Machine:
         found[name] = Constant(float(value), str(source))
     missing = [name for name in CONSTANTS if name not in found]
     if missing:
-        raise UserError(f"{path}: {missing[0]} is missing; write one with `python tools/plan.py --measure FILE`")
+        raise UserError(f"{path}: {missing[0]} is missing; write one with `tiedlora plan --measure FILE`")
     name, capability = str(content.get("name", path.stem)), content.get("capability")
     if isinstance(capability, list) and [type(part) for part in capability] == [int, int]:
         capability = tuple(capability)

@@ -105,11 +105,11 @@ def test_scores_and_the_summary(finished: tuple[Path, Ended]) -> None:
     before, after = losses(folder, "validation")[0][1], min(loss for _, loss in losses(folder, "validation"))
     (line,) = [line for line in ended.outputs[0].splitlines() if line.startswith("validation loss")]
     assert f"{before:.4f}" in line and f"{after:.4f}" in line
-    commands = [line for line in ended.outputs[0].splitlines() if line.startswith("  python tools/")]
+    commands = [line for line in ended.outputs[0].splitlines() if line.startswith("  tiedlora ")]
     merge, verify = (shlex.split(command) for command in commands)  # as a shell reads them
     adapter = ["--adapter", str(folder / "adapter")]
-    assert merge[1:] == ["tools/merge_adapter.py", *adapter, "--output", str(folder / "merged")]
-    assert verify[1:] == ["tools/verify_export.py", *adapter, "--peft", str(folder / "peft")]
+    assert merge[1:] == ["merge", *adapter, "--output", str(folder / "merged")]
+    assert verify[1:] == ["verify", *adapter, "--peft", str(folder / "peft")]
     assert "step/s" in ended.errors[0] and "tokens/s" in ended.errors[0]
 
 

@@ -200,7 +200,7 @@ def test_help_reads_without_loading_anything(tool: str) -> None:
         check=True,
     )
     first = "--peft" if tool == "import_peft.py" else "--adapter"
-    assert f"python tools/{tool} {first}" in result.stdout and "--model M" in result.stdout
+    assert f"tiedlora {tool.partition('_')[0]} {first}" in result.stdout and "--model M" in result.stdout
     assert " torch\n" not in result.stderr and " yaml\n" in result.stderr
     assert max(len(line) for line in result.stdout.splitlines()) <= 120
 
