@@ -116,7 +116,7 @@ def test_scores_and_the_summary(finished: tuple[Path, Ended]) -> None:
 def test_run_yaml_resolves_every_setting(base: Base, finished: tuple[Path, Ended]) -> None:
     folder, _ = finished
     content = run_settings(folder)
-    assert set(content) == {*Settings.model_fields, "ranks", "versions"}
+    assert set(content) == {*Settings.model_fields, "ranks", "versions", "hub_names"}
     assert {"megatron_tiedlora", "python", "torch", "deepspeed", "transformers"} <= set(content["versions"])
     expected = {"seed": 5, "layers": [1, 2, 3], "micro_batch_size": 2, "alpha": 3.0, "save_interval": 2, "ranks": 1}
     assert {name: content[name] for name in expected} == expected
