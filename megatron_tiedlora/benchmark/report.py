@@ -1,42 +1,86 @@
-"""Makes the tables of a step from the figures that also go into the JSON."""
+"""Makes the text of every report from the figures that also go into the JSON: one table of sides, and what is below."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.benchmark.timing import SPEED_HEADER, setup_line, speed_columns
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD, Traffic
 
-_SHARES_HEADER = f"{SPEED_HEADER}{'padding':>9}{'of matmul':>11}"
+Figures = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Figures], str]]
+
+# What a column shows of a side's figures, by the column's header.
+_SPEED: Columns = {
+    "seconds": lambda side: f"{median(side['seconds']):.3f}",
+    " least": lambda side: f"{min(side['seconds']):.3f}",
+    "  most": lambda side: f"{max(side['seconds']):.3f}",
+    "tokens/s": lambda side: f"{_tokens_per_second(side):.1f}",
+}
+_SHARES: Columns = {
+    **_SPEED,
+    "padding": lambda side: f"{1 - side['tokens'] / side['positions']:.1%}",
+    "of matmul": lambda side: _of_matmul(side),
+}
+_PEAK: Columns = {"peak MB": lambda side: _megabytes(side["peak"])}
+_MEMORY: Columns = {
+    "saved MB": lambda side: _megabytes(side["saved"]),
+    "formula": lambda side: _megabytes(side.get("saved_formula")),
+    **_PEAK,
+}
 
 
-def _setup_lines(report: Mapping[str, Any]) -> list[str]:
-    adapter = f"{report['method']} r {report['rank']} of {', '.join(report['targets'])}"
-    return [
-        f"{report['model']}, {adapter}, {report['dtype']} on {report['device']}; a bare"
-        f" matmul does {report['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s",
-        setup_line(report),
-    ]
+def report_lines(report: Figures) -> list[str]:
+    """The report of any --what as text."""
+    lines_of = {"layout": _layout, "axes": _scaling, "new_tokens": _decoding, "adapters": _adapters}
+    return next((lines_of[key] for key in lines_of if key in report), _step)(report)
 
 
-def step_table(report: Mapping[str, Any]) -> list[str]:
-    """The figures of one process as lines. Ratios compare our side with another one."""
+def _sides(name: str, sides: Iterable[tuple[str, Figures]], columns: Columns, report: Figures) -> list[str]:
+    """A table with a line for each side, and the header `name` over the names of the sides.
+
+    Args:
+        report: has the figures that all sides share.
+    """
+    rows = [(name, *columns)]
+    for label, side in sides:
+        figures = ChainMap(dict(side), dict(report))
+        rows.append((label, *(cell(figures) for cell in columns.values())))
+    return aligned_lines(rows)
+
+
+def _head(report: Figures, more: str) -> str:
+    """The first line: model, adapter, precision and device."""
+    rank = f" r {report['rank']}" if "rank" in report else ""
+    adapters = f"{report['adapters']} adapters, " if "adapters" in report else ""
+    adapter = f"{adapters}{report['method']}{rank} of {', '.join(report['targets'])}"
+    return f"{report['model']}, {adapter}, {report['dtype']} on {report['device']}; {more}"
+
+
+def _setup(report: Figures) -> str:
+    """The line on threads, allocator and versions."""
+    versions = report["versions"]
+    return (
+        f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, deepspeed"
+        f" {versions.get('deepspeed', 'not installed')}"
+    )
+
+
+def _step(report: Figures) -> list[str]:
+    """Of one process. Ratios compare our side with another one."""
     sides = report["sides"]
     ours, *others = sides
     lines = [
-        *_setup_lines(report),
+        _head(report, _matmul(report)),
+        _setup(report),
         f"{ours}: recompute {report['recompute']}; kernels {report['kernels']}",
-        f"{'':<20}{_SHARES_HEADER}{'saved MB':>10}{'formula':>9}{'peak MB':>9}",
+        *_sides(f"{'':<20}", sides.items(), {**_SHARES, **_MEMORY}, report),
+        f"saved bytes are {sides[ours]['saved_ratio']:.3f} of the formula's",
     ]
-    for name, side in sides.items():
-        formula = _megabytes(side.get("saved_formula"))
-        lines.append(
-            f"{name:<20}{_speed(side, report)}{_megabytes(side['saved']):>10}{formula:>9}{_megabytes(side['peak']):>9}"
-        )
-    lines.append(f"saved bytes are {sides[ours]['saved_ratio']:.3f} of the formula's")
     for name, side in sides.items():
         lines += _gpu_lines(side, f"{name}: ")
     for name in others:
@@ -46,19 +90,66 @@ def step_table(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def layout_table(report: Mapping[str, Any]) -> list[str]:
-    """The figures of a layout as lines. The step comes first, then each stage's memory and messages."""
+def _adapters(report: Figures) -> list[str]:
+    """Of several adapters, in turn and together."""
+    load = " to ".join("unknown" if value is None else f"{value:.1f}" for value in report["load"])
+    return [
+        _head(report, f"recompute {report['recompute']}; kernels {report['kernels']}"),
+        f"{_setup(report)}, load {load}",
+        f"{report['rows']} x {report['length']} tokens an adapter and step; together in {report['micro_batches']}"
+        f" micro-batch{'es' if report['micro_batches'] > 1 else ''}",
+        *_sides(f"{'':<26}", report["sides"].items(), {**_SPEED, **_PEAK}, report),
+        f"together against in turn {report['ratio']:.2f}, against one adapter with all tokens"
+        f" {report['of_one_adapter']:.2f}",
+    ]
+
+
+def _scaling(report: Figures) -> list[str]:
+    """Of several values. The last column has the additional seconds per unit, compared with the value before."""
+    lines = [_head(report, f"kernels {report['kernels']}"), _setup(report)]
+    columns = {"tokens": lambda side: f"{side['tokens']}", **_SPEED, "more, for 1 more": _slope}
+    for name, measured in report["axes"].items():
+        befores = [None, *measured]
+        sides = [(str(own["value"]), {**own, "before": old}) for own, old in zip(measured, befores, strict=False)]
+        lines += _sides(f"{name:<12}", sides, columns, report)
+    return lines
+
+
+def _slope(side: Figures) -> str:
+    before = side["before"]
+    if before is None:
+        return ""
+    return f"{(median(side['seconds']) - median(before['seconds'])) / (side['value'] - before['value']):.4f}"
+
+
+def _decoding(report: Figures) -> list[str]:
+    """Of decoding, here and in transformers."""
+    ours, theirs = (median(taken) for taken in report["seconds"].values())
+    tokens = report["batch_size"] * report["new_tokens"]
+    sides = [(name, {"seconds": taken, "tokens": tokens}) for name, taken in report["seconds"].items()]
+    return [
+        f"{report['model']} in {report['dtype']} on {report['device']}: {report['batch_size']} prompts of"
+        f" {report['prompt_tokens']} tokens together, {report['new_tokens']} new tokens each,"
+        f" {report['equal_tokens']:.1%} of them equal",
+        _setup(report),
+        *_sides(f"{'':<20}", sides, _SPEED, report),
+        f"ratio of the medians {theirs / ours:.2f}",
+    ]
+
+
+def _layout(report: Figures) -> list[str]:
+    """Of a layout. The step comes first, then each stage's memory and messages."""
     layout = report["layout"]
     sequences = "sharded" if layout["sequence_parallel"] else "full"
     return [
-        *_setup_lines(report),
+        _head(report, _matmul(report)),
+        _setup(report),
         f"{layout['ranks']} ranks = tensor {layout['tensor_parallel']} x pipeline {layout['pipeline_parallel']} x"
         f" data {layout['data_parallel']}, {sequences} sequences, ZeRO-{layout['zero_stage']},"
         f" recompute {layout['recompute']}; {report['kernels']}",
         f"{report['tokens']:,} tokens per step, {report['supervised']:,} with a label; micro-batches per rank:"
         f" {report['micro_batches']}, up to {layout['rows']} rows each; weights {report['weights']}",
-        _SHARES_HEADER,
-        _speed(report, report),
+        *_sides("", [("", report)], _SHARES, report),
         *_gpu_lines(report, ""),
         *_planned(report),
         *_memory(report["ranks"]),
@@ -66,14 +157,17 @@ def layout_table(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _speed(figures: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    flops, rate = figures["model_flops"], report["matmul_flops_per_second"]
-    share = "" if flops is None else f"{flops / median(figures['seconds']) / rate:.1%}"
-    padding = 1 - figures["tokens"] / figures["positions"]
-    return f"{speed_columns(figures['seconds'], figures['tokens'])}{padding:>9.1%}{share:>11}"
+def _matmul(report: Figures) -> str:
+    return f"a bare matmul does {report['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"
 
 
-def _gpu_lines(figures: Mapping[str, Any], name: str) -> list[str]:
+def _of_matmul(side: Figures) -> str:
+    if side["model_flops"] is None:
+        return ""
+    return f"{side['model_flops'] / median(side['seconds']) / side['matmul_flops_per_second']:.1%}"
+
+
+def _gpu_lines(figures: Figures, name: str) -> list[str]:
     """MFU and the time by class of kernels, if a GPU was measured."""
     lines = []
     if figures.get("mfu") is not None:
@@ -85,7 +179,7 @@ def _gpu_lines(figures: Mapping[str, Any], name: str) -> list[str]:
     return lines
 
 
-def _planned(report: Mapping[str, Any]) -> list[str]:
+def _planned(report: Figures) -> list[str]:
     """The step as it was planned, if it was."""
     planned = report["planned"]
     if planned is None:
@@ -97,28 +191,24 @@ def _planned(report: Mapping[str, Any]) -> list[str]:
     return [f"planned for {planned['machine']}: {total:,.3f} s, {ratio:.3f} of the median; {shares}"]
 
 
-def _memory(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [
-        f"{'stage':<7}{'saved MB':>10}{'formula':>9}{'ratio':>7}{'held MB':>10}{'peak MB':>10}{'planned':>10}"
-        "   of the rank with most; held: before the first step"
-    ]
+def _memory(ranks: Sequence[Figures]) -> list[str]:
+    note = " of the rank with most; held: before the first step"
+    rows = [("stage  ", "saved MB", "formula", "ratio", " held MB", " peak MB", " planned", note)]
     for stage, members in _by_stage(ranks).items():
         saved, formula, held, peak, planned = (
             max((member[key] for member in members if member[key] is not None), default=None)
             for key in ("saved", "saved_formula", "held", "peak", "planned_peak")
         )
-        lines.append(
-            f"{stage:<7}{_megabytes(saved):>10}{_megabytes(formula):>9}{_ratio(saved, formula):>7}"
-            f"{_megabytes(held):>10}{_megabytes(peak):>10}{_megabytes(planned):>10}"
-        )
-    return lines
+        sizes = map(_megabytes, (held, peak, planned))
+        rows.append((str(stage), _megabytes(saved), _megabytes(formula), _ratio(saved, formula), *sizes))
+    return aligned_lines(rows)
 
 
-def _messages(report: Mapping[str, Any]) -> list[str]:
+def _messages(report: Figures) -> list[str]:
     """The messages of one rank of each stage, and the ranks that send something else than was predicted."""
     if len(report["ranks"]) == 1:
         return ["messages: none, one rank sends nothing"]
-    lines = [f"{'stage':<7}{'messages to':<13}{'counted in a step':>24}{'as --dry_run predicts':>26}"]
+    rows = [("stage", "messages to  ", f"{'counted in a step':>22}", f"{'as --dry_run predicts':>24}", "")]
     for stage, (member, *_) in _by_stage(report["ranks"]).items():
         for group, found in member["traffic"].items():
             counted = f"{found['messages']:,} / {bytes_in_words(found['bytes'])}"
@@ -126,14 +216,12 @@ def _messages(report: Mapping[str, Any]) -> list[str]:
             messages = found["predicted_messages"]
             predicted = f"at most {predicted}" if messages is None else f"{messages:,} / {predicted}"
             name = "all ranks" if group == WORLD else group
-            lines.append(f"{stage:<7}{name:<13}{counted:>24}{predicted:>26}   {found['verdict']}")
+            rows.append((str(stage), name, counted, predicted, f" {found['verdict']}"))
     others = [str(member["number"]) for member in report["ranks"] if not member["as_predicted"]]
-    lines.append(
-        "every message and byte of all ranks as predicted"
-        if not others
-        else f"NOT as predicted: rank {', '.join(others)}; --json has each rank's figures"
-    )
-    return lines
+    verdict = "every message and byte of all ranks as predicted"
+    if others:
+        verdict = f"NOT as predicted: rank {', '.join(others)}; --json has each rank's figures"
+    return [*aligned_lines(rows, align="<<>><"), verdict]
 
 
 def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
@@ -167,13 +255,13 @@ def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> di
     return compared
 
 
-def _tokens_per_second(side: Mapping[str, Any]) -> float:
+def _tokens_per_second(side: Figures) -> float:
     """The tokens per second at the median, without padding."""
     return float(side["tokens"] / median(side["seconds"]))
 
 
-def _by_stage(ranks: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
-    stages: dict[int, list[Mapping[str, Any]]] = {}
+def _by_stage(ranks: Sequence[Figures]) -> dict[int, list[Figures]]:
+    stages: dict[int, list[Figures]] = {}
     for member in ranks:
         stages.setdefault(member["stage"], []).append(member)
     return stages

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import pieces_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.plan import LEARNING_RATE, random_config, read_samples
@@ -18,16 +19,18 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data.loader import MicroBatch, collate
+from megatron_tiedlora.engine.runner import StepInput
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.model.supervised import find_shared_supervised, find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.throughput import timed, training_flops
+from megatron_tiedlora.training.throughput import training_flops
 
+Batch = TypeVar("Batch")
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
 
 
@@ -56,15 +59,8 @@ class Side:
         self._optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
 
     def step(self) -> None:
-        """Run forward and backward over all micro-batches, and take the optimizer's step."""
-        for batch in self.batches:
-            self.forward(batch).backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-    def seconds(self) -> float:
-        """Take one more step; returns its seconds."""
-        return timed(self.step, self.device)
+        """Take a step of AdamW."""
+        take_step(self.batches, self.forward, [self._optimizer])
 
     def saved_bytes(self) -> int:
         """The total bytes that autograd saves for a step's micro-batches, without parameters."""
@@ -74,6 +70,27 @@ class Side:
                 self.forward(batch)
             total += storage_bytes(saved)
         return total
+
+
+def take_step(
+    batches: Iterable[Batch], loss_of: Callable[[Batch], torch.Tensor], optimizers: Iterable[torch.optim.Optimizer]
+) -> None:
+    """Run forward and backward over all micro-batches, then take the step of each optimizer."""
+    for batch in batches:
+        loss_of(batch).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def stage_losses(stage: Stage, batch: StepInput, device: torch.device) -> torch.Tensor:
+    """The summed loss of a micro-batch; of a shared one that of each share, (shares,)."""
+    pieces, labels = pieces_of(batch.shares), batch.labels
+    found = find_shared_supervised(labels, pieces) if pieces else find_supervised(labels)
+    supervised = found.moved(lambda tensor: tensor.to(device))
+    tokens, positions = batch.tokens.to(device), batch.positions.to(device)
+    losses: torch.Tensor = stage(tokens, positions, supervised, documents=batch.documents, shares=batch.shares)
+    return losses
 
 
 def make_sides(
@@ -121,10 +138,7 @@ def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) 
     step = next(plan.training_loader(dataset, pad_id=pad_id))
 
     def forward(batch: MicroBatch) -> torch.Tensor:
-        on_device = find_supervised(batch.labels).moved(lambda tensor: tensor.to(device))
-        tokens, position_ids = batch.input_ids.to(device), batch.position_ids.to(device)
-        loss: torch.Tensor = stage(tokens, position_ids, on_device, documents=batch.documents)
-        return loss / step.num_supervised
+        return stage_losses(stage, batch.model_input, device) / step.num_supervised
 
     flops = training_flops(plan.source.shape, plan.adapter, step)
     return Side(stage, step.micro_batches, forward, device, flops, chosen.description)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.decoding import decoding_table, share_of_equal_tokens
-from megatron_tiedlora.benchmark.scaling import measure, scaling_table
+from megatron_tiedlora.benchmark.compare import measure, share_of_equal_tokens
+from megatron_tiedlora.benchmark.report import report_lines
 from megatron_tiedlora.commands import bench
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
@@ -34,7 +34,7 @@ def test_table_by_hand() -> None:
         {"value": 10, "tokens": 100, "seconds": [4.0, 4.0, 4.0]},
     ]
     about = {"model": "m", "method": "tl6", "targets": ("qkv",), "dtype": "bf16", "kernels": "not compiled", **SETUP}
-    lines = scaling_table({**about, "axes": {"rank": measured}})
+    lines = report_lines({**about, "axes": {"rank": measured}})
     assert lines[3].split() == ["2", "100", "2.000", "1.000", "3.000", "50.0"]
     assert lines[4].split() == ["10", "100", "4.000", "4.000", "4.000", "25.0", "0.2500"]
 
@@ -42,7 +42,7 @@ def test_table_by_hand() -> None:
 def test_decoding_by_hand() -> None:
     assert share_of_equal_tokens([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 7, 6]]) == 4 / 6
     about = {"model": "m", "dtype": "fp32", "batch_size": 2, "prompt_tokens": 9, "new_tokens": 4, "equal_tokens": 0.5}
-    lines = decoding_table({**about, **SETUP, "seconds": {"here": [2.0, 1.0, 4.0], "there": [3.0, 3.0, 3.0]}})
+    lines = report_lines({**about, **SETUP, "seconds": {"here": [2.0, 1.0, 4.0], "there": [3.0, 3.0, 3.0]}})
     assert lines[0] == "m in fp32 on CPU: 2 prompts of 9 tokens together, 4 new tokens each, 50.0% of them equal"
     assert lines[3].split() == ["here", "2.000", "1.000", "4.000", "4.0"]
     assert lines[-1] == "ratio of the medians 1.50"
