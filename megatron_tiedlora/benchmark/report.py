@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from megatron_tiedlora.base.table import aligned_lines
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD, Traffic
 
 Figures = Mapping[str, Any]
@@ -128,7 +128,7 @@ def _decoding(report: Figures) -> list[str]:
     tokens = report["batch_size"] * report["new_tokens"]
     sides = [(name, {"seconds": taken, "tokens": tokens}) for name, taken in report["seconds"].items()]
     return [
-        f"{report['model']} in {report['dtype']} on {report['device']}: {report['batch_size']} prompts of"
+        f"{report['model']} in {report['dtype']} on {report['device']}: {count_text(report['batch_size'], 'prompt')} of"
         f" {report['prompt_tokens']} tokens together, {report['new_tokens']} new tokens each,"
         f" {report['equal_tokens']:.1%} of them equal",
         _setup(report),
@@ -140,15 +140,16 @@ def _decoding(report: Figures) -> list[str]:
 def _layout(report: Figures) -> list[str]:
     """Of a layout. The step comes first, then each stage's memory and messages."""
     layout = report["layout"]
+    ranks, rows = count_text(layout["ranks"], "rank"), count_text(layout["rows"], "row")
     sequences = "sharded" if layout["sequence_parallel"] else "full"
     return [
         _head(report, _matmul(report)),
         _setup(report),
-        f"{layout['ranks']} ranks = tensor {layout['tensor_parallel']} x pipeline {layout['pipeline_parallel']} x"
+        f"{ranks} = tensor {layout['tensor_parallel']} x pipeline {layout['pipeline_parallel']} x"
         f" data {layout['data_parallel']}, {sequences} sequences, ZeRO-{layout['zero_stage']},"
         f" recompute {layout['recompute']}; {report['kernels']}",
         f"{report['tokens']:,} tokens per step, {report['supervised']:,} with a label; micro-batches per rank:"
-        f" {report['micro_batches']}, up to {layout['rows']} rows each; weights {report['weights']}",
+        f" {report['micro_batches']}, up to {rows} each; weights {report['weights']}",
         *_sides("", [("", report)], _SHARES, report),
         *_gpu_lines(report, ""),
         *_planned(report),

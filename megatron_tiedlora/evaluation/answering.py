@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.data.chat import chat_writer
 from megatron_tiedlora.data.encode import encode_prompts_of
 from megatron_tiedlora.data.examples import Example, join_answer
@@ -174,7 +174,7 @@ def answer_together(
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
     sends = grid.tp_rank == 0 and decoder.is_last
     num_samples = sum(len(some.order) for some in sets)
-    with tqdm(total=num_samples, desc="decoding", unit="sample", disable=not progress, leave=False) as bar:
+    with progress_bar("decoding", "sample", total=num_samples, shows=progress) as bar:
         for number in range(max(some.num_batches for some in sets)):
             for together in _filled([some for some in sets if number < some.num_batches], number):
                 asked = [some.batch(number) for some in together]

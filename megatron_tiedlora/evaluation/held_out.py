@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.data.chat import set_chat_template
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import read_split
@@ -44,4 +45,4 @@ def read_held_out(plan: EvaluationPlan) -> tuple[PreTrainedTokenizerBase, Scored
 def check_same_rows(scored: Sequence[ScoredSet]) -> None:
     """Raise UserError if a rank has read other rows than rank 0, since every rank reads them itself."""
     if differing := num_differing(" ".join(some.sha256 for some in scored)):
-        raise UserError(f"{differing} ranks read other rows than rank 0; give every host the same files")
+        raise UserError(f"{count_text(differing, 'rank')} read other rows than rank 0; give every host the same files")

@@ -13,6 +13,7 @@ import torch
 from megatron_tiedlora.base.base_formats import UNQUANTISED
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.paths import last_name, user_path
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.load_model import DTYPES, describe_dtype, resolve_dtype
@@ -22,7 +23,6 @@ from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
 from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
-from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 from megatron_tiedlora.convert.inputs import Identify, check_base
 from megatron_tiedlora.convert.open_adapter import is_merged, open_adapter
@@ -114,11 +114,12 @@ class EvaluationPlan:
         quantised = "" if self.base is None else f" (the linears of its blocks in {self.base})"
         merged = ", merged" if settings.merge_adapter else ""
         cut = f", {num_truncated} of them without their middle or early turns to fit" if num_truncated else ""
+        prompts = count_text(settings.batch_size, "prompt")
         return [
             f"model      {self.source.name} in {dtype}{quantised}{adapter}{merged}",
-            f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
-            f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
-            f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once per rank",
+            f"data       task {self.task.name}, {count_text(num_samples, f'{settings.split} row')}{cut}",
+            f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}",
+            f"decoding   greedy, at most {self.max_new_tokens} tokens, {prompts} at once per rank",
             f"attention  {attention}",
             *([f"chats      by {chat_note}"] if chat_note else []),
             *(f"note       {note}" for note in self.notes),
@@ -215,8 +216,7 @@ def _trained_with(settings: EvaluateSettings) -> dict[str, Any]:
     run_file = user_path(settings.adapter).parent / "run.yaml"
     with suppress(UserError):  # a file of another kind cannot be compared
         if run_file.is_file():
-            known = {*Settings.model_fields, TEMPLATE_HASH}
-            return {name: value for name, value in read_yaml_mapping(run_file).items() if name in known}
+            return read_yaml_mapping(run_file)
     return {}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.output_folder import NewOutput
 from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics import find_metric
 from megatron_tiedlora.evaluation.plan import EvaluationPlan
@@ -111,7 +112,7 @@ def score_tables(evaluations: Mapping[str, Evaluation], folder: Path) -> list[st
     width = max(len("adapter"), *map(len, evaluations))
     columns = [f"{name} (95 % interval)" for name in first]
     lines = [
-        f"{plan.task.name}, {len(answers)} {plan.settings.split} rows, scores in per cent",
+        f"{plan.task.name}, {count_text(len(answers), f'{plan.settings.split} row')}, scores in per cent",
         f"  {'adapter':<{width}}" + "".join(f"  {column:>24}" for column in columns),
     ]
     for name, (_, _, scores) in evaluations.items():
@@ -125,7 +126,7 @@ def score_table(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path)
     count = next(iter(scores.values())).num_samples
     width = max(len("metric"), *map(len, scores))
     lines = [
-        f"{plan.task.name}, {count} {plan.settings.split} rows, scores in per cent",
+        f"{plan.task.name}, {count_text(count, f'{plan.settings.split} row')}, scores in per cent",
         f"  {'metric':<{width}}  {'score':>6}  {'95 % interval':<16}  signature",
     ]
     for name, score in scores.items():
