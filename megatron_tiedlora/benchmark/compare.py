@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.adapters import IN_TURN, ONE, TOGETHER, build_group
 from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, saved_formula
-from megatron_tiedlora.benchmark.sides import OURS, make_sides
+from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, OURS, TOGETHER, build_group, make_sides
 from megatron_tiedlora.benchmark.timing import (
     about,
     default_device,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -12,26 +11,6 @@ from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD, Traffic
 
 Figures = Mapping[str, Any]
-Columns = Mapping[str, Callable[[Figures], str]]
-
-# What a column shows of a side's figures, by the column's header.
-_SPEED: Columns = {
-    "seconds": lambda side: f"{median(side['seconds']):.3f}",
-    " least": lambda side: f"{min(side['seconds']):.3f}",
-    "  most": lambda side: f"{max(side['seconds']):.3f}",
-    "tokens/s": lambda side: f"{_tokens_per_second(side):.1f}",
-}
-_SHARES: Columns = {
-    **_SPEED,
-    "padding": lambda side: f"{1 - side['tokens'] / side['positions']:.1%}",
-    "of matmul": lambda side: _of_matmul(side),
-}
-_PEAK: Columns = {"peak MB": lambda side: _megabytes(side["peak"])}
-_MEMORY: Columns = {
-    "saved MB": lambda side: _megabytes(side["saved"]),
-    "formula": lambda side: _megabytes(side.get("saved_formula")),
-    **_PEAK,
-}
 
 
 def report_lines(report: Figures) -> list[str]:
@@ -40,34 +19,49 @@ def report_lines(report: Figures) -> list[str]:
     return next((lines_of[key] for key in lines_of if key in report), _step)(report)
 
 
-def _sides(name: str, sides: Iterable[tuple[str, Figures]], columns: Columns, report: Figures) -> list[str]:
-    """A table with a line for each side, and the header `name` over the names of the sides.
-
-    Args:
-        report: has the figures that all sides share.
-    """
-    rows = [(name, *columns)]
-    for label, side in sides:
-        figures = ChainMap(dict(side), dict(report))
-        rows.append((label, *(cell(figures) for cell in columns.values())))
-    return aligned_lines(rows)
-
-
-def _head(report: Figures, more: str) -> str:
-    """The first line: model, adapter, precision and device."""
+def _head(report: Figures, more: str) -> list[str]:
+    """Model, adapter, precision and device, with `more`; then the setup."""
     rank = f" r {report['rank']}" if "rank" in report else ""
     adapters = f"{report['adapters']} adapters, " if "adapters" in report else ""
     adapter = f"{adapters}{report['method']}{rank} of {', '.join(report['targets'])}"
-    return f"{report['model']}, {adapter}, {report['dtype']} on {report['device']}; {more}"
+    return [f"{report['model']}, {adapter}, {report['dtype']} on {report['device']}; {more}", _setup(report)]
 
 
 def _setup(report: Figures) -> str:
-    """The line on threads, allocator and versions."""
-    versions = report["versions"]
+    """Threads, allocator and versions."""
     return (
         f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, deepspeed"
-        f" {versions.get('deepspeed', 'not installed')}"
+        f" {report['versions'].get('deepspeed', 'not installed')}"
     )
+
+
+def _matmul(report: Figures) -> str:
+    return f"a bare matmul does {report['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+
+
+def _sides(name: str, sides: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """The table of the sides, each with its cells; the header `name` is over the names of the sides."""
+    return aligned_lines([(name, *sides[0][1]), *((side, *cells.values()) for side, cells in sides)])
+
+
+def _cells(figures: Figures) -> dict[str, str]:
+    """The cells of a side by their headers. Columns whose figures are not there are left out."""
+    middle = median(figures["seconds"])
+    cells = {
+        "seconds": f"{middle:.3f}",
+        " least": f"{min(figures['seconds']):.3f}",
+        "  most": f"{max(figures['seconds']):.3f}",
+        "tokens/s": f"{figures['tokens'] / middle:.1f}",
+    }
+    if "positions" in figures:
+        flops, rate = figures["model_flops"], figures["matmul_flops_per_second"]
+        cells["padding"] = f"{1 - figures['tokens'] / figures['positions']:.1%}"
+        cells["of matmul"] = "" if flops is None else f"{flops / middle / rate:.1%}"
+    if "saved" in figures:
+        cells |= {"saved MB": _megabytes(figures["saved"]), "formula": _megabytes(figures.get("saved_formula"))}
+    if "peak" in figures:
+        cells["peak MB"] = _megabytes(figures["peak"])
+    return cells
 
 
 def _step(report: Figures) -> list[str]:
@@ -75,10 +69,9 @@ def _step(report: Figures) -> list[str]:
     sides = report["sides"]
     ours, *others = sides
     lines = [
-        _head(report, _matmul(report)),
-        _setup(report),
+        *_head(report, _matmul(report)),
         f"{ours}: recompute {report['recompute']}; kernels {report['kernels']}",
-        *_sides(f"{'':<20}", sides.items(), {**_SHARES, **_MEMORY}, report),
+        *_sides(f"{'':<20}", [(name, _cells({**report, **side})) for name, side in sides.items()]),
         f"saved bytes are {sides[ours]['saved_ratio']:.3f} of the formula's",
     ]
     for name, side in sides.items():
@@ -92,13 +85,14 @@ def _step(report: Figures) -> list[str]:
 
 def _adapters(report: Figures) -> list[str]:
     """Of several adapters, in turn and together."""
+    first, setup = _head(report, f"recompute {report['recompute']}; kernels {report['kernels']}")
     load = " to ".join("unknown" if value is None else f"{value:.1f}" for value in report["load"])
     return [
-        _head(report, f"recompute {report['recompute']}; kernels {report['kernels']}"),
-        f"{_setup(report)}, load {load}",
+        first,
+        f"{setup}, load {load}",
         f"{report['rows']} x {report['length']} tokens an adapter and step; together in {report['micro_batches']}"
         f" micro-batch{'es' if report['micro_batches'] > 1 else ''}",
-        *_sides(f"{'':<26}", report["sides"].items(), {**_SPEED, **_PEAK}, report),
+        *_sides(f"{'':<26}", [(name, _cells({**report, **side})) for name, side in report["sides"].items()]),
         f"together against in turn {report['ratio']:.2f}, against one adapter with all tokens"
         f" {report['of_one_adapter']:.2f}",
     ]
@@ -106,33 +100,34 @@ def _adapters(report: Figures) -> list[str]:
 
 def _scaling(report: Figures) -> list[str]:
     """Of several values. The last column has the additional seconds per unit, compared with the value before."""
-    lines = [_head(report, f"kernels {report['kernels']}"), _setup(report)]
-    columns = {"tokens": lambda side: f"{side['tokens']}", **_SPEED, "more, for 1 more": _slope}
+    lines = _head(report, f"kernels {report['kernels']}")
     for name, measured in report["axes"].items():
-        befores = [None, *measured]
-        sides = [(str(own["value"]), {**own, "before": old}) for own, old in zip(measured, befores, strict=False)]
-        lines += _sides(f"{name:<12}", sides, columns, report)
+        sides = []
+        for before, own in zip([None, *measured], measured, strict=False):
+            slope = "" if before is None else f"{_slope(before, own):.4f}"
+            cells = {"tokens": str(own["tokens"]), **_cells(own), "more, for 1 more": slope}
+            sides.append((str(own["value"]), cells))
+        lines += _sides(f"{name:<12}", sides)
     return lines
 
 
-def _slope(side: Figures) -> str:
-    before = side["before"]
-    if before is None:
-        return ""
-    return f"{(median(side['seconds']) - median(before['seconds'])) / (side['value'] - before['value']):.4f}"
+def _slope(before: Figures, own: Figures) -> float:
+    return float((median(own["seconds"]) - median(before["seconds"])) / (own["value"] - before["value"]))
 
 
 def _decoding(report: Figures) -> list[str]:
     """Of decoding, here and in transformers."""
     ours, theirs = (median(taken) for taken in report["seconds"].values())
     tokens = report["batch_size"] * report["new_tokens"]
-    sides = [(name, {"seconds": taken, "tokens": tokens}) for name, taken in report["seconds"].items()]
     return [
         f"{report['model']} in {report['dtype']} on {report['device']}: {count_text(report['batch_size'], 'prompt')} of"
         f" {report['prompt_tokens']} tokens together, {report['new_tokens']} new tokens each,"
         f" {report['equal_tokens']:.1%} of them equal",
         _setup(report),
-        *_sides(f"{'':<20}", sides, _SPEED, report),
+        *_sides(
+            f"{'':<20}",
+            [(name, _cells({"seconds": taken, "tokens": tokens})) for name, taken in report["seconds"].items()],
+        ),
         f"ratio of the medians {theirs / ours:.2f}",
     ]
 
@@ -143,29 +138,18 @@ def _layout(report: Figures) -> list[str]:
     ranks, rows = count_text(layout["ranks"], "rank"), count_text(layout["rows"], "row")
     sequences = "sharded" if layout["sequence_parallel"] else "full"
     return [
-        _head(report, _matmul(report)),
-        _setup(report),
+        *_head(report, _matmul(report)),
         f"{ranks} = tensor {layout['tensor_parallel']} x pipeline {layout['pipeline_parallel']} x"
         f" data {layout['data_parallel']}, {sequences} sequences, ZeRO-{layout['zero_stage']},"
         f" recompute {layout['recompute']}; {report['kernels']}",
         f"{report['tokens']:,} tokens per step, {report['supervised']:,} with a label; micro-batches per rank:"
         f" {report['micro_batches']}, up to {rows} each; weights {report['weights']}",
-        *_sides("", [("", report)], _SHARES, report),
+        *_sides("", [("", _cells(report))]),
         *_gpu_lines(report, ""),
         *_planned(report),
         *_memory(report["ranks"]),
         *_messages(report),
     ]
-
-
-def _matmul(report: Figures) -> str:
-    return f"a bare matmul does {report['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"
-
-
-def _of_matmul(side: Figures) -> str:
-    if side["model_flops"] is None:
-        return ""
-    return f"{side['model_flops'] / median(side['seconds']) / side['matmul_flops_per_second']:.1%}"
 
 
 def _gpu_lines(figures: Figures, name: str) -> list[str]:
