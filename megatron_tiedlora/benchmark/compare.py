@@ -41,6 +41,7 @@ from megatron_tiedlora.training.throughput import find_peak, timed
 
 # The setting of a step that each flag of --what scaling gives values for.
 AXES = {"layers": "num_layers", "lengths": "length", "ranks": "rank", "shares": "supervised"}
+_STEP = ("model", "method", "targets", "rank", "recompute")  # settings that the report of a step shows
 Rows = list[list[int]]
 
 
@@ -93,8 +94,7 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
             mfu = None if side.flops is None else side.flops / median(seconds[name]) / peak
             figures[name] |= {"mfu": mfu, "kernel_seconds": kernel_seconds(side.step)}
     return {
-        **about(settings, plan.settings.base, ours.device, "model", "method", "targets", "rank", "recompute"),
-        "kernels": ours.kernels,
+        **about(settings, plan.settings.base, ours.device, *_STEP, kernels=ours.kernels),
         "matmul_flops_per_second": rate,
         "sides": figures,
     }
@@ -117,10 +117,10 @@ def _measure_adapters(settings: BenchSettings) -> dict[str, Any]:
     before = _load()
     seconds = _seconds(group.steps, group.device, settings)
     middle = {name: median(taken) for name, taken in seconds.items()}
-    names = ("model", "method", "targets", "rank", "recompute", "adapters", "rows", "length")
     return {
-        **about(settings, plan.settings.base, group.device, *names),
-        "kernels": group.kernels,
+        **about(settings, plan.settings.base, group.device, *_STEP, "adapters", kernels=group.kernels),
+        "rows": settings.rows,
+        "length": settings.length,
         "micro_batches": len(group.shared),
         "tokens": settings.adapters * settings.adapter_tokens,
         "load": [before, _load()],
@@ -158,8 +158,7 @@ def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
         ]
 
     return {
-        **about(settings, plan.settings.base, device, "model", "method", "targets"),
-        "kernels": chosen.description,
+        **about(settings, plan.settings.base, device, "model", "method", "targets", kernels=chosen.description),
         "axes": {AXES[flag]: measured(flag) for flag, steps in axes.items() if steps},
     }
 
@@ -197,8 +196,8 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     }
     rows = [decode() for decode in steps.values()]
     return {
-        **about(settings, base, device),
         "model": source.name,
+        **about(settings, base, device),
         "batch_size": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "new_tokens": new_tokens,

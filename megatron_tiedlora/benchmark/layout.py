@@ -193,8 +193,9 @@ def _saved_bytes(run: Started, step: TrainingStep) -> int:
 def _describe(plan: RunPlan, bench: BenchSettings, device: torch.device) -> dict[str, Any]:
     settings, grid = plan.settings, plan.grid
     return {
-        **about(bench, settings.base, device, "model", "method", "targets", "rank"),
+        "model": settings.model,
         "weights": "random" if plan.source.folder is None else "read",
+        **about(bench, settings.base, device, "method", "targets", "rank"),
         "layout": {
             "ranks": grid.world_size,
             "tensor_parallel": grid.tp_size,

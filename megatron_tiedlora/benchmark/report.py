@@ -184,7 +184,7 @@ def _memory(ranks: Sequence[Figures]) -> list[str]:
             max((member[key] for member in members if member[key] is not None), default=None)
             for key in ("saved", "saved_formula", "held", "peak", "planned_peak")
         )
-        sizes = map(_megabytes, (held, peak, planned))
+        sizes = (_megabytes(held), _megabytes(peak), _megabytes(planned), "")
         rows.append((str(stage), _megabytes(saved), _megabytes(formula), _ratio(saved, formula), *sizes))
     return aligned_lines(rows)
 
