@@ -257,14 +257,18 @@ class Group:
     kernels: str
 
     @property
-    def steps(self) -> dict[str, Callable[[], object]]:
+    def steps(self) -> dict[str, Callable[[], None]]:
         """The sides, by name."""
         first, *_ = names = list(self.alone)
         return {
-            IN_TURN: lambda: [self._step([name], batches) for name, batches in self.alone.items()],
+            IN_TURN: self._in_turn,
             TOGETHER: lambda: self._step(names, self.shared),
             ONE: lambda: self._step([first], self.joined),
         }
+
+    def _in_turn(self) -> None:
+        for name, batches in self.alone.items():
+            self._step([name], batches)
 
     def _step(self, names: Sequence[str], batches: Sequence[StepInput]) -> None:
         """Take a step of these adapters on shared micro-batches, or of one adapter on its own."""
@@ -316,4 +320,5 @@ def _optimizer(adapter: TiedAdapter) -> torch.optim.Optimizer:
 
 def _stacked(batches: Sequence[StepInput]) -> StepInput:
     """The rows of several micro-batches, all of one length and not packed."""
-    return StepInput(*map(torch.cat, zip(*(batch[:3] for batch in batches), strict=True)))
+    tokens, positions, labels = map(torch.cat, zip(*(batch[:3] for batch in batches), strict=True))
+    return StepInput(tokens, positions, labels)
