@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import nearest_name
 
 # Every constant: its unit, and what it is.
@@ -103,11 +104,11 @@ class Machine:
 
     def lines(self) -> list[str]:
         """Its constants as text."""
-        width = max(map(len, self.constants))
-        return [
-            f"  {name:<{width}}  {constant.value:>12,.4g} {CONSTANTS[name][0]:<9}  {constant.source}"
+        rows = [
+            (name, f"{constant.value:>12,.4g} {CONSTANTS[name][0]:<9}", constant.source)
             for name, constant in self.constants.items()
         ]
+        return aligned_lines(rows, align="<", indent="  ")
 
     def changed(self, constants: Mapping[str, Constant], *, name: str, title: str) -> Machine:
         """The same with other values of some constants."""
