@@ -19,7 +19,7 @@ from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.training.throughput import timed
 
@@ -42,7 +42,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     turns = {
         # No token ends a sequence.
-        "megatron_tiedlora": partial(generate, decoder, prompts, end_ids=(), max_new_tokens=new_tokens),
+        "megatron_tiedlora": lambda: generate(decoder, [Prompts(prompts, (), new_tokens)])[0],
         "transformers": partial(_generate_there, theirs.to(device).eval(), prompts, new_tokens),
     }
     rows = [decode() for decode in turns.values()]

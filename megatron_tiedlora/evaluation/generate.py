@@ -49,23 +49,8 @@ class Prompts:
     adapter: str = ""
 
 
-def generate(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    *,
-    end_ids: Collection[int],
-    max_new_tokens: int,
-    is_end: Callable[[Sequence[int]], bool] = lambda _: False,
-    agree: Agree = bool,
-) -> list[list[int]]:
-    """`generate_together` for prompts of one adapter at most. Returns the new tokens of each prompt."""
-    return generate_together(decoder, [Prompts(prompts, end_ids, max_new_tokens, is_end)], agree=agree)[0]
-
-
 @torch.no_grad()
-def generate_together(
-    decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool
-) -> list[list[list[int]]]:
+def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
     """Continue each prompt with its most likely tokens until one of `end_ids`, `is_end` or `max_new_tokens`.
 
     An adapter's prompts have the batch that they have alone: its order, caches and calls of attention. Only the base's
@@ -212,7 +197,7 @@ class _Part:
         if self.computed[0].num_chosen == 0:
             chosen = self._read_prompts()
         else:
-            chosen = _most_likely(self.decoder.forward_together([batch.newest_rows() for batch in self.computed]))
+            chosen = _most_likely(self.decoder.forward([batch.newest_rows() for batch in self.computed]))
         for batch in self.computed:
             batch.num_chosen += 1
         self.waiting = self.decoder.share(chosen, sum(len(batch.rows) for batch in self.computed))
@@ -229,7 +214,7 @@ class _Part:
             for call in [present] if whole else self._calls(present):
                 rows = [self.computed[number].prompt_rows(some, self.decoder.device) for number, some in call]
                 wanted = [self.computed[number].lengths[some] - 1 for number, some in call]
-                chosen = _most_likely(self.decoder.forward_together(rows, wanted))
+                chosen = _most_likely(self.decoder.forward(rows, wanted=wanted))
                 if chosen is not None:
                     parts = chosen.split([len(positions) for positions in wanted])
                     for (number, _), part in zip(call, parts, strict=True):
