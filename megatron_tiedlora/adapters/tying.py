@@ -140,19 +140,20 @@ class GradientGuard:
 
     def __init__(self, adapter: TiedAdapter) -> None:
         self._part = adapter.part
-        self._trained = [name for name, parameter in adapter.named_parameters() if parameter.requires_grad]
+        self._trained = {name: tensor for name, tensor in adapter.named_parameters() if tensor.requires_grad}
         self._largest: dict[str, torch.Tensor] = {}
+        self._of_step: dict[str, torch.Tensor] = {}  # the same of the gradients of this step
         self._hooks = [
             parameter.register_hook(lambda gradient, name=name: self._look(name, gradient))
-            for name, parameter in adapter.named_parameters()
-            if parameter.requires_grad and adapter.part.layers
+            for name, parameter in self._trained.items()
+            if adapter.part.layers
         ]
 
     def _look(self, name: str, gradient: torch.Tensor) -> None:
         per_layer = gradient.detach().abs() if not self._is_tied(name) else gradient.detach().abs()[None]
         largest = per_layer.flatten(1).amax(dim=1).nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a nan
-        before = self._largest.get(name)
-        self._largest[name] = largest if before is None else torch.maximum(before, largest)
+        for seen in (self._largest, self._of_step):
+            seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
 
     def _is_tied(self, name: str) -> bool:
         return self._part.config.factor(name).tied
@@ -160,6 +161,19 @@ class GradientGuard:
     def missing(self) -> list[str]:
         """The trained tensors of this rank that have had no gradient so far."""
         return [name for name in self._trained if name not in self._largest] if self._part.layers else []
+
+    def begin_step(self) -> None:
+        """The gradients from now on are those of the next step."""
+        self._of_step.clear()
+
+    def sizes(self) -> tuple[float, float]:
+        """The largest absolute gradient of this step on this rank, and the largest absolute value of a trained tensor.
+
+        The second is 0 where another rank holds the tensors, as under ZeRO-3.
+        """
+        gradients = (float(largest.max()) for largest in self._of_step.values())
+        values = (float(tensor.detach().abs().max()) for tensor in self._trained.values() if tensor.numel())
+        return max(gradients, default=0.0), max(values, default=0.0)
 
     def labels(self) -> list[str]:
         """The names for the numbers of `largest`: tied tensors, and per-layer ones by layer; the same on every rank."""

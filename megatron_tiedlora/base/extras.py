@@ -14,11 +14,15 @@ from megatron_tiedlora.base.wording import enumerate_names
 
 # By extra: the modules that it brings, which pyproject.toml lists under their names as packages.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "train": ("deepspeed", "datasets", "tensorboard", "matplotlib", "accelerate"),
-    "eval": ("deepspeed", "datasets", "rouge_score", "sacrebleu"),
-    "demo": ("gguf", "reasoning_gym", "peft"),
+    "train": ("deepspeed", "datasets", "pyarrow", "accelerate", "tensorboard", "matplotlib"),
+    "eval": ("deepspeed", "datasets", "pyarrow", "rouge_score", "sacrebleu"),
+    "peft": ("peft",),
+    "quantised": ("bitsandbytes",),
+    "demo": ("gguf", "reasoning_gym", "peft", "tokenizers"),
     "mpi": ("mpi4py",),
 }
+# Of these, what a run does without: it is asked for where it is used, by --report_to and for figures.
+_WHERE_USED = ("accelerate", "tensorboard", "matplotlib")
 
 
 def missing_modules(*names: str) -> list[str]:
@@ -28,8 +32,9 @@ def missing_modules(*names: str) -> list[str]:
 
 
 def require_extra(*names: str, only: Collection[str] | None = None) -> None:
-    """Raise UserError if a module of these extras, or one of `only`, is not installed."""
-    missing = [module for module in missing_modules(*names) if only is None or module in only]
+    """Raise UserError if a module of these extras that every run needs, or one of `only`, is not installed."""
+    absent = missing_modules(*names)
+    missing = [name for name in absent if (name not in _WHERE_USED if only is None else name in only)]
     if missing:
         raise UserError(f"this needs {enumerate_names(missing)}; {install_hint(*names)}")
 

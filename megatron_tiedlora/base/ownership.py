@@ -213,9 +213,9 @@ def take_folder(
     descriptor = None
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o664)
-        os.write(descriptor, json.dumps(asdict(token)).encode())
         with suppress(OSError):  # a file system without locks: then only the token's mtime counts
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(descriptor, json.dumps(asdict(token)).encode())  # a token without a lock is of a dead start
         with _one_at_a_time(folder, lock_seconds):
             _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint, before=before)
         removed = (folder, *made[1:]) if removed_after else made
@@ -288,9 +288,9 @@ def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None
     raise FolderTaken(f"{folder}: {who} is at work here (last seen {max(0.0, now - renewed):.0f} s ago); {hint}")
 
 
-def _is_dead(folder: Path, token: Token) -> bool:
-    """Whether the owner ran on this machine and died."""
-    return token.machine == _machine() and _is_unlocked(folder / OWNER_FILE) is True
+def _is_dead(folder: Path, token: Token, name: str = OWNER_FILE) -> bool:
+    """Whether the start whose token the file `name` holds ran on this machine and died."""
+    return token.machine == _machine() and _is_unlocked(folder / name) is True
 
 
 def owner_in_words(folder: Path) -> str | None:
@@ -299,9 +299,9 @@ def owner_in_words(folder: Path) -> str | None:
     return None if token is None or _is_dead(folder, token) else f"{token} since {token.time}"
 
 
-def read_token(folder: Path) -> Token | None:
-    """The token in the folder's OWNER_FILE, or None if there is no readable one."""
-    file = folder / OWNER_FILE
+def read_token(folder: Path, name: str = OWNER_FILE) -> Token | None:
+    """The token in a file of the folder, or None if there is no readable one."""
+    file = folder / name
     try:
         return read_fields(file, read_json_object(file, kind="an owner's token"), Token)
     except (UserError, OSError):
@@ -360,7 +360,9 @@ def _remove_marks(folder: Path) -> None:
     """Remove the marks of former owners, and tokens of starts that were killed while they took the folder."""
     for mark in (*folder.glob(f"{_GIVEN_UP}*"), *folder.glob(f"{_CANDIDATE}*")):
         with suppress(OSError):
-            if mark.name.startswith(_GIVEN_UP) or time.time() - mark.stat().st_mtime > STALE_SECONDS:
+            token = read_token(folder, mark.name)
+            dead = token is not None and _is_dead(folder, token, mark.name)
+            if mark.name.startswith(_GIVEN_UP) or dead or time.time() - mark.stat().st_mtime > STALE_SECONDS:
                 mark.unlink()
 
 

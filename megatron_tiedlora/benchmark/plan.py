@@ -83,7 +83,8 @@ def make_plan(
         "replica_check_steps": 0,
         "seed": 0,
     }
-    return plan_run(make_settings({**values, **changes}), rank=rank, world_size=world_size, source=source)
+    train = make_settings({**values, **changes})
+    return plan_run(train, rank=rank, world_size=world_size, weights=False, source=source)
 
 
 def _source(settings: BenchSettings) -> ModelSource:

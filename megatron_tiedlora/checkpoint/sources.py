@@ -130,7 +130,7 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
     """
     if is_preset(name):
         return ModelSource(name, None, shape_from_hf(PRESETS[name], source=name))
-    folder = _local_folder(name)
+    folder = local_folder(name)
     from_hub = folder is None
     folder = folder or _downloaded(name, weights=weights)
     values, file = read_hf_config(folder), str(folder / "config.json")
@@ -142,7 +142,7 @@ def is_model_on_hub(name: str) -> bool:
     return "/" in name and may_be_hub_id(name)
 
 
-def _local_folder(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
     """The folder that --model names; None if it is a hub id. Raises UserError if it is neither."""
     prepared = prepared_model(name)
     folder = prepared or user_path(name)

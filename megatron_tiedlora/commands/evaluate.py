@@ -29,7 +29,10 @@ def main(argv: Sequence[str]) -> int:
     """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
     settings = parse_settings(argv, EvaluateSettings)
     require_extra("eval")
-    # These import torch, which takes a second: --help and a wrong flag do not wait for it.
+    from megatron_tiedlora.data.splits import check_files_exist
+
+    check_files_exist(settings)
+    # These import torch, which takes a second: --help, a wrong flag and a missing file do not wait for it.
     from megatron_tiedlora.runtime.ending import reported_end
     from megatron_tiedlora.runtime.stopping import StopRequests
 

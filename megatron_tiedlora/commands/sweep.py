@@ -24,6 +24,7 @@ def run(argv: Sequence[str], *, scripts: Path = HERE) -> NoReturn:
     def main(argv: Sequence[str]) -> int:
         parse_sweep(argv)  # --help and a wrong flag end here and do not wait for torch; `sweep` reads the flags again
         require_extra("train", "eval")
+        require_extra("train", only=["matplotlib"])  # for the figures at its end
         from megatron_tiedlora.study.processes import deepspeed_starter
         from megatron_tiedlora.study.sweep import sweep
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.config.cli import parse_settings, run_command
+from megatron_tiedlora.config.presets import is_preset
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     settings = parse_settings(argv, Settings)
     if not settings.dry_run:
         require_extra("train")
+    _check_files(settings)
     prepare_environment()
     if settings.dry_run:
         rank, world_size = rank_and_world_size()
@@ -41,6 +43,21 @@ def main(argv: Sequence[str]) -> int:
         print(report.text)
         return 0 if report.fits else 1
     return (train_rank if settings.adapters is None else train_together)(settings).status
+
+
+def _check_files(settings: Settings) -> None:
+    """Raise UserError if something that a flag names does not exist. What is imported later takes seconds."""
+    from megatron_tiedlora.checkpoint.sources import local_folder
+    from megatron_tiedlora.config.adapters_file import adapters_path
+    from megatron_tiedlora.data.splits import check_files_exist
+    from megatron_tiedlora.engine.engine_json import find_engine_json
+
+    if settings.adapters is not None:
+        adapters_path(settings.adapters)
+    if not is_preset(settings.model):
+        local_folder(settings.model)
+    find_engine_json(settings.ds_config)
+    check_files_exist(settings)
 
 
 def _report(settings: Settings, *, launched_ranks: int) -> Report:

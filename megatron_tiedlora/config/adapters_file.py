@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
@@ -40,6 +41,7 @@ PER_ADAPTER = frozenset(
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 # Beside the folders of the adapters; a run of one adapter has `adapter`.
 _FILES_OF_RUN = ("adapter", "logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
+RUN_OF_ALL = "the run of all"  # its name beside those of adapters, which have no blanks
 # Settings of the run of all that none of them has itself.
 OF_ALL = ("adapters", "share_micro_batches", "halving", "output_dir", "profile")
 
@@ -54,26 +56,31 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
         UserError: the file, the entry and the setting that is wrong.
     """
     check_together(given)
-    file = user_path(path)
-    if file.is_dir():
-        raise UserError(f"--adapters {path}: is a folder; give a YAML list. --init_from starts from an adapter")
-    if not file.is_file():
-        raise UserError(f"--adapters {path}: no such file")
     shared = {name: getattr(given, name) for name in given.model_fields_set if name not in OF_ALL}
-    found: dict[str, Settings] = {}
-    for number, entry in enumerate(read_yaml_list(file), start=1):
+    found, taken = dict[str, Settings](), set[str]()
+    for number, entry in enumerate(read_yaml_list(adapters_path(path)), start=1):
         name, own = _checked_entry(entry, f"{path}: entry {number}")
-        taken = next((other for other in found if other.lower() == name.lower()), None)
         if name.lower() in _FILES_OF_RUN:
             raise UserError(f"{path}: entry {number}: the run itself has a file {shown(name)}; give another name")
-        if taken is not None:
+        if name.lower() in taken:
             raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another; names are folders")
+        taken.add(name.lower())
         found[name] = _settings_of(own, shared, f"{path}: {name}")
     check_folders(path, {name: own.output_dir for name, own in found.items() if own.output_dir is not None})
     if not found:
         raise UserError(f"{path}: holds no adapter; write one entry for each, which begins with '- name: '")
     _check_shared(path, found)
     return found
+
+
+def adapters_path(given: str) -> Path:
+    """The file that --adapters names. Raises UserError if there is none."""
+    file = user_path(given)
+    if file.is_dir():
+        raise UserError(f"--adapters {given}: is a folder; give a YAML list. --init_from starts from an adapter")
+    if not file.is_file():
+        raise UserError(f"--adapters {given}: no such file")
+    return file
 
 
 def check_together(given: Settings) -> None:
@@ -118,13 +125,25 @@ def _settings_of(own: Mapping[str, Any], shared: Mapping[str, Any], where: str) 
 
 
 def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:
-    """Raise UserError if two of the folders, by name, are one."""
-    given: dict[str, str] = {}
+    """Raise UserError if one of the folders, by name, is another's or lies in it.
+
+    In that of RUN_OF_ALL each adapter may have a folder, but not where the run has files.
+    """
+    given: dict[Path, str] = {}
     for name, output_dir in output_dirs.items():
-        folder = os.path.realpath(user_path(output_dir))
+        folder = Path(os.path.realpath(user_path(output_dir)))
         if folder in given:
             raise UserError(f"{path}: {name}: output_dir is that of {given[folder]}; give each a folder of its own")
         given[folder] = name
+    for folder, name in given.items():
+        holder = next((parent for parent in folder.parents if parent in given), folder)
+        inside = folder.parts[len(holder.parts) :][:1]
+        if inside and given[holder] != RUN_OF_ALL:
+            where = f"that of {given[holder]}; give each a folder of its own"
+            raise UserError(f"{path}: {name}: output_dir lies in {where}")
+        if any(part.startswith(".") or part.lower() in _FILES_OF_RUN for part in inside):
+            where = f"{shown(inside[0])}, where the run itself has files"
+            raise UserError(f"{path}: {name}: output_dir lies in {where}; give another folder")
 
 
 def _check_shared(path: str, found: Mapping[str, Settings]) -> None:

@@ -141,7 +141,7 @@ class CommandSettings(BaseModel):
     def _reject_extremes(cls, value: Any, info: ValidationInfo) -> Any:
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, int | float) and abs(part) >= _BOUND:
-                raise ValueError(f"--{info.field_name} {shown(value)}: out of range")
+                raise ValueError(f"--{info.field_name} {shown(value)}: out of range; give a number below 2^53 (9e15)")
             if isinstance(part, str) and ("\0" in part or not _is_system_text(part)):
                 raise ValueError(f"--{info.field_name} {shown(value)}: contains characters that are not text")
         return value

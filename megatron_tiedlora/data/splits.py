@@ -6,7 +6,7 @@ to `sources`, reading to `row_stream`, and texts to `example_maker`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -14,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.chat import opened_chat
+from megatron_tiedlora.data.chat import opened_chat, read_chat_template
 from megatron_tiedlora.data.example_maker import ExampleMaker, OneShape, with_template
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.order import permutation
+from megatron_tiedlora.data.readers import checked_files, looks_like_path
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.row_stream import Files, RowStream, row_stream, source_kind
-from megatron_tiedlora.data.sources import mixed
+from megatron_tiedlora.data.sources import mixed, parse_sources
 from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import Split, Task
 from megatron_tiedlora.data.tasks import get_task
@@ -86,6 +88,28 @@ def read_split(
 def files_of(settings: Settings | EvaluateSettings) -> Files:
     """The files of a command's settings."""
     return {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
+
+
+def local_names(settings: Settings | EvaluateSettings) -> Iterator[str]:
+    """The paths and patterns that the data flags name. Hub ids, and formats that only a task reads, are not among them.
+
+    Raises:
+        UserError: the value of a flag is not valid.
+    """
+    files = {} if get_task(settings.task).read_files is not None else files_of(settings)
+    for split, given in files.items():
+        for source in parse_sources(str(given), f"--{split}_file") if given else ():
+            if looks_like_path(source.name) or user_path(source.name).exists():
+                yield source.name
+
+
+def check_files_exist(settings: Settings | EvaluateSettings) -> None:
+    """Raise UserError if a file that a data flag or --chat_template names does not exist. It needs no slow import."""
+    for name in local_names(settings):
+        if not (path := user_path(name)).exists():
+            checked_files(path, name)
+    if settings.chat_template is not None:
+        read_chat_template(settings.chat_template)
 
 
 def _train_rows(task: Task, *, files: Files, seed: int, reading: Reading) -> list[Row]:

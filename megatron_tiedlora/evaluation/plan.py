@@ -25,7 +25,6 @@ from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
 from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
-from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 from megatron_tiedlora.convert.export_many import adapter_name, find_adapters
 from megatron_tiedlora.convert.inputs import Identify, check_base
@@ -245,8 +244,7 @@ def _trained_with(settings: EvaluateSettings) -> dict[str, Any]:
     run_file = user_path(settings.adapter).parent / "run.yaml"
     with suppress(UserError):  # a file of another kind cannot be compared
         if run_file.is_file():
-            known = {*Settings.model_fields, TEMPLATE_HASH}
-            return {name: value for name, value in read_yaml_mapping(run_file).items() if name in known}
+            return read_yaml_mapping(run_file)
     return {}
 
 

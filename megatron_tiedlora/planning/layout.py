@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -75,7 +76,7 @@ class Layout:
     def __post_init__(self) -> None:
         assert self.is_bank or len(self.adapters) == 1, "several adapters of one run are a bank"
 
-    @property
+    @cached_property
     def first_adapted(self) -> int:
         """The first layer of the model that an adapter adapts."""
         return min(adapter.layers[0] for adapter in self.adapters)

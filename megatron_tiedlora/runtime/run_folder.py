@@ -13,7 +13,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tiedlora.base.atomic import Guard, discard, new_file, new_folder, unguarded, write_json, write_text
+from megatron_tiedlora.base.atomic import (
+    Guard,
+    discard,
+    new_file,
+    new_folder,
+    remove_leftovers,
+    unguarded,
+    write_json,
+    write_text,
+)
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import check_writable, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
@@ -98,6 +107,8 @@ def take_run_folder(
 ) -> tuple[RunFolder, FolderLock]:
     """Choose the folder of a run and become its owner; make it if it is new. Arguments as in `choose_run_folder`.
 
+    Half-written files of earlier starts are removed at once, since from now on none of their writes can finish.
+
     Args:
         before: called before an existing folder is taken from another start; if it raises, the folder is unchanged.
         kind: what the folder is, if it is not that of one run.
@@ -121,7 +132,10 @@ def take_run_folder(
             if not folder.path.exists():
                 raise UserError(f"{folder.path}: is a broken link; give another --output_dir") from None
             continue
-        return kind(folder.path, lock.owner), lock
+        taken = kind(folder.path, lock.owner)
+        for path in (taken.path, taken.checkpoints, taken.logs, taken.profile):
+            remove_leftovers(path, guard=taken.guard)
+        return taken, lock
 
 
 def choose_run_folder(

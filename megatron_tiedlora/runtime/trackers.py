@@ -35,14 +35,13 @@ _LAUNCH_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Raise UserError if the package of one of the trackers, or accelerate, is not installed."""
-    others = [name for name in names if name != TENSORBOARD]
-    for package in (*others, *(["accelerate"] if others else [])):
+    """Raise UserError if the package of one of the trackers, or accelerate for those of others, is not installed."""
+    for package in (*names, *(["accelerate"] if {*names} - {TENSORBOARD} else [])):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:  # a folder of that name, such as wandb's own, is no package
             raise UserError(
                 f"--report_to {','.join(names)}: the package {package} is not installed; pip install {package}, or"
-                " leave it out"
+                " give others or none"
             )
 
 

@@ -22,9 +22,8 @@ from megatron_tiedlora.base.yaml_files import read_yaml_mapping, write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
-from megatron_tiedlora.data.readers import looks_like_path, read_rows
-from megatron_tiedlora.data.sources import parse_sources
-from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.readers import read_rows
+from megatron_tiedlora.data.splits import load_split, local_names
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
@@ -332,7 +331,8 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         make_settings({**command.given, **run.settings})
     if task.hub is None and task.generate is None and files["test_file"] is None:
         raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
-    _check_files(files, read_by_task=task.read_files is not None)
+    for name in local_names(train):
+        read_rows(name, limit=1)
     return SweepPlan(command, folder, source, base, grid, _test_limit(command))
 
 
@@ -366,15 +366,6 @@ def _no_accelerator_needed() -> Iterator[None]:
 
 def _each_run(grid: SweepGrid) -> Iterator[Run]:
     return (run for point in grid.points for run in grid.runs(point))
-
-
-def _check_files(files: Mapping[str, str | None], *, read_by_task: bool) -> None:
-    """Raise UserError if a local file does not exist. Hub ids, and formats that only a task reads, are not checked."""
-    for flag, value in files.items():
-        sources = () if value is None or read_by_task else parse_sources(value, f"--{flag}")
-        for name in (source.name for source in sources):
-            if looks_like_path(name) or user_path(name).exists():
-                read_rows(name, limit=1)
 
 
 def _score_job(point: Point) -> str:

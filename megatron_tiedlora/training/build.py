@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
@@ -26,6 +28,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_wei
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.engine.engine import (
     base_construction,
     initialize_engine,
@@ -202,39 +205,41 @@ def build_stage(
 
 def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpoint: Checkpoint | None) -> Runner:
     """The DeepSpeed engine around the model, with optimizer and schedule in the state of the checkpoint."""
-    settings, adapter = plan.settings, built.stage.adapter
+    adapter = built.stage.adapter
     assert adapter is not None
     trained = [parameter for parameter in built.stage.parameters() if parameter.requires_grad]  # the anchor too
+    optimizer, scheduler = make_training(plan.settings, trained)
+    engine = initialize_engine(
+        built.module, plan.engine, optimizer=optimizer, scheduler=scheduler, process_grid=built.process_grid
+    )
+    if checkpoint is not None:
+        restore_training(engine, plan, adapter, scheduler, checkpoint, zero_stage=plan.engine.zero_stage)
+    return make_runner(engine, built.stage, built.groups, plan.engine, device)
+
+
+def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:
+    """The optimizer of these parameters, and its schedule, set to step 0."""
     optimizer = make_optimizer(
         trained,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         betas=(settings.beta1, settings.beta2),
     )
-    scheduler = make_scheduler(
-        optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps, schedule=settings.schedule
-    )
-    engine = initialize_engine(
-        built.module, plan.engine, optimizer=optimizer, scheduler=scheduler, process_grid=built.process_grid
-    )
-    if checkpoint is not None:
-        moments = {
-            moment: {
-                name: plan.part.shard(name, checkpoint.moments[moment_name(moment, name)])
-                for name in trained_parameters(adapter)
-            }
-            for moment in MOMENTS
-        }
-        write_moments(
-            engine,
-            trained_parameters(adapter),
-            plan.engine.zero_stage,
-            moments=moments,
-            step=checkpoint.progress.step,
-            dp_rank=plan.grid.dp_rank,
-        )
-        resume_scheduler(scheduler, checkpoint.progress.step)
-    return make_runner(engine, built.stage, built.groups, plan.engine, device)
+    steps = {"warmup_steps": settings.warmup_steps, "max_steps": settings.max_steps}
+    return optimizer, make_scheduler(optimizer, **steps, schedule=settings.schedule)
+
+
+def restore_training(
+    engine: Any, plan: RunPlan, adapter: TiedAdapter, scheduler: LambdaLR, checkpoint: Checkpoint, *, zero_stage: int
+) -> None:
+    """Bring the optimizer of an adapter, which `engine` holds, and its schedule into the state of its checkpoint."""
+    trained, step = trained_parameters(adapter), checkpoint.progress.step
+    moments = {
+        moment: {name: adapter.part.shard(name, checkpoint.moments[moment_name(moment, name)]) for name in trained}
+        for moment in MOMENTS
+    }
+    write_moments(engine, trained, zero_stage, moments=moments, step=step, dp_rank=plan.grid.dp_rank)
+    resume_scheduler(scheduler, step)
 
 
 def _identify(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:

@@ -13,17 +13,23 @@ from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
+from megatron_tiedlora.checkpoint.resume import Checkpoint
 from megatron_tiedlora.engine.bank_runner import BankPipelineRunner, BankPlainRunner
 from megatron_tiedlora.engine.bank_step import BankStep, OwnStep, trained_or_stand_in
-from megatron_tiedlora.engine.engine import initialize_engine, stored_bytes, trained_parameters
+from megatron_tiedlora.engine.engine import initialize_engine, stored_bytes
 from megatron_tiedlora.engine.engine_json import EngineConfig
-from megatron_tiedlora.engine.optimizer_state import MOMENTS, write_moments
 from megatron_tiedlora.parallel.agreement import gather_numbers
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.training.build import build_stage, checked_base, load_base, start_values
+from megatron_tiedlora.training.build import (
+    build_stage,
+    checked_base,
+    load_base,
+    make_training,
+    restore_training,
+    start_values,
+)
 from megatron_tiedlora.training.member_plans import Plans, shared_plan
-from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
+from megatron_tiedlora.training.optimizer import make_optimizer
 from megatron_tiedlora.training.plan import RunPlan
 
 
@@ -115,24 +121,8 @@ def _engine_config(plan: RunPlan) -> EngineConfig:
 
 
 def _own_step(plan: RunPlan, adapter: TiedAdapter, checkpoint: Checkpoint | None) -> OwnStep:
-    settings = plan.settings
-    optimizer = make_optimizer(
-        trained_or_stand_in(adapter),
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        betas=(settings.beta1, settings.beta2),
-    )
-    scheduler = make_scheduler(
-        optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps, schedule=settings.schedule
-    )
-    own = OwnStep(optimizer, scheduler, settings.gradient_clipping)
-    if checkpoint is not None:
-        trained, step = trained_parameters(adapter), checkpoint.progress.step
-        moments = {
-            moment: {name: adapter.part.shard(name, checkpoint.moments[moment_name(moment, name)]) for name in trained}
-            for moment in MOMENTS
-        }
-        # Its optimizer is torch's own, as an engine's is under ZeRO-0.
-        write_moments(own, trained, 0, moments=moments, step=step, dp_rank=plan.grid.dp_rank)
-        resume_scheduler(scheduler, step)
+    optimizer, scheduler = make_training(plan.settings, trained_or_stand_in(adapter))
+    own = OwnStep(optimizer, scheduler, plan.settings.gradient_clipping)
+    if checkpoint is not None:  # the optimizer is torch's own, as an engine's is under ZeRO-0
+        restore_training(own, plan, adapter, scheduler, checkpoint, zero_stage=0)
     return own

@@ -79,7 +79,8 @@ class StepChecks:
             ranks_missing: the number of ranks that missed a gradient in the tied sum (`Runner.missing_gradients`).
 
         Raises:
-            RunFailed: a trained tensor has no gradient, or has only had zeros; on every rank, with its name.
+            RunFailed: a trained tensor has no gradient, or has only had zeros; on every rank, with its name. Or all
+                gradients are zero, since a huge step has left the loss without a slope.
         """
         _raise(before_steps({"": (self, step)}, ranks_missing={"": ranks_missing}))
 
@@ -119,16 +120,24 @@ def before_steps(checks: Checks, *, ranks_missing: Mapping[str, float]) -> dict[
         for name, (own, _) in checks.items()
         if name not in failed and own._guard is not None and own._steps >= own._guarded_steps
     }
+    for name, (own, _) in checks.items():
+        if own._guard is not None and name not in ending:
+            own._guard.begin_step()
     if not ending:
         return failed
-    largest = iter(max_over_ranks([value for guard in ending.values() for value in guard.largest()]))
+    found = iter(max_over_ranks([value for guard in ending.values() for value in (*guard.sizes(), *guard.largest())]))
     for name, guard in ending.items():
         own, step = checks[name]
-        labels = guard.labels()
-        zero = [label for label, value in zip(labels, islice(largest, len(labels)), strict=True) if value == 0]
+        labels, of_step, of_values = guard.labels(), next(found), next(found)
+        zero = [label for label, value in zip(labels, islice(found, len(labels)), strict=True) if value == 0]
         guard.remove()
         own._guard = None
-        if zero:
+        if zero and of_step == 0:
+            failed[name] = RunFailed(
+                f"step {step}: every gradient is exactly zero, as values of the adapter have grown to {of_values:.3g};"
+                " this step changed nothing. Lower --learning_rate"
+            )
+        elif zero:
             failed[name] = RunFailed(
                 f"step {step}: the gradient of {', '.join(zero)} has been exactly zero since the run's start, so it"
                 " would never be trained"

@@ -14,6 +14,7 @@ from megatron_tiedlora.data.loader import GlobalBatch, num_positions
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.planning.memory import StageMemory, cache_bytes
+from megatron_tiedlora.runtime.run_folder import choose_run_folder
 from megatron_tiedlora.training.dry_run_tables import (
     Report,
     fits,
@@ -38,6 +39,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> Report:
         UserError: as the run itself would.
     """
     plan = plan_run(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
+    choose_run_folder(settings.output_dir, name=plan.name, resume=settings.resume)
     data = prepare_data(plan) if plan.reads_data else None
     plan = plan if data is None else plan.counted(len(data.train))
     first = FirstStep(plan, plan.layout, data)

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from megatron_tiedlora.base.atomic import discard, write_json
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
@@ -189,7 +191,10 @@ def export(trainer: Trainer) -> list[str]:
     """
     trainer.stop.raise_if_requested()
     folder, source, settings = trainer.folder, trainer.plan.source, trainer.plan.settings
-    plot_losses(folder.metrics, folder.path / "loss.png", guard=folder.guard)
+    if find_spec("matplotlib") is None:
+        _LOGGER.warning("note: loss.png is not drawn without matplotlib; %s", install_hint("train"))
+    else:
+        plot_losses(folder.metrics, folder.path / "loss.png", guard=folder.guard)
     adapter = load_adapter(folder.adapter)
     merged, peft = folder.path / "merged", folder.path / "peft"
     discard(peft, guard=folder.guard)  # an earlier start of this run may have exported another best adapter

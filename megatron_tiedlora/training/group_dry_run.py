@@ -9,6 +9,8 @@ from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.planning.memory import StageMemory, bank_bytes
+from megatron_tiedlora.runtime.group_folder import GroupFolder
+from megatron_tiedlora.runtime.run_folder import choose_run_folder
 from megatron_tiedlora.training.dry_run import sample_lines
 from megatron_tiedlora.training.dry_run_tables import (
     Report,
@@ -23,8 +25,9 @@ from megatron_tiedlora.training.dry_run_tables import (
     verdict_lines,
 )
 from megatron_tiedlora.training.group_plan import GroupPlan, first_step_of
+from megatron_tiedlora.training.group_start import check_run_folders
 from megatron_tiedlora.training.length import epochs_of
-from megatron_tiedlora.training.member_plans import Data, counted, plan_group, prepare_group_data
+from megatron_tiedlora.training.member_plans import Data, counted, group_name, plan_group, prepare_group_data
 from megatron_tiedlora.training.run_data import RunData
 
 
@@ -36,6 +39,10 @@ def group_report(settings: Settings, *, launched_ranks: int = 1) -> Report:
     """
     ranks = settings.world_size or launched_ranks
     plans, shares = plan_group(settings, rank=0, world_size=ranks, weights=False), settings.share_micro_batches
+    name, resume = group_name(settings), settings.resume
+    check_run_folders(
+        settings, plans, choose_run_folder(settings.output_dir, name=name, resume=resume, kind=GroupFolder)
+    )
     data = dict[str, RunData]()
     if any(plan.reads_data for plan in plans.values()):
         data = prepare_group_data(plans)

@@ -20,7 +20,7 @@ from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
-from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, check_folders
+from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, RUN_OF_ALL, check_folders
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.model.weights import num_base_parameters
@@ -81,10 +81,7 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
         )
         held.callback(lock.release)
         keep(held.close)
-        own = {name: str(plan.settings.output_dir) for name, plan in in_folder(plans, folder).items()}
-        check_folders(str(settings.adapters), {"the run of all": str(folder.path), **own})
-        for name, output_dir in own.items():
-            choose_run_folder(output_dir, name=plans[name].name, resume=settings.resume)
+        check_run_folders(settings, plans, folder)
         return str(folder.path), lock.owner.start
 
     path, start = decided_by_rank_0(take, kind=tuple[str, str])
@@ -95,6 +92,15 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
         held.callback(release)
 
     return GroupFolder(Path(path), owner), hold
+
+
+def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
+    """Raise UserError if the folder of an adapter cannot be used beside the others and `folder`, the one of all."""
+    own = {name: str(plan.settings.output_dir) for name, plan in in_folder(plans, folder).items()}
+    check_folders(str(settings.adapters), {RUN_OF_ALL: str(folder.path), **own})
+    for name, output_dir in own.items():
+        with naming(name):
+            choose_run_folder(output_dir, name=plans[name].name, resume=settings.resume)
 
 
 def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:

@@ -83,8 +83,11 @@ def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
 
 def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
     """By each adapter's name the others that differ from it only in the learning rate, and in the folder."""
-    same = {name: own.model_dump(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()}
-    return {name: tuple(other for other in same if other != name and same[other] == same[name]) for name in same}
+    same = {name: own.model_dump_json(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()}
+    alike = dict[str, list[str]]()
+    for name, values in same.items():
+        alike.setdefault(values, []).append(name)
+    return {name: tuple(other for other in alike[values] if other != name) for name, values in same.items()}
 
 
 def check_halving(settings: Mapping[str, Settings]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import last_name, user_path
@@ -47,7 +48,8 @@ def plan_group(
     assert file is not None
     output_dir = settings.output_dir
     folder = last_run_folder(group_name(settings)).path if output_dir is None else user_path(output_dir)
-    for name, given in read_adapters(file, settings).items():
+    entries = read_adapters(file, settings).items()
+    for name, given in tqdm(entries, desc="planning", unit="adapter", delay=0.5, leave=False, disable=rank != 0):
         own = {"ds_config": DS_CONFIG, **given.model_dump(exclude_unset=True)}
         if settings.resume != "none":  # a run that is resumed reads in its folder what its --init_from was
             own = {"output_dir": str(folder / name), **own}
@@ -91,15 +93,13 @@ def prepare_group_data(plans: Plans) -> dict[str, RunData]:
     Raises:
         UserError: names the adapter.
     """
-    data, read = {}, list[tuple[dict[str, Any], RunData]]()
+    data, read = {}, dict[tuple[str, int], RunData]()
     for name, plan in plans.items():
-        values = {**plan.settings.model_dump(exclude=set(_NOT_OF_DATA)), "max_new_tokens": plan.max_new_tokens}
-        found = next((own for other, own in read if other == values), None)
-        if found is None:
+        values = plan.settings.model_dump_json(exclude=set(_NOT_OF_DATA)), plan.max_new_tokens
+        if values not in read:
             with naming(name):
-                found = prepare_data(plan)
-            read.append((values, found))
-        data[name] = found
+                read[values] = prepare_data(plan)
+        data[name] = read[values]
     return data
 
 

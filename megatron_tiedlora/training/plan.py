@@ -269,7 +269,7 @@ def plan_run(
             f"--eval_metric {settings.eval_metric} is not a metric of task {settings.task}. Give loss or"
             f" {' or '.join(task.metrics)}"
         )
-    if rank == 0:  # only rank 0 reports
+    if rank == 0 and weights:  # rank 0 of a run reports; a plan may be made on another machine
         check_installed(settings.report_to)
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     on_gpu = settings.gpu is not None or (uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu")

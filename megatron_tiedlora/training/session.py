@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_tiedlora.base.atomic import remove_leftovers, write_json
+from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.ownership import Owner
@@ -52,8 +52,7 @@ from megatron_tiedlora.training.run_data import RunData
 def open_run_folder(plan: RunPlan, data: RunData, *, keep: Callable[[Callable[[], None]], None]) -> RunFolder:
     """Choose the run folder on rank 0, which becomes its owner, and tell every rank.
 
-    A start that cannot continue the run in a folder does not take the folder over. Half-written files of an earlier
-    start are removed at once, since from now on none of its writes can finish.
+    A start that cannot continue the run in a folder does not take the folder over.
 
     Args:
         keep: called on rank 0 with the function that releases the folder at the end.
@@ -72,8 +71,6 @@ def open_run_folder(plan: RunPlan, data: RunData, *, keep: Callable[[Callable[[]
             before=partial(reject_another_run, plan, data),
         )
         keep(lock.release)
-        for path in (folder.path, folder.checkpoints, folder.logs):
-            remove_leftovers(path, guard=folder.guard)
         return str(folder.path), lock.owner.start
 
     path, start = decided_by_rank_0(take, kind=tuple[str, str])

@@ -284,6 +284,8 @@ def test_two_ranks(base: Base, tmp_path: Path, alone: Path, four: Four, layout: 
         ({"a": {"output_dir": "one"}, "b": {"output_dir": "./one"}}, {}, "b: output_dir is that of a; give each"),
         ({"a": {"output_dir": "{run}/b"}, "b": {}}, {}, "b: output_dir is that of a; give each"),
         ({"a": {}, "b": {"output_dir": "{run}"}}, {}, "b: output_dir is that of the run of all; give each"),
+        ({"a": {"output_dir": "{run}/b/adapter"}, "b": {}}, {}, "a: output_dir lies in that of b; give each"),
+        ({"a": {"output_dir": "{run}/profile"}}, {}, "a: output_dir lies in 'profile', where the run itself has files"),
         ({"a": {}}, {"adapters": None, "halving": True}, "--halving needs --adapters"),
         ({"a": {"rank": 2}, "b": {"rank": 3}}, {"halving": True}, "no two adapters differ only in the learning rate"),
         (

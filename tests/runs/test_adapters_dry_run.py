@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from run_helpers import Base, run_ranks, write_base
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.traffic import step_traffic
+from megatron_tiedlora.training import group_start, session
+from megatron_tiedlora.training.dry_run import dry_run_report
 from megatron_tiedlora.training.group_dry_run import group_report
 from megatron_tiedlora.training.group_plan import GroupPlan, first_step_of
 from megatron_tiedlora.training.member_plans import counted, plan_group, prepare_group_data
@@ -151,11 +155,65 @@ def test_presets_need_no_files(tmp_path: Path) -> None:
         ({"a": {}}, {"ds_config": "zero2.json"}, "ZeRO-2 clips the gradients of all adapters together"),
         ({"a": {}}, {"world_size": 3, "tensor_parallel": 2}, "--tensor_parallel 2"),
         ({"a": {"train_file": "missing.jsonl"}}, {}, "a: "),
+        ({"a": {}}, {"output_dir": "/etc/passwd"}, "--output_dir /etc/passwd: /etc/passwd is a file"),
+        ({"a": {}}, {"output_dir": "/proc/self"}, "--output_dir /proc/self"),
+        ({"a": {}, "b": {"output_dir": "/dev/null"}}, {}, "b: --output_dir /dev/null: /dev/null is a file"),
+        ({"a": {}, "b": {"output_dir": "{run}"}}, {}, "b: output_dir is that of the run of all"),
+        ({"a": {}, "b": {"output_dir": "{run}/a"}}, {}, "b: output_dir is that of a"),
+        ({"a": {"output_dir": "{run}/b/adapter"}, "b": {}}, {}, "a: output_dir lies in that of b"),
+        ({"a": {"output_dir": "{run}/logs/a"}, "b": {}}, {}, "a: output_dir lies in 'logs', where the run itself has"),
     ],
 )
 def test_what_a_run_refuses_is_refused(
     base: Base, tmp_path: Path, own: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
+    """With the words of a run, and nothing is made."""
+    run = tmp_path / "run"
+    own = {
+        name: {key: value.replace("{run}", str(run)) if key == "output_dir" else value for key, value in entry.items()}
+        for name, entry in own.items()
+    }
+    settings = settings_of(base, tmp_path, own, **{"output_dir": str(run), **changes})
     with pytest.raises(UserError) as refused:
-        group_report(make_settings(settings_of(base, tmp_path, own, **changes)))
+        group_report(make_settings(settings))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+    if "world_size" not in changes:
+        settings.pop("dry_run")
+        with pytest.raises(UserError) as of_run:
+            open_folders(make_settings(settings))
+        assert str(of_run.value) == str(refused.value)
+    assert not run.exists()
+
+
+def open_folders(settings: Settings) -> None:
+    """The start of a run of one rank, as far as its folders."""
+    held = ExitStack()
+    with held, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group_start, "decided_by_rank_0", lambda decide, kind: decide())
+        patch.setattr(session, "num_differing", lambda value: 0)
+        plans = plan_group(settings, rank=0, world_size=1)
+        data = prepare_group_data(plans)
+        group_start.open_group_folder(settings, plans, data, keep=held.callback)
+
+
+def test_thousands_of_adapters_are_planned_in_seconds(
+    base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No step of the plan compares each adapter with each other one. A line tells how far it is."""
+    methods = ("lora", "tl6", "tl5", "vera")
+    lines = [f"- {{name: n{i}, rank: {i % 8 + 1}, method: {methods[i % 4]}}}\n" for i in range(4000)]
+    (tmp_path / "many.yaml").write_text("".join(lines))
+    settings = settings_of(base, tmp_path, {}, adapters=str(tmp_path / "many.yaml"), halving=True)
+    started = time.process_time()
+    text = group_report(make_settings(settings)).text
+    assert time.process_time() - started < 20
+    assert text.startswith("4000 adapters: ")
+    assert "planning" in capsys.readouterr().err
+
+
+def test_a_run_folder_that_a_run_refuses(base: Base, tmp_path: Path) -> None:
+    """Of one adapter, too."""
+    (tmp_path / "file").touch()
+    given = {**settings_of(base, tmp_path, {}), "adapters": None, "output_dir": str(tmp_path / "file")}
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        dry_run_report(make_settings(given))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,11 @@ def test_a_cosine_run_says_how_it_could(base: Base, tmp_path: Path) -> None:
 
 
 def test_profile_writes_a_trace_of_each_rank(base: Base, tmp_path: Path) -> None:
-    """Steps 3 and 4; and with an end before LAST, what there was."""
-    run(base, tmp_path / "run", ranks=2, max_steps=5, profile="3:4", report_to="none")
+    """Steps 3 and 4; and with an end before LAST, what there was. Without trackers and figures, none is needed."""
+    without = _lacks_trackers_and_figures
+    ended = run(base, tmp_path / "run", ranks=2, max_steps=5, profile="3:4", report_to="none", prelude=without)
+    assert "note: loss.png is not drawn without matplotlib; install it with: pip install" in ended.errors[0]
+    assert not (tmp_path / "run" / "loss.png").exists()
     traces = sorted((tmp_path / "run" / "profile").iterdir())
     assert [trace.name for trace in traces] == ["rank_0.json.gz", "rank_1.json.gz"]
     for trace in traces:
@@ -83,6 +87,11 @@ def test_profile_writes_a_trace_of_each_rank(base: Base, tmp_path: Path) -> None
     ended = run(base, tmp_path / "ends", max_steps=3, profile="2:9", resume="auto")
     note = "note       --profile 2:9: the run continues after step 3, so steps 2 to 3 are not recorded"
     assert note in ended.outputs[0].splitlines()
+
+
+def _lacks_trackers_and_figures() -> None:
+    for name in ("tensorboard", "matplotlib", "accelerate"):
+        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def test_a_run_that_ends_before_the_profiled_steps_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,15 @@ def test_a_learning_rate_that_blows_up(base: Base, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [None, 2])
+def test_a_step_so_large_that_no_gradient_is_left(base: Base, tmp_path: Path, ranks: int | None) -> None:
+    """v starts at zero, so the gradients of A, B and u are zero at step 1 by the method. They are not what is wrong."""
+    huge = {"method": "tl6", "learning_rate": 100.0, "gradient_clipping": 0, "warmup_steps": 0}
+    line = run(base, tmp_path / "run", ranks=ranks, expect=2, **huge).error_line()
+    assert "step 2: every gradient is exactly zero, as values of the adapter have grown to 100;" in line
+    assert line.endswith("Lower --learning_rate")
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
 def test_disk_full_at_a_save(base: Base, tmp_path: Path, ranks: int | None) -> None:
     """The save of step 4: that of step 2 stays whole, and the run can go on from it."""
     whole, folder = tmp_path / "whole", tmp_path / "run"

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from run_files import assert_same_run, files_of
+import yaml
+from run_files import assert_same_run, files_of, status
 from run_helpers import Base, World, run, start_ranks
 from run_preludes import quick_start
 
@@ -29,10 +30,19 @@ LONGEST_END = 0.8  # seconds between the last step and a kill after it
 
 @dataclass(frozen=True)
 class Layout:
-    """How a series trains: ranks, and the settings that say how they share the work."""
+    """How a series trains: ranks, and the settings that say how they share the work.
+
+    Attributes:
+        adapters: by name the own settings of each adapter of a run of several; none for a run of one.
+    """
 
     ranks: int
     settings: Mapping[str, Any]
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def run_folders(self, run: Path) -> list[Path]:
+        """The run folders of the adapters; or that of the run, if there is only one."""
+        return [run / name for name in self.adapters] or [run]
 
 
 @dataclass
@@ -59,7 +69,12 @@ def kill_series(base: Base, folder: Path, layout: Layout, *, kinds: list[str], s
         "test_file": base.validation,
         "max_new_tokens": 12,
     }
+    if layout.adapters:
+        settings["adapters"] = folder / "adapters.yaml"
+        entries = [{"name": name, **own} for name, own in layout.adapters.items()]
+        settings["adapters"].write_text(yaml.safe_dump(entries, sort_keys=False))
     whole, killed = folder / "whole", folder / "killed"
+    runs = layout.run_folders(killed)
     run(base, whole, ranks=layout.ranks, prelude=quick_start, **settings)
     arguments = base.arguments(output_dir=killed, resume="auto", **settings)
     for kind in kinds:
@@ -67,7 +82,7 @@ def kill_series(base: Base, folder: Path, layout: Layout, *, kinds: list[str], s
             world = start_ranks(
                 arguments, folder=folder / "work", cache=base.cache, ranks=layout.ranks, prelude=quick_start
             )
-            _wait_for(kind, world, killed, draw, last=int(settings["max_steps"]))
+            _wait_for(kind, world, runs, draw, last=int(settings["max_steps"]))
             one = draw.choice([None, *range(layout.ranks)])
             with suppress(ProcessLookupError):  # it may be over
                 world.signal(signal.SIGKILL, rank=one)
@@ -77,32 +92,43 @@ def kill_series(base: Base, folder: Path, layout: Layout, *, kinds: list[str], s
                 break
             assert kind == "end", ended.tail()
         figures.slowest_end = max(figures.slowest_end, time.monotonic() - signalled)
-        figures.kills[_where(killed, last=int(settings["max_steps"]))] += 1
+        figures.kills[_where(runs, last=int(settings["max_steps"]))] += 1
         if kind != "end":  # there a rank may have been over before
             assert ended.statuses.count(-signal.SIGKILL) == (layout.ranks if one is None else 1), ended.tail()
-        _assert_nothing_lost(killed)
+        for own in runs:
+            _assert_nothing_lost(own)
     run(base, killed, ranks=layout.ranks, prelude=quick_start, resume="auto", **settings)
-    assert_same_run(killed, whole)
-    for name in ("adapter", "peft"):
-        assert files_of(killed / name) == files_of(whole / name), name
-    assert (killed / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
-    assert not [path for path in killed.rglob("*") if path.name.startswith(".writing")], "a temporary is left"
+    for own, expected in zip(runs, layout.run_folders(whole), strict=True):
+        assert_same_run(own, expected)
+        for name in ("adapter", "peft"):
+            assert files_of(own / name) == files_of(expected / name), name
+    for file in (*whole.rglob("scores.json"), *whole.rglob("halving.json"), *whole.glob("table.csv")):
+        assert (killed / file.relative_to(whole)).read_bytes() == file.read_bytes(), file
+    ends = [{**status(folder), "step": None} for folder in (killed, whole)]  # turns of all; each adapter's is compared
+    assert ends[0] == ends[1]
+    assert _names(killed) == _names(whole), "something is left behind"
     figures.seconds = time.monotonic() - started
     return figures
 
 
-def _wait_for(kind: str, world: World, folder: Path, draw: random.Random, *, last: int) -> None:
+def _names(folder: Path) -> set[str]:
+    """Everything in a folder, but for the logs of TensorBoard, of which each start has its own."""
+    found = (path for path in folder.rglob("*") if path.parent.name != "tensorboard")
+    return {str(path.relative_to(folder)) for path in found}
+
+
+def _wait_for(kind: str, world: World, runs: list[Path], draw: random.Random, *, last: int) -> None:
     """Wait for a moment of this kind, or until ranks are over; never before they have met: there they wait for long."""
     bars = world.files[0][1]
     _poll(
         world,
         lambda: bars.exists() and any(name in bars.read_text(errors="replace") for name in ("training:", "decoding:")),
     )
-    target = last if kind == "end" else _last_step(folder) + draw.randint(1, STEPS_APART)
+    target = last if kind == "end" else _last_step(runs) + draw.randint(1, STEPS_APART)
     delay = draw.uniform(0.0, LONGEST_END if kind == "end" else 0.1)
-    _poll(world, lambda: _last_step(folder) >= target)
+    _poll(world, lambda: _last_step(runs) >= target)
     if kind == "save":
-        _poll(world, lambda: bool(_unfinished(folder / "checkpoints")))
+        _poll(world, lambda: any(_unfinished(own / "checkpoints") for own in runs))
     else:
         time.sleep(delay)
 
@@ -116,24 +142,26 @@ def _unfinished(folder: Path) -> list[Path]:
     return list(folder.glob(".writing*"))
 
 
-def _where(folder: Path, *, last: int) -> str:
-    if _unfinished(folder) or _unfinished(folder / "checkpoints"):
-        return "in a save" if _last_step(folder) < last else "after the last step"
-    return "in steps" if _last_step(folder) < last else "after the last step"
+def _where(runs: list[Path], *, last: int) -> str:
+    if any(_unfinished(own) or _unfinished(own / "checkpoints") for own in runs):
+        return "in a save" if _last_step(runs) < last else "after the last step"
+    return "in steps" if _last_step(runs) < last else "after the last step"
 
 
-def _last_step(folder: Path) -> int:
-    """The last step in metrics.jsonl; a line may be half written."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return sum('"split": "train"' in line for line in lines)
+def _last_step(runs: list[Path]) -> int:
+    """The last step in a metrics.jsonl; a line may be half written."""
+    files = [own / "metrics.jsonl" for own in runs]
+    rows = [file.read_text().splitlines() if file.exists() else [] for file in files]
+    return max(sum('"split": "train"' in line for line in lines) for lines in rows)
 
 
 def _assert_nothing_lost(folder: Path) -> None:
     """The checkpoint and the adapter can be read, and no more than one logged step is not in the former."""
-    logged, saved = _last_step(folder), find_newest_checkpoint(folder / "checkpoints")
+    logged, saved = _last_step([folder]), find_newest_checkpoint(folder / "checkpoints")
     step = saved.progress.step if saved is not None else 0
     assert step >= logged - 1, f"step {logged} was done, step {step} was saved"
-    assert saved is None or not saved.notes, saved.notes
+    # Between the renames of a checkpoint and of `latest` there is one more, which is not used.
+    notes = [] if saved is None else [note for note in saved.notes if "is later than what latest names" not in note]
+    assert not notes, notes
     if (folder / "adapter").exists():
         load_adapter(folder / "adapter")

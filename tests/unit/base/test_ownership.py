@@ -184,6 +184,18 @@ def test_a_start_that_looks_in_vain_is_no_leftover_of_the_owner(tmp_path: Path) 
     assert names(tmp_path) == set()
 
 
+def test_tokens_of_starts_that_were_killed_while_they_took_the_folder(tmp_path: Path) -> None:
+    """Those of this machine go at once; that of a start which lives, or which may live on another machine, stays."""
+    token = leave_dead(tmp_path)
+    of_another = token.replace(ownership._machine(), "another")
+    for name, text in {"dead": token, "lives": token, "elsewhere": of_another}.items():
+        (tmp_path / f".owner-new-{name}").write_text(text)
+    with (tmp_path / ".owner-new-lives").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        take(tmp_path).release()
+        assert names(tmp_path) == {".owner-new-lives", ".owner-new-elsewhere"}
+
+
 def test_a_folder_that_somebody_else_has_locked(tmp_path: Path) -> None:
     """Such as `flock FOLDER rsync`, or a start that stands still: it is waited for a moment, and no longer."""
     descriptor = os.open(tmp_path, os.O_RDONLY)

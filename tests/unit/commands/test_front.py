@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -63,7 +62,8 @@ def test_every_command_is_a_module_and_every_script_runs_one() -> None:
             assert f"from megatron_tiedlora.commands.{command.module} import run\n" in text
             assert len(text.splitlines()) < 12, "scripts are thin"
     scripts = {str(file.relative_to(ROOT)) for folder in ("launch", "tools") for file in (ROOT / folder).glob("*.py")}
-    assert scripts - {command.script for command in COMMANDS} == {"tools/pack_gpu_check.py"}  # needs a clone
+    of_a_clone = {"tools/pack_gpu_check.py", "tools/write_install_tables.py"}
+    assert scripts - {command.script for command in COMMANDS} == of_a_clone
 
 
 @pytest.mark.parametrize("words", [["--help"], *([command.name, "--help"] for command in COMMANDS)], ids=" ".join)
@@ -172,18 +172,6 @@ def test_a_command_with_another_spelling() -> None:
 
 
 # Extras --------------------------------------------------------------------------------------------------------------
-
-
-def test_extras_are_those_of_the_metadata() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-
-    def names(extra: str) -> set[str]:
-        return {re.split(r"[\[<>=; ]", line)[0].replace("-", "_") for line in extras[extra]}
-
-    assert names("train") == set(EXTRAS["train"]) and names("eval") == set(EXTRAS["eval"])
-    assert names("mpi") == set(EXTRAS["mpi"]) and {"train", "eval", "demo", "test", "mpi", "gpu"} <= set(extras)
-    for extra in ("demo-base", "test-base"):
-        assert any("[train,eval]" in line or "[demo-base]" in line for line in extras[extra])
 
 
 def not_installed(name: str) -> None:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shlex
-import shutil
-import signal
 import subprocess
 import sys
 import tomllib
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -25,66 +20,14 @@ from folders import ROOT
 from native_files import with_adapter, write_native
 from ranks import free_port
 from run_helpers import Base, write_base
+from wheel import Installed, install_wheel, instructions
 
 import megatron_tiedlora
-
-LIMIT = 280  # seconds of a command
-DOCKERFILE = (ROOT / "Dockerfile").read_text()
-
-
-def instructions(name: str) -> list[str]:
-    """The arguments of every instruction of the Dockerfile called so, each as one line."""
-    joined = re.sub(r"\\\n\s*", "", re.sub(r"(?m)^#.*\n", "", DOCKERFILE))
-    return [line.partition(" ")[2] for line in joined.splitlines() if line.startswith(f"{name} ")]
-
-
-@dataclass(frozen=True)
-class Installed:
-    """A wheel, and a folder in which it is installed alone; its dependencies are this environment's."""
-
-    wheel: Path
-    site: Path
-
-    def run(self, *words: object, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-        """A command of the installed package in `folder`: one that it brings, or a path."""
-        environment = {**os.environ, "PYTHONPATH": str(self.site), "HF_HUB_OFFLINE": "1", **changes}
-        first, *rest = map(str, words)
-        command = [str(self.site / "bin" / first) if "/" not in first else first, *rest]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started = subprocess.Popen(command, cwd=folder, env=environment, text=True, start_new_session=True, **pipes)
-        try:
-            output, errors = started.communicate(timeout=LIMIT)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(started.pid, signal.SIGKILL)  # ranks too
-        return subprocess.CompletedProcess(command, started.returncode, output, errors)
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The wheel of a copy of the repository that has only what the Dockerfile copies."""
-    root = tmp_path_factory.mktemp("wheel")
-    source, site = root / "src", root / "site"
-    for instruction in instructions("COPY"):
-        *names, target = instruction.split()
-        folder = root / target.strip("/")
-        for name in names:
-            place = folder / name if target.endswith("/") else folder
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if (ROOT / name).is_dir():
-                ignored = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(ROOT / name, place, symlinks=True, ignore=ignored)
-            else:
-                shutil.copy(ROOT / name, place)
-    build = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", build, str(root)], cwd=source, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    wheel = root / done.stdout.split()[-1]
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "--no-compile", "--target", str(site), str(wheel)], check=True, timeout=100)
-    return Installed(wheel, site)
+    return install_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +124,9 @@ STARTS: Mapping[str, Sequence[str]] = {
 @pytest.mark.parametrize("name", STARTS)
 def test_a_run_from_the_wheel(name: str, installed: Installed, base: Base, tmp_path: Path) -> None:
     flags = base.arguments(max_steps=2, eval_interval=2, warmup_steps=1, output_dir="run", ds_config="zero1.json")
-    path = os.pathsep.join([str(installed.site / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     start = [word.replace("=PORT", f"={free_port()}") for word in STARTS[name]]
-    done = installed.run(*start, *flags, folder=tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PATH=path)
+    around = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": installed.path}
+    done = installed.run(*start, *flags, folder=tmp_path, **around)
     assert done.returncode == 0, done.stderr[-3000:]
     record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert record["ranks"] == (1 if name == "alone" else 2)

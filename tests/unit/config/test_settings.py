@@ -179,6 +179,7 @@ def test_launchers_local_rank_is_accepted_before_the_users_arguments() -> None:
         (["--learning_rate=0"], ["--learning_rate 0"]),
         (["--learning_rate=nan"], ["--learning_rate nan"]),
         (["--learning_rate=inf"], ["--learning_rate inf"]),
+        (["--learning_rate=1e25"], ["--learning_rate 1e+25: out of range; give a number below 2^53 (9e15)"]),
         (["--alpha=0"], ["--alpha 0"]),
         (["--layers=0,1"], ["--layers 0,1", "count from 1"]),
         (["--targets=qkv,oproj"], ["--targets", "'oproj' is unknown (did you mean o_proj?)", "or all"]),

@@ -1,4 +1,4 @@
-"""The end of a run of several adapters is written to each that has not ended, and to no other."""
+"""The folder of a run of several adapters: what killed starts leave, and to whom the end of the run is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from megatron_tiedlora.base.ownership import Owner, take_folder
 from megatron_tiedlora.runtime.group_folder import GroupFolder
-from megatron_tiedlora.runtime.run_folder import RunFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder, take_run_folder
 
 
 @pytest.mark.parametrize("is_main", [True, False])
@@ -27,3 +27,19 @@ def test_another_rank_leaves_what_rank_0_has_finished(tmp_path: Path, is_main: b
     assert states == ["failed", "finished", "failed"]
     for lock in locks:
         lock.release()
+
+
+@pytest.mark.parametrize("kind", [RunFolder, GroupFolder])
+def test_a_start_removes_what_killed_ones_have_left(tmp_path: Path, kind: type[RunFolder]) -> None:
+    """In every folder into which a run writes files; those of adapters are run folders of their own."""
+    folder = kind(tmp_path / "run")
+    for path in (folder.path, folder.logs, folder.checkpoints, folder.profile):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writing-rank_0.log-1a2b3c4d").touch()
+        (path / ".writing-step_3-1a2b3c4d").mkdir()
+        (path / "whole").touch()
+    folder.settings.touch()
+    _, lock = take_run_folder(str(folder.path), name="", resume="auto", kind=kind)
+    lock.release()
+    left = {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()}
+    assert left == {folder.settings.name, *(f"{name}whole" for name in ("", "logs/", "checkpoints/", "profile/"))}

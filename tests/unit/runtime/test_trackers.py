@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,11 @@ def test_no_tensorboard_if_it_is_not_asked_for(tmp_path: Path) -> None:
 
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_installed(())
+    monkeypatch.setitem(sys.modules, "accelerate", None)
     check_installed((TENSORBOARD,))
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UserError, match="tensorboard is not installed; pip install tensorboard, or give"):
+        check_installed((TENSORBOARD,))
     (tmp_path / "dvclive").mkdir()  # what a client leaves behind is no package
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match="--report_to dvclive: the package dvclive is not installed; pip install"):

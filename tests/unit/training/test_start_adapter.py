@@ -203,6 +203,7 @@ def test_a_resumed_run_does_not_read_the_adapter_again(folder: Path, run: Path) 
         check(plan, run)
     shutil.copytree(folder / "o", run.parent / "start")  # another adapter by now
     assert facts(resumed(folder, run)) == ("tl5", 4, 6.0, [1, 3], [*TARGETS])
+    (run / "run.yaml").touch()  # a dry run refuses a folder without it, as a run does
     assert "starts with" not in dry_run_report(resumed(folder, run, dry_run=True).settings).text
 
 

@@ -111,6 +111,17 @@ def test_the_mean_is_over_time_and_leaves_out_the_first_step() -> None:
     }
 
 
+def test_no_step_is_faster_than_the_peak() -> None:
+    """One that is shows that a measured peak is too low; a data sheet's stays, since then our count would be wrong."""
+    step, flops = make_step([5, 3], [2, 1], positions=16), operations(SHAPE, 3, [5, 3], [2, 1])
+    meter = make_meter(1e4)
+    assert [meter.add(number, step, 1.0)["mfu"] for number in (1, 2)] == [1.0, 1.0]
+    assert meter.add(3, step, 4.0)["mfu"] == 0.25 and meter.peak == Peak(flops, throughput.FASTEST_STEP)
+    listed = make_meter(1e4)
+    listed.peak = Peak(1e4, throughput.DATA_SHEET)
+    assert listed.add(1, step, 1.0)["mfu"] == flops / 1e4 > 1
+
+
 @pytest.mark.parametrize(
     ("name", "tera"),
     [
@@ -211,7 +222,7 @@ def test_memory_is_in_bytes_and_keeps_its_peak(monkeypatch: pytest.MonkeyPatch) 
 
 # In runs ------------------------------------------------------------------------------------------------------------
 
-PEAK = 1e9  # of each rank, in place of a measured one
+PEAK = 1e10  # of each rank, in place of a measured one
 STEPS = 6
 RUNS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -316,7 +327,7 @@ def test_the_end_tells_the_mean(ran: Callable[[str], Ran], name: str) -> None:
     seconds = sum(map(found.seconds, counted))
     (line,) = [line for line in output.splitlines() if line.startswith("speed ")]
     numbers = re.fullmatch(
-        rf"speed +([\d,]+) tokens/s, ([\d,]+) of them supervised; MFU ([\d.]+)% of {found.num_ranks} GFLOP/s"
+        rf"speed +([\d,]+) tokens/s, ([\d,]+) of them supervised; MFU ([\d.]+)% of {10 * found.num_ranks} GFLOP/s"
         r" \(measured\); padding ([\d.]+)%; steps 2 to 6",
         line,
     )

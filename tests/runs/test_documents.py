@@ -1,0 +1,298 @@
+"""README.md and docs/guide.md as a newcomer follows them: every command is declared, checked, and run where it can be.
+
+`ROWS` of tests/support/document_rows.py says how each is checked in this process, and a command without a row fails.
+The walks then run the commands one after another, with a small model in place of the large: the guide's from the source
+tree, and with `-m slow` those of both documents from a wheel. What differs there from the text is in `HERE`, `MORE` and
+`STARTS`: fewer steps and shorter rows, two ranks on this machine's CPUs in the place of cards and hosts. /shared is a
+folder of the test, in which all models are the small one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from document_commands import GUIDE, README, Document, words_of
+from document_rows import DOCUMENTS, PRESETS, ROWS, Reader, row_of
+from folders import ROOT
+from ranks import ENVIRONMENT, free_port
+from run_files import files_of, losses, status
+from run_helpers import run_ranks, start_command, write_rows
+from task_files import HUB_ROWS
+from tiny_models import write_tiny_model
+from wheel import Installed, install_wheel
+
+from megatron_tiedlora.base.command_names import find_command
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_is_right(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Plans and dry runs are made and what they write is read; runs are planned to the end; the rest is parsed."""
+    monkeypatch.chdir(tmp_path)
+    document, shared = DOCUMENTS[name], tmp_path / "shared"
+    model = write_tiny_model(shared / "llama2-7b", hidden_size=64, intermediate_size=128, max_positions=4096)
+    (shared / "llama2-70b").symlink_to(model)
+    write_rows(shared / "data.jsonl", 256)
+    for file in re.findall(r"--adapters (\S+\.yaml)", document.text):
+        Path(file).write_text(document.adapters)
+    is_readme = document is README
+    places = PRESETS if is_readme else {"/shared": str(shared)}
+    reader = Reader(tmp_path, document, places, is_readme, capsys)
+    for command in document.commands:
+        row_of(command).check(reader, command)
+    assert len(document.commands) >= 20 and (is_readme or len(reader.ranks) == 6)
+
+
+def test_every_row_has_a_command_and_every_command_of_the_package_that_users_need() -> None:
+    commands = [command for document in DOCUMENTS.values() for command in document.commands]
+    assert all(any(re.match(row.pattern, command) for command in commands) for row in ROWS)
+    named = {find_command(name).name for name in re.findall(r"\btiedlora ([\w-]+)", "\n".join(commands))}  # type: ignore[union-attr]
+    assert named >= {"train", "run", "plan", "doctor", "evaluate", "sweep", "merge", "export", "verify", "import"}
+
+
+def test_blocks_that_are_no_commands_are_known() -> None:
+    """Output, YAML, Python and the formula; a command of a program that `PROGRAMS` lacks would be among them."""
+    starts = ("z = W x", " " * 20, "merged files, bit by bit", "- {name: ", "from megatron_tiedlora", "adapter = load")
+    others = [block for document in DOCUMENTS.values() for block in document.others]
+    assert len(others) == 7 and all(block.startswith(starts) for block in others)
+
+
+# The walks -----------------------------------------------------------------------------------------------------------
+
+# Flags of the documents, and what stands in their place here. Commands about presets need no file and run as they are.
+HERE = {
+    "tiedlora train --dry_run ...": "tiedlora train --dry_run --model /shared/llama2-7b --train_file data.jsonl",
+    "--ds_config zero1.json ...": "--ds_config zero1.json --model /shared/llama2-70b --train_file data.jsonl",
+    "meta-llama/Llama-2-70b-hf": "/shared/llama2-70b",
+    "meta-llama/Llama-2-7b-hf": "/shared/llama2-7b",
+    "--model M": "--model /shared/llama2-7b",
+    "--peft DIR": "--peft RUN/peft",
+    "RUN": "runs/llama2-7b-custom-tl6-r8",
+    "doctor --hostfile hosts --tensor_parallel 8 --pipeline_parallel 2": "doctor",
+    "--tensor_parallel 8 --pipeline_parallel 2": "--pipeline_parallel 2",
+    "--tensor_parallel 4 --pipeline_parallel 2": "--tensor_parallel 2",
+    "--max_length 2048": "--max_length 64",
+    "--max_steps 235": "--max_steps 2",
+    "--gpus_per_node 1": "--ranks_on_cpu 1",
+    "--gpus_per_node 8": "--ranks_on_cpu 2",
+    "--nodes 4": "--ranks_on_cpu 2",
+    "--nodes 16": "--ranks_on_cpu 2",
+    "--num_gpus 8": "--num_gpus 2",
+    "doctor --hostfile hosts": "doctor",
+}
+# Flags beside those of the documents, by command. A run has those that neither the command nor its YAML file gives.
+MORE = {
+    "plan": ["--global_batch_size=8"],
+    "run": ["--save_interval=1"],
+    "evaluate": ["--test_file=gsm8k.jsonl", "--max_new_tokens=3"],
+    "push": ["--dry_run", "--output=published"],
+    "sweep": ["--dry_run", *(f"--{name}_file=squad.jsonl" for name in ("train", "validation", "test"))],
+}
+OF_A_RUN = ("--max_steps=2", "--max_length=64", "--global_batch_size=8")
+# What starts ranks that this test starts itself, and the start of the command that each of them is.
+STARTS = {
+    r"torchrun --nproc_per_node 8 --no-python tiedlora": "",
+    r"tiedlora run --hostfile hosts": "train --save_interval 1",
+    r"sbatch .*?launch/slurm.sbatch": "train --resume auto",
+}
+Start = Callable[[Sequence[str], int | None], str]
+
+
+@dataclass(frozen=True)
+class Newcomer:
+    """A folder with what the documents expect to be there, in which their commands are run.
+
+    Attributes:
+        parts: by how many ranks the evaluation divides each layer.
+        start: runs a command of this package on so many ranks, None for no launcher, and returns what rank 0 printed.
+    """
+
+    folder: Path
+    parts: int
+    start: Start
+
+    @property
+    def shared(self) -> Path:
+        return self.folder / "shared"
+
+    def run(self, command: str) -> str:
+        """Run a command to its end, which must be a success."""
+        ranks = None
+        if not re.search(r"--model llama2-\w+", command):
+            for theirs, here in HERE.items():
+                command = re.sub(rf"(?<![\w/]){re.escape(theirs)}(?!\w)", here, command)
+            for start, ours in STARTS.items():
+                if found := re.match(start, command):
+                    command, ranks = f"tiedlora {ours} {command[found.end() :]}", 2
+            if "--tensor_parallel 8" in command:
+                command, ranks = command.replace("--tensor_parallel 8", f"--tensor_parallel {self.parts}"), self.parts
+        _, *words = words_of(command, {"/shared": str(self.shared)})
+        if "--gpu" not in words:
+            words += MORE.get(words[0], ())
+            if words[0] in ("train", "run") and "--config" not in words:
+                words += [flag for flag in OF_A_RUN if flag.partition("=")[0] not in words]
+        if words[0] == "doctor":
+            words += [f"--master_port={free_port()}", *(["--measure_seconds=0.1"] if "--measure" in words else [])]
+        return self.start(words, ranks)
+
+
+def from_the_source(folder: Path) -> Start:
+    """Commands of this tree, whose ranks a server of the tests forks."""
+
+    def start(words: Sequence[str], ranks: int | None) -> str:
+        if words[0] == "run":
+            line = [sys.executable, "-m", "megatron_tiedlora", *words]
+            return start_command(line, folder=folder).wait().expect(0).outputs[0]
+        main = ROOT / "megatron_tiedlora" / "__main__.py"
+        return run_ranks(words, folder=folder, ranks=ranks, script=main).expect(0).outputs[0]
+
+    return start
+
+
+def from_the_wheel(folder: Path, installed: Installed) -> Start:
+    """Commands of the installed package, whose ranks torchrun starts."""
+    changes = {**ENVIRONMENT, "PATH": installed.path, "MEGATRON_TIEDLORA_CACHE": str(folder / "cache")}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc_per_node"]
+
+    def start(words: Sequence[str], ranks: int | None) -> str:
+        torchrun = [] if ranks is None else [*launcher, ranks, f"--master_port={free_port()}"]
+        done = installed.run(*torchrun, "tiedlora", *words, folder=folder, **changes)
+        assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-3000:])
+        return done.stdout
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Installed]:
+    """Builds and installs it on the first call."""
+    made: list[Installed] = []
+
+    def get() -> Installed:
+        made[:] = made or [install_wheel(tmp_path_factory.mktemp("wheel"))]
+        return made[0]
+
+    return get
+
+
+def make_newcomer(folder: Path, document: Document, start: Start, *, demo: bool = False) -> Newcomer:
+    """The folder of one who reads `document`."""
+    shared = folder / "shared"
+    if demo:
+        from megatron_tiedlora.data.demo import demo_model_path
+
+        shutil.copytree(demo_model_path(), shared / "llama2-7b")
+    else:
+        write_tiny_model(shared / "llama2-7b", hidden_size=64, intermediate_size=128, num_layers=2, max_positions=4096)
+    (shared / "llama2-70b").symlink_to("llama2-7b")
+    for place in (shared, folder):
+        for name in ("data", "dev", "other"):
+            write_rows(place / f"{name}.jsonl", 24)
+    for entry in yaml.safe_load(document.adapters):
+        write_rows(words_place(entry["train_file"], folder), 16)
+    for file in re.findall(r"--adapters (\S+\.yaml)", document.text):
+        (folder / file).write_text(re.sub("[12]00", "1", document.adapters.replace("/shared/", f"{shared}/")))
+    for task in ("gsm8k", "squad"):
+        (folder / f"{task}.jsonl").write_text(2 * f"{json.dumps(HUB_ROWS[task])}\n")
+    return Newcomer(folder, 3 if demo else 2, start)
+
+
+def words_place(name: str, folder: Path) -> Path:
+    """Where a file that a document names is: in the folder, or in its `shared`."""
+    return folder / name.removeprefix("/")
+
+
+@pytest.fixture(params=["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("demo", "wheel"))])
+def newcomer(request: pytest.FixtureRequest, tmp_path: Path, wheel: Callable[[], Installed]) -> Iterator[Newcomer]:
+    start = from_the_wheel(tmp_path, wheel()) if request.param == "wheel" else from_the_source(tmp_path)
+    yield make_newcomer(tmp_path, GUIDE, start, demo=request.param == "demo")
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+def test_the_guide_from_weights_to_a_served_model(newcomer: Newcomer) -> None:
+    outputs: dict[str, str] = {}
+    for command in GUIDE.commands:
+        whole = lose_the_last_step(newcomer.shared / "runs" / "four") if "--resume auto" in command else None
+        if row_of(command).runs:
+            outputs[command] = newcomer.run(command)
+        assert whole is None or files_of(newcomer.shared / "runs" / "four" / "adapter") == whole
+
+    def output(words: str) -> str:
+        (found,) = (text for command, text in outputs.items() if words in command)
+        return found
+
+    folder, shared = newcomer.folder, newcomer.shared
+    assert "it fits" in output("--dry_run") and "first sample" in output("--dry_run")
+    for run in (folder / "runs" / "seven", folder / "runs" / "seven-nf4", *(shared / "runs").iterdir()):
+        assert status(run)["state"] == "finished" and [step for step, _ in losses(run)] == [1, 2], run
+        assert (run / "adapter" / "adapter_config.json").is_file() and (run / "peft" / "adapter_config.json").is_file()
+    assert {run.name for run in (shared / "runs").iterdir()} == {"one-card", "one-node", "four", "sixteen"}
+    assert json.loads((folder / "constants.json").read_text())["name"] == "measured"
+    names = [entry["name"] for entry in yaml.safe_load(GUIDE.adapters)]
+    assert all((folder / "runs" / "many" / name / "adapter").is_dir() for name in names)
+    table = (folder / "runs" / "many-scores" / "table.csv").read_text().splitlines()
+    assert len(table) == 1 + len(names)
+    for model in ("merged", "peft-16"):
+        assert any((folder / "runs" / "seven" / model).glob("*.safetensors"))
+    assert_verified(output("tiedlora verify"))
+    printed = output("tiedlora export").replace(f"{shared}/", "/shared/")
+    for command in GUIDE.commands:
+        if command.startswith(("vllm serve /shared", "python convert_lora_to_gguf.py", "llama-server -m BASE")):
+            assert f"\n{command}\n" in printed, command
+    served = re.findall(r"^ *vllm serve .*$", output("--adapters adapters.yaml"), re.MULTILINE)
+    assert len(served) == 1 and all(f"{name}=" in served[0] for name in names)
+
+
+def assert_verified(table: str) -> None:
+    """At least four rows of what `verify` prints are in order, and none is not."""
+    verdicts = re.findall(r"(ok|differs, as it should|\S+)$", table, re.MULTILINE)
+    assert verdicts.count("ok") >= 4 and set(verdicts) <= {"ok", "verdict", "differs, as it should"}, verdicts
+
+
+def lose_the_last_step(run: Path) -> dict[str, bytes]:
+    """Leave a run as if it had been killed after its first step; returns the adapter that it had at its end."""
+    adapter = files_of(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "step_2")
+    (run / "checkpoints" / "latest").write_text("step_1\n")
+    return adapter
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+def test_the_readme_from_the_wheel(tmp_path: Path, wheel: Callable[[], Installed]) -> None:
+    newcomer = make_newcomer(tmp_path, README, from_the_wheel(tmp_path, wheel()))
+    outputs = {command: newcomer.run(command) for command in README.commands if row_of(command).runs}
+
+    def output(words: str) -> str:
+        (found,) = (text for command, text in outputs.items() if words in command)
+        return found
+
+    run = tmp_path / "runs" / "llama2-7b-custom-tl6-r8"
+    finished = [run, tmp_path / "shared" / "runs" / "one"]
+    finished += [tmp_path / "runs" / "four" / entry["name"] for entry in yaml.safe_load(README.adapters)]
+    for folder in finished:
+        assert status(folder)["state"] == "finished", folder
+    for said in ("parameters", "bytes per rank", "messages", "first sample"):
+        assert said in output("--dry_run ..."), said
+    assert ": it fits" in output("--dry_run --gpu h100") and "\nstart " in output("tiedlora plan")
+    assert "vllm serve" in output("--adapters four.yaml") and (tmp_path / "published" / "README.md").is_file()
+    assert_verified(output("tiedlora verify"))
+    again = [folder for folder in run.parent.glob("*/run.yaml") if "init_from: adapters/lora" in folder.read_text()]
+    assert len(again) == 1 and status(again[0].parent)["state"] == "finished"
+    assert "indexed" in output("tiedlora index") and "95 % interval" in output("tiedlora evaluate")
+    code = "\n".join(block for block in README.others if block.startswith(("from megatron_tiedlora", "adapter = ")))
+    (tmp_path / "use.py").write_text(code.replace("RUN/", f"{run}/"))
+    installed = wheel()
+    done = installed.run(sys.executable, "use.py", folder=tmp_path, **ENVIRONMENT)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr

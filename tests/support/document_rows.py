@@ -1,0 +1,195 @@
+"""How each command of README.md and docs/guide.md is checked in a test's own process: `ROWS`, a check for each kind.
+
+It is parsed by its own parser, and what it starts is planned at the size that it names.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from document_commands import GUIDE, README, Document, words_of
+from folders import ROOT
+
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.commands import export, import_adapter, index, merge, plan, push, train, verify
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.doctor_settings import DoctorSettings
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.launch_settings import parse_launch
+from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.convert.serving import Export, serve_hints
+from megatron_tiedlora.training.plan import plan_run
+
+DOCUMENTS = {"README.md": README, "docs/guide.md": GUIDE}
+# Presets in the place of the README's models, whose plans need no file; words that stand for the reader's own.
+PRESETS = {"meta-llama/Llama-2-7b-hf": "llama2-7b", "meta-llama/Llama-2-70b-hf": "llama2-70b"}
+PRESETS |= {"/shared/llama2-70b": "llama2-70b", "M": "llama2-7b"}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Checks the commands of a document in this process, in a folder that is the current one.
+
+    Attributes:
+        places: names of the document, and what has their place here.
+        fits: whether a run is to fit the card of which the document speaks, as its models are presets of the true size.
+        ranks: of a YAML file that a plan has written.
+    """
+
+    folder: Path
+    document: Document
+    places: dict[str, str]
+    fits: bool
+    capsys: pytest.CaptureFixture[str]
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def words(self, command: str) -> list[str]:
+        """The words of a command of this package behind `tiedlora NAME`."""
+        words = words_of(command, self.places)
+        return words[words.index("tiedlora") + 2 :]
+
+    def started(self, words: Sequence[str], *, ranks: int = 1) -> None:
+        """What `tiedlora train` says of a run on so many ranks, or as many as its YAML file was planned for."""
+        of_file = self.ranks.get(words[words.index("--config") + 1], 1) if "--config" in words else ranks
+        dry = [word for word in words if word not in ("--dry_run", "...")]
+        dry = dry if "--gpu" in dry else [*dry, "--plan_for", "gpu"]
+        dry = dry if "--world_size" in dry else [*dry, "--world_size", str(of_file)]
+        settings = parse_settings([*dry, "--dry_run"], Settings)
+        if settings.adapters is None and settings.init_from is None:
+            plan = plan_run(settings, rank=0, world_size=settings.world_size or of_file, weights=False)
+            assert plan.layout.world_size == settings.world_size
+        if self.fits and settings.init_from is None:
+            self.whole_dry_run(dry)
+
+    def whole_dry_run(self, words: list[str]) -> None:
+        """A dry run for a card, without data: all rows have the model's length."""
+        for flag in ("--train_file", "--validation_file", "--plan_for"):
+            if flag in words:
+                del words[words.index(flag) : words.index(flag) + 2]
+        assert train.main([*words, "--dry_run", *(() if "--gpu" in words else ("--gpu", "h100"))]) == 0
+        assert ": it fits" in self.capsys.readouterr().out, words
+
+
+def trains(reader: Reader, command: str) -> None:
+    """A run of one process, or a dry run."""
+    reader.started(reader.words(command))
+
+
+def starts(reader: Reader, command: str) -> None:
+    """Ranks that `tiedlora run` starts: on so many GPUs, or on the two nodes of 8 of which the README speaks."""
+    settings = parse_launch(reader.words(command))
+    reader.started(settings.arguments, ranks=settings.settings.num_gpus or 16)
+
+
+def submits(reader: Reader, command: str) -> None:
+    """Ranks of Slurm's tasks; `...` stands for the flags of the command before."""
+    words = words_of(command, reader.places)
+    own = words[words.index("launch/slurm.sbatch") + 1 :]
+    assert (ROOT / "launch" / "slurm.sbatch").is_file()
+    reader.started(own, ranks=16) if "..." not in own else parse_settings([*own[:-1], "--model=demo"], Settings)
+
+
+def plans(reader: Reader, command: str) -> None:
+    """A plan is made; what it writes is read by the commands after it."""
+    words = reader.words(command)
+    assert plan.main(words) == 0
+    assert "\nstart " in reader.capsys.readouterr().out
+    made = parse_plan(words).settings
+    if made.yaml is not None:
+        reader.ranks[made.yaml] = made.world_size
+
+
+def parses(parse: Callable[[list[str]], Any]) -> Callable[[Reader, str], None]:
+    """The command's own parser takes the words as they stand."""
+    return lambda reader, command: parse(words_of(command.partition("tiedlora ")[2], {})[1:])
+
+
+def installs(reader: Reader, command: str) -> None:
+    """pip: the extras are this project's. The wheel's tests install it."""
+    (extras,) = re.findall(r"pip install '\.\[([\w,-]+)\]'", command)
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras.split(",")) <= known.keys()
+
+
+def makes(reader: Reader, command: str) -> None:
+    """make: it has the target, `make train` runs what the README names next, and tests are where a command says."""
+    target, *given = command.split()[1:]
+    done = subprocess.run(["make", "-n", target, *given], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    if target == "train":
+        assert any(line in " ".join(done.stdout.split()) for line in README.commands if line.startswith("deepspeed "))
+    assert all((ROOT / word.partition("=")[2]).exists() for word in given if word.startswith("TESTS="))
+
+
+def launches(reader: Reader, command: str) -> None:
+    """DeepSpeed's launcher with a script of this clone."""
+    script, *words = command.split()[1:]
+    assert (ROOT / script).is_file()
+    parse_settings(words, Settings)
+
+
+def applies(reader: Reader, command: str) -> None:
+    assert (ROOT / command.split()[-1]).is_file()
+
+
+def is_others(reader: Reader, command: str) -> None:
+    """Other programs: what an export prints, or what has of ours only a folder that a command before it wrote."""
+    exported = {"tied": Export(Path("runs/seven/peft-16"), 16, ["qkv"])}
+    hints = serve_hints(exported, "/shared/llama2-7b", find_model("llama2-7b").shape)
+    read = re.findall(r"runs/[\w/-]+|\w+\.gguf", command)[:1]
+    before = " ".join(reader.document.commands).partition(command)[0]
+    assert command in hints or command.startswith("hf ") or (read and read[0] in before), command
+
+
+@dataclass(frozen=True)
+class Row:
+    """How commands are checked.
+
+    Attributes:
+        pattern: matches a command from its start.
+        check: what is done in this process.
+        runs: whether the walks run it too.
+    """
+
+    pattern: str
+    check: Callable[[Reader, str], None]
+    runs: bool = True
+
+
+ROWS = (
+    Row(r"pip install", installs, runs=False),
+    Row(r"make ", makes, runs=False),
+    Row(r"deepspeed launch/", launches, runs=False),  # the demo, whose weights are downloaded
+    Row(r"tiedlora train ", trains),
+    Row(r"tiedlora run ", starts),
+    Row(r"tiedlora plan ", plans),
+    Row(r"sbatch .*launch/slurm\.sbatch", submits),
+    Row(r"tiedlora doctor ", parses(lambda words: parse_settings(words, DoctorSettings))),
+    Row(r"(torchrun --nproc_per_node 8 --no-python )?tiedlora evaluate ",
+        parses(lambda words: parse_settings(words, EvaluateSettings))),
+    Row(r"tiedlora sweep ", parses(parse_sweep)),
+    Row(r"tiedlora merge ", parses(lambda words: merge.parser().parse_known_names(words))),
+    Row(r"tiedlora export ", parses(lambda words: export.parser().parse_known_names(words))),
+    Row(r"tiedlora verify ", parses(lambda words: verify.parser().parse_known_names(words))),
+    Row(r"tiedlora import ", parses(lambda words: import_adapter.parser().parse_known_names(words))),
+    Row(r"tiedlora index ", parses(lambda words: index.parser().parse_known_names(words))),
+    Row(r"tiedlora push ", parses(lambda words: push.parser().parse_known_names(words))),
+    Row(r"kubectl apply -f launch/", applies, runs=False),
+    Row(r"(hf|vllm|python convert_\w+\.py|llama-server) ", is_others, runs=False),
+)  # fmt: skip
+
+
+def row_of(command: str) -> Row:
+    """The one row of a command."""
+    found = [row for row in ROWS if re.match(row.pattern, command)]
+    assert len(found) == 1, f"{command}: {len(found)} rows of ROWS say how it is checked"
+    return found[0]

@@ -1,0 +1,71 @@
+"""Write the tables of extras and commands in docs/install.md, from pyproject.toml and the table of commands.
+
+    python tools/write_install_tables.py
+
+A test compares the page with what this writes. A new extra needs a line in `PURPOSES`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_tiedlora.base.atomic import write_text
+from megatron_tiedlora.base.command_names import COMMANDS, PROGRAM
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "install.md"
+# What an extra is for; `` is an installation without any.
+PURPOSES = {
+    "": "`merge`, `export`, `import`, `verify`, `index`, `push`, `plan`, `convert-nemo`, Python without training",
+    "train": "`train`, `run`, `doctor`, `bench`, `check-gpu`",
+    "eval": "`evaluate`; with `train` also `sweep`, and tasks that training scores with ROUGE or BLEU",
+    "peft": "adapters in PEFT itself ([peft.md](peft.md)), `verify --in peft`, `bench --against peft`",
+    "quantised": "faster `--base nf4` ([quantised.md](quantised.md)); without it the same bits, more slowly",
+    "mpi": "ranks that `mpirun` starts without a master address",
+    "gpu": "another attention kernel, not needed; pip builds it with nvcc: `pip install --no-build-isolation '.[gpu]'`",
+    "demo": "the demo model and its task",
+    "demo-base": "the same where there is no C compiler, see below",
+    "test": "the test suite, in a clone",
+    "test-base": "the same where there is no C compiler",
+    "lint": "`make lint`, in a clone",
+}
+
+
+def extras_table() -> Iterator[str]:
+    """The lines of the table of extras. Raises KeyError for one that has no purpose here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    brought = {"": project["dependencies"], **project["optional-dependencies"]}
+    yield from ("| extra | brings | for |", "|---|---|---|")
+    for extra in sorted(brought, key=[*PURPOSES].index):
+        packages = ", ".join(_brings(requirement) for requirement in brought[extra])
+        yield f"| {f'`{extra}`' if extra else '(none)'} | {packages} | {PURPOSES[extra]} |"
+
+
+def _brings(requirement: str) -> str:
+    """The package that a requirement names, or the extras of this one."""
+    own = re.fullmatch(r"megatron_tiedlora\[(.*)\]", requirement)
+    return re.split(r"[\[<>=!~; ]", requirement)[0] if own is None else f"`{own[1].replace(',', '`, `')}`"
+
+
+def commands_table() -> Iterator[str]:
+    """The lines of the table of commands."""
+    yield from ("| command | script in a clone | what it does |", "|---|---|---|")
+    for command in COMMANDS:
+        script = f"`{command.script}`" if command.script else ""
+        yield f"| `{PROGRAM} {command.name}` | {script} | {command.about} |"
+
+
+def with_tables(page: str) -> str:
+    """The text of the page with new tables between its marks."""
+    for name, lines in (("extras", extras_table()), ("commands", commands_table())):
+        start, end = f"<!-- {name}: written by tools/write_install_tables.py -->", f"<!-- end of {name} -->"
+        before, _, rest = page.partition(start)
+        page = "\n".join([f"{before}{start}", "", *lines, "", f"{end}{rest.partition(end)[2]}"])
+    return page
+
+
+if __name__ == "__main__":
+    write_text(PAGE, with_tables(PAGE.read_text(encoding="utf-8")))
