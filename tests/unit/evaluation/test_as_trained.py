@@ -22,7 +22,7 @@ from megatron_tiedlora.data.encode import encode_prompts_of
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.evaluation.plan import plan_evaluation
+from megatron_tiedlora.evaluation.plan import plan_evaluations
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.training.plan import plan_run
 from megatron_tiedlora.training.session import write_run_settings
@@ -49,7 +49,7 @@ def run_of(base: Path, folder: Path, template: Path, **more: Any) -> Path:
 
 def evaluated(run: Path, **more: Any) -> Any:
     values = {"adapter": str(run / "adapter"), "test_file": str(run.parent / "rows.jsonl"), **more}
-    return plan_evaluation(validate_settings(values, EvaluateSettings), rank=0, world_size=1)
+    return plan_evaluations(validate_settings(values, EvaluateSettings), rank=0, world_size=1)[""]
 
 
 def test_a_chat_template_is_compared_by_its_content(base: Path, tmp_path: Path) -> None:

@@ -31,8 +31,7 @@ from megatron_tiedlora.data.tasks.hellaswag import clean
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.data.tokenizer import end_ids, library_errors, load_tokenizer
 from megatron_tiedlora.evaluation.answering import _cut
-from megatron_tiedlora.evaluation.answers import Answer
-from megatron_tiedlora.evaluation.metrics import METRICS
+from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 
 MEGABYTE = 10**6
 
