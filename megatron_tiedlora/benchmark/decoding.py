@@ -33,8 +33,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], timing.default_device()
     folder, new_tokens = source.weights_folder(), settings.new_tokens
     examples = load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
-    texts = [example.prompt for example in examples]
-    encoded, _ = encode_prompts(load_tokenizer(folder), texts, max_length=source.shape.limit.tokens - new_tokens)
+    encoded, _ = encode_prompts(load_tokenizer(folder), examples, max_length=source.shape.limit.tokens - new_tokens)
     prompts = [ids.tolist() for ids in encoded]
     base = source.base_format(settings.base)
     stage = load_model(source, None, dtype=dtype, base=base, device=device)

@@ -21,8 +21,7 @@ from megatron_tiedlora.data.chat_template import ChatTemplate
 from megatron_tiedlora.data.control_tokens import ControlTokens
 from megatron_tiedlora.data.examples import Segment, join_answer
 from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.rendering import has_marks
-from megatron_tiedlora.data.template_names import TemplateNames
+from megatron_tiedlora.data.rendering import TemplateNames, has_marks
 from megatron_tiedlora.data.turns import ASSISTANT, REASONING, TOOL, Conversation
 
 _PLAIN_ROLES = ("system", "user", ASSISTANT)  # every template writes these, in one way or another

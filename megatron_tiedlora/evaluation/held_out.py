@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.chat import chat_writer, set_chat_template
-from megatron_tiedlora.data.encode import encode_prompts_of
+from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.examples import Example, join_answer
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import read_split
@@ -90,7 +90,7 @@ def encode_scored(
     for example in examples:
         if not example.prompt:
             raise UserError(f"{example.source}: is text without a prompt, which cannot be answered; give other rows")
-    prompts, num_truncated = encode_prompts_of(tokenizer, examples, max_length=longest_prompt, reading=reading)
+    prompts, num_truncated = encode_prompts(tokenizer, examples, max_length=longest_prompt, reading=reading)
     reads_choices = any(metric.needs_choice_scores for metric in metrics)
     choices = [_follow(example) if reads_choices else () for example in examples]
     plain = reading.special_tokens == "plain"

@@ -18,7 +18,7 @@ from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.data.encode import encode_prompts_of
+from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer
@@ -106,8 +106,8 @@ def test_an_answer_that_is_not_trained_is_scored(tmp_path: Path) -> None:
     options: Any = {"files": {"test": path}, "seed": 0, "tokenizer": tokenizer}
     (example,) = load_split("custom", "test", reading=reading, **options)
     assert example.references == ("b",) and example.prompt.endswith("<|im_start|>assistant\n")
-    (whole,), _ = encode_prompts_of(tokenizer, [example], max_length=400, reading=reading)
-    (shorter,), _ = encode_prompts_of(tokenizer, [example], max_length=len(whole) - 1, reading=reading)
+    (whole,), _ = encode_prompts(tokenizer, [example], max_length=400, reading=reading)
+    (shorter,), _ = encode_prompts(tokenizer, [example], max_length=len(whole) - 1, reading=reading)
     kept = tokenizer.apply_chat_template(row["messages"][2:3], tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(shorter.tolist()) == kept  # a whole exchange is left out
     train: dict[str, Any] = {"train_file": path}

@@ -273,7 +273,7 @@ def test_a_regular_expression_that_gives_up_is_one_line(tmp_path: Path, place: s
     tokenizer = load_tokenizer(folder)
 
     def use() -> None:
-        (ids,), _ = encode_prompts(tokenizer, ["a" * 60], max_length=256)
+        (ids,), _ = encode_prompts(tokenizer, [Example("a" * 60, "", "here")], max_length=256)
         decode_ids(tokenizer, ids.tolist())
 
     with bounded():
