@@ -1,8 +1,6 @@
 """Examine the hosts of a job before it starts: a hostfile's, a Slurm allocation's, or this machine."""
 
-import sys
-
-from megatron_tiedlora.commands.doctor import run
+from megatron_tiedlora.commands.front import run
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run("doctor")

@@ -1,8 +1,6 @@
 """Measure a training step or decoding."""
 
-import sys
-
-from megatron_tiedlora.commands.bench import run
+from megatron_tiedlora.commands.front import run
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run("bench")

@@ -1,8 +1,6 @@
 """Check what this machine's GPUs can do with this package."""
 
-import sys
-
-from megatron_tiedlora.commands.check_gpu import run
+from megatron_tiedlora.commands.front import run
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run("check-gpu")

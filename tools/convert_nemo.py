@@ -1,8 +1,6 @@
 """Convert NVIDIA's GPT-2B-001 from its .nemo file to a Hugging Face folder."""
 
-import sys
-
-from megatron_tiedlora.commands.convert_nemo import run
+from megatron_tiedlora.commands.front import run
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run("convert-nemo")

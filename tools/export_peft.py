@@ -1,8 +1,6 @@
 """Export a Tied-LoRA adapter as a LoRA adapter for PEFT, vLLM, SGLang and llama.cpp."""
 
-import sys
-
-from megatron_tiedlora.commands.export import run
+from megatron_tiedlora.commands.front import run
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run("export")

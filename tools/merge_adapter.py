@@ -1,8 +1,6 @@
 """Merge an adapter into its base model: a plain Hugging Face checkpoint."""
 
-import sys
-
-from megatron_tiedlora.commands.merge import run
+from megatron_tiedlora.commands.front import run
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run("merge")

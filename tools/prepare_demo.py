@@ -1,8 +1,6 @@
 """Make the demo model."""
 
-import sys
-
-from megatron_tiedlora.commands.prepare_demo import run
+from megatron_tiedlora.commands.front import run
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run("prepare-demo")

@@ -1,8 +1,6 @@
 """Check exports of an adapter."""
 
-import sys
-
-from megatron_tiedlora.commands.verify import run
+from megatron_tiedlora.commands.front import run
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run("verify")

@@ -19,21 +19,23 @@ class Command:
     """One command.
 
     Attributes:
-        module: its module in commands/, which has `run(argv)`.
+        module: its module in commands/, which has `main(argv)`, the exit status.
         about: the line in the list of `tiedlora --help`.
         script: the script that does the same, or '' if there is none.
+        is_rank: whether a launcher starts it as several ranks, of which one reports an error for all.
     """
 
     name: str
     module: str
     about: str
     script: str = ""
+    is_rank: bool = False
 
 
 COMMANDS = (
-    Command("train", "train", "fine-tune a model, as one process or as one rank of a launcher", "launch/train.py"),
+    Command("train", "train", "fine-tune a model, as one process or a rank of many", "launch/train.py", is_rank=True),
     Command("run", "run", "start `train` on GPUs and hosts, watch it, and say how it ended", "launch/run.py"),
-    Command("evaluate", "evaluate", "answer a task's held-out rows and score them", "launch/evaluate.py"),
+    Command("evaluate", "evaluate", "answer a task's held-out rows and score them", "launch/evaluate.py", is_rank=True),
     Command("sweep", "sweep", "train methods x ranks x learning rates, and write tables", "launch/sweep.py"),
     Command("doctor", "doctor", "examine the hosts of a job before it starts", "launch/doctor.py"),
     Command("plan", "plan", "find the fastest layout of a cluster before it is booked", "tools/plan.py"),
@@ -45,9 +47,9 @@ COMMANDS = (
     Command("push", "push", "publish a run's adapter on the Hugging Face hub"),
     Command("convert-nemo", "convert_nemo", "convert GPT-2B-001 from its .nemo file", "tools/convert_nemo.py"),
     Command("check-gpu", "check_gpu", "check what this machine's GPUs can do", "tools/check_gpu.py"),
-    Command("bench", "bench", "measure a training step or decoding", "tools/bench_step.py"),
-    Command("prepare-demo", "prepare_demo", "make the demo model of `--model demo`", "tools/prepare_demo.py"),
-    Command("random-model", "random_model", "write a model of random weights", "tools/write_random_model.py"),
+    Command("bench", "bench", "measure a training step or decoding", "tools/bench_step.py", is_rank=True),
+    Command("prepare-demo", "prepare_demo", "make the demo model (needs the extra demo)", "tools/prepare_demo.py"),
+    Command("random-model", "random_model", "write random weights; tiny trains at once", "tools/write_random_model.py"),
     Command("env", "env", "versions, devices and variables, for a bug report"),
 )
 

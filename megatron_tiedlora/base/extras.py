@@ -18,7 +18,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "eval": ("deepspeed", "datasets", "pyarrow", "rouge_score", "sacrebleu"),
     "peft": ("peft",),
     "quantised": ("bitsandbytes",),
-    "demo": ("gguf", "reasoning_gym", "peft", "tokenizers"),
+    "demo": ("gguf", "accelerate", "reasoning_gym", "peft", "tokenizers"),
     "mpi": ("mpi4py",),
 }
 # Of these, what a run does without: it is asked for where it is used, by --report_to and for figures.

@@ -47,5 +47,5 @@ def time_text(seconds: float) -> str:
 
 
 def count_text(number: int, noun: str) -> str:
-    """`1 host`, `2 hosts`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """`1 host`, `2 hosts`, `1,024 micro-batches`."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"

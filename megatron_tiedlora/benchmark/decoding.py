@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.base_formats import precision_in_words
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.benchmark import timing
 from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -83,8 +84,9 @@ def decoding_table(report: Mapping[str, Any]) -> list[str]:
     """The figures as lines."""
     tokens = report["batch_size"] * report["new_tokens"]
     ours, theirs = (median(taken) for taken in report["seconds"].values())
+    prompts = count_text(report["batch_size"], "prompt")
     return [
-        f"{report['model']} in {report['dtype']} on {report['device']}: {report['batch_size']} prompts of"
+        f"{report['model']} in {report['dtype']} on {report['device']}: {prompts} of"
         f" {report['prompt_tokens']} tokens together, {report['new_tokens']} new tokens each,"
         f" {report['equal_tokens']:.1%} of them equal",
         timing.setup_line(report),

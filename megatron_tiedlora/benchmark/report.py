@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.benchmark.timing import SPEED_HEADER, setup_line, speed_columns
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD, Traffic
 
@@ -49,14 +49,15 @@ def step_table(report: Mapping[str, Any]) -> list[str]:
 def layout_table(report: Mapping[str, Any]) -> list[str]:
     """The figures of a layout as lines. The step comes first, then each stage's memory and messages."""
     layout = report["layout"]
+    ranks, rows = count_text(layout["ranks"], "rank"), count_text(layout["rows"], "row")
     sequences = "sharded" if layout["sequence_parallel"] else "full"
     return [
         *_setup_lines(report),
-        f"{layout['ranks']} ranks = tensor {layout['tensor_parallel']} x pipeline {layout['pipeline_parallel']} x"
+        f"{ranks} = tensor {layout['tensor_parallel']} x pipeline {layout['pipeline_parallel']} x"
         f" data {layout['data_parallel']}, {sequences} sequences, ZeRO-{layout['zero_stage']},"
         f" recompute {layout['recompute']}; {report['kernels']}",
         f"{report['tokens']:,} tokens per step, {report['supervised']:,} with a label; micro-batches per rank:"
-        f" {report['micro_batches']}, up to {layout['rows']} rows each; weights {report['weights']}",
+        f" {report['micro_batches']}, up to {rows} each; weights {report['weights']}",
         _SHARES_HEADER,
         _speed(report, report),
         *_gpu_lines(report, ""),

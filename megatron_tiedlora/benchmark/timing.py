@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.training.throughput import peak_memory_bytes, resident_bytes
 
@@ -31,7 +31,7 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """The seconds that each timer returns, by name. The first `uncounted` turns are left out."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for turn in tqdm(range(uncounted + repeats), desc="turns", unit="turn", leave=False, disable=not shows):
+    for turn in progress_bar("turns", "turn", range(uncounted + repeats), shows=shows):
         for name, timer in timers.items():
             taken = timer()
             if turn >= uncounted:

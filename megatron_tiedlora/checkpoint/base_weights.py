@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.stored_weights import StoredWeights
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
@@ -265,7 +265,7 @@ def load_base_weights(
     """
     mine = [rule for rule in (weights.rules if rules is None else rules) if rule.name in targets]
     with torch.no_grad():
-        for rule in tqdm(mine, desc="base weights", unit="tensor", disable=not progress, leave=False):
+        for rule in progress_bar("base weights", "tensor", mine, shows=progress):
             target = targets[rule.name]
             with access(list(target.parameters.values())):
                 if reads:
@@ -288,7 +288,7 @@ def draw_base_weights(
     """
     mine = [rule for rule in rules if rule.name in targets]
     with torch.no_grad():
-        for rule in tqdm(mine, desc="random weights", unit="tensor", disable=not progress, leave=False):
+        for rule in progress_bar("random weights", "tensor", mine, shows=progress):
             target = targets[rule.name]
             with access(list(target.parameters.values())):
                 name = rule.hf_names[0]

@@ -11,6 +11,7 @@ from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -47,7 +48,8 @@ def check_same_dtype(resolved: str) -> None:
     """Raise UserError on every rank if the default of --dtype differs between hosts."""
     if differing := num_differing(resolved):
         raise UserError(
-            f"--dtype: {differing} ranks have another default than rank 0, because their CPUs differ; give --dtype fp32"
+            f"--dtype: the default of {count_text(differing, 'rank')} is not that of rank 0, because their CPUs differ;"
+            " give --dtype fp32"
         )
 
 

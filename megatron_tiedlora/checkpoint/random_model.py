@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from megatron_tiedlora.base.atomic import new_folder, write_json
 from megatron_tiedlora.base.output_folder import reject_existing, require_room
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, draw_
+from megatron_tiedlora.config.presets import TINY
+from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import num_base_parameters, weight_rules
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
 
 def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:
-    """Write config.json, shards and index of a model into `output`.
+    """Write config.json, shards and index of a model into `output`; for the preset `tiny` a tokenizer too.
 
     Args:
         values: the content of its config.json.
@@ -37,7 +39,7 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     index: dict[str, str] = {}
     with new_folder(output) as folder:
         parts = [list(rules) for _, rules in groupby(weight_rules(model_shape), key=lambda rule: rule.layer)]
-        for number, rules in enumerate(tqdm(parts, desc=name, unit="shard"), start=1):
+        for number, rules in enumerate(progress_bar(name, "shard", parts), start=1):
             file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             tensors = {
                 hf_name: draw_(
@@ -54,6 +56,8 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
         write_json(folder / "config.json", {**values, "architectures": [_class_name(values)], "dtype": "bfloat16"})
         weight_index = {"metadata": {"total_size": needed}, "weight_map": index}
         write_json(folder / INDEX_FILE, weight_index)
+        if name == TINY:
+            save_tokenizer(byte_tokenizer(values["max_position_embeddings"]), folder)
 
 
 def _class_name(values: Mapping[str, Any]) -> str:

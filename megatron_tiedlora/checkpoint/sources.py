@@ -99,7 +99,7 @@ class ModelSource:
         if self.folder is None:
             raise UserError(
                 f"--model {self.name} is a shape without weights, for --dry_run and benchmarks; give a Hugging Face"
-                " folder or a hub id"
+                " folder or a hub id, or write random weights with `tiedlora random-model`"
             )
         return self.folder
 

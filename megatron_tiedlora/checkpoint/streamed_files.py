@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, SINGLE_FILE
 from megatron_tiedlora.checkpoint.tensor_files import TYPE_NAMES, all_finite
 
@@ -59,7 +59,7 @@ def write_streamed(
     shards = _shards(tensors, shard_bytes)
     total = sum(tensor.num_bytes for tensor in tensors)
     index: dict[str, str] = {}
-    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
+    with progress_bar("weights", "B", total=total, shows=progress) as bar:
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
             index |= dict.fromkeys((tensor.name for tensor in shard), name)

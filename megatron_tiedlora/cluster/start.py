@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.cluster.decide import Times
 from megatron_tiedlora.cluster.job_hosts import JobHosts
 from megatron_tiedlora.cluster.remote import Route
@@ -80,7 +81,7 @@ def _run(job: Job, settings: LaunchSettings, environment: Mapping[str, str], fol
         if signals.received:
             return 128 + signals.received[0]
         where = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts)
-        say(f"{job.size} ranks on {where} by {job.launcher}, into {folder.path}")
+        say(f"{count_text(job.size, 'rank')} on {where} by {job.launcher}, into {folder.path}")
         times = replace(times, look=settings.look_seconds, grace=settings.grace_seconds)
         if job.route == "srun":  # Slurm watches its steps itself
             times = replace(times, look=float("inf"), soon=_SRUN_SOON_SECONDS)
@@ -105,7 +106,8 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
         hosts = read_hostfile(settings.hostfile)
         if (wanted := settings.num_gpus) is not None:
             if short := [host for host in hosts if host.slots < wanted]:
-                raise UserError(f"--num_gpus {wanted}: {short[0].name} has {short[0].slots} slots in the hostfile")
+                slots = count_text(short[0].slots, "slot")
+                raise UserError(f"--num_gpus {wanted}: {short[0].name} has {slots} in the hostfile")
             hosts = tuple(replace(host, slots=wanted) for host in hosts)
         return launcher, "ssh", hosts
     if launcher == "srun" or (in_slurm and launcher != "local"):
@@ -143,7 +145,7 @@ def make_job(
     first = {"local": "127.0.0.1", "srun": hosts[0].name, "ssh": ""}[route]
     gpus = visible_gpus() if launcher == "local" else ()
     if gpus and hosts[0].slots > len(gpus):
-        raise UserError(f"--num_gpus {hosts[0].slots}: only {len(gpus)} GPUs are visible on this machine")
+        raise UserError(f"--num_gpus {hosts[0].slots}: this machine has only {count_text(len(gpus), 'visible GPU')}")
     return Job(
         launcher=launcher,
         route=route,

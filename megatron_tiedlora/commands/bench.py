@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.config.cli import parse_settings, run_command
-from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,8 +50,3 @@ def main(argv: Sequence[str]) -> int:
     decided_by_rank_0(publish)
     leave_process_group()
     return 0
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv, reports=first_to_fail)

@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.gpu_checks import children
 from megatron_tiedlora.gpu_checks.children import run_part
@@ -78,7 +78,10 @@ def parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the checks and report; returns the exit status."""
+    """Run the checks and report; returns the exit status. A signal ends what the parts have started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _leave)
     options = parser().parse_known_names(argv)
     require_extra("train", only=["deepspeed"])
     parts = _parts(options.parts)
@@ -159,11 +162,3 @@ def _parts(given: str) -> list[str]:
     if unknown or not names:
         raise UserError(f"--parts {given}: give some of {','.join(SHARES)}")
     return [part for part in SHARES if part in names]
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status. A signal ends what the parts have started."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _leave)
-    run_command(main, argv)

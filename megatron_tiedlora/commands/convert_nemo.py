@@ -6,10 +6,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import NoReturn
 
 from megatron_tiedlora.base.errors import UserError, show
-from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value
 
 EXAMPLE = """\
 example:
@@ -52,8 +51,3 @@ def main(argv: Sequence[str]) -> int:
     show(f"converted {options.nemo} ({layers} layers, {rows:,} pieces, {config['dtype']}): {output}")
     show(f"train it with: deepspeed launch/train.py --model {shlex.quote(str(output))} --train_file data.jsonl")
     return 0
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)

@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.errors import UserError, show
@@ -60,10 +59,5 @@ def _write_constants(report: DoctorReport, file: Path) -> None:
     show(f"{file}: constants of {report.machine['title']}, for tools/plan.py --constants", file=sys.stderr)
 
 
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)
-
-
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run_command(main, sys.argv[1:])

@@ -15,7 +15,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import megatron_tiedlora
 from megatron_tiedlora.base.atomic import write_text
@@ -25,7 +25,7 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.private_folders import user_cache
 from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, first_line
-from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.cli import CommandParser
 
 LIBRARIES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "peft", "datasets", "accelerate", "safetensors"),
@@ -121,8 +121,3 @@ def _table(found: dict[str, dict[str, Any]]) -> list[str]:
         lines += ["", title] if lines else [title]
         lines += [f"  {name:{width}}{value}" for name, value in section.items()]
     return lines
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)

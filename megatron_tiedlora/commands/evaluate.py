@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
@@ -116,10 +116,5 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     show(*score_table(found, output.path))
 
 
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv, reports=first_to_fail)
-
-
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run_command(main, sys.argv[1:], reports=first_to_fail)

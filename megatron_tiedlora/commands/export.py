@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.config.cli import CommandParser, adapter_flags, run_command
+from megatron_tiedlora.config.cli import CommandParser, adapter_flags
 
 if TYPE_CHECKING:
     from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -84,8 +84,3 @@ def main(argv: Sequence[str]) -> int:
     show_serving(source, {"tied": Export(output, rank, [target.name for target in adapter.config.targets])})
     show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --peft {shlex.quote(str(output))}")
     return 0
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 import megatron_tiedlora
 from megatron_tiedlora.base.command_names import COMMANDS, PROGRAM, find_command, other_command
@@ -26,8 +27,8 @@ def help_text() -> str:
             "",
             *(f"  {command.name:{width}}{command.about}" for command in COMMANDS),
             "",
-            f"  {PROGRAM} prepare-demo; {PROGRAM} train    trains the demo model in this one process",
-            f"  {PROGRAM} run --num_gpus 4 ...           trains on four GPUs of this machine",
+            f"  {PROGRAM} prepare-demo; {PROGRAM} train    trains the demo model in this one process (extra demo)",
+            f"  {PROGRAM} run --num_gpus 4 ...           trains on four GPUs of this machine (extra train)",
         ]
     )
 
@@ -49,8 +50,24 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         ours = other_command(name)
         near = f" (here it is {PROGRAM} {ours})" if ours else nearest_name(name, [one.name for one in COMMANDS])
         _leave(f"error: {PROGRAM} {name}: no such command{near}; `{PROGRAM} --help` lists them", status=2)
-    importlib.import_module(f"megatron_tiedlora.commands.{command.module}").run(rest)
-    raise AssertionError("a command ends the process")
+    run(command.name, rest)
+
+
+def run(name: str, argv: Sequence[str] | None = None, **options: Any) -> NoReturn:
+    """Run a command with its words, by default those of this process, and exit with its status.
+
+    Args:
+        options: further arguments of the command's `main`.
+    """
+    # These import what the help of the front does not need.
+    from megatron_tiedlora.config.cli import run_command
+    from megatron_tiedlora.runtime.launch_env import first_to_fail
+
+    command = find_command(name)
+    assert command is not None
+    main_of = partial(importlib.import_module(f"megatron_tiedlora.commands.{command.module}").main, **options)
+    reports = first_to_fail if command.is_rank else lambda: True
+    run_command(main_of, sys.argv[1:] if argv is None else argv, reports=reports)
 
 
 def _without_local_rank(words: Sequence[str]) -> list[str]:

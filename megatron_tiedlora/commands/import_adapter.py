@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from functools import partial
-from typing import NoReturn
 
 from megatron_tiedlora.base.errors import show
-from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value
 
 EXAMPLE = """\
 example:
@@ -57,8 +56,3 @@ def main(argv: Sequence[str]) -> int:
     show(f"imported {options.peft} as {what} of {source.name}: {output}")
     show(f"train it further with: --init_from {shlex.quote(str(output))}")
     return 0
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)

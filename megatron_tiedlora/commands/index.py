@@ -6,12 +6,12 @@ import argparse
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
-from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value
 from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
 
 if TYPE_CHECKING:
@@ -116,8 +116,3 @@ def _table(entries: Sequence[Entry]) -> Iterator[str]:
     for row in rows:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
     yield from ("", count_text(len(entries), "adapter"))
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)

@@ -6,10 +6,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import NoReturn
 
 from megatron_tiedlora.base.errors import show
-from megatron_tiedlora.config.cli import CommandParser, adapter_flags, run_command
+from megatron_tiedlora.config.cli import CommandParser, adapter_flags
 
 EXAMPLE = """\
 example:
@@ -90,8 +89,3 @@ def main(argv: Sequence[str]) -> int:
         show(f"{opened.source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
     show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --merged {shlex.quote(str(output))}")
     return 0
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)

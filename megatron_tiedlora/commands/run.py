@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_tiedlora.cluster.start import launch
-from megatron_tiedlora.config.cli import run_command
 
 HERE = Path(__file__).resolve().parent
 
 
-def run(argv: Sequence[str], *, scripts: Path = HERE) -> NoReturn:
-    """Run the command and exit with its status; ranks run the train.py in the folder `scripts`."""
-    run_command(lambda words: launch(words, scripts=scripts), argv)
+def main(argv: Sequence[str], *, scripts: Path = HERE) -> int:
+    """Start and watch a job; ranks run the train.py in the folder `scripts`. Returns the exit status."""
+    return launch(argv, scripts=scripts)

@@ -9,25 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 
 HERE = Path(__file__).resolve().parent
 
 
-def run(argv: Sequence[str], *, scripts: Path = HERE) -> NoReturn:
-    """Run the command and exit with its status; it starts the train.py and evaluate.py in the folder `scripts`."""
+def main(argv: Sequence[str], *, scripts: Path = HERE) -> int:
+    """Run the sweep, which starts the train.py and evaluate.py in the folder `scripts`. Returns the exit status."""
+    parse_sweep(argv)  # --help and a wrong flag end here and do not wait for torch; `sweep` reads the flags again
+    require_extra("train", "eval")
+    require_extra("train", only=["matplotlib"])  # for the figures at its end
+    from megatron_tiedlora.study.processes import deepspeed_starter
+    from megatron_tiedlora.study.sweep import sweep
 
-    def main(argv: Sequence[str]) -> int:
-        parse_sweep(argv)  # --help and a wrong flag end here and do not wait for torch; `sweep` reads the flags again
-        require_extra("train", "eval")
-        require_extra("train", only=["matplotlib"])  # for the figures at its end
-        from megatron_tiedlora.study.processes import deepspeed_starter
-        from megatron_tiedlora.study.sweep import sweep
-
-        return sweep(argv, lambda: deepspeed_starter(scripts))
-
-    run_command(main, argv)
+    return sweep(argv, lambda: deepspeed_starter(scripts))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
@@ -195,10 +195,5 @@ def train_together(settings: Settings) -> End:
     return end
 
 
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv, reports=first_to_fail)
-
-
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run_command(main, sys.argv[1:], reports=first_to_fail)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 from megatron_tiedlora.base.errors import UserError, show
-from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value
 
 EXAMPLE = """\
 example:
@@ -69,8 +68,3 @@ def main(argv: Sequence[str]) -> int:
     )
     print(found.report())
     return 0 if found.passed else 1
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """Run the command and exit with its status."""
-    run_command(main, argv)

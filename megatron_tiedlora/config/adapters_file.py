@@ -23,7 +23,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.base.yaml_files import read_yaml_list
-from megatron_tiedlora.config.other_names import name_hint
+from megatron_tiedlora.config.other_names import unknown_names
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.trackers import TENSORBOARD
 
@@ -100,15 +100,13 @@ def _checked_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
         problem = "has no name" if name is None else f"cannot be called {shown(name)}"
         raise UserError(f"{where}: {problem}; give a name of letters, digits, '.', '_' and '-', at most 80 of them")
     own = {key: value for key, value in entry.items() if key != "name"}
+    if unknown := unknown_names("setting", own.keys() - Settings.model_fields.keys(), PER_ADAPTER):
+        raise UserError(f"{where} ({name}): {unknown}")
     for key in own:
-        if key in PER_ADAPTER:
-            continue
-        if key in Settings.model_fields:
+        if key not in PER_ADAPTER:
             raise UserError(
                 f"{where} ({name}): {key} cannot differ between the adapters of a run; give it on the command line"
             )
-        hint = name_hint(key, PER_ADAPTER) if isinstance(key, str) else ""
-        raise UserError(f"{where} ({name}): unknown setting {shown(key)}{hint}")
     return name, own
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from megatron_tiedlora.base.command_names import for_user, program_name
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.logs import show_messages
 from megatron_tiedlora.base.paths import user_path
@@ -28,16 +28,17 @@ from megatron_tiedlora.config.fields import (
     AnySettings,
     CommandSettings,
     field_choices,
-    field_flags,
+    field_flag,
     field_group,
     takes_words,
     validate_settings,
 )
-from megatron_tiedlora.config.other_names import name_hint
+from megatron_tiedlora.config.other_names import unknown_names, value_meant
 
 # Names in a run's run.yaml that hold for that run only. They are ignored, so that the file can be given to --config.
 RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH, "output_dir", "resume", "take_over", "base_differs")
 RECORD_MARK = "versions"
+_TRUE_OR_FALSE = "{true,false}"
 _COMMAND_LINE_ONLY = ("take_over", "base_differs")  # the user decides these anew at each start
 
 
@@ -55,6 +56,12 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a UserError."""
         raise UserError(message)
+
+    def add_argument(self, *names: str, **keywords: Any) -> argparse.Action:
+        """As of argparse; values that must be one of `choices` may be written in other letters."""
+        if choices := keywords.get("choices"):
+            keywords["type"] = lambda given: value_meant(names[0].lstrip("-"), given, choices)
+        return super().add_argument(*names, **keywords)
 
     def add_adapter(self, what: str = "native adapter: a run's adapter/ folder") -> None:
         """Add the input flags of a command that reads an adapter, `what` in its help, and its base."""
@@ -88,7 +95,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def parse_known_names(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse `argv`. An unknown flag is a UserError that says which is meant."""
+        """Parse `argv`. Unknown flags are a UserError that says which are meant."""
         known = [option for action in self._actions for option in action.option_strings]
         flags = itertools.takewhile(lambda word: word != "--", argv)
         # Before argparse says which flag is missing: an unknown one may be what the user calls it.
@@ -104,10 +111,10 @@ def _is_flag(word: str) -> bool:
 
 
 def reject_unknown(words: Sequence[str], *, known: Iterable[str]) -> None:
-    """Raise UserError if there are `words` that belong to no flag. It says which of the `known` flags is meant."""
+    """Raise UserError if there are `words` that belong to no flag. It says which of the `known` flags are meant."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # the other words may be their values
     if words:
-        name = words[0].split("=")[0]
-        raise UserError(f"unknown argument {name}{name_hint(name, known)}; see --help")
+        raise UserError(f"{unknown_names('argument', flags or words, list(known))}; see --help")
 
 
 def path_value(given: str) -> Path:
@@ -118,42 +125,42 @@ def path_value(given: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _value_kind(annotation: Any) -> tuple[str, tuple[str, ...] | None]:
-    """(metavar, choices) for a field's type."""
-    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)  # typing.Union if it has a Literal
-    options = typing.get_args(annotation) if is_union else (annotation,)
-    kind = next(option for option in options if option is not type(None))
-    if typing.get_origin(kind) is Literal:
-        return "", typing.get_args(kind)
-    if kind is bool:
-        return "", ("true", "false")
-    if typing.get_origin(kind) is tuple:
-        item = "TEXT" if typing.get_args(kind)[0] is str else "N"
-        return f"{item}[,{item}...]", None
-    return {int: "N", float: "X"}.get(kind, "TEXT"), None
+def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
+    """How the help shows the values of a type, or its choices: `N`, `X[,X...]`, `{a,b}`, `N|auto`."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # typing.Union if it has a Literal
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        return "|".join(_metavar(kind, choices).strip("{}" if len(kinds) > 1 else "") for kind in kinds)
+    if typing.get_origin(annotation) is tuple:
+        item = _metavar(arguments[0], choices)
+        return f"{item}[,...]" if choices else f"{item}[,{item}...]"
+    if typing.get_origin(annotation) is Literal:
+        choices = arguments
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    return {int: "N", float: "X", bool: _TRUE_OR_FALSE}.get(annotation, "TEXT")
 
 
 def build_parser(kind: type[CommandSettings]) -> CommandParser:
     """The parser of a command, with one flag per setting in the groups of `kind`."""
     parser = CommandParser(
         prog=kind.prog,
+        usage=f"{program_name(kind.prog)} {kind.usage}",
         description=kind.about,
         epilog="The YAML file of --config takes every flag under the same name; the command line wins.",
     )
     groups = {name: parser.add_argument_group(name, text) for name, text in kind.groups.items()}
     groups["run"].add_argument("--config", metavar="FILE", help="YAML file with settings under the same names")
     for name, field in kind.model_fields.items():
-        metavar, choices = _value_kind(field.annotation)
-        choices = field_choices(field) or choices
-        keywords: dict[str, Any] = {"metavar": "{" + ",".join(choices) + "}" if choices else metavar}
+        keywords: dict[str, Any] = {"metavar": _metavar(field.annotation, field_choices(field))}
         if takes_words(field):
             keywords.update(nargs="+", metavar="TEXT")
-        if choices == ("true", "false"):  # a bare --dry_run means true
+        if keywords["metavar"] == _TRUE_OR_FALSE:  # a bare --dry_run means true
             keywords.update(nargs="?", const="true")
         default = kind.default_text(name)
         help_text = (field.description or "") + (f" [{default}]" if default else "")
-        flags = field_flags(name, field)
-        groups[field_group(field)].add_argument(*flags, help=help_text.replace("%", "%%"), **keywords)
+        keywords.update(dest=name, help=help_text.replace("%", "%%"))
+        groups[field_group(field)].add_argument(f"--{field_flag(name, field)}", **keywords)
     # The deepspeed and torch launchers add this before the user's arguments; ranks are read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
@@ -168,12 +175,11 @@ def read_yaml(path: str, known: Collection[str]) -> dict[str, Any]:
     if RECORD_MARK in content:
         counted = ("max_steps",) if content.get("epochs") is not None else ()
         content = {name: value for name, value in content.items() if name not in (*RECORDED_NAMES, *counted)}
-    for name in content:
-        if name in _COMMAND_LINE_ONLY:
+    for name in _COMMAND_LINE_ONLY:
+        if name in content:
             raise UserError(f"{path}: {name} is not read from a file; give --{name} on the command line")
-        if name not in known:
-            near = name_hint(name, known) if isinstance(name, str) else ""
-            raise UserError(f"{path}: unknown setting {shown(name)}{near}")
+    if unknown := unknown_names("setting", content, known):
+        raise UserError(f"{path}: {unknown}")
     return content
 
 
@@ -187,7 +193,8 @@ def parse_settings(argv: Sequence[str], kind: type[AnySettings]) -> AnySettings:
     values.pop("local_rank")
     config = values.pop("config")
     given = {name: value for name, value in values.items() if value is not None}
-    read = read_yaml(config, kind.model_fields) if config else {}
+    names = {field_flag(name, field): name for name, field in kind.model_fields.items()}
+    read = {names[flag]: value for flag, value in read_yaml(config, names).items()} if config else {}
     for one, other in (*kind.instead, *((other, one) for one, other in kind.instead)):
         if one in given:
             read.pop(other, None)

@@ -7,10 +7,11 @@ Owns how fields are declared and how values become frozen settings. Each command
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -18,10 +19,12 @@ from pydantic.fields import FieldInfo
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.shapes import GATE_UP, QKV, TARGET_NAMES
 from megatron_tiedlora.base.wording import nearest_name
-from megatron_tiedlora.config.other_names import name_hint
+from megatron_tiedlora.config.other_names import unknown_names, value_hint, value_meant
 
 _BOUND = 2**53  # limit of numeric settings: a float represents every integer below it
 LONGEST_WAIT_MINUTES = 7 * 24 * 60  # for a rank; libraries below us count milliseconds, some in 32 bits
+
+_POWER_OF_TEN = re.compile(r"\d+(\.\d*)?e\+?1?\d", re.IGNORECASE)
 
 AnySettings = TypeVar("AnySettings", bound="CommandSettings")
 
@@ -42,7 +45,7 @@ def setting_field(
         group: a key of the class's `groups`.
         default: left out if the command requires the value, or fills it in from other values.
         choices: allowed strings that are only known at run time (else let the type be a Literal).
-        flag: a second, shorter flag, for example a name that pydantic reserves for an attribute.
+        flag: the field's name for users, where pydantic reserves it for an attribute.
         words: its values are separate words on the command line, and a list in a file.
         constraints: pydantic constraints, such as `ge=1`.
     """
@@ -66,10 +69,9 @@ def field_choices(field: FieldInfo) -> tuple[str, ...] | None:
     return None if choices is None else tuple(choices)
 
 
-def field_flags(name: str, field: FieldInfo) -> tuple[str, ...]:
-    """The flags that set a field on the command line. The first one is the field's name."""
-    flag = _extra(field)["flag"]
-    return (f"--{name}", *(() if flag is None else (f"--{flag}",)))
+def field_flag(name: str, field: FieldInfo) -> str:
+    """The name of a field on the command line and in files."""
+    return str(_extra(field)["flag"] or name)
 
 
 def takes_words(field: FieldInfo) -> bool:
@@ -88,6 +90,7 @@ class CommandSettings(BaseModel):
     Attributes:
         prog: the command's file name, for its help.
         about: what the command does, for its help.
+        usage: what follows the command's name in the first line of its help.
         groups: name and description of each group of flags, in the order of the help.
         missing: by field, a hint to add to "is required" if the value is missing.
         instead: pairs of fields that exclude each other. The one on the command line replaces the other in a file.
@@ -103,14 +106,17 @@ class CommandSettings(BaseModel):
 
     prog: ClassVar[str]
     about: ClassVar[str]
+    usage: ClassVar[str] = "[--FLAG VALUE ...]"
     groups: ClassVar[Mapping[str, str]]
     missing: ClassVar[Mapping[str, str]] = {}
     instead: ClassVar[Sequence[tuple[str, str]]] = ()
 
     def __init__(self, **values: Any) -> None:
-        """Raises UserError with the first thing that is wrong, in one line."""
+        """Raises UserError in one line: all names that are unknown, or the first value that is wrong."""
+        if unknown := unknown_names("setting", values, type(self).model_fields):
+            raise UserError(f"{unknown}; see --help")
         try:
-            super().__init__(**values)
+            super().__init__(**{name: _as_meant(name, value, type(self)) for name, value in values.items()})
         except ValidationError as error:
             raise UserError(_one_line(error, type(self))) from None
         except UnicodeEncodeError as error:  # pydantic cannot carry a message with bytes that are not UTF-8
@@ -150,16 +156,36 @@ class CommandSettings(BaseModel):
     def _check_choices(self) -> CommandSettings:
         for name, field in type(self).model_fields.items():
             choices, value = field_choices(field), getattr(self, name)
-            if choices is not None and value is not None and value not in choices:
-                known = ", ".join(repr(choice) for choice in choices)
-                near = nearest_name(value, choices)
-                raise ValueError(f"--{name} {as_given(value)}: input should be one of {known}{near}")
+            for part in value if isinstance(value, tuple) else (value,):
+                if choices is not None and part is not None and part not in choices:
+                    known, hint = ", ".join(map(repr, choices)), value_hint(name, part, choices)
+                    raise ValueError(f"--{name} {as_given(part)}: input should be one of {known}{hint}")
         return self
 
 
 def _kinds_in(annotation: Any) -> set[Any]:
     """A type and all types that it is made of."""
     return {annotation}.union(*map(_kinds_in, typing.get_args(annotation)))
+
+
+def _as_meant(name: str, value: Any, kind: type[CommandSettings]) -> Any:
+    """A value as its field spells it: `nf4` for `NF4` or `4bit`, and the whole number 1000 for `1e3`."""
+    field = kind.model_fields[name]
+    kinds = _kinds_in(field.annotation)
+    if isinstance(value, list | tuple):
+        return [_as_meant(name, part, kind) if isinstance(part, str) else part for part in value]
+    if not isinstance(value, str):
+        return value
+    if "," in value and any(typing.get_origin(one) is tuple for one in kinds):
+        return ",".join(str(_as_meant(name, part, kind)) for part in value.split(","))
+    if _POWER_OF_TEN.fullmatch(value.strip()) and int in kinds and not kinds & {float, str}:
+        return int(number) if (number := float(value)).is_integer() else value
+    return value_meant(name, value, (*(field_choices(field) or ()), *literal_values(kinds)))
+
+
+def literal_values(kinds: Collection[Any]) -> tuple[str, ...]:
+    """The values that Literal types among `kinds` allow."""
+    return tuple(value for kind in kinds if typing.get_origin(kind) is Literal for value in typing.get_args(kind))
 
 
 def _is_system_text(text: str) -> bool:
@@ -175,12 +201,9 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
     """Validate flat names and values into settings of `kind`. None stands for a value that was left out.
 
     Raises:
-        UserError: a name is unknown (the message says which is meant), or a value is out of range.
+        UserError: names are unknown (the message says which are meant), or a value is out of range.
     """
-    for name in values:
-        if name not in kind.model_fields:
-            raise UserError(f"unknown setting {shown(name)}{name_hint(str(name), kind.model_fields)}; see --help")
-    return kind(**{name: value for name, value in values.items() if value is not None})
+    return kind(**{str(name): value for name, value in values.items() if value is not None})
 
 
 def _tidy_schema(schema: dict[str, Any]) -> None:
@@ -191,14 +214,12 @@ def _tidy_schema(schema: dict[str, Any]) -> None:
         choices = field.pop("choices")
         del field["group"], field["flag"], field["words"]
         if choices:
-            field["enum"] = list(choices)
+            field.get("items", field)["enum"] = list(choices)
 
 
 def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "extra_forbidden":
-        return f"unknown setting {shown(name)}{name_hint(name, kind.model_fields)}; see --help"
     if first["type"] == "value_error":
         found = first["ctx"]["error"]
         # pydantic cannot carry a message with bytes that are not UTF-8 through a validator around the others
@@ -206,7 +227,12 @@ def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
     if first["type"] == "missing":
         hint = kind.missing.get(name)
         return f"--{name} is required" + (f": {hint}" if hint else "")
-    return f"--{name} {as_given(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    said, hint = f"--{name} {as_given(first['input'])}", ""
+    if first["type"] == "bool_parsing":
+        return f"{said}: give true or false, or nothing after --{name}"
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        hint = value_hint(name, first["input"], literal_values(_kinds_in(kind.model_fields[name].annotation)))
+    return f"{said}: {first['msg'][0].lower()}{first['msg'][1:]}{hint}"
 
 
 def comma_separated(value: Any) -> Any:
@@ -242,7 +268,8 @@ def parse_targets(value: Any) -> Any:
     names = comma_separated(value)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return names
-    if any(name.strip().lower() == "all" for name in names):
+    names = [name.strip().lower() for name in names]
+    if "all" in names:
         return TARGET_NAMES
     for name in names:
         if name not in TARGET_NAMES:

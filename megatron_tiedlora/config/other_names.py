@@ -1,4 +1,4 @@
-"""Names that people know from other tools, and what they are here: the answer to a flag or YAML key that is unknown.
+"""Names that people know from other tools, and what they are here: of flags, of YAML keys, and of their values.
 
 `{name}` stands for one of our settings, and is written as a flag or as a key. An answer is only given by a command that
 has all the settings that it names; one that lacks them looks in `ELSEWHERE`. For a name that is in no table the nearest
@@ -8,9 +8,12 @@ spelling is guessed.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from megatron_tiedlora.base.errors import shown
 from megatron_tiedlora.base.wording import nearest_name
+
+_MOST_NAMES = 8  # of those that are unknown, in one message
 
 
 def _same(answer: str, names: str) -> dict[str, str]:
@@ -63,9 +66,7 @@ OUR_NAMES: Mapping[str, str] = {
     ),
     **_same("{layers}", "layers_to_transform lora_layers num_lora_layers"),
     **_same("{method}", "peft_type peft_method tuner_type train_type finetuning_type peft adapter_type lora"),
-    **_same(
-        "{init_from}", "lora_path adapter_name_or_path peft_model_id warm_start pretrained_adapter adapter"
-    ),
+    **_same("{init_from}", "lora_path adapter_name_or_path peft_model_id warm_start pretrained_adapter adapter"),
     # the model
     **_same(
         "{model}", "model_name_or_path model_name model_id base_model base_model_name_or_path model_path checkpoint"
@@ -160,6 +161,67 @@ NOT_OFFERED: Mapping[str, str] = {
     **_same("all rows are trained on, and validated on if they are a --validation_file", "do_train do_eval"),
 }
 
+_METHODS = {
+    "qlora": "here it is lora with {base} nf4",
+    "rslora": "here it is lora with {alpha} lora_alpha x sqrt(rank)",
+    **_same("here it is tl1 to tl6; tl6 is the default", "tied-lora tiedlora"),
+    **_same("DoRA is not offered", "dora"),
+    **_same("only adapters are trained", "full full-finetune none"),
+}
+_FORMATS = {
+    **_same("nf4", "4bit 4-bit qlora bnb-4bit load-in-4bit"),
+    **_same("int8", "8bit 8-bit bnb-8bit load-in-8bit"),
+    **_same("fp8", "float8 e4m3 fp8-e4m3"),
+    **_same("nf4 has 4 bits", "int4 fp4 gptq awq"),
+    **_same("here it is {dtype}, without {base}", "bf16 bfloat16 fp32 float32 none"),
+}
+# By setting: what people call its values. An answer that is one of its values is taken; any other is a hint.
+OUR_VALUES: Mapping[str, Mapping[str, str]] = {
+    "method": _METHODS,
+    "methods": _METHODS,
+    "base": _FORMATS,
+    "formats": _FORMATS,
+    "dtype": {
+        **_same("bf16", "bfloat16 torch.bfloat16"),
+        **_same("fp32", "float32 torch.float32 float"),
+        **_same("fp16 is not offered", "fp16 float16 torch.float16 half"),
+    },
+    "schedule": {"constant-with-warmup": "constant"},
+    "gpu": {**_same("a100-80", "a100-80gb"), **_same("h100", "h100-80 h100-80gb"), **_same("h200", "h200-141gb")},
+}
+
+
+def value_meant(setting: str, given: str, choices: Sequence[str]) -> str:
+    """The one of `choices` that a value means: in other letters, or by the name that another tool has for it.
+
+    Any other value is returned as it was given.
+    """
+    named = {alias: value for alias, value in OUR_VALUES.get(setting, {}).items() if value in choices}
+    return {**named, **{_plain(choice): choice for choice in choices}}.get(_plain(given), given)
+
+
+def value_hint(setting: str, given: str, choices: Sequence[str]) -> str:
+    """What an unknown value of a setting means here: ' (...)' as of `name_hint`."""
+    answer = OUR_VALUES.get(setting, {}).get(_plain(given))
+    return nearest_name(given, choices) if answer is None else f" ({_written(answer, '--')})"
+
+
+def _plain(text: str) -> str:
+    return text.strip().lower().replace("_", "-")
+
+
+def unknown_names(kind: str, given: Iterable[object], known: Collection[str]) -> str:
+    """`unknown KINDs A, B`: the names that are not `known`, each once, with what it means here; '' if all are known."""
+    names = list(dict.fromkeys(name for name in given if name not in known))
+    said = [
+        f"{name if name.startswith('-') else shown(name)}{name_hint(name, known)}"
+        if isinstance(name, str)
+        else shown(name)
+        for name in names[:_MOST_NAMES]
+    ]
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"unknown {kind}{'s' if len(said) > 1 else ''} {', '.join(said)}{more}" if said else ""
+
 
 def name_hint(given: str, known: Iterable[str]) -> str:
     """What an unknown name means here: ' (...)' with the answer of the tables, else with the nearest name, else ''.
@@ -176,11 +238,15 @@ def name_hint(given: str, known: Iterable[str]) -> str:
     held = {name.lstrip("-") for name in names}
     for answer in answers:
         if _settings_in(answer) <= held:
-            return f" (here it is {answer.format(**{name: dashes + name for name in _settings_in(answer)})})"
+            return f" (here it is {_written(answer, dashes)})"
     if bare in NOT_OFFERED:
         return f" ({NOT_OFFERED[bare]})"
     # If this command has nothing of a kind that is in the tables, a similar spelling would mislead.
     return "" if answers else nearest_name(given, names)
+
+
+def _written(answer: str, dashes: str) -> str:
+    return answer.format(**{name: dashes + name for name in _settings_in(answer)})
 
 
 def _settings_in(answer: str) -> set[str]:

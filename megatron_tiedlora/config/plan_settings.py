@@ -13,7 +13,6 @@ from pydantic import field_validator, model_validator
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.config.cli import build_parser, parse_settings, reject_unknown
 from megatron_tiedlora.config.fields import (
     CommandSettings,
@@ -57,8 +56,9 @@ class PlanSettings(CommandSettings):
 
     prog: ClassVar[str] = "plan.py"
     about: ClassVar[str] = ABOUT
+    usage: ClassVar[str] = "--model M [--FLAG VALUE ...]"
     groups: ClassVar[dict[str, str]] = {
-        "run": "flags of launch/train.py: the model, the adapter, the data; those of a layout limit the search",
+        "run": "every flag of launch/train.py: --model, --method, --train_file ...; those of a layout limit the search",
         "cluster": "what is booked",
         "shown": "what is shown and written",
     }
@@ -74,8 +74,8 @@ class PlanSettings(CommandSettings):
     measure_seconds: float = setting_field("cluster", "about how long --measure takes", 60.0, gt=0, le=3600)
     formats: tuple[str, ...] | None = optional_field(
         "cluster",
-        f"storage formats of the base to choose from: some of {', '.join(FORMAT_NAMES)} [16 bits or that of --base;"
-        " what others would gain is said]",
+        "storage formats of the base to choose from [16 bits or that of --base; what others would gain is said]",
+        choices=FORMAT_NAMES,
     )
 
     top: int = setting_field("shown", "rows of the table; 0 for all", 20, ge=0)
@@ -95,13 +95,9 @@ class PlanSettings(CommandSettings):
         names = comma_separated(value)
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             return names
-        for name in names:
-            if name not in FORMAT_NAMES:
-                near = nearest_name(name, FORMAT_NAMES)
-                raise ValueError(f"--formats: {name!r} is unknown{near}; known: {', '.join(FORMAT_NAMES)}")
         if not names:
             raise ValueError(f"--formats is empty; give some of {', '.join(FORMAT_NAMES)}")
-        return tuple(name for name in FORMAT_NAMES if name in names)
+        return sorted(dict.fromkeys(names), key=lambda name: (*FORMAT_NAMES, name).index(name))
 
     @model_validator(mode="after")
     def _check(self) -> PlanSettings:

@@ -55,6 +55,8 @@ _GPT_2B = {  # NVIDIA's GPT-2B-001, see docs/families.md
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
+TINY = "tiny"  # a model that trains in seconds, with a tokenizer whose tokens are bytes
+_TINY = {**_LLAMA2, "vocab_size": 320, "max_position_embeddings": 512}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _ROWS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "llama2-7b": (_LLAMA2, (4096, 11008, 32, 32, 32)),
@@ -65,6 +67,7 @@ _ROWS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "qwen3-8b": (_QWEN3, (4096, 12288, 36, 32, 8)),
     "qwen3-32b": (_QWEN3, (5120, 25600, 64, 64, 8)),
     "gpt-2b-001": (_GPT_2B, (2048, 5440, 24, 16, 16)),
+    TINY: (_TINY, (64, 160, 4, 4, 2)),
 }
 PRESETS = {name: {**common, **dict(zip(_SIZES, row, strict=True))} for name, (common, row) in _ROWS.items()}
 

@@ -39,6 +39,7 @@ from megatron_tiedlora.config.fields import (
     TARGETS_HELP,
     CommandSettings,
     comma_separated,
+    flag_value,
     optional_field,
     parse_targets,
     setting_field,
@@ -51,7 +52,14 @@ from megatron_tiedlora.config.trackers import TENSORBOARD, TRACKER_NAMES, parse_
 Schedule = Literal["cosine", "linear", "constant"]  # training/optimizer.py has what they are
 GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/cards.py has what they are
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
+ABOUT = """\
+Fine-tune a language model with Tied-LoRA: as one process, or as one rank of a launcher.
 
+    tiedlora train --model FOLDER --train_file data.jsonl --output_dir runs/first         your model and rows
+    tiedlora train --model FOLDER --train_file data.jsonl --dry_run                       what it needs; nothing trains
+
+Most runs need few of the flags: --model, --train_file, --validation_file, --output_dir, --method, --rank,
+--learning_rate, --epochs, --global_batch_size and --max_length."""
 GROUPS = {
     "run": "the run folder, and how the run starts",
     "model": "the frozen base model",
@@ -74,7 +82,7 @@ class Settings(CommandSettings):
     """
 
     prog: ClassVar[str] = "train.py"
-    about: ClassVar[str] = "Fine-tune a language model with Tied-LoRA."
+    about: ClassVar[str] = ABOUT
     groups: ClassVar[Mapping[str, str]] = GROUPS
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, give --task or --train_file"}
     instead: ClassVar[Sequence[tuple[str, str]]] = (("epochs", "max_steps"),)
@@ -341,18 +349,14 @@ class Settings(CommandSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
-        if self.layers is not None and (min(self.layers) < 1 or len(set(self.layers)) != len(self.layers)):
-            raise ValueError(f"--layers {','.join(map(str, self.layers))}: layers count from 1, and each appears once")
-        if self.layers is not None and list(self.layers) != sorted(self.layers):
-            raise ValueError(f"--layers {','.join(map(str, self.layers))}: write them in ascending order")
+        if self.layers is not None and (min(self.layers) < 1 or list(self.layers) != sorted(set(self.layers))):
+            raise ValueError(f"--layers {flag_value(self.layers)}: they count from 1, once each, in ascending order")
         if self.epochs is not None and "max_steps" in self.model_fields_set:
-            raise ValueError(
-                f"--epochs {self.epochs:g} and --max_steps {self.max_steps} both say how long to train; give one"
-            )
+            both = f"--epochs {self.epochs:g} and --max_steps {self.max_steps}"
+            raise ValueError(f"{both} both say how long to train; give one")
         if self.epochs is None and self.warmup_steps > self.max_steps:
-            raise ValueError(
-                f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}; lower the first"
-            )
+            more = f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}"
+            raise ValueError(f"{more}; lower the first")
         if self.profile is not None and self.epochs is None and profiled_steps(self.profile)[0] > self.max_steps:
             raise ValueError(f"--profile {self.profile} begins after --max_steps {self.max_steps}; give earlier steps")
         if not self.share_micro_batches and self.adapters is None:
@@ -361,12 +365,9 @@ class Settings(CommandSettings):
             raise ValueError("--halving needs --adapters; it compares adapters that train together")
         if not (self.names_data or self.dry_run or self.adapters or is_preset(self.model)):
             raise ValueError(NO_TRAIN_FILE)
-        if self.world_size is not None and not self.dry_run:
-            raise ValueError("--world_size needs --dry_run; in a run the launcher decides how many ranks train")
-        if self.plan_for is not None and not self.dry_run:
-            raise ValueError("--plan_for needs --dry_run; a run uses the GPUs that it sees")
-        if self.gpu is not None and not self.dry_run:
-            raise ValueError("--gpu needs --dry_run; a run uses the GPUs that it sees")
+        for name in ("world_size", "plan_for", "gpu"):
+            if getattr(self, name) is not None and not self.dry_run:
+                raise ValueError(f"--{name} needs --dry_run; a run has the ranks and GPUs that its launcher gives it")
         if self.gpu is not None and self.plan_for == "cpu":
             raise ValueError(f"--gpu {self.gpu} plans for GPUs; remove --plan_for cpu")
         if self.take_over and self.resume == "none":

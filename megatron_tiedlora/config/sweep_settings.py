@@ -17,7 +17,6 @@ from pydantic import field_validator, model_validator
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.config.cli import build_parser, naming_file, read_yaml, reject_unknown
 from megatron_tiedlora.config.fields import (
     CommandSettings,
@@ -82,12 +81,14 @@ class SweepSettings(CommandSettings):
         "run", "start nothing; join these sweeps (folders, one per task) into tables and figures in --output_dir"
     )
 
-    methods: tuple[str, ...] = setting_field("grid", "configurations, e.g. lora,tl5,tl6 (default: all)", METHOD_NAMES)
+    methods: tuple[str, ...] = setting_field(
+        "grid", "configurations, e.g. lora,tl5,tl6 (default: all)", METHOD_NAMES, choices=METHOD_NAMES
+    )
     ranks: tuple[int, ...] = setting_field("grid", "ranks (default: 2,4,8,16,32,64,128)", PAPER_RANKS)
     learning_rates: tuple[float, ...] = setting_field(
         "grid", "the best on validation is scored (default: 1e-4,1e-5)", PAPER_LEARNING_RATES
     )
-    single_layers: tuple[int, ...] | str | None = optional_field(
+    single_layers: tuple[int, ...] | Literal["paper"] | None = optional_field(
         "grid", "also train LoRA on one layer: 1-based layers, or paper for 1, 4, 8, ... and the last (default: none)"
     )
     single_layer_rank: int = setting_field("grid", "rank of LoRA on one layer, and of the tl5 beside it", 16, ge=1)
@@ -126,7 +127,7 @@ class SweepSettings(CommandSettings):
     @field_validator("methods", "ranks", "learning_rates", "single_layers", "tables_from", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return value if isinstance(value, str) and value.strip().lower() == "paper" else comma_separated(value)
+        return value if value == "paper" else comma_separated(value)
 
     @model_validator(mode="after")
     def _check(self) -> SweepSettings:
@@ -139,10 +140,6 @@ class SweepSettings(CommandSettings):
             for index, value in enumerate(values):
                 if value in values[:index]:
                     raise ValueError(f"--{name} has {value} twice; give each value once")
-        for method in self.methods:
-            if method not in METHOD_NAMES:
-                hint = nearest_name(method, METHOD_NAMES)
-                raise ValueError(f"--methods {method}: no such method{hint}; known: {', '.join(METHOD_NAMES)}")
         for name in ("ranks", "single_layers"):
             numbers = getattr(self, name)
             if isinstance(numbers, tuple) and min(numbers) < 1:

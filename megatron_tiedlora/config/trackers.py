@@ -21,8 +21,8 @@ def parse_trackers(value: Any) -> Any:
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return value
-    found = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
-    if [name.lower() for name in found] == ["none"]:
+    found = tuple(dict.fromkeys(name.strip().lower() for name in names if name.strip()))
+    if found == ("none",):
         return ()
     for name in found:
         if name not in TRACKER_NAMES:

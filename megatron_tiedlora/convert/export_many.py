@@ -9,10 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, load_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -119,7 +118,7 @@ def export_all(
         return find_base(output, model, named, dict(zip(kinds, hashes, strict=True)))
 
     identify, of_bases = cache(identify_model), dict[str, tuple[ModelSource, dict[str, Export]]]()
-    for adapter, name in tqdm(names.items(), desc="export", unit="adapter", leave=False):
+    for adapter, name in progress_bar("export", "adapter", names.items()):
         try:
             if adapter_kind(adapter) != "native":
                 raise UserError(f"{adapter}: this is a PEFT adapter already")

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, TiedAdapter
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.convert.merged_rows import row_blocks
@@ -55,7 +55,7 @@ def layerwise_logits(
     specs, rules = layer_specs(shape, dtype=dtype), weight_rules(shape)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     hidden: dict[str, torch.Tensor] = {}
-    with tqdm(total=len(specs), desc="logits", unit="layer", disable=not progress, leave=False) as bar:
+    with progress_bar("logits", "layer", total=len(specs), shows=progress) as bar:
         for model in models:
             hidden |= dict.fromkeys(model.adapters, _embed(shape, model.read, tokens, dtype))
         bar.update()

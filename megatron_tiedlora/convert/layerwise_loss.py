@@ -13,9 +13,9 @@ import psutil
 import torch
 from torch import nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.convert.layerwise import ReadRows, fill
@@ -92,7 +92,7 @@ class _Pass:
     def loss(self, batches: Sequence[MicroBatch], *, progress: bool) -> float:
         """The summed loss."""
         first, *blocks, last = layer_specs(self.shape, dtype=self.dtype)
-        with tqdm(total=len(blocks) + 2, desc="loss", unit="layer", disable=not progress, leave=False) as bar:
+        with progress_bar("loss", "layer", total=len(blocks) + 2, shows=progress) as bar:
             embedding: Any = self._built(first)
             hidden = [embedding(batch.input_ids.to(self.device), TensorParallel()).cpu() for batch in batches]
             del embedding

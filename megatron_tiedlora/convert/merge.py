@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from megatron_tiedlora.base.atomic import sync_path, write_json
 from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object, read_json_or_none
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, BaseWeights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
@@ -209,7 +209,7 @@ def _write_weights(
     """Write the files that are not whole yet. Each is flushed to the disk while the next one is written."""
     total = sum(plan.work for plan in plans.values())
     done = sum(plan.work for file, plan in plans.items() if file.name in journal)
-    bar = tqdm(total=total, initial=done, desc="merge", unit="B", unit_scale=True, disable=not progress, leave=False)
+    bar = progress_bar("merge", "B", total=total, initial=done, shows=progress)
     with bar, ThreadPoolExecutor(1) as thread:
         written: list[tuple[str, Future[None]]] = []
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import one_line, shown
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
@@ -109,9 +109,7 @@ def compare_merged(
             base = _Dequantised(opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored)))
         tensors = list(_in_file_order(written))
         total = sum(_size(entry) for _, _, entry in tensors)
-        bar = opened.enter_context(
-            tqdm(total=total, desc="merged files", unit="B", unit_scale=True, disable=not progress, leave=False)
-        )
+        bar = opened.enter_context(progress_bar("merged files", "B", total=total, shows=progress))
         for file, name, entry in tensors:
             counts[name in changes] += 1
             if isinstance(base, _Tensors):

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, Guard, remove
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.data.encode_rows import CHUNK, CHUNK_BYTES, EncodedRows, Encoding, encoded_rows
 from megatron_tiedlora.data.mapped_arrays import mapped_arrays, written_arrays
 from megatron_tiedlora.data.row_stream import Files, RowStream, row_stream, source_kind
@@ -195,7 +195,7 @@ def _write_rows(
         writer.append(offsets=np.zeros(1, np.int64))
         num_tokens = num_samples = 0
         total = stream.about_num_rows()
-        with tqdm(total=total, desc=f"tokenising {name}", unit=" rows", delay=2, mininterval=1) as bar:
+        with progress_bar(f"tokenising {name}", " rows", total=total, leave=True, delay=2, mininterval=1) as bar:
             for part in encoded_rows(chunks(), encoding):
                 rows = np.empty(len(part.samples), ROWS)
                 rows["first_sample"] = num_samples + np.cumsum(part.samples) - part.samples

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import count_text
 
 FACTS = np.dtype([("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np.int32)])
 """What is known of a stored sample: number of supervised tokens, whether its prompt lost its middle, and how many turns
@@ -164,7 +165,8 @@ class TokenDataset:
 def check_supervised(dataset: TokenDataset, source: str) -> None:
     """Raise UserError if no token of the data set is supervised, so that there is no loss to compute."""
     if dataset.num_supervised < 1:
-        raise UserError(f"{source}: no supervised token in {len(dataset)} samples; give samples with an answer")
+        samples = count_text(len(dataset), "sample")
+        raise UserError(f"{source}: no supervised token in {samples}; give samples with an answer")
 
 
 def _from(starts: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:

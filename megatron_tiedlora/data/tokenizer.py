@@ -127,6 +127,21 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def byte_tokenizer(max_length: int) -> PreTrainedTokenizerBase:
+    """A tokenizer that needs no file: <unk>, <s>, </s>, then a token for each byte. <s> begins a text, as in LLaMA."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    ids = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(ids, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", ids["<s>"])])
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **named)
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the padding id: the tokenizer's own, else EOS, else 0. Padding is never recognised by its id."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Agree, Prompts, generate
@@ -53,7 +52,7 @@ def answer_all(
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
     sends = grid.tp_rank == 0 and decoder.is_last
     num_samples = sum(len(some.order) for some in sets)
-    with tqdm(total=num_samples, desc="decoding", unit="sample", disable=not progress, leave=False) as bar:
+    with progress_bar("decoding", "sample", total=num_samples, shows=progress) as bar:
         for number in range(max(some.num_batches for some in sets)):
             for together in _filled([some for some in sets if number < some.num_batches], number):
                 asked = [some.batch(number) for some in together]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.data.chat import chat_writer, set_chat_template
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.examples import Example, join_answer
@@ -164,4 +165,4 @@ def _read(plan: EvaluationPlan) -> tuple[PreTrainedTokenizerBase, ScoredSet]:
 def check_same_rows(scored: Sequence[ScoredSet]) -> None:
     """Raise UserError if a rank has read other rows than rank 0, since every rank reads them itself."""
     if differing := num_differing(" ".join(some.sha256 for some in scored)):
-        raise UserError(f"{differing} ranks read other rows than rank 0; give every host the same files")
+        raise UserError(f"{count_text(differing, 'rank')} read other rows than rank 0; give every host the same files")

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.output_folder import NewOutput
 from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.evaluation.held_out import Questions
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric
@@ -44,11 +45,12 @@ def headline(plans: Plans, questions: Mapping[str, Questions], attention: Attent
     merged = ", merged" if settings.merge_adapter else ""
     cut = f", {scored.num_truncated} of them without their middle or early turns to fit" if scored.num_truncated else ""
     shared = [note for note in plan.notes if all(note in other.notes for other in plans.values())]
+    prompts = count_text(settings.batch_size, "prompt")
     lines = [
         f"model      {plan.source.name} in {dtype}{quantised}{adapter}{merged}",
-        f"data       task {plan.task.name}, {len(scored.examples)} {settings.split} rows{cut}",
-        f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
-        f"decoding   greedy, at most {plan.max_new_tokens} tokens, {settings.batch_size} prompts at once per rank",
+        f"data       task {plan.task.name}, {count_text(len(scored.examples), f'{settings.split} row')}{cut}",
+        f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}",
+        f"decoding   greedy, at most {plan.max_new_tokens} tokens, {prompts} at once per rank",
         f"attention  {attention}",
         *([f"chats      by {scored.chat_note}"] if scored.chat_note else []),
         *(f"note       {note}" for note in shared),
@@ -145,7 +147,7 @@ def score_table(evaluations: Mapping[str, Evaluation], folder: Path) -> list[str
     Of one alone there is a row for each metric, with its signature; of several a row for each adapter.
     """
     plan, answers, first = next(iter(evaluations.values()))
-    rows = f"{plan.task.name}, {len(answers)} {plan.settings.split} rows, scores in per cent"
+    rows = f"{plan.task.name}, {count_text(len(answers), f'{plan.settings.split} row')}, scores in per cent"
     if "" in evaluations:
         width = max(len("metric"), *map(len, first))
         lines = [f"  {'metric':<{width}}  {'score':>6}  {'95 % interval':<16}  signature"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import count_text
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Grid:
         if self.world_size % unit:
             below = self.world_size // unit * unit
             raise UserError(
-                f"{self.world_size} ranks are not a multiple of --tensor_parallel {self.tp_size} x --pipeline_parallel"
-                f" {self.pp_size}. Start {f'{below} or ' if below else ''}{below + unit} ranks, or change the two"
+                f"{count_text(self.world_size, 'rank')} {'is' if self.world_size == 1 else 'are'} not a multiple of"
+                f" --tensor_parallel {self.tp_size} x --pipeline_parallel {self.pp_size}."
+                f" Start {f'{below} or ' if below else ''}{below + unit} ranks, or change the two"
             )
 
     @property

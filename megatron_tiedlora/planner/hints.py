@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.planner.candidates import Storage
 from megatron_tiedlora.planner.price import Priced, Pricer
 from megatron_tiedlora.planner.table import Plan
@@ -119,7 +120,7 @@ def _bubble(best: Priced) -> list[str]:
         return []
     return [
         f"{best.name}: stages wait {share:.0%} of the time; a larger --global_batch_size gives more than"
-        f" {layout.micro_batches} micro-batches per rank"
+        f" {count_text(layout.micro_batches, 'micro-batch')} per rank"
     ]
 
 

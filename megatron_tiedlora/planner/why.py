@@ -34,7 +34,7 @@ def why_lines(row: Priced, pricer: Pricer, plan: Plan) -> list[str]:
         most = f"{step.largest.tokens:,} tokens of {count_text(max(map(len, step.largest.owners)), 'adapter')}"
     lines = [
         f"{row.name}: tensor {layout.tp_size} x pipeline {layout.pp_size} x data {layout.dp_size},"
-        f" {_micro_batches(len(batches))} of up to {most}"
+        f" {count_text(len(batches), 'micro-batch')} of up to {most}"
         f" per rank and step, recompute {layout.recompute}"
     ]
     lines += _memory(full, pricer)
@@ -48,7 +48,7 @@ def _memory(row: Priced, pricer: Pricer) -> list[str]:
     stage = pricer.stage(row.candidate, row.stage)
     machine, sizes = row.cluster.machine, row.memory
     notes = {
-        "activations": f"{_micro_batches(micro_batches_in_flight(stage))} in flight",
+        "activations": f"{count_text(micro_batches_in_flight(stage), 'micro-batch')} in flight",
         "libraries": f"{bytes_in_words(machine['context'])} + {num_communicators(stage)} communicators x"
         f" {bytes_in_words(machine['communicator'])}",
         "slack": f"{machine['slack']:.0%} of the {bytes_in_words(sizes.allocated)} that PyTorch allocates",
@@ -67,7 +67,7 @@ def _time(row: Priced, pricer: Pricer, batches: Batches) -> list[str]:
     stage, _ = parts.busiest()
     batch = max(batches.kinds, key=lambda one: one.shape.num_tokens)
     forward, backward = pricer.stage_terms(candidate, stage, batch)
-    number, stages = _micro_batches(len(batches)), count_text(len(parts.stages), "stage")
+    number, stages = count_text(len(batches), "micro-batch"), count_text(len(parts.stages), "stage")
     lines = [f"time of a step, on stage {stage}, which works longest"]
     lines += [f"  forward pass of a micro-batch of {batch.shape.num_tokens:,} tokens", *_terms(forward)]
     lines += ["  its backward pass", *_terms(backward)]
@@ -76,14 +76,10 @@ def _time(row: Priced, pricer: Pricer, batches: Batches) -> list[str]:
     lines.append(f"  {time_text(spent.bubble):>10}  waiting: the schedule of {stages} and {number}, simulated")
     lines += ["  once a step", *_terms(pricer.sum_terms(candidate, stage))]
     lines.append(f"  {time_text(spent.outside):>10}  loader, agreements, optimizer")
-    lines.append(f"  {time_text(spent.total):>10}  a step: {row.work.tokens:,} tokens on")
-    lines[-1] += f" {candidate.layout.world_size:,} ranks are {row.tokens_per_second:,.0f} tokens/s of each;"
-    lines[-1] += f" MFU {row.mfu:.1%}"
+    ranks = count_text(candidate.layout.world_size, "rank")
+    lines.append(f"  {time_text(spent.total):>10}  a step: {row.work.tokens:,} tokens on {ranks} are")
+    lines[-1] += f" {row.tokens_per_second:,.0f} tokens/s of each; MFU {row.mfu:.1%}"
     return lines
-
-
-def _micro_batches(number: int) -> str:
-    return "1 micro-batch" if number == 1 else f"{number:,} micro-batches"
 
 
 def _terms(terms: Iterable[Term]) -> list[str]:

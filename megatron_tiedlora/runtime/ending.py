@@ -149,7 +149,9 @@ class End:
         if self.rank == 0:
             self.record("stopped", reason)
             saved = f"{self.saved or f'saved at step {self.step}'}; continue with --resume auto"
-            self.log.say(f"stopped by {stop}, {saved if self.step else self.unsaved}")
+            # `deepspeed` stops all ranks of a host as one fails, and that one's reason is the last thing to read.
+            show = self.log.say if self.step or first_to_fail() else self.log.note
+            show(f"stopped by {stop}, {saved if self.step else self.unsaved}")
         if self.heartbeat is not None:
             self.heartbeat.failed(f"stopped by {stop}")  # if only this rank got a signal, its peers wait for it
         self.leave()

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.json_files import first_problem, read_json_or_none
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
@@ -92,7 +92,7 @@ def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     entries, problems = [], []
-    for folder in tqdm(find_folders(root), desc="index", unit="adapter", disable=not progress, leave=False):
+    for folder in progress_bar("index", "adapter", find_folders(root), shows=progress):
         try:
             if adapter_kind(folder, flag=str(folder)) == "native":
                 entries.append(read_entry(root, folder))
@@ -111,7 +111,7 @@ def verify_entries(root: Path, entries: Sequence[Entry], *, progress: bool = Fal
     """A sentence for each adapter that cannot be read, has another checksum than its config, or has changed since it
     was indexed."""
     problems = []
-    for entry in tqdm(entries, desc="verify", unit="adapter", disable=not progress, leave=False):
+    for entry in progress_bar("verify", "adapter", entries, shows=progress):
         try:
             folder = entry_folder(root, entry)
             load_adapter(folder)

@@ -12,9 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.study.processes import Command, LaunchedChild, Start
 
@@ -184,10 +183,12 @@ def _duration(seconds: float) -> str:
 
 
 def _bar(finished: int, to_do: int) -> Any:
-    return tqdm(
+    return progress_bar(
+        "sweep",
+        "run",
         total=finished + to_do,
+        leave=True,
         initial=finished,
-        desc="sweep",
         mininterval=SHOW_SECONDS,
         bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}",
     )

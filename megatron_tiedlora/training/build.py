@@ -16,6 +16,7 @@ from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.base_identity import (
     BaseIdentity,
     check_same_base,
@@ -274,7 +275,8 @@ def _check_same_base(base: BaseIdentity) -> None:
     hashes = f"{base.base_hash} {base.base_weights_hash} {base.base_sample} {base.base_stored} {base.tokenizer_hash}"
     if differing := num_differing(hashes):
         raise UserError(
-            f"{differing} ranks read another base model or tokenizer than rank 0. Give every host the same files"
+            f"{count_text(differing, 'rank')} read another base model or tokenizer than rank 0."
+            " Give every host the same files"
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import GlobalBatch, num_positions
 from megatron_tiedlora.data.text_ids import decode_ids
@@ -95,11 +95,11 @@ def _decoding(plan: RunPlan, data: RunData) -> list[str]:
 
 
 def _batches(first: FirstStep) -> list[str]:
-    plan, b = first.plan, first.plan.batches
+    plan, b, steps = first.plan, first.plan.batches, first.plan.settings.max_steps
     lines = [
         "batches",
-        f"  global batch {b.global_batch_size} samples, {plan.batches_in_words}",
-        f"  {plan.settings.max_steps} steps, {plan.settings.max_steps * b.global_batch_size:,} samples",
+        f"  global batch {count_text(b.global_batch_size, 'sample')}, {plan.batches_in_words}",
+        f"  {count_text(steps, 'step')}, {count_text(steps * b.global_batch_size, 'sample')}",
     ]
     if first.data is None and plan.settings.epochs is not None:
         lines[-1] = f"  --epochs {plan.settings.epochs:g}: its steps are counted from data, and none is read"
@@ -107,8 +107,8 @@ def _batches(first: FirstStep) -> list[str]:
         lines.append(_fill(plan, first.data, first.batch))
     elif plan.settings.packing:
         lines.append(
-            f"  samples of {plan.settings.max_length:,} tokens make {b.accumulation_steps:,} micro-batches per"
-            " data-parallel rank, shorter samples make fewer"
+            f"  samples of {plan.settings.max_length:,} tokens make {count_text(b.accumulation_steps, 'micro-batch')}"
+            " per data-parallel rank, shorter samples make fewer"
         )
     return lines
 
@@ -117,8 +117,9 @@ def _fill(plan: RunPlan, data: RunData, step: GlobalBatch) -> str:
     """A line on how many positions of the first step hold a token."""
     positions = num_positions(data.train, step.micro_batches, pad_multiple=plan.layout.pad_multiple)
     num_rows = sum(len(rows) for rows in step.micro_batches)
+    micro_batches = count_text(len(step.micro_batches), "micro-batch")
     return (
-        f"  step 1: {step.num_tokens:,} tokens in {num_rows} rows of {len(step.micro_batches)} micro-batches,"
+        f"  step 1: {step.num_tokens:,} tokens in {count_text(num_rows, 'row')} of {micro_batches},"
         f" {1 - step.num_tokens / positions:.1%} of the {positions:,} positions are padding"
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.base.wording import bytes_in_words, time_text
+from megatron_tiedlora.base.wording import bytes_in_words, count_text, time_text
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.links import RANKS_PER_NODE, Links
@@ -57,8 +57,8 @@ def partition_lines(stages: Stages) -> list[str]:
             ]
         )
     return [
-        f"layout: {layout.world_size} ranks = tensor {layout.tp_size}{cut} x pipeline {layout.pp_size} x data"
-        f" {layout.dp_size}, {shape.num_layers} layers",
+        f"layout: {count_text(layout.world_size, 'rank')} = tensor {layout.tp_size}{cut} x pipeline {layout.pp_size}"
+        f" x data {layout.dp_size}, {count_text(shape.num_layers, 'layer')}",
         *stage_table(("layers", "work", "adapted", "base weights of the stage"), rows),
     ]
 
@@ -93,8 +93,8 @@ def memory_lines(
     header = (*sizes, "in flight")
     saved = max(token_bytes(shape, layout, adapter).saved for adapter in range(len(layout.adapters)))
     return [
-        f"bytes per rank, ZeRO-{layout.zero_stage}, {layout.dp_size} data-parallel ranks, micro-batches of"
-        f" up to {micro_batches}, on {'GPUs' if layout.on_gpu else 'CPUs'}",
+        f"bytes per rank, ZeRO-{layout.zero_stage}, {count_text(layout.dp_size, 'data-parallel rank')}, micro-batches"
+        f" of up to {micro_batches}, on {'GPUs' if layout.on_gpu else 'CPUs'}",
         *stage_table(header, cells),
         f"  (a block saves {saved / 1e3:,.1f} kB per token of each micro-batch"
         " in flight; the last block saves less, as its MLP runs its backward pass at once)",

@@ -10,9 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_tiedlora.base.errors import UserError, printable
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.runtime.group_folder import GroupFolder
@@ -153,14 +152,9 @@ class Group:
         self._stop_behind(bar)
 
     def _bar(self) -> Any:
-        members = self.members.values()
-        return tqdm(
-            total=sum(member.plan.settings.max_steps for member in members),
-            initial=sum(member.progress.step for member in members),
-            desc="training",
-            unit="step",
-            disable=not self.is_main,
-        )
+        total = sum(member.plan.settings.max_steps for member in self.members.values())
+        done = sum(member.progress.step for member in self.members.values())
+        return progress_bar("training", "step", total=total, initial=done, shows=self.is_main, leave=True)
 
     def _turn(self, running: Mapping[str, Member], bar: Any) -> None:
         """One step of each; afterwards raise RunStopped if any rank should stop."""

@@ -12,6 +12,7 @@ import math
 from fractions import Fraction
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.settings import Settings, profiled_steps
 from megatron_tiedlora.data.token_dataset import TokenDataset
@@ -62,11 +63,11 @@ def epochs_of(settings: Settings, num_samples: int) -> float:
 
 def steps_in_words(settings: Settings, num_samples: int) -> str:
     """The number of steps, and how it follows from --epochs, or how many epochs follow from it."""
-    samples = f"{num_samples:,} training samples"
+    steps, samples = count_text(settings.max_steps, "step"), count_text(num_samples, "training sample")
     if settings.epochs is None:
-        return f"{settings.max_steps:,} steps, {epochs_of(settings, num_samples):,.2f} passes over the {samples}"
+        return f"{steps}, {epochs_of(settings, num_samples):,.2f} passes over the {samples}"
     return (
-        f"{settings.max_steps:,} steps, for --epochs {settings.epochs:g} of {samples} at {settings.global_batch_size}"
+        f"{steps}, for --epochs {settings.epochs:g} of {samples} at {settings.global_batch_size}"
         " per step"
     )
 

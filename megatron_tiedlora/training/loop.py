@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from megatron_tiedlora.adapters.gathering import gather_full, gather_state
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
@@ -117,13 +117,8 @@ class Trainer:
         return self.progress.evaluations_since_best >= self.plan.settings.patience
 
     def _bar(self) -> Any:
-        return tqdm(
-            total=self.plan.settings.max_steps,
-            initial=self.progress.step,
-            desc="training",
-            unit="step",
-            disable=not self.is_main,
-        )
+        total, done = self.plan.settings.max_steps, self.progress.step
+        return progress_bar("training", "step", total=total, initial=done, shows=self.is_main, leave=True)
 
     def _train_step(self, step: TrainingStep, bar: Any) -> None:
         """Take one step on this rank's micro-batches; afterwards raise RunStopped if any rank should stop."""
@@ -139,8 +134,8 @@ class Trainer:
     def _report(self, bar: Any, report: StepReport, step: TrainingStep) -> None:
         rates = self.meter.add(report.number, step, report.seconds)
         speed = f"{rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
+        bar.set_postfix_str(f"loss {report.loss:.4f}, {speed}", refresh=False)
         bar.update(1)
-        bar.set_postfix_str(f"loss {report.loss:.4f}, {speed}")
         self._write_log(
             {
                 "step": report.number,
@@ -195,7 +190,7 @@ class Trainer:
 
     def evaluation_bar(self, num_batches: int) -> Any:
         """A bar that counts batches."""
-        return tqdm(total=num_batches, desc="validation", unit="batch", disable=not self.is_main, leave=False)
+        return progress_bar("validation", "batch", total=num_batches, shows=self.is_main)
 
     def _evaluate_start(self, bar: Any) -> None:
         """Log the validation loss before the first step; also how far a non-zero initial update moves it."""

@@ -48,7 +48,7 @@ class NamedBar:
         """Count steps."""
         self.bar.update(steps)
 
-    def set_postfix_str(self, text: str) -> None:
+    def set_postfix_str(self, text: str, *, refresh: bool) -> None:
         """The bar says what concerns all adapters, so one adapter's numbers are in its metrics.jsonl alone."""
 
 

@@ -14,6 +14,7 @@ from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
@@ -162,9 +163,10 @@ class RunPlan:
     @property
     def batches_in_words(self) -> str:
         """How the samples of a step are split, in words."""
-        batches, ranks = self.batches, f"{self.batches.data_parallel} data-parallel ranks"
+        batches, ranks = self.batches, count_text(self.batches.data_parallel, "data-parallel rank")
         if not self.settings.packing:
-            return f"one per row: micro-batch {batches.micro_batch_size} x {batches.accumulation_steps} steps x {ranks}"
+            steps = count_text(batches.accumulation_steps, "step")
+            return f"one per row: micro-batch {batches.micro_batch_size} x {steps} x {ranks}"
         rows = "one row" if batches.micro_batch_size == 1 else f"up to {batches.micro_batch_size} rows"
         packed = f"packed into rows of up to {self.settings.max_length:,} tokens: micro-batches of {rows}"
         if self.on_gpu and self.settings.micro_batch_size is None:
@@ -177,7 +179,7 @@ class RunPlan:
         if self.batches.micro_batch_size >= GPU_MICRO_BATCH_TOKENS // self.settings.max_length:
             return f"{wanted}; --micro_batch_size changes it"
         share = self.batches.global_batch_size // self.batches.data_parallel
-        return f"{wanted} more are needed, but a rank's {share} samples allow no more; see --global_batch_size"
+        return f"{wanted} more are needed, but a rank's share of {share} allows no more; see --global_batch_size"
 
     @property
     def rank_excess(self) -> list[str]:
@@ -271,7 +273,13 @@ def plan_run(
         )
     if rank == 0 and weights:  # rank 0 of a run reports; a plan may be made on another machine
         check_installed(settings.report_to)
-    grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
+    try:
+        grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
+    except UserError as error:
+        unit = settings.tensor_parallel * settings.pipeline_parallel
+        ranks = unit * (world_size // unit + 1)
+        plans, starts = f"`--dry_run --world_size {ranks}`", f"`python launch/run.py --num_gpus {ranks} ...`"
+        raise UserError(f"{error}: {plans} plans without ranks, {starts} starts them") from None
     on_gpu = settings.gpu is not None or (uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu")
     # An error must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)

@@ -16,7 +16,7 @@ from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.versions import installed_versions
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
@@ -131,8 +131,8 @@ def check_same_data(data: RunData) -> None:
     """Raise UserError if the data that a rank has read differs from rank 0's."""
     if differing := num_differing(data.shared_sha256):
         raise UserError(
-            f"{differing} ranks read other training, validation or test data than rank 0. Give every host the same"
-            " files"
+            f"{count_text(differing, 'rank')} read other training, validation or test data than rank 0."
+            " Give every host the same files"
         )
 
 
@@ -258,8 +258,8 @@ def headline(
         f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters"
         + (f", dropout {settings.dropout:g}" if settings.dropout else ""),
         f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
-        f" {data.train.truncated_prompts} prompts truncated to {settings.max_length} tokens",
-        f"batches    {plan.batches.global_batch_size} samples per step, {plan.batches_in_words},"
+        f" {count_text(data.train.truncated_prompts, 'prompt')} truncated to {settings.max_length} tokens",
+        f"batches    {count_text(plan.batches.global_batch_size, 'sample')} per step, {plan.batches_in_words},"
         f" ZeRO-{plan.engine.zero_stage}",
         f"length     {steps_in_words(settings, len(data.train))}, schedule {settings.schedule}",
     ]

@@ -19,7 +19,6 @@ from run_helpers import (
     run,
     run_ranks,
     start_command,
-    torchrun_command,
     write_base,
 )
 from run_preludes import kill_at_step
@@ -380,11 +379,8 @@ def test_deepspeed_prints_one_line_for_all_ranks(copy: Base, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_torchrun_prints_one_line_for_all_ranks(copy: Base, tmp_path: Path) -> None:
-    _add(copy.train, "{")
-    arguments = copy.arguments(output_dir=tmp_path / "run")
-    ended = start_command(torchrun_command(arguments, ranks=2), folder=tmp_path / "work", cache=copy.cache).wait()
-    assert ended.statuses != [0]
-    lines = [line for line in ended.errors[0].splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "train.jsonl:25: broken JSON" in lines[0]
+def test_the_reason_is_the_last_line_though_deepspeed_then_stops_rank_0(base: Base, tmp_path: Path) -> None:
+    command = deepspeed_command(base.arguments(layers="9"), ranks=2, prelude="late_rank_0")
+    ended = start_command(command, folder=tmp_path, cache=base.cache).wait()
+    assert ended.statuses == [2] and "--layers 9: " in ended.error_line()
+    assert "stopped by" not in ended.outputs[0] + ended.errors[0]

@@ -293,7 +293,7 @@ def test_another_base_is_refused_at_a_resume(
 def test_hosts_with_different_copies_are_refused(base: Base, tmp_path: Path) -> None:
     other = changed(base.model, tmp_path / "model", one_tensor)
     ended = run(base, tmp_path / "run", ranks=2, prelude=partial(_own_copy, str(other)), expect=2)
-    assert "1 ranks read another base model or tokenizer than rank 0" in ended.error_line()
+    assert "1 rank read another base model or tokenizer than rank 0" in ended.error_line()
     assert not (tmp_path / "run").exists()
 
 

@@ -90,7 +90,8 @@ def test_presets_need_no_files(tmp_path: Path, preset: str, world: int, ds_confi
     assert f"({tl6 / lora:.2%} of it)" in text
     for name, trained in (("A", r * d), ("B", o * r), ("u", layers * r), ("v", layers * o)):
         assert re.search(rf"^  {name}  .* {trained:,}$", text, re.MULTILINE), name
-    assert f"ZeRO-{ds_config[4]}, {world} data-parallel ranks" in text
+    ranks = "1 data-parallel rank," if world == 1 else f"{world} data-parallel ranks"
+    assert f"ZeRO-{ds_config[4]}, {ranks}" in text
     (memory,) = stage_table(text, "bytes per rank")
     shared = world if ds_config == "zero3.json" else 1
     assert size(memory["base weights"]) == pytest.approx(2 * parameters / shared, rel=ROUNDED)
@@ -136,7 +137,7 @@ def test_layouts_of_presets(tmp_path: Path, preset: str, world: int, tp: int, pp
     )
     assert len(partition) == len(memory) == len(messages) == pp
     parallel = f"tensor {tp}, {'' if sequence_parallel else 'no '}sequence parallelism x pipeline {pp}"
-    assert f"{world} ranks = {parallel}" in text
+    assert f"{world:,} ranks = {parallel}" in text
     blocks = [len(numbers(row["adapted"])) for row in partition]
     assert sum(blocks) == layers and max(blocks) - min(blocks) <= 1
     assert [numbers(row["layers"]) for row in partition] == [numbers(row["adapted"]) for row in partition]
@@ -242,7 +243,7 @@ def test_a_model_folder_with_data(base: Base, tmp_path: Path) -> None:
     cut = "micro-batches of up to 2 rows, 2 data-parallel ranks"
     assert f"global batch 4 samples, packed into rows of up to 64 tokens: {cut}" in text
     text = report(tmp_path / "work", [*arguments, "--packing=false"], cache=base.cache)
-    assert "global batch 4 samples, one per row: micro-batch 2 x 1 steps x 2 data-parallel ranks" in text
+    assert "global batch 4 samples, one per row: micro-batch 2 x 1 step x 2 data-parallel ranks" in text
 
 
 def test_needs_no_weights(base: Base, tmp_path: Path) -> None:

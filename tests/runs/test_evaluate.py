@@ -239,7 +239,7 @@ def see_fewer_rows() -> None:
 def test_ranks_that_read_other_rows_are_refused(models: Models, tmp_path: Path) -> None:
     arguments = [f"--model={models.base}", f"--test_file={models.rows}", "--output_dir=out"]
     ended = run_ranks(arguments, folder=tmp_path, ranks=2, prelude=see_fewer_rows, script=EVALUATE).expect(2)
-    assert "1 ranks read other rows than rank 0" in ended.error_line()
+    assert "1 rank read other rows than rank 0" in ended.error_line()
     assert not (tmp_path / "out").exists()
 
 
@@ -339,7 +339,7 @@ BAD: dict[str, tuple[int | None, Callable[[Models, Path], dict[str, Any]], list[
     "long_length": (None, _given(max_length=257), ["--max_length 257", "256 positions"]),
     "heads": (4, _given(tensor_parallel=4), ["--tensor_parallel 4", "possible are 1, 2"]),
     "stages": (4, _given(pipeline_parallel=4), ["--pipeline_parallel 4", "3 layers"]),
-    "ranks": (None, _given(tensor_parallel=2), ["1 ranks are not a multiple", "Start 2 ranks"]),
+    "ranks": (None, _given(tensor_parallel=2), ["1 rank is not a multiple", "Start 2 ranks"]),
     "no_test_rows": (None, _given(task="custom", test_file=None), ["has no test data", "--test_file"]),
     "no_file": (None, _given(test_file="nothing.jsonl"), ["nothing.jsonl"]),
     "field": (2, _rows({"question": "q"}, task="gsm8k"), ["bad.jsonl:1", "'answer'"]),

@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = 
     "merge": (command("merge"), ["--adapter=a", "--output=o"], "adapter output"),
     "export": (command("export"), ["--adapter=a", "--output=o"], "adapter output"),
     "verify": (command("verify"), ["--adapter=a", "--merged=m"], "adapter merged peft"),
+    "prepare": (command("prepare_demo"), [], "output"),
     "random": (command("random_model"), [MODEL, "--output=o"], "model output"),
 }  # fmt: skip
 NAMES = {"long": "n" * 300, "very long": "n" * 5000, "deep": f"{'n' * 200}/" * 25, "NUL": "a\0b"}
@@ -60,13 +61,6 @@ def test_a_name_that_no_file_has(name: str, tmp_path: Path, monkeypatch: pytest.
             expected = "is not a path" in str(caught.value) or "are not text" in str(caught.value)
             assert expected or name == "random", caught
     assert os.listdir(tmp_path) == []
-
-
-def test_a_preparation_whose_folder_no_file_system_has(capsys: pytest.CaptureFixture[str]) -> None:
-    for value in NAMES.values():
-        assert command("prepare_demo")([f"--output={value}"]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == len(NAMES) and all(line.startswith("prepare_demo: --output") for line in said)
 
 
 def test_a_long_model_name_leaves_room_in_the_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

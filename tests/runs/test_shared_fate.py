@@ -61,7 +61,7 @@ def test_ranks_that_read_other_data_are_refused(base: Base, tmp_path: Path, part
     arguments = base.arguments(output_dir=tmp_path / "run", test_file=base.validation)
     prelude = functools.partial(other_data_on_rank_1, part)
     ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude).expect(2)
-    assert "1 ranks read other training, validation or test data than rank 0" in ended.error_line()
+    assert "1 rank read other training, validation or test data than rank 0" in ended.error_line()
     assert not (tmp_path / "run").exists()
 
 

@@ -153,7 +153,7 @@ def test_all_test_rows_of_the_demo_are_scored(base: Base, tmp_path: Path, flags:
 
 
 REFUSED = [
-    ("--methods=lora,tl7", "--methods tl7: no such method (did you mean tl6?); known: lora, vera, tl1"),
+    ("--methods=lora,tl7", "--methods tl7: input should be one of 'lora', 'vera', 'tl1'"),
     ("--methods=", "--methods is empty"),
     ("--ranks=", "--ranks is empty"),
     ("--learning_rates=", "--learning_rates is empty"),

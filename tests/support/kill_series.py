@@ -119,11 +119,8 @@ def _names(folder: Path) -> set[str]:
 
 def _wait_for(kind: str, world: World, runs: list[Path], draw: random.Random, *, last: int) -> None:
     """Wait for a moment of this kind, or until ranks are over; never before they have met: there they wait for long."""
-    bars = world.files[0][1]
-    _poll(
-        world,
-        lambda: bars.exists() and any(name in bars.read_text(errors="replace") for name in ("training:", "decoding:")),
-    )
+    shown = world.files[0][0]
+    _poll(world, lambda: shown.exists() and "\nrun folder " in shown.read_text(errors="replace"))
     target = last if kind == "end" else _last_step(runs) + draw.randint(1, STEPS_APART)
     delay = draw.uniform(0.0, LONGEST_END if kind == "end" else 0.1)
     _poll(world, lambda: _last_step(runs) >= target)

@@ -32,6 +32,12 @@ def slow_steps(seconds: float = 0.3, *, after: int = 0) -> None:
     before_call("megatron_tiedlora.training.loop", "Trainer._train_step", sleep)
 
 
+def late_rank_0(seconds: float = 60.0) -> None:
+    """Rank 0 plans its run so much later than the others, so that one of them is the first to find what is wrong."""
+    late = seconds if os.environ["RANK"] == "0" else 3.0  # by then rank 0 handles signals
+    before_call("megatron_tiedlora.training.plan", "plan_run", lambda *_: time.sleep(late))
+
+
 def slow_turns(seconds: float = 0.5) -> None:
     """Every turn of a run of several adapters takes so many seconds longer."""
     before_call("megatron_tiedlora.training.group", "Group._turn", lambda *_: time.sleep(seconds))

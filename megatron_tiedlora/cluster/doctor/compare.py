@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
-from megatron_tiedlora.base.wording import bytes_in_words, enumerate_names
+from megatron_tiedlora.base.wording import bytes_in_words, count_text, enumerate_names
 from megatron_tiedlora.cluster.doctor.records import Finding, HostReport, Probe
 
 Value = TypeVar("Value", bound=Hashable)
@@ -140,7 +140,7 @@ def compare_gpus(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             yield error(
                 "too_few_gpus",
                 [host.name],
-                f"{host.name}: {host.slots} ranks for {len(probe.gpus)} GPUs",
+                f"{host.name}: {count_text(host.slots, 'rank')} for {count_text(len(probe.gpus), 'GPU')}",
                 f"write slots={len(probe.gpus)} for it",
             )
         used = [index for index, gpu in enumerate(probe.gpus) if gpu.free_bytes < 0.9 * gpu.total_bytes]
@@ -210,7 +210,7 @@ def look_at_limits(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             yield warning(
                 "cores",
                 [host.name],
-                f"{host.name}: {host.slots} ranks on {probe.num_cores} cores",
+                f"{host.name}: {count_text(host.slots, 'rank')} on {count_text(probe.num_cores, 'core')}",
                 f"write slots={probe.num_cores} or less for it",
             )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,33 @@ def test_two_runs_in_one_process(tmp_path: Path) -> None:
     rejected = [line for line in ended.stdout.splitlines() if line.startswith("rejected: ")]
     assert "model-one" in rejected[0] and "layers 1 to 3" in rejected[1] and len(rejected) == 2
     assert "answer: " in ended.stdout and (tmp_path / "model-one" / "run.yaml").is_file()
+
+
+OFFLINE = """
+import sys
+from megatron_tiedlora import Settings, attach, generate, load_adapter, load_base, train
+from megatron_tiedlora.commands import random_model
+
+random_model.main(["--model=tiny", "--output=tiny"])
+values = dict(max_steps=12, global_batch_size=8, learning_rate=0.1, eval_interval=6, output_dir="first")
+run = train(Settings(model="tiny", train_file="rows.jsonl", **values))
+adapter = load_adapter(run.adapter)
+print("answer:", len(generate(attach(load_base(adapter), adapter), "1 + 1 =", max_new_tokens=4)))
+"""
+
+
+@pytest.mark.distributed
+def test_a_first_run_needs_neither_a_model_nor_a_network(tmp_path: Path) -> None:
+    rows = ({"prompt": f"{number} + {number} =", "completion": f" {2 * number}"} for number in range(8))
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    code = [sys.executable, "-c", OFFLINE]
+    ended = subprocess.run(code, capture_output=True, text=True, check=False, cwd=tmp_path, env=offline)
+    assert ended.returncode == 0, ended.stderr
+    losses = [float(loss) for loss in re.findall(r"^step \d+: validation loss (\S+)$", ended.stdout, re.MULTILINE)]
+    assert len(losses) == 3 and losses[0] > 5.5 and losses[-1] < losses[0] - 1
+    assert "answer: " in ended.stdout
+    assert ended.stderr.startswith("training: 100%| 12/12 [") and "\r" not in ended.stderr
 
 
 def test_a_dry_run_is_the_command_s() -> None:

@@ -12,10 +12,12 @@ from textwrap import dedent
 import pytest
 from folders import ROOT
 
+from megatron_tiedlora.base.command_names import for_user
 from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.fields import CommandSettings, field_flags
+from megatron_tiedlora.config.fields import CommandSettings, field_flag
 from megatron_tiedlora.config.launch_settings import LaunchSettings
 from megatron_tiedlora.config.plan_settings import PlanSettings
 from megatron_tiedlora.config.settings import Settings
@@ -25,11 +27,49 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / 
 NAMED = frozenset(re.findall(r"--[a-z][a-z0-9_]*", "\n".join(file.read_text() for file in DOCUMENTS)))
 
 
-@pytest.mark.parametrize(
-    "kind", [Settings, EvaluateSettings, SweepSettings, LaunchSettings, DoctorSettings, BenchSettings, PlanSettings]
-)
+KINDS = [Settings, EvaluateSettings, SweepSettings, LaunchSettings, DoctorSettings, BenchSettings, PlanSettings]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_help_begins_with_what_the_command_does(kind: type[CommandSettings]) -> None:
+    usage, empty, about, *_ = build_parser(kind).format_help().splitlines()
+    assert usage.startswith("usage: tiedlora ") and usage.endswith("[--FLAG VALUE ...]") and not empty
+    assert for_user(kind.about).startswith(about)
+
+
+def test_a_help_shows_the_types_that_a_flag_takes() -> None:
+    def shown(kind: type[CommandSettings]) -> set[str]:
+        flags = (line for line in build_parser(kind).format_help().splitlines() if line.startswith("  --"))
+        return {line[2:].split("  ")[0] for line in flags}
+
+    assert {
+        "--learning_rates X[,X...]",
+        "--together N|auto",
+        "--single_layers N[,N...]|paper",
+        "--ranks N[,N...]",
+        "--methods {lora,vera,tl1,tl2,tl3,tl4,tl5,tl6}[,...]",
+    } < shown(SweepSettings)
+    assert {
+        "--dry_run [{true,false}]",
+        "--compile {auto,true,false}",
+        "--alpha X",
+        "--targets TEXT[,TEXT...]",
+        "--base {int8,fp8,nf4}",
+    } < shown(Settings)
+    assert {"--json TEXT", "--shares X[,X...]"} < shown(BenchSettings)
+    assert "--model" in build_parser(PlanSettings).format_help().splitlines()[0]
+
+
+def test_the_name_of_a_flag_is_its_name_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "bench.yaml"
+    file.write_text("json: figures.json\n")
+    assert parse_settings([f"--config={file}"], BenchSettings).json_file == "figures.json"
+    assert parse_settings(["--json=-"], DoctorSettings).json_file == "-"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_flag_is_in_a_document(kind: type[CommandSettings]) -> None:
-    missing = [name for name, field in kind.model_fields.items() if not NAMED & {*field_flags(name, field)}]
+    missing = [name for name, field in kind.model_fields.items() if f"--{field_flag(name, field)}" not in NAMED]
     assert not missing
 
 

@@ -14,9 +14,19 @@ from megatron_tiedlora.commands import merge, push
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings
-from megatron_tiedlora.config.other_names import ELSEWHERE, NOT_OFFERED, OUR_NAMES, _settings_in, name_hint
+from megatron_tiedlora.config.launch_settings import parse_launch
+from megatron_tiedlora.config.other_names import (
+    ELSEWHERE,
+    NOT_OFFERED,
+    OUR_NAMES,
+    OUR_VALUES,
+    _settings_in,
+    name_hint,
+)
+from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.config.tasks import TASK_DEFAULTS
 
 
 def refusal(*argv: str, kind: type[CommandSettings] = Settings) -> str:
@@ -102,7 +112,8 @@ def test_a_command_answers_with_its_own_names_only() -> None:
 
 
 def test_an_unknown_flag_is_named_before_a_missing_one() -> None:
-    with pytest.raises(UserError, match=r"^unknown argument --lora \(here it is --adapter\); see --help$"):
+    both = r"^unknown arguments --lora \(here it is --adapter\), --output_dir \(here it is --output\); see --help$"
+    with pytest.raises(UserError, match=both):
         merge.main(["--lora", "x", "--output_dir", "y"])
     with pytest.raises(UserError, match=r"^unknown argument --output_dir \(here it is --output\)"):
         merge.main(["--adapter=x", "--output_dir=y"])
@@ -114,3 +125,94 @@ def test_a_slip_is_still_guessed_and_what_is_like_nothing_is_not() -> None:
     assert name_hint("--learning-rate", ["--learning_rate"]) == " (did you mean --learning_rate?)"
     assert name_hint("--rnak", ["--rank", "--alpha"]) == " (did you mean --rank?)"
     assert name_hint("--gibberish", ["--help", "--rank"]) == ""
+
+
+# Several unknown names ------------------------------------------------------------------------------------------------
+
+
+def test_all_unknown_names_are_told_at_once(tmp_path: Path) -> None:
+    said = "unknown arguments --lora_r (here it is --rank), --lr (here it is --learning_rate), --zzz; see --help"
+    assert refusal("--lora_r=8", "--model=demo", "--lr", "1e-4", "--zzz", "3", "--lora_r=9") == said
+    for parse in (parse_launch, parse_plan, parse_sweep):
+        with pytest.raises(UserError, match=r"^unknown arguments --lora_alpha \(.*\), --zzz; see --help$"):
+            parse(["--lora_alpha", "8", "--rank=4", "--zzz=1"])
+    file = tmp_path / "mine.yaml"
+    file.write_text("zzz: 1\nrank: 4\nlr: 1e-4\n3: 4\n")
+    assert refusal("--config", str(file)) == f"{file}: unknown settings 'zzz', 'lr' (here it is learning_rate), 3"
+    with pytest.raises(UserError, match=r"^unknown settings 'rnk' \(did you mean rank\?\), 'zzz'; see --help$"):
+        Settings(rnk=1, zzz=2)
+    file.write_text("".join(f"z{number}: 1\n" for number in range(10_000)))
+    assert refusal("--config", str(file)).endswith("'z6', 'z7' and 9992 more")
+
+
+def test_a_stray_word_is_named() -> None:
+    assert refusal("extra", "words") == "unknown arguments 'extra', 'words'; see --help"
+    assert refusal("--dry_run", "extra") == "--dry_run extra: give true or false, or nothing after --dry_run"
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--method=TL6", "tl6"),
+        ("--method=LoRA", "lora"),
+        ("--base=NF4", "nf4"),
+        ("--base=4bit", "nf4"),
+        ("--base=4-bit", "nf4"),
+        ("--base=QLoRA", "nf4"),
+        ("--base=load_in_8bit", "int8"),
+        ("--dtype=BF16", "bf16"),
+        ("--dtype=torch.bfloat16", "bf16"),
+        ("--schedule=constant_with_warmup", "constant"),
+        ("--recompute=Full", "full"),
+        ("--train_on=last-turn", "last_turn"),
+        ("--targets=QKV,O_proj", ("qkv", "o_proj")),
+        ("--report_to=WandB", ("wandb",)),
+        ("--task=DEMO", "demo"),
+        ("--max_steps=1e3", 1000),
+        ("--max_steps=1.5e2", 150),
+        ("--layers=1E0,2", (1, 2)),
+    ],
+)
+def test_values_fold_case_and_know_what_others_call_them(flag: str, value: object) -> None:
+    name = flag.removeprefix("--").partition("=")[0]
+    settings = parse_settings([flag], Settings)
+    assert getattr(settings, name) == value
+    assert settings.max_length == TASK_DEFAULTS["demo"]["max_length"]
+
+
+def test_a_warm_up_follows_a_number_of_steps_that_is_written_as_a_power() -> None:
+    assert parse_settings(["--max_steps=1e1", "--task=gsm8k"], Settings).warmup_steps == 10
+    assert "--max_steps 15e-1: input should be a valid integer" in refusal("--max_steps=15e-1")
+    assert refusal("--max_steps=1e19").startswith("--max_steps 10000000000000000000: out of range; give a number below")
+
+
+def test_lists_of_other_commands_fold_too() -> None:
+    sweep = parse_sweep(["--output_dir=x", "--methods=TL5,lora", "--single_layers=Paper", "--together=AUTO"]).settings
+    assert (sweep.methods, sweep.single_layers, sweep.together) == (("tl5", "lora"), "paper", "auto")
+    assert merge.parser().parse_args(["--adapter=a", "--output=b", "--dtype=BFloat16"]).dtype == "bf16"
+    plan = parse_plan(["--model=llama2-7b", "--gpu=H100-80GB", "--formats=4bit,NONE"]).settings
+    assert (plan.gpu, plan.formats) == ("h100", ("none", "nf4"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--method=qlora", " (here it is lora with --base nf4)"),
+        ("--method=DoRA", " (DoRA is not offered)"),
+        ("--method=tl7", " (did you mean tl6?)"),
+        ("--base=bf16", " (here it is --dtype, without --base)"),
+        ("--dtype=fp16", " (fp16 is not offered)"),
+        ("--schedule=linaer", " (did you mean linear?)"),
+    ],
+)
+def test_a_value_that_is_none_of_ours_gets_a_hint(flag: str, answer: str) -> None:
+    assert refusal(flag).startswith(flag.replace("=", " ") + ": input should be ") and refusal(flag).endswith(answer)
+
+
+def test_the_table_of_values_names_what_exists() -> None:
+    for names in OUR_VALUES.values():
+        assert set().union(*map(_settings_in, names.values())) <= set(Settings.model_fields)
+        assert all(name == name.replace("_", "-").lower() for name in names)

@@ -9,9 +9,13 @@ import torch
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.commands import random_model
 from megatron_tiedlora.config.presets import PRESETS, is_preset
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer, start_ids
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import num_base_parameters
+from megatron_tiedlora.training.plan import plan_run
 
 
 def test_base_parameters_of_the_presets() -> None:
@@ -25,6 +29,7 @@ def test_base_parameters_of_the_presets() -> None:
         "qwen3-8b": 8_190_735_360,
         "qwen3-32b": 32_762_123_264,
         "gpt-2b-001": 2_253_590_528,
+        "tiny": 213_568,
     }
 
 
@@ -45,3 +50,30 @@ def test_transformers_counts_as_many(preset: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
     assert sum(p.numel() for p in model.parameters()) == num_base_parameters(shape_from_hf(PRESETS[preset]))
+
+
+def test_tiny_has_a_tokenizer_of_bytes_that_transformers_reads_as_we_do(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    assert random_model.main(["--model=Tiny", f"--output={folder}"]) == 0
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in ("a b", "  naïve 日本語 😀\n\n\t", "</s>x", ""):
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == theirs.encode(text, add_special_tokens=False) and ours.decode(ids) == text
+        assert "<" in text or len(ids) == len(text.encode())
+    assert start_ids(ours, "auto") == [1] == [PRESETS["tiny"]["bos_token_id"]]
+    source = find_model(str(folder))
+    check_vocabulary(ours, source.shape.vocab_size)
+    assert end_ids(ours, folder, vocab_size=source.shape.vocab_size) == {PRESETS["tiny"]["eos_token_id"]}
+    for world_size, tensor_parallel, pipeline_parallel in ((4, 2, 2), (4, 1, 4), (2, 2, 1)):
+        settings = make_settings(
+            {
+                "model": str(folder),
+                "task": "gsm8k",
+                "ds_config": "zero1.json",
+                "tensor_parallel": tensor_parallel,
+                "pipeline_parallel": pipeline_parallel,
+            }
+        )
+        assert plan_run(settings, rank=0, world_size=world_size).grid.dp_size == 1

@@ -202,7 +202,7 @@ def test_one_size_alone_is_refused_in_the_words_of_a_run(flag: str) -> None:
         (["--ranks_on_cpu=2", "--nodes=2"], "--ranks_on_cpu 2 plans this machine's CPUs; remove --nodes"),
         (["--constants=c.json", "--gpu=h100"], "--constants c.json and --gpu h100 both say"),
         (["--constants=nosuch.json"], "nosuch.json"),
-        (["--formats=int3"], "--formats: 'int3' is unknown"),
+        (["--formats=int3"], "--formats int3: input should be one of .*did you mean int8"),
         (["--formats=int8", "--base=nf4"], "^--formats int8 and --base nf4: none of these formats stores"),
         (["--nodes=0"], "--nodes 0"),
         (["--gpu_per_node=4"], "unknown argument --gpu_per_node"),

@@ -103,7 +103,7 @@ def test_micro_batches_on_gpus(flags: tuple[str, ...], ranks: int, rows: int, st
 def test_what_was_chosen_is_told() -> None:
     why = "up to 2 rows (for 8,192 tokens on a GPU; --micro_batch_size changes it), 1 data-parallel"
     assert why in planned("--plan_for=gpu").batches_in_words
-    short = "one row (for 8,192 tokens on a GPU more are needed, but a rank's 127 samples allow no more"
+    short = "one row (for 8,192 tokens on a GPU more are needed, but a rank's share of 127 allows no more"
     assert short in planned("--plan_for=gpu", "--global_batch_size=635", "--max_length=500", ranks=5).batches_in_words
     for flags in (("--plan_for=cpu",), ("--plan_for=gpu", "--micro_batch_size=2"), ("--plan_for=gpu", "--packing=0")):
         assert "on a GPU" not in planned(*flags).batches_in_words

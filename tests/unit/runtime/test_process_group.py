@@ -6,6 +6,8 @@ The GPUs are made up; groups of gloo alone are joined.
 from __future__ import annotations
 
 import os
+import signal
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +22,9 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.runtime import process_group
 from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.heartbeat import gpu_failure_line
-from megatron_tiedlora.runtime.launch_env import prepare_environment
+from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment
 from megatron_tiedlora.runtime.process_group import choose_device, gpu_name, group_backend
-from megatron_tiedlora.runtime.stopping import StopRequests
+from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 
 CUDA_VARIABLES = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
@@ -192,3 +194,23 @@ def test_a_run_that_a_gpu_ends_names_rank_host_and_gpu(
     assert end.failed(RuntimeError(FAILURES[0][0])) == 1
     last = capfd.readouterr().err.splitlines()[-1]
     assert last == f"error: rank 3 on gpu7, after step 0: cuda:1 (GPU-{UUID}): {ILLEGAL}"
+
+
+@pytest.mark.parametrize("has_failed", [True, False])
+def test_a_rank_that_is_stopped_as_another_has_failed_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], has_failed: bool
+) -> None:
+    """The reason of the other one, which is on the screen, is the last thing that a user reads."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    if has_failed:
+        assert first_to_fail()
+    stop = StopRequests(launchers=[])
+    end = End(0, 2, stop)
+    end.stopped(RunStopped(signal.SIGTERM, "SIGTERM"))
+    said = "" if has_failed else "stopped by SIGTERM, before the first step\n"
+    assert (capfd.readouterr().err, end.status) == (said, 128 + signal.SIGTERM)
+    end.finished_step = lambda: 3
+    end.stopped(RunStopped(signal.SIGTERM, "SIGTERM"))
+    assert capfd.readouterr().err == "stopped by SIGTERM, saved at step 3; continue with --resume auto\n"

