@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import Share
+from megatron_tiedlora.adapters.adapter_bank import Share, filled
 from megatron_tiedlora.data.loader import MicroBatch, TrainingStep
 from megatron_tiedlora.engine.runner import StepInput
 
@@ -38,16 +38,8 @@ def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[
     """
     found: list[list[tuple[str, int]]] = []
     for number in range(max(map(len, largest.values()), default=0)):
-        room = 0
-        for name, positions in largest.items():
-            if number >= len(positions):
-                continue
-            if positions[number] <= room:
-                found[-1].append((name, number))
-            else:
-                found.append([(name, number)])
-                room = capacity
-            room -= positions[number]
+        present = [(name, number) for name, positions in largest.items() if number < len(positions)]
+        found += filled(present, [largest[name][number] for name, _ in present], [capacity] * len(present))
     return found
 
 

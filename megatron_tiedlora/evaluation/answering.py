@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from megatron_tiedlora.adapters.adapter_bank import filled
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.evaluation.decoder import Decoder
@@ -48,13 +48,16 @@ def answer_all(
     Returns:
         for each adapter all answers in the samples' order on rank 0, none elsewhere.
     """
-    sets = [_AskedSet.of(some, grid) for some in questions]
+    sets = [_AskedSet(some, grid) for some in questions]
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
     sends = grid.tp_rank == 0 and decoder.is_last
     num_samples = sum(len(some.order) for some in sets)
     with progress_bar("decoding", "sample", total=num_samples, shows=progress) as bar:
         for number in range(max(some.num_batches for some in sets)):
-            for together in _filled([some for some in sets if number < some.num_batches], number):
+            present = [some for some in sets if number < some.num_batches]
+            num_rows = [min(some.batch_size, some.num_asked(number)) for some in present]  # the first rank has most
+            rooms = [BATCHES_AT_ONCE * some.asked.batch_size for some in present]
+            for together in filled(present, num_rows, rooms):
                 asked = [some.batch(number) for some in together]
                 prompts = [some.prompts(indices) for some, indices in zip(together, asked, strict=True)]
                 found = generate(decoder, prompts, agree=agree)
@@ -68,25 +71,19 @@ def answer_all(
 _Found = dict[int, tuple[str, tuple[float, ...]]]  # an answer's text and the scores of its choices, by sample
 
 
-@dataclass(frozen=True)
 class _AskedSet:
-    """The samples of one adapter in the batches in which it answers them."""
+    """The samples of one adapter in the batches in which it answers them.
 
-    asked: Questions
-    order: list[int]
-    batch_size: int
-    grid: Grid
-    is_end: Callable[[Sequence[int]], bool]
-    mine: _Found
+    The longest come first, so that running out of memory shows at once and not after hours.
+    """
 
-    @staticmethod
-    def of(asked: Questions, grid: Grid) -> _AskedSet:
-        """Longest first, so that running out of memory shows at once and not after hours."""
+    def __init__(self, asked: Questions, grid: Grid) -> None:
         prompts = asked.scored.prompts
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        batch_size = min(asked.batch_size, -(-len(order) // grid.dp_size))
-        is_end = _stop_test(asked.tokenizer, asked.scored.task.stop)
-        return _AskedSet(asked, order, batch_size, grid, is_end, {})
+        self.asked, self.grid = asked, grid
+        self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        self.batch_size = min(asked.batch_size, -(-len(self.order) // grid.dp_size))
+        self.is_end = _stop_test(asked.tokenizer, asked.scored.task.stop)
+        self.mine: _Found = {}
 
     @property
     def num_batches(self) -> int:
@@ -97,10 +94,6 @@ class _AskedSet:
         """How many samples all ranks answer in a batch."""
         whole = self.batch_size * self.grid.dp_size
         return min(whole, len(self.order) - number * whole)
-
-    def num_rows(self, number: int) -> int:
-        """How many of them the first rank answers, which has most."""
-        return min(self.batch_size, self.num_asked(number))
 
     def batch(self, number: int) -> list[int]:
         """This rank's samples in a batch; there may be none."""
@@ -128,20 +121,6 @@ class _AskedSet:
         """All answers in the samples' order, from those of all ranks."""
         found = {index: answer for part in gathered for index, answer in part.items()}
         return [Answer(found[i][0], example, found[i][1]) for i, example in enumerate(self.asked.scored.examples)]
-
-
-def _filled(sets: Sequence[_AskedSet], number: int) -> list[list[_AskedSet]]:
-    """Whose batch of this number is decoded together; the same on all ranks."""
-    found: list[list[_AskedSet]] = []
-    room = 0
-    for some in sets:
-        num_rows = some.num_rows(number)
-        if num_rows > room:
-            found.append([])
-            room = BATCHES_AT_ONCE * some.asked.batch_size
-        found[-1].append(some)
-        room -= num_rows
-    return found
 
 
 def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:

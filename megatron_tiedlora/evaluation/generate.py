@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import filled
 from megatron_tiedlora.evaluation.decoder import Decoder, Rows
 from megatron_tiedlora.model.attention import KeyValueCache
 
@@ -206,36 +207,23 @@ class _Part:
 
     def _read_prompts(self) -> torch.Tensor | None:
         """Fill the caches and choose the first token of every sequence, (b,) on the last stage."""
-        found: dict[int, list[torch.Tensor]] = {number: [] for number in range(len(self.computed))}
+        found: dict[_Batch, list[torch.Tensor]] = {batch: [] for batch in self.computed}
         whole = self.decoder.calls_together  # the number of calls must not depend on a rank's own prompts
-        runs = [batch.runs(whole=whole) for batch in self.computed]
-        for turn in zip_longest(*runs):
-            present = [(number, some) for number, some in enumerate(turn) if some is not None]
-            for call in [present] if whole else self._calls(present):
-                rows = [self.computed[number].prompt_rows(some, self.decoder.device) for number, some in call]
-                wanted = [self.computed[number].lengths[some] - 1 for number, some in call]
+        for turn in zip_longest(*(batch.runs(whole=whole) for batch in self.computed)):
+            present = [(batch, run) for batch, run in zip(self.computed, turn, strict=True) if run is not None]
+            sizes = [len(batch.prompts[run.start]) * (run.stop - run.start) for batch, run in present]
+            for call in [present] if whole else filled(present, sizes, [PROMPT_TOKENS_AT_ONCE] * len(present)):
+                rows = [batch.prompt_rows(run, self.decoder.device) for batch, run in call]
+                wanted = [batch.lengths[run] - 1 for batch, run in call]
                 chosen = _most_likely(self.decoder.forward(rows, wanted=wanted))
                 if chosen is not None:
                     parts = chosen.split([len(positions) for positions in wanted])
-                    for (number, _), part in zip(call, parts, strict=True):
-                        found[number].append(part)
+                    for (batch, _), part in zip(call, parts, strict=True):
+                        found[batch].append(part)
         for batch in self.computed:
             for cache in batch.caches:
                 cache.filled = len(batch.prompts[0])
         return torch.cat([part for parts in found.values() for part in parts]) if self.decoder.is_last else None
-
-    def _calls(self, runs: Sequence[tuple[int, slice]]) -> list[list[tuple[int, slice]]]:
-        """The runs of several adapters that are computed together."""
-        calls: list[list[tuple[int, slice]]] = []
-        room = 0
-        for number, some in runs:
-            num_tokens = len(self.computed[number].prompts[some.start]) * (some.stop - some.start)
-            if num_tokens > room:
-                calls.append([])
-                room = PROMPT_TOKENS_AT_ONCE
-            calls[-1].append((number, some))
-            room -= num_tokens
-        return calls
 
     def collect(self) -> None:
         """Receive the tokens that the last stage chose, if there are any."""
