@@ -12,6 +12,7 @@ Owns samples, labels and what they lost. Leaves batches to `loader`, storage to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.chat import Chat, opened_chat
+from megatron_tiedlora.data.chat import Chat
 from megatron_tiedlora.data.examples import Example, Segment
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.text_ids import segment_ids
@@ -54,7 +55,7 @@ def encode_prompts(
 
     If a prompt fits, these are exactly the ids that training puts before the last answer.
     """
-    with opened_chat(tokenizer, reading or Reading()) as chat:
+    with closing(Chat(tokenizer, reading or Reading())) as chat:
         encoded = list(Encoder(tokenizer, chat, max_length).prompts(examples))
     return [np.asarray(ids, dtype=np.int32) for ids, _ in encoded], sum(cut for _, cut in encoded)
 
@@ -67,7 +68,7 @@ def encode_examples(
     Raises UserError if the tokenizer has no EOS where one is needed, or if answers with the start and one token of
     their prompt do not fit in `max_length` (the message names the sample).
     """
-    with opened_chat(tokenizer, reading or Reading()) as chat:
+    with closing(Chat(tokenizer, reading or Reading())) as chat:
         return [sample for samples in Encoder(tokenizer, chat, max_length).samples(examples) for sample in samples]
 
 

@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_tiedlora.adapters.adapter_bank import filled
 from megatron_tiedlora.evaluation.decoder import Decoder, Rows
@@ -110,11 +111,8 @@ def similar_lengths(lengths: Sequence[int]) -> list[slice]:
 
 def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
     """Pad rows of different lengths with `fill` to one (b, longest) int64 tensor."""
-    longest = max(len(row) for row in rows)
-    padded = torch.full((len(rows), longest), fill, dtype=torch.long)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return padded.to(device)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(ids, batch_first=True, padding_value=fill).to(device)
 
 
 class _Batch:
