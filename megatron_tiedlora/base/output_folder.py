@@ -6,9 +6,10 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -77,11 +78,13 @@ class NewOutput:
 
     Attributes:
         found: the folder of a killed process that this one continues with.
+        reject: raises an error if what is at `path` must not be replaced.
     """
 
     path: Path
     lock: FolderLock
-    found: Path | None = None
+    found: Path | None
+    reject: Callable[[Path], None]
 
     @property
     def partial(self) -> Path:
@@ -91,13 +94,17 @@ class NewOutput:
     @contextmanager
     def written(self) -> Iterator[Path]:
         """Yield a temporary folder that becomes the output when the block ends. Raises UserError if it cannot."""
-        with new_folder(self.path, guard=self.guard, parent=self.partial, found=self.found) as temporary:
-            yield temporary
+        try:
+            with new_folder(self.path, guard=self.guard, parent=self.partial, found=self.found) as temporary:
+                yield temporary
+        except UserError:  # such as a file that is gone, because another process took over the output
+            self.lock.owner.check()
+            raise
 
     def guard(self) -> None:
-        """Raise UserError if another process has taken over the output, or if `path` exists by now."""
+        """Raise UserError if another process has taken over the output, or what `reject` does."""
         self.lock.owner.check()
-        reject_existing(self.path, flag=str(self.path))
+        self.reject(self.path)
 
     def release(self) -> None:
         """Give up the partial folder, and remove what is left in it."""
@@ -106,21 +113,38 @@ class NewOutput:
         self.lock.release()
 
 
-def take_output(path: Path, *, take_over: bool = False, journal: str | None = None) -> NewOutput:
+def take_output(
+    path: Path,
+    *,
+    take_over: bool = False,
+    resumes: bool = False,
+    journal: str | None = None,
+    reject: Callable[[Path], None] | None = None,
+) -> NewOutput:
     """Become the one process that writes the output `path`.
 
     Args:
+        resumes: see `take_folder`.
         journal: name of a file. If this user's folder of a killed process has it, `written` continues with that folder.
+        reject: see `NewOutput`; default: nothing is replaced.
 
     Raises:
-        UserError: another process is writing it and `take_over` is False, or it is not writable.
+        FolderTaken: another process is writing it, and `take_over` is False.
+        UserError: it is not writable.
     """
-    partial = path.parent / _partial_name(path.name)
+    folder = partial_folder(path)
     hint = "wait until it ends, give another folder, or take this one over with --take_over"
-    lock = take_folder(partial, take_over=take_over, hint=hint, removed_after=True)
-    found = None if journal is None else _own_folder_with(journal, partial)
-    remove_leftovers(partial, guard=lock.owner.check, keep=found)
-    return NewOutput(path, lock, found)
+    lock = take_folder(folder, resumes=resumes, take_over=take_over, hint=hint, removed_after=True)
+    found = None if journal is None else _own_folder_with(journal, folder)
+    remove_leftovers(folder, guard=lock.owner.check, keep=found)
+    return NewOutput(path, lock, found, reject or partial(reject_existing, flag=str(path)))
+
+
+def remove_abandoned_outputs(folder: Path) -> None:
+    """Remove what killed processes have left of any output in `folder`."""
+    for item in folder.glob(".*.partial"):
+        with suppress(UserError):  # a process is at work there
+            take_output(folder / item.name.removeprefix(".").removesuffix(".partial")).release()
 
 
 def _own_folder_with(name: str, partial: Path) -> Path | None:
@@ -133,11 +157,12 @@ def _own_folder_with(name: str, partial: Path) -> Path | None:
     return None
 
 
-def _partial_name(name: str) -> str:
-    """`.NAME.partial`, with a hash instead of a name that is too long for a file system."""
+def partial_folder(path: Path) -> Path:
+    """Where the output `path` is written: .NAME.partial, with a hash for a name that is too long for a file system."""
+    name = path.name
     if len(os.fsencode(name)) > _LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
-    return f".{name}.partial"
+    return path.with_name(f".{name}.partial")
 
 
 @contextmanager

@@ -17,13 +17,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 from pydantic import Field
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX
@@ -33,7 +34,8 @@ from megatron_tiedlora.base.json_files import Count, Text, read_fields, read_jso
 OWNER_FILE = ".owner"
 _GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # followed by a start id
 STALE_SECONDS = 60.0  # an owner counts as given up if it has not renewed its token for so long
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MISSED_SECONDS = 20.0  # the same, if its lock is free: it has missed two renewals
+_BOOT_ID, _PROCESS_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
 class FolderTaken(UserError):
@@ -52,6 +54,7 @@ class Token:
         start: unique id of the start.
         machine: id of the running kernel, whose lock tells whether the owner lives.
         since: when it took the folder, in seconds since 1970 by its own clock.
+        processes: id of the namespace that has process `pid`; '' before version 0.3.
     """
 
     start: Text
@@ -59,6 +62,7 @@ class Token:
     pid: Count
     machine: Text
     since: Annotated[float, Field(strict=True, ge=0, le=1e11)]
+    processes: Text = ""
 
     def __str__(self) -> str:
         return f"a start on {self.host} (process {self.pid})"
@@ -83,8 +87,8 @@ class Owner:
 
     def check(self) -> None:
         """Raise OwnerLost if this start may no longer change the folder."""
-        if not self._is_named():
-            token = read_token(self.folder)
+        if not self._has_written(OWNER_FILE):
+            token = read_token(self.folder / OWNER_FILE)
             if token is not None:
                 why = f"{token} took it over at {token.time}"
             elif self.folder.is_dir():
@@ -98,27 +102,37 @@ class Owner:
                 " more there"
             )
 
-    def _is_named(self) -> bool:
-        """Whether the folder's token is this start's. It is read before every change, so only the id is checked."""
+    def _has_written(self, name: str) -> bool:
+        """Whether this token is this start's. It is read before every change, so only the id is checked."""
         for _ in range(3):
             try:
-                descriptor = os.open(self.folder / OWNER_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
                     return bool(json.loads(os.read(descriptor, 4096)).get("start") == self.start)
                 finally:
                     os.close(descriptor)
-            except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+            except (NotADirectoryError, ValueError, AttributeError):
                 return False
-            except OSError:  # a network file system may fail for a moment
+            except OSError:  # a network file system may fail for a moment, and `give_back` take the file away
                 time.sleep(0.5)
         return False
 
     def give_up(self) -> None:
         """Let the next start with --resume take the folder, even if the lock's holder may wake up. Best effort."""
-        with suppress(OSError, UserError):
-            token = read_token(self.folder)
-            if token is not None and token.start == self.start:
+        with suppress(OSError):
+            if self._has_written(OWNER_FILE):
                 self._mark.touch()
+
+    def give_back(self) -> None:
+        """Remove this start's files, unless a child holds the lock."""
+        file, away = self.folder / OWNER_FILE, self.folder / f"{_CANDIDATE}{self.start}"
+        if not self._has_written(file.name) or _is_unlocked(file) is False:
+            return
+        os.rename(file, away)
+        if not self._has_written(away.name):  # it was suspended since it looked, and another start took the folder
+            os.rename(away, file)
+        away.unlink(missing_ok=True)
+        self._mark.unlink(missing_ok=True)
 
     @property
     def _mark(self) -> Path:
@@ -164,16 +178,9 @@ class FolderLock:
         self._over.set()
         self._thread.join(self.lock_seconds)
         os.close(self.descriptor)
-        with suppress(OSError, UserError), _one_at_a_time(self.owner.folder, self.lock_seconds):
-            token, file = read_token(self.owner.folder), self.owner.folder / OWNER_FILE
-            if token is not None and token.start == self.owner.start and _is_unlocked(file) is not False:
-                _remove_marks(self.owner.folder)
-                file.unlink(missing_ok=True)
-        for made in self._made:
-            try:
-                made.rmdir()
-            except OSError:
-                break
+        with suppress(OSError), _one_at_a_time(self.owner.folder, self.lock_seconds):
+            self.owner.give_back()
+        _remove_empty(self._made)
 
 
 def take_folder(
@@ -207,27 +214,28 @@ def take_folder(
         FileExistsError: it exists, and `new` is set.
         UserError: it cannot be created or written.
     """
-    made = _make(folder, new=new)
-    token = Token(uuid.uuid4().hex[:16], socket.gethostname(), os.getpid(), _machine(), time.time())
-    temporary = folder / f"{_CANDIDATE}{token.start}"
-    descriptor = None
+    token = Token(uuid.uuid4().hex[:16], socket.gethostname(), os.getpid(), _machine(), time.time(), _processes())
+    temporary, descriptor = folder / f"{_CANDIDATE}{token.start}", None
+    made: tuple[Path, ...] = ()
     try:
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o664)
+        while descriptor is None:
+            made = _make(folder, new=new)
+            with suppress(FileNotFoundError):  # a start that gave it back has removed it since
+                descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o664)
         with suppress(OSError):  # a file system without locks: then only the token's mtime counts
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(descriptor, json.dumps(asdict(token)).encode())  # a token without a lock is of a dead start
         with _one_at_a_time(folder, lock_seconds):
             _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint, before=before)
-        removed = (folder, *made[1:]) if removed_after else made
-        return FolderLock(Owner(folder, token.start), descriptor, renew_seconds, lock_seconds, removed)
+        emptied = (folder, *made[1:]) if removed_after else made
+        return FolderLock(Owner(folder, token.start), descriptor, renew_seconds, lock_seconds, emptied)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         if descriptor is not None:
             os.close(descriptor)
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
-        if isinstance(error, OSError):
+        _remove_empty((folder, *made[1:]) if removed_after else made)
+        if isinstance(error, OSError) and not (new and isinstance(error, FileExistsError)):
             raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
         raise
 
@@ -235,37 +243,36 @@ def take_folder(
 def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
     """Create the folder and its parents. Returns those that were created, the innermost first."""
     made: list[Path] = []
-    try:
-        for path in (*reversed(folder.parents), folder):
-            if path.is_dir() and not (new and path == folder):
-                continue
+    for path in (*reversed(folder.parents), folder):
+        is_new = new and path == folder
+        if is_new or not path.is_dir():
             try:
                 path.mkdir()
                 made.insert(0, path)
             except FileExistsError:
-                if new and path == folder:
+                if is_new or path.is_symlink():  # to nothing
                     raise
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from error
     return tuple(made)
 
 
 def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str, before: Callable[[], None]) -> None:
     """Rename `temporary`, which holds a token, to OWNER_FILE if the folder may be taken."""
-    folder = temporary.parent
+    folder, now = temporary.parent, temporary.stat().st_mtime
     owned = folder / OWNER_FILE
     try:
         os.link(temporary, owned)  # fails if there is a token, even one that another host has just written
     except OSError:  # a token exists, or the file system has no hard links
         if not take_over:
-            _reject_owned(folder, now=temporary.stat().st_mtime, resumes=resumes, hint=hint)
+            _reject_owned(folder, now=now, resumes=resumes, hint=hint)
         before()
         os.replace(temporary, owned)
     else:
         temporary.unlink()
-    _remove_marks(folder)
+    for mark in (*folder.glob(f"{_GIVEN_UP}*"), *folder.glob(f"{_CANDIDATE}*")):
+        with suppress(OSError):  # a candidate is left by a start that was killed while it took the folder
+            age = now - mark.stat().st_mtime
+            if mark.name.startswith(_GIVEN_UP) or age > STALE_SECONDS or _is_dead(mark, age):
+                mark.unlink()
 
 
 def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None:
@@ -274,36 +281,52 @@ def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None
     Args:
         now: mtime of a file that was just written there, since the clocks of hosts differ.
     """
-    token, free = read_token(folder), _is_unlocked(folder / OWNER_FILE)
-    if token is not None and _is_dead(folder, token):
-        return
+    file = folder / OWNER_FILE
+    token = read_token(file)
     try:
-        renewed = (folder / OWNER_FILE).stat().st_mtime
+        age = now - file.stat().st_mtime
     except OSError:  # released meanwhile
         return
-    marked = token is not None and (folder / f"{_GIVEN_UP}{token.start}").exists()
-    if (marked or now - renewed > STALE_SECONDS) and (resumes or free is not False):
+    silent = age > STALE_SECONDS or (token is not None and (folder / f"{_GIVEN_UP}{token.start}").exists())
+    if _is_dead(file, age) or (silent and (resumes or _is_unlocked(file) is not False)):
         return
     who = "another start" if token is None else f"{token} since {token.time}"
-    raise FolderTaken(f"{folder}: {who} is at work here (last seen {max(0.0, now - renewed):.0f} s ago); {hint}")
+    raise FolderTaken(f"{folder}: {who} is at work here (last seen {max(0.0, age):.0f} s ago); {hint}")
 
 
-def _is_dead(folder: Path, token: Token, name: str = OWNER_FILE) -> bool:
-    """Whether the start whose token the file `name` holds ran on this machine and died."""
-    return token.machine == _machine() and _is_unlocked(folder / name) is True
+def _is_dead(file: Path, age: float = 0.0) -> bool:
+    """Whether the process that wrote the token `file` ran on this machine and died.
+
+    Machines that were cloned have one id, and containers of one may not see each other's locks. So a free lock is not
+    enough: the process is gone too, or it has not renewed its token for `age` seconds.
+    """
+    token = read_token(file)
+    if token is None or token.machine != _machine() or _is_unlocked(file) is not True:
+        return False
+    return age > _MISSED_SECONDS or (token.processes == _processes() and _is_gone(token.pid))
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # psutil takes a process that it may not see for gone
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess, OverflowError):
+        return True
+    except PermissionError:
+        return False
 
 
 def owner_in_words(folder: Path) -> str | None:
     """Who owns the folder and since when. None if nobody does, or if its owner is known to be dead."""
-    token = read_token(folder)
-    return None if token is None or _is_dead(folder, token) else f"{token} since {token.time}"
+    file = folder / OWNER_FILE
+    token = read_token(file)
+    return None if token is None or _is_dead(file) else f"{token} since {token.time}"
 
 
-def read_token(folder: Path, name: str = OWNER_FILE) -> Token | None:
-    """The token in a file of the folder, or None if there is no readable one."""
-    file = folder / name
+def read_token(file: Path) -> Token | None:
+    """The token in an OWNER_FILE, or None if there is no readable one."""
     try:
-        return read_fields(file, read_json_object(file, kind="an owner's token"), Token)
+        return read_fields(file, read_json_object(file, kind="an owner's token"), Token, optional=["processes"])
     except (UserError, OSError):
         return None
 
@@ -341,29 +364,22 @@ def _one_at_a_time(folder: Path, seconds: float) -> Iterator[None]:
     try:
         deadline = time.monotonic() + seconds  # the holder may be suspended; tokens are safe enough without it
         with suppress(OSError):
-            while not _try_lock(descriptor) and time.monotonic() < deadline:
-                time.sleep(0.02)
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.02)
         yield
     finally:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _remove_marks(folder: Path) -> None:
-    """Remove the marks of former owners, and tokens of starts that were killed while they took the folder."""
-    for mark in (*folder.glob(f"{_GIVEN_UP}*"), *folder.glob(f"{_CANDIDATE}*")):
-        with suppress(OSError):
-            token = read_token(folder, mark.name)
-            dead = token is not None and _is_dead(folder, token, mark.name)
-            if mark.name.startswith(_GIVEN_UP) or dead or time.time() - mark.stat().st_mtime > STALE_SECONDS:
-                mark.unlink()
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the innermost first, as far as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @cache
@@ -371,5 +387,14 @@ def _machine() -> str:
     """An id of the running kernel, whose locks all its processes share; containers differ in host name."""
     try:
         return _BOOT_ID.read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+@cache
+def _processes() -> str:
+    """An id of the namespace of this process's id: in another one the same number is another process."""
+    try:
+        return os.readlink(_PROCESS_NAMESPACE)
     except OSError:
         return socket.gethostname()

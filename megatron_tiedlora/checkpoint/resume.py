@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.atomic import Guard, discard, new_folder, unguarded, write_json, write_text
+from megatron_tiedlora.base.checksums import check_file, check_seal, sealed
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
-from megatron_tiedlora.checkpoint.checksums import check_file, check_seal, sealed
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -241,6 +241,11 @@ def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) ->
         step = getattr(progress, name)
         if step is not None and step > progress.step:
             raise UserError(f"{file}: {name} = {step} is after its step {progress.step}")
+    best, since_best = progress.best_step, progress.evaluations_since_best
+    if (best is None) != (progress.best_metric is None):
+        raise UserError(f"{file}: it has one of best_step and best_metric, not both")
+    if since_best > progress.step - (best or 0):
+        raise UserError(f"{file}: evaluations_since_best = {since_best} is more than the steps since its best")
     if _STEP_NAME.fullmatch(file.parent.name) and file.parent.name != f"step_{progress.step}":
         raise UserError(f"{file}: its step is {progress.step}, but its folder is {file.parent.name}; rename the folder")
     samples, step = progress.consumed_samples, progress.step

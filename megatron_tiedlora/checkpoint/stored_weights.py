@@ -164,7 +164,8 @@ class StoredWeights:
                 f"{name} has blocks of {block} that cross its rows of {shape[1]} weights, so it cannot be sharded; give"
                 " the model with weights in bf16, fp16 or fp32, and --base nf4"
             )
-        return _State(block, nested)
+        # A float, since torch adds no integer above 2^63.
+        return _State(block, None if nested is None else (nested[0], float(nested[1])))
 
     def _read_nf4(self, name: str, shape: Shape, rows: slice, columns: slice) -> StoredRows:
         state, width = self._state(name, shape), shape[1]

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from megatron_tiedlora.base.checksums import check_file
 from megatron_tiedlora.base.errors import UserError, as_given, shown
-from megatron_tiedlora.checkpoint.checksums import check_file
 
 LARGEST_HEADER = 2**23  # bytes; an adapter on every linear of the deepest model needs a tenth of it
 _MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62

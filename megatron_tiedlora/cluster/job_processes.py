@@ -121,7 +121,7 @@ def send_signal(
 def read_report(text: str) -> HostProcesses | None:
     """The report in a host's output, which may begin with what its login shell prints; None if there is no report."""
     for line in reversed(text.splitlines()):
-        with suppress(ValueError, TypeError, KeyError, AttributeError):
+        with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             content = json.loads(line)
             processes = tuple(JobProcess(**found) for found in content["processes"])
             return HostProcesses(str(content["host"]), processes, str(content["address"]))

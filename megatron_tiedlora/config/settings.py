@@ -142,7 +142,7 @@ class Settings(CommandSettings):
         "run", "FIRST:LAST, steps that torch's profiler records; each rank writes RUN/profile/rank_N.json.gz"
     )
     timeout_minutes: float = setting_field(
-        "run", "longest wait for another rank before the run fails", 30.0, gt=0, le=LONGEST_WAIT_MINUTES
+        "run", "longest wait for a rank, or for a start that tokenises its data", 30.0, gt=0, le=LONGEST_WAIT_MINUTES
     )
 
     model: str = setting_field(

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from megatron_tiedlora.base.checksums import UNSEALED_NOTE
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
@@ -21,7 +22,6 @@ from megatron_tiedlora.checkpoint.base_identity import (
     quantised_otherwise,
 )
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.checksums import UNSEALED_NOTE
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource

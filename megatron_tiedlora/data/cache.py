@@ -2,14 +2,16 @@
 
 Two kinds of folders in the cache, each named by a hash of everything that it depends on: all rows of a data flag as ids
 (the key has the hash of its files, so a start reads no rows), and which of their samples are trained on and which are
-held out. The first process on a host to take a folder's lock writes it. The others wait for the file, not for each
-other: no process group exists yet, so no collective can time out while a large data set is tokenised.
+held out. The first process to own such an output writes it. The others wait for the folder, not for each other: no
+process group exists yet, so no collective can time out while a large data set is tokenised. They give up only if the
+writer has written nothing for a while.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -19,13 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, Guard, remove
+from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, remove
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
+from megatron_tiedlora.base.output_folder import partial_folder, remove_abandoned_outputs, take_output
+from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
+from megatron_tiedlora.base.private_folders import CACHE_VARIABLE, make_own_folder, user_cache
 from megatron_tiedlora.base.progress import progress_bar
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.data.encode_rows import CHUNK, CHUNK_BYTES, EncodedRows, Encoding, encoded_rows
 from megatron_tiedlora.data.mapped_arrays import mapped_arrays, written_arrays
 from megatron_tiedlora.data.row_stream import Files, RowStream, row_stream, source_kind
@@ -47,8 +51,10 @@ _STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "fact
 _SPLITS = {"train": np.int64, "validation": np.int64}
 
 _BLOCK = 2**14  # rows
-_ABANDONED = 24 * 3600.0  # seconds; a host whose locks are not seen here may still write to a younger folder
+_OUTDATED = 24 * 3600.0  # seconds; a process of version 0.2 may still write to a younger folder
+_SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # of a process that waits: how long before its first line, between two
 
+_LOGGER = logging.getLogger(__name__)
 _Found = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 
 
@@ -79,28 +85,38 @@ def tokenised_once(
     files: Files,
     seed: int,
     cache_dir: str | Path | None = None,
+    timeout_minutes: float = 30.0,
 ) -> TrainingData:
     """Return the training and the validation part, which are read and tokenised if no process did so before.
 
-    The process that does so shows a progress bar, whichever rank it is: all others wait for it.
+    The process that does so shows a progress bar, whichever rank it is: all others wait for it, and say so.
 
     cache_dir: default `user_cache()`; the folders are in its folder `tokens`. A damaged one is written again.
+    timeout_minutes: how long to wait for a process that lives and writes nothing. One that is dead or suspended is
+        replaced.
 
     Raises UserError as `RowStream` and `encoded_rows` do, if no token is supervised, if a file changes while it is
-    read, and if the cache cannot be written.
+    read, if the cache cannot be written, and if another process takes too long.
     """
     folder = Path(cache_dir or user_cache()) / "tokens"
     try:
         make_own_folder(folder.parent)
         make_own_folder(folder, mode=0o700)  # private, since it contains the texts of data sets
-        return _training_data(folder, encoding, files=files, seed=seed)
+        remove_abandoned_outputs(folder)
+        for item in (*folder.glob(f"{TEMPORARY_PREFIX}*"), *folder.glob("*.lock")):
+            with suppress(FileNotFoundError):  # another process removes it
+                if time.time() - item.lstat().st_mtime > _OUTDATED:
+                    remove(item)
+        return _training_data(folder, encoding, files=files, seed=seed, timeout_minutes=timeout_minutes)
     except OSError as error:
         raise UserError(
             f"{folder}: the cache of tokenised data cannot be written ({error}); free space there"
         ) from error
 
 
-def _training_data(folder: Path, encoding: Encoding, *, files: Files, seed: int) -> TrainingData:
+def _training_data(
+    folder: Path, encoding: Encoding, *, files: Files, seed: int, timeout_minutes: float
+) -> TrainingData:
     carves = source_kind(encoding.task, "validation", files) == "carve"
     stored: dict[Split, _Found] = {}
     keys: dict[Split, str] = {}
@@ -111,11 +127,13 @@ def _training_data(folder: Path, encoding: Encoding, *, files: Files, seed: int)
         first_only = split != "train" and encoding.task.merge_by is not None
         keys[split] = cache_key(encoding, content, first_only=first_only)
         rows = partial(_write_rows, stream=stream, content=content, encoding=encoding, first_only=first_only)
-        stored[split] = _once(folder / keys[split], _STORE, partial(rows, name=split))
+        waits = _waits(folder / keys[split], stream.names, timeout_minutes)
+        stored[split] = _once(folder / keys[split], _STORE, partial(rows, name=split), waits)
     shares = [[source.name, source.weight] for source in streams["train"].sources if source.weight is not None]
     choice = hashlib.sha256(json.dumps([keys, seed, shares, _code()]).encode()).hexdigest()
     write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed)
-    order, facts = _once(folder / choice, _SPLITS, write_splits)
+    waits = _waits(folder / choice, streams["train"].names, timeout_minutes)
+    order, facts = _once(folder / choice, _SPLITS, write_splits, waits)
     train, held_out = stored["train"], stored["train" if carves else "validation"]
     return TrainingData(
         train=_dataset(train[0], order["train"]),
@@ -128,29 +146,59 @@ def _training_data(folder: Path, encoding: Encoding, *, files: Files, seed: int)
     )
 
 
-class _WrittenByAnother(Exception):
-    """The folder is there and whole: other processes may have mapped it, so it must not be replaced."""
+def _once(path: Path, dtypes: Mapping[str, Any], write: Callable[[Path], None], waits: Iterator[None]) -> _Found:
+    """What the folder `path` holds. `write` is called for it if no process has written it, or is writing it."""
 
+    def reject_whole(_: Path) -> None:
+        if mapped_arrays(path, dtypes) is not None:  # other processes may have mapped it
+            raise OwnerLost(f"{path}: written by another process")
 
-def _once(path: Path, dtypes: Mapping[str, Any], write: Callable[[Path, Guard], None]) -> _Found:
-    def guard() -> None:
-        if mapped_arrays(path, dtypes) is not None:
-            raise _WrittenByAnother
-
-    found = mapped_arrays(path, dtypes)  # a finished folder needs no lock: it is renamed into place when complete
-    if found is None:
-        with FileLock(f"{path}.lock"):
-            for folder in path.parent.glob(f"{TEMPORARY_PREFIX}{path.name}-*"):
-                if time.time() - folder.stat().st_mtime > _ABANDONED:  # its process was killed
-                    remove(folder)
-            found = mapped_arrays(path, dtypes)  # another process may have written it while we waited
-            if found is None:
-                with suppress(_WrittenByAnother):  # on a host whose locks are not seen here
-                    write(path, guard)
-                found = mapped_arrays(path, dtypes)
-    if found is None:
-        raise UserError(f"{path}: was damaged right after it was written; check the disk")
+    while (found := mapped_arrays(path, dtypes)) is None:  # a finished folder is renamed into place when complete
+        try:
+            output = take_output(path, resumes=True, reject=reject_whole)
+        except FolderTaken:
+            next(waits)
+            continue
+        try:
+            with output.written() as temporary:
+                write(temporary)
+        except OwnerLost:  # another process has written it since this one looked, or while it was suspended
+            continue
+        finally:
+            output.release()
+        if mapped_arrays(path, dtypes) is None:
+            raise UserError(f"{path}: was damaged right after it was written; check the disk")
     return found
+
+
+def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
+    """Wait a moment at each `next` for the process that writes the folder `path`, and say so at intervals.
+
+    Raises UserError if it has written nothing for so long.
+    """
+    folder, started = partial_folder(path), time.monotonic()
+    changed, said, size, seen = started, started, 0, None
+    while True:
+        now = time.monotonic()
+        with suppress(FileNotFoundError):  # they are renamed or removed meanwhile
+            files = [file.stat() for file in folder.glob(f"{TEMPORARY_PREFIX}*/*")]
+            size = sum(file.st_size for file in files)
+            if seen != (seen := [(file.st_ino, file.st_size, file.st_mtime_ns) for file in files]):
+                changed = now
+        writer = owner_in_words(folder) or "another process"
+        if now - changed > 60 * timeout_minutes:
+            raise UserError(
+                f"{names}: {writer} tokenises it, and has written nothing for {timeout_minutes:g} minutes; end that"
+                f" process, give a longer --timeout_minutes, or set {CACHE_VARIABLE} to another folder"
+            )
+        if now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE):
+            _LOGGER.info(
+                "waiting for %s, which tokenises %s: %s so far, %.0f s waited",
+                *(writer, names, bytes_in_words(size), now - started),
+            )
+            said = now
+        time.sleep(min(max((now - started) / 10, 0.05), 1.0))
+        yield
 
 
 def _dataset(arrays: Mapping[str, NDArray[Any]], order: NDArray[np.int64]) -> TokenDataset:
@@ -161,9 +209,9 @@ def _dataset(arrays: Mapping[str, NDArray[Any]], order: NDArray[np.int64]) -> To
 
 
 def _write_rows(
-    path: Path, guard: Guard, *, stream: RowStream, content: str, encoding: Encoding, name: str, first_only: bool
+    path: Path, *, stream: RowStream, content: str, encoding: Encoding, name: str, first_only: bool
 ) -> None:
-    """Tokenise the rows of a stream into the folder `path`.
+    """Tokenise the rows of a stream into the existing folder `path`.
 
     Args:
         first_only: leave out rows that belong to the sample of an earlier row.
@@ -191,7 +239,7 @@ def _write_rows(
         if chunk:
             yield chunk
 
-    with written_arrays(path, _STORE, facts, guard=guard) as writer:
+    with written_arrays(path, _STORE, facts) as writer:
         writer.append(offsets=np.zeros(1, np.int64))
         num_tokens = num_samples = 0
         total = stream.about_num_rows()
@@ -208,8 +256,7 @@ def _write_rows(
                 facts |= _joined_facts(facts, part)
                 bar.update(len(rows))
         if stream.sha256() != content:
-            names = ", ".join(source.name for source in stream.sources)
-            raise UserError(f"{names}: changed while it was read; start again when it is complete")
+            raise UserError(f"{stream.names}: changed while it was read; start again when it is complete")
 
 
 def _joined_facts(facts: Mapping[str, Any], part: EncodedRows) -> dict[str, bool]:
@@ -220,7 +267,7 @@ def _joined_facts(facts: Mapping[str, Any], part: EncodedRows) -> dict[str, bool
 
 
 def _write_splits(
-    path: Path, guard: Guard, *, stored: Mapping[Split, _Found], streams: Mapping[Split, RowStream], seed: int
+    path: Path, *, stored: Mapping[Split, _Found], streams: Mapping[Split, RowStream], seed: int
 ) -> None:
     """Write which samples are trained on and which are held out, with their hash."""
     train, facts = stored["train"]
@@ -243,7 +290,7 @@ def _write_splits(
         dataset = _dataset(arrays, order[name])
         check_supervised(dataset, f"{rows.sources[0].name}, {name} part")
         dataset.update_digest(digest)
-    with written_arrays(path, _SPLITS, {"sha256": digest.hexdigest(), "mix": mix.lines}, guard=guard) as writer:
+    with written_arrays(path, _SPLITS, {"sha256": digest.hexdigest(), "mix": mix.lines}) as writer:
         writer.append(**order)
 
 

@@ -49,6 +49,11 @@ class RowStream:
         """What the rows are read from, one after another."""
         return tuple(part.source for part in self._parts)
 
+    @property
+    def names(self) -> str:
+        """The names of `sources`, for messages."""
+        return ", ".join(source.name for source in self.sources)
+
     def __iter__(self) -> Iterator[tuple[int, Row]]:
         """Yield (number of the source, row)."""
         for number, part in enumerate(self._parts):

@@ -116,7 +116,8 @@ def prepare_data(plan: RunPlan) -> RunData:
         max_length=settings.max_length,
         end_ids=end_ids(tokenizer, model_folder, vocab_size=vocab_size),
     )
-    parts = tokenised_once(encoding, files=files_of(settings), seed=settings.seed)
+    files, limit = files_of(settings), settings.timeout_minutes
+    parts = tokenised_once(encoding, files=files, seed=settings.seed, timeout_minutes=limit)
     return RunData(
         tokenizer,
         parts,

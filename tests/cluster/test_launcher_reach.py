@@ -159,7 +159,7 @@ def test_an_answer_is_found_below_what_a_shell_says() -> None:
     line = f'{{"host": "n", "address": "10.0.0.2", "processes": [{process}]}}'
     expected = HostProcesses("n", (JobProcess(3, "rank", "python", signalled=True),), "10.0.0.2")
     assert read_report(f"Welcome!\n{{}}\n[1]\n{line}\nbye\n") == expected
-    for text in ("", "Welcome!\n", "{}", '{"processes": 3}', '["host"]'):
+    for text in ("", "Welcome!\n", "{}", '{"processes": 3}', '["host"]', "[" * 100_000):
         assert read_report(text) is None
 
 

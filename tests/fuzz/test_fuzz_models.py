@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from damage import break_one, changed_fields, fresh, json_text
+from damage import break_one, broken_json, changed_fields, fresh, json_text
 from family_models import FAMILY_MODELS
 from fuzzing import MAPPED, Draw, cases, explore, outcome
+from quantised_folders import KINDS, SHAPE, quantised_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, write_tiny_model, write_tiny_tokenizer
 
@@ -48,6 +49,40 @@ def test_a_broken_model_folder(tmp_path_factory: pytest.TempPathFactory, area: P
         return outcome(load, unchanged=area, names=(str(folder),))
 
     explore("model", examples, body, addresses=MAPPED)
+
+
+@cases("stored")
+def test_a_broken_quantised_folder(tmp_path_factory: pytest.TempPathFactory, area: Path, examples: int) -> None:
+    """What is stored beside the codes is broken as well: scales, levels, and the JSON in a tensor."""
+    made = tmp_path_factory.mktemp("stored")
+    plain = write_tiny_model(
+        made / "plain", tokenizer=False, num_layers=2, dtype=torch.bfloat16, **{**SHAPE, "intermediate_size": 256}
+    )
+    wholes = [quantised_folder(plain, made / kind, kind)[0] for kind in KINDS]
+    folder = area / "model"
+    tokens, positions = torch.arange(3, 60)[None], torch.arange(57)[None]
+
+    def body(draw: Draw) -> object:
+        fresh(draw.pick(wholes), folder)
+        file = folder / "model.safetensors"
+        states = [name for name in load_file(file) if ".quant_state." in name]
+        if states and draw.chance():
+            tensors = load_file(file)
+            name = draw.say(draw.pick(states))
+            tensors[name] = torch.tensor(list(broken_json(draw, bytes(tensors[name].tolist()))), dtype=torch.uint8)
+            save_file(tensors, file)
+        else:
+            break_one(draw, folder, ["config.json", file.name], elsewhere=area / "elsewhere")
+
+        def load() -> torch.Tensor:
+            source = find_model(str(folder))
+            base = draw.pick([source.base_format(None), None])
+            logits: torch.Tensor = load_model(source, None, dtype=torch.bfloat16, base=base).predict(tokens, positions)
+            return logits
+
+        return outcome(load, unchanged=area, names=(str(folder),))
+
+    explore("stored", examples, body, addresses=MAPPED)
 
 
 @cases("tokenizer")

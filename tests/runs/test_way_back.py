@@ -274,6 +274,8 @@ def a_negative_mean_of_squares(tensors: dict[str, torch.Tensor]) -> None:
         (PROGRESS, {"consumed_samples": 0}, r"consumed_samples = 0 does not fit 4 steps"),
         (PROGRESS, {"settings": {}, "consumed_samples": 9}, "consumed_samples = 9 does not fit 4 steps of 2 samples"),
         (PROGRESS, {"best_step": 5}, "best_step = 5 is after its step 4"),
+        (PROGRESS, {"best_metric": None}, "it has one of best_step and best_metric, not both"),
+        (PROGRESS, {"evaluations_since_best": 1}, "evaluations_since_best = 1 is more than the steps since its best"),
     ],
 )
 def test_values_that_cannot_be_are_refused_whatever_the_checksums_say(

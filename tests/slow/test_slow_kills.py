@@ -1,6 +1,7 @@
 """Series of SIGKILLs at random moments, each resumed: none costs more than one step, changes a bit or leaves a file.
 
-Six are of twelve kills of a run of one adapter, in five layouts, and five of eight kills of a run of three adapters.
+Six are of twelve kills of a run of one adapter, in five layouts, five of eight kills of a run of three adapters, and
+one of twenty kills while a start tokenises.
 
 make test PYTEST_ARGS="-m slow -s" TESTS=tests/slow/test_slow_kills.py
 """
@@ -8,12 +9,19 @@ make test PYTEST_ARGS="-m slow -s" TESTS=tests/slow/test_slow_kills.py
 from __future__ import annotations
 
 import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kill_series import Figures, Layout, kill_series
-from run_helpers import Base, write_base
+from run_files import files_of
+from run_helpers import Base, World, start_ranks, write_base, write_rows
+from run_preludes import quick_start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -46,6 +54,8 @@ GROUPS: dict[str, tuple[Layout, int]] = {
 KINDS = ["step"] * 7 + ["save"] * 3  # in any order, and then
 ENDS = ["end"] * 2
 
+TOKENISING_KILLS = 20
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
@@ -77,3 +87,42 @@ def show(name: str, figures: Figures) -> None:
     """Print what a series came to."""
     counts = ", ".join(f"{count} {where}" for where, count in figures.kills.most_common())
     print(f"\n{name}: {counts}; slowest end {figures.slowest_end:.1f} s, {figures.seconds:.0f} s in all")
+
+
+def test_twenty_kills_in_tokenising_leave_nothing(base: Base, tmp_path: Path) -> None:
+    """Every other time the next start waits already for the one that is killed."""
+    larger = replace(base, train=write_rows(tmp_path / "train.jsonl", 40_000, seed=3))
+    draw, killed, waiting = random.Random(41), 0, 0
+    tokens = tmp_path / "cache" / "tokens"
+
+    def start(name: str) -> World:
+        arguments = larger.arguments(output_dir=tmp_path / name, max_steps=1, warmup_steps=0, resume="auto")
+        return start_ranks(arguments, folder=tmp_path / "work" / name, cache=tmp_path / "cache", prelude=quick_start)
+
+    def wait_for(condition: Callable[[], bool], world: World) -> float:
+        while not condition() and world.processes[0].exitcode is None:
+            time.sleep(0.001)
+        return time.monotonic()
+
+    first = start("whole")
+    begun = wait_for(lambda: any(tokens.glob(".*.partial")), first)
+    seconds = wait_for(lambda: len(list(tokens.glob("*/content.json"))) == 3, first) - begun
+    first.wait().expect(0)
+    whole, left_folders = files_of(tokens), 0
+    assert len([name for name in whole if name.endswith("content.json")]) == 3
+    while killed < TOKENISING_KILLS:
+        shutil.rmtree(tokens)
+        world = start("killed")
+        second = start(f"again{killed}") if killed % 2 else None
+        wait_for(lambda: any(tokens.glob(".*.partial")), world)
+        time.sleep(draw.uniform(0.0, seconds))
+        left_folders += bool(list(tokens.glob(".*.partial/.writing-*")))
+        world.signal(signal.SIGKILL)
+        assert world.wait().statuses == [-signal.SIGKILL]
+        waiting += second is not None
+        (second or start(f"again{killed}")).wait().expect(0)
+        killed += 1
+        assert files_of(tokens) == whole, f"kill {killed}"
+        assert {path.name for path in tokens.iterdir()} == {Path(name).parts[0] for name in whole}
+    assert left_folders > TOKENISING_KILLS // 2, "most kills came too late"
+    print(f"\n{killed} kills in {seconds:.1f} s of tokenising, {left_folders} within files, {waiting} awaited")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import multiprocessing
 import os
 import re
@@ -22,6 +23,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import (
     OWNER_FILE,
     STALE_SECONDS,
+    FolderLock,
     FolderTaken,
     OwnerLost,
 )
@@ -59,6 +61,9 @@ def test_a_new_folder_must_not_be_there(tmp_path: Path) -> None:
     for name in ("there", "link"):
         with pytest.raises(FileExistsError):
             take(tmp_path / name, new=True)
+    for name in ("link", "link/run"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be "):
+            take(tmp_path / name)
     assert names(tmp_path / "there") == set()
 
 
@@ -80,6 +85,37 @@ def test_the_owner_of_another_machine_is_told_by_its_time(tmp_path: Path, monkey
                 take(tmp_path, **keywords)
     grow_old(tmp_path, STALE_SECONDS + 5)
     take(tmp_path).release()
+
+
+@pytest.mark.parametrize("process", ["lives", "is of another container", "is not named"])
+def test_a_lock_that_two_machines_do_not_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: str
+) -> None:
+    """Clones of a machine have one id. A free lock is believed once the token is old as well."""
+    if process == "lives":
+        first = take(tmp_path)
+        monkeypatch.setattr(ownership, "_is_unlocked", lambda _: True)
+    else:
+        content = json.loads(leave_dead(tmp_path)) | {"processes": "pid:[1]"}
+        if process == "is not named":  # as before version 0.3
+            content.pop("processes", None)
+        (tmp_path / OWNER_FILE).write_text(json.dumps(content))
+    grow_old(tmp_path, 15)
+    with pytest.raises(FolderTaken, match="last seen 15 s ago"):
+        take(tmp_path, resumes=True)
+    grow_old(tmp_path, 25)
+    take(tmp_path).release()
+    if process == "lives":
+        first.release()
+    assert names(tmp_path) == set()
+
+
+def test_a_process_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=take, args=(tmp_path,))
+    process.start()
+    os.waitid(os.P_PID, process.pid or 0, os.WEXITED | os.WNOWAIT)
+    take(tmp_path).release()
+    process.join()
 
 
 @pytest.mark.parametrize("way", ["old", "given up"])
@@ -142,16 +178,18 @@ def test_a_child_that_has_the_lock_keeps_the_folder(tmp_path: Path) -> None:
     with pytest.raises(FolderTaken):
         take(tmp_path, resumes=True)
     child.communicate(b"\n")
+    grow_old(tmp_path, 25)  # the process that took the folder lives
     take(tmp_path).release()
     assert names(tmp_path) == set()
 
 
+def _refuse(*_: Any) -> None:
+    raise OSError(95, "Operation not supported")
+
+
 @pytest.mark.parametrize("lacking", ["links", "locks"])
 def test_file_systems_that_lack_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(*((os, "link") if lacking == "links" else (fcntl, "flock")), refuse)
+    monkeypatch.setattr(*((os, "link") if lacking == "links" else (fcntl, "flock")), _refuse)
     first = take(tmp_path)
     with pytest.raises(FolderTaken):
         take(tmp_path, resumes=True)
@@ -194,6 +232,82 @@ def test_tokens_of_starts_that_were_killed_while_they_took_the_folder(tmp_path: 
         fcntl.flock(file, fcntl.LOCK_EX)
         take(tmp_path).release()
         assert names(tmp_path) == {".owner-new-lives", ".owner-new-elsewhere"}
+
+
+@pytest.mark.parametrize("skew", [-1000.0, 1000.0])
+def test_clocks_of_hosts_differ_from_the_file_server_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew: float
+) -> None:
+    """Another host's start that is about to take the folder keeps its token; that of a killed one goes."""
+    ours = time.time
+    monkeypatch.setattr(time, "time", lambda: ours() + skew)
+    for name, age in (("young", 0.0), ("old", 2 * STALE_SECONDS)):
+        file = tmp_path / f".owner-new-{name}"
+        file.write_text("{}")
+        os.utime(file, (ours() - age,) * 2)
+    take(tmp_path).release()
+    assert names(tmp_path) == {".owner-new-young"}
+
+
+def test_what_a_start_left_that_was_killed_as_it_took_the_folder(tmp_path: Path) -> None:
+    leave_dead(tmp_path)
+    (tmp_path / OWNER_FILE).rename(tmp_path / ".owner-new-0123")
+    take(tmp_path).release()
+    assert names(tmp_path) == set()
+
+
+def test_a_folder_that_another_gives_back_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It vanishes between the look at it and the first file in it."""
+    folder, original, calls = tmp_path / "run", os.open, []
+
+    def late(path: Any, *arguments: Any, **keywords: Any) -> int:
+        if ".owner-new-" in str(path) and not calls:
+            calls.append(path)
+            folder.rmdir()
+        return original(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", late)
+    with take(folder, removed_after=True) as lock:
+        lock.owner.check()
+    assert calls and names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_owner_that_is_suspended_while_it_gives_the_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """At each line of it in turn, another start takes the folder, which then stays that start's."""
+    if not links:
+        monkeypatch.setattr(os, "link", _refuse)
+    lines = 0
+    while (second := _taken_at_line(tmp_path, take(tmp_path), lines)) is not None:
+        second.owner.check()
+        second.release()
+        assert names(tmp_path) == set(), f"line {lines}"
+        lines += 1
+    assert lines > 20
+
+
+def _taken_at_line(folder: Path, first: FolderLock, line: int) -> FolderLock | None:
+    """Another start takes the folder at this line of all that `release` runs. None: it has fewer lines."""
+    found, seen = [], 0
+
+    def suspended(frame: Any, event: str, _: Any) -> Any:
+        nonlocal seen
+        if frame.f_code.co_filename != ownership.__file__:
+            return None
+        if event == "line":
+            if seen == line:
+                found.append(take(folder, take_over=True, lock_seconds=0.0))
+            seen += 1
+        return suspended
+
+    sys.settrace(suspended)
+    try:
+        first.release()
+    finally:
+        sys.settrace(None)
+    return found[0] if found else None
 
 
 def test_a_folder_that_somebody_else_has_locked(tmp_path: Path) -> None:
@@ -266,7 +380,7 @@ def test_of_many_at_once_one_gets_it(tmp_path: Path, before: str) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert won.empty()
-        token = ownership.read_token(tmp_path)
+        token = ownership.read_token(tmp_path / OWNER_FILE)
         assert token is not None and token.start == winner
         over.set()
         for process in processes:

@@ -136,6 +136,9 @@ BROKEN: list[tuple[str, str, Callable[[torch.Tensor], torch.Tensor | None], str]
     ("nf4", STATE, _state(blocksize=0), "is not the state of an nf4 tensor"),
     ("nf4 nested", STATE, _state(nested_offset="1"), "its nested_offset is no number"),
     ("nf4 nested", STATE, _state(nested_offset=10**400), "its nested_offset is no number, or too large"),
+    ("nf4 nested", STATE, _state(nested_offset=float("nan")), "its nested_offset is no number, or too large"),
+    ("nf4 nested", STATE, _state(nested_offset=float("-inf")), "its nested_offset is no number, or too large"),
+    ("nf4 nested", f"{DOWN}.nested_absmax", _with(0, float("inf")), f"{DOWN} has numbers that are not finite"),
     ("nf4 nested", STATE, _state(nested_blocksize=10**30), "its sizes of blocks are no integers from 1 to 1,"),
     ("nf4", STATE, lambda value: value[:-1], "is not the state of an nf4 tensor"),
     ("nf4", DOWN, lambda value: value.view(128, 160), f"{DOWN} has shape [128, 160], not [20480] or [20480, 1]"),
@@ -159,6 +162,16 @@ def test_broken_tensors_are_rejected_by_name(folders: Folders, case: int, tmp_pa
             load_model(source, None, dtype=torch.bfloat16, base=base)
         assert "model.safetensors: " in str(error.value) and "\n" not in str(error.value)
         assert message.removesuffix("; download the model again").removesuffix("; download") in str(error.value)
+
+
+def test_an_offset_may_be_an_integer(folders: Folders, tmp_path: Path) -> None:
+    tokens, positions = torch.arange(3, 60)[None], torch.arange(57)[None]
+    logits = []
+    for offset in (2**64, 2.0**64):
+        copy = changed(folders["nf4 nested"][0], tmp_path / str(offset), STATE, _state(nested_offset=offset))
+        model = load_model(find_model(str(copy)), None, dtype=torch.bfloat16)
+        logits.append(model.predict(tokens, positions))
+    assert torch.equal(*logits)
 
 
 def test_another_format_is_rejected(folders: Folders) -> None:

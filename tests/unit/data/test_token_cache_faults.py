@@ -125,20 +125,6 @@ def test_chunks_of_long_rows_are_small(tokenizer: Any, tmp_path: Path, monkeypat
 # Faults -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_process_left_is_removed_later(tokenizer: Any, tmp_path: Path) -> None:
-    how, files = encoding(tokenizer), {"train": write_rows(tmp_path / "a.jsonl", rows(9))}
-    tokenised_once(how, files=files, seed=0, cache_dir=tmp_path)
-    (stored,) = [path.parent for path in (tmp_path / "tokens").glob("*/tokens.npy")]
-    left = stored.with_name(f".writing-{stored.name}-0123")
-    stored.rename(left)
-    tokenised_once(how, files=files, seed=0, cache_dir=tmp_path)
-    assert left.exists()  # it may belong to a process on another host
-    stored.rename(stored.with_name("elsewhere"))
-    os.utime(left, (time.time() - 2 * 24 * 3600,) * 2)
-    tokenised_once(how, files=files, seed=0, cache_dir=tmp_path)
-    assert not left.exists()
-
-
 def test_a_whole_folder_is_never_replaced(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a host that did not see another's lock, nor at first its folder."""
     how, files = encoding(tokenizer), {"train": write_rows(tmp_path / "a.jsonl", rows(9))}
