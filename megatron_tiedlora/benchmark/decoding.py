@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -40,7 +40,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     stage = load_model(source, None, dtype=dtype, base=base, device=device)
     decoder = Decoder(stage, ParallelGroups(), source.shape)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    turns = {
+    turns: dict[str, Callable[[], Rows]] = {
         # No token ends a sequence.
         "megatron_tiedlora": lambda: generate(decoder, [Prompts(prompts, (), new_tokens)])[0],
         "transformers": partial(_generate_there, theirs.to(device).eval(), prompts, new_tokens),

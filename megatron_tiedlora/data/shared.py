@@ -12,6 +12,7 @@ import torch
 from megatron_tiedlora.adapters.adapter_bank import Share, filled
 from megatron_tiedlora.data.loader import MicroBatch, TrainingStep
 from megatron_tiedlora.engine.runner import StepInput
+from megatron_tiedlora.parallel.collectives import concatenated
 
 Owned = tuple[str, MicroBatch]  # an adapter's name, and one of its micro-batches
 
@@ -50,11 +51,11 @@ def shared_input(parts: Sequence[Owned]) -> StepInput:
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
     numbered = any(batch.numbers is not None for batch in batches)
     return StepInput(
-        _end_to_end([batch.input_ids for batch in batches]),
-        _end_to_end([batch.position_ids for batch in batches]),
-        _end_to_end([batch.labels for batch in batches]),
-        _end_to_end(documents) if documents else None,
-        _end_to_end([_numbers(batch) for batch in batches]) if numbered else None,
+        concatenated([batch.input_ids for batch in batches])[None],
+        concatenated([batch.position_ids for batch in batches])[None],
+        concatenated([batch.labels for batch in batches])[None],
+        concatenated(documents)[None] if documents else None,
+        concatenated([_numbers(batch) for batch in batches])[None] if numbered else None,
         tuple(Share(name, *batch.input_ids.shape) for name, batch in parts),
     )
 
@@ -62,7 +63,3 @@ def shared_input(parts: Sequence[Owned]) -> StepInput:
 def _numbers(batch: MicroBatch) -> torch.Tensor:
     """The numbers of its tokens; zeros if its adapter has no dropout, for which they are not used."""
     return torch.zeros_like(batch.input_ids) if batch.numbers is None else batch.numbers
-
-
-def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])[None]

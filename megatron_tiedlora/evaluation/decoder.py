@@ -22,6 +22,7 @@ from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel.collectives import concatenated
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 
@@ -111,10 +112,10 @@ class Decoder:
         picked, targets = (None if given is None else given[0] for given in (wanted, labels))
         if self.stage.bank is not None:
             shares = tuple(Share(some.adapter, *some.tokens.shape) for some in rows)
-            tokens = _end_to_end([some.tokens for some in rows])
-            positions = _end_to_end([some.positions for some in rows])
+            tokens = concatenated([some.tokens for some in rows])[None]
+            positions = concatenated([some.positions for some in rows])[None]
             all_caches = list(zip(*(some.caches for some in rows), strict=True))
-            targets = None if labels is None else _end_to_end(labels)
+            targets = None if labels is None else concatenated(labels)[None]
             picked = None if wanted is None else torch.cat(list(_among_all(shares, wanted)))
         inputs = tokens
         if self.pipeline.rank > 0:
@@ -175,10 +176,6 @@ class Decoder:
         """Wait until everything that was sent has been received."""
         while self._in_flight:
             self._in_flight.popleft()[0].wait()
-
-
-def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])[None]
 
 
 def _among_all(shares: Shares, wanted: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -97,23 +97,6 @@ class EvaluationPlan:
             "limit": self.limit,
         }
 
-    def model_facts(self) -> dict[str, Any]:
-        """Kind of model, adapter and parallel layout, for results.json."""
-        adapter = None
-        if self.adapter is not None:
-            adapter = {
-                **self.adapter.config.facts,
-                "merged": self.settings.merge_adapter,
-                **({"base_format": trained} if (trained := self.adapter.base.base_format) else {}),
-                **({"base_differs": True} if self.settings.base_differs else {}),
-            }
-        layout = {
-            "tensor_parallel": self.grid.tp_size,
-            "pipeline_parallel": self.grid.pp_size,
-            "data_parallel": self.grid.dp_size,
-        }
-        return {"model_kind": self.kind, "adapter": adapter, "layout": layout}
-
 
 Plans = Mapping[str, EvaluationPlan]  # by the adapter's name; they differ in the adapter and in what follows from it
 

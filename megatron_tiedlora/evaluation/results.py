@@ -88,18 +88,29 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 
 def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> dict[str, Any]:
-    """The content of results.json: the task's own score, all scores, model, settings and versions."""
-    first = plan.task.metrics[0]
+    """The content of results.json: the task's own score, all scores, model, adapter, layout, settings and versions."""
+    settings, grid, first = plan.settings, plan.grid, plan.task.metrics[0]
+    adapter = None
+    if plan.adapter is not None:
+        adapter = {
+            **plan.adapter.config.facts,
+            "merged": settings.merge_adapter,
+            **({"base_format": trained} if (trained := plan.adapter.base.base_format) else {}),
+            **({"base_differs": True} if settings.base_differs else {}),
+        }
+    layout = {"tensor_parallel": grid.tp_size, "pipeline_parallel": grid.pp_size, "data_parallel": grid.dp_size}
     described = {name: score.plain() for name, score in scores.items()}
     return {
         "task": plan.task.name,
-        "split": plan.settings.split,
+        "split": settings.split,
         "metric": first,
         **described[first],
         "scores": described,
-        **plan.model_facts(),
+        "model_kind": plan.kind,
+        "adapter": adapter,
+        "layout": layout,
         "settings": plan.resolved_settings(folder),
-        "ranks": plan.grid.world_size,
+        "ranks": grid.world_size,
         "versions": installed_versions(*_LIBRARIES),
     }
 
