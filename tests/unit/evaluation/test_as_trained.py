@@ -106,8 +106,9 @@ def test_an_answer_that_is_not_trained_is_scored(tmp_path: Path) -> None:
     options: Any = {"files": {"test": path}, "seed": 0, "tokenizer": tokenizer}
     (example,) = load_split("custom", "test", reading=reading, **options)
     assert example.references == ("b",) and example.prompt.endswith("<|im_start|>assistant\n")
-    (whole,), _ = encode_prompts(tokenizer, [example], max_length=400, reading=reading)
-    (shorter,), _ = encode_prompts(tokenizer, [example], max_length=len(whole) - 1, reading=reading)
+    (whole,), num_cut = encode_prompts(tokenizer, [example], max_length=400, reading=reading)
+    (shorter,), num_shorter = encode_prompts(tokenizer, [example], max_length=len(whole) - 1, reading=reading)
+    assert (num_cut, num_shorter) == (0, 1)
     kept = tokenizer.apply_chat_template(row["messages"][2:3], tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(shorter.tolist()) == kept  # a whole exchange is left out
     train: dict[str, Any] = {"train_file": path}
