@@ -44,7 +44,7 @@ def load_adapter(path: str | Path) -> NativeAdapter:
         UserError: it is not a native adapter, or its files are damaged.
     """
     if adapter_kind(path, flag=str(path)) == "peft":
-        raise UserError(f"{path}: this is a PEFT adapter; load it with PEFT, or import it with tools/import_peft.py")
+        raise UserError(f"{path}: this is a PEFT adapter; load it with PEFT, or import it with tiedlora import")
     return load_native(user_path(path))
 
 
@@ -99,7 +99,7 @@ def detach(model: Any) -> Any:
 def merge(model: Any, adapter: NativeAdapter | None = None, *, base_differs: bool = False) -> Any:
     """Add an adapter to the weights of a causal language model in place, and return the model.
 
-    The weights have the bits of a folder that `tools/merge_adapter.py` writes from this model in this precision.
+    The weights have the bits of a folder that `tiedlora merge` writes from this model in this precision.
 
     Args:
         adapter: the adapter (default: the attached one, which is detached).

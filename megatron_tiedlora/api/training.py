@@ -37,7 +37,7 @@ class TrainedRun:
 
 
 def train(settings: Settings) -> TrainedRun:
-    """Train in this process: the run of `launch/train.py`, with the same output and the same files.
+    """Train in this process: the run of `tiedlora train`, with the same output and the same files.
 
     Without a launcher it is one rank; under one, every rank calls it. Variables that start a rank and the handlers of
     signals are as before when it returns.

@@ -1,15 +1,11 @@
 """The table of commands: what `tiedlora NAME` runs, and the script in launch/ or tools/ of a clone that does the same.
 
-Texts of this package name a command by its script, `python tools/merge_adapter.py`. `for_user` words them for a user
-who has not started a script: `tiedlora merge`. A new command is one row here and one module in commands/.
+A new command is one row here and one module in commands/.
 """
 
 from __future__ import annotations
 
-import re
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 PROGRAM = "tiedlora"
 
@@ -63,10 +59,6 @@ _OTHER_NAMES = {
     **dict.fromkeys(("version", "info", "collect-env"), "env"),
     "serve": "export, which prints the command of `vllm serve`",
 }
-_BY_SCRIPT = {command.script: command for command in COMMANDS if command.script}
-_SCRIPTS = "|".join(map(re.escape, _BY_SCRIPT))
-_CALL = re.compile(rf"(?:python3? |(deepspeed (?:--num_gpus \S+ )?))?(?<![\w/.])({_SCRIPTS})\b")
-_GAP = re.compile(r"(?<=\S)  +(?=\S)")
 
 
 def find_command(name: str) -> Command | None:
@@ -77,46 +69,3 @@ def find_command(name: str) -> Command | None:
 def other_command(name: str) -> str:
     """The command of ours that other tools call `name`; '' if there is none."""
     return _OTHER_NAMES.get(name.replace("_", "-").lower(), "")
-
-
-def started_as_script() -> bool:
-    """Whether this process runs a script of launch/ or tools/, and not the installed command."""
-    return "/".join(Path(sys.argv[0]).absolute().parts[-2:]) in _BY_SCRIPT
-
-
-def program_name(script_name: str) -> str:
-    """How a usage line names this program: as the script `NAME.py` that was started, or as `tiedlora NAME`."""
-    if not started_as_script():
-        for script, command in _BY_SCRIPT.items():
-            if Path(script).name == script_name:
-                return f"{PROGRAM} {command.name}"
-    return script_name
-
-
-def for_user(text: str) -> str:
-    """`text`, with `tiedlora NAME` in place of each script, unless this process runs a script itself."""
-    if started_as_script():
-        return text
-    return "\n".join(_reworded(line) for line in text.split("\n"))
-
-
-def _reworded(line: str) -> str:
-    found = _CALL.search(line)
-    if found is None:
-        return line
-    new = _CALL.sub(_as_command, line)
-    # A column of notes that follows the calls stays aligned.
-    gap = _GAP.search(new, found.start())
-    if gap is None:
-        return new
-    width = max(2, gap.end() - gap.start() + len(line) - len(new))
-    return f"{new[: gap.start()]}{' ' * width}{new[gap.end() :]}"
-
-
-def _as_command(call: re.Match[str]) -> str:
-    launcher, name = call[1], _BY_SCRIPT[call[2]].name
-    if launcher is None:
-        return f"{PROGRAM} {name}"
-    if name == "train":
-        return f"{PROGRAM} run {launcher.removeprefix('deepspeed ')}".rstrip()
-    return f"{launcher}--no_python {PROGRAM} {name}"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import reprlib
 from typing import TextIO
 
-from megatron_tiedlora.base.command_names import for_user
-
 _LONGEST = 1200  # characters of a message
 
 
@@ -23,7 +21,7 @@ class UserError(ValueError):
     of_peer: bool = False
 
     def __init__(self, message: object) -> None:
-        super().__init__(one_line(for_user(str(message))))
+        super().__init__(one_line(str(message)))
 
 
 def one_line(text: str) -> str:
@@ -42,8 +40,8 @@ def _printable(character: str) -> str:
 
 
 def show(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines to `file` (default: standard output), each made `printable` and worded `for_user`."""
-    print("\n".join(printable(for_user(line)) for line in lines), file=file, flush=True)
+    """Print lines to `file` (default: standard output), each made `printable`."""
+    print("\n".join(printable(line) for line in lines), file=file, flush=True)
 
 
 def _cut(text: str) -> str:

@@ -54,7 +54,7 @@ class Token:
         start: unique id of the start.
         machine: id of the running kernel, whose lock tells whether the owner lives.
         since: when it took the folder, in seconds since 1970 by its own clock.
-        processes: id of the namespace that has process `pid`; '' before version 0.3.
+        processes: id of the namespace that has process `pid`; '' if it is unknown.
     """
 
     start: Text

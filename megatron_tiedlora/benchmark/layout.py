@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.benchmark.kernel_classes import CLASSES, kernel_seconds
 from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, read_samples, saved_formula
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import (
-    describe_setup,
+    CLASSES,
+    about,
+    kernel_seconds,
     peak_bytes,
     restart_peak,
     saved_by_autograd,
@@ -105,7 +105,7 @@ def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> d
     if ranks is None:
         return None
     figures = {**_step_figures(plan, steps[-1], seconds, ranks), "planned": planned or None}
-    return {**_describe(plan, device), "kernels": run.kernels, **figures}
+    return {**_describe(plan, settings, device), "kernels": run.kernels, **figures}
 
 
 def _planned(run: Started, step: TrainingStep, machine: Machine) -> dict[str, Any]:
@@ -190,16 +190,12 @@ def _saved_bytes(run: Started, step: TrainingStep) -> int:
     return total
 
 
-def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:
+def _describe(plan: RunPlan, bench: BenchSettings, device: torch.device) -> dict[str, Any]:
     settings, grid = plan.settings, plan.grid
     return {
         "model": settings.model,
         "weights": "random" if plan.source.folder is None else "read",
-        "method": settings.method,
-        "targets": settings.targets,
-        "rank": settings.rank,
-        "dtype": precision_in_words(plan.dtype_name, settings.base, settings.products),
-        **describe_setup(device),
+        **about(bench, settings.base, device, "method", "targets", "rank"),
         "layout": {
             "ranks": grid.world_size,
             "tensor_parallel": grid.tp_size,

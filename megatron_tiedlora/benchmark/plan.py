@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
@@ -124,7 +125,8 @@ def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, 
         UserError: the data cannot be read, or there is too little of it.
     """
     if settings.task is None:
-        return _made_up(plan.source.shape.vocab_size, plan.batches.global_batch_size, settings), 0
+        lengths = np.full(plan.batches.global_batch_size, settings.length // (settings.documents or 1))
+        return made_up(plan.source.shape.vocab_size, lengths, num_labels=settings.labels), 0
     tokenizer = load_tokenizer(plan.source.weights_folder())
     files = {"train": settings.train_file}
     examples = load_split(settings.task, "train", files=files, seed=0, tokenizer=tokenizer, limit=settings.samples)
@@ -133,13 +135,13 @@ def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, 
     return encode_dataset(examples, tokenizer, max_length=settings.length), padding_id(tokenizer)
 
 
-def _made_up(vocab_size: int, num_samples: int, settings: BenchSettings) -> TokenDataset:
-    """Samples of random tokens. The last `settings.labels` of each document have a label."""
-    draw, length = np.random.default_rng(0), settings.length // (settings.documents or 1)
+def made_up(vocab_size: int, lengths: NDArray[np.int64], *, num_labels: int | None = None) -> TokenDataset:
+    """Samples of random tokens. The last `num_labels` of each have a label; None: all but the first."""
+    labels = lengths - 1 if num_labels is None else num_labels
     return TokenDataset.after_prompts(
-        tokens=draw.integers(3, vocab_size, num_samples * length).astype(np.int32),
-        offsets=np.arange(num_samples + 1, dtype=np.int64) * length,
-        prompt_lengths=np.full(num_samples, length - settings.labels, np.int32),
+        tokens=np.random.default_rng(0).integers(3, vocab_size, int(lengths.sum())).astype(np.int32),
+        offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        prompt_lengths=(lengths - labels).astype(np.int32),
     )
 
 

@@ -1,4 +1,4 @@
-"""Makes the tables of a step from the figures that also go into the JSON."""
+"""Makes the text of every report from the figures that also go into the JSON: one table of sides, and what is below."""
 
 from __future__ import annotations
 
@@ -6,37 +6,74 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
-from megatron_tiedlora.benchmark.timing import SPEED_HEADER, setup_line, speed_columns
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD, Traffic
 
-_SHARES_HEADER = f"{SPEED_HEADER}{'padding':>9}{'of matmul':>11}"
+Figures = Mapping[str, Any]
 
 
-def _setup_lines(report: Mapping[str, Any]) -> list[str]:
-    adapter = f"{report['method']} r {report['rank']} of {', '.join(report['targets'])}"
-    return [
-        f"{report['model']}, {adapter}, {report['dtype']} on {report['device']}; a bare"
-        f" matmul does {report['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s",
-        setup_line(report),
-    ]
+def report_lines(report: Figures) -> list[str]:
+    """The report of any --what as text."""
+    lines_of = {"layout": _layout, "axes": _scaling, "new_tokens": _decoding, "adapters": _adapters}
+    return next((lines_of[key] for key in lines_of if key in report), _step)(report)
 
 
-def step_table(report: Mapping[str, Any]) -> list[str]:
-    """The figures of one process as lines. Ratios compare our side with another one."""
+def _head(report: Figures, more: str) -> list[str]:
+    """Model, adapter, precision and device, with `more`; then the setup."""
+    rank = f" r {report['rank']}" if "rank" in report else ""
+    adapters = f"{report['adapters']} adapters, " if "adapters" in report else ""
+    adapter = f"{adapters}{report['method']}{rank} of {', '.join(report['targets'])}"
+    return [f"{report['model']}, {adapter}, {report['dtype']} on {report['device']}; {more}", _setup(report)]
+
+
+def _setup(report: Figures) -> str:
+    """Threads, allocator and versions."""
+    return (
+        f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, deepspeed"
+        f" {report['versions'].get('deepspeed', 'not installed')}"
+    )
+
+
+def _matmul(report: Figures) -> str:
+    return f"a bare matmul does {report['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+
+
+def _sides(name: str, sides: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """The table of the sides, each with its cells; the header `name` is over the names of the sides."""
+    return aligned_lines([(name, *sides[0][1]), *((side, *cells.values()) for side, cells in sides)])
+
+
+def _cells(figures: Figures) -> dict[str, str]:
+    """The cells of a side by their headers. Columns whose figures are not there are left out."""
+    middle = median(figures["seconds"])
+    cells = {
+        "seconds": f"{middle:.3f}",
+        " least": f"{min(figures['seconds']):.3f}",
+        "  most": f"{max(figures['seconds']):.3f}",
+        "tokens/s": f"{figures['tokens'] / middle:.1f}",
+    }
+    if "positions" in figures:
+        flops, rate = figures["model_flops"], figures["matmul_flops_per_second"]
+        cells["padding"] = f"{1 - figures['tokens'] / figures['positions']:.1%}"
+        cells["of matmul"] = "" if flops is None else f"{flops / middle / rate:.1%}"
+    if "saved" in figures:
+        cells |= {"saved MB": _megabytes(figures["saved"]), "formula": _megabytes(figures.get("saved_formula"))}
+    if "peak" in figures:
+        cells["peak MB"] = _megabytes(figures["peak"])
+    return cells
+
+
+def _step(report: Figures) -> list[str]:
+    """Of one process. Ratios compare our side with another one."""
     sides = report["sides"]
     ours, *others = sides
     lines = [
-        *_setup_lines(report),
+        *_head(report, _matmul(report)),
         f"{ours}: recompute {report['recompute']}; kernels {report['kernels']}",
-        f"{'':<20}{_SHARES_HEADER}{'saved MB':>10}{'formula':>9}{'peak MB':>9}",
+        *_sides(f"{'':<20}", [(name, _cells({**report, **side})) for name, side in sides.items()]),
+        f"saved bytes are {sides[ours]['saved_ratio']:.3f} of the formula's",
     ]
-    for name, side in sides.items():
-        formula = _megabytes(side.get("saved_formula"))
-        lines.append(
-            f"{name:<20}{_speed(side, report)}{_megabytes(side['saved']):>10}{formula:>9}{_megabytes(side['peak']):>9}"
-        )
-    lines.append(f"saved bytes are {sides[ours]['saved_ratio']:.3f} of the formula's")
     for name, side in sides.items():
         lines += _gpu_lines(side, f"{name}: ")
     for name in others:
@@ -46,20 +83,68 @@ def step_table(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def layout_table(report: Mapping[str, Any]) -> list[str]:
-    """The figures of a layout as lines. The step comes first, then each stage's memory and messages."""
+def _adapters(report: Figures) -> list[str]:
+    """Of several adapters, in turn and together."""
+    first, setup = _head(report, f"recompute {report['recompute']}; kernels {report['kernels']}")
+    load = " to ".join("unknown" if value is None else f"{value:.1f}" for value in report["load"])
+    return [
+        first,
+        f"{setup}, load {load}",
+        f"{report['rows']} x {report['length']} tokens an adapter and step; together in {report['micro_batches']}"
+        f" micro-batch{'es' if report['micro_batches'] > 1 else ''}",
+        *_sides(f"{'':<26}", [(name, _cells({**report, **side})) for name, side in report["sides"].items()]),
+        f"together against in turn {report['ratio']:.2f}, against one adapter with all tokens"
+        f" {report['of_one_adapter']:.2f}",
+    ]
+
+
+def _scaling(report: Figures) -> list[str]:
+    """Of several values. The last column has the additional seconds per unit, compared with the value before."""
+    lines = _head(report, f"kernels {report['kernels']}")
+    for name, measured in report["axes"].items():
+        sides = []
+        for before, own in zip([None, *measured], measured, strict=False):
+            slope = "" if before is None else f"{_slope(before, own):.4f}"
+            cells = {"tokens": str(own["tokens"]), **_cells(own), "more, for 1 more": slope}
+            sides.append((str(own["value"]), cells))
+        lines += _sides(f"{name:<12}", sides)
+    return lines
+
+
+def _slope(before: Figures, own: Figures) -> float:
+    return float((median(own["seconds"]) - median(before["seconds"])) / (own["value"] - before["value"]))
+
+
+def _decoding(report: Figures) -> list[str]:
+    """Of decoding, here and in transformers."""
+    ours, theirs = (median(taken) for taken in report["seconds"].values())
+    tokens = report["batch_size"] * report["new_tokens"]
+    return [
+        f"{report['model']} in {report['dtype']} on {report['device']}: {count_text(report['batch_size'], 'prompt')} of"
+        f" {report['prompt_tokens']} tokens together, {report['new_tokens']} new tokens each,"
+        f" {report['equal_tokens']:.1%} of them equal",
+        _setup(report),
+        *_sides(
+            f"{'':<20}",
+            [(name, _cells({"seconds": taken, "tokens": tokens})) for name, taken in report["seconds"].items()],
+        ),
+        f"ratio of the medians {theirs / ours:.2f}",
+    ]
+
+
+def _layout(report: Figures) -> list[str]:
+    """Of a layout. The step comes first, then each stage's memory and messages."""
     layout = report["layout"]
     ranks, rows = count_text(layout["ranks"], "rank"), count_text(layout["rows"], "row")
     sequences = "sharded" if layout["sequence_parallel"] else "full"
     return [
-        *_setup_lines(report),
+        *_head(report, _matmul(report)),
         f"{ranks} = tensor {layout['tensor_parallel']} x pipeline {layout['pipeline_parallel']} x"
         f" data {layout['data_parallel']}, {sequences} sequences, ZeRO-{layout['zero_stage']},"
         f" recompute {layout['recompute']}; {report['kernels']}",
         f"{report['tokens']:,} tokens per step, {report['supervised']:,} with a label; micro-batches per rank:"
         f" {report['micro_batches']}, up to {rows} each; weights {report['weights']}",
-        _SHARES_HEADER,
-        _speed(report, report),
+        *_sides("", [("", _cells(report))]),
         *_gpu_lines(report, ""),
         *_planned(report),
         *_memory(report["ranks"]),
@@ -67,14 +152,7 @@ def layout_table(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _speed(figures: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    flops, rate = figures["model_flops"], report["matmul_flops_per_second"]
-    share = "" if flops is None else f"{flops / median(figures['seconds']) / rate:.1%}"
-    padding = 1 - figures["tokens"] / figures["positions"]
-    return f"{speed_columns(figures['seconds'], figures['tokens'])}{padding:>9.1%}{share:>11}"
-
-
-def _gpu_lines(figures: Mapping[str, Any], name: str) -> list[str]:
+def _gpu_lines(figures: Figures, name: str) -> list[str]:
     """MFU and the time by class of kernels, if a GPU was measured."""
     lines = []
     if figures.get("mfu") is not None:
@@ -86,7 +164,7 @@ def _gpu_lines(figures: Mapping[str, Any], name: str) -> list[str]:
     return lines
 
 
-def _planned(report: Mapping[str, Any]) -> list[str]:
+def _planned(report: Figures) -> list[str]:
     """The step as it was planned, if it was."""
     planned = report["planned"]
     if planned is None:
@@ -98,28 +176,24 @@ def _planned(report: Mapping[str, Any]) -> list[str]:
     return [f"planned for {planned['machine']}: {total:,.3f} s, {ratio:.3f} of the median; {shares}"]
 
 
-def _memory(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [
-        f"{'stage':<7}{'saved MB':>10}{'formula':>9}{'ratio':>7}{'held MB':>10}{'peak MB':>10}{'planned':>10}"
-        "   of the rank with most; held: before the first step"
-    ]
+def _memory(ranks: Sequence[Figures]) -> list[str]:
+    note = " of the rank with most; held: before the first step"
+    rows = [("stage  ", "saved MB", "formula", "ratio", " held MB", " peak MB", " planned", note)]
     for stage, members in _by_stage(ranks).items():
         saved, formula, held, peak, planned = (
             max((member[key] for member in members if member[key] is not None), default=None)
             for key in ("saved", "saved_formula", "held", "peak", "planned_peak")
         )
-        lines.append(
-            f"{stage:<7}{_megabytes(saved):>10}{_megabytes(formula):>9}{_ratio(saved, formula):>7}"
-            f"{_megabytes(held):>10}{_megabytes(peak):>10}{_megabytes(planned):>10}"
-        )
-    return lines
+        sizes = (_megabytes(held), _megabytes(peak), _megabytes(planned), "")
+        rows.append((str(stage), _megabytes(saved), _megabytes(formula), _ratio(saved, formula), *sizes))
+    return aligned_lines(rows)
 
 
-def _messages(report: Mapping[str, Any]) -> list[str]:
+def _messages(report: Figures) -> list[str]:
     """The messages of one rank of each stage, and the ranks that send something else than was predicted."""
     if len(report["ranks"]) == 1:
         return ["messages: none, one rank sends nothing"]
-    lines = [f"{'stage':<7}{'messages to':<13}{'counted in a step':>24}{'as --dry_run predicts':>26}"]
+    rows = [("stage", "messages to  ", f"{'counted in a step':>22}", f"{'as --dry_run predicts':>24}", "")]
     for stage, (member, *_) in _by_stage(report["ranks"]).items():
         for group, found in member["traffic"].items():
             counted = f"{found['messages']:,} / {bytes_in_words(found['bytes'])}"
@@ -127,14 +201,12 @@ def _messages(report: Mapping[str, Any]) -> list[str]:
             messages = found["predicted_messages"]
             predicted = f"at most {predicted}" if messages is None else f"{messages:,} / {predicted}"
             name = "all ranks" if group == WORLD else group
-            lines.append(f"{stage:<7}{name:<13}{counted:>24}{predicted:>26}   {found['verdict']}")
+            rows.append((str(stage), name, counted, predicted, f" {found['verdict']}"))
     others = [str(member["number"]) for member in report["ranks"] if not member["as_predicted"]]
-    lines.append(
-        "every message and byte of all ranks as predicted"
-        if not others
-        else f"NOT as predicted: rank {', '.join(others)}; --json has each rank's figures"
-    )
-    return lines
+    verdict = "every message and byte of all ranks as predicted"
+    if others:
+        verdict = f"NOT as predicted: rank {', '.join(others)}; --json has each rank's figures"
+    return [*aligned_lines(rows, align="<<>><"), verdict]
 
 
 def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
@@ -168,13 +240,13 @@ def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> di
     return compared
 
 
-def _tokens_per_second(side: Mapping[str, Any]) -> float:
+def _tokens_per_second(side: Figures) -> float:
     """The tokens per second at the median, without padding."""
     return float(side["tokens"] / median(side["seconds"]))
 
 
-def _by_stage(ranks: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
-    stages: dict[int, list[Mapping[str, Any]]] = {}
+def _by_stage(ranks: Sequence[Figures]) -> dict[int, list[Figures]]:
+    stages: dict[int, list[Figures]] = {}
     for member in ranks:
         stages.setdefault(member["stage"], []).append(member)
     return stages

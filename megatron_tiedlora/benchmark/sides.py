@@ -1,14 +1,19 @@
-"""Builds the sides of a step in one process. They are ours, and Hugging Face + PEFT LoRA on q, k and v."""
+"""Builds the sides of a step in one process: ours beside Hugging Face + PEFT LoRA, and several adapters of one base.
+
+The adapters take their steps one after another, and together in shared micro-batches. A third side takes one step of
+one adapter with as many tokens in as many micro-batches. No sharing can be faster.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank, pieces_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.plan import LEARNING_RATE, random_config, read_samples
@@ -18,17 +23,23 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data.loader import MicroBatch, collate
+from megatron_tiedlora.data.shared import shared_input, shared_rounds
+from megatron_tiedlora.engine.bank_runner import ShareLosses, Weight
+from megatron_tiedlora.engine.runner import StepInput
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.model.supervised import find_shared_supervised, find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
+from megatron_tiedlora.training.optimizer import make_optimizer
 from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.throughput import timed, training_flops
+from megatron_tiedlora.training.throughput import training_flops
 
+Batch = TypeVar("Batch")
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
+IN_TURN, TOGETHER, ONE = "in turn", "together", "one adapter, all tokens"
 
 
 @dataclass
@@ -56,15 +67,8 @@ class Side:
         self._optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
 
     def step(self) -> None:
-        """Run forward and backward over all micro-batches, and take the optimizer's step."""
-        for batch in self.batches:
-            self.forward(batch).backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-    def seconds(self) -> float:
-        """Take one more step; returns its seconds."""
-        return timed(self.step, self.device)
+        """Take a step of AdamW."""
+        take_step(self.batches, self.forward, [self._optimizer])
 
     def saved_bytes(self) -> int:
         """The total bytes that autograd saves for a step's micro-batches, without parameters."""
@@ -74,6 +78,27 @@ class Side:
                 self.forward(batch)
             total += storage_bytes(saved)
         return total
+
+
+def take_step(
+    batches: Iterable[Batch], loss_of: Callable[[Batch], torch.Tensor], optimizers: Iterable[torch.optim.Optimizer]
+) -> None:
+    """Run forward and backward over all micro-batches, then take the step of each optimizer."""
+    for batch in batches:
+        loss_of(batch).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def stage_losses(stage: Stage, batch: StepInput, device: torch.device) -> torch.Tensor:
+    """The summed loss of a micro-batch; of a shared one that of each share, (shares,)."""
+    pieces, labels = pieces_of(batch.shares), batch.labels
+    found = find_shared_supervised(labels, pieces) if pieces else find_supervised(labels)
+    supervised = found.moved(lambda tensor: tensor.to(device))
+    tokens, positions = batch.tokens.to(device), batch.positions.to(device)
+    losses: torch.Tensor = stage(tokens, positions, supervised, documents=batch.documents, shares=batch.shares)
+    return losses
 
 
 def make_sides(
@@ -121,10 +146,7 @@ def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) 
     step = next(plan.training_loader(dataset, pad_id=pad_id))
 
     def forward(batch: MicroBatch) -> torch.Tensor:
-        on_device = find_supervised(batch.labels).moved(lambda tensor: tensor.to(device))
-        tokens, position_ids = batch.input_ids.to(device), batch.position_ids.to(device)
-        loss: torch.Tensor = stage(tokens, position_ids, on_device, documents=batch.documents)
-        return loss / step.num_supervised
+        return stage_losses(stage, batch.model_input, device) / step.num_supervised
 
     flops = training_flops(plan.source.shape, plan.adapter, step)
     return Side(stage, step.micro_batches, forward, device, flops, chosen.description)
@@ -207,3 +229,96 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
         return loss * (batch.num_supervised / step.num_supervised)
 
     return Side(model, batches, forward, device)
+
+
+# Several adapters ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Adapters of one base, ready for steps.
+
+    Attributes:
+        alone: the micro-batches of each adapter's step, by its name.
+        shared: those of all of them, in shared ones.
+        joined: the same rows as micro-batches of one adapter.
+        weight: of a loss.
+        kernels: how they were made, in a few words.
+    """
+
+    stage: Stage
+    bank: AdapterBank
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    alone: Mapping[str, Sequence[StepInput]]
+    shared: Sequence[StepInput]
+    joined: Sequence[StepInput]
+    weight: Weight
+    device: torch.device
+    kernels: str
+
+    @property
+    def steps(self) -> dict[str, Callable[[], None]]:
+        """The sides, by name."""
+        first, *_ = names = list(self.alone)
+        return {
+            IN_TURN: self._in_turn,
+            TOGETHER: lambda: self._step(names, self.shared),
+            ONE: lambda: self._step([first], self.joined),
+        }
+
+    def _in_turn(self) -> None:
+        for name, batches in self.alone.items():
+            self._step([name], batches)
+
+    def _step(self, names: Sequence[str], batches: Sequence[StepInput]) -> None:
+        """Take a step of these adapters on shared micro-batches, or of one adapter on its own."""
+        shares = bool(batches[0].shares)
+        self.stage.bank = self.bank if shares else None
+        self.stage.adapter = None if shares else self.bank.adapters[names[0]]
+        losses = ShareLosses(dict.fromkeys(names, self.weight))
+
+        def loss(batch: StepInput) -> torch.Tensor:
+            found = stage_losses(self.stage, batch, self.device)
+            return losses.weighted(found, batch.shares) if shares else found / self.weight.denominator
+
+        take_step(batches, loss, [self.optimizers[name] for name in names])
+
+
+def build_group(plan: RunPlan, settings: BenchSettings) -> Group:
+    """The adapters, which differ in their seeds, and their steps of --rows x --length made-up tokens each."""
+    assert settings.adapters is not None
+    device = default_device()
+    chosen = choose_kernels(plan, device)
+    stage = build_stage(plan, settings, chosen.kernels)
+    adapters = {}
+    for number in range(settings.adapters):
+        config = replace(plan.adapter, seed=number)
+        adapters[f"adapter {number}"] = TiedAdapter(AdapterPart.whole(config)).to(device)
+        adapters[f"adapter {number}"].load_full(initial_values(config))
+    dataset, pad_id = read_samples(plan, settings)
+    loader = plan.training_loader(dataset, pad_id=pad_id)
+    steps = {name: next(loader) for name in adapters}
+    step, capacity = steps["adapter 0"], settings.shared_tokens or settings.adapters * settings.adapter_tokens
+    rounds = shared_rounds(steps, capacity=capacity)
+    return Group(
+        stage,
+        AdapterBank(adapters),
+        {name: _optimizer(adapter) for name, adapter in adapters.items()},
+        {name: [batch.model_input for batch in step.micro_batches] for name, step in steps.items()},
+        [shared_input(parts) for parts in rounds],
+        [_stacked([batch.model_input for _, batch in parts]) for parts in rounds],
+        Weight(step.num_supervised, 1),
+        device,
+        chosen.description,
+    )
+
+
+def _optimizer(adapter: TiedAdapter) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    return make_optimizer(trained, learning_rate=LEARNING_RATE, weight_decay=0.0)
+
+
+def _stacked(batches: Sequence[StepInput]) -> StepInput:
+    """The rows of several micro-batches, all of one length and not packed."""
+    tokens, positions, labels = map(torch.cat, zip(*(batch[:3] for batch in batches), strict=True))
+    return StepInput(tokens, positions, labels)

@@ -1,4 +1,4 @@
-"""Measures the times of steps that take turns, and the memory of a step that runs alone."""
+"""Measures the times of steps that take turns, of their kernels by class, and the memory of a step that runs alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import ctypes
 import gc
 import multiprocessing
 import os
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -15,15 +15,30 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
+from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.training.throughput import peak_memory_bytes, resident_bytes
 
 Value = TypeVar("Value")
 _ALLOCATOR_SETTINGS = ("MALLOC_CONF", "MALLOC_MMAP_THRESHOLD_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-SPEED_HEADER = f"{'seconds':>9}{'least':>8}{'most':>8}{'tokens/s':>10}"
+CLASSES = ("matmul", "attention", "elementwise", "communication", "copies", "other")
+
+# The first pattern that is found in a name decides. The order matters: attention kernels contain CUTLASS too, a matmul
+# split along its inner dimension ends in a reduction, and Inductor names a fused kernel after everything in it.
+_PATTERNS = (
+    ("communication", r"nccl"),
+    ("copies", r"^mem(cpy|set)\b"),
+    ("elementwise", r"^triton_(poi|red|per|for)_"),
+    ("attention", r"flash|fmha|attention|mha_|sdpa"),
+    ("matmul", r"gemm|gemv|nvjet|cutlass|xmma|splitk|^triton_tem_fused_\w*mm"),
+    ("elementwise", r"elementwise|reduce|softmax|norm|at::native|^triton_"),
+)
 
 
 def take_turns(
@@ -39,20 +54,21 @@ def take_turns(
     return seconds
 
 
-def speed_columns(seconds: Sequence[float], tokens: int) -> str:
-    """The columns of SPEED_HEADER. They are median, least and most seconds, and tokens per second at the median."""
-    middle = statistics.median(seconds)
-    return f"{middle:>9.3f}{min(seconds):>8.3f}{max(seconds):>8.3f}{tokens / middle:>10.1f}"
-
-
 def default_device() -> torch.device:
     """The GPU that a process without an engine uses; the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def describe_setup(device: torch.device) -> dict[str, Any]:
-    """Device, threads, allocator and versions, which the figures depend on too."""
+def about(settings: BenchSettings, base: str | None, device: torch.device, *names: str, **more: Any) -> dict[str, Any]:
+    """What every report begins with: these settings, precision, `more`, device, allocator and versions.
+
+    Args:
+        base: the format in which the base is held.
+    """
     return {
+        **{name: getattr(settings, name) for name in names},
+        "dtype": precision_in_words(settings.dtype, base, settings.products),
+        **more,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "allocator": describe_allocator(os.environ),
@@ -69,13 +85,33 @@ def describe_allocator(environment: Mapping[str, str]) -> str:
     return ", ".join(found) or "default malloc"
 
 
-def setup_line(report: Mapping[str, Any]) -> str:
-    """`describe_setup` as a line of a table."""
-    versions = report["versions"]
-    return (
-        f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, deepspeed"
-        f" {versions.get('deepspeed', 'not installed')}"
-    )
+def kernel_class(name: str) -> str:
+    """The class of `CLASSES` that a kernel of this name belongs to. Reductions count as elementwise."""
+    for kind, pattern in _PATTERNS:
+        if re.search(pattern, name, re.IGNORECASE):
+            return kind
+    return "other"
+
+
+def profiled(step: Callable[[], object]) -> list[Any]:
+    """The events of `step`, which is run once under torch's profiler until the GPU has finished."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return list(profiler.events() or ())
+
+
+def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
+    """The seconds that a GPU spends in kernels of each class during `step`, which is run once under torch's profiler.
+
+    Kernels that run at the same time each count in full.
+    """
+    spent = dict.fromkeys(CLASSES, 0.0)
+    for event in profiled(step):
+        # An annotation spans the kernels that it is about.
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            spent[kernel_class(event.name)] += event.time_range.elapsed_us() / 1e6
+    return spent
 
 
 def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) -> Value:

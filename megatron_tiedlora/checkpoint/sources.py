@@ -150,7 +150,7 @@ def local_folder(name: str) -> Path | None:
         return folder
     if prepared is not None:
         raise UserError(
-            f"{folder}: the demo model is not prepared; run `python tools/prepare_demo.py` (make train does)"
+            f"{folder}: the demo model is not prepared; run `tiedlora prepare-demo` (make train does)"
         )
     if folder.exists():
         raise UserError(f"--model {name} is a file; give the folder that holds config.json and the safetensors files")

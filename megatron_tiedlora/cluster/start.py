@@ -1,4 +1,4 @@
-"""launch/run.py: from settings to a job that has been watched to its end; the table of contents of a start."""
+"""tiedlora run: from settings to a job that has been watched to its end; the table of contents of a start."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def launch(argv: Sequence[str], *, scripts: Path, times: Times = _TIMES) -> int:
     """Start a job, watch it to its end and report it; returns the exit status.
 
     Args:
-        scripts: the folder of launch/train.py.
+        scripts: the folder of tiedlora train.
         times: time limits; the settings override two of them.
 
     Raises:

@@ -20,7 +20,7 @@ LATE_SECONDS = 3.0  # until a status that was written on another host is visible
 
 @dataclass(frozen=True)
 class Verdict:
-    """The exit status of launch/run.py and the line that explains it."""
+    """The exit status of tiedlora run and the line that explains it."""
 
     status: int
     line: str

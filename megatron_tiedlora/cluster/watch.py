@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_tiedlora.base.command_names import program_name
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.cluster.decide import Observation, Phase, State, Times, decide
 from megatron_tiedlora.cluster.job_hosts import Answers, JobHosts
@@ -43,7 +42,7 @@ class Ended:
 def say(line: str) -> None:
     """Print a line of this command's own on stderr."""
     with suppress(OSError):
-        show(f"{program_name('run.py')}: {line}", file=sys.stderr)
+        show(f"tiedlora run: {line}", file=sys.stderr)
 
 
 @dataclass

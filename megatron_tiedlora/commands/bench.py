@@ -22,28 +22,23 @@ def main(argv: Sequence[str]) -> int:
     what = settings.measured_on(world_size)
     # These import DeepSpeed and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.base.atomic import write_json
-    from megatron_tiedlora.benchmark import adapters, decoding, layout, report, scaling, step
+    from megatron_tiedlora.benchmark import compare, layout
+    from megatron_tiedlora.benchmark.report import report_lines
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
     from megatron_tiedlora.runtime.process_group import leave_process_group
     from megatron_tiedlora.runtime.stopping import RunStopped, exit_status
 
     try:
         if what == "layout":
-            found, table = layout.measure(settings, rank=rank, world_size=world_size), report.layout_table
-        elif what == "scaling":
-            found, table = scaling.measure(settings), scaling.scaling_table
-        elif what == "decoding":
-            found, table = decoding.measure(settings), decoding.decoding_table
-        elif settings.adapters is not None:
-            found, table = adapters.measure(settings), adapters.adapters_table
+            found = layout.measure(settings, rank=rank, world_size=world_size)
         else:
-            found, table = step.measure(settings), report.step_table
+            found = compare.measure(settings)
     except RunStopped as stop:
         return exit_status(stop.signal_number)
 
     def publish() -> None:
         assert found is not None, "rank 0 has the report"
-        show(*table(found))
+        show(*report_lines(found))
         if file is not None:
             write_json(file, found)
 

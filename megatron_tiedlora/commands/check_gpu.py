@@ -1,7 +1,7 @@
 """Check what this machine's GPUs can do with this package: correct numbers, speed, memory, several ranks.
 
-    python tools/check_gpu.py                                8 minutes on one H100; uses no network
-    python tools/check_gpu.py --parts env,attention,correct  the parts that check correctness, on one GPU
+    tiedlora check-gpu                                       8 minutes on one H100; uses no network
+    tiedlora check-gpu --parts env,attention,correct         the parts that check correctness, on one GPU
 
     env        versions, driver, the attention and kernels in use and why, important variables, and the peak rates
                of a matmul and a copy
@@ -57,7 +57,7 @@ CHILD = Path(children.__file__).with_name("child.py")
 
 def parser() -> CommandParser:
     """The command's flags."""
-    described = CommandParser(prog="check_gpu.py", description=__doc__)
+    described = CommandParser(prog="tiedlora check-gpu", description=__doc__)
     described.add_argument("--parts", default=",".join(SHARES), metavar="P,P", help="parts to run, in order [all]")
     described.add_argument(
         "--minutes", type=float, metavar="X", help="time for the given parts together [8; on several GPUs 12]"

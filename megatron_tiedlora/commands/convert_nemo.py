@@ -12,7 +12,7 @@ from megatron_tiedlora.config.cli import CommandParser, path_value
 
 EXAMPLE = """\
 example:
-  python tools/convert_nemo.py --nemo GPT-2B-001_bf16_tp1.nemo --output gpt-2b-001-hf
+  tiedlora convert-nemo --nemo GPT-2B-001_bf16_tp1.nemo --output gpt-2b-001-hf
 
 FILE may be split by tensor and pipeline parallelism. Its model must be a NeMo 1 GPT with LayerNorm1p, fast-swiglu, rope
 and a SentencePiece tokenizer; a setting that computes something else is rejected by name. Nothing is unpacked and no
@@ -24,7 +24,7 @@ Exit status: 1 if FILE cannot be converted, 2 if a flag is wrong.
 
 def parser() -> CommandParser:
     """The command's flags."""
-    described = CommandParser(prog="convert_nemo.py", description=__doc__, epilog=EXAMPLE)
+    described = CommandParser(prog="tiedlora convert-nemo", description=__doc__, epilog=EXAMPLE)
     described.add_argument("--nemo", required=True, type=path_value, metavar="FILE", help="the .nemo file")
     described.add_new_folder()
     return described
@@ -49,5 +49,5 @@ def main(argv: Sequence[str]) -> int:
         return 1
     layers, rows = config["num_hidden_layers"], config["vocab_size"]
     show(f"converted {options.nemo} ({layers} layers, {rows:,} pieces, {config['dtype']}): {output}")
-    show(f"train it with: deepspeed launch/train.py --model {shlex.quote(str(output))} --train_file data.jsonl")
+    show(f"train it with: tiedlora run --model {shlex.quote(str(output))} --train_file data.jsonl")
     return 0

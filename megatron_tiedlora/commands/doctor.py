@@ -1,9 +1,9 @@
 """Examine the hosts of a job before it starts: a hostfile's, a Slurm allocation's, or this machine.
 
-    python launch/doctor.py --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
-    python launch/doctor.py --model MODEL                      inside a Slurm allocation, else this machine alone
+    tiedlora doctor --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
+    tiedlora doctor --model MODEL                              inside a Slurm allocation, else this machine alone
 
-With --measure FILE it then measures what tools/plan.py needs of these hosts.
+With --measure FILE it then measures what tiedlora plan needs of these hosts.
 Start it once, where you would start the job. It starts what it needs on the hosts and leaves nothing there.
 """
 
@@ -56,7 +56,7 @@ def _write_constants(report: DoctorReport, file: Path) -> None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, report.machine)
-    show(f"{file}: constants of {report.machine['title']}, for tools/plan.py --constants", file=sys.stderr)
+    show(f"{file}: constants of {report.machine['title']}, for tiedlora plan --constants", file=sys.stderr)
 
 
 if __name__ == "__main__":

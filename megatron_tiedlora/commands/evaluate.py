@@ -1,8 +1,8 @@
 """Answer a task's held-out rows by greedy decoding and score them, for a base model, adapter, merged or PEFT folder.
 
-    python launch/evaluate.py                                                          the demo model on the demo task
-    deepspeed launch/evaluate.py --adapter runs/NAME/adapter --task gsm8k --tensor_parallel 2
-    python launch/evaluate.py --adapters runs/four --task gsm8k                        every adapter of a run of several
+    tiedlora evaluate                                                                  the demo model on the demo task
+    deepspeed --no_python tiedlora evaluate --adapter runs/NAME/adapter --task gsm8k --tensor_parallel 2
+    tiedlora evaluate --adapters runs/four --task gsm8k                                every adapter of a run of several
 
 Read top to bottom: it is the table of contents of an evaluation.
 """

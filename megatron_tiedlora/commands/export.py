@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 EXAMPLE = """\
 examples:
-  python tools/export_peft.py --adapter runs/demo/adapter --output runs/demo/peft
-  python tools/export_peft.py --adapter 'runs/*/adapter' --output exports --dtype bf16
+  tiedlora export --adapter runs/demo/adapter --output runs/demo/peft
+  tiedlora export --adapter 'runs/*/adapter' --output exports --dtype bf16
 
 Padding the rank with zeros does not change what the adapter computes; it is for programs that accept only certain
-ranks. The adapter's own files travel along in DIR/native, where tools/import_peft.py finds them. Several adapters, or
+ranks. The adapter's own files travel along in DIR/native, where tiedlora import finds them. Several adapters, or
 a pattern in quotes, are written to DIR/NAME each, named after their folders or runs. Each folder is written
 atomically. PEFT's config names the base by its hub id, by --base_name, or else by the name of its folder. vLLM's
 resolver of adapters in a folder takes an export only if that name is the --model of the server.
@@ -30,7 +30,7 @@ resolver of adapters in a folder takes an export only if that name is the --mode
 
 def parser() -> CommandParser:
     """The command's flags."""
-    described = CommandParser(prog="export_peft.py", description=__doc__, epilog=EXAMPLE)
+    described = CommandParser(prog="tiedlora export", description=__doc__, epilog=EXAMPLE)
     described.add_argument(
         "--adapter", required=True, nargs="+", metavar="DIR", help="native adapters: runs' adapter/ folders or patterns"
     )
@@ -82,5 +82,5 @@ def main(argv: Sequence[str]) -> int:
     rank = export_peft(source, adapter, output, native=user_path(options.adapter), say=note, **chosen)
     show(f"exported {options.adapter} as LoRA of rank {rank} on {base_location(source)}: {output}")
     show_serving(source, {"tied": Export(output, rank, [target.name for target in adapter.config.targets])})
-    show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --peft {shlex.quote(str(output))}")
+    show(f"check it with: tiedlora verify {adapter_flags(options)} --peft {shlex.quote(str(output))}")
     return 0

@@ -11,7 +11,7 @@ from megatron_tiedlora.config.cli import CommandParser, path_value
 
 EXAMPLE = """\
 example:
-  python tools/import_peft.py --peft downloads/lora --model meta-llama/Llama-2-7b-hf --output adapters/lora
+  tiedlora import --peft downloads/lora --model meta-llama/Llama-2-7b-hf --output adapters/lora
 
 An export of this project gives back the tied adapter that it came from, byte for byte, unless its PEFT files were
 changed. Any other LoRA or VeRA becomes an equal lora or vera. Only what has to be multiplied into B is rounded, once to
@@ -21,7 +21,7 @@ fp32: an alpha / r of some modules alone (rank_pattern, alpha_pattern), or VeRA'
 
 def parser() -> CommandParser:
     """The command's flags."""
-    described = CommandParser(prog="import_peft.py", description=__doc__, epilog=EXAMPLE)
+    described = CommandParser(prog="tiedlora import", description=__doc__, epilog=EXAMPLE)
     described.add_argument(
         "--peft", required=True, type=path_value, metavar="DIR", help="folder of a PEFT adapter, in safetensors"
     )

@@ -12,7 +12,7 @@ from megatron_tiedlora.config.cli import CommandParser, adapter_flags
 
 EXAMPLE = """\
 example:
-  python tools/merge_adapter.py --adapter runs/demo/adapter --output runs/demo/merged
+  tiedlora merge --adapter runs/demo/adapter --output runs/demo/merged
 
 Each file of the base is copied, and adapted weights are computed in the copy, some rows at a time: W + B A in fp32,
 cast once. It needs 50 MB of memory beside PyTorch and the adapter, whatever the model. All other bytes are the base's
@@ -27,7 +27,7 @@ After a kill -9 or a crash, the same command continues with the files that are c
 
 def parser() -> CommandParser:
     """The command's flags."""
-    described = CommandParser(prog="merge_adapter.py", description=__doc__, epilog=EXAMPLE)
+    described = CommandParser(prog="tiedlora merge", description=__doc__, epilog=EXAMPLE)
     described.add_adapter("a run's adapter/ folder or one of its checkpoints, or a PEFT LoRA or VeRA")
     described.add_output()
     described.add_argument(
@@ -87,5 +87,5 @@ def main(argv: Sequence[str]) -> int:
     show(f"merged {options.adapter} into {opened.source.name}: {output}")
     if not any(output.glob("tokenizer*")):
         show(f"{opened.source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
-    show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --merged {shlex.quote(str(output))}")
+    show(f"check it with: tiedlora verify {adapter_flags(options)} --merged {shlex.quote(str(output))}")
     return 0

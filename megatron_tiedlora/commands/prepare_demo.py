@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> CommandParser:
     described = CommandParser(
-        prog="prepare_demo.py",
+        prog="tiedlora prepare-demo",
         description="Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. "
         "Downloads 93 MB once. Needs the extra demo.",
         epilog="Downloads are stored in $MEGATRON_TIEDLORA_CACHE, by default ~/.cache/megatron_tiedlora. "

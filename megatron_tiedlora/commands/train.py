@@ -1,8 +1,8 @@
 """Fine-tune a language model with Tied-LoRA.
 
-    deepspeed launch/train.py --ds_config zero2.json                                   the demo
-    deepspeed launch/train.py --model meta-llama/Llama-2-7b-hf --train_file data.jsonl your model and data
-    deepspeed launch/train.py --model meta-llama/Llama-2-7b-hf --adapters four.yaml    several adapters of one model
+    tiedlora run --ds_config zero2.json                                           the demo
+    tiedlora run --model meta-llama/Llama-2-7b-hf --train_file data.jsonl         your model and data
+    tiedlora run --model meta-llama/Llama-2-7b-hf --adapters four.yaml            several adapters of one model
 
 Read top to bottom: it is the table of contents of a run.
 """

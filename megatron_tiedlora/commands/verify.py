@@ -9,7 +9,7 @@ from megatron_tiedlora.config.cli import CommandParser, path_value
 
 EXAMPLE = """\
 example:
-  python tools/verify_export.py --adapter runs/demo/adapter --merged runs/demo/merged --peft runs/demo/peft
+  tiedlora verify --adapter runs/demo/adapter --merged runs/demo/merged --peft runs/demo/peft
 
 Every tensor of the merged files is compared bit by bit: with base + adapter, added in fp32 and cast once, or with the
 base. A PEFT folder that this package exported is compared bit by bit with the adapter's export; one of another program
@@ -23,10 +23,10 @@ the most likely token is the same, over random tokens.
 
 def parser() -> CommandParser:
     """The command's flags."""
-    described = CommandParser(prog="verify_export.py", description=__doc__, epilog=EXAMPLE)
+    described = CommandParser(prog="tiedlora verify", description=__doc__, epilog=EXAMPLE)
     described.add_adapter("a run's adapter/ folder or one of its checkpoints, or a PEFT LoRA or VeRA")
-    described.add_argument("--merged", type=path_value, metavar="DIR", help="output of tools/merge_adapter.py")
-    described.add_argument("--peft", type=path_value, metavar="DIR", help="output of tools/export_peft.py")
+    described.add_argument("--merged", type=path_value, metavar="DIR", help="output of tiedlora merge")
+    described.add_argument("--peft", type=path_value, metavar="DIR", help="output of tiedlora export")
     described.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the logits' computation by layers [fp32]"
     )

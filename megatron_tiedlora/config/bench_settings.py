@@ -1,4 +1,4 @@
-"""Every setting of tools/bench_step.py: what is measured, of which model, and on which samples."""
+"""Every setting of tiedlora bench: what is measured, of which model, and on which samples."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 ABOUT = """\
 Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samples, or at a layout of several ranks.
 
-    python tools/bench_step.py --against peft                                        4 x 512 tokens, half of them
+    tiedlora bench --against peft                                                    4 x 512 tokens, half of them
                                                                                      with a label
-    python tools/bench_step.py --against peft --task gsm8k --train_file train.jsonl  real samples: packed here; there
+    tiedlora bench --against peft --task gsm8k --train_file train.jsonl              real samples: packed here; there
                                                                                      padded in batches, and packed
-    python tools/bench_step.py --adapters 8 --rows 1 --length 64                     8 adapters, in turn and together
-    python tools/bench_step.py --model llama2-7b --num_layers 2 --supervised 1       a preset's shape, random weights
-    deepspeed --num_gpus 8 tools/bench_step.py --model llama2-70b --tensor_parallel 4 --pipeline_parallel 2
-    python tools/bench_step.py --what scaling                                        layers, length, rank and labels
-    python tools/bench_step.py --what decoding --model runs/NAME/merged              beside transformers
+    tiedlora bench --adapters 8 --rows 1 --length 64                                 8 adapters, in turn and together
+    tiedlora bench --model llama2-7b --num_layers 2 --supervised 1                   a preset's shape, random weights
+    deepspeed --num_gpus 8 --no_python tiedlora bench --model llama2-70b --tensor_parallel 4 --pipeline_parallel 2
+    tiedlora bench --what scaling                                                    layers, length, rank and labels
+    tiedlora bench --what decoding --model runs/NAME/merged                          beside transformers
 
 --what step runs in one process: forward and backward over all micro-batches and AdamW's step, without an engine. All
 sides take turns and share process, allocator and threads. The memory of each side is measured in a process of its own.
 
 With --adapters K, K adapters of one base take a step of --rows x --length made-up tokens each: one after another, then
-together in shared micro-batches, as `launch/train.py --adapters` does. A third side is one adapter with all the tokens.
+together in shared micro-batches, as `tiedlora train --adapters` does. A third side is one adapter with all the tokens.
 
---what layout measures the step of launch/train.py on all ranks, through the same plan, build and DeepSpeed engine. A
+--what layout measures the step of tiedlora train on all ranks, through the same plan, build and DeepSpeed engine. A
 step lasts as long as on the slowest rank. The report also has the peak memory of each stage, and the messages and bytes
 of one step by group, compared with what --dry_run predicts. Weights of a preset are drawn in place on each rank.
 
@@ -64,7 +64,7 @@ GROUPS = {
     "samples": "real samples in place of made-up tokens (--what step and layout)",
     "against": "what takes turns with our step (--what step)",
     "adapters": "several adapters of one base, in turn and together (--what step)",
-    "layout": "a training run's step on all ranks, as in launch/train.py (--what layout)",
+    "layout": "a training run's step on all ranks, as in tiedlora train (--what layout)",
     "scaling": "the values of each quantity, with commas between them, '' for none (--what scaling)",
     "decoding": "what is generated (--what decoding)",
 }
@@ -83,7 +83,7 @@ _WITH_TASK = ("samples", "train_file", "padded_rows", "packing")
 class BenchSettings(CommandSettings):
     """The settings of one benchmark, validated and frozen."""
 
-    prog: ClassVar[str] = "bench_step.py"
+    prog: ClassVar[str] = "tiedlora bench"
     about: ClassVar[str] = ABOUT
     groups: ClassVar[Mapping[str, str]] = GROUPS
 
@@ -129,7 +129,7 @@ class BenchSettings(CommandSettings):
         "layout", "made-up micro-batches per rank per step [1; with a pipeline 2 x its stages]", ge=1
     )
     constants: str | None = optional_field(
-        "layout", "also plan the step with the constants in this file of tools/plan.py --measure"
+        "layout", "also plan the step with the constants in this file of tiedlora plan --measure"
     )
     documents: int | None = optional_field("layout", "equal samples that are packed in each made-up row [1]", ge=1)
 

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from megatron_tiedlora.base.command_names import for_user, program_name
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.logs import show_messages
@@ -45,13 +44,8 @@ _COMMAND_LINE_ONLY = ("take_over", "base_differs")  # the user decides these ane
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that raises a one-line UserError instead of printing its usage and exiting."""
 
-    def __init__(self, *, prog: str, **keywords: Any) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=program_name(prog), formatter_class=formatter, allow_abbrev=False, **keywords)
-
-    def format_help(self) -> str:
-        """The help, which names commands as the user started this one."""
-        return for_user(super().format_help())
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
 
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a UserError."""
@@ -145,7 +139,7 @@ def build_parser(kind: type[CommandSettings]) -> CommandParser:
     """The parser of a command, with one flag per setting in the groups of `kind`."""
     parser = CommandParser(
         prog=kind.prog,
-        usage=f"{program_name(kind.prog)} {kind.usage}",
+        usage=f"{kind.prog} {kind.usage}",
         description=kind.about,
         epilog="The YAML file of --config takes every flag under the same name; the command line wins.",
     )

@@ -1,4 +1,4 @@
-"""Every setting of launch/doctor.py: the hosts, the files that a job reads and writes, and its parallel sizes."""
+"""Every setting of tiedlora doctor: the hosts, the files that a job reads and writes, and its parallel sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_tiedlora.config.presets import is_preset
 
 GROUPS = {
     "run": "which hosts are checked, and where the findings go",
-    "job": "what a job will read and write; give the same values as for launch/train.py",
+    "job": "what a job will read and write; give the same values as for tiedlora train",
     "parallel": "parallel sizes of the job (data-parallel size = world size / (tensor x pipeline))",
     "limits": "limits of what counts as healthy",
 }
@@ -21,21 +21,21 @@ ABOUT = """\
 Check the hosts of a job before it starts. It finds hosts that are down, differing versions, missing paths, ports in
 use, clocks that differ, and networks that do not connect the ranks.
 
-    python launch/doctor.py --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
-    python launch/doctor.py --model MODEL      inside a Slurm allocation (srun, no ssh), else this machine alone
+    tiedlora doctor --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
+    tiedlora doctor --model MODEL              inside a Slurm allocation (srun, no ssh), else this machine alone
 
-    python launch/doctor.py --hostfile hostfile --model MODEL --measure constants.json
+    tiedlora doctor --hostfile hostfile --model MODEL --measure constants.json
 
 First all hosts are checked at the same time. Then the job's ranks are started briefly and run an all-reduce in each
 tensor, pipeline and data parallel group. With --measure and no error, all ranks then measure the constants that
-`tools/plan.py --constants` reads. No files or processes are left on any host.
+`tiedlora plan --constants` reads. No files or processes are left on any host.
 Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
 
 
 class DoctorSettings(CommandSettings):
     """The settings of one check, validated and frozen."""
 
-    prog: ClassVar[str] = "doctor.py"
+    prog: ClassVar[str] = "tiedlora doctor"
     about: ClassVar[str] = ABOUT
     groups: ClassVar[Mapping[str, str]] = GROUPS
 
@@ -47,7 +47,7 @@ class DoctorSettings(CommandSettings):
         "run", "write everything to this file, for scripts; - prints it instead of the table", flag="json"
     )
     measure: str | None = optional_field(
-        "run", "if the hosts are ready, measure with all ranks what tools/plan.py needs, and write it to this file"
+        "run", "if the hosts are ready, measure with all ranks what tiedlora plan needs, and write it to this file"
     )
     measure_seconds: float = setting_field("run", "about how long --measure takes", 60.0, gt=0, le=3600)
 

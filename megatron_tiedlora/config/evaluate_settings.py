@@ -1,4 +1,4 @@
-"""Every setting of launch/evaluate.py: the model and its sharding, the rows to answer, and the output folder."""
+"""Every setting of tiedlora evaluate: the model and its sharding, the rows to answer, and the output folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EvaluateSettings(CommandSettings):
     the demo), `output_dir`, `dtype`, `max_length`, `max_new_tokens`, `limit`.
     """
 
-    prog: ClassVar[str] = "evaluate.py"
+    prog: ClassVar[str] = "tiedlora evaluate"
     about: ClassVar[str] = "Answer a task's rows by greedy decoding and score them, with or without an adapter."
     groups: ClassVar[Mapping[str, str]] = GROUPS
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model or --adapter, give --task or --test_file"}

@@ -88,7 +88,7 @@ class CommandSettings(BaseModel):
     """The settings of one start of a command, validated and frozen. Subclasses declare fields with `setting_field`.
 
     Attributes:
-        prog: the command's file name, for its help.
+        prog: `tiedlora NAME`, for its help.
         about: what the command does, for its help.
         usage: what follows the command's name in the first line of its help.
         groups: name and description of each group of flags, in the order of the help.

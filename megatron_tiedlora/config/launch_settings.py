@@ -1,4 +1,4 @@
-"""Settings of launch/run.py: a few flags of its own. All other flags on its command line belong to launch/train.py."""
+"""Settings of tiedlora run: a few flags of its own. All other flags on its command line belong to tiedlora train."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _LONGEST_WAIT = 60 * LONGEST_WAIT_MINUTES  # seconds
 class LaunchSettings(CommandSettings):
     """How a job is started and watched, validated and frozen."""
 
-    prog: ClassVar[str] = "run.py"
+    prog: ClassVar[str] = "tiedlora run"
     about: ClassVar[str] = (
-        "Start launch/train.py on the hosts of a job, watch it, and report how it ended.\n\n"
-        "    python launch/run.py --num_gpus 4 ...                  this machine\n"
-        "    python launch/run.py --hostfile hosts ...              hosts reached by ssh\n"
-        "    python launch/run.py ...                               in a Slurm allocation: its nodes\n\n"
+        "Start tiedlora train on the hosts of a job, watch it, and report how it ended.\n\n"
+        "    tiedlora run --num_gpus 4 ...                          this machine\n"
+        "    tiedlora run --hostfile hosts ...                      hosts reached by ssh\n"
+        "    tiedlora run ...                                       in a Slurm allocation: its nodes\n\n"
         "The exit status is 0 if the run finished, or was stopped by a signal given to this command and saved."
     )
     groups: ClassVar[Mapping[str, str]] = {
-        "run": "passed to launch/train.py, as are all flags not listed here; see `launch/train.py --help`",
+        "run": "passed to tiedlora train, as are all flags not listed here; see `tiedlora train --help`",
         "start": "what is started, and where",
         "time limits": "how long to wait before a host or a process counts as lost",
     }
@@ -82,7 +82,7 @@ class LaunchSettings(CommandSettings):
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """One start of launch/run.py: its own settings, train.py's settings, and train.py's arguments as given."""
+    """One start of tiedlora run: its own settings, train.py's settings, and train.py's arguments as given."""
 
     settings: LaunchSettings
     train: Settings
@@ -97,7 +97,7 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
     """
     parser = build_parser(LaunchSettings)
     parser.epilog = (
-        "Settings of launch/train.py follow, after -- or directly. The YAML file of --config holds only those."
+        "Settings of tiedlora train follow, after -- or directly. The YAML file of --config holds only those."
     )
     own, given = list(argv), []
     if "--" in own:
@@ -116,7 +116,7 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
 def _check(settings: LaunchSettings, train: Settings) -> None:
     if train.dry_run:
         raise UserError(
-            "--dry_run starts no job; give it to launch/train.py, or give --show_command here to see the command"
+            "--dry_run starts no job; give it to tiedlora train, or give --show_command here to see the command"
         )
     if settings.launcher in ("local", "srun") and settings.hostfile is not None:
         where = "this machine only" if settings.launcher == "local" else "the nodes of its Slurm allocation"

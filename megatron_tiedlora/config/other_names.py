@@ -155,7 +155,7 @@ NOT_OFFERED: Mapping[str, str] = {
         "attn_implementation flash_attn use_flash_attention use_flash_attn flash_attention attention_backend attn_impl",
     ),
     **_same(
-        "the launcher starts one process for each GPU: python launch/run.py --num_gpus N",
+        "the launcher starts one process for each GPU: tiedlora run --num_gpus N",
         "nproc_per_node nproc num_processes gpus devices num_gpus",
     ),
     **_same("all rows are trained on, and validated on if they are a --validation_file", "do_train do_eval"),

@@ -1,4 +1,4 @@
-"""Settings of tools/plan.py: the cluster, and what is shown. All other flags on its command line are launch/train.py's.
+"""Settings of tiedlora plan: the cluster, and what is shown. All other flags on its command line are tiedlora train's.
 
 A training flag that chooses a layout limits the search to that value.
 """
@@ -26,18 +26,18 @@ from megatron_tiedlora.config.settings import GPU_NAMES, Settings
 ABOUT = """\
 Find the fastest parallel configuration of a cluster before it is booked: what fits, what it sends, how long it takes.
 
-    python tools/plan.py --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100     a table, the fastest first
-    python tools/plan.py --model FOLDER --train_file data.jsonl --gpu a100-80          with the lengths of your samples
-    python tools/plan.py --model FOLDER --adapters four.yaml                           several adapters in one run
-    python tools/plan.py ... --why t2p1d16-b2-zero0                                    the arithmetic of one row
-    python tools/plan.py ... --yaml plan.yaml                                          settings of the fastest row
+    tiedlora plan --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100            a table, the fastest first
+    tiedlora plan --model FOLDER --train_file data.jsonl --gpu a100-80                 with the lengths of your samples
+    tiedlora plan --model FOLDER --adapters four.yaml                                  several adapters in one run
+    tiedlora plan ... --why t2p1d16-b2-zero0                                           the arithmetic of one row
+    tiedlora plan ... --yaml plan.yaml                                                 settings of the fastest row
 
 It needs no GPU and reads no weights. Every combination of tensor, pipeline and sequence parallelism, micro-batch,
-recompute, ZeRO stage and storage format that launch/train.py accepts is enumerated, by the same checks. Stages, memory,
+recompute, ZeRO stage and storage format that tiedlora train accepts is enumerated, by the same checks. Stages, memory,
 messages and FLOPs are those of --dry_run; a few constants of the cards make seconds of them (--constants FILE).
 With --adapters all layouts are of one run of several adapters, which is compared with one adapter after another."""
 
-# Where a flag of launch/train.py has another default here; --max_length at most the model's limit, as there.
+# Where a flag of tiedlora train has another default here; --max_length at most the model's limit, as there.
 PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
 # What a plan decides for itself, and what to give instead.
 _DECIDED = {
@@ -47,18 +47,18 @@ _DECIDED = {
     "gpu": "give it on the command line",  # where it is this command's; so it was in a YAML file
 }
 _NOT_MEASURED = "--measure measures this machine and plans nothing; remove --{}"
-_OF_MEASURE = ("model", "local_rank")  # flags of launch/train.py that it takes; in the file of --config are others too
+_OF_MEASURE = ("model", "local_rank")  # flags of tiedlora train that it takes; in the file of --config are others too
 FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 
 
 class PlanSettings(CommandSettings):
     """The cluster of a plan and what is shown of it, validated and frozen."""
 
-    prog: ClassVar[str] = "plan.py"
+    prog: ClassVar[str] = "tiedlora plan"
     about: ClassVar[str] = ABOUT
     usage: ClassVar[str] = "--model M [--FLAG VALUE ...]"
     groups: ClassVar[dict[str, str]] = {
-        "run": "every flag of launch/train.py: --model, --method, --train_file ...; those of a layout limit the search",
+        "run": "every flag of tiedlora train: --model, --method, --train_file ...; those of a layout limit the search",
         "cluster": "what is booked",
         "shown": "what is shown and written",
     }
@@ -130,7 +130,7 @@ class PlanSettings(CommandSettings):
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """One start of tools/plan.py: its own settings, and those of the run that is planned."""
+    """One start of tiedlora plan: its own settings, and those of the run that is planned."""
 
     settings: PlanSettings
     train: Settings
@@ -140,10 +140,10 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
     """Parse the settings of both.
 
     Raises:
-        UserError: something is unknown, out of range or contradictory, in the words of launch/train.py.
+        UserError: something is unknown, out of range or contradictory, in the words of tiedlora train.
     """
     parser = build_parser(PlanSettings)
-    parser.epilog = "Settings of launch/train.py follow. The YAML file of --config holds only those."
+    parser.epilog = "Settings of tiedlora train follow. The YAML file of --config holds only those."
     values, rest = parser.parse_known_args(list(argv))
     own = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
     config = own.pop("config", None)

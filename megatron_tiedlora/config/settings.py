@@ -81,7 +81,7 @@ class Settings(CommandSettings):
     number of steps is counted once the data is known (`training/length.py`).
     """
 
-    prog: ClassVar[str] = "train.py"
+    prog: ClassVar[str] = "tiedlora train"
     about: ClassVar[str] = ABOUT
     groups: ClassVar[Mapping[str, str]] = GROUPS
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, give --task or --train_file"}

@@ -1,4 +1,4 @@
-"""The settings of launch/sweep.py: the grid, and how its runs are started. All others are launch/train.py's.
+"""The settings of tiedlora sweep: the grid, and how its runs are started. All others are tiedlora train's.
 
 Owns how both sets of names share a command line and a YAML file, and which training settings the sweep decides.
 """
@@ -59,10 +59,10 @@ DECIDED_BY_SWEEP = {
 class SweepSettings(CommandSettings):
     """Which adapters a sweep trains, and how; validated and frozen."""
 
-    prog: ClassVar[str] = "sweep.py"
+    prog: ClassVar[str] = "tiedlora sweep"
     about: ClassVar[str] = (
         "Train methods x ranks x learning rates on a task, score the best learning rate of each on the test set, and"
-        "\nwrite the paper's tables and figures. It also takes every setting of launch/train.py (see its --help)."
+        "\nwrite the paper's tables and figures. It also takes every setting of tiedlora train (see its --help)."
     )
     groups: ClassVar[Mapping[str, str]] = {
         "run": "the sweep's folder; a second start with the same folder resumes it",
@@ -180,7 +180,7 @@ def may_come_from_file(launcher: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """One start of launch/sweep.py.
+    """One start of tiedlora sweep.
 
     Attributes:
         given: the training settings that were given, by name; the others keep train.py's defaults.

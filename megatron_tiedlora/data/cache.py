@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, remove
+from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import partial_folder, remove_abandoned_outputs, take_output
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
@@ -51,7 +51,6 @@ _STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "fact
 _SPLITS = {"train": np.int64, "validation": np.int64}
 
 _BLOCK = 2**14  # rows
-_OUTDATED = 24 * 3600.0  # seconds; a process of version 0.2 may still write to a younger folder
 _SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # of a process that waits: how long before its first line, between two
 
 _LOGGER = logging.getLogger(__name__)
@@ -103,10 +102,6 @@ def tokenised_once(
         make_own_folder(folder.parent)
         make_own_folder(folder, mode=0o700)  # private, since it contains the texts of data sets
         remove_abandoned_outputs(folder)
-        for item in (*folder.glob(f"{TEMPORARY_PREFIX}*"), *folder.glob("*.lock")):
-            with suppress(FileNotFoundError):  # another process removes it
-                if time.time() - item.lstat().st_mtime > _OUTDATED:
-                    remove(item)
         return _training_data(folder, encoding, files=files, seed=seed, timeout_minutes=timeout_minutes)
     except OSError as error:
         raise UserError(

@@ -15,8 +15,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from megatron_tiedlora.benchmark.kernel_classes import profiled
 from megatron_tiedlora.benchmark.layout import Started
+from megatron_tiedlora.benchmark.timing import profiled
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings

@@ -20,7 +20,7 @@ NUM_STEPS, ROWS, SHORTEST = 100, 4, 128
 MOST_RESERVED = 1.3  # relative to the allocated memory
 PLAN_FIX = "the dry run's figures are wrong for this GPU: leave that much memory free, and report this table"
 FRAGMENTS_FIX = (
-    "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (the default of launch/train.py), and make sure that"
+    "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (the default of tiedlora train), and make sure that"
     " nothing overrides it"
 )
 
@@ -28,7 +28,7 @@ FRAGMENTS_FIX = (
 def check(report: Report, options: CheckOptions) -> None:
     """Run the part; it needs a GPU, whose allocator it checks."""
     if not options.on_gpu:
-        report.skip("memory", "tools/bench_step.py measures a CPU's memory")
+        report.skip("memory", "tiedlora bench measures a CPU's memory")
         return
     for compiles, kernels in (("auto", "compiled"), ("false", "eager")):
         for how, rows in RECOMPUTES.items():

@@ -67,7 +67,7 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
 
 
 def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
-    """Train the first case with a heartbeat, as launch/train.py does, until a rank is lost."""
+    """Train the first case with a heartbeat, as tiedlora train does, until a rank is lost."""
     from megatron_tiedlora.benchmark.layout import start
     from megatron_tiedlora.benchmark.plan import make_plan
     from megatron_tiedlora.runtime.ending import reported_end

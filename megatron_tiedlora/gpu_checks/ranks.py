@@ -60,7 +60,7 @@ NOTICED_SECONDS = 45.0  # after a rank's death; 30 of them are the heartbeat's l
 ALONE, LAYOUTS, WORKING = 0.25, 0.75, 0.9
 DOCTOR_SECONDS = 30.0  # for ranks to meet, and for an answer; twice as much in total, and a few for its own start
 DIFFERS_FIX = (
-    "several ranks give other results: run `python launch/doctor.py`, and this part again with NCCL_DEBUG=INFO and with"
+    "several ranks give other results: run `tiedlora doctor`, and this part again with NCCL_DEBUG=INFO and with"
     " NCCL_P2P_DISABLE=1; if that corrects it, the hosts' PCIe settings (IOMMU, ACS) break copies between GPUs"
 )
 FAILED_FIX = "see the rank's output in the report's folder; NCCL_DEBUG=INFO shows more"
@@ -247,7 +247,7 @@ def last_error(output: str) -> str:
 
 def _doctor(report: Report, count: int) -> None:
     """The doctor's all-reduces over all GPUs of this host."""
-    with report.attempt("the doctor's all-reduces", fix="run `python launch/doctor.py` by hand"):
+    with report.attempt("the doctor's all-reduces", fix="run `tiedlora doctor` by hand"):
         command = [
             *(sys.executable, "-P", "-m", "megatron_tiedlora.commands.doctor"),
             "--json=-",

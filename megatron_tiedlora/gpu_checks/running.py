@@ -1,4 +1,4 @@
-"""Runs for several parts, made as in tools/bench_step.py, whose steps the caller chooses."""
+"""Runs for several parts, made as in tiedlora bench, whose steps the caller chooses."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.benchmark.layout import Started, start
-from megatron_tiedlora.benchmark.plan import make_plan
+from megatron_tiedlora.benchmark.plan import made_up, make_plan
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.gpu_checks.package import SMALL, planned_bytes
 
 
@@ -64,13 +63,7 @@ def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
 
 def loader_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:
     """A loader of the run's steps over random samples of these lengths."""
-    draw = np.random.default_rng(0)
-    dataset = TokenDataset.after_prompts(
-        tokens=draw.integers(3, run.plan.source.shape.vocab_size, int(lengths.sum())).astype(np.int32),
-        offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
-        prompt_lengths=np.ones(len(lengths), np.int32),
-    )
-    return run.plan.training_loader(dataset, pad_id=0)
+    return run.plan.training_loader(made_up(run.plan.source.shape.vocab_size, lengths), pad_id=0)
 
 
 def release() -> None:

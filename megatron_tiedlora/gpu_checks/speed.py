@@ -1,4 +1,4 @@
-"""Part speed: training steps measured as in tools/bench_step.py, in the forms that determine a run's speed."""
+"""Part speed: training steps measured as in tiedlora bench, in the forms that determine a run's speed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKED_FIX = "documents should cost nothing: see the attention for packed rows i
 def check(report: Report, options: CheckOptions) -> None:
     """All of the part; needs a GPU."""
     if not options.on_gpu:
-        report.skip("training steps", "tools/bench_step.py measures a CPU's speed")
+        report.skip("training steps", "tiedlora bench measures a CPU's speed")
         return
     with report.attempt("layers that fit"):
         layers = layers_that_fit(options.model, "--rows=2", f"--length={LENGTH}", "--supervised=1")

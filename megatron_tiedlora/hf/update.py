@@ -62,7 +62,7 @@ def check_whole(weight: torch.Tensor, place: Place) -> None:
     shape = dict(zip(place.rule.hf_names, place.rule.hf_shapes(), strict=True))[place.stored]
     plain = weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
     if not plain or tuple(weight.shape) != tuple(shape):
-        raise UserError(f"{place.stored} is quantised, offloaded or sharded; merge with tools/merge_adapter.py")
+        raise UserError(f"{place.stored} is quantised, offloaded or sharded; merge with tiedlora merge")
 
 
 @torch.no_grad()

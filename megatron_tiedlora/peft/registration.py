@@ -29,7 +29,7 @@ def register() -> None:
     if not hasattr(BaseTuner, _NEEDED):
         raise ImportError(
             f"megatron_tiedlora.peft needs PEFT {_FIRST_RELEASE} or later, and this is {peft.__version__}; run `pip"
-            " install -U peft`, or load an export (tools/export_peft.py), which every PEFT reads"
+            " install -U peft`, or load an export (tiedlora export), which every PEFT reads"
         )
     if PEFT_TYPE in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         return

@@ -173,5 +173,5 @@ def _reject_dispatch(model: nn.Module) -> None:
     if offloads and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UserError(
             "PEFT cannot load a Tied-LoRA adapter on a model that is partly offloaded (device_map); load the model"
-            " again, and the adapter with megatron_tiedlora.attach, or load its export (tools/export_peft.py)"
+            " again, and the adapter with megatron_tiedlora.attach, or load its export (tiedlora export)"
         )

@@ -98,7 +98,7 @@ class Candidate:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The settings of launch/train.py that choose it."""
+        """The settings of tiedlora train that choose it."""
         layout = self.layout
         chosen = {
             "tensor_parallel": layout.tp_size,

@@ -34,9 +34,9 @@ def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | No
         yaml: the file that holds the settings, if there is one.
     """
     nodes = -(-cluster.world_size // cluster.per_node)
-    start = f"python launch/run.py --num_gpus {cluster.per_node}"
+    start = f"tiedlora run --num_gpus {cluster.per_node}"
     if nodes > 1:
-        start = f"python launch/run.py --hostfile hostfile    # {nodes} lines NAME slots={cluster.per_node}"
+        start = f"tiedlora run --hostfile hostfile            # {nodes} lines NAME slots={cluster.per_node}"
     start, _, note = start.partition("    # ")
     words = ["--config", yaml] if yaml else [w for name, value in values.items() for w in (f"--{name}", _flag(value))]
     line = f"{start} {shlex.join(words)}"

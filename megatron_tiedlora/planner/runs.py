@@ -39,7 +39,7 @@ class PlannedRun:
     """A run by its settings, on a model.
 
     Attributes:
-        settings: launch/train.py's, with the defaults of a plan.
+        settings: tiedlora train's, with the defaults of a plan.
         on_gpu: whether its ranks run on GPUs.
         data: of each adapter, once `read_data` was called; empty for a preset, or if no rows are named.
     """

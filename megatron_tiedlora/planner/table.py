@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.planner.candidates import Search, Storage
 from megatron_tiedlora.planner.price import Priced, capacity
-from megatron_tiedlora.training.dry_run_tables import table_lines as aligned_lines
 
 _TIE = 1.005  # times the time of the fastest
 _MISSED = 5  # lines about layouts that do not fit
@@ -91,7 +91,7 @@ def refused_lines(plan: Plan) -> list[str]:
 def table_lines(rows: Sequence[Priced], plan: Plan) -> list[str]:
     """The table."""
     header = ["layout", "GB", "tokens/s", "MFU", "matmuls", "attention", "elementwise", "tensor", "gathers"]
-    header, lines = [*header, "bubble", "sums", "hours", "rank hours"], []
+    lines = [[*header, "bubble", "sums", "hours", "rank hours"]]
     for row in rows:
         total, spent, hours = row.step.total, row.step, plan.hours(row)
         elementwise = spent.elementwise + spent.dequantised + spent.launches
@@ -108,7 +108,7 @@ def table_lines(rows: Sequence[Priced], plan: Plan) -> list[str]:
                 hours_text(hours * row.cluster.world_size),
             ]
         )
-    return aligned_lines(header, lines)
+    return aligned_lines(lines, indent="  ")
 
 
 def hours_text(value: float) -> str:

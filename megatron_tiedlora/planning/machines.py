@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import nearest_name
 
 # Every constant: its unit, and what it is.
@@ -103,11 +104,11 @@ class Machine:
 
     def lines(self) -> list[str]:
         """Its constants as text."""
-        width = max(map(len, self.constants))
-        return [
-            f"  {name:<{width}}  {constant.value:>12,.4g} {CONSTANTS[name][0]:<9}  {constant.source}"
+        rows = [
+            (name, f"{constant.value:>12,.4g} {CONSTANTS[name][0]:<9}", constant.source)
             for name, constant in self.constants.items()
         ]
+        return aligned_lines(rows, align="<", indent="  ")
 
     def changed(self, constants: Mapping[str, Constant], *, name: str, title: str) -> Machine:
         """The same with other values of some constants."""
@@ -123,7 +124,7 @@ def read_machine(path: Path) -> Machine:
     content = read_json_object(path, kind="a file of constants")
     constants = content.get("constants")
     if not isinstance(constants, dict) or type(content.get("on_gpu")) is not bool:
-        raise UserError(f"{path}: is no file of constants; write one with `python tools/plan.py --measure FILE`")
+        raise UserError(f"{path}: is no file of constants; write one with `tiedlora plan --measure FILE`")
     found = {}
     for name, entry in constants.items():
         if name not in CONSTANTS:
@@ -139,7 +140,7 @@ def read_machine(path: Path) -> Machine:
         found[name] = Constant(float(value), str(source))
     missing = [name for name in CONSTANTS if name not in found]
     if missing:
-        raise UserError(f"{path}: {missing[0]} is missing; write one with `python tools/plan.py --measure FILE`")
+        raise UserError(f"{path}: {missing[0]} is missing; write one with `tiedlora plan --measure FILE`")
     name, capability = str(content.get("name", path.stem)), content.get("capability")
     if isinstance(capability, list) and [type(part) for part in capability] == [int, int]:
         capability = tuple(capability)

@@ -38,7 +38,7 @@ def prepare_environment() -> None:
     Variables that are set already stay. Without CUDA the accelerator is named, so that DeepSpeed does not probe for
     one. Ranks started by `srun` get their variables from Slurm's, with the step's first host as master. Under MPI they
     are left to DeepSpeed's discovery, which asks mpi4py for the master's address, unless MASTER_ADDR is set. A plain
-    `python launch/train.py` becomes a world of one rank on a free port.
+    `tiedlora train` becomes a world of one rank on a free port.
 
     Raises:
         UserError: Slurm's variables cannot be read.
@@ -133,7 +133,7 @@ def _check_expected_ranks(world_size: int) -> None:
     if expected and int(expected) != world_size:
         raise UserError(
             f"this rank sees a world of {world_size}, but {expected} ranks should have started ({EXPECTED_RANKS}); the"
-            " launcher did not use all hosts and slots: see its first lines, or run `python launch/doctor.py`"
+            " launcher did not use all hosts and slots: see its first lines, or run `tiedlora doctor`"
         )
     if environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and environment.get(_AGENT_STORE) == "True":
         # In the agents' store restarted ranks would find the addresses of dead ranks (torch 2.13).

@@ -178,7 +178,7 @@ def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -
     return (
         f"the {expected_ranks} ranks did not meet at {master} within {timeout_minutes:g} minutes (rank"
         f" {os.environ.get('RANK')} on {socket.gethostname()}: {reason}); check which hosts started, and run `python"
-        " launch/doctor.py`"
+        " tiedlora doctor`"
     )
 
 

@@ -1,6 +1,6 @@
 """The plan of a study: checked settings, its jobs, and the command of each run and score.
 
-Owns the flags of launch/train.py and launch/evaluate.py. Leaves the order of the jobs to jobs.py, and starting
+Owns the flags of tiedlora train and tiedlora evaluate. Leaves the order of the jobs to jobs.py, and starting
 commands to processes.py.
 """
 
@@ -337,7 +337,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
 
 
 def _test_limit(command: SweepCommand) -> int | None:
-    """--test_limit. By default launch/evaluate.py scores only some rows of some tasks; a sweep scores all of them.
+    """--test_limit. By default tiedlora evaluate scores only some rows of some tasks; a sweep scores all of them.
 
     Raises:
         UserError: the rows of such a task cannot be read.

@@ -1,6 +1,6 @@
 """Starts, watches and stops the commands of a study; jobs.py decides which commands run, and when.
 
-A command is launch/train.py or launch/evaluate.py under the `deepspeed` launcher. Its end is judged by the files that
+A command is tiedlora train or tiedlora evaluate under the `deepspeed` launcher. Its end is judged by the files that
 it writes, not by its exit status, which a launcher may lose.
 """
 

@@ -78,7 +78,7 @@ class StudyFolder:
         return self.path / GROUPS / name
 
     def score(self, name: str) -> Path:
-        """The folder that launch/evaluate.py writes for the run called `name`, or for `base`."""
+        """The folder that tiedlora evaluate writes for the run called `name`, or for `base`."""
         return self.path / SCORES / name
 
     def log(self, name: str) -> Path:

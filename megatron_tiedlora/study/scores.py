@@ -1,6 +1,6 @@
 """Reads a study's results from its folder: how each run ended, the best learning rate, and the test scores.
 
-It reads the files that launch/train.py and launch/evaluate.py wrote. Scores are in per cent.
+It reads the files that tiedlora train and tiedlora evaluate wrote. Scores are in per cent.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | 
 
 
 def read_score(folder: Path) -> TestScore | None:
-    """The score that launch/evaluate.py wrote to `folder`, or None if there is none yet.
+    """The score that tiedlora evaluate wrote to `folder`, or None if there is none yet.
 
     Raises:
         UserError: results.json has other content.
@@ -146,7 +146,7 @@ def read_score(folder: Path) -> TestScore | None:
         if None not in numbers:
             score, low, high = (float(number) for number in numbers if number is not None)
             return TestScore(score, low, high, count)
-    raise UserError(f"{file}: was not written by launch/evaluate.py; remove the folder and start again")
+    raise UserError(f"{file}: was not written by tiedlora evaluate; remove the folder and start again")
 
 
 def read_study(path: Path) -> Study:

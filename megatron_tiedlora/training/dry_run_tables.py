@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text, time_text
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.layout import Layout
@@ -249,17 +250,8 @@ def stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
             labels[-1] = (labels[-1][0], index)
         else:
             labels.append((index, index))
-    return table_lines(("stage", *header), [[str(a) if a == b else f"{a}-{b}", *rows[a]] for a, b in labels])
-
-
-def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """One line for each row, whose first cells are its label."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return [
-        f"  {line[0]:<{widths[0]}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True))
-        for line in lines
-    ]
+    stages = [[str(a) if a == b else f"{a}-{b}", *rows[a]] for a, b in labels]
+    return aligned_lines([("stage", *header), *stages], indent="  ")
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -234,8 +234,8 @@ def next_steps(trainer: Trainer) -> list[str]:
         merge = [*adapter, "--output", str(_first_free(merged))]
         merge += [] if settings.base is None else ["--onto", "trained"]
         merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
-        lines += ["", "next", f"  python tools/merge_adapter.py {shlex.join(merge)}"]
-        lines.append(f"  python tools/verify_export.py {shlex.join([*adapter, '--peft', str(peft)])}")
+        lines += ["", "next", f"  tiedlora merge {shlex.join(merge)}"]
+        lines.append(f"  tiedlora verify {shlex.join([*adapter, '--peft', str(peft)])}")
     exported = Export(peft, settings.rank, settings.targets)
     serving = serve_hints({"tied": exported}, base_location(source), source.shape)
     return [*lines, *(f"  {line}" for line in serving)]

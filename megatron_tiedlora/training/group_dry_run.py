@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.model.weights import num_base_parameters
@@ -21,7 +22,6 @@ from megatron_tiedlora.training.dry_run_tables import (
     partition_lines,
     ranges,
     speed_lines,
-    table_lines,
     verdict_lines,
 )
 from megatron_tiedlora.training.group_plan import GroupPlan, first_step_of
@@ -79,7 +79,7 @@ def _adapters(group: GroupPlan) -> list[str]:
     return [
         f"{count_text(len(group.plans), 'adapter')}: {trained:,} trained parameters on a frozen base of"
         f" {num_base_parameters(group.shared.source.shape):,}",
-        *table_lines(header, rows),
+        *aligned_lines([header, *rows], indent="  "),
         "  (batch: samples per step = rows of a micro-batch x micro-batches x data-parallel ranks; bytes per rank: its"
         " tensors, gradients and moments on the rank that holds most)",
     ]
@@ -147,7 +147,7 @@ def _data(group: GroupPlan, data: Data) -> list[list[str]]:
     return [
         [
             "data: training parts, validation samples, and how often a run sees its training part",
-            *table_lines(header, rows),
+            *aligned_lines([header, *rows], indent="  "),
             *notes,
         ]
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import Checkpoint
 from megatron_tiedlora.convert.export_peft import base_location
@@ -89,23 +90,20 @@ def end_at_once(adapters: Mapping[str, Finished], folder: GroupFolder, end: End,
 
 def table_lines(adapters: Mapping[str, Member | Finished], folder: GroupFolder) -> list[str]:
     """The last lines: how each adapter ended, and where its files are. On rank 0."""
-    width = max(len("adapter"), *map(len, adapters))
-    rows = ["", f"{'adapter':<{width}}  {'state':<9}{'step':>7}{'best step':>11}{'best':>10}  reason"]
+    rows = [("adapter", "state   ", "  step", "best step", "    best", "reason")]
     for name, member in adapters.items():
         progress = member.progress
         state = "finished" if member.failure is None else "failed"
         best = "-" if progress.best_metric is None else f"{progress.best_metric:.4f}"
-        rows.append(
-            f"{name:<{width}}  {state:<9}{progress.step:>7}{progress.best_step or '-':>11}{best:>10}"
-            f"  {member.failure or member.reason}"
-        )
-    rows += ["", f"run folder  {folder.path}"]
-    rows += ["  NAME/      the run folder of each adapter, with peft/; or the output_dir of its entry"]
+        numbers = (str(progress.step), str(progress.best_step or "-"), best)
+        rows.append((name, state, *numbers, member.failure or member.reason))
+    lines = ["", *aligned_lines(rows, align="<<>>><"), "", f"run folder  {folder.path}"]
+    lines += ["  NAME/      the run folder of each adapter, with peft/; or the output_dir of its entry"]
     finished = [member for member in adapters.values() if member.failure is None]
     if not finished:
-        return rows
+        return lines
     source = finished[0].plan.source
     own = [(member.folder.path / "peft", member.plan.settings) for member in finished]
     exports = {of.name: Export(peft, its.rank, its.targets) for of, (peft, its) in zip(finished, own, strict=True)}
     serving = serve_hints(exports, base_location(source), source.shape)
-    return [*rows, "", "next", *(f"  {line}" for line in serving)]
+    return [*lines, "", "next", *(f"  {line}" for line in serving)]

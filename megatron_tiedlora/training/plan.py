@@ -278,7 +278,7 @@ def plan_run(
     except UserError as error:
         unit = settings.tensor_parallel * settings.pipeline_parallel
         ranks = unit * (world_size // unit + 1)
-        plans, starts = f"`--dry_run --world_size {ranks}`", f"`python launch/run.py --num_gpus {ranks} ...`"
+        plans, starts = f"`--dry_run --world_size {ranks}`", f"`tiedlora run --num_gpus {ranks} ...`"
         raise UserError(f"{error}: {plans} plans without ranks, {starts} starts them") from None
     on_gpu = settings.gpu is not None or (uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu")
     # An error must not wait for a download of weights.

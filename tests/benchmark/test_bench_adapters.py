@@ -11,8 +11,8 @@ import torch
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.adapters import IN_TURN, ONE, TOGETHER, Group, build_group
 from megatron_tiedlora.benchmark.plan import make_plan
+from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, TOGETHER, Group, build_group
 from megatron_tiedlora.commands import bench
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings

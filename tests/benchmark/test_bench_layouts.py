@@ -18,10 +18,9 @@ from run_helpers import Ended, run_ranks, start_command
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.kernel_classes import CLASSES, kernel_class, kernel_seconds
 from megatron_tiedlora.benchmark.plan import make_plan
 from megatron_tiedlora.benchmark.report import compare_traffic
-from megatron_tiedlora.benchmark.timing import describe_allocator
+from megatron_tiedlora.benchmark.timing import CLASSES, describe_allocator, kernel_class, kernel_seconds
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.fields import validate_settings

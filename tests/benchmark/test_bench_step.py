@@ -21,9 +21,9 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.benchmark.compare import measure
 from megatron_tiedlora.benchmark.plan import make_plan, saved_formula
 from megatron_tiedlora.benchmark.sides import OURS, PADDED, Side, make_sides
-from megatron_tiedlora.benchmark.step import measure
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS

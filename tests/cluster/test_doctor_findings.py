@@ -182,7 +182,7 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
     "shm": ({"nodeb": {"shm_bytes": 64 << 20}}, "shm", "warning", ["nodeb"], "67.11 MB"),
     "files": ({"nodeb": {"nofile": 256}}, "nofile", "warning", ["nodeb"], "may open 256 files"),
     "locked": ({"nodeb": {"infiniband": ["mlx5_0"]}}, "memlock", "warning", ["nodeb"], "mlx5_0"),
-    "cores": ({"nodeb": {"num_cores": 1}}, "cores", "warning", ["nodeb"], "2 ranks on 1 cores"),
+    "cores": ({"nodeb": {"num_cores": 1}}, "cores", "warning", ["nodeb"], "2 ranks on 1 core"),
 }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def test_this_machine_alone(tmp_path: Path) -> None:
     assert machine.record() == report["machine"] | {"capability": None} and report["seconds"]["measure"] > 0
     assert "2 ranks of a host" in machine.constants["message"].source
     assert f"matmuls of {tmp_path / 'model'} over 512 tokens" in machine.constants["matmul.fp32"].source
-    assert f"new/constants.json: constants of {machine.title}, for tools/plan.py --constants" in done.stderr
+    assert f"new/constants.json: constants of {machine.title}, for tiedlora plan --constants" in done.stderr
 
 
 @pytest.mark.distributed

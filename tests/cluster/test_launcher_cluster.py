@@ -42,7 +42,7 @@ def test_a_job_is_stopped_under_one_launcher_and_finished_under_another(site: Si
     wait_until(lambda: has_step(folder, 3) or job.poll() is not None, job.output, limit=120)
     job.signal(signal.SIGTERM)
     assert job.wait(60) == 0, job.output()
-    assert "run.py: SIGTERM is passed on" in job.output() and "s3cret" not in job.output()
+    assert "tiedlora run: SIGTERM is passed on" in job.output() and "s3cret" not in job.output()
     stopped = status(folder)
     assert stopped["state"] == "stopped" and 3 <= stopped["step"] < STEPS
     assert site.cluster.jobs() == {}

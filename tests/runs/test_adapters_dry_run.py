@@ -207,7 +207,7 @@ def test_thousands_of_adapters_are_planned_in_seconds(
     started = time.process_time()
     text = group_report(make_settings(settings)).text
     assert time.process_time() - started < 20
-    assert text.startswith("4000 adapters: ")
+    assert text.startswith("4,000 adapters: ")
     assert "planning" in capsys.readouterr().err
 
 

@@ -105,18 +105,18 @@ def test_scores_and_the_summary(finished: tuple[Path, Ended]) -> None:
     before, after = losses(folder, "validation")[0][1], min(loss for _, loss in losses(folder, "validation"))
     (line,) = [line for line in ended.outputs[0].splitlines() if line.startswith("validation loss")]
     assert f"{before:.4f}" in line and f"{after:.4f}" in line
-    commands = [line for line in ended.outputs[0].splitlines() if line.startswith("  python tools/")]
+    commands = [line for line in ended.outputs[0].splitlines() if line.startswith("  tiedlora ")]
     merge, verify = (shlex.split(command) for command in commands)  # as a shell reads them
     adapter = ["--adapter", str(folder / "adapter")]
-    assert merge[1:] == ["tools/merge_adapter.py", *adapter, "--output", str(folder / "merged")]
-    assert verify[1:] == ["tools/verify_export.py", *adapter, "--peft", str(folder / "peft")]
+    assert merge[1:] == ["merge", *adapter, "--output", str(folder / "merged")]
+    assert verify[1:] == ["verify", *adapter, "--peft", str(folder / "peft")]
     assert "step/s" in ended.errors[0] and "tokens/s" in ended.errors[0]
 
 
 def test_run_yaml_resolves_every_setting(base: Base, finished: tuple[Path, Ended]) -> None:
     folder, _ = finished
     content = run_settings(folder)
-    assert set(content) == {*Settings.model_fields, "ranks", "versions"}
+    assert set(content) == {*Settings.model_fields, "ranks", "versions", "hub_names"}
     assert {"megatron_tiedlora", "python", "torch", "deepspeed", "transformers"} <= set(content["versions"])
     expected = {"seed": 5, "layers": [1, 2, 3], "micro_batch_size": 2, "alpha": 3.0, "save_interval": 2, "ranks": 1}
     assert {name: content[name] for name in expected} == expected

@@ -1,7 +1,8 @@
-"""Decoders of tiny models at any layout."""
+"""Decoders of tiny models at any layout, and what of them depends on this machine's matmul."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,3 +36,20 @@ def build(folder: Path, *, grid: Grid, merged: bool = False, calls_together: boo
     stages = partition(layer_costs(source.shape, length=32, first_adapted=1), grid.pp_size)
     stage = load_model(source, adapter, dtype=torch.float32, grid=grid, groups=groups, stages=stages, merged=merged)
     return Decoder(stage, groups, source.shape, calls_together=calls_together)
+
+
+def rows_keep_bits(decoder: Decoder, counts: Sequence[int]) -> bool:
+    """Whether products with the base's weights give rows the same bits alone and after and before others.
+
+    Where a matmul takes another kernel for few rows, or cuts its sums by their number, they do not. `counts` are the
+    rows of each that comes alone, in the order in which all come together.
+    """
+    draw = torch.Generator().manual_seed(0)
+    weights = [weight for weight in decoder.stage.parameters() if weight.ndim == 2 and not weight.requires_grad]
+    assert weights, "the base has no weights"
+    for weight in weights:
+        rows = torch.randn(sum(counts), weight.shape[1], generator=draw).to(weight.dtype)
+        alone = [torch.mm(some, weight.t()) for some in rows.split(list(counts))]
+        if not torch.equal(torch.cat(alone), torch.mm(rows, weight.t())):
+            return False
+    return True

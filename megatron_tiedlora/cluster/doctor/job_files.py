@@ -1,4 +1,4 @@
-"""What --model and the data flags mean to launch/train.py, and so where a host looks for it.
+"""What --model and the data flags mean to tiedlora train, and so where a host looks for it.
 
 This module decides whether a value is a path, two paths or a hub id, and looks in a host's hub cache for a model.
 probe.py reads the content of a path.

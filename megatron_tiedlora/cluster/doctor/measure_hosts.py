@@ -1,4 +1,4 @@
-"""Measures the constants of a job's hosts: starts `tools/plan.py --measure` in each rank, as a job's ranks start."""
+"""Measures the constants of a job's hosts: starts `tiedlora plan --measure` in each rank, as a job's ranks start."""
 
 from __future__ import annotations
 

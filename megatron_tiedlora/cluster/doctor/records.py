@@ -260,7 +260,7 @@ class DoctorReport(Record):
     Attributes:
         seconds: duration of each phase that was run.
         groups: empty if no ranks were started; `skipped` then says why.
-        machine: the constants that --measure has found, as tools/plan.py reads them; None if it has found none.
+        machine: the constants that --measure has found, as tiedlora plan reads them; None if it has found none.
     """
 
     verdict: Literal["ready", "not ready"]

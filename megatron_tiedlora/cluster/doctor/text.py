@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text, enumerate_names, time_text
 from megatron_tiedlora.cluster.doctor.compare import NO_GPU, answering, usual_value
 from megatron_tiedlora.cluster.doctor.compare_network import interface_in_use
@@ -92,7 +93,7 @@ def host_table(hosts: Sequence[HostReport]) -> list[str]:
         memory = f"{bytes_in_words(host.probe.free_memory_bytes)} of {bytes_in_words(host.probe.memory_bytes)}"
         row += [memory, *([_gpu_memory_text(host.probe)] if on_gpus else [])]
         rows.append([*row, _clock_text(host), _interface_text(host.probe)])
-    return [*aligned(rows), *([f"{ODD_MARK} differs from most hosts"] if odd else [])]
+    return [*aligned_lines(rows, align="<"), *([f"{ODD_MARK} differs from most hosts"] if odd else [])]
 
 
 def _gpus_text(probe: Probe) -> str:
@@ -146,10 +147,4 @@ def group_table(groups: Sequence[GroupResult]) -> list[str]:
                 f"ranks {ranks} on {enumerate_names(slowest.hosts)}",
             ]
         )
-    return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Pad the cells to columns of equal width; a row may have fewer cells than the first one."""
-    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    return aligned_lines(rows, align="<")

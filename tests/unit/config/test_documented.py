@@ -12,7 +12,6 @@ from textwrap import dedent
 import pytest
 from folders import ROOT
 
-from megatron_tiedlora.base.command_names import for_user
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
@@ -34,7 +33,7 @@ KINDS = [Settings, EvaluateSettings, SweepSettings, LaunchSettings, DoctorSettin
 def test_a_help_begins_with_what_the_command_does(kind: type[CommandSettings]) -> None:
     usage, empty, about, *_ = build_parser(kind).format_help().splitlines()
     assert usage.startswith("usage: tiedlora ") and usage.endswith("[--FLAG VALUE ...]") and not empty
-    assert for_user(kind.about).startswith(about)
+    assert kind.about.startswith(about)
 
 
 def test_a_help_shows_the_types_that_a_flag_takes() -> None:

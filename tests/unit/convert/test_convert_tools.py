@@ -132,7 +132,7 @@ def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, t
         ("export_peft.py", "--adapter", adapter, "--output", tmp_path / "peft", "--pad_rank_to", 8),
         ("verify_export.py", "--adapter", adapter, "--merged", tmp_path / "merged", "--peft", tmp_path / "peft"),
     )
-    assert f"verify_export.py --adapter {adapter} --merged {tmp_path / 'merged'}" in merged
+    assert f"tiedlora verify --adapter {adapter} --merged {tmp_path / 'merged'}" in merged
     assert "vllm serve" in peft and "--max-lora-rank 8" in peft
     assert checked.count("ok") == 6, checked  # bits of both, by layers, and in transformers and PEFT
     assert errors.endswith("False\n")  # transformers and peft are imported, deepspeed is not
@@ -200,7 +200,7 @@ def test_help_reads_without_loading_anything(tool: str) -> None:
         check=True,
     )
     first = "--peft" if tool == "import_peft.py" else "--adapter"
-    assert f"python tools/{tool} {first}" in result.stdout and "--model M" in result.stdout
+    assert f"tiedlora {tool.partition('_')[0]} {first}" in result.stdout and "--model M" in result.stdout
     assert " torch\n" not in result.stderr and " yaml\n" in result.stderr
     assert max(len(line) for line in result.stdout.splitlines()) <= 120
 

@@ -117,15 +117,6 @@ def test_where_locks_are_not_seen_age_decides(
         assert writer.partial.exists() == left
 
 
-def test_what_version_0_2_left_goes_after_a_day(tokenizer: Any, tmp_path: Path, files: tuple[str, str]) -> None:
-    tokens = tmp_path / "tokens"
-    for name, hours in ((".writing-0123-45", 25), (".writing-0124-45", 23), ("0123.lock", 25), ("0124.lock", 23)):
-        (tokens / name).mkdir(parents=True)
-        os.utime(tokens / name, (time.time() - 3600 * hours,) * 2)
-    _start(tokenizer, files[0], tmp_path)
-    assert {name for name in names(tokens) if len(name) < 64} == {".writing-0124-45", "0124.lock"}
-
-
 # Waiting ------------------------------------------------------------------------------------------------------------
 
 

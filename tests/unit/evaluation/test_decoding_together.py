@@ -12,6 +12,7 @@ from forked_ranks import groups_of, run_on_ranks
 from native_files import native_adapter
 from oracle import OracleConfig
 from oracle_adapter import ALL_TARGETS
+from tiny_decoders import rows_keep_bits
 from tiny_models import EOS_ID, random_adapter, write_tiny_model
 
 from megatron_tiedlora.checkpoint.load_model import load_model
@@ -32,6 +33,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 NUM_PROMPTS = {"a": 9, "b": 4, "c": 1, "d": 12}  # one has fewer prompts than a pipeline has parts
 MOST = {"a": 20, "b": 11, "c": 20, "d": 5}
+# What other orders of a matmul's sums may change, relative to the largest logit. Three blocks of this model changed
+# 8e-7 in fp32 (4 rows), and of one as wide as SmolLM2-135M 5e-3 in bf16; another adapter changes 0.8.
+ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(scope="module")
@@ -104,20 +108,31 @@ def chosen_logits(decoder: Decoder, shares: list[tuple[str, list[list[int]]]]) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_have_the_bits_of_a_decoder_of_its_own(folder: Path, dtype: torch.dtype) -> None:
-    """Four rows or more of each: a CPU's matmuls then do not depend on how many rows there are."""
+@pytest.mark.parametrize("counts", [(5, 4, 8, 4), (17, 16, 20, 16)], ids=["few", "more"])
+def test_logits_have_the_bits_of_a_decoder_of_its_own(
+    folder: Path, counts: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Where this machine's matmul gives rows the same bits in any company; else they are equal but for its rounding.
+
+    MKL's sgemm on processors with AVX-512 does not for the 4 rows of a step, and does from 16 rows on.
+    """
     draw = random.Random(1)
+    names, lengths = ("b", "a", "d", "c"), (6, 11, 3, 9)
     shares = [
         (name, [[draw.randint(3, 319) for _ in range(length)] for _ in range(count)])
-        for name, length, count in (("b", 6, 5), ("a", 11, 4), ("d", 3, 8), ("c", 9, 4))
+        for name, length, count in zip(names, lengths, counts, strict=True)
     ]
     together = decoder_of(folder, None, Grid(0, 1), dtype)
     found = chosen_logits(together, shares)
+    tokens = [length * count for length, count in zip(lengths, counts, strict=True)]
+    exact = rows_keep_bits(together, counts) and rows_keep_bits(together, tokens)
+    rounding = 0.0 if exact else ROUNDING[dtype]
     start = 0
     for name, prompts in shares:
         own = chosen_logits(decoder_of(folder, name, Grid(0, 1), dtype), [(name, prompts)])
         for step, (mine, all_of) in enumerate(zip(own, found, strict=True)):
-            assert torch.equal(all_of[start : start + len(prompts)], mine), (name, step)
+            distance = (all_of[start : start + len(prompts)].double() - mine).abs().max()
+            assert distance <= rounding * mine.abs().max(), (name, step, exact)
         start += len(prompts)
 
 

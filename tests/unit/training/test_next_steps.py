@@ -82,7 +82,7 @@ def test_another_merge_is_not_listed_and_the_command_merges_anew(run: Path, base
     expected = [] if state == "none" else ["  merged/   not of this adapter; the first command below merges it anew"]
     assert named == expected and not any("from_pretrained" in line for line in lines)
     merging, verifying, *_ = commands(lines)
-    assert merging[:2] == ["python", "tools/merge_adapter.py"] and verifying[:2] == ["python", "tools/verify_export.py"]
+    assert merging[:2] == ["tiedlora", "merge"] and verifying[:2] == ["tiedlora", "verify"]
     assert merge.main(merging[2:]) == 0 and is_merge_of(new, load_adapter(run / "adapter"))
     assert verify.main([*verifying[2:], "--in=none"]) == 0
 

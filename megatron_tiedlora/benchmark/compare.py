@@ -1,0 +1,226 @@
+"""Compares sides in one process: they take turns, and what needs much memory is measured in a process of its own.
+
+`measure` has the report of --what step, scaling and decoding; `report` makes it text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, saved_formula
+from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, OURS, TOGETHER, build_group, make_sides
+from megatron_tiedlora.benchmark.timing import (
+    about,
+    default_device,
+    in_own_process,
+    kernel_seconds,
+    peak_of,
+    take_turns,
+)
+from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.tasks import DEFAULT_TASK
+from megatron_tiedlora.data.encode import encode_prompts
+from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.training.compiling import choose_kernels
+from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.throughput import find_peak, timed
+
+# The setting of a step that each flag of --what scaling gives values for.
+AXES = {"layers": "num_layers", "lengths": "length", "ranks": "rank", "shares": "supervised"}
+_STEP = ("model", "method", "targets", "rank", "recompute")  # settings that the report of a step shows
+Rows = list[list[int]]
+
+
+def measure(settings: BenchSettings) -> dict[str, Any]:
+    """The report of one process.
+
+    Raises:
+        UserError: a value does not fit. The message names its flag. Nothing has been measured yet.
+    """
+    if settings.what == "scaling":
+        return _measure_scaling(settings)
+    if settings.what == "decoding":
+        return _measure_decoding(settings)
+    return _measure_step(settings) if settings.adapters is None else _measure_adapters(settings)
+
+
+def _seconds(
+    steps: Mapping[str, Callable[[], object]], device: torch.device, settings: BenchSettings, *, uncounted: int = 1
+) -> dict[str, list[float]]:
+    """The seconds of the steps, which take turns, by name."""
+    timers = {name: partial(timed, step, device) for name, step in steps.items()}
+    return take_turns(timers, repeats=settings.repeats, uncounted=uncounted)
+
+
+def _measure_step(settings: BenchSettings) -> dict[str, Any]:
+    plan = make_plan(settings)
+    makers = make_sides(plan, settings)
+    memory = {name: in_own_process(name, _step_memory, plan, settings, name) for name in makers}
+    sides = {name: make() for name, make in makers.items()}
+    ours = sides[OURS]
+    seconds = _seconds({name: side.step for name, side in sides.items()}, ours.device, settings)
+    assert isinstance(ours.model, Stage)
+    formula = saved_formula(plan, ours.batches)
+    memory[OURS] |= {"saved_formula": formula, "saved_ratio": memory[OURS]["saved"] / formula}
+    rate = base_matmul_rate(plan, ours.model, ours.batches, ours.device)
+    figures = {
+        name: {
+            "seconds": seconds[name],
+            "tokens": side.num_tokens,
+            "supervised": side.num_supervised,
+            "positions": side.num_positions,
+            "model_flops": side.flops,
+            **memory[name],
+        }
+        for name, side in sides.items()
+    }
+    if ours.device.type == "cuda":
+        peak = find_peak(ours.device, plan.dtype).flops_per_second
+        for name, side in sides.items():
+            mfu = None if side.flops is None else side.flops / median(seconds[name]) / peak
+            figures[name] |= {"mfu": mfu, "kernel_seconds": kernel_seconds(side.step)}
+    return {
+        **about(settings, plan.settings.base, ours.device, *_STEP, kernels=ours.kernels),
+        "matmul_flops_per_second": rate,
+        "sides": figures,
+    }
+
+
+def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
+    """The bytes `peak` and `saved` of a side's step. Call it in a fresh process."""
+    side = make_sides(plan, settings)[name]()
+    return {"peak": peak_of(side.step, side.device), "saved": side.saved_bytes()}
+
+
+# Several adapters ----------------------------------------------------------------------------------------------------
+
+
+def _measure_adapters(settings: BenchSettings) -> dict[str, Any]:
+    assert settings.adapters is not None
+    plan = make_plan(settings)
+    peaks = {name: in_own_process(name, _adapters_peak, plan, settings, name) for name in (IN_TURN, TOGETHER, ONE)}
+    group = build_group(plan, settings)
+    before = _load()
+    seconds = _seconds(group.steps, group.device, settings)
+    middle = {name: median(taken) for name, taken in seconds.items()}
+    return {
+        **about(settings, plan.settings.base, group.device, *_STEP, "adapters", kernels=group.kernels),
+        "rows": settings.rows,
+        "length": settings.length,
+        "micro_batches": len(group.shared),
+        "tokens": settings.adapters * settings.adapter_tokens,
+        "load": [before, _load()],
+        "ratio": middle[IN_TURN] / middle[TOGETHER],
+        "of_one_adapter": middle[ONE] / middle[TOGETHER],
+        "sides": {name: {"seconds": taken, "peak": peaks[name]} for name, taken in seconds.items()},
+    }
+
+
+def _adapters_peak(plan: RunPlan, settings: BenchSettings, name: str) -> int | None:
+    """The peak bytes of a side's step. Call it in a fresh process."""
+    group = build_group(plan, settings)
+    return peak_of(group.steps[name], group.device)
+
+
+def _load() -> float | None:
+    """The machine's load average of the last minute, which a figure on a shared machine depends on."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+# Values of a quantity ------------------------------------------------------------------------------------------------
+
+
+def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
+    device, plan = default_device(), make_plan(settings.one_step())
+    axes = {flag: [_one_step(settings, flag, value) for value in getattr(settings, flag)] for flag in AXES}
+    chosen = choose_kernels(plan, device)
+
+    def measured(flag: str) -> list[dict[str, Any]]:
+        sides = [make_sides(plan, step, chosen)[OURS]() for plan, step in axes[flag]]
+        seconds = _seconds({str(index): side.step for index, side in enumerate(sides)}, device, settings)
+        return [
+            {"value": value, "tokens": side.num_tokens, "seconds": taken}
+            for value, side, taken in zip(getattr(settings, flag), sides, seconds.values(), strict=True)
+        ]
+
+    return {
+        **about(settings, plan.settings.base, device, "model", "method", "targets", kernels=chosen.description),
+        "axes": {AXES[flag]: measured(flag) for flag, steps in axes.items() if steps},
+    }
+
+
+def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, BenchSettings]:
+    """The step in which one quantity has another value, which `flag` gave."""
+    name = AXES[flag]
+    try:
+        step = settings.one_step(**{name: value})
+        return make_plan(step), step
+    except UserError as error:
+        raise UserError(str(error).replace(f"--{name} ", f"--{flag} ", 1)) from None
+
+
+# Decoding ------------------------------------------------------------------------------------------------------------
+
+
+def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
+    """Greedy decoding here and in transformers, on the same weights and prompts. No token ends a sequence."""
+    from transformers import AutoModelForCausalLM
+
+    source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], default_device()
+    folder, new_tokens = source.weights_folder(), settings.new_tokens
+    examples = load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
+    encoded, _ = encode_prompts(load_tokenizer(folder), examples, max_length=source.shape.limit.tokens - new_tokens)
+    prompts = [ids.tolist() for ids in encoded]
+    base = source.base_format(settings.base)
+    stage = load_model(source, None, dtype=dtype, base=base, device=device)
+    decoder = Decoder(stage, ParallelGroups(), source.shape)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    steps: dict[str, Callable[[], Rows]] = {
+        "megatron_tiedlora": lambda: generate(decoder, [Prompts(prompts, (), new_tokens)])[0],
+        "transformers": partial(_generate_there, theirs.to(device).eval(), prompts, new_tokens),
+    }
+    rows = [decode() for decode in steps.values()]
+    return {
+        "model": source.name,
+        **about(settings, base, device),
+        "batch_size": len(prompts),
+        "prompt_tokens": sum(map(len, prompts)),
+        "new_tokens": new_tokens,
+        "equal_tokens": share_of_equal_tokens(*rows),
+        "seconds": _seconds(steps, device, settings, uncounted=0),
+    }
+
+
+def _generate_there(model: Any, prompts: Rows, new_tokens: int) -> Rows:
+    """Let transformers generate. It needs prompts that are padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    model.generation_config.eos_token_id = None
+    output = model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, use_cache=True
+    )
+    rows: Rows = output[:, longest:].tolist()
+    return rows
+
+
+def share_of_equal_tokens(ours: Rows, theirs: Rows) -> float:
+    """The share of new tokens that are equal up to each sequence's first difference. In fp32 it is 1.0 but for ties."""
+    equal = 0
+    for mine, other in zip(ours, theirs, strict=True):
+        equal += next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))
+    return equal / sum(map(len, ours))
