@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import gather_together
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of
+
+Part = TypeVar("Part")
 
 
 class Share(NamedTuple):
@@ -46,6 +48,23 @@ Shares = Sequence[Share]
 def pieces_of(shares: Shares) -> Pieces:
     """The tokens of a shared micro-batch; the owners are the shares, in order."""
     return tuple(Piece(number, share.num_tokens) for number, share in enumerate(shares))
+
+
+def filled(parts: Sequence[Part], sizes: Sequence[int], rooms: Sequence[int]) -> list[list[Part]]:
+    """Which of several adapters' parts are computed together, in their order: each joins the last ones if it fits.
+
+    Args:
+        rooms: the most that a part may have together with those that join it; a larger one is alone.
+    """
+    found: list[list[Part]] = []
+    left = 0
+    for part, size, room in zip(parts, sizes, rooms, strict=True):
+        if not found or size > left:
+            found.append([])
+            left = room
+        found[-1].append(part)
+        left -= size
+    return found
 
 
 class AdapterBank:

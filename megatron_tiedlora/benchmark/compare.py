@@ -32,7 +32,7 @@ from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.training.compiling import choose_kernels
@@ -183,15 +183,14 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], default_device()
     folder, new_tokens = source.weights_folder(), settings.new_tokens
     examples = load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
-    texts = [example.prompt for example in examples]
-    encoded, _ = encode_prompts(load_tokenizer(folder), texts, max_length=source.shape.limit.tokens - new_tokens)
+    encoded, _ = encode_prompts(load_tokenizer(folder), examples, max_length=source.shape.limit.tokens - new_tokens)
     prompts = [ids.tolist() for ids in encoded]
     base = source.base_format(settings.base)
     stage = load_model(source, None, dtype=dtype, base=base, device=device)
     decoder = Decoder(stage, ParallelGroups(), source.shape)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    steps = {
-        "megatron_tiedlora": partial(generate, decoder, prompts, end_ids=(), max_new_tokens=new_tokens),
+    steps: dict[str, Callable[[], Rows]] = {
+        "megatron_tiedlora": lambda: generate(decoder, [Prompts(prompts, (), new_tokens)])[0],
         "transformers": partial(_generate_there, theirs.to(device).eval(), prompts, new_tokens),
     }
     rows = [decode() for decode in steps.values()]

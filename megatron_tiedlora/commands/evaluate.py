@@ -52,11 +52,11 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     from megatron_tiedlora.base.ownership import Owner
     from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
     from megatron_tiedlora.engine.topology import make_groups, make_process_grid
-    from megatron_tiedlora.evaluation.answering import answer_together
+    from megatron_tiedlora.evaluation.answering import answer_all
     from megatron_tiedlora.evaluation.decoder import Decoder
-    from megatron_tiedlora.evaluation.held_out import check_same_rows
-    from megatron_tiedlora.evaluation.plan_many import headline_of_all, name_of_all, plan_evaluations, read_questions
-    from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, score_tables, write_results
+    from megatron_tiedlora.evaluation.held_out import check_same_rows, read_questions
+    from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
+    from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, headline, score_table, write_results
     from megatron_tiedlora.evaluation.scores import score_answers
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
     from megatron_tiedlora.runtime.process_group import join_process_group
@@ -73,7 +73,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     def take() -> tuple[Path, str]:
         nonlocal output
         output = take_output_folder(
-            settings.output_dir, parent=DEFAULT_PARENT, name=name_of_all(plans), take_over=settings.take_over
+            settings.output_dir, parent=DEFAULT_PARENT, name=output_name(plans), take_over=settings.take_over
         )
         end.hold(output.release)
         return output.partial, output.lock.owner.start
@@ -95,16 +95,16 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     )
     if is_main:
         attention = stage.attention.route(device, plan.dtype)
-        show(*headline_of_all(plans, questions, attention))
+        show(*headline(plans, questions, attention))
     with stop.deferred():
-        answers = answer_together(
+        answers = answer_all(
             Decoder(stage, groups, plan.source.shape),
             list(questions.values()),
             grid=plan.grid,
             agree=stop.agree,
             progress=is_main,
         )
-    if answers is None or output is None:  # rank 0 has both
+    if output is None:
         return
     stop.raise_if_requested()
     found = {
@@ -113,7 +113,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     }
     with stop.deferred():  # this takes a moment, and is then done
         write_results(found, output)
-    show(*score_tables(found, output.path))
+    show(*score_table(found, output.path))
 
 
 if __name__ == "__main__":

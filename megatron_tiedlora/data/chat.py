@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from megatron_tiedlora.data.chat_template import ChatTemplate
 from megatron_tiedlora.data.control_tokens import ControlTokens
 from megatron_tiedlora.data.examples import Segment, join_answer
 from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.rendering import has_marks
-from megatron_tiedlora.data.template_names import TemplateNames
+from megatron_tiedlora.data.rendering import TemplateNames, has_marks
 from megatron_tiedlora.data.turns import ASSISTANT, REASONING, TOOL, Conversation
 
 _PLAIN_ROLES = ("system", "user", ASSISTANT)  # every template writes these, in one way or another
@@ -33,6 +32,9 @@ _WORD = re.compile(r"\w+")
 
 class Chat:
     """How the rows of a data set become text. It runs the tokenizer's chat template, so it has to be closed.
+
+    Args:
+        tokenizer: None if it is unknown, as for a text that is not tokenised.
 
     Attributes:
         reading: what the user decided.
@@ -203,24 +205,14 @@ def _said_of(name: str) -> str:
 
 def chat_writer(tokenizer: Any, reading: Reading) -> str:
     """What writes the text of conversations with a tokenizer, in words."""
-    with opened_chat(tokenizer, reading) as chat:
+    with closing(Chat(tokenizer, reading)) as chat:
         return chat.name
 
 
 def chat_note(tokenizer: Any, reading: Reading) -> str:
     """How conversations are read with a tokenizer."""
-    with opened_chat(tokenizer, reading) as chat:
+    with closing(Chat(tokenizer, reading)) as chat:
         return chat.note()
-
-
-@contextmanager
-def opened_chat(tokenizer: Any, reading: Reading) -> Iterator[Chat]:
-    """Yield the `Chat` of a tokenizer, which may be None. Closes it afterwards."""
-    chat = Chat(tokenizer, reading)
-    try:
-        yield chat
-    finally:
-        chat.close()
 
 
 def set_chat_template(tokenizer: Any, file: str | Path | None) -> None:

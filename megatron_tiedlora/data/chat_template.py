@@ -22,8 +22,7 @@ import psutil
 from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.errors import UserError, one_line
 from megatron_tiedlora.data.limits import limited
-from megatron_tiedlora.data.rendering import Rendered, TurnsChange, render_with_spans
-from megatron_tiedlora.data.template_names import TemplateNames, template_names
+from megatron_tiedlora.data.rendering import Rendered, TemplateNames, TurnsChange, render_with_spans, template_names
 
 # Templates take milliseconds; the first call, which loads Jinja, takes some tenths of a second. They need a few times
 # the memory of the text, and add some kB to it. A conversation is rendered up to six times for each of its answers.

@@ -11,7 +11,8 @@ Owns samples, labels and what they lost. Leaves batches to `loader`, storage to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.chat import Chat, opened_chat
+from megatron_tiedlora.data.chat import Chat
 from megatron_tiedlora.data.examples import Example, Segment
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.text_ids import segment_ids
@@ -48,21 +49,13 @@ class EncodedExample:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_length: int, reading: Reading | None = None
-) -> tuple[list[NDArray[np.int32]], int]:
-    """The ids of texts as prompts, (length,) int32, and the number of prompts that lost something to `max_length`."""
-    examples = [Example(prompt, "", "a prompt") for prompt in prompts]
-    return encode_prompts_of(tokenizer, examples, max_length=max_length, reading=reading)
-
-
-def encode_prompts_of(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
 ) -> tuple[list[NDArray[np.int32]], int]:
-    """The ids of the examples' prompts, and the number of prompts that lost something, as `encode_prompts` gives them.
+    """The ids of the examples' prompts, (length,) int32, and the number of those that lost something to `max_length`.
 
     If a prompt fits, these are exactly the ids that training puts before the last answer.
     """
-    with opened_chat(tokenizer, reading or Reading()) as chat:
+    with closing(Chat(tokenizer, reading or Reading())) as chat:
         encoded = list(Encoder(tokenizer, chat, max_length).prompts(examples))
     return [np.asarray(ids, dtype=np.int32) for ids, _ in encoded], sum(cut for _, cut in encoded)
 
@@ -75,7 +68,7 @@ def encode_examples(
     Raises UserError if the tokenizer has no EOS where one is needed, or if answers with the start and one token of
     their prompt do not fit in `max_length` (the message names the sample).
     """
-    with opened_chat(tokenizer, reading or Reading()) as chat:
+    with closing(Chat(tokenizer, reading or Reading())) as chat:
         return [sample for samples in Encoder(tokenizer, chat, max_length).samples(examples) for sample in samples]
 
 
@@ -118,14 +111,7 @@ class Encoder:
 
     def samples(self, examples: Sequence[Example]) -> Iterator[list[EncodedExample]]:
         """Yield the samples of each example: one, or several of a long text."""
-        ids = segment_ids(self._tokenizer, [example.segments for example in examples])
-        for example, parts in zip(examples, ids, strict=True):
-            tokens, supervised = self._put_together(example, example.segments, parts)
-            shorter, lost = example, 0
-            while len(tokens) > self._max_length and (next_one := self._shortened(shorter)) is not None:
-                shorter, lost = next_one, lost + _num_turns(shorter) - _num_turns(next_one)
-                (parts,) = segment_ids(self._tokenizer, [shorter.segments])
-                tokens, supervised = self._put_together(example, shorter.segments, parts)
+        for example, tokens, supervised, lost in self._shortened(examples, lambda example: example.segments):
             if len(tokens) > self._max_length and not example.prompt:
                 yield list(self._continued(tokens, supervised))
             else:
@@ -133,17 +119,23 @@ class Encoder:
 
     def prompts(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], bool]]:
         """Yield the ids of each prompt, and whether it lost something."""
-        ids = segment_ids(self._tokenizer, [example.prompt_segments for example in examples])
+        for _, tokens, _, lost in self._shortened(examples, lambda example: example.prompt_segments):
+            cut = len(tokens) > self._max_length
+            yield self._without_middle(tokens, room=self._max_length) if cut else tokens, cut or lost > 0
+
+    def _shortened(
+        self, examples: Sequence[Example], segments_of: Callable[[Example], Sequence[Segment]]
+    ) -> Iterator[tuple[Example, list[int], list[bool], int]]:
+        """Yield each example, its tokens, which of them are supervised, and how many turns it lost to the maximum."""
+        ids = segment_ids(self._tokenizer, [segments_of(example) for example in examples])
         for example, parts in zip(examples, ids, strict=True):
-            tokens, _ = self._put_together(example, example.prompt_segments, parts)
-            shorter, whole = example, tokens
-            while len(tokens) > self._max_length and (next_one := self._shortened(shorter)) is not None:
-                shorter = next_one
-                (parts,) = segment_ids(self._tokenizer, [shorter.prompt_segments])
-                tokens, _ = self._put_together(example, shorter.prompt_segments, parts)
-            if len(tokens) > self._max_length:
-                tokens = self._without_middle(tokens, room=self._max_length)
-            yield tokens, tokens is not whole
+            tokens, supervised = self._put_together(example, segments_of(example), parts)
+            shorter, lost = example, 0
+            while len(tokens) > self._max_length and (next_one := self._without_exchange(shorter)) is not None:
+                shorter, lost = next_one, lost + _num_turns(shorter) - _num_turns(next_one)
+                (parts,) = segment_ids(self._tokenizer, [segments_of(shorter)])
+                tokens, supervised = self._put_together(example, segments_of(shorter), parts)
+            yield example, tokens, supervised, lost
 
     def _put_together(
         self, example: Example, segments: Sequence[Segment], parts: Sequence[list[int]]
@@ -172,7 +164,7 @@ class Encoder:
             raise UserError(f"{name}: the tokenizer has no end-of-sequence token; give another --tokenizer")
         return int(self._tokenizer.eos_token_id)
 
-    def _shortened(self, example: Example) -> Example | None:
+    def _without_exchange(self, example: Example) -> Example | None:
         """A chat without its first exchange; None if no more can be left out."""
         if example.conversation is None:
             return None

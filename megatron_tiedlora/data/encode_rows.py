@@ -9,7 +9,7 @@ import os
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from multiprocessing import Pipe, current_process, get_context
@@ -127,11 +127,8 @@ def encoded_rows(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[En
 
 
 def _in_this_process(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[EncodedRows]:
-    encoder = RowEncoder(encoding)
-    try:
+    with closing(RowEncoder(encoding)) as encoder:
         yield from map(encoder.encode, chunks)
-    finally:
-        encoder.close()
 
 
 def _in_processes(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[EncodedRows]:

@@ -123,14 +123,10 @@ def _prompt(task: Task, parts: Parts, source: str, template: str | None, chat: C
     return prompt
 
 
-def _guarded(
-    fields: Mapping[str, Any], chat: Chat, source: str, *, only: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """The fields, of which the texts named `only` (default: all) have control tokens marked, or are rejected."""
+def _guarded(fields: Mapping[str, Any], chat: Chat, source: str, *, only: Sequence[str]) -> dict[str, Any]:
+    """The fields, of which the texts named `only` have control tokens marked, or are rejected."""
     return {
-        name: chat.control.guard(value, f"field {name!r}", source)
-        if isinstance(value, str) and (only is None or name in only)
-        else value
+        name: chat.control.guard(value, f"field {name!r}", source) if isinstance(value, str) and name in only else value
         for name, value in fields.items()
     }
 

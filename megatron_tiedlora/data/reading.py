@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_tiedlora.config.data_fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
@@ -34,15 +34,11 @@ class Reading:
     @classmethod
     def of(cls, settings: Settings | EvaluateSettings) -> Reading:
         """Those of a command. What it leaves to an adapter's run is the default if there is none."""
-        chosen = cls(
+        return cls(
             columns=parse_columns(settings.columns),
             train_on=settings.train_on if isinstance(settings, Settings) else "last_turn",
             chat_template=settings.chat_template,
+            add_bos=settings.add_bos or cls.add_bos,
+            special_tokens=settings.special_tokens_in_text or cls.special_tokens,
             trains=isinstance(settings, Settings),
-        )
-        add_bos, special_tokens = settings.add_bos, settings.special_tokens_in_text
-        return replace(
-            chosen,
-            add_bos=add_bos or chosen.add_bos,
-            special_tokens=special_tokens or chosen.special_tokens,
         )

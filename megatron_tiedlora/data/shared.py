@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import Share
+from megatron_tiedlora.adapters.adapter_bank import Share, filled
 from megatron_tiedlora.data.loader import MicroBatch, TrainingStep
 from megatron_tiedlora.engine.runner import StepInput
+from megatron_tiedlora.parallel.collectives import concatenated
 
 Owned = tuple[str, MicroBatch]  # an adapter's name, and one of its micro-batches
 
@@ -38,16 +39,8 @@ def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[
     """
     found: list[list[tuple[str, int]]] = []
     for number in range(max(map(len, largest.values()), default=0)):
-        room = 0
-        for name, positions in largest.items():
-            if number >= len(positions):
-                continue
-            if positions[number] <= room:
-                found[-1].append((name, number))
-            else:
-                found.append([(name, number)])
-                room = capacity
-            room -= positions[number]
+        present = [(name, number) for name, positions in largest.items() if number < len(positions)]
+        found += filled(present, [largest[name][number] for name, _ in present], [capacity] * len(present))
     return found
 
 
@@ -58,11 +51,11 @@ def shared_input(parts: Sequence[Owned]) -> StepInput:
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
     numbered = any(batch.numbers is not None for batch in batches)
     return StepInput(
-        _end_to_end([batch.input_ids for batch in batches]),
-        _end_to_end([batch.position_ids for batch in batches]),
-        _end_to_end([batch.labels for batch in batches]),
-        _end_to_end(documents) if documents else None,
-        _end_to_end([_numbers(batch) for batch in batches]) if numbered else None,
+        concatenated([batch.input_ids for batch in batches])[None],
+        concatenated([batch.position_ids for batch in batches])[None],
+        concatenated([batch.labels for batch in batches])[None],
+        concatenated(documents)[None] if documents else None,
+        concatenated([_numbers(batch) for batch in batches])[None] if numbered else None,
         tuple(Share(name, *batch.input_ids.shape) for name, batch in parts),
     )
 
@@ -70,7 +63,3 @@ def shared_input(parts: Sequence[Owned]) -> StepInput:
 def _numbers(batch: MicroBatch) -> torch.Tensor:
     """The numbers of its tokens; zeros if its adapter has no dropout, for which they are not used."""
     return torch.zeros_like(batch.input_ids) if batch.numbers is None else batch.numbers
-
-
-def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])[None]

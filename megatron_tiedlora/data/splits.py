@@ -7,6 +7,7 @@ to `sources`, reading to `row_stream`, and texts to `example_maker`.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.chat import opened_chat, read_chat_template
+from megatron_tiedlora.data.chat import Chat, read_chat_template
 from megatron_tiedlora.data.example_maker import ExampleMaker, OneShape, with_template
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.order import permutation
@@ -60,7 +61,7 @@ def load_split(
     else:
         samples = _held_out_samples(entry, split, files=files, seed=seed, reading=reading)
     one_shape, examples = OneShape(), []
-    with opened_chat(tokenizer, reading) as chat:
+    with closing(Chat(tokenizer, reading)) as chat:
         maker = ExampleMaker(entry, template=template, chat=chat)
         for sample in islice(samples, limit):
             example, shape = maker.example(sample)

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.adapters.adapter_bank import filled
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.data.chat import chat_writer
-from megatron_tiedlora.data.encode import encode_prompts_of
-from megatron_tiedlora.data.examples import Example, join_answer
-from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.task import Task
-from megatron_tiedlora.data.text_ids import continuation_ids, decode_ids
-from megatron_tiedlora.data.tokenizer import end_ids
-from megatron_tiedlora.evaluation.answers import Answer
+from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Agree, Prompts, generate_together
+from megatron_tiedlora.evaluation.generate import Agree, Prompts, generate
+from megatron_tiedlora.evaluation.held_out import Questions
 from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
-from megatron_tiedlora.evaluation.metrics import find_metric
+from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0
 from megatron_tiedlora.parallel.grid import Grid
 
@@ -38,124 +26,14 @@ _decoded = partial(decode_ids, skip_special=True)
 BATCHES_AT_ONCE = 4
 
 
-@dataclass(frozen=True)
-class ScoredSet:
-    """Held-out samples as ids.
-
-    Attributes:
-        prompts: ids of BOS and prompt, by sample.
-        endings: ids of each choice as it follows the prompt, by sample; empty if a sample has no choices.
-        num_truncated: how many prompts lost their middle.
-        end_ids: tokens that end an answer.
-        chat_note: what wrote the text of chats; '' if the rows are no chats.
-    """
-
-    task: Task
-    examples: tuple[Example, ...]
-    prompts: tuple[NDArray[np.int32], ...]
-    endings: tuple[tuple[tuple[int, ...], ...], ...]
-    num_truncated: int
-    end_ids: frozenset[int]
-    chat_note: str = ""
-
-    @property
-    def sha256(self) -> str:
-        """Hash of prompts, references and choices, which must be the same on all ranks."""
-        digest = hashlib.sha256()
-        for example, prompt in zip(self.examples, self.prompts, strict=True):
-            digest.update(repr((prompt.tolist(), example.references, example.choices)).encode())
-        return digest.hexdigest()
-
-
-def encode_scored(
-    examples: Sequence[Example],
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    reading: Reading | None = None,
-    longest_prompt: int,
-    model_folder: Path,
-    vocab_size: int,
-) -> ScoredSet:
-    """Tokenise samples as training does, with prompts truncated to `longest_prompt` tokens.
-
-    Args:
-        reading: what the user decided about rows; by default nothing.
-        model_folder: its files name tokens that end a sequence, in addition to the tokenizer's.
-        vocab_size: rows of the model's embedding.
-
-    Raises:
-        UserError: the tokenizer has no end token, the task's metrics cannot score an example, or a choice has no
-            token.
-    """
-    reading = reading or Reading()
-    ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
-    metrics = [find_metric(name) for name in task.metrics]
-    for metric in metrics:
-        for example in examples:
-            metric.check(example)
-    for example in examples:
-        if not example.prompt:
-            raise UserError(f"{example.source}: is text without a prompt, which cannot be answered; give other rows")
-    prompts, num_truncated = encode_prompts_of(tokenizer, examples, max_length=longest_prompt, reading=reading)
-    reads_choices = any(metric.needs_choice_scores for metric in metrics)
-    choices = [_follow(example) if reads_choices else () for example in examples]
-    plain = reading.special_tokens == "plain"
-    ids = iter(continuation_ids(tokenizer, [text for texts in choices for text in texts], plain=plain))
-    endings = [tuple(tuple(next(ids)) for _ in texts) for texts in choices]
-    for example, of_example in zip(examples, endings, strict=True):
-        if not all(of_example):
-            raise UserError(f"{example.source}: a choice has no token; remove the row")
-    note = chat_writer(tokenizer, reading) if any(example.conversation for example in examples) else ""
-    return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_truncated, ends, note)
-
-
-def _follow(example: Example) -> tuple[str, ...]:
-    """The choices as they follow the prompt."""
-    return example.endings or tuple(join_answer(example.prompt, choice) for choice in example.choices)
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What one adapter is to answer, and how.
-
-    Attributes:
-        batch_size: samples that a data-parallel rank decodes together.
-        adapter: its name in the stage's bank; "" if the stage has one adapter at most.
-    """
-
-    scored: ScoredSet
-    tokenizer: PreTrainedTokenizerBase
-    max_new_tokens: int
-    batch_size: int
-    adapter: str = ""
-
-
 def answer_all(
-    decoder: Decoder,
-    scored: ScoredSet,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    grid: Grid,
-    max_new_tokens: int,
-    batch_size: int,
-    agree: Agree = bool,
-    progress: bool = False,
-) -> list[Answer] | None:
-    """`answer_together` for one adapter at most. Arguments are as there and in `Questions`."""
-    questions = Questions(scored, tokenizer, max_new_tokens, batch_size)
-    found = answer_together(decoder, [questions], grid=grid, agree=agree, progress=progress)
-    return None if found is None else found[0]
-
-
-def answer_together(
     decoder: Decoder,
     questions: Sequence[Questions],
     *,
     grid: Grid,
     agree: Agree = bool,
     progress: bool = False,
-) -> list[list[Answer]] | None:
+) -> list[list[Answer]]:
     """Answer the prompts of each adapter by greedy decoding.
 
     Data-parallel ranks share the prompts. All ranks run the same number of batches, so that they can agree on
@@ -168,48 +46,44 @@ def answer_together(
         progress: show a progress bar.
 
     Returns:
-        for each adapter all answers in the samples' order on rank 0, None elsewhere.
+        for each adapter all answers in the samples' order on rank 0, none elsewhere.
     """
-    sets = [_AskedSet.of(some, grid) for some in questions]
+    sets = [_AskedSet(some, grid) for some in questions]
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
     sends = grid.tp_rank == 0 and decoder.is_last
     num_samples = sum(len(some.order) for some in sets)
     with progress_bar("decoding", "sample", total=num_samples, shows=progress) as bar:
         for number in range(max(some.num_batches for some in sets)):
-            for together in _filled([some for some in sets if number < some.num_batches], number):
+            present = [some for some in sets if number < some.num_batches]
+            num_rows = [min(some.batch_size, some.num_asked(number)) for some in present]  # the first rank has most
+            rooms = [BATCHES_AT_ONCE * some.asked.batch_size for some in present]
+            for together in filled(present, num_rows, rooms):
                 asked = [some.batch(number) for some in together]
                 prompts = [some.prompts(indices) for some, indices in zip(together, asked, strict=True)]
-                found = generate_together(decoder, prompts, agree=agree)
+                found = generate(decoder, prompts, agree=agree)
                 for some, indices, rows in zip(together, asked, found, strict=True):
                     some.take(decoder, indices, rows)
                     bar.update(some.num_asked(number))
     gathered = [gather_on_rank_0(some.mine if sends else {}, kind=_Found) for some in sets]
-    answers = [some.answers(parts) for some, parts in zip(sets, gathered, strict=True) if parts is not None]
-    return answers or None
+    return [[] if parts is None else some.answers(parts) for some, parts in zip(sets, gathered, strict=True)]
 
 
 _Found = dict[int, tuple[str, tuple[float, ...]]]  # an answer's text and the scores of its choices, by sample
 
 
-@dataclass(frozen=True)
 class _AskedSet:
-    """The samples of one adapter in the batches in which it answers them."""
+    """The samples of one adapter in the batches in which it answers them.
 
-    asked: Questions
-    order: list[int]
-    batch_size: int
-    grid: Grid
-    is_end: Callable[[Sequence[int]], bool]
-    mine: _Found
+    The longest come first, so that running out of memory shows at once and not after hours.
+    """
 
-    @staticmethod
-    def of(asked: Questions, grid: Grid) -> _AskedSet:
-        """Longest first, so that running out of memory shows at once and not after hours."""
+    def __init__(self, asked: Questions, grid: Grid) -> None:
         prompts = asked.scored.prompts
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        batch_size = min(asked.batch_size, -(-len(order) // grid.dp_size))
-        is_end = _stop_test(asked.tokenizer, asked.scored.task.stop)
-        return _AskedSet(asked, order, batch_size, grid, is_end, {})
+        self.asked, self.grid = asked, grid
+        self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        self.batch_size = min(asked.batch_size, -(-len(self.order) // grid.dp_size))
+        self.is_end = _stop_test(asked.tokenizer, asked.scored.task.stop)
+        self.mine: _Found = {}
 
     @property
     def num_batches(self) -> int:
@@ -220,10 +94,6 @@ class _AskedSet:
         """How many samples all ranks answer in a batch."""
         whole = self.batch_size * self.grid.dp_size
         return min(whole, len(self.order) - number * whole)
-
-    def num_rows(self, number: int) -> int:
-        """How many of them the first rank answers, which has most."""
-        return min(self.batch_size, self.num_asked(number))
 
     def batch(self, number: int) -> list[int]:
         """This rank's samples in a batch; there may be none."""
@@ -251,20 +121,6 @@ class _AskedSet:
         """All answers in the samples' order, from those of all ranks."""
         found = {index: answer for part in gathered for index, answer in part.items()}
         return [Answer(found[i][0], example, found[i][1]) for i, example in enumerate(self.asked.scored.examples)]
-
-
-def _filled(sets: Sequence[_AskedSet], number: int) -> list[list[_AskedSet]]:
-    """Whose batch of this number is decoded together; the same on all ranks."""
-    found: list[list[_AskedSet]] = []
-    room = 0
-    for some in sets:
-        num_rows = some.num_rows(number)
-        if num_rows > room:
-            found.append([])
-            room = BATCHES_AT_ONCE * some.asked.batch_size
-        found[-1].append(some)
-        room -= num_rows
-    return found
 
 
 def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:

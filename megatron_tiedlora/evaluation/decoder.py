@@ -22,6 +22,7 @@ from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel.collectives import concatenated
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 
@@ -83,54 +84,38 @@ class Decoder:
             KeyValueCache.empty(batch, local_kv_heads, capacity, self.shape.heads.dim, like) for _ in self.stage.blocks
         ]
 
+    @torch.no_grad()
     def forward(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        caches: Sequence[KeyValueCache],
+        rows: Sequence[Rows],
         *,
-        wanted: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        adapter: str = "",
+        wanted: Sequence[torch.Tensor] | None = None,
+        labels: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor | None:
-        """Call the stage on a part of the batch. Returns logits, or with labels the loss of each position, (b, s).
+        """Call the stage on a part of the batch: some sequences of each of several adapters, or of one.
 
-        Only the last stage returns them; the others send hidden states to the next stage and return None. Arguments
-        are as in `Stage.predict`, but every stage gets tokens, for their shape. `adapter` is as in `Rows`.
-        """
-        rows = Rows(tokens, positions, caches, adapter)
-        output = self._call([rows], None if wanted is None else [wanted], labels)
-        if output is None or self.stage.bank is None:
-            return output
-        return output if wanted is not None else output.view(*tokens.shape, *output.shape[2:])
-
-    def forward_together(
-        self, rows: Sequence[Rows], wanted: Sequence[torch.Tensor] | None = None
-    ) -> torch.Tensor | None:
-        """The same for some rows of each of several adapters. Returns logits: (tokens, V), or (sequences, V).
+        Only the last stage returns something; the others send hidden states to the next stage and return None. Every
+        stage gets tokens, for their shape.
 
         Args:
             rows: of one adapter at most, unless the stage has a bank.
             wanted: for each of `rows` the position, (b,) int64, of each sequence whose logits are wanted.
-        """
-        output = self._call(rows, wanted, None)
-        return None if output is None else output.flatten(0, 1)
+            labels: for each of `rows` those of its tokens, (b, s) int64.
 
-    @torch.no_grad()
-    def _call(
-        self, rows: Sequence[Rows], wanted: Sequence[torch.Tensor] | None, labels: torch.Tensor | None
-    ) -> torch.Tensor | None:
+        Returns:
+            for the rows of one adapter after the other: logits, (tokens, V) or with `wanted` (sequences, V); with
+            `labels` the loss of each token, (tokens,).
+        """
         shares: Shares = ()
         tokens, positions, caches, _ = rows[0]
-        picked, all_caches = None if wanted is None else wanted[0], list[AnyCache](caches)
+        all_caches = list[AnyCache](caches)
+        picked, targets = (None if given is None else given[0] for given in (wanted, labels))
         if self.stage.bank is not None:
             shares = tuple(Share(some.adapter, *some.tokens.shape) for some in rows)
-            tokens, positions = (
-                torch.cat([tensor.flatten() for tensor in tensors])[None]
-                for tensors in ([some.tokens for some in rows], [some.positions for some in rows])
-            )
+            tokens = concatenated([some.tokens for some in rows])[None]
+            positions = concatenated([some.positions for some in rows])[None]
             all_caches = list(zip(*(some.caches for some in rows), strict=True))
-            labels = None if labels is None else labels.flatten()[None]
+            targets = None if labels is None else concatenated(labels)[None]
             picked = None if wanted is None else torch.cat(list(_among_all(shares, wanted)))
         inputs = tokens
         if self.pipeline.rank > 0:
@@ -138,10 +123,10 @@ class Decoder:
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
         updates = self._updates_of(shares)
         output = self.stage.predict(
-            inputs, positions, labels, shares=shares, caches=all_caches, updates=updates, wanted=picked
+            inputs, positions, targets, shares=shares, caches=all_caches, updates=updates, wanted=picked
         )
         if self.is_last:
-            return output
+            return output.flatten(0, 1)
         work = distributed.isend(output, group=self.pipeline.handle, group_dst=self.pipeline.rank + 1)
         self._keep(work, output)
         return None

@@ -13,7 +13,9 @@ from itertools import zip_longest
 from typing import TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from megatron_tiedlora.adapters.adapter_bank import filled
 from megatron_tiedlora.evaluation.decoder import Decoder, Rows
 from megatron_tiedlora.model.attention import KeyValueCache
 
@@ -49,23 +51,8 @@ class Prompts:
     adapter: str = ""
 
 
-def generate(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    *,
-    end_ids: Collection[int],
-    max_new_tokens: int,
-    is_end: Callable[[Sequence[int]], bool] = lambda _: False,
-    agree: Agree = bool,
-) -> list[list[int]]:
-    """`generate_together` for prompts of one adapter at most. Returns the new tokens of each prompt."""
-    return generate_together(decoder, [Prompts(prompts, end_ids, max_new_tokens, is_end)], agree=agree)[0]
-
-
 @torch.no_grad()
-def generate_together(
-    decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool
-) -> list[list[list[int]]]:
+def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
     """Continue each prompt with its most likely tokens until one of `end_ids`, `is_end` or `max_new_tokens`.
 
     An adapter's prompts have the batch that they have alone: its order, caches and calls of attention. Only the base's
@@ -124,11 +111,8 @@ def similar_lengths(lengths: Sequence[int]) -> list[slice]:
 
 def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
     """Pad rows of different lengths with `fill` to one (b, longest) int64 tensor."""
-    longest = max(len(row) for row in rows)
-    padded = torch.full((len(rows), longest), fill, dtype=torch.long)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return padded.to(device)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(ids, batch_first=True, padding_value=fill).to(device)
 
 
 class _Batch:
@@ -212,7 +196,7 @@ class _Part:
         if self.computed[0].num_chosen == 0:
             chosen = self._read_prompts()
         else:
-            chosen = _most_likely(self.decoder.forward_together([batch.newest_rows() for batch in self.computed]))
+            chosen = _most_likely(self.decoder.forward([batch.newest_rows() for batch in self.computed]))
         for batch in self.computed:
             batch.num_chosen += 1
         self.waiting = self.decoder.share(chosen, sum(len(batch.rows) for batch in self.computed))
@@ -221,36 +205,23 @@ class _Part:
 
     def _read_prompts(self) -> torch.Tensor | None:
         """Fill the caches and choose the first token of every sequence, (b,) on the last stage."""
-        found: dict[int, list[torch.Tensor]] = {number: [] for number in range(len(self.computed))}
+        found: dict[_Batch, list[torch.Tensor]] = {batch: [] for batch in self.computed}
         whole = self.decoder.calls_together  # the number of calls must not depend on a rank's own prompts
-        runs = [batch.runs(whole=whole) for batch in self.computed]
-        for turn in zip_longest(*runs):
-            present = [(number, some) for number, some in enumerate(turn) if some is not None]
-            for call in [present] if whole else self._calls(present):
-                rows = [self.computed[number].prompt_rows(some, self.decoder.device) for number, some in call]
-                wanted = [self.computed[number].lengths[some] - 1 for number, some in call]
-                chosen = _most_likely(self.decoder.forward_together(rows, wanted))
+        for turn in zip_longest(*(batch.runs(whole=whole) for batch in self.computed)):
+            present = [(batch, run) for batch, run in zip(self.computed, turn, strict=True) if run is not None]
+            sizes = [len(batch.prompts[run.start]) * (run.stop - run.start) for batch, run in present]
+            for call in [present] if whole else filled(present, sizes, [PROMPT_TOKENS_AT_ONCE] * len(present)):
+                rows = [batch.prompt_rows(run, self.decoder.device) for batch, run in call]
+                wanted = [batch.lengths[run] - 1 for batch, run in call]
+                chosen = _most_likely(self.decoder.forward(rows, wanted=wanted))
                 if chosen is not None:
                     parts = chosen.split([len(positions) for positions in wanted])
-                    for (number, _), part in zip(call, parts, strict=True):
-                        found[number].append(part)
+                    for (batch, _), part in zip(call, parts, strict=True):
+                        found[batch].append(part)
         for batch in self.computed:
             for cache in batch.caches:
                 cache.filled = len(batch.prompts[0])
         return torch.cat([part for parts in found.values() for part in parts]) if self.decoder.is_last else None
-
-    def _calls(self, runs: Sequence[tuple[int, slice]]) -> list[list[tuple[int, slice]]]:
-        """The runs of several adapters that are computed together."""
-        calls: list[list[tuple[int, slice]]] = []
-        room = 0
-        for number, some in runs:
-            num_tokens = len(self.computed[number].prompts[some.start]) * (some.stop - some.start)
-            if num_tokens > room:
-                calls.append([])
-                room = PROMPT_TOKENS_AT_ONCE
-            calls[-1].append((number, some))
-            room -= num_tokens
-        return calls
 
     def collect(self) -> None:
         """Receive the tokens that the last stage chose, if there are any."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.decoder import Decoder, Rows
 from megatron_tiedlora.evaluation.generate import pad_right, split_evenly
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
@@ -63,14 +63,14 @@ def _score(decoder: Decoder, samples: Sequence[Sample], adapter: str) -> list[li
         positions = torch.arange(longest, device=device).expand_as(prompts)
         # The head needs at least one position; these logits are not used.
         unused = torch.zeros(len(samples), dtype=torch.int64, device=device)
-        decoder.forward(prompts, positions, caches, wanted=unused, adapter=adapter)
+        decoder.forward([Rows(prompts, positions, caches, adapter)], wanted=[unused])
     tokens = pad_right([row[:-1] for row in after], 0, device)
     labels = pad_right([row[1:] for row in after], IGNORED_LABEL, device)
     starts = torch.tensor([len(prompt) for prompt in before], device=device)[rows]
     positions = starts[:, None] + torch.arange(tokens.shape[1], device=device)
     taken = [cache.take(rows) for cache in caches]
-    losses = decoder.forward(tokens, positions, taken, labels=labels, adapter=adapter)
+    losses = decoder.forward([Rows(tokens, positions, taken, adapter)], labels=[labels])
     if losses is None:
         return [[] for _ in samples]
-    found = iter((-losses.double().sum(dim=1)).tolist())
+    found = iter((-losses.view_as(tokens).double().sum(dim=1)).tolist())
     return [[next(found) for _ in range(count)] for count in counts]

@@ -1,22 +1,24 @@
-"""The plan of an evaluation: decided and checked before weights are read and ranks meet."""
+"""The plan of an evaluation, of one model or of several adapters of it: decided and checked before weights are read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_tiedlora.base.base_formats import UNQUANTISED
-from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.checkpoint.base_identity import identify_model
-from megatron_tiedlora.checkpoint.load_model import DTYPES, describe_dtype, resolve_dtype
+from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
@@ -24,17 +26,20 @@ from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_to
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
+from megatron_tiedlora.convert.export_many import adapter_name, find_adapters
 from megatron_tiedlora.convert.inputs import Identify, check_base, is_merged
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.tasks import Task, get_task
-from megatron_tiedlora.model.fused_attention import AttentionRoute
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.planning.layout import check_layout
 from megatron_tiedlora.planning.partition import Stages, layer_costs, partition
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 
+TABLE_FILE = "table.csv"  # of several adapters
+
 _READING = ("chat_template", "add_bos", "special_tokens_in_text")
+_LONGEST_NAME = 240  # bytes
 
 
 @dataclass(frozen=True)
@@ -79,52 +84,6 @@ class EvaluationPlan:
         method = "peft" if self.kind == "peft" else self.adapter.config.method
         return f"{method}-r{self.adapter.config.rank}"
 
-    @property
-    def name(self) -> str:
-        """MODEL-TASK-ADAPTER, for the output folder's name."""
-        model = last_name(self.source.name)
-        return "-".join([model, self.task.name, *([] if model == self.adapter_name else [self.adapter_name])])
-
-    def headline(
-        self,
-        num_samples: int,
-        num_truncated: int,
-        attention: AttentionRoute,
-        chat_note: str = "",
-        *,
-        adapters: int = 1,
-    ) -> list[str]:
-        """A few lines about the evaluation, to print before its progress bar.
-
-        Args:
-            num_samples: number of samples to answer.
-            num_truncated: how many of their prompts lose their middle, or early turns.
-            chat_note: what wrote the text of chats.
-            attention: which kernels compute the attention of prompts.
-            adapters: how many are scored together; more than one have their own lines.
-        """
-        settings, grid = self.settings, self.grid
-        dtype = describe_dtype(settings.dtype, self.dtype_name)
-        adapter = ""
-        if adapters > 1:
-            adapter = f" with {adapters} adapters"
-        elif self.adapter is not None:
-            targets = ", ".join(target.name for target in self.adapter.config.targets)
-            adapter = f" with {self.adapter_name} on {targets}, from {settings.adapter}"
-        quantised = "" if self.base is None else f" (the linears of its blocks in {self.base})"
-        merged = ", merged" if settings.merge_adapter else ""
-        cut = f", {num_truncated} of them without their middle or early turns to fit" if num_truncated else ""
-        prompts = count_text(settings.batch_size, "prompt")
-        return [
-            f"model      {self.source.name} in {dtype}{quantised}{adapter}{merged}",
-            f"data       task {self.task.name}, {count_text(num_samples, f'{settings.split} row')}{cut}",
-            f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}",
-            f"decoding   greedy, at most {self.max_new_tokens} tokens, {prompts} at once per rank",
-            f"attention  {attention}",
-            *([f"chats      by {chat_note}"] if chat_note else []),
-            *(f"note       {note}" for note in self.notes),
-        ]
-
     def resolved_settings(self, output_dir: Path) -> dict[str, Any]:
         """Every setting as a plain value, including those that depend on the model, the task and the ranks."""
         return {
@@ -138,35 +97,87 @@ class EvaluationPlan:
             "limit": self.limit,
         }
 
-    def model_facts(self) -> dict[str, Any]:
-        """Kind of model, adapter and parallel layout, for results.json."""
-        adapter = None
-        if self.adapter is not None:
-            adapter = {
-                **self.adapter.config.facts,
-                "merged": self.settings.merge_adapter,
-                **({"base_format": trained} if (trained := self.adapter.base.base_format) else {}),
-                **({"base_differs": True} if self.settings.base_differs else {}),
-            }
-        layout = {
-            "tensor_parallel": self.grid.tp_size,
-            "pipeline_parallel": self.grid.pp_size,
-            "data_parallel": self.grid.dp_size,
-        }
-        return {"model_kind": self.kind, "adapter": adapter, "layout": layout}
+
+Plans = Mapping[str, EvaluationPlan]  # by the adapter's name; they differ in the adapter and in what follows from it
 
 
-def plan_evaluation(
-    settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify = identify_model
-) -> EvaluationPlan:
-    """Find the model and adapter, and check that settings, model and number of ranks fit together.
-
-    Args:
-        identify: for a caller that plans for many adapters of one base.
+def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) -> dict[str, EvaluationPlan]:
+    """The plan of each of --adapters; without them one plan, whose name is "".
 
     Raises:
-        UserError: names the first thing that does not fit, with the fix.
+        UserError: names the first thing of settings, model and number of ranks that does not fit, with the fix; or the
+            adapter that does not fit, or is of another base than the others.
     """
+    own = {"": settings}
+    if settings.adapters is not None:
+        folders = named_adapters(settings.adapters)
+        own = {
+            name: settings.model_copy(update={"adapters": None, "adapter": str(folder)})
+            for name, folder in folders.items()
+        }
+    plans: dict[str, EvaluationPlan] = {}
+    identify = cache(identify_model)
+    for name, given in own.items():
+        try:
+            plans[name] = _plan(given, rank=rank, world_size=world_size, identify=identify)
+            _check_same_base(next(iter(plans.items())), plans[name])
+        except UserError as error:
+            if settings.adapters is None:
+                raise
+            raise UserError(f"--adapters: {name}: {error}") from None
+    return plans
+
+
+def output_name(plans: Plans) -> str:
+    """MODEL-TASK-ADAPTER, or MODEL-TASK-N-adapters, for the output folder's name."""
+    plan = next(iter(plans.values()))
+    model = last_name(plan.source.name)
+    adapter = plan.adapter_name if len(plans) == 1 else count_text(len(plans), "adapter").replace(" ", "-")
+    return "-".join([model, plan.task.name, *([] if model == adapter else [adapter])])
+
+
+def named_adapters(given: Sequence[str]) -> dict[str, Path]:
+    """The folders that the values of --adapters name, by the adapter's name: NAME of NAME=FOLDER, or the run's.
+
+    Raises:
+        UserError: a value names no adapter, two have one name, or a name cannot be that of a folder beside the table. A
+            folder that is no adapter is found when it is read.
+    """
+    found: dict[str, Path] = {}
+    for value in given:
+        name, is_named, path = value.partition("=")
+        is_named = is_named if "/" not in name else ""
+        folders = find_adapters([path if is_named else value], flag="--adapters", runs=True)
+        if is_named and len(folders) > 1:
+            why = f"{path} holds {len(folders)} adapters"
+            raise UserError(f"--adapters {as_given(value)}: {why}; give NAME=FOLDER for each")
+        for folder in folders:
+            own = name if is_named else adapter_name(folder)
+            if not own or own.startswith(".") or own == TABLE_FILE or len(os.fsencode(own)) > _LONGEST_NAME:
+                why = f"{shown(own)} cannot be a folder's name"
+                raise UserError(f"--adapters {as_given(value)}: {why}; give NAME=FOLDER")
+            if found.setdefault(own, folder) != folder:
+                raise UserError(f"--adapters: {found[own]} and {folder} are both named {own}; give NAME=FOLDER")
+    return found
+
+
+def _check_same_base(first: tuple[str, EvaluationPlan], plan: EvaluationPlan) -> None:
+    name, other = first
+    folder, expected = (one.source.weights_folder().resolve() for one in (plan, other))
+    if folder != expected:
+        raise UserError(
+            f"its base is {plan.source.name}, and that of {name} is {other.source.name}; evaluate them apart, or give"
+            " one with --model"
+        )
+    if plan.base != other.base:
+        raise UserError(
+            f"its base would be in {plan.base or plan.dtype_name}, and that of {name} in"
+            f" {other.base or other.dtype_name}; give --base"
+        )
+
+
+def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify) -> EvaluationPlan:
+    """Find the model and adapter of one evaluation, and check that settings, model and ranks fit together."""
     task, settings = get_task(settings.task), _as_trained(settings)
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     source, adapter, kind, notes = _find_model(settings, identify)

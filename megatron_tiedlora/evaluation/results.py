@@ -1,4 +1,4 @@
-"""The output of an evaluation: predictions.jsonl (one line per sample), results.json and a table on the screen."""
+"""What an evaluation shows and writes: its headline, predictions.jsonl (one line per sample), results.json, scores."""
 
 from __future__ import annotations
 
@@ -13,16 +13,54 @@ from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.output_folder import NewOutput
 from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.evaluation.answers import Answer
-from megatron_tiedlora.evaluation.metrics import find_metric
-from megatron_tiedlora.evaluation.plan import EvaluationPlan
+from megatron_tiedlora.checkpoint.load_model import describe_dtype
+from megatron_tiedlora.evaluation.held_out import Questions
+from megatron_tiedlora.evaluation.metrics import Answer, find_metric
+from megatron_tiedlora.evaluation.plan import TABLE_FILE, EvaluationPlan, Plans
 from megatron_tiedlora.evaluation.scores import Score
+from megatron_tiedlora.model.fused_attention import AttentionRoute
 
 PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
-TABLE_FILE = "table.csv"  # of several adapters
 DEFAULT_PARENT = "evaluations"
 _LIBRARIES = ("torch", "deepspeed", "transformers", "rouge-score", "sacrebleu")
+
+
+def headline(plans: Plans, questions: Mapping[str, Questions], attention: AttentionRoute) -> list[str]:
+    """A few lines about the evaluation, to print before its progress bar; of several adapters a line for each.
+
+    Args:
+        attention: which kernels compute the attention of prompts.
+    """
+    name, plan = next(iter(plans.items()))
+    settings, grid, scored, adapters = plan.settings, plan.grid, questions[name].scored, len(plans)
+    dtype = describe_dtype(settings.dtype, plan.dtype_name)
+    adapter = ""
+    if adapters > 1:
+        adapter = f" with {adapters} adapters"
+    elif plan.adapter is not None:
+        targets = ", ".join(target.name for target in plan.adapter.config.targets)
+        adapter = f" with {plan.adapter_name} on {targets}, from {settings.adapter}"
+    quantised = "" if plan.base is None else f" (the linears of its blocks in {plan.base})"
+    merged = ", merged" if settings.merge_adapter else ""
+    cut = f", {scored.num_truncated} of them without their middle or early turns to fit" if scored.num_truncated else ""
+    shared = [note for note in plan.notes if all(note in other.notes for other in plans.values())]
+    prompts = count_text(settings.batch_size, "prompt")
+    lines = [
+        f"model      {plan.source.name} in {dtype}{quantised}{adapter}{merged}",
+        f"data       task {plan.task.name}, {count_text(len(scored.examples), f'{settings.split} row')}{cut}",
+        f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}",
+        f"decoding   greedy, at most {plan.max_new_tokens} tokens, {prompts} at once per rank",
+        f"attention  {attention}",
+        *([f"chats      by {scored.chat_note}"] if scored.chat_note else []),
+        *(f"note       {note}" for note in shared),
+    ]
+    if adapters == 1:
+        return lines
+    for name, own in plans.items():
+        lines.append(f"adapter    {name}: {own.adapter_name}, from {own.settings.adapter}")
+        lines += [f"note       {name}: {note}" for note in own.notes if note not in shared]
+    return lines
 
 
 def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:
@@ -50,18 +88,29 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 
 def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> dict[str, Any]:
-    """The content of results.json: the task's own score, all scores, model, settings and versions."""
-    first = plan.task.metrics[0]
+    """The content of results.json: the task's own score, all scores, model, adapter, layout, settings and versions."""
+    settings, grid, first = plan.settings, plan.grid, plan.task.metrics[0]
+    adapter = None
+    if plan.adapter is not None:
+        adapter = {
+            **plan.adapter.config.facts,
+            "merged": settings.merge_adapter,
+            **({"base_format": trained} if (trained := plan.adapter.base.base_format) else {}),
+            **({"base_differs": True} if settings.base_differs else {}),
+        }
+    layout = {"tensor_parallel": grid.tp_size, "pipeline_parallel": grid.pp_size, "data_parallel": grid.dp_size}
     described = {name: score.plain() for name, score in scores.items()}
     return {
         "task": plan.task.name,
-        "split": plan.settings.split,
+        "split": settings.split,
         "metric": first,
         **described[first],
         "scores": described,
-        **plan.model_facts(),
+        "model_kind": plan.kind,
+        "adapter": adapter,
+        "layout": layout,
         "settings": plan.resolved_settings(folder),
-        "ranks": plan.grid.world_size,
+        "ranks": grid.world_size,
         "versions": installed_versions(*_LIBRARIES),
     }
 
@@ -103,33 +152,25 @@ def _table(evaluations: Mapping[str, Evaluation]) -> str:
     return text.getvalue()
 
 
-def score_tables(evaluations: Mapping[str, Evaluation], folder: Path) -> list[str]:
-    """The lines that a user sees at the end: of one, or a row for each of several adapters."""
-    if "" in evaluations:
-        plan, _, scores = evaluations[""]
-        return score_table(plan, scores, folder)
+def score_table(evaluations: Mapping[str, Evaluation], folder: Path) -> list[str]:
+    """The lines that a user sees at the end: scores with intervals, and the files.
+
+    Of one alone there is a row for each metric, with its signature; of several a row for each adapter.
+    """
     plan, answers, first = next(iter(evaluations.values()))
+    rows = f"{plan.task.name}, {count_text(len(answers), f'{plan.settings.split} row')}, scores in per cent"
+    if "" in evaluations:
+        width = max(len("metric"), *map(len, first))
+        lines = [f"  {'metric':<{width}}  {'score':>6}  {'95 % interval':<16}  signature"]
+        for name, score in first.items():
+            interval = f"{score.low:.2f} to {score.high:.2f}"
+            lines.append(f"  {name:<{width}}  {score.value:>6.2f}  {interval:<16}  {score.signature}")
+        return [rows, *lines, f"files     {folder / PREDICTIONS_FILE}", f"          {folder / RESULTS_FILE}"]
     width = max(len("adapter"), *map(len, evaluations))
     columns = [f"{name} (95 % interval)" for name in first]
-    lines = [
-        f"{plan.task.name}, {count_text(len(answers), f'{plan.settings.split} row')}, scores in per cent",
-        f"  {'adapter':<{width}}" + "".join(f"  {column:>24}" for column in columns),
-    ]
+    lines = [f"  {'adapter':<{width}}" + "".join(f"  {column:>24}" for column in columns)]
     for name, (_, _, scores) in evaluations.items():
         values = [f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})" for score in scores.values()]
         lines.append(f"  {name:<{width}}" + "".join(f"  {value:>24}" for value in values))
-    return [*lines, f"files     {folder / TABLE_FILE}", f"          {folder}/NAME/{RESULTS_FILE}, {PREDICTIONS_FILE}"]
-
-
-def score_table(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> list[str]:
-    """The lines that a user sees at the end: scores with intervals, their signatures, and the files."""
-    count = next(iter(scores.values())).num_samples
-    width = max(len("metric"), *map(len, scores))
-    lines = [
-        f"{plan.task.name}, {count_text(count, f'{plan.settings.split} row')}, scores in per cent",
-        f"  {'metric':<{width}}  {'score':>6}  {'95 % interval':<16}  signature",
-    ]
-    for name, score in scores.items():
-        interval = f"{score.low:.2f} to {score.high:.2f}"
-        lines.append(f"  {name:<{width}}  {score.value:>6.2f}  {interval:<16}  {score.signature}")
-    return [*lines, f"files     {folder / PREDICTIONS_FILE}", f"          {folder / RESULTS_FILE}"]
+    files = [f"files     {folder / TABLE_FILE}", f"          {folder}/NAME/{RESULTS_FILE}, {PREDICTIONS_FILE}"]
+    return [rows, *lines, *files]

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.evaluation.answers import Answer
-from megatron_tiedlora.evaluation.metrics import Metric, find_metric
+from megatron_tiedlora.evaluation.metrics import Answer, Metric, find_metric
 
 _PERCENTILES = (2.5, 97.5)
 # Random numbers drawn at a time; this bounds the memory.

@@ -12,7 +12,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.sides import random_stage
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.gpu_checks.correct import adapter_of, plain_tensors, unsettle
 from megatron_tiedlora.gpu_checks.package import compute_dtype, small_shape
 from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
@@ -55,7 +55,7 @@ def prompts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
 def answers(stage: Stage, shape: ModelShape, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
     """The package's answers; no token ends an answer."""
     decoder = Decoder(stage.eval(), ParallelGroups(), shape)
-    return generate(decoder, prompts, end_ids=(), max_new_tokens=num_tokens)
+    return generate(decoder, [Prompts(prompts, (), num_tokens)])[0]
 
 
 def _compare(report: Report, label: str, shape: ModelShape, device: torch.device) -> None:

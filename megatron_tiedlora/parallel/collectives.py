@@ -102,7 +102,7 @@ class _GatherTogether(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: RankGroup, dims: tuple[int, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.group, ctx.dims, ctx.shapes = group, dims, [tensor.shape for tensor in tensors]
-        gathered = all_gather(_end_to_end(tensors)[None], group, dim=0)
+        gathered = all_gather(concatenated(tensors)[None], group, dim=0)
         parts = gathered.split([tensor.numel() for tensor in tensors], dim=1)
         return tuple(
             part.reshape(group.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
@@ -122,7 +122,8 @@ class _GatherTogether(torch.autograd.Function):
         return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
 
 
-def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All values of the tensors, one after another in one dimension."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 

@@ -15,9 +15,10 @@ from typing import TypeVar
 from megatron_tiedlora.data.loader import evaluation_sizes
 from megatron_tiedlora.data.shared import Owned, fill_rounds, shared_input
 from megatron_tiedlora.engine.bank_runner import BankPipelineRunner, BankPlainRunner
-from megatron_tiedlora.evaluation.answering import Questions, ScoredSet, answer_together
-from megatron_tiedlora.evaluation.answers import Answer
+from megatron_tiedlora.evaluation.answering import answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.held_out import Questions, ScoredSet
+from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.evaluation.scores import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks
 from megatron_tiedlora.runtime.stopping import StopRequests
@@ -118,9 +119,7 @@ class GroupEvaluation:
         parts = [questions] if self.capacity else [[one] for one in questions]
         answers: list[list[Answer]] = []
         for part in parts:
-            answers += answer_together(
-                decoder, part, grid=plan.grid, agree=self.stop.agree, progress=members[0].is_main
-            ) or [[] for _ in part]
+            answers += answer_all(decoder, part, grid=plan.grid, agree=self.stop.agree, progress=members[0].is_main)
         return {member.name: own for member, own in zip(members, answers, strict=True)}
 
 

@@ -24,8 +24,9 @@ from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.engine import all_open, trained_parameters
 from megatron_tiedlora.engine.optimizer_state import read_moments
 from megatron_tiedlora.engine.runner import Runner
-from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
+from megatron_tiedlora.evaluation.answering import answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.held_out import Questions, ScoredSet
 from megatron_tiedlora.evaluation.scores import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
@@ -237,18 +238,10 @@ class Trainer:
         runner, plan = self.runner, self.plan
         runner.engine.module.eval()
         decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
-        answers = answer_all(
-            decoder,
-            scored,
-            tokenizer=self.data.tokenizer,
-            grid=plan.grid,
-            max_new_tokens=plan.max_new_tokens,
-            batch_size=plan.settings.eval_batch_size,
-            agree=self.stop.agree,
-            progress=self.is_main,
-        )
+        asked = Questions(scored, self.data.tokenizer, plan.max_new_tokens, plan.settings.eval_batch_size)
+        (answers,) = answer_all(decoder, [asked], grid=plan.grid, agree=self.stop.agree, progress=self.is_main)
         names = scored.task.metrics
-        return decided_by_rank_0(lambda: score_answers(names, answers or []), kind=dict[str, Score])
+        return decided_by_rank_0(lambda: score_answers(names, answers), kind=dict[str, Score])
 
     def _log_validation(self, found: Evaluated, bar: Any) -> None:
         loss, scores = found

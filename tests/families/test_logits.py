@@ -14,7 +14,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 PROMPTS = [[5, 17, 300, 44, 8, 201, 9], [77], list(range(3, 27))]
@@ -60,7 +60,7 @@ def test_logits_of_packed_rows(model: tuple[ModelSource, Any, Any]) -> None:
 def test_greedy_decoding_token_for_token(model: tuple[ModelSource, Any, Any]) -> None:
     source, ours, theirs = model
     decoder = Decoder(ours, ParallelGroups(), source.shape)
-    found = generate(decoder, PROMPTS, end_ids=(EOS_ID,), max_new_tokens=24)
+    (found,) = generate(decoder, [Prompts(PROMPTS, (EOS_ID,), 24)])
     for prompt, row in zip(PROMPTS, found, strict=True):
         ids = torch.tensor([prompt])
         wanted = theirs.generate(

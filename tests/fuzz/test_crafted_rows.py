@@ -13,6 +13,7 @@ from tiny_models import write_tiny_tokenizer
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.encode import encode_prompts
+from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 
@@ -41,7 +42,8 @@ def test_a_tokenizer_that_loads_and_fails_in_use(area: Path, changes: dict[str, 
     def use() -> int:
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, 1000)
-        encode_prompts(tokenizer, ["Tom has 12 pens.", "naïve 日本語"], max_length=64)
+        prompts = [Example(text, "", "here") for text in ("Tom has 12 pens.", "naïve 日本語")]
+        encode_prompts(tokenizer, prompts, max_length=64)
         return len(end_ids(tokenizer, folder, vocab_size=320))
 
     found = outcome(use, unchanged=area, names=(str(folder),))

@@ -20,6 +20,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.data.encode import encode_prompts
+from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.model.families import FAMILIES
 from megatron_tiedlora.model.rope import inverse_frequencies
@@ -93,7 +94,8 @@ def test_a_broken_tokenizer(tmp_path_factory: pytest.TempPathFactory, area: Path
     def load() -> Any:
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, VOCABULARY)
-        encoded, _ = encode_prompts(tokenizer, ["Tom has 12 pens, naïve 日本語 😀</s>"], max_length=64)
+        prompt = Example("Tom has 12 pens, naïve 日本語 😀</s>", "", "here")
+        encoded, _ = encode_prompts(tokenizer, [prompt], max_length=64)
         return encoded[0].tolist(), end_ids(tokenizer, folder, vocab_size=VOCABULARY)
 
     def body(draw: Draw) -> object:

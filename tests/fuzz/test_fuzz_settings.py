@@ -28,7 +28,7 @@ from megatron_tiedlora.config.launch_settings import LaunchSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings, parse_sweep
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
-from megatron_tiedlora.evaluation.plan import plan_evaluation
+from megatron_tiedlora.evaluation.plan import plan_evaluations
 from megatron_tiedlora.study.plan import plan_sweep
 from megatron_tiedlora.training.dry_run import dry_run_report
 
@@ -141,7 +141,7 @@ def _train(argv: Sequence[str]) -> CommandSettings:
 
 def _evaluate(argv: Sequence[str]) -> CommandSettings:
     settings = parse_settings(argv, EvaluateSettings)
-    plan_evaluation(settings, rank=0, world_size=1)
+    plan_evaluations(settings, rank=0, world_size=1)[""]
     return settings
 
 

@@ -207,10 +207,10 @@ def verify(made: Path, model: Path, output: Path, *words: str) -> None:
 def evaluate(made: Path, model: Path, output: Path, *words: str, kind: str = "adapter") -> None:
     from megatron_tiedlora.config.cli import parse_settings
     from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-    from megatron_tiedlora.evaluation.plan import plan_evaluation
+    from megatron_tiedlora.evaluation.plan import plan_evaluations
 
     argv = ["--adapter", str(made / kind), "--model", str(model), "--task", "gsm8k", *words]
-    plan = plan_evaluation(parse_settings(argv, EvaluateSettings), rank=0, world_size=1)
+    plan = plan_evaluations(parse_settings(argv, EvaluateSettings), rank=0, world_size=1)[""]
     assert not words or any("--base_differs" in note for note in plan.notes), plan.notes
 
 

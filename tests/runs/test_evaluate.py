@@ -29,7 +29,7 @@ from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
-from megatron_tiedlora.evaluation.answers import Answer
+from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.evaluation.results import _json_line, prediction_row
 
 pytestmark = pytest.mark.distributed
@@ -133,7 +133,7 @@ def count_prompts() -> None:
     """Print how many prompts each batch of the rank has."""
     before_call(
         "megatron_tiedlora.evaluation.answering",
-        "generate_together",
+        "generate",
         lambda _, asked: print(f"prompts: {len(asked[0].prompts)}", file=sys.stderr),
     )
 
@@ -249,7 +249,7 @@ def test_ranks_that_read_other_rows_are_refused(models: Models, tmp_path: Path) 
 def stop_at_call(number: int, rank: str) -> None:
     """Rank `rank` is told to stop before the second batch; the others are not."""
     if os.environ["RANK"] == rank:
-        kill_at_call("megatron_tiedlora.evaluation.answering", "generate_together", call=2, number=number)
+        kill_at_call("megatron_tiedlora.evaluation.answering", "generate", call=2, number=number)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -22,7 +22,7 @@ from megatron_tiedlora.commands import merge as merge_command
 from megatron_tiedlora.commands import verify as verify_command
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
-from megatron_tiedlora.evaluation.plan import plan_evaluation
+from megatron_tiedlora.evaluation.plan import plan_evaluations
 
 pytestmark = pytest.mark.distributed
 
@@ -112,7 +112,7 @@ def test_it_is_evaluated_as_trained_or_as_given(base: Base, trained: Path, tmp_p
         assert found["settings"]["base"] == used and found["adapter"]["base_format"] == "nf4"
     merged = validate_settings({**shared, "merge_adapter": True}, EvaluateSettings)
     with pytest.raises(UserError, match=r"--merge_adapter adds the adapter to weights .* in nf4; give --base none"):
-        plan_evaluation(merged, rank=0, world_size=1)
+        plan_evaluations(merged, rank=0, world_size=1)[""]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_a_copy_in_another_precision(base: Base, trained: Path, narrow: Path, tm
 
 
 def notes_of_evaluation(**settings: Any) -> tuple[str, ...]:
-    return plan_evaluation(validate_settings(settings, EvaluateSettings), rank=0, world_size=1).notes
+    return plan_evaluations(validate_settings(settings, EvaluateSettings), rank=0, world_size=1)[""].notes
 
 
 def test_an_evaluation_says_what_differs_from_training(

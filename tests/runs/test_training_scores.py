@@ -16,9 +16,10 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.data.encode import encode_prompts
+from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.training.finish import score_rows
 
@@ -108,9 +109,10 @@ def test_ranks_of_zero_3_call_the_model_until_all_are_done(base: Base, runs: dic
     tokenizer = load_tokenizer(base.model)
     decoder = Decoder(load_model(source, adapter, dtype=torch.float32), ParallelGroups(), source.shape)
     rows = [json.loads(line) for line in base.train.read_text().splitlines()]
-    encoded, _ = encode_prompts(tokenizer, [row["prompt"] for row in rows], max_length=60)
+    encoded, _ = encode_prompts(tokenizer, [Example(row["prompt"], "", "here") for row in rows], max_length=60)
     prompts = [ids.tolist() for ids in encoded]
-    lengths = [len(new) for new in generate(decoder, prompts, end_ids=(tokenizer.eos_token_id,), max_new_tokens=8)]
+    (rows_of_ids,) = generate(decoder, [Prompts(prompts, (tokenizer.eos_token_id,), 8)])
+    lengths = [len(ids) for ids in rows_of_ids]
     chosen = [rows[lengths.index(min(lengths))], rows[lengths.index(8)]]
     assert min(lengths) < 8
     chosen += [{"prompt": "say " + "long " * 8, "completion": "x"}, {"prompt": "say it all", "completion": "x"}]

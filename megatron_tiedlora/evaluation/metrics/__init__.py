@@ -8,7 +8,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.evaluation.metrics.bleu import BLEU_METRIC
 from megatron_tiedlora.evaluation.metrics.choices import ACCURACY, ACCURACY_LOGLIKELIHOOD
 from megatron_tiedlora.evaluation.metrics.exact import EXACT_MATCH, GSM8K, SQUAD, SQUAD_F1
-from megatron_tiedlora.evaluation.metrics.metric import Metric
+from megatron_tiedlora.evaluation.metrics.metric import Answer, Metric
 from megatron_tiedlora.evaluation.metrics.rouge import ROUGE_L
 
 METRICS: Mapping[str, Metric] = {
@@ -24,4 +24,4 @@ def find_metric(name: str) -> Metric:
     return METRICS[name]
 
 
-__all__ = ["METRICS", "Metric", "find_metric"]
+__all__ = ["METRICS", "Answer", "Metric", "find_metric"]

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_tiedlora.evaluation.answers import Answer
-from megatron_tiedlora.evaluation.metrics.metric import Metric
+from megatron_tiedlora.evaluation.metrics.metric import Answer, Metric
 
 _ORDERS = 4
 

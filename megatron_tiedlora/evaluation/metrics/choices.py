@@ -11,9 +11,8 @@ import math
 from collections.abc import Sequence
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics.exact import token_f1
-from megatron_tiedlora.evaluation.metrics.metric import Metric, fixed
+from megatron_tiedlora.evaluation.metrics.metric import Answer, Metric, fixed
 
 
 def checked_choices(answer: Answer) -> tuple[str, ...]:

@@ -8,8 +8,7 @@ from collections import Counter
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.evaluation.answers import Answer
-from megatron_tiedlora.evaluation.metrics.metric import Metric, fixed
+from megatron_tiedlora.evaluation.metrics.metric import Answer, Metric, fixed
 
 _FINAL_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

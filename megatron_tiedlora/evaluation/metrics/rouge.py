@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from megatron_tiedlora.evaluation.answers import Answer
-from megatron_tiedlora.evaluation.metrics.metric import Metric
+from megatron_tiedlora.evaluation.metrics.metric import Answer, Metric
 
 
 def rouge_l(answer: Answer) -> float:

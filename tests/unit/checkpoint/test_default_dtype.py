@@ -14,7 +14,7 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.evaluation.plan import plan_evaluation
+from megatron_tiedlora.evaluation.plan import plan_evaluations
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 from megatron_tiedlora.training.plan import plan_run
 
@@ -71,7 +71,7 @@ def test_runs_and_evaluations_record_the_dtype_that_they_took(
     chosen = {"model": str(write_tiny_model(tmp_path / "model")), "task": "demo"}
     settings = make_settings({**chosen, "max_length": 64, "plan_for": "cpu", "dry_run": True})
     run = plan_run(settings, rank=0, world_size=1)
-    evaluation = plan_evaluation(validate_settings(chosen, EvaluateSettings), rank=0, world_size=1)
+    evaluation = plan_evaluations(validate_settings(chosen, EvaluateSettings), rank=0, world_size=1)[""]
     expected = "bf16" if fast else "fp32"
     assert run.resolved_settings()["dtype"] == evaluation.resolved_settings(tmp_path)["dtype"] == expected
     assert run.dtype == evaluation.dtype == load_model.DTYPES[expected]

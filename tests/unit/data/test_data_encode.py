@@ -251,9 +251,9 @@ def test_prefix_space_is_noticed(byte_level, spm):
 
 def test_generation_sees_the_prompt_of_training(tokenizer):
     sample = encode_example(tokenizer, example(), max_length=100)
-    (prompt,), _ = encode_prompts(tokenizer, [example().prompt], max_length=100, reading=WITH_BOS)
+    (prompt,), _ = encode_prompts(tokenizer, [example()], max_length=100, reading=WITH_BOS)
     assert prompt.tolist() == sample.tokens[: prompt_length(sample)].tolist()
-    prompts = [example().prompt, "other " * 50]
+    prompts = [example(), example(prompt="other " * 50)]
     both, num_cut = encode_prompts(tokenizer, prompts, max_length=20, reading=WITH_BOS)
     assert num_cut == 1
     assert (both[0] == prompt).all() and len(both[1]) == 20 and both[1][0] == tokenizer.bos_token_id

@@ -11,8 +11,7 @@ from task_files import HUB_ROWS, refusal, write_rows
 
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
-from megatron_tiedlora.evaluation.answers import Answer
-from megatron_tiedlora.evaluation.metrics import METRICS
+from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 
 
 def read_one(task: str, folder: Path, row: dict[str, Any], **options: Any) -> Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from task_files import refusal, write, write_rows
 from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, write_zoo_tokenizer
 
-from megatron_tiedlora.data.chat import opened_chat, set_chat_template
+from megatron_tiedlora.data.chat import Chat, set_chat_template
 from megatron_tiedlora.data.encode import encode_examples
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.reading import Reading
@@ -300,10 +301,10 @@ def test_a_chat_template_of_the_user(tmp_path: Path, folder: Path) -> None:
     reading = Reading(chat_template=str(tmp_path / "mine.jinja"))
     (example,) = custom(write_rows(tmp_path / "a.jsonl", [ONE]), tokenizer=tokenizer, reading=reading)
     assert [segment.text for segment in example.segments] == ["[Hi]", "[Yo]"] and example.templated
-    with opened_chat(tokenizer, reading) as chat:
+    with closing(Chat(tokenizer, reading)) as chat:
         assert f"{tmp_path}/mine.jinja; every answer is supervised, found by comparing" in chat.note()
     tokenizer.chat_template = None
-    with opened_chat(tokenizer, Reading(train_on="last_turn")) as chat:
+    with closing(Chat(tokenizer, Reading(train_on="last_turn"))) as chat:
         assert chat.note().startswith("lines of User: and Assistant:") and "the last answer" in chat.note()
     for content, words in ((None, "no such file"), (b"", "is empty"), (b"\xff", "not UTF-8")):
         file = tmp_path / "other.jinja"

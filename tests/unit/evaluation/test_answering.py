@@ -18,9 +18,10 @@ from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.evaluation.answering import ScoredSet, _stop_test, _text, answer_all, encode_scored
-from megatron_tiedlora.evaluation.answers import Answer
-from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.evaluation.answering import _stop_test, _text, answer_all
+from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.held_out import Questions, ScoredSet, encode_scored
+from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.parallel.grid import Grid
 
 NEW_TOKENS = 20
@@ -46,19 +47,12 @@ def task(stop: str | None = STOP) -> Task:
 
 def answers(
     folder: Path, grid: Grid, batch_size: int, *, stop: str | None = STOP, choices: bool = True, **options: Any
-) -> list[Answer] | None:
+) -> list[Answer]:
     decoder, tokenizer = build(folder, grid=grid), load_tokenizer(folder)
     rows = examples(choices=choices)
     scored = encode_scored(rows, task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
-    return answer_all(
-        decoder,
-        scored,
-        tokenizer=tokenizer,
-        grid=grid,
-        max_new_tokens=NEW_TOKENS,
-        batch_size=batch_size,
-        **options,
-    )
+    (found,) = answer_all(decoder, [Questions(scored, tokenizer, NEW_TOKENS, batch_size)], grid=grid, **options)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[Answer]:
     """One sample at a time."""
-    found = answers(folder, Grid(0, 1), 1)
-    assert found is not None
-    return found
+    return answers(folder, Grid(0, 1), 1)
 
 
 def same(ours: list[Answer], wanted: list[Answer]) -> bool:
@@ -90,7 +82,7 @@ def test_answers_stand_in_the_samples_order_and_end_before_the_stop(folder: Path
     tokenizer, decoder = load_tokenizer(folder), build(folder, grid=Grid(0, 1))
     scored = encode_scored(examples(), task(None), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
     prompts = [prompt.tolist() for prompt in scored.prompts]
-    rows = generate(decoder, prompts, end_ids=scored.end_ids, max_new_tokens=NEW_TOKENS)
+    (rows,) = generate(decoder, [Prompts(prompts, scored.end_ids, NEW_TOKENS)])
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     assert [answer.prediction for answer in alone] == [text.split(STOP)[0].strip() for text in texts]
     assert any(STOP in text for text in texts) and not all(STOP in text for text in texts)
@@ -105,19 +97,18 @@ def test_each_choice_has_a_score_of_its_own(alone: list[Answer]) -> None:
 @pytest.mark.parametrize("batch_size", [2, 5, 100])
 def test_the_batch_size_changes_nothing(folder: Path, alone: list[Answer], batch_size: int) -> None:
     found = answers(folder, Grid(0, 1), batch_size)
-    assert found is not None and same(found, alone)
+    assert same(found, alone)
 
 
 def test_samples_without_choices_have_no_scores(folder: Path, alone: list[Answer]) -> None:
     found = answers(folder, Grid(0, 1), 4, choices=False)
-    assert found is not None and all(answer.choice_scores == () for answer in found)
+    assert all(answer.choice_scores == () for answer in found)
     assert [answer.prediction for answer in found] == [answer.prediction for answer in alone]
 
 
 def test_the_stop_ends_decoding_and_not_only_the_text(folder: Path) -> None:
     """A stop text of several tokens (bytes here), one of which alone must not stop anything."""
     free = answers(folder, Grid(0, 1), 4, stop=None)
-    assert free is not None
     text = max((answer.prediction for answer in free), key=len)
     stop = text[4:7]
     decoder, tokenizer = build(folder, grid=Grid(0, 1)), load_tokenizer(folder)
@@ -125,8 +116,8 @@ def test_the_stop_ends_decoding_and_not_only_the_text(folder: Path) -> None:
     scored = encode_scored([examples()[index]], task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
     calls: list[int] = []
     decoder.stage.layers["0"].register_forward_hook(lambda *_: calls.append(1))
-    found = answer_all(decoder, scored, tokenizer=tokenizer, grid=Grid(0, 1), max_new_tokens=NEW_TOKENS, batch_size=4)
-    assert found is not None and found[0].prediction == text.split(stop)[0].strip()
+    (found,) = answer_all(decoder, [Questions(scored, tokenizer, NEW_TOKENS, 4)], grid=Grid(0, 1))
+    assert found[0].prediction == text.split(stop)[0].strip()
     assert len(calls) - 2 < NEW_TOKENS  # two calls are the choices'
 
 
@@ -143,7 +134,7 @@ def test_every_layout_gives_the_same_answers_on_rank_0(
     """13 samples over two data-parallel ranks: one of them has a batch less, or a smaller one."""
     found = run_on_ranks(_answer_rank, str(folder), ranks, tp, pp, ranks=ranks, folder=tmp_path / "ranks")
     assert all(same(ours, alone) for ours in found[0])
-    assert all(ours is None for others in found[1:] for ours in others)
+    assert all(ours == [] for others in found[1:] for ours in others)
 
 
 def test_every_rank_agrees_as_often(folder: Path) -> None:
@@ -182,8 +173,8 @@ def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [{tokenizer.eos_token_id}, {token}]}}')
     scored = encode_scored(examples(), task(), tokenizer, longest_prompt=60, model_folder=tmp_path, **SIZE)
     assert scored.end_ids == {tokenizer.eos_token_id, token}
-    found = answer_all(decoder, scored, tokenizer=tokenizer, grid=Grid(0, 1), max_new_tokens=NEW_TOKENS, batch_size=4)
-    assert found is not None and found[0].prediction == text.split(letter)[0].strip()
+    (found,) = answer_all(decoder, [Questions(scored, tokenizer, NEW_TOKENS, 4)], grid=Grid(0, 1))
+    assert found[0].prediction == text.split(letter)[0].strip()
 
 
 def test_what_no_prediction_could_get_right_is_refused_before_decoding(folder: Path) -> None:

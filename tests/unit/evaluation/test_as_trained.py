@@ -18,11 +18,11 @@ from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.data.encode import encode_prompts_of
+from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.evaluation.plan import plan_evaluation
+from megatron_tiedlora.evaluation.plan import plan_evaluations
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.training.plan import plan_run
 from megatron_tiedlora.training.session import write_run_settings
@@ -49,7 +49,7 @@ def run_of(base: Path, folder: Path, template: Path, **more: Any) -> Path:
 
 def evaluated(run: Path, **more: Any) -> Any:
     values = {"adapter": str(run / "adapter"), "test_file": str(run.parent / "rows.jsonl"), **more}
-    return plan_evaluation(validate_settings(values, EvaluateSettings), rank=0, world_size=1)
+    return plan_evaluations(validate_settings(values, EvaluateSettings), rank=0, world_size=1)[""]
 
 
 def test_a_chat_template_is_compared_by_its_content(base: Path, tmp_path: Path) -> None:
@@ -106,8 +106,9 @@ def test_an_answer_that_is_not_trained_is_scored(tmp_path: Path) -> None:
     options: Any = {"files": {"test": path}, "seed": 0, "tokenizer": tokenizer}
     (example,) = load_split("custom", "test", reading=reading, **options)
     assert example.references == ("b",) and example.prompt.endswith("<|im_start|>assistant\n")
-    (whole,), _ = encode_prompts_of(tokenizer, [example], max_length=400, reading=reading)
-    (shorter,), _ = encode_prompts_of(tokenizer, [example], max_length=len(whole) - 1, reading=reading)
+    (whole,), num_cut = encode_prompts(tokenizer, [example], max_length=400, reading=reading)
+    (shorter,), num_shorter = encode_prompts(tokenizer, [example], max_length=len(whole) - 1, reading=reading)
+    assert (num_cut, num_shorter) == (0, 1)
     kept = tokenizer.apply_chat_template(row["messages"][2:3], tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(shorter.tolist()) == kept  # a whole exchange is left out
     train: dict[str, Any] = {"train_file": path}

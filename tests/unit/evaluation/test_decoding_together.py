@@ -19,7 +19,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.evaluation.decoder import Decoder, Rows
-from megatron_tiedlora.evaluation.generate import Prompts, generate, generate_together
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
@@ -81,7 +81,7 @@ def decoder_of(
 
 
 def alone(decoder: Decoder, name: str, *, end: int = EOS_ID) -> list[list[int]]:
-    return generate(decoder, prompts_of(name), end_ids=(end,), max_new_tokens=MOST[name])
+    return generate(decoder, [Prompts(prompts_of(name), (end,), MOST[name])])[0]
 
 
 def chosen_logits(decoder: Decoder, shares: list[tuple[str, list[list[int]]]]) -> list[torch.Tensor]:
@@ -101,7 +101,7 @@ def chosen_logits(decoder: Decoder, shares: list[tuple[str, list[list[int]]]]) -
             for new, places, cache, (name, _) in zip(news, positions, caches, shares, strict=True)
         ]
         wanted = [torch.full((len(ids),), n - 1) for ids, n in zip(tokens, at, strict=True)] if step == 0 else None
-        logits = decoder.forward_together(rows, wanted)
+        logits = decoder.forward(rows, wanted=wanted)
         assert logits is not None
         found.append(logits)
     return found
@@ -143,10 +143,10 @@ def test_each_gives_the_tokens_that_it_gives_alone(folder: Path, calls_together:
     own = {name: decoder_of(folder, name, Grid(0, 1), torch.float32) for name in ADAPTERS}
     expected = {name: alone(decoder, name) for name, decoder in own.items()}
     assert len({str(rows) for rows in expected.values()}) == len(expected)
-    found = generate_together(together, [asked(name) for name in ADAPTERS])
+    found = generate(together, [asked(name) for name in ADAPTERS])
     assert dict(zip(ADAPTERS, found, strict=True)) == expected
     end = expected["b"][0][1]
-    found = generate_together(together, [asked(name, end=end) for name in ("d", "b", "a")])
+    found = generate(together, [asked(name, end=end) for name in ("d", "b", "a")])
     assert found == [alone(own[name], name, end=end) for name in ("d", "b", "a")]
     assert min(map(len, found[1])) < MOST["b"]
 
@@ -158,7 +158,7 @@ def test_an_adapter_that_has_ended_leaves(folder: Path) -> None:
     handle = decoder.stage.layers["0"].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].numel()))
     try:
         soon = Prompts([[5] * 4] * 6, (), 6, lambda row: len(row) == 3, adapter="a")
-        generate_together(decoder, [soon, Prompts([[5] * 4] * 5, (), 6, adapter="b")])
+        generate(decoder, [soon, Prompts([[5] * 4] * 5, (), 6, adapter="b")])
     finally:
         handle.remove()
     assert seen == [44, 11, 11, 5, 5, 5]
@@ -184,7 +184,7 @@ def _decode_rank(folder: str, world_size: int, tp: int, pp: int) -> dict[str, An
     found = {}
     for calls_together in (False, True):
         decoder = decoder_of(Path(folder), None, grid, torch.float32, calls_together=calls_together)
-        found[str(calls_together)] = generate_together(decoder, [asked(name) for name in ADAPTERS])
+        found[str(calls_together)] = generate(decoder, [asked(name) for name in ADAPTERS])
     found["likelihoods"] = ending_log_likelihoods(decoder, samples("a"), adapter="a")
     return found
 

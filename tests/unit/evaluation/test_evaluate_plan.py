@@ -20,8 +20,9 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.evaluation.held_out import read_held_out
-from megatron_tiedlora.evaluation.plan import plan_evaluation
+from megatron_tiedlora.evaluation.held_out import read_questions
+from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
+from megatron_tiedlora.evaluation.results import headline
 from megatron_tiedlora.model.fused_attention import choose_attention
 from megatron_tiedlora.training.plan import plan_run
 from megatron_tiedlora.training.run_data import prepare_data
@@ -52,19 +53,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 def test_a_prompt_leaves_room_for_its_answer_and_the_demo_decodes_a_few_rows(models: Models) -> None:
     chosen = {"model": str(models.base), "max_new_tokens": 246, "test_file": str(models.rows)}
-    plan = plan_evaluation(validate_settings(chosen, EvaluateSettings), rank=0, world_size=1)
-    _, scored = read_held_out(plan)
+    plans = plan_evaluations(validate_settings(chosen, EvaluateSettings), rank=0, world_size=1)
+    plan, questions = plans[""], read_questions(plans)
+    scored = questions[""].scored
     lengths = [min(1 + len(example.prompt), 256 - 246) for example in scored.examples]  # one token a letter, and BOS
     assert [len(prompt) for prompt in scored.prompts] == lengths and plan.limit is None
     num_cut = sum(len(example.prompt) >= 256 - 246 for example in scored.examples)
     assert 0 < num_cut == scored.num_truncated < NUM_ROWS
-    lines = plan.headline(NUM_ROWS, scored.num_truncated, ROUTE)
+    lines = headline(plans, questions, ROUTE)
     assert f"{num_cut} of them without their middle" in lines[1]
     assert lines[-1] == "attention  tiles of queries (a CPU)"
 
     demo = validate_settings({"model": str(models.base), "task": "demo"}, EvaluateSettings)
-    plan = plan_evaluation(demo, rank=0, world_size=1)
-    assert (plan.limit, plan.max_new_tokens, plan.name) == (24, 128, "model-demo-base")
+    plans = plan_evaluations(demo, rank=0, world_size=1)
+    assert (plans[""].limit, plans[""].max_new_tokens, output_name(plans)) == (24, 128, "model-demo-base")
 
 
 @pytest.mark.parametrize("lengths", [{"max_length": 15}, {"max_length": 256, "max_new_tokens": 246}])
@@ -73,14 +75,14 @@ def test_prompts_are_as_long_as_in_a_training_run(models: Models, lengths: dict[
     short = tmp_path / "short.jsonl"
     short.write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     shared = {"model": str(models.base), "test_file": str(models.rows), **lengths}
-    plan = plan_evaluation(validate_settings(shared, EvaluateSettings), rank=0, world_size=1)
+    plans = plan_evaluations(validate_settings(shared, EvaluateSettings), rank=0, world_size=1)
     training = plan_run(
         make_settings({**shared, "train_file": str(short), "validation_file": str(short), "global_batch_size": 1}),
         rank=0,
         world_size=1,
     )
-    here, there = read_held_out(plan)[1], prepare_data(training).scored
-    assert there is not None and plan.max_new_tokens == training.max_new_tokens
+    here, there = read_questions(plans)[""].scored, prepare_data(training).scored
+    assert there is not None and plans[""].max_new_tokens == training.max_new_tokens
     assert [prompt.tolist() for prompt in here.prompts] == [prompt.tolist() for prompt in there.prompts]
     assert 0 < here.num_truncated == there.num_truncated < NUM_ROWS
 
@@ -104,9 +106,10 @@ def test_an_adapter_s_run_and_base_are_compared(models: Models, tmp_path: Path) 
         "peft": {"adapter": str(tmp_path / "peft"), "model": str(models.base)},
         "peft_same": {"adapter": str(models.peft), "model": str(models.base)},
     }.items():
-        plan = plan_evaluation(validate_settings({**rows, **chosen}, EvaluateSettings), rank=0, world_size=1)
-        notes[name] = plan.notes
-        assert sum(line.startswith("note") for line in plan.headline(1, 0, ROUTE)) == len(plan.notes)
+        plans = plan_evaluations(validate_settings({**rows, **chosen}, EvaluateSettings), rank=0, world_size=1)
+        notes[name] = plans[""].notes
+        lines = headline(plans, read_questions(plans), ROUTE)
+        assert sum(line.startswith("note") for line in lines) == len(notes[name])
     assert notes["same"] == notes["given"] == ()
     assert "native/, what was exported, is missing" in notes["peft_same"][0] and len(notes["peft_same"]) == 1
     assert "--prompt_template Q: {prompt}" in notes["template"][0] and len(notes["template"]) == 1
@@ -117,9 +120,9 @@ def test_an_export_is_evaluated_as_the_adapter_in_it_or_as_what_its_files_are(mo
     source, native = find_model(str(models.base)), load_adapter(models.native)
     export_peft(source, native, tmp_path / "peft", native=models.native)
     settings = {"adapter": str(tmp_path / "peft"), "test_file": str(models.rows)}
-    plans = [plan_evaluation(validate_settings(settings, EvaluateSettings), rank=0, world_size=1)]
+    plans = [plan_evaluations(validate_settings(settings, EvaluateSettings), rank=0, world_size=1)[""]]
     (tmp_path / "peft/native/adapter_model.safetensors").write_bytes(b"")
-    plans.append(plan_evaluation(validate_settings(settings, EvaluateSettings), rank=0, world_size=1))
+    plans.append(plan_evaluations(validate_settings(settings, EvaluateSettings), rank=0, world_size=1)[""])
     assert [plan.kind for plan in plans] == ["peft"] * 2
     assert [plan.adapter.config.method for plan in plans if plan.adapter] == ["tl6", "lora"]
     assert plans[0].notes == () and "only its PEFT files are used" in plans[1].notes[0]

@@ -17,7 +17,7 @@ from tiny_models import EOS_ID, write_tiny_model
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, generate, similar_lengths
+from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, Prompts, generate, similar_lengths
 from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
@@ -96,7 +96,7 @@ def expected(references: dict[str, Reference]) -> dict[str, list[list[int]]]:
 
 
 def decode(decoder: Decoder, batch: list[list[int]], *, eos_id: int = EOS_ID, new: int = NEW_TOKENS) -> list[list[int]]:
-    return generate(decoder, batch, end_ids=(eos_id,), max_new_tokens=new)
+    return generate(decoder, [Prompts(batch, (eos_id,), new)])[0]
 
 
 # One process ----------------------------------------------------------------------------------------------------
@@ -145,13 +145,8 @@ def test_decoding_ends_at_eos_for_each_prompt_alone(decoder: Decoder, references
 def test_decoding_ends_where_it_is_told_to(decoder: Decoder) -> None:
     batch = prompts(seed=7, count=5)
     free = decode(decoder, batch)
-    rows = generate(
-        decoder,
-        batch,
-        end_ids=(EOS_ID,),
-        max_new_tokens=NEW_TOKENS,
-        is_end=lambda row: row[-1] % 7 == 0 and len(row) > 2,
-    )
+    given = Prompts(batch, (EOS_ID,), NEW_TOKENS, lambda row: row[-1] % 7 == 0 and len(row) > 2)
+    (rows,) = generate(decoder, [given])
     for row, whole in zip(rows, free, strict=True):
         end = next((i + 1 for i, token in enumerate(whole) if token % 7 == 0 and i > 1), NEW_TOKENS)
         assert row == whole[:end]
@@ -177,14 +172,9 @@ def test_the_model_is_called_once_a_token_and_no_more_once_all_are_done(decoder:
         # Another rank has work left: this one is asked on and on, and rests.
         calls.clear()
         asked: list[bool] = []
-        again = generate(
-            decoder,
-            [prompt],
-            end_ids=(row[stop],),
-            max_new_tokens=NEW_TOKENS,
-            agree=lambda mine: bool(asked.append(mine)),
-        )
-        assert again == [row[:stop]] and len(calls) == stop + 1
+        given = Prompts([prompt], (row[stop],), NEW_TOKENS)
+        again = generate(decoder, [given], agree=lambda mine: bool(asked.append(mine)))
+        assert again == [[row[:stop]]] and len(calls) == stop + 1
         steps = range(TOKENS_BETWEEN_AGREEMENTS, NEW_TOKENS + 1, TOKENS_BETWEEN_AGREEMENTS)
         assert asked == [step > stop for step in steps]
     finally:
@@ -197,10 +187,9 @@ def test_ranks_that_call_together_go_on_until_all_are_done(references: dict[str,
     row = decode(decoder, [prompt])[0]
     stop = next(index for index in range(1, NEW_TOKENS) if row[index] not in row[:index])
     calls, asked = count_calls(decoder)[0], []
-    rows = generate(
-        decoder, [prompt], end_ids=(row[stop],), max_new_tokens=NEW_TOKENS, agree=lambda mine: bool(asked.append(mine))
-    )
-    assert rows == [row[:stop]] and len(calls) == NEW_TOKENS
+    given = Prompts([prompt], (row[stop],), NEW_TOKENS)
+    rows = generate(decoder, [given], agree=lambda mine: bool(asked.append(mine)))
+    assert rows == [[row[:stop]]] and len(calls) == NEW_TOKENS
     assert asked == [False] * stop + [True] * (NEW_TOKENS - stop)
 
 
@@ -322,7 +311,7 @@ def _stopped(decoder: Decoder, batch: list[list[int]]) -> list[list[int]]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(decoder, batch, end_ids=(EOS_ID,), max_new_tokens=NEW_TOKENS, agree=refuse)
+        generate(decoder, [Prompts(batch, (EOS_ID,), NEW_TOKENS)], agree=refuse)
     return decode(decoder, batch, new=3)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
-from megatron_tiedlora.evaluation.plan_many import named_adapters
+from megatron_tiedlora.evaluation.plan import named_adapters
 
 
 def adapter(folder: Path) -> Path:

@@ -31,8 +31,7 @@ from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.readers import read_rows
-from megatron_tiedlora.evaluation.answers import Answer
-from megatron_tiedlora.evaluation.metrics import METRICS
+from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 from megatron_tiedlora.runtime.run_folder import read_metrics
 
 

@@ -31,8 +31,7 @@ from megatron_tiedlora.data.tasks.hellaswag import clean
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.data.tokenizer import end_ids, library_errors, load_tokenizer
 from megatron_tiedlora.evaluation.answering import _cut
-from megatron_tiedlora.evaluation.answers import Answer
-from megatron_tiedlora.evaluation.metrics import METRICS
+from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 
 MEGABYTE = 10**6
 
@@ -274,7 +273,7 @@ def test_a_regular_expression_that_gives_up_is_one_line(tmp_path: Path, place: s
     tokenizer = load_tokenizer(folder)
 
     def use() -> None:
-        (ids,), _ = encode_prompts(tokenizer, ["a" * 60], max_length=256)
+        (ids,), _ = encode_prompts(tokenizer, [Example("a" * 60, "", "here")], max_length=256)
         decode_ids(tokenizer, ids.tolist())
 
     with bounded():
