@@ -33,8 +33,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 NUM_PROMPTS = {"a": 9, "b": 4, "c": 1, "d": 12}  # one has fewer prompts than a pipeline has parts
 MOST = {"a": 20, "b": 11, "c": 20, "d": 5}
-# What other orders of a matmul's sums may change, relative to the largest logit. Three blocks of this model changed 8e-7
-# in fp32 (4 rows), and of one as wide as SmolLM2-135M 5e-3 in bf16; another adapter changes 0.8.
+# What other orders of a matmul's sums may change, relative to the largest logit. They changed 8e-7 in fp32 (4 rows of
+# this model), and 5e-3 in bf16 (of one as wide as SmolLM2-135M); another adapter changes 0.8.
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
 
 
