@@ -13,7 +13,10 @@ import torch
 from bank_steps_worker import BankRun, Trained, run_bank_steps
 from engine_runs import relative_distance, relative_errors, write_uneven_data
 from forked_ranks import run_on_ranks
+from tiny_decoders import build, rows_keep_bits
 from tiny_models import write_tiny_model
+
+from megatron_tiedlora.parallel.grid import Grid
 
 pytestmark = pytest.mark.distributed
 
@@ -97,7 +100,13 @@ def test_so_have_they_with_compiled_kernels(
 
 
 def check_bits(base: dict[str, Any], variants: list[dict[str, Any]], dtype: str, folder: Path) -> None:
-    """Losses, gradients of the first step, norms before clipping and adapters after all steps equal single runs'."""
+    """Losses, gradients of the first step, norms before clipping and adapters after all steps equal single runs'.
+
+    In fp32, where this machine's matmul gives rows other bits beside others (as MKL's does with AVX2 alone), they are
+    within the bounds of two exact runs.
+    """
+    stage = build(Path(base["model"]), grid=Grid(0, 1)).stage
+    exact = dtype != "fp32" or rows_keep_bits(stage, (37, 64, 250, 18, 131, 100), backward=True)
     cases = [
         {
             "settings": settings(base, variant["adapters"], dtype=dtype, packing=variant["packing"]),
@@ -113,11 +122,14 @@ def check_bits(base: dict[str, Any], variants: list[dict[str, Any]], dtype: str,
         for name, own in case["settings"].items():
             alone, together = run.alone[name], run.together[name]
             assert len(alone.losses) == own["max_steps"]
-            assert together.losses == alone.losses and together.norms == alone.norms, (name, case)
+            check_near(together, alone, (name, case))
+            assert not exact or (together.losses == alone.losses and together.norms == alone.norms), (name, case)
             assert min(alone.norms) > own["gradient_clipping"], (name, alone.norms, "clipping must be active")
             for found, expected in ((together.gradients, alone.gradients), (together.state, alone.state)):
                 assert found.keys() == expected.keys() and found
-                assert all(torch.equal(found[tensor], value) for tensor, value in expected.items()), (name, case)
+                for tensor, value in expected.items():
+                    near = (found[tensor] - value).norm() <= ADAPTER_TOLERANCE * value.norm()
+                    assert near and (not exact or torch.equal(found[tensor], value)), (tensor, name, case)
 
 
 # (ranks, what differs from one process)

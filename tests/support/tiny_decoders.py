@@ -10,6 +10,7 @@ from forked_ranks import groups_of
 from native_files import native_adapter
 from oracle import OracleAdapter, OracleConfig
 from tiny_models import random_adapter
+from torch import nn
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
@@ -38,18 +39,21 @@ def build(folder: Path, *, grid: Grid, merged: bool = False, calls_together: boo
     return Decoder(stage, groups, source.shape, calls_together=calls_together)
 
 
-def rows_keep_bits(decoder: Decoder, counts: Sequence[int]) -> bool:
+def rows_keep_bits(stage: nn.Module, counts: Sequence[int], *, backward: bool = False) -> bool:
     """Whether products with the base's weights give rows the same bits alone and after and before others.
 
-    Where a matmul takes another kernel for few rows, or cuts its sums by their number, they do not. `counts` are the
-    rows of each that comes alone, in the order in which all come together.
+    Where a matmul takes another kernel for few rows, or cuts its sums by their number, they do not.
+
+    Args:
+        counts: the rows of each that comes alone, in the order in which all come together.
+        backward: ask of the products for the gradients too.
     """
     draw = torch.Generator().manual_seed(0)
-    weights = [weight for weight in decoder.stage.parameters() if weight.ndim == 2 and not weight.requires_grad]
+    weights = [weight.detach() for weight in stage.parameters() if weight.ndim == 2 and not weight.requires_grad]
     assert weights, "the base has no weights"
-    for weight in weights:
-        rows = torch.randn(sum(counts), weight.shape[1], generator=draw).to(weight.dtype)
-        alone = [torch.mm(some, weight.t()) for some in rows.split(list(counts))]
-        if not torch.equal(torch.cat(alone), torch.mm(rows, weight.t())):
+    for right in [weight.t() for weight in weights] + (weights if backward else []):
+        rows = torch.randn(sum(counts), len(right), generator=draw).to(right.dtype)
+        alone = [torch.mm(some, right) for some in rows.split(list(counts))]
+        if not torch.equal(torch.cat(alone), torch.mm(rows, right)):
             return False
     return True
