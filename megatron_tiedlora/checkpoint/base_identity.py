@@ -35,8 +35,9 @@ SHAPE_FIELDS = (
 )
 HASH_FIELDS = ("base_hash", "base_weights_hash", "base_sample", "tokenizer", "tokenizer_hash")
 FORMAT_FIELDS = ("base_format", "base_stored")
-# The tokenizer is the base's own, its files are unknown, or the base is not quantised.
-OPTIONAL_FIELDS = ("tokenizer", "tokenizer_hash", *FORMAT_FIELDS)
+# Weights in memory were quantised or offloaded, the tokenizer is the base's own, its files are unknown, or the base is
+# not quantised.
+OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash", *FORMAT_FIELDS)
 _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what the linears may have been stored in, beside fp32
 
 
@@ -49,7 +50,7 @@ class BaseIdentity:
         base_hash: hash of the shape, `ModelSource.base_hash`.
         base_weights_hash: hash of the final norm's weight in bf16 and of a merge's record, because a merge changes few
             of the hashed values.
-        base_sample: hash of `BaseWeights.sample` of every tensor; None if unknown.
+        base_sample: hash of `BaseWeights.sample` of every tensor; None where they were quantised or offloaded.
         tokenizer: as the user gave it to --tokenizer; None for the base's own.
         tokenizer_hash: hash of the tokenizer's files; None if unknown.
         dtype: precision of the base in training.
@@ -242,6 +243,9 @@ def check_same_base(
                 " give its own base with --model"
             )
     notes: tuple[str, ...] = ()
+    if trained.base_sample is None and found.base_sample is not None:
+        why = "saved where its base's weights were quantised or offloaded"
+        notes += (f"{source}: {why}, so the base is compared only by config and final norm",)
     if trained.base_format != found.base_format:
         kinds = f"in {trained.precision}, but this uses it in {found.precision}; its losses differ between them"
         notes += (f"{source}: trained on its base {kinds}",)

@@ -14,6 +14,7 @@ from tiny_models import write_tiny_model
 
 import megatron_tiedlora as tiedlora
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
+from megatron_tiedlora.checkpoint.base_identity import check_same_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
@@ -119,12 +120,15 @@ def test_logits_are_theirs(folder: Path, theirs: Any) -> None:
 
 
 def test_a_tied_adapter_in_peft_is_of_nf4(folder: Path, theirs: Any, tmp_path: Path) -> None:
-    """So what it is used with here is in nf4 too."""
+    """So what it is used with here is in nf4 too, and is compared as far as PEFT knew the base."""
     peft = pytest.importorskip("peft")
     from megatron_tiedlora.peft.config import TiedLoraConfig
 
     peft.get_peft_model(theirs, TiedLoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
-    assert load_adapter(tmp_path / "adapter").base.base_format == "nf4"
+    base = load_adapter(tmp_path / "adapter").base
+    assert base.base_format == "nf4" and base.base_sample is None
+    (note,) = check_same_base(base, replace(base, base_sample="known"), source="adapter")
+    assert note.startswith("adapter: saved where its base's weights were quantised or offloaded, so the base is compared")
 
 
 def test_a_model_in_another_format_than_in_training_is_said(folder: Path, theirs: Any) -> None:

@@ -215,7 +215,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "alpha": (edit(alpha="much"), CONFIG, "wrong type"),
     "no targets": (edit(targets=None), CONFIG, "targets is missing"),
     "no width": (edit(intermediate_size=None), CONFIG, "intermediate_size is missing"),
-    "no sample": (edit(base_sample=None), CONFIG, "base_sample is missing"),
     "layers": (edit(layers=7), CONFIG, "wrong type"),
     "layer 0": (edit(layers=[0, 3]), CONFIG, "[0, 3] are not among 1 to 3"),
     "layer 4": (edit(layers=[1, 4]), CONFIG, "[1, 4] are not among 1 to 3"),
