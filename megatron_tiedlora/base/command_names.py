@@ -45,7 +45,7 @@ COMMANDS = (
     Command("check-gpu", "check_gpu", "check what this machine's GPUs can do", "tools/check_gpu.py"),
     Command("bench", "bench", "measure a training step or decoding", "tools/bench_step.py", is_rank=True),
     Command("prepare-demo", "prepare_demo", "make the demo model (needs the extra demo)", "tools/prepare_demo.py"),
-    Command("random-model", "random_model", "write random weights; tiny trains at once", "tools/write_random_model.py"),
+    Command("random-model", "random_model", "write a random model, `tiny` for a try", "tools/write_random_model.py"),
     Command("env", "env", "versions, devices and variables, for a bug report"),
 )
 

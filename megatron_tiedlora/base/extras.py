@@ -21,7 +21,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "demo": ("gguf", "accelerate", "reasoning_gym", "peft", "tokenizers"),
     "mpi": ("mpi4py",),
 }
-# Of these, what a run does without: it is asked for where it is used, by --report_to and for figures.
+# A run does without these: they are asked for where they are used, by --report_to and for figures.
 _WHERE_USED = ("accelerate", "tensorboard", "matplotlib")
 
 

@@ -48,7 +48,7 @@ class Job:
 
     Attributes:
         route: how commands reach the hosts.
-        script: absolute path of tiedlora train; the same on every host, as are `python` and `folder`.
+        script: absolute path of the script of `tiedlora train`; the same on every host, as are `python` and `folder`.
         private: a folder for the files of this start only; no other user can read it.
         master_addr: '' lets the launcher choose; it is always set in a Slurm allocation.
         stop_seconds: seconds for ranks to save when torchrun's agent is told to stop; None if torchrun has neither this

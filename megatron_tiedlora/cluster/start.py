@@ -41,7 +41,7 @@ def launch(argv: Sequence[str], *, scripts: Path, times: Times = _TIMES) -> int:
     """Start a job, watch it to its end and report it; returns the exit status.
 
     Args:
-        scripts: the folder of tiedlora train.
+        scripts: the folder of the script of `tiedlora train`.
         times: time limits; the settings override two of them.
 
     Raises:

@@ -24,7 +24,7 @@ Padding the rank with zeros does not change what the adapter computes; it is for
 ranks. The adapter's own files travel along in DIR/native, where tiedlora import finds them. Several adapters, or
 a pattern in quotes, are written to DIR/NAME each, named after their folders or runs. Each folder is written
 atomically. PEFT's config names the base by its hub id, by --base_name, or else by the name of its folder. vLLM's
-resolver of adapters in a folder takes an export only if that name is the --model of the server.
+filesystem resolver takes an export only if that name is the --model of the server.
 """
 
 

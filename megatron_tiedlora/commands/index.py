@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.paths import last_name
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.cli import CommandParser, path_value
 from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
@@ -106,13 +107,10 @@ def _check(options: argparse.Namespace, wanted: Collection[str]) -> None:
         raise UserError(f"{action} takes no name of an adapter; give {options.adapters[0]} with --name")
 
 
-def _table(entries: Sequence[Entry]) -> Iterator[str]:
+def _table(entries: Sequence[Entry]) -> list[str]:
     rows = [_HEADING]
     for entry in entries:
         numbers = (str(entry.rank), entry.targets, f"{entry.parameters:,}")
         names = (entry.name, last_name(entry.base_model), entry.method)
         rows.append((*names, *numbers, entry.task or "-", entry.date, entry.path))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-    yield from ("", count_text(len(entries), "adapter"))
+    return [*aligned_lines(rows, align="<"), "", count_text(len(entries), "adapter")]

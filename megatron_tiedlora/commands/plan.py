@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if "--json" in paths:
         write_json(paths["--json"], report_record(made))
     if "--yaml" in paths and chosen is not None:
-        write_yaml(paths["--yaml"], chosen_settings(command.train, chosen.candidate))
+        write_yaml(paths["--yaml"], chosen_settings(made.command.train, chosen.candidate))
     show(*([json.dumps(report_record(made))] if prints else lines))
     if warnings := warning_lines(made):
         show(*warnings, file=sys.stderr)

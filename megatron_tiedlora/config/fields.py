@@ -145,11 +145,13 @@ class CommandSettings(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _reject_extremes(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        flag = field_flag(info.field_name, cls.model_fields[info.field_name])
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, int | float) and abs(part) >= _BOUND:
-                raise ValueError(f"--{info.field_name} {shown(value)}: out of range; give a number below 2^53 (9e15)")
+                raise ValueError(f"--{flag} {shown(value)}: out of range; give a number below 2^53 (9e15)")
             if isinstance(part, str) and ("\0" in part or not _is_system_text(part)):
-                raise ValueError(f"--{info.field_name} {shown(value)}: contains characters that are not text")
+                raise ValueError(f"--{flag} {shown(value)}: contains characters that are not text")
         return value
 
     @model_validator(mode="after")
@@ -220,16 +222,17 @@ def _tidy_schema(schema: dict[str, Any]) -> None:
 def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
+    flag = field_flag(name, kind.model_fields[name]) if name in kind.model_fields else name
     if first["type"] == "value_error":
         found = first["ctx"]["error"]
         # pydantic cannot carry a message with bytes that are not UTF-8 through a validator around the others
         return found.object if isinstance(found, UnicodeEncodeError) else str(found)
     if first["type"] == "missing":
         hint = kind.missing.get(name)
-        return f"--{name} is required" + (f": {hint}" if hint else "")
-    said, hint = f"--{name} {as_given(first['input'])}", ""
+        return f"--{flag} is required" + (f": {hint}" if hint else "")
+    said, hint = f"--{flag} {as_given(first['input'])}", ""
     if first["type"] == "bool_parsing":
-        return f"{said}: give true or false, or nothing after --{name}"
+        return f"{said}: give true or false, or nothing after --{flag}"
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         hint = value_hint(name, first["input"], literal_values(_kinds_in(kind.model_fields[name].annotation)))
     return f"{said}: {first['msg'][0].lower()}{first['msg'][1:]}{hint}"

@@ -82,7 +82,7 @@ class LaunchSettings(CommandSettings):
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """One start of tiedlora run: its own settings, train.py's settings, and train.py's arguments as given."""
+    """One start of tiedlora run: its own settings, those of tiedlora train, and the latter's arguments as given."""
 
     settings: LaunchSettings
     train: Settings

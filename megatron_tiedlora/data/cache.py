@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -186,7 +187,8 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
                 f"{names}: {writer} tokenises it, and has written nothing for {timeout_minutes:g} minutes; end that"
                 f" process, give a longer --timeout_minutes, or set {CACHE_VARIABLE} to another folder"
             )
-        if now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE):
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of the ranks of a host, which have not met yet
+        if speaks and now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE):
             _LOGGER.info(
                 "waiting for %s, which tokenises %s: %s so far, %.0f s waited",
                 *(writer, names, bytes_in_words(size), now - started),

@@ -203,14 +203,14 @@ def find_shape(
     found = found or [shape for shape in SHAPES if all(name in row for name in shape.needs)]  # one is null
     preference = ""
     if any(not _is_empty(row.get(name)) for name in ("rejected", "rejected_response", "rejected_messages")):
-        preference = ". Preference data is not trained here, but --columns can name its chosen answers alone"
+        preference = ". Preference data is not trained here"
     if not found:
         after = ", under the names of --columns" if columns else ""
-        example = "prompt=prompt,completion=chosen or messages=chosen" if preference else "OURS=YOURS[,...]"
-        raise UserError(
-            f"{source}: the row has {describe_fields(row)}{after}; expected {shape_names()}{preference}. Name your"
-            f" fields with --columns {example}"
-        )
+        way = ". Name your fields with --columns OURS=YOURS[,...]"
+        if preference:
+            chosen = "--columns prompt=prompt,completion=chosen or --columns messages=chosen"
+            way = f"{preference}; to train on its chosen answers alone, use {chosen}"
+        raise UserError(f"{source}: the row has {describe_fields(row)}{after}; expected {shape_names()}{way}")
     found.sort(key=lambda shape: len(_unread_by(shape, columns)))
     shape = found[0]
     for name in _unread_by(shape, columns):

@@ -94,12 +94,13 @@ ZeroSection = _section(
             *("load_from_fp32_weights", "elastic_checkpoint", "ignore_unused_parameters", "legacy_stage1"),
             *("round_robin_gradients", "parameter_alignment", "zero_quantized_weights", "zero_quantized_gradients"),
             *("zero_quantized_nontrainable_weights", "memory_efficient_linear", "pipeline_loading_checkpoint"),
-            *("override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks", "overlap_comm"),
+            *("override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
             *("save_muon_momentum_buffer_in_memory", "stage3_gather_16bit_weights_on_model_save"),
             *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"),
         ),
         (bool, False),
     ),
+    overlap_comm=(bool | None, None),
     **dict.fromkeys(
         (
             *("sub_group_size", "zero_hpz_partition_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters"),

@@ -179,7 +179,10 @@ def _check_same_base(first: tuple[str, EvaluationPlan], plan: EvaluationPlan) ->
 def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify) -> EvaluationPlan:
     """Find the model and adapter of one evaluation, and check that settings, model and ranks fit together."""
     task, settings = get_task(settings.task), _as_trained(settings)
-    grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
+    try:
+        grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
+    except UserError as error:
+        raise UserError(f"{error}: `deepspeed --num_gpus N --no_python tiedlora evaluate ...` starts N ranks") from None
     source, adapter, kind, notes = _find_model(settings, identify)
     model_shape = source.shape
     check_layout(model_shape, grid)

@@ -67,8 +67,10 @@ def _attention(best: Priced) -> list[str]:
     assert machine.capability is not None, "it has a kernel of a card"
     words = f"attention is planned by {kernel}, which a run takes where no other is installed"
     known = ATTENTION[machine.capability]
-    if (name := max(known, key=lambda name: known[name].value)) != kernel:
-        words += f"; with {name} (docs/gpu.md) {best.name} would do {_rate(_with(best, 'attention.bf16', known[name]))}"
+    name = max(known, key=lambda name: known[name].value)
+    faster = _with(best, "attention.bf16", known[name])
+    if _ratio(faster, best) >= 1 + _GAIN:
+        words += f"; with {name} (docs/gpu.md) {best.name} would do {_rate(faster)}"
     return [words]
 
 

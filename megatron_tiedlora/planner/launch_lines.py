@@ -34,13 +34,10 @@ def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | No
         yaml: the file that holds the settings, if there is one.
     """
     nodes = -(-cluster.world_size // cluster.per_node)
-    start = f"tiedlora run --num_gpus {cluster.per_node}"
-    if nodes > 1:
-        start = f"tiedlora run --hostfile hostfile            # {nodes} lines NAME slots={cluster.per_node}"
-    start, _, note = start.partition("    # ")
+    hosts = f"--num_gpus {cluster.per_node}" if nodes == 1 else "--hostfile hostfile"
     words = ["--config", yaml] if yaml else [w for name, value in values.items() for w in (f"--{name}", _flag(value))]
-    line = f"{start} {shlex.join(words)}"
-    return [line, *([f"  (hostfile: {note}; in a Slurm allocation leave --hostfile out)"] if note else [])]
+    file = f"  (hostfile: {nodes} lines NAME slots={cluster.per_node}; in a Slurm allocation leave --hostfile out)"
+    return [f"tiedlora run {hosts} {shlex.join(words)}", *([] if nodes == 1 else [file])]
 
 
 def _flag(value: Any) -> str:

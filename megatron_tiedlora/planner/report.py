@@ -178,8 +178,9 @@ def _head(made: Made) -> list[str]:
     lines += [f"left out, so assumed: {', '.join(assumed)}"] if assumed else []
     if not run.data and any(own.epochs is not None for own in run.adapters.values()):
         lines.append("the steps of --epochs are counted from data, and none is read")
-    if not run.data and run.source.folder is not None:
-        lines.append("no --train_file and no --task: every sample has the full length, and the command below needs one")
+    if not run.data:
+        needs = "one" if run.source.folder is not None else "one, and --model with weights: a folder or hub id"
+        lines.append(f"no data is read: every sample has the full length. To train, the command below needs {needs}")
     return lines
 
 

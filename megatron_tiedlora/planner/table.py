@@ -75,7 +75,7 @@ def counts_line(plan: Plan) -> str:
     dropped = sum(one.memory is None for one in plan.others)
     fitting = len(plan.rows) + len(plan.elsewhere)
     return (
-        f"{plan.search.enumerated:,} layouts enumerated: {plan.search.refused.total():,} a run refuses, {dropped:,}"
+        f"{plan.search.enumerated:,} layouts enumerated: {plan.search.refused.total():,} rejected, {dropped:,}"
         f" dropped as their weights alone do not fit, {fitting + len(plan.others) - dropped:,} priced; {fitting:,} fit"
     )
 

@@ -177,8 +177,8 @@ def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -
         return f"port {master} is in use; end the process that uses it, or give another (--master_port, MASTER_PORT)"
     return (
         f"the {expected_ranks} ranks did not meet at {master} within {timeout_minutes:g} minutes (rank"
-        f" {os.environ.get('RANK')} on {socket.gethostname()}: {reason}); check which hosts started, and run `python"
-        " tiedlora doctor`"
+        f" {os.environ.get('RANK')} on {socket.gethostname()}: {reason}); check which hosts started, and run"
+        " `tiedlora doctor`"
     )
 
 

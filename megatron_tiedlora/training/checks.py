@@ -132,9 +132,10 @@ def before_steps(checks: Checks, *, ranks_missing: Mapping[str, float]) -> dict[
         zero = [label for label, value in zip(labels, islice(found, len(labels)), strict=True) if value == 0]
         guard.remove()
         own._guard = None
-        if zero and of_step == 0:
+        if zero and of_step == 0 and len(zero) < len(labels):
+            grown = f" to {of_values:.3g}" if of_values else ""  # unknown where other ranks hold the tensors
             failed[name] = RunFailed(
-                f"step {step}: every gradient is exactly zero, as values of the adapter have grown to {of_values:.3g};"
+                f"step {step}: every gradient is exactly zero, as values of the adapter have grown{grown};"
                 " this step changed nothing. Lower --learning_rate"
             )
         elif zero:

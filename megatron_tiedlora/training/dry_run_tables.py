@@ -154,7 +154,8 @@ def no_data_lines(plan: RunPlan) -> list[str]:
     """The section on data of a dry run that reads none."""
     needed = "a model folder" if plan.source.folder is None else "--train_file or --task"
     length = plan.settings.max_length
-    return ["data", f"  (none is read, so every row has {length:,} tokens; give {needed} to count them)"]
+    none = f"  (none is read, so every row has {length:,} tokens; give {needed} to count them)"
+    return ["data", none, *(f"  warning: {excess}" for excess in plan.rank_excess)]
 
 
 def fits(memories: Sequence[StageMemory], plan: RunPlan) -> bool:

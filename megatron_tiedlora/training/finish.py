@@ -19,7 +19,7 @@ from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
-from megatron_tiedlora.convert.export_peft import base_location, export_peft
+from megatron_tiedlora.convert.export_peft import base_location, base_name, export_peft
 from megatron_tiedlora.convert.layerwise import layerwise_loss
 from megatron_tiedlora.convert.merge import is_merge_of, merge_adapter
 from megatron_tiedlora.convert.serving import Export, serve_hints
@@ -237,7 +237,7 @@ def next_steps(trainer: Trainer) -> list[str]:
         lines += ["", "next", f"  tiedlora merge {shlex.join(merge)}"]
         lines.append(f"  tiedlora verify {shlex.join([*adapter, '--peft', str(peft)])}")
     exported = Export(peft, settings.rank, settings.targets)
-    serving = serve_hints({"tied": exported}, base_location(source), source.shape)
+    serving = serve_hints({"tied": exported}, base_location(source), source.shape, named=base_name(source))
     return [*lines, *(f"  {line}" for line in serving)]
 
 

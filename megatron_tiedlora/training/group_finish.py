@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import Checkpoint
-from megatron_tiedlora.convert.export_peft import base_location
+from megatron_tiedlora.convert.export_peft import base_location, base_name
 from megatron_tiedlora.convert.serving import Export, serve_hints
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
@@ -105,5 +105,5 @@ def table_lines(adapters: Mapping[str, Member | Finished], folder: GroupFolder) 
     source = finished[0].plan.source
     own = [(member.folder.path / "peft", member.plan.settings) for member in finished]
     exports = {of.name: Export(peft, its.rank, its.targets) for of, (peft, its) in zip(finished, own, strict=True)}
-    serving = serve_hints(exports, base_location(source), source.shape)
+    serving = serve_hints(exports, base_location(source), source.shape, named=base_name(source))
     return [*lines, "", "next", *(f"  {line}" for line in serving)]

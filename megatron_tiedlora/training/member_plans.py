@@ -48,7 +48,7 @@ def plan_group(
     output_dir = settings.output_dir
     folder = last_run_folder(group_name(settings)).path if output_dir is None else user_path(output_dir)
     entries = read_adapters(file, settings).items()
-    for name, given in progress_bar("planning", "adapter", entries, delay=0.5, shows=rank == 0):
+    for name, given in progress_bar("planning", "adapter", entries, delay=0.5, leave=True, shows=rank == 0):
         own = {"ds_config": DS_CONFIG, **given.model_dump(exclude_unset=True)}
         if settings.resume != "none":  # a run that is resumed reads in its folder what its --init_from was
             own = {"output_dir": str(folder / name), **own}

@@ -97,7 +97,7 @@ def test_a_lock_that_two_machines_do_not_share(
         monkeypatch.setattr(ownership, "_is_unlocked", lambda _: True)
     else:
         content = json.loads(leave_dead(tmp_path)) | {"processes": "pid:[1]"}
-        if process == "is not named":  # as before version 0.3
+        if process == "is not named":  # as in tokens without that field
             content.pop("processes", None)
         (tmp_path / OWNER_FILE).write_text(json.dumps(content))
     grow_old(tmp_path, 15)

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from folders import ROOT
 from run_helpers import write_rows
 from tiny_models import write_tiny_model, write_tiny_tokenizer
@@ -119,8 +120,11 @@ def test_a_plan_of_a_folder_needs_no_data(folder: Path, tmp_path: Path, capsys: 
         assert plan.main([f"--model={folder}", "--gpus_per_node=1", "--global_batch_size=8", *flags]) == 0
         text = capsys.readouterr().out
         assert "samples of 512 tokens each\n" in text and "left out, so assumed: --gpu h100, --max_length 512" in text
-        assert "every sample has the full length, and the command below needs one" in text
+        assert "no data is read: every sample has the full length. To train, the command below needs one\n" in text
         assert "\nstart t1p1d1-" in text and " --max_length 512 " in text
+    assert plan.main([f"--model={folder}", "--gpus_per_node=1", f"--yaml={tmp_path / 'plan.yaml'}"]) == 0
+    assert yaml.safe_load((tmp_path / "plan.yaml").read_text())["max_length"] == 512
+    capsys.readouterr()
     assert plan.main([f"--model={folder}", "--gpus_per_node=1", "--max_length=256"]) == 0
     assert "samples of 256 tokens each\n" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"^--max_length 4096: {folder} was trained for 512 positions"):
