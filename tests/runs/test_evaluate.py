@@ -339,7 +339,7 @@ BAD: dict[str, tuple[int | None, Callable[[Models, Path], dict[str, Any]], list[
     "long_length": (None, _given(max_length=257), ["--max_length 257", "256 positions"]),
     "heads": (4, _given(tensor_parallel=4), ["--tensor_parallel 4", "possible are 1, 2"]),
     "stages": (4, _given(pipeline_parallel=4), ["--pipeline_parallel 4", "3 layers"]),
-    "ranks": (None, _given(tensor_parallel=2), ["1 rank is not a multiple", "Start 2 ranks"]),
+    "ranks": (None, _given(tensor_parallel=2), ["1 rank is not a multiple", "Start 2 ranks", "tiedlora evaluate"]),
     "no_test_rows": (None, _given(task="custom", test_file=None), ["has no test data", "--test_file"]),
     "no_file": (None, _given(test_file="nothing.jsonl"), ["nothing.jsonl"]),
     "field": (2, _rows({"question": "q"}, task="gsm8k"), ["bad.jsonl:1", "'answer'"]),

@@ -72,7 +72,7 @@ def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
     [
         ({"question": "x", "id": 1}, ["'question', 'id'", '"prompt", "completion"', '{"messages"}', "--columns"]),
         (PREFERENCE, ["'prompt', 'chosen', 'rejected'; expected", "Preference data is not trained here; to train",
-                      "on its chosen answers alone, use --columns prompt=prompt,completion=chosen or --columns messages=chosen"]),
+                      "on its chosen answers alone, use --columns prompt=prompt,completion=chosen or --columns"]),
         ({**PLAIN, "rejected": "z"}, ["'rejected' looks like data", "completion=completion. Preference data is not t"]),
         ({**ONE, "rejected_response": "z"}, ["'rejected_response' looks like data", "Preference data is not trained"]),
         ({"prompt": "x", "completion": ""}, ["'completion'", "empty"]),

@@ -54,6 +54,14 @@ def test_every_value_that_is_taken_deepspeed_takes_too(tmp_path: Path, name: str
     assert taken
 
 
+def test_deepspeed_s_own_defaults_are_taken(tmp_path: Path) -> None:
+    """But for those of fields whose null says nothing, such as a section that is left out."""
+    default = DeepSpeedZeroConfig().model_dump(by_alias=True)
+    for name in ZeroSection.model_fields:
+        if default[name] is not None or name == "overlap_comm":
+            load(tmp_path / "engine.json", {name: default[name]})
+
+
 @pytest.mark.parametrize("section", OFFLOADS)
 def test_every_value_of_offloading_that_is_taken_deepspeed_takes_too(tmp_path: Path, section: str) -> None:
     for name in OFFLOADS[section].model_fields:
