@@ -208,7 +208,7 @@ def test_thousands_of_adapters_are_planned_in_seconds(
     text = group_report(make_settings(settings)).text
     assert time.process_time() - started < 20
     assert text.startswith("4,000 adapters: ")
-    assert "planning: 100% 4000/4000" in capsys.readouterr().err
+    assert "planning: 100%| 4000/4000" in capsys.readouterr().err
 
 
 def test_a_run_folder_that_a_run_refuses(base: Base, tmp_path: Path) -> None:

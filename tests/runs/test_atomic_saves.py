@@ -139,7 +139,8 @@ def write_adapter(value):
 def write_checkpoint(step, value):
     atomic.remove_leftovers(root)  # as a start does; only there, since a later owner's would look the same
     resume.save_checkpoint(
-        root, progress=resume.Progress(step=step, consumed_samples=step, best_step=2), config=old.config, base=old.base,
+        root, progress=resume.Progress(step=step, consumed_samples=step, best_metric=1.0, best_step=2),
+        config=old.config, base=old.base,
         state=full(value), moments=moments_of(old, value), settings={"value": value})
 
 def full(value):

@@ -148,10 +148,11 @@ def save_a_checkpoint(folder: Path, step: int) -> None:
 
     config = make_adapter_config("tl6", rank=2, layers=(1, 2), targets=(qkv_target(8, (8, 4, 4)),), seed=step)
     shape = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    shape["intermediate_size"] = 16
     state = initial_values(config)
     save_checkpoint(
         folder,
-        progress=Progress(step=step, consumed_samples=step, best_step=2),
+        progress=Progress(step=step, consumed_samples=step, best_metric=1.0, best_step=2),
         config=config,
         base=BaseIdentity(**shape, base_model="tiny", base_hash="0", base_weights_hash="0", dtype="fp32"),
         state=state,

@@ -136,7 +136,7 @@ def test_the_dry_run_of_a_preset_s_plan_has_its_numbers(tmp_path: Path, layout: 
     "layout", ["t1p2d1-b4-zero1-full", pytest.param("t2p1d1-b2-zero1-selective-nf4", marks=pytest.mark.slow)]
 )
 def test_a_plan_s_command_runs_here(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str) -> None:
-    """As it is printed, with flags or the YAML file (so too in test_documents.py): two steps in that layout."""
+    """As it is printed, with flags or the YAML file (so too in test_document_commands.py): two steps in that layout."""
     formats, with_file = ("nf4", True) if layout.endswith("nf4") else ("none", False)
     flags = [*job.flags, "--ranks_on_cpu=2", f"--formats={formats}", f"--layout={layout}"]
     assert command.main([*flags, *([f"--yaml={tmp_path / 'plan.yaml'}"] if with_file else [])]) == 0

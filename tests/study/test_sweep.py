@@ -192,7 +192,7 @@ def test_runs_that_train_together(study: tuple[Base, Path], whole: Path, tmp_pat
         assert starts(work(folder)) == ["score base", group]
         assert {losses(folder / "runs" / name)[-1][0] for name in RUNS} == {6}
         # Once more, after the scores were written, and before the sweep has seen it.
-        die = functools.partial(kill_all_at_call, module="megatron_tiedlora.evaluation.results", name="score_tables")
+        die = functools.partial(kill_all_at_call, module="megatron_tiedlora.evaluation.results", name="score_table")
         go_on(study, folder, expect=-signal.SIGKILL, preludes={"scores lora-r2": die})
         assert starts(work(folder)) == [group, "scores lora-r2"]
         go_on(study, folder)

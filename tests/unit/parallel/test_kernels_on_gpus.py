@@ -134,7 +134,7 @@ def test_gpus_compile_in_one_turn(device: str, rank: int, waits: bool, monkeypat
     """Their cache is by device: a rank that waits for another finds nothing there. On a CPU the first rank fills it."""
     seen: list[str] = []
     plan: Any = SimpleNamespace(
-        settings=SimpleNamespace(compile="true"),
+        settings=SimpleNamespace(compile="true", base=None),
         layout=SimpleNamespace(compiled=True),
         grid=SimpleNamespace(rank=rank, tp_size=1),
         source=SimpleNamespace(shape=None),

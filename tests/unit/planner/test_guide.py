@@ -1,4 +1,4 @@
-"""docs/guide.md: its table is planned anew from its commands. tests/runs/test_documents.py checks and runs them all."""
+"""docs/guide.md: its table is planned anew. tests/runs/test_document_commands.py checks and runs all its commands."""
 
 from __future__ import annotations
 
