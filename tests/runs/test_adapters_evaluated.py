@@ -51,7 +51,7 @@ def alone(base: Base, own: Own, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("alone")
     for name, settings in own.items():
         ended = run(base, folder / name, **{"ds_config": "zero0.json", **settings})
-        (folder / f"{name}.txt").write_text(ended.tail())
+        (folder / f"{name}.txt").write_text("".join([*ended.outputs, *ended.errors]))
     return folder
 
 
@@ -84,7 +84,7 @@ def test_how_far_a_start_moves_the_base(base: Base, own: Own, alone: Path, tmp_p
     ended = run(base, tmp_path / "run", adapters=written(tmp_path / "adapters.yaml", own))
     expected = [line for name in own for line in _start_lines((alone / f"{name}.txt").read_text())]
     assert len(expected) == 2 and len(set(expected)) == 2
-    assert _start_lines(ended.tail()) == expected
+    assert _start_lines("".join([*ended.outputs, *ended.errors])) == expected
 
 
 def _spoil(name: str) -> None:
