@@ -33,6 +33,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parents[2]
 _TIMES = {"tokens_per_second", "supervised_tokens_per_second", "mfu", "peak_memory_bytes", "seconds", "time", "reason"}
 _PLACES = {"output_dir", "resume", "config_sha256", "adapters", "folder", "model", "train_file", "validation_file"}
+_PLACES |= {"test_file", "adapter"}
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (1, 4, 1), (2, 2, 2))
 _COUNTED = (
     *("all_reduce", "broadcast", "send", "recv", "isend", "irecv", "reduce", "gather", "barrier"),
@@ -183,7 +184,8 @@ def recorded(folder: Path) -> dict[str, Any]:
         elif file.name in ("run_status.json", "scores.json", "results.json") or file.name.startswith("messages."):
             found[name] = _without(json.loads(file.read_text()))
         elif file.name in ("table2.csv", "table3.csv", "predictions.jsonl"):
-            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:24]
+            text = file.read_text().replace(str(folder), "")
+            found[name] = hashlib.sha256(text.encode()).hexdigest()[:24]
     return found
 
 
