@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -40,6 +39,7 @@ from megatron_tiedlora.data.tables import Row, num_bytes
 from megatron_tiedlora.data.task import Split
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
+from megatron_tiedlora.runtime.launch_env import local_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,8 +187,8 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
                 f"{names}: {writer} tokenises it, and has written nothing for {timeout_minutes:g} minutes; end that"
                 f" process, give a longer --timeout_minutes, or set {CACHE_VARIABLE} to another folder"
             )
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of the ranks of a host, which have not met yet
-        if speaks and now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE):
+        # One rank of each host speaks: they have not met yet.
+        if local_rank() == 0 and now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE):
             _LOGGER.info(
                 "waiting for %s, which tokenises %s: %s so far, %.0f s waited",
                 *(writer, names, bytes_in_words(size), now - started),

@@ -176,6 +176,10 @@ def test_a_start_that_waits_says_for_what_and_gives_up(
     waited = [int(found[1]) for line in lines if (found := re.fullmatch(pattern, line))]
     assert len(waited) == len(lines) and 10 <= waited[0] <= 12 and waited[-1] > 300, lines
     assert all(10 <= later - earlier <= 302 for earlier, later in pairwise(waited))
+    caplog.clear()
+    monkeypatch.setenv("SLURM_LOCALID", "1")  # srun's name: another rank of this host, which waits without a word
+    assert refusal(lambda: _start(tokenizer, files[0], tmp_path, timeout_minutes=3.0)) == message
+    assert not caplog.records
     writer.end(signal.SIGKILL)
 
 
