@@ -66,7 +66,7 @@ def reject_links(*folders: Path) -> None:
             raise UserError(f"{folder} is not a folder, but a run writes into it; remove it, or restore the folder")
 
 
-_LONGEST_NAME = 240  # bytes
+LONGEST_NAME = 240  # bytes, so that what is put around a name still fits
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _own_folder_with(name: str, partial: Path) -> Path | None:
 def partial_folder(path: Path) -> Path:
     """Where the output `path` is written: .NAME.partial, with a hash for a name that is too long for a file system."""
     name = path.name
-    if len(os.fsencode(name)) > _LONGEST_NAME:
+    if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
     return path.with_name(f".{name}.partial")
 

@@ -14,6 +14,7 @@ import torch
 
 from megatron_tiedlora.base.base_formats import UNQUANTISED
 from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.output_folder import LONGEST_NAME
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
@@ -39,7 +40,6 @@ from megatron_tiedlora.runtime.launch_env import uses_gpu
 TABLE_FILE = "table.csv"  # of several adapters
 
 _READING = ("chat_template", "add_bos", "special_tokens_in_text")
-_LONGEST_NAME = 240  # bytes
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def named_adapters(given: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--adapters {as_given(value)}: {why}; give NAME=FOLDER for each")
         for folder in folders:
             own = name if is_named else adapter_name(folder)
-            if not own or own.startswith(".") or own == TABLE_FILE or len(os.fsencode(own)) > _LONGEST_NAME:
+            if not own or own.startswith(".") or own == TABLE_FILE or len(os.fsencode(own)) > LONGEST_NAME:
                 why = f"{shown(own)} cannot be a folder's name"
                 raise UserError(f"--adapters {as_given(value)}: {why}; give NAME=FOLDER")
             if found.setdefault(own, folder) != folder:
