@@ -92,6 +92,10 @@ def cases() -> dict[str, list[Start]]:
             engine = "zero1.json" if pp > 1 or dp == 1 else "zero2.json"
             steps = {"max_steps": 4, "eval_interval": 2, "ds_config": engine}
             found[f"{tp}x{pp}x{dp} {kind}"] = [({**sizes, **own, **steps}, tp * pp * dp, 0)]
+    for tp, pp, dp in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)):
+        sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "micro_batch_size": 1, "gradient_clipping": 0.01}
+        unsharded = {"ds_config": "zero0.json", "method": "tl6", "targets": "all", "dropout": 0.1, "max_steps": 4}
+        found[f"zero0 {tp}x{pp}x{dp}"] = [({**sizes, **unsharded, "eval_interval": 2}, tp * pp * dp, 0)]
     resumed = {"method": "tl6", "targets": "all", "save_interval": 2, "dropout": 0.1, "schedule": "constant"}
     found["resume"] = [({**resumed, "max_steps": 3}, 1, 0), ({**resumed, "max_steps": 6, "resume": "auto"}, 1, 0)]
     found["resume 2x1x1 to 1x2x1"] = [
