@@ -1,8 +1,8 @@
-"""Several adapters of one base, trained at the same time: each keeps its own tensors, and meets its own tokens alone.
+"""The adapters of one base that are trained at the same time: each keeps its tensors, and meets its own tokens alone.
 
-A shared micro-batch is ONE row: the micro-batches of some adapters, end to end, each as it is when that one is alone.
-So an adapter's part of every tensor has the shape and memory that it has alone, and nothing is padded for others.
-The bank is no module: engines neither move nor sum nor step its tensors.
+A micro-batch of several is ONE row: their micro-batches, end to end, each as it is when that adapter is alone. So an
+adapter's part of every tensor has the shape and memory that it has alone, and nothing is padded for others.
+The bank is no module: engines neither move nor sum nor step its tensors, unless a stage registers one (`Stage`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from torch import nn
 
 from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.rows import AllRows, SharedRows
-from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, LinearUpdate, TiedAdapter
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.collectives import gather_together
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of
 
 Part = TypeVar("Part")
 
 
+ALONE = ""  # the name of an adapter that is the only one
+
+
 class Share(NamedTuple):
-    """The micro-batch of one adapter inside a shared one: (rows, length) tokens, row after row.
+    """The micro-batch of one adapter, which others may share: (rows, length) tokens, row after row.
 
     Attributes:
         adapter: its name in the bank.
@@ -46,7 +48,9 @@ Shares = Sequence[Share]
 
 
 def pieces_of(shares: Shares) -> Pieces:
-    """The tokens of a shared micro-batch; the owners are the shares, in order."""
+    """Whose the tokens of a micro-batch are, if they are several shares', in order; there are none of a single one."""
+    if len(shares) == 1:
+        return ()
     return tuple(Piece(number, share.num_tokens) for number, share in enumerate(shares))
 
 
@@ -68,7 +72,7 @@ def filled(parts: Sequence[Part], sizes: Sequence[int], rooms: Sequence[int]) ->
 
 
 class AdapterBank:
-    """A rank's parts of k adapters, by name."""
+    """A rank's parts of one or more adapters, by name."""
 
     def __init__(self, adapters: Mapping[str, TiedAdapter], dropout: Mapping[str, Dropout] | None = None) -> None:
         """`dropout` is of the adapters that have one, in training steps."""
@@ -94,14 +98,15 @@ class AdapterBank:
         gradients summed in one. The gradients of u stay this rank's addends: `bank_sums` sums them once per step.
 
         Args:
-            shares: of the micro-batch; an adapter has at most one.
+            shares: of the micro-batch; an adapter has at most one. Without shares all tokens are the only adapter's.
             dtype: the base's dtype.
         """
-        owners = [self.adapters[share.adapter] for share in shares]
+        owners = [self.adapters[share.adapter] for share in shares or self._only_share()]
         assert len(set(map(id, owners))) == len(owners), "an adapter has two shares of a micro-batch"
+        if len(owners) == 1:  # every token meets the same factors; ZeRO-3 gathers those that it shards in this call
+            updates = owners[0](tensor_parallel.group, dtype=dtype)
+            return dict(zip(owners[0].part.layers, updates, strict=True))
         by_owner = _read(owners, tensor_parallel.group, dtype=dtype)
-        if len(by_owner) == 1:  # every token meets the same factors, as alone
-            return by_owner[0]
         pieces, group = pieces_of(shares), tensor_parallel.group
         local_pieces = pieces
         if tensor_parallel.sequence_parts > 1:
@@ -123,7 +128,6 @@ class AdapterBank:
             }
         return found
 
-
     def with_dropout(
         self,
         updates: Mapping[int, LayerUpdate],
@@ -131,10 +135,11 @@ class AdapterBank:
         shares: Shares,
         tensor_parallel: TensorParallel,
     ) -> dict[int, LayerUpdate]:
-        """The updates with each adapter's dropout of its own tokens, whose numbers are (1, s)."""
+        """The updates with each adapter's dropout of its own tokens, whose numbers are (b, s)."""
+        names = (share.adapter for share in shares or self._only_share())
         dropped = {
             owner: self.dropout[name].of_linears(self.adapters[name].part, numbers, tensor_parallel)
-            for owner, (name, _, _) in enumerate(shares)
+            for owner, name in enumerate(names)
             if name in self.dropout
         }
 
@@ -149,19 +154,15 @@ class AdapterBank:
             for layer, update in updates.items()
         }
 
+    def _only_share(self) -> Shares:
+        (name,) = self.adapters
+        return (Share(name, 0, 0),)
+
 
 def _read(adapters: Sequence[TiedAdapter], group: RankGroup, *, dtype: torch.dtype) -> list[dict[int, LayerUpdate]]:
     """The updates of each adapter, by layer, from one gather."""
-    factors = [adapter.factors() if adapter.part.layers else {} for adapter in adapters]
-    dims = [
-        {name: dim for name in held if (dim := adapter.config.gathered_dim(name)) is not None}
-        for adapter, held in zip(adapters, factors, strict=True)
-    ]
-    tensors = [held[name] for held, own in zip(factors, dims, strict=True) for name in own]
-    gathered = iter(gather_together(tensors, group, [dim for own in dims for dim in own.values()]))
     found = []
-    for adapter, held, own in zip(adapters, factors, dims, strict=True):
-        whole = held | {name: next(gathered) for name in own}
+    for adapter, whole in zip(adapters, whole_factors(adapters, group), strict=True):
         layers = adapter.part.layers
         found.append(dict(zip(layers, adapter.updates(whole, dtype=dtype), strict=True)) if layers else {})
     return found

@@ -274,13 +274,15 @@ class TiedAdapter(nn.Module):
     Parameter for all layers, and every stage has it.
 
     Attributes:
-        u_sum: sums u's gradient over the ranks with the same u; training sets it to `tying.sum_of_u`.
+        u_sum: sums u's gradient inside the backward passes, for an engine that takes a gradient as soon as it is there
+            (see `tying.sum_of_u`). None: it is summed after them, or there is one rank.
     """
+
+    u_sum: StepSum | None = None
 
     def __init__(self, part: AdapterPart, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.part = part
-        self.u_sum = StepSum()
         for target in part.config.targets:
             if target.prefix:
                 self.add_module(target.name, nn.Module())
@@ -305,17 +307,16 @@ class TiedAdapter(nn.Module):
         """The updates of each adapted layer of the stage: the parts of A and F that match this rank's shard of W.
 
         With tensor parallelism, sharded factors that ranks need in full are gathered here, in one message per call,
-        whatever the targets. Each rank has an addend of their gradients and of u's. They are summed here too: by the
-        reduce-scatter that is the gather's adjoint, and for u once per step by `u_sum`.
+        whatever the targets. Each rank has an addend of their gradients, which the reduce-scatter that is the gather's
+        adjoint sums, and an addend of u's, which is summed once per step.
 
         Args:
             dtype: the base's dtype.
         """
         if not self.part.layers:
             return ()
-        whole = self._whole(tensor_group)
-        if self.config.method_spec.u.trained and tensor_group.size > 1 and torch.is_grad_enabled():
-            assert self.u_sum.group.size % tensor_group.size == 0, "u's gradient would not be summed over these ranks"
+        (whole,) = whole_factors([self], tensor_group)
+        if self.u_sum is not None and self.config.method_spec.u.trained and torch.is_grad_enabled():
             names = [f"{target.prefix}u" for target in self.config.targets]
             u = [whole[name] for name in names]
             u = [self.u_sum.of(u[0])] if len(u) == 1 else list(self.u_sum.of(torch.stack(u)).unbind())
@@ -353,12 +354,17 @@ class TiedAdapter(nn.Module):
     def _module(self, target: Target) -> nn.Module:
         return self.get_submodule(target.prefix.rstrip("."))
 
-    def _whole(self, tensor_group: RankGroup) -> dict[str, Any]:
-        """Every factor as this rank's matmuls need it, by name; None if it is frozen at one."""
-        found = self.factors()
-        dims = {name: dim for name in found if (dim := self.config.gathered_dim(name)) is not None}
-        gathered = gather_together([found[name] for name in dims], tensor_group, list(dims.values()))
-        return found | dict(zip(dims, gathered, strict=True))
+
+def whole_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> list[dict[str, Any]]:
+    """Every factor of each adapter as this rank's matmuls need it, by name, from one gather; None if frozen at one."""
+    factors = [adapter.factors() if adapter.part.layers else {} for adapter in adapters]
+    dims = [
+        {name: dim for name in held if (dim := adapter.config.gathered_dim(name)) is not None}
+        for adapter, held in zip(adapters, factors, strict=True)
+    ]
+    tensors = [held[name] for held, own in zip(factors, dims, strict=True) for name in own]
+    gathered = iter(gather_together(tensors, tensor_group, [dim for own in dims for dim in own.values()]))
+    return [held | {name: next(gathered) for name in own} for held, own in zip(factors, dims, strict=True)]
 
 
 def _stand_ins(

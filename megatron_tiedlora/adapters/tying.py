@@ -7,11 +7,11 @@ tensor-parallel and data-parallel ranks of its stage, and its gradient is summed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.parallel.collectives import all_gather
@@ -19,46 +19,65 @@ from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
 from megatron_tiedlora.parallel.step_sum import StepSum
 
 
-def tied_trained(adapter: TiedAdapter) -> list[str]:
-    """The tied, trained tensors, in the adapter's order."""
-    return [name for name in adapter.config.num_trained() if adapter.config.factor(name).tied]
+def sum_gradients_(
+    adapters: Mapping[str, TiedAdapter], groups: ParallelGroups, *, engine_averages: bool = False
+) -> dict[str, list[str]]:
+    """Replace the gradients of adapters by their sums over the ranks with a copy of the tensor.
 
+    There is one message per group, however many adapters there are. A tied tensor is on every stage and data-parallel
+    rank, u on the tensor- and data-parallel ranks of its stage, and any other tensor on the data-parallel ranks.
 
-def sum_tied_gradients_(adapter: TiedAdapter, groups: ParallelGroups) -> list[str]:
-    """Replace the gradients of tied tensors by their sum over stages and data-parallel ranks.
+    A stage without layers of an adapter adds zeros. Elsewhere a missing gradient counts as zeros, so that no rank waits
+    for this one, and the caller stops the adapter.
 
-    Data-parallel rank 0 of each stage gets the sum, the others get zeros. The engine's mean over the data-parallel
-    ranks, which follows, then only adds zeros, so that every stage gets the same bits for any order of sums or buckets.
-    (If every rank had the sum, each stage would add the copies in another order.)
-
-    Only a stage without adapted layers may have no gradient. Elsewhere a missing gradient counts as zeros, so that no
-    rank waits for this one, and the caller stops the run.
+    Args:
+        adapters: those that take a step, by name. All of them have micro-batches on every rank.
+        engine_averages: whether an engine averages the gradients over the data-parallel ranks afterwards. Then only
+            tied ones are summed here (u's are by `sum_of_u`), and data-parallel rank 0 of each stage gets the sum, the
+            others zeros. So every stage gets the same bits for any order of sums or buckets. (If every rank had the
+            sum, each stage would add the copies in another order.)
 
     Returns:
-        the tensors whose gradient is missing on this rank although its stage has adapted layers.
+        the tensors of each adapter whose gradient is missing on this rank.
     """
-    parameters = [adapter.get_parameter(name) for name in tied_trained(adapter)]
-    if not parameters:
-        return []
-    parts, missing = [], []
-    for name, parameter in zip(tied_trained(adapter), parameters, strict=True):
-        if parameter.grad is None and adapter.part.layers:
-            missing.append(name)
-        parts.append((torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten())
-    flat = torch.cat(parts)
-    distributed.all_reduce(flat, group=groups.tied.handle)
-    if groups.data.rank != 0:
-        flat.zero_()
-    for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = total.view_as(parameter)
+    # In one order on every rank; groups of the same ranks are one.
+    by_group: dict[RankGroup, list[nn.Parameter]] = {groups.stage: [], groups.tied: [], groups.data: []}
+    missing: dict[str, list[str]] = {}
+    for name, adapter in adapters.items():
+        for tensor, parameter in adapter.named_parameters():
+            tied = adapter.config.factor(tensor).tied
+            if not parameter.requires_grad or (engine_averages and not tied):
+                continue
+            if parameter.grad is None and adapter.part.layers:
+                missing.setdefault(name, []).append(tensor)
+            is_u = adapter.config.tensors[tensor][1] == "u"
+            by_group[groups.stage if is_u else groups.tied if tied else groups.data].append(parameter)
+    for group, parameters in by_group.items():
+        _sum_together_(parameters, group, keeps=not engine_averages or groups.data.rank == 0)
     return missing
 
 
-def sum_of_u(groups: ParallelGroups) -> StepSum:
-    """The sum of u's gradient: once per step over the ranks of a stage; only data-parallel rank 0 gets it.
+def _sum_together_(parameters: Sequence[nn.Parameter], group: RankGroup, *, keeps: bool) -> None:
+    """One message for the gradients of all these tensors; a missing one counts as zeros. `keeps`: False for zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if group.size == 1 or not parameters:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat, group=group.handle)
+    if not keeps:
+        flat.zero_()
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
 
-    The engine's mean over the data-parallel ranks, which follows, adds zeros to it, as in `sum_tied_gradients_`. Every
-    tensor-parallel rank has its own data-parallel group, and each might add in another order.
+
+def sum_of_u(groups: ParallelGroups) -> StepSum:
+    """The sum of u's gradient inside the last backward pass of a step; only data-parallel rank 0 of a stage gets it.
+
+    ZeRO-2 and 3 take a gradient as soon as it is there, so it cannot be summed later, as `sum_gradients_` does. The
+    engine's mean over the data-parallel ranks, which follows, adds zeros to it, as there.
     """
     return StepSum(groups.stage, keeps=groups.data.rank == 0)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import ALONE
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, read_samples, saved_formula
 from megatron_tiedlora.benchmark.report import compare_traffic
@@ -41,12 +42,12 @@ from megatron_tiedlora.planning.step_time import Seconds, planned_seconds
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.process_group import join_process_group, ranks_here
 from megatron_tiedlora.runtime.stopping import StopRequests
-from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
+from megatron_tiedlora.training.build import build_model, build_random_model
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
 from megatron_tiedlora.training.first_step import batches_of, largest_of
 from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.step import TrainStep
+from megatron_tiedlora.training.step import AdapterStep, TrainStep
 from megatron_tiedlora.training.throughput import find_peak, timed, training_flops
 
 
@@ -66,10 +67,19 @@ class Started:
     loader: Iterator[TrainingStep]
     kernels: str
 
+    def take(self, step: TrainingStep) -> AdapterStep:
+        """Take a step; all ranks call it together. Raises RunFailed if it cannot be taken."""
+        return self.train_step.run({ALONE: step}).only
+
+    @property
+    def finished(self) -> int:
+        """The number of the last step."""
+        return self.train_step.finished[ALONE]
+
     def seconds_of(self, step: TrainingStep) -> float:
         """Take a step that all ranks start together; returns the seconds of the slowest rank."""
         self.train_step.stop.agree(True)
-        (longest,) = max_over_ranks([timed(lambda: self.train_step.run(step), self.runner.device)])
+        (longest,) = max_over_ranks([timed(lambda: self.take(step), self.runner.device)])
         return longest
 
     def planned_seconds(self, step: TrainingStep, machine: Machine) -> Seconds:
@@ -132,12 +142,12 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
     device = join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
     chosen = choose_kernels(plan, device)
     if plan.source.folder is None:
-        built = build_random_model(plan, device, kernels=chosen.kernels)
+        built = build_random_model({ALONE: plan}, device, kernels=chosen.kernels)
     else:
-        built = build_model(plan, device, None, kernels=chosen.kernels)
-    runner = start_engine(plan, built, device, None)
+        built = build_model({ALONE: plan}, device, kernels=chosen.kernels)
+    train_step = TrainStep({ALONE: plan}, built.runner, StopRequests())
     loader = plan.training_loader(dataset, pad_id=pad_id)
-    return Started(plan, dataset, runner, TrainStep(plan, runner, StopRequests()), loader, chosen.description)
+    return Started(plan, dataset, built.runner, train_step, loader, chosen.description)
 
 
 def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
@@ -149,7 +159,7 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
     shapes = plan.micro_batches(run.dataset, batch)
     run.train_step.long_seconds = math.inf  # the prediction leaves out what ranks send only in long steps
     with TrafficCounter(named_handles(runner.groups)) as counter:
-        run.train_step.run(next(run.loader))
+        run.take(next(run.loader))
     data_bytes = engine_bytes(plan.stage, num_micro_batches=len(shapes))
     traffic = compare_traffic(counter.traffic, step_traffic(plan.stage, shapes), data_bytes)
     watched = next(run.loader)
@@ -169,7 +179,7 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
         "traffic": traffic,
         "as_predicted": all(found["as_predicted"] for found in traffic.values()),
         "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
-        "kernel_seconds": kernel_seconds(lambda: run.train_step.run(next(run.loader))) if on_gpu else None,
+        "kernel_seconds": kernel_seconds(lambda: run.take(next(run.loader))) if on_gpu else None,
     }
 
 
@@ -185,7 +195,7 @@ def _saved_bytes(run: Started, step: TrainingStep) -> int:
         total += storage_bytes(saved)
 
     run.runner.each_forward = watched
-    run.train_step.run(step)
+    run.take(step)
     run.runner.each_forward = nullcontext
     return total
 

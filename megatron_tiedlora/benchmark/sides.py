@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank, pieces_of
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share, pieces_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.plan import LEARNING_RATE, random_config, read_samples
@@ -24,8 +24,7 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data.loader import MicroBatch, collate
 from megatron_tiedlora.data.shared import shared_input, shared_rounds
-from megatron_tiedlora.engine.bank_runner import ShareLosses, Weight
-from megatron_tiedlora.engine.runner import StepInput
+from megatron_tiedlora.engine.runner import Divisors, Losses, StepInput
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_shared_supervised, find_supervised
@@ -132,7 +131,7 @@ def build_stage(plan: RunPlan, settings: BenchSettings, kernels: Kernels) -> Sta
         )
     else:
         stage = load_model(source, None, dtype=plan.dtype, make_weight=make_weight, device=device, kernels=kernels)
-        _give_adapter(stage, plan.adapter, device)
+        stage.hold(whole_adapter(plan.adapter, device))
     recompute(stage, settings.recompute)
     stage.train()
     return stage
@@ -166,14 +165,15 @@ def random_stage(
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make_weight), None)
     rules = stage_weight_rules(shape, has_embedding=True)
     draw_base_weights(frozen_weights(stage), rules)
-    _give_adapter(stage, adapter, device)
+    stage.hold(whole_adapter(adapter, device))
     return stage
 
 
-def _give_adapter(stage: Stage, adapter: AdapterConfig, device: torch.device) -> None:
-    """Give the whole model an adapter with its initial values."""
-    stage.adapter = TiedAdapter(AdapterPart.whole(adapter)).to(device)
-    stage.adapter.load_full(initial_values(adapter))
+def whole_adapter(config: AdapterConfig, device: torch.device) -> TiedAdapter:
+    """An adapter of the whole model with its initial values."""
+    adapter = TiedAdapter(AdapterPart.whole(config)).to(device)
+    adapter.load_full(initial_values(config))
+    return adapter
 
 
 def recompute(stage: Stage, how: str) -> None:
@@ -242,17 +242,16 @@ class Group:
         alone: the micro-batches of each adapter's step, by its name.
         shared: those of all of them, in shared ones.
         joined: the same rows as micro-batches of one adapter.
-        weight: of a loss.
+        divisors: of a loss.
         kernels: how they were made, in a few words.
     """
 
     stage: Stage
-    bank: AdapterBank
     optimizers: Mapping[str, torch.optim.Optimizer]
     alone: Mapping[str, Sequence[StepInput]]
     shared: Sequence[StepInput]
     joined: Sequence[StepInput]
-    weight: Weight
+    divisors: Divisors
     device: torch.device
     kernels: str
 
@@ -271,15 +270,11 @@ class Group:
             self._step([name], batches)
 
     def _step(self, names: Sequence[str], batches: Sequence[StepInput]) -> None:
-        """Take a step of these adapters on shared micro-batches, or of one adapter on its own."""
-        shares = bool(batches[0].shares)
-        self.stage.bank = self.bank if shares else None
-        self.stage.adapter = None if shares else self.bank.adapters[names[0]]
-        losses = ShareLosses(dict.fromkeys(names, self.weight))
+        """Take a step of these adapters."""
+        losses = Losses(dict.fromkeys(names, self.divisors))
 
         def loss(batch: StepInput) -> torch.Tensor:
-            found = stage_losses(self.stage, batch, self.device)
-            return losses.weighted(found, batch.shares) if shares else found / self.weight.denominator
+            return losses.weighted(stage_losses(self.stage, batch, self.device), batch.shares)
 
         take_step(batches, loss, [self.optimizers[name] for name in names])
 
@@ -292,9 +287,8 @@ def build_group(plan: RunPlan, settings: BenchSettings) -> Group:
     stage = build_stage(plan, settings, chosen.kernels)
     adapters = {}
     for number in range(settings.adapters):
-        config = replace(plan.adapter, seed=number)
-        adapters[f"adapter {number}"] = TiedAdapter(AdapterPart.whole(config)).to(device)
-        adapters[f"adapter {number}"].load_full(initial_values(config))
+        adapters[f"adapter {number}"] = whole_adapter(replace(plan.adapter, seed=number), device)
+    stage.hold(AdapterBank(adapters))
     dataset, pad_id = read_samples(plan, settings)
     loader = plan.training_loader(dataset, pad_id=pad_id)
     steps = {name: next(loader) for name in adapters}
@@ -302,12 +296,11 @@ def build_group(plan: RunPlan, settings: BenchSettings) -> Group:
     rounds = shared_rounds(steps, capacity=capacity)
     return Group(
         stage,
-        AdapterBank(adapters),
         {name: _optimizer(adapter) for name, adapter in adapters.items()},
-        {name: [batch.model_input for batch in step.micro_batches] for name, step in steps.items()},
+        {name: [shared_input([(name, batch)]) for batch in step.micro_batches] for name, step in steps.items()},
         [shared_input(parts) for parts in rounds],
-        [_stacked([batch.model_input for _, batch in parts]) for parts in rounds],
-        Weight(step.num_supervised, 1),
+        [_stacked("adapter 0", [batch.model_input for _, batch in parts]) for parts in rounds],
+        (step.num_supervised,),
         device,
         chosen.description,
     )
@@ -318,7 +311,7 @@ def _optimizer(adapter: TiedAdapter) -> torch.optim.Optimizer:
     return make_optimizer(trained, learning_rate=LEARNING_RATE, weight_decay=0.0)
 
 
-def _stacked(batches: Sequence[StepInput]) -> StepInput:
-    """The rows of several micro-batches, all of one length and not packed."""
+def _stacked(name: str, batches: Sequence[StepInput]) -> StepInput:
+    """The rows of several micro-batches, all of one length and not packed, as those of one adapter."""
     tokens, positions, labels = map(torch.cat, zip(*(batch[:3] for batch in batches), strict=True))
-    return StepInput(tokens, positions, labels)
+    return StepInput(tokens, positions, labels, shares=(Share(name, *tokens.shape),))

@@ -87,6 +87,7 @@ def train_rank(settings: Settings) -> End:
     stop.install()
     with reported_end(rank, world_size, stop) as end:
         # These import DeepSpeed and transformers, which takes seconds; signals are handled already.
+        from megatron_tiedlora.adapters.adapter_bank import ALONE
         from megatron_tiedlora.checkpoint.resume import Progress
         from megatron_tiedlora.training import build, compiling, finish, session
         from megatron_tiedlora.training.loop import Trainer
@@ -107,13 +108,14 @@ def train_rank(settings: Settings) -> End:
         plan = with_kept_warmup(plan, checkpoint.settings if checkpoint else None)
         start = checkpoint.progress if checkpoint else Progress()
         chosen = compiling.choose_kernels(plan, device)
-        built = build.build_model(plan, device, checkpoint, kernels=chosen.kernels)
-        runner = build.start_engine(plan, built, device, checkpoint)
+        built = build.build_model({ALONE: plan}, device, {ALONE: checkpoint}, kernels=chosen.kernels)
         log = session.occupy_run_folder(plan, folder, checkpoint)
         end.enter(folder)
         end.first_step = start.step
         meter = start_meter(plan, device)
-        trainer = Trainer(plan, data, runner, built.base, folder, stop, log, meter, start)
+        trainer = Trainer(
+            plan, data, built.runner, built.base, built.layout(plan), folder, stop, log, meter, start
+        )
         end.finished_step = lambda: trainer.progress.step
         if is_main:
             show(*session.headline(plan, data, folder, checkpoint, built, chosen, device))
@@ -142,8 +144,7 @@ def train_together(settings: Settings) -> End:
     stop = StopRequests()
     stop.install()
     with reported_end(rank, world_size, stop) as end:
-        from megatron_tiedlora.training import group_finish, group_start, member_plans
-        from megatron_tiedlora.training.build_bank import build_bank
+        from megatron_tiedlora.training import build, group_finish, group_start, member_plans
 
         plans = member_plans.plan_group(settings, rank=rank, world_size=world_size)
         data = member_plans.prepare_group_data(plans)
@@ -164,7 +165,7 @@ def train_together(settings: Settings) -> End:
                 show(*lines)
             return end
         chosen = group_start.choose_group_kernels(plans, device)
-        built = build_bank(left, device, checkpoints, kernels=chosen.kernels)
+        built = build.build_model(left, device, checkpoints, kernels=chosen.kernels)
         group = group_start.make_group(
             settings,
             plans,

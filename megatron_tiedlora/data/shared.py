@@ -45,8 +45,11 @@ def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[
 
 
 def shared_input(parts: Sequence[Owned]) -> StepInput:
-    """The input of the model for the micro-batches of several adapters: all tensors are (1, tokens)."""
+    """The input of the model for the micro-batches of several adapters, all tensors (1, tokens); or for that of one."""
     batches = [batch for _, batch in parts]
+    shares = tuple(Share(name, *batch.input_ids.shape) for name, batch in parts)
+    if len(batches) == 1:
+        return batches[0].model_input._replace(shares=shares)
     documents = [batch.documents for batch in batches if batch.documents is not None]
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
     numbered = any(batch.numbers is not None for batch in batches)
@@ -56,7 +59,7 @@ def shared_input(parts: Sequence[Owned]) -> StepInput:
         concatenated([batch.labels for batch in batches])[None],
         concatenated(documents)[None] if documents else None,
         concatenated([_numbers(batch) for batch in batches])[None] if numbered else None,
-        tuple(Share(name, *batch.input_ids.shape) for name, batch in parts),
+        shares,
     )
 
 

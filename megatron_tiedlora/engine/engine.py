@@ -7,6 +7,7 @@ and the adapter's gradients, their sums and the optimizer stay fp32 at every ZeR
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -20,6 +21,8 @@ from megatron_tiedlora.adapters.tying import gradient_norm_counts
 from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.parallel.groups import ParallelGroups
+
+_LARGEST_SQUARE = torch.finfo(torch.float32).max
 
 
 @contextmanager
@@ -98,8 +101,8 @@ def initialize_engine(
 ) -> Any:
     """Call `deepspeed.initialize` with a client optimizer and schedule; the optimizer holds the trained parameters.
 
-    At ZeRO-0 `clip_gradients_` replaces DeepSpeed's clipping, which leaves the untied tensors of later stages out of
-    the norm if there are several stages (seen in 0.19.8).
+    At ZeRO-0 DeepSpeed's clipping would leave the untied tensors of later stages out of the norm if there are several
+    stages (seen in 0.19.8), so an engine without ZeRO steps no adapter (`optimizers.OwnOptimizers`).
     """
     import deepspeed
     from deepspeed.runtime.pipe.module import PipelineModule
@@ -108,8 +111,6 @@ def initialize_engine(
     import_muon_uncompiled()
     deepspeed_groups.mpu = None  # an earlier pipeline engine of this process may have left its own here
     values = dict(config.values)
-    if config.zero_stage == 0:
-        values["gradient_clipping"] = 0.0
     if config.zero_stage == 3:  # an MLP reads the weights of its linears itself, so they are gathered for all of it
         deepspeed.utils.set_z3_leaf_modules(model, [SwiGlu])
     pipelined = isinstance(model, PipelineModule)
@@ -150,17 +151,6 @@ def trained_parameters(adapter: TiedAdapter) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in adapter.named_parameters() if parameter.requires_grad}
 
 
-def clip_gradients_(adapter: TiedAdapter, groups: ParallelGroups, max_norm: float, device: torch.device) -> float:
-    """Scale the gradients so that their norm over the whole model is at most `max_norm` (0: do not scale).
-
-    Returns:
-        the 2-norm before clipping, the same on every rank; each tied or replicated tensor and each shard counts once.
-    """
-    (norm,) = gradient_norms([adapter], groups, device)
-    scale_gradients_(adapter, norm, max_norm)
-    return norm
-
-
 def gradient_norms(adapters: Sequence[TiedAdapter], groups: ParallelGroups, device: torch.device) -> list[float]:
     """The 2-norm of each adapter's gradients over the whole model, from one message; the same on every rank.
 
@@ -176,6 +166,17 @@ def gradient_norms(adapters: Sequence[TiedAdapter], groups: ParallelGroups, devi
         torch.distributed.all_reduce(squares, group=groups.model.handle)
     norms: list[float] = squares.sqrt().tolist()
     return norms
+
+
+def reported_norm(norm: float) -> float:
+    """A gradient norm as a step reports it: inf or nan if its square is not finite in fp32, the second moments' dtype.
+
+    Such a step must not be saved. This rule holds for all ZeRO stages. ZeRO 1 and 2 sum squares in fp32, skip the step
+    and report inf (0.19.8) or -1 (earlier versions); others sum them in fp64.
+    """
+    if not norm >= 0:
+        return math.nan
+    return norm if norm * norm <= _LARGEST_SQUARE else math.inf
 
 
 def scale_gradients_(adapter: TiedAdapter, norm: float, max_norm: float) -> None:

@@ -1,8 +1,8 @@
-"""Read the optimizer's moments by name from any ZeRO stage and write them into any other.
+"""Read an optimizer's moments by name from any ZeRO stage and write them into any other.
 
-This module knows where DeepSpeed stores them. Values are fp32 tensors of the rank's parameter, gathered over its
-data-parallel ranks; adapters/gathering joins the shards of tensor and pipeline parallelism. Reading and writing are
-collective: every rank calls them.
+At stage 0 the optimizer is torch's; else this module knows where DeepSpeed's stores them. Values are fp32 tensors of
+the rank's parameter, gathered over its data-parallel ranks; adapters/gathering joins the shards of tensor and pipeline
+parallelism. Reading and writing are collective: every rank calls them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def read_moments(
-    engine: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int
+    optimizer: Any, parameters: Mapping[str, nn.Parameter], *, zero_stage: int
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The moments after at least one step, by moment and parameter name: fp32, in the parameters' shapes."""
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -26,7 +26,7 @@ def read_moments(
     for name, parameter in parameters.items():
         for moment in MOMENTS:
             if zero_stage == 0:
-                full = engine.optimizer.state[parameter][moment]
+                full = optimizer.state[parameter][moment]
             else:
                 full = safe_get_full_optimizer_state(parameter, moment)
             state[moment][name] = full.detach().to(torch.float32, copy=True)
@@ -34,25 +34,24 @@ def read_moments(
 
 
 def write_moments(
-    engine: Any,
+    optimizer: Any,
     parameters: Mapping[str, nn.Parameter],
-    zero_stage: int,
     *,
+    zero_stage: int,
     moments: Mapping[str, Mapping[str, torch.Tensor]],
     step: int,
-    dp_rank: int,
+    dp_rank: int = 0,
 ) -> None:
-    """Write moments, by moment and parameter name, and the step count into an engine that has not stepped yet.
+    """Write moments, by moment and parameter name, and the step count into an optimizer that has not stepped yet.
 
     torch's AdamW creates its state at the first step, so it is created here, in the layout of the engine's partitions.
     """
     if zero_stage == 0:
         for name, parameter in parameters.items():
-            engine.optimizer.state[parameter] = _fresh_state(parameter, step)
+            optimizer.state[parameter] = _fresh_state(parameter, step)
             for moment in MOMENTS:
-                engine.optimizer.state[parameter][moment].copy_(moments[moment][name])
+                optimizer.state[parameter][moment].copy_(moments[moment][name])
         return
-    optimizer = engine.optimizer
     flat_masters = (
         optimizer.fp32_partitioned_groups_flat if zero_stage == 3 else optimizer.single_partition_of_fp32_groups
     )

@@ -1,30 +1,27 @@
-"""One optimizer step and a forward pass on an engine, with one interface for one stage and for several.
+"""A step's forward and backward passes on an engine, with one interface for one stage and for several.
 
-Losses are sums over supervised tokens. Each is divided by N_global / (accumulation steps x dp) before its backward
-pass, so that DeepSpeed's own division by the accumulation steps and its mean over the data-parallel ranks give the
-mean over the supervised tokens of the global batch, whatever the split.
+A micro-batch has shares of one or more adapters, and each share its own loss: a sum over supervised tokens, which is
+divided before its backward pass so that the gradients that are summed over micro-batches and data-parallel ranks are
+those of the mean over the supervised tokens of the adapter's global batch, whatever the split (`Optimizers.divisors`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
+from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.adapters.tying import sum_tied_gradients_
-from megatron_tiedlora.engine.engine import clip_gradients_
-from megatron_tiedlora.engine.engine_json import EngineConfig
+from megatron_tiedlora.engine.optimizers import Optimizers
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised, find_supervised
 from megatron_tiedlora.parallel.groups import ParallelGroups
-
-_LARGEST_SQUARE = torch.finfo(torch.float32).max
 
 
 class StepInput(NamedTuple):
@@ -32,7 +29,7 @@ class StepInput(NamedTuple):
 
     `documents` holds document ids, (b, s) int64: tokens attend only within their document. None: one per row.
     `numbers`, (b, s) int64, are the tokens' numbers, from which dropout follows. None: there is none.
-    `shares` of several adapters, whose tokens are then one row: b is 1.
+    `shares` say which adapters' they are; the tokens of several are one row, b is 1.
     """
 
     tokens: torch.Tensor
@@ -43,16 +40,45 @@ class StepInput(NamedTuple):
     shares: Shares = ()
 
 
-def reported_norm(norm: float) -> float:
-    """A gradient norm as `Runner.take_step` reports it: inf or nan if its square is not finite in fp32."""
-    if not norm >= 0:
-        return math.nan
-    return norm if norm * norm <= _LARGEST_SQUARE else math.inf
-
-
 def inputs_to_fill(num_stages: int) -> int:
     """How many micro-batches keep the stages busy: with four per stage the pipeline bubble is a fifth of the time."""
     return 4 * num_stages if num_stages > 1 else 1
+
+
+Divisors = tuple[float, ...]  # what the summed loss of a micro-batch is divided by, one after the other
+
+
+@dataclass
+class Losses:
+    """The losses of some micro-batches, by adapter: what to differentiate of each, and the sums."""
+
+    divisors: Mapping[str, Divisors]  # of every adapter that has a loss
+    found: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+
+    @staticmethod
+    def undivided(batch: StepInput) -> Losses:
+        """For the losses of one micro-batch, which are not differentiated."""
+        return Losses({share.adapter: () for share in batch.shares})
+
+    def weighted(self, losses: torch.Tensor, shares: Shares) -> torch.Tensor:
+        """The scalar whose gradient is each loss's own weight; notes the losses, (shares,) or () of a single one."""
+        total: torch.Tensor | None = None
+        for share, loss in zip(shares, losses.unbind() if losses.ndim else (losses,), strict=True):
+            self.found.append((share.adapter, loss.detach()))
+            for divisor in self.divisors[share.adapter]:
+                loss = loss / divisor
+            total = loss if total is None else total + loss
+        assert total is not None, "a micro-batch belongs to somebody"
+        return total
+
+    def sums(self, *, counted: bool) -> dict[str, float]:
+        """The summed loss of each adapter, in fp64; 0 if another rank counts it. Waits for the device."""
+        sums = dict.fromkeys(self.divisors, 0.0)
+        if counted and self.found:
+            values = torch.stack([loss for _, loss in self.found]).tolist()
+            for (name, _), value in zip(self.found, values, strict=True):
+                sums[name] += value
+        return sums
 
 
 @dataclass
@@ -62,16 +88,15 @@ class Runner:
     engine: Any
     stage: Stage
     groups: ParallelGroups
-    config: EngineConfig
+    optimizers: Optimizers
     device: torch.device
-    missing_gradients: list[str] = field(default_factory=list)  # tied tensors without a gradient in the step's sum
     each_forward: Callable[[], AbstractContextManager[None]] = nullcontext  # around each forward pass, for benchmarks
 
     @property
-    def adapter(self) -> TiedAdapter:
-        """The adapter's part on this rank."""
-        assert self.stage.adapter is not None
-        return self.stage.adapter
+    def adapters(self) -> dict[str, TiedAdapter]:
+        """The adapters' parts on this rank, by name."""
+        assert self.stage.bank is not None
+        return self.stage.bank.adapters
 
     @property
     def counts_loss(self) -> bool:
@@ -83,46 +108,34 @@ class Runner:
         """The preferred number of micro-batches per call of `evaluate`."""
         return 1
 
-    def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
-        """Run a step's forward and backward passes: accumulates and averages gradients, and changes no parameter.
+    def full_state(self, name: str, layout: AdapterLayout) -> dict[str, torch.Tensor]:
+        """Full fp32 A, B, u, v of an adapter on rank 0's CPU, nothing on the others. All ranks call it."""
+        with self.optimizers.opened(name):
+            return gather_state(dict(self.adapters[name].named_parameters()), layout)
+
+    def accumulate(
+        self, batches: Sequence[StepInput], divisors: Mapping[str, Divisors], between: Callable[[], None]
+    ) -> dict[str, float]:
+        """Run a step's forward and backward passes: accumulates gradients, and changes no parameter.
 
         Args:
-            denominator: each micro-batch's summed loss is divided by it.
+            divisors: of every adapter that takes a step.
             between: called after a micro-batch if all ranks can stop together there; may raise.
 
         Returns:
-            the summed loss of this rank's micro-batches; 0 if another rank counts it.
+            the summed loss of each adapter on this rank; 0 if another rank counts it.
         """
         raise NotImplementedError
 
-    def evaluate(self, batches: Sequence[StepInput]) -> float:
-        """The summed loss of some micro-batches without gradients; 0 if another rank counts it."""
-        raise NotImplementedError
-
-    def take_step(self) -> float:
-        """Clip and take the optimizer step; returns the gradient norm before clipping.
-
-        The norm is inf or nan if its square is not finite in fp32, the dtype of the second moments. Such a step must
-        not be saved. This rule holds for all ZeRO stages. ZeRO 1 and 2 sum squares in fp32, skip the step and report
-        inf (0.19.8) or -1 (earlier versions); ZeRO-0 and ZeRO-3 sum them in fp64 and take the step.
-        """
-        norm = None
-        if self.config.zero_stage == 0:
-            max_norm = float(self.config.values["gradient_clipping"])
-            norm = clip_gradients_(self.adapter, self.groups, max_norm, self.device)
-        self._step()
-        if norm is None:
-            norm = float(self.engine.get_global_grad_norm())
-        return reported_norm(norm)
-
-    def _step(self) -> None:
+    def evaluate(self, batches: Sequence[StepInput]) -> list[dict[str, float]]:
+        """The summed loss of each micro-batch's adapters without gradients; 0 if another rank counts it."""
         raise NotImplementedError
 
     def _supervised(self, batch: StepInput) -> Supervised:
         """The batch's supervised positions, computed on the host, for the last layers of this rank's stage."""
         num_parts = self.stage.tensor_parallel.sequence_parts
-        if batch.shares:
-            found = find_shared_supervised(batch.labels, pieces_of(batch.shares), num_parts)
+        if pieces := pieces_of(batch.shares):
+            found = find_shared_supervised(batch.labels, pieces, num_parts)
         else:
             found = find_supervised(batch.labels, num_parts)
         return found.moved(self._on_device)
@@ -137,7 +150,7 @@ class PlainRunner(Runner):
     """One stage: DeepSpeedEngine, any ZeRO stage."""
 
     def forward(self, batch: StepInput) -> torch.Tensor:
-        """Summed loss of a micro-batch, a scalar."""
+        """Summed loss of a micro-batch, a scalar; of one that several share that of each, (shares,)."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
         numbers = None if batch.numbers is None else self._on_device(batch.numbers)
@@ -148,89 +161,96 @@ class PlainRunner(Runner):
             )
         return loss
 
-    def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
+    def accumulate(
+        self, batches: Sequence[StepInput], divisors: Mapping[str, Divisors], between: Callable[[], None]
+    ) -> dict[str, float]:
         """See Runner."""
         self.engine.train()
-        self.adapter.u_sum.start(len(batches))
-        total = torch.zeros((), dtype=torch.float64, device=self.device)  # read once, after all micro-batches
+        self.optimizers.begin(len(batches))
+        losses = Losses(divisors)
         for index, batch in enumerate(batches, start=1):
-            # The number of micro-batches varies between packed steps, so DeepSpeed cannot count them itself.
-            self.engine.set_gradient_accumulation_boundary(index == len(batches))
-            loss = self.forward(batch)
-            self.engine.backward(loss / denominator)
-            total += loss.detach()
+            # An engine that steps does so at the last micro-batch. Their number varies between packed steps, so
+            # DeepSpeed cannot count them itself.
+            steps = self.optimizers.engine_steps and index == len(batches)
+            self.engine.set_gradient_accumulation_boundary(steps)
+            self.engine.backward(losses.weighted(self.forward(batch), batch.shares))
+            if not steps:
+                self.engine.step()  # changes no parameter
             if index < len(batches):
-                self.engine.step()  # changes no parameter before the last micro-batch
                 between()
-        return float(total) if self.counts_loss else 0.0
+        return losses.sums(counted=self.counts_loss)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[StepInput]) -> float:
+    def evaluate(self, batches: Sequence[StepInput]) -> list[dict[str, float]]:
         """See Runner."""
         self.engine.eval()
-        total = sum(float(self.forward(batch)) for batch in batches)
-        return total if self.counts_loss else 0.0
-
-    def _step(self) -> None:
-        self.engine.step()
+        found = [Losses.undivided(batch) for batch in batches]
+        for losses, batch in zip(found, batches, strict=True):
+            losses.weighted(self.forward(batch), batch.shares)
+        return [losses.sums(counted=self.counts_loss) for losses in found]
 
 
 class PipelineRunner(Runner):
     """Several stages: DeepSpeed's PipelineEngine, its 1F1B schedule with our tied sum.
 
-    The schedule's optimizer step is deferred to `take_step`, so that all ranks can agree on the loss before weights
-    change. Every rank of a pipeline has the micro-batches, so stages exchange only hidden states and know their shapes;
-    the engine would send the shapes first and wait for them (0.19.8). The engine looks up its instructions in a map, in
-    which they are replaced.
+    The schedule's optimizer step is deferred to `Optimizers.take`, so that all ranks can agree on the loss before
+    weights change. Every rank of a pipeline has the micro-batches, so stages exchange only hidden states and know their
+    shapes; the engine would send the shapes first and wait for them (0.19.8). The engine looks up its instructions in a
+    map, in which they are replaced.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         from deepspeed.runtime.pipe import schedule
 
+        self._losses: Iterator[Losses] = iter(())  # where those of the next micro-batch that is loaded go
         self.engine._INSTRUCTION_MAP = {
             **type(self.engine)._INSTRUCTION_MAP,
             schedule.LoadMicroBatch: lambda _engine, buffer_id: self._load(buffer_id),
             schedule.ForwardPass: lambda _engine, buffer_id: self._forward(buffer_id),
             schedule.RecvActivation: lambda _engine, buffer_id: self._receive(buffer_id),
             schedule.SendActivation: lambda _engine, buffer_id: self._send(buffer_id),
-            schedule.ReduceTiedGrads: lambda _engine: self._sum_tied_gradients(),
+            schedule.ReduceTiedGrads: lambda _engine: self.optimizers.sum_tied(),
             schedule.OptimizerStep: lambda _engine: None,
         }
-
-    def _sum_tied_gradients(self) -> None:
-        self.missing_gradients = sum_tied_gradients_(self.adapter, self.groups)
+        if not self.optimizers.engine_steps:
+            self.engine._INSTRUCTION_MAP[schedule.ReduceGrads] = lambda _engine: None
 
     @property
     def inputs_at_once(self) -> int:
         """See Runner."""
         return inputs_to_fill(self.groups.pipeline.size)
 
-    def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
+    def accumulate(
+        self, batches: Sequence[StepInput], divisors: Mapping[str, Divisors], between: Callable[[], None]
+    ) -> dict[str, float]:
         """See Runner; stages run different micro-batches at a time, so `between` is never called."""
         from deepspeed.runtime.pipe.schedule import TrainSchedule
 
         self.engine.module.train()
-        self.adapter.u_sum.start(len(batches))
-        return self._run(TrainSchedule, batches, denominator)
+        self.optimizers.begin(len(batches))
+        losses = Losses(divisors)
+        self._run(TrainSchedule, batches, repeat(losses))
+        return losses.sums(counted=self.counts_loss)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[StepInput]) -> float:
+    def evaluate(self, batches: Sequence[StepInput]) -> list[dict[str, float]]:
         """See Runner."""
         from deepspeed.runtime.pipe.schedule import InferenceSchedule
 
         self.engine.module.eval()
-        return self._run(InferenceSchedule, batches, 1.0)
+        found = [Losses.undivided(batch) for batch in batches]
+        self._run(InferenceSchedule, batches, iter(found))
+        return [losses.sums(counted=self.counts_loss) for losses in found]
 
-    def _run(self, schedule: Any, batches: Sequence[StepInput], denominator: float) -> float:
+    def _run(self, schedule: Any, batches: Sequence[StepInput], losses: Iterator[Losses]) -> None:
         self.engine.total_loss = None
         self.engine._compute_loss = True
-        self._to_load, self._to_receive, self._denominator = iter(batches), iter(batches), denominator
+        self._to_load, self._to_receive, self._losses = iter(batches), iter(batches), losses
         self._shares: dict[int, Shares] = {}
         self.engine._exec_schedule(
             schedule(micro_batches=len(batches), stages=self.groups.pipeline.size, stage_id=self.groups.pipeline.rank)
         )
-        return float(self.engine.total_loss) * denominator if self.counts_loss else 0.0
 
     def _load(self, buffer_id: int) -> None:
         """Load what the first and the last stage need of the next micro-batch besides hidden states."""
@@ -239,11 +259,9 @@ class PipelineRunner(Runner):
         if self.stage.embedding is not None:
             self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._position_ids(batch))
         if self.stage.head is not None:
-            self.engine.pipe_buffers["labels"][buffer_id] = self._labels(batch)
-
-    def _labels(self, batch: StepInput) -> tuple[Any, ...]:
-        denominator = self._denominator
-        return *self._supervised(batch), lambda loss: loss / denominator
+            losses = next(self._losses)
+            labels = *self._supervised(batch), lambda found: losses.weighted(found, batch.shares)
+            self.engine.pipe_buffers["labels"][buffer_id] = labels
 
     def _position_ids(self, batch: StepInput) -> tuple[torch.Tensor, ...]:
         """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries.
@@ -275,13 +293,10 @@ class PipelineRunner(Runner):
 
         p2p.send(self.engine.pipe_buffers["outputs"][buffer_id], self.engine.next_stage)
 
-    def _step(self) -> None:
-        self.engine._exec_optimizer_step()
-
 
 def make_runner(
-    engine: Any, stage: Stage, groups: ParallelGroups, config: EngineConfig, device: torch.device
+    engine: Any, stage: Stage, groups: ParallelGroups, optimizers: Optimizers, device: torch.device
 ) -> Runner:
     """The runner for an engine of one or of several stages."""
     kind = PlainRunner if groups.pipeline.size == 1 else PipelineRunner
-    return kind(engine, stage, groups, config, device)
+    return kind(engine, stage, groups, optimizers, device)

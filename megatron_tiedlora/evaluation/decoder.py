@@ -42,9 +42,9 @@ class Rows(NamedTuple):
 class Decoder:
     """Calls one stage with caches. All ranks of a tensor-parallel group and of a pipeline make the same calls.
 
-    The adapter is read and folded once, when the decoder is built; of a bank, those of a call when they change. Build a
-    new decoder after an optimizer step: F is a copy, but A may share the parameter's memory (in fp32, where nothing is
-    cast or gathered), so the two would no longer match.
+    The adapters of a call are read and folded once, when they change. Build a new decoder after an optimizer step: F is
+    a copy, but A may share the parameter's memory (in fp32, where nothing is cast or gathered), so the two would no
+    longer match.
     """
 
     def __init__(
@@ -61,9 +61,8 @@ class Decoder:
         self.calls_together = calls_together
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self._read: tuple[str, ...] = ()  # whose updates these are, if the stage has a bank
-        with torch.no_grad():
-            self._updates = {} if stage.bank is not None else stage.read_adapter()
+        self._updates: dict[int, LayerUpdate] = {}
+        self._read: tuple[str, ...] = ()  # whose updates these are
         self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
 
     @property
@@ -98,7 +97,7 @@ class Decoder:
         stage gets tokens, for their shape.
 
         Args:
-            rows: of one adapter at most, unless the stage has a bank.
+            rows: of each adapter, by its name in the stage's bank.
             wanted: for each of `rows` the position, (b,) int64, of each sequence whose logits are wanted.
             labels: for each of `rows` those of its tokens, (b, s) int64.
 
@@ -106,12 +105,11 @@ class Decoder:
             for the rows of one adapter after the other: logits, (tokens, V) or with `wanted` (sequences, V); with
             `labels` the loss of each token, (tokens,).
         """
-        shares: Shares = ()
+        shares = tuple(Share(some.adapter, *some.tokens.shape) for some in rows)
         tokens, positions, caches, _ = rows[0]
         all_caches = list[AnyCache](caches)
         picked, targets = (None if given is None else given[0] for given in (wanted, labels))
-        if self.stage.bank is not None:
-            shares = tuple(Share(some.adapter, *some.tokens.shape) for some in rows)
+        if len(rows) > 1:
             tokens = concatenated([some.tokens for some in rows])[None]
             positions = concatenated([some.positions for some in rows])[None]
             all_caches = list(zip(*(some.caches for some in rows), strict=True))
@@ -132,8 +130,6 @@ class Decoder:
         return None
 
     def _updates_of(self, shares: Shares) -> Mapping[int, LayerUpdate]:
-        if not shares:
-            return self._updates
         names = tuple(share.adapter for share in shares)
         if names != self._read:
             self._read, self._updates = names, self.stage.read_adapter(shares)

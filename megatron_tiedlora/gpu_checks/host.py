@@ -15,9 +15,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import ALONE
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.benchmark.timing import profiled
 from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.data.shared import shared_input
 from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
 
@@ -42,7 +44,7 @@ def check(report: Report, options: CheckOptions) -> None:
             with started(step_settings(options.model, *named)) as run:
                 loaders = {length: loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
                 for loader in (*loaders.values(), *loaders.values()):
-                    run.train_step.run(next(loader))
+                    run.take(next(loader))
                 _counts(report, name, run, loaders[LENGTHS[-1]], layers)
                 taken = {
                     length: median(_seconds(run, loader) for _ in range(REPEATS)) for length, loader in loaders.items()
@@ -53,8 +55,14 @@ def check(report: Report, options: CheckOptions) -> None:
 
 def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
     """Only the forward and backward passes of a step."""
-    inputs = [batch.model_input for batch in step.micro_batches]
-    return lambda: run.runner.accumulate(inputs, float(step.num_supervised), lambda: None)
+    inputs = [shared_input([(ALONE, batch)]) for batch in step.micro_batches]
+    return lambda: run.runner.accumulate(inputs, {ALONE: (float(step.num_supervised),)}, lambda: None)
+
+
+def use_up(run: Started) -> None:
+    """Take a step with the gradients that there are, as an engine expects."""
+    run.runner.optimizers.take(ALONE, 0.0)
+    run.runner.optimizers.clear()
 
 
 def _seconds(run: Started, loader: Iterator[TrainingStep]) -> float:
@@ -66,7 +74,7 @@ def _seconds(run: Started, loader: Iterator[TrainingStep]) -> float:
     work()
     torch.cuda.synchronize()
     taken = (time.perf_counter() - began) / len(step.micro_batches)
-    run.runner.engine.step()  # gradients are used up, as DeepSpeed expects
+    use_up(run)
     return taken
 
 
@@ -91,14 +99,14 @@ def _counts(report: Report, name: str, run: Started, loader: Iterator[TrainingSt
     work, number = micro_batches(run, step), len(step.micro_batches)
     with waits() as seen:
         work()
-    run.runner.engine.step()
+    use_up(run)
     # One wait belongs to the step: its loss is read after all micro-batches.
     inside = sum(seen.values()) - 1
     report.at_most(
         f"{name}: waits in {number} micro-batches", inside, 0, why="; ".join(seen), fix=SYNC_FIX, otherwise="warn"
     )
     launches = sum("LaunchKernel" in event.name for event in profiled(micro_batches(run, next(loader))))
-    run.runner.engine.step()
+    use_up(run)
     if launches:
         report.tell(
             f"{name}: launches per layer and micro-batch", launches / number / layers, why="with head and embedding"

@@ -47,7 +47,7 @@ def _beside_plan(report: Report, label: str, model: str, flags: tuple[str, ...])
     with started(step_settings(model, *flags, "--supervised=1", f"--num_layers={layers}", "--micro_batches=1")) as run:
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
-            run.train_step.run(next(run.loader))
+            run.take(next(run.loader))
         planned, allocated = planned_bytes(run.plan), torch.cuda.max_memory_allocated()
         reserved = torch.cuda.max_memory_reserved()
     sizes = {"planned": planned, "allocated": allocated, "reserved": reserved}
@@ -71,7 +71,7 @@ def _fragments(report: Report, label: str, model: str) -> None:
         draw = np.random.default_rng(0)
         loader = loader_of(run, draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS))
         for _ in range(NUM_STEPS):
-            run.train_step.run(next(loader))
+            run.take(next(loader))
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     report.at_most(
         f"{label}: reserved per allocated",

@@ -44,9 +44,9 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
     """Train the steps; rank 0 writes the results."""
     from safetensors.torch import save_file
 
+    from megatron_tiedlora.adapters.adapter_bank import ALONE
     from megatron_tiedlora.benchmark.layout import start
     from megatron_tiedlora.benchmark.plan import make_plan
-    from megatron_tiedlora.training.loop import full_adapter_state
 
     settings = settings_of(case, order, world_size)
     plan = make_plan(
@@ -58,8 +58,8 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
         timeout_minutes=1.0,
     )
     run = start(plan, settings)
-    losses = [run.train_step.run(next(run.loader)).loss for _ in range(order.steps)]
-    state = full_adapter_state(plan, run.runner)
+    losses = [run.take(next(run.loader)).loss for _ in range(order.steps)]
+    state = run.runner.full_state(ALONE, plan.adapter_layout)
     if rank == 0:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / ADAPTER)
         (folder / RESULT).write_text(json.dumps({"losses": losses}))
@@ -78,9 +78,9 @@ def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
         plan = make_plan(settings, rank=rank, world_size=world_size, timeout_minutes=1.0)
         run = start(plan, settings)
         end.watch_peers(1.0)
-        end.finished_step = lambda: run.train_step.finished
+        end.finished_step = lambda: run.finished
         for number in range(1_000_000):
-            run.train_step.run(next(run.loader))
+            run.take(next(run.loader))
             if number == order.steps:
                 Path(order.folder, f"{STEPPING}{rank}").touch()
     return end.status

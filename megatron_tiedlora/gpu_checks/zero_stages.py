@@ -9,7 +9,6 @@ import torch
 
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.engine.engine import all_open
 from megatron_tiedlora.gpu_checks.attention import relative, worst_of
 from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.gpu_checks.reference import Document, loss_and_gradients
@@ -41,7 +40,7 @@ def check_zero_stages(report: Report, options: CheckOptions) -> None:
                     if expected is None:
                         expected = plain_steps(run, before, steps)
                     for step in steps:
-                        run.train_step.run(step)
+                        run.take(step)
                     after = adapter_values(run)
                 errors = {name: relative(after[name] - before[name], expected[name]) for name in expected}
                 worst = worst_of(errors)
@@ -50,9 +49,10 @@ def check_zero_stages(report: Report, options: CheckOptions) -> None:
 
 def adapter_values(run: Started) -> dict[str, torch.Tensor]:
     """The adapter's full tensors."""
-    adapter = run.runner.adapter
-    with all_open(adapter, run.plan.engine):
-        return {name: factor.detach().clone() for name, factor in adapter.named_parameters()}
+    (name,) = run.runner.adapters
+    with run.runner.optimizers.opened(name):
+        named = run.runner.adapters[name].named_parameters()
+        return {tensor: factor.detach().clone() for tensor, factor in named}
 
 
 def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[TrainingStep]) -> dict[str, torch.Tensor]:

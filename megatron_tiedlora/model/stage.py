@@ -1,4 +1,4 @@
-"""A contiguous part of the flat list with its part of the adapter: one pipeline stage, or the whole model.
+"""A contiguous part of the flat list with its part of the adapters: one pipeline stage, or the whole model.
 
 It owns the order of calls, recompute, and the zero gradients that DeepSpeed needs from stages without trained tensors.
 It leaves schedules and messages between stages to DeepSpeed.
@@ -15,9 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Shares
-from megatron_tiedlora.adapters.dropped_inputs import Dropout
-from megatron_tiedlora.adapters.rows import AllRows
+from megatron_tiedlora.adapters.adapter_bank import ALONE, AdapterBank, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.model.attention import AnyCache, Attention
@@ -44,34 +42,36 @@ class _WithZeroGradients(torch.autograd.Function):
 
 
 class Stage(nn.Module):
-    """Some consecutive layers of the list, called in order, with their part of the adapter.
+    """Some consecutive layers of the list, called in order, with their part of the adapters.
 
-    The adapter is read once per call, outside recompute, so its gradients take one autograd path per call.
+    The adapters are read once per call, outside recompute, so their gradients take one autograd path per call.
 
     DeepSpeed needs from every stage a trained tensor, an output with a gradient, and a gradient for its input. A stage
-    without adapted layers therefore has an `anchor`, one number that is always zero. If no earlier stage has an adapted
-    layer, the gradient of its input is zeros, and no layer before its first adapted one has a backward pass.
+    whose engine sees no adapted layers therefore has an `anchor`, one number that is always zero. If no earlier stage
+    has an adapted layer, the gradient of its input is zeros, and no layer before its first adapted one has a backward
+    pass.
+
+    Attributes:
+        bank: the adapters; None if there are none.
+        adapter: the only one, if an engine sums, shards and steps its tensors, so that it is a part of this module.
     """
 
     anchor: nn.Parameter | None
-    bank: AdapterBank | None
 
     def __init__(
         self,
         specs: Sequence[LayerSpec],
-        adapter: TiedAdapter | AdapterBank | None,
+        adapters: TiedAdapter | AdapterBank | None,
         *,
         tensor_parallel: TensorParallel | None = None,
         recompute: str = "none",
-        dropout: float = 0.0,
-        seed: int = 0,
+        is_engines: bool = False,
     ) -> None:
         """Build the layers.
 
         Args:
-            adapter: of the stage; or a bank, of a run that trains several adapters, whose micro-batches have shares.
-            dropout: probability that an input of the adapter is dropped, in calls with the tokens' numbers.
-            seed: of the dropout.
+            adapters: of the stage. One without a bank is the engine's.
+            is_engines: whether the only adapter of a bank is a part of this module, so that an engine steps it.
         """
         super().__init__()
         self.tensor_parallel = tensor_parallel or TensorParallel()
@@ -81,12 +81,19 @@ class Stage(nn.Module):
         self.head = next((str(spec.index) for spec in specs if spec.kind == "head"), None)
         if self.head is not None and not hasattr(self.layers[self.head], "frozen"):  # tied embeddings
             self._give_head_its_weight()
-        self.bank = adapter if isinstance(adapter, AdapterBank) else None
-        self.adapter = None if isinstance(adapter, AdapterBank) else adapter
         self.recompute = recompute
-        self.dropout, self.seed = dropout, seed
-        # Engines do not see a bank's tensors, so they need one of their own on every stage.
-        anchored = self.bank is not None or (self.adapter is not None and not self.adapter.part.layers)
+        self.hold(adapters, is_engines=is_engines)
+
+    def hold(self, adapters: TiedAdapter | AdapterBank | None, *, is_engines: bool = False) -> None:
+        """Have these adapters from now on; see `__init__`."""
+        if isinstance(adapters, TiedAdapter):
+            adapters, is_engines = AdapterBank({ALONE: adapters}), True
+        self.bank = adapters
+        self.adapter: TiedAdapter | None = None
+        if adapters is not None and is_engines:
+            (self.adapter,) = adapters.adapters.values()
+        # Engines do not see the tensors of a bank, so they need one of their own on every stage.
+        anchored = self.bank is not None and (self.adapter is None or not self.adapter.part.layers)
         self.register_parameter("anchor", nn.Parameter(torch.zeros(1)) if anchored else None)
 
     def _give_head_its_weight(self) -> None:
@@ -116,9 +123,7 @@ class Stage(nn.Module):
     @property
     def needs_input_gradient(self) -> bool:
         """Whether an earlier stage has an adapted layer."""
-        if self.bank is not None:
-            return self.bank.first_layer < self.blocks[0]
-        return self.adapter is not None and self.adapter.config.layers[0] < self.blocks[0]
+        return self.bank is not None and self.bank.first_layer < self.blocks[0]
 
     def forward(
         self,
@@ -139,11 +144,12 @@ class Stage(nn.Module):
             labels: (b, s) int64, the next token or -100; or the result of `find_supervised` on the host.
             documents: (b, s) int64, document ids; None: one document per row.
             numbers: (b, s) int64, the tokens' numbers, from which dropout follows; None: there is none.
-            shares: of a shared micro-batch, whose b is 1; `labels` is then the result of `find_shared_supervised`.
+            shares: whose micro-batch it is; without them, the only adapter's. If there are several, b is 1, and
+                `labels` is the result of `find_shared_supervised`.
 
         Returns:
             activations between layers. If the stage has the head: the summed loss over supervised positions, or one
-            for each share, (shares,); without `labels` the input of its `tail`.
+            for each of several shares, (shares,); without `labels` the input of its `tail`.
         """
         if prediction is not None:
             return self._predict(inputs, positions, labels, documents, shares, prediction)
@@ -152,8 +158,8 @@ class Stage(nn.Module):
         else:
             hidden = inputs if self.needs_input_gradient else inputs.detach()
         updates = self.read_adapter(shares)
-        if numbers is not None:
-            updates = self._with_dropout(updates, numbers, shares)
+        if numbers is not None and self.bank is not None:
+            updates = self.bank.with_dropout(updates, numbers, shares, self.tensor_parallel)
         output = self.run_blocks(
             hidden, positions, self.tensor_parallel, documents=documents, updates=updates, shares=shares
         )
@@ -190,11 +196,11 @@ class Stage(nn.Module):
 
         Args:
             inputs, positions, labels, documents: as in `forward`.
-            shares: of tokens (1, s) of several adapters.
-            caches: one per block, for decoding; with shares one per block and share.
+            shares: as in `forward`.
+            caches: one per block, for decoding; with several shares one per block and share.
             updates: the result of `read_adapter`, if it was called before.
             wanted: (b,) int64, the position of each row whose logits are wanted; the result is then (b, 1, V). With
-                shares there is one for each of their rows, among all s tokens.
+                several shares there is one for each of their rows, among all s tokens.
 
         Returns:
             activations between layers if the stage has no head. A loss is 0 where there is no label.
@@ -237,29 +243,11 @@ class Stage(nn.Module):
         """The updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered.
 
         Args:
-            shares: of a shared micro-batch.
+            shares: whose tokens they are for, as in `forward`.
         """
-        dtype = self.attention.qkv.norm.dtype
-        if self.bank is not None:
-            return self.bank.updates(shares, self.tensor_parallel, dtype=dtype)
-        if self.adapter is None:
+        if self.bank is None:
             return {}
-        updates = self.adapter(self.tensor_parallel.group, dtype=dtype)
-        return dict(zip(self.adapter.part.layers, updates, strict=True))
-
-    def _with_dropout(
-        self, updates: Mapping[int, LayerUpdate], numbers: torch.Tensor, shares: Shares
-    ) -> dict[int, LayerUpdate]:
-        """The updates with dropout of their inputs, for tokens of these numbers (b, s)."""
-        if self.bank is not None:
-            return self.bank.with_dropout(updates, numbers, shares, self.tensor_parallel)
-        if self.adapter is None or not self.dropout:
-            return dict(updates)
-        dropped = Dropout(self.dropout, self.seed).of_linears(self.adapter.part, numbers, self.tensor_parallel)
-        return {
-            layer: {name: linear._replace(rows=AllRows(dropped(layer, name))) for name, linear in update.items()}
-            for layer, update in updates.items()
-        }
+        return self.bank.updates(shares, self.tensor_parallel, dtype=self.attention.qkv.norm.dtype)
 
     def embed(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
         """Tokens (b, s) int64 -> activations between layers."""
@@ -284,7 +272,8 @@ class Stage(nn.Module):
         """
         updates = self.read_adapter(shares) if updates is None else updates
         cache = caches[0] if caches else None
-        context = self.attention.context(positions, hidden.dtype, documents=documents, cache=cache, shares=shares)
+        several = shares if len(shares) > 1 else ()
+        context = self.attention.context(positions, hidden.dtype, documents=documents, cache=cache, shares=several)
         for number, index in enumerate(self.blocks):
             block: Any = self.layers[str(index)]
             update = updates.get(index)

@@ -73,7 +73,7 @@ class SupervisedTail:
     ) -> torch.Tensor:
         """(b, s, V), equal on every rank. With `wanted`, (b,) int64, only one position of each row: (b, 1, V).
 
-        With shares, the rows are theirs, and the positions are among all tokens (1, s).
+        With several shares, the rows are theirs, and the positions are among all tokens (1, s).
         """
         size, length = attended.attention_output.shape[:2]
         if wanted is None:
@@ -82,7 +82,7 @@ class SupervisedTail:
             return self._head(hidden, tensor_parallel).view(size, length, -1)
         assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
         rows = torch.arange(size, device=wanted.device) * length + wanted
-        pieces = tuple(Piece(number, share.num_rows) for number, share in enumerate(shares))
+        pieces = tuple(Piece(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
         some = _Some(rows, rows, pieces, pieces)
         joined = self._join(attended, tensor_parallel, some)
         hidden = self.block.add_mlp(joined, tensor_parallel, some.of(attended.mlp_update))
@@ -136,8 +136,8 @@ class SupervisedTail:
         if isinstance(labels, Supervised):
             return labels
         num_parts = tensor_parallel.sequence_parts
-        if shares:
-            return find_shared_supervised(labels, pieces_of(shares), num_parts)
+        if pieces := pieces_of(shares):
+            return find_shared_supervised(labels, pieces, num_parts)
         return find_supervised(labels, num_parts)
 
     def _supervised(

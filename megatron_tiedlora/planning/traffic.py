@@ -64,9 +64,8 @@ def once_traffic(stage: StagePlan, taking: Sequence[int] = (0,)) -> Traffic:
         traffic.add(group, "all-reduce", FP32 * numbers)
     if layout.tp_size * layout.pp_size > 1:  # the sum of squares for each gradient norm
         traffic.add(MODEL, "all-reduce", len(taking) * _norm_bytes(layout))
-    if layout.world_size > 1:  # of a bank also the loss of each adapter, and whether it misses a gradient
-        own = 2 * len(taking) if layout.is_bank else 0
-        traffic.add(WORLD, "all-reduce", FP64 * (len(StepVotes._fields) + own))
+    if layout.world_size > 1:  # also the loss of each adapter, and whether it misses a gradient
+        traffic.add(WORLD, "all-reduce", FP64 * (len(StepVotes._fields) + 2 * len(taking)))
     return traffic
 
 

@@ -82,13 +82,11 @@ class StopVotes(NamedTuple):
 
 
 class StepVotes(NamedTuple):
-    """What a training step sums over all ranks before weights move, one fp64 number each."""
+    """What a training step sums over all ranks before weights move, one fp64 number each, and two of each adapter."""
 
-    loss: float  # summed over supervised tokens
     seconds: float  # of the forward and backward passes
     save_due: float  # whether rank 0 wants a checkpoint after this step
     failed: float  # whether rank 0 has a failure to raise
-    missing_gradients: float  # ranks that miss the gradient of a tied tensor
     stopping: float  # as in StopVotes
     signals: float
 

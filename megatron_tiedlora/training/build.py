@@ -1,19 +1,21 @@
-"""From a plan to a running engine: process groups, this rank's stage, its base weights, adapter and optimizer."""
+"""From the plans to a running engine: process groups, this rank's stage, its base weights, adapters and optimizers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
+from megatron_tiedlora.adapters.adapter_bank import ALONE, AdapterBank
+from megatron_tiedlora.adapters.dropped_inputs import Dropout
+from megatron_tiedlora.adapters.gathering import AdapterLayout
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
@@ -38,7 +40,15 @@ from megatron_tiedlora.engine.engine import (
     stored_bytes,
     trained_parameters,
 )
-from megatron_tiedlora.engine.optimizer_state import MOMENTS, write_moments
+from megatron_tiedlora.engine.engine_json import EngineConfig
+from megatron_tiedlora.engine.optimizer_state import MOMENTS
+from megatron_tiedlora.engine.optimizers import (
+    EngineOptimizer,
+    Optimizers,
+    OwnOptimizer,
+    OwnOptimizers,
+    trained_or_stand_in,
+)
 from megatron_tiedlora.engine.runner import Runner, make_runner
 from megatron_tiedlora.engine.topology import make_groups, make_process_grid
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
@@ -50,47 +60,85 @@ from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.init_from import load_start
+from megatron_tiedlora.training.member_plans import Plans, shared_plan
 from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan
 
 
+def steps_by_engine(plans: Plans) -> bool:
+    """Whether DeepSpeed's optimizer steps the adapter, sharded as ZeRO says; it can do so for one alone."""
+    return set(plans) == {ALONE} and plans[ALONE].engine.zero_stage > 0
+
+
 @dataclass(frozen=True)
 class BuiltModel:
-    """This rank's model with the values of base and adapter, and the base's identity.
+    """This rank's stage with the values of base and adapters, and its engine, ready for the next step.
 
     Attributes:
-        module: what DeepSpeed gets: the stage itself, or the PipelineModule around it.
-        process_grid: DeepSpeed's grid of process groups.
+        base: what the base is.
+        stage_layers: layers by pipeline stage.
         bytes_read, bytes_kept: bytes of base weights that were read and that are stored, by rank.
-        notes: what a user should know of the adapter that it starts with, and how the base differs from that one's.
+        notes: what a user should know of the start of each adapter, and how the base differs from its own.
     """
 
-    module: nn.Module
-    stage: Stage
-    groups: ParallelGroups
-    process_grid: Any
+    runner: Runner
     base: BaseIdentity
+    stage_layers: tuple[tuple[int, ...], ...]
     bytes_read: tuple[int, ...]
     bytes_kept: tuple[int, ...]
-    notes: tuple[str, ...] = ()
+    notes: Mapping[str, tuple[str, ...]]
+
+    def layout(self, plan: RunPlan) -> AdapterLayout:
+        """Which rank holds which part of the adapter of one of the plans."""
+        layers = (tuple(layer for layer in plan.adapter.layers if layer in stage) for stage in self.stage_layers)
+        return AdapterLayout(plan.adapter, plan.grid, tuple(layers))
 
 
 def build_model(
-    plan: RunPlan, device: torch.device, checkpoint: Checkpoint | None, *, kernels: Kernels = EAGER
+    plans: Plans,
+    device: torch.device,
+    checkpoints: Mapping[str, Checkpoint | None] | None = None,
+    *,
+    kernels: Kernels = EAGER,
 ) -> BuiltModel:
-    """Build this rank's part of the flat list on `device`, load its shards of the base and its part of the adapter.
+    """Build this rank's stage with the parts of all adapters, load its shards of the base, and start the engine.
+
+    Args:
+        checkpoints: from which adapters go on, by name; others begin.
 
     Raises:
-        UserError: weights are missing or do not fit, or the checkpoint or --init_from's adapter is of another base.
+        UserError: weights are missing or do not fit, or a checkpoint or --init_from's adapter is of another base.
     """
-    with BaseWeights(plan.source.weights_folder(), plan.source.shape, plan.source.stored) as weights:
-        base = checked_base(plan, weights)
-        state, notes = start_values(plan, base, checkpoint)
-        module, stage, groups, process_grid = _build_stage(plan, device, kernels)
-        _fill_adapter(plan, stage, groups, state)
-        load_base(plan, weights, stage, groups)
-        read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(stage.layers))
-    return BuiltModel(module, stage, groups, process_grid, base, tuple(read), tuple(kept), notes)
+    shared, resumed = shared_plan(plans), checkpoints or {}
+    states: dict[str, Mapping[str, torch.Tensor] | None] = {}
+    notes: dict[str, tuple[str, ...]] = {}
+    with BaseWeights(shared.source.weights_folder(), shared.source.shape, shared.source.stored) as weights:
+        base = checked_base(shared, weights)
+        for name, plan in plans.items():
+            states[name], notes[name] = start_values(plan, base, resumed.get(name))
+        model = _build_stage(plans, device, kernels, states)
+        load_base(shared, weights, model.stage, model.groups)
+        read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(model.stage.layers))
+    runner = _start_engine(plans, model, device, resumed)
+    return BuiltModel(runner, base, _stage_layers(shared), tuple(read), tuple(kept), notes)
+
+
+def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
+    """The same with random base weights of the model's shape, drawn in place, for benchmarks. Reads no files."""
+    shared = shared_plan(plans)
+    model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
+    draw_base_weights(
+        frozen_weights(model.stage),
+        stage_weight_rules(shared.source.shape, has_embedding=model.stage.embedding is not None),
+        access=parameter_access(shared.engine),
+        tp_rank=shared.grid.tp_rank,
+        seed=shared.settings.seed,
+        progress=shared.grid.rank == 0,
+    )
+    base = identify_shape(shared.source, shared.dtype_name, weights_hash="random")
+    none = (0,) * shared.grid.world_size
+    runner = _start_engine(plans, model, device, {})
+    return BuiltModel(runner, base, _stage_layers(shared), none, none, dict.fromkeys(plans, ()))
 
 
 def checked_base(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
@@ -130,45 +178,33 @@ def load_base(plan: RunPlan, weights: BaseWeights, stage: Stage, groups: Paralle
     )
 
 
-def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
-    """The same with random base weights of the model's shape, drawn in place, for benchmarks. Reads no files."""
-    module, stage, groups, process_grid = _build_stage(plan, device, kernels)
-    _fill_adapter(plan, stage, groups, None)
-    draw_base_weights(
-        frozen_weights(stage),
-        stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None),
-        access=parameter_access(plan.engine),
-        tp_rank=plan.grid.tp_rank,
-        seed=plan.settings.seed,
-        progress=plan.grid.rank == 0,
-    )
-    base = identify_shape(plan.source, plan.dtype_name, weights_hash="random")
-    none = (0,) * plan.grid.world_size
-    return BuiltModel(module, stage, groups, process_grid, base, none, none)
+class _Model(NamedTuple):
+    """What an engine is started around.
+
+    Attributes:
+        module: what DeepSpeed gets: the stage itself, or the PipelineModule around it.
+        process_grid: DeepSpeed's grid of process groups.
+    """
+
+    module: nn.Module
+    stage: Stage
+    groups: ParallelGroups
+    process_grid: Any
 
 
-def _fill_adapter(
-    plan: RunPlan, stage: Stage, groups: ParallelGroups, state: Mapping[str, torch.Tensor] | None
-) -> None:
-    """Mark the adapter's parameters for DeepSpeed, set up u's sum, and load `state` or the initial values."""
-    adapter = stage.adapter
-    assert adapter is not None
-    mark_parameters(adapter, groups)
-    adapter.u_sum = sum_of_u(groups)
-    adapter.load_full(initial_values(plan.adapter) if state is None else state)
-
-
-def _build_stage(plan: RunPlan, device: torch.device, kernels: Kernels) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
-    """(the module for DeepSpeed, the stage, its groups, DeepSpeed's grid)."""
-    adapter = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
-    return build_stage(plan, adapter, device, kernels)
-
-
-def build_stage(
-    plan: RunPlan, adapter: TiedAdapter | AdapterBank, device: torch.device, kernels: Kernels
-) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
-    """The same around an adapter or a bank, which is on `device` already."""
-    grid = plan.grid
+def _build_stage(
+    plans: Plans,
+    device: torch.device,
+    kernels: Kernels,
+    states: Mapping[str, Mapping[str, torch.Tensor] | None],
+) -> _Model:
+    """The stage with the adapters, in their initial values where they have no `states`, and without the base's."""
+    plan = shared_plan(plans)
+    grid, engine_steps = plan.grid, steps_by_engine(plans)
+    # Made outside DeepSpeed's construction, which would partition or mark them.
+    adapters = {name: TiedAdapter(_part(own.adapter, plan)).to(device) for name, own in plans.items()}
+    rates = {name: own.settings for name, own in plans.items() if own.settings.dropout}
+    bank = AdapterBank(adapters, {name: Dropout(own.dropout, own.seed) for name, own in rates.items()})
     specs = layer_specs(
         plan.source.shape,
         dtype=plan.dtype,
@@ -181,41 +217,94 @@ def build_stage(
 
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:
         tensor_parallel = TensorParallel(groups.tensor, plan.layout.sequence_parallel)
-        return Stage(
-            specs,
-            adapter,
-            tensor_parallel=tensor_parallel,
-            recompute=plan.settings.recompute,
-            dropout=plan.settings.dropout,
-            seed=plan.settings.seed,
-        )
+        recompute = plan.settings.recompute
+        return Stage(specs, bank, tensor_parallel=tensor_parallel, recompute=recompute, is_engines=engine_steps)
 
     if grid.pp_size == 1:
         process_grid = make_process_grid(grid)
         groups = make_groups(grid, process_grid)
         with base_construction(plan.engine, dtype=plan.dtype, device=device, process_grid=process_grid):
             stage = stage_of(groups, specs)
-        return stage, stage, groups, process_grid
+        found = _Model(stage, stage, groups, process_grid)
+    else:
+        from megatron_tiedlora.engine.pipelined import PipelinedModel
 
-    from megatron_tiedlora.engine.pipelined import PipelinedModel
+        with device:
+            module = PipelinedModel(specs, [stage.layers for stage in plan.stages], grid=grid, build_stage=stage_of)
+        found = _Model(module, module.stage, module.groups, module.mpu())
+    for name, adapter in adapters.items():
+        if engine_steps:
+            mark_parameters(adapter, found.groups)
+            adapter.u_sum = sum_of_u(found.groups) if grid.tp_size > 1 else None
+        state = states[name]
+        adapter.load_full(initial_values(plans[name].adapter) if state is None else state)
+    return found
 
-    with device:
-        module = PipelinedModel(specs, [stage.layers for stage in plan.stages], grid=grid, build_stage=stage_of)
-    return module, module.stage, module.groups, module.mpu()
+
+def _part(adapter: AdapterConfig, plan: RunPlan) -> AdapterPart:
+    """This rank's part of an adapter, on the stage of a plan."""
+    layers = tuple(layer for layer in adapter.layers if layer in plan.stage.layers)
+    return AdapterPart(adapter, layers, plan.grid.tp_rank, plan.grid.tp_size)
 
 
-def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpoint: Checkpoint | None) -> Runner:
-    """The DeepSpeed engine around the model, with optimizer and schedule in the state of the checkpoint."""
-    adapter = built.stage.adapter
-    assert adapter is not None
-    trained = [parameter for parameter in built.stage.parameters() if parameter.requires_grad]  # the anchor too
-    optimizer, scheduler = make_training(plan.settings, trained)
-    engine = initialize_engine(
-        built.module, plan.engine, optimizer=optimizer, scheduler=scheduler, process_grid=built.process_grid
+def _stage_layers(plan: RunPlan) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(stage.layers) for stage in plan.stages)
+
+
+def _start_engine(
+    plans: Plans, model: _Model, device: torch.device, checkpoints: Mapping[str, Checkpoint | None]
+) -> Runner:
+    """The engine around the model, with optimizers and schedules in the state of the checkpoints."""
+    plan, bank = shared_plan(plans), model.stage.bank
+    assert bank is not None
+    optimizers: Optimizers
+    if steps_by_engine(plans):
+        trained = [parameter for parameter in model.stage.parameters() if parameter.requires_grad]  # the anchor too
+        optimizer, schedule = make_training(plan.settings, trained)
+        schedules = dict.fromkeys(plans, schedule)
+        engine = _initialize(model, plan.engine, optimizer, schedule)
+        (adapter,) = bank.adapters.values()
+        optimizers = EngineOptimizer(engine, adapter, model.groups, plan.engine)
+    else:
+        assert model.stage.anchor is not None
+        engine = _initialize(model, _without_steps(plan), _anchor_optimizer(model.stage.anchor))
+        own = {name: _own_optimizer(plan, bank.adapters[name]) for name, plan in plans.items()}
+        schedules = {name: one.scheduler for name, one in own.items()}
+        optimizers = OwnOptimizers(bank, model.groups, own, device)
+    for name, checkpoint in checkpoints.items():
+        if checkpoint is not None and name in plans:
+            _restore(optimizers, name, bank.adapters[name], checkpoint)
+            resume_scheduler(schedules[name], checkpoint.progress.step)
+    return make_runner(engine, model.stage, model.groups, optimizers, device)
+
+
+def _anchor_optimizer(anchor: nn.Parameter) -> Optimizer:
+    """An engine wants one. It steps nothing."""
+    return make_optimizer([anchor], learning_rate=0.0, weight_decay=0.0)
+
+
+def _initialize(
+    model: _Model, config: EngineConfig, optimizer: Optimizer, scheduler: LambdaLR | None = None
+) -> Any:
+    return initialize_engine(
+        model.module, config, optimizer=optimizer, scheduler=scheduler, process_grid=model.process_grid
     )
-    if checkpoint is not None:
-        restore_training(engine, plan, adapter, scheduler, checkpoint, zero_stage=plan.engine.zero_stage)
-    return make_runner(engine, built.stage, built.groups, plan.engine, device)
+
+
+def _without_steps(plan: RunPlan) -> EngineConfig:
+    """The engine's JSON: it neither divides a loss nor clips a gradient, as each adapter has numbers of its own."""
+    ours = {
+        "train_batch_size": plan.grid.dp_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+    }
+    return replace(plan.engine, values={**plan.engine.values, **ours})
+
+
+def _own_optimizer(plan: RunPlan, adapter: TiedAdapter) -> OwnOptimizer:
+    optimizer, scheduler = make_training(plan.settings, trained_or_stand_in(adapter))
+    return OwnOptimizer(optimizer, scheduler, plan.settings.gradient_clipping)
 
 
 def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:
@@ -230,17 +319,16 @@ def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[
     return optimizer, make_scheduler(optimizer, **steps, schedule=settings.schedule)
 
 
-def restore_training(
-    engine: Any, plan: RunPlan, adapter: TiedAdapter, scheduler: LambdaLR, checkpoint: Checkpoint, *, zero_stage: int
-) -> None:
-    """Bring the optimizer of an adapter, which `engine` holds, and its schedule into the state of its checkpoint."""
-    trained, step = trained_parameters(adapter), checkpoint.progress.step
+def _restore(optimizers: Optimizers, name: str, adapter: TiedAdapter, checkpoint: Checkpoint) -> None:
+    """Bring the optimizer of an adapter into the state of its checkpoint."""
     moments = {
-        moment: {name: adapter.part.shard(name, checkpoint.moments[moment_name(moment, name)]) for name in trained}
+        moment: {
+            tensor: adapter.part.shard(tensor, checkpoint.moments[moment_name(moment, tensor)])
+            for tensor in trained_parameters(adapter)
+        }
         for moment in MOMENTS
     }
-    write_moments(engine, trained, zero_stage, moments=moments, step=step, dp_rank=plan.grid.dp_rank)
-    resume_scheduler(scheduler, step)
+    optimizers.restore(name, moments, step=checkpoint.progress.step)
 
 
 def _identify(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:

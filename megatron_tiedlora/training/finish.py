@@ -27,7 +27,6 @@ from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.loader import evaluation_batches
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.engine.engine import all_open
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_metrics
@@ -47,12 +46,12 @@ def score(trainer: Trainer) -> dict[str, Score]:
 
 def use_best_adapter(trainer: Trainer) -> None:
     """Load the best adapter into the model; the optimizer stays as it is, since training is over."""
-    adapter, folder = trainer.runner.adapter, trainer.folder.checkpoints / f"step_{trainer.progress.best_step}"
+    folder = trainer.folder.checkpoints / f"step_{trainer.progress.best_step}"
     # Other hosts may not see the run folder.
     best = decided_by_rank_0(lambda: load_adapter(folder), kind=NativeAdapter)
     with trainer.stop.deferred():
-        with all_open(adapter, trainer.plan.engine):
-            adapter.load_full(best.state)
+        with trainer.runner.optimizers.opened(trainer.name):
+            trainer.adapter.load_full(best.state)
         trainer.stop.agree(True)
 
 

@@ -18,11 +18,11 @@ from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 from megatron_tiedlora.training.group_evaluation import GroupEvaluation, of_start
-from megatron_tiedlora.training.group_step import GroupStep
 from megatron_tiedlora.training.halving import find_behind
 from megatron_tiedlora.training.member import Member
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import StepProfiler
+from megatron_tiedlora.training.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Group:
     """
 
     members: Mapping[str, Member]
-    step: GroupStep
+    step: TrainStep
     folder: GroupFolder
     stop: StopRequests
     finished: Mapping[str, Finished]

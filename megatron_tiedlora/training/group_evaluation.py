@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from megatron_tiedlora.data.loader import evaluation_sizes
 from megatron_tiedlora.data.shared import Owned, fill_rounds, shared_input
-from megatron_tiedlora.engine.bank_runner import BankPipelineRunner, BankPlainRunner
+from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.evaluation.answering import answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.held_out import Questions, ScoredSet
@@ -41,7 +41,7 @@ class GroupEvaluation:
         capacity: tokens of a shared micro-batch of a training step; 0: nothing is shared.
     """
 
-    runner: BankPlainRunner | BankPipelineRunner
+    runner: Runner
     capacity: int
     stop: StopRequests
 
@@ -65,7 +65,7 @@ class GroupEvaluation:
         with members[0].evaluation_bar(sum(member.num_evaluation_batches for member in members)) as bar:
             while some := list(islice(batches, self.runner.inputs_at_once)):
                 self.stop.agree(True)
-                found = self.runner.evaluate_shares([shared_input(owned) for owned in some])
+                found = self.runner.evaluate([shared_input(owned) for owned in some])
                 for owned, losses in zip(some, found, strict=True):
                     for name, batch in owned:
                         totals[name] += losses[name]

@@ -22,18 +22,16 @@ from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
 from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, RUN_OF_ALL, check_folders
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, take_run_folder
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import session
-from megatron_tiedlora.training.build_bank import BuiltBank
+from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.group import Finished, Group
-from megatron_tiedlora.training.group_plan import longest_run
-from megatron_tiedlora.training.group_step import GroupStep
+from megatron_tiedlora.training.group_plan import longest_run, micro_batch_capacity
 from megatron_tiedlora.training.halving import REASON, rivals_of
 from megatron_tiedlora.training.loop import is_trained
 from megatron_tiedlora.training.member import Member
@@ -41,6 +39,7 @@ from megatron_tiedlora.training.member_plans import Data, Plans, group_name, nam
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.resumed import with_kept_warmup
+from megatron_tiedlora.training.step import TrainStep
 from megatron_tiedlora.training.throughput import Meter, start_meter
 
 Checkpoints = Mapping[str, Checkpoint | None]
@@ -187,7 +186,7 @@ def make_group(
     folder: GroupFolder,
     folders: Folders,
     checkpoints: Checkpoints,
-    built: BuiltBank,
+    built: BuiltModel,
     device: torch.device,
     stop: StopRequests,
     *,
@@ -212,7 +211,8 @@ def make_group(
     saved = {name: checkpoints[name] for name in plans}
     progress = {name: Progress() if found is None else found.progress for name, found in saved.items()}
     steps = {name: found.step for name, found in progress.items()}
-    step = GroupStep(plans, built, stop, finished=steps, shares_micro_batches=settings.share_micro_batches)
+    capacity = micro_batch_capacity(plans, shares=settings.share_micro_batches)
+    step = TrainStep(plans, built.runner, stop, steps, capacity)
     members = {}
     for name, plan in plans.items():
         own = folders[name]
@@ -221,7 +221,7 @@ def make_group(
         members[name] = Member(
             plan=plan,
             data=data[name],
-            runner=OwnRunner(built.runner, name),
+            runner=built.runner,
             base=built.base,
             folder=own,
             stop=stop,
@@ -230,7 +230,6 @@ def make_group(
             progress=progress[name],
             name=name,
             layout=built.layout(plan),
-            own_step=built.step.steps[name],
             own_checks=step.checks[name],
             keeps_losses=bool(rivals.get(name)),
         )
@@ -257,7 +256,7 @@ def _write_settings(settings: Settings, plans: Plans, folder: GroupFolder) -> No
 
 
 def headline(
-    plans: Plans, data: Data, group: Group, built: BuiltBank, chosen: ChosenKernels, device: torch.device
+    plans: Plans, data: Data, group: Group, built: BuiltModel, chosen: ChosenKernels, device: torch.device
 ) -> list[str]:
     """A summary of the run: a few lines for all, and one for each adapter."""
     plan = shared_plan(plans)

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.adapters.gathering import gather_full, gather_state
+from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full
+from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
@@ -20,9 +22,8 @@ from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import MicroBatch, TrainingStep, evaluation_batches, num_evaluation_batches
+from megatron_tiedlora.data.shared import shared_input
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.engine.engine import all_open, trained_parameters
-from megatron_tiedlora.engine.optimizer_state import read_moments
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.evaluation.answering import answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
@@ -54,6 +55,7 @@ class Trainer:
     data: RunData
     runner: Runner
     base: BaseIdentity
+    layout: AdapterLayout
     folder: RunFolder
     stop: StopRequests
     log: MetricsLog | None  # rank 0's
@@ -63,9 +65,10 @@ class Trainer:
     _save_due: bool = False
     _log_failure: UserError | None = None
     _last_save: float = field(default_factory=time.monotonic)
+    name: str = ALONE
 
     def __post_init__(self) -> None:
-        self._step = TrainStep(self.plan, self.runner, self.stop, finished=self.progress.step)
+        self._step = TrainStep({ALONE: self.plan}, self.runner, self.stop, {ALONE: self.progress.step})
         self._profiler = StepProfiler(self.plan.settings.profile, self.folder, rank=self.plan.grid.rank)
 
     @property
@@ -106,7 +109,12 @@ class Trainer:
 
     @property
     def _checks(self) -> StepChecks:
-        return self._step.checks
+        return self._step.checks[self.name]
+
+    @property
+    def adapter(self) -> TiedAdapter:
+        """The adapter's part on this rank."""
+        return self.runner.adapters[self.name]
 
     @property
     def is_trained(self) -> bool:
@@ -124,25 +132,32 @@ class Trainer:
         """Take one step on this rank's micro-batches; afterwards raise RunStopped if any rank should stop."""
         with self._profiler.step(self.progress.step + 1):
             report = self._step.run(
-                step, save_due=self._save_is_due, failure=self._log_failure, saved_step=self._saved_step
+                {self.name: step},
+                save_due=self._save_is_due,
+                failure=self._log_failure,
+                saved_steps={self.name: self._saved_step} if self._saved_step else {},
             )
-        self.progress = replace(self.progress, step=report.number, consumed_samples=step.consumed_samples)
-        self._save_due = bool(report.votes.save_due)
-        self._report(bar, report, step)
+        self._took(bar, report, step)
         self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
 
-    def _report(self, bar: Any, report: StepReport, step: TrainingStep) -> None:
-        rates = self.meter.add(report.number, step, report.seconds)
+    def _took(self, bar: Any, report: StepReport, step: TrainingStep) -> None:
+        """Count and log a step. Raises RunFailed if it was not taken."""
+        own = report.adapters[self.name]
+        if own.failure is not None:
+            raise own.failure
+        self.progress = replace(self.progress, step=own.number, consumed_samples=step.consumed_samples)
+        self._save_due = bool(report.votes.save_due)
+        rates = self.meter.add(own.number, step, report.seconds)
         speed = f"{rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
-        bar.set_postfix_str(f"loss {report.loss:.4f}, {speed}", refresh=False)
+        bar.set_postfix_str(f"loss {own.loss:.4f}, {speed}", refresh=False)
         bar.update(1)
         self._write_log(
             {
-                "step": report.number,
+                "step": own.number,
                 "split": "train",
-                "loss": report.loss,
-                "learning_rate": report.learning_rate,
-                "grad_norm": report.grad_norm,
+                "loss": own.loss,
+                "learning_rate": own.learning_rate,
+                "grad_norm": own.grad_norm,
                 "supervised_tokens": step.num_supervised,
                 **rates,
                 "peak_memory_bytes": peak_memory_bytes(self.runner.device),
@@ -165,9 +180,10 @@ class Trainer:
         """
         dataset, batches, loss = self.data.validation, self.evaluation_batches(), 0.0
         with self.evaluation_bar(self.num_evaluation_batches) as bar:
-            while some := [batch.model_input for batch in itertools.islice(batches, self.runner.inputs_at_once)]:
+            while some := list(itertools.islice(batches, self.runner.inputs_at_once)):
                 self.stop.agree(True)
-                loss += self.runner.evaluate(some)
+                found = self.runner.evaluate([shared_input([(self.name, batch)]) for batch in some])
+                loss += sum(own[self.name] for own in found)
                 bar.update(len(some))
         return sum_over_ranks([loss])[0] / dataset.num_supervised
 
@@ -207,14 +223,14 @@ class Trainer:
     @contextmanager
     def base_alone(self) -> Iterator[None]:
         """Inside, the update is zero."""
-        adapter, tensors = self.runner.adapter, self.plan.adapter.tensors
-        moved = [adapter.get_parameter(name) for name, (_, factor) in tensors.items() if factor == "B"]
-        with all_open(adapter, self.plan.engine):
+        tensors, opened = self.plan.adapter.tensors, self.runner.optimizers.opened
+        moved = [self.adapter.get_parameter(name) for name, (_, factor) in tensors.items() if factor == "B"]
+        with opened(self.name):
             saved = [parameter.detach().clone() for parameter in moved]
             for parameter in moved:
                 parameter.data.zero_()
         yield
-        with all_open(adapter, self.plan.engine):
+        with opened(self.name):
             for parameter, values in zip(moved, saved, strict=True):
                 parameter.data.copy_(values)
 
@@ -326,25 +342,18 @@ class Trainer:
             save_adapter(self.folder.adapter, self.plan.adapter, self.base, state, guard=self.folder.guard)
 
     def _full_state(self) -> dict[str, torch.Tensor]:
-        return full_adapter_state(self.plan, self.runner)
+        return self.runner.full_state(self.name, self.layout)
 
     def _full_moments(self) -> dict[str, torch.Tensor]:
-        trained = trained_parameters(self.runner.adapter)
-        moments = read_moments(self.runner.engine, trained, self.plan.engine.zero_stage)
+        moments = self.runner.optimizers.moments(self.name)
         names = list(self.plan.adapter.num_trained())
         return {
             moment_name(moment, name): tensor
             for moment, local in moments.items()
-            for name, tensor in gather_full(names, local, self.plan.adapter_layout).items()
+            for name, tensor in gather_full(names, local, self.layout).items()
         }
 
 
 def is_trained(settings: Settings, progress: Progress) -> bool:
     """Whether a run has no step left to take: by its number of steps, or as it is out of patience."""
     return progress.step >= settings.max_steps or progress.evaluations_since_best >= settings.patience
-
-
-def full_adapter_state(plan: RunPlan, runner: Runner) -> dict[str, torch.Tensor]:
-    """Full fp32 A, B, u, v on rank 0's CPU, nothing on the others. All ranks call it."""
-    with all_open(runner.adapter, plan.engine):
-        return gather_state(dict(runner.adapter.named_parameters()), plan.adapter_layout)

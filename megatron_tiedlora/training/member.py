@@ -15,19 +15,12 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full, gather_state
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.resume import moment_name
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.engine.bank_runner import OwnRunner
-from megatron_tiedlora.engine.bank_step import OwnStep
-from megatron_tiedlora.engine.engine import trained_parameters
-from megatron_tiedlora.engine.optimizer_state import read_moments
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.heartbeat import rank_line
 from megatron_tiedlora.training.checks import StepChecks, require_finite
-from megatron_tiedlora.training.group_step import GroupReport
 from megatron_tiedlora.training.halving import BatchLosses, read_record
 from megatron_tiedlora.training.loop import Evaluated, Trainer
 from megatron_tiedlora.training.step import StepReport
@@ -57,7 +50,6 @@ class Member(Trainer):
     """One adapter of a group on one rank, from a ready engine to its end.
 
     Attributes:
-        layout: which rank holds which part of it.
         failure: why it failed; None if it did not.
         reason: why its training ended; "" before that.
         recorded: whether its run_status.json says how it ended.
@@ -65,10 +57,6 @@ class Member(Trainer):
         evaluated: that evaluation; None before the first step.
     """
 
-    runner: OwnRunner
-    name: str
-    layout: AdapterLayout
-    own_step: OwnStep
     own_checks: StepChecks
     failure: str | None = None
     reason: str = ""
@@ -149,16 +137,10 @@ class Member(Trainer):
         """Say how far the initial update moves the validation loss of the base."""
         self._show_start(NamedBar(bar, self.name), base, started)
 
-    def took(self, samples: TrainingStep, report: GroupReport, bar: Any) -> None:
+    def took(self, samples: TrainingStep, report: StepReport, bar: Any) -> None:
         """Count and log the step that it took with the group, or fail with the reason why it took none."""
-        own = report.adapters[self.name]
-        if own.failure is not None:
-            self.fail(own.failure)
-            return
-        self.progress = replace(self.progress, step=own.number, consumed_samples=samples.consumed_samples)
-        self._save_due = bool(report.votes.save_due)
-        step = StepReport(own.number, own.loss, own.learning_rate, own.grad_norm, report.seconds, report.votes)
-        self._report(NamedBar(bar, self.name), step, samples)
+        with self.failing_alone():
+            self._took(NamedBar(bar, self.name), report, samples)
 
     def after_step(self, bar: Any, evaluated: Evaluated | None) -> None:
         """Log an evaluation, which is there if it was due, and save if that is due. May end it."""
@@ -201,17 +183,8 @@ class Member(Trainer):
         self.evaluated = evaluated
 
     def _full_state(self) -> dict[str, torch.Tensor]:
-        state = gather_state(dict(self.runner.adapter.named_parameters()), self.layout)
+        state = super()._full_state()
         finite = decided_by_rank_0(lambda: all(bool(tensor.isfinite().all()) for tensor in state.values()), kind=bool)
         if not finite:
             require_finite("adapter", math.nan, step=self.progress.step, saved_step=self._saved_step)
         return state
-
-    def _full_moments(self) -> dict[str, torch.Tensor]:
-        moments = read_moments(self.own_step, trained_parameters(self.runner.adapter), 0)  # torch's own optimizer
-        names = list(self.plan.adapter.num_trained())
-        return {
-            moment_name(moment, name): tensor
-            for moment, local in moments.items()
-            for name, tensor in gather_full(names, local, self.layout).items()
-        }

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_tiedlora.adapters.adapter_bank import ALONE
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.progress import progress_bar
@@ -73,7 +74,7 @@ def shared_plan(plans: Plans) -> RunPlan:
         UserError: the engine would clip all adapters together.
     """
     plan = min(plans.values(), key=lambda plan: plan.adapter.layers[0])
-    if plan.engine.zero_stage in (1, 2):
+    if ALONE not in plans and plan.engine.zero_stage in (1, 2):
         raise UserError(
             f"--ds_config {plan.settings.ds_config}: ZeRO-{plan.engine.zero_stage} clips the gradients of all adapters"
             " together, and would shard only their few MB. Use zero0.json, or zero3.json to shard the base"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import ALONE
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
@@ -277,10 +278,10 @@ def headline(
     )
     lines.append(f"read       {read} of base weights per rank{'' if settings.base is None else f', stored as {kept}'}")
     lines.append(f"kernels    {chosen.description}")
-    lines.append(f"attention  {built.stage.attention.route(device, plan.dtype)}")
+    lines.append(f"attention  {built.runner.stage.attention.route(device, plan.dtype)}")
     if settings.init_from is not None and checkpoint is None:
         lines.append(f"start      values of {settings.init_from}")
-    notes = [*(() if checkpoint is None else checkpoint.notes), *built.notes]
+    notes = [*(() if checkpoint is None else checkpoint.notes), *built.notes[ALONE]]
     if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
         notes.append(over)
     lines.append(f"run folder {folder.path}{_start(plan, checkpoint)}")

@@ -1,7 +1,8 @@
-"""One training step on all ranks: backward passes, what the ranks agree on, checks, the optimizer's step, a report.
+"""One training step on all ranks: backward passes, what the ranks agree on, checks, the optimizers' steps, a report.
 
-A step knows no run folder, log or progress bar. `training/loop.py` takes the steps of a run, with evaluations and saves
-between them; benchmarks and tests take steps on samples of their own.
+A step is of one or more adapters, which share the backward passes. One whose loss, norm or checks fail takes no step;
+the others do not see it, as its tokens, factors, sums and norm are its own. A step knows no run folder, log or progress
+bar. `training/loop.py` takes the steps of a run; benchmarks and tests take steps on samples of their own.
 
     loss = (sum over all ranks of the losses of supervised tokens) / (supervised tokens of the global batch)
 """
@@ -10,95 +11,167 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.engine.runner import Runner
+from megatron_tiedlora.data.shared import shared_input, shared_rounds
+from megatron_tiedlora.engine.optimizers import Missing
+from megatron_tiedlora.engine.runner import Divisors, Runner
 from megatron_tiedlora.parallel.agreement import raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.stopping import StepVotes, StopRequests
-from megatron_tiedlora.training.checks import StepChecks, require_finite
-from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.checks import RunFailed, StepChecks, after_steps, before_steps, require_finite
+from megatron_tiedlora.training.member_plans import Plans
 
 # After a longer step the ranks agree on stopping after every micro-batch: a signal is answered within its grace time.
 LONG_STEP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """A step that all ranks have taken; equal on every rank except for `seconds`."""
+class AdapterStep:
+    """What one adapter's step was; equal on every rank. With a `failure` it took none."""
 
     number: int
-    loss: float  # mean over the supervised tokens of the global batch
+    loss: float  # mean over the supervised tokens of its global batch
     learning_rate: float  # of this step
-    grad_norm: float  # before clipping
+    grad_norm: float = math.nan  # before clipping
+    failure: RunFailed | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A step of all running adapters, by name; equal on every rank except for `seconds`."""
+
+    adapters: Mapping[str, AdapterStep]
     seconds: float  # from the first forward pass to the end of the checks
     votes: StepVotes  # summed over all ranks
+
+    @property
+    def only(self) -> AdapterStep:
+        """That of the only adapter. Raises RunFailed if it failed."""
+        (found,) = self.adapters.values()
+        if found.failure is not None:
+            raise found.failure
+        return found
 
 
 @dataclass
 class TrainStep:
-    """Takes the steps of one start of a run. `finished` is the number of the last one."""
+    """Takes the steps of one start of a run.
 
-    plan: RunPlan
+    Attributes:
+        finished: the number of each adapter's last step; 0 if not given.
+        capacity: tokens of a micro-batch that adapters share, padding included; 0: none is shared.
+    """
+
+    plans: Plans
     runner: Runner
     stop: StopRequests
-    finished: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    capacity: int = 0
     long_seconds: float = LONG_STEP_SECONDS
     _seconds: float = math.inf  # of the last step, mean over ranks; unknown yet, so the first one counts as long
 
     def __post_init__(self) -> None:
-        self.checks = StepChecks(self.runner, check_steps=self.plan.settings.replica_check_steps)
+        self.finished = dict.fromkeys(self.plans, 0) | self.finished
+        self.checks = {
+            name: StepChecks(self.runner, name, check_steps=plan.settings.replica_check_steps)
+            for name, plan in self.plans.items()
+        }
+        self._grid = next(iter(self.plans.values())).grid
 
     def run(
         self,
-        step: TrainingStep,
+        steps: Mapping[str, TrainingStep],
         *,
         save_due: Callable[[], bool] = bool,
         failure: UserError | None = None,
-        saved_step: int | None = None,
+        saved_steps: Mapping[str, int] | None = None,
     ) -> StepReport:
-        """Take one step on this rank's micro-batches; all ranks call this together.
+        """Take one step of each adapter in `steps`, on this rank's micro-batches; all ranks call this together.
 
         A request to stop during the step is in the report's votes; the caller stops once it has saved the step.
 
         Args:
+            steps: this rank's share of the global batch of each running adapter.
             save_due: called after the backward passes; whether rank 0 wants a checkpoint.
             failure: an error on rank 0 since the last step; it is raised before weights change.
-            saved_step: the step of the last checkpoint, for messages.
+            saved_steps: the step of each adapter's last checkpoint, for messages.
 
         Raises on every rank:
             RunStopped: between the micro-batches of a long step.
-            RunFailed: the loss or the gradient norm is not finite, or one of StepChecks fails.
             UserError: `failure` of rank 0.
         """
-        number, started, grid = self.finished + 1, time.monotonic(), self.plan.grid
-        denominator = step.num_supervised / (self.plan.batches.accumulation_steps * grid.dp_size)
-        inputs = [batch.model_input for batch in step.micro_batches]
-        loss_sum = self.runner.accumulate(inputs, denominator, self._between_micro_batches)
+        started, optimizers = time.monotonic(), self.runner.optimizers
+        inputs = [shared_input(some) for some in shared_rounds(steps, capacity=self.capacity)]
+        divisors = {name: self._divisors(name, step) for name, step in steps.items()}
+        summed = self.runner.accumulate(inputs, divisors, self._between_micro_batches)
+        missing = optimizers.sum_gradients(steps)
         requested = self.stop.requested_signal()
         mine = StepVotes(
-            loss=loss_sum,
             seconds=time.monotonic() - started,
             save_due=save_due(),
             failed=failure is not None,
-            missing_gradients=bool(self.runner.missing_gradients),
             stopping=requested > 0,
             signals=requested,
         )
-        votes = StepVotes(*sum_over_ranks(mine))
+        # Whether an adapter misses a gradient, and its loss, are in the message of the votes.
+        misses = [float(bool(missing.get(name))) for name in steps]
+        agreed = sum_over_ranks([*mine, *misses, *(summed[name] for name in steps)])
+        votes, own = StepVotes(*agreed[: len(mine)]), agreed[len(mine) :]
         if votes.failed:
             raise_on_every_rank(failure)
-        loss, rate = votes.loss / step.num_supervised, self.runner.engine.get_lr()[0]
-        require_finite("loss", loss, step=number, saved_step=saved_step)
-        self.checks.before_step(number, ranks_missing=votes.missing_gradients)
-        norm = self.runner.take_step()
-        require_finite("gradient norm", norm, step=number, saved_step=saved_step)
-        self.checks.after_step(number)
-        self.finished = number
-        self._seconds = votes.seconds / grid.world_size
-        return StepReport(number, loss, rate, norm, time.monotonic() - started, votes)
+        rates = {name: optimizers.learning_rate(name) for name in steps}
+        reports = {
+            name: AdapterStep(self.finished[name] + 1, loss / step.num_supervised, rates[name])
+            for (name, step), loss in zip(steps.items(), own[len(steps) :], strict=True)
+        }
+        ranks_missing = dict(zip(steps, own[: len(steps)], strict=True))
+        reports = self._take(reports, missing, ranks_missing, saved_steps or {})
+        optimizers.clear()
+        self._seconds = votes.seconds / self._grid.world_size
+        return StepReport(reports, time.monotonic() - started, votes)
+
+    def _take(
+        self,
+        reports: dict[str, AdapterStep],
+        missing: Missing,
+        ranks_missing: Mapping[str, float],
+        saved_steps: Mapping[str, int],
+    ) -> dict[str, AdapterStep]:
+        """Take the step of each adapter whose checks do not fail. Returns the reports with norms and failures."""
+        failed: dict[str, RunFailed] = {}
+
+        def healthy() -> dict[str, tuple[StepChecks, int]]:
+            return {name: (self.checks[name], own.number) for name, own in reports.items() if name not in failed}
+
+        def must_be_finite(what: str, values: Mapping[str, float]) -> None:
+            for name, (_, number) in healthy().items():
+                try:
+                    require_finite(what, values.get(name, 0.0), step=number, saved_step=saved_steps.get(name))
+                except RunFailed as failure:
+                    failed[name] = failure
+
+        must_be_finite("loss", {name: own.loss for name, own in reports.items()})
+        norms = self.runner.optimizers.norms(list(reports))
+        failed |= before_steps(healthy(), missing=missing, ranks_missing=ranks_missing)
+        must_be_finite("gradient norm", norms)
+        norms |= {name: self.runner.optimizers.take(name, norms.get(name)) for name in healthy()}
+        must_be_finite("gradient norm", norms)  # of a step by an engine it is only known now
+        failed |= after_steps(healthy())
+        self.finished |= {name: number for name, (_, number) in healthy().items()}
+        return {
+            name: replace(own, grad_norm=norms.get(name, math.nan), failure=failed.get(name))
+            for name, own in reports.items()
+        }
+
+    def _divisors(self, name: str, step: TrainingStep) -> Divisors:
+        return self.runner.optimizers.divisors(
+            step.num_supervised,
+            accumulation_steps=self.plans[name].batches.accumulation_steps,
+            dp_size=self._grid.dp_size,
+        )
 
     def _between_micro_batches(self) -> None:
         if self._seconds > self.long_seconds:
