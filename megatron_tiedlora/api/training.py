@@ -11,12 +11,12 @@ from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.commands.train import train_rank
 from megatron_tiedlora.config.hosts import RANK_VARIABLES
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.launch_env import prepare_environment
 from megatron_tiedlora.runtime.process_group import leave_process_group
 from megatron_tiedlora.runtime.stopping import STOP_SIGNALS
+from megatron_tiedlora.training.run import train_rank
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,9 @@ class RunFolder:
         """Write run_status.json."""
         write_json(self.status, {"state": state, "step": step, "reason": reason}, guard=self.guard)
 
+    def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a table of adapters where a run has several (`GroupFolder`)."""
+
     def new_folder(self, path: Path) -> AbstractContextManager[Path]:
         """`atomic.new_folder` for a folder of the run."""
         return new_folder(path, guard=self.guard)

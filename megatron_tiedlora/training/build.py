@@ -283,9 +283,7 @@ def _anchor_optimizer(anchor: nn.Parameter) -> Optimizer:
     return make_optimizer([anchor], learning_rate=0.0, weight_decay=0.0)
 
 
-def _initialize(
-    model: _Model, config: EngineConfig, optimizer: Optimizer, scheduler: LambdaLR | None = None
-) -> Any:
+def _initialize(model: _Model, config: EngineConfig, optimizer: Optimizer, scheduler: LambdaLR | None = None) -> Any:
     return initialize_engine(
         model.module, config, optimizer=optimizer, scheduler=scheduler, process_grid=model.process_grid
     )

@@ -33,9 +33,7 @@ def require_finite(what: str, value: float, *, step: int, saved_step: int | None
 class StepChecks:
     """The checks of one adapter in one start of a run."""
 
-    def __init__(
-        self, runner: Runner, name: str, *, check_steps: int, guarded_steps: int = GUARDED_STEPS
-    ) -> None:
+    def __init__(self, runner: Runner, name: str, *, check_steps: int, guarded_steps: int = GUARDED_STEPS) -> None:
         """Start watching. Replicas are compared after the first `check_steps` steps and at saves (0: never).
 
         Args:

@@ -25,10 +25,10 @@ from megatron_tiedlora.training.dry_run_tables import (
     verdict_lines,
 )
 from megatron_tiedlora.training.group_plan import GroupPlan, first_step_of
-from megatron_tiedlora.training.group_start import check_run_folders
 from megatron_tiedlora.training.length import epochs_of
 from megatron_tiedlora.training.member_plans import Data, counted, group_name, plan_group, prepare_group_data
 from megatron_tiedlora.training.run_data import RunData
+from megatron_tiedlora.training.start import check_run_folders
 
 
 def group_report(settings: Settings, *, launched_ranks: int = 1) -> Report:
@@ -103,9 +103,7 @@ def _one_more(group: GroupPlan) -> list[str]:
     name, machine = list(group.plans)[number], group.shared.machine
     samples = None if group.samples is None else {**group.samples, "": group.samples[name]}
     more = replace(group, plans={**group.plans, "": group.plans[name]}, samples=samples)
-    before, after = (
-        [run.largest.memory(stage, machine).allocated for stage in run.stages] for run in (group, more)
-    )
+    before, after = ([run.largest.memory(stage, machine).allocated for stage in run.stages] for run in (group, more))
     added = max(new - old for new, old in zip(after, before, strict=True))
     line = (
         f"  like {name}: {bytes_in_words(added)} per rank, {bytes_in_words(_own_bytes(group, number))} of them its"

@@ -1,359 +1,257 @@
-"""The training loop: steps, and between them evaluations, checkpoints, early stopping and agreement on stopping."""
+"""The training loop: every step is one of each adapter that runs, and between steps come evaluations and saves.
+
+An adapter that has ended or failed leaves with its tokens. All ranks agree on stopping before weights move.
+"""
 
 from __future__ import annotations
 
-import itertools
-import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-
-from megatron_tiedlora.adapters.adapter_bank import ALONE
-from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full
-from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, printable
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
-from megatron_tiedlora.checkpoint.native_adapter import save_adapter
-from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
-from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.loader import MicroBatch, TrainingStep, evaluation_batches, num_evaluation_batches
-from megatron_tiedlora.data.shared import shared_input
-from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.engine.runner import Runner
-from megatron_tiedlora.evaluation.answering import answer_all
-from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.held_out import Questions, ScoredSet
-from megatron_tiedlora.evaluation.scores import Score, score_answers
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
-from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
+from megatron_tiedlora.checkpoint.resume import Progress
+from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training.checks import StepChecks, require_finite
+from megatron_tiedlora.training.adapter_run import AdapterRun, named
+from megatron_tiedlora.training.evaluation import Evaluation, of_start
+from megatron_tiedlora.training.halving import find_behind
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import StepProfiler
-from megatron_tiedlora.training.run_data import RunData
-from megatron_tiedlora.training.step import StepReport, TrainStep
-from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
+from megatron_tiedlora.training.step import TrainStep
 
 
-class Evaluated(NamedTuple):
-    """What an evaluation found: the mean validation loss, and scores of answers to validation samples by metric."""
+@dataclass(frozen=True)
+class Finished:
+    """An adapter that an earlier start has finished. Nothing of it is loaded; the table of all needs its row."""
 
-    loss: float
-    scores: Mapping[str, Score]
+    name: str
+    plan: RunPlan
+    folder: RunFolder
+    progress: Progress
+    reason: str
+
+    state = "finished"
+    failure = None
+    recorded = True
 
 
 @dataclass
 class Trainer:
-    """A run on one rank, from a ready engine to the end. `progress` holds the steps taken and the best score."""
+    """A run on one rank, from a ready engine to the end of the training of its adapters.
 
-    plan: RunPlan
-    data: RunData
-    runner: Runner
-    base: BaseIdentity
-    layout: AdapterLayout
+    Attributes:
+        adapters: those that are trained, by name.
+        folder: of the run.
+        profile: steps that are recorded, as of --profile.
+        everyone: all adapters of the run, in order, those that an earlier start has finished too.
+        rivals: with --halving, by each adapter's name those that it is compared with while they run.
+        last_step: the number of the last step; the first one follows the most steps that an adapter has taken.
+    """
+
+    adapters: Mapping[str, AdapterRun]
+    step: TrainStep
     folder: RunFolder
     stop: StopRequests
-    log: MetricsLog | None  # rank 0's
-    meter: Meter
-    progress: Progress = field(default_factory=Progress)
-    _saved_step: int | None = None
-    _save_due: bool = False
-    _log_failure: UserError | None = None
-    _last_save: float = field(default_factory=time.monotonic)
-    name: str = ALONE
+    everyone: Mapping[str, AdapterRun | Finished]
+    profile: str | None = None
+    rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+    _told: set[str] = field(default_factory=set)
+    _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:
-        self._step = TrainStep({ALONE: self.plan}, self.runner, self.stop, {ALONE: self.progress.step})
-        self._profiler = StepProfiler(self.plan.settings.profile, self.folder, rank=self.plan.grid.rank)
+        self.evaluation = Evaluation(self.step.runner, self.step.capacity, self.stop)
+        self.last_step = max(run.progress.step for run in self.adapters.values())
+        rank = next(iter(self.adapters.values())).plan.grid.rank
+        self._profiler = StepProfiler(self.profile, self.folder, rank=rank)
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and shows progress."""
-        return self.plan.grid.rank == 0
+        return next(iter(self.adapters.values())).is_main
 
-    def run(self) -> str:
-        """Train to the last step or to early stopping; returns the reason for the end.
+    @property
+    def failed(self) -> list[str]:
+        """The adapters that failed."""
+        return [name for name, run in self.adapters.items() if run.failure is not None]
+
+    @property
+    def trained(self) -> list[AdapterRun]:
+        """Those whose training has ended well, and whose end is not recorded yet."""
+        return [run for run in self.adapters.values() if run.state == "ended"]
+
+    def unrecorded(self) -> list[tuple[RunFolder, int]]:
+        """The folders of adapters whose end is not recorded, each with its last step."""
+        return [(run.folder, run.progress.step) for run in self.adapters.values() if not run.recorded]
+
+    def run(self) -> None:
+        """Train until every adapter has ended or failed.
 
         Raises:
             RunStopped: all ranks agreed to stop; finished steps are saved.
-            RunFailed: the loss or the gradient norm is not finite, a trained tensor gets no gradient, or replicas
-                differ; nothing was saved after the last good step.
+            RunFailed: the only adapter failed: its loss or gradient norm is not finite, a trained tensor gets no
+                gradient, or replicas differ. Nothing was saved after the last good step.
         """
-        self._saved_step = self.progress.step if self.progress.step else None
-        pad_id, consumed = padding_id(self.data.tokenizer), self.progress.consumed_samples
-        loader = self.plan.training_loader(self.data.train, pad_id=pad_id, consumed_samples=consumed)
         with self.stop.deferred(), self._bar() as bar:
             try:
-                if self.progress.step == 0:
-                    self._evaluate_start(bar)
-                else:
-                    self._evaluate_and_save(bar)  # if the run was stopped between a step and its evaluation
-                while not self.is_trained:
-                    self._train_step(next(loader), bar)
-                    self._evaluate_and_save(bar)
-                raise_on_every_rank(self._log_failure)
-                self.save()  # after early stopping there may be no checkpoint of the last evaluation
-                return "early_stopping" if self._out_of_patience() else "max_steps"
+                self._begin(bar)
+                self._show(bar)
+                while running := self._running():
+                    self._train_step(self._in_step(running), bar)
             except RunStopped:
-                self.save()
+                for run in self._running().values():
+                    with run.failing_alone():
+                        run.save()
+                self.write_table()
                 raise
             finally:
-                self._profiler.finish(last_step=self.progress.step)
-                if self.log is not None:
-                    self.log.close()
+                self._profiler.finish(last_step=self.last_step)
+                for run in self.adapters.values():
+                    run.close_log()
 
-    @property
-    def _checks(self) -> StepChecks:
-        return self._step.checks[self.name]
-
-    @property
-    def adapter(self) -> TiedAdapter:
-        """The adapter's part on this rank."""
-        return self.runner.adapters[self.name]
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether no step is left to take."""
-        return is_trained(self.plan.settings, self.progress)
-
-    def _out_of_patience(self) -> bool:
-        return self.progress.evaluations_since_best >= self.plan.settings.patience
+    def _running(self) -> dict[str, AdapterRun]:
+        return {name: run for name, run in self.adapters.items() if run.state == "running"}
 
     def _bar(self) -> Any:
-        total, done = self.plan.settings.max_steps, self.progress.step
+        total = sum(run.plan.settings.max_steps for run in self.adapters.values())
+        done = sum(run.progress.step for run in self.adapters.values())
         return progress_bar("training", "step", total=total, initial=done, shows=self.is_main, leave=True)
 
-    def _train_step(self, step: TrainingStep, bar: Any) -> None:
-        """Take one step on this rank's micro-batches; afterwards raise RunStopped if any rank should stop."""
-        with self._profiler.step(self.progress.step + 1):
-            report = self._step.run(
-                {self.name: step},
-                save_due=self._save_is_due,
-                failure=self._log_failure,
-                saved_steps={self.name: self._saved_step} if self._saved_step else {},
-            )
-        self._took(bar, report, step)
-        self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
+    def _begin(self, bar: Any) -> None:
+        """Evaluate the adapters that begin, and what others had left to do after their last step."""
+        for run in self.adapters.values():
+            with run.failing_alone():
+                run.recall()
+        new = {name: run for name, run in self.adapters.items() if run.progress.step == 0}
+        started = of_start(list(new.values()), self.evaluation.evaluated)
+        for name, found in started.items():
+            with new[name].failing_alone():
+                new[name].log_validation(found, bar)
+        moved = [
+            run for run in new.values() if run.state == "running" and not run.plan.adapter.method_spec.starts_at_base
+        ]
+        with ExitStack() as zero:
+            for run in moved:
+                zero.enter_context(run.base_alone())
+            base = self.evaluation.losses(moved)
+        for run in moved:
+            run.show_start(bar, base=base[run.name], started=started[run.name].loss)
+        for run in new.values():
+            if run.state == "running":
+                with run.failing_alone():
+                    run.end_if_trained()
+        self._after_step({name: run for name, run in self.adapters.items() if name not in new}, bar)
 
-    def _took(self, bar: Any, report: StepReport, step: TrainingStep) -> None:
-        """Count and log a step. Raises RunFailed if it was not taken."""
-        own = report.adapters[self.name]
-        if own.failure is not None:
-            raise own.failure
-        self.progress = replace(self.progress, step=own.number, consumed_samples=step.consumed_samples)
-        self._save_due = bool(report.votes.save_due)
-        rates = self.meter.add(own.number, step, report.seconds)
-        speed = f"{rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
-        bar.set_postfix_str(f"loss {own.loss:.4f}, {speed}", refresh=False)
-        bar.update(1)
-        self._write_log(
-            {
-                "step": own.number,
-                "split": "train",
-                "loss": own.loss,
-                "learning_rate": own.learning_rate,
-                "grad_norm": own.grad_norm,
-                "supervised_tokens": step.num_supervised,
-                **rates,
-                "peak_memory_bytes": peak_memory_bytes(self.runner.device),
-            }
-        )
-
-    def _write_log(self, row: dict[str, Any]) -> None:
-        """Write a row on rank 0. A failure is raised later, when all ranks agree, so that none waits for this one."""
-        if self.log is not None and self._log_failure is None:
-            try:
-                self.log.write(row)
-            except UserError as error:
-                self._log_failure = error
-
-    def evaluate(self) -> float:
-        """Mean loss of the current adapter over all supervised tokens of the validation split, the same on every rank.
-
-        Raises:
-            RunStopped: all ranks agreed to stop before a batch (in a pipeline: before a few batches).
-        """
-        dataset, batches, loss = self.data.validation, self.evaluation_batches(), 0.0
-        with self.evaluation_bar(self.num_evaluation_batches) as bar:
-            while some := list(itertools.islice(batches, self.runner.inputs_at_once)):
-                self.stop.agree(True)
-                found = self.runner.evaluate([shared_input([(self.name, batch)]) for batch in some])
-                loss += sum(own[self.name] for own in found)
-                bar.update(len(some))
-        return sum_over_ranks([loss])[0] / dataset.num_supervised
-
-    @property
-    def num_evaluation_batches(self) -> int:
-        """How many batches each rank evaluates."""
-        size, dp_size = self.plan.batches.micro_batch_size, self.plan.grid.dp_size
-        return num_evaluation_batches(self.data.validation, micro_batch_size=size, dp_size=dp_size)
-
-    def evaluation_batches(self) -> Iterator[MicroBatch]:
-        """This rank's batches of the validation split."""
-        return evaluation_batches(
-            self.data.validation,
-            micro_batch_size=self.plan.batches.micro_batch_size,
-            dp_rank=self.plan.grid.dp_rank,
-            dp_size=self.plan.grid.dp_size,
-            pad_id=padding_id(self.data.tokenizer),
-            pad_multiple=self.plan.layout.pad_multiple,
-        )
-
-    def evaluation_bar(self, num_batches: int) -> Any:
-        """A bar that counts batches."""
-        return progress_bar("validation", "batch", total=num_batches, shows=self.is_main)
-
-    def _evaluate_start(self, bar: Any) -> None:
-        """Log the validation loss before the first step; also how far a non-zero initial update moves it."""
-        started = self._evaluated()
-        self._log_validation(started, bar)
-        if not self.plan.adapter.method_spec.starts_at_base:
-            with self.base_alone():
-                base = self.evaluate()
-            self._show_start(bar, base, started.loss)
-
-    def _evaluated(self) -> Evaluated:
-        return Evaluated(self.evaluate(), self.score(self.data.scored_validation))
-
-    @contextmanager
-    def base_alone(self) -> Iterator[None]:
-        """Inside, the update is zero."""
-        tensors, opened = self.plan.adapter.tensors, self.runner.optimizers.opened
-        moved = [self.adapter.get_parameter(name) for name, (_, factor) in tensors.items() if factor == "B"]
-        with opened(self.name):
-            saved = [parameter.detach().clone() for parameter in moved]
-            for parameter in moved:
-                parameter.data.zero_()
-        yield
-        with opened(self.name):
-            for parameter, values in zip(moved, saved, strict=True):
-                parameter.data.copy_(values)
-
-    def _show_start(self, bar: Any, base: float, started: float) -> None:
-        if self.is_main:
-            bar.write(
-                f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from"
-                f" {base:.4f} (base alone) to {started:.4f}; --init_std_b {self.plan.adapter.init_std_b:.3g} controls"
-                " how far"
-            )
-
-    def score(self, scored: ScoredSet | None) -> dict[str, Score]:
-        """Scores of the current adapter with greedy decoding, by metric, the same on every rank. All ranks call it.
-
-        Raises:
-            UserError: answers cannot be scored.
-            RunStopped: all ranks agreed to stop.
-        """
-        if scored is None:
-            return {}
-        runner, plan = self.runner, self.plan
-        runner.engine.module.eval()
-        decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
-        asked = Questions(scored, self.data.tokenizer, plan.max_new_tokens, plan.settings.eval_batch_size)
-        (answers,) = answer_all(decoder, [asked], grid=plan.grid, agree=self.stop.agree, progress=self.is_main)
-        names = scored.task.metrics
-        return decided_by_rank_0(lambda: score_answers(names, answers), kind=dict[str, Score])
-
-    def _log_validation(self, found: Evaluated, bar: Any) -> None:
-        loss, scores = found
-        require_finite("validation loss", loss, step=self.progress.step, saved_step=self._saved_step)
-        if self.log is not None:
-            values = {name: score.value for name, score in scores.items()}
-            self._write_log({"step": self.progress.step, "split": "validation", "loss": loss, **values})
-            shown = "".join(f", {name} {value:.2f} %" for name, value in values.items())
-            bar.write(f"step {self.progress.step}: validation loss {loss:.4f}{shown}")
-
-    def _save_is_due(self) -> bool:
-        minutes = self.plan.settings.save_interval_minutes
-        return self.is_main and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
-
-    @property
-    def evaluation_is_due(self) -> bool:
-        """Whether the adapter is to be evaluated after its last step, and was not."""
-        settings, step = self.plan.settings, self.progress.step
-        due = step % settings.eval_interval == 0 or step == settings.max_steps
-        return due and self.progress.evaluated_step != step
-
-    def _evaluate_and_save(self, bar: Any, evaluated: Evaluated | None = None) -> None:
-        """Evaluate if that is due, and save.
-
-        Args:
-            evaluated: what the evaluation found, if it was made together with others.
-        """
-        settings, step = self.plan.settings, self.progress.step
-        improved = False
-        if self.evaluation_is_due:
-            loss, scores = found = evaluated or self._evaluated()
-            self._log_validation(found, bar)
-            value = scores[settings.eval_metric].value if scores else loss
-            best = self.progress.best_metric
-            improved = best is None or (value > best if scores else value < best)
-            since_best = 0 if improved else self.progress.evaluations_since_best + 1
-            self.progress = replace(self.progress, evaluated_step=step, evaluations_since_best=since_best)
-            if improved:
-                self.progress = replace(self.progress, best_metric=value, best_step=step)
-        if improved or step % settings.save_interval == 0 or step == settings.max_steps or self._save_due:
-            self.save(best=improved)
-
-    def save(self, *, best: bool = False) -> None:
-        """Write a checkpoint of the last finished step, and the adapter if it is the best. All ranks call it.
-
-        Nothing is written before the first step. An existing checkpoint is not written again: `latest` names it.
-
-        Raises:
-            UserError: the checkpoint or an earlier row of the log cannot be written; on every rank.
-            RunFailed: the adapter is not finite, or its replicas differ; nothing was written.
-        """
-        new = self._saved_step != self.progress.step
-        if self.progress.step == 0 or not (new or best):
+    def _train_step(self, running: Mapping[str, AdapterRun], bar: Any) -> None:
+        """One step of each; afterwards raise RunStopped if any rank should stop."""
+        samples: dict[str, TrainingStep] = {}
+        for name, run in running.items():
+            with run.failing_alone():
+                samples[name] = run.next_samples()
+        if not samples:
+            self._show(bar)
             return
-        self._checks.before_save(self.progress.step)
-        state = self._full_state()
-        moments = self._full_moments() if new else {}
-        decided_by_rank_0(lambda: self._write(state, moments, new=new, best=best))
-        self._saved_step = self.progress.step
-        self._last_save = time.monotonic()
-
-    def _write(
-        self, state: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], *, new: bool, best: bool
-    ) -> None:
-        if self._log_failure is not None:  # no checkpoint without its log rows, since a resumed run appends to them
-            raise self._log_failure
-        if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-            require_finite("adapter", math.nan, step=self.progress.step, saved_step=self._saved_step)
-        if new:
-            save_checkpoint(
-                self.folder.checkpoints,
-                progress=self.progress,
-                config=self.plan.adapter,
-                base=self.base,
-                state=state,
-                moments=moments,
-                settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256},
-                keep=self.plan.settings.keep_checkpoints,
-                guard=self.folder.guard,
+        running = {name: running[name] for name in samples}
+        failures = (run.log_failure for run in running.values() if not run.ends_apart)
+        with self._profiler.step(self.last_step + 1):
+            report = self.step.run(
+                samples,
+                save_due=lambda: any([run.wants_save for run in running.values()]),
+                failure=next(filter(None, (self._table_failure, *failures)), None),
+                saved_steps={name: run.saved_step for name, run in running.items() if run.saved_step is not None},
             )
-        if best:
-            save_adapter(self.folder.adapter, self.plan.adapter, self.base, state, guard=self.folder.guard)
+        self.last_step += 1
+        said = [f"{sum(step.num_tokens for step in samples.values()) / report.seconds:,.0f} tokens/s"]
+        for name, run in running.items():
+            with run.failing_alone():
+                said.append(run.took(samples[name], report))
+                bar.update(1)
+        self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
+        self._after_step(self._running(), bar)
+        self._show(bar, said[0] if len(self.everyone) > 1 else said[-1])
 
-    def _full_state(self) -> dict[str, torch.Tensor]:
-        return self.runner.full_state(self.name, self.layout)
+    def _after_step(self, runs: Mapping[str, AdapterRun], bar: Any) -> None:
+        """The evaluations that are due, together, and then the saves of each."""
+        found = self.evaluation.evaluated([run for run in runs.values() if run.evaluation_is_due])
+        for name, run in runs.items():
+            if run.state == "running":
+                with run.failing_alone():
+                    run.after_step(bar, found.get(name))
+        self._stop_behind(bar)
 
-    def _full_moments(self) -> dict[str, torch.Tensor]:
-        moments = self.runner.optimizers.moments(self.name)
-        names = list(self.plan.adapter.num_trained())
-        return {
-            moment_name(moment, name): tensor
-            for moment, local in moments.items()
-            for name, tensor in gather_full(names, local, self.layout).items()
+    def _in_step(self, running: Mapping[str, AdapterRun]) -> dict[str, AdapterRun]:
+        """Those that take a step: after a resume one may be ahead of its rivals, and waits for them."""
+
+        def waits(name: str) -> bool:
+            others = [running[other] for other in self.rivals.get(name, ()) if other in running]
+            return any(other.progress.step < running[name].progress.step for other in others)
+
+        return {name: run for name, run in running.items() if not waits(name)}
+
+    def _stop_behind(self, bar: Any) -> None:
+        """Stop the adapters that are behind a rival by more than noise, once their warm-up is over."""
+        if not self.rivals:
+            return
+        evaluated = {
+            name: run.evaluated
+            for name, run in self.adapters.items()
+            if run.failure is None
+            and run.evaluated is not None
+            and run.evaluated.step >= run.plan.settings.warmup_steps
         }
+        running = self._running()
+        for name, reason in find_behind(evaluated, self.rivals).items():
+            if name in running:
+                with running[name].failing_alone():
+                    running[name].end_behind(reason)
+                    bar.write(printable(named(name, f"stopped, {reason}")))
+
+    def _show(self, bar: Any, rates: str = "") -> None:
+        """Show the progress, and who has failed; write the table, if more than steps have changed."""
+        for name in self.failed:
+            if name not in self._told:
+                bar.write(printable(named(name, f"failed: {self.adapters[name].failure}")))
+                self._told.add(name)
+        states = [run.state for run in self.everyone.values()]
+        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
+        counts = ", ".join(f"{states.count(state)} {state}" for state in shown) if len(states) > 1 else ""
+        bar.set_postfix_str(printable("; ".join(filter(None, (counts, rates)))))
+        try:
+            self.write_table()
+        except UserError as error:  # raised when all ranks agree, at the next step
+            self._table_failure = self._table_failure or error
+
+    def write_table(self) -> None:
+        """Write table.csv on rank 0, if more than steps have changed. Raises UserError if it cannot be written."""
+        rows = table_rows(self.everyone)
+        if not self.is_main or [{**row, "step": 0} for row in rows] == [{**row, "step": 0} for row in self._rows]:
+            return
+        self.folder.write_table(rows)
+        self._rows = rows
 
 
-def is_trained(settings: Settings, progress: Progress) -> bool:
-    """Whether a run has no step left to take: by its number of steps, or as it is out of patience."""
-    return progress.step >= settings.max_steps or progress.evaluations_since_best >= settings.patience
+def table_rows(adapters: Mapping[str, AdapterRun | Finished]) -> list[dict[str, Any]]:
+    """The rows of table.csv."""
+    return [_row(run) for run in adapters.values()]
+
+
+def _row(run: AdapterRun | Finished) -> dict[str, Any]:
+    settings, progress = run.plan.settings, run.progress
+    return {
+        "name": run.name,
+        "method": settings.method,
+        "rank": settings.rank,
+        "learning_rate": settings.learning_rate,
+        "step": progress.step,
+        "max_steps": settings.max_steps,
+        "evaluated_step": progress.evaluated_step,
+        "best_step": progress.best_step,
+        "best": progress.best_metric,
+        "metric": settings.eval_metric,
+        "state": "finished" if run.recorded and run.failure is None else run.state,
+        "reason": run.failure or run.reason,
+    }

@@ -33,6 +33,17 @@ Plans = Mapping[str, RunPlan]  # by the adapter's name; they differ only in what
 Data = Mapping[str, RunData]
 
 
+def plan_adapters(settings: Settings, *, rank: int, world_size: int) -> dict[str, RunPlan]:
+    """The plan of each adapter of --adapters by its name; without it that of the only one, under ALONE."""
+    if settings.adapters is None:
+        return {ALONE: plan_run(settings, rank=rank, world_size=world_size)}
+    return plan_group(settings, rank=rank, world_size=world_size)
+
+
+def prepare_all_data(plans: Plans) -> dict[str, RunData]:
+    return {ALONE: prepare_data(plans[ALONE])} if set(plans) == {ALONE} else prepare_group_data(plans)
+
+
 def plan_group(
     settings: Settings, *, rank: int, world_size: int, weights: bool = True, source: ModelSource | None = None
 ) -> dict[str, RunPlan]:
@@ -118,6 +129,8 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if name == ALONE:
+            raise
         named = UserError(f"{name}: {error}")
         named.of_peer = error.of_peer
         raise named from None

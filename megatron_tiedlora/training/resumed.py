@@ -1,8 +1,8 @@
-"""Which settings of a run may differ from those of the checkpoint that it continues.
+"""The checkpoint from which an adapter continues: finding it, whether this start may continue it, and adopting it.
 
-Those in `LAYOUT_SETTINGS` may, as they do not change what is computed. --epochs may, since only the number of steps
-that follows from it counts. --max_steps may if the schedule does not depend on it, which is so if it is constant. A
-warm-up that was not given is the checkpoint's.
+Settings in `LAYOUT_SETTINGS` may differ from the checkpoint's, as they do not change what is computed. --epochs may,
+since only the number of steps that follows from it counts. --max_steps may if the schedule does not depend on it, which
+is so if it is constant. A warm-up that was not given is the checkpoint's.
 """
 
 from __future__ import annotations
@@ -12,10 +12,125 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.resume import (
+    Checkpoint,
+    copy_checkpoint,
+    find_newest_checkpoint,
+    load_checkpoint,
+    move_latest,
+)
 from megatron_tiedlora.config.fields import flag_value
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0
+from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics, write_metrics
+from megatron_tiedlora.training.build import check_resumed_base
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS, RunPlan
 from megatron_tiedlora.training.profiling import steps_over
+from megatron_tiedlora.training.run_data import RunData
+
+
+def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
+    """The checkpoint that --resume asks for, or None to start from the beginning.
+
+    Rank 0 reads it and sends it to the others, so only its host needs the run folder. With `auto`, a folder without a
+    checkpoint means a start from the beginning, so that one command serves the first and every later start of a job.
+
+    Raises:
+        UserError: the checkpoint does not exist, is broken, or contradicts the plan's settings or base.
+    """
+    return decided_by_rank_0(lambda: _read_checkpoint(plan, data, folder), kind=Checkpoint | None)
+
+
+def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
+    checkpoint = _find_checkpoint(plan.settings.resume, folder)
+    if checkpoint is None:
+        return None
+    step_folder = checkpoint.folder
+    _check_settings(plan, data, checkpoint)
+    best = checkpoint.progress.best_step
+    if best in (None, checkpoint.progress.step):
+        return checkpoint
+    notes = checkpoint.notes
+    if (step_folder.parent / f"step_{best}").is_dir():
+        try:
+            load_adapter(step_folder.parent / f"step_{best}")
+            return checkpoint
+        except UserError as error:
+            notes = (*notes, f"the best checkpoint is broken, so the next evaluation writes a new one: {error}")
+    # The checkpoint was moved out of its run, without the best one. The next evaluation writes a new best one.
+    forgotten = replace(
+        checkpoint.progress, best_metric=None, best_step=None, evaluations_since_best=0, evaluated_step=None
+    )
+    return replace(checkpoint, progress=forgotten, notes=notes)
+
+
+def _find_checkpoint(resume: str, folder: RunFolder) -> Checkpoint | None:
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return find_newest_checkpoint(folder.checkpoints)
+    path = user_path(resume)
+    if not path.is_dir():
+        raise UserError(f"--resume {resume}: no such checkpoint folder. Give auto, or a checkpoints/step_N folder")
+    if folder.is_run and path.resolve().parent != folder.checkpoints.resolve():
+        raise UserError(f"--resume {resume}: {folder.path} holds another run. Give a new --output_dir")
+    return load_checkpoint(path)
+
+
+def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
+    """Make `checkpoint` the last one of the run folder, before training continues from it; on rank 0.
+
+    If it is in another folder, it is copied first, with the best checkpoint and the logs. Then `latest` names it, so
+    that a later start resumes this run, and adapter/ is written from the best one, since a kill between two saves may
+    have left an older one.
+
+    Raises:
+        UserError: the folder cannot be written, or a copied file is broken.
+    """
+    progress, source = checkpoint.progress, checkpoint.folder.resolve()
+    if source != folder.checkpoints.resolve() / f"step_{progress.step}":
+        copies = {source: folder.checkpoints / f"step_{progress.step}"}
+        if progress.best_step not in (None, progress.step):
+            copies[source.parent / f"step_{progress.best_step}"] = folder.checkpoints / f"step_{progress.best_step}"
+        for original, copy in copies.items():
+            if original != copy.parent.resolve() / copy.name:
+                copy_checkpoint(original, copy, guard=folder.guard)
+        run = RunFolder(source.parent.parent)
+        if run.is_run and run.path != folder.path.resolve():
+            write_metrics(folder.metrics, read_metrics(run.metrics), guard=folder.guard)
+            if run.scores.is_file():
+                scores = read_json_object(run.scores, kind="a run's scores")
+                write_json(folder.scores, scores, guard=folder.guard)
+    move_latest(folder.checkpoints, progress.step, guard=folder.guard)
+    if progress.best_step is not None:
+        best = load_adapter(folder.checkpoints / f"step_{progress.best_step}")
+        save_adapter(folder.adapter, best.config, best.base, best.state, guard=folder.guard)
+
+
+def reject_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None:
+    """Raise UserError if the run that --resume means cannot be continued with these settings, data or base."""
+    try:
+        checkpoint = _find_checkpoint(plan.settings.resume, folder)
+    except UserError:  # raised again once this start owns the folder and has renamed back what was moved aside
+        return
+    if checkpoint is not None:
+        _check_settings(plan, data, checkpoint)
+        check_resumed_base(plan, checkpoint)
+
+
+def _check_settings(plan: RunPlan, data: RunData, checkpoint: Checkpoint) -> None:
+    """Raise UserError if a checkpoint was trained with settings or data that contradict the plan's."""
+    check_resumed_settings(
+        plan,
+        checkpoint.settings,
+        step=checkpoint.progress.step,
+        data_sha256=data.sha256,
+        source=str(checkpoint.folder),
+    )
 
 
 def check_resumed_settings(

@@ -1,0 +1,365 @@
+"""One adapter of a run on one rank: its data, log, evaluations, checkpoints and early stopping, and how it ends.
+
+Its steps are taken with those of the others (`training/step.py`), and so are its evaluations (`evaluation.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full
+from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
+from megatron_tiedlora.checkpoint.native_adapter import save_adapter
+from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.data.loader import MicroBatch, TrainingStep, evaluation_batches, num_evaluation_batches
+from megatron_tiedlora.data.tokenizer import padding_id
+from megatron_tiedlora.engine.runner import Runner
+from megatron_tiedlora.evaluation.scores import Score
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
+from megatron_tiedlora.runtime.heartbeat import rank_line
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
+from megatron_tiedlora.training.checks import StepChecks, require_finite
+from megatron_tiedlora.training.halving import BatchLosses, read_record
+from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.run_data import RunData
+from megatron_tiedlora.training.step import StepReport
+from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation found: the mean validation loss, and scores of answers to validation samples by metric."""
+
+    loss: float
+    scores: Mapping[str, Score]
+
+
+def named(name: str, line: str) -> str:
+    """A line about an adapter; it begins with its name, unless it is the only one."""
+    return line if name == ALONE else f"{name}: {line}"
+
+
+@dataclass(kw_only=True)
+class AdapterRun:
+    """One adapter from a ready engine to its end.
+
+    Attributes:
+        layout: which rank holds which part of it.
+        log: rank 0's.
+        progress: the steps taken and the best score.
+        ends_apart: whether its end is recorded apart from the run's, so that one that fails leaves the others.
+        keeps_losses: whether its last evaluation is kept to be compared with those of others (--halving).
+        failure: why it failed; None if it did not.
+        reason: why its training ended; "" before that.
+        recorded: whether its run_status.json says how it ended.
+        evaluated: the evaluation that is kept; None before the first step.
+    """
+
+    name: str
+    plan: RunPlan
+    data: RunData
+    runner: Runner
+    base: BaseIdentity
+    layout: AdapterLayout
+    folder: RunFolder
+    log: MetricsLog | None
+    meter: Meter
+    checks: StepChecks
+    progress: Progress = field(default_factory=Progress)
+    ends_apart: bool = False
+    keeps_losses: bool = False
+    failure: str | None = None
+    reason: str = ""
+    recorded: bool = False
+    evaluated: BatchLosses | None = None
+    _save_due: bool = False
+    _last_save: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.log_failure: UserError | None = None
+        self.saved_step = self.progress.step or None  # of its last checkpoint; None if there is none
+        self._loader = self.plan.training_loader(
+            self.data.train, pad_id=padding_id(self.data.tokenizer), consumed_samples=self.progress.consumed_samples
+        )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and shows progress."""
+        return self.plan.grid.rank == 0
+
+    @property
+    def adapter(self) -> TiedAdapter:
+        """Its part on this rank."""
+        return self.runner.adapters[self.name]
+
+    @property
+    def state(self) -> str:
+        """In a word, for the table."""
+        return "failed" if self.failure is not None else "ended" if self.reason else "running"
+
+    # Its end ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def failing_alone(self) -> Iterator[None]:
+        """Inside, an error of this adapter, raised on every rank, ends it and not the run, if it ends apart."""
+        try:
+            yield
+        except UserError as error:
+            if not self.ends_apart:
+                raise
+            self._fail(str(error))
+
+    def _fail(self, why: str) -> None:
+        """End it, with the reason in its run_status.json; its last checkpoint is valid."""
+        self.failure = why
+        self.close_log()
+        if self.is_main:
+            with suppress(UserError):  # its folder may be what failed
+                reason = rank_line(0, socket.gethostname(), self.progress.step, why)
+                self.folder.write_status("failed", step=self.progress.step, reason=reason)
+        self.recorded = True
+
+    def finish(self) -> None:
+        """Record a good end, once all of its files are written; on rank 0. The run records one that is its own end."""
+        if self.ends_apart:
+            self.folder.write_status("finished", step=self.progress.step, reason=self.reason)
+        self.recorded = True
+
+    def close_log(self) -> None:
+        """Close its metrics.jsonl."""
+        if self.log is not None:
+            self.log.close()
+
+    def end_if_trained(self) -> None:
+        """End it after its last step, or if it is out of patience."""
+        if is_trained(self.plan.settings, self.progress):
+            out_of_patience = self.progress.evaluations_since_best >= self.plan.settings.patience
+            self._end("early_stopping" if out_of_patience else "max_steps")
+
+    def end_behind(self, reason: str) -> None:
+        """End it after its last evaluation, as --halving found it behind. A resumed run ends it there too."""
+        assert self.evaluated is not None
+        self._end(reason)
+        self._keep(replace(self.evaluated, stopped=reason))
+
+    def _end(self, reason: str) -> None:
+        raise_on_every_rank(self.log_failure)
+        self.save()  # there may be no checkpoint of the last evaluation
+        self.reason = reason
+        self.close_log()
+
+    # Its steps -------------------------------------------------------------------------------------------------------
+
+    def next_samples(self) -> TrainingStep:
+        """This rank's share of its next global batch."""
+        return next(self._loader)
+
+    def took(self, samples: TrainingStep, report: StepReport) -> str:
+        """Count and log the step that it took with the others; returns its loss and speed in words.
+
+        Raises:
+            RunFailed: it took none; nothing is saved after the last good step.
+        """
+        own = report.adapters[self.name]
+        if own.failure is not None:
+            raise own.failure
+        self.progress = replace(self.progress, step=own.number, consumed_samples=samples.consumed_samples)
+        self._save_due = bool(report.votes.save_due)
+        rates = self.meter.add(own.number, samples, report.seconds)
+        self._write_log(
+            {
+                "step": own.number,
+                "split": "train",
+                "loss": own.loss,
+                "learning_rate": own.learning_rate,
+                "grad_norm": own.grad_norm,
+                "supervised_tokens": samples.num_supervised,
+                **rates,
+                "peak_memory_bytes": peak_memory_bytes(self.runner.device),
+            }
+        )
+        return f"loss {own.loss:.4f}, {rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
+
+    def _write_log(self, row: dict[str, Any]) -> None:
+        """Write a row on rank 0. A failure is raised later, when all ranks agree, so that none waits for this one."""
+        if self.log is not None and self.log_failure is None:
+            try:
+                self.log.write(row)
+            except UserError as error:
+                self.log_failure = error
+
+    @property
+    def wants_save(self) -> bool:
+        """Whether rank 0 wants a checkpoint by --save_interval_minutes."""
+        minutes = self.plan.settings.save_interval_minutes
+        return self.is_main and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
+
+    # Its evaluations -------------------------------------------------------------------------------------------------
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether it is to be evaluated after its last step, and was not."""
+        settings, step = self.plan.settings, self.progress.step
+        due = step % settings.eval_interval == 0 or step == settings.max_steps
+        return due and self.progress.evaluated_step != step
+
+    @property
+    def num_evaluation_batches(self) -> int:
+        """How many batches each rank evaluates."""
+        size, dp_size = self.plan.batches.micro_batch_size, self.plan.grid.dp_size
+        return num_evaluation_batches(self.data.validation, micro_batch_size=size, dp_size=dp_size)
+
+    def evaluation_batches(self) -> Iterator[MicroBatch]:
+        """This rank's batches of the validation split."""
+        return evaluation_batches(
+            self.data.validation,
+            micro_batch_size=self.plan.batches.micro_batch_size,
+            dp_rank=self.plan.grid.dp_rank,
+            dp_size=self.plan.grid.dp_size,
+            pad_id=padding_id(self.data.tokenizer),
+            pad_multiple=self.plan.layout.pad_multiple,
+        )
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """Inside, its update is zero."""
+        tensors, opened = self.plan.adapter.tensors, self.runner.optimizers.opened
+        moved = [self.adapter.get_parameter(name) for name, (_, factor) in tensors.items() if factor == "B"]
+        with opened(self.name):
+            saved = [parameter.detach().clone() for parameter in moved]
+            for parameter in moved:
+                parameter.data.zero_()
+        yield
+        with opened(self.name):
+            for parameter, values in zip(moved, saved, strict=True):
+                parameter.data.copy_(values)
+
+    def show_start(self, bar: Any, *, base: float, started: float) -> None:
+        """Say how far its initial update, which is not zero, moves the validation loss of the base."""
+        if self.is_main:
+            line = (
+                f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from"
+                f" {base:.4f} (base alone) to {started:.4f}; --init_std_b {self.plan.adapter.init_std_b:.3g} controls"
+                " how far"
+            )
+            bar.write(named(self.name, line))
+
+    def log_validation(self, found: Evaluated, bar: Any) -> None:
+        """Log an evaluation. Raises RunFailed if the loss is not finite."""
+        loss, scores = found
+        require_finite("validation loss", loss, step=self.progress.step, saved_step=self.saved_step)
+        if self.log is not None:
+            values = {name: score.value for name, score in scores.items()}
+            self._write_log({"step": self.progress.step, "split": "validation", "loss": loss, **values})
+            shown = "".join(f", {name} {value:.2f} %" for name, value in values.items())
+            bar.write(named(self.name, f"step {self.progress.step}: validation loss {loss:.4f}{shown}"))
+
+    def after_step(self, bar: Any, found: Evaluated | None) -> None:
+        """Log an evaluation, which is there if it was due, and save if that is due. May end it."""
+        settings, step = self.plan.settings, self.progress.step
+        improved = False
+        if self.evaluation_is_due:
+            assert found is not None, "evaluations are made together"
+            self.log_validation(found, bar)
+            value = found.scores[settings.eval_metric].value if found.scores else found.loss
+            best = self.progress.best_metric
+            improved = best is None or (value > best if found.scores else value < best)
+            since_best = 0 if improved else self.progress.evaluations_since_best + 1
+            self.progress = replace(self.progress, evaluated_step=step, evaluations_since_best=since_best)
+            if improved:
+                self.progress = replace(self.progress, best_metric=value, best_step=step)
+        if improved or step % settings.save_interval == 0 or step == settings.max_steps or self._save_due:
+            self.save(best=improved)
+        self.end_if_trained()
+
+    def recall(self) -> None:
+        """With --halving: the evaluation that it was resumed after. It has ended if it was stopped then."""
+        if self.keeps_losses:
+            path, step = self.folder.path, self.progress.evaluated_step
+            self.evaluated = decided_by_rank_0(lambda: read_record(path, step=step), kind=BatchLosses | None)
+        if self.evaluated is not None and self.evaluated.stopped and self.progress.step == self.evaluated.step:
+            self._end(self.evaluated.stopped)
+
+    def keep_losses(self, batches: Sequence[tuple[float, int]]) -> None:
+        """With --halving: keep an evaluation, of which this rank has the loss and supervised tokens of each batch.
+
+        It is in the run folder before the checkpoint that follows it.
+        """
+        if self.keeps_losses and self.progress.step:
+            losses, tokens = zip(*batches, strict=True)
+            summed = sum_over_ranks([*losses, *map(float, tokens)])
+            replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # each rank of a model has counted them
+            counts = (round(count) // replicas for count in summed[len(losses) :])
+            self._keep(BatchLosses(self.progress.step, tuple(summed[: len(losses)]), tuple(counts)))
+
+    def _keep(self, evaluated: BatchLosses) -> None:
+        decided_by_rank_0(lambda: evaluated.write(self.folder.path, guard=self.folder.guard))
+        self.evaluated = evaluated
+
+    # Its checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, *, best: bool = False) -> None:
+        """Write a checkpoint of the last finished step, and the adapter if it is the best. All ranks call it.
+
+        Nothing is written before the first step. An existing checkpoint is not written again: `latest` names it.
+
+        Raises:
+            UserError: the checkpoint or an earlier row of the log cannot be written; on every rank.
+            RunFailed: the adapter is not finite, or its replicas differ; nothing was written.
+        """
+        new = self.saved_step != self.progress.step
+        if self.progress.step == 0 or not (new or best):
+            return
+        self.checks.before_save(self.progress.step)
+        state = self.runner.full_state(self.name, self.layout)
+        moments = self._full_moments() if new else {}
+        decided_by_rank_0(lambda: self._write(state, moments, new=new, best=best))
+        self.saved_step = self.progress.step
+        self._last_save = time.monotonic()
+
+    def _write(
+        self, state: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], *, new: bool, best: bool
+    ) -> None:
+        if self.log_failure is not None:  # no checkpoint without its log rows, since a resumed run appends to them
+            raise self.log_failure
+        if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+            require_finite("adapter", math.nan, step=self.progress.step, saved_step=self.saved_step)
+        if new:
+            save_checkpoint(
+                self.folder.checkpoints,
+                progress=self.progress,
+                config=self.plan.adapter,
+                base=self.base,
+                state=state,
+                moments=moments,
+                settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256},
+                keep=self.plan.settings.keep_checkpoints,
+                guard=self.folder.guard,
+            )
+        if best:
+            save_adapter(self.folder.adapter, self.plan.adapter, self.base, state, guard=self.folder.guard)
+
+    def _full_moments(self) -> dict[str, torch.Tensor]:
+        moments = self.runner.optimizers.moments(self.name)
+        names = list(self.plan.adapter.num_trained())
+        return {
+            moment_name(moment, name): tensor
+            for moment, local in moments.items()
+            for name, tensor in gather_full(names, local, self.layout).items()
+        }
+
+
+def is_trained(settings: Settings, progress: Progress) -> bool:
+    """Whether an adapter has no step left to take: by its number of steps, or as it is out of patience."""
+    return progress.step >= settings.max_steps or progress.evaluations_since_best >= settings.patience

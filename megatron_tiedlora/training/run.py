@@ -1,0 +1,63 @@
+"""A run on one rank, from its settings to its end. Read top to bottom: it is the table of contents of a run."""
+
+from __future__ import annotations
+
+from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.runtime.determinism import make_deterministic
+from megatron_tiedlora.runtime.ending import End, reported_end
+from megatron_tiedlora.runtime.launch_env import rank_and_world_size
+from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.runtime.stopping import StopRequests
+
+
+def train_rank(settings: Settings) -> End:
+    """Run one rank of a job; `prepare_environment` was called. A failure is reported and ends the process.
+
+    One of several adapters that fails leaves the others; the exit status is then 1.
+    """
+    if settings.deterministic:
+        make_deterministic()
+    rank, world_size = rank_and_world_size()
+    stop = StopRequests()
+    stop.install()
+    with reported_end(rank, world_size, stop) as end:
+        # These import DeepSpeed and transformers, which takes seconds; signals are handled already.
+        from megatron_tiedlora.training import finish
+        from megatron_tiedlora.training.build import build_model
+        from megatron_tiedlora.training.compiling import choose_kernels
+        from megatron_tiedlora.training.group_plan import longest_run
+        from megatron_tiedlora.training.headline import headline
+        from megatron_tiedlora.training.member_plans import counted, plan_adapters, prepare_all_data
+        from megatron_tiedlora.training.start import make_trainer, open_run
+
+        plans = plan_adapters(settings, rank=rank, world_size=world_size)
+        data = prepare_all_data(plans)
+        plans = counted(plans, data)
+        device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
+        end.watch_peers(settings.timeout_minutes)
+        start = open_run(settings, plans, data, keep=end.hold)
+        end.owner = start.folder.owner
+        if not start.left:
+            lines = finish.end_at_once(start, end)
+            if start.is_main:
+                show(*lines)
+            return end
+        chosen = choose_kernels(longest_run(start.plans), device)
+        built = build_model(start.left, device, start.checkpoints, kernels=chosen.kernels)
+        trainer = make_trainer(start, built, device, stop)
+        end.enter(trainer.folder)
+        end.first_step = trainer.last_step
+        end.finished_step = lambda: trainer.last_step
+        end.saved = "the last step of each adapter is saved" if start.several else ""
+        if start.is_main:
+            show(*headline(start, trainer, built, chosen, device))
+        finish.score_before(trainer, start.checkpoints)
+        trainer.run()
+        finish.score_after(trainer)
+        finish.set_end(trainer, end)
+        if start.is_main:
+            show(*finish.export_all(trainer), *finish.last_lines(trainer))
+            finish.set_end(trainer, end)
+            show(*finish.original_losses(trainer))
+    return end

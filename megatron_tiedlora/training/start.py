@@ -1,0 +1,357 @@
+"""The start of a run: its folders, the checkpoints to resume from, the first files. It checks all before it writes any.
+
+The folder of a run of one adapter is the run's; of several each has its own in RUN/NAME, or where its entry says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+
+from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_or_none
+from megatron_tiedlora.base.ownership import Owner
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.checkpoint.resume import (
+    Checkpoint,
+    Progress,
+    remove_superseded,
+)
+from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, RUN_OF_ALL, check_folders
+from megatron_tiedlora.config.data_fields import HUB_NAMES, TEMPLATE_HASH
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.data.chat import chat_template_sha256
+from megatron_tiedlora.data.sources import hub_ids
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing, raise_on_every_rank
+from megatron_tiedlora.runtime.group_folder import GroupFolder
+from megatron_tiedlora.runtime.launch_env import rank_and_world_size
+from megatron_tiedlora.runtime.run_folder import (
+    MetricsLog,
+    RunFolder,
+    choose_run_folder,
+    take_run_folder,
+)
+from megatron_tiedlora.runtime.stopping import StopRequests
+from megatron_tiedlora.training.adapter_run import AdapterRun, is_trained
+from megatron_tiedlora.training.build import BuiltModel
+from megatron_tiedlora.training.group_plan import micro_batch_capacity
+from megatron_tiedlora.training.halving import REASON, rivals_of
+from megatron_tiedlora.training.loop import Finished, Trainer
+from megatron_tiedlora.training.member_plans import Data, Plans, group_name, naming, shared_plan
+from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.resumed import adopt_checkpoint, find_checkpoint, reject_another_run, with_kept_warmup
+from megatron_tiedlora.training.run_data import RunData
+from megatron_tiedlora.training.step import TrainStep
+from megatron_tiedlora.training.throughput import Meter, start_meter
+
+
+@dataclass
+class Start:
+    """One start of a run on this rank, before its first step.
+
+    Attributes:
+        plans: of all adapters, by name.
+        folder: of the run, which rank 0 owns.
+        folders: of each adapter; those without an owner are new.
+        checkpoints: from which each continues; None: it begins.
+        held: what gives the folders back at the end, on rank 0. The run's is the last.
+    """
+
+    settings: Settings
+    plans: Plans
+    data: Data
+    folder: RunFolder
+    held: ExitStack
+    folders: dict[str, RunFolder] = field(default_factory=dict)
+    checkpoints: dict[str, Checkpoint | None] = field(default_factory=dict)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and shows progress."""
+        return next(iter(self.plans.values())).grid.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether each adapter has a folder and an end of its own, beside the run's."""
+        return isinstance(self.folder, GroupFolder)
+
+    @cached_property
+    def finished(self) -> dict[str, Finished]:
+        """The adapters that an earlier start has finished and exported, and that have no step left by their settings.
+
+        What --halving stopped is finished too, unless this start is without it. The only adapter of a run is none of
+        them: it is scored and exported once more.
+        """
+        return _finished_before(self)
+
+    @property
+    def left(self) -> dict[str, RunPlan]:
+        """The plans of the adapters that are trained or finished now."""
+        return {name: plan for name, plan in self.plans.items() if name not in self.finished}
+
+
+def open_run(settings: Settings, plans: Plans, data: Data, *, keep: Callable[[Callable[[], None]], None]) -> Start:
+    """Choose the folder of the run on rank 0, which becomes its owner, and tell every rank; find the checkpoints.
+
+    A start that cannot continue the run in a folder does not take the folder over. Nothing is written yet.
+
+    Args:
+        keep: called with the function that releases all folders at the end.
+
+    Raises:
+        UserError: a folder is in use, or holds a run that this start cannot continue, or ranks have other data; on
+            every rank.
+    """
+    for own in {id(own): own for own in data.values()}.values():
+        check_same_data(own)
+    held = ExitStack()
+    keep(held.close)
+
+    def reject_other_runs(folder: RunFolder) -> None:
+        for name, own in adapter_folders(plans, folder).items():
+            with naming(name):
+                reject_another_run(plans[name], data[name], own)
+
+    folder = _take_folder(
+        settings,
+        name=run_folder_name(settings, plans),
+        kind=folder_kind(plans),
+        held=held,
+        before=reject_other_runs,
+        after=partial(check_run_folders, settings, plans),
+    )
+    plans = in_folder(plans, folder)
+    opened = Start(settings, plans, data, folder, held)
+    _open_run_folders(opened)
+    for name, plan in plans.items():
+        with naming(name):
+            opened.checkpoints[name] = find_checkpoint(plan, data[name], opened.folders[name])
+    saved = {name: None if found is None else found.settings for name, found in opened.checkpoints.items()}
+    opened.plans = {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
+    return opened
+
+
+def _take_folder(
+    settings: Settings,
+    *,
+    name: str,
+    kind: type[RunFolder] = RunFolder,
+    held: ExitStack,
+    before: Callable[[RunFolder], None],
+    after: Callable[[RunFolder], None] = lambda folder: None,
+) -> RunFolder:
+    """Take a run folder on rank 0, and tell every rank. Arguments as of `take_run_folder`."""
+
+    def take() -> tuple[str, str]:
+        folder, lock = take_run_folder(
+            settings.output_dir,
+            name=name,
+            resume=settings.resume,
+            take_over=settings.take_over,
+            before=before,
+            kind=kind,
+        )
+        held.callback(lock.release)
+        after(folder)
+        return str(folder.path), lock.owner.start
+
+    path, start = decided_by_rank_0(take, kind=tuple[str, str])
+    return kind(Path(path), Owner(Path(path), start, is_main=rank_and_world_size()[0] == 0))
+
+
+def folder_kind(plans: Plans) -> type[RunFolder]:
+    """What the folder of a run of these adapters is."""
+    return RunFolder if set(plans) == {ALONE} else GroupFolder
+
+
+def run_folder_name(settings: Settings, plans: Plans) -> str:
+    """The name of the run's folder in runs/, unless --output_dir is given."""
+    return group_name(settings) if folder_kind(plans) is GroupFolder else plans[ALONE].name
+
+
+def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
+    """The run folder of each adapter: the run's own if it is the only one, else RUN/NAME, or what its entry says."""
+    if folder_kind(plans) is RunFolder:
+        return {ALONE: folder}
+    return {
+        name: RunFolder(user_path(plan.settings.output_dir or str(folder.path / name))) for name, plan in plans.items()
+    }
+
+
+def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
+    """The plans with the folder of each adapter that has one of its own."""
+    return {
+        name: plan
+        if own.path == folder.path
+        else replace(plan, settings=plan.settings.completed(output_dir=str(own.path)))
+        for (name, plan), own in zip(plans.items(), adapter_folders(plans, folder).values(), strict=True)
+    }
+
+
+def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
+    """Raise UserError if the folder of an adapter cannot be used beside the others and the run's."""
+    own = {name: str(of.path) for name, of in adapter_folders(plans, folder).items() if of.path != folder.path}
+    check_folders(str(settings.adapters), {RUN_OF_ALL: str(folder.path), **own})
+    for name, output_dir in own.items():
+        with naming(name):
+            choose_run_folder(output_dir, name=plans[name].name, resume=settings.resume)
+
+
+def _open_run_folders(start: Start) -> None:
+    """Take the run folders of adapters that exist, before their checkpoints are looked for.
+
+    New ones are made with the run's first files: a start that is killed before these leaves nothing in the run's
+    folder, which the next start would reject.
+    """
+    start.folders = found = adapter_folders(start.plans, start.folder)
+    if not start.several:
+        return
+    there = decided_by_rank_0(lambda: [name for name, own in found.items() if own.path.exists()], kind=list[str])
+    start.folders = found | {name: _open_run_folder(name, start) for name in there}
+
+
+def _open_run_folder(name: str, start: Start) -> RunFolder:
+    """Take the run folder of one of several adapters on rank 0, as `open_run` takes the run's, and tell every rank."""
+    plan, before = start.plans[name], partial(reject_another_run, start.plans[name], start.data[name])
+    with naming(name):
+        return _take_folder(plan.settings, name=plan.name, held=start.held, before=before)
+
+
+def check_same_data(data: RunData) -> None:
+    """Raise UserError if the data that a rank has read differs from rank 0's."""
+    if differing := num_differing(data.shared_sha256):
+        raise UserError(
+            f"{count_text(differing, 'rank')} read other training, validation or test data than rank 0."
+            " Give every host the same files"
+        )
+
+
+def _finished_before(start: Start) -> dict[str, Finished]:
+    if not start.several:
+        return {}
+
+    def reasons() -> dict[str, str]:
+        found = {}
+        for name, plan in start.plans.items():
+            own, checkpoint = start.folders[name], start.checkpoints[name]
+            status = read_json_or_none(own.status) or {}
+            exported, reason = status.get("state") == "finished" and (own.path / "peft").is_dir(), status.get("reason")
+            stopped = start.settings.halving and str(reason).startswith(REASON)
+            if exported and checkpoint is not None and (stopped or is_trained(plan.settings, checkpoint.progress)):
+                found[name] = str(reason or "")
+        return found
+
+    found = {}
+    for name, reason in decided_by_rank_0(reasons, kind=dict[str, str]).items():
+        checkpoint = start.checkpoints[name]
+        assert checkpoint is not None
+        found[name] = Finished(name, start.plans[name], start.folders[name], checkpoint.progress, reason)
+    return found
+
+
+def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: StopRequests) -> Trainer:
+    """Occupy the folder of each adapter, and make what trains them. The first files of the run are written here.
+
+    Raises:
+        UserError: a folder cannot be written; on every rank.
+    """
+    settings, left = start.settings, start.left
+    if start.several:
+        _write_settings(start)
+    rivals = rivals_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
+    meter = start_meter(shared_plan(left), device)
+    progress = {name: found.progress if (found := start.checkpoints[name]) else Progress() for name in left}
+    capacity = micro_batch_capacity(left, shares=settings.share_micro_batches)
+    step = TrainStep(left, built.runner, stop, {name: own.step for name, own in progress.items()}, capacity)
+    adapters = {}
+    for name, plan in left.items():
+        folder = start.folders[name]
+        if folder.owner is None:
+            folder = _open_run_folder(name, start)
+        adapters[name] = AdapterRun(
+            name=name,
+            plan=plan,
+            data=start.data[name],
+            runner=built.runner,
+            base=built.base,
+            layout=built.layout(plan),
+            folder=folder,
+            log=occupy_run_folder(plan, folder, start.checkpoints[name]),
+            meter=Meter(plan.source.shape, plan.adapter, meter.peak),
+            checks=step.checks[name],
+            progress=progress[name],
+            ends_apart=start.several,
+            keeps_losses=bool(rivals.get(name)),
+        )
+    everyone = {name: start.finished.get(name) or adapters[name] for name in start.plans}
+    folder = start.folder
+    trainer = Trainer(adapters, step, folder, stop, everyone, settings.profile, rivals)
+    if isinstance(folder, GroupFolder):
+        trainer.folder = replace(folder, running=trainer.unrecorded)
+    return trainer
+
+
+def _write_settings(start: Start) -> None:
+    """Write adapters.yaml on rank 0: the settings of all, and those of each."""
+    failure = None
+    resolved = {name: plan.resolved_settings() for name, plan in start.plans.items()}
+    (first, of_all), *_ = resolved.items()
+    own = {name: {key: values[key] for key in values if key in PER_ADAPTER} for name, values in resolved.items()}
+    shared = {key: value for key, value in of_all.items() if key not in PER_ADAPTER and key != "adapters"}
+    shared |= {key: getattr(start.settings, key) for key in OF_ALL} | {"output_dir": str(start.folder.path)}
+    ranks = start.plans[first].grid.world_size
+    if start.is_main:
+        try:
+            versions = installed_versions("torch", "deepspeed", "transformers")
+            start.folder.write_settings({**shared, "adapters": own, "ranks": ranks, "versions": versions})
+        except UserError as error:
+            failure = error
+    raise_on_every_rank(failure)
+
+
+def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint | None) -> MetricsLog | None:
+    """Write the resumed checkpoint, run.yaml and the logs to the folder. Returns rank 0's log, None on the others.
+
+    Raises:
+        UserError: the folder cannot be written; on every rank.
+    """
+    log, failure = None, None
+    if plan.grid.rank == 0:
+        try:
+            if checkpoint is not None:
+                adopt_checkpoint(folder, checkpoint)
+                keep = plan.settings.keep_checkpoints
+                remove_superseded(folder.checkpoints, checkpoint.progress, keep=keep, guard=folder.guard)
+            write_run_settings(plan, folder)
+            start = checkpoint.progress if checkpoint is not None else Progress()
+            log = MetricsLog(
+                folder,
+                resumed_step=start.step,
+                evaluated_step=start.evaluated_step,
+                report_to=plan.settings.report_to,
+                settings=plan.resolved_settings(),
+            )
+        except UserError as error:
+            failure = error
+    raise_on_every_rank(failure)
+    return log
+
+
+def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
+    """Write run.yaml: every resolved setting, what comes from the hub, the content of --chat_template as a hash, and
+    versions of libraries."""
+    versions = installed_versions("torch", "deepspeed", "transformers")
+    settings = plan.resolved_settings()
+    settings["output_dir"] = str(folder.path)
+    settings[HUB_NAMES] = hub_ids(*(settings[name] for name in ("train_file", "validation_file", "tokenizer")))
+    if plan.settings.chat_template is not None:
+        settings[TEMPLATE_HASH] = chat_template_sha256(plan.settings.chat_template)
+    folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
