@@ -139,10 +139,10 @@ def _best_is_scored() -> None:
         for member in members:
             if member.state == "ended" and samples_of(member) is member.data.scored:
                 best = load_file(member.folder.adapter / "adapter_model.safetensors")
-                for name, parameter in member.runner.adapter.named_parameters():
+                for name, parameter in member.adapter.named_parameters():
                     assert torch.equal(parameter.detach(), best[name]), name
 
-    before_call("megatron_tiedlora.training.group_evaluation", "GroupEvaluation.scores", look)
+    before_call("megatron_tiedlora.training.evaluation", "Evaluation.scores", look)
 
 
 def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
@@ -172,7 +172,7 @@ def test_a_killed_run_is_resumed(base: Base, tmp_path: Path, alone: Path, four: 
     """Killed twice: in a turn, and while the first of its exports is written. One more adapter joins at a resume."""
     folder, joins = tmp_path / "run", dict(list(four.items())[:3])
     file = written(tmp_path / "adapters.yaml", joins)
-    kill = partial(kill_at_call, "megatron_tiedlora.training.group", "Group._turn", call=4)
+    kill = partial(kill_at_call, "megatron_tiedlora.training.loop", "Trainer._train_step", call=4)
     run(base, folder, adapters=file, prelude=kill, expect=-signal.SIGKILL)
     assert {row["state"] for row in table(folder).values()} == {"running"}
     written(file, four)
@@ -191,7 +191,7 @@ def builds_only(*names: str) -> None:
     def look(plans: Any, *_: Any) -> None:
         assert tuple(plans) == names, tuple(plans)
 
-    before_call("megatron_tiedlora.training.build_bank", "build_bank", look)
+    before_call("megatron_tiedlora.training.build", "build_model", look)
 
 
 def times(folder: Path) -> dict[Path, int]:
@@ -225,7 +225,7 @@ def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, fou
 
 def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", four)
-    stop = partial(kill_at_call, "megatron_tiedlora.training.group", "Group._turn", call=3, number=signal.SIGTERM)
+    stop = partial(kill_at_call, "megatron_tiedlora.training.loop", "Trainer._train_step", call=3, number=signal.SIGTERM)
     ended = run(base, folder, adapters=file, prelude=stop, expect=143)
     assert "stopped by SIGTERM" in ended.tail() and "--resume auto" in ended.tail()
     for part in (folder, *(folder / name for name in four)):
@@ -245,7 +245,7 @@ def test_a_start_from_another_adapter(base: Base, tmp_path: Path, alone: Path, f
     own = {"init_from": str(start), "max_steps": 4}
     run(base, tmp_path / "alone", ds_config="zero0.json", rank=None, **own)
     file, folder = written(tmp_path / "adapters.yaml", {"from_c": own}), tmp_path / "run"
-    kill = partial(kill_at_call, "megatron_tiedlora.training.group", "Group._turn", call=4)
+    kill = partial(kill_at_call, "megatron_tiedlora.training.loop", "Trainer._train_step", call=4)
     run(base, folder, adapters=file, rank=None, prelude=kill, expect=-signal.SIGKILL)
     shutil.rmtree(start)
     run(base, folder, adapters=file, rank=None, resume="auto")

@@ -20,7 +20,7 @@ from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.traffic import step_traffic
-from megatron_tiedlora.training import group_start, session
+from megatron_tiedlora.training import resumed, start
 from megatron_tiedlora.training.dry_run import dry_run_report
 from megatron_tiedlora.training.group_dry_run import group_report
 from megatron_tiedlora.training.group_plan import GroupPlan, first_step_of
@@ -189,11 +189,12 @@ def open_folders(settings: Settings) -> None:
     """The start of a run of one rank, as far as its folders."""
     held = ExitStack()
     with held, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(group_start, "decided_by_rank_0", lambda decide, kind: decide())
-        patch.setattr(session, "num_differing", lambda value: 0)
+        for module in (start, resumed):
+            patch.setattr(module, "decided_by_rank_0", lambda decide, kind: decide())
+        patch.setattr(start, "num_differing", lambda value: 0)
         plans = plan_group(settings, rank=0, world_size=1)
         data = prepare_group_data(plans)
-        group_start.open_group_folder(settings, plans, data, keep=held.callback)
+        start.open_run(settings, plans, data, keep=held.callback)
 
 
 def test_thousands_of_adapters_are_planned_in_seconds(

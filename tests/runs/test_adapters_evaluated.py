@@ -93,10 +93,10 @@ def _spoil(name: str) -> None:
     def look(_: Any, members: Any) -> None:
         for member in members:
             if member.name == name and member.progress.step == 2:
-                for parameter in member.runner.adapter.parameters():
+                for parameter in member.adapter.parameters():
                     parameter.data.fill_(torch.nan)
 
-    before_call("megatron_tiedlora.training.group_evaluation", "GroupEvaluation.losses", look)
+    before_call("megatron_tiedlora.training.evaluation", "Evaluation.losses", look)
 
 
 def test_one_that_fails_in_an_evaluation_fails_alone(base: Base, own: Own, alone: Path, tmp_path: Path) -> None:

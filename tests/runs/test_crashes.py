@@ -14,7 +14,7 @@ from run_files import assert_same_run, checkpoint_names, files_of, losses
 from run_helpers import Base, run, write_base
 from run_preludes import die_at_event, kill_at_call, kill_at_step, scripted_validation
 
-LOOP = "megatron_tiedlora.training.loop"
+ADAPTER_RUN = "megatron_tiedlora.training.adapter_run"
 
 pytestmark = pytest.mark.distributed
 
@@ -56,15 +56,15 @@ WORSE_AFTER_TWO = {2: 3.0, 4: 4.0, 6: 5.0, 8: 6.0, 10: 7.0}
 
 
 def _stop_in_second_evaluation() -> None:
-    import megatron_tiedlora.training.loop as loop
+    from megatron_tiedlora.training import evaluation
 
-    def evaluate(trainer: loop.Trainer) -> float:
-        if trainer.progress.step == 4:
+    def losses(self: evaluation.Evaluation, runs: evaluation.Runs) -> dict[str, float]:
+        if any(run.progress.step == 4 for run in runs):
             os.kill(os.getpid(), signal.SIGTERM)
-            trainer.stop.agree(True)
-        return WORSE_AFTER_TWO.get(trainer.progress.step, 10.0)
+            self.stop.agree(True)
+        return {run.name: WORSE_AFTER_TWO.get(run.progress.step, 10.0) for run in runs}
 
-    loop.Trainer.evaluate = evaluate  # type: ignore[method-assign, assignment]
+    evaluation.Evaluation.losses = losses  # type: ignore[method-assign]
 
 
 def _killed_at_six() -> None:
@@ -73,10 +73,10 @@ def _killed_at_six() -> None:
 
 
 SAVE_POINTS = {
-    "before the checkpoint": (LOOP, "save_checkpoint", 2),
+    "before the checkpoint": (ADAPTER_RUN, "save_checkpoint", 2),
     "before its state": ("megatron_tiedlora.checkpoint.resume", "save_file", 2),
     "before `latest`": ("megatron_tiedlora.checkpoint.resume", "write_text", 2),
-    "before the adapter": (LOOP, "save_adapter", 2),
+    "before the adapter": (ADAPTER_RUN, "save_adapter", 2),
 }
 
 

@@ -83,7 +83,7 @@ def test_disk_full_at_a_save(base: Base, tmp_path: Path, ranks: int | None) -> N
     """The save of step 4: that of step 2 stays whole, and the run can go on from it."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     run(base, whole, max_steps=4, rank=16, ranks=ranks)
-    prelude = partial(limit_files, LOOP, "save_checkpoint", 6000, call=2)
+    prelude = partial(limit_files, "megatron_tiedlora.training.adapter_run", "save_checkpoint", 6000, call=2)
     ended = run(base, folder, max_steps=4, rank=16, ranks=ranks, prelude=prelude, expect=2)
     line = ended.error_line()
     assert "step_4: cannot be written" in line and "nothing was changed" in line
@@ -100,7 +100,7 @@ def test_disk_full_at_a_save(base: Base, tmp_path: Path, ranks: int | None) -> N
 def test_files_that_cannot_be_written(base: Base, tmp_path: Path) -> None:
     """Where it is the first file nothing is left; where it is a log the run fails in one line."""
     folder = tmp_path / "run"
-    full = partial(limit_files, "megatron_tiedlora.training.session", "write_run_settings", 600)
+    full = partial(limit_files, "megatron_tiedlora.training.start", "write_run_settings", 600)
     assert "run.yaml: cannot be written" in run(base, folder, prelude=full, expect=2).error_line()
     assert not folder.exists()
     assert "logs cannot be written" in run(base, folder, prelude=_lose_the_log, expect=2).error_line()

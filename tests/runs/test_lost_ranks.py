@@ -242,7 +242,7 @@ def test_sigusr1_stops_for_a_requeue_only_after_a_step(base: Base, tmp_path: Pat
     folder = tmp_path / "run"
     run(base, folder, ranks=2, prelude=partial(kill_at_step, 4, signal.SIGUSR1), expect=138)
     assert status(folder) == {"state": "stopped", "step": 4, "reason": "SIGUSR1"}
-    at_once = partial(kill_at_call, LOOP, "Trainer._evaluate_and_save", number=signal.SIGUSR1)
+    at_once = partial(kill_at_call, LOOP, "Trainer._after_step", number=signal.SIGUSR1)
     run(base, folder, ranks=2, resume="auto", prelude=at_once, expect=1)
     assert status(folder) == {"state": "stopped", "step": 4, "reason": "SIGUSR1 before a step of this start"}
     assert len(metrics(folder)) == 4

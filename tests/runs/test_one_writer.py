@@ -206,12 +206,12 @@ def die_as_rank_0_in_build() -> None:
 # Where rank 0 stands still: as it begins, in a save between the rename and `latest`, before it, as old checkpoints are
 # removed, as the best adapter is replaced, between two steps, in the export, and as the status is written.
 MOMENTS = {
-    "before its settings": ("megatron_tiedlora.training.session", "write_run_settings", 1),
+    "before its settings": ("megatron_tiedlora.training.start", "write_run_settings", 1),
     "before its log": ("megatron_tiedlora.runtime.rank_log", "RankLog.opened", 1),
     "before latest": (RESUME, "write_text", 2),
     "in a save": (RESUME, "save_file", 3),
     "before a removal": (RESUME, "discard", 1),
-    "before the adapter": ("megatron_tiedlora.training.loop", "save_adapter", 3),
+    "before the adapter": ("megatron_tiedlora.training.adapter_run", "save_adapter", 3),
     "between steps": ("megatron_tiedlora.training.loop", "Trainer._train_step", 6),
     "in the export": ("megatron_tiedlora.convert.export_peft", "save_file", 1),
     "before the status": ("megatron_tiedlora.runtime.ending", "End.record", 1),

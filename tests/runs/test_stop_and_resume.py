@@ -28,6 +28,7 @@ from run_helpers import Base, deepspeed_command, run, start_command, torchrun_co
 from run_preludes import kill_at_call, kill_at_step, scripted_validation
 
 LOOP = "megatron_tiedlora.training.loop"
+EVALUATION = "megatron_tiedlora.training.evaluation"
 BUILD = "megatron_tiedlora.training.build"
 
 pytestmark = pytest.mark.distributed
@@ -174,7 +175,7 @@ def test_the_first_signal_counts(base: Base, tmp_path: Path) -> None:
 
 def _interrupt_then_terminate() -> None:
     kill_at_step(3, signal.SIGINT)
-    kill_at_call(LOOP, "save_checkpoint", call=2, number=signal.SIGTERM)
+    kill_at_call("megatron_tiedlora.training.adapter_run", "save_checkpoint", call=2, number=signal.SIGTERM)
     kill_at_call("megatron_tiedlora.runtime.ending", "exit_status", number=signal.SIGTERM)
     kill_at_call("megatron_tiedlora.runtime.ending", "End.record", number=signal.SIGTERM)
 
@@ -182,7 +183,7 @@ def _interrupt_then_terminate() -> None:
 def test_a_signal_before_the_first_step(base: Base, tmp_path: Path) -> None:
     """While the base is validated: stopped, without a checkpoint; resuming starts from the beginning."""
     folder = tmp_path / "run"
-    start = partial(kill_at_call, LOOP, "Trainer._evaluate_start", number=signal.SIGTERM)
+    start = partial(kill_at_call, LOOP, "Trainer._begin", number=signal.SIGTERM)
     ended = run(base, folder, ranks=2, prelude=start, expect=143)
     assert status(folder)["state"] == "stopped" and status(folder)["step"] == 0
     assert not (folder / "checkpoints").exists() and not (folder / "adapter").exists()
@@ -203,7 +204,7 @@ def test_a_signal_during_an_evaluation_and_one_during_the_export(base: Base, tmp
     whole, folder = tmp_path / "whole", tmp_path / "run"
     run(base, whole)
     # The first evaluation is of the start, so the third one follows step 4.
-    evaluating = partial(kill_at_call, LOOP, "Trainer.evaluate", call=3, number=signal.SIGTERM)
+    evaluating = partial(kill_at_call, EVALUATION, "Evaluation._shared_batches", call=3, number=signal.SIGTERM)
     run(base, folder, prelude=evaluating, expect=143)
     assert status(folder)["step"] == 4 and [step for step, _ in losses(folder, "validation")] == [0, 2]
     exporting = partial(kill_at_call, "megatron_tiedlora.training.finish", "export_peft", number=signal.SIGINT)

@@ -316,7 +316,7 @@ def _current_step(patch: pytest.MonkeyPatch) -> Callable[[], int]:
     train_step, current = trainer._train_step, [0]
 
     def note(made: Any, *positional: Any) -> None:
-        current[0] = made.progress.step + 1
+        current[0] = made.last_step + 1
         train_step(made, *positional)
 
     patch.setattr(trainer, "_train_step", note)

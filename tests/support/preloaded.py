@@ -35,7 +35,7 @@ MODULES = (
     "megatron_tiedlora.runtime.ending",
     "megatron_tiedlora.training.dry_run",
     "megatron_tiedlora.training.finish",
-    "megatron_tiedlora.training.session",
+    "megatron_tiedlora.training.start",
     "forked_ranks",
     "run_helpers",
     "run_preludes",

@@ -40,7 +40,7 @@ def late_rank_0(seconds: float = 60.0) -> None:
 
 def slow_turns(seconds: float = 0.5) -> None:
     """Every turn of a run of several adapters takes so many seconds longer."""
-    before_call("megatron_tiedlora.training.group", "Group._turn", lambda *_: time.sleep(seconds))
+    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: time.sleep(seconds))
 
 
 def quick_start() -> None:
@@ -213,8 +213,8 @@ def poison(step: int, what: str) -> None:
 
 def scripted_validation(losses: dict[int, float]) -> None:
     """The validation loss after each step is given, and is 10 elsewhere."""
-    module: Any = importlib.import_module("megatron_tiedlora.training.loop")
-    module.Trainer.evaluate = lambda trainer: losses.get(trainer.progress.step, 10.0)
+    module: Any = importlib.import_module("megatron_tiedlora.training.evaluation")
+    module.Evaluation.losses = lambda _, runs: {run.name: losses.get(run.progress.step, 10.0) for run in runs}
 
 
 def limit_files(module: str, name: str, size: int, *, call: int = 1) -> None:

@@ -25,7 +25,7 @@ from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.plan import plan_evaluations
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.training.plan import plan_run
-from megatron_tiedlora.training.session import write_run_settings
+from megatron_tiedlora.training.start import write_run_settings
 
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 OTHER = CHATML.replace("user", "human") + "{# other #}"

@@ -29,7 +29,7 @@ from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.sharing.push import check_hub_id, write_published
 from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.session import write_run_settings
+from megatron_tiedlora.training.start import write_run_settings
 
 SCORES = {
     "before": {"gsm8k": {"score": 10.0, "n": 24, "confidence_interval": [2.0, 20.0]}},

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_tiedlora.base.atomic import unguarded
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.training.group import Group
+from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.halving import BatchLosses, find_behind, read_record, rivals_of
 
 
@@ -79,7 +79,7 @@ def test_evaluations_during_the_warm_up_do_not_count() -> None:
     def stopped(warmup_steps: int) -> list[str]:
         names: list[str] = []
         plan = SimpleNamespace(settings=SimpleNamespace(warmup_steps=warmup_steps))
-        members = {
+        runs = {
             name: SimpleNamespace(
                 failure=None,
                 evaluated=losses,
@@ -89,8 +89,8 @@ def test_evaluations_during_the_warm_up_do_not_count() -> None:
             )
             for name, losses in found.items()
         }
-        group: Any = SimpleNamespace(rivals={"a": ("b",), "b": ("a",)}, members=members, _running=lambda: members)
-        Group._stop_behind(group, SimpleNamespace(write=lambda _: None))
+        trainer: Any = SimpleNamespace(rivals={"a": ("b",), "b": ("a",)}, adapters=runs, _running=lambda: runs)
+        Trainer._stop_behind(trainer, SimpleNamespace(write=lambda _: None))
         return names
 
     assert len(stopped(step)) == 1 and not stopped(step + 1)

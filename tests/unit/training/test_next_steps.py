@@ -20,7 +20,7 @@ from megatron_tiedlora.commands import merge, verify
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.merge import is_merge_of
 from megatron_tiedlora.runtime.run_folder import RunFolder
-from megatron_tiedlora.runtime.stopping import RunStopped
+from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 from megatron_tiedlora.training import finish
 
 
@@ -107,14 +107,14 @@ def test_every_line_is_one_for_a_shell(run: Path, base: Path) -> None:
 def test_the_loss_on_the_stored_base_cannot_undo_a_run(
     found: Any, said: str, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loss(_: Any) -> float:
+    def loss(*_: Any) -> float:
         if isinstance(found, float):
             return found
         raise found
 
     monkeypatch.setattr(finish, "_original_loss", loss)
     plan = SimpleNamespace(source=find_model(str(base)), settings=SimpleNamespace(base="nf4"), dtype_name="bf16")
-    trainer: Any = SimpleNamespace(plan=plan)
-    assert finish.original_loss(trainer) == ["", f"on the base as it is stored, in bf16: {said}"]
+    run: Any = SimpleNamespace(plan=plan)
+    assert finish.original_loss(run, StopRequests()) == ["", f"on the base as it is stored, in bf16: {said}"]
     plan.settings.base = None
-    assert finish.original_loss(trainer) == []
+    assert finish.original_loss(run, StopRequests()) == []

@@ -42,10 +42,9 @@ def test_a_run_merges_where_its_task_says_so(
         monkeypatch.setattr(finish, name, lambda *_, name=name, **__: called.append(name))
     monkeypatch.setattr(finish, "verify_export", lambda *_, **__: Verification(None, ()))
     trainer: Any = SimpleNamespace(
-        stop=StopRequests(),
         folder=RunFolder(tmp_path),
         plan=SimpleNamespace(source=SimpleNamespace(stored=stored), settings=make_settings({"task": task})),
     )
-    lines = finish.export(trainer)
+    lines = finish.export(trainer, StopRequests())
     assert called == ["plot_losses", "load_adapter", "export_peft", *(["merge_adapter"] if merges else [])]
     assert bool(lines) == merges
