@@ -66,13 +66,13 @@ class Trainer:
     def __post_init__(self) -> None:
         self.evaluation = Evaluation(self.step.runner, self.step.capacity, self.stop)
         self.last_step = max(run.progress.step for run in self.adapters.values())
-        rank = next(iter(self.adapters.values())).plan.grid.rank
-        self._profiler = StepProfiler(self.profile, self.folder, rank=rank)
+        self.rank = next(iter(self.adapters.values())).plan.grid.rank
+        self._profiler = StepProfiler(self.profile, self.folder, rank=self.rank)
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and shows progress."""
-        return next(iter(self.adapters.values())).is_main
+        return self.rank == 0
 
     @property
     def failed(self) -> list[str]:
@@ -164,12 +164,12 @@ class Trainer:
                 failure=next(filter(None, (self._table_failure, *failures)), None),
                 saved_steps={name: run.saved_step for name, run in running.items() if run.saved_step is not None},
             )
-        self.last_step += 1
         said = [f"{sum(step.num_tokens for step in samples.values()) / report.seconds:,.0f} tokens/s"]
         for name, run in running.items():
             with run.failing_alone():
                 said.append(run.took(samples[name], report))
                 bar.update(1)
+        self.last_step += 1
         self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
         self._after_step(self._running(), bar)
         self._show(bar, said[0] if len(self.everyone) > 1 else said[-1])

@@ -190,7 +190,7 @@ def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
     """The plans with the folder of each adapter that has one of its own."""
     return {
         name: plan
-        if own.path == folder.path
+        if own is folder
         else replace(plan, settings=plan.settings.completed(output_dir=str(own.path)))
         for (name, plan), own in zip(plans.items(), adapter_folders(plans, folder).values(), strict=True)
     }
@@ -198,7 +198,7 @@ def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
 
 def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
     """Raise UserError if the folder of an adapter cannot be used beside the others and the run's."""
-    own = {name: str(of.path) for name, of in adapter_folders(plans, folder).items() if of.path != folder.path}
+    own = {name: str(of.path) for name, of in adapter_folders(plans, folder).items() if of is not folder}
     check_folders(str(settings.adapters), {RUN_OF_ALL: str(folder.path), **own})
     for name, output_dir in own.items():
         with naming(name):

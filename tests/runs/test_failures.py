@@ -109,7 +109,7 @@ def test_files_that_cannot_be_written(base: Base, tmp_path: Path) -> None:
 
 def _lose_the_log() -> None:
     def lose(trainer: Any, *_: Any) -> None:
-        if trainer.progress.step == 1:
+        if trainer.last_step == 1:
             trainer.folder.metrics.unlink()
             trainer.folder.metrics.mkdir()
 

@@ -138,7 +138,7 @@ def every_group(look: Callable[[Any], None]) -> None:
     def look_at_all(trainer: Any, *_: Any) -> None:
         from torch.distributed import distributed_c10d
 
-        if trainer.progress.step == 1:
+        if trainer.last_step == 1:
             groups = list(distributed_c10d._world.pg_map)
             assert len(groups) > 3
             for group in groups:

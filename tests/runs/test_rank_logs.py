@@ -99,7 +99,7 @@ def fail_on(rank: int) -> None:
     """This rank's code breaks at training step 3."""
 
     def look(trainer: Any, *_: Any) -> None:
-        if trainer.progress.step == 2 and trainer.plan.grid.rank == rank:
+        if trainer.last_step == 2 and trainer.rank == rank:
             raise ZeroDivisionError("of ours")
 
     before_call(LOOP, "Trainer._train_step", look)

@@ -26,7 +26,7 @@ def slow_steps(seconds: float = 0.3, *, after: int = 0) -> None:
     """Every training step after step `after` takes so many seconds longer, so that a signal comes between two."""
 
     def sleep(trainer: Any, *_: Any) -> None:
-        if trainer.progress.step >= after:
+        if trainer.last_step >= after:
             time.sleep(seconds)
 
     before_call("megatron_tiedlora.training.loop", "Trainer._train_step", sleep)
@@ -109,7 +109,7 @@ def kill_at_step(step: int, number: int = signal.SIGTERM, *, rank: int | None = 
     """The rank (or each) sends itself a signal at the start of training step `step`, which is the last one then."""
 
     def look(trainer: Any, *_: Any) -> None:
-        if trainer.progress.step + 1 == step and rank in (None, trainer.plan.grid.rank):
+        if trainer.last_step + 1 == step and rank in (None, trainer.rank):
             os.kill(os.getpid(), number)
 
     before_call("megatron_tiedlora.training.loop", "Trainer._train_step", look)
@@ -199,7 +199,7 @@ def poison(step: int, what: str) -> None:
     steps = [0]
 
     def look(trainer: Any, *_: Any) -> None:
-        steps[0] = trainer.progress.step + 1
+        steps[0] = trainer.last_step + 1
 
     def poisoned(runner: Any, batch: Any) -> Any:
         loss = forward(runner, batch)
