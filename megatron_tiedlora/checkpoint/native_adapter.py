@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from megatron_tiedlora import __version__
 from megatron_tiedlora.adapters.targets import Target, sized_targets
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, lora_factors
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
@@ -26,6 +25,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
+from megatron_tiedlora.base.version import __version__
 from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.output_folder import NewOutput
-from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.evaluation.held_out import Questions

@@ -16,7 +16,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress

@@ -15,7 +15,7 @@ from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
