@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank, pieces_of
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.plan import LEARNING_RATE, random_config, read_samples
@@ -22,13 +22,12 @@ from megatron_tiedlora.checkpoint.base_weights import draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
-from megatron_tiedlora.data.loader import MicroBatch, collate
-from megatron_tiedlora.data.shared import shared_input, shared_rounds
+from megatron_tiedlora.data.loader import collate
+from megatron_tiedlora.data.shared import shared_micro_batch, shared_rounds
 from megatron_tiedlora.engine.bank_runner import ShareLosses, Weight
-from megatron_tiedlora.engine.runner import StepInput
+from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import find_shared_supervised, find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
@@ -62,7 +61,7 @@ class Side:
     def __post_init__(self) -> None:
         self.num_tokens = sum(batch.num_tokens for batch in self.batches)
         self.num_supervised = sum(batch.num_supervised for batch in self.batches)
-        self.num_positions = sum(batch.input_ids.numel() for batch in self.batches)
+        self.num_positions = sum(batch.tokens.numel() for batch in self.batches)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
 
@@ -91,11 +90,9 @@ def take_step(
         optimizer.zero_grad()
 
 
-def stage_losses(stage: Stage, batch: StepInput, device: torch.device) -> torch.Tensor:
+def stage_losses(stage: Stage, batch: MicroBatch, device: torch.device) -> torch.Tensor:
     """The summed loss of a micro-batch; of a shared one that of each share, (shares,)."""
-    pieces, labels = pieces_of(batch.shares), batch.labels
-    found = find_shared_supervised(labels, pieces) if pieces else find_supervised(labels)
-    supervised = found.moved(lambda tensor: tensor.to(device))
+    supervised = batch.supervised().moved(lambda tensor: tensor.to(device))
     tokens, positions = batch.tokens.to(device), batch.positions.to(device)
     losses: torch.Tensor = stage(tokens, positions, supervised, documents=batch.documents, shares=batch.shares)
     return losses
@@ -146,7 +143,7 @@ def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) 
     step = next(plan.training_loader(dataset, pad_id=pad_id))
 
     def forward(batch: MicroBatch) -> torch.Tensor:
-        return stage_losses(stage, batch.model_input, device) / step.num_supervised
+        return stage_losses(stage, batch, device) / step.num_supervised
 
     flops = training_flops(plan.source.shape, plan.adapter, step)
     return Side(stage, step.micro_batches, forward, device, flops, chosen.description)
@@ -213,16 +210,16 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
         # transformers shifts the labels itself.
         labels = torch.full_like(batch.labels, -100)
         labels[:, 1:] = batch.labels[:, :-1]
-        mask = torch.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]
+        mask = torch.arange(batch.tokens.shape[1])[None] < batch.lengths[:, None]
         if batch.documents is not None:
             ids, length = batch.documents, batch.documents.shape[1]
             causal = torch.ones(length, length, dtype=torch.bool).tril()
             mask = (ids[:, None, :, None] == ids[:, None, None, :]) & causal
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.dtype == torch.bfloat16):
             loss: torch.Tensor = model(
-                input_ids=batch.input_ids.to(device),
+                input_ids=batch.tokens.to(device),
                 attention_mask=mask.to(device),
-                position_ids=batch.position_ids.to(device),
+                position_ids=batch.positions.to(device),
                 labels=labels.to(device),
                 use_cache=False,
             ).loss
@@ -249,9 +246,9 @@ class Group:
     stage: Stage
     bank: AdapterBank
     optimizers: Mapping[str, torch.optim.Optimizer]
-    alone: Mapping[str, Sequence[StepInput]]
-    shared: Sequence[StepInput]
-    joined: Sequence[StepInput]
+    alone: Mapping[str, Sequence[MicroBatch]]
+    shared: Sequence[MicroBatch]
+    joined: Sequence[MicroBatch]
     weight: Weight
     device: torch.device
     kernels: str
@@ -270,14 +267,14 @@ class Group:
         for name, batches in self.alone.items():
             self._step([name], batches)
 
-    def _step(self, names: Sequence[str], batches: Sequence[StepInput]) -> None:
+    def _step(self, names: Sequence[str], batches: Sequence[MicroBatch]) -> None:
         """Take a step of these adapters on shared micro-batches, or of one adapter on its own."""
         shares = bool(batches[0].shares)
         self.stage.bank = self.bank if shares else None
         self.stage.adapter = None if shares else self.bank.adapters[names[0]]
         losses = ShareLosses(dict.fromkeys(names, self.weight))
 
-        def loss(batch: StepInput) -> torch.Tensor:
+        def loss(batch: MicroBatch) -> torch.Tensor:
             found = stage_losses(self.stage, batch, self.device)
             return losses.weighted(found, batch.shares) if shares else found / self.weight.denominator
 
@@ -304,9 +301,9 @@ def build_group(plan: RunPlan, settings: BenchSettings) -> Group:
         stage,
         AdapterBank(adapters),
         {name: _optimizer(adapter) for name, adapter in adapters.items()},
-        {name: [batch.model_input for batch in step.micro_batches] for name, step in steps.items()},
-        [shared_input(parts) for parts in rounds],
-        [_stacked([batch.model_input for _, batch in parts]) for parts in rounds],
+        {name: step.micro_batches for name, step in steps.items()},
+        [shared_micro_batch(parts) for parts in rounds],
+        [_stacked([batch for _, batch in parts]) for parts in rounds],
         Weight(step.num_supervised, 1),
         device,
         chosen.description,
@@ -318,7 +315,12 @@ def _optimizer(adapter: TiedAdapter) -> torch.optim.Optimizer:
     return make_optimizer(trained, learning_rate=LEARNING_RATE, weight_decay=0.0)
 
 
-def _stacked(batches: Sequence[StepInput]) -> StepInput:
+def _stacked(batches: Sequence[MicroBatch]) -> MicroBatch:
     """The rows of several micro-batches, all of one length and not packed."""
-    tokens, positions, labels = map(torch.cat, zip(*(batch[:3] for batch in batches), strict=True))
-    return StepInput(tokens, positions, labels)
+    return MicroBatch(
+        tokens=torch.cat([batch.tokens for batch in batches]),
+        positions=torch.cat([batch.positions for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        lengths=torch.cat([batch.lengths for batch in batches]),
+        num_samples=sum(batch.num_samples for batch in batches),
+    )

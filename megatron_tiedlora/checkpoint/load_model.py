@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -26,7 +26,6 @@ from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.weight_maker import weight_maker
-from megatron_tiedlora.planning.partition import Stages
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -63,7 +62,7 @@ def load_model(
     grid: Grid | None = None,
     make_weight: WeightMaker | None = None,
     groups: ParallelGroups | None = None,
-    stages: Stages | None = None,
+    stages: Sequence[range] | None = None,
     merged: bool = False,
     kernels: Kernels = EAGER,
     progress: bool = False,

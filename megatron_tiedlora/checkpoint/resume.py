@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megatron_tiedlora.adapters.gathering import MOMENTS
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.atomic import Guard, discard, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.checksums import check_file, check_seal, sealed
@@ -32,7 +33,6 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     write_adapter_files,
 )
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
-from megatron_tiedlora.engine.optimizer_state import MOMENTS
 from megatron_tiedlora.parallel.messages import SentTensor
 
 STATE_FILE = "trainer_state.safetensors"

@@ -15,7 +15,8 @@ import torch
 
 from megatron_tiedlora.adapters.adapter_bank import Shares
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, Runner, StepInput
+from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, Runner
+from megatron_tiedlora.model.batch import MicroBatch
 
 
 class Weight(NamedTuple):
@@ -57,7 +58,7 @@ class BankPlainRunner(PlainRunner):
     """One stage: DeepSpeedEngine, ZeRO-0, or ZeRO-3 for the base."""
 
     def accumulate_shares(
-        self, batches: Sequence[StepInput], weights: Mapping[str, Weight], between: Callable[[], None]
+        self, batches: Sequence[MicroBatch], weights: Mapping[str, Weight], between: Callable[[], None]
     ) -> dict[str, float]:
         """Run a step's forward and backward passes: accumulates gradients, and changes no parameter.
 
@@ -79,7 +80,7 @@ class BankPlainRunner(PlainRunner):
         return losses.totals(counted=self.counts_loss)
 
     @torch.no_grad()
-    def evaluate_shares(self, batches: Sequence[StepInput]) -> list[dict[str, float]]:
+    def evaluate_shares(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
         """The summed loss of each batch's adapters without gradients; 0 if another rank counts it."""
         self.engine.eval()
         losses = [_unweighted(batch) for batch in batches]
@@ -102,7 +103,7 @@ class BankPipelineRunner(PipelineRunner):
         }
 
     def accumulate_shares(
-        self, batches: Sequence[StepInput], weights: Mapping[str, Weight], between: Callable[[], None]
+        self, batches: Sequence[MicroBatch], weights: Mapping[str, Weight], between: Callable[[], None]
     ) -> dict[str, float]:
         """See BankPlainRunner; stages run different micro-batches at a time, so `between` is never called."""
         from deepspeed.runtime.pipe.schedule import TrainSchedule
@@ -114,7 +115,7 @@ class BankPipelineRunner(PipelineRunner):
         return losses.totals(counted=self.counts_loss)
 
     @torch.no_grad()
-    def evaluate_shares(self, batches: Sequence[StepInput]) -> list[dict[str, float]]:
+    def evaluate_shares(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
         """See BankPlainRunner."""
         from deepspeed.runtime.pipe.schedule import InferenceSchedule
 
@@ -124,12 +125,12 @@ class BankPipelineRunner(PipelineRunner):
         self._run(InferenceSchedule, batches, 1.0)
         return [of_batch.totals(counted=self.counts_loss) for of_batch in losses]
 
-    def _labels(self, batch: StepInput) -> tuple[Any, ...]:
+    def _labels(self, batch: MicroBatch) -> tuple[Any, ...]:
         losses = next(self._losses)
         return *self._supervised(batch), lambda found: losses.weighted(found, batch.shares)
 
 
-def _unweighted(batch: StepInput) -> ShareLosses:
+def _unweighted(batch: MicroBatch) -> ShareLosses:
     return ShareLosses({share.adapter: Weight(1.0, 1) for share in batch.shares})
 
 

@@ -11,36 +11,20 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
+from megatron_tiedlora.adapters.adapter_bank import Shares
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import sum_tied_gradients_
 from megatron_tiedlora.engine.engine import clip_gradients_
 from megatron_tiedlora.engine.engine_json import EngineConfig
+from megatron_tiedlora.model.batch import MicroBatch, Supervised
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised, find_supervised
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 _LARGEST_SQUARE = torch.finfo(torch.float32).max
-
-
-class StepInput(NamedTuple):
-    """One micro-batch: tokens, position ids and labels (the next token or -100), each (b, s) int64, on the host.
-
-    `documents` holds document ids, (b, s) int64: tokens attend only within their document. None: one per row.
-    `numbers`, (b, s) int64, are the tokens' numbers, from which dropout follows. None: there is none.
-    `shares` of several adapters, whose tokens are then one row: b is 1.
-    """
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    labels: torch.Tensor
-    documents: torch.Tensor | None = None
-    numbers: torch.Tensor | None = None
-    shares: Shares = ()
 
 
 def reported_norm(norm: float) -> float:
@@ -83,7 +67,7 @@ class Runner:
         """The preferred number of micro-batches per call of `evaluate`."""
         return 1
 
-    def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
+    def accumulate(self, batches: Sequence[MicroBatch], denominator: float, between: Callable[[], None]) -> float:
         """Run a step's forward and backward passes: accumulates and averages gradients, and changes no parameter.
 
         Args:
@@ -95,7 +79,7 @@ class Runner:
         """
         raise NotImplementedError
 
-    def evaluate(self, batches: Sequence[StepInput]) -> float:
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """The summed loss of some micro-batches without gradients; 0 if another rank counts it."""
         raise NotImplementedError
 
@@ -118,14 +102,9 @@ class Runner:
     def _step(self) -> None:
         raise NotImplementedError
 
-    def _supervised(self, batch: StepInput) -> Supervised:
+    def _supervised(self, batch: MicroBatch) -> Supervised:
         """The batch's supervised positions, computed on the host, for the last layers of this rank's stage."""
-        num_parts = self.stage.tensor_parallel.sequence_parts
-        if batch.shares:
-            found = find_shared_supervised(batch.labels, pieces_of(batch.shares), num_parts)
-        else:
-            found = find_supervised(batch.labels, num_parts)
-        return found.moved(self._on_device)
+        return batch.supervised(self.stage.tensor_parallel.sequence_parts).moved(self._on_device)
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type != "cuda":
@@ -136,7 +115,7 @@ class Runner:
 class PlainRunner(Runner):
     """One stage: DeepSpeedEngine, any ZeRO stage."""
 
-    def forward(self, batch: StepInput) -> torch.Tensor:
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Summed loss of a micro-batch, a scalar."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
@@ -148,7 +127,7 @@ class PlainRunner(Runner):
             )
         return loss
 
-    def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
+    def accumulate(self, batches: Sequence[MicroBatch], denominator: float, between: Callable[[], None]) -> float:
         """See Runner."""
         self.engine.train()
         self.adapter.u_sum.start(len(batches))
@@ -165,7 +144,7 @@ class PlainRunner(Runner):
         return float(total) if self.counts_loss else 0.0
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[StepInput]) -> float:
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """See Runner."""
         self.engine.eval()
         total = sum(float(self.forward(batch)) for batch in batches)
@@ -206,7 +185,7 @@ class PipelineRunner(Runner):
         """See Runner."""
         return inputs_to_fill(self.groups.pipeline.size)
 
-    def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
+    def accumulate(self, batches: Sequence[MicroBatch], denominator: float, between: Callable[[], None]) -> float:
         """See Runner; stages run different micro-batches at a time, so `between` is never called."""
         from deepspeed.runtime.pipe.schedule import TrainSchedule
 
@@ -215,14 +194,14 @@ class PipelineRunner(Runner):
         return self._run(TrainSchedule, batches, denominator)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[StepInput]) -> float:
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """See Runner."""
         from deepspeed.runtime.pipe.schedule import InferenceSchedule
 
         self.engine.module.eval()
         return self._run(InferenceSchedule, batches, 1.0)
 
-    def _run(self, schedule: Any, batches: Sequence[StepInput], denominator: float) -> float:
+    def _run(self, schedule: Any, batches: Sequence[MicroBatch], denominator: float) -> float:
         self.engine.total_loss = None
         self.engine._compute_loss = True
         self._to_load, self._to_receive, self._denominator = iter(batches), iter(batches), denominator
@@ -237,22 +216,22 @@ class PipelineRunner(Runner):
         batch = next(self._to_load)
         self._shares[buffer_id] = batch.shares
         if self.stage.embedding is not None:
-            self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._position_ids(batch))
+            self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._positions(batch))
         if self.stage.head is not None:
             self.engine.pipe_buffers["labels"][buffer_id] = self._labels(batch)
 
-    def _labels(self, batch: StepInput) -> tuple[Any, ...]:
+    def _labels(self, batch: MicroBatch) -> tuple[Any, ...]:
         denominator = self._denominator
         return *self._supervised(batch), lambda loss: loss / denominator
 
-    def _position_ids(self, batch: StepInput) -> tuple[torch.Tensor, ...]:
+    def _positions(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries.
 
         With dropout position ids (b, s) and the tokens' numbers are one tensor, (2, b, s): an engine's inputs are
         tensors, of which only the last may be missing.
         """
-        places = batch.positions if batch.numbers is None else torch.stack((batch.positions, batch.numbers))
-        positions = self._on_device(places)
+        positions = batch.positions if batch.numbers is None else torch.stack((batch.positions, batch.numbers))
+        positions = self._on_device(positions)
         return (positions,) if batch.documents is None else (positions, batch.documents)
 
     def _forward(self, buffer_id: int) -> None:
@@ -268,7 +247,7 @@ class PipelineRunner(Runner):
         self._shares[buffer_id] = batch.shares
         hidden = self.stage.empty_hidden(*batch.tokens.shape)
         p2p.recv(hidden, self.engine.prev_stage)
-        self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._position_ids(batch))
+        self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._positions(batch))
 
     def _send(self, buffer_id: int) -> None:
         from deepspeed.runtime.pipe import p2p

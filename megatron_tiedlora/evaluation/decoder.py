@@ -109,13 +109,13 @@ class Decoder:
         shares: Shares = ()
         tokens, positions, caches, _ = rows[0]
         all_caches = list[AnyCache](caches)
-        picked, targets = (None if given is None else given[0] for given in (wanted, labels))
+        picked, of_tokens = (None if given is None else given[0] for given in (wanted, labels))
         if self.stage.bank is not None:
             shares = tuple(Share(some.adapter, *some.tokens.shape) for some in rows)
             tokens = concatenated([some.tokens for some in rows])[None]
             positions = concatenated([some.positions for some in rows])[None]
             all_caches = list(zip(*(some.caches for some in rows), strict=True))
-            targets = None if labels is None else concatenated(labels)[None]
+            of_tokens = None if labels is None else concatenated(labels)[None]
             picked = None if wanted is None else torch.cat(list(_among_all(shares, wanted)))
         inputs = tokens
         if self.pipeline.rank > 0:
@@ -123,7 +123,7 @@ class Decoder:
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
         updates = self._updates_of(shares)
         output = self.stage.predict(
-            inputs, positions, targets, shares=shares, caches=all_caches, updates=updates, wanted=picked
+            inputs, positions, of_tokens, shares=shares, caches=all_caches, updates=updates, wanted=picked
         )
         if self.is_last:
             return output.flatten(0, 1)

@@ -53,7 +53,7 @@ def check(report: Report, options: CheckOptions) -> None:
 
 def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
     """Only the forward and backward passes of a step."""
-    inputs = [batch.model_input for batch in step.micro_batches]
+    inputs = step.micro_batches
     return lambda: run.runner.accumulate(inputs, float(step.num_supervised), lambda: None)
 
 

@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
+from megatron_tiedlora.adapters.gathering import MOMENTS
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
@@ -38,7 +39,7 @@ from megatron_tiedlora.engine.engine import (
     stored_bytes,
     trained_parameters,
 )
-from megatron_tiedlora.engine.optimizer_state import MOMENTS, write_moments
+from megatron_tiedlora.engine.optimizer_state import write_moments
 from megatron_tiedlora.engine.runner import Runner, make_runner
 from megatron_tiedlora.engine.topology import make_groups, make_process_grid
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs

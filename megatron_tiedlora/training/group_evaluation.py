@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TypeVar
 
 from megatron_tiedlora.data.loader import evaluation_sizes
-from megatron_tiedlora.data.shared import Owned, fill_rounds, shared_input
+from megatron_tiedlora.data.shared import Owned, fill_rounds, shared_micro_batch
 from megatron_tiedlora.engine.bank_runner import BankPipelineRunner, BankPlainRunner
 from megatron_tiedlora.evaluation.answering import answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
@@ -65,7 +65,7 @@ class GroupEvaluation:
         with members[0].evaluation_bar(sum(member.num_evaluation_batches for member in members)) as bar:
             while some := list(islice(batches, self.runner.inputs_at_once)):
                 self.stop.agree(True)
-                found = self.runner.evaluate_shares([shared_input(owned) for owned in some])
+                found = self.runner.evaluate_shares([shared_micro_batch(owned) for owned in some])
                 for owned, losses in zip(some, found, strict=True):
                     for name, batch in owned:
                         totals[name] += losses[name]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.data.shared import shared_input, shared_rounds
+from megatron_tiedlora.data.shared import shared_micro_batch, shared_rounds
 from megatron_tiedlora.engine.bank_runner import Weight
 from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.parallel.agreement import raise_on_every_rank, sum_over_ranks
@@ -113,7 +113,7 @@ class GroupStep:
         bank_step = self._built.step
         parts = shared_rounds(steps, capacity=self.capacity)
         weights = {name: self._weight(name, step) for name, step in steps.items()}
-        inputs = [shared_input(some) for some in parts]
+        inputs = [shared_micro_batch(some) for some in parts]
         summed = self.runner.accumulate_shares(inputs, weights, self._between_micro_batches)
         self._note_missing(bank_step.sum_gradients(steps))
         requested = self._stop.requested_signal()

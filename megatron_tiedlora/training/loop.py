@@ -19,7 +19,7 @@ from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.loader import MicroBatch, TrainingStep, evaluation_batches, num_evaluation_batches
+from megatron_tiedlora.data.loader import TrainingStep, evaluation_batches, num_evaluation_batches
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.engine import all_open, trained_parameters
 from megatron_tiedlora.engine.optimizer_state import read_moments
@@ -28,6 +28,7 @@ from megatron_tiedlora.evaluation.answering import answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.held_out import Questions, ScoredSet
 from megatron_tiedlora.evaluation.scores import Score, score_answers
+from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
@@ -165,7 +166,7 @@ class Trainer:
         """
         dataset, batches, loss = self.data.validation, self.evaluation_batches(), 0.0
         with self.evaluation_bar(self.num_evaluation_batches) as bar:
-            while some := [batch.model_input for batch in itertools.islice(batches, self.runner.inputs_at_once)]:
+            while some := list(itertools.islice(batches, self.runner.inputs_at_once)):
                 self.stop.agree(True)
                 loss += self.runner.evaluate(some)
                 bar.update(len(some))

@@ -75,8 +75,7 @@ class TrainStep:
         """
         number, started, grid = self.finished + 1, time.monotonic(), self.plan.grid
         denominator = step.num_supervised / (self.plan.batches.accumulation_steps * grid.dp_size)
-        inputs = [batch.model_input for batch in step.micro_batches]
-        loss_sum = self.runner.accumulate(inputs, denominator, self._between_micro_batches)
+        loss_sum = self.runner.accumulate(step.micro_batches, denominator, self._between_micro_batches)
         requested = self.stop.requested_signal()
         mine = StepVotes(
             loss=loss_sum,

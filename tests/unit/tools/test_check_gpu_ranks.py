@@ -139,7 +139,7 @@ def test_documents_of_a_made_up_row_are_packed(tmp_path: Path) -> None:
     plan = make_plan(settings)
     dataset, pad_id = read_samples(plan, settings)
     batches = next(plan.training_loader(dataset, pad_id=pad_id)).micro_batches
-    assert len(batches) == 3 and {batch.input_ids.shape for batch in batches} == {(2, 64)}
+    assert len(batches) == 3 and {batch.tokens.shape for batch in batches} == {(2, 64)}
     assert all(batch.documents is not None and batch.num_samples == 8 for batch in batches)
 
 
