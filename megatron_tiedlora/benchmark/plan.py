@@ -41,7 +41,7 @@ _SAME = (
 )
 
 
-def make_plan(
+def plan_benchmark(
     settings: BenchSettings,
     *,
     rank: int = 0,

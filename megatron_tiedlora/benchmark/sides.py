@@ -114,7 +114,7 @@ def make_sides(
     return sides
 
 
-def build_stage(plan: RunPlan, settings: BenchSettings, kernels: Kernels) -> Stage:
+def build_whole_stage(plan: RunPlan, settings: BenchSettings, kernels: Kernels) -> Stage:
     """The whole model on our side with the plan's adapter, in training mode."""
     device, source = default_device(), plan.source
     make_weight = plan.weight_maker(device)
@@ -138,7 +138,7 @@ def build_stage(plan: RunPlan, settings: BenchSettings, kernels: Kernels) -> Sta
 def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> Side:
     device = default_device()
     chosen = chosen or choose_kernels(plan, device)
-    stage = build_stage(plan, settings, chosen.kernels)
+    stage = build_whole_stage(plan, settings, chosen.kernels)
     dataset, pad_id = read_samples(plan, settings)
     step = next(plan.training_loader(dataset, pad_id=pad_id))
 
@@ -232,7 +232,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
 
 
 @dataclass(frozen=True)
-class Group:
+class AdapterSteps:
     """Adapters of one base, ready for steps.
 
     Attributes:
@@ -281,12 +281,12 @@ class Group:
         take_step(batches, loss, [self.optimizers[name] for name in names])
 
 
-def build_group(plan: RunPlan, settings: BenchSettings) -> Group:
+def build_adapter_steps(plan: RunPlan, settings: BenchSettings) -> AdapterSteps:
     """The adapters, which differ in their seeds, and their steps of --rows x --length made-up tokens each."""
     assert settings.adapters is not None
     device = default_device()
     chosen = choose_kernels(plan, device)
-    stage = build_stage(plan, settings, chosen.kernels)
+    stage = build_whole_stage(plan, settings, chosen.kernels)
     adapters = {}
     for number in range(settings.adapters):
         config = replace(plan.adapter, seed=number)
@@ -297,7 +297,7 @@ def build_group(plan: RunPlan, settings: BenchSettings) -> Group:
     steps = {name: next(loader) for name in adapters}
     step, capacity = steps["adapter 0"], settings.shared_tokens or settings.adapters * settings.adapter_tokens
     rounds = shared_rounds(steps, capacity=capacity)
-    return Group(
+    return AdapterSteps(
         stage,
         AdapterBank(adapters),
         {name: _optimizer(adapter) for name, adapter in adapters.items()},

@@ -123,7 +123,7 @@ def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> No
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, target / name)
     try:
-        copy = load_adapter(target)
+        copy = load_native_adapter(target)
     except UserError:  # one file is another adapter's
         copy = None
     if copy is None or not copy.equals(adapter):
@@ -206,7 +206,7 @@ _ORDER = (  # of the fields in the file
 )
 
 
-def load_adapter(folder: Path) -> NativeAdapter:
+def load_native_adapter(folder: Path) -> NativeAdapter:
     """Read an adapter folder (a checkpoint of a run is one too).
 
     Raises:
@@ -253,7 +253,7 @@ def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, st
     """(config, base, checksums of the other files) of the adapter in `folder`; its tensors are not read.
 
     Raises:
-        UserError: as `load_adapter`, for its config.
+        UserError: as `load_native_adapter`, for its config.
     """
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a native Tied-LoRA adapter folder")

@@ -29,7 +29,7 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     NativeAdapter,
-    load_adapter,
+    load_native_adapter,
     write_adapter_files,
 )
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
@@ -221,7 +221,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if "settings" not in content or not isinstance(content["settings"], dict):
         raise UserError(f"{file}: settings is {'not an object' if 'settings' in content else 'missing'}")
     _check_steps(file, progress, content["settings"])
-    adapter, state = load_adapter(folder), folder / STATE_FILE
+    adapter, state = load_native_adapter(folder), folder / STATE_FILE
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         check_file(folder / name, sums)  # intact files may still be from another step
     shapes = {

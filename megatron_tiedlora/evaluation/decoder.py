@@ -26,7 +26,7 @@ from megatron_tiedlora.parallel.collectives import concatenated
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 
-class Rows(NamedTuple):
+class AdapterRows(NamedTuple):
     """What one adapter's sequences bring to a call: tokens and their positions, (b, s) int64, and one cache per block.
 
     Attributes:
@@ -87,7 +87,7 @@ class Decoder:
     @torch.no_grad()
     def forward(
         self,
-        rows: Sequence[Rows],
+        rows: Sequence[AdapterRows],
         *,
         wanted: Sequence[torch.Tensor] | None = None,
         labels: Sequence[torch.Tensor] | None = None,

@@ -89,7 +89,7 @@ def build_model(
         state, notes = start_values(plan, base, checkpoint)
         module, stage, groups, process_grid = _build_stage(plan, device, kernels)
         _fill_adapter(plan, stage, groups, state)
-        load_base(plan, weights, stage, groups)
+        load_stage_weights(plan, weights, stage, groups)
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(stage.layers))
     return BuiltModel(module, stage, groups, process_grid, base, tuple(read), tuple(kept), notes)
 
@@ -115,7 +115,7 @@ def start_values(
     return checkpoint.adapter.state, _check_resumed(plan, base, checkpoint)
 
 
-def load_base(plan: RunPlan, weights: BaseWeights, stage: Stage, groups: ParallelGroups) -> None:
+def load_stage_weights(plan: RunPlan, weights: BaseWeights, stage: Stage, groups: ParallelGroups) -> None:
     """Read this rank's slices of the base into its stage. All ranks call it."""
     grid = plan.grid
     load_base_weights(

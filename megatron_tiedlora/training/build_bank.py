@@ -23,7 +23,7 @@ from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.build import (
     build_stage,
     checked_base,
-    load_base,
+    load_stage_weights,
     make_training,
     restore_training,
     start_values,
@@ -90,7 +90,7 @@ def build_bank(
         }
         bank = AdapterBank(adapters, dropout)
         module, stage, groups, process_grid = build_stage(shared, bank, device, kernels)
-        load_base(shared, weights, stage, groups)
+        load_stage_weights(shared, weights, stage, groups)
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(stage.layers))
     assert stage.anchor is not None
     config = _engine_config(shared)

@@ -30,14 +30,14 @@ from megatron_tiedlora.training.step import LONG_STEP_SECONDS
 Stages = Sequence[StagePlan]
 
 
-class Report(NamedTuple):
+class DryRunReport(NamedTuple):
     """A dry run as text, and whether every rank fits in the card of --gpu; without --gpu it does."""
 
     text: str
     fits: bool
 
     @classmethod
-    def of(cls, sections: Sequence[Sequence[str]], *, fits: bool) -> Report:
+    def of(cls, sections: Sequence[Sequence[str]], *, fits: bool) -> DryRunReport:
         """The report with a blank line between two sections."""
         return cls("\n\n".join("\n".join(map(printable, section)) for section in sections), fits)
 

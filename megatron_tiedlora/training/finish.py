@@ -18,7 +18,7 @@ from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.convert.export_peft import base_location, base_name, export_peft
 from megatron_tiedlora.convert.layerwise import layerwise_loss
 from megatron_tiedlora.convert.merge import is_merge_of, merge_adapter
@@ -49,7 +49,7 @@ def use_best_adapter(trainer: Trainer) -> None:
     """Load the best adapter into the model; the optimizer stays as it is, since training is over."""
     adapter, folder = trainer.runner.adapter, trainer.folder.checkpoints / f"step_{trainer.progress.best_step}"
     # Other hosts may not see the run folder.
-    best = decided_by_rank_0(lambda: load_adapter(folder), kind=NativeAdapter)
+    best = decided_by_rank_0(lambda: load_native_adapter(folder), kind=NativeAdapter)
     with trainer.stop.deferred():
         with all_open(adapter, trainer.plan.engine):
             adapter.load_full(best.state)
@@ -170,7 +170,7 @@ def _original_loss(trainer: Trainer) -> float:
         loss = layerwise_loss(
             source.shape,
             weights.read,
-            load_adapter(trainer.folder.adapter),
+            load_native_adapter(trainer.folder.adapter),
             batches,
             dtype=plan.dtype,
             device=trainer.runner.device,
@@ -195,7 +195,7 @@ def export(trainer: Trainer) -> list[str]:
         _LOGGER.warning("note: loss.png is not drawn without matplotlib; %s", install_hint("train"))
     else:
         plot_losses(folder.metrics, folder.path / "loss.png", guard=folder.guard)
-    adapter = load_adapter(folder.adapter)
+    adapter = load_native_adapter(folder.adapter)
     merged, peft = folder.path / "merged", folder.path / "peft"
     discard(peft, guard=folder.guard)  # an earlier start of this run may have exported another best adapter
     export_peft(source, adapter, peft, native=folder.adapter, new=folder.new_folder)
@@ -222,7 +222,7 @@ def next_steps(trainer: Trainer) -> list[str]:
         "  peft/     the same as a LoRA adapter for PEFT, vLLM and others",
     ]
     merged = path / "merged"
-    if is_merge_of(merged, load_adapter(trainer.folder.adapter)):
+    if is_merge_of(merged, load_native_adapter(trainer.folder.adapter)):
         kind = "the base" if settings.base is None else "the base as it is stored (not --onto trained)"
         lines += [f"  merged/   {kind} with the adapter merged in, for transformers", "", "next"]
         load = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(merged)!r})"

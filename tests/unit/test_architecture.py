@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,22 @@ def test_no_files_import_each_other() -> None:
     while ready := {name for name, imports in left.items() if not imports & left.keys()}:
         left = {name: imports for name, imports in left.items() if name not in ready}
     assert not left
+
+
+def defined_names(kind: type[ast.ClassDef] | type[ast.FunctionDef]) -> Counter[str]:
+    """How many files define each class, or each function outside of a class."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in SOURCES]
+    return Counter(name for tree in trees for name in {node.name for node in tree.body if isinstance(node, kind)})
+
+
+def test_no_two_classes_share_a_name() -> None:
+    assert not [name for name, count in defined_names(ast.ClassDef).items() if count > 1]
+
+
+@pytest.mark.parametrize("name", ["build_stage", "load_base", "load_adapter", "make_plan", "measure"])
+def test_these_functions_have_a_name_of_their_own(name: str) -> None:
+    """Of load_base and load_adapter there are those of the Python interface."""
+    assert defined_names(ast.FunctionDef)[name] <= 1
 
 
 def test_deepspeed_only_where_an_engine_is() -> None:
