@@ -185,8 +185,8 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     examples = load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
     encoded, _ = encode_prompts(load_tokenizer(folder), examples, max_length=source.shape.limit.tokens - new_tokens)
     prompts = [ids.tolist() for ids in encoded]
-    base = source.base_format(settings.base)
-    stage = load_model(source, None, dtype=dtype, base=base, device=device)
+    base_format = source.base_format(settings.base)
+    stage = load_model(source, None, dtype=dtype, base_format=base_format, device=device)
     decoder = Decoder(stage, ParallelGroups(), source.shape)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     steps: dict[str, Callable[[], TokenRows]] = {
@@ -196,7 +196,7 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     rows = [decode() for decode in steps.values()]
     return {
         "model": source.name,
-        **about(settings, base, device),
+        **about(settings, base_format, device),
         "batch_size": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "new_tokens": new_tokens,

@@ -49,7 +49,7 @@ class NativeAdapter:
     """
 
     config: AdapterConfig
-    base: BaseIdentity
+    base_identity: BaseIdentity
     state: Mapping[str, SentTensor]
     sealed: bool = True
 
@@ -68,7 +68,7 @@ class NativeAdapter:
 
     def equals(self, other: NativeAdapter) -> bool:
         """Whether both have the same config, base and values."""
-        same = (self.config, self.base) == (other.config, other.base)
+        same = (self.config, self.base_identity) == (other.config, other.base_identity)
         return same and all(torch.equal(self.state[name], other.state[name]) for name in self.config.tensors)
 
     @property
@@ -81,7 +81,7 @@ class NativeAdapter:
 
     def record(self) -> dict[str, Any]:
         """The record of this adapter in adapters and models that are converted from it."""
-        return {**self.config.facts, "base_model": self.base.base_model, "adapter_sha256": self.sha256}
+        return {**self.config.facts, "base_model": self.base_identity.base_model, "adapter_sha256": self.sha256}
 
 
 def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[WeightRule, Target]]:
@@ -93,25 +93,25 @@ def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[
 
 
 def write_adapter_files(
-    folder: Path, config: AdapterConfig, base: BaseIdentity, state: Mapping[str, torch.Tensor]
+    folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: Mapping[str, torch.Tensor]
 ) -> None:
     """Write the two files of the format into an existing folder; `save_adapter` writes a folder atomically."""
     save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
-    content = {**StoredAdapter.of(config, base).fields(), "version": __version__}
+    content = {**StoredAdapter.of(config, base_identity).fields(), "version": __version__}
     write_json(folder / CONFIG_FILE, sealed(content, files=[folder / WEIGHTS_FILE]))
 
 
 def save_adapter(
     folder: Path,
     config: AdapterConfig,
-    base: BaseIdentity,
+    base_identity: BaseIdentity,
     state: Mapping[str, torch.Tensor],
     *,
     guard: Guard = unguarded,
 ) -> None:
     """Write an adapter folder atomically, replacing an earlier one. Raises UserError if it cannot be written."""
     with new_folder(folder, guard=guard) as temporary:
-        write_adapter_files(temporary, config, base, state)
+        write_adapter_files(temporary, config, base_identity, state)
 
 
 def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> None:
@@ -146,11 +146,11 @@ class StoredAdapter(BaseIdentity):
     targets: list[Text]
 
     @staticmethod
-    def of(config: AdapterConfig, base: BaseIdentity) -> StoredAdapter:
+    def of(config: AdapterConfig, base_identity: BaseIdentity) -> StoredAdapter:
         """The record of an adapter."""
         shared: dict[str, Any] = {name: getattr(config, name) for name in _SHARED - {"targets"}}
         lists = {"layers": list(config.layers), "targets": [target.name for target in config.targets]}
-        return StoredAdapter(**{**asdict(base), **shared, **lists}, qkv_layout=_LAYOUT)
+        return StoredAdapter(**{**asdict(base_identity), **shared, **lists}, qkv_layout=_LAYOUT)
 
     def fields(self) -> dict[str, Any]:
         """The fields as they are written, without unknown (None) ones."""
@@ -172,7 +172,7 @@ class StoredAdapter(BaseIdentity):
         return AdapterConfig(**{**shared, "layers": tuple(self.layers), "targets": targets})
 
     @property
-    def base(self) -> BaseIdentity:
+    def base_identity(self) -> BaseIdentity:
         """The base that it belongs to."""
         return BaseIdentity(**{field.name: getattr(self, field.name) for field in fields(BaseIdentity)})
 
@@ -266,4 +266,4 @@ def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, st
     sums = check_seal(file, content)
     stored = read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
     stored.check(file)
-    return stored.config, stored.base, sums
+    return stored.config, stored.base_identity, sums

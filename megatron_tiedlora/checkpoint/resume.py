@@ -86,7 +86,7 @@ def save_checkpoint(
     *,
     progress: Progress,
     config: AdapterConfig,
-    base: BaseIdentity,
+    base_identity: BaseIdentity,
     state: Mapping[str, torch.Tensor],
     moments: Mapping[str, torch.Tensor],
     settings: Mapping[str, Any],
@@ -102,7 +102,7 @@ def save_checkpoint(
     """
     folder = checkpoints / f"step_{progress.step}"
     with new_folder(folder, guard=guard) as temporary:
-        write_adapter_files(temporary, config, base, state)
+        write_adapter_files(temporary, config, base_identity, state)
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, temporary / STATE_FILE)
         files = [temporary / name for name in (CONFIG_FILE, WEIGHTS_FILE, STATE_FILE)]
         content = {**asdict(progress), "settings": dict(settings)}

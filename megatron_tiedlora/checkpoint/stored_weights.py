@@ -100,9 +100,9 @@ class StoredWeights:
     def values(self, name: str, shape: TensorShape, rows: slice) -> tuple[torch.Tensor, int]:
         """(whole rows in fp32, the bytes that were read)."""
         codes, scales, num_bytes = self.read(name, shape, rows, slice(0, shape[1]))
-        if has_nan(codes, self.kind.base) or not scales.isfinite().all():
+        if has_nan(codes, self.kind.base_format) or not scales.isfinite().all():
             raise UserError(f"{name} has numbers that are not finite")
-        block = BASE_FORMATS[self.kind.base].block
+        block = BASE_FORMATS[self.kind.base_format].block
         if block is None:
             return dequantise_rows(fp8_numbers(codes), scales[:, 0]), num_bytes
         return dequantise_nf4(codes, scales, shape[1], block), num_bytes
@@ -155,7 +155,7 @@ class StoredWeights:
             raise UserError(f"{name}{_STATE} is not the state of an nf4 tensor ({error})") from None
         if kind != "nf4" or found != list(shape):
             raise UserError(f"{name} is {shown(kind)} of shape {shown(found)}, not 'nf4' of shape {list(shape)}")
-        ours = BASE_FORMATS[self.kind.base].block
+        ours = BASE_FORMATS[self.kind.base_format].block
         assert ours is not None
         if block % ours:
             raise UserError(f"{name} has blocks of {block}, which are not whole blocks of {ours}")
@@ -178,7 +178,7 @@ class StoredWeights:
         per_row = width // state.block
         scales, more = self._scales(name, state, slice(start * per_row, stop * per_row))
         scales = scales.view(stop - start, per_row)
-        block = BASE_FORMATS[self.kind.base].block
+        block = BASE_FORMATS[self.kind.base_format].block
         assert block is not None
         scales = scales.repeat_interleave(state.block // block, dim=1)
         num_bytes = codes.nbytes + more

@@ -113,7 +113,7 @@ def train_rank(settings: Settings) -> End:
         end.enter(folder)
         end.first_step = start.step
         meter = start_meter(plan, device)
-        trainer = Trainer(plan, data, runner, built.base, folder, stop, log, meter, start)
+        trainer = Trainer(plan, data, runner, built.base_identity, folder, stop, log, meter, start)
         end.finished_step = lambda: trainer.progress.step
         if is_main:
             show(*session.headline(plan, data, folder, checkpoint, built, chosen, device))

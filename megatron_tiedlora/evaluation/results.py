@@ -41,7 +41,7 @@ def headline(plans: Plans, questions: Mapping[str, Questions], attention: Attent
     elif plan.adapter is not None:
         targets = ", ".join(target.name for target in plan.adapter.config.targets)
         adapter = f" with {plan.adapter_name} on {targets}, from {settings.adapter}"
-    quantised = "" if plan.base is None else f" (the linears of its blocks in {plan.base})"
+    quantised = "" if plan.base_format is None else f" (the linears of its blocks in {plan.base_format})"
     merged = ", merged" if settings.merge_adapter else ""
     cut = f", {scored.num_truncated} of them without their middle or early turns to fit" if scored.num_truncated else ""
     shared = [note for note in plan.notes if all(note in other.notes for other in plans.values())]
@@ -95,7 +95,7 @@ def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: P
         adapter = {
             **plan.adapter.config.facts,
             "merged": settings.merge_adapter,
-            **({"base_format": trained} if (trained := plan.adapter.base.base_format) else {}),
+            **({"base_format": trained} if (trained := plan.adapter.base_identity.base_format) else {}),
             **({"base_differs": True} if settings.base_differs else {}),
         }
     layout = {"tensor_parallel": grid.tp_size, "pipeline_parallel": grid.pp_size, "data_parallel": grid.dp_size}

@@ -41,7 +41,7 @@ class Layout:
         live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than this.
         overlaps_gathers: whether ZeRO-3 gathers weights while it computes with others.
         dtype: the dtype of the base, and of activations.
-        base: the storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
+        base_format: the storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
         products: "fp8" if what these linears multiply is rounded to fp8 too.
         keep_transposed: whether they keep a transposed copy of their codes, with `products`.
         recompute: "none", "selective" (gate and up) or "full" (whole blocks).
@@ -63,7 +63,7 @@ class Layout:
     live_parameters: int = 1_000_000_000
     overlaps_gathers: bool = False
     dtype: torch.dtype = torch.bfloat16
-    base: str | None = None
+    base_format: str | None = None
     products: str | None = None
     keep_transposed: bool = False
     recompute: str = "none"

@@ -70,7 +70,7 @@ class BuiltModel:
     stage: Stage
     groups: ParallelGroups
     process_grid: Any
-    base: BaseIdentity
+    base_identity: BaseIdentity
     bytes_read: tuple[int, ...]
     bytes_kept: tuple[int, ...]
     notes: tuple[str, ...] = ()
@@ -261,7 +261,7 @@ def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
 def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Notes on the base. Raises UserError as `check_resumed_base` does."""
     _check_same_adapter(plan.adapter, checkpoint)
-    differs, trained = plan.settings.base_differs, checkpoint.adapter.base
+    differs, trained = plan.settings.base_differs, checkpoint.adapter.base_identity
     notes = check_same_base(trained, base, source=str(checkpoint.folder), differs=differs)
     if (otherwise := quantised_otherwise(trained, base)) and not differs:
         raise UserError(

@@ -45,7 +45,7 @@ class BuiltBank:
 
     runner: BankPlainRunner | BankPipelineRunner
     step: BankStep
-    base: BaseIdentity
+    base_identity: BaseIdentity
     stage_layers: tuple[tuple[int, ...], ...]
     bytes_read: tuple[int, ...]
     bytes_kept: tuple[int, ...]

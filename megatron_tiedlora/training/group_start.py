@@ -222,7 +222,7 @@ def make_group(
             plan=plan,
             data=data[name],
             runner=OwnRunner(built.runner, name),
-            base=built.base,
+            base_identity=built.base_identity,
             folder=own,
             stop=stop,
             log=session.occupy_run_folder(plan, own, checkpoints[name]),

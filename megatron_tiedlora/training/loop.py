@@ -54,7 +54,7 @@ class Trainer:
     plan: RunPlan
     data: RunData
     runner: Runner
-    base: BaseIdentity
+    base_identity: BaseIdentity
     folder: RunFolder
     stop: StopRequests
     log: MetricsLog | None  # rank 0's
@@ -316,7 +316,7 @@ class Trainer:
                 self.folder.checkpoints,
                 progress=self.progress,
                 config=self.plan.adapter,
-                base=self.base,
+                base_identity=self.base_identity,
                 state=state,
                 moments=moments,
                 settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256},
@@ -324,7 +324,7 @@ class Trainer:
                 guard=self.folder.guard,
             )
         if best:
-            save_adapter(self.folder.adapter, self.plan.adapter, self.base, state, guard=self.folder.guard)
+            save_adapter(self.folder.adapter, self.plan.adapter, self.base_identity, state, guard=self.folder.guard)
 
     def _full_state(self) -> dict[str, torch.Tensor]:
         return full_adapter_state(self.plan, self.runner)

@@ -113,7 +113,7 @@ def test_operations_are_those_of_the_formula(method: str, names: tuple[str, ...]
         num_tokens=tokens.numel(),
         squared_lengths=ROWS * LENGTH**2,
         num_after=len(rows.rows),
-        num_supervised=padded(len(rows.targets)),
+        num_supervised=padded(len(rows.labels)),
     )
     counted = counter.get_flop_counts()["Global"]
     for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):  # attention's, which a CPU computes in tiles
