@@ -62,14 +62,10 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    folder = find_model(model or adapter.base_identity.base_model).weights_folder()
+    folder = find_model(model or adapter.base.base_model).weights_folder()
     keywords.setdefault("attn_implementation", "sdpa")  # the config's own may name code on the hub
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype or DTYPES[adapter.base_identity.dtype],
-        use_safetensors=True,
-        trust_remote_code=False,
-        **keywords,
+        folder, dtype=dtype or DTYPES[adapter.base.dtype], use_safetensors=True, trust_remote_code=False, **keywords
     )
     return loaded.eval()
 
@@ -142,7 +138,7 @@ def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None,
         from megatron_tiedlora.data.tokenizer import load_tokenizer
 
         state = getattr(model, _STATE, None)
-        own = None if state is None else state.adapter.base_identity.tokenizer
+        own = None if state is None else state.adapter.base.tokenizer
         tokenizer = load_tokenizer(own or model.config.name_or_path)
     options = {"max_new_tokens": 256, "do_sample": False, "pad_token_id": tokenizer.eos_token_id, **keywords}
     answers = []
@@ -164,7 +160,7 @@ def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
             else "the model has an adapter already; detach(model) first"
         )
     found = identify_in_memory(model, model_source(model))
-    for note in check_model(adapter.base_identity, found, differs=base_differs):
+    for note in check_model(adapter.base, found, differs=base_differs):
         warnings.warn(note, stacklevel=3)  # of the caller of attach or merge
 
 

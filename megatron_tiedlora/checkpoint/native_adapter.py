@@ -49,7 +49,7 @@ class NativeAdapter:
     """
 
     config: AdapterConfig
-    base_identity: BaseIdentity
+    base: BaseIdentity
     state: Mapping[str, SentTensor]
     sealed: bool = True
 
@@ -68,7 +68,7 @@ class NativeAdapter:
 
     def equals(self, other: NativeAdapter) -> bool:
         """Whether both have the same config, base and values."""
-        same = (self.config, self.base_identity) == (other.config, other.base_identity)
+        same = (self.config, self.base) == (other.config, other.base)
         return same and all(torch.equal(self.state[name], other.state[name]) for name in self.config.tensors)
 
     @property
@@ -81,7 +81,7 @@ class NativeAdapter:
 
     def record(self) -> dict[str, Any]:
         """The record of this adapter in adapters and models that are converted from it."""
-        return {**self.config.facts, "base_model": self.base_identity.base_model, "adapter_sha256": self.sha256}
+        return {**self.config.facts, "base_model": self.base.base_model, "adapter_sha256": self.sha256}
 
 
 def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[WeightRule, Target]]:

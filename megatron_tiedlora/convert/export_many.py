@@ -122,7 +122,7 @@ def export_all(
             if adapter_kind(adapter) != "native":
                 raise UserError(f"{adapter}: this is a PEFT adapter already")
             native = load_native_adapter(adapter)
-            base = native.base_identity
+            base = native.base
             source = base_of(base.base_model, base.base_hash, base.base_weights_hash, base.base_sample)
             notes: list[str] = []
             rank = export_peft(

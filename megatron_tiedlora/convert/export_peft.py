@@ -140,7 +140,7 @@ def export_peft(
             peft_config(source, adapter, rank=rank, base=named or base_name(source)),
         )
         on_this_host = {} if source.from_hub else {BASE_PATH: base_location(source)}
-        formats = {name: getattr(adapter.base_identity, name) for name in FORMAT_FIELDS}
+        formats = {name: getattr(adapter.base, name) for name in FORMAT_FIELDS}
         trained = {name: value for name, value in formats.items() if value is not None}
         write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record, **trained, **on_this_host})
         if native is not None:

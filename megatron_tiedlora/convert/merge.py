@@ -110,7 +110,7 @@ def merge_adapter(
         )
     if onto is not None and (otherwise := trained_otherwise(source, adapter)):
         raise UserError(f"--onto trained: {otherwise}")
-    if onto is not None and source.stored is None and adapter.base_identity.base_stored is None:
+    if onto is not None and source.stored is None and adapter.base.base_stored is None:
         say(f"--onto trained: {NO_PRECISION_NOTE}")
     for note in base.notes:
         say(note)
@@ -168,12 +168,12 @@ def is_merge_of(folder: Path, adapter: NativeAdapter) -> bool:
 
 def trained_format(adapter: NativeAdapter) -> str:
     """The storage format of the base that an adapter was trained on. Raises UserError if it was not quantised."""
-    if adapter.base_identity.base_format is None:
+    if adapter.base.base_format is None:
         raise UserError(
-            f"--onto trained: the adapter was trained on its base in {adapter.base_identity.dtype}, not on a quantised"
-            " one; leave --onto out"
+            f"--onto trained: the adapter was trained on its base in {adapter.base.dtype}, not on a quantised one;"
+            " leave --onto out"
         )
-    return adapter.base_identity.base_format
+    return adapter.base.base_format
 
 
 def merged_onto(folder: Path) -> str | None:

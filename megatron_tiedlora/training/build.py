@@ -261,7 +261,7 @@ def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
 def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Notes on the base. Raises UserError as `check_resumed_base` does."""
     _check_same_adapter(plan.adapter, checkpoint)
-    differs, trained = plan.settings.base_differs, checkpoint.adapter.base_identity
+    differs, trained = plan.settings.base_differs, checkpoint.adapter.base
     notes = check_same_base(trained, base, source=str(checkpoint.folder), differs=differs)
     if (otherwise := quantised_otherwise(trained, base)) and not differs:
         raise UserError(

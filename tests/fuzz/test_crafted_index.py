@@ -33,7 +33,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> NativeAdapter:
 def folder(native: NativeAdapter, area: Path) -> Path:
     """A folder with the adapter `one` and its index, beside an adapter that is not in it."""
     for place in ("adapters/one", "outside"):
-        save_adapter(area / place, native.config, native.base_identity, native.state)
+        save_adapter(area / place, native.config, native.base, native.state)
     assert main([str(area / "adapters")]) == 0
     return area / "adapters"
 

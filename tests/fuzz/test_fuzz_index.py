@@ -131,7 +131,7 @@ def test_a_broken_index(tmp_path_factory: pytest.TempPathFactory, area: Path, ex
     folder = (area / "adapters").resolve()
     for place, method in zip((*ADAPTERS, "../outside"), ("tl6", "tl5", "lora", "vera"), strict=True):
         native = with_adapter(base, method, (1, 3))[1]
-        save_adapter(folder / place, native.config, native.base_identity, native.state)
+        save_adapter(folder / place, native.config, native.base, native.state)
     assert main([str(folder)]) == 0
     (folder / "linked").symlink_to(area / "outside")
     file, beside = folder / INDEX_FILE, [folder / f"{INDEX_FILE}{ending}" for ending in ("-journal", "-wal", "-shm")]

@@ -42,7 +42,7 @@ def test_tensors_and_targets_come_back(base: Path, tmp_path: Path, method: str, 
     assert loaded.config.targets == targets_of(find_model(str(base)).shape, targets)
     assert loaded.state.keys() == oracle.tensors.keys()
     assert all(torch.equal(loaded.state[name], tensor) for name, tensor in oracle.tensors.items())
-    save_adapter(tmp_path / "b", loaded.config, loaded.base_identity, loaded.state)
+    save_adapter(tmp_path / "b", loaded.config, loaded.base, loaded.state)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 

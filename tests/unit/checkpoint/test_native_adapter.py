@@ -51,7 +51,7 @@ def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: 
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == shapes
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     loaded = load_native_adapter(tmp_path / "adapter")
-    assert loaded.config == written.config and loaded.base_identity == written.base_identity
+    assert loaded.config == written.config and loaded.base == written.base
     read_by_oracle = OracleAdapter.from_folder(tmp_path / "adapter")
     assert (read_by_oracle.method, read_by_oracle.rank, read_by_oracle.alpha) == (method, 4, 6.0)
     assert read_by_oracle.layers == (1, 3)
@@ -104,8 +104,8 @@ def test_the_config_has_the_documented_fields(base: Path, tmp_path: Path) -> Non
         "layers": [1, 3],
         "base_model": str(base),
         "base_hash": find_model(str(base)).base_hash,
-        "base_weights_hash": adapter.base_identity.base_weights_hash,
-        "base_sample": adapter.base_identity.base_sample,
+        "base_weights_hash": adapter.base.base_weights_hash,
+        "base_sample": adapter.base.base_sample,
         "seed": 5,
         "init_std_a": pytest.approx(32**-0.5),
         "init_std_b": pytest.approx(4**-0.5),

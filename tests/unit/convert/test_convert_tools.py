@@ -161,7 +161,7 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
         tmp_path / "checkpoints",
         progress=Progress(step=1),
         config=native.config,
-        base_identity=native.base_identity,
+        base_identity=native.base,
         state=native.state,
         moments={},
         settings={},

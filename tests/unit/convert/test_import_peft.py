@@ -88,7 +88,7 @@ def test_logits_equal_peft_s(base: Path, tmp_path: Path, name: str) -> None:
     adapter = read_peft(tmp_path, source).adapter
     assert adapter.config.method == "lora" and (adapter.config.layers, adapter.config.rank) == (layers, rank)
     assert [target.name for target in adapter.config.targets] == TARGETS.get(name, ["qkv"])
-    save_adapter(tmp_path / "native", adapter.config, adapter.base_identity, adapter.state)
+    save_adapter(tmp_path / "native", adapter.config, adapter.base, adapter.state)
     adapter = load_native_adapter(tmp_path / "native")
     positions = torch.arange(24).expand(2, 24)
     ours = logits_of(load_model(source, adapter, dtype=torch.float32).predict, positions)
@@ -271,7 +271,7 @@ def test_kinds_of_folders(base: Path, plain: Path, tmp_path: Path) -> None:
     oracle = random_adapter("tl5", OracleConfig.from_folder(base), targets=["o_proj"])
     native = write_native(tmp_path / "version2", base, oracle)  # it has a peft_type
     moments = moments_of(native)
-    content = {"config": native.config, "base_identity": native.base_identity, "state": native.state}
+    content = {"config": native.config, "base_identity": native.base, "state": native.state}
     step = save_checkpoint(tmp_path / "checkpoints", progress=Progress(), moments=moments, settings={}, **content)
     assert adapter_kind(str(tmp_path / "run" / "adapter")) == "native"
     assert adapter_kind(tmp_path / "version2") == adapter_kind(step) == "native"
@@ -294,16 +294,16 @@ def test_kinds_of_folders(base: Path, plain: Path, tmp_path: Path) -> None:
 
 def test_the_record_of_an_export_decides_neither_shape_nor_precision(base: Path, tmp_path: Path) -> None:
     source, native, _ = with_adapter(base, "tl6")
-    assert exported_base(tmp_path, native.base_identity) is None
+    assert exported_base(tmp_path, native.base) is None
     export_peft(source, native, tmp_path / "peft")
     file = tmp_path / "peft" / EXPORT_RECORD
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "num_layers": 99, "dtype": "fp16"}))
-    assert exported_base(tmp_path / "peft", native.base_identity) == native.base_identity
+    assert exported_base(tmp_path / "peft", native.base) == native.base
     for name in ("base_model", "base_hash", "base_weights_hash"):
         file.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
         with pytest.raises(UserError, match=f"{EXPORT_RECORD}: {name} is missing"):
-            exported_base(tmp_path / "peft", native.base_identity)
+            exported_base(tmp_path / "peft", native.base)
 
 
 def test_an_adapter_of_a_quantised_folder_can_be_merged_onto_it(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_an_adapter_of_a_quantised_folder_can_be_merged_onto_it(tmp_path: Path) 
     export_peft(source, native, tmp_path / "peft")
     (tmp_path / "peft" / EXPORT_RECORD).unlink()
     opened = open_adapter(str(tmp_path / "peft"), str(quantised))
-    assert opened.adapter.base_identity.base_format == "nf4"
+    assert opened.adapter.base.base_format == "nf4"
     assert not check_base(opened.source, opened.adapter, base_format="nf4").notes
     merge_adapter(opened.source, opened.adapter, tmp_path / "merged", onto_trained=True)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -325,11 +325,11 @@ def test_an_adapter_of_a_quantised_folder_can_be_merged_onto_it(tmp_path: Path) 
 def test_an_export_keeps_the_storage_format_of_the_base(base: Path, tmp_path: Path) -> None:
     """So its adapter is used with the base that training saw, also if it comes back as a plain LoRA."""
     source, native, _ = with_adapter(base, "tl6")
-    folder, quantised = tmp_path / "run", replace(native.base_identity, base_format="nf4", base_stored="bf16")
+    folder, quantised = tmp_path / "run", replace(native.base, base_format="nf4", base_stored="bf16")
     save_adapter(folder, native.config, quantised, native.state)
     export_peft(source, load_native_adapter(folder), tmp_path / "peft", native=folder)
     opened = open_adapter(str(tmp_path / "peft"), str(base))
-    assert opened.adapter.base_identity == quantised
+    assert opened.adapter.base == quantised
     said: list[str] = []
     for name, inside in (("whole", True), ("alone", False)):
         copy = tmp_path / name
@@ -337,7 +337,7 @@ def test_an_export_keeps_the_storage_format_of_the_base(base: Path, tmp_path: Pa
         if not inside:
             shutil.rmtree(copy / NATIVE_FOLDER)
         import_peft(source, copy, tmp_path / f"{name} again", say=said.append)
-        again = load_native_adapter(tmp_path / f"{name} again").base_identity
+        again = load_native_adapter(tmp_path / f"{name} again").base
         assert (again.base_format, again.base_stored) == ("nf4", "bf16")
     assert not any("trained on" in note for note in said), "an import uses no base"
     file = tmp_path / "peft" / EXPORT_RECORD

@@ -73,7 +73,7 @@ def test_on_a_fused_projection_it_is_a_native_vera(
         "u": torch.stack([stored[f"{module}_d"] for module in modules]),
         "v": torch.stack([stored[f"{module}_b"] for module in modules]),
     }
-    save_adapter(tmp_path / "native", config, adapter.base_identity, adapter.state)
+    save_adapter(tmp_path / "native", config, adapter.base, adapter.state)
     for native in (adapter, load_native_adapter(tmp_path / "native")):
         assert native.state.keys() == expected.keys()
         assert all(torch.equal(native.state[name], tensor) for name, tensor in expected.items())
