@@ -7,13 +7,14 @@ transformers take seconds.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from megatron_tiedlora.base.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from megatron_tiedlora.api.adapters import attach, detach, generate, load_adapter, load_base, merge
     from megatron_tiedlora.api.training import TrainedRun, train
     from megatron_tiedlora.base.errors import UserError
     from megatron_tiedlora.config.settings import Settings
 
-__version__ = "0.2.0.dev0"
 __all__ = [
     "Settings",
     "TrainedRun",

@@ -11,6 +11,9 @@ from torch import distributed
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
 from megatron_tiedlora.parallel.grid import Grid
 
+# What AdamW keeps of each trained tensor beside it, by torch's names: means of its gradients and of their squares.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 @dataclass(frozen=True)
 class AdapterLayout:

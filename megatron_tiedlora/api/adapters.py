@@ -17,16 +17,15 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.load_model import DTYPES
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter as load_native
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.inputs import adapter_kind
 from megatron_tiedlora.hf.base_model import base_layer_of, check_model, identify_in_memory, model_source
-from megatron_tiedlora.hf.update import Place, check_whole, find_places, merge_, with_update
+from megatron_tiedlora.hf.update import AdaptedModule, check_whole, find_places, merge_, with_update
 
 
 @dataclass
-class _State:
+class _Attachment:
     """What is on a model: the adapter that is attached or merged, and the hooks of an attached one."""
 
     adapter: NativeAdapter
@@ -45,7 +44,7 @@ def load_adapter(path: str | Path) -> NativeAdapter:
     """
     if adapter_kind(path, flag=str(path)) == "peft":
         raise UserError(f"{path}: this is a PEFT adapter; load it with PEFT, or import it with tiedlora import")
-    return load_native(user_path(path))
+    return load_native_adapter(user_path(path))
 
 
 def load_base(
@@ -167,7 +166,7 @@ def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
 
 def _attach(model: Any, adapter: NativeAdapter) -> None:
     update, places = _on(model, adapter)
-    state = _State(adapter)
+    state = _Attachment(adapter)
     for name, place in places.items():
         module = model.get_submodule(name)
         state.hooks.append(module.register_forward_hook(partial(_add_update, update, place)))
@@ -180,10 +179,10 @@ def _merge(model: Any, adapter: NativeAdapter) -> None:
         check_whole(model.get_submodule(name).weight.data, place)
     for name, place in places.items():
         merge_(model.get_submodule(name).weight.data, update, place)
-    setattr(model, _STATE, _State(adapter, merged=True))
+    setattr(model, _STATE, _Attachment(adapter, merged=True))
 
 
-def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, Place]]:
+def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, AdaptedModule]]:
     """The factors on the model's device, and the modules that they change."""
     update = TiedAdapter(AdapterPart.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
@@ -192,15 +191,15 @@ def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, Plac
     return (update if device.type == "meta" else update.to(device)), places  # meta: an offloaded module
 
 
-def _attached(model: Any) -> _State:
+def _attached(model: Any) -> _Attachment:
     state = getattr(model, _STATE, None)
     if state is None or state.merged:
         raise UserError("the model has no attached adapter; attach(model, adapter) first")
-    assert isinstance(state, _State)
+    assert isinstance(state, _Attachment)
     return state
 
 
 def _add_update(
-    update: TiedAdapter, place: Place, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
+    update: TiedAdapter, place: AdaptedModule, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
 ) -> torch.Tensor:
     return with_update(z, inputs[0], update, place)

@@ -66,8 +66,8 @@ BASE_NAMES = tuple(BASE_FORMATS)
 UNQUANTISED = "none"  # where a format that was trained with is the default
 
 
-def precision_in_words(dtype: str, base: str | None, products: str | None = None) -> str:
+def precision_in_words(dtype: str, base_format: str | None, products: str | None = None) -> str:
     """The dtype of a model, and the storage format of the linears of its blocks if they have one, and --products."""
-    if base is None:
+    if base_format is None:
         return dtype
-    return f"{dtype} with the linears in {base}" + ("" if products is None else f", multiplied in {products}")
+    return f"{dtype} with the linears in {base_format}" + ("" if products is None else f", multiplied in {products}")

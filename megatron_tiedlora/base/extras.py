@@ -6,10 +6,9 @@ import shlex
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
-from pathlib import Path
 
-import megatron_tiedlora
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.version import PACKAGE_FOLDER
 from megatron_tiedlora.base.wording import enumerate_names
 
 # By extra: the modules that it brings, which pyproject.toml lists under their names as packages.
@@ -55,6 +54,6 @@ def install_hint(*names: str) -> str:
     try:
         distribution(what := "megatron_tiedlora")
     except PackageNotFoundError:
-        what = str(Path(megatron_tiedlora.__file__).parents[1])
+        what = str(PACKAGE_FOLDER.parent)
     extras = ",".join(names)
     return f"install it with: pip install {shlex.quote(f'{what}[{extras}]')}"

@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 
 from megatron_tiedlora.benchmark.layout import start
-from megatron_tiedlora.benchmark.plan import make_plan
+from megatron_tiedlora.benchmark.plan import plan_benchmark
 from megatron_tiedlora.benchmark.timing import idle_bytes
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.bench_settings import BenchSettings
@@ -51,7 +51,7 @@ _NOTHING = Constant(0.0, "not measured yet")
 
 
 @dataclass(frozen=True)
-class _Step:
+class _MeasuredStep:
     """A step that was measured: its seconds, and what is planned for them without what is unknown."""
 
     seconds: float
@@ -114,24 +114,26 @@ def _with(machine: Machine, constants: dict[str, Constant]) -> Machine:
     return machine.changed(constants, name=machine.name, title=machine.title)
 
 
-def _tiny_step(machine: Machine, *, num_layers: int, **more: Any) -> _Step:
+def _tiny_step(machine: Machine, *, num_layers: int, **more: Any) -> _MeasuredStep:
     shape = shape_from_hf({**_TINY, "num_hidden_layers": num_layers}, source="tiny")
     settings = {"what": "layout", "rows": 1, "length": _LENGTH, "ds_config": "zero0.json", **more}
     return _measured(machine, settings, repeats=_TINY_REPEATS, source=ModelSource("tiny", None, shape))
 
 
-def _own_step(machine: Machine, source: ModelSource, *, tokens: int) -> _Step:
+def _own_step(machine: Machine, source: ModelSource, *, tokens: int) -> _MeasuredStep:
     settings = {"what": "layout", "model": source.name, "num_layers": 2, "rows": 1, "length": tokens}
     settings["random_weights"] = not is_preset(source.name)
     settings["ds_config"] = "zero0.json"
     return _measured(machine, settings, repeats=_REPEATS)
 
 
-def _measured(machine: Machine, values: dict[str, Any], *, repeats: int, source: ModelSource | None = None) -> _Step:
+def _measured(
+    machine: Machine, values: dict[str, Any], *, repeats: int, source: ModelSource | None = None
+) -> _MeasuredStep:
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     settings = validate_settings(values, BenchSettings)
-    plan = make_plan(settings, rank=rank, world_size=world_size, source=source)
+    plan = plan_benchmark(settings, rank=rank, world_size=world_size, source=source)
     run = start(plan, settings)
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + repeats)]
     seconds = [run.seconds_of(step) for step in steps][GUARDED_STEPS:]
-    return _Step(median(seconds), run.planned_seconds(steps[-1], machine))
+    return _MeasuredStep(median(seconds), run.planned_seconds(steps[-1], machine))

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, saved_formula
-from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, OURS, TOGETHER, build_group, make_sides
+from megatron_tiedlora.benchmark.plan import base_matmul_rate, plan_benchmark, saved_formula
+from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, OURS, TOGETHER, build_adapter_steps, make_sides
 from megatron_tiedlora.benchmark.timing import (
     about,
     default_device,
@@ -42,10 +42,10 @@ from megatron_tiedlora.training.throughput import find_peak, timed
 # The setting of a step that each flag of --what scaling gives values for.
 AXES = {"layers": "num_layers", "lengths": "length", "ranks": "rank", "shares": "supervised"}
 _STEP = ("model", "method", "targets", "rank", "recompute")  # settings that the report of a step shows
-Rows = list[list[int]]
+TokenRows = list[list[int]]
 
 
-def measure(settings: BenchSettings) -> dict[str, Any]:
+def measure_sides(settings: BenchSettings) -> dict[str, Any]:
     """The report of one process.
 
     Raises:
@@ -67,7 +67,7 @@ def _seconds(
 
 
 def _measure_step(settings: BenchSettings) -> dict[str, Any]:
-    plan = make_plan(settings)
+    plan = plan_benchmark(settings)
     makers = make_sides(plan, settings)
     memory = {name: in_own_process(name, _step_memory, plan, settings, name) for name in makers}
     sides = {name: make() for name, make in makers.items()}
@@ -111,9 +111,9 @@ def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str,
 
 def _measure_adapters(settings: BenchSettings) -> dict[str, Any]:
     assert settings.adapters is not None
-    plan = make_plan(settings)
+    plan = plan_benchmark(settings)
     peaks = {name: in_own_process(name, _adapters_peak, plan, settings, name) for name in (IN_TURN, TOGETHER, ONE)}
-    group = build_group(plan, settings)
+    group = build_adapter_steps(plan, settings)
     before = _load()
     seconds = _seconds(group.steps, group.device, settings)
     middle = {name: median(taken) for name, taken in seconds.items()}
@@ -132,7 +132,7 @@ def _measure_adapters(settings: BenchSettings) -> dict[str, Any]:
 
 def _adapters_peak(plan: RunPlan, settings: BenchSettings, name: str) -> int | None:
     """The peak bytes of a side's step. Call it in a fresh process."""
-    group = build_group(plan, settings)
+    group = build_adapter_steps(plan, settings)
     return peak_of(group.steps[name], group.device)
 
 
@@ -145,7 +145,7 @@ def _load() -> float | None:
 
 
 def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
-    device, plan = default_device(), make_plan(settings.one_step())
+    device, plan = default_device(), plan_benchmark(settings.one_step())
     axes = {flag: [_one_step(settings, flag, value) for value in getattr(settings, flag)] for flag in AXES}
     chosen = choose_kernels(plan, device)
 
@@ -168,7 +168,7 @@ def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, 
     name = AXES[flag]
     try:
         step = settings.one_step(**{name: value})
-        return make_plan(step), step
+        return plan_benchmark(step), step
     except UserError as error:
         raise UserError(str(error).replace(f"--{name} ", f"--{flag} ", 1)) from None
 
@@ -185,18 +185,18 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     examples = load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
     encoded, _ = encode_prompts(load_tokenizer(folder), examples, max_length=source.shape.limit.tokens - new_tokens)
     prompts = [ids.tolist() for ids in encoded]
-    base = source.base_format(settings.base)
-    stage = load_model(source, None, dtype=dtype, base=base, device=device)
+    base_format = source.base_format(settings.base)
+    stage = load_model(source, None, dtype=dtype, base_format=base_format, device=device)
     decoder = Decoder(stage, ParallelGroups(), source.shape)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    steps: dict[str, Callable[[], Rows]] = {
+    steps: dict[str, Callable[[], TokenRows]] = {
         "megatron_tiedlora": lambda: generate(decoder, [Prompts(prompts, (), new_tokens)])[0],
         "transformers": partial(_generate_there, theirs.to(device).eval(), prompts, new_tokens),
     }
     rows = [decode() for decode in steps.values()]
     return {
         "model": source.name,
-        **about(settings, base, device),
+        **about(settings, base_format, device),
         "batch_size": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "new_tokens": new_tokens,
@@ -205,7 +205,7 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     }
 
 
-def _generate_there(model: Any, prompts: Rows, new_tokens: int) -> Rows:
+def _generate_there(model: Any, prompts: TokenRows, new_tokens: int) -> TokenRows:
     """Let transformers generate. It needs prompts that are padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
@@ -214,11 +214,11 @@ def _generate_there(model: Any, prompts: Rows, new_tokens: int) -> Rows:
     output = model.generate(
         ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, use_cache=True
     )
-    rows: Rows = output[:, longest:].tolist()
+    rows: TokenRows = output[:, longest:].tolist()
     return rows
 
 
-def share_of_equal_tokens(ours: Rows, theirs: Rows) -> float:
+def share_of_equal_tokens(ours: TokenRows, theirs: TokenRows) -> float:
     """The share of new tokens that are equal up to each sequence's first difference. In fp32 it is 1.0 but for ties."""
     equal = 0
     for mine, other in zip(ours, theirs, strict=True):

@@ -18,7 +18,7 @@ import torch
 
 from megatron_tiedlora.adapters.adapter_bank import ALONE
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, read_samples, saved_formula
+from megatron_tiedlora.benchmark.plan import base_matmul_rate, plan_benchmark, read_samples, saved_formula
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import (
     CLASSES,
@@ -90,7 +90,7 @@ class Started:
         return planned_seconds(plan.stages, batches, Links(plan.layout, ranks_here()), machine)
 
 
-def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> dict[str, Any] | None:
+def measure_layout(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> dict[str, Any] | None:
     """Measure the layout on all ranks, which call this together; returns the report on rank 0.
 
     Raises:
@@ -100,7 +100,7 @@ def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> d
     machine = None
     if settings.constants is not None:
         machine = read_machine(user_path(settings.constants, flag="--constants"))
-    run = start(make_plan(settings, rank=rank, world_size=world_size), settings)
+    run = start(plan_benchmark(settings, rank=rank, world_size=world_size), settings)
     plan, device = run.plan, run.runner.device
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
     given = iter(steps)

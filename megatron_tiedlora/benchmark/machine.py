@@ -173,14 +173,19 @@ class _Measure:
         yield f"weights.{name}", self._constant(read, words) if read else Constant(0.0, "while it computes")
 
     def _matmuls(
-        self, dtype: torch.dtype, tokens: int, seconds: float, base: str | None = None, products: str | None = None
+        self,
+        dtype: torch.dtype,
+        tokens: int,
+        seconds: float,
+        base_format: str | None = None,
+        products: str | None = None,
     ) -> float:
         """The seconds of all linears of a block, forward and for the gradient of their inputs."""
         taken, linears = 0.0, self.shape.block.linears
         for linear in linears:
             with self.device:
                 # Transposing is not a part of a matmul on a GPU, where it is a term of its own.
-                made = weight_maker(base, products=products, keep_transposed=products is not None)
+                made = weight_maker(base_format, products=products, keep_transposed=products is not None)
                 weight = made(linear.out_size, linear.in_size, dtype=dtype)
             weight.load(self._numbers(linear.out_size, linear.in_size, dtype=dtype))
             x, grad_y = (self._numbers(tokens, size, dtype=dtype) for size in (linear.in_size, linear.out_size))

@@ -16,14 +16,13 @@ from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.tasks import DEFAULT_TASK
 from megatron_tiedlora.data.encode import encode_dataset
-from megatron_tiedlora.data.loader import MicroBatch
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
+from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
@@ -42,7 +41,7 @@ _SAME = (
 )
 
 
-def make_plan(
+def plan_benchmark(
     settings: BenchSettings,
     *,
     rank: int = 0,
@@ -148,7 +147,7 @@ def made_up(vocab_size: int, lengths: NDArray[np.int64], *, num_labels: int | No
 def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
     """The bytes that a rank saves for the backward pass of all its micro-batches, computed from shapes alone."""
     parts = plan.layout.sequence_parts
-    sizes = ((batch.labels.numel(), len(find_supervised(batch.labels, parts).rows)) for batch in batches)
+    sizes = ((batch.labels.numel(), len(batch.supervised(parts).rows)) for batch in batches)
     return sum(saved_bytes(plan.stage, [ShareShape(0, tokens, after)]) for tokens, after in sizes)
 
 
@@ -161,5 +160,5 @@ def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch],
     rules = stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None)
     shapes = [rule.spec.local_shape(rule.shape, plan.grid.tp_size) for rule in rules if rule.name in held]
     columns, inner = max((shape for shape in shapes if len(shape) == 2), key=lambda shape: shape[0] * shape[1])
-    rows = max(1024, sum(batch.input_ids.numel() for batch in batches) // len(batches))
+    rows = max(1024, sum(batch.tokens.numel() for batch in batches) // len(batches))
     return matmul_rate(rows, inner, columns, dtype=plan.dtype, device=device, repeats=10)

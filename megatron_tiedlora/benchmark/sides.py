@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share, pieces_of
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.plan import LEARNING_RATE, random_config, read_samples
@@ -22,12 +22,12 @@ from megatron_tiedlora.checkpoint.base_weights import draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
-from megatron_tiedlora.data.loader import MicroBatch, collate
-from megatron_tiedlora.data.shared import shared_input, shared_rounds
-from megatron_tiedlora.engine.runner import Divisors, Losses, StepInput
+from megatron_tiedlora.data.loader import collate
+from megatron_tiedlora.data.shared import shared_micro_batch, shared_rounds
+from megatron_tiedlora.engine.runner import Divisors, Losses
+from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import find_shared_supervised, find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
@@ -61,7 +61,7 @@ class Side:
     def __post_init__(self) -> None:
         self.num_tokens = sum(batch.num_tokens for batch in self.batches)
         self.num_supervised = sum(batch.num_supervised for batch in self.batches)
-        self.num_positions = sum(batch.input_ids.numel() for batch in self.batches)
+        self.num_positions = sum(batch.tokens.numel() for batch in self.batches)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
 
@@ -90,11 +90,9 @@ def take_step(
         optimizer.zero_grad()
 
 
-def stage_losses(stage: Stage, batch: StepInput, device: torch.device) -> torch.Tensor:
+def stage_losses(stage: Stage, batch: MicroBatch, device: torch.device) -> torch.Tensor:
     """The summed loss of a micro-batch; of a shared one that of each share, (shares,)."""
-    pieces, labels = pieces_of(batch.shares), batch.labels
-    found = find_shared_supervised(labels, pieces) if pieces else find_supervised(labels)
-    supervised = found.moved(lambda tensor: tensor.to(device))
+    supervised = batch.supervised().moved(lambda tensor: tensor.to(device))
     tokens, positions = batch.tokens.to(device), batch.positions.to(device)
     losses: torch.Tensor = stage(tokens, positions, supervised, documents=batch.documents, shares=batch.shares)
     return losses
@@ -116,7 +114,7 @@ def make_sides(
     return sides
 
 
-def build_stage(plan: RunPlan, settings: BenchSettings, kernels: Kernels) -> Stage:
+def build_whole_stage(plan: RunPlan, settings: BenchSettings, kernels: Kernels) -> Stage:
     """The whole model on our side with the plan's adapter, in training mode."""
     device, source = default_device(), plan.source
     make_weight = plan.weight_maker(device)
@@ -140,12 +138,12 @@ def build_stage(plan: RunPlan, settings: BenchSettings, kernels: Kernels) -> Sta
 def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> Side:
     device = default_device()
     chosen = chosen or choose_kernels(plan, device)
-    stage = build_stage(plan, settings, chosen.kernels)
+    stage = build_whole_stage(plan, settings, chosen.kernels)
     dataset, pad_id = read_samples(plan, settings)
     step = next(plan.training_loader(dataset, pad_id=pad_id))
 
     def forward(batch: MicroBatch) -> torch.Tensor:
-        return stage_losses(stage, batch.model_input, device) / step.num_supervised
+        return stage_losses(stage, batch, device) / step.num_supervised
 
     flops = training_flops(plan.source.shape, plan.adapter, step)
     return Side(stage, step.micro_batches, forward, device, flops, chosen.description)
@@ -213,16 +211,16 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
         # transformers shifts the labels itself.
         labels = torch.full_like(batch.labels, -100)
         labels[:, 1:] = batch.labels[:, :-1]
-        mask = torch.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]
+        mask = torch.arange(batch.tokens.shape[1])[None] < batch.lengths[:, None]
         if batch.documents is not None:
             ids, length = batch.documents, batch.documents.shape[1]
             causal = torch.ones(length, length, dtype=torch.bool).tril()
             mask = (ids[:, None, :, None] == ids[:, None, None, :]) & causal
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.dtype == torch.bfloat16):
             loss: torch.Tensor = model(
-                input_ids=batch.input_ids.to(device),
+                input_ids=batch.tokens.to(device),
                 attention_mask=mask.to(device),
-                position_ids=batch.position_ids.to(device),
+                position_ids=batch.positions.to(device),
                 labels=labels.to(device),
                 use_cache=False,
             ).loss
@@ -235,7 +233,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
 
 
 @dataclass(frozen=True)
-class Group:
+class AdapterSteps:
     """Adapters of one base, ready for steps.
 
     Attributes:
@@ -248,9 +246,9 @@ class Group:
 
     stage: Stage
     optimizers: Mapping[str, torch.optim.Optimizer]
-    alone: Mapping[str, Sequence[StepInput]]
-    shared: Sequence[StepInput]
-    joined: Sequence[StepInput]
+    alone: Mapping[str, Sequence[MicroBatch]]
+    shared: Sequence[MicroBatch]
+    joined: Sequence[MicroBatch]
     divisors: Divisors
     device: torch.device
     kernels: str
@@ -269,22 +267,22 @@ class Group:
         for name, batches in self.alone.items():
             self._step([name], batches)
 
-    def _step(self, names: Sequence[str], batches: Sequence[StepInput]) -> None:
+    def _step(self, names: Sequence[str], batches: Sequence[MicroBatch]) -> None:
         """Take a step of these adapters."""
         losses = Losses(dict.fromkeys(names, self.divisors))
 
-        def loss(batch: StepInput) -> torch.Tensor:
+        def loss(batch: MicroBatch) -> torch.Tensor:
             return losses.weighted(stage_losses(self.stage, batch, self.device), batch.shares)
 
         take_step(batches, loss, [self.optimizers[name] for name in names])
 
 
-def build_group(plan: RunPlan, settings: BenchSettings) -> Group:
+def build_adapter_steps(plan: RunPlan, settings: BenchSettings) -> AdapterSteps:
     """The adapters, which differ in their seeds, and their steps of --rows x --length made-up tokens each."""
     assert settings.adapters is not None
     device = default_device()
     chosen = choose_kernels(plan, device)
-    stage = build_stage(plan, settings, chosen.kernels)
+    stage = build_whole_stage(plan, settings, chosen.kernels)
     adapters = {}
     for number in range(settings.adapters):
         adapters[f"adapter {number}"] = whole_adapter(replace(plan.adapter, seed=number), device)
@@ -294,12 +292,12 @@ def build_group(plan: RunPlan, settings: BenchSettings) -> Group:
     steps = {name: next(loader) for name in adapters}
     step, capacity = steps["adapter 0"], settings.shared_tokens or settings.adapters * settings.adapter_tokens
     rounds = shared_rounds(steps, capacity=capacity)
-    return Group(
+    return AdapterSteps(
         stage,
         {name: _optimizer(adapter) for name, adapter in adapters.items()},
-        {name: [shared_input([(name, batch)]) for batch in step.micro_batches] for name, step in steps.items()},
-        [shared_input(parts) for parts in rounds],
-        [_stacked("adapter 0", [batch.model_input for _, batch in parts]) for parts in rounds],
+        {name: [shared_micro_batch([(name, batch)]) for batch in step.micro_batches] for name, step in steps.items()},
+        [shared_micro_batch(parts) for parts in rounds],
+        [_stacked("adapter 0", [batch for _, batch in parts]) for parts in rounds],
         (step.num_supervised,),
         device,
         chosen.description,
@@ -311,7 +309,14 @@ def _optimizer(adapter: TiedAdapter) -> torch.optim.Optimizer:
     return make_optimizer(trained, learning_rate=LEARNING_RATE, weight_decay=0.0)
 
 
-def _stacked(name: str, batches: Sequence[StepInput]) -> StepInput:
+def _stacked(name: str, batches: Sequence[MicroBatch]) -> MicroBatch:
     """The rows of several micro-batches, all of one length and not packed, as those of one adapter."""
-    tokens, positions, labels = map(torch.cat, zip(*(batch[:3] for batch in batches), strict=True))
-    return StepInput(tokens, positions, labels, shares=(Share(name, *tokens.shape),))
+    tokens = torch.cat([batch.tokens for batch in batches])
+    return MicroBatch(
+        tokens=tokens,
+        positions=torch.cat([batch.positions for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        shares=(Share(name, *tokens.shape),),
+        lengths=torch.cat([batch.lengths for batch in batches]),
+        num_samples=sum(batch.num_samples for batch in batches),
+    )

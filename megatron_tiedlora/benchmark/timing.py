@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.training.throughput import peak_memory_bytes, resident_bytes
 
@@ -59,15 +59,17 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def about(settings: BenchSettings, base: str | None, device: torch.device, *names: str, **more: Any) -> dict[str, Any]:
+def about(
+    settings: BenchSettings, base_format: str | None, device: torch.device, *names: str, **more: Any
+) -> dict[str, Any]:
     """What every report begins with: these settings, precision, `more`, device, allocator and versions.
 
     Args:
-        base: the format in which the base is held.
+        base_format: in which the base is held.
     """
     return {
         **{name: getattr(settings, name) for name in names},
-        "dtype": precision_in_words(settings.dtype, base, settings.products),
+        "dtype": precision_in_words(settings.dtype, base_format, settings.products),
         **more,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),

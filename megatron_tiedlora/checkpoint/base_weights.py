@@ -257,7 +257,7 @@ class BaseWeights(WeightFiles):
         self, name: str, target: QuantisedWeight, part: slice, dim: int, *, start: int, columns: Columns | None
     ) -> None:
         """Read codes and scales of a quantised tensor into `target`, as they are stored."""
-        assert self._stored is not None and target.storage.name == self._stored.kind.base
+        assert self._stored is not None and target.storage.name == self._stored.kind.base_format
         shape = self._quantised[name]
         rows, read = (part, slice(0, shape[1])) if dim == 0 else (slice(0, shape[0]), part)
         found = self._stored.read(name, shape, rows, read)

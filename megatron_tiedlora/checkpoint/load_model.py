@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -26,7 +26,6 @@ from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.weight_maker import weight_maker
-from megatron_tiedlora.planning.partition import Stages
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,12 +57,12 @@ def load_model(
     adapter: NativeAdapter | Mapping[str, NativeAdapter] | None,
     *,
     dtype: torch.dtype,
-    base: str | None = None,
+    base_format: str | None = None,
     device: torch.device | str = "cpu",
     grid: Grid | None = None,
     make_weight: WeightMaker | None = None,
     groups: ParallelGroups | None = None,
-    stages: Stages | None = None,
+    stages: Sequence[range] | None = None,
     merged: bool = False,
     kernels: Kernels = EAGER,
     progress: bool = False,
@@ -74,8 +73,8 @@ def load_model(
 
     Args:
         adapter: one, or several by name; the stage then has a bank.
-        base: the storage format of the blocks' linears; None for `dtype`.
-        make_weight: makes the weights of the blocks' linears, in place of `base`.
+        base_format: the storage format of the blocks' linears; None for `dtype`.
+        make_weight: makes the weights of the blocks' linears, in place of `base_format`.
         grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
         merged: merge the adapter into the weights (added in fp32, cast once) instead of keeping it separate.
         kernels: of the layers, eager or compiled.
@@ -93,7 +92,7 @@ def load_model(
             part = AdapterBank({name: _part(own, layers, grid, device) for name, own in adapter.items()})
         elif adapter is not None and not merged:
             part = _part(adapter, layers, grid, device)
-        make_weight = make_weight or weight_maker(base)
+        make_weight = make_weight or weight_maker(base_format)
         specs = layer_specs(shape, dtype=dtype, tp_size=grid.tp_size, kernels=kernels, make_weight=make_weight)
         with torch.device(device):
             model = Stage(specs[layers.start : layers.stop], part, tensor_parallel=TensorParallel(groups.tensor, False))
@@ -108,7 +107,7 @@ def load_model(
         )
         if adapter is not None and merged:
             assert not isinstance(adapter, Mapping), "only one adapter can be merged"
-            assert base is None, "a merged weight would be quantised again"
+            assert base_format is None, "a merged weight would be quantised again"
             _merge(model, adapter, weights, shape, grid)
     return model.eval()
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from megatron_tiedlora import __version__
 from megatron_tiedlora.adapters.targets import Target, sized_targets
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, lora_factors
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
@@ -26,6 +25,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
+from megatron_tiedlora.base.version import __version__
 from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
@@ -93,25 +93,25 @@ def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[
 
 
 def write_adapter_files(
-    folder: Path, config: AdapterConfig, base: BaseIdentity, state: Mapping[str, torch.Tensor]
+    folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: Mapping[str, torch.Tensor]
 ) -> None:
     """Write the two files of the format into an existing folder; `save_adapter` writes a folder atomically."""
     save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
-    content = {**StoredAdapter.of(config, base).fields(), "version": __version__}
+    content = {**StoredAdapter.of(config, base_identity).fields(), "version": __version__}
     write_json(folder / CONFIG_FILE, sealed(content, files=[folder / WEIGHTS_FILE]))
 
 
 def save_adapter(
     folder: Path,
     config: AdapterConfig,
-    base: BaseIdentity,
+    base_identity: BaseIdentity,
     state: Mapping[str, torch.Tensor],
     *,
     guard: Guard = unguarded,
 ) -> None:
     """Write an adapter folder atomically, replacing an earlier one. Raises UserError if it cannot be written."""
     with new_folder(folder, guard=guard) as temporary:
-        write_adapter_files(temporary, config, base, state)
+        write_adapter_files(temporary, config, base_identity, state)
 
 
 def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> None:
@@ -123,7 +123,7 @@ def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> No
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, target / name)
     try:
-        copy = load_adapter(target)
+        copy = load_native_adapter(target)
     except UserError:  # one file is another adapter's
         copy = None
     if copy is None or not copy.equals(adapter):
@@ -146,11 +146,11 @@ class StoredAdapter(BaseIdentity):
     targets: list[Text]
 
     @staticmethod
-    def of(config: AdapterConfig, base: BaseIdentity) -> StoredAdapter:
+    def of(config: AdapterConfig, base_identity: BaseIdentity) -> StoredAdapter:
         """The record of an adapter."""
         shared: dict[str, Any] = {name: getattr(config, name) for name in _SHARED - {"targets"}}
         lists = {"layers": list(config.layers), "targets": [target.name for target in config.targets]}
-        return StoredAdapter(**{**asdict(base), **shared, **lists}, qkv_layout=_LAYOUT)
+        return StoredAdapter(**{**asdict(base_identity), **shared, **lists}, qkv_layout=_LAYOUT)
 
     def fields(self) -> dict[str, Any]:
         """The fields as they are written, without unknown (None) ones."""
@@ -172,7 +172,7 @@ class StoredAdapter(BaseIdentity):
         return AdapterConfig(**{**shared, "layers": tuple(self.layers), "targets": targets})
 
     @property
-    def base(self) -> BaseIdentity:
+    def base_identity(self) -> BaseIdentity:
         """The base that it belongs to."""
         return BaseIdentity(**{field.name: getattr(self, field.name) for field in fields(BaseIdentity)})
 
@@ -206,7 +206,7 @@ _ORDER = (  # of the fields in the file
 )
 
 
-def load_adapter(folder: Path) -> NativeAdapter:
+def load_native_adapter(folder: Path) -> NativeAdapter:
     """Read an adapter folder (a checkpoint of a run is one too).
 
     Raises:
@@ -253,7 +253,7 @@ def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, st
     """(config, base, checksums of the other files) of the adapter in `folder`; its tensors are not read.
 
     Raises:
-        UserError: as `load_adapter`, for its config.
+        UserError: as `load_native_adapter`, for its config.
     """
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a native Tied-LoRA adapter folder")
@@ -266,4 +266,4 @@ def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, st
     sums = check_seal(file, content)
     stored = read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
     stored.check(file)
-    return stored.config, stored.base, sums
+    return stored.config, stored.base_identity, sums

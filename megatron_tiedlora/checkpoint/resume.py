@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megatron_tiedlora.adapters.gathering import MOMENTS
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.atomic import Guard, discard, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.checksums import check_file, check_seal, sealed
@@ -28,11 +29,10 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     NativeAdapter,
-    load_adapter,
+    load_native_adapter,
     write_adapter_files,
 )
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
-from megatron_tiedlora.engine.optimizer_state import MOMENTS
 from megatron_tiedlora.parallel.messages import SentTensor
 
 STATE_FILE = "trainer_state.safetensors"
@@ -86,7 +86,7 @@ def save_checkpoint(
     *,
     progress: Progress,
     config: AdapterConfig,
-    base: BaseIdentity,
+    base_identity: BaseIdentity,
     state: Mapping[str, torch.Tensor],
     moments: Mapping[str, torch.Tensor],
     settings: Mapping[str, Any],
@@ -102,7 +102,7 @@ def save_checkpoint(
     """
     folder = checkpoints / f"step_{progress.step}"
     with new_folder(folder, guard=guard) as temporary:
-        write_adapter_files(temporary, config, base, state)
+        write_adapter_files(temporary, config, base_identity, state)
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, temporary / STATE_FILE)
         files = [temporary / name for name in (CONFIG_FILE, WEIGHTS_FILE, STATE_FILE)]
         content = {**asdict(progress), "settings": dict(settings)}
@@ -221,7 +221,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if "settings" not in content or not isinstance(content["settings"], dict):
         raise UserError(f"{file}: settings is {'not an object' if 'settings' in content else 'missing'}")
     _check_steps(file, progress, content["settings"])
-    adapter, state = load_adapter(folder), folder / STATE_FILE
+    adapter, state = load_native_adapter(folder), folder / STATE_FILE
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         check_file(folder / name, sums)  # intact files may still be from another step
     shapes = {

@@ -82,7 +82,7 @@ class ModelSource:
     @property
     def stored_base(self) -> str | None:
         """The storage format of the blocks' linears in the folder, a name of `BASE_FORMATS`."""
-        return None if self.stored is None else self.stored.base
+        return None if self.stored is None else self.stored.base_format
 
     def base_format(self, given: str | None, products: str | None = None) -> str | None:
         """The storage format of the blocks' linears in a run; see `format_in_use`."""

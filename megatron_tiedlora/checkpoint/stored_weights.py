@@ -33,10 +33,10 @@ _LARGEST_STATE = 2**16  # bytes of JSON
 _LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # that it may give
 
 SliceOf = Callable[[str], Any]  # a stored tensor by its name, from which slices are read; None if there is none
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
-class StoredRows(NamedTuple):
+class QuantisedRows(NamedTuple):
     """Rows of a linear, in the arguments of `QuantisedWeight.load_stored`.
 
     Attributes:
@@ -48,7 +48,7 @@ class StoredRows(NamedTuple):
     num_bytes: int
 
 
-class _State(NamedTuple):
+class _Nf4State(NamedTuple):
     """What the JSON beside a tensor of bitsandbytes says. `nested`: (size of a block of scales, their offset)."""
 
     block: int
@@ -69,7 +69,7 @@ class StoredWeights:
         nested = self._slice_of(name + _NESTED_ABSMAX) is not None
         return name, name + _ABSMAX, *([name + _NESTED_ABSMAX] if nested else [])
 
-    def check(self, name: str, shape: Shape) -> None:
+    def check(self, name: str, shape: TensorShape) -> None:
         """Raise UserError if the linear `name` of this shape is not stored in the folder's format."""
         if self.kind.method == BITSANDBYTES:
             self._check_nf4(name, shape)
@@ -86,7 +86,7 @@ class StoredWeights:
                 f"{name}{_ROW_SCALE} is {as_given(scale.get_dtype())} {found}, not one number, or one for each row"
             )
 
-    def read(self, name: str, shape: Shape, rows: slice, columns: slice) -> StoredRows:
+    def read(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
         """Codes and scales of a range of rows and columns; in nf4 of columns that make up whole blocks."""
         if self.kind.method == BITSANDBYTES:
             return self._read_nf4(name, shape, rows, columns)
@@ -95,14 +95,14 @@ class StoredWeights:
         whole = stored[...] if len(stored.get_shape()) == 0 else stored[:]
         scales = whole.float().view(-1, 1)
         scales = scales.expand(codes.shape[0], 1) if len(scales) == 1 and shape[0] != 1 else scales[rows]
-        return StoredRows(codes, scales.contiguous(), codes.nbytes + scales.shape[0] * whole.element_size())
+        return QuantisedRows(codes, scales.contiguous(), codes.nbytes + scales.shape[0] * whole.element_size())
 
-    def values(self, name: str, shape: Shape, rows: slice) -> tuple[torch.Tensor, int]:
+    def values(self, name: str, shape: TensorShape, rows: slice) -> tuple[torch.Tensor, int]:
         """(whole rows in fp32, the bytes that were read)."""
         codes, scales, num_bytes = self.read(name, shape, rows, slice(0, shape[1]))
-        if has_nan(codes, self.kind.base) or not scales.isfinite().all():
+        if has_nan(codes, self.kind.base_format) or not scales.isfinite().all():
             raise UserError(f"{name} has numbers that are not finite")
-        block = BASE_FORMATS[self.kind.base].block
+        block = BASE_FORMATS[self.kind.base_format].block
         if block is None:
             return dequantise_rows(fp8_numbers(codes), scales[:, 0]), num_bytes
         return dequantise_nf4(codes, scales, shape[1], block), num_bytes
@@ -113,7 +113,7 @@ class StoredWeights:
             raise UserError(f"{name} is quantised, but tensor {name}{part} is missing")
         return found
 
-    def _check_nf4(self, name: str, shape: Shape) -> None:
+    def _check_nf4(self, name: str, shape: TensorShape) -> None:
         stored = self._slice_of(name)
         if stored.get_dtype() != "U8":
             raise UserError(f"{name} is {as_given(stored.get_dtype())}, but other linears of the blocks are nf4")
@@ -138,7 +138,7 @@ class StoredWeights:
         if not torch.equal(self._needed(name, _LEVELS)[:], torch.tensor(NF4_LEVELS)):
             raise UserError(f"{name}{_LEVELS} has other levels than those of nf4")
 
-    def _state(self, name: str, shape: Shape) -> _State:
+    def _state(self, name: str, shape: TensorShape) -> _Nf4State:
         raw = self._needed(name, _STATE)
         try:
             if raw.get_dtype() != "U8" or torch.Size(raw.get_shape()).numel() > _LARGEST_STATE:
@@ -155,7 +155,7 @@ class StoredWeights:
             raise UserError(f"{name}{_STATE} is not the state of an nf4 tensor ({error})") from None
         if kind != "nf4" or found != list(shape):
             raise UserError(f"{name} is {shown(kind)} of shape {shown(found)}, not 'nf4' of shape {list(shape)}")
-        ours = BASE_FORMATS[self.kind.base].block
+        ours = BASE_FORMATS[self.kind.base_format].block
         assert ours is not None
         if block % ours:
             raise UserError(f"{name} has blocks of {block}, which are not whole blocks of {ours}")
@@ -165,9 +165,9 @@ class StoredWeights:
                 " the model with weights in bf16, fp16 or fp32, and --base nf4"
             )
         # A float, since torch adds no integer above 2^63.
-        return _State(block, None if nested is None else (nested[0], float(nested[1])))
+        return _Nf4State(block, None if nested is None else (nested[0], float(nested[1])))
 
-    def _read_nf4(self, name: str, shape: Shape, rows: slice, columns: slice) -> StoredRows:
+    def _read_nf4(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
         state, width = self._state(name, shape), shape[1]
         start, stop, _ = rows.indices(shape[0])
         stored = self._slice_of(name)
@@ -178,14 +178,14 @@ class StoredWeights:
         per_row = width // state.block
         scales, more = self._scales(name, state, slice(start * per_row, stop * per_row))
         scales = scales.view(stop - start, per_row)
-        block = BASE_FORMATS[self.kind.base].block
+        block = BASE_FORMATS[self.kind.base_format].block
         assert block is not None
         scales = scales.repeat_interleave(state.block // block, dim=1)
         num_bytes = codes.nbytes + more
         own = codes[:, columns.start // 2 : columns.stop // 2]
-        return StoredRows(own, scales[:, columns.start // block : columns.stop // block], num_bytes)
+        return QuantisedRows(own, scales[:, columns.start // block : columns.stop // block], num_bytes)
 
-    def _scales(self, name: str, state: _State, blocks: slice) -> tuple[torch.Tensor, int]:
+    def _scales(self, name: str, state: _Nf4State, blocks: slice) -> tuple[torch.Tensor, int]:
         """(plain scales of a range of blocks, fp32; the bytes that were read)."""
         found = self._slice_of(name + _ABSMAX)[blocks]
         if state.nested is None:

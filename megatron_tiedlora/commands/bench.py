@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         if what == "layout":
-            found = layout.measure(settings, rank=rank, world_size=world_size)
+            found = layout.measure_layout(settings, rank=rank, world_size=world_size)
         else:
-            found = compare.measure(settings)
+            found = compare.measure_sides(settings)
     except RunStopped as stop:
         return exit_status(stop.signal_number)
 

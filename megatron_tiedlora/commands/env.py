@@ -14,16 +14,14 @@ import platform
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import megatron_tiedlora
 from megatron_tiedlora.base.atomic import write_text
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import EXTRAS, missing_modules
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.private_folders import user_cache
-from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.version import PACKAGE_FOLDER, installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, first_line
 from megatron_tiedlora.config.cli import CommandParser
 
@@ -63,7 +61,7 @@ def environment_report() -> dict[str, dict[str, Any]]:
     return {
         "versions": {**installed_versions(*LIBRARIES), "system": platform.platform()},
         "paths": {
-            "package": str(Path(megatron_tiedlora.__file__).parent),
+            "package": str(PACKAGE_FOLDER),
             "python": sys.executable,
             "cache": str(user_cache()),
         },

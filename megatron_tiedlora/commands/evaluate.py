@@ -85,7 +85,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         plan.source,
         plan.adapter if "" in plans else {name: own.adapter for name, own in plans.items() if own.adapter is not None},
         dtype=plan.dtype,
-        base=plan.base,
+        base_format=plan.base_format,
         device=device,
         grid=plan.grid,
         groups=groups,

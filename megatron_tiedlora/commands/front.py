@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-import megatron_tiedlora
 from megatron_tiedlora.base.command_names import COMMANDS, PROGRAM, find_command, other_command
 from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.version import __version__
 from megatron_tiedlora.base.wording import nearest_name
 
 _LOCAL_RANK = ("--local_rank", "--local-rank")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if name in ("-h", "--help"):
         _leave(help_text())
     if name in ("-V", "--version"):
-        _leave(f"{PROGRAM} {megatron_tiedlora.__version__}")
+        _leave(f"{PROGRAM} {__version__}")
     command = find_command(name)
     if command is None:
         ours = other_command(name)

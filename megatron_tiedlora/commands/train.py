@@ -18,7 +18,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
 
 if TYPE_CHECKING:
-    from megatron_tiedlora.training.dry_run_tables import Report
+    from megatron_tiedlora.training.dry_run_tables import DryRunReport
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,7 +58,7 @@ def _check_files(settings: Settings) -> None:
     check_files_exist(settings)
 
 
-def _report(settings: Settings, *, launched_ranks: int) -> Report:
+def _report(settings: Settings, *, launched_ranks: int) -> DryRunReport:
     """What --dry_run shows."""
     if settings.adapters is None:
         from megatron_tiedlora.training.dry_run import dry_run_report

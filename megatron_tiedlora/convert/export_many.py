@@ -13,7 +13,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import identify_model
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.export_peft import base_location, export_peft
 from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind, find_base
@@ -121,7 +121,7 @@ def export_all(
         try:
             if adapter_kind(adapter) != "native":
                 raise UserError(f"{adapter}: this is a PEFT adapter already")
-            native = load_adapter(adapter)
+            native = load_native_adapter(adapter)
             base = native.base
             source = base_of(base.base_model, base.base_hash, base.base_weights_hash, base.base_sample)
             notes: list[str] = []

@@ -22,7 +22,7 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.convert.merged_rows import ReadRows, row_blocks
-from megatron_tiedlora.data.loader import MicroBatch
+from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
@@ -104,7 +104,7 @@ def layerwise_loss(
     layers, total = _Layers(shape, dtype, device, between), 0.0
     for group in _groups(batches, shape.hidden_size * dtype.itemsize):
         with progress_bar("loss", "layer", total=shape.num_layers + 2, shows=progress) as bar:
-            inputs = [_Inputs(batch.input_ids, batch.position_ids) for batch in group]
+            inputs = [_Inputs(batch.tokens, batch.positions) for batch in group]
             hidden = layers.hidden([Weights(read, {"": adapter})], inputs, bar)[""]
             head = layers.head(read, 0, shape.vocab_size)
             for batch, states in zip(group, hidden, strict=True):
@@ -117,7 +117,7 @@ def _groups(batches: Iterable[MicroBatch], bytes_per_token: int) -> Iterator[lis
     group: list[MicroBatch] = []
     used, most = 0, _SHARE * psutil.virtual_memory().available
     for batch in batches:
-        size = batch.input_ids.numel() * bytes_per_token
+        size = batch.tokens.numel() * bytes_per_token
         if group and used + size > most:
             yield group
             group, used = [], 0

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora import __version__
 from megatron_tiedlora.base.atomic import remove, write_json
 from megatron_tiedlora.base.json_files import read_json_or_none
+from megatron_tiedlora.base.version import __version__
 
 JOURNAL = ".merge_journal.json"
 

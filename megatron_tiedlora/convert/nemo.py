@@ -18,8 +18,7 @@ from megatron_tiedlora.checkpoint.streamed_files import SHARD_BYTES, write_strea
 from megatron_tiedlora.convert.nemo_archive import NemoArchive, readable
 from megatron_tiedlora.convert.nemo_config import read_nemo_model
 from megatron_tiedlora.convert.nemo_weights import stablelm_tensors
-from megatron_tiedlora.data.tokenizer import check_conversion
-from megatron_tiedlora.data.tokenizer_files import LARGEST_TOKENIZER
+from megatron_tiedlora.data.tokenizer import LARGEST_TOKENIZER, check_conversion
 
 # Ordinary texts, for which transformers must give SentencePiece's ids.
 _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 😀", "a   b ")

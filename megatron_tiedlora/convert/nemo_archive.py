@@ -29,7 +29,7 @@ _LARGEST_PICKLE, _LARGEST_LIST = 2**20, 2**22
 _MOST_PAX_FIELDS, _MOST_AXES = 64, 8
 
 
-class Place(NamedTuple):
+class ByteRange(NamedTuple):
     """Bytes of the archive."""
 
     start: int
@@ -82,14 +82,14 @@ class NemoArchive:
                 found[name] = self._tensor(name, value, files.get(f"{folder}/data/{value.storage.key}"))
         return found
 
-    def _bytes(self, place: Place | None, *, default: bytes = b"") -> bytes:
+    def _bytes(self, place: ByteRange | None, *, default: bytes = b"") -> bytes:
         if place is None:
             return default
         if place.size > _LARGEST_PICKLE:
             raise ValueError(f"{place.size:,} bytes where at most {_LARGEST_PICKLE:,} belong")
         return self._map[place.start : place.start + place.size]
 
-    def _tensor(self, name: str, described: _Described, place: Place | None) -> torch.Tensor:
+    def _tensor(self, name: str, described: _Described, place: ByteRange | None) -> torch.Tensor:
         (dtype, _, stored), offset, shape, stride = described
         count = math.prod(shape)
         if place is None or stored * dtype.itemsize != place.size or offset + count > stored:
@@ -130,7 +130,7 @@ class _Window:
     are bounded.
     """
 
-    def __init__(self, mapped: mmap.mmap, place: Place) -> None:
+    def __init__(self, mapped: mmap.mmap, place: ByteRange) -> None:
         self._map, self._place, self._at, self._left = mapped, place, 0, _LARGEST_LIST
 
     def tell(self) -> int:
@@ -154,10 +154,10 @@ class _Window:
         return self._map[start : start + size]
 
 
-def _tar_members(mapped: mmap.mmap) -> Iterator[tuple[str, Place]]:
+def _tar_members(mapped: mmap.mmap) -> Iterator[tuple[str, ByteRange]]:
     """The names and places of the files in a tar. Raises ValueError, or tarfile's errors, as for a truncated file."""
     seen: set[str] = set()
-    with tarfile.open(fileobj=_Window(mapped, Place(0, len(mapped))), mode="r:") as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=_Window(mapped, ByteRange(0, len(mapped))), mode="r:") as tar:  # type: ignore[call-overload]
         for member in tar:
             path = PurePosixPath(member.name)
             if len(member.pax_headers) > _MOST_PAX_FIELDS:  # each member would get a copy of global ones
@@ -171,10 +171,10 @@ def _tar_members(mapped: mmap.mmap) -> Iterator[tuple[str, Place]]:
             if str(path) in seen:
                 raise ValueError(f"it holds {shown(str(path))} twice")
             seen.add(str(path))
-            yield str(path), Place(member.offset_data, member.size)
+            yield str(path), ByteRange(member.offset_data, member.size)
 
 
-def _zip_members(mapped: mmap.mmap, place: Place) -> dict[str, Place]:
+def _zip_members(mapped: mmap.mmap, place: ByteRange) -> dict[str, ByteRange]:
     """The places of the files in a zip that lies in the archive. Raises ValueError or zipfile's own errors."""
     found = {}
     for entry in zipfile.ZipFile(_Window(mapped, place)).infolist():
@@ -186,7 +186,7 @@ def _zip_members(mapped: mmap.mmap, place: Place) -> dict[str, Place]:
         start = header + 30 + name_size + extra_size
         if signature != b"PK\3\4" or start + entry.file_size > place.start + place.size:
             raise ValueError(f"{shown(entry.filename)} does not lie in it")
-        found[entry.filename] = Place(start, entry.file_size)
+        found[entry.filename] = ByteRange(start, entry.file_size)
     return found
 
 

@@ -37,7 +37,7 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     NativeAdapter,
     check_update,
     copy_adapter_files,
-    load_adapter,
+    load_native_adapter,
     write_adapter_files,
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -129,7 +129,7 @@ def open_adapter(
     folder = user_path(given)
     found = kind if kind == "peft" else adapter_kind(given, flag=f"{flag} {given}")
     if "native" in (kind, found):
-        native = load_adapter(folder)
+        native = load_native_adapter(folder)
         source = find_base(folder, model, native.base.base_model, asdict(native.base))
         source.check_length("--max_length", longest)
         return OpenedAdapter(source, "native", native.config, native.state, native)
@@ -272,7 +272,7 @@ def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAda
         for path in (inside, inside / CONFIG_FILE, inside / WEIGHTS_FILE):
             if path.is_symlink():
                 raise UserError(f"{path} is a link")
-        native = load_adapter(inside)
+        native = load_native_adapter(inside)
     except UserError as error:
         return None, (f"{folder}: only its PEFT files are used, since {NATIVE_FOLDER}/ is broken: {error}",)
     if not _unlike_export(lora, source, native, stored_dtype(folder)):

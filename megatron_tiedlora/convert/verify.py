@@ -137,7 +137,8 @@ def choose_runtimes(
     if given is None and "peft" in there and not has_peft():
         return tuple(name for name in there if name != "peft"), "peft is not installed, so it has not loaded the export"
     if given is None and "peft" in there and source.stored is not None:
-        why = f"PEFT computes a base in {source.stored.base} in other ways, so it has not loaded the export; see --in"
+        kind = source.stored.base_format
+        why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
         return tuple(name for name in there if name != "peft"), why
     if given is None:
         return there, ""
@@ -177,7 +178,7 @@ def verify_export(
     if peft is not None and dtype != torch.float32:
         raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
     onto, trained = None if merged is None else merged_onto(merged), adapter.base.base_format
-    if merged is not None and (onto is None or (source.stored is not None and source.stored.base != onto)):
+    if merged is not None and (onto is None or (source.stored is not None and source.stored.base_format != onto)):
         reject_quantised(source)
     # Of a folder that is quantised the values are there as training saw them.
     made_onto = None if source.stored is not None else onto

@@ -23,41 +23,12 @@ from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.data.order import sample_indices
 from megatron_tiedlora.data.packing import Rows, pack
 from megatron_tiedlora.data.token_dataset import TokenDataset
-from megatron_tiedlora.engine.runner import StepInput
+from megatron_tiedlora.model.batch import PAD_MULTIPLE, MicroBatch
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
-from megatron_tiedlora.planning.layout import BASE_MULTIPLE
 
 # Numbers of tokens that belong to one sample: token t of the run's sample i (in its order, from 0) has the number
 # i * NUMBERS_OF_SAMPLE + t. So it follows from the step, the sample and the place in it, whatever the packing.
 NUMBERS_OF_SAMPLE = 2**24
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows padded on the right to one length (b rows, s positions). Causal attention needs no mask for the padding.
-
-    input_ids: (b, s) int64. labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 if that is supervised,
-    else -100. position_ids: (b, s) int64, counted from 0 in each sample.
-    documents: (b, s) int64, document ids: the index of each token's sample in its row, with padding as one more
-    document; None if each row is one sample. numbers: (b, s) int64, the number of each token in the whole run, 0 for
-    padding; None if nothing asks for them. lengths: (b,) int64, real tokens of each row. num_samples: 0 for a batch
-    of padding alone. num_tokens: real tokens. num_supervised: labels that are not -100.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    documents: torch.Tensor | None
-    lengths: torch.Tensor
-    num_samples: int
-    num_tokens: int
-    num_supervised: int
-    numbers: torch.Tensor | None = None
-
-    @property
-    def model_input(self) -> StepInput:
-        """The input of the model."""
-        return StepInput(self.input_ids, self.position_ids, self.labels, self.documents, self.numbers)
 
 
 @dataclass(frozen=True)
@@ -166,7 +137,7 @@ def training_steps(
     seed: int,
     dp_rank: int,
     pad_id: int,
-    pad_multiple: int = BASE_MULTIPLE,
+    pad_multiple: int = PAD_MULTIPLE,
     consumed_samples: int = 0,
     numbered: bool = False,
 ) -> Iterator[TrainingStep]:
@@ -231,7 +202,7 @@ def evaluation_batches(
     dp_rank: int,
     dp_size: int,
     pad_id: int,
-    pad_multiple: int = BASE_MULTIPLE,
+    pad_multiple: int = PAD_MULTIPLE,
 ) -> Iterator[MicroBatch]:
     """Yield one rank's batches of a pass over all samples, sorted by length. Each sample is on one rank.
 
@@ -246,7 +217,7 @@ def evaluation_batches(
 
 
 def evaluation_sizes(
-    dataset: TokenDataset, *, micro_batch_size: int, dp_size: int, pad_multiple: int = BASE_MULTIPLE
+    dataset: TokenDataset, *, micro_batch_size: int, dp_size: int, pad_multiple: int = PAD_MULTIPLE
 ) -> Iterator[int]:
     """Yield the positions of each of the batches of `evaluation_batches`, on the rank where it has most."""
     order = np.argsort(dataset.lengths, kind="stable")
@@ -262,7 +233,7 @@ def collate(
     rows: Rows,
     *,
     pad_id: int,
-    pad_multiple: int = BASE_MULTIPLE,
+    pad_multiple: int = PAD_MULTIPLE,
     packed: bool = False,
     places: Rows | None = None,
 ) -> MicroBatch:
@@ -276,7 +247,7 @@ def collate(
     """
     lengths = _row_lengths(dataset, rows)
     shape = _padded_shape(lengths, pad_multiple)
-    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    tokens = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
     documents = np.zeros(shape, dtype=np.int64)
@@ -286,7 +257,7 @@ def collate(
         for document, index in enumerate(row):
             sample, supervised = dataset.sample(index), dataset.supervised_of(index)
             stop = start + len(sample)
-            input_ids[number, start:stop] = sample
+            tokens[number, start:stop] = sample
             labels[number, start : stop - 1] = np.where(supervised[1:], sample[1:], IGNORED_LABEL)
             positions[number, start:stop] = np.arange(len(sample))
             documents[number, start:stop] = document
@@ -297,15 +268,13 @@ def collate(
         positions[number, start:] = np.arange(shape[1] - start) + (0 if packed else start)
         documents[number, start:] = len(row)
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
         labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(positions),
         documents=torch.from_numpy(documents) if packed else None,
+        numbers=torch.from_numpy(numbers) if places is not None else None,
         lengths=torch.tensor(lengths),
         num_samples=sum(map(len, rows)),
-        num_tokens=sum(lengths),
-        num_supervised=int((labels != IGNORED_LABEL).sum()),
-        numbers=torch.from_numpy(numbers) if places is not None else None,
     )
 
 

@@ -24,7 +24,7 @@ Files = Mapping[str, str | Path | None]
 
 
 @dataclass(frozen=True)
-class _Part:
+class _SourceRows:
     """The rows of one source, and the hash of what they are read from."""
 
     source: Source
@@ -42,7 +42,7 @@ class RowStream:
 
     task: Task
     reading: Reading
-    _parts: tuple[_Part, ...]
+    _parts: tuple[_SourceRows, ...]
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -117,27 +117,27 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
     own_id = task.hub is not None and given == task.hub.id and split in task.hub.splits
     with _readable(given):
         pair = task.read_files(given, flag) if given and task.read_files else None
-    parts: tuple[_Part, ...]
+    parts: tuple[_SourceRows, ...]
     if pair is not None:
-        parts = (_Part(Source(given), pair, lambda: _names_and_contents(local_files(given).values())),)
+        parts = (_SourceRows(Source(given), pair, lambda: _names_and_contents(local_files(given).values())),)
     elif given and not own_id:
         parts = tuple(_part_of(source, split) for source in parse_sources(given, flag))
     elif task.generate is not None:
         generated = partial(task.generate, split)
-        parts = (_Part(Source(task.name), generated, cache(lambda: rows_sha256(generated()))),)
+        parts = (_SourceRows(Source(task.name), generated, cache(lambda: rows_sha256(generated()))),)
     else:
         assert task.hub is not None
         hub = HubData(task.hub.id, task.hub.splits[split], task.hub.config, task.hub.parquet_branch)
-        parts = (_Part(Source(given or task.name), hub.rows, hub.sha256),)
+        parts = (_SourceRows(Source(given or task.name), hub.rows, hub.sha256),)
     return RowStream(task, reading, parts)
 
 
-def _part_of(source: Source, split: Split) -> _Part:
+def _part_of(source: Source, split: Split) -> _SourceRows:
     with _readable(source.name):
         hub = hub_data(source.name, split=split)
     if hub is not None:
-        return _Part(source, hub.rows, hub.sha256)
-    return _Part(source, partial(iter_rows, source.name, split=split), partial(_files_sha256, source.name, split))
+        return _SourceRows(source, hub.rows, hub.sha256)
+    return _SourceRows(source, partial(iter_rows, source.name, split=split), partial(_files_sha256, source.name, split))
 
 
 def _files_sha256(name: str, split: Split) -> str:

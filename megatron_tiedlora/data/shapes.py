@@ -28,7 +28,7 @@ class Content:
 
 
 @dataclass(frozen=True)
-class Shape:
+class RowShape:
     """One shape of rows.
 
     name: for messages and documents.
@@ -160,13 +160,15 @@ def _optional_text(row: Fields, name: str, source: str) -> str:
 # The table --------------------------------------------------------------------------------------------------
 
 SHAPES = (
-    Shape("messages", ("messages",), _messages, ("messages",), may=("tools", "functions")),
-    Shape("ShareGPT", ("conversations",), _sharegpt, ("conversations",), may=("system", "tools")),
-    Shape("prompt/completion", ("prompt", "completion"), _prompt_completion, ("completion",), may=("tools",)),
-    Shape("query/response", ("query", "response"), _query_response, ("response",), may=("system", "history", "tools")),
-    Shape("alpaca", ("instruction", "output"), _alpaca, ("output",), may=("input", "system", "history")),
-    Shape("input/output", ("input", "output"), _input_output, ("output",)),
-    Shape("text", ("text",), _text, ("text",)),
+    RowShape("messages", ("messages",), _messages, ("messages",), may=("tools", "functions")),
+    RowShape("ShareGPT", ("conversations",), _sharegpt, ("conversations",), may=("system", "tools")),
+    RowShape("prompt/completion", ("prompt", "completion"), _prompt_completion, ("completion",), may=("tools",)),
+    RowShape(
+        "query/response", ("query", "response"), _query_response, ("response",), may=("system", "history", "tools")
+    ),
+    RowShape("alpaca", ("instruction", "output"), _alpaca, ("output",), may=("input", "system", "history")),
+    RowShape("input/output", ("input", "output"), _input_output, ("output",)),
+    RowShape("text", ("text",), _text, ("text",)),
 )
 REFERENCES = "references"  # more accepted answers, in a row of any shape
 OUR_FIELDS = frozenset((*(name for shape in SHAPES for name in shape.fields), REFERENCES))
@@ -187,7 +189,7 @@ def shape_names() -> str:
 
 def find_shape(
     row: Fields, source: str, *, named: Collection[str] = (), columns: Mapping[str, str] | None = None
-) -> Shape:
+) -> RowShape:
     """The shape of a row.
 
     Args:
@@ -236,12 +238,12 @@ def find_shape(
     return shape
 
 
-def _unread_by(shape: Shape, columns: Collection[str]) -> list[str]:
+def _unread_by(shape: RowShape, columns: Collection[str]) -> list[str]:
     """Those of the fields that --columns names which the shape does not read."""
     return [name for name in columns if name not in (*shape.fields, REFERENCES)]
 
 
-def _choice(shape: Shape, columns: Mapping[str, str]) -> str:
+def _choice(shape: RowShape, columns: Mapping[str, str]) -> str:
     """The value of --columns that chooses the shape."""
     fields = {**columns, **{name: columns.get(name, name) for name in shape.needs}}
     return ",".join(f"{ours}={theirs}" for ours, theirs in fields.items())

@@ -6,12 +6,13 @@ A micro-batch is never split, since its gradient is one sum; and an adapter has 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import Share, filled
-from megatron_tiedlora.data.loader import MicroBatch, TrainingStep
-from megatron_tiedlora.engine.runner import StepInput
+from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.collectives import concatenated
 
 Owned = tuple[str, MicroBatch]  # an adapter's name, and one of its micro-batches
@@ -44,25 +45,27 @@ def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[
     return found
 
 
-def shared_input(parts: Sequence[Owned]) -> StepInput:
-    """The input of the model for the micro-batches of several adapters, all tensors (1, tokens); or for that of one."""
+def shared_micro_batch(parts: Sequence[Owned]) -> MicroBatch:
+    """The micro-batches of several adapters as one, all tensors (1, tokens); that of a single one stays as it is."""
     batches = [batch for _, batch in parts]
-    shares = tuple(Share(name, *batch.input_ids.shape) for name, batch in parts)
+    shares = tuple(Share(name, *batch.tokens.shape) for name, batch in parts)
     if len(batches) == 1:
-        return batches[0].model_input._replace(shares=shares)
+        return replace(batches[0], shares=shares)
     documents = [batch.documents for batch in batches if batch.documents is not None]
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
     numbered = any(batch.numbers is not None for batch in batches)
-    return StepInput(
-        concatenated([batch.input_ids for batch in batches])[None],
-        concatenated([batch.position_ids for batch in batches])[None],
-        concatenated([batch.labels for batch in batches])[None],
-        concatenated(documents)[None] if documents else None,
-        concatenated([_numbers(batch) for batch in batches])[None] if numbered else None,
-        shares,
+    return MicroBatch(
+        tokens=concatenated([batch.tokens for batch in batches])[None],
+        positions=concatenated([batch.positions for batch in batches])[None],
+        labels=concatenated([batch.labels for batch in batches])[None],
+        documents=concatenated(documents)[None] if documents else None,
+        numbers=concatenated([_numbers(batch) for batch in batches])[None] if numbered else None,
+        shares=shares,
+        lengths=concatenated([batch.lengths for batch in batches]),
+        num_samples=sum(batch.num_samples for batch in batches),
     )
 
 
 def _numbers(batch: MicroBatch) -> torch.Tensor:
     """The numbers of its tokens; zeros if its adapter has no dropout, for which they are not used."""
-    return torch.zeros_like(batch.input_ids) if batch.numbers is None else batch.numbers
+    return torch.zeros_like(batch.tokens) if batch.numbers is None else batch.numbers

@@ -22,11 +22,11 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.data.tokenizer_files import LARGEST_TOKENIZER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LARGEST_TOKENIZER = 2**27  # bytes per file, since libraries read it whole; large vocabularies take 20 to 35 MB
 _HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
               "chat_template*", "config.json")  # fmt: skip
 

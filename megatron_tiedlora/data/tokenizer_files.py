@@ -16,8 +16,8 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.text_files import read_small_text
+from megatron_tiedlora.data.tokenizer import LARGEST_TOKENIZER, download_tokenizer
 
-LARGEST_TOKENIZER = 2**27  # bytes per file, since libraries read it whole; large vocabularies take 20 to 35 MB
 # The ids come from the first of these that a folder has; see `tokenizer.load_tokenizer`.
 _VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("*.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 
@@ -35,8 +35,6 @@ def tokenizer_hash(source: str | Path) -> str | None:
     if path.is_file():
         return _hash([path], {})
     if not path.is_dir():
-        from megatron_tiedlora.data.tokenizer import download_tokenizer
-
         path = download_tokenizer(str(source))
     for names in _VOCABULARIES:
         if files := sorted({file for name in names for file in path.glob(name) if file.is_file()}):

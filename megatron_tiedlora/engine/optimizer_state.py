@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megatron_tiedlora.adapters.gathering import MOMENTS
 
 
 def read_moments(

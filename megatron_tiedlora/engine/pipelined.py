@@ -16,9 +16,9 @@ from deepspeed.pipe import PipelineModule
 
 from megatron_tiedlora.adapters.adapter_bank import Shares
 from megatron_tiedlora.engine.topology import make_groups, make_topology, quiet
+from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.model.tail import Attended
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
@@ -61,8 +61,8 @@ class PipelinedModel(PipelineModule):
 
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | Attended:
         """(tokens or hidden, position ids, document ids if any) -> hidden; on the last stage the input of the loss."""
-        tokens_or_hidden, places, *documents = inputs
-        positions, numbers = places.unbind() if places.ndim == 3 else (places, None)
+        tokens_or_hidden, positions, *documents = inputs
+        positions, numbers = positions.unbind() if positions.ndim == 3 else (positions, None)
         output: torch.Tensor | Attended = self.stage(
             tokens_or_hidden,
             positions,

@@ -11,33 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
+from megatron_tiedlora.adapters.adapter_bank import Shares
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.engine.optimizers import Optimizers
+from megatron_tiedlora.model.batch import MicroBatch, Supervised
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised, find_supervised
 from megatron_tiedlora.parallel.groups import ParallelGroups
-
-
-class StepInput(NamedTuple):
-    """One micro-batch: tokens, position ids and labels (the next token or -100), each (b, s) int64, on the host.
-
-    `documents` holds document ids, (b, s) int64: tokens attend only within their document. None: one per row.
-    `numbers`, (b, s) int64, are the tokens' numbers, from which dropout follows. None: there is none.
-    `shares` say which adapters' they are; the tokens of several are one row, b is 1.
-    """
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    labels: torch.Tensor
-    documents: torch.Tensor | None = None
-    numbers: torch.Tensor | None = None
-    shares: Shares = ()
 
 
 def inputs_to_fill(num_stages: int) -> int:
@@ -56,7 +40,7 @@ class Losses:
     found: list[tuple[str, torch.Tensor]] = field(default_factory=list)
 
     @staticmethod
-    def undivided(batch: StepInput) -> Losses:
+    def undivided(batch: MicroBatch) -> Losses:
         """For the losses of one micro-batch, which are not differentiated."""
         return Losses({share.adapter: () for share in batch.shares})
 
@@ -114,7 +98,7 @@ class Runner:
             return gather_state(dict(self.adapters[name].named_parameters()), layout)
 
     def accumulate(
-        self, batches: Sequence[StepInput], divisors: Mapping[str, Divisors], between: Callable[[], None]
+        self, batches: Sequence[MicroBatch], divisors: Mapping[str, Divisors], between: Callable[[], None]
     ) -> dict[str, float]:
         """Run a step's forward and backward passes: accumulates gradients, and changes no parameter.
 
@@ -127,18 +111,13 @@ class Runner:
         """
         raise NotImplementedError
 
-    def evaluate(self, batches: Sequence[StepInput]) -> list[dict[str, float]]:
+    def evaluate(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
         """The summed loss of each micro-batch's adapters without gradients; 0 if another rank counts it."""
         raise NotImplementedError
 
-    def _supervised(self, batch: StepInput) -> Supervised:
+    def _supervised(self, batch: MicroBatch) -> Supervised:
         """The batch's supervised positions, computed on the host, for the last layers of this rank's stage."""
-        num_parts = self.stage.tensor_parallel.sequence_parts
-        if pieces := pieces_of(batch.shares):
-            found = find_shared_supervised(batch.labels, pieces, num_parts)
-        else:
-            found = find_supervised(batch.labels, num_parts)
-        return found.moved(self._on_device)
+        return batch.supervised(self.stage.tensor_parallel.sequence_parts).moved(self._on_device)
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type != "cuda":
@@ -149,7 +128,7 @@ class Runner:
 class PlainRunner(Runner):
     """One stage: DeepSpeedEngine, any ZeRO stage."""
 
-    def forward(self, batch: StepInput) -> torch.Tensor:
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Summed loss of a micro-batch, a scalar; of one that several share that of each, (shares,)."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
@@ -162,7 +141,7 @@ class PlainRunner(Runner):
         return loss
 
     def accumulate(
-        self, batches: Sequence[StepInput], divisors: Mapping[str, Divisors], between: Callable[[], None]
+        self, batches: Sequence[MicroBatch], divisors: Mapping[str, Divisors], between: Callable[[], None]
     ) -> dict[str, float]:
         """See Runner."""
         self.engine.train()
@@ -181,7 +160,7 @@ class PlainRunner(Runner):
         return losses.sums(counted=self.counts_loss)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[StepInput]) -> list[dict[str, float]]:
+    def evaluate(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
         """See Runner."""
         self.engine.eval()
         found = [Losses.undivided(batch) for batch in batches]
@@ -222,7 +201,7 @@ class PipelineRunner(Runner):
         return inputs_to_fill(self.groups.pipeline.size)
 
     def accumulate(
-        self, batches: Sequence[StepInput], divisors: Mapping[str, Divisors], between: Callable[[], None]
+        self, batches: Sequence[MicroBatch], divisors: Mapping[str, Divisors], between: Callable[[], None]
     ) -> dict[str, float]:
         """See Runner; stages run different micro-batches at a time, so `between` is never called."""
         from deepspeed.runtime.pipe.schedule import TrainSchedule
@@ -234,7 +213,7 @@ class PipelineRunner(Runner):
         return losses.sums(counted=self.counts_loss)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[StepInput]) -> list[dict[str, float]]:
+    def evaluate(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
         """See Runner."""
         from deepspeed.runtime.pipe.schedule import InferenceSchedule
 
@@ -243,7 +222,7 @@ class PipelineRunner(Runner):
         self._run(InferenceSchedule, batches, iter(found))
         return [losses.sums(counted=self.counts_loss) for losses in found]
 
-    def _run(self, schedule: Any, batches: Sequence[StepInput], losses: Iterator[Losses]) -> None:
+    def _run(self, schedule: Any, batches: Sequence[MicroBatch], losses: Iterator[Losses]) -> None:
         self.engine.total_loss = None
         self.engine._compute_loss = True
         self._to_load, self._to_receive, self._losses = iter(batches), iter(batches), losses
@@ -257,20 +236,20 @@ class PipelineRunner(Runner):
         batch = next(self._to_load)
         self._shares[buffer_id] = batch.shares
         if self.stage.embedding is not None:
-            self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._position_ids(batch))
+            self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._positions(batch))
         if self.stage.head is not None:
             losses = next(self._losses)
             labels = *self._supervised(batch), lambda found: losses.weighted(found, batch.shares)
             self.engine.pipe_buffers["labels"][buffer_id] = labels
 
-    def _position_ids(self, batch: StepInput) -> tuple[torch.Tensor, ...]:
+    def _positions(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries.
 
         With dropout position ids (b, s) and the tokens' numbers are one tensor, (2, b, s): an engine's inputs are
         tensors, of which only the last may be missing.
         """
-        places = batch.positions if batch.numbers is None else torch.stack((batch.positions, batch.numbers))
-        positions = self._on_device(places)
+        positions = batch.positions if batch.numbers is None else torch.stack((batch.positions, batch.numbers))
+        positions = self._on_device(positions)
         return (positions,) if batch.documents is None else (positions, batch.documents)
 
     def _forward(self, buffer_id: int) -> None:
@@ -286,7 +265,7 @@ class PipelineRunner(Runner):
         self._shares[buffer_id] = batch.shares
         hidden = self.stage.empty_hidden(*batch.tokens.shape)
         p2p.recv(hidden, self.engine.prev_stage)
-        self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._position_ids(batch))
+        self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._positions(batch))
 
     def _send(self, buffer_id: int) -> None:
         from deepspeed.runtime.pipe import p2p

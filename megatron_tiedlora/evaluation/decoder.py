@@ -26,7 +26,7 @@ from megatron_tiedlora.parallel.collectives import concatenated
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 
-class Rows(NamedTuple):
+class AdapterRows(NamedTuple):
     """What one adapter's sequences bring to a call: tokens and their positions, (b, s) int64, and one cache per block.
 
     Attributes:
@@ -86,7 +86,7 @@ class Decoder:
     @torch.no_grad()
     def forward(
         self,
-        rows: Sequence[Rows],
+        rows: Sequence[AdapterRows],
         *,
         wanted: Sequence[torch.Tensor] | None = None,
         labels: Sequence[torch.Tensor] | None = None,
@@ -108,12 +108,12 @@ class Decoder:
         shares = tuple(Share(some.adapter, *some.tokens.shape) for some in rows)
         tokens, positions, caches, _ = rows[0]
         all_caches = list[AnyCache](caches)
-        picked, targets = (None if given is None else given[0] for given in (wanted, labels))
+        picked, of_tokens = (None if given is None else given[0] for given in (wanted, labels))
         if len(rows) > 1:
             tokens = concatenated([some.tokens for some in rows])[None]
             positions = concatenated([some.positions for some in rows])[None]
             all_caches = list(zip(*(some.caches for some in rows), strict=True))
-            targets = None if labels is None else concatenated(labels)[None]
+            of_tokens = None if labels is None else concatenated(labels)[None]
             picked = None if wanted is None else torch.cat(list(_among_all(shares, wanted)))
         inputs = tokens
         if self.pipeline.rank > 0:
@@ -121,7 +121,7 @@ class Decoder:
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
         updates = self._updates_of(shares)
         output = self.stage.predict(
-            inputs, positions, targets, shares=shares, caches=all_caches, updates=updates, wanted=picked
+            inputs, positions, of_tokens, shares=shares, caches=all_caches, updates=updates, wanted=picked
         )
         if self.is_last:
             return output.flatten(0, 1)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_tiedlora.adapters.adapter_bank import filled
-from megatron_tiedlora.evaluation.decoder import Decoder, Rows
+from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
 from megatron_tiedlora.model.attention import KeyValueCache
 
 # Prompts computed together have at most this many tokens including padding, which bounds the memory. None is shorter
@@ -144,16 +144,16 @@ class _Batch:
         """Prompts that are computed together; with `whole`, all of them."""
         return [slice(0, len(self.prompts))] if whole else similar_lengths([len(prompt) for prompt in self.prompts])
 
-    def prompt_rows(self, some: slice, device: torch.device) -> Rows:
+    def prompt_rows(self, some: slice, device: torch.device) -> AdapterRows:
         """Some prompts, whose keys and values the caches get."""
         tokens = pad_right(self.prompts[some], 0, device)
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         caches = [KeyValueCache(cache.keys[some], cache.values[some]) for cache in self.caches]
-        return Rows(tokens, positions, caches, self.given.adapter)
+        return AdapterRows(tokens, positions, caches, self.given.adapter)
 
-    def newest_rows(self) -> Rows:
+    def newest_rows(self) -> AdapterRows:
         """The newest token of each sequence."""
-        return Rows(self.tokens, (self.lengths + self.num_chosen - 1)[:, None], self.caches, self.given.adapter)
+        return AdapterRows(self.tokens, (self.lengths + self.num_chosen - 1)[:, None], self.caches, self.given.adapter)
 
     def take(self, chosen: torch.Tensor) -> None:
         """Add a token to each sequence that has not ended, (b,)."""

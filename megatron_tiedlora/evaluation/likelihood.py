@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_tiedlora.evaluation.decoder import Decoder, Rows
+from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
 from megatron_tiedlora.evaluation.generate import pad_right, split_evenly
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
@@ -25,7 +25,7 @@ def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapt
     before it go through the model once, and stay in the cache.
 
     Args:
-        adapter: as in `Rows`.
+        adapter: as in `AdapterRows`.
 
     Returns:
         values by sample and ending on ranks of the last stage; elsewhere one empty list per sample.
@@ -63,13 +63,13 @@ def _score(decoder: Decoder, samples: Sequence[Sample], adapter: str) -> list[li
         positions = torch.arange(longest, device=device).expand_as(prompts)
         # The head needs at least one position; these logits are not used.
         unused = torch.zeros(len(samples), dtype=torch.int64, device=device)
-        decoder.forward([Rows(prompts, positions, caches, adapter)], wanted=[unused])
+        decoder.forward([AdapterRows(prompts, positions, caches, adapter)], wanted=[unused])
     tokens = pad_right([row[:-1] for row in after], 0, device)
     labels = pad_right([row[1:] for row in after], IGNORED_LABEL, device)
     starts = torch.tensor([len(prompt) for prompt in before], device=device)[rows]
     positions = starts[:, None] + torch.arange(tokens.shape[1], device=device)
     taken = [cache.take(rows) for cache in caches]
-    losses = decoder.forward([Rows(tokens, positions, taken, adapter)], labels=[labels])
+    losses = decoder.forward([AdapterRows(tokens, positions, taken, adapter)], labels=[labels])
     if losses is None:
         return [[] for _ in samples]
     found = iter((-losses.view_as(tokens).double().sum(dim=1)).tolist())

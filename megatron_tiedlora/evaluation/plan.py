@@ -72,7 +72,7 @@ class EvaluationPlan:
         return DTYPES[self.dtype_name]
 
     @property
-    def base(self) -> str | None:
+    def base_format(self) -> str | None:
         """The storage format of the blocks' linears; None for `dtype`."""
         return _base_format(self.settings, self.source, self.adapter)
 
@@ -91,7 +91,7 @@ class EvaluationPlan:
             "output_dir": str(output_dir),
             "model": self.source.name,
             "dtype": self.dtype_name,
-            "base": self.base or UNQUANTISED,
+            "base": self.base_format or UNQUANTISED,
             "max_length": self.settings.max_length or self.source.shape.limit.tokens,
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,
@@ -169,10 +169,10 @@ def _check_same_base(first: tuple[str, EvaluationPlan], plan: EvaluationPlan) ->
             f"its base is {plan.source.name}, and that of {name} is {other.source.name}; evaluate them apart, or give"
             " one with --model"
         )
-    if plan.base != other.base:
+    if plan.base_format != other.base_format:
         raise UserError(
-            f"its base would be in {plan.base or plan.dtype_name}, and that of {name} in"
-            f" {other.base or other.dtype_name}; give --base"
+            f"its base would be in {plan.base_format or plan.dtype_name}, and that of {name} in"
+            f" {other.base_format or other.dtype_name}; give --base"
         )
 
 

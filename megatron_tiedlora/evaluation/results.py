@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.output_folder import NewOutput
-from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.evaluation.held_out import Questions
@@ -41,7 +41,7 @@ def headline(plans: Plans, questions: Mapping[str, Questions], attention: Attent
     elif plan.adapter is not None:
         targets = ", ".join(target.name for target in plan.adapter.config.targets)
         adapter = f" with {plan.adapter_name} on {targets}, from {settings.adapter}"
-    quantised = "" if plan.base is None else f" (the linears of its blocks in {plan.base})"
+    quantised = "" if plan.base_format is None else f" (the linears of its blocks in {plan.base_format})"
     merged = ", merged" if settings.merge_adapter else ""
     cut = f", {scored.num_truncated} of them without their middle or early turns to fit" if scored.num_truncated else ""
     shared = [note for note in plan.notes if all(note in other.notes for other in plans.values())]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.gpu_checks.package import attention_choice, compiler_failure, compute_dtype
 from megatron_tiedlora.gpu_checks.records import CheckOptions, Report

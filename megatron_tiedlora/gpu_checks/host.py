@@ -19,7 +19,7 @@ from megatron_tiedlora.adapters.adapter_bank import ALONE
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.benchmark.timing import profiled
 from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.data.shared import shared_input
+from megatron_tiedlora.data.shared import shared_micro_batch
 from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
 
@@ -55,7 +55,7 @@ def check(report: Report, options: CheckOptions) -> None:
 
 def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
     """Only the forward and backward passes of a step."""
-    inputs = [shared_input([(ALONE, batch)]) for batch in step.micro_batches]
+    inputs = [shared_micro_batch([(ALONE, batch)]) for batch in step.micro_batches]
     return lambda: run.runner.accumulate(inputs, {ALONE: (float(step.num_supervised),)}, lambda: None)
 
 

@@ -22,7 +22,7 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.fused_attention import (
     CANDIDATES,
     Attend,
-    Candidate,
+    FusedKernel,
     attend_within,
     choose_attention,
     one_by_one,
@@ -103,7 +103,7 @@ def _within(attend: Attend) -> Route:
     return route
 
 
-def _of_candidate(candidate: Candidate) -> Route:
+def _of_candidate(candidate: FusedKernel) -> Route:
     """A kernel that the package does not choose here, or whose library fails when it is called."""
     return lambda *heads: _within(candidate.make(False))(*heads)
 

@@ -46,10 +46,10 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
 
     from megatron_tiedlora.adapters.adapter_bank import ALONE
     from megatron_tiedlora.benchmark.layout import start
-    from megatron_tiedlora.benchmark.plan import make_plan
+    from megatron_tiedlora.benchmark.plan import plan_benchmark
 
     settings = settings_of(case, order, world_size)
-    plan = make_plan(
+    plan = plan_benchmark(
         settings,
         rank=rank,
         world_size=world_size,
@@ -69,13 +69,13 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
 def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
     """Train the first case with a heartbeat, as tiedlora train does, until a rank is lost."""
     from megatron_tiedlora.benchmark.layout import start
-    from megatron_tiedlora.benchmark.plan import make_plan
+    from megatron_tiedlora.benchmark.plan import plan_benchmark
     from megatron_tiedlora.runtime.ending import reported_end
     from megatron_tiedlora.runtime.stopping import StopRequests
 
     with reported_end(rank, world_size, StopRequests()) as end:
         settings = settings_of(order.cases[0], order, world_size)
-        plan = make_plan(settings, rank=rank, world_size=world_size, timeout_minutes=1.0)
+        plan = plan_benchmark(settings, rank=rank, world_size=world_size, timeout_minutes=1.0)
         run = start(plan, settings)
         end.watch_peers(1.0)
         end.finished_step = lambda: run.finished

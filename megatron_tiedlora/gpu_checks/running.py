@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.benchmark.layout import Started, start
-from megatron_tiedlora.benchmark.plan import made_up, make_plan
+from megatron_tiedlora.benchmark.plan import made_up, plan_benchmark
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
@@ -43,7 +43,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
     """
     free = share * torch.cuda.mem_get_info()[0]
     for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
-        plan = make_plan(step_settings(model, *flags, f"--num_layers={layers}"))
+        plan = plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}"))
         if planned_bytes(plan) <= free:
             return layers
     raise UserError(f"--model {model}: not one layer fits into {bytes_in_words(free)}; give a smaller one")
@@ -51,8 +51,8 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
 
 @contextmanager
 def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
-    """One rank's run inside the block, whose memory is freed afterwards. `changes` of settings as in `make_plan`."""
-    run = start(make_plan(settings, **changes), settings)
+    """One rank's run inside the block, whose memory is freed afterwards; `changes` as in `plan_benchmark`."""
+    run = start(plan_benchmark(settings, **changes), settings)
     try:
         yield run
     finally:

@@ -47,7 +47,7 @@ def check(report: Report, options: CheckOptions) -> None:
 def measured(model: str, layers: int, *flags: str) -> dict[str, Any]:
     """bench_step.py's report of one form."""
     base = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=auto", "--repeats=5")
-    found = layout.measure(step_settings(model, f"--num_layers={layers}", *base, *flags))
+    found = layout.measure_layout(step_settings(model, f"--num_layers={layers}", *base, *flags))
     assert found is not None, "this is rank 0"
     return found
 

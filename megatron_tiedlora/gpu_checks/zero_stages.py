@@ -69,7 +69,7 @@ def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[Traini
         documents = [
             Document(tokens.to(run.runner.device), labels.to(run.runner.device))
             for batch in step.micro_batches
-            for tokens, labels in zip(batch.input_ids, batch.labels, strict=True)
+            for tokens, labels in zip(batch.tokens, batch.labels, strict=True)
         ]
         _, gradients = loss_and_gradients(shape, adapter.scale, weights, factors, trained, documents)
         for name in trained:

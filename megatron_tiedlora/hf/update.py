@@ -24,7 +24,7 @@ from megatron_tiedlora.model.weights import WeightRule
 
 
 @dataclass(frozen=True)
-class Place:
+class AdaptedModule:
     """A module that an adapter changes.
 
     Attributes:
@@ -42,22 +42,22 @@ class Place:
         return a, self.rule.by_stored_tensor(b)[self.stored]
 
 
-def find_places(shape: ModelShape, config: AdapterConfig) -> Mapping[str, Place]:
+def find_places(shape: ModelShape, config: AdapterConfig) -> Mapping[str, AdaptedModule]:
     """The modules that an adapter changes, by their names in the causal model."""
     return {
-        stored.removesuffix(".weight"): Place(target, rule, stored)
+        stored.removesuffix(".weight"): AdaptedModule(target, rule, stored)
         for rule, target in changed_weights(config, shape)
         for stored in rule.hf_names
     }
 
 
-def with_update(z: torch.Tensor, x: torch.Tensor, adapter: TiedAdapter, place: Place) -> torch.Tensor:
+def with_update(z: torch.Tensor, x: torch.Tensor, adapter: TiedAdapter, place: AdaptedModule) -> torch.Tensor:
     """z + B' A' x in z's dtype, from z = W x, (..., out), and x (..., in)."""
     a, b = (factor.to(x.device) for factor in place.factors(adapter))
     return (z + linear(linear(x.to(a.dtype), a), b)).to(z.dtype)
 
 
-def check_whole(weight: torch.Tensor, place: Place) -> None:
+def check_whole(weight: torch.Tensor, place: AdaptedModule) -> None:
     """Raise UserError if a weight that is to be changed in place is quantised, offloaded or sharded."""
     shape = dict(zip(place.rule.hf_names, place.rule.hf_shapes(), strict=True))[place.stored]
     plain = weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
@@ -66,7 +66,7 @@ def check_whole(weight: torch.Tensor, place: Place) -> None:
 
 
 @torch.no_grad()
-def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: Place, *, sign: int = 1) -> None:
+def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: AdaptedModule, *, sign: int = 1) -> None:
     """W += sign B' A' in place, with the bits of a merged checkpoint.
 
     Raises:

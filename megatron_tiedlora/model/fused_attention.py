@@ -133,7 +133,7 @@ def one_by_one(
 
 
 @dataclass(frozen=True)
-class Candidate:
+class FusedKernel:
     """A fused kernel, and where it runs.
 
     Attributes:
@@ -219,10 +219,10 @@ def _torch_efficient(
 _HOPPER, _AMPERE = dict.fromkeys(HALF, (9, 0)), dict.fromkeys(HALF, (8, 0))
 _ALL = {torch.float32: (5, 0), torch.float16: (5, 0), torch.bfloat16: (8, 0)}
 CANDIDATES = (
-    Candidate("FlashAttention 3", "flash_attn_interface", _HOPPER, below=(10, 0), max_head_dim=256),
-    Candidate("flash_attn", "flash_attn", _AMPERE, max_head_dim=256),
-    Candidate("PyTorch's flash kernel", _torch_flash, _AMPERE, max_head_dim=256),
-    Candidate("PyTorch's memory-efficient kernel", _torch_efficient, _ALL),
+    FusedKernel("FlashAttention 3", "flash_attn_interface", _HOPPER, below=(10, 0), max_head_dim=256),
+    FusedKernel("flash_attn", "flash_attn", _AMPERE, max_head_dim=256),
+    FusedKernel("PyTorch's flash kernel", _torch_flash, _AMPERE, max_head_dim=256),
+    FusedKernel("PyTorch's memory-efficient kernel", _torch_efficient, _ALL),
 )
 
 

@@ -13,12 +13,12 @@ from torch import nn
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import OUTPUT, LinearShape, ModelShape, NormShape
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
+from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.norm import Norm
 from megatron_tiedlora.model.normed_linear import NormedLinear
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.model.row_parallel import RowParallelLinear
-from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -138,8 +138,8 @@ class Head(nn.Module):
         rows = hidden[0].index_select(0, supervised.supervised)
         del hidden  # frees as much memory as its gradient needs next
         if not summed:
-            return token_losses(rows, supervised.targets, shard)
-        return sum_token_losses(rows, supervised.targets, shard, supervised.supervised_pieces or None)
+            return token_losses(rows, supervised.labels, shard)
+        return sum_token_losses(rows, supervised.labels, shard, supervised.supervised_pieces or None)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from megatron_tiedlora.adapters.adapter_bank import ALONE, AdapterBank, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.model.attention import AnyCache, Attention
+from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.layer_specs import LayerSpec
-from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.model.tail import Attended, SupervisedTail
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -141,11 +141,11 @@ class Stage(nn.Module):
         Args:
             inputs: tokens (b, s) int64 if the stage has the embedding, else activations between layers.
             positions: (b, s) int64.
-            labels: (b, s) int64, the next token or -100; or the result of `find_supervised` on the host.
+            labels: (b, s) int64, the next token or -100; or the result of `find_supervised`, found on the host.
             documents: (b, s) int64, document ids; None: one document per row.
             numbers: (b, s) int64, the tokens' numbers, from which dropout follows; None: there is none.
             shares: whose micro-batch it is; without them, the only adapter's. If there are several, b is 1, and
-                `labels` is the result of `find_shared_supervised`.
+                `labels` is the result of `find_supervised`.
 
         Returns:
             activations between layers. If the stage has the head: the summed loss over supervised positions, or one

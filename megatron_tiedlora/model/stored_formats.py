@@ -25,16 +25,16 @@ class StoredFormat:
 
     Attributes:
         method: the quant_method of its config.
-        base: the storage format, a name of `BASE_FORMATS`.
+        base_format: the storage format, a name of `BASE_FORMATS`.
     """
 
     method: str
-    base: str
+    base_format: str
 
     @property
     def in_words(self) -> str:
         """The format and who wrote it."""
-        return f"{self.base} (by {self.method})"
+        return f"{self.base_format} (by {self.method})"
 
 
 def format_in_use(
@@ -49,19 +49,20 @@ def format_in_use(
     Raises:
         UserError: another one was given than that of the folder, or `products` needs another one.
     """
-    if stored is not None and given not in (None, stored.base):
+    if stored is not None and given not in (None, stored.base_format):
         raise UserError(
             f"--base {given}: {source} has its weights in {stored.in_words} already, and they are not quantised again;"
             " leave --base out, or give the model with weights in 16 bits"
         )
-    found = given if stored is None else stored.base
+    found = given if stored is None else stored.base_format
     if products is not None and found != products:
         raise UserError(f"--products {products} needs --base {products}; {_in_words(found)}")
     return found
 
 
-def _in_words(base: str | None) -> str:
-    return "the linears of this base are not quantised" if base is None else f"this base is in {base}"
+def _in_words(base_format: str | None) -> str:
+    words = "the linears of this base are not quantised"
+    return words if base_format is None else f"this base is in {base_format}"
 
 
 def stored_format(values: Mapping[str, Any], *, source: str) -> StoredFormat | None:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
+from megatron_tiedlora.adapters.adapter_bank import Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP
+from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.layer_specs import Block, Head
-from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised, find_supervised
 from megatron_tiedlora.parallel.backward import run_with_early_backward
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.pieces import Piece, Pieces
@@ -135,10 +135,7 @@ class SupervisedTail:
     ) -> Supervised:
         if isinstance(labels, Supervised):
             return labels
-        num_parts = tensor_parallel.sequence_parts
-        if pieces := pieces_of(shares):
-            return find_shared_supervised(labels, pieces, num_parts)
-        return find_supervised(labels, num_parts)
+        return find_supervised(labels, tensor_parallel.sequence_parts, shares)
 
     def _supervised(
         self, attended: Attended, supervised: Supervised, tensor_parallel: TensorParallel

@@ -19,7 +19,7 @@ from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import check_values
 from megatron_tiedlora.checkpoint.tensor_files import all_finite
 from megatron_tiedlora.hf.base_model import check_model, identify_in_memory, model_source
-from megatron_tiedlora.hf.update import Place, find_places
+from megatron_tiedlora.hf.update import AdaptedModule, find_places
 from megatron_tiedlora.peft.config import TiedLoraConfig, weights_match
 from megatron_tiedlora.peft.layer import TiedLoraLinear
 
@@ -42,7 +42,7 @@ class TiedLoraModel(BaseTuner):
         self.tied_lora_adapters = nn.ModuleDict()
         self._source = model_source(model)
         self._found = identify_in_memory(model, self._source)  # before anything is merged into the model
-        self._places: Mapping[str, Place] = {}
+        self._places: Mapping[str, AdaptedModule] = {}
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **keywords: Any) -> None:
         """Put the adapter of `self.peft_config[adapter_name]` on the model.
@@ -67,7 +67,7 @@ class TiedLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             adapter.requires_grad_(False)
 
-    def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, Place]]:
+    def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, AdaptedModule]]:
         """An adapter with the initial values of its config, and its places in the model."""
         for note in check_model(BaseIdentity(**config.base), self._found, differs=True) if config.base else ():
             warnings.warn(note, stacklevel=4)

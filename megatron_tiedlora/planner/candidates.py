@@ -241,9 +241,9 @@ def _compared(settings: Settings, source: ModelSource, formats: tuple[str, ...] 
     """
     named = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
     given = f"--formats {','.join(storage.name for storage in named)}"
-    left = named if source.stored is None else tuple(s for s in named if s.base == source.stored.base)
+    left = named if source.stored is None else tuple(s for s in named if s.base == source.stored.base_format)
     if source.stored is not None and not left:
-        names = " or ".join(storage.name for storage in STORAGES if storage.base == source.stored.base)
+        names = " or ".join(storage.name for storage in STORAGES if storage.base == source.stored.base_format)
         raise UserError(
             f"{given}: {source.name} has its weights in {source.stored.in_words} already; give {names}, or leave"
             " --formats out"

@@ -14,11 +14,10 @@ import torch
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.model.batch import PAD_MULTIPLE
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.shard_spec import weight_spec
 
-# Repeated shapes need less memory and fewer kernels.
-BASE_MULTIPLE = 8
 # On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
 # are off (docs/performance.md).
 GPU_MULTIPLE = 128
@@ -42,7 +41,7 @@ class Layout:
         live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than this.
         overlaps_gathers: whether ZeRO-3 gathers weights while it computes with others.
         dtype: the dtype of the base, and of activations.
-        base: the storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
+        base_format: the storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
         products: "fp8" if what these linears multiply is rounded to fp8 too.
         keep_transposed: whether they keep a transposed copy of their codes, with `products`.
         recompute: "none", "selective" (gate and up) or "full" (whole blocks).
@@ -64,7 +63,7 @@ class Layout:
     live_parameters: int = 1_000_000_000
     overlaps_gathers: bool = False
     dtype: torch.dtype = torch.bfloat16
-    base: str | None = None
+    base_format: str | None = None
     products: str | None = None
     keep_transposed: bool = False
     recompute: str = "none"
@@ -103,7 +102,7 @@ class Layout:
         It is 8, or 128 on GPUs, for 1, 2, 4 and 8 shards; else the least common multiple. Padding does not change the
         loss.
         """
-        return math.lcm(GPU_MULTIPLE if self.on_gpu else BASE_MULTIPLE, self.sequence_parts)
+        return math.lcm(GPU_MULTIPLE if self.on_gpu else PAD_MULTIPLE, self.sequence_parts)
 
 
 def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:

@@ -39,10 +39,10 @@ def stored_tensors(
 ) -> tuple[StoredTensor, ...]:
     """The parameters that store a rank's shard of a weight: one, or codes and scales if it is quantised."""
     local_shape = rule.spec.local_shape(rule.shape, tp_size)
-    if layout.base is None or not rule.is_quantised(shape):
+    if layout.base_format is None or not rule.is_quantised(shape):
         return (StoredTensor(math.prod(local_shape), layout.dtype.itemsize),)
     rows, width = local_shape
-    storage, shards_rows = BASE_FORMATS[layout.base], rule.spec.dim == 1 and tp_size > 1
+    storage, shards_rows = BASE_FORMATS[layout.base_format], rule.spec.dim == 1 and tp_size > 1
     scales = rows * storage.row_scales(width, shards_rows=shards_rows)
     codes = StoredTensor(rows * storage.row_bytes(width), 1, True)
     copies = (codes,) if layout.keep_transposed else ()
@@ -119,7 +119,7 @@ class StagePlan:
         GPUs that multiply in fp8 transpose codes there, unless transposed copies are kept.
         """
         layout = self.layout
-        if layout.base is None:
+        if layout.base_format is None:
             return 0
         largest = max(linear.num_weights for linear in self.shape.block.linears) // layout.tp_size
         if layout.products is None or not layout.on_gpu:

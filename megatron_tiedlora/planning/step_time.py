@@ -156,7 +156,7 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
         Term("elementwise", "norms, gate, rotation, residuals, loss", work.moved, moved, "B"),
     ]
     read = work.head_weights
-    if layout.base is None:
+    if layout.base_format is None:
         read += work.weights + work.weights_back
     else:
         found += _dequantised(work, layout, machine)
@@ -175,19 +175,19 @@ def _beside(purpose: str, what: str, amount: float, rate: float, unit: str) -> l
 
 def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> list[Term]:
     """Making weights ready for a matmul: dequantised, or for FP8 matmuls transposed, whose activations are rounded."""
-    assert layout.base is not None
+    assert layout.base_format is not None
     moved, weights = machine["bandwidth"] * machine["elementwise"], work.weights + work.weights_back
     if layout.products is not None:  # one byte read and one written; on a CPU in the time of the emulated matmul
         transposed = 0.0 if layout.keep_transposed or not layout.on_gpu else work.weights_back
         rounded = machine["round.forward"] * work.rounded + machine["round.backward"] * work.rounded_back
         return [
-            Term("dequantised", f"weights in {layout.base} transposed", 2 * transposed, moved, "B"),
+            Term("dequantised", f"weights in {layout.base_format} transposed", 2 * transposed, moved, "B"),
             Term("dequantised", "activations and gradients rounded to fp8", rounded, moved, "B"),
         ]
-    label = f"weights in {layout.base} dequantised"
-    if rate := machine[f"dequantise.{layout.base}"]:
+    label = f"weights in {layout.base_format} dequantised"
+    if rate := machine[f"dequantise.{layout.base_format}"]:
         return [Term("dequantised", label, weights, rate, "weights")]
-    of_weight = BASE_FORMATS[layout.base].bits / 8 + layout.dtype.itemsize
+    of_weight = BASE_FORMATS[layout.base_format].bits / 8 + layout.dtype.itemsize
     return [Term("dequantised", label, of_weight * weights, moved, "B")]
 
 

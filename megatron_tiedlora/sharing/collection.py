@@ -20,7 +20,7 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     NativeAdapter,
-    load_adapter,
+    load_native_adapter,
     read_config,
 )
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind
@@ -114,7 +114,7 @@ def verify_entries(root: Path, entries: Sequence[Entry], *, progress: bool = Fal
     for entry in progress_bar("verify", "adapter", entries, shows=progress):
         try:
             folder = entry_folder(root, entry)
-            load_adapter(folder)
+            load_native_adapter(folder)
             if _identity(read_entry(root, folder)) != _identity(entry):
                 problems.append(f"{folder}: has changed since it was indexed")
         except UserError as error:
@@ -128,7 +128,7 @@ def compare_adapters(one: Path, other: Path) -> list[str]:
     Raises:
         UserError: one of them cannot be read.
     """
-    first, second = load_adapter(one), load_adapter(other)
+    first, second = load_native_adapter(one), load_native_adapter(other)
     mine, yours = _facts(first), _facts(second)
     lines = [f"{name}: {shown(mine[name])} and {shown(yours[name])}" for name in mine if mine[name] != yours.get(name)]
     for name in dict.fromkeys([*first.config.tensors, *second.config.tensors]):

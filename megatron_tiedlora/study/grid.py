@@ -22,7 +22,7 @@ PAPER_LAYER_STEP = 4
 
 
 @dataclass(frozen=True)
-class Shape:
+class AdaptedSizes:
     """What decides the number of trained parameters: layers L, hidden size d, rows of Q, K and V, and the targets.
 
     Attributes:
@@ -36,10 +36,10 @@ class Shape:
     targets: tuple[Text, ...] = (QKV,)
 
     @staticmethod
-    def of(model: ModelShape, targets: tuple[str, ...]) -> Shape:
+    def of(model: ModelShape, targets: tuple[str, ...]) -> AdaptedSizes:
         """The sizes of a model whose `targets` are adapted."""
         width = None if targets == (QKV,) else model.intermediate_size
-        return Shape(model.num_layers, model.hidden_size, model.heads.rows, width, targets)
+        return AdaptedSizes(model.num_layers, model.hidden_size, model.heads.rows, width, targets)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Point:
     rank: int
     layer: int | None = None
 
-    def num_trained(self, shape: Shape) -> int:
+    def num_trained(self, shape: AdaptedSizes) -> int:
         """Trained parameters on a model of `shape`."""
         layers = tuple(range(1, shape.num_layers + 1)) if self.layer is None else (self.layer,)
         targets = sized_targets(

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.study.processes import Command, LaunchedChild, Start
+from megatron_tiedlora.study.processes import LaunchedChild, ScriptStart, Start
 
 POLL_SECONDS = 0.1
 SHOW_SECONDS = 1.0
@@ -36,7 +36,7 @@ class StudyJob:
 
     name: str
     needs: tuple[str, ...]
-    command: Callable[[tuple[str, ...]], Command | None]
+    command: Callable[[tuple[str, ...]], ScriptStart | None]
     failure: Callable[[], str | None]
     done: Callable[[], tuple[float, str]]
     vital: bool = False

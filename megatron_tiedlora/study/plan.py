@@ -29,7 +29,7 @@ from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
 from megatron_tiedlora.study.jobs import StudyJob
-from megatron_tiedlora.study.processes import Command, launcher_slots, with_port
+from megatron_tiedlora.study.processes import ScriptStart, launcher_slots, with_port
 from megatron_tiedlora.study.record import (
     BaseRecord,
     StudyFolder,
@@ -168,10 +168,10 @@ class SweepPlan:
         path, log = self.folder.run(run.name), self.folder.log(group or run.name)
         guard = self.folder.guard
 
-        def command(slot: tuple[str, ...]) -> Command:
+        def command(slot: tuple[str, ...]) -> ScriptStart:
             guard()
             settings = {**self._given, **run.settings, "output_dir": path}
-            return Command("train", settings, with_port(slot), log, lock)
+            return ScriptStart("train", settings, with_port(slot), log, lock)
 
         def failure() -> str | None:
             end = read_run(path)
@@ -200,7 +200,7 @@ class SweepPlan:
         jobs = tuple(self._train(run, lock, group=name) for run in runs)
         halving = self.settings.halving and len(set(rates)) < len(rates)
 
-        def command(slot: tuple[str, ...]) -> Command:
+        def command(slot: tuple[str, ...]) -> ScriptStart:
             entries = [
                 {"name": run.name, **run.settings, "output_dir": str(self.folder.run(run.name))} for run in runs
             ]
@@ -211,7 +211,7 @@ class SweepPlan:
                 file.parent.mkdir(exist_ok=True)
             write_yaml(file, entries, guard=self.folder.guard)
             settings = {**self._given, "adapters": file, "output_dir": folder, **({"halving": True} if halving else {})}
-            return Command("train", settings, with_port(slot), self.folder.log(name), lock)
+            return ScriptStart("train", settings, with_port(slot), self.folder.log(name), lock)
 
         def done() -> tuple[float, str]:
             parts = [job.done()[0] for job in jobs]
@@ -225,7 +225,7 @@ class SweepPlan:
         job = f"score {BASE_NAME}" if point is None else _score_job(point)
         log = self.folder.log(group or job)
 
-        def command(slot: tuple[str, ...]) -> Command | None:
+        def command(slot: tuple[str, ...]) -> ScriptStart | None:
             name = self._scored_name(point)
             if name is None or self._scored(name):
                 return None
@@ -233,7 +233,7 @@ class SweepPlan:
             discard(folder, guard=self.folder.guard)  # it has no result
             adapter = None if point is None else self.folder.run(name) / "adapter"
             settings = {**self._of_scores, "adapter": adapter, "output_dir": folder}
-            return Command("evaluate", settings, with_port(slot), log, lock)
+            return ScriptStart("evaluate", settings, with_port(slot), log, lock)
 
         def failure() -> str | None:
             if group is not None:
@@ -267,7 +267,7 @@ class SweepPlan:
         name, folder = f"scores {first}", self.folder.group(f"{first}{SCORES_END}")
         jobs = tuple(self._score(point, (), lock, group=name) for point in points)
 
-        def command(slot: tuple[str, ...]) -> Command | None:
+        def command(slot: tuple[str, ...]) -> ScriptStart | None:
             best = [found for point in points if (found := self._scored_name(point)) is not None]
             left = [run for run in best if not self._scored(run)]
             if not left:
@@ -275,7 +275,7 @@ class SweepPlan:
             discard(folder, guard=self.folder.guard)  # it has no results
             words = ("--adapters", *(f"{run}={self.folder.run(run) / 'adapter'}" for run in left))
             settings = {**self._of_scores, "output_dir": folder}
-            return Command("evaluate", settings, with_port(slot), self.folder.log(name), lock, words)
+            return ScriptStart("evaluate", settings, with_port(slot), self.folder.log(name), lock, words)
 
         needs = tuple(dict.fromkeys(need for of_point in points.values() for need in of_point))
         return StudyJob(name, needs, command, lambda: None, lambda: (0.0, f"decoding {len(jobs)}"), runs=jobs)

@@ -28,7 +28,7 @@ LOG_MARK = "$ "  # precedes the command line of each start in a log
 
 
 @dataclass(frozen=True)
-class Command:
+class ScriptStart:
     """One start of a script.
 
     Attributes:
@@ -100,7 +100,7 @@ class LaunchedChild:
         self.ended()
 
 
-Start = Callable[[Command], LaunchedChild]
+Start = Callable[[ScriptStart], LaunchedChild]
 
 
 def deepspeed_starter(scripts: Path) -> Start:
@@ -113,7 +113,7 @@ def deepspeed_starter(scripts: Path) -> Start:
     if not launcher.is_file():
         raise UserError(f"{launcher}: no such launcher; run the sweep with the python that DeepSpeed is installed for")
 
-    def start(command: Command) -> LaunchedChild:
+    def start(command: ScriptStart) -> LaunchedChild:
         script = str(scripts / f"{command.script}.py")
         words = [str(launcher), *command.launcher, script, *command.arguments]
         try:

@@ -35,7 +35,7 @@ from megatron_tiedlora.config.sweep_settings import (
     resolve_train,
 )
 from megatron_tiedlora.data.sources import local_files
-from megatron_tiedlora.study.grid import Shape, single_layers
+from megatron_tiedlora.study.grid import AdaptedSizes, single_layers
 from megatron_tiedlora.study.paper import paper_model
 from megatron_tiedlora.study.processes import LOG_MARK
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
@@ -96,7 +96,7 @@ class BaseRecord:
 
     model: Text
     base_hash: Text
-    shape: Shape
+    shape: AdaptedSizes
     paper_model: Text | None  # the paper's model, whose published numbers are shown beside the study's
     task: Text
     metric: Text
@@ -114,7 +114,7 @@ def describe_base(
     Raises:
         UserError: a file cannot be read.
     """
-    shape = Shape.of(source.shape, targets)
+    shape = AdaptedSizes.of(source.shape, targets)
     model = paper_model(source.name, source.shape) if targets == (QKV,) else None  # the paper adapts nothing else
     return BaseRecord(source.name, source.base_hash, shape, model, task, metric, _hash_files(files))
 

@@ -23,10 +23,11 @@ from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.loader import MicroBatch, TrainingStep, evaluation_batches, num_evaluation_batches
+from megatron_tiedlora.data.loader import TrainingStep, evaluation_batches, num_evaluation_batches
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.evaluation.scores import Score
+from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.heartbeat import rank_line
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
@@ -70,7 +71,7 @@ class AdapterRun:
     plan: RunPlan
     data: RunData
     runner: Runner
-    base: BaseIdentity
+    base_identity: BaseIdentity
     layout: AdapterLayout
     folder: RunFolder
     log: MetricsLog | None
@@ -340,7 +341,7 @@ class AdapterRun:
                 self.folder.checkpoints,
                 progress=self.progress,
                 config=self.plan.adapter,
-                base=self.base,
+                base_identity=self.base_identity,
                 state=state,
                 moments=moments,
                 settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256},
@@ -348,7 +349,7 @@ class AdapterRun:
                 guard=self.folder.guard,
             )
         if best:
-            save_adapter(self.folder.adapter, self.plan.adapter, self.base, state, guard=self.folder.guard)
+            save_adapter(self.folder.adapter, self.plan.adapter, self.base_identity, state, guard=self.folder.guard)
 
     def _full_moments(self) -> dict[str, torch.Tensor]:
         moments = self.runner.optimizers.moments(self.name)

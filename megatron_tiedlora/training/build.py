@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_bank import ALONE, AdapterBank
 from megatron_tiedlora.adapters.dropped_inputs import Dropout
-from megatron_tiedlora.adapters.gathering import AdapterLayout
+from megatron_tiedlora.adapters.gathering import MOMENTS, AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
@@ -41,7 +41,6 @@ from megatron_tiedlora.engine.engine import (
     trained_parameters,
 )
 from megatron_tiedlora.engine.engine_json import EngineConfig
-from megatron_tiedlora.engine.optimizer_state import MOMENTS
 from megatron_tiedlora.engine.optimizers import (
     EngineOptimizer,
     Optimizers,
@@ -75,14 +74,14 @@ class BuiltModel:
     """This rank's stage with the values of base and adapters, and its engine, ready for the next step.
 
     Attributes:
-        base: what the base is.
+        base_identity: what the base is.
         stage_layers: layers by pipeline stage.
         bytes_read, bytes_kept: bytes of base weights that were read and that are stored, by rank.
         notes: what a user should know of the start of each adapter, and how the base differs from its own.
     """
 
     runner: Runner
-    base: BaseIdentity
+    base_identity: BaseIdentity
     stage_layers: tuple[tuple[int, ...], ...]
     bytes_read: tuple[int, ...]
     bytes_kept: tuple[int, ...]
@@ -117,7 +116,7 @@ def build_model(
         for name, plan in plans.items():
             states[name], notes[name] = start_values(plan, base, resumed.get(name))
         model = _build_stage(plans, device, kernels, states)
-        load_base(shared, weights, model.stage, model.groups)
+        load_stage_weights(shared, weights, model.stage, model.groups)
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(model.stage.layers))
     runner = _start_engine(plans, model, device, resumed)
     return BuiltModel(runner, base, _stage_layers(shared), tuple(read), tuple(kept), notes)
@@ -162,7 +161,7 @@ def start_values(
     return checkpoint.adapter.state, _check_resumed(plan, base, checkpoint)
 
 
-def load_base(plan: RunPlan, weights: BaseWeights, stage: Stage, groups: ParallelGroups) -> None:
+def load_stage_weights(plan: RunPlan, weights: BaseWeights, stage: Stage, groups: ParallelGroups) -> None:
     """Read this rank's slices of the base into its stage. All ranks call it."""
     grid = plan.grid
     load_base_weights(

@@ -26,9 +26,9 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, ma
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import make_private_folder
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.nf4_kernels import slow_nf4

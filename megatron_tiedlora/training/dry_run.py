@@ -16,7 +16,7 @@ from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.planning.memory import StageMemory, cache_bytes
 from megatron_tiedlora.runtime.run_folder import choose_run_folder
 from megatron_tiedlora.training.dry_run_tables import (
-    Report,
+    DryRunReport,
     fits,
     memory_lines,
     message_lines,
@@ -32,7 +32,7 @@ from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, first_source, prepare_data
 
 
-def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> Report:
+def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunReport:
     """The whole report, for --world_size ranks or else for as many as were launched.
 
     Raises:
@@ -48,7 +48,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> Report:
     sections += [message_lines(plan.stages, first, with_data=data is not None)]
     sections += [*speed_lines(first, plan.stages, plan), _batches(first)]
     sections += [no_data_lines(plan)] if data is None else [_data(plan, data), sample_lines(plan, data)]
-    return Report.of(sections, fits=fits(memories, plan))
+    return DryRunReport.of(sections, fits=fits(memories, plan))
 
 
 def _parameters(plan: RunPlan) -> list[str]:

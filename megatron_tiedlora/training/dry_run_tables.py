@@ -30,14 +30,14 @@ from megatron_tiedlora.training.step import LONG_STEP_SECONDS
 Stages = Sequence[StagePlan]
 
 
-class Report(NamedTuple):
+class DryRunReport(NamedTuple):
     """A dry run as text, and whether every rank fits in the card of --gpu; without --gpu it does."""
 
     text: str
     fits: bool
 
     @classmethod
-    def of(cls, sections: Sequence[Sequence[str]], *, fits: bool) -> Report:
+    def of(cls, sections: Sequence[Sequence[str]], *, fits: bool) -> DryRunReport:
         """The report with a blank line between two sections."""
         return cls("\n\n".join("\n".join(map(printable, section)) for section in sections), fits)
 
@@ -114,7 +114,7 @@ def _shared_memory(layout: Layout) -> str:
 def _base_line(stages: Stages) -> list[str]:
     """The note on the base weights if they are quantised."""
     layout = stages[0].layout
-    if layout.base is None:
+    if layout.base_format is None:
         return []
     sizes = sorted({stage.quantised_bytes for stage in stages})
     words = " to ".join(bytes_in_words(size) for size in sizes[:: max(1, len(sizes) - 1)])
@@ -124,7 +124,7 @@ def _base_line(stages: Stages) -> list[str]:
         how = "they are multiplied in fp8"
         how += "" if kept else ", in the backward pass by a transposed copy, in memory that all of them share"
     return [
-        f"  (base weights: {words} of them before ZeRO are the linears of the blocks in {layout.base}{kept};"
+        f"  (base weights: {words} of them before ZeRO are the linears of the blocks in {layout.base_format}{kept};"
         f" {how})"
     ]
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.data.loader import evaluation_sizes
-from megatron_tiedlora.data.shared import Owned, fill_rounds, shared_input
+from megatron_tiedlora.data.shared import Owned, fill_rounds, shared_micro_batch
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.evaluation.answering import answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
@@ -70,7 +70,7 @@ class Evaluation:
         with progress_bar("validation", "batch", total=total, shows=runs[0].is_main) as bar:
             while some := list(islice(batches, self.runner.inputs_at_once)):
                 self.stop.agree(True)
-                found = self.runner.evaluate([shared_input(owned) for owned in some])
+                found = self.runner.evaluate([shared_micro_batch(owned) for owned in some])
                 for owned, losses in zip(some, found, strict=True):
                     for name, batch in owned:
                         totals[name] += losses[name]

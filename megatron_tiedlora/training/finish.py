@@ -19,7 +19,7 @@ from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint
 from megatron_tiedlora.convert.export_peft import base_location, base_name, export_peft
 from megatron_tiedlora.convert.layerwise import layerwise_loss
@@ -75,7 +75,7 @@ def use_best_adapter(run: AdapterRun, stop: StopRequests) -> None:
     """Load the best adapter into the model; the optimizer stays as it is, since training is over."""
     folder = run.folder.checkpoints / f"step_{run.progress.best_step}"
     # Other hosts may not see the run folder.
-    best = decided_by_rank_0(lambda: load_adapter(folder), kind=NativeAdapter)
+    best = decided_by_rank_0(lambda: load_native_adapter(folder), kind=NativeAdapter)
     with stop.deferred():
         with run.runner.optimizers.opened(run.name):
             run.adapter.load_full(best.state)
@@ -269,7 +269,7 @@ def _original_loss(run: AdapterRun, stop: StopRequests) -> float:
         loss = layerwise_loss(
             source.shape,
             weights.read,
-            load_adapter(run.folder.adapter),
+            load_native_adapter(run.folder.adapter),
             batches,
             dtype=plan.dtype,
             device=run.runner.device,
@@ -294,7 +294,7 @@ def export(run: AdapterRun, stop: StopRequests) -> list[str]:
         _LOGGER.warning("note: loss.png is not drawn without matplotlib; %s", install_hint("train"))
     else:
         plot_losses(folder.metrics, folder.path / "loss.png", guard=folder.guard)
-    adapter = load_adapter(folder.adapter)
+    adapter = load_native_adapter(folder.adapter)
     merged, peft = folder.path / "merged", folder.path / "peft"
     discard(peft, guard=folder.guard)  # an earlier start of this run may have exported another best adapter
     export_peft(source, adapter, peft, native=folder.adapter, new=folder.new_folder)
@@ -321,7 +321,7 @@ def next_steps(run: AdapterRun) -> list[str]:
         "  peft/     the same as a LoRA adapter for PEFT, vLLM and others",
     ]
     merged = path / "merged"
-    if is_merge_of(merged, load_adapter(run.folder.adapter)):
+    if is_merge_of(merged, load_native_adapter(run.folder.adapter)):
         kind = "the base" if settings.base is None else "the base as it is stored (not --onto trained)"
         lines += [f"  merged/   {kind} with the adapter merged in, for transformers", "", "next"]
         load = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(merged)!r})"

@@ -14,7 +14,7 @@ from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.run_folder import choose_run_folder
 from megatron_tiedlora.training.dry_run import sample_lines
 from megatron_tiedlora.training.dry_run_tables import (
-    Report,
+    DryRunReport,
     fits,
     memory_lines,
     message_lines,
@@ -31,7 +31,7 @@ from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.start import check_run_folders
 
 
-def group_report(settings: Settings, *, launched_ranks: int = 1) -> Report:
+def group_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunReport:
     """The whole report, for --world_size ranks or else for as many as were launched.
 
     Raises:
@@ -53,7 +53,7 @@ def group_report(settings: Settings, *, launched_ranks: int = 1) -> Report:
     sections += [message_lines(group.stages, group, with_data=bool(data))]
     sections += [*speed_lines(group, group.stages, group.shared), _batches(group, data)]
     sections += [*_data(group, data), *_samples(group, data)]
-    return Report.of(sections, fits=fits(peaks, group.shared))
+    return DryRunReport.of(sections, fits=fits(peaks, group.shared))
 
 
 def _adapters(group: GroupPlan) -> list[str]:

@@ -90,7 +90,7 @@ class RunPlan:
             live_parameters=engine.live_parameters,
             overlaps_gathers=engine.overlaps_gathers,
             dtype=DTYPES[self.dtype_name],
-            base=settings.base,
+            base_format=settings.base,
             products=settings.products,
             keep_transposed=settings.keep_transposed,
             recompute=settings.recompute,

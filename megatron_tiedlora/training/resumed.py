@@ -16,7 +16,7 @@ from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     Checkpoint,
     copy_checkpoint,
@@ -57,7 +57,7 @@ def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpo
     notes = checkpoint.notes
     if (step_folder.parent / f"step_{best}").is_dir():
         try:
-            load_adapter(step_folder.parent / f"step_{best}")
+            load_native_adapter(step_folder.parent / f"step_{best}")
             return checkpoint
         except UserError as error:
             notes = (*notes, f"the best checkpoint is broken, so the next evaluation writes a new one: {error}")
@@ -107,7 +107,7 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
                 write_json(folder.scores, scores, guard=folder.guard)
     move_latest(folder.checkpoints, progress.step, guard=folder.guard)
     if progress.best_step is not None:
-        best = load_adapter(folder.checkpoints / f"step_{progress.best_step}")
+        best = load_native_adapter(folder.checkpoints / f"step_{progress.best_step}")
         save_adapter(folder.adapter, best.config, best.base, best.state, guard=folder.guard)
 
 

@@ -18,7 +18,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import (
     Checkpoint,
@@ -281,7 +281,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
             plan=plan,
             data=start.data[name],
             runner=built.runner,
-            base=built.base,
+            base_identity=built.base_identity,
             layout=built.layout(plan),
             folder=folder,
             log=occupy_run_folder(plan, folder, start.checkpoints[name]),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.data.shared import shared_input, shared_rounds
+from megatron_tiedlora.data.shared import shared_micro_batch, shared_rounds
 from megatron_tiedlora.engine.optimizers import Missing
 from megatron_tiedlora.engine.runner import Divisors, Runner
 from megatron_tiedlora.parallel.agreement import raise_on_every_rank, sum_over_ranks
@@ -104,7 +104,7 @@ class TrainStep:
             UserError: `failure` of rank 0.
         """
         started, optimizers = time.monotonic(), self.runner.optimizers
-        inputs = [shared_input(some) for some in shared_rounds(steps, capacity=self.capacity)]
+        inputs = [shared_micro_batch(some) for some in shared_rounds(steps, capacity=self.capacity)]
         divisors = {name: self._divisors(name, step) for name, step in steps.items()}
         summed = self.runner.accumulate(inputs, divisors, self._between_micro_batches)
         missing = optimizers.sum_gradients(steps)

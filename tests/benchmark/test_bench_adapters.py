@@ -11,8 +11,8 @@ import torch
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.plan import make_plan
-from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, TOGETHER, Group, build_group
+from megatron_tiedlora.benchmark.plan import plan_benchmark
+from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, TOGETHER, AdapterSteps, build_adapter_steps
 from megatron_tiedlora.commands import bench
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
@@ -28,12 +28,12 @@ def words(model: Path, *more: str) -> list[str]:
     return [f"--model={model}", *sizes, *more]
 
 
-def group_of(model: Path, *more: str) -> Group:
+def group_of(model: Path, *more: str) -> AdapterSteps:
     settings = parse_settings(words(model, *more), BenchSettings)
-    return build_group(make_plan(settings), settings)
+    return build_adapter_steps(plan_benchmark(settings), settings)
 
 
-def tensors_after(group: Group, side: str) -> dict[str, torch.Tensor]:
+def tensors_after(group: AdapterSteps, side: str) -> dict[str, torch.Tensor]:
     for _ in range(2):
         group.steps[side]()
     return {name: parameter.detach() for name, parameter in group.bank.named_parameters()}

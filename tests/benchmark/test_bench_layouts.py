@@ -18,7 +18,7 @@ from run_helpers import Ended, run_ranks, start_command
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.plan import make_plan
+from megatron_tiedlora.benchmark.plan import plan_benchmark
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import CLASSES, describe_allocator, kernel_class, kernel_seconds
 from megatron_tiedlora.config.bench_settings import BenchSettings
@@ -106,7 +106,7 @@ def test_pipeline_of_random_weights(folder: Path, tmp_path: Path) -> None:
     report = report_of(tmp_path)
     values = {"rows": 2, "length": 64, "dtype": "fp32", "rank": 3, "compile": "false", "pipeline_parallel": 2}
     settings = validate_settings({**values, "model": str(folder / "shape"), "random_weights": True}, BenchSettings)
-    plan = make_plan(settings, world_size=2)
+    plan = plan_benchmark(settings, world_size=2)
     row = np.arange(64) >= 32
     batches = Batches.of([Batch(micro_batch_shape(plan.layout, [row, row]), 2 * 64**2)] * 4)
     seconds = planned_seconds(plan.stages, batches, Links(plan.layout, 2), constants)
@@ -202,7 +202,7 @@ def test_rows_shorter_than_a_training_run_takes(folder: Path) -> None:
 
 def plan_of(folder: Path, *flags: str) -> RunPlan:
     """What the command plans on one rank."""
-    return make_plan(parse_settings([f"--model={folder / 'model'}", *flags], BenchSettings))
+    return plan_benchmark(parse_settings([f"--model={folder / 'model'}", *flags], BenchSettings))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.compare import measure, share_of_equal_tokens
+from megatron_tiedlora.benchmark.compare import measure_sides, share_of_equal_tokens
 from megatron_tiedlora.benchmark.report import report_lines
 from megatron_tiedlora.commands import bench
 from megatron_tiedlora.config.bench_settings import BenchSettings
@@ -99,4 +99,4 @@ def test_decoding_by_hand() -> None:
 )
 def test_bad_input_is_one_line(flag: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        measure(parse_settings(["--what=scaling", flag], BenchSettings))
+        measure_sides(parse_settings(["--what=scaling", flag], BenchSettings))

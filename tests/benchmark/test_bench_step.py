@@ -21,8 +21,8 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.compare import measure
-from megatron_tiedlora.benchmark.plan import make_plan, saved_formula
+from megatron_tiedlora.benchmark.compare import measure_sides
+from megatron_tiedlora.benchmark.plan import plan_benchmark, saved_formula
 from megatron_tiedlora.benchmark.sides import OURS, PADDED, Side, make_sides
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
@@ -49,7 +49,7 @@ def settings_of(folder: Path, *more: str) -> BenchSettings:
 
 def sides_of(settings: BenchSettings) -> dict[str, Side]:
     """All sides, made."""
-    return {name: make() for name, make in make_sides(make_plan(settings), settings).items()}
+    return {name: make() for name, make in make_sides(plan_benchmark(settings), settings).items()}
 
 
 def run_script(folder: Path, code: str) -> Ended:
@@ -88,7 +88,7 @@ def test_what_a_step_keeps_is_the_formula_of_its_recompute(folder: Path, recompu
     """But for what is there once; the table of rotations too is made again where layers are."""
     settings = settings_of(folder, f"--recompute={recompute}", "--length=256", "--compile=false")
     side = sides_of(settings)[OURS]
-    beside = side.saved_bytes() - saved_formula(make_plan(settings), side.batches)
+    beside = side.saved_bytes() - saved_formula(plan_benchmark(settings), side.batches)
     positions = 0 if recompute == "full" else side.num_positions
     assert beside == beside_the_formula(side.num_supervised, positions, itemsize=4)
 
@@ -105,7 +105,7 @@ def test_the_format_of_a_quantised_folder_is_reported(tmp_path: Path) -> None:
     plain = write_tiny_model(tmp_path / "plain", **{**SHAPE, "num_layers": 1})
     quantised, _ = quantised_folder(plain, tmp_path / "nf4", "nf4")
     words = [f"--model={quantised}", "--dtype=fp32", "--length=16", "--compile=false", "--repeats=1"]
-    assert measure(parse_settings(words, BenchSettings))["dtype"] == "fp32 with the linears in nf4"
+    assert measure_sides(parse_settings(words, BenchSettings))["dtype"] == "fp32 with the linears in nf4"
 
 
 @pytest.mark.parametrize(
@@ -257,15 +257,15 @@ if __name__ == "__main__":
 )
 def test_bad_input_is_one_line(folder: Path, more: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError) as error:
-        make_plan(settings_of(folder, *more))
+        plan_benchmark(settings_of(folder, *more))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_both_sides_adapt_the_targets(folder: Path) -> None:
     for flags, modules in (((), "q_proj k_proj v_proj"), (("--targets=down_proj,o_proj",), "o_proj down_proj")):
         settings = settings_of(folder, "--against=peft", *flags)
-        assert [target.name for target in make_plan(settings).adapter.targets] == list(settings.targets)
-        peft = make_sides(make_plan(settings), settings)[PADDED]().model
+        assert [target.name for target in plan_benchmark(settings).adapter.targets] == list(settings.targets)
+        peft = make_sides(plan_benchmark(settings), settings)[PADDED]().model
         adapted = {name.split(".")[-1] for name, module in peft.named_modules() if hasattr(module, "lora_A")}
         assert adapted == set(modules.split())
 

@@ -79,15 +79,15 @@ def test_ranks_measure_their_messages(tmp_path: Path) -> None:
 def test_the_arithmetic_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """3 ms a pass and 5 ms beside them; two stages take 9 passes each, and 2 ms of DeepSpeed's for each of them."""
 
-    def tiny(machine: Machine, *, num_layers: int, pipeline_parallel: int = 1, **more: int) -> anchors._Step:
+    def tiny(machine: Machine, *, num_layers: int, pipeline_parallel: int = 1, **more: int) -> anchors._MeasuredStep:
         planned = Seconds(matmuls=0.001, launches=2 * num_layers * machine["block"], outside=machine["step"])
         if pipeline_parallel == 2:
-            return anchors._Step(planned.total + 18 * (machine["instruction"] + 0.002), planned)
-        return anchors._Step(0.001 + 2 * num_layers * 0.003 + 0.005, planned)
+            return anchors._MeasuredStep(planned.total + 18 * (machine["instruction"] + 0.002), planned)
+        return anchors._MeasuredStep(0.001 + 2 * num_layers * 0.003 + 0.005, planned)
 
-    def own(machine: Machine, source: object, *, tokens: int) -> anchors._Step:
+    def own(machine: Machine, source: object, *, tokens: int) -> anchors._MeasuredStep:
         assert machine["elementwise"] == 1 and tokens == 16
-        return anchors._Step(taken, Seconds(matmuls=0.9, elementwise=0.1))
+        return anchors._MeasuredStep(taken, Seconds(matmuls=0.9, elementwise=0.1))
 
     monkeypatch.setattr(anchors, "_tiny_step", tiny)
     monkeypatch.setattr(anchors, "_own_step", own)

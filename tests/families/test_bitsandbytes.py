@@ -17,7 +17,7 @@ from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.checkpoint.base_identity import check_same_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
@@ -110,7 +110,8 @@ def test_logits_are_theirs(folder: Path, theirs: Any) -> None:
     source = find_model(str(folder))
 
     def distance(base: str | None, other: Any) -> float:
-        ours = load_model(source, None, dtype=torch.bfloat16, base=base).predict(tokens, positions).detach().float()
+        model = load_model(source, None, dtype=torch.bfloat16, base_format=base)
+        ours = model.predict(tokens, positions).detach().float()
         logits = other(tokens).logits.detach().float()
         return float((ours - logits).norm() / logits.norm())
 
@@ -125,7 +126,7 @@ def test_a_tied_adapter_in_peft_is_of_nf4(folder: Path, theirs: Any, tmp_path: P
     from megatron_tiedlora.peft.config import TiedLoraConfig
 
     peft.get_peft_model(theirs, TiedLoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
-    base = load_adapter(tmp_path / "adapter").base
+    base = load_native_adapter(tmp_path / "adapter").base
     assert base.base_format == "nf4" and base.base_sample is None
     (note,) = check_same_base(base, replace(base, base_sample="known"), source="adapter")
     assert note.startswith("adapter: saved where its base's weights were quantised or offloaded, so the base is ")

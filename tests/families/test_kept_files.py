@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.resume import load_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import peft_tensors
@@ -29,7 +29,7 @@ KEPT = ROOT / "tests" / "data" / "run_before_families"
 
 
 def test_the_adapter_is_of_this_base_and_verifies() -> None:
-    source, adapter = find_model(str(KEPT / "base")), load_adapter(KEPT / "adapter")
+    source, adapter = find_model(str(KEPT / "base")), load_native_adapter(KEPT / "adapter")
     assert source.base_hash == adapter.base.base_hash
     assert not check_base(source, adapter, uses_tokenizer=True, differs=False).notes
     found = verify_export(source, adapter, merged=KEPT / "merged", peft=KEPT / "peft")
@@ -39,7 +39,7 @@ def test_the_adapter_is_of_this_base_and_verifies() -> None:
 
 
 def test_merged_folder_and_export_are_written_as_before(tmp_path: Path) -> None:
-    source, adapter = find_model(str(KEPT / "base")), load_adapter(KEPT / "adapter")
+    source, adapter = find_model(str(KEPT / "base")), load_native_adapter(KEPT / "adapter")
     merge_adapter(source, adapter, tmp_path / "merged")
     assert files_of(tmp_path / "merged").keys() == files_of(KEPT / "merged").keys()
     merged, kept = (load_file(folder / "merged/model.safetensors") for folder in (tmp_path, KEPT))
@@ -70,4 +70,4 @@ def test_a_kept_adapter_on_a_damaged_base_is_rejected(tmp_path: Path) -> None:
     shutil.copytree(KEPT / "base", tmp_path / "base")
     truncate(tmp_path / "base/model.safetensors")
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        merge_adapter(find_model(str(tmp_path / "base")), load_adapter(KEPT / "adapter"), tmp_path / "merged")
+        merge_adapter(find_model(str(tmp_path / "base")), load_native_adapter(KEPT / "adapter"), tmp_path / "merged")

@@ -48,7 +48,9 @@ def _counted_and_planned(folders: list[str], tp_size: int) -> list[tuple[float, 
                 part = TiedAdapter(AdapterPart(adapter, (1, 2), rank, tp_size))
                 part.u_sum = sum_of_u(groups)
                 stage = Stage(specs, part, tensor_parallel=TensorParallel(groups.tensor, tp_size > 1))
-                layout = Layout((adapter,), length=256, tp_size=tp_size, dtype=dtype, recompute=recompute, base=base)
+                layout = Layout(
+                    (adapter,), length=256, tp_size=tp_size, dtype=dtype, recompute=recompute, base_format=base
+                )
                 found.append((saved_bytes_per_token(stage, dtype), token_bytes(shape, layout).saved))
     return found
 

@@ -17,7 +17,7 @@ from valid import check_adapter, write_run
 from megatron_tiedlora.base.atomic import remove_leftovers
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     CHECKPOINT_FILES,
     Checkpoint,
@@ -136,8 +136,8 @@ def test_links_of_a_run_folder_are_replaced_or_removed_and_never_followed(native
     adopt_checkpoint(run, load_checkpoint(run.checkpoints / "step_4"))
     moments = load_file(run.checkpoints / "step_4" / "trainer_state.safetensors")
     save_checkpoint(
-        run.checkpoints, progress=Progress(6, 9, 0.1, 6, 0, 6), config=native.config, base=native.base,
-        state=native.state, moments=moments, settings={},
+        run.checkpoints, progress=Progress(6, 9, 0.1, 6, 0, 6), config=native.config,
+        base_identity=native.base, state=native.state, moments=moments, settings={},
     )  # fmt: skip
     for rank in (0, 1):
         log = RankLog()
@@ -148,7 +148,7 @@ def test_links_of_a_run_folder_are_replaced_or_removed_and_never_followed(native
     assert tree(away) == before
     assert {item.name for item in run.checkpoints.iterdir()} == {"latest", "step_6"}
     assert not run.adapter.is_symlink() and not (run.path / ".writing-x").is_symlink()
-    check_adapter(load_adapter(run.adapter))
+    check_adapter(load_native_adapter(run.adapter))
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -181,7 +181,7 @@ def test_an_adapter_that_is_a_link_to_nothing_is_replaced(native: NativeAdapter,
     _link(area / "adapter", area / "nothing")
     save_adapter(area / "adapter", native.config, native.base, native.state)
     assert not (area / "adapter").is_symlink() and not (area / "nothing").exists()
-    check_adapter(load_adapter(area / "adapter"))
+    check_adapter(load_native_adapter(area / "adapter"))
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
@@ -190,7 +190,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(native: NativeAdapter, area
     save_adapter(area / "adapter", native.config, native.base, native.state)
     (area / "adapter" / name).unlink()
     os.mkfifo(area / "adapter" / name)
-    found = outcome(lambda: load_adapter(area / "adapter"), unchanged=area, names=(name,))
+    found = outcome(lambda: load_native_adapter(area / "adapter"), unchanged=area, names=(name,))
     assert isinstance(found, UserError)
 
 

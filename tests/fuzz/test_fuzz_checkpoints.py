@@ -15,7 +15,7 @@ from tiny_models import write_tiny_model
 from valid import check_adapter, check_checkpoint, write_run
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     CHECKPOINT_FILES,
     STATE_FILE,
@@ -48,7 +48,7 @@ def test_a_broken_adapter(
         fresh(whole / method, folder)
         break_one(draw, folder, sorted(item.name for item in folder.iterdir()), elsewhere=area / "elsewhere")
         reseal(draw, folder)
-        loaded = outcome(lambda: load_adapter(folder), unchanged=area, names=(str(folder),))
+        loaded = outcome(lambda: load_native_adapter(folder), unchanged=area, names=(str(folder),))
         if isinstance(loaded, NativeAdapter):
             check_adapter(loaded)
         return loaded

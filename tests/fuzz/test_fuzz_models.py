@@ -77,7 +77,8 @@ def test_a_broken_quantised_folder(tmp_path_factory: pytest.TempPathFactory, are
         def load() -> torch.Tensor:
             source = find_model(str(folder))
             base = draw.pick([source.base_format(None), None])
-            logits: torch.Tensor = load_model(source, None, dtype=torch.bfloat16, base=base).predict(tokens, positions)
+            model = load_model(source, None, dtype=torch.bfloat16, base_format=base)
+            logits: torch.Tensor = model.predict(tokens, positions)
             return logits
 
         return outcome(load, unchanged=area, names=(str(folder),))

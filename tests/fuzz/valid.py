@@ -78,7 +78,7 @@ def write_run(path: Path, native: NativeAdapter) -> RunFolder:
             run.checkpoints,
             progress=Progress(step, BATCH * step, 0.5, 2, 1 if step == 4 else 0, step),
             config=native.config,
-            base=native.base,
+            base_identity=native.base,
             state={name: tensor * (1 if name in "uv" else step / 4) for name, tensor in native.state.items()},
             moments={name: tensor / step for name, tensor in moments_of(native).items()},
             keep=2,

@@ -17,7 +17,7 @@ from megatron_tiedlora.base import atomic
 from megatron_tiedlora.base.atomic import new_folder, remove_leftovers, write_text
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint import resume
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     Progress,
     find_newest_checkpoint,
@@ -131,7 +131,7 @@ torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # a kill is not a power cut: what was written is there
 files = {atomic.__file__, native_adapter.__file__, resume.__file__}
 root, swap = Path(sys.argv[2]), atomic._exchange
-old = native_adapter.load_adapter(Path(sys.argv[1]))
+old = native_adapter.load_native_adapter(Path(sys.argv[1]))
 
 def write_adapter(value):
     native_adapter.save_adapter(root / "adapter", old.config, old.base, full(value))
@@ -140,7 +140,7 @@ def write_checkpoint(step, value):
     atomic.remove_leftovers(root)  # as a start does; only there, since a later owner's would look the same
     resume.save_checkpoint(
         root, progress=resume.Progress(step=step, consumed_samples=step, best_metric=1.0, best_step=2),
-        config=old.config, base=old.base,
+        config=old.config, base_identity=old.base,
         state=full(value), moments=moments_of(old, value), settings={"value": value})
 
 def full(value):
@@ -152,7 +152,7 @@ def value_of(adapter):
 
 def read_adapter():
     atomic.restore_interrupted(root)  # does nothing where folders were swapped
-    return value_of(native_adapter.load_adapter(root / "adapter"))
+    return value_of(native_adapter.load_native_adapter(root / "adapter"))
 
 def read_checkpoint():
     atomic.restore_interrupted(root)
@@ -251,11 +251,11 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from megatron_tiedlora.base.atomic import write_text
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.config.cli import run_command
 
-adapter, root = load_adapter(Path(sys.argv[1])), Path(sys.argv[2])
+adapter, root = load_native_adapter(Path(sys.argv[1])), Path(sys.argv[2])
 
 def main(arguments):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -266,8 +266,9 @@ def main(arguments):
         write_text(root / "latest", "new" * 1000)
     else:
         save_checkpoint(
-            root, progress=Progress(step=2), config=adapter.config, base=adapter.base, state=adapter.state,
-            moments={"exp_avg.B": torch.ones(100_000)}, settings={})
+            root, progress=Progress(step=2), config=adapter.config,
+            base_identity=adapter.base, state=adapter.state, settings={},
+            moments={"exp_avg.B": torch.ones(100_000)})
     return 0
 
 run_command(main, sys.argv[3:])
@@ -301,7 +302,7 @@ def save(root: Path, adapter: NativeAdapter, step: int, best: int | None, **keyw
         root,
         progress=Progress(step=step, consumed_samples=24 * step, best_metric=0.5, best_step=best, evaluated_step=step),
         config=adapter.config,
-        base=adapter.base,
+        base_identity=adapter.base,
         state=adapter.state,
         moments=moments_of(adapter, float(step)),
         settings={"method": "tl6", "layers": [1, 3]},
@@ -318,7 +319,7 @@ def test_a_checkpoint_comes_back_and_is_an_adapter(base: Path, tmp_path: Path) -
     assert found.progress == Progress(4, 96, 0.5, 4, 0, 4)
     assert found.settings == {"method": "tl6", "layers": [1, 3]}
     assert all(torch.equal(found.moments[name], tensor) for name, tensor in moments_of(adapter, 4.0).items())
-    for loaded in (found.adapter, load_adapter(folder)):
+    for loaded in (found.adapter, load_native_adapter(folder)):
         assert loaded.config == adapter.config
         assert all(torch.equal(loaded.state[name], adapter.state[name]) for name in "ABuv")
 

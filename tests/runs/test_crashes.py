@@ -154,7 +154,7 @@ def save_a_checkpoint(folder: Path, step: int) -> None:
         folder,
         progress=Progress(step=step, consumed_samples=step, best_metric=1.0, best_step=2),
         config=config,
-        base=BaseIdentity(**shape, base_model="tiny", base_hash="0", base_weights_hash="0", dtype="fp32"),
+        base_identity=BaseIdentity(**shape, base_model="tiny", base_hash="0", base_weights_hash="0", dtype="fp32"),
         state=state,
         moments={f"{moment}.adapter.{n}": t.abs() for moment in ("exp_avg", "exp_avg_sq") for n, t in state.items()},
         settings={},

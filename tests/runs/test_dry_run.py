@@ -327,8 +327,8 @@ def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
     plan = plan_run(make_settings(texts), rank=0, world_size=1)
     data = prepare_data(plan)
     step = next(plan.training_loader(data.train, pad_id=0))
-    positions = sum(batch.input_ids.numel() for batch in step.micro_batches)
-    rows = sum(len(batch.input_ids) for batch in step.micro_batches)
+    positions = sum(batch.tokens.numel() for batch in step.micro_batches)
+    rows = sum(len(batch.tokens) for batch in step.micro_batches)
     assert rows < 8 and step.num_tokens < positions
     text = report(tmp_path / "work", base.arguments(**{**settings, "dry_run": True}), cache=base.cache)
     assert f"{step.num_tokens:,} tokens in {rows} rows of {len(step.micro_batches)} micro-batches" in text

@@ -13,7 +13,7 @@ from run_helpers import Base, run, write_base
 from run_preludes import kill_at_step
 from safetensors.torch import load_file
 
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 
 TARGETS = ("qkv", "down_proj")
 
@@ -35,11 +35,11 @@ def whole(base: Base) -> Path:
 
 
 def test_it_starts_with_the_adapter_at_step_0(base: Base, whole: Path) -> None:
-    settings, start = run_settings(whole), load_adapter(base.folder / "start")
+    settings, start = run_settings(whole), load_native_adapter(base.folder / "start")
     assert settings["init_from"] == str(base.folder / "start")
     facts = start.config.facts
     assert {name: settings[name] for name in facts} == facts
-    trained = load_adapter(whole / "adapter")
+    trained = load_native_adapter(whole / "adapter")
     assert trained.config.facts == facts
     for name, tensor in trained.state.items():
         assert tensor.equal(start.state[name]) == (name[-1] in "AB"), name
@@ -77,6 +77,7 @@ def test_another_base_needs_a_flag(base: Base, whole: Path, tmp_path: Path) -> N
     options = {"init_from": base.folder / "start", "base_differs": True, "output_dir": tmp_path / "again"}
     ended = run(other, tmp_path / "again", rank=None, max_steps=2, **options)
     assert "note       --init_from" in ended.outputs[0]
-    stored = load_adapter(tmp_path / "again" / "adapter")
-    assert stored.base.base_weights_hash != load_adapter(base.folder / "start").base.base_weights_hash
+    stored = load_native_adapter(tmp_path / "again" / "adapter")
+    start = load_native_adapter(base.folder / "start")
+    assert stored.base.base_weights_hash != start.base.base_weights_hash
     assert load_file(tmp_path / "again/peft/native/adapter_model.safetensors").keys() == stored.state.keys()

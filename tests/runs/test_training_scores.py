@@ -13,7 +13,7 @@ from run_files import losses, metrics, status
 from run_helpers import Base, run_ranks, write_base
 
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.examples import Example
@@ -77,9 +77,9 @@ def test_the_metric_chooses_the_best_checkpoint(runs: dict[str, Path], layout: s
     by_loss = min(rows, key=lambda row: row["loss"])["step"]
     by_metric = max(rows, key=lambda row: (row["exact_match"], -row["step"]))["step"]
     assert 0 < by_metric < by_loss
-    best = load_adapter(runs[layout] / "adapter").state
-    kept = load_adapter(runs[layout] / "checkpoints" / f"step_{by_metric}").state
-    last = load_adapter(runs[layout] / "checkpoints" / f"step_{by_loss}").state
+    best = load_native_adapter(runs[layout] / "adapter").state
+    kept = load_native_adapter(runs[layout] / "checkpoints" / f"step_{by_metric}").state
+    last = load_native_adapter(runs[layout] / "checkpoints" / f"step_{by_loss}").state
     assert all((best[name] == kept[name]).all() for name in best)
     assert any((best[name] != last[name]).any() for name in best)
 
@@ -105,7 +105,7 @@ def test_validation_samples_are_as_many_as_asked_for_and_test_samples_all(runs: 
 def test_ranks_of_zero_3_call_the_model_until_all_are_done(base: Base, runs: dict[str, Path], tmp_path: Path) -> None:
     """One of the first two rows is ended at once by the trained model, and the others' prompts differ much in length:
     each rank calls as often as the other all the same, or one would wait. Every weight is gathered in each call."""
-    adapter, source = load_adapter(runs["alone"] / "adapter"), find_model(str(base.model))
+    adapter, source = load_native_adapter(runs["alone"] / "adapter"), find_model(str(base.model))
     tokenizer = load_tokenizer(base.model)
     decoder = Decoder(load_model(source, adapter, dtype=torch.float32), ParallelGroups(), source.shape)
     rows = [json.loads(line) for line in base.train.read_text().splitlines()]

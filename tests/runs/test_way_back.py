@@ -251,7 +251,7 @@ def save(root: Path, native: NativeAdapter, step: int) -> Path:
         root,
         progress=Progress(step=step, consumed_samples=4 * step, best_metric=0.5, best_step=step, evaluated_step=step),
         config=native.config,
-        base=native.base,
+        base_identity=native.base,
         state=native.state,
         moments=moments_of(native),
         settings={"global_batch_size": 4},

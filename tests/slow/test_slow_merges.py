@@ -22,7 +22,7 @@ from wide_models import measured_merge, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_weights import weight_map
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
@@ -70,7 +70,7 @@ def words(dtype: str | None) -> list[str]:
 
 def check_bits(folder: Path, output: Path, targets: str, dtype: torch.dtype) -> None:
     """Every tensor is the base's, or W in fp32 plus the update, cast once."""
-    source, adapter = find_model(str(folder / "model")), load_adapter(folder / targets)
+    source, adapter = find_model(str(folder / "model")), load_native_adapter(folder / targets)
     updates = {
         name: (a, b)
         for rule, a, rows in adapter.updates(source.shape)

@@ -24,7 +24,7 @@ from megatron_tiedlora.base.ownership import take_folder
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.runtime.run_folder import take_run_folder
 from megatron_tiedlora.study.lock import lock_study, reject_left_behind
-from megatron_tiedlora.study.processes import Command, deepspeed_starter
+from megatron_tiedlora.study.processes import ScriptStart, deepspeed_starter
 from megatron_tiedlora.study.record import last_lines
 from megatron_tiedlora.study.sweep import sweep
 
@@ -143,12 +143,12 @@ def test_what_cannot_be_started_is_one_line(tmp_path: Path, monkeypatch: pytest.
     start = deepspeed_starter(tmp_path)
     with lock_study(tmp_path) as lock:
         with pytest.raises(UserError, match=r"deepspeed: cannot be started \(No such file or directory\)"):
-            start(Command("train", {}, (), tmp_path / "logs" / "a.log", lock.descriptor))
+            start(ScriptStart("train", {}, (), tmp_path / "logs" / "a.log", lock.descriptor))
         with pytest.raises(UserError, match=r"file/a.log: cannot be written \(File exists\)"):
             (tmp_path / "file").touch()
-            start(Command("train", {}, (), tmp_path / "file" / "a.log", lock.descriptor))
+            start(ScriptStart("train", {}, (), tmp_path / "file" / "a.log", lock.descriptor))
         with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)"):
-            start(Command("train", {}, (), Path("/dev/full"), lock.descriptor))
+            start(ScriptStart("train", {}, (), Path("/dev/full"), lock.descriptor))
 
 
 def test_a_sweep_that_cannot_go_on_says_so_in_its_status(study: tuple[Base, Path], tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_start_is_found_in_a_log_that_a_kill_cut_off(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "executable", str(launcher.with_name("python")))
     log.write_text("$ first\nerror: old\ntraining: 50%|# | 3/6")
     with lock_study(tmp_path) as lock:
-        child = deepspeed_starter(tmp_path)(Command("train", {}, (), log, lock.descriptor))
+        child = deepspeed_starter(tmp_path)(ScriptStart("train", {}, (), log, lock.descriptor))
         until(child.ended)
     assert last_lines(log) == ["new"]
 

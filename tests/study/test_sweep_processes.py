@@ -21,8 +21,8 @@ from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.study.jobs import Outcome, StudyJob, run_jobs
 from megatron_tiedlora.study.lock import lock_study
 from megatron_tiedlora.study.processes import (
-    Command,
     LaunchedChild,
+    ScriptStart,
     deepspeed_starter,
     launcher_slots,
     with_port,
@@ -310,7 +310,7 @@ def test_what_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for port in ("1", "2"):
         with lock_study(tmp_path) as lock:
             monkeypatch.setenv("LOCK", str(lock.descriptor))
-            command = Command("train", settings, ("--master_port", port), log, lock.descriptor)
+            command = ScriptStart("train", settings, ("--master_port", port), log, lock.descriptor)
             child = deepspeed_starter(Path("/scripts"))(command)
             deadline = time.monotonic() + 30
             while not child.ended():

@@ -18,7 +18,7 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study import paper, sweep
 from megatron_tiedlora.study.figures import lines
-from megatron_tiedlora.study.grid import Point, Shape, rate_text, single_layers
+from megatron_tiedlora.study.grid import AdaptedSizes, Point, rate_text, single_layers
 from megatron_tiedlora.study.record import StudyFolder, describe_base
 from megatron_tiedlora.study.scores import Study, best_run, read_run, read_study
 from megatron_tiedlora.study.tables import table2, tensors_text
@@ -279,14 +279,14 @@ def test_single_layers() -> None:
 
 
 def test_trained_parameters_with_grouped_queries() -> None:
-    shape = Shape(80, 8192, (8192, 1024, 1024))  # LLaMA-2 70B
+    shape = AdaptedSizes(80, 8192, (8192, 1024, 1024))  # LLaMA-2 70B
     counts = {method: Point(method, 8).num_trained(shape) for method in ("lora", "tl5", "tl6")}
     assert counts == {"lora": 11_796_480, "tl5": 147_456, "tl6": 967_296}
     assert Point("lora", 8, layer=3).num_trained(shape) == 147_456
-    every = Shape.of(shape_from_hf(PRESETS["llama2-70b"]), TARGET_NAMES)
+    every = AdaptedSizes.of(shape_from_hf(PRESETS["llama2-70b"]), TARGET_NAMES)
     counts = {method: Point(method, 8).num_trained(every) for method in ("lora", "tl5", "tl6")}
     assert counts == {"lora": 87_818_240, "tl5": 1_097_728, "tl6": 7_817_728}
-    assert Shape.of(shape_from_hf(PRESETS["llama2-70b"]), ("qkv",)) == shape
+    assert AdaptedSizes.of(shape_from_hf(PRESETS["llama2-70b"]), ("qkv",)) == shape
 
 
 def test_the_paper_has_figures_for_qkv_alone() -> None:

@@ -14,7 +14,7 @@ from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.engine.runner import StepInput
+from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import build
@@ -134,7 +134,7 @@ def _together(
     gradients: dict[str, dict[str, torch.Tensor]] = {}
     accumulate = runner.accumulate_shares
 
-    def counted(batches: Sequence[StepInput], *arguments: Any) -> dict[str, float]:
+    def counted(batches: Sequence[MicroBatch], *arguments: Any) -> dict[str, float]:
         micro_batches.append(max(len(batch.shares) for batch in batches))
         sums = accumulate(batches, *arguments)
         gradients.update(gradients or {name: _gradients(adapter) for name, adapter in bank.adapters.items()})

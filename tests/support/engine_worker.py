@@ -53,7 +53,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
         session.write_run_settings(plan, folder)
     log = MetricsLog(folder, resumed_step=0) if rank == 0 else None
     meter = Meter(plan.source.shape, plan.adapter, Peak(1e9, "made up"))
-    trainer = Trainer(plan, data, runner, built.base, folder, StopRequests(), log, meter)
+    trainer = Trainer(plan, data, runner, built.base_identity, folder, StopRequests(), log, meter)
     if use_sgd:
         trainer.save = lambda **_: None  # it has no moments to save
     trainer.run()

@@ -21,7 +21,7 @@ from run_files import assert_same_run, files_of, status
 from run_helpers import Base, World, run, start_ranks
 from run_preludes import quick_start
 
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.resume import find_newest_checkpoint
 
 STEPS_APART = 6  # at most, of two kills
@@ -161,4 +161,4 @@ def _assert_nothing_lost(folder: Path) -> None:
     notes = [] if saved is None else [note for note in saved.notes if "is later than what latest names" not in note]
     assert not notes, notes
     if (folder / "adapter").exists():
-        load_adapter(folder / "adapter")
+        load_native_adapter(folder / "adapter")

@@ -16,7 +16,7 @@ from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.checksums import FILES_FIELD, SEAL_FIELD, sealed
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -82,5 +82,5 @@ def write_exports(root: Path, base: Path) -> Path:
     write_native(native, base, oracle)
     merge_adapter(source, adapter, root / "merged")
     merge_adapter(source, adapter, root / "merged16", dtype=torch.bfloat16)
-    export_peft(source, load_adapter(native), root / "peft", native=native)
+    export_peft(source, load_native_adapter(native), root / "peft", native=native)
     return root

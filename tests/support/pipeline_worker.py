@@ -172,7 +172,7 @@ def _start_bank(case: Case, device: torch.device) -> _Started:
 
 
 def _batches(case: Case, vocab_size: int) -> list[Any]:
-    from megatron_tiedlora.engine.runner import StepInput
+    from megatron_tiedlora.model.batch import MicroBatch
 
     generator = torch.Generator().manual_seed(7)
     found = []
@@ -181,7 +181,10 @@ def _batches(case: Case, vocab_size: int) -> list[Any]:
         labels = tokens.roll(-1, dims=1)
         labels[:, : case.length - case.supervised] = -100
         positions = torch.arange(index, index + case.length).expand_as(tokens).contiguous()
-        found.append(StepInput(tokens, positions, labels))
+        lengths = torch.full((case.rows,), case.length)
+        found.append(
+            MicroBatch(tokens=tokens, positions=positions, labels=labels, lengths=lengths, num_samples=case.rows)
+        )
     return found
 
 

@@ -10,8 +10,8 @@ import torch
 from oracle_training import OracleBatch
 from tiny_models import pack_samples, pad_samples, random_batches
 
-from megatron_tiedlora.adapters.adapter_bank import Share, pieces_of
-from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised
+from megatron_tiedlora.adapters.adapter_bank import Share
+from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 
@@ -76,7 +76,7 @@ class SharedBatch:
 
     def supervised(self, num_parts: int = 1) -> Supervised:
         """Its supervised positions."""
-        return find_shared_supervised(self.labels, pieces_of(self.shares), num_parts)
+        return find_supervised(self.labels, num_parts, self.shares)
 
 
 def joined(parts: Sequence[tuple[str, OracleBatch]]) -> SharedBatch:

@@ -158,10 +158,10 @@ def _kind_of_gpus(probe: Probe) -> str:
     return " and ".join(sorted({gpu.name for gpu in probe.gpus})) or NO_GPU
 
 
-def look_at_formats(hosts: Sequence[HostReport], *, base: str | None, products: str | None) -> Iterator[Finding]:
+def look_at_formats(hosts: Sequence[HostReport], *, base_format: str | None, products: str | None) -> Iterator[Finding]:
     """What a base of fewer bits, or products in fp8, need and a host has not."""
     for host, probe in answering(hosts):
-        if base == "nf4" and probe.torch_error is None and "bitsandbytes" not in probe.versions:
+        if base_format == "nf4" and probe.torch_error is None and "bitsandbytes" not in probe.versions:
             yield warning(
                 "bitsandbytes",
                 [host.name],

@@ -55,7 +55,7 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
     transport = Transport(route, settings.ssh_port, _variables(route, environment), Path.cwd())
     hosts = _place_ranks([HostReport(name=host.name, slots=host.slots, first_rank=0) for host in named])
     _make_layout(hosts, settings)
-    base = _base_format(settings)
+    base_format = _base_format(settings)
     paths, hub = job_files(settings.paths())
     output_dir = None if settings.output_dir is None else absolute_path(settings.output_dir, flag="output_dir")
     seconds: dict[str, float] = {}
@@ -76,7 +76,7 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
         hosts = _fit_to_gpus(hosts)
     layout = _make_layout(hosts, settings)
     findings += compare_hosts(hosts, layout, max_skew=settings.max_clock_skew)
-    findings += compare.look_at_formats(hosts, base=base, products=settings.products)
+    findings += compare.look_at_formats(hosts, base_format=base_format, products=settings.products)
     seconds["ask"] = time.monotonic() - begin
     say(f"{len(compare.answering(hosts))} of {len(hosts)} hosts answered ({seconds['ask']:.1f} s)")
 

@@ -25,8 +25,7 @@ from pathlib import Path
 
 import psutil
 
-import megatron_tiedlora
-from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.version import PACKAGE_FOLDER, installed_versions
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.cluster.doctor.job_files import cached_model, is_read_of_a_model
 from megatron_tiedlora.cluster.doctor.records import (
@@ -58,7 +57,7 @@ def examine(question: Question) -> Probe:
         machine=f"{hostname} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}",
         executable=sys.executable,
         versions=installed_versions(*LIBRARIES),
-        source_hash=source_hash(Path(megatron_tiedlora.__file__).parent),
+        source_hash=source_hash(PACKAGE_FOLDER),
         torch_error=torch_error,
         cuda=cuda,
         nccl=nccl,

@@ -16,7 +16,7 @@ from megatron_tiedlora.adapters.targets import sized_targets, targets_of
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import TARGET_NAMES
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.convert.inputs import check_base
@@ -38,7 +38,7 @@ def written(folder: Path, base: Path, targets: tuple[str, ...], method: str = "t
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_tensors_and_targets_come_back(base: Path, tmp_path: Path, method: str, targets: tuple[str, ...]) -> None:
     oracle = written(tmp_path / "a", base, targets, method)
-    loaded = load_adapter(tmp_path / "a")
+    loaded = load_native_adapter(tmp_path / "a")
     assert loaded.config.targets == targets_of(find_model(str(base)).shape, targets)
     assert loaded.state.keys() == oracle.tensors.keys()
     assert all(torch.equal(loaded.state[name], tensor) for name, tensor in oracle.tensors.items())
@@ -83,7 +83,7 @@ def test_a_damaged_adapter_is_one_line(base: Path, tmp_path: Path, case: str) ->
     file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
     reseal(tmp_path / "adapter")
     with pytest.raises(UserError) as error:
-        load_adapter(tmp_path / "adapter")
+        load_native_adapter(tmp_path / "adapter")
     assert message in str(error.value) and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
@@ -91,7 +91,7 @@ def test_another_mlp_width_is_another_base(base: Path, tmp_path: Path) -> None:
     wider = write_tiny_model(tmp_path / "wider", tokenizer=False, intermediate_size=80)
     written(tmp_path / "adapter", base, ("o_proj",))
     with pytest.raises(UserError, match=r"with intermediate_size 48, but .* has 80"):
-        check_base(find_model(str(wider)), load_adapter(tmp_path / "adapter"), differs=True)
+        check_base(find_model(str(wider)), load_native_adapter(tmp_path / "adapter"), differs=True)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -21,7 +21,7 @@ from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.inputs import check_base
@@ -50,7 +50,7 @@ def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: 
     shapes = {"A": (*lead, 4, 32), "B": (*lead, 64, 4), "u": (2, 4), "v": (2, 64)}
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == shapes
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
-    loaded = load_adapter(tmp_path / "adapter")
+    loaded = load_native_adapter(tmp_path / "adapter")
     assert loaded.config == written.config and loaded.base == written.base
     read_by_oracle = OracleAdapter.from_folder(tmp_path / "adapter")
     assert (read_by_oracle.method, read_by_oracle.rank, read_by_oracle.alpha) == (method, 4, 6.0)
@@ -72,7 +72,7 @@ def test_updates_are_the_oracle_s_for_every_target(base: Path, tmp_path: Path, m
     write_native(tmp_path / "adapter", base, oracle)
     read_by_oracle = OracleAdapter.from_folder(tmp_path / "adapter")
     assert read_by_oracle.targets == ALL_TARGETS
-    updates = list(load_adapter(tmp_path / "adapter").updates(find_model(str(base)).shape))
+    updates = list(load_native_adapter(tmp_path / "adapter").updates(find_model(str(base)).shape))
     assert len(updates) == len(oracle.layers) * len(ALL_TARGETS)
     for rule, a, b in updates:
         deltas = delta_weights(read_by_oracle, OracleConfig.from_folder(base), rule.layer)
@@ -155,7 +155,7 @@ def test_a_peft_adapter_is_refused_as_such(base: Path, tmp_path: Path) -> None:
     source = find_model(str(base))
     export_peft(source, native_adapter(source, values(base)), tmp_path / "peft")
     with pytest.raises(UserError, match="this is a PEFT adapter; give the native one"):
-        load_adapter(tmp_path / "peft")
+        load_native_adapter(tmp_path / "peft")
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -247,7 +247,7 @@ def test_a_damaged_adapter_is_one_line_that_names_the_file(base: Path, tmp_path:
     damage, file, message = DAMAGE[case]
     damage(tmp_path / "adapter")
     with pytest.raises(UserError) as error:
-        load_adapter(tmp_path / "adapter")
+        load_native_adapter(tmp_path / "adapter")
     assert message in str(error.value) and str(tmp_path / "adapter" / file) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -257,7 +257,7 @@ def test_a_folder_of_another_format_names_the_version_that_wrote_it(base: Path, 
     write_native(tmp_path / "adapter", base, values(base))
     edit(format_version=1, version="0.1.0", peft_type=None, targets=None, intermediate_size=None)(tmp_path / "adapter")
     with pytest.raises(UserError) as error:
-        load_adapter(tmp_path / "adapter")
+        load_native_adapter(tmp_path / "adapter")
     assert str(error.value) == (
         f"{tmp_path / 'adapter' / CONFIG}: format_version 1, of version '0.1.0' of this package, is not 2, which is"
         " read; train the adapter again"

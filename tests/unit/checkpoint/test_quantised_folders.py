@@ -44,9 +44,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 def test_shards_have_the_values_of_the_file(folders: Folders, kind: str, size: int) -> None:
     quantised, plain = folders[kind]
     source = find_model(str(quantised))
-    assert source.stored is not None and source.base_format(None) == source.stored.base == kind.split()[0].replace(
-        "fbgemm", "fp8"
-    )
+    expected = kind.split()[0].replace("fbgemm", "fp8")
+    assert source.stored is not None and source.base_format(None) == source.stored.base_format == expected
     with BaseWeights(quantised, source.shape, source.stored) as weights, BaseWeights(plain, source.shape) as values:
         compared = 0
         for rule in weights.rules:
@@ -55,7 +54,7 @@ def test_shards_have_the_values_of_the_file(folders: Folders, kind: str, size: i
             for rank in range(size):
                 local = rule.spec.split(full, rank, size).shape
                 if rule.is_quantised(source.shape):
-                    make = weight_maker(source.stored.base)
+                    make = weight_maker(source.stored.base_format)
                     target: FrozenWeight = make(*local, dtype=torch.float32, shards_rows=rule.spec.dim == 1)
                     compared += 1
                 else:
@@ -76,7 +75,7 @@ def test_a_model_is_that_of_the_values(folders: Folders, kind: str) -> None:
     tokens, positions = torch.arange(3, 60)[None], torch.arange(57)[None]
     expected = load_model(plain, None, dtype=torch.bfloat16).predict(tokens, positions)
     for base in (quantised.base_format(None), None):
-        found = load_model(quantised, None, dtype=torch.bfloat16, base=base).predict(tokens, positions)
+        found = load_model(quantised, None, dtype=torch.bfloat16, base_format=base).predict(tokens, positions)
         assert torch.equal(found, expected), base
 
 
@@ -159,7 +158,7 @@ def test_broken_tensors_are_rejected_by_name(folders: Folders, case: int, tmp_pa
     source = find_model(str(changed(folders[kind][0], tmp_path / "copy", name, change)))
     for base in (source.base_format(None), None):
         with pytest.raises(UserError) as error:
-            load_model(source, None, dtype=torch.bfloat16, base=base)
+            load_model(source, None, dtype=torch.bfloat16, base_format=base)
         assert "model.safetensors: " in str(error.value) and "\n" not in str(error.value)
         assert message.removesuffix("; download the model again").removesuffix("; download") in str(error.value)
 

@@ -37,7 +37,7 @@ from run_helpers import run as run_training
 from safetensors.torch import load_file
 
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands import convert_nemo as tool
 from megatron_tiedlora.config.cli import run_command
@@ -72,7 +72,7 @@ def load_stablelm(folder: Path) -> Any:
 def native_logits(folder: Path, adapter: Path | None) -> torch.Tensor:
     """Logits of the package's own model."""
     source, batch = find_model(str(folder)), tokens()
-    stage = load_model(source, None if adapter is None else load_adapter(adapter), dtype=torch.float32)
+    stage = load_model(source, None if adapter is None else load_native_adapter(adapter), dtype=torch.float32)
     decoder = Decoder(stage, ParallelGroups(), source.shape)
     found = decoder.forward([Rows(batch, torch.arange(40).expand_as(batch), decoder.new_caches(3, 40))])
     assert found is not None

@@ -20,7 +20,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import adapter_flags
@@ -155,13 +155,13 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
     """The native adapter that travels in its export comes back; without it the PEFT tensors give the same weights."""
     from megatron_tiedlora.commands.merge import main
 
-    native = load_adapter(exported / "adapter")
+    native = load_native_adapter(exported / "adapter")
     export_peft(find_model(str(base)), native, tmp_path / "plain")
     checkpoint = save_checkpoint(
         tmp_path / "checkpoints",
         progress=Progress(step=1),
         config=native.config,
-        base=native.base,
+        base_identity=native.base,
         state=native.state,
         moments={},
         settings={},

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.commands.export import main
 from megatron_tiedlora.commands.verify import main as verify
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -219,7 +219,7 @@ def test_a_peft_adapter_of_others_has_no_hashes(models: Path, adapters: Path, tm
     (tmp_path / "peft" / RECORD).unlink()
     with pytest.raises(UserError, match="does not record its base's hashes; give the base's own folder"):
         open_adapter(tmp_path / "peft", str(models))
-    assert load_adapter(tmp_path / "peft/native").base.base_model == str(models / "mine")
+    assert load_native_adapter(tmp_path / "peft/native").base.base_model == str(models / "mine")
 
 
 def test_a_peft_adapter_of_others_on_a_merged_model(models: Path, adapters: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
@@ -89,7 +89,7 @@ def test_logits_equal_peft_s(base: Path, tmp_path: Path, name: str) -> None:
     assert adapter.config.method == "lora" and (adapter.config.layers, adapter.config.rank) == (layers, rank)
     assert [target.name for target in adapter.config.targets] == TARGETS.get(name, ["qkv"])
     save_adapter(tmp_path / "native", adapter.config, adapter.base, adapter.state)
-    adapter = load_adapter(tmp_path / "native")
+    adapter = load_native_adapter(tmp_path / "native")
     positions = torch.arange(24).expand(2, 24)
     ours = logits_of(load_model(source, adapter, dtype=torch.float32).predict, positions)
     assert share(ours, logits_of(peft)) <= 1e-5
@@ -271,8 +271,8 @@ def test_kinds_of_folders(base: Path, plain: Path, tmp_path: Path) -> None:
     oracle = random_adapter("tl5", OracleConfig.from_folder(base), targets=["o_proj"])
     native = write_native(tmp_path / "version2", base, oracle)  # it has a peft_type
     moments = moments_of(native)
-    content = {"config": native.config, "base": native.base, "state": native.state, "moments": moments, "settings": {}}
-    step = save_checkpoint(tmp_path / "checkpoints", progress=Progress(), **content)
+    content = {"config": native.config, "base_identity": native.base, "state": native.state}
+    step = save_checkpoint(tmp_path / "checkpoints", progress=Progress(), moments=moments, settings={}, **content)
     assert adapter_kind(str(tmp_path / "run" / "adapter")) == "native"
     assert adapter_kind(tmp_path / "version2") == adapter_kind(step) == "native"
     assert adapter_kind(plain) == "peft"
@@ -327,7 +327,7 @@ def test_an_export_keeps_the_storage_format_of_the_base(base: Path, tmp_path: Pa
     source, native, _ = with_adapter(base, "tl6")
     folder, quantised = tmp_path / "run", replace(native.base, base_format="nf4", base_stored="bf16")
     save_adapter(folder, native.config, quantised, native.state)
-    export_peft(source, load_adapter(folder), tmp_path / "peft", native=folder)
+    export_peft(source, load_native_adapter(folder), tmp_path / "peft", native=folder)
     opened = open_adapter(str(tmp_path / "peft"), str(base))
     assert opened.adapter.base == quantised
     said: list[str] = []
@@ -337,7 +337,7 @@ def test_an_export_keeps_the_storage_format_of_the_base(base: Path, tmp_path: Pa
         if not inside:
             shutil.rmtree(copy / NATIVE_FOLDER)
         import_peft(source, copy, tmp_path / f"{name} again", say=said.append)
-        again = load_adapter(tmp_path / f"{name} again").base
+        again = load_native_adapter(tmp_path / f"{name} again").base
         assert (again.base_format, again.base_stored) == ("nf4", "bf16")
     assert not any("trained on" in note for note in said), "an import uses no base"
     file = tmp_path / "peft" / EXPORT_RECORD

@@ -15,7 +15,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import read_peft
@@ -74,7 +74,7 @@ def test_on_a_fused_projection_it_is_a_native_vera(
         "v": torch.stack([stored[f"{module}_b"] for module in modules]),
     }
     save_adapter(tmp_path / "native", config, adapter.base, adapter.state)
-    for native in (adapter, load_adapter(tmp_path / "native")):
+    for native in (adapter, load_native_adapter(tmp_path / "native")):
         assert native.state.keys() == expected.keys()
         assert all(torch.equal(native.state[name], tensor) for name, tensor in expected.items())
 

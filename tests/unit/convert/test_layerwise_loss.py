@@ -14,7 +14,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.convert import layerwise as module
 from megatron_tiedlora.convert import merged_rows
 from megatron_tiedlora.convert.layerwise import layerwise_loss
-from megatron_tiedlora.data.loader import MicroBatch
+from megatron_tiedlora.model.batch import MicroBatch
 
 CPU = torch.device("cpu")
 
@@ -24,9 +24,9 @@ def batch(rows: int, length: int, seed: int) -> MicroBatch:
     tokens = torch.randint(3, 320, (rows, length), generator=generator)
     labels = tokens.roll(-1, 1).masked_fill(torch.rand(rows, length, generator=generator) < 0.3, -100)
     labels[:, -1] = -100
-    supervised, lengths = int((labels != -100).sum()), torch.full((rows,), length)
+    lengths = torch.full((rows,), length)
     positions = torch.arange(length).expand(rows, length)
-    return MicroBatch(tokens, labels, positions, None, lengths, rows, rows * length, supervised)
+    return MicroBatch(tokens=tokens, positions=positions, labels=labels, lengths=lengths, num_samples=rows)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -54,7 +54,7 @@ def test_it_is_that_of_the_whole_model(
             between=lambda: calls.append(None),
         )
     wanted, without = (
-        sum(float(whole.predict(some.input_ids, some.position_ids, some.labels).sum()) for some in batches)
+        sum(float(whole.predict(some.tokens, some.positions, some.labels).sum()) for some in batches)
         for whole in (model, plain)
     )
     assert found == pytest.approx(wanted, rel=1e-5) and abs(without - wanted) > 1e-2 * wanted

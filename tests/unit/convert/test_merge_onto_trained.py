@@ -16,7 +16,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.commands import merge as merge_command
 from megatron_tiedlora.convert.export_peft import export_peft
@@ -39,7 +39,8 @@ class Trained:
     def on(self, name: str | None) -> NativeAdapter:
         """The adapter as of a run with --base NAME."""
         stored = None if name is None else "bf16"
-        return replace(self.adapter, base=replace(self.adapter.base, base_format=name, base_stored=stored))
+        identity = replace(self.adapter.base, base_format=name, base_stored=stored)
+        return replace(self.adapter, base=identity)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_an_adapter_of_a_plain_base_has_no_other(
     assert "merged_onto" not in json.loads((tmp_path / "plain" / MERGE_RECORD).read_text())
     native = trained.on("fp8")
     save_adapter(tmp_path / "native", native.config, native.base, native.state)
-    assert load_adapter(tmp_path / "native").base.base_format == "fp8"
+    assert load_native_adapter(tmp_path / "native").base.base_format == "fp8"
     words = ["--adapter", str(tmp_path / "native"), "--output", str(tmp_path / "fp8"), "--onto", "trained"]
     assert merge_command.main(words) == 0 and "note" not in capsys.readouterr().out
     assert json.loads((tmp_path / "fp8" / MERGE_RECORD).read_text())["merged_onto"] == "fp8"
@@ -214,7 +215,7 @@ def test_a_precision_that_was_not_recorded_is_said(copies: dict[str, ModelSource
 def test_a_wrong_precision_is_named(trained: Trained, tmp_path: Path) -> None:
     native = trained.on("nf4")
     save_adapter(tmp_path / "native", native.config, native.base, native.state)
-    assert load_adapter(tmp_path / "native").base == native.base
+    assert load_native_adapter(tmp_path / "native").base == native.base
     save_adapter(tmp_path / "wrong", native.config, replace(native.base, base_stored="int4"), native.state)
     with pytest.raises(UserError, match=r"adapter_config.json: base_stored 'int4' is not one of bf16, fp16, fp32"):
-        load_adapter(tmp_path / "wrong")
+        load_native_adapter(tmp_path / "wrong")

@@ -25,7 +25,7 @@ from wide_models import anonymous_bytes, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert import merged_file, merged_rows
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -233,7 +233,7 @@ def test_a_large_file_takes_the_memory_of_some_rows(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
 ) -> None:
     monkeypatch.undo()  # blocks as they are
-    source, adapter = find_model(str(wide / "model")), load_adapter(wide / "adapter")
+    source, adapter = find_model(str(wide / "model")), load_native_adapter(wide / "adapter")
     start = anonymous_bytes("self")
     seen, done = [start], threading.Event()
 

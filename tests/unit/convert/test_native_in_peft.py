@@ -21,7 +21,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
@@ -48,7 +48,7 @@ def exported(
     """A native adapter in folder/adapter, alpha / r = 1.5, and its export in folder/peft."""
     targets = options.pop("targets", TARGET_NAMES)
     source = written(base, folder, method, layers=layers, targets=targets)
-    native = load_adapter(folder / "adapter")
+    native = load_native_adapter(folder / "adapter")
     export_peft(source, native, folder / "peft", native=folder / "adapter", **options)
     return source, native
 
@@ -96,7 +96,7 @@ def test_files_of_an_earlier_version_are_not_written_anew(tmp_path: Path, adapte
     shutil.copytree(KEPT / adapter, folder)
     change_field(folder, version="0.0.9")
     reseal(folder)
-    export_peft(source, load_adapter(folder), tmp_path / "peft", native=folder)
+    export_peft(source, load_native_adapter(folder), tmp_path / "peft", native=folder)
     assert sorted(item.name for item in (tmp_path / "peft/native").iterdir()) == [CONFIG, WEIGHTS]
     assert imported(source, tmp_path) == []
     for name in (CONFIG, WEIGHTS):
@@ -112,7 +112,7 @@ def test_what_this_version_exported_stays_the_same_bits() -> None:
 
 def test_an_adapter_that_is_replaced_during_the_export_is_found(base: Path, tmp_path: Path) -> None:
     source = written(base, tmp_path)
-    native = load_adapter(tmp_path / "adapter")
+    native = load_native_adapter(tmp_path / "adapter")
     other = {name: -tensor for name, tensor in native.state.items()}
     save_adapter(tmp_path / "adapter", native.config, native.base, other)
     with pytest.raises(UserError, match="adapter: was replaced while it was read; give the command again"):
@@ -171,7 +171,7 @@ def test_changed_peft_files_count(base: Path, tmp_path: Path, change: str) -> No
     CHANGES[change](tmp_path / "peft")
     note, *_ = imported(source, tmp_path)  # where A was changed, the second one is on further training
     assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since they are not what the adapter in")
-    back = load_adapter(tmp_path / "back")
+    back = load_native_adapter(tmp_path / "back")
     assert back.config.method == "lora" and back.base == native.base
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "peft")
     ours = logits_of(load_model(source, back, dtype=torch.float32).predict, torch.arange(24).expand(2, 24))
@@ -187,7 +187,7 @@ def test_other_modules_and_layers_count_too(base: Path, tmp_path: Path) -> None:
     modules = sorted({name.split(".")[-3] for name in left})
     change_field(tmp_path / "peft", target_modules=modules, layers_to_transform=[2])
     assert len(imported(source, tmp_path)) == 1
-    config = load_adapter(tmp_path / "back").config
+    config = load_native_adapter(tmp_path / "back").config
     assert (config.method, config.layers) == ("lora", (3,))
     assert [target.name for target in config.targets] == ["qkv", "o_proj", "gate_up"]
 
@@ -224,7 +224,7 @@ def test_a_broken_native_folder_is_said_and_not_used(base: Path, tmp_path: Path,
     break_it(tmp_path / "peft/native")
     (note,) = imported(source, tmp_path)
     assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since ") and why in note
-    assert read_peft(tmp_path / "plain", source).adapter.equals(load_adapter(tmp_path / "back"))
+    assert read_peft(tmp_path / "plain", source).adapter.equals(load_native_adapter(tmp_path / "back"))
     (tmp_path / "peft" / EXPORT_RECORD).unlink()
     if damage == "missing":  # so it is anybody's LoRA
         assert not read_peft(tmp_path / "peft", source).notes
@@ -240,7 +240,7 @@ def test_another_base_than_the_export_s_is_rejected(base: Path, tmp_path: Path) 
         imported(other, tmp_path)
     (note,) = imported(other, tmp_path, base_differs=True)
     assert "weights differ" in note
-    assert load_adapter(tmp_path / "back").base == native.base  # a copy keeps its own
+    assert load_native_adapter(tmp_path / "back").base == native.base  # a copy keeps its own
     opened = open_adapter(str(tmp_path / "peft"), str(base))
     assert opened.adapter.equals(native) and (opened.kind, opened.source) == ("peft", source)
     with pytest.raises(UserError, match="no such folder"):
@@ -249,7 +249,7 @@ def test_another_base_than_the_export_s_is_rejected(base: Path, tmp_path: Path) 
 
 def test_an_export_for_another_base_is_used_there_and_imported_where_it_was_trained(base: Path, tmp_path: Path) -> None:
     source = written(base, tmp_path)
-    native = load_adapter(tmp_path / "adapter")
+    native = load_native_adapter(tmp_path / "adapter")
     other = find_model(str(write_base(tmp_path / "other", seed=1)))
     export_peft(other, native, tmp_path / "peft", native=tmp_path / "adapter", base_differs=True)
     opened = open_adapter(str(tmp_path / "peft"), None)

@@ -17,7 +17,7 @@ from megatron_tiedlora.data.loader import (
 from megatron_tiedlora.data.order import permutation, sample_indices
 from megatron_tiedlora.data.packing import _halve, _spread, pack
 from megatron_tiedlora.data.token_dataset import TokenDataset
-from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 from megatron_tiedlora.planning.micro_batches import micro_batch_shape
 
@@ -40,7 +40,7 @@ def make_loader(
 
 
 def sample_numbers(micro_batch) -> list[int]:
-    return (micro_batch.input_ids[:, 0] - 100).tolist()
+    return (micro_batch.tokens[:, 0] - 100).tolist()
 
 
 def test_permutation_is_pinned():
@@ -115,7 +115,7 @@ def test_resume_goes_on_exactly():
         step = next(resumed)
         assert step.consumed_samples == expected.consumed_samples
         for left, right in zip(step.micro_batches, expected.micro_batches, strict=True):
-            assert (left.input_ids == right.input_ids).all() and (left.labels == right.labels).all()
+            assert (left.tokens == right.tokens).all() and (left.labels == right.labels).all()
 
 
 def test_uneven_batches_are_refused():
@@ -133,12 +133,12 @@ def test_labels_are_shifted_and_masked_by_position():
         prompt_lengths=np.array([3, 1], np.int32),
     )
     batch = collate(dataset, [[0], [1]], pad_id=2, pad_multiple=4)  # padding equals EOS
-    assert batch.input_ids.tolist() == [[1, 5, 6, 7, 2, 2, 2, 2], [1, 8, 2, 2, 2, 2, 2, 2]]
+    assert batch.tokens.tolist() == [[1, 5, 6, 7, 2, 2, 2, 2], [1, 8, 2, 2, 2, 2, 2, 2]]
     assert batch.labels.tolist() == [
         [IGNORED_LABEL, IGNORED_LABEL, 7, 2] + [IGNORED_LABEL] * 4,
         [8, 2] + [IGNORED_LABEL] * 6,
     ]
-    assert batch.position_ids.tolist() == [list(range(8))] * 2 and batch.documents is None
+    assert batch.positions.tolist() == [list(range(8))] * 2 and batch.documents is None
     assert batch.lengths.tolist() == [5, 3]
     assert (batch.num_samples, batch.num_tokens, batch.num_supervised) == (2, 8, 4)
     assert dataset.num_supervised_of(slice(None)).tolist() == [2, 2] and dataset.num_supervised == 4
@@ -159,9 +159,9 @@ def test_evaluation_sees_every_sample_once(dp_size, num_samples):
     seen = [number for batch in batches if batch.num_samples for number in sample_numbers(batch)]
     assert sorted(seen) == list(range(num_samples))
     for batch in batches:
-        assert batch.input_ids.shape[1] % 8 == 0
+        assert batch.tokens.shape[1] % 8 == 0
         if not batch.num_samples:
-            assert batch.input_ids.shape == (1, 8) and (batch.labels == IGNORED_LABEL).all()
+            assert batch.tokens.shape == (1, 8) and (batch.labels == IGNORED_LABEL).all()
 
 
 # Packed rows ------------------------------------------------------------------------------------------------
@@ -175,13 +175,13 @@ def test_packed_samples_restart_and_know_each_other():
     )
     batch = collate(dataset, [[1, 0], []], pad_id=9, pad_multiple=4, packed=True)
     ignored = [IGNORED_LABEL]
-    assert batch.input_ids.tolist() == [[1, 8, 2, 1, 5, 6, 7, 2], [9] * 8]
+    assert batch.tokens.tolist() == [[1, 8, 2, 1, 5, 6, 7, 2], [9] * 8]
     assert batch.labels.tolist() == [[8, 2, *ignored, *ignored, *ignored, 7, 2, *ignored], ignored * 8]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], list(range(8))]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], list(range(8))]
     assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [0] * 8]
     assert (batch.num_samples, batch.num_tokens, batch.num_supervised) == (2, 8, 4)
     padded = collate(dataset, [[1]], pad_id=9, pad_multiple=4, packed=True)
-    assert padded.documents.tolist() == [[0, 0, 0, 1]] and padded.position_ids.tolist() == [[0, 1, 2, 0]]
+    assert padded.documents.tolist() == [[0, 0, 0, 1]] and padded.positions.tolist() == [[0, 1, 2, 0]]
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
@@ -201,8 +201,8 @@ def test_packed_steps_hold_the_same_samples_on_equally_many_micro_batches(micro,
         assert sum(batch.num_supervised for batch in batches) == expected.num_supervised
         assert sum(batch.num_samples for batch in batches) == 12
         assert sum(batch.num_tokens for batch in batches) == expected.num_tokens
-        (num_rows,) = {batch.input_ids.shape[0] for batch in batches}
-        assert num_rows <= micro and all(batch.input_ids.shape[1] <= 64 for batch in batches)
+        (num_rows,) = {batch.tokens.shape[0] for batch in batches}
+        assert num_rows <= micro and all(batch.tokens.shape[1] <= 64 for batch in batches)
         assert len(batches) < 12 / micro + dp_size
         assert all(length for batch in batches for length in batch.lengths)
 
@@ -320,4 +320,4 @@ def test_the_messages_of_scattered_answers_are_those_that_are_planned():
         masks = [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows]
         shape, found = micro_batch_shape(layout, masks), find_supervised(batch.labels, parts)
         assert (shape.num_rows, shape.length) == tuple(batch.labels.shape)
-        assert (shape.num_supervised, shape.num_after) == (len(found.targets), len(found.rows))
+        assert (shape.num_supervised, shape.num_after) == (len(found.labels), len(found.rows))

@@ -14,7 +14,7 @@ from native_files import with_adapter, write_native
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
@@ -117,7 +117,7 @@ def test_an_adapter_s_run_and_base_are_compared(models: Models, tmp_path: Path) 
 
 
 def test_an_export_is_evaluated_as_the_adapter_in_it_or_as_what_its_files_are(models: Models, tmp_path: Path) -> None:
-    source, native = find_model(str(models.base)), load_adapter(models.native)
+    source, native = find_model(str(models.base)), load_native_adapter(models.native)
     export_peft(source, native, tmp_path / "peft", native=models.native)
     settings = {"adapter": str(tmp_path / "peft"), "test_file": str(models.rows)}
     plans = [plan_evaluations(validate_settings(settings, EvaluateSettings), rank=0, world_size=1)[""]]

@@ -13,7 +13,7 @@ from peft_models import logits_of
 from safetensors.torch import load_file
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.peft import TiedLoraConfig, TiedLoraLinear
@@ -57,7 +57,7 @@ def test_adapters_side_by_side(bases: dict[str, Path], tmp_path: Path) -> None:
     together = logits_of(model)
     assert not torch.equal(together, alone["one"]) and not torch.equal(together, alone["two"])
     model.save_pretrained(tmp_path)
-    assert all(load_adapter(tmp_path / name).equals(load_adapter(bases[name])) for name in ("one", "two"))
+    assert all(load_native_adapter(tmp_path / name).equals(load_native_adapter(bases[name])) for name in ("one", "two"))
     model.base_model.set_adapter("one")
     model.delete_adapter("one")
     assert model.active_adapters == ["two"] and torch.equal(logits_of(model), alone["two"])

@@ -19,7 +19,7 @@ from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import initial_values, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES, METHODS
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.inputs import check_base
@@ -51,8 +51,8 @@ def test_native_to_peft_to_native(
     mine, theirs, plain = logits_of(model), logits_of(lora), logits_of(hf_model(base))
     assert torch.equal(mine, theirs) and (mine - plain).abs().max() > 0.05
     model.save_pretrained(tmp_path / "saved")
-    saved = load_adapter(tmp_path / "saved")
-    assert saved.equals(native) and not saved.sealed and load_adapter(tmp_path / "native").sealed
+    saved = load_native_adapter(tmp_path / "saved")
+    assert saved.equals(native) and not saved.sealed and load_native_adapter(tmp_path / "native").sealed
     assert load_file(tmp_path / "saved" / WEIGHTS).keys() == native.config.tensors.keys()
 
 
@@ -66,25 +66,25 @@ def test_adapters_stay_in_fp32_on_a_base_of_16_bits(bases: dict[str, Path], tmp_
         tied = PeftModel.from_pretrained(base, tmp_path / "native", low_cpu_mem_usage=low)
         assert torch.equal(logits_of(tied), logits_of(lora))
         tied.save_pretrained(tmp_path / f"saved{low}")
-        assert load_adapter(tmp_path / f"saved{low}").equals(native)
+        assert load_native_adapter(tmp_path / f"saved{low}").equals(native)
 
 
 def test_a_folder_that_peft_wrote_is_accepted_with_a_note(bases: dict[str, Path], tmp_path: Path) -> None:
     source = find_model(str(bases["llama"]))
     write_adapter(tmp_path / "native", bases["llama"])
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "native").save_pretrained(tmp_path / "saved")  # finds the base
-    found = check_base(source, load_adapter(tmp_path / "saved"))
+    found = check_base(source, load_native_adapter(tmp_path / "saved"))
     assert found.notes == (
         "--adapter: its files have no checksums (PEFT wrote them), so that damage to them is not found",
     )
-    assert check_base(source, load_adapter(tmp_path / "native")).notes == ()
+    assert check_base(source, load_native_adapter(tmp_path / "native")).notes == ()
 
 
 @pytest.mark.parametrize("read", [PeftConfig.from_pretrained, TiedLoraConfig.from_pretrained])
 def test_the_config_is_that_of_the_folder(tmp_path: Path, read: Any) -> None:
     base, stored = write_tiny_model(tmp_path / "model"), tmp_path / "native"
     write_adapter(stored, base)
-    config, native = read(str(stored)), load_adapter(stored)
+    config, native = read(str(stored)), load_native_adapter(stored)
     assert isinstance(config, TiedLoraConfig) and config.method == native.config.method
     assert (config.r, config.alpha, config.layers) == (
         *(native.config.rank, native.config.alpha), list(native.config.layers),
@@ -92,7 +92,8 @@ def test_the_config_is_that_of_the_folder(tmp_path: Path, read: Any) -> None:
     model = PeftModel.from_pretrained(hf_model(base), stored)
     model.load_adapter(str(stored), "again")
     model.save_pretrained(tmp_path / "saved")
-    assert load_adapter(tmp_path / "saved").equals(native) and load_adapter(tmp_path / "saved" / "again").equals(native)
+    for saved in (tmp_path / "saved", tmp_path / "saved" / "again"):
+        assert load_native_adapter(saved).equals(native)
     assert (tmp_path / "saved" / "README.md").is_file()  # PEFT's model card is no obstacle
 
 
@@ -110,7 +111,7 @@ def test_a_new_adapter_has_the_package_s_initial_values(bases: dict[str, Path], 
     initial = initial_values(expected)
     assert len(held) == len(initial) - 4 * sum(not METHODS[method].factor(name).trained for name in "uv")
     model.save_pretrained(tmp_path / "saved")
-    saved = load_adapter(tmp_path / "saved")
+    saved = load_native_adapter(tmp_path / "saved")
     assert saved.config == expected
     assert all(torch.equal(saved.state[name], tensor) for name, tensor in initial.items())
     assert check_base(find_model(str(bases["llama"])), saved, uses_tokenizer=False)  # it knows its base
@@ -178,7 +179,7 @@ def test_the_first_download_is_compared_with_its_checksum(
     else:
         model = PeftModel.from_pretrained(hf_model(bases["llama"]), "org/adapter")
         model.save_pretrained(tmp_path / "saved")
-        assert load_adapter(tmp_path / "saved").equals(native) and model.peft_config["default"].unchecked is None
+        assert load_native_adapter(tmp_path / "saved").equals(native) and model.peft_config["default"].unchecked is None
     assert sent.index(CONFIG) < sent.index(WEIGHTS)
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share, pieces_of
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, ModelShape
 from megatron_tiedlora.benchmark.timing import saved_by_autograd, storage_bytes
+from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
 from megatron_tiedlora.planning.micro_batches import ShareShape, shared_shape
@@ -79,7 +79,7 @@ def test_saved_bytes_of_a_shared_micro_batch(name: str, recompute: str, dtype: t
     size = sum(share.num_tokens for share in shares)
     tokens = torch.randint(512, (1, size), generator=generator)
     labels = tokens.roll(-1, dims=1).where(torch.rand(1, size, generator=generator) < 0.4, -100)
-    supervised = find_shared_supervised(labels, pieces_of(shares))
+    supervised = find_supervised(labels, shares=shares)
     positions = torch.cat([torch.arange(share.length).repeat(share.num_rows) for share in shares])[None]
     with saved_by_autograd(stage) as saved:
         stage(tokens, positions, supervised, shares=shares)
@@ -138,9 +138,9 @@ def test_the_shares_of_a_micro_batch_are_those_that_are_computed() -> None:
             owned.append((number, rows))
             labels.append(padded.flatten())
             shares.append(Share(str(number), len(rows), length))
-        found = find_shared_supervised(torch.cat(labels)[None], pieces_of(shares), parts)
+        found = find_supervised(torch.cat(labels)[None], parts, shares)
         shape = shared_shape(layout, owned)
-        assert shape.num_supervised == len(found.targets) and shape.num_after == len(found.rows)
+        assert shape.num_supervised == len(found.labels) and shape.num_after == len(found.rows)
         assert [share.num_tokens for share in shape.shares] == [share.num_tokens for share in shares]
         assert [share.num_after for share in shape.shares] == positions_after(found, len(shares))
 

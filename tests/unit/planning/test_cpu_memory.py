@@ -9,7 +9,7 @@ import pytest
 from tiny_models import write_tiny_model
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_tiedlora.benchmark.plan import make_plan
+from megatron_tiedlora.benchmark.plan import plan_benchmark
 from megatron_tiedlora.benchmark.sides import OURS, make_sides
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import validate_settings
@@ -47,7 +47,7 @@ def test_a_step_allocates_what_is_planned(flags: dict[str, Any], tmp_path: Path)
     model = write_tiny_model(tmp_path / "model", tokenizer=False, **sizes)
     values = {"model": str(model), "random_weights": True, "rows": 8, "supervised": 1.0, "compile": "false", **changes}
     settings = validate_settings(values, BenchSettings)
-    plan = make_plan(settings)
+    plan = plan_benchmark(settings)
     side = make_sides(plan, settings, ChosenKernels(EAGER, "not compiled"))[OURS]()
     side.step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

@@ -18,14 +18,14 @@ from bytes_touched import BytesTouched
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_tiedlora.adapters import adapter_bank
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share, pieces_of
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model import attention
+from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import find_shared_supervised, find_supervised
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.planning.micro_batches import assumed_micro_batches, shared_shape
 from megatron_tiedlora.planning.stages import plan_stages
@@ -96,7 +96,7 @@ def counted(plan: RunPlan, bank: Sequence[AdapterConfig] = ()) -> int:
         tokens, positions = torch.zeros(2, 1, LENGTH, dtype=torch.int64).unbind(0)
     labels = torch.zeros(1, LENGTH, dtype=torch.int64)
     labels[:, -1] = -100
-    supervised = find_shared_supervised(labels, pieces_of(shares)) if bank else find_supervised(labels)
+    supervised = find_supervised(labels, shares=shares if bank else ())
     supervised = supervised.moved(lambda tensor: tensor.to("meta"))
     stage.train()
     with counter:

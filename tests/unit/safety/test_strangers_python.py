@@ -17,7 +17,7 @@ from megatron_tiedlora.cluster.job_hosts import JobHosts
 from megatron_tiedlora.cluster.routes import plan_start
 from megatron_tiedlora.config.hosts import Host
 from megatron_tiedlora.runtime.launch_env import free_port
-from megatron_tiedlora.study.processes import Command, deepspeed_starter
+from megatron_tiedlora.study.processes import ScriptStart, deepspeed_starter
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 NAMES = ("deepspeed", "json", "numpy", "psutil", "torch", "yaml")
@@ -117,7 +117,7 @@ def test_by_what_a_sweep_starts(trap: Path, monkeypatch: pytest.MonkeyPatch, hos
     nowhere = f"assert {str(trap)!r} not in sys.path, sys.path\n"
     (scripts / "train.py").write_text(f"{IMPORTS}{mine}{nowhere}print('all imported')\n")
     lock = os.open(os.devnull, os.O_RDONLY)
-    child = deepspeed_starter(scripts)(Command("train", {}, (*where, "--master_port", str(free_port())), log, lock))
+    child = deepspeed_starter(scripts)(ScriptStart("train", {}, (*where, "--master_port", str(free_port())), log, lock))
     while not child.ended():
         time.sleep(0.1)
     os.close(lock)

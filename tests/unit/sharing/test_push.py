@@ -21,7 +21,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.extras import EXTRAS
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
@@ -80,8 +80,9 @@ def test_the_folder_names_no_path_of_this_host(base: Path, run_folder: Path, tmp
         assert str(base.parent).encode() not in content and b"/secret" not in content, file
     source, adapter, _ = with_adapter(base, "tl6")
     assert verify_export(source, adapter, peft=tmp_path / "out", inside="none").passed
-    back = load_adapter(tmp_path / "out" / "native")
-    assert back.base.base_model == "tiny-base" and back.sha256 == load_adapter(run_folder / "adapter").sha256
+    back = load_native_adapter(tmp_path / "out" / "native")
+    assert back.base.base_model == "tiny-base"
+    assert back.sha256 == load_native_adapter(run_folder / "adapter").sha256
 
 
 def test_the_card(run_folder: Path, tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_no_folder_is_published(
             if name.startswith("clients"):
                 Path(name).parent.mkdir(parents=True, exist_ok=True)
                 Path(name).touch()
-    adapter, run = load_adapter(run_folder / "adapter"), tmp_path / "run"
+    adapter, run = load_native_adapter(run_folder / "adapter"), tmp_path / "run"
     base_of = replace(adapter.base, tokenizer=given.get("tokenizer"))
     save_adapter(run / "adapter", adapter.config, base_of, adapter.state)
     record = {} if recorded is None else {"hub_names": recorded}
@@ -150,7 +151,7 @@ def test_no_folder_is_published(
     assert expected in (tmp_path / "out" / "README.md").read_text()
     for file in (tmp_path / "out").rglob("*.*"):
         assert b"clients" not in file.read_bytes() and b"acme" not in file.read_bytes(), file
-    named = load_adapter(tmp_path / "out" / "native").base.tokenizer
+    named = load_native_adapter(tmp_path / "out" / "native").base.tokenizer
     assert (named is None) is ("tokenizer" not in given) and (named is None or f"--tokenizer {named}" in expected)
 
 

@@ -18,7 +18,7 @@ from folders import ROOT
 from ranks import ENVIRONMENT
 from safetensors.torch import save_file
 
-from megatron_tiedlora.benchmark.plan import make_plan, read_samples
+from megatron_tiedlora.benchmark.plan import plan_benchmark, read_samples
 from megatron_tiedlora.gpu_checks import rank_orders, ranks, run_offline
 from megatron_tiedlora.gpu_checks.rank_orders import Case, RankOrder
 from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
@@ -136,10 +136,10 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
 def test_documents_of_a_made_up_row_are_packed(tmp_path: Path) -> None:
     model = write_small(tmp_path)
     settings = step_settings(model, "--random_weights", "--rows=2", "--length=64", "--documents=4", "--micro_batches=3")
-    plan = make_plan(settings)
+    plan = plan_benchmark(settings)
     dataset, pad_id = read_samples(plan, settings)
     batches = next(plan.training_loader(dataset, pad_id=pad_id)).micro_batches
-    assert len(batches) == 3 and {batch.input_ids.shape for batch in batches} == {(2, 64)}
+    assert len(batches) == 3 and {batch.tokens.shape for batch in batches} == {(2, 64)}
     assert all(batch.documents is not None and batch.num_samples == 8 for batch in batches)
 
 

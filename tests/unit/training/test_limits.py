@@ -13,11 +13,11 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, 
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.timing import saved_by_autograd, storage_bytes
+from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.cpu_attention import find_query_tiles
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.tail import SupervisedTail
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.flops import step_flops
@@ -129,7 +129,7 @@ def test_operations_are_those_of_the_formula(method: str, layers: tuple[int, ...
         num_tokens=tokens.numel(),
         squared_lengths=ROWS * LENGTH**2,
         num_after=len(rows.rows),
-        num_supervised=padded(len(rows.targets)),
+        num_supervised=padded(len(rows.labels)),
     )
     counted = counter.get_flop_counts()["Global"]
     attention = sum(counted.pop(operation, 0) for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))

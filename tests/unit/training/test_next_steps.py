@@ -14,7 +14,7 @@ import torch
 from native_files import with_adapter, write_exports, write_native
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands import merge, verify
 from megatron_tiedlora.config.settings import make_settings
@@ -69,7 +69,8 @@ def test_another_merge_is_not_listed_and_the_command_merges_anew(run: Path, base
         shutil.rmtree(run / "adapter")
         write_native(run / "adapter", base, with_adapter(base, "tl6", seed=9)[2])
         shutil.rmtree(run / "peft")
-        finish.export_peft(find_model(str(base)), load_adapter(run / "adapter"), run / "peft", native=run / "adapter")
+        adapter = load_native_adapter(run / "adapter")
+        finish.export_peft(find_model(str(base)), adapter, run / "peft", native=run / "adapter")
     elif state == "no record":
         (merged / "tiedlora_merge.json").unlink()
     elif state == "broken record":
@@ -83,7 +84,7 @@ def test_another_merge_is_not_listed_and_the_command_merges_anew(run: Path, base
     assert named == expected and not any("from_pretrained" in line for line in lines)
     merging, verifying, *_ = commands(lines)
     assert merging[:2] == ["tiedlora", "merge"] and verifying[:2] == ["tiedlora", "verify"]
-    assert merge.main(merging[2:]) == 0 and is_merge_of(new, load_adapter(run / "adapter"))
+    assert merge.main(merging[2:]) == 0 and is_merge_of(new, load_native_adapter(run / "adapter"))
     assert verify.main([*verifying[2:], "--in=none"]) == 0
 
 

@@ -14,7 +14,7 @@ from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(root / "rows.jsonl", 8)
     source, native, _ = with_adapter(model, "tl5", (1, 3), targets=TARGETS)
     save_adapter(root / "native", native.config, native.base, native.state)
-    export_peft(source, load_adapter(root / "native"), root / "peft", native=root / "native")
+    export_peft(source, load_native_adapter(root / "native"), root / "peft", native=root / "native")
     for name, modules in {"lora": ["q_proj", "v_proj"], "o": ["o_proj"]}.items():
         lora_model(model, r=3, lora_alpha=5, target_modules=modules).save_pretrained(root / name)
     return root
@@ -62,7 +62,7 @@ def facts(plan: RunPlan) -> tuple[Any, ...]:
 
 def test_what_was_not_given_is_the_adapter_s(folder: Path) -> None:
     plan = plan_of(folder)
-    native = load_adapter(folder / "native").config
+    native = load_native_adapter(folder / "native").config
     assert facts(plan) == ("tl5", 4, 6.0, [1, 3], [*TARGETS])
     assert (plan.adapter.init_std_a, plan.adapter.init_std_b) == (native.init_std_a, native.init_std_b)
     recorded = plan.resolved_settings()
@@ -172,12 +172,12 @@ def run(folder: Path, tmp_path: Path) -> Path:
     """A run folder with a checkpoint of a run that started from a copy of native/, which is gone since."""
     shutil.copytree(folder / "native", tmp_path / "start")
     plan = plan_of(folder, init_from=tmp_path / "start")
-    native = load_adapter(tmp_path / "start")
+    native = load_native_adapter(tmp_path / "start")
     save_checkpoint(
         tmp_path / "run" / "checkpoints",
         progress=Progress(step=1, consumed_samples=256),
         config=native.config,
-        base=native.base,
+        base_identity=native.base,
         state=native.state,
         moments=moments_of(native, 0.0),
         settings={**plan.resolved_settings(), "data_sha256": "data"},
@@ -213,7 +213,7 @@ def test_a_resumed_run_is_of_the_same_settings(folder: Path, run: Path) -> None:
     with pytest.raises(UserError, match=r"trained with --init_from .*start, but now it is .*native"):
         check(resumed(folder, run, init_from=folder / "native"), run)
     given = {"method": "tl5", "rank": 4, "alpha": 6, "layers": "1,3", "targets": "o_proj,gate_up"}
-    stds = load_adapter(folder / "native").config
+    stds = load_native_adapter(folder / "native").config
     without = plan_of(folder, None, **given, init_std_a=stds.init_std_a, init_std_b=stds.init_std_b)
     with pytest.raises(UserError, match=r"trained with --init_from .*start, but now it is left out"):
         check(without, run)

@@ -21,7 +21,7 @@ PLAN: Any = SimpleNamespace(
     settings=SimpleNamespace(replica_check_steps=1),
 )
 STEP: Any = SimpleNamespace(
-    num_supervised=SUPERVISED, micro_batches=[SimpleNamespace(model_input=index) for index in range(MICRO_BATCHES)]
+    num_supervised=SUPERVISED, micro_batches=list(range(MICRO_BATCHES))
 )
 ALL = ["passes", "save due?", "gradients of 1", "step", "copies of 1"]
 

@@ -14,10 +14,10 @@ from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.benchmark.timing import saved_by_autograd, storage_bytes
+from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout
@@ -113,7 +113,7 @@ def test_operations_are_those_of_the_formula(method: str, names: tuple[str, ...]
         num_tokens=tokens.numel(),
         squared_lengths=ROWS * LENGTH**2,
         num_after=len(rows.rows),
-        num_supervised=padded(len(rows.targets)),
+        num_supervised=padded(len(rows.labels)),
     )
     counted = counter.get_flop_counts()["Global"]
     for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):  # attention's, which a CPU computes in tiles

@@ -38,7 +38,7 @@ def test_a_run_merges_where_its_task_says_so(
     task: str, stored: StoredFormat | None, merges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
-    for name in ("plot_losses", "load_adapter", "export_peft", "merge_adapter"):
+    for name in ("plot_losses", "load_native_adapter", "export_peft", "merge_adapter"):
         monkeypatch.setattr(finish, name, lambda *_, name=name, **__: called.append(name))
     monkeypatch.setattr(finish, "verify_export", lambda *_, **__: Verification(None, ()))
     trainer: Any = SimpleNamespace(
@@ -46,5 +46,5 @@ def test_a_run_merges_where_its_task_says_so(
         plan=SimpleNamespace(source=SimpleNamespace(stored=stored), settings=make_settings({"task": task})),
     )
     lines = finish.export(trainer, StopRequests())
-    assert called == ["plot_losses", "load_adapter", "export_peft", *(["merge_adapter"] if merges else [])]
+    assert called == ["plot_losses", "load_native_adapter", "export_peft", *(["merge_adapter"] if merges else [])]
     assert bool(lines) == merges

@@ -1,18 +1,66 @@
-"""The positions of a micro-batch that have a label. The layers after the last attention compute only these.
+"""A micro-batch as the loader gives it to the engine, and its positions that have a label.
 
-They are found on the host, so that no step waits for the device to count them.
+Its tensors keep their names from the loader to the loss: tokens, positions, labels, documents, numbers. The layers
+after the last attention compute only supervised positions. These are found on the host, so that no step waits for the
+device to count them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of, starts_of
+
+# Rows are padded to a multiple of this, because repeated shapes need less memory and fewer kernels.
+PAD_MULTIPLE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """b rows, padded on the right to one length s, on the host. Causal attention needs no mask for the padding.
+
+    Attributes:
+        tokens: (b, s) int64.
+        positions: (b, s) int64, position ids, counted from 0 in each sample.
+        labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 if that is supervised, else -100.
+        documents: (b, s) int64, document ids: tokens attend only within their document. In a packed row it is the index
+            of each token's sample in the row, with padding as one more document. None: each row is one sample.
+        numbers: (b, s) int64, the number of each token in the whole run, from which dropout follows; 0 for padding.
+            None: nothing asks for them.
+        shares: which adapters' it is; the micro-batches of several are end to end in one row: b is 1.
+        lengths: (rows,) int64, real tokens of each row, or of each row of the shares.
+        num_samples: 0 for a batch of padding alone.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    documents: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
+    shares: Shares = ()
+    lengths: torch.Tensor
+    num_samples: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens."""
+        return int(self.lengths.sum())
+
+    @property
+    def num_supervised(self) -> int:
+        """Labels that are not -100."""
+        return int((self.labels != IGNORED_LABEL).sum())
+
+    def supervised(self, num_parts: int = 1) -> Supervised:
+        """The result of `find_supervised`."""
+        return find_supervised(self.labels, num_parts, self.shares)
 
 
 class Supervised(NamedTuple):
@@ -26,7 +74,7 @@ class Supervised(NamedTuple):
         rows: (m,) int64, indices into (b s), part by part.
         local_rows: (m,) int64, the same as indices into the (b s / p) of their part.
         supervised: (n,) int64, which of `rows` have a label.
-        targets: (n,) int64, the labels.
+        labels: (n,) int64, theirs.
         pieces: whose `rows` are, if the tokens belong to several owners; else there are none.
         supervised_pieces: the same of `supervised`.
     """
@@ -34,7 +82,7 @@ class Supervised(NamedTuple):
     rows: torch.Tensor
     local_rows: torch.Tensor
     supervised: torch.Tensor
-    targets: torch.Tensor
+    labels: torch.Tensor
     pieces: Pieces = ()
     supervised_pieces: Pieces = ()
 
@@ -53,7 +101,7 @@ class Supervised(NamedTuple):
             rows=move(self.rows),
             local_rows=move(self.local_rows),
             supervised=move(self.supervised),
-            targets=move(self.targets),
+            labels=move(self.labels),
         )
 
 
@@ -62,12 +110,15 @@ def padded_positions(num_supervised: int) -> int:
     return padded(max(1, num_supervised))
 
 
-def find_supervised(labels: torch.Tensor, num_parts: int = 1) -> Supervised:
+def find_supervised(labels: torch.Tensor, num_parts: int = 1, shares: Shares = ()) -> Supervised:
     """The supervised positions of labels (b, s) int64, -100 where there is no label.
 
     Args:
         num_parts: ranks over which activations are sharded along the sequence; it divides b s.
+        shares: whose micro-batch it is; if there are several, b is 1.
     """
+    if pieces := pieces_of(shares):
+        return _find_shared_supervised(labels, pieces, num_parts)
     by_part = labels.reshape(num_parts, -1)
     found = [(part != IGNORED_LABEL).nonzero()[:, 0] for part in by_part]
     most = padded_positions(max(len(rows) for rows in found))
@@ -79,7 +130,7 @@ def find_supervised(labels: torch.Tensor, num_parts: int = 1) -> Supervised:
     return Supervised(rows, local_rows, supervised, labels.flatten()[rows[supervised]])
 
 
-def find_shared_supervised(labels: torch.Tensor, pieces: Sequence[Piece], num_parts: int = 1) -> Supervised:
+def _find_shared_supervised(labels: torch.Tensor, pieces: Sequence[Piece], num_parts: int) -> Supervised:
     """The same for tokens of several owners.
 
     In each part an owner's positions are padded to a multiple of `SIZE_MULTIPLE` with the first of its own tokens
@@ -110,8 +161,8 @@ def find_shared_supervised(labels: torch.Tensor, pieces: Sequence[Piece], num_pa
             start += len(rows)
     joined, chosen = torch.cat(local_rows), torch.cat(supervised)
     rows = joined + torch.arange(num_parts, device=labels.device).repeat_interleave(most) * length
-    targets = labels.flatten()[rows[chosen]]
-    return Supervised(rows, joined, chosen, targets, tuple(of_rows), tuple(of_supervised))
+    found_labels = labels.flatten()[rows[chosen]]
+    return Supervised(rows, joined, chosen, found_labels, tuple(of_rows), tuple(of_supervised))
 
 
 def _by_piece(labels: torch.Tensor, pieces: Sequence[Piece]) -> list[tuple[int, torch.Tensor, int]]:
