@@ -14,7 +14,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.evaluation.decoder import Decoder, Rows
+from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.planning.partition import layer_costs, partition
@@ -32,7 +32,7 @@ def _logits(folder: str, tp: int, pp: int) -> torch.Tensor | None:
     stage = load_model(source, None, dtype=torch.float32, grid=grid, groups=groups, stages=stages)
     decoder = Decoder(stage, groups, source.shape)
     tokens = _tokens()
-    found = decoder.forward([Rows(tokens, torch.arange(32).expand_as(tokens), decoder.new_caches(2, 32))])
+    found = decoder.forward([AdapterRows(tokens, torch.arange(32).expand_as(tokens), decoder.new_caches(2, 32))])
     decoder.finish()
     return None if found is None else found.view(*tokens.shape, -1)
 

@@ -46,7 +46,7 @@ from megatron_tiedlora.convert.nemo import convert_nemo
 from megatron_tiedlora.convert.nemo_archive import NemoArchive
 from megatron_tiedlora.convert.nemo_config import nemo_model
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.evaluation.decoder import Decoder, Rows
+from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.groups import ParallelGroups
@@ -74,7 +74,7 @@ def native_logits(folder: Path, adapter: Path | None) -> torch.Tensor:
     source, batch = find_model(str(folder)), tokens()
     stage = load_model(source, None if adapter is None else load_native_adapter(adapter), dtype=torch.float32)
     decoder = Decoder(stage, ParallelGroups(), source.shape)
-    found = decoder.forward([Rows(batch, torch.arange(40).expand_as(batch), decoder.new_caches(3, 40))])
+    found = decoder.forward([AdapterRows(batch, torch.arange(40).expand_as(batch), decoder.new_caches(3, 40))])
     assert found is not None
     return found.view(*batch.shape, -1)[..., : len_pieces()]
 

@@ -18,7 +18,7 @@ from tiny_models import EOS_ID, random_adapter, write_tiny_model
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.evaluation.decoder import Decoder, Rows
+from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
 from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
 from megatron_tiedlora.parallel.grid import Grid
@@ -97,7 +97,7 @@ def chosen_logits(decoder: Decoder, shares: list[tuple[str, list[list[int]]]]) -
             for ids, n in zip(tokens, at, strict=True)
         ]
         rows = [
-            Rows(new, places, cache, name if decoder.stage.bank else "")
+            AdapterRows(new, places, cache, name if decoder.stage.bank else "")
             for new, places, cache, (name, _) in zip(news, positions, caches, shares, strict=True)
         ]
         wanted = [torch.full((len(ids),), n - 1) for ids, n in zip(tokens, at, strict=True)] if step == 0 else None
