@@ -191,7 +191,7 @@ def builds_only(*names: str) -> None:
     def look(plans: Any, *_: Any) -> None:
         assert tuple(plans) == names, tuple(plans)
 
-    before_call("megatron_tiedlora.training.build_bank", "build_bank", look)
+    before_call("megatron_tiedlora.training.build", "build_model", look)
 
 
 def times(folder: Path) -> dict[Path, int]:

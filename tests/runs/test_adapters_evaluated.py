@@ -59,7 +59,7 @@ def _tell_shares() -> None:
     def look(_: Any, batches: Any) -> None:
         print(_SHARES, max(len(batch.shares) for batch in batches), flush=True)
 
-    before_call("megatron_tiedlora.engine.bank_runner", "BankPlainRunner.evaluate_shares", look)
+    before_call("megatron_tiedlora.engine.runner", "PlainRunner.evaluate", look)
 
 
 @pytest.mark.parametrize("shares", [True, False])

@@ -20,9 +20,9 @@ from tiny_models import random_adapter
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
-from megatron_tiedlora.adapters.bank_sums import sum_gradients_
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tying import sum_gradients_
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -124,7 +124,7 @@ def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOut
                 losses[name] += loss
     assert stage.anchor is not None and stage.anchor.grad is not None and not stage.anchor.grad.any()
     with sum_counter:
-        assert not sum_gradients_(bank, groups, taking=weights), "a gradient is missing"
+        assert not sum_gradients_(bank.adapters, groups), "a gradient is missing"
     gradients = {
         name: {tensor: p.grad for tensor, p in adapter.named_parameters() if p.grad is not None}
         for name, adapter in bank.adapters.items()

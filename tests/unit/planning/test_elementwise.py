@@ -143,7 +143,7 @@ def test_tokens_of_several_adapters_move_what_is_planned(recompute: str, monkeyp
         ]
         bank = tuple(plan.adapter for plan in plans)
         found.append(counted(plans[0], bank))
-        layout = replace(plans[0].layout, adapters=bank, is_bank=True)
+        layout = replace(plans[0].layout, adapters=bank, named=True)
         rows = [np.arange(LENGTH // 2) > 0]
         batch = Batch(shared_shape(layout, [(0, rows), (1, rows)]), 0)
         work = stage_work(plan_stages(plans[0].source.shape, layout)[0], batch)
