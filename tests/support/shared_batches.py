@@ -11,7 +11,7 @@ from oracle_training import OracleBatch
 from tiny_models import pack_samples, pad_samples, random_batches
 
 from megatron_tiedlora.adapters.adapter_bank import Share, pieces_of
-from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised
+from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised, find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 
@@ -66,7 +66,7 @@ class Member:
 
 @dataclass(frozen=True)
 class SharedBatch:
-    """The micro-batches of some adapters end to end: all tensors are (1, tokens)."""
+    """The micro-batches of some adapters end to end: all tensors are (1, tokens). That of one is as it is."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -76,12 +76,24 @@ class SharedBatch:
 
     def supervised(self, num_parts: int = 1) -> Supervised:
         """Its supervised positions."""
-        return find_shared_supervised(self.labels, pieces_of(self.shares), num_parts)
+        return supervised_of(self.labels, self.shares, num_parts)
+
+
+def supervised_of(labels: torch.Tensor, shares: Sequence[Share], num_parts: int = 1) -> Supervised:
+    """The supervised positions of a micro-batch."""
+    if pieces := pieces_of(shares):
+        return find_shared_supervised(labels, pieces, num_parts)
+    return find_supervised(labels, num_parts)
 
 
 def joined(parts: Sequence[tuple[str, OracleBatch]]) -> SharedBatch:
     """One shared micro-batch from those of (adapter, its micro-batch)."""
     batches = [batch for _, batch in parts]
+    shares = tuple(Share(name, *batch.input_ids.shape) for name, batch in parts)
+    if len(batches) == 1:
+        (batch,) = batches
+        assert batch.positions is not None
+        return SharedBatch(batch.input_ids, batch.positions, batch.labels, batch.documents, shares)
     documents = None
     if batches[0].documents is not None:
         documents = _end_to_end([batch.documents for batch in batches])
@@ -90,7 +102,7 @@ def joined(parts: Sequence[tuple[str, OracleBatch]]) -> SharedBatch:
         _end_to_end([batch.positions for batch in batches]),
         _end_to_end([batch.labels for batch in batches]),
         documents,
-        tuple(Share(name, *batch.input_ids.shape) for name, batch in parts),
+        shares,
     )
 
 

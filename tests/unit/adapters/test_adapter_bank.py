@@ -134,7 +134,7 @@ def together(
             batch.tokens, batch.positions, batch.supervised(), documents=batch.documents, shares=batch.shares
         )
         (found / torch.tensor([weights[share.adapter] for share in batch.shares], dtype=wide)).sum().backward()
-        for share, loss in zip(batch.shares, found.tolist(), strict=True):
+        for share, loss in zip(batch.shares, found.view(-1).tolist(), strict=True):
             losses[share.adapter].append(loss)
     assert stage.anchor is not None and stage.anchor.grad is not None and not stage.anchor.grad.any()
     return losses, {name: gradients_of(adapter) for name, adapter in bank.adapters.items()}

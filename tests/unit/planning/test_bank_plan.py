@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from shared_batches import supervised_of
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share, pieces_of
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, ModelShape
@@ -16,7 +17,7 @@ from megatron_tiedlora.benchmark.timing import saved_by_autograd, storage_bytes
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.supervised import Supervised, find_shared_supervised
+from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
 from megatron_tiedlora.planning.micro_batches import ShareShape, shared_shape
@@ -76,11 +77,11 @@ def test_saved_bytes_of_a_shared_micro_batch(name: str, recompute: str, dtype: t
     generator = torch.Generator().manual_seed(1)
     for parameter in (*stage.parameters(), *(parameter for _, parameter in bank.named_parameters())):
         parameter.data.normal_(0.0, 0.05, generator=generator)
-    size = sum(share.num_tokens for share in shares)
-    tokens = torch.randint(512, (1, size), generator=generator)
-    labels = tokens.roll(-1, dims=1).where(torch.rand(1, size, generator=generator) < 0.4, -100)
-    supervised = find_shared_supervised(labels, pieces_of(shares))
-    positions = torch.cat([torch.arange(share.length).repeat(share.num_rows) for share in shares])[None]
+    size = (1, sum(share.num_tokens for share in shares)) if len(shares) > 1 else shares[0][1:]
+    tokens = torch.randint(512, size, generator=generator)
+    labels = tokens.roll(-1, dims=1).where(torch.rand(size, generator=generator) < 0.4, -100)
+    supervised = supervised_of(labels, shares)
+    positions = torch.cat([torch.arange(share.length).repeat(share.num_rows) for share in shares]).view(size)
     with saved_by_autograd(stage) as saved:
         stage(tokens, positions, supervised, shares=shares)
     own = {parameter.untyped_storage().data_ptr() for _, parameter in bank.named_parameters()}
@@ -99,6 +100,8 @@ def test_saved_bytes_of_a_shared_micro_batch(name: str, recompute: str, dtype: t
 
 def positions_after(supervised: Supervised, num_owners: int) -> list[int]:
     """Of each owner, the positions that are computed after the last attention."""
+    if num_owners == 1:
+        return [len(supervised.rows)]
     found = [0] * num_owners
     for piece in supervised.pieces:
         found[piece.owner] += piece.size
@@ -138,7 +141,7 @@ def test_the_shares_of_a_micro_batch_are_those_that_are_computed() -> None:
             owned.append((number, rows))
             labels.append(padded.flatten())
             shares.append(Share(str(number), len(rows), length))
-        found = find_shared_supervised(torch.cat(labels)[None], pieces_of(shares), parts)
+        found = supervised_of(torch.cat(labels)[None], shares, parts)
         shape = shared_shape(layout, owned)
         assert shape.num_supervised == len(found.targets) and shape.num_after == len(found.rows)
         assert [share.num_tokens for share in shape.shares] == [share.num_tokens for share in shares]
