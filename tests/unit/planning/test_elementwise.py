@@ -90,9 +90,8 @@ def counted(plan: RunPlan, bank: Sequence[AdapterConfig] = ()) -> int:
             shape, dtype=torch.bfloat16, kernels=counter.watched(EAGER), recomputes_gate=recompute == "selective"
         )
         owned = {str(number): TiedAdapter(AdapterPart.whole(own)) for number, own in enumerate(bank)}
-        stage = Stage(specs, AdapterBank(owned) if bank else None, recompute=recompute)
-        if not bank:
-            stage.adapter = TiedAdapter(AdapterPart.whole(plan.adapter))
+        alone = TiedAdapter(AdapterPart.whole(plan.adapter))
+        stage = Stage(specs, AdapterBank(owned) if bank else alone, recompute=recompute)
         tokens, positions = torch.zeros(2, 1, LENGTH, dtype=torch.int64).unbind(0)
     labels = torch.zeros(1, LENGTH, dtype=torch.int64)
     labels[:, -1] = -100
