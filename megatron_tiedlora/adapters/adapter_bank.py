@@ -95,7 +95,7 @@ class AdapterBank:
         """The updates of the stage's layers that an adapter of the micro-batch adapts, by layer.
 
         Factors that ranks need in full are gathered in one message for all adapters of the micro-batch, and their
-        gradients summed in one. The gradients of u stay this rank's addends: `bank_sums` sums them once per step.
+        gradients summed in one. The gradients of u stay this rank's addends, which are summed once per step.
 
         Args:
             shares: of the micro-batch; an adapter has at most one. Without shares all tokens are the only adapter's.

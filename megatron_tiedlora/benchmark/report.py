@@ -214,7 +214,8 @@ def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> di
 
     Args:
         counted, predicted: the messages of one rank in one step.
-        data_bytes: the most bytes that DeepSpeed may send in the data-parallel group, in any number of messages.
+        data_bytes: the most bytes that DeepSpeed may send in the data-parallel group, in any number of messages; 0: it
+            sends nothing.
     """
     compared = {}
     for group in GROUPS:
@@ -227,12 +228,13 @@ def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> di
             for key in kinds
         )
         difference = f"{messages - expected:+,} messages, {size - expected_size:+,} B"
-        if group == DATA:
+        by_engine = group == DATA and data_bytes > 0
+        if by_engine:
             expected_size, equal, difference = data_bytes, size <= data_bytes, f"{size - data_bytes:+,} B"
         compared[group] = {
             "messages": messages,
             "bytes": size,
-            "predicted_messages": None if group == DATA else expected,
+            "predicted_messages": None if by_engine else expected,
             "predicted_bytes": expected_size,
             "as_predicted": equal,
             "verdict": "as predicted" if equal else f"differs: {difference}",

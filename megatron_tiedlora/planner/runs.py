@@ -134,7 +134,7 @@ class PlannedRun:
         found = []
         for name, plan in variant.step.plans.items():
             own = plan.layout
-            layout = replace(variant.layout, adapters=own.adapters, is_bank=False, micro_batches=own.micro_batches)
+            layout = replace(variant.layout, adapters=own.adapters, named=False, micro_batches=own.micro_batches)
             found.append(FirstStep(plan, replace(layout, compiled=own.compiled), self.data.get(name)))
         return found
 

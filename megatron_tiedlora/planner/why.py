@@ -30,7 +30,7 @@ def why_lines(row: Priced, pricer: Pricer, plan: Plan) -> list[str]:
     full = row if row.fits else pricer.price_in_full(row.candidate)
     layout, step = row.candidate.layout, row.candidate.step
     batches, most = step.batches, f"{layout.rows} x {layout.length:,} tokens"
-    if layout.is_bank:
+    if layout.named:
         most = f"{step.largest.tokens:,} tokens of {count_text(max(map(len, step.largest.owners)), 'adapter')}"
     lines = [
         f"{row.name}: tensor {layout.tp_size} x pipeline {layout.pp_size} x data {layout.dp_size},"

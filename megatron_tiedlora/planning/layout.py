@@ -31,7 +31,7 @@ class Layout:
     """How a model and its adapters are trained over the ranks.
 
     Attributes:
-        adapters: those that are trained: one, or those of a bank.
+        adapters: those that are trained.
         length: the most tokens in a row of a micro-batch.
         rows: the most rows in a micro-batch.
         micro_batches: the most micro-batches of a rank in one step.
@@ -48,7 +48,7 @@ class Layout:
         on_gpu: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
         compiled: whether kernels are compiled.
         deterministic: whether every sum has a fixed order.
-        is_bank: whether the adapters are those of one run, as with --adapters: engines neither sum nor step them.
+        named: whether the adapters have names, as with --adapters, where one may be alone too.
     """
 
     adapters: tuple[AdapterConfig, ...]
@@ -70,15 +70,20 @@ class Layout:
     on_gpu: bool = False
     compiled: bool = True
     deterministic: bool = False
-    is_bank: bool = False
+    named: bool = False
 
     def __post_init__(self) -> None:
-        assert self.is_bank or len(self.adapters) == 1, "several adapters of one run are a bank"
+        assert self.named or len(self.adapters) == 1, "several adapters have names"
 
     @cached_property
     def first_adapted(self) -> int:
         """The first layer of the model that an adapter adapts."""
         return min(adapter.layers[0] for adapter in self.adapters)
+
+    @property
+    def engine_steps(self) -> bool:
+        """Whether DeepSpeed sums, shards and steps the adapter (`build.steps_by_engine`)."""
+        return self.zero_stage > 0 and not self.named
 
     @property
     def world_size(self) -> int:

@@ -146,18 +146,16 @@ def with_reserves(stage: StagePlan, held: HeldBytes, step: StepBytes, machine: M
 def held_bytes(stage: StagePlan) -> HeldBytes:
     """The part of `stage_memory` that no micro-batch changes."""
     layout, trained = stage.layout, sum(stage.trained)
-    of_gradients, of_moments, of_weights = (layout.dp_size if layout.zero_stage >= least else 1 for least in (2, 1, 3))
-    of_adapter, num_copies = of_weights, 2 if layout.zero_stage == 0 else 3
-    if layout.is_bank:  # which no engine shards or copies
-        of_gradients = of_moments = of_adapter = 1
-        num_copies = 2
+    of_weights = layout.dp_size if layout.zero_stage == 3 else 1
+    stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards or copies it
+    of_gradients, of_moments, of_adapter = (layout.dp_size if stage_of_adapter >= least else 1 for least in (2, 1, 3))
     return HeldBytes(
         base=stage.base_bytes / of_weights,
         dequantised=float(stage.dequantised_bytes),
         adapter=FP32 * sum(stage.held) / of_adapter,
         gradients=FP32 * trained / of_gradients,
-        # Two moments; from ZeRO-1 on also a copy of the values, which the optimizer updates.
-        optimizer=num_copies * FP32 * trained / of_moments,
+        # Two moments; an engine also has a copy of the values, which its optimizer updates.
+        optimizer=(3 if layout.engine_steps else 2) * FP32 * trained / of_moments,
         gathered=_gathered_bytes(stage),
         buffers=_buffer_bytes(stage),
     )
@@ -183,10 +181,11 @@ def step_bytes(
 def _buffer_bytes(stage: StagePlan) -> float:
     """Buffers of messages: a bucket of gradients, gathered factors and their gradients.
 
-    ZeRO-0 sums a copy of all gradients, when the activations are freed.
+    Without an engine that steps the adapter there is no bucket: a copy of the gradients is summed when the activations
+    are freed.
     """
     layout, trained = stage.layout, sum(stage.trained)
-    bucket = 0 if layout.dp_size == 1 or layout.is_bank else min(trained, BUCKET_NUMBERS)
+    bucket = min(trained, BUCKET_NUMBERS) if layout.dp_size > 1 and layout.engine_steps else 0
     gathered = 2 * layout.tp_size * sum(map(gathered_numbers, stage.parts)) if layout.tp_size > 1 else 0
     return float(FP32 * (bucket + gathered))
 

@@ -130,9 +130,9 @@ class StagePlan:
     def trained(self) -> tuple[int, ...]:
         """The numbers in each trained tensor of a rank.
 
-        A stage without adapted layers has an anchor of one number, and so has every stage that has a bank.
+        A stage has an anchor of one number too, unless an engine finds adapted layers in it.
         """
-        anchor = (1,) if self.layout.is_bank or not self.part.layers else ()
+        anchor = () if self.layout.engine_steps and self.part.layers else (1,)
         return (*anchor, *(part.local_size(name) for part in self.parts for name in trained_tensors(part)))
 
     @property

@@ -1,8 +1,8 @@
 """Arithmetic for the messages that a rank sends in one training step, from the shapes of its micro-batches.
 
 `step_traffic` predicts, message by message, what parallel.traffic.TrafficCounter counts around a step on any rank of
-any layout. The checks of a run's first steps send a little more. Of one adapter only DeepSpeed sends in the
-data-parallel group, as it fills buckets and fetches ahead. `engine_bytes` is an upper bound of its bytes there.
+any layout. The checks of a run's first steps send a little more. What DeepSpeed sends in the data-parallel group is
+left out, as it fills buckets and fetches ahead. `engine_bytes` is an upper bound of its bytes there.
 
 Let h be the bytes of a micro-batch's hidden states (rows x length x d). Each adapted block sends 8 messages of h with
 sequence parallelism (a gather and a reduce-scatter around attention and MLP, forward and backward), and 4 without. With
@@ -41,7 +41,7 @@ class PassTraffic(NamedTuple):
 
 
 def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> Traffic:
-    """The messages that a rank of the stage sends in one step; of one adapter, without the data-parallel group's.
+    """The messages that a rank of the stage sends in one step, without DeepSpeed's in the data-parallel group.
 
     The adapters that own tokens in the micro-batches take the step.
     """
@@ -89,9 +89,9 @@ def pass_traffic(stage: StagePlan, shape: MicroBatchShape) -> PassTraffic:
 def _summed(owners: StageOwners) -> Counter[str]:
     """The numbers of gradients that we sum over ranks once per step, by group.
 
-    u is the same on the ranks of a stage, a tied tensor on those of all stages, another one on data-parallel ranks. Of
-    one adapter DeepSpeed sums over data-parallel ranks, which is all that u needs without tensor parallelism, and a
-    tied tensor without a pipeline.
+    u is the same on the ranks of a stage, a tied tensor on those of all stages, another one on data-parallel ranks. If
+    DeepSpeed steps the adapter, it sums over data-parallel ranks, which is all that u needs without tensor parallelism,
+    and a tied tensor without a pipeline.
     """
     layout, found = owners.stage.layout, Counter[str]()
     data = layout.dp_size > 1
@@ -104,7 +104,7 @@ def _summed(owners: StageOwners) -> Counter[str]:
                 ours, group = layout.pp_size > 1, TIED if layout.pp_size > 1 else DATA
             else:
                 ours, group = False, DATA
-            if ours or (layout.is_bank and data):
+            if ours or (data and not layout.engine_steps):
                 found[group] += part.local_size(name)
     return found
 
@@ -123,12 +123,9 @@ def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
     fetches are DeepSpeed's choice.
     """
     zero_stage, dp_size, sent = stage.layout.zero_stage, stage.layout.dp_size, Traffic()
-    if dp_size == 1 or (stage.layout.is_bank and zero_stage < 3):
+    if dp_size == 1 or (zero_stage < 3 and not stage.layout.engine_steps):
         return sent
     gradients = FP32 * sum(stage.trained)
-    if zero_stage == 0:
-        sent.add(DATA, "all-reduce", gradients)
-        return sent
     sent.add(DATA, "all-reduce", _norm_bytes(stage.layout))
     if zero_stage < 3:
         sent.add(DATA, "all-reduce", gradients, count=1 if zero_stage == 1 else num_micro_batches)
@@ -140,14 +137,14 @@ def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
 
     stored = stage.local_base.items()
     base = sum(number * padded(tensor.size, dp_size) * tensor.itemsize for tensor, number in stored)
-    parameters = base + FP32 * whole(stage.held[:1] if stage.layout.is_bank else stage.held)
+    parameters = base + FP32 * whole(stage.held if stage.layout.engine_steps else stage.held[:1])
     sent.add(DATA, "all-gather", parameters, count=2 * num_micro_batches)
     sent.add(DATA, "reduce-scatter", FP32 * whole(stage.trained), count=num_micro_batches)
     return sent
 
 
 def _norm_bytes(layout: Layout) -> int:
-    return FP32 if layout.zero_stage in (1, 2) else FP64
+    return FP32 if layout.engine_steps and layout.zero_stage < 3 else FP64
 
 
 def _stage_group(layout: Layout) -> str:

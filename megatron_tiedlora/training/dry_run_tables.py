@@ -80,7 +80,7 @@ def memory_lines(
         sizes = {
             "base weights": memory.base,
             **({_shared_memory(layout): memory.dequantised} if memory.dequantised else {}),
-            "adapters" if layout.is_bank else "adapter": memory.adapter,
+            "adapters" if layout.named else "adapter": memory.adapter,
             "gradients": memory.gradients,
             "optimizer": memory.optimizer,
             "activations": memory.activations,
@@ -221,7 +221,7 @@ def message_lines(stages: Stages, first: FirstStep | GroupPlan, *, with_data: bo
         return [*lines, "  none: one rank sends nothing"]
     traffic = [step_traffic(stage, micro_batches) for stage in stages]
     groups = [group for group in GROUPS if any(found.of_group(group)[0] for found in traffic)]
-    of_engine = layout.dp_size > 1 and not (layout.is_bank and layout.zero_stage < 3)
+    of_engine = layout.dp_size > 1 and (layout.engine_steps or layout.zero_stage == 3)
     header = ["all ranks" if group == WORLD else group for group in groups]
     rows = []
     for stage, found in zip(stages, traffic, strict=True):
@@ -229,9 +229,9 @@ def message_lines(stages: Stages, first: FirstStep | GroupPlan, *, with_data: bo
         rows.append([f"{count:,} / {bytes_in_words(size)}" for count, size in sent])
         if of_engine:
             rows[-1].append(f"at most {bytes_in_words(engine_bytes(stage, num_micro_batches=len(micro_batches)))}")
-    lines += stage_table([*header, *(["DeepSpeed" if layout.is_bank else DATA] * of_engine)], rows)
+    lines += stage_table([*header, *([DATA if layout.engine_steps else "DeepSpeed"] * of_engine)], rows)
     lines.append("  (bytes are of whole tensors; the checks of the first steps send a little more)")
-    if of_engine and layout.is_bank:
+    if of_engine and not layout.engine_steps:
         lines.append("  (DeepSpeed: the base weights that ZeRO-3 gathers over data-parallel ranks)")
     elif of_engine:
         lines.append("  (data: only DeepSpeed sends in this group, and it chooses the number of messages)")

@@ -73,7 +73,7 @@ class GroupPlan:
         return replace(
             self.shared.layout,
             adapters=tuple(plan.adapter for plan in self.plans.values()),
-            is_bank=True,
+            named=True,
             rows=max(plan.layout.rows for plan in self.plans.values()),
             micro_batches=len(self.rounds),
             compiled=longest_run(self.plans).layout.compiled,

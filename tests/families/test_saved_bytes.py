@@ -46,7 +46,7 @@ def _counted_and_planned(folders: list[str], tp_size: int) -> list[tuple[float, 
                     make_weight=weight_maker(base),
                 )
                 part = TiedAdapter(AdapterPart(adapter, (1, 2), rank, tp_size))
-                part.u_sum = sum_of_u(groups)
+                part.u_sum = sum_of_u(groups) if tp_size > 1 else None
                 stage = Stage(specs, part, tensor_parallel=TensorParallel(groups.tensor, tp_size > 1))
                 layout = Layout(
                     (adapter,), length=256, tp_size=tp_size, dtype=dtype, recompute=recompute, base_format=base

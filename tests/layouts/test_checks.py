@@ -21,8 +21,9 @@ from run_files import assert_same_run, checkpoint_names, losses, status
 from run_helpers import Base, run, run_ranks, write_base
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
-from megatron_tiedlora.engine import runner as running
+from megatron_tiedlora.engine import optimizers as module
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 pytestmark = pytest.mark.distributed
@@ -311,11 +312,15 @@ def test_the_largest_norm_is_the_same_at_every_stage(monkeypatch: pytest.MonkeyP
     fits = {norm: norm for norm in (0.0, 1.0, largest * 0.9999)}
     others = {largest * 1.0001: math.inf, 1e300: math.inf, math.inf: math.inf, math.nan: math.nan, -1.0: math.nan}
     for norm, expected in {**fits, **others}.items():
-        monkeypatch.setattr(running, "clip_gradients_", lambda *_, norm=norm: norm)
+        monkeypatch.setattr(module, "gradient_norms", lambda *_, norm=norm: [norm])
         engine: Any = SimpleNamespace(get_global_grad_norm=lambda norm=norm: norm, step=lambda: None)
         config: Any = SimpleNamespace(zero_stage=stage, values={"gradient_clipping": 1.0})
-        stub: Any = SimpleNamespace(adapter=object())
-        found = running.PlainRunner(engine, stub, ParallelGroups(), config, torch.device("cpu")).take_step()
+        stub: Any = SimpleNamespace(u_sum=None)
+        if stage:
+            found = module.EngineOptimizer(engine, stub, ParallelGroups(), config).take("", None)
+        else:
+            bank = AdapterBank({"": stub})
+            found = module.OwnOptimizers(bank, ParallelGroups(), {}, torch.device("cpu")).norms([""])[""]
         assert found == expected or (math.isnan(found) and math.isnan(expected)), (norm, found)
 
 

@@ -85,12 +85,12 @@ def main(order: Order) -> dict[str, Any]:
     if order.measure == "join":
         return {"device": str(device), "bound": str(_bound_device()), **_counts()}
     _believe_all_numbers()
-    plan, train_step, steps = _built(order, device)
+    plan, take, steps = _built(order, device)
     for _ in range(WARM_UP):
-        train_step.run(next(steps))
+        take(next(steps))
     start = _counts()  # communicators are made by the first messages
     if order.measure == "compile":
-        return _compiling(order, train_step, steps)
+        return _compiling(order, take, steps)
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     found = []
@@ -103,7 +103,7 @@ def main(order: Order) -> dict[str, Any]:
             largest, documents = max(largest, rows * length), max(documents, len(within.bounds) - 1)
             longest = max(longest, within.longest)
         nullgpu.reset()
-        train_step.run(step)
+        take(step)
         found.append(_counts())
     return {
         "start": start,
@@ -124,7 +124,8 @@ def _free_port() -> int:
 
 
 def _built(order: Order, device: torch.device) -> Any:
-    from megatron_tiedlora.training.build import build_random_model, start_engine
+    from megatron_tiedlora.adapters.adapter_bank import ALONE
+    from megatron_tiedlora.training.build import build_random_model
     from megatron_tiedlora.training.compiling import choose_kernels
     from megatron_tiedlora.training.plan import plan_run
     from megatron_tiedlora.training.step import TrainStep
@@ -158,9 +159,9 @@ def _built(order: Order, device: torch.device) -> Any:
     plan = plan_run(settings, rank=0, world_size=order.world_size, source=_source(order))
     chosen = choose_kernels(plan, device)
     assert order.compile == "false" or chosen.description.startswith("compiled"), chosen.description
-    built = build_random_model(plan, device, kernels=chosen.kernels)
-    train_step = TrainStep(plan, start_engine(plan, built, device, None), StopRequests())
-    return plan, train_step, _steps(order, plan)
+    built = build_random_model({ALONE: plan}, device, kernels=chosen.kernels)
+    train_step = TrainStep({ALONE: plan}, built.runner, StopRequests())
+    return plan, lambda step: train_step.run({ALONE: step}).only, _steps(order, plan)
 
 
 def _global_batch(order: Order) -> int:
@@ -200,7 +201,7 @@ def _planned(plan: Any, **largest: int) -> float:
     return stage_memory(plan.stages[0], **largest).allocated
 
 
-def _compiling(order: Order, train_step: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:
+def _compiling(order: Order, take: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:
     """Graphs that are compiled in steps of other lengths, after those of the first steps."""
     from torch._dynamo.utils import counters
 
@@ -209,7 +210,7 @@ def _compiling(order: Order, train_step: Any, steps: Iterator[TrainingStep]) -> 
     for _ in range(order.steps):
         step = next(steps)
         lengths |= {batch.labels.shape[1] for batch in step.micro_batches}
-        train_step.run(step)
+        take(step)
     return {"lengths": sorted(lengths), "graphs": before, "more": counters["stats"]["unique_graphs"] - before}
 
 
@@ -247,27 +248,30 @@ def _meet_nobody(world_size: int) -> None:
 
 def _believe_all_numbers() -> None:
     """No check of a value ends the run: losses, norms and gradients are whatever was in memory."""
-    from megatron_tiedlora.engine.runner import Runner
+    from megatron_tiedlora.engine.optimizers import EngineOptimizer, OwnOptimizers
     from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
-    from megatron_tiedlora.training import checks
+    from megatron_tiedlora.training import checks, step
 
     def store(self: QuantisedWeight, rows: slice, codes: torch.Tensor, scales: torch.Tensor) -> None:
         self.tensor.data[rows].copy_(codes)
         self.scale_bits.data[rows].copy_(scales.view(torch.int32))
 
     QuantisedWeight._store = store  # type: ignore[method-assign]
-    checks.StepChecks.before_step = lambda self, step, **_: None  # type: ignore[method-assign]
-    checks.StepChecks.after_step = lambda self, step: None  # type: ignore[method-assign]
+    step.before_steps = lambda *_, **__: {}
+    step.after_steps = lambda *_: {}
     # DeepSpeed's ZeRO-3 prints its parameters, whose garbage takes printing many gigabytes.
     torch.Tensor.__repr__ = lambda self, **_: str(tuple(self.shape))  # type: ignore[assignment, method-assign]
-    take_step = Runner.take_step
+    for kind in (EngineOptimizer, OwnOptimizers):
+        kind.take = _finite(kind.take)  # type: ignore[method-assign]
+    checks.math = _FiniteMath()  # type: ignore[attr-defined]
 
-    def finite(self: Runner) -> float:
-        take_step(self)
+
+def _finite(take: Any) -> Any:
+    def taken(*arguments: Any) -> float:
+        take(*arguments)
         return 1.0
 
-    Runner.take_step = finite  # type: ignore[method-assign]
-    checks.math = _FiniteMath()  # type: ignore[attr-defined]
+    return taken
 
 
 class _FiniteMath:

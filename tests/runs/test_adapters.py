@@ -29,6 +29,7 @@ _FOUR: dict[str, dict[str, Any]] = {
     "d": {"method": "tl2", "rank": 1, "targets": "o_proj,gate_up", "gradient_clipping": 0.01, "max_steps": 6},
 }
 Four = dict[str, dict[str, Any]]
+LOOP = "megatron_tiedlora.training.loop"
 _TIMES = {"tokens_per_second", "supervised_tokens_per_second", "mfu", "peak_memory_bytes"}
 
 
@@ -172,7 +173,7 @@ def test_a_killed_run_is_resumed(base: Base, tmp_path: Path, alone: Path, four: 
     """Killed twice: in a turn, and while the first of its exports is written. One more adapter joins at a resume."""
     folder, joins = tmp_path / "run", dict(list(four.items())[:3])
     file = written(tmp_path / "adapters.yaml", joins)
-    kill = partial(kill_at_call, "megatron_tiedlora.training.loop", "Trainer._train_step", call=4)
+    kill = partial(kill_at_call, LOOP, "Trainer._train_step", call=4)
     run(base, folder, adapters=file, prelude=kill, expect=-signal.SIGKILL)
     assert {row["state"] for row in table(folder).values()} == {"running"}
     written(file, four)
@@ -225,7 +226,7 @@ def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, fou
 
 def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", four)
-    stop = partial(kill_at_call, "megatron_tiedlora.training.loop", "Trainer._train_step", call=3, number=signal.SIGTERM)
+    stop = partial(kill_at_call, LOOP, "Trainer._train_step", call=3, number=signal.SIGTERM)
     ended = run(base, folder, adapters=file, prelude=stop, expect=143)
     assert "stopped by SIGTERM" in ended.tail() and "--resume auto" in ended.tail()
     for part in (folder, *(folder / name for name in four)):
@@ -245,7 +246,7 @@ def test_a_start_from_another_adapter(base: Base, tmp_path: Path, alone: Path, f
     own = {"init_from": str(start), "max_steps": 4}
     run(base, tmp_path / "alone", ds_config="zero0.json", rank=None, **own)
     file, folder = written(tmp_path / "adapters.yaml", {"from_c": own}), tmp_path / "run"
-    kill = partial(kill_at_call, "megatron_tiedlora.training.loop", "Trainer._train_step", call=4)
+    kill = partial(kill_at_call, LOOP, "Trainer._train_step", call=4)
     run(base, folder, adapters=file, rank=None, prelude=kill, expect=-signal.SIGKILL)
     shutil.rmtree(start)
     run(base, folder, adapters=file, rank=None, resume="auto")
@@ -307,7 +308,7 @@ def test_bad_inputs(base: Base, tmp_path: Path, own: Any, changes: dict[str, Any
 def test_an_entry_names_a_run_folder(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     """A run that began alone goes on in its own folder, beside one that begins in another."""
     begun, new = tmp_path / "begun", tmp_path / "elsewhere" / "new"
-    kill = partial(kill_at_call, "megatron_tiedlora.training.loop", "Trainer._train_step", call=4)
+    kill = partial(kill_at_call, LOOP, "Trainer._train_step", call=4)
     run(base, begun, prelude=kill, expect=-signal.SIGKILL, ds_config="zero0.json", **four["a"])
     own = {"a": {**four["a"], "output_dir": str(begun)}, "b": {**four["b"], "output_dir": str(new)}, "d": four["d"]}
     file = written(tmp_path / "adapters.yaml", own)

@@ -30,6 +30,8 @@ from sweep_runs import (
 RUNS = [f"{m}-r{r}-lr{lr}" for m in ("lora", "tl6") for r in (2, 3) for lr in ("2e-1", "5e-2")]
 TABLES = ("table2.md", "table2.csv", "figure2.png", "figure3.png")
 
+LOOP, ADAPTER_RUN = "megatron_tiedlora.training.loop", "megatron_tiedlora.training.adapter_run"
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
@@ -187,7 +189,7 @@ def test_runs_that_train_together(study: tuple[Base, Path], whole: Path, tmp_pat
     """Tables, answers and runs are those of runs one after another; also if all is killed while they train."""
     folder, group = tmp_path / "out", f"group {RUNS[0]}"
     if killed:
-        die = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.loop", name="Trainer._train_step", call=7)
+        die = functools.partial(kill_all_at_call, module=LOOP, name="Trainer._train_step", call=7)
         run(study, folder, expect=-signal.SIGKILL, preludes={group: die}, together=8)
         assert starts(work(folder)) == ["score base", group]
         assert {losses(folder / "runs" / name)[-1][0] for name in RUNS} == {6}
@@ -254,10 +256,10 @@ def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) 
     assert {row["stopped_rates"] for row in rows if row["method"] == "tl6"} == {"1e-6"}
     assert why in run(study, whole, dry_run=True, halving=True, **changes).outputs[0]
 
-    turn = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.loop", name="Trainer._train_step")
-    stop = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.adapter_run", name="AdapterRun.end_behind")
+    turn = functools.partial(kill_all_at_call, module=LOOP, name="Trainer._train_step")
+    stop = functools.partial(kill_all_at_call, module=ADAPTER_RUN, name="AdapterRun.end_behind")
     # Three turns of three, and the first of the fourth; the others begin anew, and the first waits for them.
-    uneven = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.adapter_run", name="AdapterRun.after_step")
+    uneven = functools.partial(kill_all_at_call, module=ADAPTER_RUN, name="AdapterRun.after_step")
     first = {group: functools.partial(uneven, call=11)}
     run(study, folder, expect=-signal.SIGKILL, preludes=first, halving=True, **changes)
     latest = {rate: folder / "runs" / f"tl6-r2-lr{rate}" / "checkpoints" / "latest" for rate in ends}

@@ -10,22 +10,19 @@ import torch
 from forked_ranks import join_as_launched
 from torch import distributed
 
-from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
+from megatron_tiedlora.adapters.adapter_bank import ALONE
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.runtime.stopping import StopRequests
-from megatron_tiedlora.training import build
-from megatron_tiedlora.training.build_bank import build_bank
+from megatron_tiedlora.training.build import BuiltModel, build_model
 from megatron_tiedlora.training.compiling import compiled_kernels
-from megatron_tiedlora.training.group_step import GroupStep, OwnReport
-from megatron_tiedlora.training.loop import full_adapter_state
-from megatron_tiedlora.training.member_plans import shared_plan
+from megatron_tiedlora.training.group_plan import micro_batch_capacity
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
-from megatron_tiedlora.training.step import TrainStep
+from megatron_tiedlora.training.step import AdapterStep, TrainStep
 
 Settings = dict[str, Any]
 
@@ -90,21 +87,10 @@ def _plan(settings: Settings) -> RunPlan:
 
 
 def _alone(plan: RunPlan, data: RunData, device: torch.device, kernels: Kernels) -> Trained:
-    built = build.build_model(plan, device, None, kernels=kernels)
-    runner = build.start_engine(plan, built, device, None)
-    step, loader = TrainStep(plan, runner, StopRequests()), _loader(plan, data)
-    accumulate, gradients = runner.accumulate, {}
-
-    def noted(*arguments: Any) -> float:
-        loss = accumulate(*arguments)
-        gradients.update(gradients or _gradients(runner.adapter))
-        return loss
-
-    runner.accumulate = noted  # type: ignore[method-assign]
-    reports = [step.run(next(loader)) for _ in range(plan.settings.max_steps)]
-    state = full_adapter_state(plan, runner)
-    runner.engine.destroy()
-    return Trained([report.loss for report in reports], [report.grad_norm for report in reports], state, gradients)
+    """Its steps in a run of its own."""
+    found, failures, _ = _train({ALONE: plan}, {ALONE: data}, device, kernels, shares=False)
+    assert not failures
+    return found[ALONE]
 
 
 def _gradients(adapter: TiedAdapter) -> dict[str, torch.Tensor]:
@@ -124,38 +110,53 @@ def _together(
     *,
     shares: bool,
 ) -> BankRun:
-    built = build_bank(plans, device, kernels=kernels)
-    runner, bank = built.runner, built.step.bank
-    group = GroupStep(plans, built, StopRequests(), shares_micro_batches=shares)
+    return BankRun(alone, *_train(plans, data, device, kernels, shares=shares))
+
+
+def _train(
+    plans: Mapping[str, RunPlan],
+    data: Mapping[str, RunData],
+    device: torch.device,
+    kernels: Kernels,
+    *,
+    shares: bool,
+) -> tuple[dict[str, Trained], dict[str, str], int]:
+    """The steps of all adapters in one run, the failures, and the most adapters in one micro-batch."""
+    built = build_model(plans, device, kernels=kernels)
+    runner = built.runner
+    step = TrainStep(plans, runner, StopRequests(), capacity=micro_batch_capacity(plans, shares=shares))
     loaders = {name: _loader(plan, data[name]) for name, plan in plans.items()}
-    reports: dict[str, list[OwnReport]] = {name: [] for name in plans}
+    reports: dict[str, list[AdapterStep]] = {name: [] for name in plans}
     failures: dict[str, str] = {}
     micro_batches: list[int] = []
     gradients: dict[str, dict[str, torch.Tensor]] = {}
-    accumulate = runner.accumulate_shares
+    accumulate = runner.accumulate
 
     def counted(batches: Sequence[MicroBatch], *arguments: Any) -> dict[str, float]:
         micro_batches.append(max(len(batch.shares) for batch in batches))
         sums = accumulate(batches, *arguments)
-        gradients.update(gradients or {name: _gradients(adapter) for name, adapter in bank.adapters.items()})
+        gradients.update(gradients or {name: _gradients(adapter) for name, adapter in runner.adapters.items()})
         return sums
 
-    runner.accumulate_shares = counted  # type: ignore[method-assign]
+    runner.accumulate = counted  # type: ignore[method-assign]
     for number in range(1, 1 + max(plan.settings.max_steps for plan in plans.values())):
         running = [name for name, plan in plans.items() if number <= plan.settings.max_steps and name not in failures]
-        found = group.run({name: next(loaders[name]) for name in running})
+        found = step.run({name: next(loaders[name]) for name in running})
         for name, report in found.adapters.items():
             reports[name].append(report)
             if report.failure is not None:
-                failures[name] = report.failure
-    stages = tuple(tuple(stage.layers) for stage in shared_plan(plans).stages)
-    together = {}
-    for name, plan in plans.items():
-        layers = tuple(tuple(layer for layer in plan.adapter.layers if layer in stage) for stage in stages)
-        state = gather_state(
-            dict(bank.adapters[name].named_parameters()), AdapterLayout(plan.adapter, plan.grid, layers)
-        )
-        losses, norms = ([getattr(report, kind) for report in reports[name]] for kind in ("loss", "grad_norm"))
-        together[name] = Trained(losses, norms, state, gradients[name])
+                failures[name] = str(report.failure)
+    trained = {name: _trained(built, plan, reports[name], name, gradients[name]) for name, plan in plans.items()}
     runner.engine.destroy()
-    return BankRun(alone, together, failures, max(micro_batches))
+    return trained, failures, max(micro_batches)
+
+
+def _trained(
+    built: BuiltModel,
+    plan: RunPlan,
+    reports: Sequence[AdapterStep],
+    name: str,
+    gradients: dict[str, torch.Tensor],
+) -> Trained:
+    losses, norms = [report.loss for report in reports], [report.grad_norm for report in reports]
+    return Trained(losses, norms, built.runner.full_state(name, built.layout(plan)), gradients)

@@ -18,12 +18,12 @@ from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.stopping import StopRequests
-from megatron_tiedlora.training.build_bank import build_bank
+from megatron_tiedlora.training.build import build_model
 from megatron_tiedlora.training.checks import StepChecks
-from megatron_tiedlora.training.group_plan import GroupPlan
-from megatron_tiedlora.training.group_step import GroupStep
+from megatron_tiedlora.training.group_plan import GroupPlan, micro_batch_capacity
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
+from megatron_tiedlora.training.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -73,28 +73,29 @@ def plans_of(case: BankCase, *, rank: int, ranks: int) -> dict[str, RunPlan]:
 def _count(case: BankCase, device: torch.device) -> BankCounted:
     plans = plans_of(case, rank=distributed.get_rank(), ranks=distributed.get_world_size())
     data = {name: prepare_data(plan) for name, plan in plans.items()}
-    built = build_bank(plans, device)
-    group = GroupStep(plans, built, StopRequests(), shares_micro_batches=case.shares, long_seconds=math.inf)
+    runner = build_model(plans, device).runner
+    capacity = micro_batch_capacity(plans, shares=case.shares)
+    step = TrainStep(plans, runner, StopRequests(), capacity=capacity, long_seconds=math.inf)
     if not case.checked:
-        for name, one in group._seen.items():
-            group.checks[name] = StepChecks(one, check_steps=0, guarded_steps=0)
+        for name in plans:
+            step.checks[name] = StepChecks(runner, name, check_steps=0, guarded_steps=0)
     loaders = {
         name: plan.training_loader(data[name].train, pad_id=padding_id(data[name].tokenizer))
         for name, plan in plans.items()
     }
-    runner, shapes = built.runner, list[tuple[int, int]]()
-    accumulate = runner.accumulate_shares
+    shapes = list[tuple[int, int]]()
+    accumulate = runner.accumulate
 
     def seen(batches: Any, *arguments: Any) -> dict[str, float]:
         shapes[:] = [(batch.tokens.numel(), len(batch.shares)) for batch in batches]
         return accumulate(batches, *arguments)
 
-    runner.accumulate_shares = seen  # type: ignore[method-assign]
+    runner.accumulate = seen  # type: ignore[method-assign]
     counted = []
     for names in (list(plans), [name for name in plans if name not in case.ends]):
         steps = {name: next(loaders[name]) for name in names}
         with TrafficCounter(named_handles(runner.groups)) as counter:
-            report = group.run(steps)
+            report = step.run(steps)
         assert all(own.failure is None for own in report.adapters.values()), report
         counted.append(counter.traffic)
     runner.engine.destroy()

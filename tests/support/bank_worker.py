@@ -20,9 +20,9 @@ from tiny_models import random_adapter
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
-from megatron_tiedlora.adapters.bank_sums import sum_gradients_
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tying import sum_gradients_
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -118,13 +118,20 @@ def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOut
     weights = {member.name: sum(s.num_supervised for s in member.samples) for member in case.members}
     losses = dict.fromkeys(weights, 0.0)
     counter, sum_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))
+    batches = case.batches[grid.dp_rank :: grid.dp_size]
     with counter:
-        for batch in case.batches[grid.dp_rank :: grid.dp_size]:
+        for batch in batches:
             for name, loss in _train(case, stage, grid, batch, weights).items():
                 losses[name] += loss
     assert stage.anchor is not None and stage.anchor.grad is not None and not stage.anchor.grad.any()
+    present = {share.adapter for batch in batches for share in batch.shares}
+    absent = {
+        name: [tensor for tensor, p in adapter.named_parameters() if p.requires_grad]
+        for name, adapter in bank.adapters.items()
+        if name not in present and adapter.part.layers
+    }
     with sum_counter:
-        assert not sum_gradients_(bank, groups, taking=weights), "a gradient is missing"
+        assert sum_gradients_(bank.adapters, groups) == absent, "another gradient is missing"
     gradients = {
         name: {tensor: p.grad for tensor, p in adapter.named_parameters() if p.grad is not None}
         for name, adapter in bank.adapters.items()

@@ -9,11 +9,12 @@ import torch
 from forked_ranks import join_as_launched
 from torch import distributed
 
+from megatron_tiedlora.adapters.adapter_bank import ALONE
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.engine.engine import parameter_access
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
-from megatron_tiedlora.training.build import build_model, start_engine
+from megatron_tiedlora.training.build import build_model
 from megatron_tiedlora.training.plan import plan_run
 
 Values = dict[str, torch.Tensor]
@@ -27,10 +28,10 @@ def base_values(cases: Sequence[dict[str, Any]], folder: str) -> list[tuple[Valu
         plan = plan_run(
             make_settings(settings), rank=distributed.get_rank(), world_size=distributed.get_world_size()
         )
-        built = build_model(plan, device, None)
-        runner = start_engine(plan, built, device, None)
+        built = build_model({ALONE: plan}, device)
+        runner = built.runner
         values = {}
-        for name, weight in frozen_weights(built.stage).items():
+        for name, weight in frozen_weights(runner.stage).items():
             with parameter_access(plan.engine)(list(weight.parameters.values())):
                 if isinstance(weight, QuantisedWeight):
                     values[name] = weight.values().clone()

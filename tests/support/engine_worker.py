@@ -20,7 +20,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
 
 
-def sgd(parameters: Any, *, learning_rate: float, weight_decay: float, betas: Any) -> Any:
+def sgd(parameters: Any, *, learning_rate: float, weight_decay: float, betas: Any = None) -> Any:
     """In place of training.optimizer.make_optimizer: p -= lr (g + decay p), without momentum."""
     from torch.optim import SGD
 
@@ -30,13 +30,17 @@ def sgd(parameters: Any, *, learning_rate: float, weight_decay: float, betas: An
 def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> None:
     from safetensors.torch import load_file, save_file
 
+    from megatron_tiedlora.adapters.adapter_bank import ALONE
+    from megatron_tiedlora.adapters.tied_adapter import initial_values
     from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
     from megatron_tiedlora.runtime.stopping import StopRequests
-    from megatron_tiedlora.training import build, session
-    from megatron_tiedlora.training.loop import Trainer, full_adapter_state
+    from megatron_tiedlora.training import build, start
+    from megatron_tiedlora.training.adapter_run import AdapterRun
+    from megatron_tiedlora.training.loop import Trainer
     from megatron_tiedlora.training.optimizer import make_optimizer
     from megatron_tiedlora.training.plan import plan_run
     from megatron_tiedlora.training.run_data import prepare_data
+    from megatron_tiedlora.training.step import TrainStep
     from megatron_tiedlora.training.throughput import Meter, Peak
 
     plan = plan_run(make_settings(case["settings"]), rank=rank, world_size=world_size)
@@ -44,24 +48,35 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     folder = RunFolder(Path(case["output"]))
     use_sgd = case.get("optimizer") == "sgd"
     build.make_optimizer = sgd if use_sgd else make_optimizer
-    built = build.build_model(plan, device, None)
-    if case.get("start"):
-        built.stage.adapter.load_full(load_file(case["start"]))
-    runner = build.start_engine(plan, built, device, None)
+    values = load_file(case["start"]) if case.get("start") else None
+    build.initial_values = initial_values if values is None else lambda _: values
+    built = build.build_model({ALONE: plan}, device)
+    runner, layout = built.runner, built.layout(plan)
     if rank == 0:
         folder.path.mkdir(parents=True)
-        session.write_run_settings(plan, folder)
-    log = MetricsLog(folder, resumed_step=0) if rank == 0 else None
-    meter = Meter(plan.source.shape, plan.adapter, Peak(1e9, "made up"))
-    trainer = Trainer(plan, data, runner, built.base_identity, folder, StopRequests(), log, meter)
+        start.write_run_settings(plan, folder)
+    stop = StopRequests()
+    step = TrainStep({ALONE: plan}, runner, stop)
+    run = AdapterRun(
+        name=ALONE,
+        plan=plan,
+        data=data,
+        runner=runner,
+        base_identity=built.base_identity,
+        layout=layout,
+        folder=folder,
+        log=MetricsLog(folder, resumed_step=0) if rank == 0 else None,
+        meter=Meter(plan.source.shape, plan.adapter, Peak(1e9, "made up")),
+        checks=step.checks[ALONE],
+    )
     if use_sgd:
-        trainer.save = lambda **_: None  # it has no moments to save
-    trainer.run()
+        run.save = lambda **_: None  # it has no moments to save
+    Trainer({ALONE: run}, step, folder, stop, {ALONE: run}).run()
     save_file(
-        {name: parameter.detach().clone() for name, parameter in runner.adapter.named_parameters()},
+        {name: parameter.detach().clone() for name, parameter in runner.adapters[ALONE].named_parameters()},
         folder.path / f"rank{rank}.safetensors",
     )
-    state = full_adapter_state(plan, runner)
+    state = runner.full_state(ALONE, layout)
     if rank == 0:
         save_file(state, folder.path / "adapter.safetensors")
     runner.engine.destroy()

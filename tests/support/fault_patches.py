@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 RUNNING = "megatron_tiedlora.engine.runner"
+OPTIMIZERS = "megatron_tiedlora.engine.optimizers"
 BUILD = "megatron_tiedlora.training.build"
 ENGINE = "megatron_tiedlora.engine.engine"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
 NORMED_LINEAR = "megatron_tiedlora.model.normed_linear"
 CHECKS = "megatron_tiedlora.training.checks"
+STEP = "megatron_tiedlora.training.step"
 
 
 @contextmanager
@@ -56,31 +59,43 @@ def no_gradient_guard(patch: pytest.MonkeyPatch) -> None:
 
 def tied_sum_left_out(patch: pytest.MonkeyPatch) -> None:
     """Every stage trains its own A and B."""
-    patch.setattr(f"{RUNNING}.sum_tied_gradients_", lambda adapter, groups: [])
+    _sum_over(patch, lambda groups: replace(groups, tied=groups.data))
+
+
+def _sum_over(patch: pytest.MonkeyPatch, others: Callable[[Any], Any]) -> None:
+    """Gradients are summed over other groups."""
+    sum_gradients = importlib.import_module(OPTIMIZERS).sum_gradients_
+    patch.setattr(
+        f"{OPTIMIZERS}.sum_gradients_",
+        lambda adapters, groups, **keywords: sum_gradients(adapters, others(groups), **keywords),
+    )
 
 
 def tied_sum_counted_twice(patch: pytest.MonkeyPatch) -> None:
     """What was summed over the stages is summed over them again."""
-    tied_sum = importlib.import_module(RUNNING).sum_tied_gradients_
+    sum_gradients = importlib.import_module(OPTIMIZERS).sum_gradients_
 
-    def twice(adapter: Any, groups: Any) -> Any:
-        tied_sum(adapter, groups)
-        return tied_sum(adapter, groups)
+    def twice(adapters: Any, groups: Any, **keywords: Any) -> Any:
+        assert groups.data.size == 1, "only tied gradients are summed again"
+        missing = sum_gradients(adapters, groups, **keywords)
+        sum_gradients(adapters, groups, engine_averages=True)
+        return missing
 
-    patch.setattr(f"{RUNNING}.sum_tied_gradients_", twice)
+    patch.setattr(f"{OPTIMIZERS}.sum_gradients_", twice)
 
 
 def tied_sum_divided_twice(patch: pytest.MonkeyPatch) -> None:
     """The tied sum is divided by the data-parallel ranks, and then the engine takes their mean."""
-    tied_sum = importlib.import_module(RUNNING).sum_tied_gradients_
+    sum_gradients = importlib.import_module(OPTIMIZERS).sum_gradients_
 
-    def divided(adapter: Any, groups: Any) -> Any:
-        missing = tied_sum(adapter, groups)
-        for name in ("A", "B"):
-            getattr(adapter, name).grad.div_(groups.data.size)
+    def divided(adapters: Any, groups: Any, **keywords: Any) -> Any:
+        missing = sum_gradients(adapters, groups, **keywords)
+        for adapter in adapters.values():
+            for name in ("A", "B"):
+                getattr(adapter, name).grad.div_(groups.data.size)
         return missing
 
-    patch.setattr(f"{RUNNING}.sum_tied_gradients_", divided)
+    patch.setattr(f"{OPTIMIZERS}.sum_gradients_", divided)
 
 
 # Sums over tensor-parallel ranks ----------------------------------------------------------------------------------
@@ -114,6 +129,7 @@ def a_sum_left_out(patch: pytest.MonkeyPatch) -> None:
 def u_sum_left_out(patch: pytest.MonkeyPatch) -> None:
     """u's gradient is what the rank's own rows of B give."""
     patch.setattr("megatron_tiedlora.parallel.step_sum.StepSum.of", lambda step_sum, tensor: tensor)
+    _sum_over(patch, lambda groups: replace(groups, stage=groups.data))
 
 
 def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
@@ -209,40 +225,39 @@ def start_from_local_shape(patch: pytest.MonkeyPatch) -> None:
 def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
     """The gradient is of the mean of the micro-batches' means, not of the mean over the step's supervised tokens."""
     module = importlib.import_module(RUNNING)
+    of_step: list[float] = []  # what a mean of a micro-batch is divided by
+    supervised: dict[int, int] = {}  # tokens of the micro-batch with these shares
+    find, weighted = module.Runner._supervised, module.Losses.weighted
 
-    def divisor_of(batch: Any, runner: Any, batches: Any) -> float:
-        # The engine divides by its accumulation steps, of which packed samples need fewer.
-        share = len(batches) / runner.engine.gradient_accumulation_steps()
-        return max(int((batch.labels != -100).sum()), 1) * share
+    def noted(runner: Any, batch: Any) -> Any:
+        supervised[id(batch.shares)] = max(int((batch.labels != -100).sum()), 1)
+        return find(runner, batch)
 
-    def accumulate(runner: Any, batches: Any, denominator: float, between: Callable[[], None]) -> float:
-        runner.engine.train()
-        total = 0.0
-        for index, batch in enumerate(batches, start=1):
-            runner.engine.set_gradient_accumulation_boundary(index == len(batches))
-            loss = runner.forward(batch)
-            runner.engine.backward(loss / divisor_of(batch, runner, batches))
-            total += float(loss.detach())
-            if index < len(batches):
-                runner.engine.step()
-        return total if runner.counts_loss else 0.0
+    def divided(losses: Any, found: torch.Tensor, shares: Any) -> torch.Tensor:
+        if not of_step:  # an evaluation
+            return weighted(losses, found, shares)
+        ((name, divisors),) = losses.divisors.items()
+        assert divisors
+        own = module.Losses({name: (supervised[id(shares)] * of_step[0],)}, losses.found)
+        return weighted(own, found, shares)
 
-    run, labels = module.PipelineRunner._run, module.PipelineRunner._labels
+    def during_steps(accumulate: Callable[..., Any]) -> Callable[..., Any]:
+        def accumulated(runner: Any, batches: Any, *others: Any) -> Any:
+            # An engine divides by its accumulation steps, of which packed samples need fewer, and takes the mean.
+            by_engine = runner.engine.gradient_accumulation_steps() * runner.groups.data.size
+            share = 1 / by_engine if runner.optimizers.engine_steps else 1
+            of_step.append(len(batches) * runner.groups.data.size * share)
+            try:
+                return accumulate(runner, batches, *others)
+            finally:
+                of_step.clear()
 
-    def noted(runner: Any, schedule: Any, batches: Any, denominator: float) -> float:
-        runner.batches = batches
-        return run(runner, schedule, batches, denominator)
+        return accumulated
 
-    def divided(runner: Any, batch: Any) -> Any:
-        *supervised, weighted = labels(runner, batch)
-        if runner._denominator == 1.0:
-            return *supervised, weighted
-        divisor = divisor_of(batch, runner, runner.batches)
-        return *supervised, lambda loss: loss / divisor
-
-    patch.setattr(module.PlainRunner, "accumulate", accumulate)
-    patch.setattr(module.PipelineRunner, "_run", noted)
-    patch.setattr(module.PipelineRunner, "_labels", divided)
+    patch.setattr(module.Runner, "_supervised", noted)
+    patch.setattr(module.Losses, "weighted", divided)
+    for kind in (module.PlainRunner, module.PipelineRunner):
+        patch.setattr(kind, "accumulate", during_steps(kind.accumulate))
 
 
 # Copies and gradients, for the run's own checks -------------------------------------------------------------------
@@ -264,21 +279,31 @@ def change_copy(
         before_save: only when the checkpoint of that step is about to be written.
     """
     checks = importlib.import_module(CHECKS).StepChecks
-    name = "before_save" if before_save else "after_step"
-    check = getattr(checks, name)
+    check_before, check_after = checks.before_save, importlib.import_module(STEP).after_steps
 
     def change(made: Any, number: int) -> None:
         if number == step and torch.distributed.get_rank() == rank:
-            parameter = getattr(made._runner.adapter, tensor)
+            parameter = getattr(made._adapter, tensor)
             held = parameter.data if parameter.numel() else parameter.ds_tensor  # ZeRO-3 keeps this rank's piece there
             flat = held.view(-1)
             if value is None:
                 flat.view(torch.int32)[index] ^= 1
             else:
                 flat[index] = value
-        check(made, number)
 
-    patch.setattr(checks, name, change)
+    def changed_before(made: Any, number: int) -> None:
+        change(made, number)
+        check_before(made, number)
+
+    def changed_after(stepped: Any) -> Any:
+        for made, number in stepped.values():
+            change(made, number)
+        return check_after(stepped)
+
+    if before_save:
+        patch.setattr(checks, "before_save", changed_before)
+    else:
+        patch.setattr(f"{STEP}.after_steps", changed_after)
 
 
 def no_gradient(patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[int] | None = None, since: int = 1) -> None:

@@ -18,9 +18,11 @@ from oracle_training import OracleBatch
 from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 from torch import distributed
 
+from megatron_tiedlora.adapters.adapter_bank import ALONE, AdapterBank
+from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
-from megatron_tiedlora.adapters.tying import sum_of_u, sum_tied_gradients_, tied_trained
+from megatron_tiedlora.adapters.tying import sum_gradients_, sum_of_u
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -207,7 +209,7 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
     """This rank's stage with base weights and factors in place, all fp64."""
     adapter = TiedAdapter(case.part(grid), dtype=DTYPE)
     adapter.load_full(case.adapter.tensors)
-    adapter.u_sum = sum_of_u(groups)
+    adapter.u_sum = sum_of_u(groups) if grid.tp_size > 1 else None  # as for an engine that steps it
     specs = layer_specs(
         case.shape,
         dtype=DTYPE,
@@ -217,11 +219,10 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
     )
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
-        adapter,
+        AdapterBank({ALONE: adapter}, {ALONE: Dropout(case.dropout, SEED)} if case.dropout else None),
         tensor_parallel=TensorParallel(groups.tensor, case.sequence_parallel),
         recompute=case.recompute,
-        dropout=case.dropout,
-        seed=SEED,
+        is_engines=True,
     )
     with torch.no_grad():  # a weight that nobody reads must not go unseen
         for name, parameter in stage.named_parameters():
@@ -256,7 +257,8 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     batches = case.micro_batches[grid.dp_rank :: grid.dp_size]
     numbers = case.micro_batch_numbers[grid.dp_rank :: grid.dp_size]
     loss, input_gradients = 0.0, []
-    adapter.u_sum.start(len(batches))
+    if adapter.u_sum is not None:
+        adapter.u_sum.start(len(batches))
     with counter if case.counted else nullcontext():
         for batch, drawn in zip(batches, numbers, strict=True):
             value, gradient = walk.train(batch, num_supervised, drawn if case.dropout else None)
@@ -265,10 +267,11 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     if stage.anchor is not None:  # what an engine needs of a stage without a trained tensor
         assert stage.anchor.grad is not None and not stage.anchor.grad.any()
     factors = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
-    before = {name: factors[name].grad.clone() for name in tied_trained(adapter) if factors[name].grad is not None}
+    tied = [name for name in factors if adapter.config.factor(name).tied]
+    before = {name: factors[name].grad.clone() for name in tied if factors[name].grad is not None}
     with tied_counter:
         if grid.pp_size > 1:
-            assert not sum_tied_gradients_(adapter, groups), "a gradient is missing"
+            assert not sum_gradients_({ALONE: adapter}, groups, engine_averages=True), "a gradient is missing"
     if grid.dp_size > 1:  # the engine's part: the sum over data-parallel ranks
         for parameter in factors.values():
             distributed.all_reduce(parameter.grad, group=groups.data.handle)

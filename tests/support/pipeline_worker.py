@@ -88,7 +88,7 @@ def trace_steps(cases: list[Case], folder: str) -> list[Traced]:
 
 
 def _trace(case: Case, device: torch.device) -> Traced:
-    started = _start_bank(case, device) if case.adapters else _start(case, device)
+    started = _start(case, device)
     engine = started.engine
     traced = Traced(parts=list(engine.module.parts))
     passes = dict(engine._INSTRUCTION_MAP)  # without what is wrapped below
@@ -126,49 +126,32 @@ def _plan(case: Case, **changes: Any) -> Any:
 
 
 def _start(case: Case, device: torch.device) -> _Started:
-    from megatron_tiedlora.training import build
+    from megatron_tiedlora.adapters.adapter_bank import ALONE, Share
+    from megatron_tiedlora.training.build import build_model
 
-    plan = _plan(case)
-    built = build.build_model(plan, device, None)
-    runner = build.start_engine(plan, built, device, None)
-    batches = _batches(case, plan.source.shape.vocab_size)
-    denominator = float(case.rows * case.supervised * case.num_micro_batches)
-
-    def step() -> None:
-        runner.accumulate(batches, denominator, lambda: None)
-        runner.take_step()
-
-    return _Started(runner.engine, step, list(built.stage.parameters()))
-
-
-def _start_bank(case: Case, device: torch.device) -> _Started:
-    from megatron_tiedlora.adapters.adapter_bank import Share
-    from megatron_tiedlora.engine.bank_runner import Weight
-    from megatron_tiedlora.training.build_bank import build_bank
-
-    plans = {str(number): _plan(case, **own) for number, own in enumerate(case.adapters)}
-    built = build_bank(plans, device)
-    size = case.rows * case.length
+    plans = {str(number): _plan(case, **own) for number, own in enumerate(case.adapters)} or {ALONE: _plan(case)}
+    (shared, *_), names = plans.values(), list(plans)
+    runner = build_model(plans, device).runner
+    optimizers = runner.optimizers
     batches = [
-        batch._replace(
-            tokens=batch.tokens.view(1, size),
-            positions=batch.positions.view(1, size),
-            labels=batch.labels.view(1, size),
-            shares=(Share(str(index % len(plans)), case.rows, case.length),),
-        )
-        for index, batch in enumerate(_batches(case, plans["0"].source.shape.vocab_size))
+        batch._replace(shares=(Share(names[index % len(names)], case.rows, case.length),))
+        for index, batch in enumerate(_batches(case, shared.source.shape.vocab_size))
     ]
-    weights = dict.fromkeys(plans, Weight(float(case.rows * case.supervised), case.num_micro_batches // len(plans)))
+    of_each = case.num_micro_batches // len(plans)
+    divisors = optimizers.divisors(
+        case.rows * case.supervised * of_each, accumulation_steps=of_each, dp_size=shared.grid.dp_size
+    )
 
     def step() -> None:
-        built.runner.accumulate_shares(batches, weights, lambda: None)
-        assert not built.step.sum_gradients(plans)
-        for name, norm in built.step.norms(plans).items():
-            built.step.take(name, norm)
-        built.step.clear()
+        runner.accumulate(batches, dict.fromkeys(plans, divisors), lambda: None)
+        assert not optimizers.sum_gradients(plans)
+        norms = optimizers.norms(names)
+        for name in names:
+            optimizers.take(name, norms.get(name))
+        optimizers.clear()
 
-    held = [*built.runner.stage.parameters(), *(parameter for _, parameter in built.step.bank.named_parameters())]
-    return _Started(built.runner.engine, step, held)
+    held = [*runner.stage.parameters(), *(p for adapter in runner.adapters.values() for p in adapter.parameters())]
+    return _Started(runner.engine, step, held)
 
 
 def _batches(case: Case, vocab_size: int) -> list[Any]:

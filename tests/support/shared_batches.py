@@ -66,7 +66,7 @@ class Member:
 
 @dataclass(frozen=True)
 class SharedBatch:
-    """The micro-batches of some adapters end to end: all tensors are (1, tokens)."""
+    """The micro-batches of some adapters end to end: all tensors are (1, tokens). That of one is as it is."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -82,6 +82,11 @@ class SharedBatch:
 def joined(parts: Sequence[tuple[str, OracleBatch]]) -> SharedBatch:
     """One shared micro-batch from those of (adapter, its micro-batch)."""
     batches = [batch for _, batch in parts]
+    shares = tuple(Share(name, *batch.input_ids.shape) for name, batch in parts)
+    if len(batches) == 1:
+        (batch,) = batches
+        assert batch.positions is not None
+        return SharedBatch(batch.input_ids, batch.positions, batch.labels, batch.documents, shares)
     documents = None
     if batches[0].documents is not None:
         documents = _end_to_end([batch.documents for batch in batches])
@@ -90,7 +95,7 @@ def joined(parts: Sequence[tuple[str, OracleBatch]]) -> SharedBatch:
         _end_to_end([batch.positions for batch in batches]),
         _end_to_end([batch.labels for batch in batches]),
         documents,
-        tuple(Share(name, *batch.input_ids.shape) for name, batch in parts),
+        shares,
     )
 
 

@@ -62,6 +62,7 @@ def count_steps(cases: list[Case], folder: str) -> list[Counted]:
 
 
 def _count(case: Case, device: torch.device) -> Counted:
+    from megatron_tiedlora.adapters.adapter_bank import ALONE
     from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.data.tokenizer import padding_id
     from megatron_tiedlora.runtime.stopping import StopRequests
@@ -76,26 +77,40 @@ def _count(case: Case, device: torch.device) -> Counted:
     assert plan.settings.replica_check_steps == 0
     data = prepare_data(plan)
     with _patched(case):
-        built = build.build_model(plan, device, None)
-        base = [p for name, p in built.stage.named_parameters() if name.startswith("layers.")]
-        base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in base)
-        if plan.engine.zero_stage == 3:
-            assert all(hasattr(parameter, "ds_id") for parameter in base), "partitioned as they are made, the head too"
-        saved = _saved_bytes_per_token(built.stage, plan)
-        runner = build.start_engine(plan, built, device, None)
+        start_engine, of_base = build._start_engine, list[float]()
+
+        def look(plans: Any, model: Any, *others: Any) -> Any:
+            of_base[:] = _base_bytes(model.stage, plan), _saved_bytes_per_token(model.stage, plan)
+            return start_engine(plans, model, *others)
+
+        build._start_engine = look
+        try:
+            runner = build.build_model({ALONE: plan}, device).runner
+        finally:
+            build._start_engine = start_engine
         # On a busy machine the step before may have been a long one, after which ranks send a little more.
-        train_step = TrainStep(plan, runner, StopRequests(), long_seconds=0.0 if case.long_steps else math.inf)
+        train_step = TrainStep(
+            {ALONE: plan}, runner, StopRequests(), long_seconds=0.0 if case.long_steps else math.inf
+        )
         loader = plan.training_loader(data.train, pad_id=padding_id(data.tokenizer))
         assert case.steps_before in (0, GUARDED_STEPS), "the last checked step says more than those after it"
-        train_step.checks = StepChecks(runner, check_steps=0, guarded_steps=case.steps_before)
+        train_step.checks[ALONE] = StepChecks(runner, ALONE, check_steps=0, guarded_steps=case.steps_before)
         for _ in range(case.steps_before):
-            train_step.run(next(loader))
+            train_step.run({ALONE: next(loader)})
         step = next(loader)
         with TrafficCounter(named_handles(runner.groups)) as counter:
-            train_step.run(step)
+            _ = train_step.run({ALONE: step}).only
     runner.engine.destroy()
     shapes = [(*batch.labels.shape, batch.num_supervised) for batch in step.micro_batches]
-    return Counted(counter.traffic, shapes, base_bytes, saved)
+    base_bytes, saved = of_base
+    return Counted(counter.traffic, shapes, int(base_bytes), saved)
+
+
+def _base_bytes(stage: Any, plan: Any) -> int:
+    base = [p for name, p in stage.named_parameters() if name.startswith("layers.")]
+    if plan.engine.zero_stage == 3:
+        assert all(hasattr(parameter, "ds_id") for parameter in base), "partitioned as they are made, the head too"
+    return sum(parameter.numel() * parameter.element_size() for parameter in base)
 
 
 @contextlib.contextmanager

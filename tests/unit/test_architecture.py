@@ -41,7 +41,6 @@ ENGINE_FILES = {
     "engine/topology.py",  # DeepSpeed's topology and process groups
     "engine/pipelined.py",  # its PipelineModule
     "engine/runner.py",  # its schedules
-    "engine/bank_runner.py",
     "engine/engine.py",
     "engine/optimizer_state.py",
 }

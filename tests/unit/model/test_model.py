@@ -101,9 +101,10 @@ def adapted_model(folder: Path, method: str = "tl6", layers: tuple[int, ...] = (
     model = load_model(source, None, dtype=torch.float32)
     shape = source.shape
     config = make_adapter_config(method, rank=4, layers=layers, targets=targets_of(shape), seed=1)
-    model.adapter = TiedAdapter(AdapterPart.whole(config))
+    adapter = TiedAdapter(AdapterPart.whole(config))
+    model.hold(adapter)
     generator = torch.Generator().manual_seed(2)
-    for parameter in model.adapter.parameters():
+    for parameter in adapter.parameters():
         parameter.data.normal_(0.0, 0.3, generator=generator)
     return model
 
@@ -194,7 +195,7 @@ def test_layers_without_the_adapter_are_the_base(folder: Path) -> None:
 
     model.layers["2"].register_forward_hook(look)
     model.predict(ids, positions(ids))
-    model.adapter = None
+    model.hold(None)
     model.predict(ids, positions(ids))
     assert torch.equal(*seen["in"])
     assert not torch.allclose(*seen["out"], rtol=1e-2)

@@ -94,7 +94,7 @@ def test_what_is_enumerated_is_what_a_run_accepts(three: str) -> None:
     assert mine == accepted and len(mine) == len(found.candidates) > 200
     assert {c.storage.name for c in found.candidates} == {"none", "nf4"}
     assert {c.engine_file for c in found.candidates} == {"zero0.json", "zero3.json"}
-    assert all(len(c.layout.adapters) == 3 and c.layout.is_bank for c in found.candidates)
+    assert all(len(c.layout.adapters) == 3 and c.layout.named for c in found.candidates)
     theirs = Counter[str]()
     for words, number in found.refused.items():
         theirs["over nodes" if "span nodes" in words else words] += number

@@ -61,7 +61,7 @@ SHARES = (Share("0", 2, 96), Share("1", 1, 64), Share("2", 3, 40), Share("3", 1,
 
 
 def layout_of(adapters: tuple[AdapterConfig, ...], **changes: Any) -> Layout:
-    return Layout(adapters, **{"length": 96, "rows": 4, "dtype": torch.bfloat16, "is_bank": True, **changes})
+    return Layout(adapters, **{"length": 96, "rows": 4, "dtype": torch.bfloat16, "named": True, **changes})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -76,11 +76,11 @@ def test_saved_bytes_of_a_shared_micro_batch(name: str, recompute: str, dtype: t
     generator = torch.Generator().manual_seed(1)
     for parameter in (*stage.parameters(), *(parameter for _, parameter in bank.named_parameters())):
         parameter.data.normal_(0.0, 0.05, generator=generator)
-    size = sum(share.num_tokens for share in shares)
-    tokens = torch.randint(512, (1, size), generator=generator)
-    labels = tokens.roll(-1, dims=1).where(torch.rand(1, size, generator=generator) < 0.4, -100)
+    size = (1, sum(share.num_tokens for share in shares)) if len(shares) > 1 else shares[0][1:]
+    tokens = torch.randint(512, size, generator=generator)
+    labels = tokens.roll(-1, dims=1).where(torch.rand(size, generator=generator) < 0.4, -100)
     supervised = find_supervised(labels, shares=shares)
-    positions = torch.cat([torch.arange(share.length).repeat(share.num_rows) for share in shares])[None]
+    positions = torch.cat([torch.arange(share.length).repeat(share.num_rows) for share in shares]).view(size)
     with saved_by_autograd(stage) as saved:
         stage(tokens, positions, supervised, shares=shares)
     own = {parameter.untyped_storage().data_ptr() for _, parameter in bank.named_parameters()}
@@ -99,6 +99,8 @@ def test_saved_bytes_of_a_shared_micro_batch(name: str, recompute: str, dtype: t
 
 def positions_after(supervised: Supervised, num_owners: int) -> list[int]:
     """Of each owner, the positions that are computed after the last attention."""
+    if num_owners == 1:
+        return [len(supervised.rows)]
     found = [0] * num_owners
     for piece in supervised.pieces:
         found[piece.owner] += piece.size
@@ -158,12 +160,15 @@ def test_adapters_are_whole_on_every_rank(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_one_adapter_needs_what_it_needs_alone(recompute: str) -> None:
-    """A bank of one has the activations and messages of a run of one."""
+    """With a name it has the activations and messages of one without, and all of its memory if no engine steps it."""
     own = MIXED["targets"][2]
     changes = {"pp_size": 2, "recompute": recompute, "micro_batches": 4}
-    alone, together = (
-        plan_stages(SHAPE, layout_of((own,), is_bank=is_bank, **changes)) for is_bank in (False, True)
+    alone, together, unsharded = (
+        plan_stages(SHAPE, layout_of((own,), named=named, zero_stage=zero_stage, **changes))
+        for named, zero_stage in ((False, 1), (True, 1), (False, 0))
     )
+    for bank, other in zip(together, unsharded, strict=True):
+        assert stage_memory(bank, tokens=384) == stage_memory(other, tokens=384)
     for one, bank in zip(alone, together, strict=True):
         memories = [stage_memory(stage, tokens=384) for stage in (one, bank)]
         assert memories[0].activations == memories[1].activations and memories[0].engine == memories[1].engine

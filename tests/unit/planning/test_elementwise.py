@@ -90,9 +90,8 @@ def counted(plan: RunPlan, bank: Sequence[AdapterConfig] = ()) -> int:
             shape, dtype=torch.bfloat16, kernels=counter.watched(EAGER), recomputes_gate=recompute == "selective"
         )
         owned = {str(number): TiedAdapter(AdapterPart.whole(own)) for number, own in enumerate(bank)}
-        stage = Stage(specs, AdapterBank(owned) if bank else None, recompute=recompute)
-        if not bank:
-            stage.adapter = TiedAdapter(AdapterPart.whole(plan.adapter))
+        alone = TiedAdapter(AdapterPart.whole(plan.adapter))
+        stage = Stage(specs, AdapterBank(owned) if bank else alone, recompute=recompute)
         tokens, positions = torch.zeros(2, 1, LENGTH, dtype=torch.int64).unbind(0)
     labels = torch.zeros(1, LENGTH, dtype=torch.int64)
     labels[:, -1] = -100
@@ -143,7 +142,7 @@ def test_tokens_of_several_adapters_move_what_is_planned(recompute: str, monkeyp
         ]
         bank = tuple(plan.adapter for plan in plans)
         found.append(counted(plans[0], bank))
-        layout = replace(plans[0].layout, adapters=bank, is_bank=True)
+        layout = replace(plans[0].layout, adapters=bank, named=True)
         rows = [np.arange(LENGTH // 2) > 0]
         batch = Batch(shared_shape(layout, [(0, rows), (1, rows)]), 0)
         work = stage_work(plan_stages(plans[0].source.shape, layout)[0], batch)

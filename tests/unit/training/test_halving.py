@@ -14,8 +14,8 @@ import pytest
 
 from megatron_tiedlora.base.atomic import unguarded
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.halving import BatchLosses, find_behind, read_record, rivals_of
+from megatron_tiedlora.training.loop import Trainer
 
 
 def evaluations(*, gap: float, count: int = 200, seed: int = 1) -> tuple[BatchLosses, BatchLosses]:

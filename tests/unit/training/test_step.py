@@ -4,47 +4,85 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_tiedlora.adapters.adapter_bank import ALONE
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.training import step as module
 from megatron_tiedlora.training.checks import RunFailed
 from megatron_tiedlora.training.step import TrainStep
 
-SUPERVISED, MICRO_BATCHES = 40, 3
+SUPERVISED, MICRO_BATCHES = {"": 40, "a": 40, "b": 10}, 3
 PLAN: Any = SimpleNamespace(
     batches=SimpleNamespace(accumulation_steps=5),
     grid=SimpleNamespace(dp_size=1, world_size=1),
     settings=SimpleNamespace(replica_check_steps=1),
 )
-STEP: Any = SimpleNamespace(
-    num_supervised=SUPERVISED, micro_batches=list(range(MICRO_BATCHES))
-)
-ALL = ["passes", "save due?", "gradients of 1", "step", "copies of 1"]
+ALL = ["passes", "sums", "save due?", "norms", "gradients of 1", "step", "copies of 1"]
 
 
 class Rank:
-    """In place of the runner, the checks and the watch over signals; `calls` is what they were asked for."""
+    """In place of the runner, its optimizers, the checks and the watch over signals.
 
-    def __init__(self, *, loss: float = 60.0, norm: float = 0.5, wish: int = 0) -> None:
+    Attributes:
+        calls: what they were asked for.
+        engine_steps: whether a norm is only known after the step.
+        missing: the tensors without a gradient, by adapter.
+        failing: the adapters that a check ends, by its name.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss: float = 60.0,
+        norm: float = 0.5,
+        wish: int = 0,
+        engine_steps: bool = False,
+        names: Sequence[str] = (ALONE,),
+    ) -> None:
         self.calls: list[str] = []
-        self.missing_gradients: list[str] = []
-        self.engine = SimpleNamespace(get_lr=lambda: [0.25])
-        self.loss, self.norm, self.number = loss, norm, wish
+        self.missing: dict[str, list[str]] = {}
+        self.failing: dict[str, str] = {}
+        self.engine_steps = engine_steps
+        self.losses, self.found_norms, self.number = dict.fromkeys(names, loss), dict.fromkeys(names, norm), wish
+        self.optimizers = self
 
-    def accumulate(self, inputs: list[int], denominator: float, between: Any) -> float:
-        assert inputs == [0, 1, 2] and denominator == SUPERVISED / 5
+    def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
+        assert (accumulation_steps, dp_size) == (5, 1)
+        return (float(num_supervised),)
+
+    def accumulate(self, inputs: list[Any], divisors: Mapping[str, Any], between: Any) -> dict[str, float]:
+        assert [batch for some in inputs for batch in some] == [
+            (name, number) for number in range(MICRO_BATCHES) for name in divisors
+        ]
+        assert divisors == {name: (float(SUPERVISED[name]),) for name in divisors}
         for _ in inputs[:-1]:
             between()
         self.calls.append("passes")
-        return self.loss
+        return {name: self.losses[name] for name in divisors}
 
-    def take_step(self) -> float:
-        self.calls.append("step")
-        return self.norm
+    def sum_gradients(self, taking: Collection[str]) -> dict[str, list[str]]:
+        self.calls.append("sums")
+        return self.missing
+
+    def norms(self, taking: Sequence[str]) -> dict[str, float]:
+        self.calls.append("norms")
+        return {} if self.engine_steps else {name: self.found_norms[name] for name in taking}
+
+    def take(self, name: str, norm: float | None) -> float:
+        assert norm == (None if self.engine_steps else self.found_norms[name])
+        self.calls.append("step" if name == ALONE else f"step of {name}")
+        return self.found_norms[name]
+
+    def learning_rate(self, name: str) -> float:
+        return 0.5 if "step" in self.calls[-3:] else 0.25  # it is read before the schedule moves on
+
+    def clear(self) -> None:
+        self.missing = {}
 
     def requested_signal(self) -> int:
         return self.number
@@ -53,38 +91,69 @@ class Rank:
         self.calls.append("stop?")
         return mine
 
-    def before_step(self, step: int, *, ranks_missing: float) -> None:
-        self.calls.append(f"gradients of {step}" + (", missing" if ranks_missing else ""))
+    def before_steps(
+        self, checks: Mapping[str, Any], *, missing: Mapping[str, Any], ranks_missing: Mapping[str, float]
+    ) -> dict[str, RunFailed]:
+        assert {name for name, ranks in ranks_missing.items() if ranks} == {n for n, own in missing.items() if own}
+        self._note("gradients", checks, "".join(f", {name or 'one'} misses" for name in missing))
+        return {name: RunFailed("no gradient") for name in checks if self.failing.get(name) == "gradients"}
 
-    def after_step(self, step: int) -> None:
-        self.calls.append(f"copies of {step}")
+    def after_steps(self, checks: Mapping[str, Any]) -> dict[str, RunFailed]:
+        self._note("copies", checks, "")
+        return {name: RunFailed("another copy") for name in checks if self.failing.get(name) == "copies"}
+
+    def _note(self, what: str, checks: Mapping[str, Any], more: str) -> None:
+        if checks:
+            numbers = " ".join(f"{name}{number}" for name, (_, number) in checks.items())
+            self.calls.append(f"{what} of {numbers}{more}")
 
     def save_due(self) -> bool:
         self.calls.append("save due?")
         return True
 
 
-def made(rank: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> TrainStep:
+def step_of(*names: str) -> dict[str, Any]:
+    return {name: SimpleNamespace(num_supervised=SUPERVISED[name]) for name in names}
+
+
+STEP = step_of(ALONE)
+
+
+def made(rank: Any, monkeypatch: pytest.MonkeyPatch, names: Sequence[str] = (ALONE,), **options: Any) -> TrainStep:
     monkeypatch.setattr(module, "StepChecks", lambda *_, **__: rank)
-    return TrainStep(PLAN, rank, rank, **options)
+    monkeypatch.setattr(module, "before_steps", rank.before_steps)
+    monkeypatch.setattr(module, "after_steps", rank.after_steps)
+    monkeypatch.setattr(module, "shared_micro_batch", lambda some: some)
+    monkeypatch.setattr(
+        module,
+        "shared_rounds",
+        lambda steps, capacity: [
+            [(name, number) for name in some]
+            for number in range(MICRO_BATCHES)
+            for some in ([list(steps)] if capacity else [[name] for name in steps])
+        ],
+    )
+    return TrainStep(dict.fromkeys(names, PLAN), rank, rank, **options)
 
 
-def test_a_step_and_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    rank = Rank()
+@pytest.mark.parametrize("engine_steps", [False, True])
+def test_a_step_and_its_report(monkeypatch: pytest.MonkeyPatch, engine_steps: bool) -> None:
+    rank = Rank(engine_steps=engine_steps)
     train_step = made(rank, monkeypatch, long_seconds=math.inf)
     report = train_step.run(STEP, save_due=rank.save_due)
+    own = report.only
     assert rank.calls == ALL
-    assert (report.number, report.loss, report.learning_rate, report.grad_norm) == (1, 1.5, 0.25, 0.5)
+    assert (own.number, own.loss, own.learning_rate, own.grad_norm) == (1, 1.5, 0.25, 0.5)
     assert report.votes.save_due == 1 and report.votes.stopping == report.votes.failed == 0
-    rank.missing_gradients = ["A"]
-    assert train_step.run(STEP).number == train_step.finished == 2
-    assert rank.calls[len(ALL) :] == ["passes", "gradients of 2, missing", "step", "copies of 2"]
+    rank.missing = {ALONE: ["A"]}
+    assert train_step.run(STEP).only.number == train_step.finished[ALONE] == 2
+    assert rank.calls[len(ALL) :] == ["passes", "sums", "norms", "gradients of 2, one misses", "step", "copies of 2"]
 
 
 def test_a_wish_to_stop_comes_with_a_step_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = Rank(wish=15)
-    report = made(rank, monkeypatch, finished=6, long_seconds=math.inf).run(STEP)
-    assert report.number == 7 and "step" in rank.calls
+    report = made(rank, monkeypatch, finished={ALONE: 6}, long_seconds=math.inf).run(STEP)
+    assert report.only.number == 7 and "step" in rank.calls
     assert (report.votes.stopping, report.votes.signals) == (1, 15)
 
 
@@ -106,22 +175,57 @@ def test_a_failure_ends_the_run_before_weights_move(monkeypatch: pytest.MonkeyPa
     train_step = made(rank, monkeypatch, long_seconds=math.inf)
     with pytest.raises(UserError, match="the disk is full"):
         train_step.run(STEP, failure=UserError("the disk is full"))
-    assert rank.calls == ["passes"] and train_step.finished == 0
+    assert rank.calls == ["passes", "sums"] and train_step.finished[ALONE] == 0
 
 
 @pytest.mark.parametrize(
-    ("values", "saved_step", "message", "calls"),
+    ("values", "saved_step", "message", "steps"),
     [
-        ({"loss": math.nan}, None, "the loss is nan at step 5; no checkpoint was written yet. Lower", 1),
-        ({"norm": math.inf}, 4, "the gradient norm is inf at step 5; the last checkpoint is of step 4. Lower", 3),
+        ({"loss": math.nan}, None, "the loss is nan at step 5; no checkpoint was written yet. Lower", False),
+        ({"norm": math.inf}, 4, "the gradient norm is inf at step 5; the last checkpoint is of step 4. Lower", False),
+        (
+            {"norm": math.inf, "engine_steps": True},
+            4,
+            "the gradient norm is inf at step 5; the last checkpoint is of step 4. Lower",
+            True,
+        ),
     ],
 )
 def test_what_is_not_finite(
-    monkeypatch: pytest.MonkeyPatch, values: dict[str, float], saved_step: int | None, message: str, calls: int
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], saved_step: int | None, message: str, steps: bool
 ) -> None:
-    """A loss is seen before weights move, a norm at once after that."""
-    rank = Rank(**values)  # type: ignore[arg-type]
-    train_step = made(rank, monkeypatch, finished=4, long_seconds=math.inf)
+    """A loss and a norm are seen before weights move; the norm of a step by an engine at once after that."""
+    rank = Rank(**values)
+    train_step = made(rank, monkeypatch, finished={ALONE: 4}, long_seconds=math.inf)
+    report = train_step.run(STEP, saved_steps={ALONE: saved_step} if saved_step else {})
     with pytest.raises(RunFailed, match=re.escape(message)):
-        train_step.run(STEP, saved_step=saved_step)
-    assert rank.calls == ["passes", "gradients of 5", "step"][:calls] and train_step.finished == 4
+        _ = report.only
+    assert [call for call in rank.calls if call.startswith(("step", "copies"))] == ["step"] * steps
+    assert train_step.finished[ALONE] == 4
+
+
+@pytest.mark.parametrize("capacity", [0, 100])
+def test_an_adapter_fails_alone(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
+    """Its loss, its norm, its gradients or its copies: the other takes its step, and the failed one has the reason."""
+    for kind, message, taken in (
+        ("loss", "the loss is nan", ["step of a"]),
+        ("norm", "the gradient norm is inf", ["step of a"]),
+        ("gradients", "no gradient", ["step of a"]),
+        ("copies", "another copy", ["step of a", "step of b"]),
+    ):
+        rank = Rank(names=("a", "b"))
+        if kind == "loss":
+            rank.losses["b"] = math.nan
+        elif kind == "norm":
+            rank.found_norms["b"] = math.inf
+        else:
+            rank.failing["b"] = kind
+        step = made(rank, monkeypatch, ("a", "b"), finished={"a": 2}, capacity=capacity, long_seconds=math.inf)
+        report = step.run(step_of("a", "b"))
+        a, b = report.adapters["a"], report.adapters["b"]
+        assert (a.number, a.loss, a.grad_norm, a.failure) == (3, 1.5, 0.5, None), kind
+        assert b.number == 1 and str(b.failure).startswith(message), kind
+        assert [call for call in rank.calls if call.startswith("step")] == taken, kind
+        assert step.finished == {"a": 3, "b": 0} and (kind != "loss" or "gradients of a3" in rank.calls), kind
+        step.run(step_of("a"))  # an adapter that has failed is left out by the caller
+        assert step.finished == {"a": 4, "b": 0}, kind

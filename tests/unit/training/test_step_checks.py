@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.training.checks import RunFailed, StepChecks
+from megatron_tiedlora.training.checks import StepChecks, before_steps
 
 
 def checks(largest: list[float], *, of_values: float) -> StepChecks:
@@ -20,8 +20,7 @@ def checks(largest: list[float], *, of_values: float) -> StepChecks:
         labels=lambda: ["A", "B", "v of layer 1"],
         remove=lambda: None,
     )
-    adapter = SimpleNamespace(part=SimpleNamespace(layers=(1,)))
-    own._runner = SimpleNamespace(missing_gradients=[], adapter=adapter)
+    own._adapter = SimpleNamespace(part=SimpleNamespace(layers=(1,)))
     own._check_steps, own._steps, own._guarded_steps, own._guard = 0, 1, 2, guard
     return own
 
@@ -35,6 +34,17 @@ def checks(largest: list[float], *, of_values: float) -> StepChecks:
     ],
 )
 def test_what_is_said_of_zeros(largest: list[float], of_values: float, said: str) -> None:
-    with pytest.raises(RunFailed) as raised:
-        checks(largest, of_values=of_values).before_step(2)
-    assert str(raised.value).startswith(f"step 2: {said}")
+    both = {"a": (checks([1.0, 1.0, 1.0], of_values=1.0), 7), "b": (checks(largest, of_values=of_values), 2)}
+    failed = before_steps(both, missing={}, ranks_missing={"a": 0.0, "b": 0.0})
+    assert failed.keys() == {"b"} and str(failed["b"]).startswith(f"step 2: {said}")
+    assert all(own._guard is None and own._steps == 2 for own, _ in both.values())
+
+
+def test_a_missing_gradient_is_said_of_its_adapter_alone() -> None:
+    """Even after the guarded steps, as the sums over ranks find it too."""
+    both = {"a": (checks([1.0, 1.0, 1.0], of_values=1.0), 7), "b": (checks([1.0, 1.0, 1.0], of_values=1.0), 2)}
+    for own, _ in both.values():
+        own._guard = None
+    failed = before_steps(both, missing={"b": ["v", "B"]}, ranks_missing={"a": 0.0, "b": 1.0})
+    text = "step 2: no gradient reaches v, B from the stage with adapted layers 1; this step changed nothing"
+    assert {name: str(failure) for name, failure in failed.items()} == {"b": text}
