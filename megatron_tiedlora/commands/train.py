@@ -22,7 +22,6 @@ from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environm
 
 if TYPE_CHECKING:
     from megatron_tiedlora.runtime.ending import End
-    from megatron_tiedlora.training.dry_run_tables import Report
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
         rank, world_size = rank_and_world_size()
         if rank:
             return 0
-        report = _report(settings, launched_ranks=world_size)
+        from megatron_tiedlora.training.dry_run import dry_run_report
+
+        report = dry_run_report(settings, launched_ranks=world_size)
         print(report.text)
         return 0 if report.fits else 1
     return (train_rank if settings.adapters is None else train_together)(settings).status
@@ -58,17 +59,6 @@ def _check_files(settings: Settings) -> None:
         local_folder(settings.model)
     find_engine_json(settings.ds_config)
     check_files_exist(settings)
-
-
-def _report(settings: Settings, *, launched_ranks: int) -> Report:
-    """What --dry_run shows."""
-    if settings.adapters is None:
-        from megatron_tiedlora.training.dry_run import dry_run_report
-
-        return dry_run_report(settings, launched_ranks=launched_ranks)
-    from megatron_tiedlora.training.group_dry_run import group_report
-
-    return group_report(settings, launched_ranks=launched_ranks)
 
 
 def train_rank(settings: Settings) -> End:
@@ -142,12 +132,12 @@ def train_together(settings: Settings) -> End:
     stop = StopRequests()
     stop.install()
     with reported_end(rank, world_size, stop) as end:
-        from megatron_tiedlora.training import group_finish, group_start, member_plans
+        from megatron_tiedlora.training import adapter_plans, group_finish, group_start, run_data
         from megatron_tiedlora.training.build_bank import build_bank
 
-        plans = member_plans.plan_group(settings, rank=rank, world_size=world_size)
-        data = member_plans.prepare_group_data(plans)
-        plans = member_plans.counted(plans, data)
+        plans = adapter_plans.plan_adapters(settings, rank=rank, world_size=world_size)
+        data = run_data.prepare_all_data(plans)
+        plans = run_data.counted(plans, data)
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
         end.watch_peers(settings.timeout_minutes)
         folder, keep = group_start.open_group_folder(settings, plans, data, keep=end.hold)

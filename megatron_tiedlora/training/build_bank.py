@@ -20,6 +20,7 @@ from megatron_tiedlora.engine.engine import initialize_engine, stored_bytes
 from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.parallel.agreement import gather_numbers
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.training.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.training.build import (
     build_stage,
     checked_base,
@@ -28,7 +29,6 @@ from megatron_tiedlora.training.build import (
     restore_training,
     start_values,
 )
-from megatron_tiedlora.training.member_plans import Plans, shared_plan
 from megatron_tiedlora.training.optimizer import make_optimizer
 from megatron_tiedlora.training.plan import RunPlan
 
@@ -70,7 +70,7 @@ def build_bank(
         checkpoints: from which adapters go on, by name; others begin.
 
     Raises:
-        UserError: see `shared_plan`; or weights are missing or do not fit, or an adapter is of another base.
+        UserError: weights are missing or do not fit, or an adapter is of another base.
     """
     shared, resumed = shared_plan(plans), checkpoints or {}
     layers = shared.stage.layers

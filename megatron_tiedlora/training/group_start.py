@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, naming
 from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.paths import user_path
@@ -20,27 +20,28 @@ from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
-from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, RUN_OF_ALL, check_folders
+from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.engine.bank_runner import OwnRunner
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.runtime.group_folder import GroupFolder
-from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, take_run_folder
+from megatron_tiedlora.runtime.run_folder import RunFolder, run_name, take_run_folder
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import session
+from megatron_tiedlora.training.adapter_plans import Plans, check_run_folders, in_folder, shared_plan
 from megatron_tiedlora.training.build_bank import BuiltBank
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.group import Finished, Group
-from megatron_tiedlora.training.group_plan import longest_run
 from megatron_tiedlora.training.group_step import GroupStep
 from megatron_tiedlora.training.halving import REASON, rivals_of
 from megatron_tiedlora.training.loop import is_trained
 from megatron_tiedlora.training.member import Member
-from megatron_tiedlora.training.member_plans import Data, Plans, group_name, naming, shared_plan
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.resumed import with_kept_warmup
+from megatron_tiedlora.training.run_data import Data
+from megatron_tiedlora.training.step_plan import longest_run
 from megatron_tiedlora.training.throughput import Meter, start_meter
 
 Checkpoints = Mapping[str, Checkpoint | None]
@@ -73,7 +74,7 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
     def take() -> tuple[str, str]:
         folder, lock = take_run_folder(
             settings.output_dir,
-            name=group_name(settings),
+            name=run_name(settings),
             resume=settings.resume,
             take_over=settings.take_over,
             before=reject_other_runs,
@@ -92,25 +93,6 @@ def open_group_folder(settings: Settings, plans: Plans, data: Data, *, keep: Kee
         held.callback(release)
 
     return GroupFolder(Path(path), owner), hold
-
-
-def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
-    """Raise UserError if the folder of an adapter cannot be used beside the others and `folder`, the one of all."""
-    own = {name: str(plan.settings.output_dir) for name, plan in in_folder(plans, folder).items()}
-    check_folders(str(settings.adapters), {RUN_OF_ALL: str(folder.path), **own})
-    for name, output_dir in own.items():
-        with naming(name):
-            choose_run_folder(output_dir, name=plans[name].name, resume=settings.resume)
-
-
-def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
-    """The plans with the run folder of each adapter: RUN/NAME, or what its entry says."""
-    return {
-        name: replace(
-            plan, settings=plan.settings.completed(output_dir=plan.settings.output_dir or str(folder.path / name))
-        )
-        for name, plan in plans.items()
-    }
 
 
 def open_run_folders(plans: Plans, data: Data, *, keep: Keep) -> dict[str, RunFolder]:

@@ -20,11 +20,11 @@ from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.parallel.agreement import raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.runtime.stopping import StepVotes, StopRequests
+from megatron_tiedlora.training.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.training.build_bank import BuiltBank
 from megatron_tiedlora.training.checks import RunFailed, StepChecks, after_steps, before_steps, require_finite
-from megatron_tiedlora.training.group_plan import micro_batch_capacity
-from megatron_tiedlora.training.member_plans import Plans, shared_plan
 from megatron_tiedlora.training.step import LONG_STEP_SECONDS
+from megatron_tiedlora.training.step_plan import micro_batch_capacity
 
 
 @dataclass(frozen=True)
