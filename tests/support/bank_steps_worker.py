@@ -18,11 +18,11 @@ from megatron_tiedlora.engine.runner import StepInput
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import build
+from megatron_tiedlora.training.adapter_plans import shared_plan
 from megatron_tiedlora.training.build_bank import build_bank
 from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.group_step import GroupStep, OwnReport
 from megatron_tiedlora.training.loop import full_adapter_state
-from megatron_tiedlora.training.member_plans import shared_plan
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.step import TrainStep
