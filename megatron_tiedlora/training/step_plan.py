@@ -134,7 +134,7 @@ class StepPlan:
     @cached_property
     def batches(self) -> Batches:
         """This rank's micro-batches of the step."""
-        numbers, found = {name: number for number, name in enumerate(self.plans)}, dict[Hashable, Batch]()
+        numbers, found = self._numbers, dict[Hashable, Batch]()
         rows = {name: self._rows(name) for name in self._taking}
         squared = {name: self._squared(name) for name in self._taking}
 
@@ -155,7 +155,7 @@ class StepPlan:
         multiple = self.layout.pad_multiple
         own = [plan.layout.rows * padded(longest[name], multiple) for name, plan in self.plans.items()]
         tokens = max(*own, min(sum(own), micro_batch_capacity(self.plans, shares=self.shares_micro_batches)))
-        owners = dict.fromkeys(batch.shape.adapters for batch in self.batches.kinds)
+        owners = dict.fromkeys(tuple(self._numbers[name] for name, _ in some) for some in self.rounds)
         return LargestMicroBatch(tokens, self._most_documents(), self._longest_document(), tuple(owners))
 
     @cached_property
@@ -178,6 +178,11 @@ class StepPlan:
     def batch(self, name: str) -> GlobalBatch | None:
         """An adapter's samples, if there is data."""
         return None if self.samples is None else self.samples[name][1]
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """The number of each adapter in the layout."""
+        return {name: number for number, name in enumerate(self.plans)}
 
     @property
     def _taking(self) -> list[str]:
