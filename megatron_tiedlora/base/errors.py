@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 _LONGEST = 1200  # characters of a message
@@ -22,6 +24,19 @@ class UserError(ValueError):
 
     def __init__(self, message: object) -> None:
         super().__init__(one_line(str(message)))
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Inside, a `UserError` says which adapter it is of; "" adds nothing."""
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        named = UserError(f"{name}: {error}")
+        named.of_peer = error.of_peer
+        raise named from None
 
 
 def one_line(text: str) -> str:

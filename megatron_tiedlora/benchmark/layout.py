@@ -45,9 +45,9 @@ from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model, build_random_model
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
-from megatron_tiedlora.training.first_step import batches_of, largest_of
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.step import AdapterStep, TrainStep
+from megatron_tiedlora.training.step_plan import StepPlan
 from megatron_tiedlora.training.throughput import find_peak, timed, training_flops
 
 
@@ -86,7 +86,7 @@ class Started:
         """What the planner says of a step on a machine of this one's hosts. All ranks call it together."""
         plan = self.plan
         batch = plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
-        batches = batches_of(plan, plan.layout, self.dataset, batch)
+        batches = StepPlan({ALONE: plan}, samples={ALONE: (self.dataset, batch)}).batches
         return planned_seconds(plan.stages, batches, Links(plan.layout, ranks_here()), machine)
 
 
@@ -125,8 +125,7 @@ def _planned(run: Started, step: TrainingStep, machine: Machine) -> dict[str, An
     """
     plan = run.plan
     batch = plan.global_batch(run.dataset, consumed_samples=step.consumed_samples)
-    largest = largest_of(plan.layout, run.dataset, batch, packing=plan.settings.packing)
-    memory = largest.memory(plan.stage, machine)
+    memory = StepPlan({ALONE: plan}, samples={ALONE: (run.dataset, batch)}).largest.memory(plan.stage, machine)
     spent = run.planned_seconds(step, machine)
     reserve = 0.0 if plan.on_gpu else memory.libraries
     return {"peak": memory.allocated + reserve, "machine": machine.title, "seconds": spent._asdict()}

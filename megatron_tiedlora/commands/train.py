@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.presets import is_preset
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
-
-if TYPE_CHECKING:
-    from megatron_tiedlora.training.dry_run_tables import DryRunReport
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +31,9 @@ def main(argv: Sequence[str]) -> int:
         rank, world_size = rank_and_world_size()
         if rank:
             return 0
-        report = _report(settings, launched_ranks=world_size)
+        from megatron_tiedlora.training.dry_run import dry_run_report
+
+        report = dry_run_report(settings, launched_ranks=world_size)
         print(report.text)
         return 0 if report.fits else 1
     from megatron_tiedlora.training.run import train_rank  # imports torch: --help and a wrong flag do not wait for it
@@ -58,15 +56,6 @@ def _check_files(settings: Settings) -> None:
     check_files_exist(settings)
 
 
-def _report(settings: Settings, *, launched_ranks: int) -> DryRunReport:
-    """What --dry_run shows."""
-    if settings.adapters is None:
-        from megatron_tiedlora.training.dry_run import dry_run_report
-
-        return dry_run_report(settings, launched_ranks=launched_ranks)
-    from megatron_tiedlora.training.group_dry_run import group_report
-
-    return group_report(settings, launched_ranks=launched_ranks)
 
 
 if __name__ == "__main__":

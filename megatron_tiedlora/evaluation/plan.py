@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.base_formats import UNQUANTISED
-from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.errors import UserError, as_given, naming, shown
 from megatron_tiedlora.base.output_folder import LONGEST_NAME
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.wording import count_text
@@ -118,13 +118,9 @@ def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) 
     plans: dict[str, EvaluationPlan] = {}
     identify = cache(identify_model)
     for name, given in own.items():
-        try:
+        with naming(name and f"--adapters: {name}"):
             plans[name] = _plan(given, rank=rank, world_size=world_size, identify=identify)
             _check_same_base(next(iter(plans.items())), plans[name])
-        except UserError as error:
-            if settings.adapters is None:
-                raise
-            raise UserError(f"--adapters: {name}: {error}") from None
     return plans
 
 

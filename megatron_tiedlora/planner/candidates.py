@@ -1,7 +1,7 @@
 """Every layout of a cluster, by the checks of a run: `plan_run` accepts a layout or says what is wrong with it.
 
 Micro-batch, sequence parallelism and recompute are in no check, so `plan_run` is asked once for each value of the other
-choices; of several adapters `plan_group`, which asks it about each. `runs` changes what it returns in these three.
+choices and each adapter. `runs` changes what it returns in these three.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
 
 if TYPE_CHECKING:
-    from megatron_tiedlora.training.first_step import FirstStep
-    from megatron_tiedlora.training.group_plan import GroupPlan
     from megatron_tiedlora.training.plan import RunPlan
+    from megatron_tiedlora.training.step_plan import StepPlan
 
 RECOMPUTES = ("none", "selective", "full")
 # The file of each ZeRO stage. zero2_offload.json is left out: it moves a few MB to the host.
@@ -82,7 +81,7 @@ class Candidate:
         return self.variant.layout
 
     @property
-    def step(self) -> FirstStep | GroupPlan:
+    def step(self) -> StepPlan:
         """The first step of the run."""
         return self.variant.step
 

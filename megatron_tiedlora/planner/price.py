@@ -33,7 +33,7 @@ from megatron_tiedlora.planning.step_time import (
     sum_terms,
 )
 from megatron_tiedlora.planning.work import Batch, StageWork, stage_work
-from megatron_tiedlora.training.first_step import Work
+from megatron_tiedlora.training.step_plan import Work
 
 _Part = TypeVar("_Part")
 
@@ -234,12 +234,12 @@ def _kinds(stage: StagePlan) -> Hashable:
 
 def hours_in_turn(row: Priced, run: PlannedRun) -> float:
     """The hours of the adapters of a run one after another, each alone in the layout of a row."""
-    steps = run.alone(row.candidate.variant)
+    variants = run.alone(row.candidate.variant)
     parts = []
-    for first in steps:
-        stages, links = plan_stages(first.shape, first.layout), Links(first.layout, row.cluster.per_node)
-        parts.append(step_parts(stages, first.batches, links, row.cluster.machine))
-    spent = (first.steps * seconds.total for first, seconds in zip(steps, step_seconds(parts), strict=True))
+    for layout, step, _ in variants:
+        stages, links = plan_stages(step.shape, layout), Links(layout, row.cluster.per_node)
+        parts.append(step_parts(stages, step.batches, links, row.cluster.machine))
+    spent = (one.step.steps * seconds.total for one, seconds in zip(variants, step_seconds(parts), strict=True))
     return sum(spent) / 3600
 
 

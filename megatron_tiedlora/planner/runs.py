@@ -1,4 +1,4 @@
-"""The run that is planned: of one adapter, or of those of --adapters. What a layout of either has is made here."""
+"""The run that is planned, with its adapters, and what each of its layouts has."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from megatron_tiedlora.adapters.adapter_bank import ALONE
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.adapters_file import PER_ADAPTER, read_adapters
+from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.training.first_step import FirstStep
-from megatron_tiedlora.training.plan import RunPlan, plan_run
-
-if TYPE_CHECKING:  # a plan of one adapter waits for neither, and one without data not for what reads it
-    from megatron_tiedlora.training.group_plan import GroupPlan
-    from megatron_tiedlora.training.run_data import RunData
-
-_ALONE = ""  # the name of an adapter without --adapters
+from megatron_tiedlora.training.adapter_plans import Plans, adapter_settings, plan_adapters
+from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.run_data import Data, counted, prepare_all_data
+from megatron_tiedlora.training.step_plan import StepPlan
 
 
 class Variant(NamedTuple):
@@ -30,7 +27,7 @@ class Variant(NamedTuple):
     """
 
     layout: Layout
-    step: FirstStep | GroupPlan
+    step: StepPlan
     is_default: bool
 
 
@@ -47,8 +44,8 @@ class PlannedRun:
     settings: Settings
     source: ModelSource
     on_gpu: bool
-    data: Mapping[str, RunData] = field(default_factory=dict)
-    _steps: dict[Hashable, FirstStep | GroupPlan] = field(default_factory=dict)
+    data: Data = field(default_factory=dict)
+    _steps: dict[Hashable, StepPlan] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -61,12 +58,8 @@ class PlannedRun:
     @cached_property
     def adapters(self) -> dict[str, Settings]:
         """The settings of each adapter, without the batch that a plan assumes. Raises UserError as a run does."""
-        settings = self.settings
-        if settings.adapters is None:
-            return {_ALONE: settings}
-        assumed = {"global_batch_size"} - settings.model_fields_set
-        given = {name: value for name, value in self.values.items() if name not in assumed}
-        return read_adapters(settings.adapters, make_settings(given))
+        assumed = {"global_batch_size"} - self.settings.model_fields_set
+        return adapter_settings(make_settings({n: value for n, value in self.values.items() if n not in assumed}))
 
     def assumes(self, name: str) -> bool:
         """Whether a setting is a default, at least for one adapter."""
@@ -82,7 +75,7 @@ class PlannedRun:
         return math.gcd(*(own.global_batch_size for own in given), *assumed)
 
     @property
-    def plans_of_step(self) -> Mapping[str, RunPlan]:
+    def plans_of_step(self) -> Plans:
         """The plan of each adapter in one of the layouts, for what is the same in all."""
         return next(iter(self._steps.values())).plans
 
@@ -93,62 +86,40 @@ class PlannedRun:
             UserError: as a run does.
         """
         settings = make_settings({**self.values, **choices, "world_size": world_size})
-        where = {"rank": 0, "world_size": world_size}
-        if settings.adapters is None:
-            return {_ALONE: plan_run(settings, **where, weights=False, source=self.source)}
-        from megatron_tiedlora.training.member_plans import plan_group
+        return plan_adapters(settings, rank=0, world_size=world_size, weights=False, source=self.source)
 
-        return plan_group(settings, **where, weights=False, source=self.source)
-
-    def read_data(self, plans: Mapping[str, RunPlan]) -> None:
+    def read_data(self, plans: Plans) -> None:
         """Read the data, which is the same for all layouts. Raises UserError as a run does."""
-        if not any(plan.reads_data for plan in plans.values()):
-            return
-        if self.settings.adapters is None:
-            from megatron_tiedlora.training.run_data import prepare_data
-
-            self.data = {name: prepare_data(plan) for name, plan in plans.items()}
-        else:
-            from megatron_tiedlora.training.member_plans import prepare_group_data
-
-            self.data = prepare_group_data(plans)
+        if any(plan.reads_data for plan in plans.values()):
+            self.data = prepare_all_data(plans)
 
     def variants(
-        self, plans: Mapping[str, RunPlan], rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
+        self, plans: Plans, rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
     ) -> Iterator[Variant]:
         """The layouts that differ from the plans in choices that no check depends on."""
-        plans = {name: self._counted(name, plan) for name, plan in plans.items()}
-        base = self._first_step(plans, with_data=False).layout
+        plans = counted(plans, self.data) if self.data else plans
+        shares = self.settings.share_micro_batches
+        base = StepPlan(plans, shares).layout
         for size, shards in itertools.product(rows, sequences):
             key = (base.tp_size, base.pp_size, base.dp_size, size, shards)
             if key not in self._steps:
-                self._steps[key] = self._first_step({n: _varied(plan, size, shards) for n, plan in plans.items()})
+                varied = {name: _varied(plan, size, shards) for name, plan in plans.items()}
+                self._steps[key] = StepPlan.first(varied, self.data, shares=shares)
             step = self._steps[key]
             shared = replace(base, rows=size, micro_batches=step.layout.micro_batches, shards_sequences=shards)
             for recompute in recomputes:
                 is_default = (size, shards, recompute) == (base.rows, base.shards_sequences, base.recompute)
                 yield Variant(replace(shared, recompute=recompute), step, is_default)
 
-    def alone(self, variant: Variant) -> list[FirstStep]:
-        """The first step of each adapter of --adapters as a run of its own, in the same layout."""
+    def alone(self, variant: Variant) -> list[Variant]:
+        """The same layout for a run of each adapter of its own, and the first step of that."""
         found = []
         for name, plan in variant.step.plans.items():
-            own = plan.layout
-            layout = replace(variant.layout, adapters=own.adapters, named=False, micro_batches=own.micro_batches)
-            found.append(FirstStep(plan, replace(layout, compiled=own.compiled), self.data.get(name)))
+            samples = variant.step.samples
+            step = StepPlan({ALONE: plan}, samples=None if samples is None else {ALONE: samples[name]})
+            own = {key: getattr(step.layout, key) for key in ("adapters", "named", "micro_batches", "compiled")}
+            found.append(Variant(replace(variant.layout, **own), step, is_default=False))
         return found
-
-    def _counted(self, name: str, plan: RunPlan) -> RunPlan:
-        return plan.counted(len(self.data[name].train)) if self.data else plan
-
-    def _first_step(self, plans: Mapping[str, RunPlan], *, with_data: bool = True) -> FirstStep | GroupPlan:
-        data = self.data if with_data else {}
-        if self.settings.adapters is None:
-            (plan,) = plans.values()
-            return FirstStep(plan, plan.layout, data.get(_ALONE))
-        from megatron_tiedlora.training.group_plan import first_step_of
-
-        return first_step_of(plans, data, shares=self.settings.share_micro_batches)
 
 
 def _varied(plan: RunPlan, rows: int, shards_sequences: bool) -> RunPlan:

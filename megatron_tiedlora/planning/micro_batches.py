@@ -64,34 +64,29 @@ class MicroBatchShape:
         return tuple(share.adapter for share in self.shares)
 
 
-def assumed_micro_batches(layout: Layout) -> tuple[MicroBatchShape, ...]:
-    """A rank's micro-batches for a run without data: each row is one full sample, and all its tokens are supervised.
+def assumed_row(layout: Layout) -> SampleRow:
+    """A row of a run without data: one full sample, of which all tokens are supervised.
 
     No position predicts the first token of a sample.
     """
-    return (micro_batch_shape(layout, [assumed_row(layout)] * layout.rows),) * layout.micro_batches
-
-
-def assumed_row(layout: Layout) -> SampleRow:
-    """Such a row."""
     row: SampleRow = np.arange(layout.length) > 0
     return row
 
 
 def micro_batch_shape(layout: Layout, rows: Sequence[SampleRow]) -> MicroBatchShape:
-    """The shape of a micro-batch of these rows of one adapter. The position before a token predicts it."""
-    (share,), num_supervised = _shares(layout, [(0, rows)])
-    return MicroBatchShape(len(rows), share.num_tokens // len(rows), num_supervised, (share,))
+    """The shape of a micro-batch of these rows of one adapter."""
+    return shared_shape(layout, [(0, rows)])
 
 
 def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> MicroBatchShape:
-    """The same of rows of several adapters.
+    """The shape of a micro-batch of rows of several adapters. The position before a token predicts it.
 
     Args:
         parts: the number of each adapter in the layout, and its rows.
     """
     shares, num_supervised = _shares(layout, parts)
-    return MicroBatchShape(1, sum(share.num_tokens for share in shares), num_supervised, shares)
+    num_tokens, num_rows = sum(share.num_tokens for share in shares), len(parts[0][1]) if len(parts) == 1 else 1
+    return MicroBatchShape(num_rows, num_tokens // num_rows, num_supervised, shares)
 
 
 def _shares(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> tuple[tuple[ShareShape, ...], int]:

@@ -93,7 +93,9 @@ class RunFolder:
 
 
 def run_name(settings: Settings) -> str:
-    """MODEL-TASK-METHOD-rRANK[-TARGETS], the name of the run folder."""
+    """MODEL-TASK-METHOD-rRANK[-TARGETS], the name of the run folder; with --adapters FILE, MODEL-FILE."""
+    if settings.adapters is not None:
+        return f"{last_name(settings.model)}-{Path(settings.adapters).stem}"
     targets = "all" if settings.targets == TARGET_NAMES else "+".join(settings.targets)
     name = f"{last_name(settings.model)}-{settings.task}-{settings.method}-r{settings.rank}"
     return name if settings.targets == (QKV,) else f"{name}-{targets}"

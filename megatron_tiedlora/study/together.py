@@ -23,7 +23,7 @@ from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.study.grid import Point, Run
 from megatron_tiedlora.study.record import GROUPS, StudyFolder
-from megatron_tiedlora.training.member_plans import DS_CONFIG, shared_plan
+from megatron_tiedlora.training.adapter_plans import DS_CONFIG, check_clipping
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 
 SCORES_END = ".scores"  # of the name of a folder in GROUPS, where several adapters were scored
@@ -46,7 +46,7 @@ def check_groups(command: SweepCommand, *, ranks: int, source: ModelSource) -> N
         check_together(train)
         if settings.halving and train.eval_metric != "loss":
             raise UserError(f"--halving compares validation losses; remove --eval_metric {train.eval_metric}")
-        shared_plan({first.name: plan_run(train, rank=0, world_size=ranks, weights=False, source=source)})
+        check_clipping(plan_run(train, rank=0, world_size=ranks, weights=False, source=source))
     except UserError as error:
         raise UserError(f"--together {settings.together}: {error}") from None
 

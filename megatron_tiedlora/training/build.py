@@ -58,8 +58,8 @@ from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.training.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.training.init_from import load_start
-from megatron_tiedlora.training.member_plans import Plans, shared_plan
 from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import GlobalBatch, num_positions
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.model.weights import num_base_parameters
-from megatron_tiedlora.planning.memory import StageMemory, cache_bytes
-from megatron_tiedlora.runtime.run_folder import choose_run_folder
+from megatron_tiedlora.planning.memory import bank_bytes, cache_bytes
+from megatron_tiedlora.training.adapter_plans import choose_folder, plan_adapters
 from megatron_tiedlora.training.dry_run_tables import (
     DryRunReport,
     fits,
@@ -22,14 +24,32 @@ from megatron_tiedlora.training.dry_run_tables import (
     message_lines,
     no_data_lines,
     partition_lines,
+    ranges,
     speed_lines,
     verdict_lines,
 )
-from megatron_tiedlora.training.first_step import FirstStep
 from megatron_tiedlora.training.init_from import start_lines
 from megatron_tiedlora.training.length import epochs_of
-from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.run_data import RunData, first_source, prepare_data
+from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.run_data import Data, RunData, counted, first_source, prepare_all_data
+from megatron_tiedlora.training.step_plan import StepPlan
+
+
+class _Told(NamedTuple):
+    """What the report says of the adapters: of one in full, of several in tables with a row for each.
+
+    Attributes:
+        micro_batches: the largest one, in words.
+        decoding: what the section on memory ends with.
+        one_more: a section on what one more adapter costs, if there is one.
+    """
+
+    adapters: list[str]
+    micro_batches: str
+    decoding: list[str]
+    one_more: list[list[str]]
+    batches: list[str]
+    data: list[str]
 
 
 def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunReport:
@@ -38,17 +58,62 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
     Raises:
         UserError: as the run itself would.
     """
-    plan = plan_run(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
-    choose_run_folder(settings.output_dir, name=plan.name, resume=settings.resume)
-    data = prepare_data(plan) if plan.reads_data else None
-    plan = plan if data is None else plan.counted(len(data.train))
-    first = FirstStep(plan, plan.layout, data)
-    memories = [first.largest.memory(stage, plan.machine) for stage in plan.stages]
-    sections = [_parameters(plan), partition_lines(plan.stages), _memory(first, memories)]
-    sections += [message_lines(plan.stages, first, with_data=data is not None)]
-    sections += [*speed_lines(first, plan.stages, plan), _batches(first)]
-    sections += [no_data_lines(plan)] if data is None else [_data(plan, data), sample_lines(plan, data)]
-    return DryRunReport.of(sections, fits=fits(memories, plan))
+    plans = plan_adapters(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
+    choose_folder(settings, plans)
+    data: Data = {}
+    if any(plan.reads_data for plan in plans.values()):
+        data = prepare_all_data(plans)
+        plans = counted(plans, data)
+    step = StepPlan.first(plans, data, shares=settings.share_micro_batches)
+    memories = [step.largest.memory(stage, step.shared.machine) for stage in step.stages]
+    told = _of_one(step, data) if settings.adapters is None else _of_several(step, data)
+    memory = memory_lines(step, memories, micro_batches=told.micro_batches)
+    sections = [told.adapters, partition_lines(step.stages)]
+    sections += [[*memory, *verdict_lines(memories, step.shared), *told.decoding], *told.one_more]
+    sections += [message_lines(step), *speed_lines(step), told.batches]
+    sections += [told.data, *_samples(step, data)] if data else [no_data_lines(step.shared)]
+    return DryRunReport.of(sections, fits=fits(memories, step.shared))
+
+
+def _samples(step: StepPlan, data: Data) -> list[list[str]]:
+    """The first sample of each adapter, once if it is the same for several."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, own in data.items():
+        found.setdefault(tuple(_sample_lines(step.plans[name], own)), []).append(name)
+    labels = {lines: ", ".join(filter(None, names)) for lines, names in found.items()}
+    return [[f"{label and f'{label}: '}{lines[0]}", *lines[1:]] for lines, label in labels.items()]
+
+
+def _sample_lines(plan: RunPlan, data: RunData) -> list[str]:
+    """The first sample as text, with what is supervised."""
+    ids, supervised = data.train.sample(0), data.train.supervised_of(0)
+    edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
+    lines = [f"first sample ({first_source(plan.settings, data)}), {len(ids)} tokens"]
+    for start, stop in itertools.pairwise(edges):
+        name = "supervised" if supervised[start] else "not supervised"
+        lines.append(f"  [{name}, {stop - start} tokens]")
+        lines += _indented(decode_ids(data.tokenizer, ids[start:stop].tolist()))
+    return lines
+
+
+def _indented(text: str) -> Iterable[str]:
+    return (f"    {line}" for line in text.splitlines())
+
+
+# One adapter, in full ------------------------------------------------------------------------------------------------
+
+
+def _of_one(step: StepPlan, data: Data) -> _Told:
+    ((name, plan),) = step.plans.items()
+    own, rows, largest = data.get(name), step.layout.rows, step.largest
+    return _Told(
+        adapters=_parameters(plan),
+        micro_batches=f"{rows} x {largest.tokens // rows} tokens",
+        decoding=[] if own is None else _decoding(plan, own),
+        one_more=[],
+        batches=_batches(plan, own, step.batch(name)),
+        data=[] if own is None else _data(plan, own),
+    )
 
 
 def _parameters(plan: RunPlan) -> list[str]:
@@ -73,14 +138,6 @@ def _parameters(plan: RunPlan) -> list[str]:
     return lines
 
 
-def _memory(first: FirstStep, memories: Sequence[StageMemory]) -> list[str]:
-    plan, largest, machine = first.plan, first.largest, first.plan.machine
-    micro_batches = f"{first.layout.rows} x {largest.tokens // first.layout.rows} tokens"
-    lines = memory_lines(plan.stages, memories, tokens=largest.tokens, micro_batches=micro_batches, machine=machine)
-    lines += verdict_lines(memories, plan)
-    return [*lines, *([] if first.data is None else _decoding(plan, first.data))]
-
-
 def _decoding(plan: RunPlan, data: RunData) -> list[str]:
     """A line on the memory of decoding, if the run decodes anything."""
     sets = [part for part in (data.scored, data.scored_validation) if part is not None]
@@ -94,17 +151,17 @@ def _decoding(plan: RunPlan, data: RunData) -> list[str]:
     ]
 
 
-def _batches(first: FirstStep) -> list[str]:
-    plan, b, steps = first.plan, first.plan.batches, first.plan.settings.max_steps
+def _batches(plan: RunPlan, data: RunData | None, batch: GlobalBatch | None) -> list[str]:
+    b, steps = plan.batches, plan.settings.max_steps
     lines = [
         "batches",
         f"  global batch {count_text(b.global_batch_size, 'sample')}, {plan.batches_in_words}",
         f"  {count_text(steps, 'step')}, {count_text(steps * b.global_batch_size, 'sample')}",
     ]
-    if first.data is None and plan.settings.epochs is not None:
+    if data is None and plan.settings.epochs is not None:
         lines[-1] = f"  --epochs {plan.settings.epochs:g}: its steps are counted from data, and none is read"
-    if first.data is not None and first.batch is not None:
-        lines.append(_fill(plan, first.data, first.batch))
+    if data is not None and batch is not None:
+        lines.append(_fill(plan, data, batch))
     elif plan.settings.packing:
         lines.append(
             f"  samples of {plan.settings.max_length:,} tokens make {count_text(b.accumulation_steps, 'micro-batch')}"
@@ -139,17 +196,100 @@ def _data(plan: RunPlan, data: RunData) -> list[str]:
     return [*lines, *(f"  warning: {warning}" for warning in data.warnings(plan))]
 
 
-def sample_lines(plan: RunPlan, data: RunData) -> list[str]:
-    """The first sample as text, with what is supervised."""
-    ids, supervised = data.train.sample(0), data.train.supervised_of(0)
-    edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
-    lines = [f"first sample ({first_source(plan.settings, data)}), {len(ids)} tokens"]
-    for start, stop in itertools.pairwise(edges):
-        name = "supervised" if supervised[start] else "not supervised"
-        lines.append(f"  [{name}, {stop - start} tokens]")
-        lines += _indented(decode_ids(data.tokenizer, ids[start:stop].tolist()))
+# Several adapters, a row for each ------------------------------------------------------------------------------------
+
+
+def _of_several(step: StepPlan, data: Data) -> _Told:
+    tokens, most = step.largest.tokens, max(map(len, step.largest.owners))
+    return _Told(
+        adapters=_adapter_table(step),
+        micro_batches=f"{tokens:,} tokens of up to {count_text(most, 'adapter')} at step 1",
+        decoding=[],
+        one_more=[_one_more(step)],
+        batches=_shared_batches(step),
+        data=_data_table(step, data),
+    )
+
+
+def _adapter_table(step: StepPlan) -> list[str]:
+    rows, counts = list[Sequence[str]](), list[int]()
+    for number, (name, plan) in enumerate(step.plans.items()):
+        adapter, batches = plan.adapter, plan.batches
+        counts.append(sum(adapter.num_trained().values()))
+        rows.append(
+            [
+                name,
+                adapter.method,
+                str(adapter.rank),
+                ",".join(target.name for target in adapter.targets),
+                ranges(adapter.layers),
+                f"{counts[-1]:,}",
+                f"{batches.global_batch_size} = {batches.micro_batch_size} x {batches.accumulation_steps} x"
+                f" {batches.data_parallel}",
+                f"{plan.settings.max_steps:,}",
+                bytes_in_words(_own_bytes(step, number)),
+            ]
+        )
+    header = ("adapter", "method", "rank", "linears", "layers", "trained", "batch", "steps", "bytes per rank")
+    return [
+        f"{count_text(len(rows), 'adapter')}: {sum(counts):,} trained parameters on a frozen base of"
+        f" {num_base_parameters(step.shape):,}",
+        *aligned_lines([header, *rows], indent="  "),
+        "  (batch: samples per step = rows of a micro-batch x micro-batches x data-parallel ranks; bytes per rank: its"
+        " tensors, gradients and moments on the rank that holds most)",
+    ]
+
+
+def _own_bytes(step: StepPlan, adapter: int) -> int:
+    return max(bank_bytes(stage.parts[adapter]) for stage in step.stages)
+
+
+def _one_more(step: StepPlan) -> list[str]:
+    """Extra memory for one more copy of the largest adapter."""
+    number = max(range(len(step.plans)), key=lambda number: _own_bytes(step, number))
+    name, machine = list(step.plans)[number], step.shared.machine
+    again = f"{name} again"  # a blank is in no adapter's name
+    samples = None if step.samples is None else {**step.samples, again: step.samples[name]}
+    more = replace(step, plans={**step.plans, again: step.plans[name]}, samples=samples)
+    before, after = ([run.largest.memory(stage, machine).allocated for stage in run.stages] for run in (step, more))
+    added = max(new - old for new, old in zip(after, before, strict=True))
+    line = (
+        f"  like {name}: {bytes_in_words(added)} per rank, {bytes_in_words(_own_bytes(step, number))} of them its"
+        " tensors, gradients and moments"
+    )
+    if added > _own_bytes(step, number):
+        line += "; the rest are its factors, and tokens where micro-batches have room for more"
+    return ["one more adapter", line]
+
+
+def _shared_batches(step: StepPlan) -> list[str]:
+    shapes = step.batches.shapes
+    apart = sum(len(shape.shares) for shape in shapes)
+    lines = [
+        "batches",
+        f"  step 1: {len(shapes):,} micro-batches on a data-parallel rank, which hold {apart:,} of single adapters;"
+        f" {sum(shape.num_tokens for shape in shapes) / len(shapes):,.0f} positions each",
+    ]
+    if not step.shares_micro_batches:
+        lines.append("  (--share_micro_batches false: each micro-batch has one adapter)")
+    if step.samples is None and any(plan.settings.epochs is not None for plan in step.plans.values()):
+        lines.append("  (the steps of --epochs are counted from data, and none is read)")
     return lines
 
 
-def _indented(text: str) -> Iterable[str]:
-    return (f"    {line}" for line in text.splitlines())
+def _data_table(step: StepPlan, data: Data) -> list[str]:
+    rows, notes = [], []
+    for name, own in data.items():
+        settings, train = step.plans[name].settings, own.train
+        numbers = [len(train), train.num_tokens, train.num_supervised, train.longest, train.truncated_prompts]
+        numbers += [len(own.validation)]
+        passes = f"{epochs_of(settings, len(train)):.2f}"
+        rows.append([name, settings.task, *(f"{number:,}" for number in numbers), passes])
+        notes += [f"  {name}: {note}" for note in own.notes]
+        notes += [f"  warning: {name}: {warning}" for warning in own.warnings(step.plans[name])]
+    header = ("adapter", "task", "samples", "tokens", "supervised", "longest", "cut", "validation", "passes")
+    return [
+        "data: training parts, validation samples, and how often a run sees its training part",
+        *aligned_lines([header, *rows], indent="  "),
+        *notes,
+    ]

@@ -22,10 +22,9 @@ from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import StagePlan
 from megatron_tiedlora.planning.step_time import planned_seconds
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes, step_traffic
-from megatron_tiedlora.training.first_step import FirstStep
-from megatron_tiedlora.training.group_plan import GroupPlan
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.step import LONG_STEP_SECONDS
+from megatron_tiedlora.training.step_plan import StepPlan
 
 Stages = Sequence[StagePlan]
 
@@ -64,17 +63,13 @@ def partition_lines(stages: Stages) -> list[str]:
     ]
 
 
-def memory_lines(
-    stages: Stages, memories: Sequence[StageMemory], *, tokens: int, micro_batches: str, machine: Machine
-) -> list[str]:
+def memory_lines(step: StepPlan, memories: Sequence[StageMemory], *, micro_batches: str) -> list[str]:
     """The bytes of a rank of each stage, by purpose, with notes.
 
     Args:
-        tokens: of the largest micro-batch.
-        micro_batches: the same in words.
-        machine: whose reserves are counted.
+        micro_batches: the largest one, in words.
     """
-    shape, layout = stages[0].shape, stages[0].layout
+    stages, shape, layout = step.stages, step.shape, step.layout
     cells = []
     for stage, memory in zip(stages, memories, strict=True):
         sizes = {
@@ -100,9 +95,9 @@ def memory_lines(
         f"  (a block saves {saved / 1e3:,.1f} kB per token of each micro-batch"
         " in flight; the last block saves less, as its MLP runs its backward pass at once)",
         *_base_line(stages),
-        _kernels_line(stages[0], tokens=tokens),
+        _kernels_line(stages[0], tokens=step.largest.tokens),
         *_engine_line(stages[0]),
-        *_reserves_lines(stages, machine),
+        *_reserves_lines(stages, step.shared.machine),
     ]
 
 
@@ -177,13 +172,14 @@ def verdict_lines(memories: Sequence[StageMemory], plan: RunPlan) -> list[str]:
     return [f"{words}: IT DOES NOT FIT; {name} {bytes_in_words(size)}"]
 
 
-def speed_lines(first: FirstStep | GroupPlan, stages: Stages, plan: RunPlan) -> list[list[str]]:
+def speed_lines(step: StepPlan) -> list[list[str]]:
     """With --gpu: the planned time of a step, by what it is spent on."""
+    plan = step.shared
     if plan.settings.gpu is None:
         return []
-    links = Links(first.layout, RANKS_PER_NODE)
-    spent = planned_seconds(stages, first.batches, links, plan.machine)
-    rate = first.work.tokens / spent.total / plan.grid.world_size
+    links = Links(step.layout, RANKS_PER_NODE)
+    spent = planned_seconds(step.stages, step.batches, links, plan.machine)
+    rate = step.work.tokens / spent.total / plan.grid.world_size
     shares = ", ".join(f"{name} {size / spent.total:.1%}" for name, size in spent._asdict().items() if size)
     return [
         [
@@ -211,11 +207,11 @@ def _engine_line(stage: StagePlan) -> list[str]:
     ]
 
 
-def message_lines(stages: Stages, first: FirstStep | GroupPlan, *, with_data: bool) -> list[str]:
+def message_lines(step: StepPlan) -> list[str]:
     """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.traffic counts."""
-    layout, micro_batches = stages[0].layout, first.batches.shapes
+    stages, layout, micro_batches = step.stages, step.layout, step.batches.shapes
     of = "step 1's samples on data-parallel rank 0"
-    of = of if with_data else f"samples of {layout.length:,} tokens, all supervised"
+    of = of if step.samples is not None else f"samples of {layout.length:,} tokens, all supervised"
     lines = [f"messages and bytes per step and rank: {of}"]
     if layout.world_size == 1:
         return [*lines, "  none: one rank sends nothing"]

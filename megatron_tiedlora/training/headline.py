@@ -11,11 +11,11 @@ from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.resume import Checkpoint
 from megatron_tiedlora.model.weights import num_base_parameters
+from megatron_tiedlora.training.adapter_plans import shared_plan
 from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.compiling import ChosenKernels
 from megatron_tiedlora.training.length import steps_in_words
 from megatron_tiedlora.training.loop import Trainer
-from megatron_tiedlora.training.member_plans import shared_plan
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.start import Start

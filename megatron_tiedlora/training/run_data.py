@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, naming
 from megatron_tiedlora.config.decoding import longest_prompt
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
@@ -22,6 +23,7 @@ from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.evaluation.held_out import ScoredSet, encode_scored
+from megatron_tiedlora.training.adapter_plans import Plans
 from megatron_tiedlora.training.length import length_warnings
 from megatron_tiedlora.training.plan import RunPlan
 
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DRAW_STREAM = 2**32 + 1  # differs from the stream that splits off validation rows and from those of epochs (0, 1, ...)
+# What adapters with the same data may have of their own.
+_NOT_OF_DATA = (
+    *("method", "rank", "alpha", "layers", "targets", "init_from", "init_std_a", "init_std_b", "dropout", "output_dir"),
+    *("global_batch_size", "max_steps", "epochs", "learning_rate", "weight_decay", "beta1", "beta2", "schedule"),
+    *("warmup_steps", "gradient_clipping", "eval_interval", "patience", "save_interval"),
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,34 @@ class RunData:
         """Hash of all data that ranks must have in common."""
         scored = (part.sha256 for part in (self.scored, self.scored_validation) if part is not None)
         return " ".join([self.sha256, *scored])
+
+
+Data = Mapping[str, RunData]  # by the adapter's name
+
+
+def prepare_all_data(plans: Plans) -> dict[str, RunData]:
+    """The data of each adapter, read once for all whose settings of data are the same.
+
+    Raises:
+        UserError: as `prepare_data`. It names the adapter.
+    """
+    data, read = {}, dict[tuple[str, int], RunData]()
+    for name, plan in plans.items():
+        values = plan.settings.model_dump_json(exclude=set(_NOT_OF_DATA)), plan.max_new_tokens
+        if values not in read:
+            with naming(name):
+                read[values] = prepare_data(plan)
+        data[name] = read[values]
+    return data
+
+
+def counted(plans: Plans, data: Data) -> dict[str, RunPlan]:
+    """The plans whose --max_steps is counted for --epochs. Raises UserError, which names the adapter."""
+    found = {}
+    for name, plan in plans.items():
+        with naming(name):
+            found[name] = plan.counted(len(data[name].train))
+    return found
 
 
 def prepare_data(plan: RunPlan) -> RunData:

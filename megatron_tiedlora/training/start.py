@@ -13,11 +13,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, naming
 from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.ownership import Owner
-from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import (
@@ -25,7 +23,7 @@ from megatron_tiedlora.checkpoint.resume import (
     Progress,
     remove_superseded,
 )
-from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, RUN_OF_ALL, check_folders
+from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER
 from megatron_tiedlora.config.data_fields import HUB_NAMES, TEMPLATE_HASH
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256
@@ -36,20 +34,27 @@ from megatron_tiedlora.runtime.launch_env import rank_and_world_size
 from megatron_tiedlora.runtime.run_folder import (
     MetricsLog,
     RunFolder,
-    choose_run_folder,
     take_run_folder,
 )
 from megatron_tiedlora.runtime.stopping import StopRequests
+from megatron_tiedlora.training.adapter_plans import (
+    Plans,
+    adapter_folders,
+    check_run_folders,
+    folder_kind,
+    in_folder,
+    run_folder_name,
+    shared_plan,
+)
 from megatron_tiedlora.training.adapter_run import AdapterRun, is_trained
 from megatron_tiedlora.training.build import BuiltModel
-from megatron_tiedlora.training.group_plan import micro_batch_capacity
 from megatron_tiedlora.training.halving import REASON, rivals_of
 from megatron_tiedlora.training.loop import Finished, Trainer
-from megatron_tiedlora.training.member_plans import Data, Plans, group_name, naming, shared_plan
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.resumed import adopt_checkpoint, find_checkpoint, reject_another_run, with_kept_warmup
-from megatron_tiedlora.training.run_data import RunData
+from megatron_tiedlora.training.run_data import Data, RunData
 from megatron_tiedlora.training.step import TrainStep
+from megatron_tiedlora.training.step_plan import micro_batch_capacity
 from megatron_tiedlora.training.throughput import Meter, start_meter
 
 
@@ -165,44 +170,6 @@ def _take_folder(
 
     path, start = decided_by_rank_0(take, kind=tuple[str, str])
     return kind(Path(path), Owner(Path(path), start, is_main=rank_and_world_size()[0] == 0))
-
-
-def folder_kind(plans: Plans) -> type[RunFolder]:
-    """What the folder of a run of these adapters is."""
-    return RunFolder if set(plans) == {ALONE} else GroupFolder
-
-
-def run_folder_name(settings: Settings, plans: Plans) -> str:
-    """The name of the run's folder in runs/, unless --output_dir is given."""
-    return group_name(settings) if folder_kind(plans) is GroupFolder else plans[ALONE].name
-
-
-def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
-    """The run folder of each adapter: the run's own if it is the only one, else RUN/NAME, or what its entry says."""
-    if folder_kind(plans) is RunFolder:
-        return {ALONE: folder}
-    return {
-        name: RunFolder(user_path(plan.settings.output_dir or str(folder.path / name))) for name, plan in plans.items()
-    }
-
-
-def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
-    """The plans with the folder of each adapter that has one of its own."""
-    return {
-        name: plan
-        if own is folder
-        else replace(plan, settings=plan.settings.completed(output_dir=str(own.path)))
-        for (name, plan), own in zip(plans.items(), adapter_folders(plans, folder).values(), strict=True)
-    }
-
-
-def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
-    """Raise UserError if the folder of an adapter cannot be used beside the others and the run's."""
-    own = {name: str(of.path) for name, of in adapter_folders(plans, folder).items() if of is not folder}
-    check_folders(str(settings.adapters), {RUN_OF_ALL: str(folder.path), **own})
-    for name, output_dir in own.items():
-        with naming(name):
-            choose_run_folder(output_dir, name=plans[name].name, resume=settings.resume)
 
 
 def _open_run_folders(start: Start) -> None:

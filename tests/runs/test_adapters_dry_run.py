@@ -21,10 +21,10 @@ from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.traffic import step_traffic
 from megatron_tiedlora.training import resumed, start
+from megatron_tiedlora.training.adapter_plans import plan_adapters
 from megatron_tiedlora.training.dry_run import dry_run_report
-from megatron_tiedlora.training.group_dry_run import group_report
-from megatron_tiedlora.training.group_plan import GroupPlan, first_step_of
-from megatron_tiedlora.training.member_plans import counted, plan_group, prepare_group_data
+from megatron_tiedlora.training.run_data import counted, prepare_all_data
+from megatron_tiedlora.training.step_plan import StepPlan
 
 OWN: dict[str, dict[str, Any]] = {
     "small": {},
@@ -62,13 +62,13 @@ def table(text: str, title: str) -> list[dict[str, str]]:
 
 
 def test_each_adapter_has_a_row(base: Base, tmp_path: Path) -> None:
-    text = group_report(make_settings(settings_of(base, tmp_path, OWN))).text
+    text = dry_run_report(make_settings(settings_of(base, tmp_path, OWN))).text
     rows = {row["adapter"]: row for row in table(text, "4 adapters: ")}
     assert list(rows) == list(OWN)
     assert [row["rank"] for row in rows.values()] == ["8", "16", "2", "4"]
     assert rows["wide"]["linears"] == "qkv,o_proj,gate_up,down_proj" and rows["late"]["layers"] == "3"
     assert rows["late"]["steps"] == "7" and rows["wide"]["batch"].startswith("4 = ")
-    plans = plan_group(make_settings(settings_of(base, tmp_path, OWN)), rank=0, world_size=1)
+    plans = plan_adapters(make_settings(settings_of(base, tmp_path, OWN)), rank=0, world_size=1)
     for name, plan in plans.items():
         trained = sum(plan.adapter.num_trained().values())
         assert rows[name]["trained"] == f"{trained:,}"
@@ -82,7 +82,7 @@ def test_the_tables_are_those_of_all(base: Base, tmp_path: Path) -> None:
     """At a layout: memory and messages of the bank, which one adapter's micro-batches alone do not have."""
     layout = {"tensor_parallel": 2, "pipeline_parallel": 2, "world_size": 4}
     settings = settings_of(base, tmp_path, OWN, **layout)
-    text = group_report(make_settings(settings)).text
+    text = dry_run_report(make_settings(settings)).text
     messages, memory = stage_table(text, "messages and bytes"), stage_table(text, "bytes per rank")
     group = grouped(settings)
     assert max(len(shape.shares) for shape in group.batches.shapes) > 1
@@ -94,7 +94,7 @@ def test_the_tables_are_those_of_all(base: Base, tmp_path: Path) -> None:
         assert needed["adapters"] == bytes_in_words(4 * sum(stage.held))
         assert needed["optimizer"] == bytes_in_words(8 * sum(stage.trained))
     assert "1 / 32 B" in messages[0]["model"], "one message with the squares of four norms"
-    apart = group_report(make_settings({**settings, "share_micro_batches": False})).text
+    apart = dry_run_report(make_settings({**settings, "share_micro_batches": False})).text
     assert "each micro-batch has one adapter" in apart and "of up to 1 adapter at step 1," in apart
 
 
@@ -104,7 +104,7 @@ def test_one_more_adapter_costs_what_is_said(base: Base, tmp_path: Path, changes
     changes = {"packing": False, **changes}
     adapters = {name: OWN[name] for name in ("small", "wide")} if "max_length" in changes else OWN
     settings = settings_of(base, tmp_path, adapters, **changes)
-    text = group_report(make_settings(settings)).text
+    text = dry_run_report(make_settings(settings)).text
     before = peak(grouped(settings))
     after = peak(grouped(settings_of(base, tmp_path, {**adapters, "again": OWN["wide"]}, **changes)))
     own = max(bank_bytes(part) for part in grouped(settings).stages[0].parts)
@@ -112,15 +112,15 @@ def test_one_more_adapter_costs_what_is_said(base: Base, tmp_path: Path, changes
     assert f"one more adapter\n  like wide: {bytes_in_words(after - before)} per rank," in text
 
 
-def grouped(settings: dict[str, Any]) -> GroupPlan:
+def grouped(settings: dict[str, Any]) -> StepPlan:
     """The plan of the first step."""
     made = make_settings(settings)
-    plans = plan_group(made, rank=0, world_size=settings.get("world_size", 1))
-    data = prepare_group_data(plans)
-    return first_step_of(counted(plans, data), data, shares=made.share_micro_batches)
+    plans = plan_adapters(made, rank=0, world_size=settings.get("world_size", 1))
+    data = prepare_all_data(plans)
+    return StepPlan.first(counted(plans, data), data, shares=made.share_micro_batches)
 
 
-def peak(group: GroupPlan) -> float:
+def peak(group: StepPlan) -> float:
     """The bytes of the only stage, by the micro-batch that needs most; all of them count as the largest."""
 
     def bytes_of(shape: MicroBatchShape) -> float:
@@ -175,7 +175,7 @@ def test_what_a_run_refuses_is_refused(
     }
     settings = settings_of(base, tmp_path, own, **{"output_dir": str(run), **changes})
     with pytest.raises(UserError) as refused:
-        group_report(make_settings(settings))
+        dry_run_report(make_settings(settings))
     assert message in str(refused.value) and "\n" not in str(refused.value)
     if "world_size" not in changes:
         settings.pop("dry_run")
@@ -192,8 +192,8 @@ def open_folders(settings: Settings) -> None:
         for module in (start, resumed):
             patch.setattr(module, "decided_by_rank_0", lambda decide, kind: decide())
         patch.setattr(start, "num_differing", lambda value: 0)
-        plans = plan_group(settings, rank=0, world_size=1)
-        data = prepare_group_data(plans)
+        plans = plan_adapters(settings, rank=0, world_size=1)
+        data = prepare_all_data(plans)
         start.open_run(settings, plans, data, keep=held.callback)
 
 
@@ -206,7 +206,7 @@ def test_thousands_of_adapters_are_planned_in_seconds(
     (tmp_path / "many.yaml").write_text("".join(lines))
     settings = settings_of(base, tmp_path, {}, adapters=str(tmp_path / "many.yaml"), halving=True)
     started = time.process_time()
-    text = group_report(make_settings(settings)).text
+    text = dry_run_report(make_settings(settings)).text
     assert time.process_time() - started < 20
     assert text.startswith("4,000 adapters: ")
     assert "planning: 100%| 4000/4000" in capsys.readouterr().err

@@ -19,10 +19,10 @@ from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import BuiltModel, build_model
 from megatron_tiedlora.training.compiling import compiled_kernels
-from megatron_tiedlora.training.group_plan import micro_batch_capacity
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.step import AdapterStep, TrainStep
+from megatron_tiedlora.training.step_plan import micro_batch_capacity
 
 Settings = dict[str, Any]
 

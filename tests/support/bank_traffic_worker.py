@@ -20,10 +20,10 @@ from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model
 from megatron_tiedlora.training.checks import StepChecks
-from megatron_tiedlora.training.group_plan import GroupPlan, micro_batch_capacity
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.step import TrainStep
+from megatron_tiedlora.training.step_plan import StepPlan, micro_batch_capacity
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class BankRan:
     case: BankCase
     counted: list[BankCounted]
 
-    def plan(self, rank: int) -> GroupPlan:
+    def plan(self, rank: int) -> StepPlan:
         """The plan of the second step on a rank, from settings and data alone."""
         plans = plans_of(self.case, rank=rank, ranks=len(self.counted))
         batches = {}
@@ -118,7 +118,7 @@ class BankRan:
                 data: RunData = prepare_data(plan)
                 first = plan.batches.global_batch_size
                 batches[name] = data.train, plan.global_batch(data.train, consumed_samples=first)
-        return GroupPlan(plans, self.case.shares, batches)
+        return StepPlan(plans, self.case.shares, batches)
 
     def predicted(self, rank: int) -> tuple[Traffic, int]:
         """What the second step sends, and the most bytes that DeepSpeed sends beside it."""

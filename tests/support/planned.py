@@ -17,7 +17,7 @@ from megatron_tiedlora.planner.report import find_machine
 from megatron_tiedlora.planning.cards import GPUS
 from megatron_tiedlora.planning.machines import Constant, Machine
 from megatron_tiedlora.planning.schedule import Order, Pass, simulate
-from megatron_tiedlora.training.plan import plan_run
+from megatron_tiedlora.training.adapter_plans import plan_adapters
 
 H100 = GPUS["h100"]
 
@@ -53,11 +53,11 @@ def the_only(
     return candidate, Pricer(cluster)
 
 
-def words_of_a_run(flags: list[str], plan: Callable[..., object] = plan_run) -> str:
+def words_of_a_run(flags: list[str]) -> str:
     """What launch/train.py says on 4 GPUs, '' if it accepts the flags."""
     try:
         settings = parse_settings([*flags, "--dry_run", "--world_size=4", "--plan_for=gpu"], Settings)
-        plan(settings, rank=0, world_size=4, weights=False)
+        plan_adapters(settings, rank=0, world_size=4, weights=False)
     except UserError as error:
         return str(error)
     return ""

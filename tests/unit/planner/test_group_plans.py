@@ -29,9 +29,9 @@ from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.step_time import step_parts, step_seconds
 from megatron_tiedlora.planning.traffic import step_traffic
-from megatron_tiedlora.training.group_dry_run import group_report
-from megatron_tiedlora.training.group_plan import GroupPlan
-from megatron_tiedlora.training.member_plans import plan_group
+from megatron_tiedlora.training.adapter_plans import plan_adapters
+from megatron_tiedlora.training.dry_run import dry_run_report
+from megatron_tiedlora.training.step_plan import StepPlan
 
 SOURCE = short("llama2-7b", 6)
 THREE = """\
@@ -58,12 +58,12 @@ def three(tmp_path: Path) -> str:
     return str(file)
 
 
-def group_of(file: str, ranks: int, **choices: Any) -> GroupPlan:
+def group_of(file: str, ranks: int, **choices: Any) -> StepPlan:
     """The plan of a run of these adapters, without data."""
     values = {"model": SOURCE.name, "adapters": file, "dry_run": True, "plan_for": "gpu", "world_size": ranks}
     settings = make_settings({**values, **choices})
-    plans = plan_group(settings, rank=0, world_size=ranks, weights=False, source=SOURCE)
-    return GroupPlan(plans, settings.share_micro_batches)
+    plans = plan_adapters(settings, rank=0, world_size=ranks, weights=False, source=SOURCE)
+    return StepPlan(plans, settings.share_micro_batches)
 
 
 def test_what_is_enumerated_is_what_a_run_accepts(three: str) -> None:
@@ -174,7 +174,7 @@ def planned(folder: Path, *flags: str) -> dict[str, Any]:
 
 def dry_run(folder: Path, *flags: str) -> str:
     """What launch/train.py --dry_run says of the YAML of a plan."""
-    return group_report(parse_settings([f"--config={folder / 'plan.yaml'}", "--dry_run", *flags], Settings)).text
+    return dry_run_report(parse_settings([f"--config={folder / 'plan.yaml'}", "--dry_run", *flags], Settings)).text
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_a_plan_refuses_what_a_run_of_the_group_refuses(tmp_path: Path) -> None:
         file = tmp_path / "a.yaml"
         file.write_text(ENTRIES[given["adapters"]])
         flags = ["--model=llama2-7b", *(f"--{name}={value}" for name, value in {**given, "adapters": file}.items())]
-        expected, found = words_of_a_run(flags, plan_group), words_of_a_plan(flags)
+        expected, found = words_of_a_run(flags), words_of_a_plan(flags)
         assert found == expected, pair
         refused += bool(expected)
     assert refused > 200

@@ -30,9 +30,9 @@ from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.step_time import Seconds, step_parts, step_seconds
 from megatron_tiedlora.planning.traffic import step_traffic
-from megatron_tiedlora.training.first_step import FirstStep
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import prepare_data
+from megatron_tiedlora.training.step_plan import StepPlan
 
 SOURCE = short("llama2-7b", 6)
 ONE = ("--ds_config=zero1.json", "--recompute=none", "--micro_batch_size=1", "--formats=none", "--max_length=4096")
@@ -69,7 +69,7 @@ def test_each_layout_has_the_price_that_it_has_alone(flags: tuple[str, ...]) -> 
         sizes = {"tokens": tokens, "documents": plan.layout.rows, "longest": plan.layout.length}
         memories = [stage_memory(stage, **sizes, machine=cluster.machine) for stage in plan.stages]
         assert one.needed == max(memory.total for memory in memories), one.name
-        parts = step_parts(plan.stages, FirstStep(plan, plan.layout).batches, Links(plan.layout, 4), cluster.machine)
+        parts = step_parts(plan.stages, StepPlan({"": plan}).batches, Links(plan.layout, 4), cluster.machine)
         assert one.step.total == pytest.approx(step_seconds([parts])[0].total, rel=1e-12), one.name
 
 
@@ -243,10 +243,10 @@ def test_real_samples_are_planned_for_every_layout(tmp_path: Path, monkeypatch: 
         plan = plan_run(make_settings({**given, **row.candidate.flags}), rank=0, world_size=2, weights=False)
         data = prepare_data(plan)
         plan = plan.counted(len(data.train))
-        first = FirstStep(plan, plan.layout, data)
+        first = StepPlan.first({"": plan}, {"": data}, shares=True)
         assert row.candidate.layout == first.layout and first.steps == 4 == made.plan.steps
         assert row.candidate.step.batches == first.batches
-        memories = [first.largest.memory(stage, made.cluster.machine) for stage in first.plan.stages]
+        memories = [first.largest.memory(stage, made.cluster.machine) for stage in first.stages]
         assert row.needed == max(memory.total for memory in memories), row.name
 
 

@@ -27,10 +27,11 @@ from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER
-from megatron_tiedlora.planning.micro_batches import assumed_micro_batches, shared_shape
+from megatron_tiedlora.planning.micro_batches import shared_shape
 from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.work import Batch, stage_work
 from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.step_plan import StepPlan
 
 LENGTH = 1024
 CASES = [
@@ -122,7 +123,7 @@ def test_a_block_moves_what_is_planned(model: str, recompute: str, changes: dict
     again = {"none": [], "selective": ["gate_up"], "full": list(plans[0].source.shape.block.adaptable)}[recompute]
     passes = {name: 2 + (name in again) for name in plans[0].source.shape.block.adaptable}
     found = more - fewer - frozen_bytes(plans[0], passes=passes)
-    work = [stage_work(plan.stage, Batch(assumed_micro_batches(plan.layout)[0], LENGTH**2)) for plan in plans]
+    work = [stage_work(plan.stage, StepPlan({"": plan}).batches.kinds[0]) for plan in plans]
     formula = sum(two.moved - one.moved for one, two in zip(*work, strict=True))
     print(f"\n{model} {recompute} {changes}: counted {found / 1e6:.1f} MB, formula {formula / 1e6:.1f} MB")
     assert formula == pytest.approx(found, rel=0.05)

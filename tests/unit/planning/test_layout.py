@@ -18,7 +18,7 @@ from megatron_tiedlora.parallel.traffic import WORLD
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.planning.micro_batches import assumed_micro_batches
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape, assumed_row, micro_batch_shape
 from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
@@ -46,6 +46,10 @@ def planned(tp: int, pp: int, dp: int, **changes: Any) -> tuple[StagePlan, ...]:
     return plan_stages(SHAPE, Layout(**{"adapters": (ADAPTER,), "length": 4096, **sizes, **changes}))
 
 
+def full_micro_batches(layout: Layout) -> tuple[MicroBatchShape, ...]:
+    return (micro_batch_shape(layout, [assumed_row(layout)] * layout.rows),) * layout.micro_batches
+
+
 def test_every_layout_of_a_cluster_can_be_planned() -> None:
     """70B has 8 key-value heads and 80 layers: of 32 ranks, up to 8 share a layer, and any power of 2 are stages."""
     fits = []
@@ -53,7 +57,7 @@ def test_every_layout_of_a_cluster_can_be_planned() -> None:
         stages = planned(tp, pp, dp)
         assert [layer for stage in stages for layer in stage.layers] == list(range(82))
         assert sum(stage.cost_share for stage in stages) == pytest.approx(1)
-        shapes = assumed_micro_batches(stages[0].layout)
+        shapes = full_micro_batches(stages[0].layout)
         for stage in stages:
             sent = step_traffic(stage, shapes)
             assert bool(sent.messages) and (dp > 1) == (engine_bytes(stage, num_micro_batches=len(shapes)) > 0)
@@ -83,7 +87,7 @@ def test_every_target_is_planned() -> None:
     assert token_bytes(SHAPE, four.layout).saved - token_bytes(SHAPE, one.layout).saved == 3 * 2 * r
     after = [token_bytes(SHAPE, stage.layout).after_attention for stage in (one, four)]
     assert after[1] - after[0] == 3 * 2 * r
-    batch = assumed_micro_batches(one.layout)[:1]
+    batch = full_micro_batches(one.layout)[:1]
     before, after = (step_traffic(stage, batch) for stage in (one, four))
     assert after.messages == before.messages
     added = {key: size - before.bytes[key] for key, size in after.bytes.items() if size != before.bytes[key]}

@@ -10,8 +10,8 @@ import pytest
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.training.adapter_plans import check_clipping, shared_plan
 from megatron_tiedlora.training.dry_run import dry_run_report
-from megatron_tiedlora.training.member_plans import shared_plan
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 
 
@@ -28,8 +28,8 @@ def test_the_stages_are_those_of_the_lowest_adapted_layer() -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_1_and_2_would_clip_all_together(stage: int) -> None:
     with pytest.raises(UserError, match=rf"zero{stage}.json: ZeRO-{stage} clips .* Use zero0.json, or zero3.json"):
-        shared_plan({"a": plan_of(ds_config=f"zero{stage}.json")})
-    shared_plan({"a": plan_of(ds_config="zero3.json")})
+        check_clipping(plan_of(ds_config=f"zero{stage}.json"))
+    check_clipping(plan_of(ds_config="zero3.json"))
 
 
 # How many ranks -------------------------------------------------------------------------------------------------------

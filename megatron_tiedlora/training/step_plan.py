@@ -1,25 +1,63 @@
-"""What a run of several adapters needs and sends, from their plans alone: its layout, and its shared micro-batches."""
+"""The step of a run as a plan: its layout, its micro-batches and the largest one, from its samples or without data.
+
+A run of one adapter is a list of one, which shares its micro-batches with none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
+from megatron_tiedlora.adapters.adapter_bank import ALONE
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import GlobalBatch, largest_positions, num_positions
 from megatron_tiedlora.data.shared import fill_rounds
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.machines import Machine
+from megatron_tiedlora.planning.memory import StageMemory, StepBytes, held_bytes, step_bytes, with_reserves
 from megatron_tiedlora.planning.micro_batches import SampleRow, assumed_row, shared_shape
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.work import Batch, Batches
-from megatron_tiedlora.training.first_step import LargestMicroBatch, Work, squared_lengths, work_of
-from megatron_tiedlora.training.member_plans import Data, Plans, shared_plan
+from megatron_tiedlora.training.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.run_data import Data
 
 Samples = Mapping[str, tuple[TokenDataset, GlobalBatch]]  # of each adapter's step, and where its samples are
+
+
+class LargestMicroBatch(NamedTuple):
+    """The largest micro-batch of a run: its tokens, padding included, its documents and the longest one.
+
+    Attributes:
+        owners: the numbers of the adapters that may own its tokens, in each case that there is.
+    """
+
+    tokens: int
+    documents: int
+    longest: int
+    owners: tuple[tuple[int, ...], ...] = ((0,),)
+
+    def step_bytes(self, stage: StagePlan) -> StepBytes:
+        """What a rank of a stage needs for it beside what it holds anyway, in the case that needs most."""
+        tokens, documents, longest, owners = self
+        sizes = {"tokens": tokens, "documents": documents, "longest": longest}
+        return max((step_bytes(stage, adapters=adapters, **sizes) for adapters in owners), key=sum)
+
+    def memory(self, stage: StagePlan, machine: Machine) -> StageMemory:
+        """All that such a rank needs."""
+        return with_reserves(stage, held_bytes(stage), self.step_bytes(stage), machine)
+
+
+class Work(NamedTuple):
+    """The tokens of the samples of a step of the whole run, and their FLOPs, as `mfu` of a run counts them."""
+
+    tokens: int
+    flops: int
 
 
 def micro_batch_capacity(plans: Plans, *, shares: bool) -> int:
@@ -40,7 +78,7 @@ def longest_run(plans: Plans) -> RunPlan:
 
 
 @dataclass(frozen=True)
-class GroupPlan:
+class StepPlan:
     """The plans of all adapters as one run, of which each takes its first step, or one that `samples` holds.
 
     Attributes:
@@ -51,6 +89,14 @@ class GroupPlan:
     shares_micro_batches: bool = True
     samples: Samples | None = None
 
+    @classmethod
+    def first(cls, plans: Plans, data: Data, *, shares: bool) -> StepPlan:
+        """The first step of all adapters; without data if `data` has none."""
+        if not data:
+            return cls(plans, shares)
+        samples = {name: (data[name].train, plan.global_batch(data[name].train)) for name, plan in plans.items()}
+        return cls(plans, shares, samples)
+
     @cached_property
     def shared(self) -> RunPlan:
         """See `shared_plan`."""
@@ -58,7 +104,7 @@ class GroupPlan:
 
     @property
     def shape(self) -> ModelShape:
-        """The model's."""
+        """Shape of the base model."""
         return self.shared.source.shape
 
     @cached_property
@@ -70,6 +116,8 @@ class GroupPlan:
     @cached_property
     def layout(self) -> Layout:
         """The record that the planners read."""
+        if ALONE in self.plans:
+            return self.shared.layout
         return replace(
             self.shared.layout,
             adapters=tuple(plan.adapter for plan in self.plans.values()),
@@ -87,7 +135,7 @@ class GroupPlan:
     @cached_property
     def batches(self) -> Batches:
         """This rank's micro-batches of the step."""
-        numbers, found = {name: number for number, name in enumerate(self.plans)}, dict[Hashable, Batch]()
+        numbers, found = self._numbers, dict[Hashable, Batch]()
         rows = {name: self._rows(name) for name in self._taking}
         squared = {name: self._squared(name) for name in self._taking}
 
@@ -104,20 +152,17 @@ class GroupPlan:
     @cached_property
     def largest(self) -> LargestMicroBatch:
         """The largest micro-batch that any step may have, if it has the adapters of one of this step."""
-        longest = {name: self._longest(name) for name in self.plans}
+        longest = {name: self._longest_row(name) for name in self.plans}
         multiple = self.layout.pad_multiple
         own = [plan.layout.rows * padded(longest[name], multiple) for name, plan in self.plans.items()]
         tokens = max(*own, min(sum(own), micro_batch_capacity(self.plans, shares=self.shares_micro_batches)))
-        owners = dict.fromkeys(batch.shape.adapters for batch in self.batches.kinds)
-        return LargestMicroBatch(tokens, self._most_documents(), min(tokens, max(longest.values())), tuple(owners))
+        owners = dict.fromkeys(tuple(self._numbers[name] for name, _ in some) for some in self.rounds)
+        return LargestMicroBatch(tokens, self._most_documents(), self._longest_document(), tuple(owners))
 
     @cached_property
     def works(self) -> dict[str, Work]:
         """The work of each adapter that takes the step."""
-        return {
-            name: work_of(self.plans[name], None if self.samples is None else self.samples[name][1])
-            for name in self._taking
-        }
+        return {name: self._work(name) for name in self._taking}
 
     @property
     def work(self) -> Work:
@@ -128,57 +173,91 @@ class GroupPlan:
     def steps(self) -> float:
         """How many such steps have the tokens of the run. Adapters with fewer steps than others end earlier."""
         tokens = sum(work.tokens * self.plans[name].settings.max_steps for name, work in self.works.items())
-        return tokens / self.work.tokens
+        whole, rest = divmod(tokens, self.work.tokens)
+        return tokens / self.work.tokens if rest else whole
 
-    def _longest(self, name: str) -> int:
-        """The tokens of an adapter's longest row."""
-        if self.samples is None or name not in self.samples or self.shared.settings.packing:
-            return self.layout.length
-        return self.samples[name][0].longest
+    def batch(self, name: str) -> GlobalBatch | None:
+        """An adapter's samples, if there is data."""
+        return None if self.samples is None else self.samples[name][1]
 
-    def _most_documents(self) -> int:
-        """The most documents in a micro-batch of the step; the padding of a packed row is one too."""
-        if self.samples is None or not self.shared.settings.packing:
-            return max(sum(self.plans[name].layout.rows for name, _ in some) for some in self.rounds)
-        counts = {
-            name: [sum(map(len, rows)) + len(rows) for rows in batch.on_rank(0, dp_size=self.shared.grid.dp_size)]
-            for name, (_, batch) in self.samples.items()
-        }
-        return max(sum(counts[name][number] for name, number in some) for some in self.rounds)
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """The number of each adapter in the layout."""
+        return {name: number for number, name in enumerate(self.plans)}
 
     @property
     def _taking(self) -> list[str]:
         """The adapters that take the step, in order."""
         return [name for name in self.plans if self.samples is None or name in self.samples]
 
+    def _longest_row(self, name: str) -> int:
+        """The tokens of an adapter's longest row."""
+        if self.samples is None or name not in self.samples or self.shared.settings.packing:
+            return self.layout.length
+        return self.samples[name][0].longest
+
+    def _longest_document(self) -> int:
+        """The tokens of the longest document."""
+        if self.layout.named:
+            return max(map(self._longest_row, self.plans))
+        if self.samples is not None and self.shared.settings.packing:
+            return max(dataset.longest for dataset, _ in self.samples.values())
+        return max(padded(self._longest_row(name), self.layout.pad_multiple) for name in self.plans)
+
+    def _most_documents(self) -> int:
+        """The most documents in a micro-batch of the step; the padding of a packed row is one too."""
+        if self.samples is None or not self.shared.settings.packing:
+            return max(sum(self.plans[name].layout.rows for name, _ in some) for some in self.rounds)
+        dp_size, most = self.shared.grid.dp_size, 0
+        for dp_rank in range(1 if self.layout.named else dp_size):
+            counts = {
+                name: [sum(map(len, rows)) + len(rows) for rows in batch.on_rank(dp_rank, dp_size=dp_size)]
+                for name, (_, batch) in self.samples.items()
+            }
+            most = max(most, *(sum(counts[name][number] for name, number in some) for some in self.rounds))
+        return most
+
     def _largest(self, name: str) -> Sequence[int]:
-        plan = self.plans[name]
+        """The positions of each of an adapter's micro-batches, on the rank where they are most."""
+        plan, layout = self.plans[name], self.plans[name].layout
         if self.samples is None:
-            layout = plan.layout
             return [layout.rows * padded(layout.length, layout.pad_multiple)] * layout.micro_batches
         dataset, batch = self.samples[name]
-        multiple = plan.layout.pad_multiple
+        multiple = layout.pad_multiple
         positions = [num_positions(dataset, [rows], pad_multiple=multiple) for rows in batch.micro_batches]
         return largest_positions(positions, dp_size=plan.grid.dp_size)
 
     def _rows(self, name: str) -> list[list[SampleRow]]:
+        """The rows of each of an adapter's micro-batches on this rank."""
         plan = self.plans[name]
         if self.samples is None:
             return [[assumed_row(plan.layout)] * plan.layout.rows] * plan.layout.micro_batches
         return list(plan.sample_rows(*self.samples[name]))
 
     def _squared(self, name: str) -> list[int]:
-        """The sum of s^2 over the samples of each micro-batch."""
+        """The sum of s^2 over the samples of each of these micro-batches."""
         layout, grid = self.plans[name].layout, self.shared.grid
         if self.samples is None:
             return [layout.rows * layout.length**2] * layout.micro_batches
         dataset, batch = self.samples[name]
-        return squared_lengths(dataset, batch.on_rank(grid.dp_rank, dp_size=grid.dp_size))
+        ours = batch.on_rank(grid.dp_rank, dp_size=grid.dp_size)
+        lengths = (dataset.lengths_of([index for row in rows for index in row]) for rows in ours)
+        return [int((each**2).sum()) for each in lengths]
 
-
-def first_step_of(plans: Plans, data: Data, *, shares: bool) -> GroupPlan:
-    """The first step of a run of these adapters; without data if `data` has none."""
-    if not data:
-        return GroupPlan(plans, shares)
-    samples = {name: (data[name].train, plan.global_batch(data[name].train)) for name, plan in plans.items()}
-    return GroupPlan(plans, shares, samples)
+    def _work(self, name: str) -> Work:
+        """The work of an adapter's step. Without data all its samples have the full length."""
+        plan, batch = self.plans[name], self.batch(name)
+        if batch is None:
+            length, samples = plan.settings.max_length, plan.batches.global_batch_size
+            tokens, squared, supervised = samples * length, samples * length**2, samples * (length - 1)
+        else:
+            tokens, squared, supervised = batch.num_tokens, batch.squared_lengths, batch.num_supervised
+        flops = step_flops(
+            plan.source.shape,
+            plan.adapter,
+            num_tokens=tokens,
+            squared_lengths=squared,
+            num_after=supervised,
+            num_supervised=supervised,
+        )
+        return Work(tokens, flops.total)
