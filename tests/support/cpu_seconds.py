@@ -87,6 +87,7 @@ class FileCost:
 class CpuSeconds:
     """Measures every test, in a worker of pytest-xdist or in the only process, and says at the end what they used."""
 
+    in_ci: bool
     files: dict[str, FileCost] = field(default_factory=dict)
     over: list[tuple[float, float, str]] = field(default_factory=list)  # CPU seconds, the limit, the test
     outside: float = 0.0  # CPU seconds of all processes, until what the tests used is taken off
@@ -122,7 +123,7 @@ class CpuSeconds:
         cost = self.files.setdefault(report.nodeid.partition("::")[0], FileCost())
         cost.wall += report.duration
         if report.when == "teardown":
-            cpu, limit = report.cpu_seconds, report.cpu_limit  # type: ignore[attr-defined]
+            cpu, limit = report.cpu_seconds, report.cpu_limit
             cost.cpu += cpu
             cost.tests += 1
             if limit is not None and cpu > limit:
@@ -142,7 +143,7 @@ class CpuSeconds:
             return
         self._add_process(own if not self.processes else sum(os.times()[:2]))
         self.outside -= sum(cost.cpu for cost in self.files.values())
-        if os.environ.get("CI") and self._far_over() and session.exitstatus == pytest.ExitCode.OK:
+        if self.in_ci and self._far_over() and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
@@ -157,7 +158,7 @@ class CpuSeconds:
             for cpu, limit, test in sorted(self.over, reverse=True):
                 write(f"{cpu:8.1f} of {limit:g}  {test}", red=True)
             write("Mark them slow, make them cheaper, or give a number: @pytest.mark.cpu_seconds(NUMBER, reason='...')")
-            if os.environ.get("CI") and self._far_over():
+            if self.in_ci and self._far_over():
                 write(f"CI is set, and a test used over {MARGIN:g} times its number: the run fails.", red=True)
 
     def table(self) -> list[str]:
@@ -183,5 +184,5 @@ class CpuSeconds:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Measure the tests of this run."""
-    config.pluginmanager.register(CpuSeconds())
+    """Measure the tests of this run, which do not see CI: PyTorch's compiler and transformers heed it."""
+    config.pluginmanager.register(CpuSeconds(in_ci=bool(os.environ.pop("CI", ""))))
