@@ -75,7 +75,7 @@ def test_the_table_and_the_names_of_dear_tests(tmp_path: Path) -> None:
     for name, (burnt, tests) in {"test_cheap.py": (1.0, 3), "test_dear.py": (0.5, 1), "all 2 files": (1.5, 4)}.items():
         cpu, wall, number = rows[name]
         assert burnt <= cpu < burnt + 0.5 * tests and number == tests and wall > 0, ended.stdout
-    outside = float(re.findall(r"([\d.]+) +outside of tests", ended.stdout)[0])
+    outside = float(re.findall(r"(-?[\d.]+) +outside of tests", ended.stdout)[0])
     assert 0.3 < outside < 20, f"three processes\n{ended.stdout}"
     named = re.findall(r"([\d.]+) of ([\d.]+)  (.*)", ended.stdout)
     assert [(limit, test) for _, limit, test in named] == [("0.2", "test_dear.py::test_dear")]

@@ -123,12 +123,18 @@ def lines_by_kind(text: str) -> tuple[set[int], set[int]]:
 
 
 def grown(measured: Mapping[str, float], table: Table) -> Iterator[str]:
-    """A line for each number that is larger than its table says, or that the table does not have."""
+    """What is larger than its number in the table, or has none."""
     for name, now in measured.items():
         if name not in table:
             yield f"{name} is new, with {now:g}"
         elif now > table[name][0]:
             yield f"{name} grew from {table[name][0]:g} to {now:g}"
+
+
+def thinned(share: float, before: float) -> Iterator[str]:
+    """A share of comments and docstrings that left the tenth around what it was; both in percent."""
+    if abs(share - before) > before / 10:
+        yield f"comments and docstrings are {share:.2f} % of all lines, and were {before:.2f} %"
 
 
 def printed(measured: Mapping[str, float], table: Table) -> str:
@@ -144,14 +150,14 @@ def test_the_package_keeps_its_proportions() -> None:
     found = measure(PACKAGE)
     print(f"\nLINES\n{printed(found.floors(), LINES)}\nWHOLE\n{printed(found.whole(), WHOLE)}")
     print(f"comments and docstrings: {found.explaining_share():.2f} % of all lines, {EXPLAINING} % at first")
-    larger = [*grown(found.floors(), LINES), *grown(found.whole(), WHOLE)]
-    wanted = f"Make it smaller, or raise the number in {Path(__file__).name} and write the reason beside it."
-    assert not larger, "; ".join(larger) + f". {wanted}"
+    changes = [
+        *grown(found.floors(), LINES),
+        *grown(found.whole(), WHOLE),
+        *thinned(found.explaining_share(), EXPLAINING),
+    ]
+    wanted = f"Mend it, or change the number in {Path(__file__).name} and write the reason beside it."
+    assert not changes, "; ".join(changes) + f". {wanted}"
     assert not LINES.keys() - found.lines.keys(), "a floor of the table is gone; take out its row"
-    share = found.explaining_share()
-    assert abs(share - EXPLAINING) <= EXPLAINING / 10, (
-        f"comments and docstrings are {share:.2f} % of all lines, and were {EXPLAINING} %: explain as before"
-    )
 
 
 SOURCE = """'''A docstring
@@ -187,3 +193,6 @@ def test_what_grew_is_named() -> None:
     assert list(grown(found.whole(), whole)) == ["modules grew from 3 to 4", "import lines in % grew from 8.5 to 8.57"]
     assert '    "training": (90, "one run of many adapters"),' in printed(found.floors(), floors)
     assert found.explaining_share() == pytest.approx(19.05, abs=0.01)
+    assert not [*thinned(18.1, 20.0), *thinned(21.9, 20.0)]
+    assert list(thinned(17.9, 20.0)) == ["comments and docstrings are 17.90 % of all lines, and were 20.00 %"]
+    assert list(thinned(22.1, 20.0)) == ["comments and docstrings are 22.10 % of all lines, and were 20.00 %"]
