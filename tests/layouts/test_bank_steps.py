@@ -74,9 +74,17 @@ FOUR_PACKED, FOUR_PADDED = [(OWN, True, True), (OWN, True, False)], [(OWN, False
 COMPILED = [(TWO, False, True), *FOUR_PACKED]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.cpu_seconds(20, reason="eight adapters in one start with the eight runs that they are compared with")
 @pytest.mark.parametrize(
-    "variants", [FOUR_PACKED, FOUR_PADDED, [(EIGHT, True, True)]], ids=["four packed", "four padded", "eight"]
+    ("variants", "dtype"),
+    [
+        pytest.param(FOUR_PACKED, "fp32", id="four packed fp32"),
+        pytest.param(FOUR_PACKED, "bf16", id="four packed bf16"),
+        pytest.param(FOUR_PADDED, "fp32", id="four padded fp32"),
+        pytest.param(FOUR_PADDED, "bf16", id="four padded bf16"),
+        pytest.param([(EIGHT, True, True)], "fp32", id="eight fp32"),
+        pytest.param([(EIGHT, True, True)], "bf16", id="eight bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_six_steps_have_the_bits_of_single_runs(
     base: dict[str, Any], variants: list[Any], dtype: str, tmp_path: Path
@@ -158,9 +166,7 @@ def test_six_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, 
     [(4, {"tensor_parallel": 4}), (4, {"pipeline_parallel": 4}), (8, {"tensor_parallel": 2, "pipeline_parallel": 2})],
     ids=["4x1x1", "1x4x1", "2x2x2"],
 )
-def test_six_steps_at_larger_layouts(
-    base: dict[str, Any], tmp_path: Path, ranks: int, changes: dict[str, Any]
-) -> None:
+def test_six_steps_at_larger_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, changes: dict[str, Any]) -> None:
     """Of a model with 5 layers, and 8 heads on 4 key-value heads, against single runs at the same layout."""
     model = write_tiny_model(tmp_path / "model", num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6)
     case = {"settings": settings({**base, "model": str(model)}, **changes), "shares": True, "alone": True}

@@ -86,6 +86,7 @@ def gradient_cases(folder: Path, layout: tuple[int, int, int], base: str, *, who
     return cases
 
 
+@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_gradients_are_the_oracles_on_the_dequantised_weights(
     folders: dict[str, Path], answers: QuantisedAnswers, tmp_path: Path, ranks: int, whole: bool
@@ -124,9 +125,7 @@ def zero_stages(layout: Layout, whole: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_values_are_the_same_at_every_layout(
-    folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool
-) -> None:
+def test_values_are_the_same_at_every_layout(folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool) -> None:
     files = settings_of(folders[""], tmp_path)
     layouts = [layout for layout in LAYOUTS if layout.ranks == ranks]
     keys = [(layout, base, stage) for layout in layouts for base in FORMATS for stage in zero_stages(layout, whole)]
@@ -200,6 +199,7 @@ def test_a_quantised_folder_has_its_values_at_every_layout(
             assert stored == predicted or (stage == 3 and predicted <= stored <= predicted + 4 * 80), key
 
 
+@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_runs_are_the_oracles_at_every_layout(
     folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool
