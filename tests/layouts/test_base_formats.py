@@ -125,7 +125,9 @@ def zero_stages(layout: Layout, whole: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_values_are_the_same_at_every_layout(folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool) -> None:
+def test_values_are_the_same_at_every_layout(
+    folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool
+) -> None:
     files = settings_of(folders[""], tmp_path)
     layouts = [layout for layout in LAYOUTS if layout.ranks == ranks]
     keys = [(layout, base, stage) for layout in layouts for base in FORMATS for stage in zero_stages(layout, whole)]

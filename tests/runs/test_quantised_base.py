@@ -153,7 +153,9 @@ def notes_of_evaluation(**settings: Any) -> tuple[str, ...]:
     return plan_evaluations(validate_settings(settings, EvaluateSettings), rank=0, world_size=1)[""].notes
 
 
-def test_an_evaluation_says_what_differs_from_training(base: Base, trained: Path, narrow: Path, tmp_path: Path) -> None:
+def test_an_evaluation_says_what_differs_from_training(
+    base: Base, trained: Path, narrow: Path, tmp_path: Path
+) -> None:
     """A copy in another precision; and nothing of how an adapter without a record was trained."""
     shared = {"test_file": str(base.folder / "validation.jsonl"), "adapter": str(trained / "adapter")}
     for model, more, expected in (

@@ -40,7 +40,7 @@ def test_twenty_steps(task: str, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model", num_layers=2, max_positions=2048)
     arguments = [f"--{name}={path}" for name, path in files.items()]
     arguments += [f"--task={task}", f"--model={model}", "--dtype=bf16", "--max_length=2048", "--output_dir=run"]
-    arguments += ["--max_steps=20", "--warmup_steps=4", "--global_batch_size=8", "--micro_batch_size=4"]
+    arguments += ["--max_steps=20", "--warmup_steps=4", "--global_batch_size=4", "--micro_batch_size=4"]
     arguments += ["--learning_rate=1e-2", "--eval_interval=20"]
     run_ranks(arguments, folder=tmp_path).expect(0)
     run = tmp_path / "run"
