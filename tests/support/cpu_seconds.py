@@ -3,8 +3,8 @@
 Wall seconds say little on a busy machine, and `--durations` sees no child. A test is charged with what this process and
 all below it have used since the test before it ended. So a process that a test leaves running is charged to the tests
 that run beside it, and at its end to the test in which it is reaped. A fixture of a module, or an import, is charged to
-the test that needs it first. No test is charged with a process that has lost its parents before it ends, with collection, or with
-the imports of the server that ranks are forked from; the table's last line has the last two.
+the test that needs it first. No test is charged with a process that has lost its parents before it ends, with
+collection, or with the imports of the server that ranks are forked from; the table's last line has the last two.
 """
 
 from __future__ import annotations
