@@ -93,6 +93,7 @@ class CpuSeconds:
     outside: float = 0.0  # CPU seconds of all processes, until what the tests used is taken off
     processes: int = 0
     _before: float = 0.0
+    _lost: float = 0.0  # CPU seconds that were counted, of processes that nobody reaped
 
     # Where tests run
 
@@ -111,8 +112,9 @@ class CpuSeconds:
         report = yield
         if call.when == "teardown":
             now = cpu_seconds_here()
-            # Less than before: a process that was counted has lost its parent.
+            # Less than before: a process that was counted is gone, and no parent has its seconds.
             report.cpu_seconds, report.cpu_limit = max(0.0, now - self._before), limit_of(item)
+            self._lost += max(0.0, self._before - now)
             self._before = now
         return report
 
@@ -137,7 +139,7 @@ class CpuSeconds:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """A worker says what its process used; the process that reports fails the run in CI for a test far over."""
-        own = cpu_seconds_here() + server_seconds()
+        own = cpu_seconds_here() + server_seconds() + self._lost
         if hasattr(session.config, "workeroutput"):
             session.config.workeroutput["cpu_seconds"] = own
             return

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cpu_seconds
 import pytest
 from cpu_seconds import LIMIT, CpuSeconds, cpu_seconds_here, limit_of
 from folders import ROOT, SUPPORT
@@ -99,6 +100,25 @@ def test_only_ci_fails_and_only_far_over(cpu: float, ci: bool, status: int) -> N
     measured.pytest_sessionfinish(session)
     assert measured.over == [(cpu, 10.0, "test_a.py::test_b")]
     assert session.exitstatus == status
+
+
+def test_a_process_that_nobody_reaps_has_used_what_it_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts of the tests die with all that runs on them: their seconds stay with the test, and once."""
+    seen = iter([1.0, 6.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(cpu_seconds, "cpu_seconds_here", lambda: next(seen))
+    monkeypatch.setattr(cpu_seconds, "server_seconds", lambda: 0.5)
+    measured = CpuSeconds(in_ci=False)
+    measured.pytest_collection_finish()
+    for _ in range(3):
+        report = SimpleNamespace(nodeid="test_a.py::test_b", when="teardown", duration=1.0)
+        hook = measured.pytest_runtest_makereport(item_with(), SimpleNamespace(when="teardown"))
+        next(hook)
+        with pytest.raises(StopIteration):
+            hook.send(report)
+        measured.pytest_runtest_logreport(report)
+    measured.pytest_sessionfinish(SimpleNamespace(config=SimpleNamespace(), exitstatus=pytest.ExitCode.OK))
+    assert measured.files["test_a.py"].cpu == 6.0, "5, then 0 and not -4, then 1"
+    assert measured.outside == 1.0 + 0.5 + 1.0, "before the first test, the server, after the last"
 
 
 MARK = pytest.mark.cpu_seconds
