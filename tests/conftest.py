@@ -18,6 +18,8 @@ gc.disable()  # until all tests are imported, which makes many objects and no ga
 # Tensors here are tiny: threads that wait for each other cost more than they compute.
 torch.set_num_threads(1)
 
+pytest_plugins = ["cpu_seconds"]
+
 # Folders whose tests mostly wait: for a launcher, a silence, the end of a process.
 WAITING = {"cluster", "runs", "study"}
 # Folders with the files that compute longest, a minute each: the last files of a run should be short ones.

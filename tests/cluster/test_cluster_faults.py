@@ -76,6 +76,7 @@ PARAMETERS = [
 ]
 
 
+@pytest.mark.cpu_seconds(30, reason="two starts on two hosts, where each rank imports everything by itself")
 @pytest.mark.parametrize(("route", "fault", "prelude"), PARAMETERS)
 def test_a_fault_ends_the_job_everywhere_and_it_can_go_on(
     site: Site, tmp_path: Path, route: str, fault: str, prelude: str

@@ -33,6 +33,7 @@ def everything() -> ModelShape:
     return replace(shape, block=replace(shape.block, heads=replace(shape.heads, **norms)))
 
 
+@pytest.mark.cpu_seconds(20, reason="it compiles the kernels of every norm and rotation once")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_once_for_all_sizes_with_the_same_numbers() -> None:
     shape = everything()

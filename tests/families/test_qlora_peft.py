@@ -37,6 +37,7 @@ def peft_run(
     return losses, {name: torch.stack(of_layers) for name, of_layers in found.items()}
 
 
+@pytest.mark.cpu_seconds(20, reason="three runs of PEFT beside two of ours")
 @pytest.mark.distributed
 def test_training_follows_qlora_as_closely_as_bf16_follows_lora(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="pip install 'megatron_tiedlora[quantised]'")

@@ -74,9 +74,17 @@ FOUR_PACKED, FOUR_PADDED = [(OWN, True, True), (OWN, True, False)], [(OWN, False
 COMPILED = [(TWO, False, True), *FOUR_PACKED]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.cpu_seconds(20, reason="eight adapters in one start with the eight runs that they are compared with")
 @pytest.mark.parametrize(
-    "variants", [FOUR_PACKED, FOUR_PADDED, [(EIGHT, True, True)]], ids=["four packed", "four padded", "eight"]
+    ("variants", "dtype"),
+    [
+        pytest.param(FOUR_PACKED, "fp32", id="four packed fp32"),
+        pytest.param(FOUR_PACKED, "bf16", id="four packed bf16"),
+        pytest.param(FOUR_PADDED, "fp32", id="four padded fp32"),
+        pytest.param(FOUR_PADDED, "bf16", id="four padded bf16"),
+        pytest.param([(EIGHT, True, True)], "fp32", id="eight fp32"),
+        pytest.param([(EIGHT, True, True)], "bf16", id="eight bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_six_steps_have_the_bits_of_single_runs(
     base: dict[str, Any], variants: list[Any], dtype: str, tmp_path: Path

@@ -86,6 +86,7 @@ def gradient_cases(folder: Path, layout: tuple[int, int, int], base: str, *, who
     return cases
 
 
+@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_gradients_are_the_oracles_on_the_dequantised_weights(
     folders: dict[str, Path], answers: QuantisedAnswers, tmp_path: Path, ranks: int, whole: bool
@@ -200,6 +201,7 @@ def test_a_quantised_folder_has_its_values_at_every_layout(
             assert stored == predicted or (stage == 3 and predicted <= stored <= predicted + 4 * 80), key
 
 
+@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_runs_are_the_oracles_at_every_layout(
     folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool

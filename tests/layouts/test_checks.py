@@ -26,7 +26,10 @@ from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.engine import optimizers as module
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.cpu_seconds(20, reason="the first test makes the starts that all share"),
+]
 
 IN_PIECES = {"stage": 3, "stage3_param_persistence_threshold": 0}  # else ZeRO-3 keeps small tensors whole
 TIED = "stages and data-parallel ranks"

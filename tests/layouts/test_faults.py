@@ -32,7 +32,10 @@ from megatron_tiedlora.adapters.tied_adapter import initial_values
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.training.plan import plan_run
 
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.cpu_seconds(20, reason="the first test makes the starts that all share"),
+]
 
 ALL = "losses norms A B u v"
 

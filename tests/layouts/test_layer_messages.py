@@ -11,7 +11,10 @@ from traffic_runs import Ran, run_cases, write_inputs
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.parallel.traffic import TENSOR, TIED, Traffic
 
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.cpu_seconds(20, reason="the first test makes the starts that all share"),
+]
 
 FULL: dict[str, Any] = {"recompute": "full"}
 GATE: dict[str, Any] = {"recompute": "selective"}

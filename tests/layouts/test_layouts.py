@@ -94,6 +94,7 @@ def test_every_combination_occurs_in_part() -> None:
             assert {choice[position] for choice in found if choice[3] == ALL_TARGETS} == set(choices)
 
 
+@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_layouts(sized: dict[str, Any], tmp_path: Path, ranks: int, whole: bool) -> None:
     oracles: dict[Any, OracleRun] = {}
@@ -108,6 +109,7 @@ def test_layouts(sized: dict[str, Any], tmp_path: Path, ranks: int, whole: bool)
     run_and_check(prepared, tmp_path)
 
 
+@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 def test_every_method_over_tensor_and_pipeline(sized: dict[str, Any], tmp_path: Path, whole: bool) -> None:
     """All eight methods and layers alone, on the first and on the last stage, at (2, 2, 1), with QKV and all targets.
 

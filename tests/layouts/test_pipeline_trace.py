@@ -29,7 +29,10 @@ from megatron_tiedlora.planning.partition import layer_costs
 from megatron_tiedlora.planning.schedule import Order, Pass, one_f_one_b, simulate
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.cpu_seconds(20, reason="the first test makes the starts that all share"),
+]
 
 ROWS, LENGTH, SUPERVISED = 2, 48, 20
 CHANGES: dict[str, dict[str, Any]] = {

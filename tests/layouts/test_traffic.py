@@ -40,7 +40,10 @@ from megatron_tiedlora.planning.stages import StoredTensor
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes
 from megatron_tiedlora.training.dry_run import bytes_in_words, dry_run_report
 
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.cpu_seconds(30, reason="the first test makes the starts that all share"),
+]
 
 TP, PP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
 BOTH = {**TP, **PP}

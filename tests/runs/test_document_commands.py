@@ -217,6 +217,7 @@ def newcomer(request: pytest.FixtureRequest, tmp_path: Path, wheel: Callable[[],
     yield make_newcomer(tmp_path, GUIDE, start, demo=request.param == "demo")
 
 
+@pytest.mark.cpu_seconds(60, reason="nothing else runs the guide's commands one after another, which need each other")
 @pytest.mark.distributed
 @pytest.mark.timeout(1200)
 def test_the_guide_from_weights_to_a_served_model(newcomer: Newcomer) -> None:

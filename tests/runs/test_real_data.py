@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -18,6 +19,7 @@ FILES = {
 
 
 @pytest.mark.distributed
+@pytest.mark.cpu_seconds(20, reason="20 steps on rows as they are published, up to 2,048 tokens long")
 @pytest.mark.parametrize("task", FILES)
 def test_twenty_steps(task: str, tmp_path: Path) -> None:
     files = FILES[task].copy()
@@ -27,14 +29,18 @@ def test_twenty_steps(task: str, tmp_path: Path) -> None:
         short = tmp_path / "test.jsonl"
         short.write_text("".join(files["test_file"].read_text().splitlines(keepends=True)[:4]))
         files["test_file"] = short
-    if task == "gsm8k":  # its own validation part is 473 rows
-        short = tmp_path / "validation.jsonl"
-        short.write_text("".join(files["train_file"].read_text().splitlines(keepends=True)[:20]))
-        files["validation_file"] = short
+    # Their own validation parts are 473 rows, and 59 long ones.
+    files["validation_file"] = validation = tmp_path / f"validation{files['train_file'].suffix}"
+    published = files["train_file"].read_text()
+    if task == "gsm8k":
+        validation.write_text("".join(published.splitlines(keepends=True)[:20]))
+    else:
+        first = json.loads(published)["data"][0]
+        validation.write_text(json.dumps({"data": [{**first, "paragraphs": first["paragraphs"][:2]}]}))
     model = write_tiny_model(tmp_path / "model", num_layers=2, max_positions=2048)
     arguments = [f"--{name}={path}" for name, path in files.items()]
     arguments += [f"--task={task}", f"--model={model}", "--dtype=bf16", "--max_length=2048", "--output_dir=run"]
-    arguments += ["--max_steps=20", "--warmup_steps=4", "--global_batch_size=8", "--micro_batch_size=4"]
+    arguments += ["--max_steps=20", "--warmup_steps=4", "--global_batch_size=4", "--micro_batch_size=4"]
     arguments += ["--learning_rate=1e-2", "--eval_interval=20"]
     run_ranks(arguments, folder=tmp_path).expect(0)
     run = tmp_path / "run"

@@ -267,6 +267,7 @@ def test_torchrun_told_to_stop(base: Base, tmp_path: Path) -> None:
     assert status(folder)["state"] == "stopped"
 
 
+@pytest.mark.cpu_seconds(20, reason="torchrun starts two ranks twice, each of which imports everything by itself")
 def test_torchrun_restarts_go_on_by_themselves(
     base: Base, tmp_path: Path, two_ranks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

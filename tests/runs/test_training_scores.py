@@ -23,6 +23,8 @@ from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.training.finish import score_rows
 
+pytestmark = pytest.mark.cpu_seconds(20, reason="the first test makes the runs at all layouts, which all share")
+
 ONE_RANK = {"ds_config": "zero1.json"}
 # Ranks and settings that change where a run computes and not what.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -74,6 +74,7 @@ def go_on(study: tuple[Base, Path], folder: Path, *more: str, expect: int = 0, p
     return run_sweep(arguments, work=work(folder), cache=study[0].cache, preludes=preludes).expect(expect)
 
 
+@pytest.mark.cpu_seconds(20, reason="a study in four starts, and a whole one beside it")
 def test_killed_twice_and_started_again(study: tuple[Base, Path], whole: Path, tmp_path: Path) -> None:
     folder, cut = tmp_path / "out", RUNS[4]
     run(study, folder, expect=-signal.SIGKILL, preludes={cut: functools.partial(kill_all_at_step, step=7)})

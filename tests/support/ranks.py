@@ -49,6 +49,13 @@ def fork_server() -> Any:
     return context
 
 
+def fork_server_pid() -> int | None:
+    """The server's process; None before it is asked for."""
+    from multiprocessing import forkserver
+
+    return forkserver._forkserver._forkserver_pid  # nothing public names it
+
+
 @contextmanager
 def _changed_environment(changes: dict[str, str]) -> Iterator[None]:
     before = os.environ.copy()

@@ -137,6 +137,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 @needs_compiler
+@pytest.mark.cpu_seconds(20, reason="both ranks compile, as ranks do nowhere else")
 @pytest.mark.distributed
 def test_a_compiled_run_is_the_run(base: Base, tmp_path: Path) -> None:
     """Two data-parallel ranks, packed rows: the losses of the run that is not compiled; both say which they are.
