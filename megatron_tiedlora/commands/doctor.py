@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tiedlora.base.atomic import write_json, write_text
@@ -23,13 +22,11 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.cluster.doctor.examine import examine
 from megatron_tiedlora.cluster.doctor.records import DoctorReport
 from megatron_tiedlora.cluster.doctor.text import report_text
-from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 
 
-def main(argv: Sequence[str]) -> int:
+def main(settings: DoctorSettings) -> int:
     """Examine and report; returns 0 if a job can start, else 1."""
-    settings = parse_settings(argv, DoctorSettings)
     require_extra("train", only=["deepspeed"])
     to_file = settings.json_file not in (None, "-")
     file = user_path(str(settings.json_file), flag="--json")
@@ -57,7 +54,3 @@ def _write_constants(report: DoctorReport, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, report.machine)
     show(f"{file}: constants of {report.machine['title']}, for tiedlora plan --constants", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])

@@ -11,20 +11,18 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Sequence
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.output_folder import output_file, output_files
-from megatron_tiedlora.config.plan_settings import PlanCommand, parse_plan
+from megatron_tiedlora.config.plan_settings import PlanCommand
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
 _MINUTES = 10.0  # in which the ranks of --measure must meet
 
 
-def main(argv: Sequence[str]) -> int:
+def main(command: PlanCommand) -> int:
     """Plan and print; returns 0 if a layout fits, else 1."""
-    command = parse_plan(argv)
     settings = command.settings
     if settings.measure is not None:
         require_extra("train", only=["deepspeed"])

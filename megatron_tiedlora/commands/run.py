@@ -9,14 +9,14 @@ The exit status is 0 only if the run finished, or saved and stopped on a signal 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.config.launch_settings import LaunchCommand
 
 HERE = Path(__file__).resolve().parent
 
 
-def main(argv: Sequence[str], *, scripts: Path = HERE) -> int:
+def main(command: LaunchCommand, *, scripts: Path = HERE) -> int:
     """Start and watch a job; ranks run the train.py in the folder `scripts`. Returns the exit status."""
-    return launch(argv, scripts=scripts)
+    return launch(command, scripts=scripts)

@@ -1,27 +1,25 @@
 """The paper's study on any model and task: methods x ranks x learning rates, tables and figures.
 
-    tiedlora sweep --output_dir study --model meta-llama/Llama-2-7b-hf --task squad                  the paper's grid
-    tiedlora sweep --output_dir study --methods lora,tl6 --ranks 2,8 --gpus_per_run 2 ...            a part of it
-    tiedlora sweep --output_dir study                                                                resumes it
+tiedlora sweep --output_dir study --model meta-llama/Llama-2-7b-hf --task squad                  the paper's grid
+tiedlora sweep --output_dir study --methods lora,tl6 --ranks 2,8 --gpus_per_run 2 ...            a part of it
+tiedlora sweep --output_dir study                                                                resumes it
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.config.sweep_settings import SweepCommand
 
 HERE = Path(__file__).resolve().parent
 
 
-def main(argv: Sequence[str], *, scripts: Path = HERE) -> int:
+def main(command: SweepCommand, *, scripts: Path = HERE) -> int:
     """Run the sweep, which starts the train.py and evaluate.py in the folder `scripts`. Returns the exit status."""
-    parse_sweep(argv)  # --help and a wrong flag end here and do not wait for torch; `sweep` reads the flags again
     require_extra("train", "eval")
     require_extra("train", only=["matplotlib"])  # for the figures at its end
     from megatron_tiedlora.study.processes import deepspeed_starter
     from megatron_tiedlora.study.sweep import sweep
 
-    return sweep(argv, lambda: deepspeed_starter(scripts))
+    return sweep(command, lambda: deepspeed_starter(scripts))

@@ -6,13 +6,11 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.config.fields import flag_value
+from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planner.candidates import Candidate, Cluster
 from megatron_tiedlora.planner.price import Priced, capacity
 from megatron_tiedlora.planner.table import Plan
-
-_OF_THE_PLAN = {"dry_run", "world_size", "plan_for", "gpu"}
 
 
 def chosen_settings(settings: Settings, candidate: Candidate) -> dict[str, Any]:
@@ -20,7 +18,7 @@ def chosen_settings(settings: Settings, candidate: Candidate) -> dict[str, Any]:
     given = {name: getattr(settings, name) for name in Settings.model_fields if name in settings.model_fields_set}
     common = {"max_length": settings.max_length, "global_batch_size": settings.global_batch_size}
     values = {**given, **common, **candidate.flags}
-    return {name: _plain(value) for name, value in values.items() if name not in _OF_THE_PLAN}
+    return {name: _plain(value) for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
 
 
 def _plain(value: Any) -> Any:

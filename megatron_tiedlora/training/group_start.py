@@ -147,9 +147,7 @@ def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
     return {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
 
 
-def finished_before(
-    plans: Plans, folders: Folders, checkpoints: Checkpoints, *, halving: bool
-) -> dict[str, Finished]:
+def finished_before(plans: Plans, folders: Folders, checkpoints: Checkpoints, *, halving: bool) -> dict[str, Finished]:
     """The adapters that an earlier start has finished and exported, and that have no step left by their settings.
 
     Args:
@@ -246,7 +244,7 @@ def _write_settings(settings: Settings, plans: Plans, folder: GroupFolder) -> No
     (first, of_all), *_ = resolved.items()
     own = {name: {key: values[key] for key in values if key in PER_ADAPTER} for name, values in resolved.items()}
     shared = {key: value for key, value in of_all.items() if key not in PER_ADAPTER and key != "adapters"}
-    shared |= {key: getattr(settings, key) for key in OF_ALL} | {"output_dir": str(folder.path)}
+    shared |= {"adapters": own, **{key: getattr(settings, key) for key in OF_ALL}, "output_dir": str(folder.path)}
     ranks, versions = plans[first].grid.world_size, installed_versions("torch", "deepspeed", "transformers")
     if plans[first].grid.rank == 0:
         try:

@@ -14,6 +14,7 @@ from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapters_file import read_adapters
+from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.runtime.run_folder import last_run_folder
 from megatron_tiedlora.training.halving import check_halving
@@ -21,13 +22,6 @@ from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 
 DS_CONFIG = "zero0.json"  # by default, as others would clip all adapters together, or shard the base
-# What adapters with the same data may have of their own.
-_NOT_OF_DATA = (
-    *("method", "rank", "alpha", "layers", "targets", "init_from", "init_std_a", "init_std_b", "dropout", "output_dir"),
-    *("global_batch_size", "max_steps", "epochs", "learning_rate", "weight_decay", "beta1", "beta2", "schedule"),
-    *("warmup_steps", "gradient_clipping", "eval_interval", "patience", "save_interval"),
-)
-
 Plans = Mapping[str, RunPlan]  # by the adapter's name; they differ only in what belongs to an adapter
 Data = Mapping[str, RunData]
 
@@ -94,7 +88,7 @@ def prepare_group_data(plans: Plans) -> dict[str, RunData]:
     """
     data, read = {}, dict[tuple[str, int], RunData]()
     for name, plan in plans.items():
-        values = plan.settings.model_dump_json(exclude=set(_NOT_OF_DATA)), plan.max_new_tokens
+        values = plan.settings.model_dump_json(include=set(marked(Settings, decides="data"))), plan.max_new_tokens
         if values not in read:
             with naming(name):
                 read[values] = prepare_data(plan)

@@ -1,6 +1,6 @@
 """Which settings of a run may differ from those of the checkpoint that it continues.
 
-Those in `LAYOUT_SETTINGS` may, as they do not change what is computed. --epochs may, since only the number of steps
+Those that are not `compared` may, as they do not change what is computed. --epochs may, since only the number of steps
 that follows from it counts. --max_steps may if the schedule does not depend on it, which is so if it is constant. A
 warm-up that was not given is the checkpoint's.
 """
@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.fields import flag_value
-from megatron_tiedlora.training.plan import LAYOUT_SETTINGS, RunPlan
+from megatron_tiedlora.config.fields import declared, flag_value
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import steps_over
 
 
@@ -26,9 +27,9 @@ def check_resumed_settings(
     Args:
         saved: the settings in the checkpoint, which is of `step` and called `source`.
     """
-    settings = plan.settings
+    settings, marks = plan.settings, declared(Settings)
     for name, value in plan.resolved_settings().items():
-        if name in LAYOUT_SETTINGS or name == "epochs" or name not in saved:
+        if not marks[name].compared or name == "epochs" or name not in saved:
             continue
         if name == "max_new_tokens" and settings.eval_metric == "loss":  # changes nothing in such a run
             continue

@@ -20,7 +20,8 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.commands.index import main
 from megatron_tiedlora.sharing.collection import build_index, verify_entries
-from megatron_tiedlora.sharing.index import FILTERS, INDEX_FILE, find_entries
+from megatron_tiedlora.config.adapter_settings import FILTERS
+from megatron_tiedlora.sharing.index import INDEX_FILE, find_entries
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
