@@ -85,7 +85,9 @@ class AdapterBank:
             for tensor, parameter in adapter.named_parameters():
                 yield f"{name}.{tensor}", parameter
 
-    def updates(self, shares: Shares, tensor_parallel: TensorParallel, *, dtype: torch.dtype) -> dict[int, LayerUpdate]:
+    def updates(
+        self, shares: Shares, tensor_parallel: TensorParallel, *, dtype: torch.dtype
+    ) -> dict[int, LayerUpdate]:
         """The updates of the stage's layers that an adapter of the micro-batch adapts, by layer.
 
         Factors that ranks need in full are gathered in one message for all adapters of the micro-batch, and their
@@ -120,6 +122,7 @@ class AdapterBank:
                 for name in targets
             }
         return found
+
 
     def with_dropout(
         self,

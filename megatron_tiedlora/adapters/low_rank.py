@@ -43,7 +43,9 @@ def gradient_of_f(grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) ->
     return wide_matmul(grad_z.t(), ax, dtype)
 
 
-def gradient_of_a(grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, drop: Drop | None = None) -> torch.Tensor:
+def gradient_of_a(
+    grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, drop: Drop | None = None
+) -> torch.Tensor:
     """dA = grad_ax^T D(x), (r, in), in `dtype`, from grad_ax (tokens, r) and x (tokens, in)."""
     return wide_matmul(grad_ax.t(), x if drop is None else drop(x), dtype)
 

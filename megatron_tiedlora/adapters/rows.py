@@ -51,7 +51,9 @@ class AllRows:
         """The gradient of F in `dtype`, from dz (tokens, out)."""
         return low_rank.gradient_of_f(grad_z, _flat(ax), dtype)
 
-    def gradient_of_a(self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool) -> torch.Tensor:
+    def gradient_of_a(
+        self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool
+    ) -> torch.Tensor:
         """The gradient of A in `dtype`, from that of A x and x (tokens, in)."""
         return low_rank.gradient_of_a(_flat(grad_ax), x, dtype, self._drop(local))
 
@@ -124,7 +126,9 @@ class SharedRows(AllRows):
         found = ((owner, low_rank.gradient_of_f(rows, own, dtype)) for (owner, rows), own in pairs)
         return self._by_owner(found, grad_z.new_zeros(grad_z.shape[-1], dtype=dtype))
 
-    def gradient_of_a(self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool) -> torch.Tensor:
+    def gradient_of_a(
+        self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool
+    ) -> torch.Tensor:
         """As in AllRows."""
         parts = zip(self._rows(x, local), self._narrow(grad_ax, local=local), self._drops(local), strict=True)
         found = ((owner, low_rank.gradient_of_a(own, rows, dtype, drop)) for (owner, rows), own, drop in parts)

@@ -30,7 +30,6 @@ class Command:
     is_rank: bool = False
 
 
-# fmt: off
 COMMANDS = (
     Command("train", "train", "settings:Settings",
             "fine-tune a model, as one process or a rank of many", "launch/train.py", is_rank=True),
@@ -67,7 +66,6 @@ COMMANDS = (
             "write a random model, `tiny` for a try", "tools/write_random_model.py"),
     Command("env", "env", "tool_settings:EnvSettings", "versions, devices and variables, for a bug report"),
 )
-# fmt: on
 
 # What other tools call a command; what is in no table is guessed by its spelling.
 _OTHER_NAMES = {

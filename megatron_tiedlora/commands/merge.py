@@ -50,7 +50,6 @@ def main(settings: MergeSettings) -> int:
     show(f"merged {settings.adapter} into {opened.source.name}: {output}")
     if not any(output.glob("tokenizer*")):
         show(f"{opened.source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
-    show(
-        f"check it with: tiedlora verify {adapter_flags(settings.adapter, settings)} --merged {shlex.quote(str(output))}"
-    )
+    flags = f"{adapter_flags(settings.adapter, settings)} --merged {shlex.quote(str(output))}"
+    show(f"check it with: tiedlora verify {flags}")
     return 0

@@ -1,4 +1,4 @@
-"""Settings of the commands that read, write, check, list and publish adapters: merge, export, import, verify, index, push.
+"""Settings of the commands for adapters: merge, export, import, verify, index, push.
 
 They have few flags, and read no file of settings.
 """
@@ -57,7 +57,8 @@ class MergeSettings(CommandSettings):
 
     prog: ClassVar[str] = "tiedlora merge"
     about: ClassVar[str] = (
-        "Merge a Tied-LoRA adapter into its base model: a plain Hugging Face checkpoint for transformers, vLLM and others."
+        "Merge a Tied-LoRA adapter into its base model: a plain Hugging Face checkpoint for transformers, vLLM and"
+        " others."
     )
     examples: ClassVar[str] = """\
 example:
@@ -121,7 +122,8 @@ class ImportSettings(CommandSettings):
 
     prog: ClassVar[str] = "tiedlora import"
     about: ClassVar[str] = (
-        "Write a PEFT LoRA or VeRA as a native adapter, which computes the same and can be merged, scored or trained on."
+        "Write a PEFT LoRA or VeRA as a native adapter, which computes the same and can be merged, scored or trained"
+        " on."
     )
     examples: ClassVar[str] = """\
 example:

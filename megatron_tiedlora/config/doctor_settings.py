@@ -46,7 +46,7 @@ class DoctorSettings(CommandSettings):
     hostfile: str | None = setting_field(
         "run",
         "`NAME slots=N` lines, as for deepspeed (default: the hosts of the Slurm allocation, or this machine)",
-        None
+        None,
     )
     ssh_port: int | None = setting_field(
         "run", "port of the hosts' ssh, as in `deepspeed --ssh_port`", None, ge=1, le=65535
@@ -57,26 +57,24 @@ class DoctorSettings(CommandSettings):
     measure: str | None = setting_field(
         "run",
         "if the hosts are ready, measure with all ranks what tiedlora plan needs, and write it to this file",
-        None
+        None,
     )
     measure_seconds: float = setting_field("run", "about how long --measure takes", 60.0, gt=0, le=3600)
 
     model: str | None = _train(
         "model",
+        "the base model, the same on every host: a folder, demo, or a hub id (searched in each host's cache)",
         default=None,
-        "the base model, the same on every host: a folder, demo, or a hub id (searched in each host's cache)"
     )
     train_file: str | None = _train(
         "train_file",
         "training rows, the same on every host: a file, two aligned texts A.de,A.en, or a hub id (not"
-        " checked; a warning says so)"
+        " checked; a warning says so)",
     )
     validation_file: str | None = _train("validation_file", "the same for validation rows")
     test_file: str | None = _train("test_file", "the same for test rows")
     base: str | None = _train("base", "the storage format of the base's linears")
-    products: Literal["fp8"] | None = _train(
-        "products", "fp8: the job multiplies in fp8, as --products of train"
-    )
+    products: Literal["fp8"] | None = _train("products", "fp8: the job multiplies in fp8, as --products of train")
     output_dir: str | None = _train("output_dir", "where runs will be written; should be shared by all hosts")
 
     tensor_parallel: int = _train("tensor_parallel", "ranks that share each layer", group="parallel")

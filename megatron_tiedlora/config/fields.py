@@ -126,11 +126,11 @@ def shared_field(kind: type[CommandSettings], name: str, help_text: str = "", **
         help_text: '' for the one there.
         changes: the default, and attributes of `Declared`, that differ.
     """
-    field, there = kind.model_fields[name], declared(kind)[name]
-    default = changes.pop("default", field.default)
+    original, there = kind.model_fields[name], declared(kind)[name]
+    default = changes.pop("default", original.default)
     kept = ("group", "choices", "flag", "words", "other_names", "other_values", "holds", "lasts", "constraints")
     marks = {"shared": True, **{mark: getattr(there, mark) for mark in kept}, **changes}
-    return _field(help_text or field.description, default, Declared(**marks))
+    return _field(help_text or original.description, default, Declared(**marks))
 
 
 def _field(help_text: str | None, default: Any, marks: Declared) -> Any:
@@ -140,9 +140,9 @@ def _field(help_text: str | None, default: Any, marks: Declared) -> Any:
 def declared(kind: type[CommandSettings]) -> dict[str, Declared]:
     """What each setting of a command is declared with, by the name of its field."""
     found = {}
-    for name, field in kind.model_fields.items():
-        assert isinstance(field.json_schema_extra, Declared), "declare settings with setting_field"
-        found[name] = field.json_schema_extra
+    for name, one in kind.model_fields.items():
+        assert isinstance(one.json_schema_extra, Declared), "declare settings with setting_field"
+        found[name] = one.json_schema_extra
     return found
 
 

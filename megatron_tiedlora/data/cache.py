@@ -263,7 +263,9 @@ def _joined_facts(facts: Mapping[str, Any], part: EncodedRows) -> dict[str, bool
 # Which samples ----------------------------------------------------------------------------------------------------
 
 
-def _write_splits(path: Path, *, stored: Mapping[Split, _Found], streams: Mapping[Split, RowStream], seed: int) -> None:
+def _write_splits(
+    path: Path, *, stored: Mapping[Split, _Found], streams: Mapping[Split, RowStream], seed: int
+) -> None:
     """Write which samples are trained on and which are held out, with their hash."""
     train, facts = stored["train"]
     stream = streams["train"]

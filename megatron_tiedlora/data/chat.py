@@ -119,7 +119,10 @@ class Chat:
     def _guarded(self, conversation: Conversation, source: str) -> Conversation:
         """The conversation with the control tokens of its texts marked, or rejected."""
         messages = [
-            {name: self.control.guard(value, _said_of(name), f"{source}, {turn}") for name, value in message.items()}
+            {
+                name: self.control.guard(value, _said_of(name), f"{source}, {turn}")
+                for name, value in message.items()
+            }
             for turn, message in zip(conversation.names, conversation.messages, strict=True)
         ]
         tools = self.control.guard(conversation.tools, "field 'tools'", source)

@@ -27,7 +27,9 @@ def adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokens) and tokens[0].startswith(("▁", "Ġ"))
 
 
-def segment_ids(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
+def segment_ids(
+    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sequence[Segment]]
+) -> list[list[list[int]]]:
     """The ids of each segment of each sample, without any token that ends a sample."""
     found: list[list[list[int]]] = [[[] for _ in segments] for segments in samples]
     for follows in (False, True):

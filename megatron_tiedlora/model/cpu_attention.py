@@ -181,7 +181,9 @@ def _tokens_first(heads: torch.Tensor) -> torch.Tensor:
     return heads.new_empty(size, length, num_heads, head_dim).transpose(1, 2)
 
 
-def _by_part(tensors: Sequence[torch.Tensor], parts: Sequence[TiledRows]) -> Iterator[tuple[torch.Tensor, ...]]:
+def _by_part(
+    tensors: Sequence[torch.Tensor], parts: Sequence[TiledRows]
+) -> Iterator[tuple[torch.Tensor, ...]]:
     """(b, heads, s, head_dim) each -> the (rows, heads, length, head_dim) of each part, as views."""
     if len(parts) == 1 and len(tensors[0]) == parts[0].num_rows:
         yield tuple(tensors)

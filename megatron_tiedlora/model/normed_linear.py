@@ -180,7 +180,9 @@ class Projection:
             grad_hidden = found.view(hidden.shape)
         return grad_hidden, grad_a, grad_f
 
-    def _enter(self, normed: torch.Tensor, ax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _enter(
+        self, normed: torch.Tensor, ax: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x and A x of whole sequences, (b, s, n), on every rank; gathered in one message if sequences are sharded."""
         if self.tensor_parallel.sequence_parts == 1:
             return normed, ax

@@ -92,7 +92,8 @@ def find_shared_supervised(labels: torch.Tensor, pieces: Sequence[Piece], num_pa
     by_part = labels.reshape(num_parts, -1)
     length = by_part.shape[1]
     found = [
-        _by_piece(part, part_of(pieces, number * length, (number + 1) * length)) for number, part in enumerate(by_part)
+        _by_piece(part, part_of(pieces, number * length, (number + 1) * length))
+        for number, part in enumerate(by_part)
     ]
     most = max(sum(len(rows) for _, rows, _ in part) for part in found)
     local_rows, supervised, of_rows, of_supervised = [], [], [], []

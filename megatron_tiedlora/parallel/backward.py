@@ -60,7 +60,9 @@ class _EarlyBackward(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        found = [(next(saved), pieces) if needs else None for needs, pieces in zip(ctx.needs, ctx.pieces, strict=True)]
+        found = [
+            (next(saved), pieces) if needs else None for needs, pieces in zip(ctx.needs, ctx.pieces, strict=True)
+        ]
         return None, None, *(None if one is None else _scaled(*one, gradient) for one in found)
 
 

@@ -90,7 +90,9 @@ class Fp8ProductWeight(RowScaledWeight):
         keep_transposed: bool = False,
     ) -> FrozenWeight:
         """Uninitialised memory; see `QuantisedWeight.of_format`."""
-        found = cls.of_format(*local_shape, dtype=dtype, shards_rows=shards_rows, storage=storage, workspace=workspace)
+        found = cls.of_format(
+            *local_shape, dtype=dtype, shards_rows=shards_rows, storage=storage, workspace=workspace
+        )
         if keep_transposed:
             assert isinstance(found, Fp8ProductWeight)
             found.transposed = frozen_parameter(*reversed(local_shape), dtype=torch.uint8)

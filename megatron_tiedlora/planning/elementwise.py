@@ -25,7 +25,9 @@ class MovedBytes:
 
     def plus(self, other: MovedBytes) -> MovedBytes:
         """Each of them with that of another."""
-        return MovedBytes(self.forward + other.forward, self.backward + other.backward, self.again + other.again)
+        return MovedBytes(
+            self.forward + other.forward, self.backward + other.backward, self.again + other.again
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,9 @@ def _exit(owners: StageOwners, block: int, name: str, in_width: float, width: _W
     return in_width + 2 * width.whole if owners.adapts(block, name) else 0.0
 
 
-def _exit_back(owners: StageOwners, block: int, name: str, in_width: float, width: _Widths, *, needs_x: bool) -> float:
+def _exit_back(
+    owners: StageOwners, block: int, name: str, in_width: float, width: _Widths, *, needs_x: bool
+) -> float:
     """The gradients of a row-parallel linear's factors, and their share in that of its input."""
     if not owners.adapts(block, name):
         return 0.0

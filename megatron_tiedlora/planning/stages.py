@@ -34,7 +34,9 @@ class StoredTensor(NamedTuple):
         return self.size * self.itemsize
 
 
-def stored_tensors(rule: WeightRule, shape: ModelShape, layout: Layout, tp_size: int = 1) -> tuple[StoredTensor, ...]:
+def stored_tensors(
+    rule: WeightRule, shape: ModelShape, layout: Layout, tp_size: int = 1
+) -> tuple[StoredTensor, ...]:
     """The parameters that store a rank's shard of a weight: one, or codes and scales if it is quantised."""
     local_shape = rule.spec.local_shape(rule.shape, tp_size)
     if layout.base is None or not rule.is_quantised(shape):

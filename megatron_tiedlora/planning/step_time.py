@@ -147,7 +147,9 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
     dtype = DTYPES[layout.dtype.itemsize]
     of_linears, moved = dtype if layout.products is None else DTYPES[1], machine["bandwidth"] * machine["elementwise"]
     found = [
-        Term("matmuls", f"matmuls of blocks in {of_linears}", work.linears, machine.rate("matmul", of_linears), "FLOP"),
+        Term(
+            "matmuls", f"matmuls of blocks in {of_linears}", work.linears, machine.rate("matmul", of_linears), "FLOP"
+        ),
         Term("matmuls", f"head, adapter in {dtype}", work.head + work.low_rank, machine.rate("matmul", dtype), "FLOP"),
         Term("attention", "attention", work.attention, machine.rate("attention", dtype), "FLOP"),
         *_beside("attention", f"queries in {dtype}", work.queries, machine[f"queries.{dtype}"], "numbers"),

@@ -247,7 +247,9 @@ def _add_backward(found: PassTraffic, owners: StageOwners, kind: BlockKind, shap
     """Back through the end of the MLP, then its start, then the end of attention, then its start."""
     block, after = kind.example, _after(kind, shape)
     needs = owners.needs(block)
-    of_qkv, of_gate_up = (owners.ax_columns(block, name) * owners.trains_a(block, name) for name in (QKV, GATE_UP))
+    of_qkv, of_gate_up = (
+        owners.ax_columns(block, name) * owners.trains_a(block, name) for name in (QKV, GATE_UP)
+    )
     mlp = _Regions(found.forward if kind.ends_here else found.backward, owners.stage, kind.number)
     mlp.gather(after)
     mlp.go_back(after, of_gate_up, needs_x=needs[GATE_UP])

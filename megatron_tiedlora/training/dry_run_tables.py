@@ -124,7 +124,8 @@ def _base_line(stages: Stages) -> list[str]:
         how = "they are multiplied in fp8"
         how += "" if kept else ", in the backward pass by a transposed copy, in memory that all of them share"
     return [
-        f"  (base weights: {words} of them before ZeRO are the linears of the blocks in {layout.base}{kept}; {how})"
+        f"  (base weights: {words} of them before ZeRO are the linears of the blocks in {layout.base}{kept};"
+        f" {how})"
     ]
 
 

@@ -103,7 +103,9 @@ def _one_more(group: GroupPlan) -> list[str]:
     name, machine = list(group.plans)[number], group.shared.machine
     samples = None if group.samples is None else {**group.samples, "": group.samples[name]}
     more = replace(group, plans={**group.plans, "": group.plans[name]}, samples=samples)
-    before, after = ([run.largest.memory(stage, machine).allocated for stage in run.stages] for run in (group, more))
+    before, after = (
+        [run.largest.memory(stage, machine).allocated for stage in run.stages] for run in (group, more)
+    )
     added = max(new - old for new, old in zip(after, before, strict=True))
     line = (
         f"  like {name}: {bytes_in_words(added)} per rank, {bytes_in_words(_own_bytes(group, number))} of them its"

@@ -85,7 +85,9 @@ class GroupEvaluation:
         for some in fill_rounds(sizes, capacity=STEPS_AT_ONCE * self.capacity):
             yield [(name, next(batches[name])) for name, _ in some]
 
-    def scores(self, members: Members, samples_of: Callable[[Member], ScoredSet | None]) -> dict[str, dict[str, Score]]:
+    def scores(
+        self, members: Members, samples_of: Callable[[Member], ScoredSet | None]
+    ) -> dict[str, dict[str, Score]]:
         """The scores of each on its own samples, as `Trainer.score`; one whose answers cannot be scored fails."""
         asked = {member.name: scored for member in members if (scored := samples_of(member)) is not None}
         answers = self._answers([member for member in members if member.name in asked], asked) if asked else {}

@@ -147,7 +147,9 @@ def resumed(plans: Plans, checkpoints: Checkpoints) -> dict[str, RunPlan]:
     return {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
 
 
-def finished_before(plans: Plans, folders: Folders, checkpoints: Checkpoints, *, halving: bool) -> dict[str, Finished]:
+def finished_before(
+    plans: Plans, folders: Folders, checkpoints: Checkpoints, *, halving: bool
+) -> dict[str, Finished]:
     """The adapters that an earlier start has finished and exported, and that have no step left by their settings.
 
     Args:

@@ -66,7 +66,10 @@ def steps_in_words(settings: Settings, num_samples: int) -> str:
     steps, samples = count_text(settings.max_steps, "step"), count_text(num_samples, "training sample")
     if settings.epochs is None:
         return f"{steps}, {epochs_of(settings, num_samples):,.2f} passes over the {samples}"
-    return f"{steps}, for --epochs {settings.epochs:g} of {samples} at {settings.global_batch_size} per step"
+    return (
+        f"{steps}, for --epochs {settings.epochs:g} of {samples} at {settings.global_batch_size}"
+        " per step"
+    )
 
 
 def length_warnings(settings: Settings, train: TokenDataset) -> list[str]:
