@@ -81,10 +81,10 @@ After a kill -9 or a crash, the same command continues with the files that are c
     base_differs: bool = _base_differs()
     dtype: Literal["bf16", "fp16", "fp32"] | None = _dtype("dtype of the written weights [as stored in the base]", None)
     onto: Literal["original", "trained"] = _flag(
-        "after a run with --base: the stored base, or its dequantised weights, which training saw", "original"
+        "after a run with --base: the stored base, or its dequantised weights, which training saw", "original",
     )
     tokenizer: str | None = _same(
-        "tokenizer", "tokenizer to include: folder, hub id or tokenizer.model [the base's own]", metavar="T"
+        "tokenizer", "tokenizer to include: folder, hub id or tokenizer.model [the base's own]", metavar="T",
     )
 
 
@@ -167,10 +167,8 @@ the most likely token is the same, over random tokens.
     peft: FilePath | None = _flag("output of tiedlora export", None, metavar="DIR")
     dtype: Literal["fp32", "bf16"] = _dtype("dtype of the logits' computation by layers", "fp32")
     inside: str | None = _flag(
-        "what loads the exports too: transformers, peft, transformers,peft or none [both, up to 8 GB in fp32]",
-        None,
-        flag="in",
-        metavar="NAMES",
+        "what loads the exports too: transformers, peft, transformers,peft or none [both, up to 8 GB in fp32]", None,
+        flag="in", metavar="NAMES",
     )
     base_differs: bool = _base_differs(help_text="compare even if the base differs from the one in training")
 
@@ -202,10 +200,10 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
 
     folder: FilePath = _flag("folder with adapters, at any depth", metavar="DIR", positional=True)
     action: Literal["build", "find", "verify", "diff"] = _flag(
-        "build, find, verify or diff", "build", metavar="ACTION", positional=True
+        "build, find, verify or diff", "build", metavar="ACTION", positional=True,
     )
     adapters: tuple[str, ...] = _flag(
-        "for diff: names or paths of two adapters", (), metavar="ADAPTER", positional=True, words=True
+        "for diff: names or paths of two adapters", (), metavar="ADAPTER", positional=True, words=True,
     )
     name: str | None = _filter()
     base_model: str | None = _filter()

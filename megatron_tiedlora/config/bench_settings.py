@@ -84,7 +84,7 @@ class BenchSettings(CommandSettings):
     groups: ClassVar[Mapping[str, str]] = GROUPS
 
     what: Literal["step", "layout", "scaling", "decoding"] = setting_field(
-        "run", "what to measure [step; layout with several ranks or a flag of a layout]"
+        "run", "what to measure [step; layout with several ranks or a flag of a layout]",
     )
     repeats: int = setting_field("run", "turns of each that count", 5, ge=1)
     json_file: str | None = setting_field("run", "also write the figures to this file", None, flag="json")
@@ -115,7 +115,7 @@ class BenchSettings(CommandSettings):
 
     adapters: int | None = setting_field("adapters", "adapters that take a step each", None, ge=1)
     shared_tokens: int | None = setting_field(
-        "adapters", "most tokens of a shared micro-batch [all tokens]", None, ge=1
+        "adapters", "most tokens of a shared micro-batch [all tokens]", None, ge=1,
     )
 
     tensor_parallel: int = _train("tensor_parallel", "ranks that share each layer", group="layout")
@@ -124,10 +124,10 @@ class BenchSettings(CommandSettings):
     ds_config: str = _train("ds_config", "DeepSpeed JSON with engine knobs", group="layout", default="zero1.json")
     packing: bool | None = setting_field("layout", "several samples of --task in a row [true]", None)
     micro_batches: int | None = setting_field(
-        "layout", "made-up micro-batches per rank per step [1; with a pipeline 2 x its stages]", None, ge=1
+        "layout", "made-up micro-batches per rank per step [1; with a pipeline 2 x its stages]", None, ge=1,
     )
     constants: str | None = setting_field(
-        "layout", "also plan the step with the constants in this file of tiedlora plan --measure", None
+        "layout", "also plan the step with the constants in this file of tiedlora plan --measure", None,
     )
     documents: int | None = setting_field("layout", "equal samples that are packed in each made-up row [1]", None, ge=1)
 

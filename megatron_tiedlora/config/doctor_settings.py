@@ -44,26 +44,23 @@ class DoctorSettings(CommandSettings):
     groups: ClassVar[Mapping[str, str]] = GROUPS
 
     hostfile: str | None = setting_field(
-        "run",
-        "`NAME slots=N` lines, as for deepspeed (default: the hosts of the Slurm allocation, or this machine)",
+        "run", "`NAME slots=N` lines, as for deepspeed (default: the hosts of the Slurm allocation, or this machine)",
         None,
     )
     ssh_port: int | None = setting_field(
-        "run", "port of the hosts' ssh, as in `deepspeed --ssh_port`", None, ge=1, le=65535
+        "run", "port of the hosts' ssh, as in `deepspeed --ssh_port`", None, ge=1, le=65535,
     )
     json_file: str | None = setting_field(
-        "run", "write everything to this file, for scripts; - prints it instead of the table", None, flag="json"
+        "run", "write everything to this file, for scripts; - prints it instead of the table", None, flag="json",
     )
     measure: str | None = setting_field(
-        "run",
-        "if the hosts are ready, measure with all ranks what tiedlora plan needs, and write it to this file",
+        "run", "if the hosts are ready, measure with all ranks what tiedlora plan needs, and write it to this file",
         None,
     )
     measure_seconds: float = setting_field("run", "about how long --measure takes", 60.0, gt=0, le=3600)
 
     model: str | None = _train(
-        "model",
-        "the base model, the same on every host: a folder, demo, or a hub id (searched in each host's cache)",
+        "model", "the base model, the same on every host: a folder, demo, or a hub id (searched in each host's cache)",
         default=None,
     )
     train_file: str | None = _train(
@@ -81,11 +78,11 @@ class DoctorSettings(CommandSettings):
     pipeline_parallel: int = _train("pipeline_parallel", "stages that share the layers", group="parallel")
     master_port: int = setting_field("parallel", "port of the first host where the ranks meet", 29500, ge=1, le=65535)
     allreduce_mb: float = setting_field(
-        "parallel", "megabytes per rank in the all-reduce that measures bandwidth", 64.0, gt=0, le=16384
+        "parallel", "megabytes per rank in the all-reduce that measures bandwidth", 64.0, gt=0, le=16384,
     )
 
     timeout_seconds: float = setting_field(
-        "limits", "longest wait for a host's answers, for the rendezvous, and for an all-reduce", 60.0, ge=5, le=86400
+        "limits", "longest wait for a host's answers, for the rendezvous, and for an all-reduce", 60.0, ge=5, le=86400,
     )
     max_clock_skew: float = setting_field("limits", "seconds that a host's clock may differ from this one's", 1.0, ge=0)
 

@@ -53,13 +53,13 @@ class EvaluateSettings(CommandSettings):
     instead: ClassVar[Sequence[tuple[str, str]]] = (_ADAPTERS,)
 
     output_dir: str | None = _same(
-        "output_dir", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)", per_adapter=True
+        "output_dir", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)", per_adapter=True,
     )
     take_over: bool = _same(
-        "take_over", "take --output_dir over from another start that is writing it; that one then writes nothing"
+        "take_over", "take --output_dir over from another start that is writing it; that one then writes nothing",
     )
     seed: int = _train(
-        "seed", "seed for carving the validation split from training rows; the run's seed gives its split"
+        "seed", "seed for carving the validation split from training rows; the run's seed gives its split",
     )
     timeout_minutes: float = _train("timeout_minutes", "longest wait for another rank before the job fails")
 
@@ -70,23 +70,17 @@ class EvaluateSettings(CommandSettings):
         default=None,
     )
     adapter: str | None = setting_field(
-        "model",
-        "native adapter (RUN/adapter), or PEFT LoRA or VeRA folder (default: none)",
-        None,
-        per_adapter=True,
+        "model", "native adapter (RUN/adapter), or PEFT LoRA or VeRA folder (default: none)", None, per_adapter=True,
         other_names=ADAPTER_NAMES,
     )
     adapters: tuple[str, ...] | None = setting_field(
         "model",
         "several adapters of one base, scored in one start: NAME=FOLDER or FOLDER, which may be as of --adapter, a run,"
         " a folder of runs (also of a run with --adapters), or a pattern in quotes (default: none)",
-        None,
-        words=True,
-        per_adapter=True,
+        None, words=True, per_adapter=True,
     )
     base_differs: bool = _same(
-        "base_differs",
-        "use the adapter although base or tokenizer differ from those that it was trained with",
+        "base_differs", "use the adapter although base or tokenizer differ from those that it was trained with",
         group="model",
     )
     merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it separate", False)
@@ -97,8 +91,7 @@ class EvaluateSettings(CommandSettings):
         " instructions]",
     )
     base: str | None = _train(
-        "base",
-        "storage format of the linears of all blocks; none: that of --dtype [as in the adapter's run, or none]",
+        "base", "storage format of the linears of all blocks; none: that of --dtype [as in the adapter's run, or none]",
         choices=(*BASE_NAMES, UNQUANTISED),
     )
     max_length: int | None = _same(
@@ -129,15 +122,10 @@ class EvaluateSettings(CommandSettings):
         "data",
         "prompts per data-parallel rank that are answered together; with --adapters up to four times as many, of each"
         " adapter so many",
-        16,
-        ge=1,
-        other_names="batch bs eval_batch_size per_device_eval_batch_size",
+        16, ge=1, other_names="batch bs eval_batch_size per_device_eval_batch_size",
     )
     limit: int | None = setting_field(
-        "data",
-        "answer only the first N rows [all; demo 24]",
-        None,
-        ge=1,
+        "data", "answer only the first N rows [all; demo 24]", None, ge=1,
         other_names="max_samples num_samples eval_samples",
     )
 

@@ -222,11 +222,7 @@ class CommandSettings(BaseModel):
     def default_text(cls, name: str) -> str:
         """The default of a field as its help shows it; '' if the help text contains it, or there is none."""
         field = cls.model_fields[name]
-        if field.is_required() or field.default is None:
-            return ""
-        if isinstance(field.default, tuple):
-            return ",".join(map(str, field.default))
-        return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+        return "" if field.is_required() or field.default is None else flag_value(field.default)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -337,19 +333,6 @@ FilePath = Annotated[Path, BeforeValidator(lambda value, info: user_path(value, 
 _FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), QKV), **dict.fromkeys(("gate_proj", "up_proj"), GATE_UP)}
 TARGETS_HELP = f"adapted linears of each adapted layer: all, or some of {', '.join(TARGET_NAMES)}"
 
-BASE_HELP = (
-    "storage format of the frozen linears of all blocks, 4 or 8 bits a weight; the rest of the base, and what is"
-    " computed, stays in --dtype (default: --dtype too)"
-)
-PRODUCTS_HELP = (
-    "fp8: with --base fp8, the activations and gradients that these linears multiply are rounded to fp8 too, with a"
-    " scale for each row; GPUs of compute capability 8.9 or more, emulated on a CPU. The adapter reads them unrounded."
-    " Scales of activations in row-parallel layers, and of gradients in column-parallel ones, depend on"
-    " --tensor_parallel (default: products in --dtype)"
-)
-KEEP_TRANSPOSED_HELP = "with --products fp8: keep a transposed copy of their weights, one byte each, for speed"
-
-
 def parse_targets(value: Any) -> Any:
     """The names of `--targets` in the order of `TARGET_NAMES`. A value that is not a list of strings is unchanged.
 
@@ -373,7 +356,9 @@ def parse_targets(value: Any) -> Any:
 
 def flag_value(value: Any) -> str:
     """A setting's value as it is written on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def shell_words(name: str, text: str | None) -> list[str]:

@@ -43,38 +43,34 @@ class LaunchSettings(CommandSettings):
     }
 
     launcher: Literal["auto", "local", "pdsh", "openmpi", "mpirun", "srun", "torchrun"] = setting_field(
-        "start", "auto: pdsh with --hostfile, srun in a Slurm allocation, else the local deepspeed", "auto"
+        "start", "auto: pdsh with --hostfile, srun in a Slurm allocation, else the local deepspeed", "auto",
     )
     hostfile: str | None = setting_field("start", "hosts of the job, one `NAME slots=N` line per host", None)
     num_gpus: int | None = setting_field(
-        "start", "ranks per host (default: its slots or Slurm tasks; locally all GPUs, or 1 without GPUs)", None, ge=1
+        "start", "ranks per host (default: its slots or Slurm tasks; locally all GPUs, or 1 without GPUs)", None, ge=1,
     )
     master_addr: str | None = setting_field(
-        "start",
-        "address of the first host, for the rendezvous (default: its first address; under Slurm its name)",
+        "start", "address of the first host, for the rendezvous (default: its first address; under Slurm its name)",
         None,
     )
     master_port: int | None = setting_field("start", "port of the rendezvous (default: random)", None, ge=1, le=65535)
     ssh_port: int | None = setting_field("start", "port of the hosts' sshd", None, ge=1, le=65535)
     launcher_args: str | None = setting_field(
-        "start", 'arguments of pdsh, mpirun, srun or torchrun itself, e.g. "--cpu-bind=none"', None
+        "start", 'arguments of pdsh, mpirun, srun or torchrun itself, e.g. "--cpu-bind=none"', None,
     )
     max_restarts: int = setting_field(
-        "start", "with torchrun: how often to restart from the last checkpoint after a failure", 0, ge=0
+        "start", "with torchrun: how often to restart from the last checkpoint after a failure", 0, ge=0,
     )
     show_command: bool = setting_field("start", "print hosts, environment and command; start nothing", False)
 
     host_seconds: float = setting_field(
-        "time limits", "longest wait for a host's answer to a check", 20.0, gt=0, le=_LONGEST_WAIT
+        "time limits", "longest wait for a host's answer to a check", 20.0, gt=0, le=_LONGEST_WAIT,
     )
     look_seconds: float = setting_field(
-        "time limits", "time between checks of all hosts while the job runs", 30.0, gt=0, le=_LONGEST_WAIT
+        "time limits", "time between checks of all hosts while the job runs", 30.0, gt=0, le=_LONGEST_WAIT,
     )
     grace_seconds: float = setting_field(
-        "time limits",
-        "time for ranks to save after their launcher has died, before they are killed",
-        120.0,
-        ge=0,
+        "time limits", "time for ranks to save after their launcher has died, before they are killed", 120.0, ge=0,
         le=_LONGEST_WAIT,
     )
 

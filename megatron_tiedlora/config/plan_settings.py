@@ -62,34 +62,31 @@ class PlanSettings(CommandSettings):
     gpus_per_node: int = setting_field("cluster", "cards in a node", 8, ge=1, le=256)
     gpu: str | None = shared_field(Settings, "gpu", "the kind of card [h100]", group="cluster")
     ranks_on_cpu: int | None = setting_field(
-        "cluster", "plan so many ranks on this machine's CPUs", None, ge=1, le=1024
+        "cluster", "plan so many ranks on this machine's CPUs", None, ge=1, le=1024,
     )
     constants: str | None = setting_field(
-        "cluster", "constants of a machine, a file of --measure, in place of --gpu", None
+        "cluster", "constants of a machine, a file of --measure, in place of --gpu", None,
     )
     measure: str | None = setting_field(
-        "cluster",
-        "measure the constants of this machine, write them to this file (-: print them), and plan nothing",
+        "cluster", "measure the constants of this machine, write them to this file (-: print them), and plan nothing",
         None,
     )
     measure_seconds: float = setting_field("cluster", "about how long --measure takes", 60.0, gt=0, le=3600)
     formats: tuple[str, ...] | None = setting_field(
         "cluster",
-        "storage formats of the base to choose from [16 bits or that of --base; what others would gain is said]",
-        None,
-        choices=FORMAT_NAMES,
-        other_values=OTHER_FORMATS,
+        "storage formats of the base to choose from [16 bits or that of --base; what others would gain is said]", None,
+        choices=FORMAT_NAMES, other_values=OTHER_FORMATS,
     )
 
     top: int = setting_field("shown", "rows of the table; 0 for all", 20, ge=0)
     every_layout: bool = setting_field(
-        "shown", "show each layout, not only the fastest of each tensor x pipeline x data and storage format", False
+        "shown", "show each layout, not only the fastest of each tensor x pipeline x data and storage format", False,
     )
     why: str | None = setting_field("shown", "print the arithmetic of this layout, a name of the table", None)
     layout: str | None = setting_field("shown", "write command and YAML of this layout [the fastest that fits]", None)
     yaml: str | None = setting_field("shown", "write the settings of the layout to this file, for --config", None)
     json_file: str | None = setting_field(
-        "shown", "write all layouts to this file; - prints them instead of the table", None, flag="json"
+        "shown", "write all layouts to this file; - prints them instead of the table", None, flag="json",
     )
 
     @field_validator("formats", mode="before")

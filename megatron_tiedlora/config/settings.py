@@ -13,16 +13,35 @@ from typing import Any
 from pydantic import ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself names it from 2.11 on
 
-from megatron_tiedlora.base.errors import as_given
+from megatron_tiedlora.base.errors import as_given, shown
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.config.data_fields import boolean_word, checked_columns
 from megatron_tiedlora.config.fields import comma_separated, flag_value, marked, parse_targets, validate_settings
 from megatron_tiedlora.config.presets import is_preset
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, PAPER_DEFAULTS, TASK_DEFAULTS
-from megatron_tiedlora.config.trackers import parse_trackers
-from megatron_tiedlora.config.train_fields import TrainFields
+from megatron_tiedlora.config.train_fields import TRACKER_NAMES, TrainFields
 
 NO_TRAIN_FILE = "--task custom needs --train_file (JSONL with prompt and completion, or a hub id)"
+
+
+def _parse_trackers(value: Any) -> Any:
+    """The names of `--report_to`, none twice. A value that is not a text or a list of texts is unchanged.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value
+    found = tuple(dict.fromkeys(name.strip().lower() for name in names if name.strip()))
+    if found == ("none",):
+        return ()
+    for name in found:
+        if name not in TRACKER_NAMES:
+            near = nearest_name(name, TRACKER_NAMES)
+            raise ValueError(f"--report_to: {shown(name)} is unknown{near}; known: {', '.join(TRACKER_NAMES)}, or none")
+    return found
 
 
 class Settings(TrainFields):
@@ -95,7 +114,7 @@ class Settings(TrainFields):
             profiled_steps(value)
         return value
 
-    _parse_trackers = field_validator("report_to", mode="before")(parse_trackers)
+    _split_trackers = field_validator("report_to", mode="before")(_parse_trackers)
     _parse_targets = field_validator("targets", mode="before")(parse_targets)
 
     _add_bos_as_word = field_validator("add_bos", mode="before")(boolean_word)

@@ -61,37 +61,34 @@ class SweepSettings(CommandSettings):
 
     output_dir: str = setting_field("run", "folder of runs, scores, tables and figures", lasts="start")
     dry_run: bool = setting_field(
-        "run", "list the runs, their state and trained parameters; start nothing", False, lasts="start"
+        "run", "list the runs, their state and trained parameters; start nothing", False, lasts="start",
     )
     take_over: bool = setting_field(
-        "run", "take over the folder, and those of its runs, from a start that still has them", False, lasts="command"
+        "run", "take over the folder, and those of its runs, from a start that still has them", False, lasts="command",
     )
     tables_from: tuple[str, ...] | None = setting_field(
-        "run",
-        "start nothing; join these sweeps (folders, one per task) into tables and figures in --output_dir",
-        None,
+        "run", "start nothing; join these sweeps (folders, one per task) into tables and figures in --output_dir", None,
         lasts="start",
     )
 
     methods: tuple[str, ...] = shared_field(
-        Settings, "method", "configurations, e.g. lora,tl5,tl6 (default: all)", group="grid", default=METHOD_NAMES
+        Settings, "method", "configurations, e.g. lora,tl5,tl6 (default: all)", group="grid", default=METHOD_NAMES,
     )
     ranks: tuple[int, ...] = setting_field(
-        "grid", "ranks (default: 2,4,8,16,32,64,128)", PAPER_RANKS, other_names="r lora_r lora_rank"
+        "grid", "ranks (default: 2,4,8,16,32,64,128)", PAPER_RANKS, other_names="r lora_r lora_rank",
     )
     learning_rates: tuple[float, ...] = setting_field(
-        "grid", "the best on validation is scored (default: 1e-4,1e-5)", PAPER_LEARNING_RATES, other_names="lr"
+        "grid", "the best on validation is scored (default: 1e-4,1e-5)", PAPER_LEARNING_RATES, other_names="lr",
     )
     single_layers: tuple[int, ...] | Literal["paper"] | None = setting_field(
-        "grid",
-        "also train LoRA on one layer: 1-based layers, or paper for 1, 4, 8, ... and the last (default: none)",
+        "grid", "also train LoRA on one layer: 1-based layers, or paper for 1, 4, 8, ... and the last (default: none)",
         None,
     )
     single_layer_rank: int = setting_field("grid", "rank of LoRA on one layer, and of the tl5 beside it", 16, ge=1)
 
     test_batch_size: int | None = setting_field("scores", "samples that are answered together", None, ge=1)
     test_limit: int | None = setting_field(
-        "scores", "score only the first N test rows (default: all; a single run of the demo scores 24)", None, ge=1
+        "scores", "score only the first N test rows (default: all; a single run of the demo scores 24)", None, ge=1,
     )
 
     launcher_args: str | None = setting_field(
@@ -101,7 +98,7 @@ class SweepSettings(CommandSettings):
         None,
     )
     gpus_per_run: int | None = setting_field(
-        "processes", "run several runs at once, each on N GPUs of this machine", None, ge=1
+        "processes", "run several runs at once, each on N GPUs of this machine", None, ge=1,
     )
     together: int | Literal["auto"] = setting_field(
         "processes",
@@ -111,8 +108,7 @@ class SweepSettings(CommandSettings):
     )
     halving: bool = setting_field(
         "processes",
-        "with --together: stop a run that is behind another learning rate on validation by more than the noise",
-        False,
+        "with --together: stop a run that is behind another learning rate on validation by more than the noise", False,
     )
     runs_at_once: int = setting_field("processes", "runs at once on the same devices (CPUs, or GPUs with MPS)", 1, ge=1)
 

@@ -13,26 +13,8 @@ from typing import ClassVar, Literal
 from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.config.data_fields import (
-    ADD_BOS_HELP,
-    CHAT_TEMPLATE_HELP,
-    COLUMNS_HELP,
-    FILES_HELP,
-    SPECIAL_TOKENS_HELP,
-    TRAIN_ON_HELP,
-    AddBos,
-    SpecialTokensInText,
-    TrainOn,
-)
-from megatron_tiedlora.config.fields import (
-    BASE_HELP,
-    KEEP_TRANSPOSED_HELP,
-    LONGEST_WAIT_MINUTES,
-    PRODUCTS_HELP,
-    TARGETS_HELP,
-    CommandSettings,
-    setting_field,
-)
+from megatron_tiedlora.config.data_fields import FILES_HELP, AddBos, SpecialTokensInText, TrainOn
+from megatron_tiedlora.config.fields import LONGEST_WAIT_MINUTES, TARGETS_HELP, CommandSettings, setting_field
 from megatron_tiedlora.config.other_names import (
     OTHER_DTYPES,
     OTHER_FORMATS,
@@ -42,8 +24,10 @@ from megatron_tiedlora.config.other_names import (
 )
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL, TASK_NAMES
-from megatron_tiedlora.config.trackers import TENSORBOARD, TRACKER_NAMES
 
+TENSORBOARD = "tensorboard"
+# TensorBoard is written here; the others are those of accelerate.tracking, each named like its package.
+TRACKER_NAMES = (TENSORBOARD, "wandb", "mlflow", "trackio", "comet_ml", "swanlab", "clearml", "aim", "dvclive")
 Schedule = Literal["cosine", "linear", "constant"]  # training/optimizer.py has what they are
 GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/cards.py has what they are
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
@@ -181,11 +165,22 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         None, other_values=OTHER_DTYPES, other_names="torch_dtype precision mixed_precision bnb_4bit_compute_dtype",
     )
     base: str | None = _model(
-        BASE_HELP, None, choices=BASE_NAMES, other_values=OTHER_FORMATS,
+        "storage format of the frozen linears of all blocks, 4 or 8 bits a weight; the rest of the base, and what is"
+        " computed, stays in --dtype (default: --dtype too)",
+        None, choices=BASE_NAMES, other_values=OTHER_FORMATS,
         other_names="quantization quantization_bit quantize quant quantization_config",
     )
-    products: Literal["fp8"] | None = _model(PRODUCTS_HELP, None)
-    keep_transposed: bool = _model(KEEP_TRANSPOSED_HELP, False, decides="layout")
+    products: Literal["fp8"] | None = _model(
+        "fp8: with --base fp8, the activations and gradients that these linears multiply are rounded to fp8 too, with a"
+        " scale for each row; GPUs of compute capability 8.9 or more, emulated on a CPU. The adapter reads them"
+        " unrounded. Scales of activations in row-parallel layers, and of gradients in column-parallel ones, depend on"
+        " --tensor_parallel (default: products in --dtype)",
+        None,
+    )
+    keep_transposed: bool = _model(
+        "with --products fp8: keep a transposed copy of their weights, one byte each, for speed", False,
+        decides="layout",
+    )
     max_length: int = _model(
         "maximum tokens of a sample; longer prompts lose their middle (at most the model's limit)", ge=8,
         decides="data", derived=True,
@@ -260,18 +255,25 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         "override the task's prompt, with {field} names of its rows", None, by_content=True,
     )
     columns: str | None = _data(
-        COLUMNS_HELP, None, by_content=True,
-        other_names="column_mapping columns_mapping text_column dataset_text_field prompt_column",
+        "which fields of your rows to read, as OURS=YOURS[,...], e.g. prompt=query,completion=response", None,
+        by_content=True, other_names="column_mapping columns_mapping text_column dataset_text_field prompt_column",
     )
     train_on: TrainOn = _data(
-        TRAIN_ON_HELP, "all_turns",
+        "chats: supervise every answer of the assistant, or only the last one", "all_turns",
         other_names="assistant_only_loss train_on_inputs completion_only_loss loss_scale train_on_responses_only",
     )
     chat_template: str | None = _data(
-        CHAT_TEMPLATE_HELP, None, by_content=True, holds="path", other_names="template chat_template_path",
+        "Jinja file (default: the tokenizer's own; if it has none, lines as User: and Assistant:)", None,
+        by_content=True, holds="path", other_names="template chat_template_path",
     )
-    add_bos: AddBos = _data(ADD_BOS_HELP, "auto")
-    special_tokens_in_text: SpecialTokensInText = _data(SPECIAL_TOKENS_HELP, "refuse")
+    add_bos: AddBos = _data(
+        "put the beginning-of-sequence token before every sample (auto: as the tokenizer itself does)", "auto",
+    )
+    special_tokens_in_text: SpecialTokensInText = _data(
+        "control tokens (and roles that the chat template does not know) in your rows: reject the row, read them as"
+        " plain text, or as the control tokens",
+        "refuse",
+    )
     max_new_tokens: int | None = _data(
         "maximum tokens of an answer [500, or half of a shorter context; demo 200]", None, ge=1, derived=True,
         other_names="max_tokens max_generated_tokens max_gen_tokens",

@@ -136,7 +136,7 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
     derived = _derived(chosen, facts)
     chosen = {name: value for name, value in chosen.items() if name not in derived or value != derived[name]}
     chosen |= {name: without_folders(str(chosen[name]), facts.settings) for name in chosen if _MARKS[name].holds}
-    words = [_flag(name, _word(value)) for name, value in chosen.items()]
+    words = [_flag(name, flag_value(value)) for name, value in chosen.items()]
     command = f"tiedlora train --model {shlex.quote(facts.base)} {' '.join(words)}"
     # A template of prompts may have lines and marks of its own.
     marks = "`" * max(4, 1 + max(map(len, re.findall("`+", command)), default=0))
@@ -188,10 +188,6 @@ def without_folders(given: str, settings: Mapping[str, Any]) -> str:
 def _flag(name: str, word: str) -> str:
     """A flag and its value for a shell; `=` joins a value that would be taken for a flag itself."""
     return shlex.quote(f"--{name}={word}") if word.startswith("-") else f"--{name} {shlex.quote(word)}"
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else flag_value(value)
 
 
 def _code(text: str) -> str:

@@ -187,16 +187,12 @@ def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -
     """Write the study's record, before its first command starts. Raises UserError if it cannot be written."""
     for path in (folder.path, folder.path / GROUPS):
         remove_leftovers(path, guard=folder.guard)
-    own = {name: _plain(getattr(command.settings, name)) for name in marked(SweepSettings, lasts="")}
-    given = {name: _plain(getattr(command.train, name)) for name in command.given}
-    content = {name: value for name, value in {**own, **given}.items() if value is not None}
+    own, train = command.settings.model_dump(mode="json"), command.train.model_dump(mode="json")
+    found = {**{name: own[name] for name in marked(SweepSettings, lasts="")}, **{n: train[n] for n in command.given}}
+    content = {name: value for name, value in found.items() if value is not None}
     write_yaml(folder.settings, content, guard=folder.guard)
     write_json(folder.base, asdict(base), guard=folder.guard)
     discard(folder.status, guard=folder.guard)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def read_command(folder: StudyFolder) -> SweepCommand:
