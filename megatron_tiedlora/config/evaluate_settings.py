@@ -28,8 +28,6 @@ GROUPS = {
     "data": "the rows that are answered and scored",
 }
 
-_ADAPTERS = ("adapter", "adapters")
-
 _same = partial(shared_field, TrainFields, shared=False)  # a setting of the same name, with a value of its own
 _train = partial(shared_field, TrainFields)  # of a run that is evaluated, the run's
 
@@ -50,7 +48,7 @@ class EvaluateSettings(CommandSettings):
     about: ClassVar[str] = "Answer a task's rows by greedy decoding and score them, with or without an adapter."
     groups: ClassVar[Mapping[str, str]] = GROUPS
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model or --adapter, give --task or --test_file"}
-    instead: ClassVar[Sequence[tuple[str, str]]] = (_ADAPTERS,)
+    instead: ClassVar[Sequence[tuple[str, str]]] = (("adapter", "adapters"),)
 
     output_dir: str | None = _same(
         "output_dir", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)", per_adapter=True,
@@ -143,7 +141,7 @@ class EvaluateSettings(CommandSettings):
         if "task" not in filled and any(name in filled for name in marked(cls, holds="rows")):
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
-            filled |= {"task": DEFAULT_TASK} if filled.keys().isdisjoint(_ADAPTERS) else {}
+            filled |= {"task": DEFAULT_TASK} if filled.keys().isdisjoint(cls.instead[0]) else {}
         return filled
 
     @model_validator(mode="after")

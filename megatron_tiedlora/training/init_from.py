@@ -26,7 +26,7 @@ from megatron_tiedlora.parallel.messages import SentTensor
 from megatron_tiedlora.runtime.run_folder import RunFolder, last_run_folder, run_name
 
 _TAKEN_OVER = marked(Settings, decides="adapter")
-_NAMING = {"method", "rank", "targets"}  # those of them that are in the name of a run's folder
+_NAMING = set(marked(Settings, decides="adapter", derived=False))  # those of them that are in a run's name
 
 
 @dataclass(frozen=True)
