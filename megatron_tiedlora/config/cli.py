@@ -21,7 +21,9 @@ from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.logs import show_messages
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
+from megatron_tiedlora.config.adapter_settings import MergeSettings, PushSettings
 from megatron_tiedlora.config.data_fields import HUB_NAMES, TEMPLATE_HASH
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import (
     AnySettings,
     CommandSettings,
@@ -37,6 +39,8 @@ from megatron_tiedlora.config.train_fields import TrainFields
 RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH)
 RECORD_MARK = "versions"
 _TRUE_OR_FALSE = "{true,false}"
+# Commands whose settings have names in other tools. One that another command lacks is not taken for a slip there.
+_NAMED = (TrainFields, EvaluateSettings, MergeSettings, PushSettings)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -55,7 +59,7 @@ def reject_unknown(words: Sequence[str], *kinds: type[CommandSettings], known: I
     flags are meant."""
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # the other words may be their values
     if words:
-        meant = unknown_names("argument", flags or words, list(known), names_elsewhere(*kinds, TrainFields))
+        meant = unknown_names("argument", flags or words, list(known), names_elsewhere(*kinds, *_NAMED))
         raise UserError(f"{meant}; see --help")
 
 
@@ -165,7 +169,7 @@ def read_yaml(path: str, *kinds: type[CommandSettings]) -> dict[str, Any]:
     for flag, (_, own) in known.items():
         if flag in content and own.lasts == "command":
             raise UserError(f"{path}: {flag} is not read from a file; give --{flag} on the command line")
-    if unknown := unknown_names("setting", content, known, names_elsewhere(*kinds, TrainFields)):
+    if unknown := unknown_names("setting", content, known, names_elsewhere(*kinds, *_NAMED)):
         raise UserError(f"{path}: {unknown}")
     return {known[flag][0]: value for flag, value in content.items()}
 

@@ -162,7 +162,7 @@ def name_hint(given: str, known: Iterable[str], others: Mapping[str, Sequence[st
 
     Args:
         given: a flag with its dashes, or a key; `known` likewise.
-        others: answers by the name that other tools have, of this command and of tiedlora train (`names_elsewhere`).
+        others: answers by the name that other tools have, those of this command first (`names_elsewhere`).
     """
     names = list(known)
     dashes = "--" if given.startswith("-") else ""
