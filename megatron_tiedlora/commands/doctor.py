@@ -1,10 +1,7 @@
-"""Examine the hosts of a job before it starts: a hostfile's, a Slurm allocation's, or this machine.
+"""Examines the hosts of a job before it starts: a hostfile's, a Slurm allocation's, or this machine.
 
-    tiedlora doctor --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
-    tiedlora doctor --model MODEL                              inside a Slurm allocation, else this machine alone
-
-With --measure FILE it then measures what tiedlora plan needs of these hosts.
-Start it once, where you would start the job. It starts what it needs on the hosts and leaves nothing there.
+It starts what it needs on the hosts and leaves nothing there. With --measure FILE it then measures what tiedlora plan
+needs of these hosts.
 """
 
 from __future__ import annotations

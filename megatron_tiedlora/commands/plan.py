@@ -1,9 +1,6 @@
-"""Plan a cluster before it is booked: every layout that a run accepts, what it needs and how long it takes.
+"""Plans a cluster before it is booked: every layout that a run accepts, what it needs and how long it takes.
 
-tiedlora plan --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100
-tiedlora plan --model FOLDER --train_file data.jsonl --gpu a100-80 --yaml plan.yaml
-tiedlora plan --model FOLDER --adapters four.yaml --gpus_per_node 8
-torchrun --nproc_per_node 8 --no-python tiedlora plan --measure constants.json --model FOLDER
+With --measure it plans nothing, and measures this machine on all ranks of a launcher.
 """
 
 from __future__ import annotations

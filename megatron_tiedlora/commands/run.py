@@ -1,11 +1,4 @@
-"""Start tiedlora train on this machine, the hosts of a hostfile or a Slurm allocation, and say how it ended.
-
-    tiedlora run --num_gpus 4 --ds_config zero2.json                              this machine
-    tiedlora run --hostfile hosts --model meta-llama/Llama-2-7b-hf ...            hosts that ssh reaches
-    tiedlora run --launcher torchrun --max_restarts 3 --resume auto ...           restart after a failure
-
-The exit status is 0 only if the run finished, or saved and stopped on a signal that was sent to this command.
-"""
+"""Starts tiedlora train on this machine, the hosts of a hostfile or a Slurm allocation, and says how it ended."""
 
 from __future__ import annotations
 

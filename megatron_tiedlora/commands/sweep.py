@@ -1,8 +1,8 @@
 """The paper's study on any model and task: methods x ranks x learning rates, tables and figures.
 
-tiedlora sweep --output_dir study --model meta-llama/Llama-2-7b-hf --task squad                  the paper's grid
-tiedlora sweep --output_dir study --methods lora,tl6 --ranks 2,8 --gpus_per_run 2 ...            a part of it
-tiedlora sweep --output_dir study                                                                resumes it
+    tiedlora sweep --output_dir study --model meta-llama/Llama-2-7b-hf --task squad                  the paper's grid
+    tiedlora sweep --output_dir study --methods lora,tl6 --ranks 2,8 --gpus_per_run 2 ...            a part of it
+    tiedlora sweep --output_dir study                                                                resumes it
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.batch import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
-from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked, validate_settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL

@@ -17,8 +17,13 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
-from megatron_tiedlora.config.decoding import resolve_max_new_tokens
+from megatron_tiedlora.config.batch import (
+    GPU_MICRO_BATCH_TOKENS,
+    BatchPlan,
+    default_rows,
+    plan_batches,
+    resolve_max_new_tokens,
+)
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingStep, plan_global_batch, training_steps
 from megatron_tiedlora.data.tasks import get_task

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.decoding import longest_prompt
+from megatron_tiedlora.config.batch import longest_prompt
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
 from megatron_tiedlora.data.chat import chat_note, chat_writer, set_chat_template
