@@ -62,7 +62,7 @@ class Declared:
         decides: what it decides in a run: the rows and their tokens; what the frozen model computes; the adapter's
             shape and initial values; how it trains; how ranks divide the work, which changes no number but by
             rounding; or nothing that is computed.
-        by_content: it names something whose content a resumed run compares, or that no training reads.
+        by_content: a resumed run compares what follows from it (hashes of the base, tokens of the data), not its value.
         per_adapter: each adapter of a run has its own.
         of_group: a run of several adapters has one for all of them.
         of_dry_run: it belongs to a dry run.
