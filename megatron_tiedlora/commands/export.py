@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def main(settings: ExportSettings) -> int:
         show(*serve_hints(exports, base_location(source), source.shape, named=named))
 
     output, adapters = settings.output, find_adapters(settings.adapter)
-    chosen = {
+    chosen: dict[str, Any] = {
         "pad_rank_to": settings.pad_rank_to,
         "dtype": _DTYPES[settings.dtype],
         "named": settings.base_name,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_tiedlora.base.command_names import COMMANDS
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
@@ -126,3 +128,16 @@ def test_a_shared_field_keeps_its_limits_and_its_names() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             parse_settings(words, Little)
+
+
+@pytest.mark.parametrize("kind", [Settings, EvaluateSettings, SweepSettings], ids=lambda kind: kind.__name__)
+def test_what_the_user_decides_anew_is_not_read_from_files(kind: type[CommandSettings], tmp_path: Path) -> None:
+    file, names = tmp_path / "mine.yaml", marked(kind, lasts="command")
+    assert names == (("take_over",) if kind is SweepSettings else ("take_over", "base_differs"))
+    for name in names:
+        file.write_text(f"{name}: true\n")
+        with pytest.raises(UserError, match=f"^{file}: {name} is not read from a file; give --{name} on the command"):
+            parse_settings([f"--config={file}"], kind)
+    file.write_text("versions: {}\ntake_over: true\noutput_dir: other\n")  # as a run has recorded them
+    assert parse_settings([f"--config={file}", "--output_dir=mine"], kind).output_dir == "mine"
+    assert not parse_settings([f"--config={file}", "--output_dir=mine"], kind).take_over
