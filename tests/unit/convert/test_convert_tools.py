@@ -168,7 +168,7 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
     )
     wanted, output = files_of(exported / "merged"), tmp_path / "merged"
     for folder in (checkpoint, exported / "peft", tmp_path / "plain"):
-        assert call("verify", ["--adapter", str(folder), "--output", str(output)]) == 0
+        assert call("merge", ["--adapter", str(folder), "--output", str(output)]) == 0
         found = files_of(output)
         if folder == tmp_path / "plain":
             assert b'"method": "lora"' in found.pop(MERGE_RECORD) and found.items() <= wanted.items()

@@ -212,7 +212,7 @@ WRONG = {
     "json": ([".", "verify", "--json"], "--json is for find, not for verify"),
     "one": ([".", "diff", "a"], "diff: give the names or paths of two adapters"),
     "name": ([".", "find", "a"], "find takes no name of an adapter; give a with --name"),
-    "action": ([".", "remove"], "invalid choice: 'remove'"),
+    "action": ([".", "remove"], "ACTION remove: input should be 'build', 'find', 'verify' or 'diff'"),
     "target": ([".", "find", "--targets", "q"], "--targets"),
 }
 
