@@ -12,16 +12,17 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from megatron_tiedlora.base.atomic import new_folder
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.output_folder import reject_existing
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
+from megatron_tiedlora.config.cli import parse_settings, run_command
+from megatron_tiedlora.config.fields import CommandSettings, FilePath, setting_field
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 20_000_000  # bytes of the folder
@@ -35,20 +36,21 @@ PYTHONS = "3.11,3.12,3.13"
 GLIBCS = ("2_5", "2_12", "2_17", "2_24", "2_26", "2_27", "2_28", "2_31", "2_34")
 
 
-def parser() -> CommandParser:
-    """The command's flags."""
-    described = CommandParser(prog="pack_gpu_check.py", description=__doc__)
-    described.add_argument("--output", required=True, type=path_value, metavar="DIR", help="a new folder")
-    described.add_argument("--pythons", default=PYTHONS, metavar="V,V", help=f"of the machines [{PYTHONS}]")
-    described.add_argument(
-        "--machine", default="x86_64", choices=("x86_64", "aarch64"), help="their processor [x86_64]"
-    )
-    return described
+class PackSettings(CommandSettings):
+    """What is packed, and where to."""
+
+    prog: ClassVar[str] = "pack_gpu_check.py"
+    about: ClassVar[str] = __doc__ or ""
+    examples: ClassVar[str] = ""
+
+    output: FilePath = setting_field("", "a new folder", metavar="DIR")
+    pythons: str = setting_field("", "of the machines", PYTHONS, metavar="V,V")
+    machine: Literal["x86_64", "aarch64"] = setting_field("", "their processor", "x86_64")
 
 
 def main(argv: Sequence[str]) -> int:
     """Pack the folder and print its size; returns the exit status."""
-    options = parser().parse_known_names(argv)
+    options = parse_settings(argv, PackSettings)
     pythons = [python.strip() for python in options.pythons.split(",") if python.strip()]
     reject_existing(options.output, flag=f"--output {options.output}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,7 @@ def _build_wheels(wheels: Path) -> None:
         _pip("wheel", "--no-deps", "-w", str(wheels), what, environment=environment)
 
 
-def _download(wheels: Path, python: str, options: Namespace) -> None:
+def _download(wheels: Path, python: str, options: PackSettings) -> None:
     """Download the small packages for one version of Python; wheels for all versions are downloaded once."""
     tags = (*(f"manylinux_{glibc}" for glibc in GLIBCS), "manylinux2014", "manylinux1")
     _pip(

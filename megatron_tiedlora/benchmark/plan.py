@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.tasks import DEFAULT_TASK
@@ -35,10 +36,6 @@ LEARNING_RATE = 1e-4
 # So many that the schedule stays near its peak, and that --compile auto takes the run for a long one.
 MAX_STEPS = 1_000_000
 LEAST_LENGTH = 8  # that the settings of a run accept
-_SAME = (
-    *("model", "method", "targets", "rank", "dtype", "base", "compile", "recompute", "train_file", "ds_config"),
-    *("tensor_parallel", "pipeline_parallel", "sequence_parallel", "products", "keep_transposed"),
-)
 
 
 def plan_benchmark(
@@ -71,7 +68,7 @@ def plan_benchmark(
         raise UserError(f"--length {settings.length}: a training run's rows have at least {LEAST_LENGTH} tokens")
     made_up = unit * settings.step_micro_batches * (settings.documents or 1)
     values = {
-        **{name: getattr(settings, name) for name in _SAME},
+        **{name: getattr(settings, name) for name in marked(BenchSettings, shared=True)},
         "packing": settings.packs,
         "task": settings.task or DEFAULT_TASK,  # made-up tokens have none; the demo asks for no file
         "max_length": max(settings.length, LEAST_LENGTH),

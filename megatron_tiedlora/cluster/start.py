@@ -25,7 +25,7 @@ from megatron_tiedlora.cluster.verdict import StatusFile, judge
 from megatron_tiedlora.cluster.watch import say, start_all, watch
 from megatron_tiedlora.config.batch import plan_batches
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, read_hostfile, slurm_hosts
-from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings, parse_launch
+from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
@@ -37,7 +37,7 @@ _SRUN_SOON_SECONDS = 10.0  # each look is a job step, which costs Slurm's contro
 _TIMES = Times()
 
 
-def launch(argv: Sequence[str], *, scripts: Path, times: Times = _TIMES) -> int:
+def launch(command: LaunchCommand, *, scripts: Path, times: Times = _TIMES) -> int:
     """Start a job, watch it to its end and report it; returns the exit status.
 
     Args:
@@ -47,8 +47,7 @@ def launch(argv: Sequence[str], *, scripts: Path, times: Times = _TIMES) -> int:
     Raises:
         UserError: settings, hosts, layout, batch or folder do not fit; nothing has been started then.
     """
-    command, environment = parse_launch(argv), dict(os.environ)
-    settings = command.settings
+    settings, environment = command.settings, dict(os.environ)
     launcher, route, hosts = choose_hosts(settings, environment)
     check_num_ranks(command.train, num_ranks(hosts))
     chosen = choose_run_folder(command.train.output_dir, name=run_name(command.train), resume=command.train.resume)

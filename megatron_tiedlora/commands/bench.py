@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
 
-def main(argv: Sequence[str]) -> int:
+def main(settings: BenchSettings) -> int:
     """Measure and print on one rank; returns its exit status."""
-    settings = parse_settings(argv, BenchSettings)
     require_extra("train", only=["deepspeed"])
     file = None if settings.json_file is None else user_path(settings.json_file, flag="--json")
     prepare_environment()
     rank, world_size = rank_and_world_size()
     what = settings.measured_on(world_size)
-    # These import DeepSpeed and transformers, which takes seconds: --help and a wrong flag do not wait for it.
+    # These import DeepSpeed and transformers, which takes seconds: a wrong path does not wait for it.
     from megatron_tiedlora.base.atomic import write_json
     from megatron_tiedlora.benchmark import compare, layout
     from megatron_tiedlora.benchmark.report import report_lines

@@ -1,22 +1,4 @@
-"""Check what this machine's GPUs can do with this package: correct numbers, speed, memory, several ranks.
-
-    tiedlora check-gpu                                       8 minutes on one H100; uses no network
-    tiedlora check-gpu --parts env,attention,correct         the parts that check correctness, on one GPU
-
-    env        versions, driver, the attention and kernels in use and why, important variables, and the peak rates
-               of a matmul and a copy
-    attention  every available attention kernel against fp64, its time, and its first call on a new shape
-    correct    losses and gradients of the model against plain PyTorch in fp64, packed, compiled, recomputed; ZeRO 0-3
-    speed      training steps at the width of --model: tokens/s, MFU, time by class of kernels
-    memory     allocated and reserved memory compared with the plan of --dry_run; rows of varying lengths
-    host       launches and waits per micro-batch, and up to how many tokens the GPU waits for Python
-    decode     greedy decoding: the same tokens as without a cache, milliseconds per token
-    ranks      several ranks: every layout that fits against one rank, the doctor's all-reduces, a killed rank
-
-Each part runs in its own process with a time limit. --output gets report.json, report.md and the output of each part.
-Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2 no GPU (only env runs) or a wrong flag,
-130 or 143 stopped by Ctrl-C or a signal, which also ends what the parts have started.
-"""
+"""Checks what this machine's GPUs can do: runs the parts of `gpu_checks/`, each in its own process, and reports."""
 
 from __future__ import annotations
 
@@ -32,8 +14,7 @@ from typing import Any, NoReturn
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.config.cli import CommandParser, path_value
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.tool_settings import CheckGpuSettings
 from megatron_tiedlora.gpu_checks import children
 from megatron_tiedlora.gpu_checks.children import run_part
 from megatron_tiedlora.gpu_checks.output import check_lines, summary_line, to_json, to_markdown
@@ -55,58 +36,33 @@ NO_GPU_STATUS = 2
 CHILD = Path(children.__file__).with_name("child.py")
 
 
-def parser() -> CommandParser:
-    """The command's flags."""
-    described = CommandParser(prog="tiedlora check-gpu", description=__doc__)
-    described.add_argument("--parts", default=",".join(SHARES), metavar="P,P", help="parts to run, in order [all]")
-    described.add_argument(
-        "--minutes", type=float, metavar="X", help="time for the given parts together [8; on several GPUs 12]"
-    )
-    described.add_argument(
-        "--model",
-        default="llama2-7b",
-        choices=sorted(name for name in PRESETS if name.startswith("llama2")),  # the reference knows no other layers
-        help="whose widths are used; as many layers as fit",
-    )
-    described.add_argument(
-        "--output", default=Path("runs/check_gpu"), type=path_value, metavar="DIR", help="folder [runs/check_gpu]"
-    )
-    described.add_argument(
-        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: test the checks' own logic without a GPU [cuda]"
-    )
-    return described
-
-
-def main(argv: Sequence[str]) -> int:
+def main(settings: CheckGpuSettings) -> int:
     """Run the checks and report; returns the exit status. A signal ends what the parts have started."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _leave)
-    options = parser().parse_known_names(argv)
     require_extra("train", only=["deepspeed"])
-    parts = _parts(options.parts)
-    if options.minutes is not None and not options.minutes > 0:
-        raise UserError(f"--minutes {options.minutes}: give more than 0")
-    _make_folder(options.output)
+    parts = list(SHARES) if settings.parts is None else _parts(settings.parts)
+    _make_folder(settings.output)
     missing, num_gpus = None, 0
-    if options.device == "cuda":
+    if settings.device == "cuda":
         from megatron_tiedlora.gpu_checks.env import count_gpus, why_no_gpu
 
         missing, num_gpus = why_no_gpu(), count_gpus()
         parts = parts if missing is None else ["env"]
-    limits = part_limits(parts, options.minutes, num_gpus=num_gpus)
+    limits = part_limits(parts, settings.minutes, num_gpus=num_gpus)
     about = {
-        "model": options.model,
-        "device": options.device,
+        "model": settings.model,
+        "device": settings.device,
         "GPUs": num_gpus,
         "host": socket.gethostname(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "minutes": round(sum(limits.values()) / 60, 1),
         "parts": ",".join(parts),
     }
-    shared = CheckOptions(options.device, options.model, folder=str(options.output.absolute()))
+    shared = CheckOptions(settings.device, settings.model, folder=str(settings.output.absolute()))
     checks = _run(limits, shared, about)
-    show("", f"{summary_line(checks)}; {options.output}/report.md and report.json")
+    show("", f"{summary_line(checks)}; {settings.output}/report.md and report.json")
     if missing is not None:
         show(f"no GPU, so only env was run: {missing}", file=sys.stderr)
         return NO_GPU_STATUS

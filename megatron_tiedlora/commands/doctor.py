@@ -1,10 +1,7 @@
-"""Examine the hosts of a job before it starts: a hostfile's, a Slurm allocation's, or this machine.
+"""Examines the hosts of a job before it starts: a hostfile's, a Slurm allocation's, or this machine.
 
-    tiedlora doctor --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
-    tiedlora doctor --model MODEL                              inside a Slurm allocation, else this machine alone
-
-With --measure FILE it then measures what tiedlora plan needs of these hosts.
-Start it once, where you would start the job. It starts what it needs on the hosts and leaves nothing there.
+It starts what it needs on the hosts and leaves nothing there. With --measure FILE it then measures what tiedlora plan
+needs of these hosts.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tiedlora.base.atomic import write_json, write_text
@@ -23,13 +19,11 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.cluster.doctor.examine import examine
 from megatron_tiedlora.cluster.doctor.records import DoctorReport
 from megatron_tiedlora.cluster.doctor.text import report_text
-from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 
 
-def main(argv: Sequence[str]) -> int:
+def main(settings: DoctorSettings) -> int:
     """Examine and report; returns 0 if a job can start, else 1."""
-    settings = parse_settings(argv, DoctorSettings)
     require_extra("train", only=["deepspeed"])
     to_file = settings.json_file not in (None, "-")
     file = user_path(str(settings.json_file), flag="--json")
@@ -57,7 +51,3 @@ def _write_constants(report: DoctorReport, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, report.machine)
     show(f"{file}: constants of {report.machine['title']}, for tiedlora plan --constants", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run_command(main, sys.argv[1:])

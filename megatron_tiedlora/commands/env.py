@@ -1,9 +1,6 @@
-"""Print what a bug report needs: versions, extras, devices, the launcher's and the libraries' variables.
+"""Prints what a bug report needs: versions, extras, devices, the launcher's and the libraries' variables.
 
-    tiedlora env                    a table to paste
-    tiedlora env --json env.json    the same as JSON; - prints it
-
-Values of variables are shown only for the names and prefixes listed in this module, none of which holds a secret.
+Values of variables are shown only for the names and prefixes listed here, none of which holds a secret.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from megatron_tiedlora.base.atomic import write_text
@@ -23,7 +19,7 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.private_folders import user_cache
 from megatron_tiedlora.base.version import PACKAGE_FOLDER, installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, first_line
-from megatron_tiedlora.config.cli import CommandParser
+from megatron_tiedlora.config.tool_settings import EnvSettings
 
 LIBRARIES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "peft", "datasets", "accelerate", "safetensors"),
@@ -42,17 +38,15 @@ _PREFIXES = tuple(name for name in VARIABLES if name.endswith("_"))
 _LONGEST = 200  # characters of a value
 
 
-def main(argv: Sequence[str]) -> int:
+def main(settings: EnvSettings) -> int:
     """Print the table or write JSON; returns the exit status."""
-    parser = CommandParser(prog="tiedlora env", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write JSON to FILE; - prints it")
-    options = parser.parse_known_names(argv)
-    file = None if options.json in (None, "-") else user_path(options.json, flag="--json")
+    given = settings.json_file
+    file = None if given in (None, "-") else user_path(str(given), flag="--json")
     found = environment_report()
     text = json.dumps(found, indent=2)
     if file is not None:
         write_text(file, f"{text}\n")
-    show(*(text.split("\n") if options.json == "-" else _table(found)))
+    show(*(text.split("\n") if given == "-" else _table(found)))
     return 0
 
 

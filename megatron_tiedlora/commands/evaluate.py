@@ -9,25 +9,21 @@ Read top to bottom: it is the table of contents of an evaluation.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
+from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
 if TYPE_CHECKING:
     from megatron_tiedlora.runtime.ending import End
     from megatron_tiedlora.runtime.stopping import StopRequests
 
 
-def main(argv: Sequence[str]) -> int:
+def main(settings: EvaluateSettings) -> int:
     """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
-    settings = parse_settings(argv, EvaluateSettings)
     require_extra("eval")
     from megatron_tiedlora.data.splits import check_files_exist
 
@@ -117,4 +113,6 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
 
 
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:], reports=first_to_fail)
+    from megatron_tiedlora.commands.front import run
+
+    run("evaluate")

@@ -65,9 +65,26 @@ def run(name: str, argv: Sequence[str] | None = None, **options: Any) -> NoRetur
 
     command = find_command(name)
     assert command is not None
-    main_of = partial(importlib.import_module(f"megatron_tiedlora.commands.{command.module}").main, **options)
-    reports = first_to_fail if command.is_rank else lambda: True
-    run_command(main_of, sys.argv[1:] if argv is None else argv, reports=reports)
+    words = sys.argv[1:] if argv is None else argv
+    run_command(partial(call, name, **options), words, reports=first_to_fail if command.is_rank else lambda: True)
+
+
+def call(name: str, argv: Sequence[str], **options: Any) -> int:
+    """Parse the words of a command and run it; returns its exit status. Its module, which may import torch, is imported
+    only after its words are right.
+
+    Raises:
+        UserError: a word is wrong, or the command fails with one line.
+    """
+    from megatron_tiedlora.config.cli import parse_settings
+
+    command = find_command(name)
+    assert command is not None
+    module, _, kind = command.settings.partition(":")
+    reader = getattr(importlib.import_module(f"megatron_tiedlora.config.{module}"), kind)
+    settings = parse_settings(argv, reader) if isinstance(reader, type) else reader(argv)
+    status: int = importlib.import_module(f"megatron_tiedlora.commands.{command.module}").main(settings, **options)
+    return status
 
 
 def _without_local_rank(words: Sequence[str]) -> list[str]:

@@ -1,9 +1,6 @@
-"""Plan a cluster before it is booked: every layout that a run accepts, what it needs and how long it takes.
+"""Plans a cluster before it is booked: every layout that a run accepts, what it needs and how long it takes.
 
-tiedlora plan --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100
-tiedlora plan --model FOLDER --train_file data.jsonl --gpu a100-80 --yaml plan.yaml
-tiedlora plan --model FOLDER --adapters four.yaml --gpus_per_node 8
-torchrun --nproc_per_node 8 --no-python tiedlora plan --measure constants.json --model FOLDER
+With --measure it plans nothing, and measures this machine on all ranks of a launcher.
 """
 
 from __future__ import annotations
@@ -11,20 +8,18 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Sequence
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.output_folder import output_file, output_files
-from megatron_tiedlora.config.plan_settings import PlanCommand, parse_plan
+from megatron_tiedlora.config.plan_settings import PlanCommand
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
 _MINUTES = 10.0  # in which the ranks of --measure must meet
 
 
-def main(argv: Sequence[str]) -> int:
+def main(command: PlanCommand) -> int:
     """Plan and print; returns 0 if a layout fits, else 1."""
-    command = parse_plan(argv)
     settings = command.settings
     if settings.measure is not None:
         require_extra("train", only=["deepspeed"])

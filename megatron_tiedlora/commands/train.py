@@ -7,22 +7,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.presets import is_preset
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
+from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
 
-def main(argv: Sequence[str]) -> int:
+def main(settings: Settings) -> int:
     """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal, 1 an adapter failed.
 
     A dry run returns 1 if the layout does not fit in the card of --gpu.
     """
-    settings = parse_settings(argv, Settings)
     if not settings.dry_run:
         require_extra("train")
     _check_files(settings)
@@ -59,4 +54,6 @@ def _check_files(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:], reports=first_to_fail)
+    from megatron_tiedlora.commands.front import run
+
+    run("train")

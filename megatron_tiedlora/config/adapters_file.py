@@ -23,27 +23,19 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.base.yaml_files import read_yaml_list
+from megatron_tiedlora.config.fields import marked, names_elsewhere
 from megatron_tiedlora.config.other_names import unknown_names
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.trackers import TENSORBOARD
+from megatron_tiedlora.config.train_fields import TENSORBOARD
 
-PER_ADAPTER = frozenset(
-    (
-        *("method", "rank", "alpha", "layers", "targets", "init_from", "init_std_a", "init_std_b", "dropout", "seed"),
-        *("task", "train_file", "validation_file", "test_file", "prompt_template", "columns", "train_on"),
-        *("chat_template", "add_bos", "special_tokens_in_text", "max_new_tokens"),
-        *("global_batch_size", "max_steps", "epochs", "learning_rate", "weight_decay", "beta1", "beta2", "schedule"),
-        *("warmup_steps", "gradient_clipping", "eval_interval", "eval_metric", "eval_samples", "patience"),
-        *("save_interval", "output_dir"),
-    )
-)
+PER_ADAPTER = frozenset(marked(Settings, per_adapter=True))
 # It names a folder inside the run folder, on any file system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 # Beside the folders of the adapters; a run of one adapter has `adapter`.
 _FILES_OF_RUN = ("adapter", "logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
 RUN_OF_ALL = "the run of all"  # its name beside those of adapters, which have no blanks
 # Settings of the run of all that none of them has itself.
-OF_ALL = ("adapters", "share_micro_batches", "halving", "output_dir", "profile")
+OF_ALL = marked(Settings, of_group=True)
 
 
 def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
@@ -99,8 +91,9 @@ def _checked_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         problem = "has no name" if name is None else f"cannot be called {shown(name)}"
         raise UserError(f"{where}: {problem}; give a name of letters, digits, '.', '_' and '-', at most 80 of them")
+    others = names_elsewhere(Settings)
     own = {key: value for key, value in entry.items() if key != "name"}
-    if unknown := unknown_names("setting", own.keys() - Settings.model_fields.keys(), PER_ADAPTER):
+    if unknown := unknown_names("setting", own.keys() - Settings.model_fields.keys(), PER_ADAPTER, others):
         raise UserError(f"{where} ({name}): {unknown}")
     for key in own:
         if key not in PER_ADAPTER:

@@ -1,4 +1,4 @@
-"""Batch arithmetic: global batch = micro batch x accumulation steps x data-parallel size.
+"""Batch arithmetic: global batch = micro batch x accumulation steps x data-parallel size; and the lengths of answers.
 
 Nothing else sets batch sizes.
 """
@@ -62,3 +62,32 @@ def plan_batches(
         largest = max(1, min(max_rows, share // min_steps))
         micro_batch_size = max(rows for rows in range(1, largest + 1) if share % rows == 0)
     return BatchPlan(global_batch_size, micro_batch_size, data_parallel)
+
+
+def resolve_max_new_tokens(value: int | None, longest: int, default: int) -> int:
+    """The maximum number of tokens to generate for one answer.
+
+    Args:
+        value: of --max_new_tokens. None: `default`, but at most half of the longest row.
+        longest: the most tokens of a row, prompt and answer together.
+        default: the task's.
+
+    Raises:
+        UserError: the value leaves no room for a prompt.
+    """
+    if value is None:
+        return max(min(default, longest // 2), 1)
+    if value >= longest:
+        raise UserError(
+            f"--max_new_tokens {value} leaves no room for a prompt in rows of at most {longest} tokens; give fewer"
+        )
+    return value
+
+
+def longest_prompt(max_length: int | None, longest: int, max_new_tokens: int) -> int:
+    """The maximum prompt length for generation: as in training, but leaving `max_new_tokens` positions for the answer.
+
+    Args:
+        max_length: of --max_length; None: the longest row.
+    """
+    return min(max_length or longest, longest - max_new_tokens)

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
-from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.errors import UserError, as_given
-from megatron_tiedlora.base.methods import METHOD_NAMES
-from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.config.fields import (
-    BASE_HELP,
-    KEEP_TRANSPOSED_HELP,
-    PRODUCTS_HELP,
-    TARGETS_HELP,
     CommandSettings,
     comma_separated,
-    field_group,
-    optional_field,
+    declared,
     parse_targets,
     setting_field,
+    shared_field,
     validate_settings,
 )
-from megatron_tiedlora.config.tasks import DEFAULT_MODEL
+from megatron_tiedlora.config.train_fields import TrainFields
 
 ABOUT = """\
 Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samples, or at a layout of several ranks.
@@ -79,6 +73,8 @@ SCALING_DEFAULTS: dict[str, Any] = {"model": "llama2-7b", "num_layers": 2, "rows
 _WITHOUT_TASK = ("supervised", "documents", "micro_batches")
 _WITH_TASK = ("samples", "train_file", "padded_rows", "packing")
 
+_train = partial(shared_field, TrainFields)  # of the run whose step is measured
+
 
 class BenchSettings(CommandSettings):
     """The settings of one benchmark, validated and frozen."""
@@ -88,50 +84,52 @@ class BenchSettings(CommandSettings):
     groups: ClassVar[Mapping[str, str]] = GROUPS
 
     what: Literal["step", "layout", "scaling", "decoding"] = setting_field(
-        "run", "what to measure [step; layout with several ranks or a flag of a layout]"
+        "run", "what to measure [step; layout with several ranks or a flag of a layout]",
     )
     repeats: int = setting_field("run", "turns of each that count", 5, ge=1)
-    json_file: str | None = optional_field("run", "also write the figures to this file", flag="json")
+    json_file: str | None = setting_field("run", "also write the figures to this file", None, flag="json")
 
-    model: str = setting_field("model", "folder, hub id, demo, or a preset with random weights", DEFAULT_MODEL)
-    dtype: Literal["bf16", "fp32"] = setting_field("model", "precision of the frozen base", "bf16")
-    base: str | None = optional_field("model", BASE_HELP, choices=BASE_NAMES)
+    model: str = _train("model", "folder, hub id, demo, or a preset with random weights")
+    dtype: Literal["bf16", "fp32"] = _train("dtype", "precision of the frozen base", default="bf16")
+    base: str | None = _train("base")
 
     random_weights: bool = setting_field("step", "draw weights in the model's shape, as for a preset; read none", False)
-    num_layers: int | None = optional_field("step", "layers of a model with random weights", ge=1)
-    products: Literal["fp8"] | None = optional_field("step", PRODUCTS_HELP)
-    keep_transposed: bool = setting_field("step", KEEP_TRANSPOSED_HELP, False)
-    method: str = setting_field("step", "what is trained here", "tl6", choices=METHOD_NAMES)
-    targets: tuple[str, ...] = setting_field("step", TARGETS_HELP, (QKV,))
-    rank: int = setting_field("step", "rank r of both sides", 8, ge=1)
-    compile: Literal["auto", "true", "false"] = setting_field("step", "our kernels, where it can be done", "auto")
-    recompute: Literal["none", "selective", "full"] = setting_field("step", "of layers, on our side", "none")
+    num_layers: int | None = setting_field("step", "layers of a model with random weights", None, ge=1)
+    products: Literal["fp8"] | None = _train("products", group="step")
+    keep_transposed: bool = _train("keep_transposed", group="step")
+    method: str = _train("method", "what is trained here", group="step")
+    targets: tuple[str, ...] = _train("targets", group="step")
+    rank: int = _train("rank", "rank r of both sides", group="step")
+    compile: Literal["auto", "true", "false"] = _train("compile", "our kernels, where it can be done", group="step")
+    recompute: Literal["none", "selective", "full"] = _train("recompute", "of layers, on our side", group="step")
     rows: int = setting_field("step", "rows of a micro-batch", 4, ge=1)
     length: int = setting_field("step", "tokens of a made-up row, at most of a packed row", 512, ge=2)
     supervised: float = setting_field("step", "share of made-up tokens with a label, at the end", 0.5, gt=0, le=1)
 
-    task: str | None = optional_field("samples", "take real samples of this task")
-    train_file: str | None = optional_field("samples", "its rows (default: the task's own)")
+    task: str | None = setting_field("samples", "take real samples of this task", None)
+    train_file: str | None = _train("train_file", "its rows (default: the task's own)", group="samples")
     samples: int = setting_field("samples", "samples of one step", 32, ge=1)
 
-    against: Literal["peft"] | None = optional_field("against", "what to run beside it")
+    against: Literal["peft"] | None = setting_field("against", "what to run beside it", None)
     padded_rows: int = setting_field("against", "real samples of a padded batch there", 8, ge=1)
 
-    adapters: int | None = optional_field("adapters", "adapters that take a step each", ge=1)
-    shared_tokens: int | None = optional_field("adapters", "most tokens of a shared micro-batch [all tokens]", ge=1)
+    adapters: int | None = setting_field("adapters", "adapters that take a step each", None, ge=1)
+    shared_tokens: int | None = setting_field(
+        "adapters", "most tokens of a shared micro-batch [all tokens]", None, ge=1,
+    )
 
-    tensor_parallel: int = setting_field("layout", "ranks that share each layer", 1, ge=1)
-    pipeline_parallel: int = setting_field("layout", "stages that share the layers", 1, ge=1)
-    sequence_parallel: bool = setting_field("layout", "shard activations between layers too", True)
-    ds_config: str = setting_field("layout", "DeepSpeed JSON with engine knobs", "zero1.json")
-    packing: bool | None = optional_field("layout", "several samples of --task in a row [true]")
-    micro_batches: int | None = optional_field(
-        "layout", "made-up micro-batches per rank per step [1; with a pipeline 2 x its stages]", ge=1
+    tensor_parallel: int = _train("tensor_parallel", "ranks that share each layer", group="layout")
+    pipeline_parallel: int = _train("pipeline_parallel", "stages that share the layers", group="layout")
+    sequence_parallel: bool = _train("sequence_parallel", "shard activations between layers too", group="layout")
+    ds_config: str = _train("ds_config", "DeepSpeed JSON with engine knobs", group="layout", default="zero1.json")
+    packing: bool | None = setting_field("layout", "several samples of --task in a row [true]", None)
+    micro_batches: int | None = setting_field(
+        "layout", "made-up micro-batches per rank per step [1; with a pipeline 2 x its stages]", None, ge=1,
     )
-    constants: str | None = optional_field(
-        "layout", "also plan the step with the constants in this file of tiedlora plan --measure"
+    constants: str | None = setting_field(
+        "layout", "also plan the step with the constants in this file of tiedlora plan --measure", None,
     )
-    documents: int | None = optional_field("layout", "equal samples that are packed in each made-up row [1]", ge=1)
+    documents: int | None = setting_field("layout", "equal samples that are packed in each made-up row [1]", None, ge=1)
 
     layers: tuple[int, ...] = setting_field("scaling", "values of --num_layers", (1, 2, 4))
     lengths: tuple[int, ...] = setting_field("scaling", "values of --length", (256, 512, 1024, 2048))
@@ -152,7 +150,7 @@ class BenchSettings(CommandSettings):
     @classmethod
     def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
         given = dict(values)
-        groups = {name: field_group(cls.model_fields[name]) for name in given if name in cls.model_fields}
+        groups = {name: own.group for name, own in declared(cls).items() if name in given}
         asks_for_layout = "layout" in groups.values() and "against" not in given
         what = given.setdefault("what", "layout" if asks_for_layout else "step")
         for name, group in groups.items():
@@ -229,5 +227,5 @@ class BenchSettings(CommandSettings):
 
     def one_step(self, **changes: Any) -> BenchSettings:
         """The step that `--what scaling` measures, with `changes`. Raises UserError for values that do not fit."""
-        names = (name for name, field in type(self).model_fields.items() if field_group(field) in ("model", "step"))
+        names = (name for name, own in declared(BenchSettings).items() if own.group in ("model", "step"))
         return validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)

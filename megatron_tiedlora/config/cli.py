@@ -7,7 +7,6 @@ import argparse
 import itertools
 import os
 import select
-import shlex
 import signal
 import sys
 import types
@@ -22,23 +21,26 @@ from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.logs import show_messages
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
+from megatron_tiedlora.config.adapter_settings import MergeSettings, PushSettings
 from megatron_tiedlora.config.data_fields import HUB_NAMES, TEMPLATE_HASH
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import (
     AnySettings,
     CommandSettings,
-    field_choices,
-    field_flag,
-    field_group,
-    takes_words,
+    declared,
+    flag_word,
+    names_elsewhere,
     validate_settings,
 )
-from megatron_tiedlora.config.other_names import unknown_names, value_meant
+from megatron_tiedlora.config.other_names import unknown_names
+from megatron_tiedlora.config.train_fields import TrainFields
 
-# Names in a run's run.yaml that hold for that run only. They are ignored, so that the file can be given to --config.
-RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH, "output_dir", "resume", "take_over", "base_differs")
+# What a run's run.yaml has beside its settings. It is ignored, so that the file can be given to --config.
+RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH)
 RECORD_MARK = "versions"
 _TRUE_OR_FALSE = "{true,false}"
-_COMMAND_LINE_ONLY = ("take_over", "base_differs")  # the user decides these anew at each start
+# Commands whose settings have names in other tools. One that another command lacks is not taken for a slip there.
+_NAMED = (TrainFields, EvaluateSettings, MergeSettings, PushSettings)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -51,72 +53,14 @@ class CommandParser(argparse.ArgumentParser):
         """Raise `message` as a UserError."""
         raise UserError(message)
 
-    def add_argument(self, *names: str, **keywords: Any) -> argparse.Action:
-        """As of argparse; values that must be one of `choices` may be written in other letters."""
-        if choices := keywords.get("choices"):
-            keywords["type"] = lambda given: value_meant(names[0].lstrip("-"), given, choices)
-        return super().add_argument(*names, **keywords)
 
-    def add_adapter(self, what: str = "native adapter: a run's adapter/ folder") -> None:
-        """Add the input flags of a command that reads an adapter, `what` in its help, and its base."""
-        self.add_argument("--adapter", required=True, metavar="DIR", help=what)
-        self.add_model()
-
-    def add_model(self) -> None:
-        """Add the flag for the base of an adapter."""
-        base = (
-            "the base model: folder, hub id or demo; or a folder of models, where it is found by its hashes"
-            " [the one that the adapter names]"
-        )
-        self.add_argument("--model", metavar="M", help=base)
-
-    def add_new_folder(self) -> None:
-        """Add the flags of a command that writes a new folder."""
-        self.add_argument(
-            "--output", required=True, type=path_value, metavar="DIR", help="folder to write; must not exist"
-        )
-        self.add_argument(
-            "--take_over", action="store_true", help="take DIR over from another start that is writing it"
-        )
-
-    def add_output(self) -> None:
-        """Add the output flags of a command that converts an adapter and its base."""
-        self.add_new_folder()
-        self.add_argument(
-            "--base_differs",
-            action="store_true",
-            help="continue although base or tokenizer differ from those of training; the output records this",
-        )
-
-    def parse_known_names(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse `argv`. Unknown flags are a UserError that says which are meant."""
-        known = [option for action in self._actions for option in action.option_strings]
-        flags = itertools.takewhile(lambda word: word != "--", argv)
-        # Before argparse says which flag is missing: an unknown one may be what the user calls it.
-        reject_unknown([word for word in flags if _is_flag(word) and word.partition("=")[0] not in known], known=known)
-        namespace, unknown = self.parse_known_args(argv)
-        reject_unknown(unknown, known=known)
-        return namespace
-
-
-def _is_flag(word: str) -> bool:
-    """Whether argparse takes a word for a flag, and not for a value."""
-    return word.startswith("--") and " " not in word
-
-
-def reject_unknown(words: Sequence[str], *, known: Iterable[str]) -> None:
-    """Raise UserError if there are `words` that belong to no flag. It says which of the `known` flags are meant."""
+def reject_unknown(words: Sequence[str], *kinds: type[CommandSettings], known: Iterable[str]) -> None:
+    """Raise UserError if there are `words` that belong to no flag of the commands `kinds`. It says which of the `known`
+    flags are meant."""
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # the other words may be their values
     if words:
-        raise UserError(f"{unknown_names('argument', flags or words, list(known))}; see --help")
-
-
-def path_value(given: str) -> Path:
-    """`user_path` as the `type` of a parser's argument."""
-    try:
-        return user_path(given)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        meant = unknown_names("argument", flags or words, list(known), names_elsewhere(*kinds, *_NAMED))
+        raise UserError(f"{meant}; see --help")
 
 
 def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
@@ -136,45 +80,98 @@ def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
 
 
 def build_parser(kind: type[CommandSettings]) -> CommandParser:
-    """The parser of a command, with one flag per setting in the groups of `kind`."""
-    parser = CommandParser(
-        prog=kind.prog,
-        usage=f"{kind.prog} {kind.usage}",
-        description=kind.about,
-        epilog="The YAML file of --config takes every flag under the same name; the command line wins.",
-    )
-    groups = {name: parser.add_argument_group(name, text) for name, text in kind.groups.items()}
-    groups["run"].add_argument("--config", metavar="FILE", help="YAML file with settings under the same names")
-    for name, field in kind.model_fields.items():
-        keywords: dict[str, Any] = {"metavar": _metavar(field.annotation, field_choices(field))}
-        if takes_words(field):
-            keywords.update(nargs="+", metavar="TEXT")
-        if keywords["metavar"] == _TRUE_OR_FALSE:  # a bare --dry_run means true
-            keywords.update(nargs="?", const="true")
+    """The parser of a command, with one flag per setting, in the groups of `kind` if it has some."""
+    usage = f"{kind.prog} {kind.usage}" if kind.groups else None
+    parser = CommandParser(prog=kind.prog, usage=usage, description=kind.about, epilog=kind.examples)
+    groups: dict[str, argparse._ActionsContainer] = {
+        name: parser.add_argument_group(name, text) for name, text in kind.groups.items()
+    }
+    if groups:
+        groups["run"].add_argument("--config", metavar="FILE", help="YAML file with settings under the same names")
+        # The deepspeed and torch launchers add this before the user's arguments; ranks are read from the environment.
+        parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    for name, own in declared(kind).items():
+        field = kind.model_fields[name]
+        keywords: dict[str, Any] = {"metavar": own.metavar or _metavar(field.annotation, own.choices)}
         default = kind.default_text(name)
+        if own.words:
+            keywords.update(nargs="*" if own.positional else "+", metavar=own.metavar or "TEXT")
+        elif own.positional and not field.is_required():
+            keywords.update(nargs="?")
+        elif keywords["metavar"] == _TRUE_OR_FALSE and groups:  # a bare --dry_run means true
+            keywords.update(nargs="?", const="true")
+        elif keywords["metavar"] == _TRUE_OR_FALSE:  # a positional word may follow it
+            keywords, default = {"action": "store_const", "const": "true"}, ""
         help_text = (field.description or "") + (f" [{default}]" if default else "")
-        keywords.update(dest=name, help=help_text.replace("%", "%%"))
-        groups[field_group(field)].add_argument(f"--{field_flag(name, field)}", **keywords)
-    # The deepspeed and torch launchers add this before the user's arguments; ranks are read from the environment.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+        keywords.update(help=help_text.replace("%", "%%"))
+        if not own.positional:
+            # Of a command with groups a file may have the value.
+            keywords.update(dest=name, required=field.is_required() and not groups)
+        words = name if own.positional else flag_word(name, kind)
+        (groups[own.group] if groups else parser).add_argument(words, **keywords)
     return parser
 
 
-def read_yaml(path: str, known: Collection[str]) -> dict[str, Any]:
-    """The values in a YAML file by the `known` names of settings. Raises UserError naming the file, and the line."""
+def parse_words(argv: Sequence[str], kind: type[CommandSettings]) -> dict[str, Any]:
+    """The settings of a command line by name, and `config`, as texts. Raises UserError for words that are none."""
+    parser = build_parser(kind)
+    known = [option for action in parser._actions for option in action.option_strings]
+    # Before argparse says which flag is missing: an unknown one may be what the user calls it.
+    flags = [word for word in itertools.takewhile(lambda word: word != "--", argv) if _is_flag(word)]
+    reject_unknown([word for word in flags if word.partition("=")[0] not in known], kind, known=known)
+    values, others = parser.parse_known_args(list(argv))
+    reject_unknown(others, kind, known=known)
+    return _given(values)
+
+
+def split_words(
+    argv: Sequence[str], kind: type[CommandSettings], *, more: Sequence[str] = (), without: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Divide the words of a command that also takes the flags of tiedlora train: its own settings by name, and
+    `config`; those of tiedlora train by name; and the words of the latter.
+
+    Args:
+        more: further words, all of them of tiedlora train.
+        without: settings of tiedlora train that the command rejects.
+
+    Raises:
+        UserError: words belong to neither.
+    """
+    own, rest = build_parser(kind).parse_known_args(list(argv))
+    words = [*rest, *more]
+    theirs, unknown = build_parser(TrainFields).parse_known_args(words)
+    names = (*kind.model_fields, *(name for name in TrainFields.model_fields if name not in without))
+    reject_unknown(unknown, kind, known=[f"--{name}" for name in names])
+    return _given(own), _given(theirs), words
+
+
+def _given(values: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
+
+
+def _is_flag(word: str) -> bool:
+    """Whether argparse takes a word for a flag, and not for a value."""
+    return word.startswith("--") and " " not in word
+
+
+def read_yaml(path: str, *kinds: type[CommandSettings]) -> dict[str, Any]:
+    """The values in a YAML file, by the names of fields of the commands `kinds`. Raises UserError naming the file, and
+    the line."""
     file = user_path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
     content = read_yaml_mapping(file)
+    known = {own.flag or name: (name, own) for kind in kinds for name, own in declared(kind).items()}
     if RECORD_MARK in content:
-        counted = ("max_steps",) if content.get("epochs") is not None else ()
-        content = {name: value for name, value in content.items() if name not in (*RECORDED_NAMES, *counted)}
-    for name in _COMMAND_LINE_ONLY:
-        if name in content:
-            raise UserError(f"{path}: {name} is not read from a file; give --{name} on the command line")
-    if unknown := unknown_names("setting", content, known):
+        ignored = {*RECORDED_NAMES, *(flag for flag, (_, own) in known.items() if own.lasts)}
+        ignored |= {"max_steps"} if content.get("epochs") is not None else set()
+        content = {name: value for name, value in content.items() if name not in ignored}
+    for flag, (_, own) in known.items():
+        if flag in content and own.lasts == "command":
+            raise UserError(f"{path}: {flag} is not read from a file; give --{flag} on the command line")
+    if unknown := unknown_names("setting", content, known, names_elsewhere(*kinds, *_NAMED)):
         raise UserError(f"{path}: {unknown}")
-    return content
+    return {known[flag][0]: value for flag, value in content.items()}
 
 
 def parse_settings(argv: Sequence[str], kind: type[AnySettings]) -> AnySettings:
@@ -183,12 +180,9 @@ def parse_settings(argv: Sequence[str], kind: type[AnySettings]) -> AnySettings:
     Raises:
         UserError: something is unknown or out of range.
     """
-    values = vars(build_parser(kind).parse_known_names(argv))
-    values.pop("local_rank")
-    config = values.pop("config")
-    given = {name: value for name, value in values.items() if value is not None}
-    names = {field_flag(name, field): name for name, field in kind.model_fields.items()}
-    read = {names[flag]: value for flag, value in read_yaml(config, names).items()} if config else {}
+    given = parse_words(argv, kind)
+    config = given.pop("config", None)
+    read = read_yaml(config, kind) if config else {}
     for one, other in (*kind.instead, *((other, one) for one, other in kind.instead)):
         if one in given:
             read.pop(other, None)
@@ -210,12 +204,6 @@ def naming_file(file: str | Path | None, names: Collection[str]) -> Iterator[Non
 def keep_from_others() -> None:
     """Set the umask so that others cannot write what this process and its children create."""
     os.umask(os.umask(0o077) | 0o002)
-
-
-def adapter_flags(options: argparse.Namespace) -> str:
-    """The flags that name an adapter and its base, as they were given, for a command that may follow."""
-    words = ["--adapter", options.adapter, *(["--model", options.model] if options.model else [])]
-    return shlex.join([*words, *(["--base_differs"] if options.base_differs else [])])
 
 
 def run_command(

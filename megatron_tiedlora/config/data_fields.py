@@ -1,4 +1,4 @@
-"""How rows become tokens: help texts, checks and choices of the settings that training and evaluation share."""
+"""How rows become tokens: checks and choices of the settings that training and evaluation share."""
 
 from __future__ import annotations
 
@@ -17,14 +17,6 @@ TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_
 FILES_HELP = (
     ".jsonl, .json, .csv, .parquet, .arrow (also .gz), a folder, a pattern, a hub id (id:config:split), or several with"
     " commas"
-)
-TRAIN_ON_HELP = "chats: supervise every answer of the assistant, or only the last one"
-COLUMNS_HELP = "which fields of your rows to read, as OURS=YOURS[,...], e.g. prompt=query,completion=response"
-CHAT_TEMPLATE_HELP = "Jinja file (default: the tokenizer's own; if it has none, lines as User: and Assistant:)"
-ADD_BOS_HELP = "put the beginning-of-sequence token before every sample (auto: as the tokenizer itself does)"
-SPECIAL_TOKENS_HELP = (
-    "control tokens (and roles that the chat template does not know) in your rows: reject the row, read them as plain"
-    " text, or as the control tokens"
 )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
-from megatron_tiedlora.base.base_formats import BASE_NAMES
-from megatron_tiedlora.config.fields import CommandSettings, optional_field, setting_field
+from megatron_tiedlora.config.fields import CommandSettings, marked, setting_field, shared_field
 from megatron_tiedlora.config.presets import is_preset
+from megatron_tiedlora.config.train_fields import TrainFields
 
 GROUPS = {
     "run": "which hosts are checked, and where the findings go",
@@ -32,6 +33,9 @@ tensor, pipeline and data parallel group. With --measure and no error, all ranks
 Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
 
 
+_train = partial(shared_field, TrainFields, group="job")
+
+
 class DoctorSettings(CommandSettings):
     """The settings of one check, validated and frozen."""
 
@@ -39,41 +43,46 @@ class DoctorSettings(CommandSettings):
     about: ClassVar[str] = ABOUT
     groups: ClassVar[Mapping[str, str]] = GROUPS
 
-    hostfile: str | None = optional_field(
-        "run", "`NAME slots=N` lines, as for deepspeed (default: the hosts of the Slurm allocation, or this machine)"
+    hostfile: str | None = setting_field(
+        "run", "`NAME slots=N` lines, as for deepspeed (default: the hosts of the Slurm allocation, or this machine)",
+        None,
     )
-    ssh_port: int | None = optional_field("run", "port of the hosts' ssh, as in `deepspeed --ssh_port`", ge=1, le=65535)
-    json_file: str | None = optional_field(
-        "run", "write everything to this file, for scripts; - prints it instead of the table", flag="json"
+    ssh_port: int | None = setting_field(
+        "run", "port of the hosts' ssh, as in `deepspeed --ssh_port`", None, ge=1, le=65535,
     )
-    measure: str | None = optional_field(
-        "run", "if the hosts are ready, measure with all ranks what tiedlora plan needs, and write it to this file"
+    json_file: str | None = setting_field(
+        "run", "write everything to this file, for scripts; - prints it instead of the table", None, flag="json",
+    )
+    measure: str | None = setting_field(
+        "run", "if the hosts are ready, measure with all ranks what tiedlora plan needs, and write it to this file",
+        None,
     )
     measure_seconds: float = setting_field("run", "about how long --measure takes", 60.0, gt=0, le=3600)
 
-    model: str | None = optional_field(
-        "job", "the base model, the same on every host: a folder, demo, or a hub id (searched in each host's cache)"
+    model: str | None = _train(
+        "model", "the base model, the same on every host: a folder, demo, or a hub id (searched in each host's cache)",
+        default=None,
     )
-    train_file: str | None = optional_field(
-        "job",
-        "training rows, the same on every host: a file, two aligned texts A.de,A.en, or a hub id (not checked; a"
-        " warning says so)",
+    train_file: str | None = _train(
+        "train_file",
+        "training rows, the same on every host: a file, two aligned texts A.de,A.en, or a hub id (not"
+        " checked; a warning says so)",
     )
-    validation_file: str | None = optional_field("job", "the same for validation rows")
-    test_file: str | None = optional_field("job", "the same for test rows")
-    base: str | None = optional_field("job", "the storage format of the base's linears", choices=BASE_NAMES)
-    products: Literal["fp8"] | None = optional_field("job", "fp8: the job multiplies in fp8, as --products of train")
-    output_dir: str | None = optional_field("job", "where runs will be written; should be shared by all hosts")
+    validation_file: str | None = _train("validation_file", "the same for validation rows")
+    test_file: str | None = _train("test_file", "the same for test rows")
+    base: str | None = _train("base", "the storage format of the base's linears")
+    products: Literal["fp8"] | None = _train("products", "fp8: the job multiplies in fp8, as --products of train")
+    output_dir: str | None = _train("output_dir", "where runs will be written; should be shared by all hosts")
 
-    tensor_parallel: int = setting_field("parallel", "ranks that share each layer", 1, ge=1)
-    pipeline_parallel: int = setting_field("parallel", "stages that share the layers", 1, ge=1)
+    tensor_parallel: int = _train("tensor_parallel", "ranks that share each layer", group="parallel")
+    pipeline_parallel: int = _train("pipeline_parallel", "stages that share the layers", group="parallel")
     master_port: int = setting_field("parallel", "port of the first host where the ranks meet", 29500, ge=1, le=65535)
     allreduce_mb: float = setting_field(
-        "parallel", "megabytes per rank in the all-reduce that measures bandwidth", 64.0, gt=0, le=16384
+        "parallel", "megabytes per rank in the all-reduce that measures bandwidth", 64.0, gt=0, le=16384,
     )
 
     timeout_seconds: float = setting_field(
-        "limits", "longest wait for a host's answers, for the rendezvous, and for an all-reduce", 60.0, ge=5, le=86400
+        "limits", "longest wait for a host's answers, for the rendezvous, and for an all-reduce", 60.0, ge=5, le=86400,
     )
     max_clock_skew: float = setting_field("limits", "seconds that a host's clock may differ from this one's", 1.0, ge=0)
 
@@ -95,7 +104,5 @@ class DoctorSettings(CommandSettings):
 
     def paths(self) -> dict[str, str]:
         """The paths that must exist on every host, by flag, as the user gave them."""
-        given: dict[str, Any] = {
-            name: getattr(self, name) for name in ("model", "train_file", "validation_file", "test_file")
-        }
+        given = {name: getattr(self, name) for name in ("model", *marked(DoctorSettings, holds="rows"))}
         return {name: value for name, value in given.items() if value is not None}

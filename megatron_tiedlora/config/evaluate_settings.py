@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.config.data_fields import (
-    ADD_BOS_HELP,
-    CHAT_TEMPLATE_HELP,
-    COLUMNS_HELP,
     FILES_HELP,
-    SPECIAL_TOKENS_HELP,
     AddBos,
     SpecialTokensInText,
     boolean_word,
     checked_columns,
 )
-from megatron_tiedlora.config.fields import LONGEST_WAIT_MINUTES, CommandSettings, optional_field, setting_field
-from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, TASK_NAMES
+from megatron_tiedlora.config.fields import CommandSettings, marked, setting_field, shared_field
+from megatron_tiedlora.config.other_names import ADAPTER_NAMES
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK
+from megatron_tiedlora.config.train_fields import TrainFields
 
 GROUPS = {
     "run": "where answers and scores go",
@@ -29,8 +28,13 @@ GROUPS = {
     "data": "the rows that are answered and scored",
 }
 
-_ADAPTERS = ("adapter", "adapters")
-_AS_TRAINED = "[as in the adapter's run]"
+_same = partial(shared_field, TrainFields, shared=False)  # a setting of the same name, with a value of its own
+_train = partial(shared_field, TrainFields)  # of a run that is evaluated, the run's
+
+
+def _as_trained(name: str) -> Any:
+    help_text = f"{TrainFields.model_fields[name].description} [as in the adapter's run]"
+    return _train(name, help_text, default=None, as_trained=True)
 
 
 class EvaluateSettings(CommandSettings):
@@ -44,87 +48,84 @@ class EvaluateSettings(CommandSettings):
     about: ClassVar[str] = "Answer a task's rows by greedy decoding and score them, with or without an adapter."
     groups: ClassVar[Mapping[str, str]] = GROUPS
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model or --adapter, give --task or --test_file"}
-    instead: ClassVar[Sequence[tuple[str, str]]] = (_ADAPTERS,)
+    instead: ClassVar[Sequence[tuple[str, str]]] = (("adapter", "adapters"),)
 
-    output_dir: str | None = optional_field("run", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)")
-    take_over: bool = setting_field(
-        "run", "take --output_dir over from another start that is writing it; that one then writes nothing", False
+    output_dir: str | None = _same(
+        "output_dir", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)", per_adapter=True,
     )
-    seed: int = setting_field(
-        "run", "seed for carving the validation split from training rows; the run's seed gives its split", 1234, ge=0
+    take_over: bool = _same(
+        "take_over", "take --output_dir over from another start that is writing it; that one then writes nothing",
     )
-    timeout_minutes: float = setting_field(
-        "run", "longest wait for another rank before the job fails", 30.0, gt=0, le=LONGEST_WAIT_MINUTES
+    seed: int = _train(
+        "seed", "seed for carving the validation split from training rows; the run's seed gives its split",
     )
+    timeout_minutes: float = _train("timeout_minutes", "longest wait for another rank before the job fails")
 
-    model: str | None = optional_field(
+    model: str | None = _train(
         "model",
-        "demo, a HF folder (a merged one too) or hub id; with --adapter also a folder of models, where its base is"
-        " found by its hashes (default: the adapter's base, or demo)",
+        "demo, a HF folder (a merged one too) or hub id; with --adapter also a folder of models, where its"
+        " base is found by its hashes (default: the adapter's base, or demo)",
+        default=None,
     )
-    adapter: str | None = optional_field(
-        "model", "native adapter (RUN/adapter), or PEFT LoRA or VeRA folder (default: none)"
+    adapter: str | None = setting_field(
+        "model", "native adapter (RUN/adapter), or PEFT LoRA or VeRA folder (default: none)", None, per_adapter=True,
+        other_names=ADAPTER_NAMES,
     )
-    adapters: tuple[str, ...] | None = optional_field(
+    adapters: tuple[str, ...] | None = setting_field(
         "model",
         "several adapters of one base, scored in one start: NAME=FOLDER or FOLDER, which may be as of --adapter, a run,"
         " a folder of runs (also of a run with --adapters), or a pattern in quotes (default: none)",
-        words=True,
+        None, words=True, per_adapter=True,
     )
-    base_differs: bool = setting_field(
-        "model", "use the adapter although base or tokenizer differ from those that it was trained with", False
+    base_differs: bool = _same(
+        "base_differs", "use the adapter although base or tokenizer differ from those that it was trained with",
+        group="model",
     )
     merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it separate", False)
-    tokenizer: str | None = optional_field(
-        "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
-    )
-    dtype: Literal["bf16", "fp32"] | None = optional_field(
-        "model",
+    tokenizer: str | None = _train("tokenizer")
+    dtype: Literal["bf16", "fp32"] | None = _train(
+        "dtype",
         "precision of the base, and of an adapter that is added to it [bf16; demo: fp32 on a CPU without bf16"
         " instructions]",
     )
-    base: str | None = optional_field(
-        "model",
-        "storage format of the linears of all blocks; none: that of --dtype [as in the adapter's run, or none]",
+    base: str | None = _train(
+        "base", "storage format of the linears of all blocks; none: that of --dtype [as in the adapter's run, or none]",
         choices=(*BASE_NAMES, UNQUANTISED),
     )
-    max_length: int | None = optional_field(
-        "model",
+    max_length: int | None = _same(
+        "max_length",
         "maximum prompt tokens, as in training; longer prompts lose their middle (default: the model's positions minus"
         " --max_new_tokens)",
-        ge=8,
+        default=None,
     )
 
-    tensor_parallel: int = setting_field(
-        "parallel", "ranks that share each layer; must divide heads and widths", 1, ge=1
-    )
-    pipeline_parallel: int = setting_field("parallel", "stages that share the layers", 1, ge=1)
+    tensor_parallel: int = _train("tensor_parallel")
+    pipeline_parallel: int = _train("pipeline_parallel", "stages that share the layers")
 
-    task: str = setting_field("data", "format of the rows, and how answers are scored", choices=TASK_NAMES)
+    task: str = _train("task", "format of the rows, and how answers are scored")
     split: Literal["test", "validation"] = setting_field("data", "which rows", "test")
-    test_file: str | None = optional_field(
-        "data", f"rows of the test split: {FILES_HELP} (default: the task's own)"
+    test_file: str | None = _train("test_file", f"rows of the test split: {FILES_HELP} (default: the task's own)")
+    validation_file: str | None = _same(
+        "validation_file",
+        "rows of the validation split (default: carved from the training rows with --seed, as in training)",
     )
-    validation_file: str | None = optional_field(
-        "data", "rows of the validation split (default: carved from the training rows with --seed, as in training)"
-    )
-    train_file: str | None = optional_field("data", "training rows, to carve the validation split from")
-    prompt_template: str | None = optional_field("data", "override the task's prompt, with {field} names of its rows")
-    columns: str | None = optional_field("data", COLUMNS_HELP)
-    chat_template: str | None = optional_field("data", f"{CHAT_TEMPLATE_HELP} {_AS_TRAINED}")
-    add_bos: AddBos | None = optional_field("data", f"{ADD_BOS_HELP} {_AS_TRAINED}")
-    special_tokens_in_text: SpecialTokensInText | None = optional_field("data", f"{SPECIAL_TOKENS_HELP} {_AS_TRAINED}")
-    max_new_tokens: int | None = optional_field(
-        "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
-    )
+    train_file: str | None = _same("train_file", "training rows, to carve the validation split from")
+    prompt_template: str | None = _train("prompt_template")
+    columns: str | None = _train("columns")
+    chat_template: str | None = _as_trained("chat_template")
+    add_bos: AddBos | None = _as_trained("add_bos")
+    special_tokens_in_text: SpecialTokensInText | None = _as_trained("special_tokens_in_text")
+    max_new_tokens: int | None = _train("max_new_tokens")
     batch_size: int = setting_field(
         "data",
         "prompts per data-parallel rank that are answered together; with --adapters up to four times as many, of each"
         " adapter so many",
-        16,
-        ge=1,
+        16, ge=1, other_names="batch bs eval_batch_size per_device_eval_batch_size",
     )
-    limit: int | None = optional_field("data", "answer only the first N rows [all; demo 24]", ge=1)
+    limit: int | None = setting_field(
+        "data", "answer only the first N rows [all; demo 24]", None, ge=1,
+        other_names="max_samples num_samples eval_samples",
+    )
 
     _one_adapter_as_list = field_validator("adapters", mode="before")(
         lambda value: [value] if isinstance(value, str) else value
@@ -137,11 +138,10 @@ class EvaluateSettings(CommandSettings):
     @classmethod
     def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
         filled = dict(values)
-        files = ("test_file", "validation_file", "train_file")
-        if "task" not in filled and any(name in filled for name in files):
+        if "task" not in filled and any(name in filled for name in marked(cls, holds="rows")):
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
-            filled |= {"task": DEFAULT_TASK} if filled.keys().isdisjoint(_ADAPTERS) else {}
+            filled |= {"task": DEFAULT_TASK} if filled.keys().isdisjoint(cls.instead[0]) else {}
         return filled
 
     @model_validator(mode="after")

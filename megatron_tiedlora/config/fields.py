@@ -1,7 +1,8 @@
-"""The common ground of all commands' settings: a field has a name, type, default, help text and group.
+"""The common ground of all commands' settings: a field has a name, type, default, help text and marks.
 
 Owns how fields are declared and how values become frozen settings. Each command declares its own settings, and
-`cli.py` turns the fields of any command into flags and YAML names.
+`cli.py` turns the fields of any command into flags and YAML names. Which settings have something in common is asked of
+their marks (`marked`), so that no list of their names is written by hand.
 """
 
 from __future__ import annotations
@@ -11,12 +12,23 @@ import re
 import shlex
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.shapes import GATE_UP, QKV, TARGET_NAMES
 from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.config.other_names import unknown_names, value_hint, value_meant
@@ -29,59 +41,139 @@ _POWER_OF_TEN = re.compile(r"\d+(\.\d*)?e\+?1?\d", re.IGNORECASE)
 AnySettings = TypeVar("AnySettings", bound="CommandSettings")
 
 
-def setting_field(
-    group: str,
-    help_text: str,
-    default: Any = ...,
-    *,
-    choices: Sequence[str] | None = None,
-    flag: str | None = None,
-    words: bool = False,
-    **constraints: Any,
-) -> Any:
+Decides = Literal["data", "model", "adapter", "training", "layout", "nothing"]
+_CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length")  # of pydantic, that a setting is declared with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """What a setting is declared with, beside its type, default and help text. Lists of settings are derived from it.
+
+    Attributes:
+        group: a key of the class's `groups`; '' in a command without groups.
+        choices: allowed strings that are only known at run time (else let the type be a Literal).
+        flag: the field's name for users, where pydantic reserves it for an attribute.
+        metavar: what the help shows for its value (default: by the type).
+        words: its values are separate words on the command line, and a list in a file.
+        positional: it is given without a flag, in the order of declaration.
+        other_names: what other tools call it, with blanks between them; see also `other_names.py`.
+        other_values: what other tools call its values; an answer that is no value is a hint.
+        holds: whether the value is a path, or names files of rows.
+        decides: what it decides in a run: the rows and their tokens; what the frozen model computes; the adapter's
+            shape and initial values; how it trains; how ranks divide the work, which changes no number but by
+            rounding; or nothing that is computed.
+        by_content: a resumed run compares what follows from it (hashes of the base, tokens of the data), not its value.
+        per_adapter: each adapter of a run has its own.
+        of_group: a run of several adapters has one for all of them.
+        of_dry_run: it belongs to a dry run.
+        derived: the default follows from other settings and the model.
+        lasts: `start`: it holds for one start, and is ignored in the file that a run has recorded; `command`: the user
+            decides it anew, so it is not read from files at all.
+        decided_by: by the name of a command that decides it itself, what to give instead.
+        shared: it means what it means in tiedlora train, and may be handed on (`shared_field`).
+        as_trained: the default is that of the run that trained the adapter.
+        constraints: of pydantic, such as `ge=1`.
+    """
+
+    group: str = ""
+    choices: Sequence[str] | None = None
+    flag: str = ""
+    metavar: str = ""
+    words: bool = False
+    positional: bool = False
+    other_names: str = ""
+    other_values: Mapping[str, str] = field(default_factory=dict)
+    holds: Literal["path", "rows", ""] = ""
+    decides: Decides | None = None
+    by_content: bool = False
+    per_adapter: bool = False
+    of_group: bool = False
+    of_dry_run: bool = False
+    derived: bool = False
+    lasts: Literal["", "start", "command"] = ""
+    decided_by: Mapping[str, str] = field(default_factory=dict)
+    shared: bool = False
+    as_trained: bool = False
+    constraints: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def compared(self) -> bool:
+        """Whether a resumed run must have the same value."""
+        return self.decides not in ("layout", "nothing") and not self.by_content
+
+    def __call__(self, schema: dict[str, Any]) -> None:
+        """Add the choices to the JSON schema of the field."""
+        if self.choices:
+            schema.get("items", schema)["enum"] = list(self.choices)
+
+
+def setting_field(group: str, help_text: str, default: Any = ..., **marks: Any) -> Any:
     """A field of a `CommandSettings`.
 
     Args:
-        group: a key of the class's `groups`.
-        default: left out if the command requires the value, or fills it in from other values.
-        choices: allowed strings that are only known at run time (else let the type be a Literal).
-        flag: the field's name for users, where pydantic reserves it for an attribute.
-        words: its values are separate words on the command line, and a list in a file.
-        constraints: pydantic constraints, such as `ge=1`.
+        group: as of `Declared`.
+        default: left out if the command requires the value, or fills it in from other values. None: it may be left out.
+        marks: the other attributes of `Declared`, and constraints of pydantic.
     """
-    extra: dict[str, Any] = {"group": group, "choices": choices, "flag": flag, "words": words}
-    return Field(default=default, description=help_text, json_schema_extra=extra, **constraints)
+    constraints = {name: marks.pop(name) for name in _CONSTRAINTS if name in marks}
+    return _field(help_text, default, Declared(group=group, constraints=constraints, **marks))
 
 
-def optional_field(group: str, help_text: str, **constraints: Any) -> Any:
-    """A field that may be left out and is then None. The arguments are those of `setting_field`."""
-    return setting_field(group, help_text, None, **constraints)
+def shared_field(kind: type[CommandSettings], name: str, help_text: str = "", **changes: Any) -> Any:
+    """A field that means what it means in the settings `kind`, where it is declared.
+
+    Args:
+        help_text: '' for the one there.
+        changes: the default, and attributes of `Declared`, that differ.
+    """
+    original, there = kind.model_fields[name], declared(kind)[name]
+    default = changes.pop("default", original.default)
+    kept = ("group", "choices", "flag", "words", "other_names", "other_values", "holds", "lasts", "constraints")
+    marks = {"shared": True, **{mark: getattr(there, mark) for mark in kept}, **changes}
+    return _field(help_text or original.description, default, Declared(**marks))
 
 
-def field_group(field: FieldInfo) -> str:
-    """The group that a field was declared in."""
-    return str(_extra(field)["group"])
+def _field(help_text: str | None, default: Any, marks: Declared) -> Any:
+    return Field(default=default, description=help_text, json_schema_extra=marks, **marks.constraints)
 
 
-def field_choices(field: FieldInfo) -> tuple[str, ...] | None:
-    """The choices that a field was declared with; None if only its type limits the values."""
-    choices = _extra(field)["choices"]
-    return None if choices is None else tuple(choices)
+def declared(kind: type[CommandSettings]) -> dict[str, Declared]:
+    """What each setting of a command is declared with, by the name of its field."""
+    found = {}
+    for name, one in kind.model_fields.items():
+        assert isinstance(one.json_schema_extra, Declared), "declare settings with setting_field"
+        found[name] = one.json_schema_extra
+    return found
 
 
-def field_flag(name: str, field: FieldInfo) -> str:
-    """The name of a field on the command line and in files."""
-    return str(_extra(field)["flag"] or name)
+def marked(kind: type[CommandSettings], **marks: Any) -> tuple[str, ...]:
+    """The settings of a command that have these values of `Declared`, in the order of their declaration."""
+    return tuple(
+        name
+        for name, own in declared(kind).items()
+        if all(getattr(own, mark) == value for mark, value in marks.items())
+    )
 
 
-def takes_words(field: FieldInfo) -> bool:
-    """Whether the values of a field are separate words on the command line."""
-    return bool(_extra(field)["words"])
+def decided_by(command: str, kind: type[CommandSettings]) -> dict[str, str]:
+    """The settings of `kind` that another command decides itself, by name, and what to give to it instead."""
+    return {name: own.decided_by[command] for name, own in declared(kind).items() if command in own.decided_by}
 
 
-def _extra(field: FieldInfo) -> Mapping[str, Any]:
-    assert isinstance(field.json_schema_extra, dict), "declare settings with setting_field"
-    return field.json_schema_extra
+def flag_word(name: str, kind: type[CommandSettings]) -> str:
+    """The flag of a field, or what stands for it if it is given without one."""
+    own = declared(kind)[name]
+    return own.metavar if own.positional else f"--{own.flag or name}"
+
+
+def names_elsewhere(*kinds: type[CommandSettings]) -> dict[str, list[str]]:
+    """By the name that another tool has, the settings of these commands as answers of `other_names.name_hint`."""
+    found: dict[str, list[str]] = {}
+    for kind in kinds:
+        for name, own in declared(kind).items():
+            for other in own.other_names.split():
+                found.setdefault(other, []).append(f"{{{own.flag or name}}}")
+    return found
 
 
 class CommandSettings(BaseModel):
@@ -91,7 +183,9 @@ class CommandSettings(BaseModel):
         prog: `tiedlora NAME`, for its help.
         about: what the command does, for its help.
         usage: what follows the command's name in the first line of its help.
-        groups: name and description of each group of flags, in the order of the help.
+        examples: the end of its help.
+        groups: name and description of each group of flags, in the order of the help. A command without groups has few
+            flags, and reads no file of settings.
         missing: by field, a hint to add to "is required" if the value is missing.
         instead: pairs of fields that exclude each other. The one on the command line replaces the other in a file.
     """
@@ -101,19 +195,21 @@ class CommandSettings(BaseModel):
         extra="forbid",
         protected_namespaces=(),
         allow_inf_nan=False,
-        json_schema_extra=lambda schema: _tidy_schema(schema),
+        # of its YAML files: nothing is required, because values that are left out are filled in from others
+        json_schema_extra=lambda schema: schema.pop("required", None),
     )
 
     prog: ClassVar[str]
     about: ClassVar[str]
     usage: ClassVar[str] = "[--FLAG VALUE ...]"
-    groups: ClassVar[Mapping[str, str]]
+    examples: ClassVar[str] = "The YAML file of --config takes every flag under the same name; the command line wins."
+    groups: ClassVar[Mapping[str, str]] = {}
     missing: ClassVar[Mapping[str, str]] = {}
     instead: ClassVar[Sequence[tuple[str, str]]] = ()
 
     def __init__(self, **values: Any) -> None:
         """Raises UserError in one line: all names that are unknown, or the first value that is wrong."""
-        if unknown := unknown_names("setting", values, type(self).model_fields):
+        if unknown := unknown_names("setting", values, type(self).model_fields, names_elsewhere(type(self))):
             raise UserError(f"{unknown}; see --help")
         try:
             super().__init__(**{name: _as_meant(name, value, type(self)) for name, value in values.items()})
@@ -126,11 +222,7 @@ class CommandSettings(BaseModel):
     def default_text(cls, name: str) -> str:
         """The default of a field as its help shows it; '' if the help text contains it, or there is none."""
         field = cls.model_fields[name]
-        if field.is_required() or field.default is None:
-            return ""
-        if isinstance(field.default, tuple):
-            return ",".join(map(str, field.default))
-        return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+        return "" if field.is_required() or field.default is None else flag_value(field.default)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -146,21 +238,21 @@ class CommandSettings(BaseModel):
     @classmethod
     def _reject_extremes(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
-        flag = field_flag(info.field_name, cls.model_fields[info.field_name])
+        flag = flag_word(info.field_name, cls)
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, int | float) and abs(part) >= _BOUND:
-                raise ValueError(f"--{flag} {shown(value)}: out of range; give a number below 2^53 (9e15)")
+                raise ValueError(f"{flag} {shown(value)}: out of range; give a number below 2^53 (9e15)")
             if isinstance(part, str) and ("\0" in part or not _is_system_text(part)):
-                raise ValueError(f"--{flag} {shown(value)}: contains characters that are not text")
+                raise ValueError(f"{flag} {shown(value)}: contains characters that are not text")
         return value
 
     @model_validator(mode="after")
     def _check_choices(self) -> CommandSettings:
-        for name, field in type(self).model_fields.items():
-            choices, value = field_choices(field), getattr(self, name)
+        for name, own in declared(type(self)).items():
+            choices, value = own.choices, getattr(self, name)
             for part in value if isinstance(value, tuple) else (value,):
                 if choices is not None and part is not None and part not in choices:
-                    known, hint = ", ".join(map(repr, choices)), value_hint(name, part, choices)
+                    known, hint = ", ".join(map(repr, choices)), value_hint(part, choices, own.other_values)
                     raise ValueError(f"--{name} {as_given(part)}: input should be one of {known}{hint}")
         return self
 
@@ -172,8 +264,7 @@ def _kinds_in(annotation: Any) -> set[Any]:
 
 def _as_meant(name: str, value: Any, kind: type[CommandSettings]) -> Any:
     """A value as its field spells it: `nf4` for `NF4` or `4bit`, and the whole number 1000 for `1e3`."""
-    field = kind.model_fields[name]
-    kinds = _kinds_in(field.annotation)
+    own, kinds = declared(kind)[name], _kinds_in(kind.model_fields[name].annotation)
     if isinstance(value, list | tuple):
         return [_as_meant(name, part, kind) if isinstance(part, str) else part for part in value]
     if not isinstance(value, str):
@@ -182,7 +273,7 @@ def _as_meant(name: str, value: Any, kind: type[CommandSettings]) -> Any:
         return ",".join(str(_as_meant(name, part, kind)) for part in value.split(","))
     if _POWER_OF_TEN.fullmatch(value.strip()) and int in kinds and not kinds & {float, str}:
         return int(number) if (number := float(value)).is_integer() else value
-    return value_meant(name, value, (*(field_choices(field) or ()), *literal_values(kinds)))
+    return value_meant(value, (*(own.choices or ()), *literal_values(kinds)), own.other_values)
 
 
 def literal_values(kinds: Collection[Any]) -> tuple[str, ...]:
@@ -208,33 +299,23 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
     return kind(**{str(name): value for name, value in values.items() if value is not None})
 
 
-def _tidy_schema(schema: dict[str, Any]) -> None:
-    """Make a command's JSON schema that of its YAML files: choices as an enum, and nothing required, because values
-    that are left out are filled in from others."""
-    schema.pop("required", None)
-    for field in schema["properties"].values():
-        choices = field.pop("choices")
-        del field["group"], field["flag"], field["words"]
-        if choices:
-            field.get("items", field)["enum"] = list(choices)
-
-
 def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
-    flag = field_flag(name, kind.model_fields[name]) if name in kind.model_fields else name
+    flag = flag_word(name, kind) if name in kind.model_fields else f"--{name}"
     if first["type"] == "value_error":
         found = first["ctx"]["error"]
         # pydantic cannot carry a message with bytes that are not UTF-8 through a validator around the others
         return found.object if isinstance(found, UnicodeEncodeError) else str(found)
     if first["type"] == "missing":
         hint = kind.missing.get(name)
-        return f"--{flag} is required" + (f": {hint}" if hint else "")
-    said, hint = f"--{flag} {as_given(first['input'])}", ""
+        return f"{flag} is required" + (f": {hint}" if hint else "")
+    said, hint = f"{flag} {as_given(first['input'])}", ""
     if first["type"] == "bool_parsing":
-        return f"{said}: give true or false, or nothing after --{flag}"
+        return f"{said}: give true or false, or nothing after {flag}"
     if first["type"] == "literal_error" and isinstance(first["input"], str):
-        hint = value_hint(name, first["input"], literal_values(_kinds_in(kind.model_fields[name].annotation)))
+        allowed = literal_values(_kinds_in(kind.model_fields[name].annotation))
+        hint = value_hint(first["input"], allowed, declared(kind)[name].other_values)
     return f"{said}: {first['msg'][0].lower()}{first['msg'][1:]}{hint}"
 
 
@@ -245,22 +326,12 @@ def comma_separated(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+# A path, with ~ expanded. Raises UserError if it cannot name a file.
+FilePath = Annotated[Path, BeforeValidator(lambda value, info: user_path(value, flag=f"--{info.field_name}"))]
+
 # Names that PEFT's users know, and the target that they are part of.
 _FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), QKV), **dict.fromkeys(("gate_proj", "up_proj"), GATE_UP)}
 TARGETS_HELP = f"adapted linears of each adapted layer: all, or some of {', '.join(TARGET_NAMES)}"
-
-BASE_HELP = (
-    "storage format of the frozen linears of all blocks, 4 or 8 bits a weight; the rest of the base, and what is"
-    " computed, stays in --dtype (default: --dtype too)"
-)
-PRODUCTS_HELP = (
-    "fp8: with --base fp8, the activations and gradients that these linears multiply are rounded to fp8 too, with a"
-    " scale for each row; GPUs of compute capability 8.9 or more, emulated on a CPU. The adapter reads them unrounded."
-    " Scales of activations in row-parallel layers, and of gradients in column-parallel ones, depend on"
-    " --tensor_parallel (default: products in --dtype)"
-)
-KEEP_TRANSPOSED_HELP = "with --products fp8: keep a transposed copy of their weights, one byte each, for speed"
-
 
 def parse_targets(value: Any) -> Any:
     """The names of `--targets` in the order of `TARGET_NAMES`. A value that is not a list of strings is unchanged.
@@ -285,7 +356,9 @@ def parse_targets(value: Any) -> Any:
 
 def flag_value(value: Any) -> str:
     """A setting's value as it is written on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def shell_words(name: str, text: str | None) -> list[str]:

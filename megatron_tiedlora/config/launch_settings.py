@@ -9,11 +9,10 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.cli import build_parser, parse_settings, reject_unknown
+from megatron_tiedlora.config.cli import parse_settings, split_words
 from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,
     CommandSettings,
-    optional_field,
     setting_field,
     shell_words,
     validate_settings,
@@ -34,6 +33,9 @@ class LaunchSettings(CommandSettings):
         "    tiedlora run ...                                       in a Slurm allocation: its nodes\n\n"
         "The exit status is 0 if the run finished, or was stopped by a signal given to this command and saved."
     )
+    examples: ClassVar[str] = (
+        "Settings of tiedlora train follow, after -- or directly. The YAML file of --config holds only those."
+    )
     groups: ClassVar[Mapping[str, str]] = {
         "run": "passed to tiedlora train, as are all flags not listed here; see `tiedlora train --help`",
         "start": "what is started, and where",
@@ -41,36 +43,34 @@ class LaunchSettings(CommandSettings):
     }
 
     launcher: Literal["auto", "local", "pdsh", "openmpi", "mpirun", "srun", "torchrun"] = setting_field(
-        "start", "auto: pdsh with --hostfile, srun in a Slurm allocation, else the local deepspeed", "auto"
+        "start", "auto: pdsh with --hostfile, srun in a Slurm allocation, else the local deepspeed", "auto",
     )
-    hostfile: str | None = optional_field("start", "hosts of the job, one `NAME slots=N` line per host")
-    num_gpus: int | None = optional_field(
-        "start", "ranks per host (default: its slots or Slurm tasks; locally all GPUs, or 1 without GPUs)", ge=1
+    hostfile: str | None = setting_field("start", "hosts of the job, one `NAME slots=N` line per host", None)
+    num_gpus: int | None = setting_field(
+        "start", "ranks per host (default: its slots or Slurm tasks; locally all GPUs, or 1 without GPUs)", None, ge=1,
     )
-    master_addr: str | None = optional_field(
-        "start", "address of the first host, for the rendezvous (default: its first address; under Slurm its name)"
+    master_addr: str | None = setting_field(
+        "start", "address of the first host, for the rendezvous (default: its first address; under Slurm its name)",
+        None,
     )
-    master_port: int | None = optional_field("start", "port of the rendezvous (default: random)", ge=1, le=65535)
-    ssh_port: int | None = optional_field("start", "port of the hosts' sshd", ge=1, le=65535)
-    launcher_args: str | None = optional_field(
-        "start", 'arguments of pdsh, mpirun, srun or torchrun itself, e.g. "--cpu-bind=none"'
+    master_port: int | None = setting_field("start", "port of the rendezvous (default: random)", None, ge=1, le=65535)
+    ssh_port: int | None = setting_field("start", "port of the hosts' sshd", None, ge=1, le=65535)
+    launcher_args: str | None = setting_field(
+        "start", 'arguments of pdsh, mpirun, srun or torchrun itself, e.g. "--cpu-bind=none"', None,
     )
     max_restarts: int = setting_field(
-        "start", "with torchrun: how often to restart from the last checkpoint after a failure", 0, ge=0
+        "start", "with torchrun: how often to restart from the last checkpoint after a failure", 0, ge=0,
     )
     show_command: bool = setting_field("start", "print hosts, environment and command; start nothing", False)
 
     host_seconds: float = setting_field(
-        "time limits", "longest wait for a host's answer to a check", 20.0, gt=0, le=_LONGEST_WAIT
+        "time limits", "longest wait for a host's answer to a check", 20.0, gt=0, le=_LONGEST_WAIT,
     )
     look_seconds: float = setting_field(
-        "time limits", "time between checks of all hosts while the job runs", 30.0, gt=0, le=_LONGEST_WAIT
+        "time limits", "time between checks of all hosts while the job runs", 30.0, gt=0, le=_LONGEST_WAIT,
     )
     grace_seconds: float = setting_field(
-        "time limits",
-        "time for ranks to save after their launcher has died, before they are killed",
-        120.0,
-        ge=0,
+        "time limits", "time for ranks to save after their launcher has died, before they are killed", 120.0, ge=0,
         le=_LONGEST_WAIT,
     )
 
@@ -95,20 +95,13 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
     Raises:
         UserError: something is unknown, out of range or contradictory.
     """
-    parser = build_parser(LaunchSettings)
-    parser.epilog = (
-        "Settings of tiedlora train follow, after -- or directly. The YAML file of --config holds only those."
-    )
-    own, given = list(argv), []
-    if "--" in own:
-        own, given = own[: own.index("--")], own[own.index("--") + 1 :]
-    values, rest = parser.parse_known_args(own)
-    named = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
-    config = named.pop("config", None)
-    arguments = (*(("--config", config) if config is not None else ()), *rest, *given)
-    _, unknown = build_parser(Settings).parse_known_args(arguments)
-    reject_unknown(unknown, known=[f"--{name}" for name in (*LaunchSettings.model_fields, *Settings.model_fields)])
-    settings, train = validate_settings(named, LaunchSettings), parse_settings(arguments, Settings)
+    words, given = list(argv), []
+    if "--" in words:
+        words, given = words[: words.index("--")], words[words.index("--") + 1 :]
+    own, _, rest = split_words(words, LaunchSettings, more=given)
+    config = own.pop("config", None)
+    arguments = (*(("--config", config) if config is not None else ()), *rest)
+    settings, train = validate_settings(own, LaunchSettings), parse_settings(arguments, Settings)
     _check(settings, train)
     return LaunchCommand(settings, train, arguments)
 

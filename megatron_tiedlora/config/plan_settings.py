@@ -13,15 +13,17 @@ from pydantic import field_validator, model_validator
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.cli import build_parser, parse_settings, reject_unknown
+from megatron_tiedlora.config.cli import parse_settings, split_words
 from megatron_tiedlora.config.fields import (
     CommandSettings,
     comma_separated,
-    optional_field,
+    decided_by,
     setting_field,
+    shared_field,
     validate_settings,
 )
-from megatron_tiedlora.config.settings import GPU_NAMES, Settings
+from megatron_tiedlora.config.other_names import OTHER_FORMATS
+from megatron_tiedlora.config.settings import Settings
 
 ABOUT = """\
 Find the fastest parallel configuration of a cluster before it is booked: what fits, what it sends, how long it takes.
@@ -39,15 +41,7 @@ With --adapters all layouts are of one run of several adapters, which is compare
 
 # Where a flag of tiedlora train has another default here; --max_length at most the model's limit, as there.
 PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
-# What a plan decides for itself, and what to give instead.
-_DECIDED = {
-    "dry_run": "a plan is a dry run of every layout",
-    "world_size": "give --nodes and --gpus_per_node, or --ranks_on_cpu",
-    "plan_for": "give --gpu, or --ranks_on_cpu",
-    "gpu": "give it on the command line",  # where it is this command's; so it was in a YAML file
-}
 _NOT_MEASURED = "--measure measures this machine and plans nothing; remove --{}"
-_OF_MEASURE = ("model", "local_rank")  # flags of tiedlora train that it takes; in the file of --config are others too
 FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 
 
@@ -57,6 +51,7 @@ class PlanSettings(CommandSettings):
     prog: ClassVar[str] = "tiedlora plan"
     about: ClassVar[str] = ABOUT
     usage: ClassVar[str] = "--model M [--FLAG VALUE ...]"
+    examples: ClassVar[str] = "Settings of tiedlora train follow. The YAML file of --config holds only those."
     groups: ClassVar[dict[str, str]] = {
         "run": "every flag of tiedlora train: --model, --method, --train_file ...; those of a layout limit the search",
         "cluster": "what is booked",
@@ -65,28 +60,33 @@ class PlanSettings(CommandSettings):
 
     nodes: int = setting_field("cluster", "number of nodes", 1, ge=1, le=4096)
     gpus_per_node: int = setting_field("cluster", "cards in a node", 8, ge=1, le=256)
-    gpu: str | None = optional_field("cluster", "the kind of card [h100]", choices=GPU_NAMES)
-    ranks_on_cpu: int | None = optional_field("cluster", "plan so many ranks on this machine's CPUs", ge=1, le=1024)
-    constants: str | None = optional_field("cluster", "constants of a machine, a file of --measure, in place of --gpu")
-    measure: str | None = optional_field(
-        "cluster", "measure the constants of this machine, write them to this file (-: print them), and plan nothing"
+    gpu: str | None = shared_field(Settings, "gpu", "the kind of card [h100]", group="cluster")
+    ranks_on_cpu: int | None = setting_field(
+        "cluster", "plan so many ranks on this machine's CPUs", None, ge=1, le=1024,
+    )
+    constants: str | None = setting_field(
+        "cluster", "constants of a machine, a file of --measure, in place of --gpu", None,
+    )
+    measure: str | None = setting_field(
+        "cluster", "measure the constants of this machine, write them to this file (-: print them), and plan nothing",
+        None,
     )
     measure_seconds: float = setting_field("cluster", "about how long --measure takes", 60.0, gt=0, le=3600)
-    formats: tuple[str, ...] | None = optional_field(
+    formats: tuple[str, ...] | None = setting_field(
         "cluster",
-        "storage formats of the base to choose from [16 bits or that of --base; what others would gain is said]",
-        choices=FORMAT_NAMES,
+        "storage formats of the base to choose from [16 bits or that of --base; what others would gain is said]", None,
+        choices=FORMAT_NAMES, other_values=OTHER_FORMATS,
     )
 
     top: int = setting_field("shown", "rows of the table; 0 for all", 20, ge=0)
     every_layout: bool = setting_field(
-        "shown", "show each layout, not only the fastest of each tensor x pipeline x data and storage format", False
+        "shown", "show each layout, not only the fastest of each tensor x pipeline x data and storage format", False,
     )
-    why: str | None = optional_field("shown", "print the arithmetic of this layout, a name of the table")
-    layout: str | None = optional_field("shown", "write command and YAML of this layout [the fastest that fits]")
-    yaml: str | None = optional_field("shown", "write the settings of the layout to this file, for --config")
-    json_file: str | None = optional_field(
-        "shown", "write all layouts to this file; - prints them instead of the table", flag="json"
+    why: str | None = setting_field("shown", "print the arithmetic of this layout, a name of the table", None)
+    layout: str | None = setting_field("shown", "write command and YAML of this layout [the fastest that fits]", None)
+    yaml: str | None = setting_field("shown", "write the settings of the layout to this file, for --config", None)
+    json_file: str | None = setting_field(
+        "shown", "write all layouts to this file; - prints them instead of the table", None, flag="json",
     )
 
     @field_validator("formats", mode="before")
@@ -142,20 +142,15 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
     Raises:
         UserError: something is unknown, out of range or contradictory, in the words of tiedlora train.
     """
-    parser = build_parser(PlanSettings)
-    parser.epilog = "Settings of tiedlora train follow. The YAML file of --config holds only those."
-    values, rest = parser.parse_known_args(list(argv))
-    own = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
+    own, known, words = split_words(argv, PlanSettings)
     config = own.pop("config", None)
-    known, unknown = build_parser(Settings).parse_known_args(rest)
-    reject_unknown(unknown, known=[f"--{name}" for name in (*PlanSettings.model_fields, *Settings.model_fields)])
-    others = [name for name, value in vars(known).items() if value is not None and name not in _OF_MEASURE]
+    others = [name for name in known if name != "model"]
     if "measure" in own and others:  # of a run only the model is read
         raise UserError(_NOT_MEASURED.format(others[0]))
     # As a dry run, which needs no data. That a file of --config says so, too, does no harm.
-    train = parse_settings([*(("--config", config) if config is not None else ()), *rest, "--dry_run"], Settings)
-    for name, instead in _DECIDED.items():
-        if getattr(known, name) is not None or name in train.model_fields_set - {"dry_run"}:
+    train = parse_settings([*(("--config", config) if config is not None else ()), *words, "--dry_run"], Settings)
+    for name, instead in decided_by("plan", Settings).items():
+        if name in known or name in train.model_fields_set - {"dry_run"}:
             raise UserError(f"--{name} is not for a plan: {instead}")
     defaults = {name: value for name, value in PLAN_DEFAULTS.items() if name not in train.model_fields_set}
     return PlanCommand(validate_settings(own, PlanSettings), train.completed(**defaults))

@@ -1,78 +1,50 @@
-"""Every setting of a training run, declared once: its name, type, default, help text and group.
+"""The settings of a training run, checked: their defaults, and what fits together.
 
-Owns the values and the checks that need only the values. Checks that need the model, the world size or a file are
-made where those are known. `cli.py` turns the fields below into flags; a YAML file uses the same flat names.
+The declarations are in `train_fields.py`. Checks that need the model, the world size or a file are made where those are
+known.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself names it from 2.11 on
 
-from megatron_tiedlora.base.base_formats import BASE_NAMES
-from megatron_tiedlora.base.errors import as_given
-from megatron_tiedlora.base.methods import METHOD_NAMES
+from megatron_tiedlora.base.errors import as_given, shown
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.config.data_fields import (
-    ADD_BOS_HELP,
-    CHAT_TEMPLATE_HELP,
-    COLUMNS_HELP,
-    FILES_HELP,
-    SPECIAL_TOKENS_HELP,
-    TRAIN_ON_HELP,
-    AddBos,
-    SpecialTokensInText,
-    TrainOn,
-    boolean_word,
-    checked_columns,
-)
-from megatron_tiedlora.config.fields import (
-    BASE_HELP,
-    KEEP_TRANSPOSED_HELP,
-    LONGEST_WAIT_MINUTES,
-    PRODUCTS_HELP,
-    TARGETS_HELP,
-    CommandSettings,
-    comma_separated,
-    flag_value,
-    optional_field,
-    parse_targets,
-    setting_field,
-    validate_settings,
-)
-from megatron_tiedlora.config.presets import PRESETS, is_preset
-from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
-from megatron_tiedlora.config.trackers import TENSORBOARD, TRACKER_NAMES, parse_trackers
+from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.config.data_fields import boolean_word, checked_columns
+from megatron_tiedlora.config.fields import comma_separated, flag_value, marked, parse_targets, validate_settings
+from megatron_tiedlora.config.presets import is_preset
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, PAPER_DEFAULTS, TASK_DEFAULTS
+from megatron_tiedlora.config.train_fields import TRACKER_NAMES, TrainFields
 
-Schedule = Literal["cosine", "linear", "constant"]  # training/optimizer.py has what they are
-GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/cards.py has what they are
-SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
-ABOUT = """\
-Fine-tune a language model with Tied-LoRA: as one process, or as one rank of a launcher.
-
-    tiedlora train --model FOLDER --train_file data.jsonl --output_dir runs/first         your model and rows
-    tiedlora train --model FOLDER --train_file data.jsonl --dry_run                       what it needs; nothing trains
-
-Most runs need few of the flags: --model, --train_file, --validation_file, --output_dir, --method, --rank,
---learning_rate, --epochs, --global_batch_size and --max_length."""
-GROUPS = {
-    "run": "the run folder, and how the run starts",
-    "model": "the frozen base model",
-    "adapter": "what is trained",
-    "parallel": "model sharding (data-parallel size = world size / (tensor x pipeline))",
-    "data": "the rows to train on",
-    "speed": "trade memory for time",
-    "optimisation": "batches, steps and learning rate",
-}
 NO_TRAIN_FILE = "--task custom needs --train_file (JSONL with prompt and completion, or a hub id)"
 
 
-class Settings(CommandSettings):
+def _parse_trackers(value: Any) -> Any:
+    """The names of `--report_to`, none twice. A value that is not a text or a list of texts is unchanged.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value
+    found = tuple(dict.fromkeys(name.strip().lower() for name in names if name.strip()))
+    if found == ("none",):
+        return ()
+    for name in found:
+        if name not in TRACKER_NAMES:
+            near = nearest_name(name, TRACKER_NAMES)
+            raise ValueError(f"--report_to: {shown(name)} is unknown{near}; known: {', '.join(TRACKER_NAMES)}, or none")
+    return found
+
+
+class Settings(TrainFields):
     """The settings of one run, validated and frozen.
 
     Fields left out take the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that depend on the
@@ -80,195 +52,6 @@ class Settings(CommandSettings):
     `micro_batch_size`, `output_dir`. The default of `max_length` is lowered to the model's limit, and with `epochs` the
     number of steps is counted once the data is known (`training/length.py`).
     """
-
-    prog: ClassVar[str] = "tiedlora train"
-    about: ClassVar[str] = ABOUT
-    groups: ClassVar[Mapping[str, str]] = GROUPS
-    missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, give --task or --train_file"}
-    instead: ClassVar[Sequence[tuple[str, str]]] = (("epochs", "max_steps"),)
-
-    ds_config: str = setting_field(
-        "run", "DeepSpeed JSON with engine options; a bare name is looked up here, then in ds_configs/", "zero2.json"
-    )
-    output_dir: str | None = optional_field(
-        "run", "run folder (default: a new one, runs/MODEL-TASK-METHOD-rRANK[-TARGETS])"
-    )
-    seed: int = setting_field("run", "seed of the initialisation and of the order of samples", 1234, ge=0)
-    resume: str = setting_field(
-        "run", "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none"
-    )
-    keep_checkpoints: int = setting_field(
-        "run", "how many of the newest checkpoints to keep, in addition to the best", 3, ge=1
-    )
-    adapters: str | None = optional_field(
-        "run", "train several adapters of one base together: a YAML list with a name and own settings of each"
-    )
-    share_micro_batches: bool = setting_field(
-        "run", "with --adapters: fill a micro-batch with rows of several adapters where one has too few", True
-    )
-    halving: bool = setting_field(
-        "run",
-        "with --adapters: of those that differ only in the learning rate, stop what is behind on validation by more"
-        " than the noise",
-        False,
-    )
-    take_over: bool = setting_field(
-        "run", "with --resume: take the run folder over from a start that still has it, which then stops writing", False
-    )
-    base_differs: bool = setting_field(
-        "run",
-        "with --resume or --init_from: continue although base or tokenizer differ from those of the adapter there",
-        False,
-    )
-    dry_run: bool = setting_field(
-        "run", "print parameters, sharding, memory, messages, batches and one sample; train nothing", False
-    )
-    world_size: int | None = optional_field("run", "with --dry_run: the number of ranks to plan for", ge=1)
-    plan_for: Literal["cpu", "gpu"] | None = optional_field(
-        "run", "with --dry_run: the device type to plan for (default: what this machine has)"
-    )
-    gpu: str | None = optional_field(
-        "run",
-        "with --dry_run: plan for this card, and say how fast it is and whether it is large enough (status 1 if not)",
-        choices=GPU_NAMES,
-    )
-    deterministic: bool = setting_field(
-        "run", "bit-identical runs for one parallel layout, hosts and versions; slower on GPUs", False
-    )
-    report_to: tuple[str, ...] = setting_field(
-        "run", f"where metrics.jsonl is shown as well: none, or some of {', '.join(TRACKER_NAMES)}", (TENSORBOARD,)
-    )
-    profile: str | None = optional_field(
-        "run", "FIRST:LAST, steps that torch's profiler records; each rank writes RUN/profile/rank_N.json.gz"
-    )
-    timeout_minutes: float = setting_field(
-        "run", "longest wait for a rank, or for a start that tokenises its data", 30.0, gt=0, le=LONGEST_WAIT_MINUTES
-    )
-
-    model: str = setting_field(
-        "model", f"demo, a HF folder or hub id, or a shape for dry runs ({', '.join(PRESETS)})", DEFAULT_MODEL
-    )
-    tokenizer: str | None = optional_field(
-        "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
-    )
-    dtype: Literal["bf16", "fp32"] | None = optional_field(
-        "model",
-        "dtype of the frozen base; adapters are always fp32 [bf16; demo: fp32 on a CPU without bf16 instructions]",
-    )
-    base: str | None = optional_field("model", BASE_HELP, choices=BASE_NAMES)
-    products: Literal["fp8"] | None = optional_field("model", PRODUCTS_HELP)
-    keep_transposed: bool = setting_field("model", KEEP_TRANSPOSED_HELP, False)
-    max_length: int = setting_field(
-        "model", "maximum tokens of a sample; longer prompts lose their middle (at most the model's limit)", ge=8
-    )
-
-    init_from: str | None = optional_field(
-        "adapter",
-        "start with the values of an adapter (native, checkpoint or PEFT folder); its method, rank, alpha, targets and"
-        " layers hold (default: by method and seed)",
-    )
-    method: str = setting_field("adapter", "which of the paper's configurations", "tl6", choices=METHOD_NAMES)
-    rank: int = setting_field("adapter", "rank r of A and B", 8, ge=1)
-    alpha: float | None = optional_field(
-        "adapter", "the update is scaled by alpha / rank (default: the rank)", ge=SMALLEST_ALPHA, le=LARGEST_ALPHA
-    )
-    layers: tuple[int, ...] | None = optional_field(
-        "adapter", "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)"
-    )
-    targets: tuple[str, ...] = setting_field("adapter", TARGETS_HELP, (QKV,))
-    init_std_a: float | None = optional_field("adapter", "init std of A (default: by method)", gt=0, le=1e3)
-    init_std_b: float | None = optional_field(
-        "adapter", "init std of B, for methods that do not initialise B to zero (default: by method)", gt=0, le=1e3
-    )
-
-    dropout: float = setting_field(
-        "adapter", "LoRA's dropout: probability that an input of the update is dropped in training", 0.0, ge=0, le=0.9
-    )
-
-    tensor_parallel: int = setting_field(
-        "parallel", "ranks that share each layer; must divide heads and widths", 1, ge=1
-    )
-    pipeline_parallel: int = setting_field(
-        "parallel", "stages that share the layers; needs ZeRO 0 or 1 (zero1.json)", 1, ge=1
-    )
-    sequence_parallel: bool = setting_field(
-        "parallel", "with tensor parallel: shard activations along the sequence too", True
-    )
-    replica_check_steps: int = setting_field(
-        "parallel", "compare copies of the adapter bit by bit in the first N steps and at saves (0: never)", 3, ge=0
-    )
-
-    task: str = setting_field(
-        "data", "demo (generated), one of the paper's, or custom (your own rows)", choices=TASK_NAMES
-    )
-    train_file: str | None = optional_field(
-        "data",
-        f"training rows: {FILES_HELP}, with or without weights (a.jsonl:0.7,b.csv:0.3), or for iwslt2017 two aligned"
-        " texts A.de,A.en (default: the task's own)",
-    )
-    validation_file: str | None = optional_field(
-        "data", "validation rows, as above without weights (default: some of the training rows)"
-    )
-    test_file: str | None = optional_field("data", "test rows, answered and scored before and after training")
-    prompt_template: str | None = optional_field("data", "override the task's prompt, with {field} names of its rows")
-    columns: str | None = optional_field("data", COLUMNS_HELP)
-    train_on: TrainOn = setting_field("data", TRAIN_ON_HELP, "all_turns")
-    chat_template: str | None = optional_field("data", CHAT_TEMPLATE_HELP)
-    add_bos: AddBos = setting_field("data", ADD_BOS_HELP, "auto")
-    special_tokens_in_text: SpecialTokensInText = setting_field("data", SPECIAL_TOKENS_HELP, "refuse")
-    max_new_tokens: int | None = optional_field(
-        "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
-    )
-
-    eval_batch_size: int = setting_field("data", "prompts per data-parallel rank that are answered together", 16, ge=1)
-
-    packing: bool = setting_field("speed", "pack samples into rows of --max_length; no attention across samples", True)
-    compile: Literal["auto", "true", "false"] = setting_field(
-        "speed", "compile elementwise kernels (auto: if possible, and the run is long enough to repay it)", "auto"
-    )
-    recompute: Literal["none", "selective", "full"] = setting_field(
-        "speed",
-        "what to recompute in the backward pass instead of saving it: nothing, gate and up of the MLP, or whole layers",
-        "none",
-    )
-
-    global_batch_size: int = setting_field("optimisation", "samples per step over all ranks", ge=1)
-    micro_batch_size: int | None = optional_field(
-        "optimisation",
-        "maximum rows per rank and forward pass [1; demo: the largest divisor of a rank's share up to 4; with --packing"
-        " on a GPU: as many as fit in 8,192 tokens]",
-        ge=1,
-    )
-    max_steps: int = setting_field("optimisation", "optimizer steps", ge=1)
-    epochs: float | None = optional_field(
-        "optimisation",
-        "in place of --max_steps: passes over the training samples, at --global_batch_size samples per step",
-        gt=0,
-        le=1e6,
-    )
-    learning_rate: float = setting_field("optimisation", "peak learning rate of AdamW", gt=0)
-    weight_decay: float = setting_field("optimisation", "decoupled weight decay on all trained tensors", 0.01, ge=0)
-    beta1: float = setting_field("optimisation", "AdamW's decay of the mean of gradients", 0.9, ge=0, lt=1)
-    beta2: float = setting_field("optimisation", "AdamW's decay of the mean of their squares", 0.999, ge=0, lt=1)
-    schedule: Schedule = setting_field(
-        "optimisation", "learning rate after warm-up: to 0 at the last step, or constant", "cosine"
-    )
-    warmup_steps: int = setting_field(
-        "optimisation", "linear warm-up from lr / warmup_steps; by default at most the number of steps", ge=0
-    )
-    gradient_clipping: float = setting_field("optimisation", "maximum gradient norm; 0 disables clipping", 1.0, ge=0)
-    eval_interval: int = setting_field("optimisation", "steps between evaluations on the validation rows", ge=1)
-    eval_metric: str = setting_field(
-        "optimisation", "how to choose the best checkpoint: loss, or a metric of the task", "loss", min_length=1
-    )
-    eval_samples: int | None = optional_field(
-        "optimisation", "validation rows that are answered for --eval_metric (default: all)", ge=1
-    )
-    patience: int = setting_field(
-        "optimisation", "evaluations without improvement before the run stops early", 10, ge=1
-    )
-    save_interval: int = setting_field("optimisation", "steps between checkpoints (default: eval_interval)", ge=1)
-    save_interval_minutes: float | None = optional_field("optimisation", "also save after this many minutes", gt=0)
 
     @classmethod
     def default_text(cls, name: str) -> str:
@@ -331,16 +114,14 @@ class Settings(CommandSettings):
             profiled_steps(value)
         return value
 
-    _parse_trackers = field_validator("report_to", mode="before")(parse_trackers)
+    _split_trackers = field_validator("report_to", mode="before")(_parse_trackers)
     _parse_targets = field_validator("targets", mode="before")(parse_targets)
 
     _add_bos_as_word = field_validator("add_bos", mode="before")(boolean_word)
 
     _check_columns = field_validator("columns")(checked_columns)
 
-    @field_validator(
-        "model", "tokenizer", "ds_config", "output_dir", "resume", "adapters", "init_from", "chat_template"
-    )
+    @field_validator(*marked(TrainFields, holds="path"))
     @classmethod
     def _can_be_a_path(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None:
@@ -365,8 +146,8 @@ class Settings(CommandSettings):
             raise ValueError("--halving needs --adapters; it compares adapters that train together")
         if not (self.names_data or self.dry_run or self.adapters or is_preset(self.model)):
             raise ValueError(NO_TRAIN_FILE)
-        for name in ("world_size", "plan_for", "gpu"):
-            if getattr(self, name) is not None and not self.dry_run:
+        for name in marked(Settings, of_dry_run=True):
+            if not self.dry_run and getattr(self, name) not in (None, False):
                 raise ValueError(f"--{name} needs --dry_run; a run has the ranks and GPUs that its launcher gives it")
         if self.gpu is not None and self.plan_for == "cpu":
             raise ValueError(f"--gpu {self.gpu} plans for GPUs; remove --plan_for cpu")

@@ -17,12 +17,13 @@ from pydantic import field_validator, model_validator
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.config.cli import build_parser, naming_file, read_yaml, reject_unknown
+from megatron_tiedlora.config.cli import naming_file, read_yaml, split_words
 from megatron_tiedlora.config.fields import (
     CommandSettings,
     comma_separated,
-    optional_field,
+    decided_by,
     setting_field,
+    shared_field,
     shell_words,
     validate_settings,
 )
@@ -40,20 +41,6 @@ _FROM_FILE = re.compile(
     r"|--bind_cores_to_rank\0|--bind_core_list[=\0]\d[\d,-]*\0)*",
     re.ASCII,
 )
-# Training settings that a user cannot give to a sweep, and what to give instead.
-DECIDED_BY_SWEEP = {
-    "method": "the sweep trains those of --methods",
-    "rank": "the sweep trains those of --ranks",
-    "learning_rate": "the sweep trains those of --learning_rates",
-    "layers": "the sweep adapts all layers, and one at a time with --single_layers",
-    "init_from": "the sweep trains each adapter from the initial values of its method",
-    "resume": "the sweep always resumes its runs where they stopped",
-    "world_size": "the launcher decides how many ranks a run has (--launcher_args or --gpus_per_run)",
-    "plan_for": "the dry run of a sweep only lists runs",
-    "gpu": "the dry run of a sweep only lists runs",
-    "adapters": "the sweep makes its own lists of adapters, of as many as --together says",
-    "share_micro_batches": "with --together the runs of a group share micro-batches",
-}
 
 
 class SweepSettings(CommandSettings):
@@ -72,39 +59,46 @@ class SweepSettings(CommandSettings):
     }
     missing: ClassVar[Mapping[str, str]] = {"output_dir": "the folder of runs, scores, tables and figures"}
 
-    output_dir: str = setting_field("run", "folder of runs, scores, tables and figures")
-    dry_run: bool = setting_field("run", "list the runs, their state and trained parameters; start nothing", False)
-    take_over: bool = setting_field(
-        "run", "take over the folder, and those of its runs, from a start that still has them", False
+    output_dir: str = setting_field("run", "folder of runs, scores, tables and figures", lasts="start")
+    dry_run: bool = setting_field(
+        "run", "list the runs, their state and trained parameters; start nothing", False, lasts="start",
     )
-    tables_from: tuple[str, ...] | None = optional_field(
-        "run", "start nothing; join these sweeps (folders, one per task) into tables and figures in --output_dir"
+    take_over: bool = setting_field(
+        "run", "take over the folder, and those of its runs, from a start that still has them", False, lasts="command",
+    )
+    tables_from: tuple[str, ...] | None = setting_field(
+        "run", "start nothing; join these sweeps (folders, one per task) into tables and figures in --output_dir", None,
+        lasts="start",
     )
 
-    methods: tuple[str, ...] = setting_field(
-        "grid", "configurations, e.g. lora,tl5,tl6 (default: all)", METHOD_NAMES, choices=METHOD_NAMES
+    methods: tuple[str, ...] = shared_field(
+        Settings, "method", "configurations, e.g. lora,tl5,tl6 (default: all)", group="grid", default=METHOD_NAMES,
     )
-    ranks: tuple[int, ...] = setting_field("grid", "ranks (default: 2,4,8,16,32,64,128)", PAPER_RANKS)
+    ranks: tuple[int, ...] = setting_field(
+        "grid", "ranks (default: 2,4,8,16,32,64,128)", PAPER_RANKS, other_names="r lora_r lora_rank",
+    )
     learning_rates: tuple[float, ...] = setting_field(
-        "grid", "the best on validation is scored (default: 1e-4,1e-5)", PAPER_LEARNING_RATES
+        "grid", "the best on validation is scored (default: 1e-4,1e-5)", PAPER_LEARNING_RATES, other_names="lr",
     )
-    single_layers: tuple[int, ...] | Literal["paper"] | None = optional_field(
-        "grid", "also train LoRA on one layer: 1-based layers, or paper for 1, 4, 8, ... and the last (default: none)"
+    single_layers: tuple[int, ...] | Literal["paper"] | None = setting_field(
+        "grid", "also train LoRA on one layer: 1-based layers, or paper for 1, 4, 8, ... and the last (default: none)",
+        None,
     )
     single_layer_rank: int = setting_field("grid", "rank of LoRA on one layer, and of the tl5 beside it", 16, ge=1)
 
-    test_batch_size: int | None = optional_field("scores", "samples that are answered together", ge=1)
-    test_limit: int | None = optional_field(
-        "scores", "score only the first N test rows (default: all; a single run of the demo scores 24)", ge=1
+    test_batch_size: int | None = setting_field("scores", "samples that are answered together", None, ge=1)
+    test_limit: int | None = setting_field(
+        "scores", "score only the first N test rows (default: all; a single run of the demo scores 24)", None, ge=1,
     )
 
-    launcher_args: str | None = optional_field(
+    launcher_args: str | None = setting_field(
         "processes",
         'arguments of the deepspeed launcher, e.g. "--num_gpus 4" or "--hostfile hosts"; in a file they may only'
         " choose devices",
+        None,
     )
-    gpus_per_run: int | None = optional_field(
-        "processes", "run several runs at once, each on N GPUs of this machine", ge=1
+    gpus_per_run: int | None = setting_field(
+        "processes", "run several runs at once, each on N GPUs of this machine", None, ge=1,
     )
     together: int | Literal["auto"] = setting_field(
         "processes",
@@ -114,8 +108,7 @@ class SweepSettings(CommandSettings):
     )
     halving: bool = setting_field(
         "processes",
-        "with --together: stop a run that is behind another learning rate on validation by more than the noise",
-        False,
+        "with --together: stop a run that is behind another learning rate on validation by more than the noise", False,
     )
     runs_at_once: int = setting_field("processes", "runs at once on the same devices (CPUs, or GPUs with MPS)", 1, ge=1)
 
@@ -199,17 +192,13 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     Raises:
         UserError: something is unknown, out of range or decided by the sweep.
     """
-    parser, train_parser = build_parser(SweepSettings), build_parser(Settings)
-    own, rest = parser.parse_known_args(argv)
-    theirs, unknown = train_parser.parse_known_args(rest)
-    known = [*SweepSettings.model_fields, *(name for name in Settings.model_fields if name not in DECIDED_BY_SWEEP)]
-    reject_unknown(unknown, known=[f"--{name}" for name in known])
-    values = {name: value for name, value in {**vars(theirs), **vars(own)}.items() if value is not None}
-    values.pop("local_rank", None)
+    decided = decided_by("sweep", Settings)
+    own, theirs, _ = split_words(argv, SweepSettings, without=decided)
+    values = {**theirs, **own}
     config = values.pop("config", None)
     read = read_sweep_yaml(config) if config else {}
     merged = {**read, **values}
-    for name, reason in DECIDED_BY_SWEEP.items():
+    for name, reason in decided.items():
         if name in merged:
             raise UserError(f"--{name} cannot be given to a sweep: {reason}")
     others = [name for name in merged if name not in ("tables_from", "output_dir", "take_over")]
@@ -258,4 +247,4 @@ def resolve_train(settings: SweepSettings, given: Mapping[str, Any]) -> Settings
 
 def read_sweep_yaml(path: str) -> dict[str, Any]:
     """The values in a YAML file with names of both sets. Raises UserError."""
-    return read_yaml(path, {**Settings.model_fields, **SweepSettings.model_fields})
+    return read_yaml(path, Settings, SweepSettings)

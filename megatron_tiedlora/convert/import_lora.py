@@ -30,7 +30,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import LinearShape
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.config.train_fields import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.peft_files import (
     Module,
     StoredTensors,

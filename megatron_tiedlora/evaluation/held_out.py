@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.data.chat import chat_writer, set_chat_template
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.examples import Example, join_answer
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
     from megatron_tiedlora.evaluation.plan import EvaluationPlan, Plans
 
-_OWN = ("adapter", "adapters", "output_dir")  # settings that do not decide which rows are answered, and how
+# Settings that do not decide which rows are answered, and how.
+_OWN = marked(EvaluateSettings, per_adapter=True)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.batch import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
-from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.fields import validate_settings
+from megatron_tiedlora.config.fields import marked, validate_settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 from megatron_tiedlora.convert.export_many import adapter_name, find_adapters
 from megatron_tiedlora.convert.inputs import Identify, check_base, is_merged
@@ -39,7 +39,7 @@ from megatron_tiedlora.runtime.launch_env import uses_gpu
 
 TABLE_FILE = "table.csv"  # of several adapters
 
-_READING = ("chat_template", "add_bos", "special_tokens_in_text")
+_READING = marked(EvaluateSettings, as_trained=True)
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ def _doctor(report: Report, count: int) -> None:
     """The doctor's all-reduces over all GPUs of this host."""
     with report.attempt("the doctor's all-reduces", fix="run `tiedlora doctor` by hand"):
         command = [
-            *(sys.executable, "-P", "-m", "megatron_tiedlora.commands.doctor"),
+            *(sys.executable, "-P", "-m", "megatron_tiedlora", "doctor"),
             "--json=-",
             f"--tensor_parallel={max(s for s in SIZES if count % s == 0)}",
             f"--master_port={free_port()}",

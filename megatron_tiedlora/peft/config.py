@@ -27,7 +27,7 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     read_config,
 )
 from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
-from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.config.train_fields import LARGEST_ALPHA, SMALLEST_ALPHA
 
 
 @dataclass

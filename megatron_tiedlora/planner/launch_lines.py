@@ -6,25 +6,18 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.config.fields import flag_value
+from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planner.candidates import Candidate, Cluster
 from megatron_tiedlora.planner.price import Priced, capacity
 from megatron_tiedlora.planner.table import Plan
 
-_OF_THE_PLAN = {"dry_run", "world_size", "plan_for", "gpu"}
-
 
 def chosen_settings(settings: Settings, candidate: Candidate) -> dict[str, Any]:
     """The settings of a run with this layout: those that were given to the plan, its defaults, and the layout's."""
-    given = {name: getattr(settings, name) for name in Settings.model_fields if name in settings.model_fields_set}
     common = {"max_length": settings.max_length, "global_batch_size": settings.global_batch_size}
-    values = {**given, **common, **candidate.flags}
-    return {name: _plain(value) for name, value in values.items() if name not in _OF_THE_PLAN}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    values = {**settings.model_dump(mode="json", exclude_unset=True), **common, **candidate.flags}
+    return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
 
 
 def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | None = None) -> list[str]:
@@ -35,13 +28,10 @@ def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | No
     """
     nodes = -(-cluster.world_size // cluster.per_node)
     hosts = f"--num_gpus {cluster.per_node}" if nodes == 1 else "--hostfile hostfile"
-    words = ["--config", yaml] if yaml else [w for name, value in values.items() for w in (f"--{name}", _flag(value))]
+    words = [word for name, value in values.items() for word in (f"--{name}", flag_value(value))]
+    words = ["--config", yaml] if yaml else words
     file = f"  (hostfile: {nodes} lines NAME slots={cluster.per_node}; in a Slurm allocation leave --hostfile out)"
     return [f"tiedlora run {hosts} {shlex.join(words)}", *([] if nodes == 1 else [file])]
-
-
-def _flag(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else flag_value(value)
 
 
 def record_of(row: Priced, plan: Plan) -> dict[str, Any]:

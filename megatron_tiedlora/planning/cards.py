@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES
-from megatron_tiedlora.config.settings import GPU_NAMES
+from megatron_tiedlora.config.train_fields import GPU_NAMES
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 from megatron_tiedlora.planning.machines import CONSTANTS, Constant, Machine
 

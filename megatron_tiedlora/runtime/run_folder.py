@@ -30,7 +30,7 @@ from megatron_tiedlora.base.paths import PathIn, last_name, user_path
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.trackers import TENSORBOARD
+from megatron_tiedlora.config.train_fields import TENSORBOARD
 from megatron_tiedlora.runtime.rank_log import LOGS_FOLDER
 from megatron_tiedlora.runtime.trackers import Trackers
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.config.trackers import TENSORBOARD
+from megatron_tiedlora.config.train_fields import TENSORBOARD
 
 PROJECT = "tiedlora"  # that the runs belong to, if the tracker's own environment variable does not name one
 _PROJECT_VARIABLES = {

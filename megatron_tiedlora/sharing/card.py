@@ -14,18 +14,16 @@ from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.data_fields import HUB_NAMES
-from megatron_tiedlora.config.fields import flag_value
+from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.tasks import TASK_NAMES
-from megatron_tiedlora.training.plan import LAYOUT_SETTINGS, plan_run
+from megatron_tiedlora.training.plan import plan_run
 
-# Settings that do not decide what was trained: those of the layout, without those that name data.
-_FILES = ("train_file", "validation_file", "chat_template", "tokenizer", "init_from")
-_LEFT_OUT = LAYOUT_SETTINGS - {*_FILES, "prompt_template", "columns"} | {"ranks", "versions", "data_sha256"}
 _TIED = "[Tied-LoRA](https://arxiv.org/abs/2311.09578)"
 _OTHERS = {"lora": "[LoRA](https://arxiv.org/abs/2106.09685)", "vera": "[VeRA](https://arxiv.org/abs/2310.11454)"}
+_MARKS = declared(Settings)
 # Settings that a run derives from others and from its model, if they are not given.
-_DERIVED = ("warmup_steps", "alpha", "max_length", "layers", "init_std_a", "init_std_b", "max_new_tokens")
+_DERIVED = marked(Settings, derived=True)
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
     chosen = {
         name: value
         for name, value in facts.settings.items()
-        if name in Settings.model_fields and name not in _LEFT_OUT and value not in (None, _default(name))
+        if name in _MARKS and _decides_training(name) and value not in (None, _default(name))
     }
     if not chosen:
         return
@@ -137,8 +135,8 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
         chosen.pop("max_steps", None)
     derived = _derived(chosen, facts)
     chosen = {name: value for name, value in chosen.items() if name not in derived or value != derived[name]}
-    chosen |= {name: without_folders(str(chosen[name]), facts.settings) for name in _FILES if name in chosen}
-    words = [_flag(name, _word(value)) for name, value in chosen.items()]
+    chosen |= {name: without_folders(str(chosen[name]), facts.settings) for name in chosen if _MARKS[name].holds}
+    words = [_flag(name, flag_value(value)) for name, value in chosen.items()]
     command = f"tiedlora train --model {shlex.quote(facts.base)} {' '.join(words)}"
     # A template of prompts may have lines and marks of its own.
     marks = "`" * max(4, 1 + max(map(len, re.findall("`+", command)), default=0))
@@ -164,6 +162,11 @@ def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
     return {name: resolved[name] for name in _DERIVED}
 
 
+def _decides_training(name: str) -> bool:
+    """Whether a setting decides what was trained. The base is named otherwise, and test rows train nothing."""
+    return _MARKS[name].decides not in ("layout", "nothing") and name not in ("model", "test_file")
+
+
 def _default(name: str) -> Any:
     """A setting's own default; None if it depends on others."""
     default = Settings.model_fields[name].default
@@ -185,10 +188,6 @@ def without_folders(given: str, settings: Mapping[str, Any]) -> str:
 def _flag(name: str, word: str) -> str:
     """A flag and its value for a shell; `=` joins a value that would be taken for a flag itself."""
     return shlex.quote(f"--{name}={word}") if word.startswith("-") else f"--{name} {shlex.quote(word)}"
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else flag_value(value)
 
 
 def _code(text: str) -> str:

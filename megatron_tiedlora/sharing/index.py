@@ -23,10 +23,10 @@ from pydantic.dataclasses import dataclass
 from megatron_tiedlora.base.atomic import new_file
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.json_files import Count, Real, Size, first_problem
+from megatron_tiedlora.config.adapter_settings import FILTERS
 
 INDEX_FILE = "adapters.sqlite"
 FORMAT = 2  # of the file, its `user_version`
-FILTERS = ("name", "base_model", "method", "rank", "targets", "task")  # what `find` compares
 _LARGEST = 2**26  # bytes of the file: about 80,000 adapters with scores
 _LONGEST_ROW = 2**18  # bytes, also of the schema's; the limits of an entry's fields stay below it
 _SCHEMA_STEPS = 10_000  # of SQLite's machine, to read the schema; ours takes a few hundred

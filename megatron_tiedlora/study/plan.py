@@ -20,7 +20,9 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping, write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.fields import marked
+from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split, local_names
@@ -50,13 +52,6 @@ from megatron_tiedlora.study.together import (
 from megatron_tiedlora.training.halving import REASON
 from megatron_tiedlora.training.length import with_models_length
 from megatron_tiedlora.training.plan import plan_run
-
-# Training settings that the evaluation on the test set shares.
-_SHARED_WITH_EVALUATE = (
-    *("seed", "timeout_minutes", "model", "tokenizer", "dtype", "base", "tensor_parallel", "pipeline_parallel"),
-    *("task", "test_file", "prompt_template", "max_new_tokens", "columns", "chat_template", "add_bos"),
-    "special_tokens_in_text",
-)
 
 
 @dataclass(frozen=True)
@@ -201,9 +196,7 @@ class SweepPlan:
         halving = self.settings.halving and len(set(rates)) < len(rates)
 
         def command(slot: tuple[str, ...]) -> ScriptStart:
-            entries = [
-                {"name": run.name, **run.settings, "output_dir": str(self.folder.run(run.name))} for run in runs
-            ]
+            entries = [{"name": run.name, **run.settings, "output_dir": str(self.folder.run(run.name))} for run in runs]
             for path in (self.folder.run(run.name) for run in runs):
                 if read_run(path).state != "finished":  # if the start fails, how an earlier one ended is not why
                     discard(RunFolder(path).status, guard=self.folder.guard)
@@ -254,7 +247,7 @@ class SweepPlan:
     def _of_scores(self) -> dict[str, Any]:
         """The settings of every start of evaluate.py."""
         return {
-            **{setting: getattr(self.command.train, setting) for setting in _SHARED_WITH_EVALUATE},
+            **{setting: getattr(self.command.train, setting) for setting in marked(EvaluateSettings, shared=True)},
             "max_length": with_models_length(self.command.train, self.source).max_length,
             "batch_size": self.settings.test_batch_size,
             "limit": self.test_limit,
@@ -318,10 +311,8 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
     ranks = train.tensor_parallel * train.pipeline_parallel
     with _no_accelerator_needed():
         source = plan_run(train, rank=0, world_size=ranks, weights=False).source
-    files = {name: getattr(train, name) for name in ("train_file", "validation_file", "test_file")}
-    base = describe_base(
-        source, targets=train.targets, task=task.name, metric=task.metrics[0], files=files.values()
-    )
+    files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
+    base = describe_base(source, targets=train.targets, task=task.name, metric=task.metrics[0], files=files.values())
     check_resumable(folder, command, base)
     if settings.together != 1:
         with _no_accelerator_needed():

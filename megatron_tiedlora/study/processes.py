@@ -21,6 +21,7 @@ from megatron_tiedlora.base.atomic import make_way_for_log
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.forwarded_env import read_user_file
 from megatron_tiedlora.cluster.job_processes import RUN_ID, find_processes, send_signal
+from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.config.sweep_settings import names_port
 from megatron_tiedlora.runtime.launch_env import free_port
 
@@ -49,15 +50,8 @@ class ScriptStart:
     @property
     def arguments(self) -> tuple[str, ...]:
         """The settings as flags, without those that are None, and the further words."""
-        flags = (f"--{name}={flag_text(value)}" for name, value in self.settings.items() if value is not None)
+        flags = (f"--{name}={flag_value(value)}" for name, value in self.settings.items() if value is not None)
         return (*flags, *self.words)
-
-
-def flag_text(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 @dataclass

@@ -24,9 +24,9 @@ from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
-from megatron_tiedlora.config.fields import flag_value
+from megatron_tiedlora.config.fields import declared, flag_value, marked
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import (
-    DECIDED_BY_SWEEP,
     SWEEP_FILE,
     SweepCommand,
     SweepSettings,
@@ -38,15 +38,9 @@ from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.study.grid import AdaptedSizes, single_layers
 from megatron_tiedlora.study.paper import paper_model
 from megatron_tiedlora.study.processes import LOG_MARK
-from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
 
 RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
-# A resumed run may change these settings, but a resumed study may not.
-_SAME_STUDY = {
-    *("model", "tokenizer", "train_file", "validation_file", "test_file", "prompt_template", "columns", "chat_template")
-}
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
-_UNRECORDED = {"output_dir", "dry_run", "tables_from", "take_over"}
 
 
 @dataclass(frozen=True)
@@ -152,9 +146,10 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
         raise UserError(f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}")
     # Both are resolved for the same point, so that alpha, which follows the rank, only differs if it was given.
     theirs, ours = resolve_train(now.settings, before.given), now.train
-    for name in type(ours).model_fields:
-        free = (LAYOUT_SETTINGS - _SAME_STUDY) | DECIDED_BY_SWEEP.keys()
-        if name not in free and getattr(theirs, name) != getattr(ours, name):
+    for name, own in declared(Settings).items():
+        # A resumed run may name its files otherwise, but a resumed study may not.
+        same = (own.compared or own.by_content) and "sweep" not in own.decided_by
+        if same and getattr(theirs, name) != getattr(ours, name):
             old, new = (flag_value(getattr(settings, name)) for settings in (theirs, ours))
             raise UserError(f"{where} --{name} {old}, now it is {new}; give the same, or another --output_dir")
     if not folder.base.is_file():
@@ -180,8 +175,7 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
         missing = [value for value in old if value not in new]
         if missing:
             raise UserError(
-                f"{where} --{name} {flag_value(old)}, now {missing[0]} is missing; values may be added, but not"
-                " removed"
+                f"{where} --{name} {flag_value(old)}, now {missing[0]} is missing; values may be added, but not removed"
             )
     if before.single_layers is not None and before.single_layer_rank != now.single_layer_rank:
         raise UserError(
@@ -193,18 +187,12 @@ def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -
     """Write the study's record, before its first command starts. Raises UserError if it cannot be written."""
     for path in (folder.path, folder.path / GROUPS):
         remove_leftovers(path, guard=folder.guard)
-    own = {
-        name: _plain(getattr(command.settings, name)) for name in SweepSettings.model_fields if name not in _UNRECORDED
-    }
-    given = {name: _plain(getattr(command.train, name)) for name in command.given}
-    content = {name: value for name, value in {**own, **given}.items() if value is not None}
+    own, train = command.settings.model_dump(mode="json"), command.train.model_dump(mode="json")
+    found = {**{name: own[name] for name in marked(SweepSettings, lasts="")}, **{n: train[n] for n in command.given}}
+    content = {name: value for name, value in found.items() if value is not None}
     write_yaml(folder.settings, content, guard=folder.guard)
     write_json(folder.base, asdict(base), guard=folder.guard)
     discard(folder.status, guard=folder.guard)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def read_command(folder: StudyFolder) -> SweepCommand:

@@ -15,6 +15,8 @@ from typing import Any
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.json_files import read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
+from megatron_tiedlora.config.fields import marked
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
@@ -22,7 +24,6 @@ from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, r
 from megatron_tiedlora.training.halving import REASON
 
 BASE_NAME = "base"
-_ROW_SETTINGS = ("train_file", "validation_file", "test_file", "prompt_template", "columns")
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def read_study(path: Path) -> Study:
     grid = make_grid(command.settings, base.shape.num_layers)
     metric = command.train.eval_metric
     results = tuple(_read_result(folder, grid, point, base, metric) for point in grid.points)
-    given = {"test_limit": command.settings.test_limit, **{name: command.given.get(name) for name in _ROW_SETTINGS}}
+    of_rows = marked(Settings, group="data", by_content=True)
+    given = {"test_limit": command.settings.test_limit, **{name: command.given.get(name) for name in of_rows}}
     own_rows = tuple(name for name, value in given.items() if value is not None)
     return Study(path, base, grid, read_score(folder.score(BASE_NAME)), results, own_rows)
 

@@ -13,7 +13,7 @@ from megatron_tiedlora.base.atomic import Guard, unguarded, write_text
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
 from megatron_tiedlora.study.jobs import Outcome, run_jobs
 from megatron_tiedlora.study.lock import lock_study, reject_left_behind
@@ -27,7 +27,7 @@ from megatron_tiedlora.study.text import table2_csv, table2_markdown, table3_csv
 _SHOWN_FAILURES = 3
 
 
-def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
+def sweep(command: SweepCommand, starter: Callable[[], Start]) -> int:
     """Run or resume a study. Returns the exit status: 0 all finished, 1 something failed, 130 or 143 stopped.
 
     Args:
@@ -37,7 +37,6 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
         UserError: settings, model, task or folder do not fit, before anything is started; or a file or launcher cannot
             be written or started. In that case the running commands have been stopped and have ended.
     """
-    command = parse_sweep(argv)
     settings = command.settings
     if settings.tables_from is not None:
         return join_studies(settings.tables_from, user_path(settings.output_dir), take_over=settings.take_over)

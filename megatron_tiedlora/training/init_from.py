@@ -18,15 +18,15 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_shape
 from megatron_tiedlora.checkpoint.resume import recorded_settings
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.fields import flag_value
+from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.parallel.messages import SentTensor
 from megatron_tiedlora.runtime.run_folder import RunFolder, last_run_folder, run_name
 
-_TAKEN_OVER = ("method", "rank", "alpha", "targets", "layers", "init_std_a", "init_std_b")
-_NAMING = {"method", "rank", "targets"}  # those of them that are in the name of a run's folder
+_TAKEN_OVER = marked(Settings, decides="adapter")
+_NAMING = set(marked(Settings, decides="adapter", derived=False))  # those of them that are in a run's name
 
 
 @dataclass(frozen=True)

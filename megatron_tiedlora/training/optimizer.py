@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from megatron_tiedlora.config.settings import Schedule
+from megatron_tiedlora.config.train_fields import Schedule
 
 # By name, the fraction of the peak rate after `done` of the `span` steps that follow warm-up.
 SCHEDULES: Mapping[Schedule, Callable[[int, int], float]] = {

@@ -17,8 +17,13 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
-from megatron_tiedlora.config.decoding import resolve_max_new_tokens
+from megatron_tiedlora.config.batch import (
+    GPU_MICRO_BATCH_TOKENS,
+    BatchPlan,
+    default_rows,
+    plan_batches,
+    resolve_max_new_tokens,
+)
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingStep, plan_global_batch, training_steps
 from megatron_tiedlora.data.tasks import get_task
@@ -39,19 +44,6 @@ from megatron_tiedlora.runtime.run_folder import run_name
 from megatron_tiedlora.runtime.trackers import check_installed
 from megatron_tiedlora.training.init_from import with_start
 from megatron_tiedlora.training.length import with_counted_steps, with_models_length
-
-# Settings that may differ between a checkpoint and the run that resumes it: they do not change what it computes.
-LAYOUT_SETTINGS = frozenset(
-    (
-        *("adapters", "share_micro_batches", "halving"),
-        *("ds_config", "output_dir", "resume", "take_over", "base_differs", "dry_run", "world_size", "plan_for", "gpu"),
-        *("deterministic", "timeout_minutes", "tensor_parallel", "pipeline_parallel", "sequence_parallel", "recompute"),
-        *("replica_check_steps", "compile", "micro_batch_size", "packing", "save_interval", "save_interval_minutes"),
-        *("keep_transposed", "keep_checkpoints", "test_file", "eval_batch_size", "report_to", "profile"),
-        # Compared by content, not by name: the base by its hashes, the data by its tokens.
-        *("model", "tokenizer", "train_file", "validation_file", "prompt_template", "columns", "chat_template"),
-    )
-)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The checkpoint from which an adapter continues: finding it, whether this start may continue it, and adopting it.
 
-Settings in `LAYOUT_SETTINGS` may differ from the checkpoint's, as they do not change what is computed. --epochs may,
+Settings that are not `compared` may differ from the checkpoint's, as they do not change what is computed. --epochs may,
 since only the number of steps that follows from it counts. --max_steps may if the schedule does not depend on it, which
 is so if it is constant. A warm-up that was not given is the checkpoint's.
 """
@@ -24,11 +24,12 @@ from megatron_tiedlora.checkpoint.resume import (
     load_checkpoint,
     move_latest,
 )
-from megatron_tiedlora.config.fields import flag_value
+from megatron_tiedlora.config.fields import declared, flag_value
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics, write_metrics
 from megatron_tiedlora.training.build import check_resumed_base
-from megatron_tiedlora.training.plan import LAYOUT_SETTINGS, RunPlan
+from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.run_data import RunData
 
@@ -141,9 +142,9 @@ def check_resumed_settings(
     Args:
         saved: the settings in the checkpoint, which is of `step` and called `source`.
     """
-    settings = plan.settings
+    settings, marks = plan.settings, declared(Settings)
     for name, value in plan.resolved_settings().items():
-        if name in LAYOUT_SETTINGS or name == "epochs" or name not in saved:
+        if not marks[name].compared or name == "epochs" or name not in saved:
             continue
         if name == "max_new_tokens" and settings.eval_metric == "loss":  # changes nothing in such a run
             continue

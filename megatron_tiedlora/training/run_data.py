@@ -8,7 +8,8 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import UserError, naming
-from megatron_tiedlora.config.decoding import longest_prompt
+from megatron_tiedlora.config.batch import longest_prompt
+from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
 from megatron_tiedlora.data.chat import chat_note, chat_writer, set_chat_template
@@ -31,12 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DRAW_STREAM = 2**32 + 1  # differs from the stream that splits off validation rows and from those of epochs (0, 1, ...)
-# What adapters with the same data may have of their own.
-_NOT_OF_DATA = (
-    *("method", "rank", "alpha", "layers", "targets", "init_from", "init_std_a", "init_std_b", "dropout", "output_dir"),
-    *("global_batch_size", "max_steps", "epochs", "learning_rate", "weight_decay", "beta1", "beta2", "schedule"),
-    *("warmup_steps", "gradient_clipping", "eval_interval", "patience", "save_interval"),
-)
 
 
 @dataclass(frozen=True)
@@ -112,8 +107,9 @@ def prepare_all_data(plans: Plans) -> dict[str, RunData]:
         UserError: as `prepare_data`. It names the adapter.
     """
     data, read = {}, dict[tuple[str, int], RunData]()
+    of_data = set(marked(Settings, decides="data"))
     for name, plan in plans.items():
-        values = plan.settings.model_dump_json(exclude=set(_NOT_OF_DATA)), plan.max_new_tokens
+        values = plan.settings.model_dump_json(include=of_data), plan.max_new_tokens
         if values not in read:
             with naming(name):
                 read[values] = prepare_data(plan)

@@ -273,7 +273,8 @@ def _write_settings(start: Start) -> None:
     (first, of_all), *_ = resolved.items()
     own = {name: {key: values[key] for key in values if key in PER_ADAPTER} for name, values in resolved.items()}
     shared = {key: value for key, value in of_all.items() if key not in PER_ADAPTER and key != "adapters"}
-    shared |= {key: getattr(start.settings, key) for key in OF_ALL} | {"output_dir": str(start.folder.path)}
+    shared |= {"adapters": own, **{key: getattr(start.settings, key) for key in OF_ALL}}
+    shared["output_dir"] = str(start.folder.path)
     ranks = start.plans[first].grid.world_size
     if start.is_main:
         try:

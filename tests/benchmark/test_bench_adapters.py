@@ -13,7 +13,7 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.benchmark.plan import plan_benchmark
 from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, TOGETHER, AdapterSteps, build_adapter_steps
-from megatron_tiedlora.commands import bench
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 
@@ -61,7 +61,7 @@ def test_the_third_side_has_as_many_tokens_of_one_adapter(model: Path) -> None:
 
 def test_the_command_writes_its_figures(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bench.json"
-    assert bench.main(words(model, "--adapters=2", f"--json={file}")) == 0
+    assert call("bench", words(model, "--adapters=2", f"--json={file}")) == 0
     printed = capsys.readouterr().out
     report: dict[str, Any] = json.loads(file.read_text())
     assert report["tokens"] == 2 * 2 * 16 and report["micro_batches"] == 1

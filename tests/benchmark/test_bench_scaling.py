@@ -7,7 +7,7 @@ import pytest
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.benchmark.compare import measure_sides, share_of_equal_tokens
 from megatron_tiedlora.benchmark.report import report_lines
-from megatron_tiedlora.commands import bench
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
@@ -19,7 +19,7 @@ SETUP = {"device": "CPU", "threads": 2, "allocator": "default malloc", "torch": 
 def test_a_table_for_each_quantity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(PRESETS, "llama2-7b", {**PRESETS["llama2-7b"], **NARROW, "vocab_size": 300})
     values = ["--layers=1,3", "--lengths=8,24", "--ranks=2", "--shares="]
-    assert bench.main(["--what=scaling", "--length=16", "--compile=false", "--repeats=1", *values]) == 0
+    assert call("bench", ["--what=scaling", "--length=16", "--compile=false", "--repeats=1", *values]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "llama2-7b, tl6 of qkv, bf16 on CPU; kernels not compiled"
     heads = [index for index, line in enumerate(lines) if "tokens/s" in line]

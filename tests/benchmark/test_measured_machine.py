@@ -19,7 +19,7 @@ from megatron_tiedlora.benchmark import machine as measuring
 from megatron_tiedlora.benchmark.anchors import Anchors
 from megatron_tiedlora.benchmark.machine import measure_machine
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.commands import plan as command
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.planning.cards import CPU
 from megatron_tiedlora.planning.machines import CONSTANTS, Constant, Machine, read_machine
@@ -59,7 +59,7 @@ def test_a_measured_file_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert 1e8 < machine["context"] < 2e9 and 1e-5 < machine["block"] < 1 and 0 < machine["elementwise"] <= 1
     assert all(name in text for name in CONSTANTS) and f"{file}: constants of CPU" in text
     flags = ["--ranks_on_cpu=2", "--max_length=64", "--global_batch_size=8", "--formats=none"]
-    assert command.main([f"--constants={file}", "--model=llama2-7b", *flags, "--layers=1", "--top=1"]) in (0, 1)
+    assert call("plan", [f"--constants={file}", "--model=llama2-7b", *flags, "--layers=1", "--top=1"]) in (0, 1)
     assert "2 x CPU, " in capsys.readouterr().out
 
 
@@ -177,7 +177,7 @@ def test_a_file_that_cannot_be_written_is_found_before_measuring(tmp_path: Path)
     (tmp_path / "file").write_text("")
     for path, words in ((tmp_path / "file" / "c.json", "file is a file; give a folder"), (tmp_path, "is a folder")):
         with pytest.raises(UserError, match=rf"^--measure .*{words}"):
-            command.main(["--model=demo", f"--measure={path}"])
+            call("plan", ["--model=demo", f"--measure={path}"])
 
 
 def test_a_file_of_settings_names_the_model_to_measure(tmp_path: Path) -> None:

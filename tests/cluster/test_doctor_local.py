@@ -26,7 +26,7 @@ from megatron_tiedlora.cluster.doctor.probe import (
     resolve,
     source_hash,
 )
-from megatron_tiedlora.commands.doctor import main
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host
 from megatron_tiedlora.planning.machines import read_machine
@@ -152,7 +152,7 @@ def test_wrong_usage_is_one_line(flags: list[str], words: str, tmp_path: Path, m
     Path("empty").write_text("# nobody\n\n")
     Path("odd").write_text("a slots=1\nb slots=2\n")
     with pytest.raises(UserError) as raised:
-        main(flags)
+        call("doctor", flags)
     assert words in str(raised.value) and "\n" not in str(raised.value)
 
 

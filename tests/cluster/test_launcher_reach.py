@@ -27,6 +27,7 @@ from megatron_tiedlora.cluster.job_processes import (
     send_signal,
 )
 from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.config.launch_settings import parse_launch
 
 pytestmark = pytest.mark.timeout(90)
 RUN = secrets.token_hex(8)  # another run of these tests may be under way
@@ -228,5 +229,5 @@ def test_a_start_on_hosts_that_cannot_be_reached_is_refused(
     (tmp_path / "hosts").write_text("node1 slots=1\ndown slots=1\n")
     flags = ["--launcher=mpirun", "--hostfile=hosts", "--host_seconds=20"]
     with pytest.raises(UserError, match=r"1 of 2 hosts cannot be used \(down: ssh: connect to host down"):
-        launch(flags, scripts=tmp_path)
+        launch(parse_launch(flags), scripts=tmp_path)
     assert not (tmp_path / "started").exists() and not (tmp_path / "runs").exists()

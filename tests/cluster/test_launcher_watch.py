@@ -22,6 +22,7 @@ from launcher_jobs import write_program
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.decide import Times
 from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.config.launch_settings import parse_launch
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(60)
@@ -121,7 +122,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         sender = threading.Thread(target=_send, args=(folder, signals), daemon=True)
         sender.start()
         times = Times(soon=soon, linger=1.0, helper=1.0)
-        status = launch([*flags, f"--output_dir={folder}", *arguments], scripts=scripts, times=times)
+        status = launch(parse_launch([*flags, f"--output_dir={folder}", *arguments]), scripts=scripts, times=times)
         sender.join(10)
         assert not list(private.iterdir())
         return Start(status, capfd.readouterr().err, folder)
@@ -290,7 +291,8 @@ def test_a_job_does_not_go_on_when_its_watcher_is_killed(start: Launch, tmp_path
     folder = tmp_path / "runs" / "one"
     code = (
         "import sys; from pathlib import Path; from megatron_tiedlora.cluster.start import launch;"
-        " sys.exit(launch(sys.argv[2:], scripts=Path(sys.argv[1])))"
+        " from megatron_tiedlora.config.launch_settings import parse_launch;"
+        " sys.exit(launch(parse_launch(sys.argv[2:]), scripts=Path(sys.argv[1])))"
     )
     words = ["--launcher=mpirun", "--num_gpus=1", f"--output_dir={folder}"]
     environment = {**os.environ, "RANK_PLAN": '{"works": 40}', "LAUNCHER_PLAN": "{}", "TMPDIR": str(tmp_path)}
@@ -323,7 +325,7 @@ def test_a_job_does_not_go_on_when_its_watcher_is_killed(start: Launch, tmp_path
 def test_show_command_starts_nothing(start: Launch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "shown"
     flags = ["--launcher=mpirun", "--num_gpus=2", f"--output_dir={folder}", "--show_command"]
-    assert launch(flags, scripts=tmp_path / "scripts") == 0
+    assert launch(parse_launch(flags), scripts=tmp_path / "scripts") == 0
     printed = capfd.readouterr().out
     assert "command     mpirun -np 2 --hostfile" in printed and "localhost slots=2" in printed
     assert f"run folder  {folder}" in printed and "MEGATRON_TIEDLORA_EXPECTED_RANKS=2" in printed
@@ -343,7 +345,7 @@ def test_what_does_not_fit_starts_nothing(start: Launch, tmp_path: Path, flags: 
     folder = tmp_path / "runs" / "one"
     earlier_run(folder)
     with pytest.raises(UserError, match=said):
-        launch(["--launcher=mpirun", f"--output_dir={folder}", *flags], scripts=tmp_path / "scripts")
+        launch(parse_launch(["--launcher=mpirun", f"--output_dir={folder}", *flags]), scripts=tmp_path / "scripts")
     assert not (folder / "runs").exists() and not list((tmp_path / "private").iterdir())
 
 
@@ -357,7 +359,7 @@ def test_the_run_folder_is_named_before_the_start(
         ("elsewhere", ["--output_dir", "first", "--output_dir=elsewhere"]),
         ("runs/demo-demo-tl6-r4-2", []),
     ):
-        assert launch([*flags, *more], scripts=tmp_path / "scripts") == 0
+        assert launch(parse_launch([*flags, *more]), scripts=tmp_path / "scripts") == 0
         command = capfd.readouterr().out.splitlines()[-1]
         assert command.endswith(f" --output_dir={tmp_path / name}") and command.count("--output_dir") == 1
         if more:  # the name is taken from here on

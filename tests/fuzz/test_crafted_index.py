@@ -17,7 +17,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
-from megatron_tiedlora.commands.index import main
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.sharing.index import FORMAT, INDEX_FILE
 
 PAGE = 512  # bytes, SQLite's smallest
@@ -34,7 +34,7 @@ def folder(native: NativeAdapter, area: Path) -> Path:
     """A folder with the adapter `one` and its index, beside an adapter that is not in it."""
     for place in ("adapters/one", "outside"):
         save_adapter(area / place, native.config, native.base, native.state)
-    assert main([str(area / "adapters")]) == 0
+    assert call("index", [str(area / "adapters")]) == 0
     return area / "adapters"
 
 
@@ -43,7 +43,7 @@ def asked(folder: Path, *words: str) -> object:
 
     def action() -> int:
         with bounded():
-            return main([str(folder), *words])
+            return call("index", [str(folder), *words])
 
     return outcome(action, unchanged=folder.parent, names=(str(folder / INDEX_FILE),))
 
@@ -197,6 +197,6 @@ def test_an_adapter_behind_a_link_is_not_opened(
     """The path of the row is inside; where it leads is not."""
     (folder / "linked").symlink_to(area / "outside")
     change(folder, f"INSERT INTO adapters SELECT 'linked', 'linked', {', '.join(columns(folder)[2:])} FROM adapters")
-    found = outcome(lambda: main([str(folder), *words]), unchanged=area, names=(str(folder / "linked"),))
+    found = outcome(lambda: call("index", [str(folder), *words]), unchanged=area, names=(str(folder / "linked"),))
     said = f"{folder / 'linked'}: a link leads out of {folder}"
     assert said in (str(found) if words[0] == "diff" else capsys.readouterr().out) and found != 0

@@ -18,7 +18,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
-from megatron_tiedlora.commands.index import main
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.sharing.index import INDEX_FILE
 
 ADAPTERS = ("one", "two", "runs/three")
@@ -132,7 +132,7 @@ def test_a_broken_index(tmp_path_factory: pytest.TempPathFactory, area: Path, ex
     for place, method in zip((*ADAPTERS, "../outside"), ("tl6", "tl5", "lora", "vera"), strict=True):
         native = with_adapter(base, method, (1, 3))[1]
         save_adapter(folder / place, native.config, native.base, native.state)
-    assert main([str(folder)]) == 0
+    assert call("index", [str(folder)]) == 0
     (folder / "linked").symlink_to(area / "outside")
     file, beside = folder / INDEX_FILE, [folder / f"{INDEX_FILE}{ending}" for ending in ("-journal", "-wal", "-shm")]
     whole, opened = file.read_bytes(), Opened()
@@ -161,7 +161,7 @@ def test_a_broken_index(tmp_path_factory: pytest.TempPathFactory, area: Path, ex
 
         def action() -> int:
             with bounded(), opened.only_in(folder), redirect_stdout(StringIO()) as said:
-                status = main([str(folder), *words])
+                status = call("index", [str(folder), *words])
             printable(*said.getvalue().split("\n"))
             return status
 

@@ -24,7 +24,7 @@ from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings
-from megatron_tiedlora.config.launch_settings import LaunchSettings
+from megatron_tiedlora.config.launch_settings import LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings, parse_sweep
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
@@ -152,7 +152,7 @@ def _sweep(argv: Sequence[str]) -> SweepCommand:
 
 
 def _run(argv: Sequence[str]) -> int:
-    return int(no_output(lambda: launch([*argv, "--show_command=true"], scripts=ROOT / "launch")))
+    return int(no_output(lambda: launch(parse_launch([*argv, "--show_command=true"]), scripts=ROOT / "launch")))
 
 
 def _doctor(argv: Sequence[str]) -> CommandSettings:

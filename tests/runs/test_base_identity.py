@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import identify_base, sample_hash
 from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS, BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
@@ -189,7 +189,7 @@ def test_what_counts_of_a_tokenizer(base: Base, tmp_path: Path) -> None:
 
 def tool(name: str, *words: object) -> None:
     """A command, in this process."""
-    importlib.import_module(f"megatron_tiedlora.commands.{name}").main([str(word) for word in words])
+    call(name, [str(word) for word in words])
 
 
 def merge(made: Path, model: Path, output: Path, *words: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ from folders import ROOT
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.commands.front import call
+from megatron_tiedlora.config.launch_settings import parse_launch
 from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, choose_run_folder, run_name
 from megatron_tiedlora.study.sweep import sweep
 
 
 def command(name: str) -> Callable[[Sequence[str]], Any]:
-    """`main` of a command."""
-    main: Callable[[Sequence[str]], Any] = importlib.import_module(f"megatron_tiedlora.commands.{name}").main
-    return main
+    """The command, of its words."""
+    return partial(call, name)
 
 
 def no_start() -> Any:
@@ -33,11 +35,12 @@ def no_start() -> Any:
 MODEL = "--model=llama2-7b"
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = {
     "train": (command("train"), ["--dry_run", MODEL], "config model tokenizer ds_config output_dir resume"),
-    "run": (lambda argv: launch(argv, scripts=ROOT / "launch"), ["--show_command", MODEL, "--task=gsm8k"],
+    "run": (lambda argv: launch(parse_launch(argv), scripts=ROOT / "launch"), ["--show_command", MODEL, "--task=gsm8k"],
             "config model tokenizer ds_config output_dir resume hostfile"),
-    "sweep": (lambda argv: sweep(argv, no_start), ["--output_dir=study", MODEL, "--task=gsm8k", "--dry_run"],
+    "sweep": (lambda argv: sweep(parse_sweep(argv), no_start),
+              ["--output_dir=study", MODEL, "--task=gsm8k", "--dry_run"],
               "config model tokenizer ds_config output_dir train_file test_file"),
-    "tables": (lambda argv: sweep(argv, no_start), ["--output_dir=study"], "tables_from"),
+    "tables": (lambda argv: sweep(parse_sweep(argv), no_start), ["--output_dir=study"], "tables_from"),
     "doctor": (command("doctor"), [], "config hostfile json model output_dir train_file"),
     "merge": (command("merge"), ["--adapter=a", "--output=o"], "adapter output"),
     "export": (command("export"), ["--adapter=a", "--output=o"], "adapter output"),

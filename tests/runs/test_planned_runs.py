@@ -18,7 +18,7 @@ from run_helpers import start_command, write_rows
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.wording import bytes_in_words, time_text
-from megatron_tiedlora.commands import plan as command
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.training.dry_run import dry_run_report
@@ -64,7 +64,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def planned(folder: Path, *flags: str) -> Mapping[str, Any]:
     """The record of a plan, whose YAML is plan.yaml in the folder."""
-    assert command.main([*flags, f"--json={folder / 'plan.json'}", f"--yaml={folder / 'plan.yaml'}"]) == 0
+    assert call("plan", [*flags, f"--json={folder / 'plan.json'}", f"--yaml={folder / 'plan.yaml'}"]) == 0
     record: dict[str, Any] = json.loads((folder / "plan.json").read_text())
     return record
 
@@ -140,7 +140,7 @@ def test_a_plan_s_command_runs_here(job: Job, tmp_path: Path, capsys: pytest.Cap
     """As it is printed, with flags or the YAML file (so too in test_document_commands.py): two steps in that layout."""
     formats, with_file = ("nf4", True) if layout.endswith("nf4") else ("none", False)
     flags = [*job.flags, "--ranks_on_cpu=2", f"--formats={formats}", f"--layout={layout}"]
-    assert command.main([*flags, *([f"--yaml={tmp_path / 'plan.yaml'}"] if with_file else [])]) == 0
+    assert call("plan", [*flags, *([f"--yaml={tmp_path / 'plan.yaml'}"] if with_file else [])]) == 0
     start = capsys.readouterr().out.splitlines()[-1]
     assert start.startswith("tiedlora run --num_gpus 2 ") and ("--config" in start) == with_file
     run = tmp_path / "run"

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
-from megatron_tiedlora.commands import merge as merge_command
-from megatron_tiedlora.commands import verify as verify_command
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.evaluation.plan import plan_evaluations
@@ -147,16 +146,14 @@ def test_a_copy_in_another_precision(base: Base, trained: Path, narrow: Path, tm
     assert "resumed from step 2" in ended.outputs[0], "weights that are not quantised are the same base"
     words = ["--adapter", str(trained / "adapter"), "--model", str(narrow)]
     with pytest.raises(UserError, match=f"--onto trained: .*{OTHER_VALUES}; give the model in fp32 with --model"):
-        merge_command.main([*words, "--output", str(tmp_path / "onto"), "--onto", "trained"])
+        call("merge", [*words, "--output", str(tmp_path / "onto"), "--onto", "trained"])
 
 
 def notes_of_evaluation(**settings: Any) -> tuple[str, ...]:
     return plan_evaluations(validate_settings(settings, EvaluateSettings), rank=0, world_size=1)[""].notes
 
 
-def test_an_evaluation_says_what_differs_from_training(
-    base: Base, trained: Path, narrow: Path, tmp_path: Path
-) -> None:
+def test_an_evaluation_says_what_differs_from_training(base: Base, trained: Path, narrow: Path, tmp_path: Path) -> None:
     """A copy in another precision; and nothing of how an adapter without a record was trained."""
     shared = {"test_file": str(base.folder / "validation.jsonl"), "adapter": str(trained / "adapter")}
     for model, more, expected in (
@@ -195,12 +192,12 @@ def test_a_folder_that_is_quantised_already(
     assert "has its weights in nf4 (by bitsandbytes) already" in ended.error_line()
     words = ["--adapter", str(tmp_path / "run/adapter"), "--output", str(tmp_path / "merged")]
     with pytest.raises(UserError, match=r"into so few bits: rounding .* or --onto trained to write"):
-        merge_command.main(words)
+        call("merge", words)
     with pytest.raises(UserError, match="give its own base with --model, or --base_differs"):
-        merge_command.main([*words, "--model", str(original.model)])
+        call("merge", [*words, "--model", str(original.model)])
     onto = [*words[:3], str(tmp_path / "onto"), "--onto", "trained"]
-    assert merge_command.main(onto) == 0
-    assert verify_command.main([*words[:2], "--merged", onto[3], "--peft", str(tmp_path / "run/peft")]) == 0
+    assert call("merge", onto) == 0
+    assert call("verify", [*words[:2], "--merged", onto[3], "--peft", str(tmp_path / "run/peft")]) == 0
     assert "merged onto nf4" in capsys.readouterr().out
     assert "quantization_config" not in json.loads((tmp_path / "onto/config.json").read_text())
     merged, was = load_file(tmp_path / "onto/model.safetensors"), load_file(values / "model.safetensors")
@@ -208,15 +205,15 @@ def test_a_folder_that_is_quantised_already(
     assert not torch.equal(merged[QUERY], was[QUERY].to(merged[QUERY].dtype))
     merged[UP][3, 5] += 1
     save_file(merged, tmp_path / "onto/model.safetensors")
-    assert verify_command.main([*words[:2], "--merged", onto[3], "--in", "none"]) == 1
+    assert call("verify", [*words[:2], "--merged", onto[3], "--in", "none"]) == 1
     with pytest.raises(UserError, match=r"--onto trained: .* has other weights than the base that training saw"):
-        merge_command.main([*words, "--model", str(original.model), "--base_differs", "--onto", "trained"])
+        call("merge", [*words, "--model", str(original.model), "--base_differs", "--onto", "trained"])
     capsys.readouterr()
-    assert merge_command.main([*words, "--model", str(original.model), "--base_differs"]) == 0
+    assert call("merge", [*words, "--model", str(original.model), "--base_differs"]) == 0
     assert "trained on its base in nf4, but this uses it in fp32" in capsys.readouterr().out
     assert json.loads((tmp_path / "merged/tiedlora_merge.json").read_text())["base_differs"] == ["weights"]
     checked = [*words[:2], "--merged", words[3], "--model", str(original.model), "--base_differs", "--in", "none"]
-    assert verify_command.main(checked) == 0
+    assert call("verify", checked) == 0
 
 
 def test_products_in_fp8(base: Base, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from sweep_runs import study_arguments, write_study_base
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import take_folder
 from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.run_folder import take_run_folder
 from megatron_tiedlora.study.lock import lock_study, reject_left_behind
 from megatron_tiedlora.study.processes import ScriptStart, deepspeed_starter
@@ -74,7 +75,7 @@ def test_ranks_that_their_launcher_has_left_are_found(study: tuple[Base, Path], 
         left = rank_without_launcher(tmp_path, f"--output_dir={target}", lock=lock.descriptor)
         left.__enter__()
     with pytest.raises(UserError) as error:
-        sweep(study_arguments(*study, folder), lambda: no_start)
+        sweep(parse_sweep(study_arguments(*study, folder)), lambda: no_start)
     pid = (tmp_path / "pid").read_text()
     line = f"--output_dir {folder}: process {pid} of an earlier sweep is still writing {target}"
     assert str(error.value) == f"{line}; wait until it ends, or end it"
@@ -124,7 +125,7 @@ def test_a_study_and_a_run_in_one_folder(study: tuple[Base, Path], tmp_path: Pat
     """Whoever comes second is told who is there: a sweep beside a run that has just begun, and a run beside a sweep."""
     folder = tmp_path / "out"
     with take_folder(folder, hint="") as run_s, pytest.raises(UserError, match=r"out: a start on .* is at work here"):
-        sweep(study_arguments(*study, folder), lambda: no_start)
+        sweep(parse_sweep(study_arguments(*study, folder)), lambda: no_start)
     assert not folder.exists() and run_s.owner.folder == folder
     with lock_study(folder), pytest.raises(UserError, match=r"out: a start on .* is at work here .* --take_over"):
         take_run_folder(str(folder), name="x", resume="auto")
@@ -156,7 +157,7 @@ def test_a_sweep_that_cannot_go_on_says_so_in_its_status(study: tuple[Base, Path
         raise UserError("the log: cannot be written")
 
     with pytest.raises(UserError, match="the log"):
-        sweep(study_arguments(*study, tmp_path / "out"), lambda: start)
+        sweep(parse_sweep(study_arguments(*study, tmp_path / "out")), lambda: start)
     status = json.loads((tmp_path / "out" / "sweep_status.json").read_text())
     assert status == {"state": "failed", "reason": "the log: cannot be written", "failed": []}
 

@@ -132,10 +132,10 @@ def test_other_rows_under_the_same_name_are_refused(base: Base, tmp_path: Path) 
     known = json.loads((folder / "base.json").read_text())["file_sha256"]
     files = (base.train, base.validation, rows)
     assert known == {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    assert sweep(again, no_start) == 0
+    assert sweep(parse_sweep(again), no_start) == 0
     rows.write_text(rows.read_text() + '{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(UserError, match=f"^{re.escape(str(rows))}: holds other rows than when the sweep was started"):
-        sweep(again, no_start)
+        sweep(parse_sweep(again), no_start)
 
 
 @pytest.mark.parametrize(
@@ -207,14 +207,14 @@ def test_refused_with_one_line_and_nothing_started(
     folder = tmp_path / "out"
     arguments = [*study_arguments(base, base.validation, folder), *flags.split(" ")]
     with pytest.raises(UserError, match=re.escape(line)) as error:
-        sweep(arguments, no_start if flags != "--gpus_per_run=1" else lambda: None)
+        sweep(parse_sweep(arguments), no_start if flags != "--gpus_per_run=1" else lambda: None)
     assert "\n" not in str(error.value) and not folder.exists()
 
 
 def test_a_task_without_a_test_set_needs_a_file(base: Base, tmp_path: Path) -> None:
     arguments = [a for a in study_arguments(base, base.validation, tmp_path / "out") if "--test_file" not in a]
     with pytest.raises(UserError, match="--task custom has no test set of its own; give one with --test_file"):
-        sweep(arguments, no_start)
+        sweep(parse_sweep(arguments), no_start)
 
 
 def test_a_folder_with_other_things(base: Base, tmp_path: Path) -> None:
@@ -222,14 +222,14 @@ def test_a_folder_with_other_things(base: Base, tmp_path: Path) -> None:
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     for folder, line in ((tmp_path / "mine", "holds other files"), (tmp_path / "mine" / "letter.txt", "is a file")):
         with pytest.raises(UserError, match=line):
-            sweep(study_arguments(base, base.validation, folder), no_start)
+            sweep(parse_sweep(study_arguments(base, base.validation, folder)), no_start)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 
 def test_a_folder_of_a_start_that_was_cut_off_at_once(base: Base, tmp_path: Path) -> None:
     (tmp_path / ".owner").touch()
     (tmp_path / ".writing-sweep.yaml-0123abcd").write_text("meth")
-    assert sweep([*study_arguments(base, base.validation, tmp_path), "--dry_run"], no_start) == 0
+    assert sweep(parse_sweep([*study_arguments(base, base.validation, tmp_path), "--dry_run"]), no_start) == 0
 
 
 def test_the_dry_run_shows_what_trains_together(
@@ -238,7 +238,7 @@ def test_the_dry_run_shows_what_trains_together(
     argv = [*study_arguments(base, base.validation, tmp_path / "out"), "--dry_run"]
 
     def groups(*flags: str) -> list[str]:
-        assert sweep([*argv, *flags], no_start) == 0
+        assert sweep(parse_sweep([*argv, *flags]), no_start) == 0
         lines = capsys.readouterr().out.splitlines()
         first = lines.index("  groups to train together") + 1
         return [line.split(None, 1)[1] for line in lines[first : lines.index("", first)]]
@@ -256,7 +256,7 @@ def test_the_dry_run_shows_what_trains_together(
 def test_a_shape_can_be_listed_and_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [f"--output_dir={tmp_path / 'out'}", "--model=llama2-7b", "--task=squad"]
     argv += ["--ranks=8", "--learning_rates=1e-4"]
-    assert sweep([*argv, "--dry_run", "--single_layers=paper"], no_start) == 0
+    assert sweep(parse_sweep([*argv, "--dry_run", "--single_layers=paper"]), no_start) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "sweep      18 runs and 19 scores of llama2-7b on squad (squad)"
     counts = {line.split()[0]: line.split()[1] for line in lines if "to do" in line and "-lr" in line}
@@ -264,5 +264,5 @@ def test_a_shape_can_be_listed_and_not_trained(tmp_path: Path, capsys: pytest.Ca
     assert counts["lora-r16-lr1e-4-layer32"] == counts["tl5-r16-lr1e-4"] == "262,144" and len(counts) == 18
     assert lines[-1] == "  18 to do" and not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="llama2-7b is a shape without weights"):
-        sweep(argv, no_start)
+        sweep(parse_sweep(argv), no_start)
     assert not (tmp_path / "out").exists()

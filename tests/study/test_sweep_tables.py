@@ -15,6 +15,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study import paper, sweep
 from megatron_tiedlora.study.figures import lines
@@ -322,7 +323,8 @@ def test_files_are_written_and_the_same_each_time(tmp_path: Path, capsys: Any) -
     folders = [str(study.folder) for study in paper_studies(tmp_path / "studies", "llama2-7b")]
     targets = [tmp_path / "one", tmp_path / "two"]
     for target in targets:
-        assert sweep.sweep(["--tables_from", ",".join(folders), "--output_dir", str(target)], no_start) == 0
+        command = parse_sweep(["--tables_from", ",".join(folders), "--output_dir", str(target)])
+        assert sweep.sweep(command, no_start) == 0
     names = {"table2.md", "table2.csv", "figure2.png", "figure3.png"}
     assert {path.name for path in targets[0].iterdir()} == names
     assert all((targets[0] / name).read_bytes() == (targets[1] / name).read_bytes() for name in names)

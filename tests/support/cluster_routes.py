@@ -34,7 +34,8 @@ import sys
 from pathlib import Path
 from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.config.cli import run_command
-run_command(lambda argv: launch(argv[1:], scripts=Path(argv[0])), sys.argv[1:])
+from megatron_tiedlora.config.launch_settings import parse_launch
+run_command(lambda argv: launch(parse_launch(argv[1:]), scripts=Path(argv[0])), sys.argv[1:])
 """
 
 

@@ -18,7 +18,15 @@ from document_commands import GUIDE, README, Document, words_of
 from folders import ROOT
 
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.commands import export, import_adapter, index, merge, plan, push, train, verify
+from megatron_tiedlora.commands.front import call
+from megatron_tiedlora.config.adapter_settings import (
+    ExportSettings,
+    ImportSettings,
+    IndexSettings,
+    MergeSettings,
+    PushSettings,
+    VerifySettings,
+)
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
@@ -75,7 +83,7 @@ class Reader:
         for flag in ("--train_file", "--validation_file", "--plan_for"):
             if flag in words:
                 del words[words.index(flag) : words.index(flag) + 2]
-        assert train.main([*words, "--dry_run", *(() if "--gpu" in words else ("--gpu", "h100"))]) == 0
+        assert call("train", [*words, "--dry_run", *(() if "--gpu" in words else ("--gpu", "h100"))]) == 0
         assert ": it fits" in self.capsys.readouterr().out, words
 
 
@@ -101,7 +109,7 @@ def submits(reader: Reader, command: str) -> None:
 def plans(reader: Reader, command: str) -> None:
     """A plan is made; what it writes is read by the commands after it."""
     words = reader.words(command)
-    assert plan.main(words) == 0
+    assert call("plan", words) == 0
     assert "\nstart " in reader.capsys.readouterr().out
     made = parse_plan(words).settings
     if made.yaml is not None:
@@ -177,12 +185,12 @@ ROWS = (
     Row(r"(torchrun --nproc_per_node 8 --no-python )?tiedlora evaluate ",
         parses(lambda words: parse_settings(words, EvaluateSettings))),
     Row(r"tiedlora sweep ", parses(parse_sweep)),
-    Row(r"tiedlora merge ", parses(lambda words: merge.parser().parse_known_names(words))),
-    Row(r"tiedlora export ", parses(lambda words: export.parser().parse_known_names(words))),
-    Row(r"tiedlora verify ", parses(lambda words: verify.parser().parse_known_names(words))),
-    Row(r"tiedlora import ", parses(lambda words: import_adapter.parser().parse_known_names(words))),
-    Row(r"tiedlora index ", parses(lambda words: index.parser().parse_known_names(words))),
-    Row(r"tiedlora push ", parses(lambda words: push.parser().parse_known_names(words))),
+    Row(r"tiedlora merge ", parses(lambda words: parse_settings(words, MergeSettings))),
+    Row(r"tiedlora export ", parses(lambda words: parse_settings(words, ExportSettings))),
+    Row(r"tiedlora verify ", parses(lambda words: parse_settings(words, VerifySettings))),
+    Row(r"tiedlora import ", parses(lambda words: parse_settings(words, ImportSettings))),
+    Row(r"tiedlora index ", parses(lambda words: parse_settings(words, IndexSettings))),
+    Row(r"tiedlora push ", parses(lambda words: parse_settings(words, PushSettings))),
     Row(r"kubectl apply -f launch/", applies, runs=False),
     Row(r"(hf|vllm|python convert_\w+\.py|llama-server) ", is_others, runs=False),
 )  # fmt: skip

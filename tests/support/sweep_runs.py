@@ -123,10 +123,11 @@ def _be_sweep(arguments: list[str], work: str, cache: str, preludes: Preludes, o
 
     tqdm.monitor_interval = 0  # a thread would not outlive the forks, and its lock might
     from megatron_tiedlora.config.cli import run_command
+    from megatron_tiedlora.config.sweep_settings import parse_sweep
     from megatron_tiedlora.study.sweep import sweep
 
     start: Any = functools.partial(forked_start, work=Path(work), cache=Path(cache), preludes=preludes)
-    run_command(lambda argv: sweep(argv, lambda: start), arguments)
+    run_command(lambda argv: sweep(parse_sweep(argv), lambda: start), arguments)
 
 
 def start_sweep(arguments: list[str], *, work: Path, cache: Path, preludes: Preludes | None = None) -> World:

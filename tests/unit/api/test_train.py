@@ -60,9 +60,9 @@ def test_two_runs_in_one_process(tmp_path: Path) -> None:
 OFFLINE = """
 import sys
 from megatron_tiedlora import Settings, attach, generate, load_adapter, load_base, train
-from megatron_tiedlora.commands import random_model
+from megatron_tiedlora.commands.front import call
 
-random_model.main(["--model=tiny", "--output=tiny"])
+call("random-model", ["--model=tiny", "--output=tiny"])
 values = dict(max_steps=12, global_batch_size=8, learning_rate=0.1, eval_interval=6, output_dir="first")
 run = train(Settings(model="tiny", train_file="rows.jsonl", **values))
 adapter = load_adapter(run.adapter)

@@ -30,12 +30,12 @@ CASES = {
 }
 PROGRAM = """
 import json, sys
-from importlib import import_module
 from megatron_tiedlora.base.errors import UserError
-main, found = import_module("megatron_tiedlora.commands." + sys.argv[1]).main, []
+from megatron_tiedlora.commands.front import call
+found = []
 for arguments in json.loads(sys.argv[2]):
     try:
-        main(arguments)
+        call(sys.argv[1], arguments)
     except UserError as error:
         found.append(str(error))
 print(json.dumps([found, sorted({"torch", "deepspeed", "transformers", "datasets"} & sys.modules.keys())]))

@@ -28,7 +28,7 @@ from megatron_tiedlora.base.command_names import (
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.extras import EXTRAS, missing_module, require_extra
 from megatron_tiedlora.base.logs import show_messages
-from megatron_tiedlora.commands import env, front
+from megatron_tiedlora.commands import front
 
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "matplotlib"}
 
@@ -54,7 +54,11 @@ def test_every_command_is_a_module_and_every_script_runs_one() -> None:
     assert {command.module for command in COMMANDS} == modules
     for command in COMMANDS:
         module = importlib.import_module(f"megatron_tiedlora.commands.{command.module}")
-        assert next(iter(inspect.signature(module.main).parameters)) == "argv"
+        (first, *_) = inspect.signature(module.main, eval_str=True).parameters.values()
+        settings, _, name = command.settings.partition(":")
+        reader = getattr(importlib.import_module(f"megatron_tiedlora.config.{settings}"), name)
+        made = reader if isinstance(reader, type) else inspect.signature(reader, eval_str=True).return_annotation
+        assert first.annotation is made, command.name
         if command.script:
             text = (ROOT / command.script).read_text()
             assert "from megatron_tiedlora.commands.front import run\n" in text and f'    run("{command.name}"' in text
@@ -244,11 +248,11 @@ def test_the_report_for_bugs(
     monkeypatch.setenv("HF_TOKEN", "s3cret")
     monkeypatch.setenv("WANDB_API_KEY", "s3cret")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    assert env.main([]) == 0
+    assert front.call("env", []) == 0
     text = capsys.readouterr().out
     assert "s3cret" not in text and re.search(r"\n  NCCL_DEBUG +INFO\n", text)
     assert re.search(r"\n  torch +\d", text) and re.search(r"\n  train +installed\n", text)
-    assert env.main([f"--json={tmp_path / 'env.json'}"]) == 0
+    assert front.call("env", [f"--json={tmp_path / 'env.json'}"]) == 0
     found = json.loads((tmp_path / "env.json").read_text())
     assert found["versions"]["megatron_tiedlora"] == megatron_tiedlora.__version__
     assert Path(found["paths"]["package"]) == ROOT / "megatron_tiedlora"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.config.batch import resolve_max_new_tokens
 from megatron_tiedlora.config.cli import build_parser, parse_settings
-from megatron_tiedlora.config.decoding import resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.data.tasks import get_task
 

@@ -10,22 +10,26 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.commands import merge, push
+from megatron_tiedlora.commands.front import call
+from megatron_tiedlora.config.adapter_settings import ExportSettings, MergeSettings, PushSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.fields import CommandSettings
+from megatron_tiedlora.config.fields import CommandSettings, names_elsewhere
 from megatron_tiedlora.config.launch_settings import parse_launch
 from megatron_tiedlora.config.other_names import (
-    ELSEWHERE,
     NOT_OFFERED,
-    OUR_NAMES,
-    OUR_VALUES,
+    OTHER_DTYPES,
+    OTHER_FORMATS,
+    OTHER_GPUS,
+    OTHER_METHODS,
+    OTHER_SCHEDULES,
+    SENTENCES,
     _settings_in,
     name_hint,
 )
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.config.sweep_settings import SweepSettings, parse_sweep
 from megatron_tiedlora.config.tasks import TASK_DEFAULTS
 
 
@@ -35,16 +39,16 @@ def refusal(*argv: str, kind: type[CommandSettings] = Settings) -> str:
     return str(caught.value)
 
 
-def test_the_tables_name_settings_that_exist_and_no_name_of_ours() -> None:
-    named = set().union(*map(_settings_in, OUR_NAMES.values()))
-    assert named <= set(Settings.model_fields)
-    elsewhere = set().union(*map(_settings_in, ELSEWHERE.values())) - {"learning_rates", "ranks"}
-    parsers = (merge.parser(), push.parser())
-    flags = {option.lstrip("-") for parser in parsers for action in parser._actions for option in action.option_strings}
-    assert elsewhere <= {*EvaluateSettings.model_fields, *flags}
-    assert not OUR_NAMES.keys() & NOT_OFFERED.keys()
-    assert not (OUR_NAMES.keys() | NOT_OFFERED.keys()) & set(Settings.model_fields)
-    for name in (*OUR_NAMES, *NOT_OFFERED):
+KINDS = [Settings, *(EvaluateSettings, SweepSettings, MergeSettings, ExportSettings, PushSettings)]
+
+
+def test_the_names_are_of_settings_that_exist_and_none_is_ours() -> None:
+    assert set().union(*map(_settings_in, SENTENCES.values())) <= set(Settings.model_fields)
+    ours = names_elsewhere(Settings)
+    tables = [ours.keys(), SENTENCES.keys(), NOT_OFFERED.keys()]
+    assert len(ours) > 150 and sum(map(len, tables)) == len(set().union(*tables))
+    assert not set().union(*tables) & set(Settings.model_fields)
+    for name in (*names_elsewhere(*KINDS), *SENTENCES, *NOT_OFFERED):
         assert name == name.replace("-", "_").lower()
 
 
@@ -105,7 +109,7 @@ def test_a_command_answers_with_its_own_names_only() -> None:
     with pytest.raises(UserError, match=r"--lr \(here it is --learning_rates\)"):
         parse_sweep(["--output_dir=x", "--lr=1"])
     with pytest.raises(UserError, match=r"--hub_model_id \(here it is --repo\)"):
-        push.main(["run", "--hub_model_id=x"])
+        call("push", ["run", "--hub_model_id=x"])
     assert refusal("--hub_model_id=x").endswith("(a run does not upload anything); see --help")
     with pytest.raises(UserError, match=r"--lora_alpha \(here it is --alpha\)"):
         parse_sweep(["--output_dir=x", "--lora_alpha=4"])
@@ -114,17 +118,17 @@ def test_a_command_answers_with_its_own_names_only() -> None:
 def test_an_unknown_flag_is_named_before_a_missing_one() -> None:
     both = r"^unknown arguments --lora \(here it is --adapter\), --output_dir \(here it is --output\); see --help$"
     with pytest.raises(UserError, match=both):
-        merge.main(["--lora", "x", "--output_dir", "y"])
+        call("merge", ["--lora", "x", "--output_dir", "y"])
     with pytest.raises(UserError, match=r"^unknown argument --output_dir \(here it is --output\)"):
-        merge.main(["--adapter=x", "--output_dir=y"])
+        call("merge", ["--adapter=x", "--output_dir=y"])
     with pytest.raises(UserError, match=r"^the following arguments are required: --output$"):
-        merge.main(["--adapter", "a --b"])
+        call("merge", ["--adapter", "a --b"])
 
 
 def test_a_slip_is_still_guessed_and_what_is_like_nothing_is_not() -> None:
-    assert name_hint("--learning-rate", ["--learning_rate"]) == " (did you mean --learning_rate?)"
-    assert name_hint("--rnak", ["--rank", "--alpha"]) == " (did you mean --rank?)"
-    assert name_hint("--gibberish", ["--help", "--rank"]) == ""
+    assert name_hint("--learning-rate", ["--learning_rate"], {}) == " (did you mean --learning_rate?)"
+    assert name_hint("--rnak", ["--rank", "--alpha"], {}) == " (did you mean --rank?)"
+    assert name_hint("--gibberish", ["--help", "--rank"], {}) == ""
 
 
 # Several unknown names ------------------------------------------------------------------------------------------------
@@ -192,7 +196,7 @@ def test_a_warm_up_follows_a_number_of_steps_that_is_written_as_a_power() -> Non
 def test_lists_of_other_commands_fold_too() -> None:
     sweep = parse_sweep(["--output_dir=x", "--methods=TL5,lora", "--single_layers=Paper", "--together=AUTO"]).settings
     assert (sweep.methods, sweep.single_layers, sweep.together) == (("tl5", "lora"), "paper", "auto")
-    assert merge.parser().parse_args(["--adapter=a", "--output=b", "--dtype=BFloat16"]).dtype == "bf16"
+    assert parse_settings(["--adapter=a", "--output=b", "--dtype=BFloat16"], MergeSettings).dtype == "bf16"
     plan = parse_plan(["--model=llama2-7b", "--gpu=H100-80GB", "--formats=4bit,NONE"]).settings
     assert (plan.gpu, plan.formats) == ("h100", ("none", "nf4"))
 
@@ -213,6 +217,6 @@ def test_a_value_that_is_none_of_ours_gets_a_hint(flag: str, answer: str) -> Non
 
 
 def test_the_table_of_values_names_what_exists() -> None:
-    for names in OUR_VALUES.values():
+    for names in (OTHER_METHODS, OTHER_FORMATS, OTHER_DTYPES, OTHER_SCHEDULES, OTHER_GPUS):
         assert set().union(*map(_settings_in, names.values())) <= set(Settings.model_fields)
         assert all(name == name.replace("_", "-").lower() for name in names)

@@ -9,7 +9,7 @@ import torch
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.commands import random_model
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer, start_ids
@@ -56,7 +56,7 @@ def test_tiny_has_a_tokenizer_of_bytes_that_transformers_reads_as_we_do(tmp_path
     from transformers import AutoTokenizer
 
     folder = tmp_path / "model"
-    assert random_model.main(["--model=Tiny", f"--output={folder}"]) == 0
+    assert call("random-model", ["--model=Tiny", f"--output={folder}"]) == 0
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     for text in ("a b", "  naïve 日本語 😀\n\n\t", "</s>x", ""):
         ids = ours.encode(text, add_special_tokens=False)

@@ -17,7 +17,7 @@ from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.config.batch import BatchPlan, plan_batches
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.settings import GROUPS, Settings
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.tasks import PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
 from megatron_tiedlora.engine.engine_json import REJECTED_SECTIONS, SHIPPED_CONFIGS, load_engine_config
 
@@ -51,12 +51,12 @@ def test_flags_are_those_of_the_interface() -> None:
     for name, flags in INTERFACE.items():
         found = {option for action in groups[name]._group_actions for option in action.option_strings}
         assert found == {f"--{flag}" for flag in flags.split()}, name
-    assert set(GROUPS) == set(INTERFACE)
+    assert set(Settings.groups) == set(INTERFACE)
 
 
 def test_help_is_grouped_and_short_enough_to_read() -> None:
     text = build_parser(Settings).format_help()
-    positions = [text.index(f"\n{group}:\n") for group in GROUPS]
+    positions = [text.index(f"\n{group}:\n") for group in Settings.groups]
     assert positions == sorted(positions)
     for field in Settings.model_fields.values():
         assert field.description

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from safetensors.torch import load_file
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.commands import convert_nemo as tool
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.convert.nemo import convert_nemo
@@ -208,7 +209,7 @@ def test_the_real_settings_give_the_real_number_of_parameters() -> None:
 
 def run_tool(*arguments: object) -> int:
     with pytest.raises(SystemExit) as end:
-        run_command(tool.main, [str(argument) for argument in arguments])
+        run_command(partial(call, "convert-nemo"), [str(argument) for argument in arguments])
     return int(str(end.value.code))
 
 
@@ -271,7 +272,7 @@ MEASURE = """
 import sys, threading
 from pathlib import Path
 import torch
-from megatron_tiedlora.commands.convert_nemo import main
+from megatron_tiedlora.commands.front import call
 
 def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
@@ -284,7 +285,7 @@ done, start = threading.Event(), anonymous()
 seen = [start]
 thread = threading.Thread(target=watch)
 thread.start()
-assert main(["--nemo", sys.argv[1], "--output", sys.argv[2]]) == 0
+assert call("convert-nemo", ["--nemo", sys.argv[1], "--output", sys.argv[2]]) == 0
 done.set(), thread.join()
 print(len(seen), max(seen) - start)
 """

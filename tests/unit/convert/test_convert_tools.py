@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.cli import adapter_flags
+from megatron_tiedlora.config.adapter_settings import ExportSettings, MergeSettings, adapter_flags
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 
@@ -139,21 +139,21 @@ def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, t
 
 
 def test_a_check_of_nothing_is_rejected(exported: Path) -> None:
-    from megatron_tiedlora.commands.verify import main
+    from megatron_tiedlora.commands.front import call
 
     with pytest.raises(UserError, match="nothing to check; give --merged DIR, --peft DIR or both"):
-        main(["--adapter", str(exported / "adapter"), "--in", "none"])
+        call("verify", ["--adapter", str(exported / "adapter"), "--in", "none"])
 
 
 def test_the_next_command_has_the_flags_of_this_one() -> None:
-    options = {"adapter": "a b", "model": "m", "base_differs": True}
-    assert adapter_flags(Namespace(**options)) == "--adapter 'a b' --model m --base_differs"
-    assert adapter_flags(Namespace(adapter="a", model=None, base_differs=False)) == "--adapter a"
+    given = MergeSettings(adapter="a b", model="m", base_differs=True, output="new")
+    assert adapter_flags(given.adapter, given) == "--adapter 'a b' --model m --base_differs"
+    assert adapter_flags("a", ExportSettings(adapter=["a"], output="new")) == "--adapter a"
 
 
 def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Path, tmp_path: Path) -> None:
     """The native adapter that travels in its export comes back; without it the PEFT tensors give the same weights."""
-    from megatron_tiedlora.commands.merge import main
+    from megatron_tiedlora.commands.front import call
 
     native = load_native_adapter(exported / "adapter")
     export_peft(find_model(str(base)), native, tmp_path / "plain")
@@ -168,7 +168,7 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
     )
     wanted, output = files_of(exported / "merged"), tmp_path / "merged"
     for folder in (checkpoint, exported / "peft", tmp_path / "plain"):
-        assert main(["--adapter", str(folder), "--output", str(output)]) == 0
+        assert call("merge", ["--adapter", str(folder), "--output", str(output)]) == 0
         found = files_of(output)
         if folder == tmp_path / "plain":
             assert b'"method": "lora"' in found.pop(MERGE_RECORD) and found.items() <= wanted.items()
@@ -180,13 +180,13 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
 def test_the_check_command_exits_1_where_an_export_is_wrong(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_tiedlora.commands.verify import main
+    from megatron_tiedlora.commands.front import call
 
     broken = shutil.copytree(exported / "merged", tmp_path / "broken")
     weights = load_weights(broken)
     weights["model.layers.0.self_attn.q_proj.weight"] *= 1.01
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    assert main(["--adapter", str(exported / "adapter"), "--merged", str(broken)]) == 1
+    assert call("verify", ["--adapter", str(exported / "adapter"), "--merged", str(broken)]) == 1
     assert "FAILED" in capsys.readouterr().out
 
 
@@ -221,8 +221,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
 def test_wrong_arguments_are_one_line(
     exported: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_tiedlora.commands import export as export_tool
-    from megatron_tiedlora.commands import merge as merge_tool
+    from megatron_tiedlora.commands.front import call
     from megatron_tiedlora.config.cli import run_command
 
     shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
@@ -234,11 +233,11 @@ def test_wrong_arguments_are_one_line(
     monkeypatch.chdir(tmp_path)
     before = sorted(item.name for item in tmp_path.iterdir())
     arguments, message = WRONG[case]
-    for tool in (merge_tool, export_tool):
-        if case == "peft folder" and tool is merge_tool:  # it takes one
+    for tool in ("merge", "export"):
+        if case == "peft folder" and tool == "merge":  # it takes one
             continue
         with pytest.raises(SystemExit) as end:
-            run_command(tool.main, arguments)
+            run_command(partial(call, tool), arguments)
         captured = capsys.readouterr()
         assert end.value.code == 2 and not captured.out
         assert captured.err.count("\n") == 1 and message in captured.err, captured.err
@@ -260,7 +259,7 @@ def test_wrong_arguments_are_one_line(
 def test_a_folder_that_is_no_export_is_one_line(
     exported: Path, tmp_path: Path, flag: str, folder: str, message: str
 ) -> None:
-    from megatron_tiedlora.commands.verify import main
+    from megatron_tiedlora.commands.front import call
 
     shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
     write_tiny_model(tmp_path / "other", num_kv_heads=4, tokenizer=False)
@@ -268,5 +267,5 @@ def test_a_folder_that_is_no_export_is_one_line(
     weights = next((tmp_path / "cut").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(UserError) as error:
-        main(["--adapter", str(tmp_path / "adapter"), flag, str(tmp_path / folder)])
+        call("verify", ["--adapter", str(tmp_path / "adapter"), flag, str(tmp_path / folder)])
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -16,8 +15,16 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
-from megatron_tiedlora.commands.export import main
-from megatron_tiedlora.commands.verify import main as verify
+from megatron_tiedlora.commands.front import call
+from megatron_tiedlora.config.adapter_settings import (
+    ExportSettings,
+    ImportSettings,
+    MergeSettings,
+    PushSettings,
+    VerifySettings,
+)
+from megatron_tiedlora.config.cli import build_parser
+from megatron_tiedlora.config.fields import CommandSettings
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
 from megatron_tiedlora.convert.verify import verify_export
@@ -54,18 +61,18 @@ def content(folder: Path, file: str = CONFIG) -> dict[str, Any]:
 def test_the_base_is_named_without_its_path(models: Path, adapters: Path, tmp_path: Path) -> None:
     """The path stands beside it, where our own commands find it."""
     plain = str(adapters / "plain")
-    assert main(["--adapter", plain, "--output", str(tmp_path / "peft")]) == 0
+    assert call("export", ["--adapter", plain, "--output", str(tmp_path / "peft")]) == 0
     assert content(tmp_path / "peft")["base_model_name_or_path"] == "mine"
     assert content(tmp_path / "peft", RECORD)["base_path"] == str(models / "mine")
     assert open_adapter(str(tmp_path / "peft"), None).source.folder == models / "mine"
-    assert main(["--adapter", plain, "--output", str(tmp_path / "named"), "--base_name", "org/name"]) == 0
+    assert call("export", ["--adapter", plain, "--output", str(tmp_path / "named"), "--base_name", "org/name"]) == 0
     assert content(tmp_path / "named")["base_model_name_or_path"] == "org/name"
 
 
 def test_the_commands_that_serve_are_shown(
     adapters: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "peft")])
+    call("export", ["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "peft")])
     out = capsys.readouterr().out
     command = f"vllm serve {models / 'mine'} --enable-lora --max-lora-rank 8 --lora-target-modules qkv_proj"
     assert f"\n{command} --lora-modules tied={tmp_path / 'peft'}\n" in out
@@ -73,7 +80,7 @@ def test_the_commands_that_serve_are_shown(
     assert f"\n# {resolver} {models / 'mine'}\n" in out
     assert "sglang.launch_server" in out and "convert_lora_to_gguf.py" in out
     base = ["--base_name", str(models / "mine")]
-    main(["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "named"), *base])
+    call("export", ["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "named"), *base])
     assert "resolver" not in capsys.readouterr().out, "it finds this one"
 
 
@@ -84,8 +91,8 @@ def test_the_commands_that_serve_are_shown(
 def test_an_export_in_16_bits(models: Path, adapters: Path, tmp_path: Path, dtype: str) -> None:
     """Its tensors are rounded once, the check knows their bits, and the import gives the adapter itself."""
     given, peft = adapters / "runs/tl6/adapter", tmp_path / "peft"
-    main(["--adapter", str(given), "--output", str(tmp_path / "exact")])
-    main(["--adapter", str(given), "--output", str(peft), "--dtype", dtype])
+    call("export", ["--adapter", str(given), "--output", str(tmp_path / "exact")])
+    call("export", ["--adapter", str(given), "--output", str(peft), "--dtype", dtype])
     exact, rounded = load_file(tmp_path / "exact" / WEIGHTS), load_file(peft / WEIGHTS)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     assert exact.keys() == rounded.keys()
@@ -105,10 +112,10 @@ def test_a_changed_bit_of_an_export_in_16_bits(adapters: Path, tmp_path: Path) -
     from flipped_bits import flip_bit
 
     given, peft = str(adapters / "runs/tl6/adapter"), tmp_path / "peft"
-    main(["--adapter", given, "--output", str(peft), "--dtype", "bf16"])
-    assert verify(["--adapter", given, "--peft", str(peft), "--in", "none"]) == 0
+    call("export", ["--adapter", given, "--output", str(peft), "--dtype", "bf16"])
+    assert call("verify", ["--adapter", given, "--peft", str(peft), "--in", "none"]) == 0
     flip_bit(peft / WEIGHTS, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight")
-    assert verify(["--adapter", given, "--peft", str(peft), "--in", "none"]) == 1
+    assert call("verify", ["--adapter", given, "--peft", str(peft), "--in", "none"]) == 1
 
 
 def test_what_16_bits_do_not_hold_is_refused(models: Path, tmp_path: Path) -> None:
@@ -117,8 +124,8 @@ def test_what_16_bits_do_not_hold_is_refused(models: Path, tmp_path: Path) -> No
     write_native(tmp_path / "large", models / "mine", oracle)
     words = ["--adapter", str(tmp_path / "large"), "--output", str(tmp_path / "peft")]
     with pytest.raises(UserError, match=r"lora_B\.weight of its export holds numbers .*; give --dtype fp32"):
-        main([*words, "--dtype", "fp16"])
-    assert not (tmp_path / "peft").exists() and main(words) == 0
+        call("export", [*words, "--dtype", "fp16"])
+    assert not (tmp_path / "peft").exists() and call("export", words) == 0
 
 
 # Many adapters -------------------------------------------------------------------------------------------------------
@@ -126,7 +133,7 @@ def test_what_16_bits_do_not_hold_is_refused(models: Path, tmp_path: Path) -> No
 
 def test_many_in_one_call(adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [str(adapters / "runs/*/adapter"), str(adapters / "plain")]
-    assert main(["--adapter", *given, "--output", str(tmp_path / "all")]) == 0
+    assert call("export", ["--adapter", *given, "--output", str(tmp_path / "all")]) == 0
     exported, vllm, resolver, serving = capsys.readouterr().out.splitlines()
     assert exported == f"exported 3 adapters: {tmp_path / 'all'}"
     assert vllm.startswith("# serve with vLLM 0.26 or later;")
@@ -135,14 +142,14 @@ def test_many_in_one_call(adapters: Path, tmp_path: Path, capsys: pytest.Capture
     assert serving.endswith(f" --max-loras 3 --max-cpu-loras 3 --lora-modules {modules}")
     assert sorted(item.name for item in (tmp_path / "all").iterdir()) == ["lora", "plain", "tl6"]
     for name, folder in {"tl6": "runs/tl6/adapter", "lora": "runs/lora/adapter", "plain": "plain"}.items():
-        main(["--adapter", str(adapters / folder), "--output", str(tmp_path / "one" / name)])
+        call("export", ["--adapter", str(adapters / folder), "--output", str(tmp_path / "one" / name)])
         for file in (WEIGHTS, CONFIG, RECORD, f"native/{WEIGHTS}", f"native/{CONFIG}"):
             assert (tmp_path / "all" / name / file).read_bytes() == (tmp_path / "one" / name / file).read_bytes()
 
 
 def test_a_pattern_of_one_adapter_is_many(adapters: Path, tmp_path: Path) -> None:
     """What a command writes where does not depend on how many there are."""
-    main(["--adapter", str(adapters / "pl*"), "--output", str(tmp_path / "all")])
+    call("export", ["--adapter", str(adapters / "pl*"), "--output", str(tmp_path / "all")])
     assert (tmp_path / "all/plain" / CONFIG).is_file()
 
 
@@ -152,7 +159,7 @@ def test_the_base_is_read_once(adapters: Path, tmp_path: Path, monkeypatch: pyte
     seen: list[str] = []
     real = export_many.identify_model
     monkeypatch.setattr(export_many, "identify_model", lambda *words: seen.append("") or real(*words))
-    main(["--adapter", str(adapters / "runs/*/adapter"), "--output", str(tmp_path / "all")])
+    call("export", ["--adapter", str(adapters / "runs/*/adapter"), "--output", str(tmp_path / "all")])
     assert len(seen) == 1
 
 
@@ -170,13 +177,13 @@ WRONG_MANY = {
 def test_wrong_inputs_of_many(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     shutil.copytree(adapters, tmp_path, dirs_exist_ok=True)
     shutil.copytree(adapters / "plain", tmp_path / "copy/tl6")
-    main(["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "exported")])
+    call("export", ["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "exported")])
     monkeypatch.chdir(tmp_path)
     if case == "there":
         (tmp_path / "out/tl6").mkdir(parents=True)
     words, message = WRONG_MANY[case]
     with pytest.raises(UserError) as error:
-        main(["--adapter", *words, "--output", "out"])
+        call("export", ["--adapter", *words, "--output", "out"])
     assert message in str(error.value) and "\n" not in str(error.value)
     written = [item.name for item in tmp_path.glob("out/*") if any(item.iterdir())]
     assert written == (["plain"] if case in ("no adapter", "peft") else [])  # those before the error stay whole
@@ -191,7 +198,7 @@ def test_a_base_is_found_among_models(models: Path, adapters: Path, tmp_path: Pa
     folder, base = tmp_path / "adapter", tmp_path / "gone"
     shutil.copytree(models / "mine", base)
     write_native(folder, base, with_adapter(base, "tl6")[2])
-    main(["--adapter", str(folder), "--output", str(tmp_path / "peft")])
+    call("export", ["--adapter", str(folder), "--output", str(tmp_path / "peft")])
     shutil.rmtree(base)
     with pytest.raises(UserError, match="its base cannot be found; give it with --model, or a folder of models, where"):
         open_adapter(str(folder), None)
@@ -207,15 +214,14 @@ def test_a_base_is_found_among_models(models: Path, adapters: Path, tmp_path: Pa
             open_adapter(str(folder), str(tmp_path / "empty"), kind=kind)
 
 
-@pytest.mark.parametrize("command", ["merge", "export", "verify", "import_adapter", "push"])
-def test_the_help_says_that_a_folder_of_models_will_do(command: str) -> None:
-    module = importlib.import_module(f"megatron_tiedlora.commands.{command}")
-    help_text = " ".join(module.parser().format_help().split())
+@pytest.mark.parametrize("kind", [MergeSettings, ExportSettings, VerifySettings, ImportSettings, PushSettings])
+def test_the_help_says_that_a_folder_of_models_will_do(kind: type[CommandSettings]) -> None:
+    help_text = " ".join(build_parser(kind).format_help().split())
     assert "--model M the base model: folder, hub id or demo; or a folder of models, where it is found by" in help_text
 
 
 def test_a_peft_adapter_of_others_has_no_hashes(models: Path, adapters: Path, tmp_path: Path) -> None:
-    main(["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "peft")])
+    call("export", ["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "peft")])
     (tmp_path / "peft" / RECORD).unlink()
     with pytest.raises(UserError, match="does not record its base's hashes; give the base's own folder"):
         open_adapter(tmp_path / "peft", str(models))
@@ -225,7 +231,7 @@ def test_a_peft_adapter_of_others_has_no_hashes(models: Path, adapters: Path, tm
 def test_a_peft_adapter_of_others_on_a_merged_model(models: Path, adapters: Path, tmp_path: Path) -> None:
     """It is rejected, unless the adapter's own config names that model, or the user insists."""
     peft, merged = tmp_path / "peft", tmp_path / "merged"
-    main(["--adapter", str(adapters / "plain"), "--output", str(peft)])
+    call("export", ["--adapter", str(adapters / "plain"), "--output", str(peft)])
     (peft / RECORD).unlink()
     opened = open_adapter(adapters / "plain", None)
     merge_adapter(opened.source, opened.adapter, merged)

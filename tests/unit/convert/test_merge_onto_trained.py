@@ -18,7 +18,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.commands import merge as merge_command
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.inputs import check_base, stored_precision
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -125,7 +125,7 @@ def test_an_adapter_of_a_plain_base_has_no_other(
     save_adapter(tmp_path / "native", native.config, native.base, native.state)
     assert load_native_adapter(tmp_path / "native").base.base_format == "fp8"
     words = ["--adapter", str(tmp_path / "native"), "--output", str(tmp_path / "fp8"), "--onto", "trained"]
-    assert merge_command.main(words) == 0 and "note" not in capsys.readouterr().out
+    assert call("merge", words) == 0 and "note" not in capsys.readouterr().out
     assert json.loads((tmp_path / "fp8" / MERGE_RECORD).read_text())["merged_onto"] == "fp8"
 
 

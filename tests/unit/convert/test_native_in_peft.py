@@ -263,20 +263,19 @@ def test_an_export_for_another_base_is_used_there_and_imported_where_it_was_trai
 
 
 def test_the_commands_go_there_and_back(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from megatron_tiedlora.commands import export as export_tool
-    from megatron_tiedlora.commands import import_adapter as import_tool
+    from megatron_tiedlora.commands.front import call
 
     written(base, tmp_path, "tl5", targets=("qkv", "gate_up"))
-    assert export_tool.main(["--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "peft")]) == 0
+    assert call("export", ["--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "peft")]) == 0
     capsys.readouterr()
-    assert import_tool.main(["--peft", str(tmp_path / "peft"), "--output", str(tmp_path / "back")]) == 0
+    assert call("import", ["--peft", str(tmp_path / "peft"), "--output", str(tmp_path / "back")]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"imported {tmp_path}/peft as tl5 of rank 4 on qkv, gate_up of 3 layers of {base}: {tmp_path}/back",
         f"train it further with: --init_from {tmp_path}/back",
     ]
     assert files_of(tmp_path / "back") == files_of(tmp_path / "adapter")
     lora_model(base, r=2, target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path / "lora")
-    assert import_tool.main(["--peft", str(tmp_path / "lora"), "--output", str(tmp_path / "from_lora")]) == 0
+    assert call("import", ["--peft", str(tmp_path / "lora"), "--output", str(tmp_path / "from_lora")]) == 0
     note, said, _ = capsys.readouterr().out.splitlines()
     assert note.startswith(f"note: {tmp_path}/lora: modules that share one A here (q, k and v; gate and up) have an A")
     assert note.endswith("so training continues differently from PEFT's")
@@ -284,7 +283,7 @@ def test_the_commands_go_there_and_back(base: Path, tmp_path: Path, capsys: pyte
 
 
 def test_wrong_arguments_of_the_import_are_one_line(base: Path, tmp_path: Path) -> None:
-    from megatron_tiedlora.commands.import_adapter import main
+    from megatron_tiedlora.commands.front import call
 
     exported(base, tmp_path)
     shutil.copytree(tmp_path / "peft", tmp_path / "nameless")
@@ -299,6 +298,6 @@ def test_wrong_arguments_of_the_import_are_one_line(base: Path, tmp_path: Path) 
     }
     for folder, (output, said) in wrong.items():
         with pytest.raises(UserError) as error:
-            main(["--peft", str(tmp_path / folder), "--output", str(tmp_path / output)])
+            call("import", ["--peft", str(tmp_path / folder), "--output", str(tmp_path / output)])
         assert said in str(error.value) and "\n" not in str(error.value)
     assert sorted(item.name for item in tmp_path.iterdir()) == before

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.commands.verify import parser
+from megatron_tiedlora.config.adapter_settings import VerifySettings
+from megatron_tiedlora.config.cli import build_parser
 from megatron_tiedlora.convert import verify
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -38,7 +39,7 @@ def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_help_says_what_is_compared_bit_by_bit() -> None:
     """See `bit_lines` in the report: merged files, and PEFT files of this package."""
-    help_text = " ".join(parser().format_help().split())
+    help_text = " ".join(build_parser(VerifySettings).format_help().split())
     assert "Every tensor of the merged files is compared bit by bit" in help_text
     assert "A PEFT folder that this package exported is compared bit by bit with the adapter's export" in help_text
 
@@ -236,9 +237,9 @@ def test_the_table_of_nan_fails() -> None:
 
 def test_the_command_takes_a_peft_folder_as_the_adapter(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As merging does."""
-    from megatron_tiedlora.commands.verify import main
+    from megatron_tiedlora.commands.front import call
 
     peft, merged = str(exported / "peft"), str(exported / "merged")
-    assert main(["--adapter", peft, "--merged", merged, "--in", "none", "--dtype", "bf16"]) == 0
+    assert call("verify", ["--adapter", peft, "--merged", merged, "--in", "none", "--dtype", "bf16"]) == 0
     *_, judged = capsys.readouterr().out.splitlines()
     assert judged.startswith("  against rounded weights") and judged.split()[3] == "0.0e+00"

@@ -27,7 +27,7 @@ MEASURE = """
 import sys, threading
 from pathlib import Path
 from megatron_tiedlora.convert import inputs, verify  # imported here: they do not count
-from megatron_tiedlora.commands.verify import main
+from megatron_tiedlora.commands.front import call
 
 def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
@@ -40,7 +40,7 @@ done, start = threading.Event(), anonymous()
 seen = [start]
 thread = threading.Thread(target=watch)
 thread.start()
-status = main(sys.argv[1:])
+status = call("verify", sys.argv[1:])
 done.set(), thread.join()
 print(status, len(seen), start, max(seen))
 """

@@ -13,7 +13,7 @@ from bytes_touched import BytesTouched
 from folders import ROOT
 from planned import H100, changed, searched, short, the_only
 
-from megatron_tiedlora.commands import plan as command
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 from megatron_tiedlora.parallel import fp8_products
@@ -181,11 +181,11 @@ def test_formats_are_equally_fast_within_half_a_percent() -> None:
 
 def test_what_fits_in_another_format_only(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is started in a format that was not asked for; the status says that nothing fits."""
-    assert command.main(["--model=llama2-70b", "--gpus_per_node=1"]) == 1
+    assert call("plan", ["--model=llama2-70b", "--gpus_per_node=1"]) == 1
     text = capsys.readouterr().out
     assert "hint: nf4 would fit (t1p1d1-b1-zero0-selective-nf4, 1," in text and "\nstart" not in text
     assert "weights alone; --recompute full --base nf4 fits" in text
-    assert command.main(["--model=llama2-70b", "--gpus_per_node=1", "--formats=nf4"]) == 0
+    assert call("plan", ["--model=llama2-70b", "--gpus_per_node=1", "--formats=nf4"]) == 0
     assert "\nstart t1p1d1-b1-zero0-selective-nf4\n" in capsys.readouterr().out
 
 

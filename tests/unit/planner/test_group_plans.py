@@ -16,7 +16,7 @@ from run_helpers import Base, run_ranks, write_base
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.commands import plan as command
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
@@ -167,7 +167,7 @@ def test_stages_share_what_they_do_alike(tmp_path: Path, flag: str, of_stage: in
 
 def planned(folder: Path, *flags: str) -> dict[str, Any]:
     """The record of a plan, whose YAML is written beside it."""
-    assert command.main([*flags, f"--json={folder / 'plan.json'}", f"--yaml={folder / 'plan.yaml'}"]) == 0
+    assert call("plan", [*flags, f"--json={folder / 'plan.json'}", f"--yaml={folder / 'plan.yaml'}"]) == 0
     record: dict[str, Any] = json.loads((folder / "plan.json").read_text())
     return record
 
@@ -301,7 +301,7 @@ def test_the_report_says_how_the_group_compares(three: str, capsys: pytest.Captu
     """One line, whose ratio is that of the two numbers; and the arithmetic of a row."""
     name = "t1p2d4-b1-zero0"
     flags = ["--model=llama2-13b", f"--adapters={three}", "--global_batch_size=16", "--formats=none"]
-    assert command.main([*flags, f"--layout={name}", f"--why={name}"]) == 0
+    assert call("plan", [*flags, f"--layout={name}", f"--why={name}"]) == 0
     text = capsys.readouterr().out
     numbers = re.search(rf"{name}: 3 adapters together take ([\d.]+) hours; .*, ([\d.]+) \(([\d.]+) x as long\)", text)
     assert numbers is not None

@@ -19,7 +19,7 @@ from tiny_models import write_tiny_model, write_tiny_tokenizer
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.commands import plan as command
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.links import Links
@@ -48,7 +48,7 @@ class Printed:
 
 def planned(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> Printed:
     """Run the command in this process."""
-    status = command.main([*flags, f"--json={folder / 'plan.json'}", f"--yaml={folder / 'plan.yaml'}"])
+    status = call("plan", [*flags, f"--json={folder / 'plan.json'}", f"--yaml={folder / 'plan.yaml'}"])
     record = json.loads((folder / "plan.json").read_text())
     return Printed(capsys.readouterr().out, record, folder / "plan.yaml", status)
 
@@ -174,21 +174,21 @@ SMALL = ("--model=llama2-7b", "--gpus_per_node=1", "--formats=none", "--global_b
 
 def test_a_layout_that_does_not_fit_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On standard error, as is a YAML that could not be written."""
-    assert command.main([*SMALL, "--layout=t1p1d1-b8-zero1"]) == 0
+    assert call("plan", [*SMALL, "--layout=t1p1d1-b8-zero1"]) == 0
     words = capsys.readouterr().err
     assert re.match(r"warning: --layout does not fit: t1p1d1-b8-zero1: \d+\.\d of 84.9 GB, .* fits\n$", words)
     file = tmp_path / "p.yaml"
-    assert command.main(["--model=llama2-70b", "--gpus_per_node=1", "--formats=none", f"--yaml={file}"]) == 1
+    assert call("plan", ["--model=llama2-70b", "--gpus_per_node=1", "--formats=none", f"--yaml={file}"]) == 1
     assert capsys.readouterr().err == f"warning: --yaml {file} is not written, as no layout fits\n"
     assert not file.exists()
 
 
 def test_json_is_printed_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """For `-`; other files are written into folders that are made for them."""
-    assert command.main([*SMALL, "--json=-", f"--yaml={tmp_path / 'new' / 'p.yaml'}"]) == 0
+    assert call("plan", [*SMALL, "--json=-", f"--yaml={tmp_path / 'new' / 'p.yaml'}"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["model"] == "llama2-7b" and printed.err == ""
-    assert command.main([*SMALL, f"--json={tmp_path / 'other' / 'p.json'}"]) == 0
+    assert call("plan", [*SMALL, f"--json={tmp_path / 'other' / 'p.json'}"]) == 0
     assert {path.name for path in tmp_path.glob("*/*")} == {"p.yaml", "p.json"}
 
 
@@ -207,12 +207,12 @@ def test_wrong_files_are_found_before_planning(
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
-        command.main(["--model=nosuch", "--task=squad", *flags])
+        call("plan", ["--model=nosuch", "--task=squad", *flags])
 
 
 def test_a_command_has_the_flags_of_the_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without --yaml the flags stand in the command, which `tiedlora train` accepts."""
-    assert command.main(["--model=llama2-13b", "--global_batch_size=16", "--formats=none", "--seed=7"]) == 0
+    assert call("plan", ["--model=llama2-13b", "--global_batch_size=16", "--formats=none", "--seed=7"]) == 0
     text = capsys.readouterr().out
     line = next(line for line in text.splitlines() if "tiedlora run" in line)
     words = line.split()

@@ -15,7 +15,7 @@ pytest.importorskip("accelerate")
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.trackers import TENSORBOARD, TRACKER_NAMES
+from megatron_tiedlora.config.train_fields import TENSORBOARD, TRACKER_NAMES
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
 from megatron_tiedlora.runtime.trackers import check_installed
 

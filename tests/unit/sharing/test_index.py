@@ -18,9 +18,10 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.file_hash import file_sha256
-from megatron_tiedlora.commands.index import main
+from megatron_tiedlora.commands.front import call
+from megatron_tiedlora.config.adapter_settings import FILTERS
 from megatron_tiedlora.sharing.collection import build_index, verify_entries
-from megatron_tiedlora.sharing.index import FILTERS, INDEX_FILE, find_entries
+from megatron_tiedlora.sharing.index import INDEX_FILE, find_entries
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -93,7 +94,7 @@ def test_what_cannot_be_read_is_said_and_left_out(root: Path) -> None:
     count, problems = build_index(root)
     assert count == 2 and len(problems) == 2
     assert "cut/adapter_config.json: not valid JSON" in problems[0] and "does not match its own checksum" in problems[1]
-    assert main([str(root)]) == 1
+    assert call("index", [str(root)]) == 1
 
 
 def test_odd_folders_are_one_line(root: Path) -> None:
@@ -131,9 +132,9 @@ def test_verify_names_what_is_damaged_or_changed(root: Path, capsys: pytest.Capt
     problems = verify_entries(root, find_entries(root, {}))
     assert problems[0] == f"{changed}: has changed since it was indexed"
     assert problems[1].startswith(f"{damaged / WEIGHTS}: does not match its checksum") and len(problems) == 2
-    assert main([str(root), "verify"]) == 1
+    assert call("index", [str(root), "verify"]) == 1
     assert capsys.readouterr().out.count("FAILED") == 2
-    assert main([str(root), "verify", "--method", "tl6"]) == 0
+    assert call("index", [str(root), "verify", "--method", "tl6"]) == 0
 
 
 def test_diff(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,30 +142,30 @@ def test_diff(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip_bit(root / "others/copy" / WEIGHTS, "o_proj.B", bit=20)
     reseal(root / "others/copy")
     build_index(root)
-    assert main([str(root), "diff", "lora", "others/lora"]) == 0
+    assert call("index", [str(root), "diff", "lora", "others/lora"]) == 0
     assert capsys.readouterr().out == "the same\n"
-    assert main([str(root), "diff", "lora", "copy"]) == 1
+    assert call("index", [str(root), "diff", "lora", "copy"]) == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("o_proj.B: differs by up to ")
-    assert main([str(root), "diff", "lora", "layers"]) == 1
+    assert call("index", [str(root), "diff", "lora", "layers"]) == 1
     out = capsys.readouterr().out
     assert "method: 'lora' and 'tl5'" in out and f"o_proj.A: only in {root / 'others/lora'}" in out
 
 
 def test_the_table_and_the_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(root)]) == 0
+    assert call("index", [str(root)]) == 0
     assert capsys.readouterr().out == f"indexed 3 adapters: {root / INDEX_FILE}\n"
-    main([str(root), "find", "--targets", "o_proj,qkv"])
+    call("index", [str(root), "find", "--targets", "o_proj,qkv"])
     heading, row, _, count = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["name", "base", "method"] and row.split()[:4] == ["lora", "tiny", "lora", "4"]
     assert count == "1 adapter"
-    main([str(root), "find", "--json"])
+    call("index", [str(root), "find", "--json"])
     assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()] == ["layers", "lora", "first"]
 
 
 def test_finding_does_not_wait_for_torch(root: Path) -> None:
     build_index(root)
-    code = "import sys; from megatron_tiedlora.commands.index import main; main(sys.argv[1:])"
+    code = "import sys; from megatron_tiedlora.commands.front import call; call('index', sys.argv[1:])"
     code += "; assert 'torch' not in sys.modules"
     for words in (["find", "--method", "tl6"], ["find", "--json"]):
         done = subprocess.run(
@@ -211,7 +212,7 @@ WRONG = {
     "json": ([".", "verify", "--json"], "--json is for find, not for verify"),
     "one": ([".", "diff", "a"], "diff: give the names or paths of two adapters"),
     "name": ([".", "find", "a"], "find takes no name of an adapter; give a with --name"),
-    "action": ([".", "remove"], "invalid choice: 'remove'"),
+    "action": ([".", "remove"], "ACTION remove: input should be 'build', 'find', 'verify' or 'diff'"),
     "target": ([".", "find", "--targets", "q"], "--targets"),
 }
 
@@ -221,7 +222,7 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     words, message = WRONG[case]
     with pytest.raises(UserError) as error:
-        main(words)
+        call("index", words)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -236,4 +237,4 @@ def test_two_of_one_name_are_asked_by_path(root: Path) -> None:
     shutil.copytree(root / "others/lora", root / "more/lora")
     build_index(root)
     with pytest.raises(UserError, match=r"'?lora'? names 2 adapters; give one's path"):
-        main([str(root), "diff", "lora", "first"])
+        call("index", [str(root), "diff", "lora", "first"])

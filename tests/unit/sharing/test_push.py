@@ -327,11 +327,11 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_are_one_line(run_folder: Path, case: str) -> None:
-    from megatron_tiedlora.commands.push import main
+    from megatron_tiedlora.commands.front import call
 
     words, message = WRONG[case]
     with pytest.raises(UserError) as error:
-        main([str(run_folder), *words])
+        call("push", [str(run_folder), *words])
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 

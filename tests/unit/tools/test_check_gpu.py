@@ -20,6 +20,7 @@ from folders import ROOT
 from ranks import ENVIRONMENT
 
 from megatron_tiedlora.commands import check_gpu
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.gpu_checks import attention, child, children, correct, env, host, output, records, reference
 from megatron_tiedlora.gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_shape
 from megatron_tiedlora.gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
@@ -220,10 +221,10 @@ def test_a_gpu_that_ranks_would_not_use_is_none(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(("flags", "said"), [(["--parts=speed,fast"], "fast"), (["--minutes=0"], "more than 0")])
 def test_wrong_flags_are_rejected(flags: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(check_gpu.UserError, match=said):
-        check_gpu.main([f"--output={tmp_path}", *flags])
+        call("check-gpu", [f"--output={tmp_path}", *flags])
     (tmp_path / "file").touch()
     with pytest.raises(check_gpu.UserError, match="give a writable folder"):
-        check_gpu.main([f"--output={tmp_path / 'file'}"])
+        call("check-gpu", [f"--output={tmp_path / 'file'}"])
 
 
 @pytest.mark.parametrize(("status", "expected"), [("fail", 1), ("warn", 0), ("skip", 0)])
@@ -237,7 +238,7 @@ def test_a_failure_decides_the_exit_status(
         return [Check(part, "x", status)]
 
     monkeypatch.setattr(check_gpu, "run_part", run_part)
-    assert check_gpu.main(["--device=cpu", "--parts=env,correct", f"--output={tmp_path}"]) == expected
+    assert call("check-gpu", ["--device=cpu", "--parts=env,correct", f"--output={tmp_path}"]) == expected
     assert limits[1] > check_gpu.SHARES["correct"] + 0.9 * check_gpu.SHARES["env"], "what env left is for the next"
 
 

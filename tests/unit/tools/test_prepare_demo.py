@@ -167,15 +167,16 @@ def test_a_failed_download_is_one_line(tmp_path: Path) -> None:
 def test_what_is_missing_is_told_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_tiedlora.base import extras
     from megatron_tiedlora.commands import prepare_demo
+    from megatron_tiedlora.commands.front import call
 
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(prepare_demo, "download", lambda _: pytest.fail("it downloads"))
     monkeypatch.setattr(prepare_demo, "NEEDED_MB", 10**12)
     with pytest.raises(UserError, match=r"model: needs 1,000,000,000\.00 GB, but only"):
-        prepare_demo.main(["--output", str(tmp_path / "model")])
+        call("prepare-demo", ["--output", str(tmp_path / "model")])
     monkeypatch.setattr(extras, "find_spec", lambda module: None if module == "gguf" else module)
     with pytest.raises(UserError, match=r"^this needs gguf; install it with: pip install '?[^']*\[demo\]'?$"):
-        prepare_demo.main(["--output", str(tmp_path / "model")])
+        call("prepare-demo", ["--output", str(tmp_path / "model")])
     assert "demo" in next(row.about for row in COMMANDS if row.name == "prepare-demo")
     assert not (tmp_path / "model").exists()
 

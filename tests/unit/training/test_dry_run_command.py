@@ -14,7 +14,7 @@ from run_helpers import write_rows
 from tiny_models import write_tiny_model, write_tiny_tokenizer
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.commands import plan, train
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.presets import PRESETS
 
 SEVENTY = ("--dry_run", "--model=llama2-70b", "--world_size=16", "--tensor_parallel=2", "--pipeline_parallel=2")
@@ -46,7 +46,7 @@ def test_the_status_is_that_of_the_named_card(
     if together:
         (file,) = written(tmp_path, two="- name: a\n- name: b\n  rank: 16\n")
         flags = (f"--adapters={file}", *(flag.replace("zero1", "zero0") for flag in flags))
-    assert train.main([*SEVENTY, *flags]) == status
+    assert call("train", [*SEVENTY, *flags]) == status
     text = capsys.readouterr().out
     said = re.findall("IT DOES NOT FIT|: it fits", text)
     assert said == ([] if "--plan_for=gpu" in flags else ["IT DOES NOT FIT" if status else ": it fits"])
@@ -76,7 +76,7 @@ def test_the_dry_runs_of_the_documents_fit(capsys: pytest.CaptureFixture[str]) -
         model = words.index("--model") + 1
         words[model] = Path(words[model]).name
         assert words[model] in PRESETS, words
-        assert train.main(words) == 0, words
+        assert call("train", words) == 0, words
         assert ": it fits" in capsys.readouterr().out
 
 
@@ -96,36 +96,36 @@ def test_a_dry_run_of_a_folder_needs_no_data(folder: Path, tmp_path: Path, capsy
     none, some = "- name: a\n", "- name: b\n  train_file: rows.jsonl\n"
     two, mixed = written(tmp_path, two=f"{none}- name: b\n", mixed=none + some)
     for flags in ([], ["--task=custom"], [f"--adapters={two}"]):
-        assert train.main([f"--model={folder}", "--dry_run", "--gpu=h100", *flags]) == 0
+        assert call("train", [f"--model={folder}", "--dry_run", "--gpu=h100", *flags]) == 0
         text = capsys.readouterr().out
         assert "data\n  (none is read, so every row has 512 tokens; give --train_file or --task to count them)" in text
         assert "samples of 512 tokens, all supervised" in text
-    assert train.main(["--model=llama2-7b", "--dry_run", "--gpu=h100"]) == 0
+    assert call("train", ["--model=llama2-7b", "--dry_run", "--gpu=h100"]) == 0
     assert "(none is read, so every row has 4,096 tokens; give a model folder to count them)" in capsys.readouterr().out
     write_rows(tmp_path / "rows.jsonl", 24)
-    assert train.main([f"--model={folder}", "--dry_run", f"--train_file={tmp_path / 'rows.jsonl'}"]) == 0
+    assert call("train", [f"--model={folder}", "--dry_run", f"--train_file={tmp_path / 'rows.jsonl'}"]) == 0
     assert "none is read" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r"^--task is required: with --model other than demo, give --task or"):
-        train.main([f"--model={folder}"])
+        call("train", [f"--model={folder}"])
     with pytest.raises(UserError, match=r"^--task custom needs --train_file"):
-        train.main([f"--model={folder}", "--task=custom"])
+        call("train", [f"--model={folder}", "--task=custom"])
     with pytest.raises(UserError, match=r"^a: --task custom needs --train_file"):
-        train.main([f"--model={folder}", "--dry_run", f"--adapters={mixed}"])
+        call("train", [f"--model={folder}", "--dry_run", f"--adapters={mixed}"])
 
 
 def test_a_plan_of_a_folder_needs_no_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nor a --max_length that the model has: left out, it is the model's."""
     (two,) = written(tmp_path, two="- name: a\n- name: b\n")
     for flags in ([], [f"--adapters={two}"]):
-        assert plan.main([f"--model={folder}", "--gpus_per_node=1", "--global_batch_size=8", *flags]) == 0
+        assert call("plan", [f"--model={folder}", "--gpus_per_node=1", "--global_batch_size=8", *flags]) == 0
         text = capsys.readouterr().out
         assert "samples of 512 tokens each\n" in text and "left out, so assumed: --gpu h100, --max_length 512" in text
         assert "no data is read: every sample has the full length. To train, the command below needs one\n" in text
         assert "\nstart t1p1d1-" in text and " --max_length 512 " in text
-    assert plan.main([f"--model={folder}", "--gpus_per_node=1", f"--yaml={tmp_path / 'plan.yaml'}"]) == 0
+    assert call("plan", [f"--model={folder}", "--gpus_per_node=1", f"--yaml={tmp_path / 'plan.yaml'}"]) == 0
     assert yaml.safe_load((tmp_path / "plan.yaml").read_text())["max_length"] == 512
     capsys.readouterr()
-    assert plan.main([f"--model={folder}", "--gpus_per_node=1", "--max_length=256"]) == 0
+    assert call("plan", [f"--model={folder}", "--gpus_per_node=1", "--max_length=256"]) == 0
     assert "samples of 256 tokens each\n" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"^--max_length 4096: {folder} was trained for 512 positions"):
-        plan.main([f"--model={folder}", "--gpus_per_node=1", "--max_length=4096"])
+        call("plan", [f"--model={folder}", "--gpus_per_node=1", "--max_length=4096"])

@@ -16,7 +16,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.commands import merge, verify
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.merge import is_merge_of
 from megatron_tiedlora.runtime.run_folder import RunFolder
@@ -84,8 +84,8 @@ def test_another_merge_is_not_listed_and_the_command_merges_anew(run: Path, base
     assert named == expected and not any("from_pretrained" in line for line in lines)
     merging, verifying, *_ = commands(lines)
     assert merging[:2] == ["tiedlora", "merge"] and verifying[:2] == ["tiedlora", "verify"]
-    assert merge.main(merging[2:]) == 0 and is_merge_of(new, load_native_adapter(run / "adapter"))
-    assert verify.main([*verifying[2:], "--in=none"]) == 0
+    assert call("merge", merging[2:]) == 0 and is_merge_of(new, load_native_adapter(run / "adapter"))
+    assert call("verify", [*verifying[2:], "--in=none"]) == 0
 
 
 def test_every_line_is_one_for_a_shell(run: Path, base: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from megatron_tiedlora.config.settings import Schedule, Settings
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.train_fields import Schedule
 from megatron_tiedlora.training.optimizer import (
     SCHEDULES,
     learning_rate_factor,

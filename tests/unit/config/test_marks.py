@@ -1,0 +1,143 @@
+"""What settings are declared with: each says what it decides, and what is asked of the marks is what the code needs."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tiedlora.base.command_names import COMMANDS
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.fields import CommandSettings, Declared, declared, marked, setting_field, shared_field
+from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.sweep_settings import SweepSettings
+from megatron_tiedlora.runtime.run_folder import run_name
+
+MARKS = declared(Settings)
+
+
+def kinds() -> list[type[CommandSettings]]:
+    """The settings of every command, of its own."""
+    modules = {command.settings.partition(":")[0] for command in COMMANDS}
+    found = [importlib.import_module(f"megatron_tiedlora.config.{module}") for module in sorted(modules)]
+    return [
+        value
+        for module in found
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, CommandSettings) and value.__module__ == module.__name__
+    ]
+
+
+def test_all_commands_have_settings() -> None:
+    assert sorted(kind.prog for kind in kinds()) == sorted(f"tiedlora {command.name}" for command in COMMANDS)
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
+def test_every_setting_is_declared(kind: type[CommandSettings]) -> None:
+    for name, own in declared(kind).items():
+        assert isinstance(own, Declared) and kind.model_fields[name].description, name
+        assert own.group in kind.groups if kind.groups else not own.positional or own.metavar, name
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_every_setting_of_a_run_says_what_it_decides(name: str) -> None:
+    own = MARKS[name]
+    assert own.decides is not None
+    if own.by_content:
+        assert own.decides in ("data", "model"), "else it is not compared anyway"
+    if own.of_dry_run or own.lasts:
+        assert own.decides == "nothing"
+    if own.decides == "adapter":
+        assert own.per_adapter and own.compared
+    if own.holds == "rows":
+        assert own.decides == "data" and own.by_content and own.per_adapter
+    assert own.decided_by.keys() <= {"plan", "sweep"}
+
+
+def test_what_an_adapter_and_the_run_of_all_have() -> None:
+    both = set(marked(Settings, per_adapter=True)) & set(marked(Settings, of_group=True))
+    assert both == {"output_dir"}, "the folder of all has those of the adapters"
+    shared = {"model", "dtype", "base", "max_length", "micro_batch_size", "tensor_parallel", "ds_config", "packing"}
+    assert not shared & set(marked(Settings, per_adapter=True))
+    assert {"rank", "learning_rate", "beta1", "train_file", "seed"} <= set(marked(Settings, per_adapter=True))
+
+
+def test_what_a_resume_compares() -> None:
+    compared = set(marked(Settings, compared=True))
+    assert {"rank", "learning_rate", "seed", "dtype", "base", "max_length", "init_from", "train_on"} <= compared
+    for name in ("tensor_parallel", "packing", "model", "train_file", "output_dir", "save_interval", "adapters"):
+        assert name not in compared, name
+
+
+CHANGES: dict[str, Any] = {
+    **{"method": "lora", "rank": 4, "targets": "all", "alpha": 3.0, "layers": "1", "init_std_a": 0.5},
+    "init_std_b": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", marked(Settings, decides="adapter"))
+def test_a_run_is_named_after_what_is_not_derived(name: str) -> None:
+    """So --init_from need not be read to find the folder if all of these are given."""
+    same = run_name(make_settings({name: CHANGES[name]})) == run_name(make_settings({}))
+    assert same == MARKS[name].derived
+
+
+def test_an_evaluation_hands_on_what_it_shares() -> None:
+    """A sweep gives them to tiedlora evaluate as tiedlora train had them."""
+    shared = marked(EvaluateSettings, shared=True)
+    given = make_settings({"task": "demo", "seed": 3, "dtype": "fp32", "tensor_parallel": 2, "add_bos": "true"})
+    words = [f"--{name}={getattr(given, name)}" for name in shared if getattr(given, name) is not None]
+    found = parse_settings(words, EvaluateSettings)
+    assert len(shared) == 16 and all(getattr(found, name) == getattr(given, name) for name in shared)
+    assert not {"output_dir", "take_over", "max_length", "adapters"} & set(shared)
+    assert set(marked(BenchSettings, shared=True)) < set(Settings.model_fields)
+
+
+def test_what_a_sweep_records() -> None:
+    assert set(SweepSettings.model_fields) - set(marked(SweepSettings, lasts="")) == {
+        *("output_dir", "dry_run", "take_over", "tables_from")
+    }
+
+
+class Little(CommandSettings):
+    """Settings of a command without groups."""
+
+    prog = "little"
+    about = "A little."
+
+    where: str = setting_field("", "a place", metavar="PLACE", positional=True)
+    rank: int = shared_field(Settings, "rank", default=4, group="")
+    loud: bool = setting_field("", "say it", False)
+
+
+def test_a_shared_field_keeps_its_limits_and_its_names() -> None:
+    assert parse_settings(["here"], Little) == Little(where="here", rank=4, loud=False)
+    assert parse_settings(["--loud", "here", "--rank=8"], Little) == Little(where="here", rank=8, loud=True)
+    for words, said in (
+        (["here", "--rank=0"], "--rank 0: input should be greater than or equal to 1"),
+        (["here", "--lora_r=3"], r"unknown argument --lora_r \(here it is --rank\); see --help"),
+        (["--rank=2"], "the following arguments are required: PLACE"),
+        (["here", "there"], "unknown argument 'there'; see --help"),
+        (["here", "--loud=true"], "argument --loud: ignored explicit argument 'true'"),
+        (["here", "--config=x"], "unknown argument --config; see --help"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            parse_settings(words, Little)
+
+
+@pytest.mark.parametrize("kind", [Settings, EvaluateSettings, SweepSettings], ids=lambda kind: kind.__name__)
+def test_what_the_user_decides_anew_is_not_read_from_files(kind: type[CommandSettings], tmp_path: Path) -> None:
+    file, names = tmp_path / "mine.yaml", marked(kind, lasts="command")
+    assert names == (("take_over",) if kind is SweepSettings else ("take_over", "base_differs"))
+    for name in names:
+        file.write_text(f"{name}: true\n")
+        with pytest.raises(UserError, match=f"^{file}: {name} is not read from a file; give --{name} on the command"):
+            parse_settings([f"--config={file}"], kind)
+    file.write_text("versions: {}\ntake_over: true\noutput_dir: other\n")  # as a run has recorded them
+    assert parse_settings([f"--config={file}", "--output_dir=mine"], kind).output_dir == "mine"
+    assert not parse_settings([f"--config={file}", "--output_dir=mine"], kind).take_over
