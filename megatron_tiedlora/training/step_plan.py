@@ -198,8 +198,6 @@ class StepPlan:
 
     def _longest_document(self) -> int:
         """The tokens of the longest document."""
-        if self.layout.named:
-            return max(map(self._longest_row, self.plans))
         if self.samples is not None and self.shared.settings.packing:
             return max(dataset.longest for dataset, _ in self.samples.values())
         return max(padded(self._longest_row(name), self.layout.pad_multiple) for name in self.plans)
@@ -209,7 +207,7 @@ class StepPlan:
         if self.samples is None or not self.shared.settings.packing:
             return max(sum(self.plans[name].layout.rows for name, _ in some) for some in self.rounds)
         dp_size, most = self.shared.grid.dp_size, 0
-        for dp_rank in range(1 if self.layout.named else dp_size):
+        for dp_rank in range(dp_size):
             counts = {
                 name: [sum(map(len, rows)) + len(rows) for rows in batch.on_rank(dp_rank, dp_size=dp_size)]
                 for name, (_, batch) in self.samples.items()

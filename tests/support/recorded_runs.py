@@ -128,7 +128,7 @@ def start(base: Base, folder: Path, changes: dict[str, Any], ranks: int, status:
 def start_demo(folder: Path) -> None:
     """The demo, of which 20 steps; `tiedlora prepare-demo` must have been run."""
     arguments = ["--ds_config=zero2.json", f"--output_dir={folder}", "--dtype=fp32", "--max_steps=20"]
-    arguments += ["--eval_metric=loss", "--max_new_tokens=8"]  # answers take most of its time
+    arguments += ["--eval_metric=loss", "--max_new_tokens=8", "--global_batch_size=8"]  # else it takes half an hour
     cache = Path.home() / ".cache" / "megatron_tiedlora"
     world = start_ranks(arguments, folder=folder.parent, cache=cache, ranks=1, prelude=count_messages)
     world._deadline += 1800  # it takes minutes
