@@ -19,7 +19,7 @@ from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.tasks import TASKS
 from megatron_tiedlora.study.grid import Point, make_grid
 from megatron_tiedlora.study.plan import plan_sweep
-from megatron_tiedlora.study.record import write_record
+from megatron_tiedlora.study.record import StudyFolder, check_resumable, write_record
 from megatron_tiedlora.study.sweep import sweep
 
 
@@ -215,6 +215,32 @@ def test_a_task_without_a_test_set_needs_a_file(base: Base, tmp_path: Path) -> N
     arguments = [a for a in study_arguments(base, base.validation, tmp_path / "out") if "--test_file" not in a]
     with pytest.raises(UserError, match="--task custom has no test set of its own; give one with --test_file"):
         sweep(parse_sweep(arguments), no_start)
+
+
+@pytest.mark.parametrize(
+    ("flag", "refused"),
+    [
+        *((f"--{name}=1", False) for name in ("save_interval", "keep_checkpoints", "eval_batch_size")),
+        *((f"--{name}=0.5", True) for name in ("weight_decay", "dropout", "tokenizer")),
+        *((f"--{name}=77", True) for name in ("seed", "patience")),
+        *(("--prompt_template={prompt}!", True), ("--chat_template=other", True)),
+        ("--columns=prompt=completion", True),
+    ],
+)
+def test_what_a_resumed_study_may_change(base: Base, tmp_path: Path, flag: str, refused: bool) -> None:
+    """Nothing that decides a number; and where a run would compare contents, a study compares names as well."""
+    arguments = study_arguments(base, base.validation, tmp_path / "out")
+    folder, command = StudyFolder(tmp_path / "out"), parse_sweep(arguments)
+    record = plan_sweep(command).base
+    folder.path.mkdir()
+    write_record(folder, command, record)
+    again = parse_sweep([*arguments, flag])
+    if not refused:
+        check_resumable(folder, again, record)
+        return
+    name = flag.partition("=")[0]
+    with pytest.raises(UserError, match=f"the sweep was started with {name} .*, now it is .*; give the same"):
+        check_resumable(folder, again, record)
 
 
 def test_a_folder_with_other_things(base: Base, tmp_path: Path) -> None:
