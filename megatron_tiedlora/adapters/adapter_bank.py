@@ -24,7 +24,7 @@ from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of
 Part = TypeVar("Part")
 
 
-ALONE = ""  # the name of an adapter that is the only one
+ONLY = ""  # the name of an adapter that is the only one
 
 
 class Share(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.benchmark.plan import base_matmul_rate, plan_benchmark, read_samples, saved_formula
 from megatron_tiedlora.benchmark.report import compare_traffic
@@ -69,12 +69,12 @@ class Started:
 
     def take(self, step: TrainingStep) -> AdapterStep:
         """Take a step; all ranks call it together. Raises RunFailed if it cannot be taken."""
-        return self.train_step.run({ALONE: step}).only
+        return self.train_step.run({ONLY: step}).only
 
     @property
     def finished(self) -> int:
         """The number of the last step."""
-        return self.train_step.finished[ALONE]
+        return self.train_step.finished[ONLY]
 
     def seconds_of(self, step: TrainingStep) -> float:
         """Take a step that all ranks start together; returns the seconds of the slowest rank."""
@@ -86,7 +86,7 @@ class Started:
         """What the planner says of a step on a machine of this one's hosts. All ranks call it together."""
         plan = self.plan
         batch = plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
-        batches = StepPlan({ALONE: plan}, samples={ALONE: (self.dataset, batch)}).batches
+        batches = StepPlan({ONLY: plan}, samples={ONLY: (self.dataset, batch)}).batches
         return planned_seconds(plan.stages, batches, Links(plan.layout, ranks_here()), machine)
 
 
@@ -125,7 +125,7 @@ def _planned(run: Started, step: TrainingStep, machine: Machine) -> dict[str, An
     """
     plan = run.plan
     batch = plan.global_batch(run.dataset, consumed_samples=step.consumed_samples)
-    memory = StepPlan({ALONE: plan}, samples={ALONE: (run.dataset, batch)}).largest.memory(plan.stage, machine)
+    memory = StepPlan({ONLY: plan}, samples={ONLY: (run.dataset, batch)}).largest.memory(plan.stage, machine)
     spent = run.planned_seconds(step, machine)
     reserve = 0.0 if plan.on_gpu else memory.libraries
     return {"peak": memory.allocated + reserve, "machine": machine.title, "seconds": spent._asdict()}
@@ -141,10 +141,10 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
     device = join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
     chosen = choose_kernels(plan, device)
     if plan.source.folder is None:
-        built = build_random_model({ALONE: plan}, device, kernels=chosen.kernels)
+        built = build_random_model({ONLY: plan}, device, kernels=chosen.kernels)
     else:
-        built = build_model({ALONE: plan}, device, kernels=chosen.kernels)
-    train_step = TrainStep({ALONE: plan}, built.runner, StopRequests())
+        built = build_model({ONLY: plan}, device, kernels=chosen.kernels)
+    train_step = TrainStep({ONLY: plan}, built.runner, StopRequests())
     loader = plan.training_loader(dataset, pad_id=pad_id)
     return Started(plan, dataset, built.runner, train_step, loader, chosen.description)
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE, AdapterBank
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import sum_gradients_
 from megatron_tiedlora.engine.engine import (
@@ -182,7 +182,7 @@ class EngineOptimizer(Optimizers):
 
     def sum_tied(self) -> None:
         """Sum the tied gradients over stages and data-parallel ranks, before the engine averages over the latter."""
-        self._missing = sum_gradients_({ALONE: self._adapter}, self._groups, engine_averages=True)
+        self._missing = sum_gradients_({ONLY: self._adapter}, self._groups, engine_averages=True)
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
         """See Optimizers. DeepSpeed divides by the rest: accumulation steps x data-parallel ranks."""

@@ -157,6 +157,8 @@ class PlainRunner(Runner):
                 self.engine.step()  # changes no parameter
             if index < len(batches):
                 between()
+        if not self.optimizers.engine_steps:
+            self.engine.global_steps += 1  # DeepSpeed's flops_profiler counts steps by it
         return losses.sums(counted=self.counts_loss)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.benchmark.timing import profiled
 from megatron_tiedlora.data.loader import TrainingStep
@@ -55,13 +55,13 @@ def check(report: Report, options: CheckOptions) -> None:
 
 def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
     """Only the forward and backward passes of a step."""
-    inputs = [shared_micro_batch([(ALONE, batch)]) for batch in step.micro_batches]
-    return lambda: run.runner.accumulate(inputs, {ALONE: (float(step.num_supervised),)}, lambda: None)
+    inputs = [shared_micro_batch([(ONLY, batch)]) for batch in step.micro_batches]
+    return lambda: run.runner.accumulate(inputs, {ONLY: (float(step.num_supervised),)}, lambda: None)
 
 
 def use_up(run: Started) -> None:
     """Take a step with the gradients that there are, as an engine expects."""
-    run.runner.optimizers.take(ALONE, 0.0)
+    run.runner.optimizers.take(ONLY, 0.0)
     run.runner.optimizers.clear()
 
 

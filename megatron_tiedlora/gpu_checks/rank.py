@@ -44,7 +44,7 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
     """Train the steps; rank 0 writes the results."""
     from safetensors.torch import save_file
 
-    from megatron_tiedlora.adapters.adapter_bank import ALONE
+    from megatron_tiedlora.adapters.adapter_bank import ONLY
     from megatron_tiedlora.benchmark.layout import start
     from megatron_tiedlora.benchmark.plan import plan_benchmark
 
@@ -59,7 +59,7 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
     )
     run = start(plan, settings)
     losses = [run.take(next(run.loader)).loss for _ in range(order.steps)]
-    state = run.runner.full_state(ALONE, plan.adapter_layout)
+    state = run.runner.full_state(ONLY, plan.adapter_layout)
     if rank == 0:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / ADAPTER)
         (folder / RESULT).write_text(json.dumps({"losses": losses}))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE, AdapterBank, Shares
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.model.attention import AnyCache, Attention
@@ -87,7 +87,7 @@ class Stage(nn.Module):
     def hold(self, adapters: TiedAdapter | AdapterBank | None, *, is_engines: bool = False) -> None:
         """Have these adapters from now on; see `__init__`."""
         if isinstance(adapters, TiedAdapter):
-            adapters, is_engines = AdapterBank({ALONE: adapters}), True
+            adapters, is_engines = AdapterBank({ONLY: adapters}), True
         self.bank = adapters
         self.adapter: TiedAdapter | None = None
         if adapters is not None and is_engines:

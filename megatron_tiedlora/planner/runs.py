@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
@@ -116,7 +116,7 @@ class PlannedRun:
         found = []
         for name, plan in variant.step.plans.items():
             samples = variant.step.samples
-            step = StepPlan({ALONE: plan}, samples=None if samples is None else {ALONE: samples[name]})
+            step = StepPlan({ONLY: plan}, samples=None if samples is None else {ONLY: samples[name]})
             own = {key: getattr(step.layout, key) for key in ("adapters", "named", "micro_batches", "compiled")}
             found.append(Variant(replace(variant.layout, **own), step, is_default=False))
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.errors import UserError, naming
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.progress import progress_bar
@@ -32,7 +32,7 @@ def adapter_settings(settings: Settings) -> dict[str, Settings]:
         UserError: what is wrong with the file of --adapters.
     """
     if settings.adapters is None:
-        return {ALONE: settings}
+        return {ONLY: settings}
     found, output_dir = {}, settings.output_dir
     folder = last_run_folder(run_name(settings)).path if output_dir is None else user_path(output_dir)
     for name, given in read_adapters(settings.adapters, settings).items():
@@ -90,18 +90,18 @@ def check_clipping(plan: RunPlan) -> None:
 
 def folder_kind(plans: Plans) -> type[RunFolder]:
     """What the folder of a run of these adapters is."""
-    return RunFolder if set(plans) == {ALONE} else GroupFolder
+    return RunFolder if set(plans) == {ONLY} else GroupFolder
 
 
 def run_folder_name(settings: Settings, plans: Plans) -> str:
     """The name of the run's folder in runs/, unless --output_dir is given."""
-    return run_name(settings) if folder_kind(plans) is GroupFolder else plans[ALONE].name
+    return run_name(settings) if folder_kind(plans) is GroupFolder else plans[ONLY].name
 
 
 def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
     """The run folder of each adapter: the run's own if it is the only one, else RUN/NAME, or what its entry says."""
     if folder_kind(plans) is RunFolder:
-        return {ALONE: folder}
+        return {ONLY: folder}
     given = {name: plan.settings.output_dir or str(folder.path / name) for name, plan in plans.items()}
     return {name: RunFolder(user_path(output_dir)) for name, output_dir in given.items()}
 

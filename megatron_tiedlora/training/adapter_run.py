@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.base.errors import UserError
@@ -48,7 +48,7 @@ class Evaluated(NamedTuple):
 
 def named(name: str, line: str) -> str:
     """A line about an adapter; it begins with its name, unless it is the only one."""
-    return line if name == ALONE else f"{name}: {line}"
+    return line if name == ONLY else f"{name}: {line}"
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE, AdapterBank
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
 from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.gathering import MOMENTS, AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
@@ -66,7 +66,7 @@ from megatron_tiedlora.training.plan import RunPlan
 
 def steps_by_engine(plans: Plans) -> bool:
     """Whether DeepSpeed's optimizer steps the adapter, sharded as ZeRO says; it can do so for one alone."""
-    return set(plans) == {ALONE} and plans[ALONE].engine.zero_stage > 0
+    return set(plans) == {ONLY} and plans[ONLY].engine.zero_stage > 0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.errors import UserError, printable
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
@@ -61,6 +62,7 @@ class Trainer:
     rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
+    _rates: str = ""
     _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:
@@ -168,11 +170,13 @@ class Trainer:
         for name, run in running.items():
             with run.failing_alone():
                 said.append(run.took(samples[name], report))
-                bar.update(1)
         self.last_step += 1
+        self._rates = said[-1] if ONLY in self.everyone else said[0]
+        self._set_postfix(bar)  # before the count, with which the bar is drawn
+        bar.update(len(said) - 1)
         self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
         self._after_step(self._running(), bar)
-        self._show(bar, said[0] if len(self.everyone) > 1 else said[-1])
+        self._show(bar)
 
     def _after_step(self, runs: Mapping[str, AdapterRun], bar: Any) -> None:
         """The evaluations that are due, together, and then the saves of each."""
@@ -210,16 +214,20 @@ class Trainer:
                     running[name].end_behind(reason)
                     bar.write(printable(named(name, f"stopped, {reason}")))
 
-    def _show(self, bar: Any, rates: str = "") -> None:
+    def _set_postfix(self, bar: Any) -> None:
+        """Have the bar say how many adapters run, if they have names, and the rates of the last step."""
+        states = [run.state for run in self.everyone.values()]
+        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
+        counts = "" if ONLY in self.everyone else ", ".join(f"{states.count(state)} {state}" for state in shown)
+        bar.set_postfix_str(printable("; ".join(filter(None, (counts, self._rates)))), refresh=False)
+
+    def _show(self, bar: Any) -> None:
         """Show the progress, and who has failed; write the table, if more than steps have changed."""
         for name in self.failed:
             if name not in self._told:
                 bar.write(printable(named(name, f"failed: {self.adapters[name].failure}")))
                 self._told.add(name)
-        states = [run.state for run in self.everyone.values()]
-        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
-        counts = ", ".join(f"{states.count(state)} {state}" for state in shown) if len(states) > 1 else ""
-        bar.set_postfix_str(printable("; ".join(filter(None, (counts, rates)))))
+        self._set_postfix(bar)
         try:
             self.write_table()
         except UserError as error:  # raised when all ranks agree, at the next step

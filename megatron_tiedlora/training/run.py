@@ -37,8 +37,7 @@ def train_rank(settings: Settings) -> End:
         plans = counted(plans, data)
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
         end.watch_peers(settings.timeout_minutes)
-        start = open_run(settings, plans, data, keep=end.hold)
-        end.owner = start.folder.owner
+        start = open_run(settings, plans, data, end)
         if not start.left:
             lines = finish.end_at_once(start, end)
             if start.is_main:
@@ -60,5 +59,6 @@ def train_rank(settings: Settings) -> End:
         if start.is_main:
             show(*finish.export_all(trainer), *finish.last_lines(trainer))
             finish.set_end(trainer, end)
-            show(*finish.original_losses(trainer))
+            if lines := finish.original_losses(trainer):
+                show(*lines)
     return end

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing, raise_on_every_rank
+from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size
 from megatron_tiedlora.runtime.run_folder import (
@@ -65,8 +66,9 @@ class Start:
     Attributes:
         plans: of all adapters, by name.
         folder: of the run, which rank 0 owns.
-        folders: of each adapter; those without an owner are new.
+        folders: of each adapter; those that are new have no owner until they are made (`make_trainer`).
         checkpoints: from which each continues; None: it begins.
+        finished: the adapters that an earlier start has finished.
         held: what gives the folders back at the end, on rank 0. The run's is the last.
     """
 
@@ -77,6 +79,7 @@ class Start:
     held: ExitStack
     folders: dict[str, RunFolder] = field(default_factory=dict)
     checkpoints: dict[str, Checkpoint | None] = field(default_factory=dict)
+    finished: dict[str, Finished] = field(default_factory=dict)
 
     @property
     def is_main(self) -> bool:
@@ -88,28 +91,20 @@ class Start:
         """Whether each adapter has a folder and an end of its own, beside the run's."""
         return isinstance(self.folder, GroupFolder)
 
-    @cached_property
-    def finished(self) -> dict[str, Finished]:
-        """The adapters that an earlier start has finished and exported, and that have no step left by their settings.
-
-        What --halving stopped is finished too, unless this start is without it. The only adapter of a run is none of
-        them: it is scored and exported once more.
-        """
-        return _finished_before(self)
-
     @property
     def left(self) -> dict[str, RunPlan]:
         """The plans of the adapters that are trained or finished now."""
         return {name: plan for name, plan in self.plans.items() if name not in self.finished}
 
 
-def open_run(settings: Settings, plans: Plans, data: Data, *, keep: Callable[[Callable[[], None]], None]) -> Start:
+def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
     """Choose the folder of the run on rank 0, which becomes its owner, and tell every rank; find the checkpoints.
 
     A start that cannot continue the run in a folder does not take the folder over. Nothing is written yet.
 
     Args:
-        keep: called with the function that releases all folders at the end.
+        end: of the run. It releases all folders, and gets the owner at once, so that peers can give the folder up if
+            rank 0 is lost while it reads checkpoints.
 
     Raises:
         UserError: a folder is in use, or holds a run that this start cannot continue, or ranks have other data; on
@@ -118,7 +113,7 @@ def open_run(settings: Settings, plans: Plans, data: Data, *, keep: Callable[[Ca
     for own in {id(own): own for own in data.values()}.values():
         check_same_data(own)
     held = ExitStack()
-    keep(held.close)
+    end.hold(held.close)
 
     def reject_other_runs(folder: RunFolder) -> None:
         for name, own in adapter_folders(plans, folder).items():
@@ -133,6 +128,7 @@ def open_run(settings: Settings, plans: Plans, data: Data, *, keep: Callable[[Ca
         before=reject_other_runs,
         after=partial(check_run_folders, settings, plans),
     )
+    end.owner = folder.owner
     plans = in_folder(plans, folder)
     opened = Start(settings, plans, data, folder, held)
     _open_run_folders(opened)
@@ -141,6 +137,7 @@ def open_run(settings: Settings, plans: Plans, data: Data, *, keep: Callable[[Ca
             opened.checkpoints[name] = find_checkpoint(plan, data[name], opened.folders[name])
     saved = {name: None if found is None else found.settings for name, found in opened.checkpoints.items()}
     opened.plans = {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
+    opened.finished = _finished_before(opened)
     return opened
 
 
@@ -202,6 +199,11 @@ def check_same_data(data: RunData) -> None:
 
 
 def _finished_before(start: Start) -> dict[str, Finished]:
+    """The adapters that an earlier start has finished and exported, and that have no step left by their settings.
+
+    What --halving stopped is finished too, unless this start is without it. The only adapter of a run is none of them:
+    it is scored and exported once more.
+    """
     if not start.several:
         return {}
 

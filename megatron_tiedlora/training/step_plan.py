@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import GlobalBatch, largest_positions, num_positions
 from megatron_tiedlora.data.shared import fill_rounds
@@ -116,7 +116,7 @@ class StepPlan:
     @cached_property
     def layout(self) -> Layout:
         """The record that the planners read."""
-        if ALONE in self.plans:
+        if ONLY in self.plans:
             return self.shared.layout
         return replace(
             self.shared.layout,

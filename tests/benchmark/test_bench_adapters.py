@@ -36,7 +36,7 @@ def group_of(model: Path, *more: str) -> AdapterSteps:
 def tensors_after(group: AdapterSteps, side: str) -> dict[str, torch.Tensor]:
     for _ in range(2):
         group.steps[side]()
-    return {name: parameter.detach() for name, parameter in group.bank.named_parameters()}
+    return {name: parameter.detach() for name, parameter in group.stage.bank.named_parameters()}
 
 
 @pytest.mark.parametrize(("more", "micro_batches"), [((), 1), (("--shared_tokens=80",), 2)])
@@ -44,7 +44,7 @@ def test_both_sides_take_the_same_steps(model: Path, more: tuple[str, ...], micr
     """So that their times are those of the same work: every tensor of every adapter has the same bits afterwards."""
     alone, together = (group_of(model, "--adapters=3", *more) for _ in range(2))
     assert len(together.shared) == len(together.joined) == micro_batches
-    before = {name: tensor.detach().clone() for name, tensor in alone.bank.named_parameters()}
+    before = {name: tensor.detach().clone() for name, tensor in alone.stage.bank.named_parameters()}
     expected, found = tensors_after(alone, IN_TURN), tensors_after(together, TOGETHER)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     changed = {name.split(".")[0] for name, tensor in expected.items() if not torch.equal(tensor, before[name])}
@@ -54,7 +54,7 @@ def test_both_sides_take_the_same_steps(model: Path, more: tuple[str, ...], micr
 def test_the_third_side_has_as_many_tokens_of_one_adapter(model: Path) -> None:
     group = group_of(model, "--adapters=3")
     assert [batch.tokens.shape for batch in group.joined] == [(6, 16)]
-    before = {name: tensor.detach().clone() for name, tensor in group.bank.named_parameters()}
+    before = {name: tensor.detach().clone() for name, tensor in group.stage.bank.named_parameters()}
     after = tensors_after(group, ONE)
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"adapter 0"}
 

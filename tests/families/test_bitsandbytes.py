@@ -55,7 +55,7 @@ def theirs(folder: Path) -> Any:
 
 
 def test_codes_and_scales_are_theirs(folder: Path, theirs: Any) -> None:
-    ours = frozen_weights(load_model(find_model(str(folder)), None, dtype=torch.bfloat16, base="nf4"))
+    ours = frozen_weights(load_model(find_model(str(folder)), None, dtype=torch.bfloat16, base_format="nf4"))
     compared = 0
     for index, layer in enumerate(theirs.model.layers):
         linears = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}

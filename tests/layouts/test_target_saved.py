@@ -11,7 +11,7 @@ import torch
 from forked_ranks import groups_of, run_on_ranks
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE, AdapterBank
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
 from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
@@ -107,7 +107,7 @@ def build(case: Case, config: AdapterConfig, plan: StagePlan, groups: ParallelGr
     tensor_parallel = TensorParallel(groups.tensor, case.shards_sequences)
     stage = Stage(
         specs[first : last + 1],
-        AdapterBank({ALONE: adapter}, {ALONE: Dropout(case.dropout, 0)} if case.dropout else None),
+        AdapterBank({ONLY: adapter}, {ONLY: Dropout(case.dropout, 0)} if case.dropout else None),
         tensor_parallel=tensor_parallel,
         recompute=case.recompute,
         is_engines=True,

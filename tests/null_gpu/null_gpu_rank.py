@@ -124,7 +124,7 @@ def _free_port() -> int:
 
 
 def _built(order: Order, device: torch.device) -> Any:
-    from megatron_tiedlora.adapters.adapter_bank import ALONE
+    from megatron_tiedlora.adapters.adapter_bank import ONLY
     from megatron_tiedlora.training.build import build_random_model
     from megatron_tiedlora.training.compiling import choose_kernels
     from megatron_tiedlora.training.plan import plan_run
@@ -159,9 +159,9 @@ def _built(order: Order, device: torch.device) -> Any:
     plan = plan_run(settings, rank=0, world_size=order.world_size, source=_source(order))
     chosen = choose_kernels(plan, device)
     assert order.compile == "false" or chosen.description.startswith("compiled"), chosen.description
-    built = build_random_model({ALONE: plan}, device, kernels=chosen.kernels)
-    train_step = TrainStep({ALONE: plan}, built.runner, StopRequests())
-    return plan, lambda step: train_step.run({ALONE: step}).only, _steps(order, plan)
+    built = build_random_model({ONLY: plan}, device, kernels=chosen.kernels)
+    train_step = TrainStep({ONLY: plan}, built.runner, StopRequests())
+    return plan, lambda step: train_step.run({ONLY: step}).only, _steps(order, plan)
 
 
 def _global_batch(order: Order) -> int:

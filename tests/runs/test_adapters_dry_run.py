@@ -6,6 +6,7 @@ import re
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,7 +195,8 @@ def open_folders(settings: Settings) -> None:
         patch.setattr(start, "num_differing", lambda value: 0)
         plans = plan_adapters(settings, rank=0, world_size=1)
         data = prepare_all_data(plans)
-        start.open_run(settings, plans, data, keep=held.callback)
+        end: Any = SimpleNamespace(hold=held.callback)
+        start.open_run(settings, plans, data, end)
 
 
 def test_thousands_of_adapters_are_planned_in_seconds(

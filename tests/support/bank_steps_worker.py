@@ -10,7 +10,7 @@ import torch
 from forked_ranks import join_as_launched
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
@@ -88,9 +88,9 @@ def _plan(settings: Settings) -> RunPlan:
 
 def _alone(plan: RunPlan, data: RunData, device: torch.device, kernels: Kernels) -> Trained:
     """Its steps in a run of its own."""
-    found, failures, _ = _train({ALONE: plan}, {ALONE: data}, device, kernels, shares=False)
+    found, failures, _ = _train({ONLY: plan}, {ONLY: data}, device, kernels, shares=False)
     assert not failures
-    return found[ALONE]
+    return found[ONLY]
 
 
 def _gradients(adapter: TiedAdapter) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from forked_ranks import join_as_launched
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.engine.engine import parameter_access
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
@@ -28,7 +28,7 @@ def base_values(cases: Sequence[dict[str, Any]], folder: str) -> list[tuple[Valu
         plan = plan_run(
             make_settings(settings), rank=distributed.get_rank(), world_size=distributed.get_world_size()
         )
-        built = build_model({ALONE: plan}, device)
+        built = build_model({ONLY: plan}, device)
         runner = built.runner
         values = {}
         for name, weight in frozen_weights(runner.stage).items():

@@ -30,7 +30,7 @@ def sgd(parameters: Any, *, learning_rate: float, weight_decay: float, betas: An
 def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> None:
     from safetensors.torch import load_file, save_file
 
-    from megatron_tiedlora.adapters.adapter_bank import ALONE
+    from megatron_tiedlora.adapters.adapter_bank import ONLY
     from megatron_tiedlora.adapters.tied_adapter import initial_values
     from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
     from megatron_tiedlora.runtime.stopping import StopRequests
@@ -50,15 +50,15 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     build.make_optimizer = sgd if use_sgd else make_optimizer
     values = load_file(case["start"]) if case.get("start") else None
     build.initial_values = initial_values if values is None else lambda _: values
-    built = build.build_model({ALONE: plan}, device)
+    built = build.build_model({ONLY: plan}, device)
     runner, layout = built.runner, built.layout(plan)
     if rank == 0:
         folder.path.mkdir(parents=True)
         start.write_run_settings(plan, folder)
     stop = StopRequests()
-    step = TrainStep({ALONE: plan}, runner, stop)
+    step = TrainStep({ONLY: plan}, runner, stop)
     run = AdapterRun(
-        name=ALONE,
+        name=ONLY,
         plan=plan,
         data=data,
         runner=runner,
@@ -67,16 +67,16 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
         folder=folder,
         log=MetricsLog(folder, resumed_step=0) if rank == 0 else None,
         meter=Meter(plan.source.shape, plan.adapter, Peak(1e9, "made up")),
-        checks=step.checks[ALONE],
+        checks=step.checks[ONLY],
     )
     if use_sgd:
         run.save = lambda **_: None  # it has no moments to save
-    Trainer({ALONE: run}, step, folder, stop, {ALONE: run}).run()
+    Trainer({ONLY: run}, step, folder, stop, {ONLY: run}).run()
     save_file(
-        {name: parameter.detach().clone() for name, parameter in runner.adapters[ALONE].named_parameters()},
+        {name: parameter.detach().clone() for name, parameter in runner.adapters[ONLY].named_parameters()},
         folder.path / f"rank{rank}.safetensors",
     )
-    state = runner.full_state(ALONE, layout)
+    state = runner.full_state(ONLY, layout)
     if rank == 0:
         save_file(state, folder.path / "adapter.safetensors")
     runner.engine.destroy()

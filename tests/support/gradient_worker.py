@@ -18,7 +18,7 @@ from oracle_training import OracleBatch
 from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE, AdapterBank
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
 from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
@@ -219,7 +219,7 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
     )
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
-        AdapterBank({ALONE: adapter}, {ALONE: Dropout(case.dropout, SEED)} if case.dropout else None),
+        AdapterBank({ONLY: adapter}, {ONLY: Dropout(case.dropout, SEED)} if case.dropout else None),
         tensor_parallel=TensorParallel(groups.tensor, case.sequence_parallel),
         recompute=case.recompute,
         is_engines=True,
@@ -271,7 +271,7 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     before = {name: factors[name].grad.clone() for name in tied if factors[name].grad is not None}
     with tied_counter:
         if grid.pp_size > 1:
-            assert not sum_gradients_({ALONE: adapter}, groups, engine_averages=True), "a gradient is missing"
+            assert not sum_gradients_({ONLY: adapter}, groups, engine_averages=True), "a gradient is missing"
     if grid.dp_size > 1:  # the engine's part: the sum over data-parallel ranks
         for parameter in factors.values():
             distributed.all_reduce(parameter.grad, group=groups.data.handle)

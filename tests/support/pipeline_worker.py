@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -126,15 +126,15 @@ def _plan(case: Case, **changes: Any) -> Any:
 
 
 def _start(case: Case, device: torch.device) -> _Started:
-    from megatron_tiedlora.adapters.adapter_bank import ALONE, Share
+    from megatron_tiedlora.adapters.adapter_bank import ONLY, Share
     from megatron_tiedlora.training.build import build_model
 
-    plans = {str(number): _plan(case, **own) for number, own in enumerate(case.adapters)} or {ALONE: _plan(case)}
+    plans = {str(number): _plan(case, **own) for number, own in enumerate(case.adapters)} or {ONLY: _plan(case)}
     (shared, *_), names = plans.values(), list(plans)
     runner = build_model(plans, device).runner
     optimizers = runner.optimizers
     batches = [
-        batch._replace(shares=(Share(names[index % len(names)], case.rows, case.length),))
+        replace(batch, shares=(Share(names[index % len(names)], case.rows, case.length),))
         for index, batch in enumerate(_batches(case, shared.source.shape.vocab_size))
     ]
     of_each = case.num_micro_batches // len(plans)

@@ -62,7 +62,7 @@ def count_steps(cases: list[Case], folder: str) -> list[Counted]:
 
 
 def _count(case: Case, device: torch.device) -> Counted:
-    from megatron_tiedlora.adapters.adapter_bank import ALONE
+    from megatron_tiedlora.adapters.adapter_bank import ONLY
     from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.data.tokenizer import padding_id
     from megatron_tiedlora.runtime.stopping import StopRequests
@@ -85,21 +85,21 @@ def _count(case: Case, device: torch.device) -> Counted:
 
         build._start_engine = look
         try:
-            runner = build.build_model({ALONE: plan}, device).runner
+            runner = build.build_model({ONLY: plan}, device).runner
         finally:
             build._start_engine = start_engine
         # On a busy machine the step before may have been a long one, after which ranks send a little more.
         train_step = TrainStep(
-            {ALONE: plan}, runner, StopRequests(), long_seconds=0.0 if case.long_steps else math.inf
+            {ONLY: plan}, runner, StopRequests(), long_seconds=0.0 if case.long_steps else math.inf
         )
         loader = plan.training_loader(data.train, pad_id=padding_id(data.tokenizer))
         assert case.steps_before in (0, GUARDED_STEPS), "the last checked step says more than those after it"
-        train_step.checks[ALONE] = StepChecks(runner, ALONE, check_steps=0, guarded_steps=case.steps_before)
+        train_step.checks[ONLY] = StepChecks(runner, ONLY, check_steps=0, guarded_steps=case.steps_before)
         for _ in range(case.steps_before):
-            train_step.run({ALONE: next(loader)})
+            train_step.run({ONLY: next(loader)})
         step = next(loader)
         with TrafficCounter(named_handles(runner.groups)) as counter:
-            _ = train_step.run({ALONE: step}).only
+            _ = train_step.run({ONLY: step}).only
     runner.engine.destroy()
     shapes = [(*batch.labels.shape, batch.num_supervised) for batch in step.micro_batches]
     base_bytes, saved = of_base

@@ -14,7 +14,7 @@ from oracle_adapter import ALL_TARGETS
 from shared_batches import Member, SharedBatch, joined, rounds
 from tiny_models import random_adapter, write_tiny_model
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE, AdapterBank
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
 from megatron_tiedlora.adapters.dropped_inputs import Dropout
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
@@ -214,8 +214,8 @@ def test_dropout_is_each_adapters_own(members: tuple[Member, ...], folder: Path)
         found: list[Gradients] = []
         for probability, seed in (dropout.get(name, Dropout(0.0, 0)), Dropout(0.0, 0)):
             adapter = adapter_of(member, folder, wide)
-            own_dropout = {ALONE: Dropout(probability, seed)} if probability else None
-            stage = stage_of(folder, AdapterBank({ALONE: adapter}, own_dropout), torch.bfloat16)
+            own_dropout = {ONLY: Dropout(probability, seed)} if probability else None
+            stage = stage_of(folder, AdapterBank({ONLY: adapter}, own_dropout), torch.bfloat16)
             alone = stage(batch.input_ids, batch.positions, batch.labels, documents=batch.documents, numbers=own)
             assert found or float(alone.detach()) == loss, name
             alone.backward()

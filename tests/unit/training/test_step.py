@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.adapters.adapter_bank import ALONE
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.training import step as module
 from megatron_tiedlora.training.checks import RunFailed
@@ -42,7 +42,7 @@ class Rank:
         norm: float = 0.5,
         wish: int = 0,
         engine_steps: bool = False,
-        names: Sequence[str] = (ALONE,),
+        names: Sequence[str] = (ONLY,),
     ) -> None:
         self.calls: list[str] = []
         self.missing: dict[str, list[str]] = {}
@@ -75,7 +75,7 @@ class Rank:
 
     def take(self, name: str, norm: float | None) -> float:
         assert norm == (None if self.engine_steps else self.found_norms[name])
-        self.calls.append("step" if name == ALONE else f"step of {name}")
+        self.calls.append("step" if name == ONLY else f"step of {name}")
         return self.found_norms[name]
 
     def learning_rate(self, name: str) -> float:
@@ -116,10 +116,10 @@ def step_of(*names: str) -> dict[str, Any]:
     return {name: SimpleNamespace(num_supervised=SUPERVISED[name]) for name in names}
 
 
-STEP = step_of(ALONE)
+STEP = step_of(ONLY)
 
 
-def made(rank: Any, monkeypatch: pytest.MonkeyPatch, names: Sequence[str] = (ALONE,), **options: Any) -> TrainStep:
+def made(rank: Any, monkeypatch: pytest.MonkeyPatch, names: Sequence[str] = (ONLY,), **options: Any) -> TrainStep:
     monkeypatch.setattr(module, "StepChecks", lambda *_, **__: rank)
     monkeypatch.setattr(module, "before_steps", rank.before_steps)
     monkeypatch.setattr(module, "after_steps", rank.after_steps)
@@ -145,14 +145,14 @@ def test_a_step_and_its_report(monkeypatch: pytest.MonkeyPatch, engine_steps: bo
     assert rank.calls == ALL
     assert (own.number, own.loss, own.learning_rate, own.grad_norm) == (1, 1.5, 0.25, 0.5)
     assert report.votes.save_due == 1 and report.votes.stopping == report.votes.failed == 0
-    rank.missing = {ALONE: ["A"]}
-    assert train_step.run(STEP).only.number == train_step.finished[ALONE] == 2
+    rank.missing = {ONLY: ["A"]}
+    assert train_step.run(STEP).only.number == train_step.finished[ONLY] == 2
     assert rank.calls[len(ALL) :] == ["passes", "sums", "norms", "gradients of 2, one misses", "step", "copies of 2"]
 
 
 def test_a_wish_to_stop_comes_with_a_step_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = Rank(wish=15)
-    report = made(rank, monkeypatch, finished={ALONE: 6}, long_seconds=math.inf).run(STEP)
+    report = made(rank, monkeypatch, finished={ONLY: 6}, long_seconds=math.inf).run(STEP)
     assert report.only.number == 7 and "step" in rank.calls
     assert (report.votes.stopping, report.votes.signals) == (1, 15)
 
@@ -175,7 +175,7 @@ def test_a_failure_ends_the_run_before_weights_move(monkeypatch: pytest.MonkeyPa
     train_step = made(rank, monkeypatch, long_seconds=math.inf)
     with pytest.raises(UserError, match="the disk is full"):
         train_step.run(STEP, failure=UserError("the disk is full"))
-    assert rank.calls == ["passes", "sums"] and train_step.finished[ALONE] == 0
+    assert rank.calls == ["passes", "sums"] and train_step.finished[ONLY] == 0
 
 
 @pytest.mark.parametrize(
@@ -196,12 +196,12 @@ def test_what_is_not_finite(
 ) -> None:
     """A loss and a norm are seen before weights move; the norm of a step by an engine at once after that."""
     rank = Rank(**values)
-    train_step = made(rank, monkeypatch, finished={ALONE: 4}, long_seconds=math.inf)
-    report = train_step.run(STEP, saved_steps={ALONE: saved_step} if saved_step else {})
+    train_step = made(rank, monkeypatch, finished={ONLY: 4}, long_seconds=math.inf)
+    report = train_step.run(STEP, saved_steps={ONLY: saved_step} if saved_step else {})
     with pytest.raises(RunFailed, match=re.escape(message)):
         _ = report.only
     assert [call for call in rank.calls if call.startswith(("step", "copies"))] == ["step"] * steps
-    assert train_step.finished[ALONE] == 4
+    assert train_step.finished[ONLY] == 4
 
 
 @pytest.mark.parametrize("capacity", [0, 100])
