@@ -267,6 +267,23 @@ def test_a_rank_0_that_its_peers_gave_up(base: Base, tmp_path: Path, moment: str
     assert_same_run(folder, alone)
 
 
+def test_a_rank_0_that_is_lost_while_it_reads_checkpoints(base: Base, tmp_path: Path) -> None:
+    """Its peers give the folder up, whose owner they know by then: the next start need not wait for an old token."""
+    folder = tmp_path / "run"
+    run(base, folder, ranks=2, prelude=partial(kill_at_step, 4, signal.SIGTERM), expect=143)
+    reads = partial(stop_at_call, "megatron_tiedlora.training.resumed", "_read_checkpoint")
+    old = start(
+        base, tmp_path / "old", ranks=2, output_dir=folder, resume="auto", prelude=partial(all_of, watched_steps, reads)
+    )
+    wait_for(is_stopped(old), "the stop")
+    old.processes[1].join(60)
+    assert old.processes[1].exitcode == 1 and len(list(folder.glob(".owner-given-up-*"))) == 1
+    run(base, folder, ranks=2, resume="auto")
+    assert status(folder)["state"] == "finished"
+    wake(old, folder)
+    assert status(folder)["state"] == "finished"
+
+
 def test_a_rank_0_that_was_given_up_and_not_replaced(base: Base, tmp_path: Path) -> None:
     """It changes nothing, not even what its peers said of it."""
     folder = tmp_path / "run"
