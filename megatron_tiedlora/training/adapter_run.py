@@ -18,7 +18,7 @@ import torch
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, printable
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
@@ -254,7 +254,7 @@ class AdapterRun:
                 f" {base:.4f} (base alone) to {started:.4f}; --init_std_b {self.plan.adapter.init_std_b:.3g} controls"
                 " how far"
             )
-            bar.write(named(self.name, line))
+            bar.write(printable(named(self.name, line)))
 
     def log_validation(self, found: Evaluated, bar: Any) -> None:
         """Log an evaluation. Raises RunFailed if the loss is not finite."""
@@ -264,7 +264,8 @@ class AdapterRun:
             values = {name: score.value for name, score in scores.items()}
             self._write_log({"step": self.progress.step, "split": "validation", "loss": loss, **values})
             shown = "".join(f", {name} {value:.2f} %" for name, value in values.items())
-            bar.write(named(self.name, f"step {self.progress.step}: validation loss {loss:.4f}{shown}"))
+            line = f"step {self.progress.step}: validation loss {loss:.4f}{shown}"
+            bar.write(printable(named(self.name, line)))
 
     def after_step(self, bar: Any, found: Evaluated | None) -> None:
         """Log an evaluation, which is there if it was due, and save if that is due. May end it."""
