@@ -1,0 +1,152 @@
+"""The files of a merged model, whose values are computed some rows at a time as they are written.
+
+A file of a base that is not quantised keeps its name and the order of its tensors; with the dtype it keeps its whole
+header, and tensors that the adapter does not change keep their bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights
+from megatron_tiedlora.checkpoint.streamed_files import StreamedFile, StreamedTensor, file_head
+from megatron_tiedlora.checkpoint.tensor_files import (
+    FLOAT_TYPES,
+    TYPE_NAMES,
+    Header,
+    all_finite,
+    read_bytes,
+    read_header,
+)
+from megatron_tiedlora.convert.merged_rows import Change, Changes, row_blocks
+from megatron_tiedlora.model.weights import quantised_rules
+
+Between = Callable[[], object]
+
+
+def merged_file(
+    file: Path, places: Mapping[str, Path], changed: Changes, dtype: torch.dtype | None, between: Between
+) -> StreamedFile:
+    """What becomes of one file of a base that is not quantised.
+
+    Args:
+        places: the file of every tensor.
+        changed: what the adapter changes, in this file or in others.
+        dtype: of all floating-point tensors; None if each keeps its own.
+        between: called for each block of rows.
+
+    Raises:
+        UserError: it is not a whole safetensors file, or has a tensor that belongs to another file.
+    """
+    with open_weights(file):  # checks that shapes and sizes agree and that the tensors lie side by side
+        header = read_header(file)
+    for name in changed.keys() & header.entries.keys():
+        if places[name] != file:  # some programs would read this one
+            raise UserError(f"{file}: holds {name} too, beside {places[name].name}; remove one of them")
+    found = {name: _file_tensor(file, header, name, changed, dtype, between) for name in header.entries}
+    offsets = {name: entry["data_offsets"] for name, entry in header.entries.items()}
+    if dtype is None:
+        return StreamedFile(
+            file.name,
+            read_bytes(file, 0, header.begin).numpy().tobytes(),
+            [found[name] for name in sorted(found, key=offsets.__getitem__)],
+        )
+    # Readers want every tensor at a multiple of its item's size.
+    items = {name: found[name].num_bytes // max(math.prod(header.entries[name]["shape"]), 1) for name in found}
+    ordered = [found[name] for name in sorted(found, key=lambda name: (-items[name], offsets[name]))]
+    starts = accumulate((tensor.num_bytes for tensor in ordered), initial=0)
+    entries = {}
+    for tensor, start in zip(ordered, starts, strict=False):
+        entry = header.entries[tensor.name]
+        kind = TYPE_NAMES[dtype] if entry["dtype"] in FLOAT_TYPES else entry["dtype"]
+        span = (start, start + tensor.num_bytes)
+        entries[tensor.name] = {"dtype": kind, "shape": entry["shape"], "data_offsets": span}
+    return StreamedFile(file.name, file_head(entries), ordered)
+
+
+def _file_tensor(
+    file: Path, header: Header, name: str, changed: Changes, dtype: torch.dtype | None, between: Between
+) -> StreamedTensor:
+    """A tensor of a merged file. One that is neither changed nor cast is given as its bytes."""
+    entry: Mapping[str, Any] = header.entries[name]
+    start, stop = (header.begin + offset for offset in entry["data_offsets"])
+    if name not in changed and (dtype is None or entry["dtype"] not in FLOAT_TYPES):
+
+        def unchanged() -> Iterator[torch.Tensor]:
+            for part in row_blocks((stop - start,)):
+                between()
+                yield read_bytes(file, start + part.start, part.stop - part.start)
+
+        return StreamedTensor(name, torch.uint8, (stop - start,), unchanged)
+    stored = FLOAT_TYPES[entry["dtype"]]
+    shape = tuple(entry["shape"]) if name in changed else (math.prod(entry["shape"]),)
+    row_bytes = math.prod(shape[1:]) * stored.itemsize
+
+    def read(rows: slice) -> torch.Tensor:
+        raw = read_bytes(file, start + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes)
+        return raw.view(stored).view(-1, *shape[1:])
+
+    return _computed(name, shape, dtype or stored, read, changed, str(file), between)
+
+
+def dequantised_tensors(
+    weights: BaseWeights,
+    shape: ModelShape,
+    changed: Changes,
+    dtype: torch.dtype | None,
+    between: Between,
+    *,
+    source: str,
+) -> list[StreamedTensor]:
+    """Every tensor of a merge onto a folder that is quantised.
+
+    They have new files with new names: the folder's own do not fit, because its tensors have other sizes and names.
+
+    Args:
+        dtype: of all tensors; None: each as stored, and those that are quantised as the embedding is.
+        between: called for each block of rows.
+        source: the folder, for messages.
+    """
+    quantised = {name for rule in quantised_rules(shape) for name in rule.hf_names}
+    embedding = weights.rules[0].hf_names[0]
+    shapes = {name: full for rule in weights.rules for name, full in zip(rule.hf_names, rule.hf_shapes(), strict=True)}
+
+    def tensor(name: str) -> StreamedTensor:
+        own = dtype or weights.dtype(embedding if name in quantised else name)
+        return _computed(name, shapes[name], own, lambda rows: weights.read(name, rows), changed, source, between)
+
+    return [tensor(name) for name in shapes]
+
+
+def _computed(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    read: Callable[[slice], torch.Tensor],
+    changed: Changes,
+    source: str,
+    between: Between,
+) -> StreamedTensor:
+    """A tensor of which `read` gives some rows of the base. A number that is not finite raises UserError."""
+
+    def blocks() -> Iterator[torch.Tensor]:
+        change = changed[name]() if name in changed else Change(None)
+        for rows in row_blocks(shape):
+            between()
+            values = read(rows)
+            merged = change.rows(values, rows, dtype)
+            if not all_finite(merged):
+                fits = f"merged, it does not fit {str(dtype).removeprefix('torch.')}; give --dtype bf16"
+                why = fits if all_finite(values) else "the base is broken"
+                raise UserError(f"{source}: {name} holds numbers that are not finite ({why})")
+            yield merged
+
+    return StreamedTensor(name, dtype, shape, blocks)
