@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.atomic import sync_path, write_json
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, SINGLE_FILE
 from megatron_tiedlora.checkpoint.tensor_files import TYPE_NAMES
@@ -80,9 +81,14 @@ def write_streamed(
 
 def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str, progress: bool = False) -> None:
     """Write files in which each tensor's values are made as they are written. `bar` is what the progress bar says."""
-    with progress_bar(bar, "B", total=sum(file.value_bytes for file in files), shows=progress) as shown:
+    total = sum(file.value_bytes for file in files)
+    with progress_bar(bar, "B", total=total, shows=progress) as shown, ThreadPoolExecutor(1) as thread:
+        flushed = []
         for file in files:
             _write_file(folder / file.name, file, shown.update)
+            flushed.append(thread.submit(sync_path, folder / file.name))  # while the next one is written
+        for flush in flushed:
+            flush.result()
 
 
 def _shards(tensors: Sequence[StreamedTensor], shard_bytes: int) -> list[list[StreamedTensor]]:

@@ -27,7 +27,7 @@ from megatron_tiedlora.checkpoint.tensor_files import (
     read_header,
 )
 from megatron_tiedlora.convert.merged_rows import Change, Changes, row_blocks
-from megatron_tiedlora.model.weights import quantised_rules
+from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
 
 Between = Callable[[], object]
 
@@ -115,9 +115,8 @@ def dequantised_tensors(
         between: called for each block of rows.
         source: the folder, for messages.
     """
-    quantised = {name for rule in quantised_rules(shape) for name in rule.hf_names}
+    shapes, quantised = stored_shapes(weights.rules), stored_shapes(quantised_rules(shape))
     embedding = weights.rules[0].hf_names[0]
-    shapes = {name: full for rule in weights.rules for name, full in zip(rule.hf_names, rule.hf_shapes(), strict=True)}
 
     def tensor(name: str) -> StreamedTensor:
         own = dtype or weights.dtype(embedding if name in quantised else name)
