@@ -68,7 +68,8 @@ def write_streamed(
     A tensor is not divided, so a larger one is a shard of its own.
     """
     shards = _shards(tensors, shard_bytes)
-    files, index = [], {}
+    files: list[StreamedFile] = []
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
         index |= dict.fromkeys((tensor.name for tensor in shard), name)

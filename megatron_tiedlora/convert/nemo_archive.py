@@ -94,7 +94,7 @@ class NemoArchive:
         Raises:
             ValueError, or zipfile's own errors: it is not what `torch.save` writes of a state dict.
         """
-        archive = zipfile.ZipFile(_Window(self._map, place))  # type: ignore[call-overload]
+        archive = zipfile.ZipFile(_Window(self._map, place))
         files = {entry.filename: entry for entry in archive.infolist()}
         if len(files) != len(archive.infolist()):
             raise ValueError("it holds a file twice")
