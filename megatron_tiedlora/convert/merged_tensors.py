@@ -26,7 +26,7 @@ from megatron_tiedlora.checkpoint.tensor_files import (
     read_bytes,
     read_header,
 )
-from megatron_tiedlora.convert.merged_rows import Change, Changes, row_blocks
+from megatron_tiedlora.convert.merged_rows import Changes, ReadRows, merged_reader, row_blocks
 from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
 
 Between = Callable[[], object]
@@ -90,7 +90,7 @@ def _file_tensor(
     shape = tuple(entry["shape"]) if name in changed else (math.prod(entry["shape"]),)
     row_bytes = math.prod(shape[1:]) * stored.itemsize
 
-    def read(rows: slice) -> torch.Tensor:
+    def read(_: str, rows: slice) -> torch.Tensor:
         raw = read_bytes(file, start + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes)
         return raw.view(stored).view(-1, *shape[1:])
 
@@ -120,7 +120,7 @@ def dequantised_tensors(
 
     def tensor(name: str) -> StreamedTensor:
         own = dtype or weights.dtype(embedding if name in quantised else name)
-        return _computed(name, shapes[name], own, lambda rows: weights.read(name, rows), changed, source, between)
+        return _computed(name, shapes[name], own, weights.read, changed, source, between)
 
     return [tensor(name) for name in shapes]
 
@@ -129,7 +129,7 @@ def _computed(
     name: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    read: Callable[[slice], torch.Tensor],
+    read: ReadRows,
     changed: Changes,
     source: str,
     between: Between,
@@ -137,14 +137,13 @@ def _computed(
     """A tensor of which `read` gives some rows of the base. A number that is not finite raises UserError."""
 
     def blocks() -> Iterator[torch.Tensor]:
-        change = changed[name]() if name in changed else Change(None)
+        merged_rows = merged_reader(read, changed)
         for rows in row_blocks(shape):
             between()
-            values = read(rows)
-            merged = change.rows(values, rows, dtype)
+            merged = merged_rows(name, rows, dtype)
             if not all_finite(merged):
                 fits = f"merged, it does not fit {str(dtype).removeprefix('torch.')}; give --dtype bf16"
-                why = fits if all_finite(values) else "the base is broken"
+                why = fits if all_finite(read(name, rows)) else "the base is broken"
                 raise UserError(f"{source}: {name} holds numbers that are not finite ({why})")
             yield merged
 
