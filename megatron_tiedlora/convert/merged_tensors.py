@@ -18,14 +18,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights
 from megatron_tiedlora.checkpoint.streamed_files import StreamedFile, StreamedTensor, file_head
-from megatron_tiedlora.checkpoint.tensor_files import (
-    FLOAT_TYPES,
-    TYPE_NAMES,
-    Header,
-    all_finite,
-    read_bytes,
-    read_header,
-)
+from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, TYPE_NAMES, all_finite, read_bytes, read_header
 from megatron_tiedlora.convert.merged_rows import Changes, ReadRows, merged_reader, row_blocks
 from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
 
@@ -51,14 +44,12 @@ def merged_file(
     for name in changed.keys() & header.entries.keys():
         if places[name] != file:  # some programs would read this one
             raise UserError(f"{file}: holds {name} too, beside {places[name].name}; remove one of them")
-    found = {name: _file_tensor(file, header, name, changed, dtype, between) for name in header.entries}
-    offsets = {name: entry["data_offsets"] for name, entry in header.entries.items()}
+    begin, stored = header.begin, header.entries.items()
+    found = {name: _file_tensor(file, begin, name, entry, changed, dtype, between) for name, entry in stored}
+    offsets = {name: entry["data_offsets"] for name, entry in stored}
     if dtype is None:
-        return StreamedFile(
-            file.name,
-            read_bytes(file, 0, header.begin).numpy().tobytes(),
-            [found[name] for name in sorted(found, key=offsets.__getitem__)],
-        )
+        head = read_bytes(file, 0, begin).numpy().tobytes()
+        return StreamedFile(file.name, head, [found[name] for name in sorted(found, key=offsets.__getitem__)])
     # Readers want every tensor at a multiple of its item's size.
     items = {name: found[name].num_bytes // max(math.prod(header.entries[name]["shape"]), 1) for name in found}
     ordered = [found[name] for name in sorted(found, key=lambda name: (-items[name], offsets[name]))]
@@ -73,11 +64,13 @@ def merged_file(
 
 
 def _file_tensor(
-    file: Path, header: Header, name: str, changed: Changes, dtype: torch.dtype | None, between: Between
+    file: Path, begin: int, name: str, entry: Any, changed: Changes, dtype: torch.dtype | None, between: Between
 ) -> StreamedTensor:
-    """A tensor of a merged file. One that is neither changed nor cast is given as its bytes."""
-    entry: Mapping[str, Any] = header.entries[name]
-    start, stop = (header.begin + offset for offset in entry["data_offsets"])
+    """A tensor of a merged file, from its entry in the header, and where the values begin in the base's file.
+
+    One that is neither changed nor cast is given as its bytes.
+    """
+    start, stop = (begin + offset for offset in entry["data_offsets"])
     if name not in changed and (dtype is None or entry["dtype"] not in FLOAT_TYPES):
 
         def unchanged() -> Iterator[torch.Tensor]:
