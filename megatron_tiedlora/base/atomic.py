@@ -47,17 +47,13 @@ def sync_path(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(
-    path: Path, *, guard: Guard = unguarded, parent: Path | None = None, found: Path | None = None
-) -> Iterator[Path]:
+def new_folder(path: Path, *, guard: Guard = unguarded, parent: Path | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `path`. It replaces `path` when the block ends without an error.
 
     If the process is killed before that, the folder at `path` is unchanged. An error removes the temporary folder.
 
     Args:
         parent: existing folder that holds the temporary one (default: the parent of `path`, which is created).
-        found: folder of a killed writer that becomes the temporary one, instead of an empty one. It gets a new name, so
-            that a writer that wakes up does not find it.
 
     Raises:
         UserError: the disk is full or the parent is not writable; the message names `path`.
@@ -66,10 +62,7 @@ def new_folder(
     temporary = (parent or path.parent) / f"{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex[:8]}"
     try:
         guard()  # before mkdir, which would bring back a folder that was removed
-        if found is None:
-            temporary.mkdir(parents=parent is None)
-        else:
-            os.rename(found, temporary)
+        temporary.mkdir(parents=parent is None)
         yield temporary
         readable = temporary.stat().st_mode & 0o666
         for item in sorted(temporary.rglob("*")):
@@ -160,11 +153,10 @@ def restore_interrupted(folder: Path) -> None:
                 os.rename(aside, path)
 
 
-def remove_leftovers(folder: Path, *, guard: Guard = unguarded, keep: Path | None = None) -> None:
-    """Run `restore_interrupted`, then remove the temporary files of earlier writers, except `keep`. For a new owner of
-    `folder`."""
+def remove_leftovers(folder: Path, *, guard: Guard = unguarded) -> None:
+    """Run `restore_interrupted`, then remove the temporary files of earlier writers. For a new owner of `folder`."""
     restore_interrupted(folder)
-    found = [item for item in folder.glob(f"{TEMPORARY_PREFIX}*") if item != keep]
+    found = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
     guard()  # after the glob: this process owned the folder while these existed, so they are no later owner's
     for item in found:
         gone = folder / f"{TEMPORARY_PREFIX}gone-{uuid.uuid4().hex[:8]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, new_folder, remove_leftovers
+from megatron_tiedlora.base.atomic import new_folder, remove_leftovers
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import FolderLock, FolderTaken, take_folder
 from megatron_tiedlora.base.paths import user_path
@@ -74,16 +73,14 @@ class NewOutput:
     """An output folder that one process writes. It appears at `path` complete or not at all.
 
     Until then it lies in PARENT/.NAME.partial, which the process owns. The next process that writes the same output
-    removes what a killed one left there, or continues with it.
+    removes what a killed one left there.
 
     Attributes:
-        found: the folder of a killed process that this one continues with.
         reject: raises an error if what is at `path` must not be replaced.
     """
 
     path: Path
     lock: FolderLock
-    found: Path | None
     reject: Callable[[Path], None]
 
     @property
@@ -95,7 +92,7 @@ class NewOutput:
     def written(self) -> Iterator[Path]:
         """Yield a temporary folder that becomes the output when the block ends. Raises UserError if it cannot."""
         try:
-            with new_folder(self.path, guard=self.guard, parent=self.partial, found=self.found) as temporary:
+            with new_folder(self.path, guard=self.guard, parent=self.partial) as temporary:
                 yield temporary
         except UserError:  # such as a file that is gone, because another process took over the output
             self.lock.owner.check()
@@ -118,14 +115,12 @@ def take_output(
     *,
     take_over: bool = False,
     resumes: bool = False,
-    journal: str | None = None,
     reject: Callable[[Path], None] | None = None,
 ) -> NewOutput:
     """Become the one process that writes the output `path`.
 
     Args:
         resumes: see `take_folder`.
-        journal: name of a file. If this user's folder of a killed process has it, `written` continues with that folder.
         reject: see `NewOutput`; default: nothing is replaced.
 
     Raises:
@@ -135,9 +130,8 @@ def take_output(
     folder = partial_folder(path)
     hint = "wait until it ends, give another folder, or take this one over with --take_over"
     lock = take_folder(folder, resumes=resumes, take_over=take_over, hint=hint, removed_after=True)
-    found = None if journal is None else _own_folder_with(journal, folder)
-    remove_leftovers(folder, guard=lock.owner.check, keep=found)
-    return NewOutput(path, lock, found, reject or partial(reject_existing, flag=str(path)))
+    remove_leftovers(folder, guard=lock.owner.check)
+    return NewOutput(path, lock, reject or partial(reject_existing, flag=str(path)))
 
 
 def remove_abandoned_outputs(folder: Path) -> None:
@@ -145,16 +139,6 @@ def remove_abandoned_outputs(folder: Path) -> None:
     for item in folder.glob(".*.partial"):
         with suppress(UserError):  # a process is at work there
             take_output(folder / item.name.removeprefix(".").removesuffix(".partial")).release()
-
-
-def _own_folder_with(name: str, partial: Path) -> Path | None:
-    """A temporary folder in `partial` that has a file of this name, and that nobody but this user has made."""
-    for file in partial.glob(f"{TEMPORARY_PREFIX}*/{name}"):
-        with suppress(OSError):  # a process that has lost the output removes it meanwhile
-            folder = file.parent.lstat()
-            if stat.S_ISDIR(folder.st_mode) and folder.st_uid == os.geteuid():
-                return file.parent
-    return None
 
 
 def partial_folder(path: Path) -> Path:
@@ -166,9 +150,9 @@ def partial_folder(path: Path) -> Path:
 
 
 @contextmanager
-def new_output(path: Path, *, take_over: bool = False, journal: str | None = None) -> Iterator[Path]:
+def new_output(path: Path, *, take_over: bool = False) -> Iterator[Path]:
     """`take_output`, `written` and `release` in one: yield a temporary folder that becomes `path`."""
-    output = take_output(path, take_over=take_over, journal=journal)
+    output = take_output(path, take_over=take_over)
     try:
         with output.written() as temporary:
             yield temporary

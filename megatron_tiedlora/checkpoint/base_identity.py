@@ -25,7 +25,7 @@ from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
-from megatron_tiedlora.model.weights import WeightRule
+from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes
 
 MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it
 
@@ -150,9 +150,7 @@ def identify_model(source: ModelSource, dtype: str, tokenizer: str | None = None
 def sample_hash(weights: StoredValues) -> str:
     """Hash of the names, the shapes and the sampled values of all tensors that the name table of `weights` lists."""
     digest = hashlib.sha256()
-    shapes = {
-        name: shape for rule in weights.rules for name, shape in zip(rule.hf_names, rule.hf_shapes(), strict=True)
-    }
+    shapes = stored_shapes(weights.rules)
     for name in sorted(shapes):
         digest.update(f"{name} {list(shapes[name])}\n".encode())
         # Below 2^-17 fp16 is coarser than bf16. Rounding to fp16 too gives a copy in fp16 the same hash.
@@ -167,10 +165,9 @@ def linears_dtype(weights: StoredValues, shape: ModelShape) -> str:
     several precisions it is the widest.
     """
     fitting = list(_NARROW)
-    for rule in (rule for rule in weights.rules if rule.is_quantised(shape)):
-        for name in rule.hf_names:
-            values = weights.sample(name)
-            fitting = [kind for kind in fitting if torch.equal(values.to(_NARROW[kind]).to(values.dtype), values)]
+    for name in stored_shapes(quantised_rules(shape)):
+        values = weights.sample(name)
+        fitting = [kind for kind in fitting if torch.equal(values.to(_NARROW[kind]).to(values.dtype), values)]
     return fitting[0] if fitting else "fp32"
 
 

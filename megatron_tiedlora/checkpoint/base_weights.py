@@ -21,7 +21,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.stored_weights import StoredWeights
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
 from megatron_tiedlora.model.stored_formats import StoredFormat
-from megatron_tiedlora.model.weights import WeightRule, quantised_rules, weight_rules
+from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.random_streams import stream_seed
@@ -127,12 +127,9 @@ class BaseWeights(WeightFiles):
         self.rules = weight_rules(shape)
         self.bytes_read = 0
         self._stored = None if stored is None else StoredWeights(stored, self.stored)
-        self._quantised: dict[str, tuple[int, ...]] = {}
-        if stored is not None:
-            for rule in quantised_rules(shape):
-                self._quantised |= zip(rule.hf_names, rule.hf_shapes(), strict=True)
+        self._quantised = {} if stored is None else stored_shapes(quantised_rules(shape))
         embedding, head = (f"{linear.sources[0].module}.weight" for linear in (shape.embedding, shape.head))
-        names = {name for rule in self.rules for name in rule.hf_names} | {head}
+        names = {*stored_shapes(self.rules), head}
         if stored is not None:
             names |= self.file_of.keys()
         for file in sorted({self.file_of[name] for name in names if name in self.file_of}):
@@ -142,26 +139,25 @@ class BaseWeights(WeightFiles):
             self._check_tied_head(head, embedding)
 
     def _check(self) -> None:
-        for rule in self.rules:
-            for name, expected in zip(rule.hf_names, rule.hf_shapes(), strict=True):
-                if name not in self.file_of:
-                    raise UserError(f"{self.folder}: tensor {name} is missing from the safetensors files")
-                file = self.file_of[name]
+        for name, expected in stored_shapes(self.rules).items():
+            if name not in self.file_of:
+                raise UserError(f"{self.folder}: tensor {name} is missing from the safetensors files")
+            file = self.file_of[name]
+            try:
+                stored = self.stored(name)
+            except SafetensorError as error:
+                raise UserError(f"{file}: {error}, although the index names it") from None
+            if self._stored is not None and name in self._quantised:
                 try:
-                    stored = self.stored(name)
-                except SafetensorError as error:
-                    raise UserError(f"{file}: {error}, although the index names it") from None
-                if self._stored is not None and name in self._quantised:
-                    try:
-                        self._stored.check(name, expected)
-                    except UserError as error:
-                        raise UserError(f"{file}: {error}") from None
-                    continue
-                shape = tuple(stored.get_shape())
-                if shape != expected:
-                    raise UserError(f"{file}: {name} has shape {shape}, but config.json makes it {expected}")
-                if stored.get_dtype() not in FLOAT_TYPES:
-                    raise UserError(f"{file}: {name} is {stored.get_dtype()}; only linears of blocks may be quantised")
+                    self._stored.check(name, expected)
+                except UserError as error:
+                    raise UserError(f"{file}: {error}") from None
+                continue
+            shape = tuple(stored.get_shape())
+            if shape != expected:
+                raise UserError(f"{file}: {name} has shape {shape}, but config.json makes it {expected}")
+            if stored.get_dtype() not in FLOAT_TYPES:
+                raise UserError(f"{file}: {name} is {stored.get_dtype()}; only linears of blocks may be quantised")
 
     def _check_tied_head(self, head: str, embedding: str) -> None:
         """Raise UserError if a stored head differs from the embedding: transformers would not tie them then."""

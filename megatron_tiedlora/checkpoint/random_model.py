@@ -17,7 +17,7 @@ from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, draw_
 from megatron_tiedlora.config.presets import TINY
 from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.weights import num_base_parameters, weight_rules
+from megatron_tiedlora.model.weights import num_base_parameters, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
 
@@ -48,8 +48,7 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
                     full_shape=shape,
                     seed=stream_seed(seed, hf_name),
                 )
-                for rule in rules
-                for hf_name, shape in zip(rule.hf_names, rule.hf_shapes(), strict=True)
+                for hf_name, shape in stored_shapes(rules).items()
             }
             save_file(tensors, folder / file, metadata={"format": "pt"})
             index.update(dict.fromkeys(tensors, file))

@@ -149,9 +149,7 @@ def local_folder(name: str) -> Path | None:
     if folder.is_dir():
         return folder
     if prepared is not None:
-        raise UserError(
-            f"{folder}: the demo model is not prepared; run `tiedlora prepare-demo` (make train does)"
-        )
+        raise UserError(f"{folder}: the demo model is not prepared; run `tiedlora prepare-demo` (make train does)")
     if folder.exists():
         raise UserError(f"--model {name} is a file; give the folder that holds config.json and the safetensors files")
     if not is_model_on_hub(name):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -115,6 +116,14 @@ def read_runs(file: Path, header: Header, name: str, *, count: int, length: int)
     if len(raw) != len(starts) * length * dtype.itemsize:
         raise UserError(f"{file}: not a whole safetensors file (it ends within {name})")
     return torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
+
+
+def read_bytes(file: Path, start: int, size: int) -> torch.Tensor:
+    """The bytes of a file from `start`, as uint8 numbers. Raises UserError if it has become too short for them."""
+    raw = torch.from_numpy(np.fromfile(file, np.uint8, count=size, offset=start))
+    if len(raw) != size:
+        raise UserError(f"{file}: not a whole safetensors file (it became shorter meanwhile)")
+    return raw
 
 
 def run_starts(size: int, *, count: int, length: int) -> tuple[list[int], int]:

@@ -12,7 +12,6 @@ from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.config.adapter_settings import MergeSettings, adapter_flags
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.convert.merge_journal import JOURNAL
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
 
@@ -40,7 +39,7 @@ def main(settings: MergeSettings) -> int:
                     base_differs=settings.base_differs,
                     onto_trained=settings.onto == "trained",
                     say=lambda note: show(f"note: {note}"),
-                    new=partial(new_output, take_over=settings.take_over, journal=JOURNAL),
+                    new=partial(new_output, take_over=settings.take_over),
                     between=stop.raise_if_requested,
                     progress=True,
                 )

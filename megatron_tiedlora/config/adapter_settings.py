@@ -64,14 +64,13 @@ class MergeSettings(CommandSettings):
 example:
   tiedlora merge --adapter runs/demo/adapter --output runs/demo/merged
 
-Each file of the base is copied, and adapted weights are computed in the copy, some rows at a time: W + B A in fp32,
-cast once. It needs 50 MB of memory beside PyTorch and the adapter, whatever the model. All other bytes are the base's
+Each file of the base is written again, with the adapted weights computed, some rows at a time: W + B A in fp32, cast
+once. It needs 50 MB of memory beside PyTorch and the adapter, whatever the model. All other bytes are the base's
 own, and are not checked; with --dtype all weights are computed. Computed weights that are not finite are rejected.
-Of a base that is quantised (--onto trained) all weights are computed, in the dtype of its embedding or in --dtype, and
-a merge that was killed starts from the beginning.
+Of a base that is quantised (--onto trained) all weights are computed, in the dtype of its embedding or in --dtype.
 
 The room on the disk is checked first. DIR appears complete or not at all. Ctrl-C and SIGTERM leave nothing behind.
-After a kill -9 or a crash, the same command continues with the files that are complete.
+After a kill -9 or a crash, the same command removes what is left and starts from the beginning.
 """
 
     adapter: str = _adapter("a run's adapter/ folder or one of its checkpoints, or a PEFT LoRA or VeRA")

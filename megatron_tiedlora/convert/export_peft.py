@@ -23,13 +23,7 @@ from megatron_tiedlora.base.shapes import BlockShape
 from megatron_tiedlora.checkpoint.base_identity import FORMAT_FIELDS, identify_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, copy_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.inputs import (
-    BASE_PATH,
-    EXPORT_RECORD,
-    NATIVE_FOLDER,
-    Identify,
-    check_base,
-)
+from megatron_tiedlora.convert.inputs import BASE_PATH, EXPORT_RECORD, NATIVE_FOLDER, Identify, check_base
 
 
 def peft_tensors(

@@ -1,8 +1,8 @@
 """Writes merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
 
-It copies the base's files one by one and computes the adapted tensors some rows at a time (`merged_file`). So it needs
-little memory, whatever the model. A merge that was killed continues with the files that are whole (`merge_journal`).
-Of a folder that is quantised the values D(W), which training saw, take the place of W, and all tensors are computed.
+Every tensor is read, computed and written some rows at a time (`merged_tensors`). So it needs little memory, whatever
+the model. Of a folder that is quantised the values D(W), which training saw, take the place of W, and all tensors are
+computed.
 
 Only files of the folder itself are copied: one that came from somebody else may hold links to anywhere, and outputs are
 shared with others. Links of the hub's cache, from `models--X/snapshots/REVISION/` into `models--X/blobs/`, count as its
@@ -13,33 +13,28 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tiedlora.base.atomic import sync_path, write_json
+from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object, read_json_or_none
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, BaseWeights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.checkpoint.streamed_files import StreamedTensor, write_streamed
+from megatron_tiedlora.checkpoint.streamed_files import StreamedFile, write_files, write_streamed
 from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
-from megatron_tiedlora.convert.merge_journal import MergeJournal, fingerprint
-from megatron_tiedlora.convert.merged_file import MergedFile
-from megatron_tiedlora.convert.merged_rows import Changes, merged_reader, row_blocks, stored_changes
+from megatron_tiedlora.convert.merged_rows import stored_changes
+from megatron_tiedlora.convert.merged_tensors import dequantised_tensors, merged_file
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
-from megatron_tiedlora.model.weights import quantised_rules
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
 NO_PRECISION_NOTE = (
@@ -85,7 +80,7 @@ def merge_adapter(
         base_differs: merge into this base although the adapter was trained on another; the record says so.
         onto_trained: merge onto the base that training saw, dequantised, in place of the stored one.
         say: called with each note about the base.
-        new: makes the output folder. Whole files in it, of a merge of the same inputs that was killed, are kept.
+        new: makes the output folder.
         between: called many times a second; it may raise to end the merge.
 
     Raises:
@@ -119,35 +114,33 @@ def merge_adapter(
     # Of a folder that is quantised the values are there as training saw them.
     quantised = source.stored is not None
     changed = stored_changes(adapter, source.shape, base_format=None if quantised else onto)
-    plans: dict[Path, MergedFile] = {}
+    files: list[StreamedFile] = []
     if not quantised:
         places = weight_map(folder)
         side_files(folder, sorted({file.name for file in places.values()}))  # rejects links out of the folder here too
-        plans = {file: MergedFile.of(file, places, changed, dtype) for file in sorted(set(places.values()))}
+        files = [merged_file(file, places, changed, dtype, between) for file in sorted(set(places.values()))]
         copied += side_files(folder, [INDEX_FILE])
     copied_bytes = sum(file.stat().st_size for file in copied)
     with new(output) as temporary:
-        journal = MergeJournal(temporary, fingerprint({**record, "dtype": str(dtype)}, plans))
-        if quantised:  # it notes no file as whole, so all are written again after a kill
+        if quantised:
             with BaseWeights(folder, source.shape, source.stored) as weights:
-                tensors = _dequantised_tensors(weights, source.shape, changed, dtype, between)
+                tensors = dequantised_tensors(weights, source.shape, changed, dtype, between, source=source.name)
                 needed = sum(tensor.num_bytes for tensor in tensors)
                 require_room(temporary, needed + copied_bytes, output=output)
-                write_streamed(temporary, tensors, source=source.name, progress=progress)
+                write_streamed(temporary, tensors, progress=progress)
         else:
-            needed = sum(plan.size for file, plan in plans.items() if file.name not in journal)
+            needed = sum(len(file.head) + file.value_bytes for file in files)
             require_room(temporary, needed + copied_bytes, output=output)
-            _write_weights(temporary, plans, changed, journal, between, progress)
+            write_files(temporary, files, bar="merge", progress=progress)
         for file in copied:
             shutil.copyfile(file, temporary / file.name)
         if quantised or dtype is not None:
             _restate_config(temporary / "config.json", dtype, dequantised=quantised)
-        if plans and dtype is not None:
-            _restate_size(temporary / INDEX_FILE, sum(plan.value_bytes for plan in plans.values()))
+        if files and dtype is not None:
+            _restate_size(temporary / INDEX_FILE, sum(file.value_bytes for file in files))
         if saved is not None:
             save_tokenizer(saved, temporary)
         write_json(temporary / MERGE_RECORD, record)
-        journal.close()
 
 
 def reject_quantised(source: ModelSource) -> None:
@@ -217,68 +210,6 @@ def _load_tokenizer_to_copy(source: str | Path) -> PreTrainedTokenizerBase:
     if folder.is_dir():
         side_files(folder, _TOKENIZER_SOURCES)
     return load_tokenizer(source)
-
-
-def _write_weights(
-    folder: Path,
-    plans: Mapping[Path, MergedFile],
-    changed: Changes,
-    journal: MergeJournal,
-    between: Callable[[], object],
-    progress: bool,
-) -> None:
-    """Write the files that are not whole yet. Each is flushed to the disk while the next one is written."""
-    total = sum(plan.work for plan in plans.values())
-    done = sum(plan.work for file, plan in plans.items() if file.name in journal)
-    bar = progress_bar("merge", "B", total=total, initial=done, shows=progress)
-    with bar, ThreadPoolExecutor(1) as thread:
-        written: list[tuple[str, Future[None]]] = []
-
-        def note_whole(*, wait: bool) -> None:
-            while written and (wait or written[0][1].done()):
-                name, flushed = written.pop(0)
-                flushed.result()
-                journal.add(name)
-
-        def wrote(count: int) -> None:
-            between()
-            note_whole(wait=False)
-            bar.update(count)
-
-        for file, plan in plans.items():
-            if file.name not in journal:
-                plan.write(folder / file.name, changed, wrote)
-                note_whole(wait=True)
-                written.append((file.name, thread.submit(sync_path, folder / file.name)))
-        note_whole(wait=True)
-
-
-def _dequantised_tensors(
-    weights: BaseWeights, shape: ModelShape, changed: Changes, dtype: torch.dtype | None, between: Callable[[], object]
-) -> list[StreamedTensor]:
-    """Every tensor of a merge onto a folder that is quantised, computed some rows at a time.
-
-    They have new files with new names: the folder's own do not fit, because its tensors have other sizes and names.
-
-    Args:
-        dtype: of all tensors; None: each as stored, and those that are quantised as the embedding is.
-        between: called for each block of rows.
-    """
-    quantised = {name for rule in quantised_rules(shape) for name in rule.hf_names}
-    merged, embedding = merged_reader(weights.read, changed), weights.rules[0].hf_names[0]
-
-    def tensor(name: str, full_shape: tuple[int, ...]) -> StreamedTensor:
-        own = dtype or weights.dtype(embedding if name in quantised else name)
-
-        def blocks() -> Iterator[torch.Tensor]:
-            for rows in row_blocks(full_shape):
-                between()
-                yield merged(name, rows, own)
-
-        return StreamedTensor(name, own, full_shape, blocks)
-
-    shapes = {name: full for rule in weights.rules for name, full in zip(rule.hf_names, rule.hf_shapes(), strict=True)}
-    return [tensor(name, full_shape) for name, full_shape in shapes.items()]
 
 
 def _restate_config(config_file: Path, dtype: torch.dtype | None, *, dequantised: bool) -> None:

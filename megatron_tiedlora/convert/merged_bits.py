@@ -22,6 +22,7 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.convert.merged_rows import merged_reader, row_blocks, stored_changes
+from megatron_tiedlora.model.weights import stored_shapes
 
 _MOST_LINES = 8  # about tensors that differ
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -75,7 +76,7 @@ def compare_merged(
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         written = opened.enter_context(WeightFiles(merged))
-        names = {name for rule in base.rules for name in rule.hf_names}
+        names = stored_shapes(base.rules)
         dtype = None if source.stored is not None else _merge_dtype(base, written, names)
         wanted = merged_reader(base.read, changes)
         tensors = list(_in_file_order(written))

@@ -17,7 +17,7 @@ from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.model.weights import WeightRule, quantised_rules
+from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes
 from megatron_tiedlora.parallel.quantise import quantised_rows
 
 BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32, and as much again for its update; it stays in the caches
@@ -92,8 +92,7 @@ def stored_changes(adapter: NativeAdapter | None, shape: ModelShape, *, base_for
     """
     found: dict[str, Callable[[], Change]] = {}
     if base_format is not None:
-        names = (name for rule in quantised_rules(shape) for name in rule.hf_names)
-        found = dict.fromkeys(names, lambda: Change(None, base_format))
+        found = dict.fromkeys(stored_shapes(quantised_rules(shape)), lambda: Change(None, base_format))
     if adapter is not None:
         for rule, target in adapter.changed(shape):
             for name in rule.hf_names:

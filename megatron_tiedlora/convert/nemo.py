@@ -46,13 +46,14 @@ def convert_nemo(
     check_conversion(nemo)
     with readable(nemo, f"{model.tokenizer} cannot be read as a SentencePiece model"):
         vocab_size, ids, settings = _read_tokenizer(sentencepiece)
-    tensors = stablelm_tensors(archive, model, vocab_size=vocab_size)
-    config = {**model.hf_config(vocab_size=vocab_size), **ids, "dtype": str(tensors[0].dtype).removeprefix("torch.")}
     with new(output) as temporary:
+        tensors = stablelm_tensors(archive, model, temporary, vocab_size=vocab_size)
+        dtype = str(tensors[0].dtype).removeprefix("torch.")
+        config = {**model.hf_config(vocab_size=vocab_size), **ids, "dtype": dtype}
         (temporary / "tokenizer.model").write_bytes(sentencepiece)
         write_json(temporary / "tokenizer_config.json", settings)
         write_json(temporary / "config.json", config)
-        write_streamed(temporary, tensors, source=str(nemo), shard_bytes=shard_bytes, progress=progress)
+        write_streamed(temporary, tensors, shard_bytes=shard_bytes, progress=progress)
     return config
 
 

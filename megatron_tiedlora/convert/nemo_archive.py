@@ -1,20 +1,19 @@
-"""Finds the files and tensors in a NeMo 1 `.nemo` archive. Nothing is unpacked, and nothing in it is executed.
+"""Finds the files and tensors in a NeMo 1 `.nemo` archive. Nothing in it is executed.
 
 A `.nemo` is a tar: settings, a tokenizer and one `.ckpt` for each rank. A `.ckpt` is a zip by `torch.save`: a pickle
-that describes a state dict, and the uncompressed values. The pickle is read by an interpreter that knows only what the
-pickle of a state dict is made of, and the tensors are mapped in place.
+that describes a state dict, and the uncompressed values. It is checked where it lies. Then a copy of it is loaded by
+`torch.load` with `weights_only`, whose tensors are mapped.
 """
 
 from __future__ import annotations
 
-import math
 import mmap
+import pickle
 import pickletools
-import struct
 import tarfile
-import warnings
+import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -26,7 +25,9 @@ from megatron_tiedlora.base.wording import first_line
 
 # Bytes of a pickle, and of the list of an archive's files. A model of 96 layers needs a fifth of that.
 _LARGEST_PICKLE, _LARGEST_LIST = 2**20, 2**22
-_MOST_PAX_FIELDS, _MOST_AXES = 64, 8
+_MOST_PAX_FIELDS = 64
+_MOST_TUPLES = 20_000  # of a pickle; a model of 96 layers has 4,000. A nest of so many can be hashed
+_PIECE = 2**24  # bytes that are copied at a time
 
 
 class ByteRange(NamedTuple):
@@ -63,46 +64,56 @@ class NemoArchive:
             raise UserError(f"{self.path}: {member} is larger than {largest:,} bytes")
         return self._map[start : start + size]
 
-    def tensors(self, member: str) -> dict[str, torch.Tensor]:
-        """The tensors of a `.ckpt` by their names. They are views of the mapped file, so they cannot be written.
+    def tensors(self, member: str, folder: Path) -> dict[str, torch.Tensor]:
+        """The tensors of a `.ckpt` by their names, mapped from a copy in `folder`.
+
+        The copy has no name any more; the system frees its room when no tensor is left.
 
         Raises:
             UserError: it is not a state dict, or a tensor does not lie in the file.
+            OSError: the copy cannot be written.
         """
-        with readable(self.path, f"{member} cannot be read as a state dict"):
-            files = _zip_members(self._map, self.members[member])
-            folder = next(iter(files), "").partition("/")[0]
-            if self._bytes(files.get(f"{folder}/byteorder"), default=b"little") != b"little":
-                raise ValueError("its byte order is not little")
-            table = _read_state_dict(self._bytes(files.get(f"{folder}/data.pkl")))
-            found = {}
-            for name, value in table.items():
-                if not isinstance(value, _Described):
-                    raise ValueError(f"{shown(name)} is not a tensor")
-                found[name] = self._tensor(name, value, files.get(f"{folder}/data/{value.storage.key}"))
-        return found
+        place, what = self.members[member], f"{member} cannot be read as a state dict"
+        with readable(self.path, what):
+            sizes = self._check_ckpt(place)
+        with tempfile.NamedTemporaryFile(dir=folder) as copy:
+            end = place.start + place.size
+            for start in range(place.start, end, _PIECE):
+                copy.write(self._map[start : min(start + _PIECE, end)])
+            copy.flush()
+            with readable(self.path, what):
+                try:
+                    found = torch.load(copy.name, map_location="cpu", mmap=True, weights_only=True)
+                except pickle.UnpicklingError:  # its text tells how to load the file all the same
+                    raise ValueError("its pickle is not that of a state dict") from None
+                return _checked_tensors(found, sizes)
 
-    def _bytes(self, place: ByteRange | None, *, default: bytes = b"") -> bytes:
-        if place is None:
-            return default
-        if place.size > _LARGEST_PICKLE:
-            raise ValueError(f"{place.size:,} bytes where at most {_LARGEST_PICKLE:,} belong")
-        return self._map[place.start : place.start + place.size]
+    def _check_ckpt(self, place: ByteRange) -> list[int]:
+        """Check the files and the pickle in a `.ckpt`. Returns the sizes of its files of values, as they lie in it.
 
-    def _tensor(self, name: str, described: _Described, place: ByteRange | None) -> torch.Tensor:
-        (dtype, _, stored), offset, shape, stride = described
-        count = math.prod(shape)
-        if place is None or stored * dtype.itemsize != place.size or offset + count > stored:
-            raise ValueError(f"the values of {shown(name)} are missing, or too few")
-        row_major = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        if any(ours != theirs for ours, theirs, size in zip(row_major, stride, shape, strict=True) if size > 1):
-            raise ValueError(f"{shown(name)} is not stored row by row")
-        if count == 0:
-            return torch.empty(shape, dtype=dtype)
-        with warnings.catch_warnings():  # torch warns about every buffer that cannot be written
-            warnings.simplefilter("ignore", UserWarning)
-            begin = place.start + offset * dtype.itemsize
-            return torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin).view(shape)
+        Raises:
+            ValueError, or zipfile's own errors: it is not what `torch.save` writes of a state dict.
+        """
+        archive = zipfile.ZipFile(_Window(self._map, place))
+        files = {entry.filename: entry for entry in archive.infolist()}
+        if len(files) != len(archive.infolist()):
+            raise ValueError("it holds a file twice")
+        for entry in files.values():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                raise ValueError(f"{shown(entry.filename)} is compressed")
+        folder = next(iter(files), "").partition("/")[0]
+
+        def content(name: str) -> bytes:
+            size = files[f"{folder}/{name}"].file_size
+            if size > _LARGEST_PICKLE:
+                raise ValueError(f"{size:,} bytes where at most {_LARGEST_PICKLE:,} belong")
+            return archive.read(f"{folder}/{name}")
+
+        if f"{folder}/byteorder" in files and content("byteorder") != b"little":
+            raise ValueError("its byte order is not little")
+        _check_pickle(content("data.pkl"))
+        values = [entry for name, entry in files.items() if name.startswith(f"{folder}/data/") and entry.file_size]
+        return [entry.file_size for entry in sorted(values, key=lambda entry: entry.header_offset)]
 
 
 @contextmanager
@@ -120,7 +131,7 @@ def readable(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: {what} ({first_line(error)})") from None
 
 
-# The two kinds of archive --------------------------------------------------------------------------------------------
+# The tar -----------------------------------------------------------------------------------------------------------
 
 
 class _Window:
@@ -132,6 +143,9 @@ class _Window:
 
     def __init__(self, mapped: mmap.mmap, place: ByteRange) -> None:
         self._map, self._place, self._at, self._left = mapped, place, 0, _LARGEST_LIST
+
+    def seekable(self) -> bool:
+        return True
 
     def tell(self) -> int:
         return self._at
@@ -174,135 +188,70 @@ def _tar_members(mapped: mmap.mmap) -> Iterator[tuple[str, ByteRange]]:
             yield str(path), ByteRange(member.offset_data, member.size)
 
 
-def _zip_members(mapped: mmap.mmap, place: ByteRange) -> dict[str, ByteRange]:
-    """The places of the files in a zip that lies in the archive. Raises ValueError or zipfile's own errors."""
-    found = {}
-    for entry in zipfile.ZipFile(_Window(mapped, place)).infolist():
-        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise ValueError(f"{shown(entry.filename)} is compressed")
-        header = place.start + entry.header_offset
-        # The lengths of the name and of the extra field, which torch.save pads so that the values are aligned.
-        signature, name_size, extra_size = struct.unpack("<4s22xHH", mapped[header : header + 30])
-        start = header + 30 + name_size + extra_size
-        if signature != b"PK\3\4" or start + entry.file_size > place.start + place.size:
-            raise ValueError(f"{shown(entry.filename)} does not lie in it")
-        found[entry.filename] = ByteRange(start, entry.file_size)
-    return found
-
-
 # The pickle of a state dict ------------------------------------------------------------------------------------------
 
-
-class _Storage(NamedTuple):
-    dtype: torch.dtype
-    key: str
-    size: int
-
-
-class _Described(NamedTuple):
-    """A tensor: its storage, its first value there, and its shape and strides."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-def _new_table() -> dict[str, Any]:
-    """Stands for an OrderedDict, which is pickled as an empty one and its items."""
-    return {}
-
-
-def _describe(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Described:
-    """Takes the arguments of torch's `_rebuild_tensor_v2`; the other ones are about gradients."""
-    numbers = (offset, *shape, *stride)
-    if not isinstance(storage, _Storage) or any(type(number) is not int or number < 0 for number in numbers):
-        raise ValueError("the description of a tensor has the wrong types")
-    if len(shape) != len(stride) or len(shape) > _MOST_AXES:
-        raise ValueError(f"a tensor has {len(shape)} axes and {len(stride)} strides")
-    return _Described(storage, offset, tuple(shape), tuple(stride))
-
-
-def _storage(kind: Any, dtype: Any, key: Any, location: Any, size: Any) -> _Storage:
-    if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) is not str or type(size) is not int:
-        raise ValueError("the description of a storage has the wrong types")
-    return _Storage(dtype, key, size)
-
-
-_NAMES: Mapping[str, Any] = {
-    "collections OrderedDict": _new_table,
-    "torch._utils _rebuild_tensor_v2": _describe,
-    "torch FloatStorage": torch.float32,
-    "torch HalfStorage": torch.float16,
-    "torch BFloat16Storage": torch.bfloat16,
+_NAMES = {
+    *("collections OrderedDict", "torch._utils _rebuild_tensor_v2"),
+    *("torch FloatStorage", "torch HalfStorage", "torch BFloat16Storage"),
 }
-_CONSTANTS: Mapping[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE")
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+_SHARED = {"GLOBAL", "BINUNICODE", "EMPTY_DICT", "REDUCE"}  # what they make may be used again
+_KEPT, _FETCHED = {"BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
+_OPERATIONS = {
+    *("PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"),
+    *("GLOBAL", "BINPERSID", "REDUCE", "BUILD", "EMPTY_TUPLE", "EMPTY_DICT", "SETITEM", "SETITEMS"),
+    "BINUNICODE",
+    *(_TUPLES | _KEPT | _FETCHED),
+}
 
 
-def _read_state_dict(pickled: bytes) -> dict[str, Any]:
-    """The table that a pickle of protocol 2 describes, without its attributes. Tensors are `_Described`.
+def _check_pickle(pickled: bytes) -> None:
+    """Raise ValueError unless a pickle has only the operations and the names that a state dict needs.
 
-    Only the operations and names that a state dict needs exist here. Nothing is imported, and no object is made but
-    tables, tuples, numbers, texts and descriptions.
-
-    Raises:
-        ValueError: it asks for another name, or has another operation; the message names it.
-        LookupError, TypeError, AttributeError: it is not the pickle of a state dict.
+    `torch.load` knows more of both. It also hashes the keys of tables, and the hash of a tuple takes stack for each
+    level and time for each part. So tuples may be neither many nor used twice.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def since(start: int) -> tuple[Any, ...]:
-        items = tuple(stack[start:])
-        del stack[start:]
-        return items
-
+    before, num_tuples, tuples = "", 0, set()
     operations: Iterable[tuple[Any, Any, Any]] = pickletools.genops(pickled)
     for operation, argument, _ in operations:
         name = operation.name
-        if name in _VALUES:
-            if isinstance(argument, str) and argument.endswith("_extra_state"):
-                raise ValueError(f"{shown(argument)} is TransformerEngine's extra state")
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "GLOBAL":
-            if argument not in _NAMES:
-                raise ValueError(f"its pickle asks for {shown(argument)}, which no state dict needs; nothing was run")
-            stack.append(_NAMES[argument])
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name == "TUPLE":
-            stack.append(since(marks.pop()))
-        elif name in _TUPLES:
-            stack.append(since(len(stack) - _TUPLES[name]))
-        elif name == "BINPERSID":
-            stack.append(_storage(*stack.pop()))
-        elif name == "REDUCE":
-            function, arguments = since(len(stack) - 2)
-            if function is not _new_table and function is not _describe:
-                raise ValueError("its pickle calls what is not a function")
-            stack.append(function(*arguments))
-        elif name in ("SETITEM", "SETITEMS"):
-            items = since(marks.pop() if name == "SETITEMS" else len(stack) - 2)
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                if type(key) is not str:  # it would be hashed, and a deep tuple's hash ends the process
-                    raise ValueError("a name is not text")
-                stack[-1][key] = value
-        elif name == "BUILD":
-            stack.pop()  # attributes: the versions of the modules
-        elif name not in ("PROTO", "STOP"):
+        if name not in _OPERATIONS:
             raise ValueError(f"its pickle has the operation {name}")
-    (table,) = stack
+        if name == "GLOBAL" and argument not in _NAMES:
+            raise ValueError(f"its pickle asks for {shown(argument)}, which no state dict needs; nothing was run")
+        if name == "BINUNICODE" and argument.endswith("_extra_state"):
+            raise ValueError(f"{shown(argument)} is TransformerEngine's extra state")
+        num_tuples += name in _TUPLES
+        if num_tuples > _MOST_TUPLES:
+            raise ValueError(f"its pickle has more than {_MOST_TUPLES:,} tuples")
+        if name in _KEPT and before not in _SHARED:
+            tuples.add(argument)
+        if name in _FETCHED and argument in tuples:
+            raise ValueError("its pickle uses a tuple twice")
+        before = name
+
+
+def _checked_tensors(table: Any, sizes: list[int]) -> dict[str, torch.Tensor]:
+    """The tensors of a loaded state dict, whose files of values have these sizes, as they lie in the file.
+
+    `torch.load` does not compare the size of a mapped file of values with that in the pickle.
+
+    Raises:
+        ValueError: it is no table of row-major tensors, or one is larger than its file of values.
+    """
     if not isinstance(table, dict):
         raise ValueError("its pickle is not a table")
-    return table
+    storages: dict[int, int] = {}
+    for name, tensor in table.items():
+        if type(name) is not str:
+            raise ValueError("a name is not text")
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{shown(name)} is not a tensor")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{shown(name)} is not stored row by row")
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            storages[storage.data_ptr()] = storage.nbytes()
+    if [storages[place] for place in sorted(storages)] != sizes:
+        raise ValueError("the values of a tensor are missing, or too few")
+    return dict(table)

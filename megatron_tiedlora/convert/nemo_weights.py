@@ -1,4 +1,4 @@
-"""Takes Hugging Face's StableLM tensors out of the tensors of NeMo 1's ranks, as views and without a copy.
+"""Takes Hugging Face's StableLM tensors out of the tensors of NeMo 1's ranks, as views of these.
 
 It owns NeMo's names and orders of rows. With T tensor-parallel ranks of a stage, [..; ..] rows below each other:
 
@@ -11,11 +11,14 @@ It owns NeMo's names and orders of rows. With T tensor-parallel ranks of a stage
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.checkpoint.streamed_files import StreamedTensor
+from megatron_tiedlora.checkpoint.tensor_files import all_finite
 from megatron_tiedlora.convert.nemo_archive import NemoArchive
 from megatron_tiedlora.convert.nemo_config import ROPE_BASE, WEIGHTS_MEMBER, NemoModel
 
@@ -27,15 +30,20 @@ _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 Rank = dict[str, torch.Tensor]
 
 
-def stablelm_tensors(archive: NemoArchive, model: NemoModel, *, vocab_size: int) -> list[StreamedTensor]:
+def stablelm_tensors(archive: NemoArchive, model: NemoModel, folder: Path, *, vocab_size: int) -> list[StreamedTensor]:
     """The tensors of a `StableLmForCausalLM` in the order of its layers. Norms are fp32; others are as stored.
+
+    A number that is not finite raises UserError as it is written.
+
+    Args:
+        folder: for copies of the ranks' files; see `NemoArchive.tensors`.
 
     Raises:
         UserError: a rank's file is missing or too much, or a tensor is missing, unknown, or of another shape or dtype.
     """
     _check_members(archive, model)
     stages = [
-        [_read_rank(archive, model, pp_rank, tp_rank) for tp_rank in range(model.tp_size)]
+        [_read_rank(archive, model, folder, pp_rank, tp_rank) for tp_rank in range(model.tp_size)]
         for pp_rank in range(model.pp_size)
     ]
     for name, stage in ((_EMBEDDING, stages[0]), (_HEAD, stages[-1])):
@@ -45,7 +53,7 @@ def stablelm_tensors(archive: NemoArchive, model: NemoModel, *, vocab_size: int)
     if len(dtypes) > 1:
         listed = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise UserError(f"{archive.path}: its weights are {listed}; they must have one dtype")
-    return list(_tensors(stages, model, vocab_size))
+    return [_finite(tensor, str(archive.path)) for tensor in _tensors(stages, model, vocab_size)]
 
 
 def _check_members(archive: NemoArchive, model: NemoModel) -> None:
@@ -63,11 +71,11 @@ def _check_members(archive: NemoArchive, model: NemoModel) -> None:
         raise UserError(f"{archive.path}: {name} is missing")
 
 
-def _read_rank(archive: NemoArchive, model: NemoModel, pp_rank: int, tp_rank: int) -> Rank:
+def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: int, tp_rank: int) -> Rank:
     """The tensors of a rank by NeMo's names without their prefix, with their shapes checked."""
     member = model.rank_member(pp_rank, tp_rank)
     found: Rank = {}
-    for name, tensor in archive.tensors(member).items():
+    for name, tensor in archive.tensors(member, folder).items():
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
             hint = " (Megatron-Core's name)" if name.startswith(("model.decoder.", "model.embedding.")) else ""
@@ -136,6 +144,18 @@ def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int
         yield _columns(f"{ours}.mlp.down_proj.weight", [rank[f"{theirs}.mlp.dense_4h_to_h.weight"] for rank in ranks])
     yield from _norm("model.norm", stages[-1][0], _FINAL_NORM)
     yield _rows("lm_head.weight", _first_rows([rank[_HEAD] for rank in stages[-1]], vocab_size))
+
+
+def _finite(tensor: StreamedTensor, source: str) -> StreamedTensor:
+    """The tensor, of which a number that is not finite raises UserError."""
+
+    def blocks() -> Iterator[torch.Tensor]:
+        for block in tensor.blocks():
+            if not all_finite(block):
+                raise UserError(f"{source}: {tensor.name} holds numbers that are not finite; the file is broken")
+            yield block
+
+    return replace(tensor, blocks=blocks)
 
 
 def _norm(name: str, rank: Rank, theirs: str) -> Iterator[StreamedTensor]:

@@ -35,7 +35,7 @@ from megatron_tiedlora.convert.merged_rows import ReadRows, merged_reader, store
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
-from megatron_tiedlora.model.weights import num_base_parameters
+from megatron_tiedlora.model.weights import num_base_parameters, stored_shapes
 
 _PROBED = (2, 48)  # rows and tokens of the input
 LARGEST_WHOLE = 8_000_000_000  # bytes of a model in fp32 that is loaded whole without being asked for
@@ -250,7 +250,7 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
             " base with --model"
         )
     with BaseWeights(merged, source.shape) as written:  # checks names and shapes
-        return {name: written.dtype(name) for rule in written.rules for name in rule.hf_names}
+        return {name: written.dtype(name) for name in stored_shapes(written.rules)}
 
 
 def _quantised(base: BaseWeights, shape: ModelShape, base_format: str) -> ReadRows:

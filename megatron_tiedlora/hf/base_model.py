@@ -25,7 +25,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import run_starts
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stored_formats import stored_format
-from megatron_tiedlora.model.weights import WeightRule, weight_rules
+from megatron_tiedlora.model.weights import WeightRule, stored_shapes, weight_rules
 
 
 def model_source(model: Any) -> ModelSource:
@@ -73,8 +73,7 @@ class WeightsInMemory:
     @property
     def are_whole(self) -> bool:
         """Whether every tensor is there as it was stored: floating point, neither quantised, offloaded nor sharded."""
-        pairs = (pair for rule in self.rules for pair in zip(rule.hf_names, rule.hf_shapes(), strict=True))
-        held = ((self._held(name)[1], shape) for name, shape in pairs)
+        held = ((self._held(name)[1], shape) for name, shape in stored_shapes(self.rules).items())
         return all(tuple(tensor.shape) == shape and _is_plain(tensor) for tensor, shape in held)
 
     def read(self, name: str) -> torch.Tensor:

@@ -20,7 +20,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import changed_weights
 from megatron_tiedlora.convert.merged_rows import merged_rows, row_blocks
-from megatron_tiedlora.model.weights import WeightRule
+from megatron_tiedlora.model.weights import WeightRule, stored_shapes
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def with_update(z: torch.Tensor, x: torch.Tensor, adapter: TiedAdapter, place: A
 
 def check_whole(weight: torch.Tensor, place: AdaptedModule) -> None:
     """Raise UserError if a weight that is to be changed in place is quantised, offloaded or sharded."""
-    shape = dict(zip(place.rule.hf_names, place.rule.hf_shapes(), strict=True))[place.stored]
+    shape = stored_shapes([place.rule])[place.stored]
     plain = weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
     if not plain or tuple(weight.shape) != tuple(shape):
         raise UserError(f"{place.stored} is quantised, offloaded or sharded; merge with tiedlora merge")

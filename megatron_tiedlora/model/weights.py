@@ -6,7 +6,7 @@ It is derived from a `ModelShape`. Loading, merging, exporting and comparing all
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,10 +52,6 @@ class WeightRule:
         """The names of the Hugging Face tensors that store it, one for each part."""
         return tuple(part.name for part in self.parts)
 
-    def hf_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shape that each of `hf_names` must have."""
-        return tuple(part.shape for part in self.parts)
-
     @property
     def num_elements(self) -> int:
         """The number of elements in the full tensor."""
@@ -93,6 +89,11 @@ def weight_rules(shape: ModelShape) -> tuple[WeightRule, ...]:
     if not shape.tied_embeddings:
         found += _linear(shape.head, layer=last, stored="")
     return tuple(found)
+
+
+def stored_shapes(rules: Iterable[WeightRule]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the Hugging Face tensors that store some weights, by name."""
+    return {part.name: part.shape for rule in rules for part in rule.parts}
 
 
 def quantised_rules(shape: ModelShape) -> Iterator[WeightRule]:

@@ -42,7 +42,7 @@ def write_wide_model(folder: Path, *, file_bytes: int, **values: Any) -> Path:
         StreamedTensor(part.name, torch.bfloat16, part.shape, partial(_drawn, bank, part.shape, index))
         for index, part in enumerate(parts)
     ]
-    write_streamed(folder, tensors, source=str(folder), shard_bytes=file_bytes)
+    write_streamed(folder, tensors, shard_bytes=file_bytes)
     return folder
 
 

@@ -20,7 +20,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.model.weights import stage_weight_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 
 INDEX = "model.safetensors.index.json"
@@ -342,7 +342,7 @@ def test_reading_takes_the_memory_of_the_model_and_one_tensor(tmp_path: Path, st
     config |= {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64}
     (large / "config.json").write_text(json.dumps(config))
     source = find_model(str(large))
-    shapes = {n: s for rule in weight_rules(source.shape) for n, s in zip(rule.hf_names, rule.hf_shapes(), strict=True)}
+    shapes = stored_shapes(weight_rules(source.shape))
     save_file({name: torch.ones(shape, dtype=stored) for name, shape in shapes.items()}, large / "model.safetensors")
     largest = max(torch.Size(shape).numel() for shape in shapes.values()) * stored.itemsize
     output = subprocess.run(

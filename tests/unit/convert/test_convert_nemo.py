@@ -156,7 +156,8 @@ def test_tensors_are_found_where_torch_finds_them(tmp_path: Path) -> None:
     whole = torch.arange(40.0).view(5, 8)
     content = {"a": whole, "part": whole[2:4], "none": torch.empty(0, 3), "one": torch.tensor(7.0).half()}
     path = write_nemo(tmp_path / "x.nemo", {"pad": b"0" * 777, "x.ckpt": ckpt(state_dict(content))})
-    found = NemoArchive(path).tensors("x.ckpt")
+    found = NemoArchive(path).tensors("x.ckpt", tmp_path)
+    assert [item.name for item in tmp_path.iterdir()] == ["x.nemo"]  # the copy has no name any more
     assert list(found) == [PREFIX + name for name in content]
     for name, tensor in content.items():
         assert torch.equal(found[PREFIX + name], tensor) and found[PREFIX + name].dtype == tensor.dtype

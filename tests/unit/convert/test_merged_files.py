@@ -1,36 +1,27 @@
-"""The files of a merged folder are the base's own, but for the values that the adapter changes; and what of it is
-written when a merge is ended or goes on."""
+"""The files of a merged folder are the base's own, but for the values that the adapter changes."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from native_files import with_adapter
 from oracle import OracleConfig, delta_weights, load_weights, merged_weights
-from run_files import files_of
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 from wide_models import anonymous_bytes, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.checkpoint import streamed_files
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.convert import merged_file, merged_rows
+from megatron_tiedlora.convert import merged_rows
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.convert.merge_journal import JOURNAL
-from megatron_tiedlora.convert.merged_file import MergedFile
 
 INDEX = "model.safetensors.index.json"
 STEPS, SCALE = "model.steps", "model.scale"  # tensors that are no weights of the model: five integers, three numbers
@@ -79,9 +70,8 @@ def inputs(base: Path) -> tuple[ModelSource, NativeAdapter]:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 rows, of which a weight has two or more; and blocks of a file system of 64 bytes."""
+    """Blocks of 16 rows, of which a weight has two or more."""
     monkeypatch.setattr(merged_rows, "BLOCK_ELEMENTS", 32 * 16)
-    monkeypatch.setattr(merged_file, "_ALIGNED", 64)
 
 
 def places(file: Path) -> dict[str, tuple[int, int]]:
@@ -144,47 +134,27 @@ def test_with_a_dtype_all_weights_are_cast_once(tmp_path: Path, kept: torch.dtyp
     assert places(file)[STEPS][0] % 8 == 0  # as readers need it
 
 
-def refusing(number: int) -> Any:
-    def refuse(*_: Any) -> int:
-        raise OSError(number, os.strerror(number))
-
-    return refuse
-
-
-def shortly(reader: int, writer: int, size: int, start: int, target: int, copy: Any = os.copy_file_range) -> int:
-    return int(copy(reader, writer, min(size, 1001), start, target))
-
-
-COPIES = {
-    "another file system": refusing(errno.EXDEV),
-    "no system call": refusing(errno.ENOSYS),
-    "not supported": refusing(errno.EOPNOTSUPP),
-    "nothing is copied": lambda *_: 0,
-    "a few bytes at a time": shortly,
-    "unknown to Python": None,
-}
-
-
-@pytest.mark.parametrize("way", COPIES)
-def test_where_the_kernel_does_not_copy(
-    inputs: tuple[ModelSource, NativeAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    merge_adapter(*inputs, tmp_path / "merged")
-    if COPIES[way] is None:
-        monkeypatch.delattr(os, "copy_file_range")
-    else:
-        monkeypatch.setattr(os, "copy_file_range", COPIES[way])
-    merge_adapter(*inputs, tmp_path / "again")
-    assert files_of(tmp_path / "again") == files_of(tmp_path / "merged")
-
-
-@pytest.mark.parametrize("call", ["copy_file_range", "pwrite"])
 def test_a_disk_that_fails_is_one_line_and_leaves_nothing(
-    inputs: tuple[ModelSource, NativeAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    inputs: tuple[ModelSource, NativeAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, call, refusing(errno.ENOSPC))
+    real = Path.open
+    full = Path("/dev/full")  # whatever is written to it does not fit
+    monkeypatch.setattr(Path, "open", lambda path, mode="r", *_: real(full if mode == "wb" else path, mode, *_))
     with pytest.raises(UserError, match=r"merged: cannot be written \(No space left on device\); nothing was changed"):
         merge_adapter(*inputs, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_becomes_shorter_is_one_line(
+    inputs: tuple[ModelSource, NativeAdapter], tmp_path: Path, base: Path
+) -> None:
+    last = max(base.glob("*.safetensors"))
+    raw = last.read_bytes()
+    try:
+        with pytest.raises(UserError, match=rf"{last.name}: not a whole safetensors file \(it became shorter"):
+            merge_adapter(*inputs, tmp_path / "merged", between=lambda: last.write_bytes(raw[:-2]))
+    finally:
+        last.write_bytes(raw)
     assert not list(tmp_path.iterdir())
 
 
@@ -211,7 +181,7 @@ def test_a_full_disk_is_foretold(
     weights = sum(file.stat().st_size for file in (tmp_path / "merged").glob("*.safetensors"))
     real, written = shutil.disk_usage, []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=weights))
-    monkeypatch.setattr(MergedFile, "write", lambda *_: written.append(_))
+    monkeypatch.setattr(streamed_files, "_write_file", lambda *_: written.append(_))
     says = r"--output \S*/more: needs \d+\.\d\d kB, but only \d+\.\d\d kB are free in its folder's file system"
     with pytest.raises(UserError, match=says):
         merge_adapter(*inputs, tmp_path / "more")
@@ -250,118 +220,3 @@ def test_a_large_file_takes_the_memory_of_some_rows(
         watcher.join()
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size > 180e6
     assert len(seen) > 20 and max(seen) - start < 40e6
-
-
-# A merge that was ended ----------------------------------------------------------------------------------------------
-
-
-class Ended(Exception):
-    """Where a kill would end the merge."""
-
-
-@pytest.fixture
-def killed(inputs: tuple[ModelSource, NativeAdapter], tmp_path: Path) -> Iterator[Path]:
-    """The hidden folder of a merge that was killed in its fourth file. The third may not be on the disk yet."""
-    folder, files = tmp_path / "work", []
-    folder.mkdir()
-
-    def look() -> None:
-        if len(list(folder.glob("*.safetensors"))) == 4:
-            raise Ended
-
-    with pytest.raises(Ended):
-        merge_adapter(*inputs, tmp_path / "merged", new=lambda _: nullcontext(folder), between=look)
-    files = sorted(file.name for file in folder.iterdir())
-    assert files[0] == JOURNAL and len(files) == 5 and 2 <= len(whole_files(folder)) <= 3
-    yield folder
-
-
-def whole_files(folder: Path) -> set[str]:
-    """The files that a merge has noted as whole."""
-    return set(json.loads((folder / JOURNAL).read_text())["whole"])
-
-
-def go_on(inputs: tuple[ModelSource, NativeAdapter], folder: Path, **keywords: Any) -> set[str]:
-    """Merge in `folder`, which holds what a killed merge has left; returns the names of the files that it kept."""
-    before = {file.name: file.lstat().st_ino for file in folder.iterdir()}
-    opened = [os.open(file, os.O_RDONLY) for file in folder.iterdir()]  # so that no inode is used again
-    merge_adapter(*inputs, folder.parent / "merged", new=lambda _: nullcontext(folder), **keywords)
-    for descriptor in opened:
-        os.close(descriptor)
-    return {file.name for file in folder.iterdir() if file.lstat().st_ino == before.get(file.name)}
-
-
-def test_whole_files_are_kept(inputs: tuple[ModelSource, NativeAdapter], killed: Path, tmp_path: Path) -> None:
-    whole = whole_files(killed)
-    assert go_on(inputs, killed) == whole
-    merge_adapter(*inputs, tmp_path / "alone")
-    assert files_of(killed) == files_of(tmp_path / "alone")
-
-
-def test_the_room_for_whole_files_is_not_asked_again(
-    inputs: tuple[ModelSource, NativeAdapter], killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    merge_adapter(*inputs, tmp_path / "alone")
-    whole = whole_files(killed)
-    needed = sum(file.stat().st_size for file in (tmp_path / "alone").iterdir())
-    needed -= sum((killed / name).stat().st_size for name in whole)
-    real = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=needed))
-    assert go_on(inputs, killed) == whole
-
-
-def flip(file: Path) -> None:
-    """Change a byte, and hide it as well as a program can."""
-    found, raw = file.stat(), bytearray(file.read_bytes())
-    raw[-1] ^= 1
-    file.write_bytes(raw)
-    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))
-
-
-def cut(file: Path) -> None:
-    os.truncate(file, 100)
-
-
-def link(file: Path) -> None:
-    file.rename(file.parent.parent / "moved")
-    file.symlink_to(file.parent.parent / "moved")
-
-
-@pytest.mark.parametrize("damage", [flip, cut, link, Path.unlink])
-def test_files_that_were_changed_are_written_again(
-    inputs: tuple[ModelSource, NativeAdapter], killed: Path, tmp_path: Path, damage: Any
-) -> None:
-    whole = whole_files(killed)
-    first = killed / min(whole)
-    damage(first)
-    assert go_on(inputs, killed) == whole - {first.name} and not first.is_symlink()
-    merge_adapter(*inputs, tmp_path / "alone")
-    assert files_of(killed) == files_of(tmp_path / "alone")
-
-
-CHANGES = ["adapter", "alpha", "dtype", "base", "no journal", "broken journal", "strange journal"]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_nothing_is_kept_of_another_merge(
-    inputs: tuple[ModelSource, NativeAdapter], killed: Path, tmp_path: Path, base: Path, change: str
-) -> None:
-    source, adapter = inputs
-    dtype = torch.float16 if change == "dtype" else None
-    if change == "adapter":
-        source, adapter, _ = with_adapter(base, "tl6", targets=TARGET_NAMES, seed=1)
-    elif change == "alpha":
-        adapter = replace(adapter, config=replace(adapter.config, alpha=7.0))
-    elif change == "base":
-        file = min(base.glob("*.safetensors"))
-        file.write_bytes(file.read_bytes())
-    elif change == "no journal":
-        (killed / JOURNAL).unlink()
-    elif change == "broken journal":
-        (killed / JOURNAL).write_text("{")
-    elif change == "strange journal":
-        content = json.loads((killed / JOURNAL).read_text())
-        (killed / JOURNAL).write_text(json.dumps({**content, "whole": {"../merged": None, "x\0": [1, 2], "y": None}}))
-    assert go_on((source, adapter), killed, dtype=dtype) == set()
-    merge_adapter(source, adapter, tmp_path / "alone", dtype=dtype)
-    assert files_of(killed) == files_of(tmp_path / "alone")

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import tarfile
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -100,7 +101,7 @@ class Hostile:
 def zipped(files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     written = io.BytesIO()
     with zipfile.ZipFile(written, "w", compression) as archive:
-        for name, content in files.items():
+        for name, content in {"version": b"3\n", **files}.items():
             archive.writestr(f"archive/{name}", content)
     return written.getvalue()
 
@@ -109,6 +110,15 @@ def weights(change: Callable[[dict[str, Any]], object]) -> bytes:
     tensors: dict[str, Any] = draw_tensors(SMALL)
     change(tensors)
     return ckpt(state_dict(tensors))
+
+
+def twice(raw: bytes) -> bytes:
+    """A `.ckpt` with a second pickle of the same name."""
+    written = io.BytesIO(raw)
+    with zipfile.ZipFile(written, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile warns of it
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+    return written.getvalue()
 
 
 def values_cut(raw: bytes) -> bytes:
@@ -146,11 +156,16 @@ BROKEN_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "big endian": (lambda: zipped({"data.pkl": b"\x80\x02}.", "byteorder": b"big"}), "byte order"),
     "values cut": (lambda: values_cut(weights(str)), "are missing, or too few"),
     "operation": (lambda: zipped({"data.pkl": b"\x80\x02]."}), "the operation EMPTY_LIST"),
-    "calls text": (lambda: zipped({"data.pkl": b"\x80\x02X\x01\x00\x00\x00a)R."}), "calls what is not a function"),
-    "deep": (lambda: zipped({"data.pkl": b"\x80\x02})" + b"\x85" * 10**5 + b"K\x01s."}), "a name is not text"),
+    "calls text": (lambda: zipped({"data.pkl": b"\x80\x02X\x01\x00\x00\x00a)R."}), "not that of a state dict"),
+    "deep": (lambda: zipped({"data.pkl": b"\x80\x02})" + b"\x85" * 10**5 + b"K\x01s."}), "more than 20,000 tuples"),
+    "less deep": (lambda: zipped({"data.pkl": b"\x80\x02})" + b"\x85" * 20_000 + b"K\x01s."}), "a name is not text"),
+    # Each level has the one before twice, so that the hash of the last one never ends.
+    "wide": (lambda: zipped({"data.pkl": b"\x80\x02})q\0" + b"h\0h\0\x86q\0" * 99 + b"K\x01s."}), "uses a tuple twice"),
+    "hidden tuple": (lambda: zipped({"data.pkl": b"\x80\x02}K\x01\x85(uq\0h\0\x86K\x01s."}), "uses a tuple twice"),
+    "two pickles": (lambda: twice(weights(str)), "holds a file twice"),
     "pickle cut": (lambda: zipped({"data.pkl": b"\x80\x02}"}), "pickle exhausted before seeing STOP"),
     "memo": (lambda: zipped({"data.pkl": b"\x80\x02}r\xff\xff\xff\xff."}), "is missing"),
-    "many axes": (lambda: weights(lambda t: t.update(x=torch.ones([1] * 9))), "9 axes"),
+    "many axes": (lambda: weights(lambda t: t.update(x=torch.ones([1] * 9))), "holds 'x', which is not converted"),
     "huge pickle": (lambda: zipped({"data.pkl": b"\x80\x02}" + b"0" * 2**24}), "bytes where at most"),
 }  # fmt: skip
 
