@@ -21,6 +21,7 @@ from ranks import ENVIRONMENT
 
 from megatron_tiedlora.commands import check_gpu
 from megatron_tiedlora.commands.front import call
+from megatron_tiedlora.config.tool_settings import CheckGpuSettings
 from megatron_tiedlora.gpu_checks import attention, child, children, correct, env, host, output, records, reference
 from megatron_tiedlora.gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_shape
 from megatron_tiedlora.gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
@@ -250,7 +251,7 @@ def test_all_parts_together_take_eight_minutes_and_each_is_there() -> None:
     assert sum(some.values()) == 180 and some["ranks"] == 2 * some["env"]
     for part in check_gpu.SHARES:
         assert (Path(records.__file__).parent / f"{part}.py").exists()
-        assert f"\n    {part} " in (check_gpu.__doc__ or "")
+        assert f"\n    {part} " in CheckGpuSettings.about
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.5, "warn"), (0.7, "pass"), (1.05, "pass"), (60.0, "fail")])
