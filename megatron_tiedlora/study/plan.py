@@ -1,17 +1,17 @@
-"""The plan of a study: checked settings, its jobs, and the command of each run and score.
+"""The plan of a study: checked settings, its steps in order, the command of each, and how it ended.
 
-Owns the flags of tiedlora train and tiedlora evaluate. Leaves the order of the jobs to jobs.py, and starting
-commands to processes.py.
+Owns the flags of tiedlora train and tiedlora evaluate. Leaves starting commands to starts.py.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,20 +27,17 @@ from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split, local_names
 from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
-from megatron_tiedlora.study.jobs import StudyJob
-from megatron_tiedlora.study.processes import ScriptStart, launcher_slots, with_port
 from megatron_tiedlora.study.record import (
     BaseRecord,
     StudyFolder,
     check_folder,
     check_resumable,
     describe_base,
-    last_lines,
 )
 from megatron_tiedlora.study.scores import BASE_NAME, best_run, read_run, read_score
+from megatron_tiedlora.study.starts import ScriptStart, last_lines, with_port
 from megatron_tiedlora.study.together import (
     SCORES_END,
     check_groups,
@@ -52,6 +49,51 @@ from megatron_tiedlora.study.together import (
 from megatron_tiedlora.training.halving import REASON
 from megatron_tiedlora.training.length import with_models_length
 from megatron_tiedlora.training.plan import plan_run
+
+
+@dataclass(frozen=True)
+class Score:
+    """The test score of the best run of a point, or of the base model, without which nothing can be compared."""
+
+    point: Point | None
+
+    @property
+    def label(self) -> str:
+        """METHOD-rRANK[-layerN], or base."""
+        point = self.point
+        if point is None:
+            return BASE_NAME
+        return f"{point.method}-r{point.rank}" + ("" if point.layer is None else f"-layer{point.layer}")
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"score {self.label}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One start: of runs that train together, or of scores that are made together. One of a kind starts alone."""
+
+    items: tuple[Run, ...] | tuple[Score, ...]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs; () if it makes scores."""
+        return tuple(item for item in self.items if isinstance(item, Run))
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """The scores; () if it trains."""
+        return tuple(item for item in self.items if isinstance(item, Score))
+
+    @property
+    def name(self) -> str:
+        """The name of its log."""
+        first = self.items[0]
+        if len(self.items) == 1:
+            return first.name
+        return f"group {first.name}" if isinstance(first, Run) else f"scores {first.label}"
 
 
 @dataclass(frozen=True)
@@ -74,37 +116,28 @@ class SweepPlan:
         """The sweep's own settings."""
         return self.command.settings
 
-    def slots(self) -> tuple[tuple[str, ...], ...]:
-        """Launcher arguments of each slot in which a command can run."""
-        gpus = () if self.settings.gpus_per_run is None else visible_gpus()
-        return launcher_slots(
-            launcher_args=self.settings.launcher_args,
-            gpus_per_run=self.settings.gpus_per_run,
-            runs_at_once=self.settings.runs_at_once,
-            gpus=gpus,
-        )
+    def steps(self) -> list[Step]:
+        """The unfinished steps in order: the base model's score, then each group of runs and the scores of its points.
 
-    def jobs(self, lock: int) -> list[StudyJob]:
-        """The unfinished jobs in order: the base model's score, then the runs and the score of each point."""
+        Raises:
+            UserError: scores that a killed sweep left cannot be moved.
+        """
         take_scores(self.folder)
-        jobs = [] if self._scored(BASE_NAME) else [self._score(None, (), lock)]
-        left, started = list(self.grid.points), dict[str, str]()  # by name of a run its job's
-        for runs in ((), *self.groups()):
-            if runs:
-                jobs.append(self._train(runs[0], lock) if len(runs) == 1 else self._train_together(runs, lock))
-                started |= {run.name: jobs[-1].name for run in runs}
-            ready: dict[Point, tuple[str, ...]] = {}  # what each needs
-            while left and all(run.name in started for run in self._unfinished(left[0])):
+        base, left, groups = Score(None), list(self.grid.points), self.groups()
+        steps = [] if self._is_scored(base) else [Step((base,))]
+        later = {run for runs in groups for run in runs}
+        for runs in ((), *groups):
+            steps += [Step(runs)] if runs else []
+            later -= set(runs)
+            ready = []
+            while left and not later & set(self.grid.runs(left[0])):
                 point = left.pop(0)
-                needs = tuple(dict.fromkeys(started[run.name] for run in self._unfinished(point)))
-                # The run to score is known only when all have ended, so a point with unfinished runs has a score job.
-                if needs or not self._scored(self._scored_name(point)):
-                    ready[point] = needs
-            if len(ready) > 1 and self.settings.together != 1:
-                jobs.append(self._score_together(ready, lock))
-            else:
-                jobs += [self._score(point, needs, lock) for point, needs in ready.items()]
-        return jobs
+                # The run to score is known only when all have ended.
+                if self._unfinished(point) or not self._is_scored(Score(point)):
+                    ready.append(Score(point))
+            together = [tuple(ready)] if ready and self.settings.together != 1 else [(score,) for score in ready]
+            steps += [Step(scores) for scores in together]
+        return steps
 
     def groups(self) -> list[tuple[Run, ...]]:
         """The unfinished runs, those that train together in one group. Raises UserError."""
@@ -114,19 +147,15 @@ class SweepPlan:
             settings = group_settings(self.command, self.grid.runs(widest)[0])
             ranks = settings.tensor_parallel * settings.pipeline_parallel
             plan = plan_run(settings, rank=0, world_size=ranks, weights=False, source=self.source)
-            most = most_together(plan, num_runs=num_runs, num_slots=len(self.slots()))
+            most = most_together(plan, num_runs=num_runs)
             if self.settings.halving:  # the learning rates of a point are compared
                 most = max(most, len(self.grid.learning_rates))
         return grouped(runs, 1 if most == "auto" else most)
 
     @property
-    def num_jobs(self) -> int:
-        """The number of jobs of the whole study."""
+    def num_items(self) -> int:
+        """The number of runs and scores of the whole study."""
         return 1 + len(self.grid.points) * (len(self.grid.learning_rates) + 1)
-
-    @property
-    def _take_over(self) -> dict[str, bool]:
-        return {"take_over": True} if self.settings.take_over else {}
 
     def _unfinished(self, point: Point) -> list[Run]:
         return [run for run in self.grid.runs(point) if read_run(self.folder.run(run.name)).state != "finished"]
@@ -136,142 +165,115 @@ class SweepPlan:
         left = self._unfinished(point)
         return list(self.grid.runs(point)) if left and self.settings.halving else left
 
-    def _scored(self, name: str | None) -> bool:
-        return name is not None and read_score(self.folder.score(name)) is not None
-
-    def _scored_name(self, point: Point | None) -> str | None:
-        """The name of the score of a point's best run, or of the base model; None if no run has finished."""
-        if point is None:
+    def _scored_name(self, score: Score) -> str | None:
+        """The name of what is scored: a point's best run, or the base model; None if no run has finished."""
+        if score.point is None:
             return BASE_NAME
-        best = best_run(self.folder, self.grid.runs(point), metric=self.command.train.eval_metric)
+        best = best_run(self.folder, self.grid.runs(score.point), metric=self.command.train.eval_metric)
         return None if best is None else best.name
 
-    def _max_steps(self, run: Path) -> int:
-        """The number of steps of a run that has started; with --epochs it has counted them itself."""
-        train, recorded = self.command.train, RunFolder(run).settings
-        found = None if train.epochs is None else read_yaml_mapping(recorded).get("max_steps")
-        return found if isinstance(found, int) else train.max_steps
+    def _is_scored(self, score: Score) -> bool:
+        name = self._scored_name(score)
+        return name is not None and read_score(self.folder.score(name)) is not None
 
-    @property
-    def _given(self) -> dict[str, Any]:
-        """The given settings of every start of train.py."""
+    def start(self, step: Step, lock: int) -> ScriptStart | None:
+        """What a step starts, once those before it have ended; None if there is nothing to score.
+
+        Args:
+            lock: descriptor that the launcher keeps open.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        self.folder.guard()
+        settings, words = self._train(step.runs) if step.runs else self._evaluate(step.scores)
+        if not settings:
+            return None
+        if self.settings.take_over:
+            settings["take_over"] = True
+        launcher = with_port(shlex.split(self.settings.launcher_args or ""))
+        script: Literal["train", "evaluate"] = "train" if step.runs else "evaluate"
+        return ScriptStart(script, settings, launcher, self.folder.log(step.name), lock, words)
+
+    def _train(self, runs: tuple[Run, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The settings of tiedlora train for one run, or for several in one start; each has the folder that it has
+        alone."""
+        folder, first = self.folder, runs[0]
         given = {name: value for name, value in self.command.given.items() if name != "test_file"}
-        return {**given, "resume": "auto", **self._take_over}
+        given["resume"] = "auto"
+        if len(runs) == 1:
+            return {**given, **first.settings, "output_dir": folder.run(first.name)}, ()
+        for path in (folder.run(run.name) for run in runs):
+            if read_run(path).state != "finished":  # if the start fails, how an earlier one ended is not why
+                discard(RunFolder(path).status, guard=folder.guard)
+        file = folder.group(f"{first.name}.yaml")
+        with suppress(OSError):  # the next line says what is wrong
+            file.parent.mkdir(exist_ok=True)
+        entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
+        write_yaml(file, entries, guard=folder.guard)
+        given |= {"adapters": file, "output_dir": folder.group(first.name)}
+        compares = self.settings.halving and len({run.point for run in runs}) < len(runs)
+        return {**given, **({"halving": True} if compares else {})}, ()
 
-    def _train(self, run: Run, lock: int, *, group: str | None = None) -> StudyJob:
-        """The job that trains a run, or that reads how it went on in the job `group`."""
-        path, log = self.folder.run(run.name), self.folder.log(group or run.name)
-        guard = self.folder.guard
-
-        def command(slot: tuple[str, ...]) -> ScriptStart:
-            guard()
-            settings = {**self._given, **run.settings, "output_dir": path}
-            return ScriptStart("train", settings, with_port(slot), log, lock)
-
-        def failure() -> str | None:
-            end = read_run(path)
-            if end.state == "finished":
-                return None
-            return end.reason if group is not None and end.reason else _reason(log, end.reason)
-
-        def done() -> tuple[float, str]:
-            end = read_run(path)
-            if end.state == "finished" and end.best is not None:
-                why = f" ({end.reason})" if end.reason.startswith(REASON) else ""
-                best = f"best validation {self.command.train.eval_metric} {end.best:.4f}"
-                return 1.0, f"{best}, ended at step {end.step}{why}"
-            row = last_row(RunFolder(path).metrics)
-            if row is None:
-                return 0.0, "starting"
-            step, max_steps = int(row["step"]), self._max_steps(path)
-            return min(step / max_steps, 1.0), f"step {step} of {max_steps}, {row['split']} loss {row['loss']:.4f}"
-
-        return StudyJob(run.name, (), command, failure, done)
-
-    def _train_together(self, runs: tuple[Run, ...], lock: int) -> StudyJob:
-        """The job that trains several runs in one start; each has the folder that it has alone."""
-        first, rates = runs[0].name, [run.point for run in runs]
-        name, folder, file = f"group {first}", self.folder.group(first), self.folder.group(f"{first}.yaml")
-        jobs = tuple(self._train(run, lock, group=name) for run in runs)
-        halving = self.settings.halving and len(set(rates)) < len(rates)
-
-        def command(slot: tuple[str, ...]) -> ScriptStart:
-            entries = [{"name": run.name, **run.settings, "output_dir": str(self.folder.run(run.name))} for run in runs]
-            for path in (self.folder.run(run.name) for run in runs):
-                if read_run(path).state != "finished":  # if the start fails, how an earlier one ended is not why
-                    discard(RunFolder(path).status, guard=self.folder.guard)
-            with suppress(OSError):  # the next line says what is wrong
-                file.parent.mkdir(exist_ok=True)
-            write_yaml(file, entries, guard=self.folder.guard)
-            settings = {**self._given, "adapters": file, "output_dir": folder, **({"halving": True} if halving else {})}
-            return ScriptStart("train", settings, with_port(slot), self.folder.log(name), lock)
-
-        def done() -> tuple[float, str]:
-            parts = [job.done()[0] for job in jobs]
-            return sum(parts), f"{len(jobs)} runs, {sum(parts) / len(parts):.0%}"
-
-        return StudyJob(name, (), command, lambda: None, done, runs=jobs)
-
-    def _score(self, point: Point | None, needs: tuple[str, ...], lock: int, *, group: str | None = None) -> StudyJob:
-        """The job that scores the best run of a point, or the base model, without which nothing can be compared; or
-        that reads what the job `group` has found."""
-        job = f"score {BASE_NAME}" if point is None else _score_job(point)
-        log = self.folder.log(group or job)
-
-        def command(slot: tuple[str, ...]) -> ScriptStart | None:
-            name = self._scored_name(point)
-            if name is None or self._scored(name):
-                return None
-            folder = self.folder.score(name)
-            discard(folder, guard=self.folder.guard)  # it has no result
-            adapter = None if point is None else self.folder.run(name) / "adapter"
-            settings = {**self._of_scores, "adapter": adapter, "output_dir": folder}
-            return ScriptStart("evaluate", settings, with_port(slot), log, lock)
-
-        def failure() -> str | None:
-            if group is not None:
-                take_scores(self.folder)
-            name = self._scored_name(point)  # None: no run has finished, so others alone were scored
-            return None if name is None or self._scored(name) else _reason(log)
-
-        def done() -> tuple[float, str]:
-            name = self._scored_name(point)
-            if name is None:
-                return 0.0, ""
-            score = read_score(self.folder.score(name))
-            return 0.0, "decoding" if score is None else f"{self.base.metric} {score.value:.2f} % ({name})"
-
-        return StudyJob(job, needs, command, failure, done, vital=point is None)
-
-    @property
-    def _of_scores(self) -> dict[str, Any]:
-        """The settings of every start of evaluate.py."""
-        return {
+    def _evaluate(self, scores: tuple[Score, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The settings and words of tiedlora evaluate for those of the scores that are left; both empty if none is."""
+        folder = self.folder
+        left = [name for score in scores if not self._is_scored(score) and (name := self._scored_name(score))]
+        if not left:
+            return {}, ()
+        adapters, words = {name: folder.run(name) / "adapter" for name in left if name != BASE_NAME}, ()
+        settings: dict[str, Any] = {
             **{setting: getattr(self.command.train, setting) for setting in marked(EvaluateSettings, shared=True)},
             "max_length": with_models_length(self.command.train, self.source).max_length,
             "batch_size": self.settings.test_batch_size,
             "limit": self.test_limit,
-            **self._take_over,
         }
+        if len(scores) == 1:
+            settings |= {"adapter": adapters.get(left[0]), "output_dir": folder.score(left[0])}
+        else:
+            settings["output_dir"] = folder.group(f"{scores[0].label}{SCORES_END}")
+            words = ("--adapters", *(f"{name}={path}" for name, path in adapters.items()))
+        discard(settings["output_dir"], guard=folder.guard)  # it has no result
+        return settings, words
 
-    def _score_together(self, points: Mapping[Point, tuple[str, ...]], lock: int) -> StudyJob:
-        """The job that scores the best runs of several points in one start; `points` has what each needs."""
-        first = _score_job(next(iter(points))).removeprefix("score ")
-        name, folder = f"scores {first}", self.folder.group(f"{first}{SCORES_END}")
-        jobs = tuple(self._score(point, (), lock, group=name) for point in points)
-
-        def command(slot: tuple[str, ...]) -> ScriptStart | None:
-            best = [found for point in points if (found := self._scored_name(point)) is not None]
-            left = [run for run in best if not self._scored(run)]
-            if not left:
+    def failure(self, item: Run | Score, step: Step) -> str | None:
+        """Why a run or score is not finished now that its step has ended; None if it is. Raises UserError."""
+        log = self.folder.log(step.name)
+        if isinstance(item, Run):
+            end = read_run(self.folder.run(item.name))
+            if end.state == "finished":
                 return None
-            discard(folder, guard=self.folder.guard)  # it has no results
-            words = ("--adapters", *(f"{run}={self.folder.run(run) / 'adapter'}" for run in left))
-            settings = {**self._of_scores, "output_dir": folder}
-            return ScriptStart("evaluate", settings, with_port(slot), self.folder.log(name), lock, words)
+            return end.reason if len(step.items) > 1 and end.reason else _reason(log, end.reason)
+        take_scores(self.folder)
+        # If no run of a point has finished, the runs have failed, and the score has not.
+        return None if self._scored_name(item) is None or self._is_scored(item) else _reason(log)
 
-        needs = tuple(dict.fromkeys(need for of_point in points.values() for need in of_point))
-        return StudyJob(name, needs, command, lambda: None, lambda: (0.0, f"decoding {len(jobs)}"), runs=jobs)
+    def done(self, item: Run | Score) -> tuple[float, str]:
+        """The part of a run or score that is done, 0 to 1, and a few words about its state."""
+        if isinstance(item, Score):
+            name = self._scored_name(item)
+            score = None if name is None else read_score(self.folder.score(name))
+            words = "decoding" if score is None else f"{self.base.metric} {score.value:.2f} % ({name})"
+            return 0.0, "" if name is None else words
+        path, train = self.folder.run(item.name), self.command.train
+        end = read_run(path)
+        if end.state == "finished" and end.best is not None:
+            why = f" ({end.reason})" if end.reason.startswith(REASON) else ""
+            return 1.0, f"best validation {train.eval_metric} {end.best:.4f}, ended at step {end.step}{why}"
+        row = last_row(RunFolder(path).metrics)
+        if row is None:
+            return 0.0, "starting"
+        # With --epochs a run that has started has counted its steps itself.
+        found = None if train.epochs is None else read_yaml_mapping(RunFolder(path).settings).get("max_steps")
+        step, max_steps = int(row["step"]), found if isinstance(found, int) else train.max_steps
+        return min(step / max_steps, 1.0), f"step {step} of {max_steps}, {row['split']} loss {row['loss']:.4f}"
+
+    def progress(self, step: Step) -> tuple[float, str]:
+        """How many runs of a step are done, and a few words about its state."""
+        done = [self.done(item) for item in step.items]
+        parts, count = sum(part for part, _ in done), len(done)
+        several = f"{count} runs, {parts / count:.0%}" if step.runs else f"decoding {count}"
+        return parts, done[0][1] if count == 1 else several
 
     def dry_run_lines(self) -> list[str]:
         """A table of all runs with their states and trained parameters."""
@@ -357,11 +359,6 @@ def _no_accelerator_needed() -> Iterator[None]:
 
 def _each_run(grid: SweepGrid) -> Iterator[Run]:
     return (run for point in grid.points for run in grid.runs(point))
-
-
-def _score_job(point: Point) -> str:
-    layer = "" if point.layer is None else f"-layer{point.layer}"
-    return f"score {point.method}-r{point.rank}{layer}"
 
 
 def _reason(log: Path, recorded: str = "") -> str:

@@ -6,7 +6,6 @@ that tables need neither, and has the hashes of the row files. `sweep_status.jso
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,10 +36,9 @@ from megatron_tiedlora.config.sweep_settings import (
 from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.study.grid import AdaptedSizes, single_layers
 from megatron_tiedlora.study.paper import paper_model
-from megatron_tiedlora.study.processes import LOG_MARK
+from megatron_tiedlora.study.starts import last_lines
 
 RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
-_TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 
 
 @dataclass(frozen=True)
@@ -229,16 +227,3 @@ def write_status(
     ]
     why = {} if reason is None else {"reason": reason}
     write_json(folder.status, {"state": state, **why, "failed": failed}, guard=folder.guard)
-
-
-def last_lines(log: Path, count: int = 12) -> list[str]:
-    """The last lines of output of a command's last start, without progress bars."""
-    if not log.is_file():
-        return []
-    with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - 20_000))
-        lines = stream.read().decode(errors="replace").split("\n")
-    starts = [index for index, line in enumerate(lines) if line.startswith(LOG_MARK)]
-    last = lines[starts[-1] + 1 :] if starts else lines
-    shown = (_TERMINAL_CODE.sub("", line.rstrip().rsplit("\r", 1)[-1]).rstrip() for line in last)
-    return [line for line in shown if line and _BAR_MARK not in line][-count:]
