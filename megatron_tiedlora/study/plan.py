@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -31,6 +31,7 @@ from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
 from megatron_tiedlora.study.record import (
     BaseRecord,
+    Failure,
     StudyFolder,
     check_folder,
     check_resumable,
@@ -46,7 +47,6 @@ from megatron_tiedlora.study.together import (
     most_together,
     take_scores,
 )
-from megatron_tiedlora.training.halving import REASON
 from megatron_tiedlora.training.length import with_models_length
 from megatron_tiedlora.training.plan import plan_run
 
@@ -75,25 +75,20 @@ class Score:
 class Step:
     """One start: of runs that train together, or of scores that are made together. One of a kind starts alone."""
 
-    items: tuple[Run, ...] | tuple[Score, ...]
+    runs: tuple[Run, ...] = ()
+    scores: tuple[Score, ...] = ()
 
     @property
-    def runs(self) -> tuple[Run, ...]:
-        """The runs; () if it makes scores."""
-        return tuple(item for item in self.items if isinstance(item, Run))
-
-    @property
-    def scores(self) -> tuple[Score, ...]:
-        """The scores; () if it trains."""
-        return tuple(item for item in self.items if isinstance(item, Score))
+    def items(self) -> tuple[Run | Score, ...]:
+        """The runs or the scores."""
+        return self.runs or self.scores
 
     @property
     def name(self) -> str:
         """The name of its log."""
-        first = self.items[0]
         if len(self.items) == 1:
-            return first.name
-        return f"group {first.name}" if isinstance(first, Run) else f"scores {first.label}"
+            return self.items[0].name
+        return f"group {self.runs[0].name}" if self.runs else f"scores {self.scores[0].label}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ class SweepPlan:
         """
         take_scores(self.folder)
         base, left, groups = Score(None), list(self.grid.points), self.groups()
-        steps = [] if self._is_scored(base) else [Step((base,))]
+        steps = [] if self._is_scored(base) else [Step(scores=(base,))]
         later = {run for runs in groups for run in runs}
         for runs in ((), *groups):
             steps += [Step(runs)] if runs else []
@@ -136,7 +131,7 @@ class SweepPlan:
                 if self._unfinished(point) or not self._is_scored(Score(point)):
                     ready.append(Score(point))
             together = [tuple(ready)] if ready and self.settings.together != 1 else [(score,) for score in ready]
-            steps += [Step(scores) for scores in together]
+            steps += [Step(scores=scores) for scores in together]
         return steps
 
     def groups(self) -> list[tuple[Run, ...]]:
@@ -186,67 +181,67 @@ class SweepPlan:
             UserError: a file cannot be written.
         """
         self.folder.guard()
-        settings, words = self._train(step.runs) if step.runs else self._evaluate(step.scores)
-        if not settings:
-            return None
-        if self.settings.take_over:
-            settings["take_over"] = True
-        launcher = with_port(shlex.split(self.settings.launcher_args or ""))
-        script: Literal["train", "evaluate"] = "train" if step.runs else "evaluate"
-        return ScriptStart(script, settings, launcher, self.folder.log(step.name), lock, words)
-
-    def _train(self, runs: tuple[Run, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The settings of tiedlora train for one run, or for several in one start; each has the folder that it has
-        alone."""
-        folder, first = self.folder, runs[0]
-        given = {name: value for name, value in self.command.given.items() if name != "test_file"}
-        given["resume"] = "auto"
-        if len(runs) == 1:
-            return {**given, **first.settings, "output_dir": folder.run(first.name)}, ()
-        for path in (folder.run(run.name) for run in runs):
-            if read_run(path).state != "finished":  # if the start fails, how an earlier one ended is not why
-                discard(RunFolder(path).status, guard=folder.guard)
-        file = folder.group(f"{first.name}.yaml")
-        with suppress(OSError):  # the next line says what is wrong
-            file.parent.mkdir(exist_ok=True)
-        entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
-        write_yaml(file, entries, guard=folder.guard)
-        given |= {"adapters": file, "output_dir": folder.group(first.name)}
-        compares = self.settings.halving and len({run.point for run in runs}) < len(runs)
-        return {**given, **({"halving": True} if compares else {})}, ()
-
-    def _evaluate(self, scores: tuple[Score, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The settings and words of tiedlora evaluate for those of the scores that are left; both empty if none is."""
-        folder = self.folder
-        left = [name for score in scores if not self._is_scored(score) and (name := self._scored_name(score))]
+        launcher, log = with_port(shlex.split(self.settings.launcher_args or "")), self.folder.log(step.name)
+        if step.runs:
+            return ScriptStart("train", self._train(step.runs), launcher, log, lock)
+        left = [name for score in step.scores if not self._is_scored(score) and (name := self._scored_name(score))]
         if not left:
-            return {}, ()
-        adapters, words = {name: folder.run(name) / "adapter" for name in left if name != BASE_NAME}, ()
+            return None
         settings: dict[str, Any] = {
             **{setting: getattr(self.command.train, setting) for setting in marked(EvaluateSettings, shared=True)},
             "max_length": with_models_length(self.command.train, self.source).max_length,
             "batch_size": self.settings.test_batch_size,
             "limit": self.test_limit,
+            **self._take_over,
         }
-        if len(scores) == 1:
-            settings |= {"adapter": adapters.get(left[0]), "output_dir": folder.score(left[0])}
+        adapters, words = {name: self.folder.run(name) / "adapter" for name in left if name != BASE_NAME}, list[str]()
+        if len(step.scores) == 1:
+            settings |= {"adapter": adapters.get(left[0]), "output_dir": self.folder.score(left[0])}
         else:
-            settings["output_dir"] = folder.group(f"{scores[0].label}{SCORES_END}")
-            words = ("--adapters", *(f"{name}={path}" for name, path in adapters.items()))
-        discard(settings["output_dir"], guard=folder.guard)  # it has no result
-        return settings, words
+            settings["output_dir"] = self.folder.group(f"{step.scores[0].label}{SCORES_END}")
+            words = ["--adapters", *(f"{name}={path}" for name, path in adapters.items())]
+        discard(settings["output_dir"], guard=self.folder.guard)  # it has no result
+        return ScriptStart("evaluate", settings, launcher, log, lock, tuple(words))
 
-    def failure(self, item: Run | Score, step: Step) -> str | None:
+    def _train(self, runs: tuple[Run, ...]) -> dict[str, Any]:
+        """The settings of tiedlora train for one run, or for several, each in the folder that it has alone."""
+        folder, first = self.folder, runs[0]
+        given = {name: value for name, value in self.command.given.items() if name != "test_file"}
+        given |= {"resume": "auto", **self._take_over}
+        if len(runs) == 1:
+            return {**given, **first.settings, "output_dir": folder.run(first.name)}
+        for path in (folder.run(run.name) for run in runs):
+            if read_run(path).state != "finished":  # if the start fails, how an earlier one ended is not why
+                discard(RunFolder(path).status, guard=folder.guard)
+        file = folder.group(f"{first.name}.yaml")
+        with suppress(OSError):  # the next lines say what is wrong
+            file.parent.mkdir(exist_ok=True)
+        entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
+        write_yaml(file, entries, guard=folder.guard)
+        halving = {"halving": True} if self.settings.halving and len({run.point for run in runs}) < len(runs) else {}
+        return {**given, "adapters": file, "output_dir": folder.group(first.name), **halving}
+
+    @property
+    def _take_over(self) -> dict[str, bool]:
+        return {"take_over": True} if self.settings.take_over else {}
+
+    def failure(self, item: Run | Score, step: Step) -> Failure | None:
         """Why a run or score is not finished now that its step has ended; None if it is. Raises UserError."""
-        log = self.folder.log(step.name)
+        log, recorded = self.folder.log(step.name), ""
         if isinstance(item, Run):
             end = read_run(self.folder.run(item.name))
-            if end.state == "finished":
-                return None
-            return end.reason if len(step.items) > 1 and end.reason else _reason(log, end.reason)
-        take_scores(self.folder)
-        # If no run of a point has finished, the runs have failed, and the score has not.
-        return None if self._scored_name(item) is None or self._is_scored(item) else _reason(log)
+            finished, recorded = end.state == "finished", end.reason
+        else:
+            take_scores(self.folder)
+            # If no run of a point has finished, the runs have failed, and the score has not.
+            finished = self._scored_name(item) is None or self._is_scored(item)
+        if finished:
+            return None
+        # The log of several has the errors of all.
+        errors = [line for line in last_lines(log, 40) if line.startswith("error: ")]
+        said = errors[-1].removeprefix("error: ") if errors else ""
+        both = (recorded, said) if len(step.items) > 1 else (said, recorded)
+        return Failure(next(filter(None, both), "it ended without a result"), log)
 
     def done(self, item: Run | Score) -> tuple[float, str]:
         """The part of a run or score that is done, 0 to 1, and a few words about its state."""
@@ -258,7 +253,7 @@ class SweepPlan:
         path, train = self.folder.run(item.name), self.command.train
         end = read_run(path)
         if end.state == "finished" and end.best is not None:
-            why = f" ({end.reason})" if end.reason.startswith(REASON) else ""
+            why = f" ({end.halved})" if end.halved else ""
             return 1.0, f"best validation {train.eval_metric} {end.best:.4f}, ended at step {end.step}{why}"
         row = last_row(RunFolder(path).metrics)
         if row is None:
@@ -278,7 +273,7 @@ class SweepPlan:
     def dry_run_lines(self) -> list[str]:
         """A table of all runs with their states and trained parameters."""
         points, base = self.grid.points, self.base
-        runs = [run for point in points for run in self.grid.runs(point)]
+        runs = self.grid.all_runs
         lines = [
             f"sweep      {len(runs)} runs and {len(points) + 1} scores of {base.model} on {base.task} ({base.metric})",
             f"folder     {self.folder.path}",
@@ -291,54 +286,12 @@ class SweepPlan:
             counts[end.state] = counts.get(end.state, 0) + 1
             best = "" if end.best is None else f", best validation {self.command.train.eval_metric} {end.best:.4f}"
             state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
-            state += f" ({end.reason})" if end.reason.startswith(REASON) else ""
+            state += f" ({end.halved})" if end.halved else ""
             lines.append(f"  {run.name:<28}{run.point.num_trained(base.shape):>20,}   {state}")
         if self.settings.together != 1:
             lines += ["", "  groups to train together"]
             lines += [f"  {number:>3}  {', '.join(run.name for run in g)}" for number, g in enumerate(self.groups(), 1)]
         return [*lines, "", "  " + ", ".join(f"{count} {state}" for state, count in counts.items())]
-
-
-def plan_sweep(command: SweepCommand) -> SweepPlan:
-    """Check everything that can be checked before a start: folder, model, grid, task and the settings of every run.
-
-    Raises:
-        UserError: names the first thing that does not fit.
-    """
-    settings, train = command.settings, command.train
-    folder = StudyFolder(user_path(settings.output_dir))
-    check_folder(folder)
-    task = get_task(train.task)
-    # Only the launcher knows how many ranks it will start, so the check uses the fewest that the layout allows.
-    ranks = train.tensor_parallel * train.pipeline_parallel
-    with _no_accelerator_needed():
-        source = plan_run(train, rank=0, world_size=ranks, weights=False).source
-    files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
-    base = describe_base(source, targets=train.targets, task=task.name, metric=task.metrics[0], files=files.values())
-    check_resumable(folder, command, base)
-    if settings.together != 1:
-        with _no_accelerator_needed():
-            check_groups(command, ranks=ranks, source=source)
-    grid = make_grid(settings, source.shape.num_layers)
-    for run in _each_run(grid):
-        make_settings({**command.given, **run.settings})
-    if task.hub is None and task.generate is None and files["test_file"] is None:
-        raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
-    for name in local_names(train):
-        read_rows(name, limit=1)
-    return SweepPlan(command, folder, source, base, grid, _test_limit(command))
-
-
-def _test_limit(command: SweepCommand) -> int | None:
-    """--test_limit. By default tiedlora evaluate scores only some rows of some tasks; a sweep scores all of them.
-
-    Raises:
-        UserError: the rows of such a task cannot be read.
-    """
-    train, limit = command.train, command.settings.test_limit
-    if limit is None and get_task(train.task).scored_rows is not None:
-        return len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
-    return limit
 
 
 @contextmanager
@@ -357,14 +310,45 @@ def _no_accelerator_needed() -> Iterator[None]:
             del os.environ["DS_ACCELERATOR"]
 
 
-def _each_run(grid: SweepGrid) -> Iterator[Run]:
-    return (run for point in grid.points for run in grid.runs(point))
+@_no_accelerator_needed()
+def plan_sweep(command: SweepCommand) -> SweepPlan:
+    """Check everything that can be checked before a start: folder, model, grid, task and the settings of every run.
+
+    Raises:
+        UserError: names the first thing that does not fit.
+    """
+    settings, train = command.settings, command.train
+    folder = StudyFolder(user_path(settings.output_dir))
+    check_folder(folder)
+    task = get_task(train.task)
+    # Only the launcher knows how many ranks it will start, so the check uses the fewest that the layout allows.
+    ranks = train.tensor_parallel * train.pipeline_parallel
+    source = plan_run(train, rank=0, world_size=ranks, weights=False).source
+    files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
+    base = describe_base(source, targets=train.targets, task=task.name, metric=task.metrics[0], files=files.values())
+    check_resumable(folder, command, base)
+    if settings.together != 1:
+        check_groups(command, ranks=ranks, source=source)
+    grid = make_grid(settings, source.shape.num_layers)
+    for run in grid.all_runs:
+        make_settings({**command.given, **run.settings})
+    if task.hub is None and task.generate is None and files["test_file"] is None:
+        raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
+    for name in local_names(train):
+        read_rows(name, limit=1)
+    return SweepPlan(command, folder, source, base, grid, _test_limit(command))
 
 
-def _reason(log: Path, recorded: str = "") -> str:
-    """Why a command failed: the error line of its log, else its recorded reason, else that there is neither."""
-    lines = [line for line in last_lines(log, 40) if line.startswith("error: ")]
-    return lines[-1].removeprefix("error: ") if lines else recorded or "it ended without a result"
+def _test_limit(command: SweepCommand) -> int | None:
+    """--test_limit. By default tiedlora evaluate scores only some rows of some tasks; a sweep scores all of them.
+
+    Raises:
+        UserError: the rows of such a task cannot be read.
+    """
+    train, limit = command.train, command.settings.test_limit
+    if limit is None and get_task(train.task).scored_rows is not None:
+        return len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
+    return limit
 
 
 def last_row(metrics: Path) -> dict[str, Any] | None:

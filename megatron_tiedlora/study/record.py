@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, discard, is_temporary, remove_leftovers, unguarded, write_json
@@ -206,24 +205,25 @@ def read_base(folder: StudyFolder) -> BaseRecord:
     return read_fields(folder.base, content, BaseRecord)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a run or score has failed, and the log of its start."""
+
+    reason: str
+    log: Path
+
+
 def write_status(
-    folder: StudyFolder,
-    state: str,
-    failures: Mapping[str, str],
-    *,
-    logs: Mapping[str, str] = MappingProxyType({}),
-    reason: str | None = None,
+    folder: StudyFolder, state: str, failures: Mapping[str, Failure], *, reason: str | None = None
 ) -> None:
     """Write sweep_status.json: how this start ended, and for every failure its reason and the last lines of its log.
 
     Args:
-        logs: whose log is that of a failure, if it is another's.
         reason: why the sweep itself failed.
     """
-    files = {name: folder.log(logs.get(name, name)) for name in failures}
     failed = [
-        {"name": name, "reason": reason, "log": str(files[name]), "last_lines": last_lines(files[name])}
-        for name, reason in failures.items()
+        {"name": name, "reason": found.reason, "log": str(found.log), "last_lines": last_lines(found.log)}
+        for name, found in failures.items()
     ]
     why = {} if reason is None else {"reason": reason}
     write_json(folder.status, {"state": state, **why, "failed": failed}, guard=folder.guard)

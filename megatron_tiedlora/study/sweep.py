@@ -21,7 +21,7 @@ from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
 from megatron_tiedlora.study.plan import Score, Step, SweepPlan, plan_sweep
-from megatron_tiedlora.study.record import StudyFolder, write_record, write_status
+from megatron_tiedlora.study.record import Failure, StudyFolder, write_record, write_status
 from megatron_tiedlora.study.scores import Study, read_study
 from megatron_tiedlora.study.starts import Start, last_lines, wait_for_end
 from megatron_tiedlora.study.tables import table3
@@ -33,11 +33,10 @@ _SHOWN_FAILURES = 3
 
 @dataclass
 class Outcome:
-    """How the steps ended: the reasons of failed runs and scores by name, and the names of their logs; the signal that
-    stopped the others (0: none), and whether they were given up as the base model could not be scored."""
+    """How the steps ended: the failed runs and scores by name; the signal that stopped the others (0: none); and
+    whether they were given up because the base model could not be scored."""
 
-    failures: dict[str, str] = field(default_factory=dict)
-    logs: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
     stopped_by: int = 0
     given_up: bool = False
 
@@ -116,10 +115,10 @@ def _note_ends(plan: SweepPlan, step: Step, outcome: Outcome, bar: Any, *, secon
     minutes = round(seconds) // 60
     took = f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
     for item in step.items:
-        reason = plan.failure(item, step)
-        if reason is not None:
-            outcome.failures[item.name], outcome.logs[item.name] = reason, step.name
-        words = plan.done(item)[1] if reason is None else f"FAILED: {reason}"
+        failure = plan.failure(item, step)
+        if failure is not None:
+            outcome.failures[item.name] = failure
+        words = plan.done(item)[1] if failure is None else f"FAILED: {failure.reason}"
         bar.write(printable(f"{item.name:<28} {words}  [{took}]"))
 
 
@@ -148,10 +147,10 @@ def _show(bar: Any, plan: SweepPlan, step: Step, finished: int) -> None:
 def _end(plan: SweepPlan, outcome: Outcome) -> int:
     folder = plan.folder
     if outcome.stopped_by:
-        write_status(folder, "stopped", outcome.failures, logs=outcome.logs)
+        write_status(folder, "stopped", outcome.failures)
         show(f"stopped; the same command, or --output_dir {shlex.quote(str(folder.path))} alone, resumes it")
         return 128 + outcome.stopped_by
-    write_status(folder, "failed" if outcome.failures else "finished", outcome.failures, logs=outcome.logs)
+    write_status(folder, "failed" if outcome.failures else "finished", outcome.failures)
     if not outcome.given_up:
         study = read_study(folder.path)
         written = write_tables([study], folder.path, guard=folder.guard)
@@ -161,9 +160,9 @@ def _end(plan: SweepPlan, outcome: Outcome) -> int:
         return 0
     names = list(outcome.failures)
     for name in names[:_SHOWN_FAILURES]:
-        log = folder.log(outcome.logs[name])
-        show("", f"{name}: {outcome.failures[name]}; the end of {log}:")
-        show(*(f"    {line}" for line in last_lines(log)))
+        found = outcome.failures[name]
+        show("", f"{name}: {found.reason}; the end of {found.log}:")
+        show(*(f"    {line}" for line in last_lines(found.log)))
     gave_up = "; nothing else was started" if outcome.given_up else ""
     line = f"error: {len(names)} failed: {', '.join(names)}{gave_up} (logs in {folder.log(names[0]).parent})"
     show(line, file=sys.stderr)

@@ -20,8 +20,11 @@ from megatron_tiedlora.cluster.job_processes import RUN_ID
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.study.plan import Step
+from megatron_tiedlora.study.record import Failure
 from megatron_tiedlora.study.starts import LaunchedChild, ScriptStart, deepspeed_starter, last_lines, with_port
 from megatron_tiedlora.study.sweep import Outcome, lock_study, run_steps
+
+WHY = Failure("why", Path("log"))
 
 
 class World:
@@ -43,7 +46,7 @@ class World:
             steps=lambda: [Step((item,)) for item in items],
             num_items=len(items),
             start=lambda step, lock: None if step.name in nothing else step.name,
-            failure=lambda item, step: "why" if item.name in fails else None,
+            failure=lambda item, step: WHY if item.name in fails else None,
             done=lambda item: (0.5, "half"),
             progress=self.progress,
         )
@@ -81,14 +84,14 @@ def test_one_after_another_in_the_order_given() -> None:
 
 def test_a_failure_is_kept_and_what_follows_still_comes() -> None:
     world = World(ticks=1)
-    assert world.run("a", "b", "s", fails=("a",), nothing=("b",)) == Outcome({"a": "why"}, {"a": "a"})
+    assert world.run("a", "b", "s", fails=("a",), nothing=("b",)) == Outcome({"a": WHY})
     assert world.events == ["begins a", "a ends", "begins s", "s ends"]
 
 
 def test_without_the_base_s_score_nothing_follows() -> None:
     world = World(ticks=2)
     outcome = world.run("score base", "b", fails=("score base",))
-    assert outcome == Outcome({"score base": "why"}, {"score base": "score base"}, given_up=True)
+    assert outcome == Outcome({"score base": WHY}, given_up=True)
     assert world.events == ["begins score base", "score base ends"]
 
 

@@ -208,9 +208,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("flags", "line"), REFUSED, ids=[flags for flags, _ in REFUSED])
-def test_refused_with_one_line_and_nothing_started(
-    base: Base, tmp_path: Path, flags: str, line: str
-) -> None:
+def test_refused_with_one_line_and_nothing_started(base: Base, tmp_path: Path, flags: str, line: str) -> None:
     folder = tmp_path / "out"
     arguments = [*study_arguments(base, base.validation, folder), *flags.split(" ")]
     with pytest.raises(UserError, match=re.escape(line)) as error:

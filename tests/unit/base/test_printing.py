@@ -25,6 +25,7 @@ from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
 from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.study.plan import Step
+from megatron_tiedlora.study.record import Failure
 from megatron_tiedlora.study.scores import read_study
 from megatron_tiedlora.study.sweep import run_steps
 from megatron_tiedlora.study.text import table2_markdown
@@ -134,11 +135,12 @@ def test_steps_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
     """The reason is the last error line of a log."""
     child: Any = SimpleNamespace(ended=lambda: True)
     run: Any = SimpleNamespace(name="run")
+    failure = Failure(FOREIGN, Path("log"))
     plan: Any = SimpleNamespace(
-        steps=lambda: [Step((run,))], num_items=1, start=lambda *_: "run", failure=lambda *_: FOREIGN,
+        steps=lambda: [Step((run,))], num_items=1, start=lambda *_: "run", failure=lambda *_: failure,
     )  # fmt: skip
     stop: Any = SimpleNamespace(received=[])
-    assert run_steps(plan, 0, lambda command: child, stop).failures == {"run": FOREIGN}
+    assert run_steps(plan, 0, lambda command: child, stop).failures == {"run": failure}
     said = "".join(capsys.readouterr())
     assert f"FAILED: {printable(FOREIGN)}" in said and TITLE not in said and "\x9b" not in said
 
