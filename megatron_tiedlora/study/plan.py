@@ -52,7 +52,7 @@ from megatron_tiedlora.training.plan import plan_run
 
 
 @dataclass(frozen=True)
-class Score:
+class PointScore:
     """The test score of the best run of a point, or of the base model, without which nothing can be compared."""
 
     point: Point | None
@@ -76,10 +76,10 @@ class Step:
     """One start: of runs that train together, or of scores that are made together. One of a kind starts alone."""
 
     runs: tuple[Run, ...] = ()
-    scores: tuple[Score, ...] = ()
+    scores: tuple[PointScore, ...] = ()
 
     @property
-    def items(self) -> tuple[Run | Score, ...]:
+    def items(self) -> tuple[Run | PointScore, ...]:
         """The runs or the scores."""
         return self.runs or self.scores
 
@@ -118,7 +118,7 @@ class SweepPlan:
             UserError: scores that a killed sweep left cannot be moved.
         """
         take_scores(self.folder)
-        base, left, groups = Score(None), list(self.grid.points), self.groups()
+        base, left, groups = PointScore(None), list(self.grid.points), self.groups()
         steps = [] if self._is_scored(base) else [Step(scores=(base,))]
         later = {run for runs in groups for run in runs}
         for runs in ((), *groups):
@@ -128,8 +128,8 @@ class SweepPlan:
             while left and not later & set(self.grid.runs(left[0])):
                 point = left.pop(0)
                 # The run to score is known only when all have ended.
-                if self._unfinished(point) or not self._is_scored(Score(point)):
-                    ready.append(Score(point))
+                if self._unfinished(point) or not self._is_scored(PointScore(point)):
+                    ready.append(PointScore(point))
             together = [tuple(ready)] if ready and self.settings.together != 1 else [(score,) for score in ready]
             steps += [Step(scores=scores) for scores in together]
         return steps
@@ -137,12 +137,12 @@ class SweepPlan:
     def groups(self) -> list[tuple[Run, ...]]:
         """The unfinished runs, those that train together in one group. Raises UserError."""
         runs, most = [self._to_train(point) for point in self.grid.points], self.settings.together
-        if most == "auto" and (num_runs := sum(map(len, runs))):
+        if most == "auto" and any(runs):
             widest = max(self.grid.points, key=lambda point: point.num_trained(self.base.shape))
             settings = group_settings(self.command, self.grid.runs(widest)[0])
             ranks = settings.tensor_parallel * settings.pipeline_parallel
             plan = plan_run(settings, rank=0, world_size=ranks, weights=False, source=self.source)
-            most = most_together(plan, num_runs=num_runs)
+            most = most_together(plan)
             if self.settings.halving:  # the learning rates of a point are compared
                 most = max(most, len(self.grid.learning_rates))
         return grouped(runs, 1 if most == "auto" else most)
@@ -160,14 +160,14 @@ class SweepPlan:
         left = self._unfinished(point)
         return list(self.grid.runs(point)) if left and self.settings.halving else left
 
-    def _scored_name(self, score: Score) -> str | None:
+    def _scored_name(self, score: PointScore) -> str | None:
         """The name of what is scored: a point's best run, or the base model; None if no run has finished."""
         if score.point is None:
             return BASE_NAME
         best = best_run(self.folder, self.grid.runs(score.point), metric=self.command.train.eval_metric)
         return None if best is None else best.name
 
-    def _is_scored(self, score: Score) -> bool:
+    def _is_scored(self, score: PointScore) -> bool:
         name = self._scored_name(score)
         return name is not None and read_score(self.folder.score(name)) is not None
 
@@ -225,7 +225,7 @@ class SweepPlan:
     def _take_over(self) -> dict[str, bool]:
         return {"take_over": True} if self.settings.take_over else {}
 
-    def failure(self, item: Run | Score, step: Step) -> Failure | None:
+    def failure(self, item: Run | PointScore, step: Step) -> Failure | None:
         """Why a run or score is not finished now that its step has ended; None if it is. Raises UserError."""
         log, recorded = self.folder.log(step.name), ""
         if isinstance(item, Run):
@@ -243,9 +243,9 @@ class SweepPlan:
         both = (recorded, said) if len(step.items) > 1 else (said, recorded)
         return Failure(next(filter(None, both), "it ended without a result"), log)
 
-    def done(self, item: Run | Score) -> tuple[float, str]:
+    def done(self, item: Run | PointScore) -> tuple[float, str]:
         """The part of a run or score that is done, 0 to 1, and a few words about its state."""
-        if isinstance(item, Score):
+        if isinstance(item, PointScore):
             name = self._scored_name(item)
             score = None if name is None else read_score(self.folder.score(name))
             words = "decoding" if score is None else f"{self.base.metric} {score.value:.2f} % ({name})"

@@ -20,7 +20,7 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
-from megatron_tiedlora.study.plan import Score, Step, SweepPlan, plan_sweep
+from megatron_tiedlora.study.plan import PointScore, Step, SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import Failure, StudyFolder, write_record, write_status
 from megatron_tiedlora.study.scores import Study, read_study
 from megatron_tiedlora.study.starts import Start, last_lines, wait_for_end
@@ -105,7 +105,7 @@ def run_steps(plan: SweepPlan, lock: int, start: Start, stop: StopSignals) -> Ou
                 _note_ends(plan, step, outcome, bar, seconds=time.monotonic() - began)
             left -= len(step.items)
             bar.update(total - left - bar.n)
-            if Score(None).name in outcome.failures:
+            if PointScore(None).name in outcome.failures:
                 outcome.given_up = True
                 break
     return outcome
