@@ -92,6 +92,11 @@ NOT_OFFERED: Mapping[str, str] = {
         "the launcher starts one process for each GPU: tiedlora run --num_gpus N",
         "nproc_per_node nproc num_processes gpus devices num_gpus",
     ),
+    **_same(
+        "the runs of a sweep follow each other on all GPUs, which --launcher_args chooses; --together N trains several"
+        " in one start",
+        "gpus_per_run runs_at_once",
+    ),
     **_same("all rows are trained on, and validated on if they are a --validation_file", "do_train do_eval"),
 }
 

@@ -33,6 +33,7 @@ PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
 PAPER_LEARNING_RATES = (1e-4, 1e-5)
 MOST_TOGETHER = 32  # of --together auto; with more, a group's scores would come late and the gain grows little
 SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: the settings that it was started with
+_GONE = ("gpus_per_run", "runs_at_once")  # older studies have recorded them; they decide no number
 # Flags of the `deepspeed` launcher that a file may give, with a NUL after each word. They only choose among the
 # existing devices and hosts. Any other flag could start a program of the file's author, or start it elsewhere.
 _FROM_FILE = re.compile(
@@ -55,7 +56,7 @@ class SweepSettings(CommandSettings):
         "run": "the sweep's folder; a second start with the same folder resumes it",
         "grid": "which adapters are trained (defaults: the paper's grid)",
         "scores": "how the test set is scored",
-        "processes": "how runs are started; a second start may change it",
+        "processes": "how runs are started, one start after another; a second start may change it",
     }
     missing: ClassVar[Mapping[str, str]] = {"output_dir": "the folder of runs, scores, tables and figures"}
 
@@ -97,9 +98,6 @@ class SweepSettings(CommandSettings):
         " choose devices",
         None,
     )
-    gpus_per_run: int | None = setting_field(
-        "processes", "run several runs at once, each on N GPUs of this machine", None, ge=1,
-    )
     together: int | Literal["auto"] = setting_field(
         "processes",
         "train up to N runs in one start, which share the base and micro-batches; auto: as many as the free memory of"
@@ -110,7 +108,6 @@ class SweepSettings(CommandSettings):
         "processes",
         "with --together: stop a run that is behind another learning rate on validation by more than the noise", False,
     )
-    runs_at_once: int = setting_field("processes", "runs at once on the same devices (CPUs, or GPUs with MPS)", 1, ge=1)
 
     @classmethod
     def default_text(cls, name: str) -> str:
@@ -149,21 +146,8 @@ class SweepSettings(CommandSettings):
                 f"--halving compares learning rates that train together; give --together auto, or"
                 f" {len(self.learning_rates)} or more"
             )
-        if self.gpus_per_run is not None and (self.launcher_args is not None or self.runs_at_once > 1):
-            other = "launcher_args" if self.launcher_args is not None else "runs_at_once"
-            raise ValueError(f"--gpus_per_run chooses the GPUs of every run itself; remove --{other}")
-        launcher = shell_words("launcher_args", self.launcher_args)
-        if self.runs_at_once > 1 and names_port(launcher):
-            raise ValueError(
-                f"--runs_at_once {self.runs_at_once}: the runs cannot share the --master_port of --launcher_args;"
-                " remove it, and each run gets a port of its own"
-            )
+        shell_words("launcher_args", self.launcher_args)
         return self
-
-
-def names_port(launcher: Sequence[str]) -> bool:
-    """Whether launcher arguments set the port of the rendezvous."""
-    return any(word.split("=")[0] == "--master_port" for word in launcher)
 
 
 def may_come_from_file(launcher: Sequence[str]) -> bool:
@@ -210,11 +194,8 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
         started = user_path(as_given(merged.get("output_dir", "")), flag="--output_dir") / SWEEP_FILE
     if "output_dir" in merged and "tables_from" not in merged and started.is_file():
         before = read_sweep_yaml(str(started))
-        # --gpus_per_run excludes the other two: the side that is given now replaces the stored one.
-        shared = ("launcher_args", "runs_at_once")
-        replaced = shared if "gpus_per_run" in merged else ("gpus_per_run",) if {*shared} & merged.keys() else ()
         source = source if "launcher_args" in merged else str(started)
-        merged = {**{name: value for name, value in before.items() if name not in replaced}, **merged}
+        merged = {**before, **merged}
     with naming_file(config, read.keys() - values.keys()):
         command = make_command(merged)
     if "launcher_args" not in values and not may_come_from_file(shlex.split(command.settings.launcher_args or "")):
@@ -247,4 +228,4 @@ def resolve_train(settings: SweepSettings, given: Mapping[str, Any]) -> Settings
 
 def read_sweep_yaml(path: str) -> dict[str, Any]:
     """The values in a YAML file with names of both sets. Raises UserError."""
-    return read_yaml(path, Settings, SweepSettings)
+    return read_yaml(path, Settings, SweepSettings, gone=_GONE)

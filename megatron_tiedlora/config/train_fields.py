@@ -123,7 +123,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         "with --dry_run: the number of ranks to plan for", None, ge=1,
         decided_by={
             "plan": "give --nodes and --gpus_per_node, or --ranks_on_cpu",
-            "sweep": "the launcher decides how many ranks a run has (--launcher_args or --gpus_per_run)",
+            "sweep": "the launcher decides how many ranks a run has (--launcher_args)",
         },
     )
     plan_for: Literal["cpu", "gpu"] | None = _dry_run(

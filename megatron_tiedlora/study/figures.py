@@ -16,7 +16,8 @@ from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
 from megatron_tiedlora.study.paper import table2_points
 from megatron_tiedlora.study.scores import Study, TestScore
-from megatron_tiedlora.study.text import METRIC_TITLES, model_title, title
+from megatron_tiedlora.study.tables import mean_base
+from megatron_tiedlora.study.text import metric_title, model_title, title
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")
 # Colours that red-green colour-blind readers can distinguish, with different marks.
@@ -72,7 +73,7 @@ def draw_figure2(studies: Sequence[Study], target: Path, *, guard: Guard = ungua
     data = lines(studies)
     best = {name: points for name, points in data.items() if name in BEST_METHODS}
     for panel, chosen, name in zip(axes, (data, best), ("all methods", "LoRA, VeRA, TL5, TL6"), strict=True):
-        _draw(panel, chosen, title=f"{model_title(studies[0])}: {name}", base=_mean_base(studies))
+        _draw(panel, chosen, title=f"{model_title(studies[0])}: {name}", base=mean_base(studies))
         panel.set_ylabel(_score_label(studies))
     _save(figure, axes, target, guard)
 
@@ -84,7 +85,7 @@ def draw_figure3(studies: Sequence[Study], target: Path, *, guard: Guard = ungua
         base, data = study.base, lines([study])
         published = {name: table2_points(study.base.paper_model, name, base.task, base.metric) for name in data}
         heading = f"{model_title(study)}: {title(study)}"
-        _draw(panel, data, title=heading, base=_mean_base([study]), published=published)
+        _draw(panel, data, title=heading, base=mean_base([study]), published=published)
         panel.set_ylabel(_score_label([study]))
     _save(figure, axes, target, guard)
 
@@ -92,12 +93,7 @@ def draw_figure3(studies: Sequence[Study], target: Path, *, guard: Guard = ungua
 def _score_label(studies: Sequence[Study]) -> str:
     if len(studies) > 1:
         return f"mean score of {len(studies)} tasks, per cent"
-    return f"{METRIC_TITLES.get(studies[0].base.metric, studies[0].base.metric)}, per cent"
-
-
-def _mean_base(studies: Sequence[Study]) -> float | None:
-    values = [study.base_score.value for study in studies if study.base_score is not None]
-    return sum(values) / len(values) if len(values) == len(studies) else None
+    return f"{metric_title(studies[0])}, per cent"
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:

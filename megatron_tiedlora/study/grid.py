@@ -107,6 +107,11 @@ class SweepGrid:
         """The runs of a point, one per learning rate, in the order given."""
         return tuple(Run(point, rate) for rate in self.learning_rates)
 
+    @property
+    def all_runs(self) -> tuple[Run, ...]:
+        """The runs of all points, in training order."""
+        return tuple(run for point in self.points for run in self.runs(point))
+
 
 def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
     """The grid of `settings` for a model with `num_layers` layers.

@@ -1,13 +1,13 @@
-"""The plan of a study: checked settings, its jobs, and the command of each run and score.
+"""The plan of a study: checked settings, its steps in order, the command of each, and how it ended.
 
-Owns the flags of tiedlora train and tiedlora evaluate. Leaves the order of the jobs to jobs.py, and starting
-commands to processes.py.
+Owns the flags of tiedlora train and tiedlora evaluate. Leaves starting commands to starts.py.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +27,18 @@ from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split, local_names
 from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
-from megatron_tiedlora.study.jobs import StudyJob
-from megatron_tiedlora.study.processes import ScriptStart, launcher_slots, with_port
 from megatron_tiedlora.study.record import (
     BaseRecord,
+    Failure,
     StudyFolder,
     check_folder,
     check_resumable,
     describe_base,
-    last_lines,
 )
 from megatron_tiedlora.study.scores import BASE_NAME, best_run, read_run, read_score
+from megatron_tiedlora.study.starts import ScriptStart, last_lines, with_port
 from megatron_tiedlora.study.together import (
     SCORES_END,
     check_groups,
@@ -49,9 +47,48 @@ from megatron_tiedlora.study.together import (
     most_together,
     take_scores,
 )
-from megatron_tiedlora.training.halving import REASON
 from megatron_tiedlora.training.length import with_models_length
 from megatron_tiedlora.training.plan import plan_run
+
+
+@dataclass(frozen=True)
+class PointScore:
+    """The test score of the best run of a point, or of the base model, without which nothing can be compared."""
+
+    point: Point | None
+
+    @property
+    def label(self) -> str:
+        """METHOD-rRANK[-layerN], or base."""
+        point = self.point
+        if point is None:
+            return BASE_NAME
+        return f"{point.method}-r{point.rank}" + ("" if point.layer is None else f"-layer{point.layer}")
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"score {self.label}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One start: of runs that train together, or of scores that are made together. One of a kind starts alone."""
+
+    runs: tuple[Run, ...] = ()
+    scores: tuple[PointScore, ...] = ()
+
+    @property
+    def items(self) -> tuple[Run | PointScore, ...]:
+        """The runs or the scores."""
+        return self.runs or self.scores
+
+    @property
+    def name(self) -> str:
+        """The name of its log."""
+        if len(self.items) == 1:
+            return self.items[0].name
+        return f"group {self.runs[0].name}" if self.runs else f"scores {self.scores[0].label}"
 
 
 @dataclass(frozen=True)
@@ -74,59 +111,46 @@ class SweepPlan:
         """The sweep's own settings."""
         return self.command.settings
 
-    def slots(self) -> tuple[tuple[str, ...], ...]:
-        """Launcher arguments of each slot in which a command can run."""
-        gpus = () if self.settings.gpus_per_run is None else visible_gpus()
-        return launcher_slots(
-            launcher_args=self.settings.launcher_args,
-            gpus_per_run=self.settings.gpus_per_run,
-            runs_at_once=self.settings.runs_at_once,
-            gpus=gpus,
-        )
+    def steps(self) -> list[Step]:
+        """The unfinished steps in order: the base model's score, then each group of runs and the scores of its points.
 
-    def jobs(self, lock: int) -> list[StudyJob]:
-        """The unfinished jobs in order: the base model's score, then the runs and the score of each point."""
+        Raises:
+            UserError: scores that a killed sweep left cannot be moved.
+        """
         take_scores(self.folder)
-        jobs = [] if self._scored(BASE_NAME) else [self._score(None, (), lock)]
-        left, started = list(self.grid.points), dict[str, str]()  # by name of a run its job's
-        for runs in ((), *self.groups()):
-            if runs:
-                jobs.append(self._train(runs[0], lock) if len(runs) == 1 else self._train_together(runs, lock))
-                started |= {run.name: jobs[-1].name for run in runs}
-            ready: dict[Point, tuple[str, ...]] = {}  # what each needs
-            while left and all(run.name in started for run in self._unfinished(left[0])):
+        base, left, groups = PointScore(None), list(self.grid.points), self.groups()
+        steps = [] if self._is_scored(base) else [Step(scores=(base,))]
+        later = {run for runs in groups for run in runs}
+        for runs in ((), *groups):
+            steps += [Step(runs)] if runs else []
+            later -= set(runs)
+            ready = []
+            while left and not later & set(self.grid.runs(left[0])):
                 point = left.pop(0)
-                needs = tuple(dict.fromkeys(started[run.name] for run in self._unfinished(point)))
-                # The run to score is known only when all have ended, so a point with unfinished runs has a score job.
-                if needs or not self._scored(self._scored_name(point)):
-                    ready[point] = needs
-            if len(ready) > 1 and self.settings.together != 1:
-                jobs.append(self._score_together(ready, lock))
-            else:
-                jobs += [self._score(point, needs, lock) for point, needs in ready.items()]
-        return jobs
+                # The run to score is known only when all have ended.
+                if self._unfinished(point) or not self._is_scored(PointScore(point)):
+                    ready.append(PointScore(point))
+            together = [tuple(ready)] if ready and self.settings.together != 1 else [(score,) for score in ready]
+            steps += [Step(scores=scores) for scores in together]
+        return steps
 
     def groups(self) -> list[tuple[Run, ...]]:
         """The unfinished runs, those that train together in one group. Raises UserError."""
         runs, most = [self._to_train(point) for point in self.grid.points], self.settings.together
-        if most == "auto" and (num_runs := sum(map(len, runs))):
+        if most == "auto" and any(runs):
             widest = max(self.grid.points, key=lambda point: point.num_trained(self.base.shape))
             settings = group_settings(self.command, self.grid.runs(widest)[0])
             ranks = settings.tensor_parallel * settings.pipeline_parallel
             plan = plan_run(settings, rank=0, world_size=ranks, weights=False, source=self.source)
-            most = most_together(plan, num_runs=num_runs, num_slots=len(self.slots()))
+            most = most_together(plan)
             if self.settings.halving:  # the learning rates of a point are compared
                 most = max(most, len(self.grid.learning_rates))
         return grouped(runs, 1 if most == "auto" else most)
 
     @property
-    def num_jobs(self) -> int:
-        """The number of jobs of the whole study."""
+    def num_items(self) -> int:
+        """The number of runs and scores of the whole study."""
         return 1 + len(self.grid.points) * (len(self.grid.learning_rates) + 1)
-
-    @property
-    def _take_over(self) -> dict[str, bool]:
-        return {"take_over": True} if self.settings.take_over else {}
 
     def _unfinished(self, point: Point) -> list[Run]:
         return [run for run in self.grid.runs(point) if read_run(self.folder.run(run.name)).state != "finished"]
@@ -136,147 +160,120 @@ class SweepPlan:
         left = self._unfinished(point)
         return list(self.grid.runs(point)) if left and self.settings.halving else left
 
-    def _scored(self, name: str | None) -> bool:
-        return name is not None and read_score(self.folder.score(name)) is not None
-
-    def _scored_name(self, point: Point | None) -> str | None:
-        """The name of the score of a point's best run, or of the base model; None if no run has finished."""
-        if point is None:
+    def _scored_name(self, score: PointScore) -> str | None:
+        """The name of what is scored: a point's best run, or the base model; None if no run has finished."""
+        if score.point is None:
             return BASE_NAME
-        best = best_run(self.folder, self.grid.runs(point), metric=self.command.train.eval_metric)
+        best = best_run(self.folder, self.grid.runs(score.point), metric=self.command.train.eval_metric)
         return None if best is None else best.name
 
-    def _max_steps(self, run: Path) -> int:
-        """The number of steps of a run that has started; with --epochs it has counted them itself."""
-        train, recorded = self.command.train, RunFolder(run).settings
-        found = None if train.epochs is None else read_yaml_mapping(recorded).get("max_steps")
-        return found if isinstance(found, int) else train.max_steps
+    def _is_scored(self, score: PointScore) -> bool:
+        name = self._scored_name(score)
+        return name is not None and read_score(self.folder.score(name)) is not None
 
-    @property
-    def _given(self) -> dict[str, Any]:
-        """The given settings of every start of train.py."""
-        given = {name: value for name, value in self.command.given.items() if name != "test_file"}
-        return {**given, "resume": "auto", **self._take_over}
+    def start(self, step: Step, lock: int) -> ScriptStart | None:
+        """What a step starts, once those before it have ended; None if there is nothing to score.
 
-    def _train(self, run: Run, lock: int, *, group: str | None = None) -> StudyJob:
-        """The job that trains a run, or that reads how it went on in the job `group`."""
-        path, log = self.folder.run(run.name), self.folder.log(group or run.name)
-        guard = self.folder.guard
+        Args:
+            lock: descriptor that the launcher keeps open.
 
-        def command(slot: tuple[str, ...]) -> ScriptStart:
-            guard()
-            settings = {**self._given, **run.settings, "output_dir": path}
-            return ScriptStart("train", settings, with_port(slot), log, lock)
-
-        def failure() -> str | None:
-            end = read_run(path)
-            if end.state == "finished":
-                return None
-            return end.reason if group is not None and end.reason else _reason(log, end.reason)
-
-        def done() -> tuple[float, str]:
-            end = read_run(path)
-            if end.state == "finished" and end.best is not None:
-                why = f" ({end.reason})" if end.reason.startswith(REASON) else ""
-                best = f"best validation {self.command.train.eval_metric} {end.best:.4f}"
-                return 1.0, f"{best}, ended at step {end.step}{why}"
-            row = last_row(RunFolder(path).metrics)
-            if row is None:
-                return 0.0, "starting"
-            step, max_steps = int(row["step"]), self._max_steps(path)
-            return min(step / max_steps, 1.0), f"step {step} of {max_steps}, {row['split']} loss {row['loss']:.4f}"
-
-        return StudyJob(run.name, (), command, failure, done)
-
-    def _train_together(self, runs: tuple[Run, ...], lock: int) -> StudyJob:
-        """The job that trains several runs in one start; each has the folder that it has alone."""
-        first, rates = runs[0].name, [run.point for run in runs]
-        name, folder, file = f"group {first}", self.folder.group(first), self.folder.group(f"{first}.yaml")
-        jobs = tuple(self._train(run, lock, group=name) for run in runs)
-        halving = self.settings.halving and len(set(rates)) < len(rates)
-
-        def command(slot: tuple[str, ...]) -> ScriptStart:
-            entries = [{"name": run.name, **run.settings, "output_dir": str(self.folder.run(run.name))} for run in runs]
-            for path in (self.folder.run(run.name) for run in runs):
-                if read_run(path).state != "finished":  # if the start fails, how an earlier one ended is not why
-                    discard(RunFolder(path).status, guard=self.folder.guard)
-            with suppress(OSError):  # the next line says what is wrong
-                file.parent.mkdir(exist_ok=True)
-            write_yaml(file, entries, guard=self.folder.guard)
-            settings = {**self._given, "adapters": file, "output_dir": folder, **({"halving": True} if halving else {})}
-            return ScriptStart("train", settings, with_port(slot), self.folder.log(name), lock)
-
-        def done() -> tuple[float, str]:
-            parts = [job.done()[0] for job in jobs]
-            return sum(parts), f"{len(jobs)} runs, {sum(parts) / len(parts):.0%}"
-
-        return StudyJob(name, (), command, lambda: None, done, runs=jobs)
-
-    def _score(self, point: Point | None, needs: tuple[str, ...], lock: int, *, group: str | None = None) -> StudyJob:
-        """The job that scores the best run of a point, or the base model, without which nothing can be compared; or
-        that reads what the job `group` has found."""
-        job = f"score {BASE_NAME}" if point is None else _score_job(point)
-        log = self.folder.log(group or job)
-
-        def command(slot: tuple[str, ...]) -> ScriptStart | None:
-            name = self._scored_name(point)
-            if name is None or self._scored(name):
-                return None
-            folder = self.folder.score(name)
-            discard(folder, guard=self.folder.guard)  # it has no result
-            adapter = None if point is None else self.folder.run(name) / "adapter"
-            settings = {**self._of_scores, "adapter": adapter, "output_dir": folder}
-            return ScriptStart("evaluate", settings, with_port(slot), log, lock)
-
-        def failure() -> str | None:
-            if group is not None:
-                take_scores(self.folder)
-            name = self._scored_name(point)  # None: no run has finished, so others alone were scored
-            return None if name is None or self._scored(name) else _reason(log)
-
-        def done() -> tuple[float, str]:
-            name = self._scored_name(point)
-            if name is None:
-                return 0.0, ""
-            score = read_score(self.folder.score(name))
-            return 0.0, "decoding" if score is None else f"{self.base.metric} {score.value:.2f} % ({name})"
-
-        return StudyJob(job, needs, command, failure, done, vital=point is None)
-
-    @property
-    def _of_scores(self) -> dict[str, Any]:
-        """The settings of every start of evaluate.py."""
-        return {
+        Raises:
+            UserError: a file cannot be written.
+        """
+        self.folder.guard()
+        launcher, log = with_port(shlex.split(self.settings.launcher_args or "")), self.folder.log(step.name)
+        if step.runs:
+            return ScriptStart("train", self._train(step.runs), launcher, log, lock)
+        left = [name for score in step.scores if not self._is_scored(score) and (name := self._scored_name(score))]
+        if not left:
+            return None
+        settings: dict[str, Any] = {
             **{setting: getattr(self.command.train, setting) for setting in marked(EvaluateSettings, shared=True)},
             "max_length": with_models_length(self.command.train, self.source).max_length,
             "batch_size": self.settings.test_batch_size,
             "limit": self.test_limit,
             **self._take_over,
         }
+        adapters, words = {name: self.folder.run(name) / "adapter" for name in left if name != BASE_NAME}, list[str]()
+        if len(step.scores) == 1:
+            settings |= {"adapter": adapters.get(left[0]), "output_dir": self.folder.score(left[0])}
+        else:
+            settings["output_dir"] = self.folder.group(f"{step.scores[0].label}{SCORES_END}")
+            words = ["--adapters", *(f"{name}={path}" for name, path in adapters.items())]
+        discard(settings["output_dir"], guard=self.folder.guard)  # it has no result
+        return ScriptStart("evaluate", settings, launcher, log, lock, tuple(words))
 
-    def _score_together(self, points: Mapping[Point, tuple[str, ...]], lock: int) -> StudyJob:
-        """The job that scores the best runs of several points in one start; `points` has what each needs."""
-        first = _score_job(next(iter(points))).removeprefix("score ")
-        name, folder = f"scores {first}", self.folder.group(f"{first}{SCORES_END}")
-        jobs = tuple(self._score(point, (), lock, group=name) for point in points)
+    def _train(self, runs: tuple[Run, ...]) -> dict[str, Any]:
+        """The settings of tiedlora train for one run, or for several, each in the folder that it has alone."""
+        folder, first = self.folder, runs[0]
+        given = {name: value for name, value in self.command.given.items() if name != "test_file"}
+        given |= {"resume": "auto", **self._take_over}
+        if len(runs) == 1:
+            return {**given, **first.settings, "output_dir": folder.run(first.name)}
+        for path in (folder.run(run.name) for run in runs):
+            if read_run(path).state != "finished":  # if the start fails, how an earlier one ended is not why
+                discard(RunFolder(path).status, guard=folder.guard)
+        file = folder.group(f"{first.name}.yaml")
+        with suppress(OSError):  # the next lines say what is wrong
+            file.parent.mkdir(exist_ok=True)
+        entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
+        write_yaml(file, entries, guard=folder.guard)
+        halving = {"halving": True} if self.settings.halving and len({run.point for run in runs}) < len(runs) else {}
+        return {**given, "adapters": file, "output_dir": folder.group(first.name), **halving}
 
-        def command(slot: tuple[str, ...]) -> ScriptStart | None:
-            best = [found for point in points if (found := self._scored_name(point)) is not None]
-            left = [run for run in best if not self._scored(run)]
-            if not left:
-                return None
-            discard(folder, guard=self.folder.guard)  # it has no results
-            words = ("--adapters", *(f"{run}={self.folder.run(run) / 'adapter'}" for run in left))
-            settings = {**self._of_scores, "output_dir": folder}
-            return ScriptStart("evaluate", settings, with_port(slot), self.folder.log(name), lock, words)
+    @property
+    def _take_over(self) -> dict[str, bool]:
+        return {"take_over": True} if self.settings.take_over else {}
 
-        needs = tuple(dict.fromkeys(need for of_point in points.values() for need in of_point))
-        return StudyJob(name, needs, command, lambda: None, lambda: (0.0, f"decoding {len(jobs)}"), runs=jobs)
+    def failure(self, item: Run | PointScore, step: Step) -> Failure | None:
+        """Why a run or score is not finished now that its step has ended; None if it is. Raises UserError."""
+        log, recorded = self.folder.log(step.name), ""
+        if isinstance(item, Run):
+            end = read_run(self.folder.run(item.name))
+            finished, recorded = end.state == "finished", end.reason
+        else:
+            take_scores(self.folder)
+            # If no run of a point has finished, the runs have failed, and the score has not.
+            finished = self._scored_name(item) is None or self._is_scored(item)
+        if finished:
+            return None
+        # The log of several has the errors of all.
+        errors = [line for line in last_lines(log, 40) if line.startswith("error: ")]
+        said = errors[-1].removeprefix("error: ") if errors else ""
+        both = (recorded, said) if len(step.items) > 1 else (said, recorded)
+        return Failure(next(filter(None, both), "it ended without a result"), log)
+
+    def done(self, item: Run | PointScore) -> tuple[float, str]:
+        """The part of a run or score that is done, 0 to 1, and a few words about its state."""
+        if isinstance(item, PointScore):
+            name = self._scored_name(item)
+            score = None if name is None else read_score(self.folder.score(name))
+            words = "decoding" if score is None else f"{self.base.metric} {score.value:.2f} % ({name})"
+            return 0.0, "" if name is None else words
+        path, train = self.folder.run(item.name), self.command.train
+        end = read_run(path)
+        if end.state == "finished" and end.best is not None:
+            why = f" ({end.halved})" if end.halved else ""
+            return 1.0, f"best validation {train.eval_metric} {end.best:.4f}, ended at step {end.step}{why}"
+        row = last_row(RunFolder(path).metrics)
+        if row is None:
+            return 0.0, "starting"
+        # With --epochs a run that has started has counted its steps itself.
+        found = None if train.epochs is None else read_yaml_mapping(RunFolder(path).settings).get("max_steps")
+        step, max_steps = int(row["step"]), found if isinstance(found, int) else train.max_steps
+        return min(step / max_steps, 1.0), f"step {step} of {max_steps}, {row['split']} loss {row['loss']:.4f}"
+
+    def progress(self, step: Step) -> tuple[float, str]:
+        """How many runs of a step are done, and a few words about its state."""
+        done = [self.done(item) for item in step.items]
+        parts, count = sum(part for part, _ in done), len(done)
+        several = f"{count} runs, {parts / count:.0%}" if step.runs else f"decoding {count}"
+        return parts, done[0][1] if count == 1 else several
 
     def dry_run_lines(self) -> list[str]:
         """A table of all runs with their states and trained parameters."""
         points, base = self.grid.points, self.base
-        runs = [run for point in points for run in self.grid.runs(point)]
+        runs = self.grid.all_runs
         lines = [
             f"sweep      {len(runs)} runs and {len(points) + 1} scores of {base.model} on {base.task} ({base.metric})",
             f"folder     {self.folder.path}",
@@ -289,54 +286,12 @@ class SweepPlan:
             counts[end.state] = counts.get(end.state, 0) + 1
             best = "" if end.best is None else f", best validation {self.command.train.eval_metric} {end.best:.4f}"
             state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
-            state += f" ({end.reason})" if end.reason.startswith(REASON) else ""
+            state += f" ({end.halved})" if end.halved else ""
             lines.append(f"  {run.name:<28}{run.point.num_trained(base.shape):>20,}   {state}")
         if self.settings.together != 1:
             lines += ["", "  groups to train together"]
             lines += [f"  {number:>3}  {', '.join(run.name for run in g)}" for number, g in enumerate(self.groups(), 1)]
         return [*lines, "", "  " + ", ".join(f"{count} {state}" for state, count in counts.items())]
-
-
-def plan_sweep(command: SweepCommand) -> SweepPlan:
-    """Check everything that can be checked before a start: folder, model, grid, task and the settings of every run.
-
-    Raises:
-        UserError: names the first thing that does not fit.
-    """
-    settings, train = command.settings, command.train
-    folder = StudyFolder(user_path(settings.output_dir))
-    check_folder(folder)
-    task = get_task(train.task)
-    # Only the launcher knows how many ranks it will start, so the check uses the fewest that the layout allows.
-    ranks = train.tensor_parallel * train.pipeline_parallel
-    with _no_accelerator_needed():
-        source = plan_run(train, rank=0, world_size=ranks, weights=False).source
-    files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
-    base = describe_base(source, targets=train.targets, task=task.name, metric=task.metrics[0], files=files.values())
-    check_resumable(folder, command, base)
-    if settings.together != 1:
-        with _no_accelerator_needed():
-            check_groups(command, ranks=ranks, source=source)
-    grid = make_grid(settings, source.shape.num_layers)
-    for run in _each_run(grid):
-        make_settings({**command.given, **run.settings})
-    if task.hub is None and task.generate is None and files["test_file"] is None:
-        raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
-    for name in local_names(train):
-        read_rows(name, limit=1)
-    return SweepPlan(command, folder, source, base, grid, _test_limit(command))
-
-
-def _test_limit(command: SweepCommand) -> int | None:
-    """--test_limit. By default tiedlora evaluate scores only some rows of some tasks; a sweep scores all of them.
-
-    Raises:
-        UserError: the rows of such a task cannot be read.
-    """
-    train, limit = command.train, command.settings.test_limit
-    if limit is None and get_task(train.task).scored_rows is not None:
-        return len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
-    return limit
 
 
 @contextmanager
@@ -355,19 +310,45 @@ def _no_accelerator_needed() -> Iterator[None]:
             del os.environ["DS_ACCELERATOR"]
 
 
-def _each_run(grid: SweepGrid) -> Iterator[Run]:
-    return (run for point in grid.points for run in grid.runs(point))
+@_no_accelerator_needed()
+def plan_sweep(command: SweepCommand) -> SweepPlan:
+    """Check everything that can be checked before a start: folder, model, grid, task and the settings of every run.
+
+    Raises:
+        UserError: names the first thing that does not fit.
+    """
+    settings, train = command.settings, command.train
+    folder = StudyFolder(user_path(settings.output_dir))
+    check_folder(folder)
+    task = get_task(train.task)
+    # Only the launcher knows how many ranks it will start, so the check uses the fewest that the layout allows.
+    ranks = train.tensor_parallel * train.pipeline_parallel
+    source = plan_run(train, rank=0, world_size=ranks, weights=False).source
+    files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
+    base = describe_base(source, targets=train.targets, task=task.name, metric=task.metrics[0], files=files.values())
+    check_resumable(folder, command, base)
+    if settings.together != 1:
+        check_groups(command, ranks=ranks, source=source)
+    grid = make_grid(settings, source.shape.num_layers)
+    for run in grid.all_runs:
+        make_settings({**command.given, **run.settings})
+    if task.hub is None and task.generate is None and files["test_file"] is None:
+        raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
+    for name in local_names(train):
+        read_rows(name, limit=1)
+    return SweepPlan(command, folder, source, base, grid, _test_limit(command))
 
 
-def _score_job(point: Point) -> str:
-    layer = "" if point.layer is None else f"-layer{point.layer}"
-    return f"score {point.method}-r{point.rank}{layer}"
+def _test_limit(command: SweepCommand) -> int | None:
+    """--test_limit. By default tiedlora evaluate scores only some rows of some tasks; a sweep scores all of them.
 
-
-def _reason(log: Path, recorded: str = "") -> str:
-    """Why a command failed: the error line of its log, else its recorded reason, else that there is neither."""
-    lines = [line for line in last_lines(log, 40) if line.startswith("error: ")]
-    return lines[-1].removeprefix("error: ") if lines else recorded or "it ended without a result"
+    Raises:
+        UserError: the rows of such a task cannot be read.
+    """
+    train, limit = command.train, command.settings.test_limit
+    if limit is None and get_task(train.task).scored_rows is not None:
+        return len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
+    return limit
 
 
 def last_row(metrics: Path) -> dict[str, Any] | None:

@@ -6,11 +6,9 @@ that tables need neither, and has the hashes of the row files. `sweep_status.jso
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, discard, is_temporary, remove_leftovers, unguarded, write_json
@@ -37,10 +35,9 @@ from megatron_tiedlora.config.sweep_settings import (
 from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.study.grid import AdaptedSizes, single_layers
 from megatron_tiedlora.study.paper import paper_model
-from megatron_tiedlora.study.processes import LOG_MARK
+from megatron_tiedlora.study.starts import last_lines
 
 RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
-_TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 
 
 @dataclass(frozen=True)
@@ -208,37 +205,25 @@ def read_base(folder: StudyFolder) -> BaseRecord:
     return read_fields(folder.base, content, BaseRecord)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a run or score has failed, and the log of its start."""
+
+    reason: str
+    log: Path
+
+
 def write_status(
-    folder: StudyFolder,
-    state: str,
-    failures: Mapping[str, str],
-    *,
-    logs: Mapping[str, str] = MappingProxyType({}),
-    reason: str | None = None,
+    folder: StudyFolder, state: str, failures: Mapping[str, Failure], *, reason: str | None = None
 ) -> None:
     """Write sweep_status.json: how this start ended, and for every failure its reason and the last lines of its log.
 
     Args:
-        logs: whose log is that of a failure, if it is another's.
         reason: why the sweep itself failed.
     """
-    files = {name: folder.log(logs.get(name, name)) for name in failures}
     failed = [
-        {"name": name, "reason": reason, "log": str(files[name]), "last_lines": last_lines(files[name])}
-        for name, reason in failures.items()
+        {"name": name, "reason": found.reason, "log": str(found.log), "last_lines": last_lines(found.log)}
+        for name, found in failures.items()
     ]
     why = {} if reason is None else {"reason": reason}
     write_json(folder.status, {"state": state, **why, "failed": failed}, guard=folder.guard)
-
-
-def last_lines(log: Path, count: int = 12) -> list[str]:
-    """The last lines of output of a command's last start, without progress bars."""
-    if not log.is_file():
-        return []
-    with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - 20_000))
-        lines = stream.read().decode(errors="replace").split("\n")
-    starts = [index for index, line in enumerate(lines) if line.startswith(LOG_MARK)]
-    last = lines[starts[-1] + 1 :] if starts else lines
-    shown = (_TERMINAL_CODE.sub("", line.rstrip().rsplit("\r", 1)[-1]).rstrip() for line in last)
-    return [line for line in shown if line and _BAR_MARK not in line][-count:]

@@ -38,6 +38,11 @@ class RunEnd:
     step: int = 0
     best: float | None = None
 
+    @property
+    def halved(self) -> str:
+        """Why --halving stopped it; '' if it did not."""
+        return self.reason if self.state == "finished" and self.reason.startswith(REASON) else ""
+
 
 @dataclass(frozen=True)
 class TestScore:
@@ -172,15 +177,12 @@ def read_study(path: Path) -> Study:
 def _read_result(folder: StudyFolder, grid: SweepGrid, point: Point, base: BaseRecord, metric: str) -> Result:
     runs = grid.runs(point)
     chosen = best_run(folder, runs, metric=metric)
+    ends = {run: read_run(folder.run(run.name)) for run in runs}
     return Result(
         point,
         point.num_trained(base.shape),
         chosen,
-        tuple(run for run in runs if chosen is not None and read_run(folder.run(run.name)).state != "finished"),
+        tuple(run for run, end in ends.items() if chosen is not None and end.state != "finished"),
         None if chosen is None else read_score(folder.score(chosen.name)),
-        tuple(
-            (run, end.reason.removeprefix(REASON))
-            for run, end in ((run, read_run(folder.run(run.name))) for run in runs)
-            if end.state == "finished" and end.reason.startswith(REASON)
-        ),
+        tuple((run, end.halved.removeprefix(REASON)) for run, end in ends.items() if end.halved),
     )

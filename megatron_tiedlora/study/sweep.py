@@ -1,30 +1,44 @@
-"""Runs a study from its settings to its tables: starts the jobs of plan.py, and writes the tables at the end."""
+"""Runs a study from its settings to its tables: the steps of plan.py one after another, and the tables at the end."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, unguarded, write_text
-from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.errors import UserError, printable, show
+from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
-from megatron_tiedlora.study.jobs import Outcome, run_jobs
-from megatron_tiedlora.study.lock import lock_study, reject_left_behind
-from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
-from megatron_tiedlora.study.processes import Start
-from megatron_tiedlora.study.record import StudyFolder, last_lines, write_record, write_status
+from megatron_tiedlora.study.plan import PointScore, Step, SweepPlan, plan_sweep
+from megatron_tiedlora.study.record import Failure, StudyFolder, write_record, write_status
 from megatron_tiedlora.study.scores import Study, read_study
+from megatron_tiedlora.study.starts import Start, last_lines, wait_for_end
 from megatron_tiedlora.study.tables import table3
 from megatron_tiedlora.study.text import table2_csv, table2_markdown, table3_csv, table3_markdown
 
+SHOW_SECONDS = 1.0
 _SHOWN_FAILURES = 3
+
+
+@dataclass
+class Outcome:
+    """How the steps ended: the failed runs and scores by name; the signal that stopped the others (0: none); and
+    whether they were given up because the base model could not be scored."""
+
+    failures: dict[str, Failure] = field(default_factory=dict)
+    stopped_by: int = 0
+    given_up: bool = False
 
 
 def sweep(command: SweepCommand, starter: Callable[[], Start]) -> int:
@@ -35,7 +49,7 @@ def sweep(command: SweepCommand, starter: Callable[[], Start]) -> int:
 
     Raises:
         UserError: settings, model, task or folder do not fit, before anything is started; or a file or launcher cannot
-            be written or started. In that case the running commands have been stopped and have ended.
+            be written or started. In that case the running command has been stopped and has ended.
     """
     settings = command.settings
     if settings.tables_from is not None:
@@ -45,17 +59,13 @@ def sweep(command: SweepCommand, starter: Callable[[], Start]) -> int:
         show(*plan.dry_run_lines())
         return 0
     plan.source.weights_folder()  # rejects a preset, which has no weights
-    start, slots = starter(), plan.slots()
-    reject_left_behind(plan.folder.path)  # before the folder is taken over, and again afterwards
+    start = starter()
     with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
         folder = StudyFolder(plan.folder.path, lock.owner)
         plan = replace(plan, folder=folder)
-        reject_left_behind(folder.path)
         write_record(folder, command, plan.base)
         try:
-            jobs = plan.jobs(lock.descriptor)
-            num_to_do = sum(job.size for job in jobs)
-            outcome = run_jobs(jobs, slots=slots, start=start, stop=stop, finished=plan.num_jobs - num_to_do)
+            outcome = run_steps(plan, lock.descriptor, start, stop)
         except BaseException as error:
             with suppress(UserError):  # the disk may be full
                 write_status(folder, "failed", {}, reason=str(error) or type(error).__name__)
@@ -63,13 +73,84 @@ def sweep(command: SweepCommand, starter: Callable[[], Start]) -> int:
         return _end(plan, outcome)
 
 
+def lock_study(folder: Path, *, take_over: bool = False) -> FolderLock:
+    """Become the owner of a study's folder, which is created if it does not exist. Launchers inherit the descriptor, so
+    that one that outlives a killed sweep still holds the folder.
+
+    Raises:
+        UserError: another sweep, or a launcher of a killed one, is writing here.
+    """
+    hint = (
+        "it is another sweep, or a run of a killed sweep; wait until it ends, or end it (--take_over takes the folder"
+        " anyway)"
+    )
+    return take_folder(folder, take_over=take_over, hint=hint)
+
+
+def run_steps(plan: SweepPlan, lock: int, start: Start, stop: StopSignals) -> Outcome:
+    """Run the unfinished steps in order. After a signal, or without the base model's score, no more are started."""
+    steps, total, outcome = plan.steps(), plan.num_items, Outcome()
+    left = sum(len(step.items) for step in steps)
+    with _bar(total - left, total) as bar:
+        for step in steps:
+            command = None if stop.received else plan.start(step, lock)
+            if command is not None:
+                began = time.monotonic()
+                say, state = (lambda text: bar.write(printable(text))), (bar, plan, step, total - left)
+                wait_for_end(start(command), step.name, stop=stop, show=partial(_show, *state), say=say)
+            if stop.received:
+                outcome.stopped_by = stop.received[0]
+                break
+            if command is not None:
+                _note_ends(plan, step, outcome, bar, seconds=time.monotonic() - began)
+            left -= len(step.items)
+            bar.update(total - left - bar.n)
+            if PointScore(None).name in outcome.failures:
+                outcome.given_up = True
+                break
+    return outcome
+
+
+def _note_ends(plan: SweepPlan, step: Step, outcome: Outcome, bar: Any, *, seconds: float) -> None:
+    minutes = round(seconds) // 60
+    took = f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    for item in step.items:
+        failure = plan.failure(item, step)
+        if failure is not None:
+            outcome.failures[item.name] = failure
+        words = plan.done(item)[1] if failure is None else f"FAILED: {failure.reason}"
+        bar.write(printable(f"{item.name:<28} {words}  [{took}]"))
+
+
+def _bar(finished: int, total: int) -> Any:
+    return progress_bar(
+        "sweep",
+        "run",
+        total=total,
+        leave=True,
+        initial=finished,
+        mininterval=SHOW_SECONDS,
+        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}",
+    )
+
+
+def _show(bar: Any, plan: SweepPlan, step: Step, finished: int) -> None:
+    """Show how far a step is, once in SHOW_SECONDS."""
+    if time.monotonic() - getattr(bar, "shown_at", 0.0) < SHOW_SECONDS:
+        return
+    bar.shown_at = time.monotonic()
+    parts, words = plan.progress(step)
+    bar.set_postfix_str(printable(f"{step.name} {words}"), refresh=False)
+    bar.update(finished + parts - bar.n)
+
+
 def _end(plan: SweepPlan, outcome: Outcome) -> int:
     folder = plan.folder
     if outcome.stopped_by:
-        write_status(folder, "stopped", outcome.failures, logs=outcome.logs)
+        write_status(folder, "stopped", outcome.failures)
         show(f"stopped; the same command, or --output_dir {shlex.quote(str(folder.path))} alone, resumes it")
         return 128 + outcome.stopped_by
-    write_status(folder, "failed" if outcome.failures else "finished", outcome.failures, logs=outcome.logs)
+    write_status(folder, "failed" if outcome.failures else "finished", outcome.failures)
     if not outcome.given_up:
         study = read_study(folder.path)
         written = write_tables([study], folder.path, guard=folder.guard)
@@ -79,9 +160,9 @@ def _end(plan: SweepPlan, outcome: Outcome) -> int:
         return 0
     names = list(outcome.failures)
     for name in names[:_SHOWN_FAILURES]:
-        log = folder.log(outcome.logs.get(name, name))
-        show("", f"{name}: {outcome.failures[name]}; the end of {log}:")
-        show(*(f"    {line}" for line in last_lines(log)))
+        found = outcome.failures[name]
+        show("", f"{name}: {found.reason}; the end of {found.log}:")
+        show(*(f"    {line}" for line in last_lines(found.log)))
     gave_up = "; nothing else was started" if outcome.given_up else ""
     line = f"error: {len(names)} failed: {', '.join(names)}{gave_up} (logs in {folder.log(names[0]).parent})"
     show(line, file=sys.stderr)

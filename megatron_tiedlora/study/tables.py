@@ -109,6 +109,12 @@ def _averages(studies: Sequence[Study], cells: Sequence[Cell]) -> tuple[float | 
     return sum(scores) / len(scores), decline(values, scores) if len(values) == len(scores) else None
 
 
+def mean_base(studies: Sequence[Study]) -> float | None:
+    """The mean score of the base model over the tasks; None if one has none."""
+    values = [study.base_score.value for study in studies if study.base_score is not None]
+    return sum(values) / len(values) if len(values) == len(studies) else None
+
+
 def tensors_text(method: str) -> str:
     """Which tensors a method trains, shares and freezes: `A tied; B tied, frozen; u, v`. Frozen u, v are omitted."""
     spec = find_method(method)

@@ -14,7 +14,7 @@ from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.study.grid import Point, rate_text
 from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, MODEL_TITLES
 from megatron_tiedlora.study.scores import Result, Study
-from megatron_tiedlora.study.tables import BASE_ROW, Cell, Row, SingleRow, table2, table3, tensors_text
+from megatron_tiedlora.study.tables import BASE_ROW, Cell, Row, SingleRow, mean_base, table2, table3, tensors_text
 
 SECTION_TITLES = {LORA_RANK: "All methods at LoRA's best rank", BEST_RANK: "Each method at its own best rank"}
 METRIC_TITLES = {
@@ -30,9 +30,14 @@ METRIC_TITLES = {
 NONE, INCOMPLETE = "-", "*"
 
 
+def metric_title(study: Study) -> str:
+    """The metric as tables name it."""
+    return METRIC_TITLES.get(study.base.metric, study.base.metric)
+
+
 def title(study: Study) -> str:
     """`task (metric)`."""
-    return f"{study.base.task} ({METRIC_TITLES.get(study.base.metric, study.base.metric)})"
+    return f"{study.base.task} ({metric_title(study)})"
 
 
 def model_title(study: Study) -> str:
@@ -97,8 +102,7 @@ def _base_row(studies: Sequence[Study], with_paper: Sequence[bool]) -> list[str]
         known = [NONE] * 2 if score is None else [_number(score.value), f"{score.low:.2f} to {score.high:.2f}"]
         cells += [*known, *[NONE] * (6 if paper else 3)]
     if len(studies) > 1:
-        values = [study.base_score.value for study in studies if study.base_score is not None]
-        cells += [_number(sum(values) / len(values) if len(values) == len(studies) else None), NONE]
+        cells += [_number(mean_base(studies)), NONE]
     return cells
 
 

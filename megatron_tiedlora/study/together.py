@@ -84,20 +84,18 @@ def take_scores(folder: StudyFolder) -> None:
         discard(made, guard=folder.guard)
 
 
-def most_together(plan: RunPlan, *, num_runs: int, num_slots: int) -> int:
+def most_together(plan: RunPlan) -> int:
     """For --together auto: how many adapters a group may have.
 
     Args:
         plan: of the adapter with most parameters.
-        num_runs, num_slots: the runs that are left, and how many commands run at once; each gets as many runs.
 
     Raises:
         UserError: the memory of the GPUs cannot be read.
     """
-    num_ranks = 1 if plan.on_gpu else plan.grid.world_size * num_slots  # that share the memory
-    free = _free_gpu_bytes() if plan.on_gpu else float(psutil.virtual_memory().available)
-    fit = num_that_fit(plan, _SHARE * free / num_ranks)
-    return max(1, min(MOST_TOGETHER, fit, -(-num_runs // num_slots)))
+    # The ranks of this machine share its memory.
+    free = _free_gpu_bytes() if plan.on_gpu else psutil.virtual_memory().available / plan.grid.world_size
+    return max(1, min(MOST_TOGETHER, num_that_fit(plan, _SHARE * free)))
 
 
 def num_that_fit(plan: RunPlan, rank_bytes: float) -> int:

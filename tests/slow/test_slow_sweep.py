@@ -15,7 +15,7 @@ from run_helpers import Base, Command, start_command
 from sweep_runs import LAUNCH, study_arguments, write_study_base
 
 LIMIT = 600.0
-RUNS = ("tl6-r2-lr2e-1", "tl6-r2-lr1e-1")
+RUNS = ("tl6-r2-lr2e-1", "tl6-r2-lr5e-2")
 
 
 def start(base: Base, arguments: list[str], work: Path) -> Command:

@@ -21,7 +21,6 @@ from sweep_runs import (
     lose_the_loss,
     run_sweep,
     signal_sweep_at_step,
-    slow_steps,
     starts,
     study_arguments,
     write_study_base,
@@ -290,19 +289,22 @@ def test_a_base_that_cannot_be_scored_starts_nothing_else(study: tuple[Base, Pat
     assert "test.jsonl:2" in ended.outputs[0] and not (folder / "table2.md").exists()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status", "together"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
 def test_a_signal_stops_what_runs_and_it_saves(
-    study: tuple[Base, Path], tmp_path: Path, number: int, status: int
+    study: tuple[Base, Path], tmp_path: Path, number: int, status: int, together: int
 ) -> None:
     folder, names = tmp_path / "out", ["tl6-r2-lr2e-1", "tl6-r2-lr5e-2"]
-    stop = functools.partial(signal_sweep_at_step, step=2, number=number, beside=folder / "runs" / names[0])
-    changes = {"methods": "tl6", "ranks": "2", "runs_at_once": 3}
-    run(study, folder, expect=status, preludes=dict(zip(names, (slow_steps, stop), strict=True)), **changes)
-    assert set(starts(work(folder))) >= set(names)
-    states = {name: json.loads((folder / "runs" / name / "run_status.json").read_text()) for name in names}
+    stop = functools.partial(signal_sweep_at_step, step=2, number=number)
+    first = names[0] if together == 1 else f"group {names[0]}"
+    changes = {"methods": "tl6", "ranks": "2", "together": together}
+    run(study, folder, expect=status, preludes={first: stop}, **changes)
+    assert starts(work(folder)) == ["score base", first]
+    begun = names[:together]
+    states = {name: json.loads((folder / "runs" / name / "run_status.json").read_text()) for name in begun}
     assert {state["state"] for state in states.values()} == {"stopped"}, states
     assert all(1 <= state["step"] < 16 for state in states.values())
-    assert all((folder / "runs" / name / "checkpoints" / f"step_{states[name]['step']}").is_dir() for name in names)
+    assert all((folder / "runs" / name / "checkpoints" / f"step_{states[name]['step']}").is_dir() for name in begun)
+    assert {path.name for path in (folder / "runs").iterdir()} == set(begun)
     assert json.loads((folder / "sweep_status.json").read_text())["state"] == "stopped"
     assert not (folder / "table2.md").exists()
 

@@ -1,4 +1,4 @@
-"""What a sweep may leave behind and must find: its lock, ranks without their launcher, a terminal that is gone."""
+"""What a sweep may leave behind or meet: another in its folder, a log that was cut off, a terminal that is gone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from run_helpers import Base
 from sweep_runs import study_arguments, write_study_base
@@ -24,10 +22,8 @@ from megatron_tiedlora.base.ownership import take_folder
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.run_folder import take_run_folder
-from megatron_tiedlora.study.lock import lock_study, reject_left_behind
-from megatron_tiedlora.study.processes import ScriptStart, deepspeed_starter
-from megatron_tiedlora.study.record import last_lines
-from megatron_tiedlora.study.sweep import sweep
+from megatron_tiedlora.study.starts import ScriptStart, deepspeed_starter, last_lines
+from megatron_tiedlora.study.sweep import lock_study, sweep
 
 
 @pytest.fixture(scope="module")
@@ -42,80 +38,8 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-# Left behind ----------------------------------------------------------------------------------------------------------
-
-LAUNCHER = """
-import os, subprocess, sys
-rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)", *sys.argv[2:]], start_new_session=True)
-open(sys.argv[1], "w").write(str(rank.pid))
-os.kill(os.getpid(), 9)
-"""
-
-
-@contextmanager
-def rank_without_launcher(work: Path, *words: str, lock: int | None = None) -> Iterator[int]:
-    """A rank that a launcher started as DeepSpeed's does, by Popen, and died; its pid."""
-    pid = work / "pid"
-    keep = () if lock is None else (lock,)
-    command = [sys.executable, "-c", LAUNCHER, str(pid), *words]
-    assert subprocess.run(command, cwd=work, pass_fds=keep, check=False).returncode == -signal.SIGKILL
-    number = int(pid.read_text())
-    try:
-        until(lambda: psutil.Process(number).cmdline()[1:2] == ["-c"])  # exec is done
-        yield number
-    finally:
-        os.kill(number, signal.SIGKILL)
-
-
-def test_ranks_that_their_launcher_has_left_are_found(study: tuple[Base, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    target = folder / "runs" / "tl6-r2-lr1e-4"
-    with lock_study(folder) as lock:
-        left = rank_without_launcher(tmp_path, f"--output_dir={target}", lock=lock.descriptor)
-        left.__enter__()
-    with pytest.raises(UserError) as error:
-        sweep(parse_sweep(study_arguments(*study, folder)), lambda: no_start)
-    pid = (tmp_path / "pid").read_text()
-    line = f"--output_dir {folder}: process {pid} of an earlier sweep is still writing {target}"
-    assert str(error.value) == f"{line}; wait until it ends, or end it"
-    assert list(folder.iterdir()) == []
-    left.__exit__(None, None, None)
-    until(lambda: not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
-    reject_left_behind(folder)
-
-
 def no_start(_: Any) -> Any:
     raise AssertionError("nothing is to be started")
-
-
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        (("--output_dir=out/scores/base",), True),  # as it was given, from its own folder
-        (("--output_dir", "{folder}/runs/x"), True),
-        (("--output_dir={folder}/groups/x",), True),
-        (("ssh", "cd /x; python launch.py --output_dir={folder}/runs/x --rank=2"), True),
-        (("--output_dir={folder}-2/runs/x",), False),
-        (("--output_dir={folder}/runs-2/x",), False),
-        (("--output_dir={folder}",), False),
-        (("--adapter={folder}/runs/x/adapter", "--output_dir=elsewhere"), False),
-    ],
-)
-@pytest.mark.parametrize("link", [False, True])
-def test_which_processes_are_at_work_in_a_study(
-    tmp_path: Path, words: tuple[str, ...], found: bool, link: bool
-) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (tmp_path / "link").symlink_to(folder)
-    with rank_without_launcher(tmp_path, *(word.format(folder=folder) for word in words)) as pid:
-        place = tmp_path / "link" if link else folder
-        if found:
-            with pytest.raises(UserError, match=f"process {pid} "):
-                reject_left_behind(place)
-        else:
-            reject_left_behind(place)
 
 
 # Errors of the sweep's own --------------------------------------------------------------------------------------------

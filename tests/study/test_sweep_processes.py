@@ -1,4 +1,4 @@
-"""How a sweep's commands are ordered, placed, started, watched and stopped; nothing is trained here."""
+"""How a sweep's commands are ordered, started, watched and stopped; nothing is trained here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,43 +19,41 @@ from megatron_tiedlora.base.ownership import OWNER_FILE
 from megatron_tiedlora.cluster.job_processes import RUN_ID
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.runtime.launch_env import visible_gpus
-from megatron_tiedlora.study.jobs import Outcome, StudyJob, run_jobs
-from megatron_tiedlora.study.lock import lock_study
-from megatron_tiedlora.study.processes import (
-    LaunchedChild,
-    ScriptStart,
-    deepspeed_starter,
-    launcher_slots,
-    with_port,
-)
-from megatron_tiedlora.study.record import last_lines
+from megatron_tiedlora.study.plan import Step
+from megatron_tiedlora.study.record import Failure
+from megatron_tiedlora.study.starts import LaunchedChild, ScriptStart, deepspeed_starter, last_lines, with_port
+from megatron_tiedlora.study.sweep import Outcome, lock_study, run_steps
+
+WHY = Failure("why", Path("log"))
 
 
 class World:
-    """Jobs that take `ticks` looks each, with all that happens to them in `events`."""
+    """A plan whose runs take `ticks` looks each, with all that happens to them in `events`."""
 
     def __init__(self, *, ticks: int = 3, stop: Callable[[World], None] | None = None) -> None:
         self.events: list[str] = []
-        self.most = self.now = 0
         self.ticks, self.stop = ticks, stop
         self.signals = StopSignals()
 
-    def start(self, command: Any) -> Any:
-        name, slot = command
-        self.events.append(f"{name}@{slot[0]}")
-        self.now += 1
-        self.most = max(self.most, self.now)
+    def begin(self, name: Any) -> Any:
+        assert not self.events or self.events[-1].endswith(" ends")  # one at a time
+        self.events.append(f"begins {name}")
         return _Child(self, name)
 
-    def job(self, name: str, *needs: str, fails: bool = False, vital: bool = False, nothing: bool = False) -> StudyJob:
-        def command(slot: tuple[str, ...]) -> Any:
-            return None if nothing else (name, slot)
+    def run(self, *names: str, fails: tuple[str, ...] = (), nothing: tuple[str, ...] = ()) -> Outcome:
+        items: list[Any] = [SimpleNamespace(name=name) for name in names]
+        plan: Any = SimpleNamespace(
+            steps=lambda: [Step((item,)) for item in items],
+            num_items=len(items),
+            start=lambda step, lock: None if step.name in nothing else step.name,
+            failure=lambda item, step: WHY if item.name in fails else None,
+            done=lambda item: (0.5, "half"),
+            progress=self.progress,
+        )
+        return run_steps(plan, 0, self.begin, self.signals)
 
-        return StudyJob(name, needs, command, lambda: "why" if fails else None, lambda: (0.5, "half"), vital)
-
-    def run(self, *jobs: StudyJob, slots: int = 1) -> Outcome:
-        places = [(str(index),) for index in range(slots)]
-        return run_jobs(jobs, slots=places, start=self.start, stop=self.signals, finished=0)
+    def progress(self, step: Step) -> tuple[float, str]:
+        return 0.5, "half"
 
 
 class _Child:
@@ -66,7 +65,6 @@ class _Child:
         if self.world.stop is not None:
             self.world.stop(self.world)
         if self.left == 0:
-            self.world.now -= 1
             self.world.events.append(f"{self.name} ends")
         return self.left == 0
 
@@ -79,31 +77,22 @@ class _Child:
 
 
 def test_one_after_another_in_the_order_given() -> None:
-    world = World(ticks=1)
-    assert world.run(world.job("a"), world.job("b"), world.job("c", "a", "b")) == Outcome()
-    assert world.events == ["a@0", "a ends", "b@0", "b ends", "c@0", "c ends"]
-
-
-def test_several_at_once_each_in_a_place_of_its_own() -> None:
-    world = World()
-    world.run(world.job("a"), world.job("b"), world.job("s", "a", "b"), world.job("c"), world.job("d"), slots=3)
-    assert world.events[:3] == ["a@0", "b@1", "c@2"] and world.most == 3
-    assert world.events.index("s@0") > world.events.index("b ends")
-    assert not world.now
-
-
-def test_a_failure_is_kept_and_what_needs_it_still_comes() -> None:
-    world = World(ticks=1)
-    outcome = world.run(world.job("a", fails=True), world.job("b", nothing=True), world.job("s", "a", "b"))
-    assert outcome == Outcome(failures={"a": "why"})
-    assert world.events == ["a@0", "a ends", "s@0", "s ends"]
-
-
-def test_a_vital_failure_ends_it_all() -> None:
     world = World(ticks=2)
-    outcome = world.run(world.job("a", fails=True, vital=True), world.job("b"), world.job("c"), slots=2)
-    assert outcome == Outcome(failures={"a": "why"}, given_up=True)
-    assert "b told 15" in world.events and "c@0" not in world.events
+    assert world.run("a", "b", "c") == Outcome()
+    assert world.events == ["begins a", "a ends", "begins b", "b ends", "begins c", "c ends"]
+
+
+def test_a_failure_is_kept_and_what_follows_still_comes() -> None:
+    world = World(ticks=1)
+    assert world.run("a", "b", "s", fails=("a",), nothing=("b",)) == Outcome({"a": WHY})
+    assert world.events == ["begins a", "a ends", "begins s", "s ends"]
+
+
+def test_without_the_base_s_score_nothing_follows() -> None:
+    world = World(ticks=2)
+    outcome = world.run("score base", "b", fails=("score base",))
+    assert outcome == Outcome({"score base": WHY}, given_up=True)
+    assert world.events == ["begins score base", "score base ends"]
 
 
 @pytest.mark.parametrize(
@@ -123,37 +112,32 @@ def test_signals_are_passed_on_once_and_a_second_interrupt_kills(
                 break
 
     world = World(ticks=6, stop=stop)
-    outcome = world.run(world.job("a", fails=True), world.job("b"))
-    assert outcome == Outcome(stopped_by=received[0])
+    assert world.run("a", "b", fails=("a",)) == Outcome(stopped_by=received[0])
     assert [event for event in world.events if "told" in event] == [f"a told {received[0]}"]
-    assert ("a killed" in world.events) == killed and "b@0" not in world.events and world.events[-1] == "a ends"
+    assert ("a killed" in world.events) == killed and "begins b" not in world.events and world.events[-1] == "a ends"
 
 
 @pytest.mark.parametrize("impatient", [False, True])
-def test_an_error_of_the_sweeps_own_leaves_nothing_running(impatient: bool) -> None:
-    """The third cannot be started: what runs is told, also behind one that cannot be told, and waited for."""
+@pytest.mark.parametrize("signalled", [False, True])
+def test_an_error_of_the_sweeps_own_leaves_nothing_running(impatient: bool, signalled: bool) -> None:
+    """What runs is told, once, and waited for."""
 
     def stop(world: World) -> None:
-        if impatient and "b told 15" in world.events and not world.signals.received:
+        if signalled and not world.signals.received:
+            world.signals.received.append(15)
+        if impatient and "a told 15" in world.events and 2 not in world.signals.received:
             world.signals.received.append(2)
 
+    def full_disk(step: Step) -> tuple[float, str]:
+        raise OSError(28, "no space left on device")
+
     world = World(ticks=4, stop=stop)
-    start = world.start
-
-    def full_disk(command: Any) -> Any:
-        if command[0] == "c":
-            raise OSError(28, "no space left on device")
-        child = start(command)
-        if command[0] == "a":
-            child.interrupt = None
-        return child
-
-    world.start = full_disk  # type: ignore[method-assign]
+    world.progress = full_disk  # type: ignore[method-assign]
     with pytest.raises(OSError, match="no space"):
-        world.run(world.job("a"), world.job("b"), world.job("c"), world.job("d"), slots=4)
-    assert "b told 15" in world.events and "d@3" not in world.events
-    assert [event for event in world.events if "ends" in event] == ["a ends", "b ends"] and not world.now
-    assert ("b killed" in world.events) == impatient
+        world.run("a", "b")
+    assert [event for event in world.events if "told" in event] == ["a told 15"]
+    assert ("a killed" in world.events) == impatient
+    assert world.events[-1] == "a ends" and "begins b" not in world.events
 
 
 def test_stop_signals_are_noted_and_given_back() -> None:
@@ -166,26 +150,6 @@ def test_stop_signals_are_noted_and_given_back() -> None:
 
 
 # Places -------------------------------------------------------------------------------------------------------------
-
-
-def slots(**changes: Any) -> tuple[tuple[str, ...], ...]:
-    settings: dict[str, Any] = {"launcher_args": None, "gpus_per_run": None, "runs_at_once": 1, "gpus": ()}
-    return launcher_slots(**{**settings, **changes})
-
-
-def test_places() -> None:
-    assert slots() == ((),)
-    assert (
-        slots(launcher_args="--num_gpus 4 --hostfile 'my hosts'", runs_at_once=2)
-        == (("--num_gpus", "4", "--hostfile", "my hosts"),) * 2
-    )
-    gpus = tuple("01234567")
-    assert slots(gpus_per_run=2, gpus=gpus) == tuple(
-        ("--include", f"localhost:{pair}") for pair in ("0,1", "2,3", "4,5", "6,7")
-    )
-    assert len(slots(gpus_per_run=3, gpus=gpus)) == 2
-    with pytest.raises(UserError, match="--gpus_per_run 4: this machine has 3 GPUs"):
-        slots(gpus_per_run=4, gpus=gpus[:3])
 
 
 def test_gpus_are_those_that_the_user_left_visible(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.tasks import TASKS
 from megatron_tiedlora.study.grid import Point, make_grid
 from megatron_tiedlora.study.plan import plan_sweep
-from megatron_tiedlora.study.record import StudyFolder, check_resumable, write_record
+from megatron_tiedlora.study.record import StudyFolder, check_resumable, read_command, write_record
 from megatron_tiedlora.study.sweep import sweep
 
 
@@ -69,9 +69,16 @@ def test_yaml_holds_names_of_both_and_the_command_line_wins(tmp_path: Path) -> N
 
 def test_the_folder_alone_goes_on(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", learning_rates=[3e-4], max_steps=11, task="gsm8k")
-    command = parse_sweep([f"--output_dir={folder}", "--runs_at_once=2"])
+    command = parse_sweep([f"--output_dir={folder}", "--together=2"])
     assert (command.settings.learning_rates, command.settings.ranks) == ((3e-4,), (2, 8))
-    assert (command.train.max_steps, command.train.task, command.settings.runs_at_once) == (11, "gsm8k", 2)
+    assert (command.train.max_steps, command.train.task, command.settings.together) == (11, "gsm8k", 2)
+
+
+def test_a_study_of_former_settings_is_read(tmp_path: Path) -> None:
+    """Those that are gone decided no number."""
+    folder = write_study(tmp_path / "study", runs_at_once=3, gpus_per_run=None)
+    assert parse_sweep([f"--output_dir={folder}"]).settings.ranks == (2, 8)
+    assert read_command(StudyFolder(folder)).settings.ranks == (2, 8)
 
 
 def write_started(base: Base, folder: Path, *flags: str, file: Path | None = None, **changes: Any) -> Path:
@@ -85,8 +92,10 @@ def write_started(base: Base, folder: Path, *flags: str, file: Path | None = Non
 def test_what_cannot_be_scored_beside_others_has_not_failed(base: Base, tmp_path: Path) -> None:
     """No run of these points has finished, which is said of the runs."""
     folder = write_started(base, tmp_path / "out", "--together=8")
-    scores = plan_sweep(parse_sweep([f"--output_dir={folder}"])).jobs(0)[-1]
-    assert len(scores.runs) == 4 and [job.failure() for job in scores.runs] == [None] * 4
+    plan = plan_sweep(parse_sweep([f"--output_dir={folder}"]))
+    step = plan.steps()[-1]
+    assert len(step.scores) == 4 and [plan.failure(score, step) for score in step.scores] == [None] * 4
+    assert plan.start(step, 0) is None
 
 
 def test_a_list_of_adapters_that_a_kill_left_half_written(base: Base, tmp_path: Path) -> None:
@@ -104,24 +113,25 @@ def test_a_list_of_adapters_that_a_kill_left_half_written(base: Base, tmp_path: 
 
 
 def test_the_folder_alone_starts_runs_as_before(base: Base, tmp_path: Path) -> None:
-    folder = write_started(base, tmp_path / "out", "--launcher_args=--num_gpus 2", "--runs_at_once=3")
+    folder = write_started(base, tmp_path / "out", "--launcher_args=--num_gpus 2", "--together=3")
 
     def processes(*flags: str) -> tuple[Any, ...]:
         plan = plan_sweep(parse_sweep([f"--output_dir={folder}", *flags]))
         write_record(plan.folder, plan.command, plan.base)
-        return plan.settings.launcher_args, plan.settings.gpus_per_run, plan.settings.runs_at_once
+        step = plan.start(plan.steps()[0], 0)
+        assert step is not None
+        return step.launcher[:2], plan.settings.together
 
-    assert processes() == ("--num_gpus 2", None, 3)
-    assert processes("--launcher_args=--num_gpus 4") == ("--num_gpus 4", None, 3)
-    assert processes("--gpus_per_run=2") == processes() == (None, 2, 1)
-    assert processes("--runs_at_once=2") == processes() == (None, None, 2)
+    assert processes() == (("--num_gpus", "2"), 3)
+    assert processes("--launcher_args=--num_gpus 4") == processes() == (("--num_gpus", "4"), 3)
+    assert processes("--together=auto") == processes() == (("--num_gpus", "4"), "auto")
 
 
 def test_the_base_is_scored_in_the_format_of_the_runs(base: Base, tmp_path: Path) -> None:
     for given in (None, "nf4"):
         flags = [] if given is None else [f"--base={given}"]
         plan = plan_sweep(parse_sweep([*study_arguments(base, base.validation, tmp_path / "study"), *flags]))
-        score = plan.jobs(0)[0].command(())
+        score = plan.start(plan.steps()[0], 0)
         assert score is not None and score.settings["adapter"] is None and score.settings["base"] == given
 
 
@@ -146,7 +156,7 @@ def test_all_test_rows_of_the_demo_are_scored(base: Base, tmp_path: Path, flags:
     file.write_text('{"question": "1 + 1?", "answer": "2\\n#### 2"}\n' * 30)
     argv = [f"--output_dir={tmp_path / 'out'}", f"--model={base.model}", "--task=demo", "--max_length=64"]
     plan = plan_sweep(parse_sweep([*argv, *(flag.format(file=file) for flag in flags)]))
-    score = plan.jobs(0)[0].command(())
+    score = plan.start(plan.steps()[0], 0)
     assert score is not None and f"--limit={rows}" in score.arguments
     limit = TASKS["demo"].scored_rows
     assert limit is not None and limit < 30  # else the limit would not be needed
@@ -183,11 +193,9 @@ REFUSED = [
     ("--tensor_parallel=3", "--tensor_parallel 3 does not divide"),
     ("--eval_metric=bleu", "--eval_metric bleu is not a metric of task custom"),
     ("--model=nowhere/", "--model nowhere/: no such folder"),
-    ("--gpus_per_run=1 --launcher_args=x", "remove --launcher_args"),
-    ("--gpus_per_run=1 --runs_at_once=2", "remove --runs_at_once"),
-    ("--runs_at_once=2 --launcher_args=--master_port=7", "--runs_at_once 2: the runs cannot share the --master_port"),
+    ("--gpus_per_run=1", "unknown argument --gpus_per_run (the runs of a sweep follow each other on all GPUs"),
+    ("--runs_at_once=2", "unknown argument --runs_at_once (the runs of a sweep follow each other on all GPUs"),
     ("--launcher_args='x", "--launcher_args 'x: no closing quotation"),
-    ("--gpus_per_run=1", "--gpus_per_run 1: this machine has 0 GPUs; give"),
     ("--together=0", "--together 0: give auto, or a number from 1 on"),
     ("--together=many", "--together many: "),
     ("--together=auto --ds_config=zero2.json", "--together auto: --ds_config zero2.json: ZeRO-2 clips"),
@@ -200,14 +208,11 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("flags", "line"), REFUSED, ids=[flags for flags, _ in REFUSED])
-def test_refused_with_one_line_and_nothing_started(
-    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, line: str
-) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+def test_refused_with_one_line_and_nothing_started(base: Base, tmp_path: Path, flags: str, line: str) -> None:
     folder = tmp_path / "out"
     arguments = [*study_arguments(base, base.validation, folder), *flags.split(" ")]
     with pytest.raises(UserError, match=re.escape(line)) as error:
-        sweep(parse_sweep(arguments), no_start if flags != "--gpus_per_run=1" else lambda: None)
+        sweep(parse_sweep(arguments), no_start)
     assert "\n" not in str(error.value) and not folder.exists()
 
 
@@ -274,7 +279,6 @@ def test_the_dry_run_shows_what_trains_together(
     assert groups("--together=8") == groups("--together=auto") == [", ".join(runs)]
     assert groups("--together=5") == [", ".join(pairs[:2]), ", ".join(pairs[2:])]
     assert groups("--together=3") == pairs  # the runs of a point are not divided
-    assert groups("--together=auto", "--runs_at_once=4") == pairs
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1e9))
     assert groups("--together=auto") == runs  # as much as one needs, and less
 

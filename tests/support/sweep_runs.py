@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from folders import ROOT
-from ranks import ENVIRONMENT, fork_server, wait_for
-from run_files import has_step
+from ranks import ENVIRONMENT, fork_server
 from run_helpers import Base, Ended, World, _be_rank, write_base
 from run_preludes import before_call
 
@@ -176,18 +175,12 @@ def kill_all_at_step(sweep: int, *, step: int) -> None:
     kill_all_at_call(sweep, module="megatron_tiedlora.training.loop", name="Trainer._train_step", call=step)
 
 
-def slow_steps(_sweep: int) -> None:
-    """Every training step takes 0.3 s longer."""
-    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: time.sleep(0.3))
-
-
-def signal_sweep_at_step(sweep: int, *, step: int, number: int, beside: Path) -> None:
-    """A signal to the sweep at the start of training step `step`, once the run in folder `beside` trains too."""
+def signal_sweep_at_step(sweep: int, *, step: int, number: int) -> None:
+    """A signal to the sweep at the start of training step `step`; every step takes 0.3 s longer."""
     calls = iter(range(1, step + 1))
 
     def look(*_: Any) -> None:
         if next(calls, None) == step:
-            wait_for(lambda: has_step(beside, 1), "the other run")
             os.kill(sweep, number)
         time.sleep(0.3)
 

@@ -24,8 +24,10 @@ from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
 from megatron_tiedlora.runtime.rank_log import RankLog
-from megatron_tiedlora.study.jobs import StudyJob, run_jobs
+from megatron_tiedlora.study.plan import Step
+from megatron_tiedlora.study.record import Failure
 from megatron_tiedlora.study.scores import read_study
+from megatron_tiedlora.study.sweep import run_steps
 from megatron_tiedlora.study.text import table2_markdown
 
 TITLE = "\x1b]0;owned\x07"  # sets a terminal's title
@@ -129,12 +131,16 @@ def test_tables_of_a_study(tmp_path: Path) -> None:
     assert f"# Table 2: {printable(FOREIGN)} on squad" in text and not unsafe(text)
 
 
-def test_jobs_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
     """The reason is the last error line of a log."""
     child: Any = SimpleNamespace(ended=lambda: True)
+    run: Any = SimpleNamespace(name="run")
+    failure = Failure(FOREIGN, Path("log"))
+    plan: Any = SimpleNamespace(
+        steps=lambda: [Step((run,))], num_items=1, start=lambda *_: "run", failure=lambda *_: failure,
+    )  # fmt: skip
     stop: Any = SimpleNamespace(received=[])
-    job = StudyJob("run", (), lambda slot: slot, lambda: FOREIGN, lambda: (0.5, FOREIGN))  # type: ignore[arg-type, return-value]
-    assert run_jobs([job], slots=[()], start=lambda command: child, stop=stop, finished=0).failures == {"run": FOREIGN}
+    assert run_steps(plan, 0, lambda command: child, stop).failures == {"run": failure}
     said = "".join(capsys.readouterr())
     assert f"FAILED: {printable(FOREIGN)}" in said and TITLE not in said and "\x9b" not in said
 

@@ -17,7 +17,7 @@ from megatron_tiedlora.cluster.job_hosts import JobHosts
 from megatron_tiedlora.cluster.routes import plan_start
 from megatron_tiedlora.config.hosts import Host
 from megatron_tiedlora.runtime.launch_env import free_port
-from megatron_tiedlora.study.processes import ScriptStart, deepspeed_starter
+from megatron_tiedlora.study.starts import ScriptStart, deepspeed_starter
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 NAMES = ("deepspeed", "json", "numpy", "psutil", "torch", "yaml")

@@ -1,4 +1,4 @@
-"""Starts, watches and stops the commands of a study; jobs.py decides which commands run, and when.
+"""Starts one command of a study, waits for its end, and passes signals on to it.
 
 A command is tiedlora train or tiedlora evaluate under the `deepspeed` launcher. Its end is judged by the files that
 it writes, not by its exit status, which a launcher may lose.
@@ -7,12 +7,15 @@ it writes, not by its exit status, which a launcher may lose.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -21,11 +24,13 @@ from megatron_tiedlora.base.atomic import make_way_for_log
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.forwarded_env import read_user_file
 from megatron_tiedlora.cluster.job_processes import RUN_ID, find_processes, send_signal
+from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.fields import flag_value
-from megatron_tiedlora.config.sweep_settings import names_port
 from megatron_tiedlora.runtime.launch_env import free_port
 
+POLL_SECONDS = 0.1
 LOG_MARK = "$ "  # precedes the command line of each start in a log
+_TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 
 
 @dataclass(frozen=True)
@@ -149,31 +154,63 @@ def _launch(words: Sequence[str], log: IO[bytes], lock: int, run_id: str) -> sub
         os.close(sent)
 
 
-# Where a command runs ---------------------------------------------------------------------------------------------
-
-
-def launcher_slots(
-    *, launcher_args: str | None, gpus_per_run: int | None, runs_at_once: int, gpus: Sequence[str]
-) -> tuple[tuple[str, ...], ...]:
-    """Launcher arguments of each slot. Commands in different slots can run at the same time.
-
-    Args:
-        gpus: GPUs of this machine, as the launcher numbers them.
-
-    Raises:
-        UserError: there are fewer GPUs than `gpus_per_run`.
-    """
-    if gpus_per_run is None:
-        return (tuple(shlex.split(launcher_args or "")),) * runs_at_once
-    count = len(gpus) // gpus_per_run
-    if not count:
-        raise UserError(f"--gpus_per_run {gpus_per_run}: this machine has {len(gpus)} GPUs; give a smaller number")
-    shares = (gpus[index * gpus_per_run : (index + 1) * gpus_per_run] for index in range(count))
-    return tuple(("--include", f"localhost:{','.join(share)}") for share in shares)
-
-
 def with_port(launcher: Sequence[str]) -> tuple[str, ...]:
     """Launcher arguments with a free port for the rendezvous, unless they name one."""
-    if names_port(launcher):
+    if any(word.split("=")[0] == "--master_port" for word in launcher):
         return tuple(launcher)
     return (*launcher, "--master_port", str(free_port()))
+
+
+# The end of a command ---------------------------------------------------------------------------------------------
+
+
+def wait_for_end(
+    child: LaunchedChild, name: str, *, stop: StopSignals, show: Callable[[], None], say: Callable[[str], object]
+) -> None:
+    """Wait until a command has ended, and `show` meanwhile how far it is.
+
+    The first signal is passed on to it, once; after that only Ctrl-C counts, which kills it: schedulers send SIGTERM
+    twice. An error of `show` (a full disk) acts like SIGTERM, and is raised when the command has ended.
+    """
+    heard, told, error = len(stop.received), False, None
+    while not _has_ended(child):
+        new, heard = stop.received[heard:], len(stop.received)
+        if new and not told:
+            told = True
+            child.interrupt(new.pop(0))
+            say(f"stopping: {name} saves first (Ctrl-C once more: kill)")
+        if signal.SIGINT in new:
+            child.kill()
+        if error is None:
+            try:
+                show()
+            except BaseException as caught:
+                error = caught
+                if not told:
+                    child.interrupt(signal.SIGTERM)
+                    told = True
+                with suppress(Exception):
+                    say(f"stopping: {name} saves first ({error})")
+        time.sleep(POLL_SECONDS)
+    if error is not None:
+        raise error
+
+
+def _has_ended(child: LaunchedChild) -> bool:
+    try:
+        return child.ended()
+    except OSError:  # its state cannot be read any more
+        return True
+
+
+def last_lines(log: Path, count: int = 12) -> list[str]:
+    """The last lines of output of a command's last start, without progress bars."""
+    if not log.is_file():
+        return []
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 20_000))
+        lines = stream.read().decode(errors="replace").split("\n")
+    starts = [index for index, line in enumerate(lines) if line.startswith(LOG_MARK)]
+    last = lines[starts[-1] + 1 :] if starts else lines
+    shown = (_TERMINAL_CODE.sub("", line.rstrip().rsplit("\r", 1)[-1]).rstrip() for line in last)
+    return [line for line in shown if line and _BAR_MARK not in line][-count:]
