@@ -20,8 +20,8 @@ from ranks import fork_server_pid
 
 # CPU seconds that a test of the default suite may use; `cpu_seconds(number, reason=...)` gives one another number.
 LIMIT = 10.0
-# Such a number is exceeded by this much on a slower or busier machine. Beyond it a run fails where CI is set.
-MARGIN = 3.0
+# Such a number is exceeded by up to five times on a busy machine (seen at a load of 10). Beyond this a run fails in CI.
+MARGIN = 10.0
 NOT_LIMITED = ("slow", "gpu", "nullgpu")  # not of the default suite
 FILES = 20  # that the table names
 

@@ -25,7 +25,7 @@ def test_one_adapter_is_a_list_of_one() -> None:
     """Its layout is that of its plan, it shares with none, and a name alone changes no micro-batch and no work."""
     plan = plan_of(micro_batch_size=2)
     one, named = StepPlan({"": plan}), StepPlan({"a": plan})
-    assert one.layout == plan.layout and not one.layout.is_bank and named.layout.is_bank
+    assert one.layout == plan.layout and not one.layout.named and named.layout.named
     assert one.rounds == [[("", number)] for number in range(4)]
     assert one.steps == plan.settings.max_steps and isinstance(one.steps, int)
     assert one.batches.kinds[0].shape.shares == named.batches.kinds[0].shape.shares
