@@ -26,6 +26,11 @@ class UserError(ValueError):
         super().__init__(one_line(str(message)))
 
 
+def named(name: str, line: str) -> str:
+    """A line about an adapter; it begins with its name, unless that is "", of the only one."""
+    return f"{name}: {line}" if name else line
+
+
 @contextmanager
 def naming(name: str) -> Iterator[None]:
     """Inside, a `UserError` says which adapter it is of; "" adds nothing."""
@@ -34,9 +39,9 @@ def naming(name: str) -> Iterator[None]:
     except UserError as error:
         if not name:
             raise
-        named = UserError(f"{name}: {error}")
-        named.of_peer = error.of_peer
-        raise named from None
+        told = UserError(named(name, str(error)))
+        told.of_peer = error.of_peer
+        raise told from None
 
 
 def one_line(text: str) -> str:

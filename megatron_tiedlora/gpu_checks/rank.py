@@ -59,7 +59,7 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
     )
     run = start(plan, settings)
     losses = [run.take(next(run.loader)).loss for _ in range(order.steps)]
-    state = run.runner.full_state(ONLY, plan.adapter_layout)
+    state = run.runner.full_state(ONLY, plan.layout_of(plan.adapter))
     if rank == 0:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / ADAPTER)
         (folder / RESULT).write_text(json.dumps({"losses": losses}))

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.base.errors import UserError, printable
+from megatron_tiedlora.base.errors import UserError, named, printable
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
@@ -44,11 +43,6 @@ class Evaluated(NamedTuple):
 
     loss: float
     scores: Mapping[str, Score]
-
-
-def named(name: str, line: str) -> str:
-    """A line about an adapter; it begins with its name, unless it is the only one."""
-    return line if name == ONLY else f"{name}: {line}"
 
 
 @dataclass(kw_only=True)

@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
 from megatron_tiedlora.adapters.dropped_inputs import Dropout
-from megatron_tiedlora.adapters.gathering import MOMENTS, AdapterLayout
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
+from megatron_tiedlora.adapters.gathering import MOMENTS
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
@@ -75,22 +75,15 @@ class BuiltModel:
 
     Attributes:
         base_identity: what the base is.
-        stage_layers: layers by pipeline stage.
         bytes_read, bytes_kept: bytes of base weights that were read and that are stored, by rank.
         notes: what a user should know of the start of each adapter, and how the base differs from its own.
     """
 
     runner: Runner
     base_identity: BaseIdentity
-    stage_layers: tuple[tuple[int, ...], ...]
     bytes_read: tuple[int, ...]
     bytes_kept: tuple[int, ...]
     notes: Mapping[str, tuple[str, ...]]
-
-    def layout(self, plan: RunPlan) -> AdapterLayout:
-        """Which rank holds which part of the adapter of one of the plans."""
-        layers = (tuple(layer for layer in plan.adapter.layers if layer in stage) for stage in self.stage_layers)
-        return AdapterLayout(plan.adapter, plan.grid, tuple(layers))
 
 
 def build_model(
@@ -119,7 +112,7 @@ def build_model(
         load_stage_weights(shared, weights, model.stage, model.groups)
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(model.stage.layers))
     runner = _start_engine(plans, model, device, resumed)
-    return BuiltModel(runner, base, _stage_layers(shared), tuple(read), tuple(kept), notes)
+    return BuiltModel(runner, base, tuple(read), tuple(kept), notes)
 
 
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
@@ -137,7 +130,7 @@ def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels =
     base = identify_shape(shared.source, shared.dtype_name, weights_hash="random")
     none = (0,) * shared.grid.world_size
     runner = _start_engine(plans, model, device, {})
-    return BuiltModel(runner, base, _stage_layers(shared), none, none, dict.fromkeys(plans, ()))
+    return BuiltModel(runner, base, none, none, dict.fromkeys(plans, ()))
 
 
 def checked_base(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
@@ -201,7 +194,7 @@ def _build_stage(
     plan = shared_plan(plans)
     grid, engine_steps = plan.grid, steps_by_engine(plans)
     # Made outside DeepSpeed's construction, which would partition or mark them.
-    adapters = {name: TiedAdapter(_part(own.adapter, plan)).to(device) for name, own in plans.items()}
+    adapters = {name: TiedAdapter(plan.part_of(own.adapter)).to(device) for name, own in plans.items()}
     rates = {name: own.settings for name, own in plans.items() if own.settings.dropout}
     bank = AdapterBank(adapters, {name: Dropout(own.dropout, own.seed) for name, own in rates.items()})
     specs = layer_specs(
@@ -238,16 +231,6 @@ def _build_stage(
         state = states[name]
         adapter.load_full(initial_values(plans[name].adapter) if state is None else state)
     return found
-
-
-def _part(adapter: AdapterConfig, plan: RunPlan) -> AdapterPart:
-    """This rank's part of an adapter, on the stage of a plan."""
-    layers = tuple(layer for layer in adapter.layers if layer in plan.stage.layers)
-    return AdapterPart(adapter, layers, plan.grid.tp_rank, plan.grid.tp_size)
-
-
-def _stage_layers(plan: RunPlan) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(stage.layers) for stage in plan.stages)
 
 
 def _start_engine(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.atomic import discard, write_json
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, named
 from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.table import aligned_lines
@@ -34,7 +34,7 @@ from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_metrics
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training.adapter_run import AdapterRun, named
+from megatron_tiedlora.training.adapter_run import AdapterRun
 from megatron_tiedlora.training.evaluation import of_start
 from megatron_tiedlora.training.loop import Finished, Trainer, table_rows
 from megatron_tiedlora.training.start import Start

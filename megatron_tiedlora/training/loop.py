@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.base.errors import UserError, printable
+from megatron_tiedlora.base.errors import UserError, named, printable
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training.adapter_run import AdapterRun, named
+from megatron_tiedlora.training.adapter_run import AdapterRun
 from megatron_tiedlora.training.evaluation import Evaluation, of_start
 from megatron_tiedlora.training.halving import find_behind
 from megatron_tiedlora.training.plan import RunPlan

@@ -183,15 +183,13 @@ class RunPlan:
         words = "{:,} inputs and {:,} outputs".format(*sizes)
         return [f"--rank {rank}: {widest.name} has {words}, so no update of it has a rank above {min(sizes):,}"]
 
-    @property
-    def adapter_layout(self) -> AdapterLayout:
-        """Which rank holds which part of the adapter."""
-        return AdapterLayout(self.adapter, self.grid, tuple(stage.part.layers for stage in self.stages))
+    def layout_of(self, adapter: AdapterConfig) -> AdapterLayout:
+        """Which rank holds which part of an adapter that is trained over this plan's stages."""
+        return AdapterLayout(adapter, self.grid, tuple(_layers_in(adapter, stage) for stage in self.stages))
 
-    @property
-    def part(self) -> AdapterPart:
-        """This rank's part of the adapter."""
-        return replace(self.stage.part, tp_rank=self.grid.tp_rank)
+    def part_of(self, adapter: AdapterConfig) -> AdapterPart:
+        """This rank's part of an adapter that is trained over this plan's stages."""
+        return AdapterPart(adapter, _layers_in(adapter, self.stage), self.grid.tp_rank, self.grid.tp_size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -243,6 +241,11 @@ class RunPlan:
             max_new_tokens=self.max_new_tokens,
         )
         return values
+
+
+def _layers_in(adapter: AdapterConfig, stage: StagePlan) -> tuple[int, ...]:
+    """The layers of a stage that an adapter adapts."""
+    return tuple(layer for layer in adapter.layers if layer in stage.layers)
 
 
 def plan_run(

@@ -18,11 +18,7 @@ from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.checkpoint.resume import (
-    Checkpoint,
-    Progress,
-    remove_superseded,
-)
+from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, remove_superseded
 from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER
 from megatron_tiedlora.config.data_fields import HUB_NAMES, TEMPLATE_HASH
 from megatron_tiedlora.config.settings import Settings
@@ -32,11 +28,7 @@ from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differin
 from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size
-from megatron_tiedlora.runtime.run_folder import (
-    MetricsLog,
-    RunFolder,
-    take_run_folder,
-)
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, take_run_folder
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.adapter_plans import (
     Plans,
@@ -236,7 +228,8 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
     if start.several:
         _write_settings(start)
     rivals = rivals_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
-    meter = start_meter(shared_plan(left), device)
+    shared = shared_plan(left)
+    meter = start_meter(shared, device)
     progress = {name: found.progress if (found := start.checkpoints[name]) else Progress() for name in left}
     capacity = micro_batch_capacity(left, shares=settings.share_micro_batches)
     step = TrainStep(left, built.runner, stop, {name: own.step for name, own in progress.items()}, capacity)
@@ -251,7 +244,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
             data=start.data[name],
             runner=built.runner,
             base_identity=built.base_identity,
-            layout=built.layout(plan),
+            layout=shared.layout_of(plan.adapter),
             folder=folder,
             log=occupy_run_folder(plan, folder, start.checkpoints[name]),
             meter=Meter(plan.source.shape, plan.adapter, meter.peak),
@@ -275,13 +268,14 @@ def _write_settings(start: Start) -> None:
     (first, of_all), *_ = resolved.items()
     own = {name: {key: values[key] for key in values if key in PER_ADAPTER} for name, values in resolved.items()}
     shared = {key: value for key, value in of_all.items() if key not in PER_ADAPTER and key != "adapters"}
-    shared |= {"adapters": own, **{key: getattr(start.settings, key) for key in OF_ALL}}
+    shared["adapters"] = own
+    shared |= {key: getattr(start.settings, key) for key in OF_ALL if key != "adapters"}
     shared["output_dir"] = str(start.folder.path)
     ranks = start.plans[first].grid.world_size
     if start.is_main:
         try:
             versions = installed_versions("torch", "deepspeed", "transformers")
-            start.folder.write_settings({**shared, "adapters": own, "ranks": ranks, "versions": versions})
+            start.folder.write_settings({**shared, "ranks": ranks, "versions": versions})
         except UserError as error:
             failure = error
     raise_on_every_rank(failure)

@@ -275,7 +275,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
     length = 256
     specs = layer_specs(plan.source.shape, dtype=plan.dtype, recomputes_gate=recompute == "selective")
     block = specs[1].build()
-    adapter = TiedAdapter(plan.part)
+    adapter = TiedAdapter(plan.part_of(plan.adapter))
     adapter.load_full(initial_values(plan.adapter))
     context = block.attention.context(torch.arange(length)[None], plan.dtype)
     update = adapter(dtype=plan.dtype)[0]

@@ -11,13 +11,16 @@ from forked_ranks import join_as_launched
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
+from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.runtime.stopping import StopRequests
-from megatron_tiedlora.training.build import BuiltModel, build_model
+from megatron_tiedlora.training.adapter_plans import shared_plan
+from megatron_tiedlora.training.build import build_model
 from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
@@ -122,8 +125,7 @@ def _train(
     shares: bool,
 ) -> tuple[dict[str, Trained], dict[str, str], int]:
     """The steps of all adapters in one run, the failures, and the most adapters in one micro-batch."""
-    built = build_model(plans, device, kernels=kernels)
-    runner = built.runner
+    runner = build_model(plans, device, kernels=kernels).runner
     step = TrainStep(plans, runner, StopRequests(), capacity=micro_batch_capacity(plans, shares=shares))
     loaders = {name: _loader(plan, data[name]) for name, plan in plans.items()}
     reports: dict[str, list[AdapterStep]] = {name: [] for name in plans}
@@ -146,17 +148,19 @@ def _train(
             reports[name].append(report)
             if report.failure is not None:
                 failures[name] = str(report.failure)
-    trained = {name: _trained(built, plan, reports[name], name, gradients[name]) for name, plan in plans.items()}
+    shared = shared_plan(plans)
+    layouts = {name: shared.layout_of(plan.adapter) for name, plan in plans.items()}
+    trained = {name: _trained(runner, layouts[name], reports[name], name, gradients[name]) for name in plans}
     runner.engine.destroy()
     return trained, failures, max(micro_batches)
 
 
 def _trained(
-    built: BuiltModel,
-    plan: RunPlan,
+    runner: Runner,
+    layout: AdapterLayout,
     reports: Sequence[AdapterStep],
     name: str,
     gradients: dict[str, torch.Tensor],
 ) -> Trained:
     losses, norms = [report.loss for report in reports], [report.grad_norm for report in reports]
-    return Trained(losses, norms, built.runner.full_state(name, built.layout(plan)), gradients)
+    return Trained(losses, norms, runner.full_state(name, layout), gradients)

@@ -51,7 +51,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     values = load_file(case["start"]) if case.get("start") else None
     build.initial_values = initial_values if values is None else lambda _: values
     built = build.build_model({ONLY: plan}, device)
-    runner, layout = built.runner, built.layout(plan)
+    runner, layout = built.runner, plan.layout_of(plan.adapter)
     if rank == 0:
         folder.path.mkdir(parents=True)
         start.write_run_settings(plan, folder)

@@ -27,7 +27,7 @@ LINES: Table = {
     "(top)": (52, "the version is imported from base/version.py"),
     "adapters": (1449, ""),
     "api": (290, ""),
-    "base": (2111, "naming of an adapter in an error, and the version, for every floor"),
+    "base": (2116, "naming of an adapter in an error, and the version, for every floor"),
     "benchmark": (1875, "its steps go by one interface of a run"),
     "checkpoint": (2023, "the files of a merge are written here, from convert/"),
     "cluster": (3968, ""),
@@ -47,12 +47,12 @@ LINES: Table = {
     "runtime": (2005, "a run folder may be asked for its table"),
     "sharing": (656, ""),
     "study": (2174, ""),
-    "training": (4929, ""),
+    "training": (4903, ""),
 }
 WHOLE: Table = {
-    "lines": (51739, ""),
+    "lines": (51718, ""),
     "modules": (362, ""),
-    "import lines in %": (8.9, ""),
+    "import lines in %": (8.89, ""),
 }
 # fmt: on
 # Comments and docstrings in percent of all lines, on the day this test was written. The share stays within a tenth of
