@@ -8,7 +8,6 @@ that describes a state dict, and the uncompressed values. It is checked where it
 from __future__ import annotations
 
 import mmap
-import pickle
 import pickletools
 import tarfile
 import tempfile
@@ -84,7 +83,10 @@ class NemoArchive:
             with readable(self.path, what):
                 try:
                     found = torch.load(copy.name, map_location="cpu", mmap=True, weights_only=True)
-                except pickle.UnpicklingError:  # its text tells how to load the file all the same
+                except Exception as error:
+                    if type(error).__name__ != "UnpicklingError":
+                        raise
+                    # Its own text tells how to load the file all the same.
                     raise ValueError("its pickle is not that of a state dict") from None
                 return _checked_tensors(found, sizes)
 

@@ -33,7 +33,7 @@ LINES: Table = {
     "cluster": (3968, ""),
     "commands": (1269, ""),
     "config": (3322, "the settings of the eleven commands that parsed by hand, from commands/"),
-    "convert": (3526, ""),
+    "convert": (3528, ""),
     "data": (5442, ""),
     "engine": (1191, "the two ways to step adapters, from training/"),
     "evaluation": (1780, ""),
@@ -50,7 +50,7 @@ LINES: Table = {
     "training": (4903, ""),
 }
 WHOLE: Table = {
-    "lines": (51718, ""),
+    "lines": (51720, ""),
     "modules": (362, ""),
     "import lines in %": (8.89, ""),
 }
