@@ -7,7 +7,7 @@ device to count them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,63 +113,38 @@ def padded_positions(num_supervised: int) -> int:
 def find_supervised(labels: torch.Tensor, num_parts: int = 1, shares: Shares = ()) -> Supervised:
     """The supervised positions of labels (b, s) int64, -100 where there is no label.
 
-    Args:
-        num_parts: ranks over which activations are sharded along the sequence; it divides b s.
-        shares: whose micro-batch it is; if there are several, b is 1.
-    """
-    if pieces := pieces_of(shares):
-        return _find_shared_supervised(labels, pieces, num_parts)
-    by_part = labels.reshape(num_parts, -1)
-    found = [(part != IGNORED_LABEL).nonzero()[:, 0] for part in by_part]
-    most = padded_positions(max(len(rows) for rows in found))
-    filled = [torch.nn.functional.pad(rows, (0, most - len(rows))) for rows in found]
-    local_rows = torch.cat(filled)
-    rows = local_rows + torch.arange(num_parts, device=labels.device).repeat_interleave(most) * by_part.shape[1]
-    indices = torch.arange(most, device=labels.device)
-    supervised = torch.cat([part * most + indices[: len(rows)] for part, rows in enumerate(found)])
-    return Supervised(rows, local_rows, supervised, labels.flatten()[rows[supervised]])
-
-
-def _find_shared_supervised(labels: torch.Tensor, pieces: Sequence[Piece], num_parts: int) -> Supervised:
-    """The same for tokens of several owners.
-
     In each part an owner's positions are padded to a multiple of `SIZE_MULTIPLE` with the first of its own tokens
     there, as if it were alone: no result of one owner depends on a token of another, not even by a factor of zero.
 
     Args:
-        labels: (1, s) int64.
-        pieces: whose the s tokens are.
+        num_parts: ranks over which activations are sharded along the sequence; it divides b s.
+        shares: whose micro-batch it is; if there are several, b is 1.
     """
-    by_part = labels.reshape(num_parts, -1)
+    pieces, by_part = pieces_of(shares), labels.reshape(num_parts, -1)
     length = by_part.shape[1]
+    owned = pieces or (Piece(0, labels.numel()),)
     found = [
-        _by_piece(part, part_of(pieces, number * length, (number + 1) * length))
+        list(_by_piece(part, part_of(owned, number * length, (number + 1) * length)))
         for number, part in enumerate(by_part)
     ]
-    most = max(sum(len(rows) for _, rows, _ in part) for part in found)
-    local_rows, supervised, of_rows, of_supervised = [], [], [], []
-    start = 0
-    for part in found:
-        missing = most - sum(len(rows) for _, rows, _ in part)
-        for number, (owner, rows, count) in enumerate(part, start=1):
-            if number == len(part):
-                rows = torch.cat((rows, rows[-1:].expand(missing)))
-            local_rows.append(rows)
-            supervised.append(torch.arange(start, start + count, device=labels.device))
-            of_rows.append(Piece(owner, len(rows)))
-            of_supervised.append(Piece(owner, count))
-            start += len(rows)
+    most = max(sum(padded_positions(len(rows)) for _, rows, _ in part) for part in found)
+    local_rows, supervised = list[torch.Tensor](), list[torch.Tensor]()
+    of_rows, of_supervised = list[Piece](), list[Piece]()
+    for part_number, part in enumerate(found, start=1):
+        for number, (owner, rows, first) in enumerate(part, start=1):
+            start = sum(map(len, local_rows))
+            size = padded_positions(len(rows)) if number < len(part) else part_number * most - start
+            local_rows.append(torch.nn.functional.pad(rows, (0, size - len(rows)), value=first))
+            supervised.append(torch.arange(start, start + len(rows), device=labels.device))
+            of_rows.append(Piece(owner, size))
+            of_supervised.append(Piece(owner, len(rows)))
     joined, chosen = torch.cat(local_rows), torch.cat(supervised)
     rows = joined + torch.arange(num_parts, device=labels.device).repeat_interleave(most) * length
-    found_labels = labels.flatten()[rows[chosen]]
-    return Supervised(rows, joined, chosen, found_labels, tuple(of_rows), tuple(of_supervised))
+    result = Supervised(rows, joined, chosen, labels.flatten()[rows[chosen]])
+    return result._replace(pieces=tuple(of_rows), supervised_pieces=tuple(of_supervised)) if pieces else result
 
 
-def _by_piece(labels: torch.Tensor, pieces: Sequence[Piece]) -> list[tuple[int, torch.Tensor, int]]:
-    """(owner, its positions with padding, how many of them have a label) of each piece of labels (s / p,)."""
-    found = []
+def _by_piece(labels: torch.Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[int, torch.Tensor, int]]:
+    """(owner, its positions with a label, its first position) of each piece of labels (s / p,)."""
     for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
-        rows = (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start
-        filled = torch.nn.functional.pad(rows, (0, padded_positions(len(rows)) - len(rows)), value=start)
-        found.append((owner, filled, len(rows)))
-    return found
+        yield owner, (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start, start

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_tiedlora.base.atomic import write_text
@@ -36,6 +36,10 @@ class GroupFolder(RunFolder):
                 continue  # only rank 0 knows which ones it has finished by now
             with suppress(UserError):  # another start may have one of them by now
                 folder.write_status(state, step=own_step, reason=reason)
+
+    def with_running(self, running: Callable[[], Iterable[tuple[RunFolder, int]]]) -> GroupFolder:
+        """The folder with `running`."""
+        return replace(self, running=running)
 
     def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace table.csv. Raises UserError if it cannot be written."""

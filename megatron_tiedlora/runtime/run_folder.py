@@ -87,6 +87,10 @@ class RunFolder:
     def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a table of adapters where a run has several (`GroupFolder`)."""
 
+    def with_running(self, running: Callable[[], Iterable[tuple[RunFolder, int]]]) -> RunFolder:
+        """The folder that also writes the status of those that are running, where they are others (`GroupFolder`)."""
+        return self
+
     def new_folder(self, path: Path) -> AbstractContextManager[Path]:
         """`atomic.new_folder` for a folder of the run."""
         return new_folder(path, guard=self.guard)

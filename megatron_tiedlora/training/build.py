@@ -66,7 +66,7 @@ from megatron_tiedlora.training.plan import RunPlan
 
 def steps_by_engine(plans: Plans) -> bool:
     """Whether DeepSpeed's optimizer steps the adapter, sharded as ZeRO says; it can do so for one alone."""
-    return set(plans) == {ONLY} and plans[ONLY].engine.zero_stage > 0
+    return set(plans) == {ONLY} and plans[ONLY].layout.engine_steps
 
 
 @dataclass(frozen=True)

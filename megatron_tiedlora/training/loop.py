@@ -5,12 +5,11 @@ An adapter that has ended or failed leaves with its tokens. All ranks agree on s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.errors import UserError, named, printable
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
@@ -50,6 +49,8 @@ class Trainer:
         profile: steps that are recorded, as of --profile.
         everyone: all adapters of the run, in order, those that an earlier start has finished too.
         rivals: with --halving, by each adapter's name those that it is compared with while they run.
+        rates: speed and loss of the last step in words: all tokens, then each adapter that took it.
+        progress: makes the text at the end of the progress bar.
         last_step: the number of the last step; the first one follows the most steps that an adapter has taken.
     """
 
@@ -62,7 +63,8 @@ class Trainer:
     rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
-    _rates: str = ""
+    rates: list[str] = field(default_factory=list)
+    progress: Callable[[], str] = lambda: ""
     _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:
@@ -171,7 +173,7 @@ class Trainer:
             with run.failing_alone():
                 said.append(run.took(samples[name], report))
         self.last_step += 1
-        self._rates = said[-1] if ONLY in self.everyone else said[0]
+        self.rates = said
         self._set_postfix(bar)  # before the count, with which the bar is drawn
         bar.update(len(said) - 1)
         self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
@@ -215,11 +217,7 @@ class Trainer:
                     bar.write(printable(named(name, f"stopped, {reason}")))
 
     def _set_postfix(self, bar: Any) -> None:
-        """Have the bar say how many adapters run, if they have names, and the rates of the last step."""
-        states = [run.state for run in self.everyone.values()]
-        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
-        counts = "" if ONLY in self.everyone else ", ".join(f"{states.count(state)} {state}" for state in shown)
-        bar.set_postfix_str(printable("; ".join(filter(None, (counts, self._rates)))), refresh=False)
+        bar.set_postfix_str(printable(self.progress()), refresh=False)
 
     def _show(self, bar: Any) -> None:
         """Show the progress, and who has failed; write the table, if more than steps have changed."""

@@ -27,7 +27,7 @@ def train_rank(settings: Settings) -> End:
         from megatron_tiedlora.training.adapter_plans import plan_adapters
         from megatron_tiedlora.training.build import build_model
         from megatron_tiedlora.training.compiling import choose_kernels
-        from megatron_tiedlora.training.headline import headline
+        from megatron_tiedlora.training.reports import report_of, table_lines
         from megatron_tiedlora.training.run_data import counted, prepare_all_data
         from megatron_tiedlora.training.start import make_trainer, open_run
         from megatron_tiedlora.training.step_plan import longest_run
@@ -39,26 +39,28 @@ def train_rank(settings: Settings) -> End:
         end.watch_peers(settings.timeout_minutes)
         start = open_run(settings, plans, data, end)
         if not start.left:
-            lines = finish.end_at_once(start, end)
+            end.reason = finish.end_at_once(start)
             if start.is_main:
-                show(*lines)
+                show(*table_lines(start.finished, start.folder))
             return end
         chosen = choose_kernels(longest_run(start.plans), device)
         built = build_model(start.left, device, start.checkpoints, kernels=chosen.kernels)
         trainer = make_trainer(start, built, device, stop)
+        report = report_of(start, trainer, built)
+        trainer.progress = report.progress
         end.enter(trainer.folder)
         end.first_step = trainer.last_step
         end.finished_step = lambda: trainer.last_step
-        end.saved = "the last step of each adapter is saved" if start.several else ""
+        end.saved = report.saved
         if start.is_main:
-            show(*headline(start, trainer, built, chosen, device))
+            show(*report.headline(chosen, device))
         finish.score_before(trainer, start.checkpoints)
         trainer.run()
         finish.score_after(trainer)
-        finish.set_end(trainer, end)
+        report.set_end(end)
         if start.is_main:
-            show(*finish.export_all(trainer), *finish.last_lines(trainer))
-            finish.set_end(trainer, end)
+            show(*finish.export_all(trainer, report.exported), *report.last_lines())
+            report.set_end(end)
             if lines := finish.original_losses(trainer):
                 show(*lines)
     return end

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing, raise_on_every_rank
 from megatron_tiedlora.runtime.ending import End
-from megatron_tiedlora.runtime.group_folder import GroupFolder
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, take_run_folder
 from megatron_tiedlora.runtime.stopping import StopRequests
@@ -79,9 +78,9 @@ class Start:
         return next(iter(self.plans.values())).grid.rank == 0
 
     @property
-    def several(self) -> bool:
-        """Whether each adapter has a folder and an end of its own, beside the run's."""
-        return isinstance(self.folder, GroupFolder)
+    def own_folders(self) -> dict[str, RunFolder]:
+        """The folders of adapters that are not the run's."""
+        return {name: own for name, own in self.folders.items() if own is not self.folder}
 
     @property
     def left(self) -> dict[str, RunPlan]:
@@ -167,11 +166,12 @@ def _open_run_folders(start: Start) -> None:
     New ones are made with the run's first files: a start that is killed before these leaves nothing in the run's
     folder, which the next start would reject.
     """
-    start.folders = found = adapter_folders(start.plans, start.folder)
-    if not start.several:
+    start.folders = adapter_folders(start.plans, start.folder)
+    own = start.own_folders
+    if not own:
         return
-    there = decided_by_rank_0(lambda: [name for name, own in found.items() if own.path.exists()], kind=list[str])
-    start.folders = found | {name: _open_run_folder(name, start) for name in there}
+    there = decided_by_rank_0(lambda: [name for name, of in own.items() if of.path.exists()], kind=list[str])
+    start.folders |= {name: _open_run_folder(name, start) for name in there}
 
 
 def _open_run_folder(name: str, start: Start) -> RunFolder:
@@ -196,13 +196,14 @@ def _finished_before(start: Start) -> dict[str, Finished]:
     What --halving stopped is finished too, unless this start is without it. The only adapter of a run is none of them:
     it is scored and exported once more.
     """
-    if not start.several:
+    folders = start.own_folders
+    if not folders:
         return {}
 
     def reasons() -> dict[str, str]:
         found = {}
-        for name, plan in start.plans.items():
-            own, checkpoint = start.folders[name], start.checkpoints[name]
+        for name, own in folders.items():
+            plan, checkpoint = start.plans[name], start.checkpoints[name]
             status = read_json_or_none(own.status) or {}
             exported, reason = status.get("state") == "finished" and (own.path / "peft").is_dir(), status.get("reason")
             stopped = start.settings.halving and str(reason).startswith(REASON)
@@ -225,7 +226,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         UserError: a folder cannot be written; on every rank.
     """
     settings, left = start.settings, start.left
-    if start.several:
+    if start.own_folders:
         _write_settings(start)
     rivals = rivals_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
     shared = shared_plan(left)
@@ -250,14 +251,12 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
             meter=Meter(plan.source.shape, plan.adapter, meter.peak),
             checks=step.checks[name],
             progress=progress[name],
-            ends_apart=start.several,
+            ends_apart=name in start.own_folders,
             keeps_losses=bool(rivals.get(name)),
         )
     everyone = {name: start.finished.get(name) or adapters[name] for name in start.plans}
-    folder = start.folder
-    trainer = Trainer(adapters, step, folder, stop, everyone, settings.profile, rivals)
-    if isinstance(folder, GroupFolder):
-        trainer.folder = replace(folder, running=trainer.unrecorded)
+    trainer = Trainer(adapters, step, start.folder, stop, everyone, settings.profile, rivals)
+    trainer.folder = start.folder.with_running(trainer.unrecorded)
     return trainer
 
 

@@ -21,7 +21,7 @@ from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.training.finish import score_rows
+from megatron_tiedlora.training.reports import score_rows
 
 pytestmark = pytest.mark.cpu_seconds(20, reason="the first test makes the runs at all layouts, which all share")
 

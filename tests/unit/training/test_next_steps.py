@@ -21,7 +21,7 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.merge import is_merge_of
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training import finish
+from megatron_tiedlora.training import finish, reports
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def ended(run: Path, base: Path) -> list[str]:
     settings = make_settings({"task": "gsm8k", "model": str(base), "rank": 4})
     plan = SimpleNamespace(source=find_model(str(base)), settings=settings)
     trainer: Any = SimpleNamespace(folder=RunFolder(run), plan=plan)
-    return finish.next_steps(trainer)
+    return reports.next_steps(trainer)
 
 
 def commands(lines: list[str]) -> list[list[str]]:
@@ -116,6 +116,6 @@ def test_the_loss_on_the_stored_base_cannot_undo_a_run(
     monkeypatch.setattr(finish, "_original_loss", loss)
     plan = SimpleNamespace(source=find_model(str(base)), settings=SimpleNamespace(base="nf4"), dtype_name="bf16")
     run: Any = SimpleNamespace(plan=plan)
-    assert finish.original_loss(run, StopRequests()) == ["", f"on the base as it is stored, in bf16: {said}"]
+    assert finish.original_loss(run, StopRequests()) == [f"on the base as it is stored, in bf16: {said}"]
     plan.settings.base = None
     assert finish.original_loss(run, StopRequests()) == []

@@ -1,0 +1,363 @@
+"""What a run tells its user: the lines before its progress bar, the bar's text, and the lines at its end.
+
+A run of one adapter tells of it in full; a run of several has a row for each.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.shapes import QKV
+from megatron_tiedlora.base.table import aligned_lines
+from megatron_tiedlora.base.wording import bytes_in_words, count_text
+from megatron_tiedlora.checkpoint.load_model import describe_dtype
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
+from megatron_tiedlora.checkpoint.resume import Checkpoint
+from megatron_tiedlora.convert.export_peft import base_location, base_name
+from megatron_tiedlora.convert.merge import is_merge_of
+from megatron_tiedlora.convert.serving import Export, serve_hints
+from megatron_tiedlora.model.weights import num_base_parameters
+from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
+from megatron_tiedlora.runtime.group_folder import GroupFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
+from megatron_tiedlora.training.adapter_plans import shared_plan
+from megatron_tiedlora.training.adapter_run import AdapterRun
+from megatron_tiedlora.training.build import BuiltModel
+from megatron_tiedlora.training.compiling import ChosenKernels
+from megatron_tiedlora.training.finish import SAMPLES
+from megatron_tiedlora.training.length import steps_in_words
+from megatron_tiedlora.training.loop import Finished, Trainer
+from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.profiling import steps_over
+from megatron_tiedlora.training.start import Start
+from megatron_tiedlora.training.throughput import peak_memory_bytes
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run tells, from its start to its end. On rank 0."""
+
+    start: Start
+    trainer: Trainer
+    built: BuiltModel
+
+    saved = ""  # after a signal, if the step alone does not say what is saved
+
+    def headline(self, chosen: ChosenKernels, device: torch.device) -> list[str]:
+        """A summary of the run before its progress bar: what all adapters share, and each."""
+        plan, attention = shared_plan(self.start.plans), self.built.runner.stage.attention
+        return [
+            *_model(plan),
+            *self._adapters(),
+            *_layout(plan),
+            *_read(plan, self.built),
+            f"kernels    {chosen.description}",
+            f"attention  {attention.route(device, plan.dtype)}",
+            *self._starts(),
+        ]
+
+    def _adapters(self) -> list[str]:
+        """What is trained."""
+        raise NotImplementedError
+
+    def _starts(self) -> list[str]:
+        """The run's folder, and from where each adapter starts."""
+        raise NotImplementedError
+
+    def progress(self) -> str:
+        """The text at the end of the progress bar."""
+        raise NotImplementedError
+
+    def set_end(self, end: End) -> None:
+        """Set how the run ends: it fails if an adapter did."""
+        if self.trainer.failed:
+            end.state, end.status = "failed", FAILED_STATUS
+        end.reason = self._reason()
+
+    def _reason(self) -> str:
+        """Why the run ended, for its run_status.json."""
+        raise NotImplementedError
+
+    def exported(self, run: AdapterRun, lines: list[str]) -> list[str]:
+        """What is told of an adapter that has just been exported, and these lines of its export."""
+        return lines
+
+    def last_lines(self) -> list[str]:
+        """What a user has now, and the next commands."""
+        raise NotImplementedError
+
+
+def report_of(start: Start, trainer: Trainer, built: BuiltModel) -> RunReport:
+    """The report of a run, whose folder tells whether it has a row for each adapter."""
+    return (TableReport if isinstance(start.folder, GroupFolder) else FullReport)(start, trainer, built)
+
+
+class FullReport(RunReport):
+    """What a run of one adapter tells."""
+
+    def _adapters(self) -> list[str]:
+        (plan,), (data,) = self.start.plans.values(), self.start.data.values()
+        settings, trained = plan.settings, sum(plan.adapter.num_trained().values())
+        layers = f"{len(plan.adapter.layers)} of {plan.source.shape.num_layers} layers"
+        if (targets := [target.name for target in plan.adapter.targets]) != [QKV]:
+            layers += f" ({', '.join(targets)})"
+        return [
+            f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters"
+            + (f", dropout {settings.dropout:g}" if settings.dropout else ""),
+            f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
+            f" {count_text(data.train.truncated_prompts, 'prompt')} truncated to {settings.max_length} tokens",
+            *(f"           {note}" for note in data.notes),
+            f"batches    {count_text(plan.batches.global_batch_size, 'sample')} per step, {plan.batches_in_words},"
+            f" ZeRO-{plan.engine.zero_stage}",
+            f"length     {steps_in_words(settings, len(data.train))}, schedule {settings.schedule}",
+        ]
+
+    def _starts(self) -> list[str]:
+        start = self.start
+        (plan,), (data,), (checkpoint,) = start.plans.values(), start.data.values(), start.checkpoints.values()
+        lines, settings = [], plan.settings
+        if settings.init_from is not None and checkpoint is None:
+            lines.append(f"start      values of {settings.init_from}")
+        (of_build,) = self.built.notes.values()
+        notes = [*(() if checkpoint is None else checkpoint.notes), *of_build]
+        if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
+            notes.append(over)
+        lines.append(f"run folder {start.folder.path}{_resumed(plan, checkpoint)}")
+        lines += [f"note       {note}" for note in notes]
+        return [*lines, *(f"warning    {warning}" for warning in data.warnings(plan))]
+
+    def progress(self) -> str:
+        return "".join(self.trainer.rates[-1:])
+
+    def _reason(self) -> str:
+        (run,) = self.trainer.adapters.values()
+        return run.reason
+
+    def exported(self, run: AdapterRun, lines: list[str]) -> list[str]:
+        return [*summary_lines(run), *lines]
+
+    def last_lines(self) -> list[str]:
+        (run,) = self.trainer.adapters.values()
+        return [*speed_lines(run), *next_steps(run)]
+
+
+class TableReport(RunReport):
+    """What a run of several adapters tells."""
+
+    saved = "the last step of each adapter is saved"
+
+    def _adapters(self) -> list[str]:
+        plans = self.start.plans
+        plan, trained = shared_plan(plans), sum(sum(own.adapter.num_trained().values()) for own in plans.values())
+        ranks = count_text(plan.grid.dp_size, "data-parallel rank")
+        return [f"adapters   {len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}"]
+
+    def _starts(self) -> list[str]:
+        start, trainer = self.start, self.trainer
+        lines = [f"run folder {start.folder.path}"]
+        if over := steps_over(trainer.profile, trainer.last_step):
+            lines.append(f"note       {over}")
+        lines += [f"{name:<10} finished before" for name in start.finished]
+        for name, run in trainer.adapters.items():
+            own, checkpoint = run.plan.settings, start.checkpoints[name]
+            samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
+            lines.append(
+                f"{name:<10} {own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step,"
+                f" {steps}{_resumed(run.plan, checkpoint)}"
+            )
+            notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *self.built.notes[name])
+            lines += [f"note       {name}: {note}" for note in notes]
+            lines += [f"warning    {name}: {warning}" for warning in run.data.warnings(run.plan)]
+            if trainer.rivals.get(name) and run.num_evaluation_batches < 2:
+                lines.append(f"warning    {name}: --halving cannot tell noise, as the validation set is one batch")
+        return lines
+
+    def progress(self) -> str:
+        states = [run.state for run in self.trainer.everyone.values()]
+        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
+        counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
+        return "; ".join((counts, *self.trainer.rates[:1]))
+
+    def _reason(self) -> str:
+        failed, total = self.trainer.failed, count_text(len(self.trainer.everyone), "adapter")
+        return f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
+
+    def last_lines(self) -> list[str]:
+        return table_lines(self.trainer.everyone, self.start.folder)
+
+
+def _model(plan: RunPlan) -> list[str]:
+    settings = plan.settings
+    line = f"model      {settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
+    line += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
+    line += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"
+    return [line + ("" if settings.products is None else f", products in {settings.products}")]
+
+
+def _layout(plan: RunPlan) -> list[str]:
+    grid = plan.grid
+    if grid.tp_size * grid.pp_size == 1:
+        return []
+    sharded = " with sequence parallelism" if plan.layout.sequence_parallel else ""
+    stages = ", ".join(f"{len(stage.layers)}" for stage in plan.stages)
+    return [
+        f"layout     tensor {grid.tp_size}{sharded} x pipeline {grid.pp_size} ({stages} layers with embedding and"
+        f" head) x data {grid.dp_size}"
+    ]
+
+
+def _read(plan: RunPlan, built: BuiltModel) -> list[str]:
+    read, kept = map(_range, (built.bytes_read, built.bytes_kept))
+    stored = "" if plan.settings.base is None else f", stored as {kept}"
+    return [f"read       {read} of base weights per rank{stored}"]
+
+
+def _range(sizes: Sequence[int]) -> str:
+    return " to ".join(dict.fromkeys(map(bytes_in_words, (min(sizes), max(sizes)))))
+
+
+def _resumed(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
+    """The step from which the run continues, and whether --packing was different before it."""
+    if checkpoint is None:
+        return ""
+    packing, before = plan.settings.packing, checkpoint.settings.get("packing", False)
+    changed = f" (until there --packing {str(before).lower()}, from here {str(packing).lower()})"
+    return f", resumed from step {checkpoint.progress.step}{changed if before != packing else ''}"
+
+
+# The end -------------------------------------------------------------------------------------------------------------
+
+
+def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder) -> list[str]:
+    """How each adapter ended, where its files are, and the commands that serve them. On rank 0."""
+    rows = [("adapter", "state   ", "  step", "best step", "    best", "reason")]
+    for name, run in adapters.items():
+        progress = run.progress
+        state = "finished" if run.failure is None else "failed"
+        best = "-" if progress.best_metric is None else f"{progress.best_metric:.4f}"
+        numbers = (str(progress.step), str(progress.best_step or "-"), best)
+        rows.append((name, state, *numbers, run.failure or run.reason))
+    lines = ["", *aligned_lines(rows, align="<<>>><"), "", f"run folder  {folder.path}"]
+    lines += ["  NAME/      the run folder of each adapter, with peft/; or the output_dir of its entry"]
+    finished = [run for run in adapters.values() if run.failure is None]
+    if not finished:
+        return lines
+    source = finished[0].plan.source
+    own = [(run.folder.path / "peft", run.plan.settings) for run in finished]
+    exports = {of.name: Export(peft, its.rank, its.targets) for of, (peft, its) in zip(finished, own, strict=True)}
+    serving = serve_hints(exports, base_location(source), source.shape, named=base_name(source))
+    return [*lines, "", "next", *(f"  {line}" for line in serving)]
+
+
+def summary_lines(run: AdapterRun) -> list[str]:
+    """The table at the end of a run: validation loss and scores before and after, read from the run folder."""
+    rows = ["", f"{'':<34}{'before':>10}{'after':>10}"]
+    metric, best = run.plan.settings.eval_metric, run.progress
+    validation = [row for row in read_metrics(run.folder.metrics) if row["split"] == "validation"]
+    by_step = {row["step"]: row for row in validation}
+    for name in dict.fromkeys(("loss", metric)):
+        start, end = (by_step.get(step, {}).get(name) for step in (0, best.best_step))
+        chosen = f"   (best, step {best.best_step})" if name == metric else ""
+        rows.append(f"{f'validation {name}':<34}{_number(start, name):>10}{_number(end, name):>10}{chosen}")
+        worse = start is not None and end is not None and (start <= end if name == "loss" else end <= start)
+        if name == metric and worse:
+            rows.append(f"training did not improve the validation {name}: try another --learning_rate or more data")
+    file = run.folder.scores
+    return [*rows, *score_rows(read_json_object(file, kind="scores") if file.is_file() else {})]
+
+
+def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """The rows for scores.json. Scores of a metric before and after share a row if they are of the same samples."""
+    before, after = (scores.get(moment, {}) for moment in ("before", "after"))
+    rows = []
+    for name in dict.fromkeys([*before, *after]):
+        start, end = before.get(name), after.get(name)
+        if start and end and start.get(SAMPLES) != end.get(SAMPLES):
+            rows += [_score_row(name, start, None), _score_row(name, None, end)]
+        else:
+            rows.append(_score_row(name, start, end))
+    return rows
+
+
+def _score_row(name: str, start: Mapping[str, Any] | None, end: Mapping[str, Any] | None) -> str:
+    label = f"{name}, {(start or end or {})['n']} test samples"
+    before, after = (_number(entry["score"] if entry else None) for entry in (start, end))
+    return f"{label:<34}{before:>10}{after:>10}"
+
+
+def _number(value: float | None, name: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if name == "loss" else f"{value:.1f} %"
+
+
+def speed_lines(run: AdapterRun) -> list[str]:
+    """The mean speed of the steps of this start, without its first one, and the peak memory.
+
+    There are no lines if this start took fewer than two steps.
+    """
+    meter = run.meter
+    mean, steps = meter.mean(), meter.steps
+    if mean is None or steps is None:
+        return []
+    peak = meter.peak.flops_per_second
+    shown = f"{peak / 1e12:,.1f} TFLOP/s" if peak >= 1e12 else f"{peak / 1e9:,.0f} GFLOP/s"
+    return [
+        "",
+        f"speed       {mean['tokens_per_second']:,.0f} tokens/s, {mean['supervised_tokens_per_second']:,.0f} of them"
+        f" supervised; MFU {mean['mfu']:.1%} of {shown}"
+        f" ({meter.peak.source}); padding {mean['padding']:.1%}; steps {steps[0]} to {steps[1]}",
+        f"memory      {bytes_in_words(peak_memory_bytes(run.runner.device))} at the peak, rank 0",
+    ]
+
+
+def next_steps(run: AdapterRun) -> list[str]:
+    """The files that a user has now, and the next commands."""
+    path, settings = run.folder.path, run.plan.settings
+    peft = path / "peft"
+    source = run.plan.source
+    lines = [
+        "",
+        f"run folder  {path}",
+        f"  adapter/  the adapter, {_size(run.folder)}",
+        "  peft/     the same as a LoRA adapter for PEFT, vLLM and others",
+    ]
+    merged = path / "merged"
+    if is_merge_of(merged, load_native_adapter(run.folder.adapter)):
+        kind = "the base" if settings.base is None else "the base as it is stored (not --onto trained)"
+        lines += [f"  merged/   {kind} with the adapter merged in, for transformers", "", "next"]
+        load = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(merged)!r})"
+        lines += ["  # Python", f"  {load}"]
+    else:
+        if os.path.lexists(merged):  # an earlier start may have had another best adapter
+            lines.append("  merged/   not of this adapter; the first command below merges it anew")
+        adapter = ["--adapter", str(path / "adapter")]
+        merge = [*adapter, "--output", str(_first_free(merged))]
+        merge += [] if settings.base is None else ["--onto", "trained"]
+        merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
+        lines += ["", "next", f"  tiedlora merge {shlex.join(merge)}"]
+        lines.append(f"  tiedlora verify {shlex.join([*adapter, '--peft', str(peft)])}")
+    exported = Export(peft, settings.rank, settings.targets)
+    serving = serve_hints({"tied": exported}, base_location(source), source.shape, named=base_name(source))
+    return [*lines, *(f"  {line}" for line in serving)]
+
+
+def _first_free(path: Path) -> Path:
+    """The first of NAME, NAME-2, NAME-3, ... that does not exist."""
+    free, number = path, 2
+    while os.path.lexists(free):
+        free, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return free
+
+
+def _size(folder: RunFolder) -> str:
+    size = sum(file.stat().st_size for file in folder.adapter.iterdir())
+    return bytes_in_words(size)
