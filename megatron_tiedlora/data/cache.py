@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,19 +23,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX
+from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, write_json
+from megatron_tiedlora.base.checksums import check_seal, sealed
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.file_hash import file_sha256
+from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.output_folder import partial_folder, remove_abandoned_outputs, take_output
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
 from megatron_tiedlora.base.private_folders import CACHE_VARIABLE, make_own_folder, user_cache
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.data.encode_rows import CHUNK, CHUNK_BYTES, EncodedRows, Encoding, encoded_rows
-from megatron_tiedlora.data.mapped_arrays import mapped_arrays, written_arrays
+from megatron_tiedlora.data.encode_rows import Encoding, encoded_rows
 from megatron_tiedlora.data.row_stream import Files, RowStream, row_stream, source_kind
 from megatron_tiedlora.data.sources import mixed
 from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows
-from megatron_tiedlora.data.tables import Row, num_bytes
+from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import Split
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
@@ -138,7 +140,7 @@ def _training_data(
         mix=tuple(facts["mix"]),
         first_row=int(np.searchsorted(train[0]["rows"]["first_sample"], order["train"][0], side="right")) - 1,
         chats=train[1]["chats"],
-        unended=train[1]["templated"] and not train[1]["ended"],
+        unended=train[1]["chats"] and bool(encoding.tokenizer.chat_template) and not train[1]["ended"],
     )
 
 
@@ -214,50 +216,37 @@ def _write_rows(
         first_only: leave out rows that belong to the sample of an earlier row.
     """
     sizes = [0] * len(stream.sources)
-    numbers = SampleNumbers(encoding.task)
-    of_rows: list[int] = []  # the numbers of rows that are read and not written yet
-    facts = {"sizes": sizes, "chats": False, "templated": False, "ended": False}
+    numbers: list[int] = []  # of rows that are read and not written yet
+    facts = {"sizes": sizes, "chats": False, "ended": False}
 
-    def chunks() -> Iterator[list[Row]]:
-        chunk: list[Row] = []
-        size = seen = 0
+    def read() -> Iterator[Row]:
+        sample_numbers, seen = SampleNumbers(encoding.task), 0
         for source, row in stream:
-            number = numbers.of(row[0])
+            number = sample_numbers.of(row[0])
             if first_only and number < seen:
                 continue
             seen = max(seen, number + 1)
             sizes[source] += 1
-            of_rows.append(number)
-            chunk.append(row)
-            size += num_bytes(row[0])
-            if len(chunk) == CHUNK or size >= CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
-        if chunk:
-            yield chunk
+            numbers.append(number)
+            yield row
 
-    with written_arrays(path, _STORE, facts) as writer:
-        writer.append(offsets=np.zeros(1, np.int64))
+    with written_arrays(path, _STORE, facts) as append:
+        append(offsets=np.zeros(1, np.int64))
         num_tokens = num_samples = 0
         total = stream.about_num_rows()
         with progress_bar(f"tokenising {name}", " rows", total=total, leave=True, delay=2, mininterval=1) as bar:
-            for part in encoded_rows(chunks(), encoding):
+            for part in encoded_rows(read(), encoding):
                 rows = np.empty(len(part.samples), ROWS)
                 rows["first_sample"] = num_samples + np.cumsum(part.samples) - part.samples
-                rows["number"] = of_rows[: len(rows)]
-                del of_rows[: len(rows)]
-                arrays = {**part.arrays, "offsets": num_tokens + part.arrays["offsets"][1:]}
-                writer.append(**arrays, rows=rows)
+                rows["number"] = numbers[: len(rows)]
+                del numbers[: len(rows)]
+                append(**{**part.arrays, "offsets": num_tokens + part.arrays["offsets"][1:]}, rows=rows)
                 num_tokens += len(part.arrays["tokens"])
                 num_samples += int(part.samples.sum())
-                facts |= _joined_facts(facts, part)
+                facts |= {"chats": facts["chats"] or part.chats, "ended": facts["ended"] or part.ended}
                 bar.update(len(rows))
         if stream.sha256() != content:
             raise UserError(f"{stream.names}: changed while it was read; start again when it is complete")
-
-
-def _joined_facts(facts: Mapping[str, Any], part: EncodedRows) -> dict[str, bool]:
-    return {name: facts[name] or getattr(part, name) for name in ("chats", "templated", "ended")}
 
 
 # Which samples ----------------------------------------------------------------------------------------------------
@@ -287,8 +276,8 @@ def _write_splits(
         dataset = _dataset(arrays, order[name])
         check_supervised(dataset, f"{rows.sources[0].name}, {name} part")
         dataset.update_digest(digest)
-    with written_arrays(path, _SPLITS, {"sha256": digest.hexdigest(), "mix": mix.lines}) as writer:
-        writer.append(**order)
+    with written_arrays(path, _SPLITS, {"sha256": digest.hexdigest(), "mix": mix.lines}) as append:
+        append(**order)
 
 
 def _first_rows(numbers: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -298,21 +287,17 @@ def _first_rows(numbers: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[
 
 
 def _samples_of(arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The samples of rows, in order; a long text has several. Nothing but the result is as long as the rows."""
-    starts, num_samples = arrays["rows"]["first_sample"], len(arrays["offsets"]) - 1
-
-    def blocks() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        for first in range(0, len(rows), _BLOCK):
-            block = rows[first : first + _BLOCK]
-            last = block == len(starts) - 1
-            yield starts[block], np.where(last, num_samples, starts[np.where(last, block, block + 1)]) - starts[block]
-
-    found = np.empty(sum(int(counts.sum()) for _, counts in blocks()), np.int64)
-    end = 0
-    for firsts, counts in blocks():
-        start, end = end, end + int(counts.sum())
-        found[start:end] = np.repeat(firsts - (np.cumsum(counts) - counts), counts) + np.arange(end - start)
-    return found
+    """The samples of rows, in order; a long text has several. Only the result and its parts are as long as the rows."""
+    first_sample, num_samples = arrays["rows"]["first_sample"], len(arrays["offsets"]) - 1
+    found = [np.empty(0, np.int64)]
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK]
+        firsts = first_sample[block]
+        stops = np.where(block == len(first_sample) - 1, num_samples, first_sample[(block + 1) % len(first_sample)])
+        counts = stops - firsts
+        ends = np.cumsum(counts)
+        found.append(np.repeat(firsts - (ends - counts), counts) + np.arange(ends[-1]))
+    return np.concatenate(found)
 
 
 # Keys -------------------------------------------------------------------------------------------------------------
@@ -363,3 +348,55 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
         start_ids(tokenizer, "auto"),
     ]
     return hashlib.sha256(rules).digest() + json.dumps(settings, sort_keys=True).encode()
+
+
+# Folders of arrays ------------------------------------------------------------------------------------------------
+
+_META_FILE = "content.json"
+
+
+@contextmanager
+def written_arrays(folder: Path, dtypes: Mapping[str, Any], facts: dict[str, Any]) -> Iterator[Callable[..., None]]:
+    """Yield a function that appends values to arrays of these dtypes, (number of values,) each, given by name.
+
+    They are in an existing folder, which is complete when the block has ended: every file's size and hash are recorded
+    with a hash of the record, so that damage is noticed.
+
+    Args:
+        facts: JSON that belongs to the arrays; it may be filled in the block.
+    """
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in dtypes}
+
+        def append(**arrays: NDArray[Any]) -> None:
+            for name, values in arrays.items():
+                files[name].write(np.ascontiguousarray(values, dtype=dtypes[name]).data)
+
+        yield append
+    sizes = {name: (folder / name).stat().st_size for name in dtypes}
+    write_json(folder / _META_FILE, sealed({"facts": facts, "sizes": sizes}, files=[folder / name for name in dtypes]))
+
+
+def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Found | None:
+    """(the arrays of a folder, what was written beside them); None if the folder is missing, damaged or another's.
+
+    A mapped array takes no memory of its own: all processes of a host share the system's copy of the file.
+    """
+    meta_file, files = folder / _META_FILE, {name: folder / name for name in dtypes}
+    try:
+        meta = read_json_object(meta_file, kind="a folder of arrays")
+        sums = check_seal(meta_file, meta)
+        # Opening a pipe would wait. A sparse file may be of any size, so sizes come before hashes.
+        if any(not file.is_file() or file.stat().st_size != meta["sizes"][name] for name, file in files.items()):
+            return None
+        if any(file_sha256(file) != sums[name] for name, file in files.items()):
+            return None
+        return {name: _mapped(file, np.dtype(dtypes[name])) for name, file in files.items()}, dict(meta["facts"])
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mapped(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if not file.stat().st_size:  # nothing can be mapped
+        return np.empty(0, dtype)
+    return np.memmap(file, dtype, "r").view(np.ndarray)

@@ -6,14 +6,16 @@ What comes out does not depend on the number of processes, since chunks are retu
 from __future__ import annotations
 
 import os
-import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import chain, cycle, islice
-from multiprocessing import Pipe, current_process, get_context
-from multiprocessing.connection import Connection
+from functools import partial
+from itertools import chain, islice
+from multiprocessing import current_process, get_context
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from megatron_tiedlora.data.chat import Chat
 from megatron_tiedlora.data.encode import EncodedExample, Encoder, joined
 from megatron_tiedlora.data.example_maker import ExampleMaker, OneShape
 from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.tables import Row
+from megatron_tiedlora.data.tables import Row, num_bytes
 from megatron_tiedlora.data.task import Task
 
 if TYPE_CHECKING:
@@ -62,15 +64,13 @@ class EncodedRows:
     arrays: as `encode.joined` returns them.
     samples: (rows,) int64, the number of samples of each row.
     shapes: (shape, source) of the first row and of each whose shape or file differs from the row before.
-    templated: whether a chat template wrote any text. ended: whether any text that it wrote has a supervised end.
-    chats: whether there is any conversation.
+    chats: whether there is any conversation. ended: whether any of them has a supervised end.
     """
 
     arrays: dict[str, NDArray[Any]]
     samples: NDArray[np.int64]
     shapes: tuple[tuple[str, str], ...]
     chats: bool
-    templated: bool
     ended: bool
 
 
@@ -91,14 +91,13 @@ class RowEncoder:
             if not shapes or (shape, _file(example.source)) != (shapes[-1][0], _file(shapes[-1][1])):
                 shapes.append((shape, example.source))
         samples = list(self._encoder.samples([example for example, _ in made]))
-        by_template = [parts for (example, _), parts in zip(made, samples, strict=True) if example.templated]
+        chats = [parts for (example, _), parts in zip(made, samples, strict=True) if example.conversation is not None]
         return EncodedRows(
             arrays=joined([part for parts in samples for part in parts]),
             samples=np.array([len(parts) for parts in samples], np.int64),
             shapes=tuple(shapes),
-            chats=any(example.conversation is not None for example, _ in made),
-            templated=bool(by_template),
-            ended=any(self._is_ended(part) for parts in by_template for part in parts),
+            chats=bool(chats),
+            ended=any(self._is_ended(part) for parts in chats for part in parts),
         )
 
     def close(self) -> None:
@@ -109,13 +108,13 @@ class RowEncoder:
         return bool(np.isin(sample.tokens[sample.supervised], self._ends).any())
 
 
-def encoded_rows(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[EncodedRows]:
-    """Yield the samples of each chunk of rows, in order.
+def encoded_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[EncodedRows]:
+    """Yield the samples of rows, chunk by chunk in order.
 
     Raises:
         UserError: as `RowEncoder.encode`, or if rows of a file have several shapes.
     """
-    chunks = iter(chunks)
+    chunks = _chunks(rows)
     first = list(islice(chunks, _FEW_CHUNKS + 1))
     # A process of multiprocessing's pool, or another daemonic one, may not start processes.
     several = len(first) > _FEW_CHUNKS and not current_process().daemon
@@ -126,82 +125,69 @@ def encoded_rows(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[En
         yield found
 
 
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += num_bytes(row[0])
+        if len(chunk) == CHUNK or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
 def _in_this_process(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[EncodedRows]:
     with closing(RowEncoder(encoding)) as encoder:
         yield from map(encoder.encode, chunks)
 
 
+# In forked processes ----------------------------------------------------------------------------------------------
+
+_ENCODER: ContextVar[RowEncoder] = ContextVar("the encoder of a process that tokenises rows")
+
+
 def _in_processes(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[EncodedRows]:
-    """Every process takes the next chunk in turn, so results come in order, and one chunk for each is in memory."""
-    workers = [_Worker(encoding) for _ in range(min(len(os.sched_getaffinity(0)), _MOST_PROCESSES))]
+    """One chunk for each process, and one more, is in memory."""
+    count = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+    begin = partial(_begin, encoding, os.getpid())
+    pool = ProcessPoolExecutor(count, get_context("fork"), initializer=begin)
+    waiting: deque[tuple[list[Row], Future[EncodedRows]]] = deque()
     try:
-        waiting: deque[_Worker] = deque()
-        for chunk, worker in zip(chunks, cycle(workers), strict=False):
-            if len(waiting) == len(workers):
-                yield waiting.popleft().result()
-            worker.give(chunk)
-            waiting.append(worker)
-        yield from (worker.result() for worker in waiting)
+        for chunk in chunks:
+            try:
+                waiting.append((chunk, pool.submit(_encode, chunk)))
+            except OSError as error:  # of the first, which starts the processes
+                raise UserError(f"no process to tokenise rows can be started ({error}); end other programs") from error
+            if len(waiting) > count:
+                yield _result(*waiting.popleft())
+        while waiting:
+            yield _result(*waiting.popleft())
+    except BrokenProcessPool:
+        raise UserError("a process that tokenises rows was ended; start again with more memory") from None
     finally:
-        for worker in workers:
-            worker.close()
+        pool.shutdown(cancel_futures=True)
 
 
-class _Worker:
-    """A forked process with its own encoder. It holds one chunk at a time."""
-
-    def __init__(self, encoding: Encoding) -> None:
-        self._connection, theirs = Pipe()
-        self._process = get_context("fork").Process(target=_serve, args=(encoding, theirs, os.getpid()), daemon=True)
-        try:
-            self._process.start()
-        except OSError as error:
-            raise UserError(f"no process to tokenise rows can be started ({error}); end other programs") from error
-        theirs.close()
-
-    def give(self, rows: list[Row]) -> None:
-        try:
-            self._connection.send(rows)
-        except RecursionError:
-            first, last = rows[0][1], rows[-1][1]
-            raise UserError(f"{first} to {last}: a row has values that are nested too deeply; remove it") from None
-        except BrokenPipeError:  # it has ended, which `result` reports
-            return
-
-    def result(self) -> EncodedRows:
-        """The samples of the rows that were given last. Raises UserError as `RowEncoder.encode`."""
-        try:
-            found = self._connection.recv()
-        except (EOFError, ConnectionError):
-            self._process.join()
-            status = self._process.exitcode
-            raise UserError(f"a process that tokenises rows ended ({status}); start again with more memory") from None
-        if isinstance(found, Exception):
-            raise found
-        assert isinstance(found, EncodedRows)
-        return found
-
-    def close(self) -> None:
-        self._connection.close()
-        self._process.kill()
-        self._process.join()
+def _result(chunk: list[Row], future: Future[EncodedRows]) -> EncodedRows:
+    try:
+        return future.result()
+    except RecursionError:  # of pickle, which passes the chunk
+        first, last = chunk[0][1], chunk[-1][1]
+        raise UserError(f"{first} to {last}: a row has values that are nested too deeply; remove it") from None
 
 
-def _serve(encoding: Encoding, connection: Connection, parent: int) -> None:
-    """In the process: encode chunks until the other end is closed."""
+def _begin(encoding: Encoding, parent: int) -> None:
+    """Prepare a process that tokenises rows."""
     leave_signals_to_parent()
     end_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has none of the library's threads, and would wait for them
-    encoder = RowEncoder(encoding)
-    with suppress(EOFError, ConnectionError):
-        while True:
-            rows = connection.recv()
-            try:
-                connection.send(encoder.encode(rows))
-            except UserError as error:
-                connection.send(UserError(str(error)))
-            except Exception as error:  # a bug, which the parent reports with the place where it was found
-                connection.send(RuntimeError("".join(traceback.format_exception(error))))
+    _ENCODER.set(RowEncoder(encoding))
+
+
+def _encode(rows: list[Row]) -> EncodedRows:
+    return _ENCODER.get().encode(rows)
 
 
 def _file(source: str) -> str:
