@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from multiprocessing import current_process, get_context
+from multiprocessing import active_children, current_process, get_context
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.child_process import end_with_parent, leave_signals_to_parent
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.chat import Chat
-from megatron_tiedlora.data.encode import EncodedExample, Encoder, joined
+from megatron_tiedlora.data.encode import Encoder, joined
 from megatron_tiedlora.data.example_maker import ExampleMaker, OneShape
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.tables import Row, num_bytes
@@ -57,21 +57,9 @@ class Encoding:
     end_ids: frozenset[int]
 
 
-@dataclass(frozen=True)
-class EncodedRows:
-    """The samples of a chunk of rows.
-
-    arrays: as `encode.joined` returns them.
-    samples: (rows,) int64, the number of samples of each row.
-    shapes: (shape, source) of the first row and of each whose shape or file differs from the row before.
-    chats: whether there is any conversation. ended: whether any of them has a supervised end.
-    """
-
-    arrays: dict[str, NDArray[Any]]
-    samples: NDArray[np.int64]
-    shapes: tuple[tuple[str, str], ...]
-    chats: bool
-    ended: bool
+Arrays = dict[str, NDArray[Any]]
+Shapes = list[tuple[str, str]]
+"""(shape, source) of the first of some rows, and of each whose shape or file differs from the row before."""
 
 
 class RowEncoder:
@@ -83,33 +71,35 @@ class RowEncoder:
         self._maker = ExampleMaker(encoding.task, template=encoding.template, chat=self._chat)
         self._encoder = Encoder(encoding.tokenizer, self._chat, encoding.max_length)
 
-    def encode(self, rows: Sequence[Row]) -> EncodedRows:
-        """The samples of rows. Raises UserError as `ExampleMaker.example` and `Encoder.samples` do."""
+    def encode(self, rows: Sequence[Row]) -> tuple[Arrays, Shapes]:
+        """The samples of rows, as `encoded_rows` yields them, and the rows' shapes.
+
+        Raises UserError as `ExampleMaker.example` and `Encoder.samples` do.
+        """
         made = [self._maker.example([row]) for row in rows]
-        shapes: list[tuple[str, str]] = []
+        shapes: Shapes = []
         for example, shape in made:
             if not shapes or (shape, _file(example.source)) != (shapes[-1][0], _file(shapes[-1][1])):
                 shapes.append((shape, example.source))
-        samples = list(self._encoder.samples([example for example, _ in made]))
-        chats = [parts for (example, _), parts in zip(made, samples, strict=True) if example.conversation is not None]
-        return EncodedRows(
-            arrays=joined([part for parts in samples for part in parts]),
-            samples=np.array([len(parts) for parts in samples], np.int64),
-            shapes=tuple(shapes),
-            chats=bool(chats),
-            ended=any(self._is_ended(part) for parts in chats for part in parts),
-        )
+        of_rows = list(self._encoder.samples([example for example, _ in made]))
+        samples = [sample for parts in of_rows for sample in parts]
+        arrays = joined(samples)
+        arrays["row"] = np.repeat(np.arange(len(rows)), [len(parts) for parts in of_rows])
+        chats = arrays["facts"]["chat"]
+        chats[:] = np.array([example.conversation is not None for example, _ in made])[arrays["row"]]
+        for index in np.flatnonzero(chats):
+            learned = samples[index].tokens[samples[index].supervised]
+            arrays["facts"]["ended"][index] = np.isin(learned, self._ends).any()
+        return arrays, shapes
 
     def close(self) -> None:
         """End the template's process."""
         self._chat.close()
 
-    def _is_ended(self, sample: EncodedExample) -> bool:
-        return bool(np.isin(sample.tokens[sample.supervised], self._ends).any())
 
-
-def encoded_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[EncodedRows]:
-    """Yield the samples of rows, chunk by chunk in order.
+def encoded_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[Arrays]:
+    """Yield the samples of rows, chunk by chunk in order: arrays as `encode.joined` returns them, and `row`, the number
+    of each sample's row in the chunk.
 
     Raises:
         UserError: as `RowEncoder.encode`, or if rows of a file have several shapes.
@@ -119,10 +109,10 @@ def encoded_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[EncodedRow
     # A process of multiprocessing's pool, or another daemonic one, may not start processes.
     several = len(first) > _FEW_CHUNKS and not current_process().daemon
     one_shape = OneShape()
-    for found in (_in_processes if several else _in_this_process)(chain(first, chunks), encoding):
-        for shape, source in found.shapes:
+    for arrays, shapes in (_in_processes if several else _in_this_process)(chain(first, chunks), encoding):
+        for shape, source in shapes:
             one_shape.check(shape, source)
-        yield found
+        yield arrays
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -138,7 +128,7 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _in_this_process(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[EncodedRows]:
+def _in_this_process(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[tuple[Arrays, Shapes]]:
     with closing(RowEncoder(encoding)) as encoder:
         yield from map(encoder.encode, chunks)
 
@@ -148,17 +138,19 @@ def _in_this_process(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterato
 _ENCODER: ContextVar[RowEncoder] = ContextVar("the encoder of a process that tokenises rows")
 
 
-def _in_processes(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[EncodedRows]:
+def _in_processes(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[tuple[Arrays, Shapes]]:
     """One chunk for each process, and one more, is in memory."""
     count = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
     begin = partial(_begin, encoding, os.getpid())
     pool = ProcessPoolExecutor(count, get_context("fork"), initializer=begin)
-    waiting: deque[tuple[list[Row], Future[EncodedRows]]] = deque()
+    others, waiting = set(active_children()), deque[tuple[list[Row], Future[tuple[Arrays, Shapes]]]]()
     try:
         for chunk in chunks:
             try:
                 waiting.append((chunk, pool.submit(_encode, chunk)))
-            except OSError as error:  # of the first, which starts the processes
+            except OSError as error:  # at the first, which starts the processes; some may wait for chunks
+                for process in set(active_children()) - others:
+                    process.kill()
                 raise UserError(f"no process to tokenise rows can be started ({error}); end other programs") from error
             if len(waiting) > count:
                 yield _result(*waiting.popleft())
@@ -170,7 +162,7 @@ def _in_processes(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[E
         pool.shutdown(cancel_futures=True)
 
 
-def _result(chunk: list[Row], future: Future[EncodedRows]) -> EncodedRows:
+def _result(chunk: list[Row], future: Future[tuple[Arrays, Shapes]]) -> tuple[Arrays, Shapes]:
     try:
         return future.result()
     except RecursionError:  # of pickle, which passes the chunk
@@ -186,7 +178,7 @@ def _begin(encoding: Encoding, parent: int) -> None:
     _ENCODER.set(RowEncoder(encoding))
 
 
-def _encode(rows: list[Row]) -> EncodedRows:
+def _encode(rows: list[Row]) -> tuple[Arrays, Shapes]:
     return _ENCODER.get().encode(rows)
 
 

@@ -198,7 +198,7 @@ def test_a_start_that_waits_goes_on_when_the_writer_has_ended(
 # Damage -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", ["sha256", "mix", "chats", "ended"])
+@pytest.mark.parametrize("field", ["sha256", "mix", "first_row", "chats", "unended"])
 @pytest.mark.parametrize("change", ["another value", "missing"])
 def test_facts_have_a_checksum(tokenizer: Any, tmp_path: Path, files: tuple[str, str], field: str, change: str) -> None:
     first = _start(tokenizer, files[0], tmp_path)
@@ -208,7 +208,7 @@ def test_facts_have_a_checksum(tokenizer: Any, tmp_path: Path, files: tuple[str,
         if field in content["facts"]:
             value = content["facts"].pop(field)
             if change == "another value":
-                content["facts"][field] = {"sha256": "0" * 64, "mix": ["x"]}.get(field, not value)
+                content["facts"][field] = {"sha256": "0" * 64, "mix": ["x"], "first_row": 7}.get(field, not value)
             file.write_text(json.dumps(content))
             changed += 1
     again = _start(tokenizer, files[0], tmp_path)
