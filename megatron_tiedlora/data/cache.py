@@ -244,19 +244,19 @@ def _write_splits(
 ) -> None:
     """Write which samples are trained on and which are held out, with what `TrainingData` says of them."""
     train, stream = stored["train"][0], streams["train"]
-    first_samples = _first_samples(train)
-    first_rows = train["rows"][first_samples]
-    held_out = np.zeros(len(first_rows), np.bool_)
+    first_samples = np.flatnonzero(np.diff(train["rows"]["row"], prepend=-1))  # of each row; a long text has several
+    numbers, sources = (train["rows"][name][first_samples] for name in ("number", "source"))
+    held_out = np.zeros(len(numbers), np.bool_)
     if "validation" in stored:
         other, other_stream = stored["validation"][0], streams["validation"]
         validation = np.arange(len(other["rows"]))  # its rows are the first of their samples
     else:
         other, other_stream = train, stream
-        held_out = check_held_out(held_out_rows(stream.task, first_rows["number"], seed=seed), stream)
+        held_out = check_held_out(held_out_rows(stream.task, numbers, seed=seed), stream)
         rows = np.flatnonzero(held_out)
-        _, first = np.unique(first_rows["number"][rows], return_index=True)
+        _, first = np.unique(numbers[rows], return_index=True)
         validation = _samples_of(rows[np.sort(first)], first_samples, len(train["rows"]))
-    sizes = np.bincount(first_rows["source"], minlength=len(stream.sources)).tolist()
+    sizes = np.bincount(sources, minlength=len(stream.sources)).tolist()
     mix = mixed(stream.sources, sizes, held_out, seed=seed)
     order = {"train": _samples_of(mix.rows, first_samples, len(train["rows"])), "validation": validation}
     digest = hashlib.sha256()
@@ -276,13 +276,8 @@ def _write_splits(
         append(**order)
 
 
-def _first_samples(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
-    """The first sample of each row, (num_rows,); a long text has several."""
-    return np.flatnonzero(np.diff(arrays["rows"]["row"], prepend=-1))
-
-
 def _samples_of(rows: NDArray[np.int64], first_samples: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
-    """The samples of rows, in order."""
+    """The samples of rows, in order. first_samples: (num_rows,) the first sample of each row."""
     counts = np.diff(first_samples, append=num_samples)
     found = [np.empty(0, np.int64)]
     for start in range(0, len(rows), _BLOCK):
