@@ -139,21 +139,21 @@ _ENCODER: ContextVar[RowEncoder] = ContextVar("the encoder of a process that tok
 
 
 def _in_processes(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[tuple[Arrays, Shapes]]:
-    """One chunk for each process, and one more, is in memory."""
+    """Chunks are given out and come back in order, and one for each process is in memory."""
     count = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
     begin = partial(_begin, encoding, os.getpid())
     pool = ProcessPoolExecutor(count, get_context("fork"), initializer=begin)
     others, waiting = set(active_children()), deque[tuple[list[Row], Future[tuple[Arrays, Shapes]]]]()
     try:
         for chunk in chunks:
+            if len(waiting) == count:
+                yield _result(*waiting.popleft())
             try:
                 waiting.append((chunk, pool.submit(_encode, chunk)))
             except OSError as error:  # at the first, which starts the processes; some may wait for chunks
                 for process in set(active_children()) - others:
                     process.kill()
                 raise UserError(f"no process to tokenise rows can be started ({error}); end other programs") from error
-            if len(waiting) > count:
-                yield _result(*waiting.popleft())
         while waiting:
             yield _result(*waiting.popleft())
     except BrokenProcessPool:
