@@ -253,9 +253,9 @@ def _write_splits(
     else:
         other, other_stream = train, stream
         held_out = check_held_out(held_out_rows(stream.task, numbers, seed=seed), stream)
-        rows = np.flatnonzero(held_out)
-        _, first = np.unique(numbers[rows], return_index=True)
-        validation = _samples_of(rows[np.sort(first)], first_samples, len(train["rows"]))
+        taken = np.flatnonzero(held_out)
+        _, first = np.unique(numbers[taken], return_index=True)
+        validation = _samples_of(taken[np.sort(first)], first_samples, len(train["rows"]))
     sizes = np.bincount(sources, minlength=len(stream.sources)).tolist()
     mix = mixed(stream.sources, sizes, held_out, seed=seed)
     order = {"train": _samples_of(mix.rows, first_samples, len(train["rows"])), "validation": validation}
