@@ -249,7 +249,7 @@ def _write_splits(
     held_out = np.zeros(len(numbers), np.bool_)
     if "validation" in stored:
         other, other_stream = stored["validation"][0], streams["validation"]
-        validation = np.arange(len(other["rows"]))  # its rows are the first of their samples
+        validation = np.arange(len(other["rows"]))  # all: only the first row of a sample was stored
     else:
         other, other_stream = train, stream
         held_out = check_held_out(held_out_rows(stream.task, numbers, seed=seed), stream)
