@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,19 +23,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX
+from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, write_json
+from megatron_tiedlora.base.checksums import check_seal, sealed
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.file_hash import file_sha256
+from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.output_folder import partial_folder, remove_abandoned_outputs, take_output
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
 from megatron_tiedlora.base.private_folders import CACHE_VARIABLE, make_own_folder, user_cache
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.data.encode_rows import CHUNK, CHUNK_BYTES, EncodedRows, Encoding, encoded_rows
-from megatron_tiedlora.data.mapped_arrays import mapped_arrays, written_arrays
-from megatron_tiedlora.data.row_stream import Files, RowStream, row_stream, source_kind
-from megatron_tiedlora.data.sources import mixed
+from megatron_tiedlora.data.encode_rows import Encoding, encoded_rows
+from megatron_tiedlora.data.sources import Files, RowStream, mixed, row_stream, source_kind
 from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows
-from megatron_tiedlora.data.tables import Row, num_bytes
+from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import Split
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
@@ -44,9 +45,9 @@ from megatron_tiedlora.runtime.launch_env import local_rank
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS = np.dtype([("first_sample", np.int64), ("number", np.int64)])
-"""Of a row: its first sample, and the number of its sample by `SampleNumbers` (rows of one number are held out
-together)."""
+ROWS = np.dtype([("row", np.int64), ("number", np.int64), ("source", np.int32)])
+"""Where a sample is from: its row, the number of that by `SampleNumbers` (rows of one number are held out together),
+and the number of its source."""
 
 _STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "facts": FACTS, "rows": ROWS}
 _SPLITS = {"train": np.int64, "validation": np.int64}
@@ -127,19 +128,12 @@ def _training_data(
         stored[split] = _once(folder / keys[split], _STORE, partial(rows, name=split), waits)
     shares = [[source.name, source.weight] for source in streams["train"].sources if source.weight is not None]
     choice = hashlib.sha256(json.dumps([keys, seed, shares, _code()]).encode()).hexdigest()
-    write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed)
+    write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed, encoding=encoding)
     waits = _waits(folder / choice, streams["train"].names, timeout_minutes)
     order, facts = _once(folder / choice, _SPLITS, write_splits, waits)
-    train, held_out = stored["train"], stored["train" if carves else "validation"]
-    return TrainingData(
-        train=_dataset(train[0], order["train"]),
-        validation=_dataset(held_out[0], order["validation"]),
-        sha256=facts["sha256"],
-        mix=tuple(facts["mix"]),
-        first_row=int(np.searchsorted(train[0]["rows"]["first_sample"], order["train"][0], side="right")) - 1,
-        chats=train[1]["chats"],
-        unended=train[1]["templated"] and not train[1]["ended"],
-    )
+    train, held_out = stored["train"][0], stored["train" if carves else "validation"][0]
+    facts["mix"] = tuple(facts["mix"])
+    return TrainingData(_dataset(train, order["train"]), _dataset(held_out, order["validation"]), **facts)
 
 
 def _once(path: Path, dtypes: Mapping[str, Any], write: Callable[[Path], None], waits: Iterator[None]) -> _Found:
@@ -213,106 +207,84 @@ def _write_rows(
     Args:
         first_only: leave out rows that belong to the sample of an earlier row.
     """
-    sizes = [0] * len(stream.sources)
-    numbers = SampleNumbers(encoding.task)
-    of_rows: list[int] = []  # the numbers of rows that are read and not written yet
-    facts = {"sizes": sizes, "chats": False, "templated": False, "ended": False}
+    unwritten: list[tuple[int, int, int]] = []  # `ROWS` of rows that are read
 
-    def chunks() -> Iterator[list[Row]]:
-        chunk: list[Row] = []
-        size = seen = 0
+    def read() -> Iterator[Row]:
+        sample_numbers, count, seen = SampleNumbers(encoding.task), 0, 0
         for source, row in stream:
-            number = numbers.of(row[0])
+            number = sample_numbers.of(row[0])
             if first_only and number < seen:
                 continue
             seen = max(seen, number + 1)
-            sizes[source] += 1
-            of_rows.append(number)
-            chunk.append(row)
-            size += num_bytes(row[0])
-            if len(chunk) == CHUNK or size >= CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
-        if chunk:
-            yield chunk
+            unwritten.append((count, number, source))
+            count += 1
+            yield row
 
-    with written_arrays(path, _STORE, facts) as writer:
-        writer.append(offsets=np.zeros(1, np.int64))
-        num_tokens = num_samples = 0
-        total = stream.about_num_rows()
+    with written_arrays(path, _STORE) as append:
+        append(offsets=np.zeros(1, np.int64))
+        num_tokens, total = 0, stream.about_num_rows()
         with progress_bar(f"tokenising {name}", " rows", total=total, leave=True, delay=2, mininterval=1) as bar:
-            for part in encoded_rows(chunks(), encoding):
-                rows = np.empty(len(part.samples), ROWS)
-                rows["first_sample"] = num_samples + np.cumsum(part.samples) - part.samples
-                rows["number"] = of_rows[: len(rows)]
-                del of_rows[: len(rows)]
-                arrays = {**part.arrays, "offsets": num_tokens + part.arrays["offsets"][1:]}
-                writer.append(**arrays, rows=rows)
-                num_tokens += len(part.arrays["tokens"])
-                num_samples += int(part.samples.sum())
-                facts |= _joined_facts(facts, part)
-                bar.update(len(rows))
+            for arrays in encoded_rows(read(), encoding):
+                of_chunk = arrays.pop("row")
+                num_rows = int(of_chunk[-1]) + 1
+                rows = np.array(unwritten[:num_rows], ROWS)[of_chunk]
+                del unwritten[:num_rows]
+                append(**{**arrays, "offsets": num_tokens + arrays["offsets"][1:]}, rows=rows)
+                num_tokens += len(arrays["tokens"])
+                bar.update(num_rows)
         if stream.sha256() != content:
             raise UserError(f"{stream.names}: changed while it was read; start again when it is complete")
-
-
-def _joined_facts(facts: Mapping[str, Any], part: EncodedRows) -> dict[str, bool]:
-    return {name: facts[name] or getattr(part, name) for name in ("chats", "templated", "ended")}
 
 
 # Which samples ----------------------------------------------------------------------------------------------------
 
 
 def _write_splits(
-    path: Path, *, stored: Mapping[Split, _Found], streams: Mapping[Split, RowStream], seed: int
+    path: Path, *, stored: Mapping[Split, _Found], streams: Mapping[Split, RowStream], seed: int, encoding: Encoding
 ) -> None:
-    """Write which samples are trained on and which are held out, with their hash."""
-    train, facts = stored["train"]
-    stream = streams["train"]
-    held_out = np.zeros(len(train["rows"]), np.bool_)
+    """Write which samples are trained on and which are held out, with what `TrainingData` says of them."""
+    train, stream = stored["train"][0], streams["train"]
+    first_samples = np.flatnonzero(np.diff(train["rows"]["row"], prepend=-1))  # of each row; a long text has several
+    numbers, sources = (train["rows"][name][first_samples] for name in ("number", "source"))
+    held_out = np.zeros(len(numbers), np.bool_)
     if "validation" in stored:
         other, other_stream = stored["validation"][0], streams["validation"]
-        validation_rows = np.arange(len(other["rows"]))  # one for each sample
+        validation = np.arange(len(other["rows"]))  # all: only the first row of a sample was stored
     else:
         other, other_stream = train, stream
-        held_out = check_held_out(held_out_rows(stream.task, train["rows"]["number"], seed=seed), stream)
-        validation_rows = _first_rows(train["rows"]["number"], np.flatnonzero(held_out))
-    mix = mixed(stream.sources, facts["sizes"], held_out, seed=seed)
-    order = {
-        "train": _samples_of(train, mix.rows),
-        "validation": _samples_of(other, validation_rows),
-    }
+        held_out = check_held_out(held_out_rows(stream.task, numbers, seed=seed), stream)
+        taken = np.flatnonzero(held_out)
+        _, first = np.unique(numbers[taken], return_index=True)
+        validation = _samples_of(taken[np.sort(first)], first_samples, len(train["rows"]))
+    sizes = np.bincount(sources, minlength=len(stream.sources)).tolist()
+    mix = mixed(stream.sources, sizes, held_out, seed=seed)
+    order = {"train": _samples_of(mix.rows, first_samples, len(train["rows"])), "validation": validation}
     digest = hashlib.sha256()
     for name, arrays, rows in (("train", train, stream), ("validation", other, other_stream)):
         dataset = _dataset(arrays, order[name])
         check_supervised(dataset, f"{rows.sources[0].name}, {name} part")
         dataset.update_digest(digest)
-    with written_arrays(path, _SPLITS, {"sha256": digest.hexdigest(), "mix": mix.lines}) as writer:
-        writer.append(**order)
+    chats = bool(train["facts"]["chat"].any())
+    facts = {
+        "sha256": digest.hexdigest(),
+        "mix": mix.lines,
+        "first_row": int(mix.rows[0]),
+        "chats": chats,
+        "unended": chats and bool(encoding.tokenizer.chat_template) and not train["facts"]["ended"].any(),
+    }
+    with written_arrays(path, _SPLITS, facts) as append:
+        append(**order)
 
 
-def _first_rows(numbers: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Those of the rows that are the first of their sample."""
-    _, first = np.unique(numbers[rows], return_index=True)
-    return rows[np.sort(first)]
-
-
-def _samples_of(arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The samples of rows, in order; a long text has several. Nothing but the result is as long as the rows."""
-    starts, num_samples = arrays["rows"]["first_sample"], len(arrays["offsets"]) - 1
-
-    def blocks() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        for first in range(0, len(rows), _BLOCK):
-            block = rows[first : first + _BLOCK]
-            last = block == len(starts) - 1
-            yield starts[block], np.where(last, num_samples, starts[np.where(last, block, block + 1)]) - starts[block]
-
-    found = np.empty(sum(int(counts.sum()) for _, counts in blocks()), np.int64)
-    end = 0
-    for firsts, counts in blocks():
-        start, end = end, end + int(counts.sum())
-        found[start:end] = np.repeat(firsts - (np.cumsum(counts) - counts), counts) + np.arange(end - start)
-    return found
+def _samples_of(rows: NDArray[np.int64], first_samples: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
+    """The samples of rows, in order. first_samples: (num_rows,) the first sample of each row."""
+    counts = np.diff(first_samples, append=num_samples)
+    found = [np.empty(0, np.int64)]
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK]
+        ends = np.cumsum(counts[block])
+        found.append(np.repeat(first_samples[block] - (ends - counts[block]), counts[block]) + np.arange(ends[-1]))
+    return np.concatenate(found)
 
 
 # Keys -------------------------------------------------------------------------------------------------------------
@@ -363,3 +335,58 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
         start_ids(tokenizer, "auto"),
     ]
     return hashlib.sha256(rules).digest() + json.dumps(settings, sort_keys=True).encode()
+
+
+# Folders of arrays ------------------------------------------------------------------------------------------------
+
+_META_FILE = "content.json"
+
+
+@contextmanager
+def written_arrays(
+    folder: Path, dtypes: Mapping[str, Any], facts: Mapping[str, Any] | None = None
+) -> Iterator[Callable[..., None]]:
+    """Yield a function that appends values to arrays of these dtypes, (number of values,) each, given by name.
+
+    They are in an existing folder, which is complete when the block has ended: every file's size and hash are recorded
+    with a hash of the record, so that damage is noticed.
+
+    Args:
+        facts: JSON that belongs to the arrays.
+    """
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in dtypes}
+
+        def append(**arrays: NDArray[Any]) -> None:
+            for name, values in arrays.items():
+                files[name].write(np.ascontiguousarray(values, dtype=dtypes[name]).data)
+
+        yield append
+    sizes = {name: (folder / name).stat().st_size for name in dtypes}
+    content = {"facts": facts or {}, "sizes": sizes}
+    write_json(folder / _META_FILE, sealed(content, files=[folder / name for name in dtypes]))
+
+
+def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Found | None:
+    """(the arrays of a folder, what was written beside them); None if the folder is missing, damaged or another's.
+
+    A mapped array takes no memory of its own: all processes of a host share the system's copy of the file.
+    """
+    meta_file, files = folder / _META_FILE, {name: folder / name for name in dtypes}
+    try:
+        meta = read_json_object(meta_file, kind="a folder of arrays")
+        sums = check_seal(meta_file, meta)
+        # Opening a pipe would wait. A sparse file may be of any size, so sizes come before hashes.
+        if any(not file.is_file() or file.stat().st_size != meta["sizes"][name] for name, file in files.items()):
+            return None
+        if any(file_sha256(file) != sums[name] for name, file in files.items()):
+            return None
+        return {name: _mapped(file, np.dtype(dtypes[name])) for name, file in files.items()}, dict(meta["facts"])
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mapped(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if not file.stat().st_size:  # nothing can be mapped
+        return np.empty(0, dtype)
+    return np.memmap(file, dtype, "r").view(np.ndarray)

@@ -92,7 +92,7 @@ def encode_dataset(
 def joined(samples: Sequence[EncodedExample]) -> dict[str, NDArray[Any]]:
     """The arrays of samples, as `TokenDataset` has them."""
     lengths = np.asarray([len(sample.tokens) for sample in samples], dtype=np.int64)
-    facts = [(int(sample.supervised.sum()), sample.truncated, sample.lost_turns) for sample in samples]
+    facts = [(int(sample.supervised.sum()), sample.truncated, sample.lost_turns, False, False) for sample in samples]
     return {
         "tokens": np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]),
         "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),

@@ -1,7 +1,7 @@
 """The samples of a split: a task's record turns rows from files, the hub or a generator into examples.
 
-Owns how validation rows are taken from training rows, and how rows of one sample are merged. Leaves the names of files
-to `sources`, reading to `row_stream`, and texts to `example_maker`.
+Owns how validation rows are taken from training rows, and how rows of one sample are merged. Leaves names of files and
+reading to `sources`, and texts to `example_maker`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.order import permutation
 from megatron_tiedlora.data.readers import checked_files, looks_like_path
 from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.row_stream import Files, RowStream, row_stream, source_kind
-from megatron_tiedlora.data.sources import mixed, parse_sources
+from megatron_tiedlora.data.sources import Files, RowStream, mixed, parse_sources, row_stream, source_kind
 from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import Split, Task
 from megatron_tiedlora.data.tasks import get_task

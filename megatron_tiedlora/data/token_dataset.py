@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
 
-FACTS = np.dtype([("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np.int32)])
+FACTS = np.dtype(
+    [("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np.int32), ("chat", np.bool_), ("ended", np.bool_)]
+)
 """What is known of a stored sample: number of supervised tokens, whether its prompt lost its middle, and how many turns
-a chat lost."""
+a chat lost. In the cache also: whether it is a chat, and whether a supervised token of a chat ends an answer."""
 
 _BLOCK, _BLOCK_TOKENS = 2**11, 2**18  # the most samples and tokens of a block, or one sample
 

@@ -18,7 +18,7 @@ from megatron_tiedlora.data.example_maker import with_template
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.order import permutation
 from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.row_stream import row_stream
+from megatron_tiedlora.data.sources import row_stream
 from megatron_tiedlora.data.splits import files_of, read_split
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset

@@ -22,6 +22,6 @@ def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Chunks of three rows, encoded by this process or by others; totals and hashes by blocks of seven samples."""
     monkeypatch.setattr(token_dataset, "_BLOCK", 7)
     monkeypatch.setattr(cache, "_BLOCK", 5)
-    monkeypatch.setattr(cache, "CHUNK", 3)
+    monkeypatch.setattr(encode_rows, "CHUNK", 3)
     monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 10**6 if request.param == "one process" else 0)
     return str(request.param)

@@ -17,7 +17,7 @@ from task_files import refusal, write_rows
 from token_rows import WORDS, chats, check, check_same, encoding, rows
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
-from megatron_tiedlora.data import cache, encode_rows, row_stream
+from megatron_tiedlora.data import cache, encode_rows, sources
 from megatron_tiedlora.data.cache import tokenised_once
 from megatron_tiedlora.data.encode_rows import Encoding
 from megatron_tiedlora.data.tasks import get_task
@@ -105,16 +105,13 @@ def test_later_references_of_a_held_out_sample_may_be_long(tokenizer: Any, tmp_p
 
 
 def test_chunks_of_long_rows_are_small(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(encode_rows, "CHUNK_BYTES", 3000)
     sizes, original = [], cache.encoded_rows
 
-    def counted(chunks: Any, how: Encoding) -> Iterator[Any]:
-        def seen() -> Iterator[Any]:
-            for chunk in chunks:
-                sizes.append(len(chunk))
-                yield chunk
-
-        return original(seen(), how)
+    def counted(*arguments: Any) -> Iterator[Any]:
+        for part in original(*arguments):
+            sizes.append(int(part["row"][-1]) + 1)
+            yield part
 
     monkeypatch.setattr(cache, "encoded_rows", counted)
     long = [{"prompt": "x" * 1000, "completion": "y"}] * 9
@@ -145,11 +142,8 @@ def test_rows_that_cannot_be_passed_to_a_process(tokenizer: Any) -> None:
     deep: Any = []
     for _ in range(5000):
         deep = [deep]
-    worker = encode_rows._Worker(encoding(tokenizer))
-    try:
-        message = refusal(lambda: worker.give([({"x": 1}, "a.jsonl:1"), ({"x": deep}, "a.jsonl:3")]))
-    finally:
-        worker.close()
+    rows = [({"x": 1}, "a.jsonl:1"), ({"x": deep}, "a.jsonl:3")]
+    message = refusal(lambda: list(encode_rows._in_processes([rows], encoding(tokenizer))))
     assert message == "a.jsonl:1 to a.jsonl:3: a row has values that are nested too deeply; remove it"
 
 
@@ -161,7 +155,7 @@ def test_a_file_that_cannot_be_read_is_named(tokenizer: Any, tmp_path: Path, mon
 
     for name in ("files_sha256", "hub_data"):
         with monkeypatch.context() as patch:
-            patch.setattr(row_stream, name, forbidden)
+            patch.setattr(sources, name, forbidden)
             message = refusal(
                 lambda: tokenised_once(encoding(tokenizer), files={"train": file}, seed=0, cache_dir=tmp_path)
             )
@@ -217,7 +211,7 @@ def test_parts_without_a_supervised_token_are_named(tokenizer: Any, tmp_path: Pa
 def test_a_process_that_is_killed_is_one_line(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "CHUNK", 3)
+    monkeypatch.setattr(encode_rows, "CHUNK", 3)
     monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 0)
     files = {"train": write_rows(tmp_path / "a.jsonl", rows(40))}
     parent = os.getpid()
@@ -228,10 +222,35 @@ def test_a_process_that_is_killed_is_one_line(
 
     monkeypatch.setattr(encode_rows.RowEncoder, "encode", killed)
     message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
-    assert message == "a process that tokenises rows ended (-9); start again with more memory"
+    assert message == "a process that tokenises rows was ended; start again with more memory"
     monkeypatch.setattr(encode_rows.RowEncoder, "encode", lambda *_: 1 / 0)
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+    with pytest.raises(ZeroDivisionError) as error:  # a bug, with the place where it was found
         tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path)
+    assert "encode_rows.py" in str(error.value.__cause__)
+    assert not multiprocessing.active_children()
+
+
+def test_processes_that_cannot_be_started_are_one_line(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is started, and the second is not."""
+    monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    fork, started = os.fork, []
+
+    def limited() -> int:
+        if started:
+            raise OSError(11, "Resource temporarily unavailable")
+        started.append(fork())
+        return started[0]
+
+    monkeypatch.setattr(os, "fork", limited)
+    files = {"train": write_rows(tmp_path / "a.jsonl", rows(9))}
+    message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
+    assert message.startswith("no process to tokenise rows can be started ([Errno 11] Resource temporarily")
+    deadline = time.monotonic() + 30
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not multiprocessing.active_children()
 
 

@@ -89,11 +89,11 @@ def test_a_start_removes_what_killed_ones_have_left_of_any_data(
     tokenizer: Any, tmp_path: Path, files: tuple[str, str], writing: Callable[[str], _Writer]
 ) -> None:
     writer = writing(files[0])
-    assert list(writer.partial.glob(".writing-*/tokens.npy"))
+    assert list(writer.partial.glob(".writing-*/tokens"))
     _start(tokenizer, files[1], tmp_path)
     grow_old(writer.partial, 600)  # its lock says that it lives
     _start(tokenizer, files[1], tmp_path)
-    assert list(writer.partial.glob(".writing-*/tokens.npy"))
+    assert list(writer.partial.glob(".writing-*/tokens"))
     assert writer.end(signal.SIGKILL) == -signal.SIGKILL
     _start(tokenizer, files[1], tmp_path)
     assert {len(name) for name in names(tmp_path / "tokens")} == {64}, names(tmp_path / "tokens")
@@ -155,7 +155,7 @@ def test_a_start_that_waits_says_for_what_and_gives_up(
     writing: Callable[[str], _Writer],
 ) -> None:
     writer = writing(files[0])
-    (tokens,) = writer.partial.glob(".writing-*/tokens.npy")
+    (tokens,) = writer.partial.glob(".writing-*/tokens")
     size = tokens.stat().st_size
 
     def write(now: float) -> None:
@@ -198,7 +198,7 @@ def test_a_start_that_waits_goes_on_when_the_writer_has_ended(
 # Damage -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", ["sha256", "mix", "chats", "templated", "ended"])
+@pytest.mark.parametrize("field", ["sha256", "mix", "first_row", "chats", "unended"])
 @pytest.mark.parametrize("change", ["another value", "missing"])
 def test_facts_have_a_checksum(tokenizer: Any, tmp_path: Path, files: tuple[str, str], field: str, change: str) -> None:
     first = _start(tokenizer, files[0], tmp_path)
@@ -208,7 +208,7 @@ def test_facts_have_a_checksum(tokenizer: Any, tmp_path: Path, files: tuple[str,
         if field in content["facts"]:
             value = content["facts"].pop(field)
             if change == "another value":
-                content["facts"][field] = {"sha256": "0" * 64, "mix": ["x"]}.get(field, not value)
+                content["facts"][field] = {"sha256": "0" * 64, "mix": ["x"], "first_row": 7}.get(field, not value)
             file.write_text(json.dumps(content))
             changed += 1
     again = _start(tokenizer, files[0], tmp_path)
@@ -217,7 +217,7 @@ def test_facts_have_a_checksum(tokenizer: Any, tmp_path: Path, files: tuple[str,
         assert getattr(again, name) == getattr(first, name)
 
 
-@pytest.mark.parametrize("name", ["tokens.npy", "rows.npy", "train.npy", "content.json"])
+@pytest.mark.parametrize("name", ["tokens", "rows", "train", "content.json"])
 def test_sizes_are_compared_before_anything_is_read(
     tokenizer: Any, tmp_path: Path, files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -233,6 +233,6 @@ def test_sizes_are_compared_before_anything_is_read(
 
         with monkeypatch.context() as patch:
             patch.setitem(cache.mapped_arrays.__globals__, "file_sha256", watched)
-            assert cache.mapped_arrays(grown.parent, cache._STORE if name != "train.npy" else cache._SPLITS) is None
+            assert cache.mapped_arrays(grown.parent, cache._STORE if name != "train" else cache._SPLITS) is None
         assert not hashed
     check_same(_start(tokenizer, files[0], tmp_path).train, first.train)
