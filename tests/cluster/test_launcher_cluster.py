@@ -30,7 +30,8 @@ def start(site: Site, folder: Path, launcher: str, *flags: str, work: Path) -> S
     """launch/run.py on the first host."""
     own = [f"--launcher={launcher}", "--hostfile", str(site.cluster.hostfile())]
     settings = site.base.arguments(output_dir=folder, **site.settings("dp2"))
-    environment = {**MPI_ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(site.base.cache), "HF_TOKEN": "s3cret"}
+    environment = {**MPI_ENVIRONMENT, "HF_TOKEN": "s3cret"}
+    (work / ".deepspeed_env").write_text(f"MEGATRON_TIEDLORA_CACHE={site.base.cache}\n")
     command = [sys.executable, ROOT / "launch" / "run.py", *own, *flags, *settings]
     return site.cluster.first.start(command, cwd=work, env=environment)
 
@@ -57,10 +58,10 @@ def test_a_job_is_stopped_under_one_launcher_and_finished_under_another(site: Si
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_by_itself_when_a_rank_on_one_host_is_killed(site: Site, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["pdsh", "torchrun", "mpirun"])
+def test_a_job_goes_on_by_itself_when_a_rank_on_one_host_is_killed(site: Site, tmp_path: Path, launcher: str) -> None:
     folder = tmp_path / "run"
-    flags = ["--max_restarts=2", "--resume=auto", "--save_interval=5"]
-    job = start(site, folder, "torchrun", *flags, work=tmp_path)
+    job = start(site, folder, launcher, "--max_restarts=2", "--save_interval=5", work=tmp_path)
     wait_until(lambda: has_step(folder, 7) or job.poll() is not None, job.output, limit=120)
     script = str(ROOT / "launch" / "train.py")
     for process in site.cluster.hosts["nodeb"].jobs():

@@ -27,7 +27,7 @@ from megatron_tiedlora.cluster.doctor.records import (
     HostReport,
     ParallelConfig,
 )
-from megatron_tiedlora.cluster.forwarded_env import forward_env, read_user_file
+from megatron_tiedlora.cluster.launchers import DEEPSPEED_EXPORTS, is_secret, read_user_file
 from megatron_tiedlora.cluster.remote import Route, Transport
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
@@ -185,8 +185,10 @@ def make_report(
 
 def _variables(route: Route, environment: Mapping[str, str]) -> dict[str, str]:
     """The variables to set on the hosts: with srun and on this machine the shell's own are there already."""
-    own = read_user_file(environment)
-    return dict(forward_env(environment, given=own).variables) if route == "ssh" else own
+    sent = {name: value for name, value in environment.items() if name.startswith(DEEPSPEED_EXPORTS)}
+    named = read_user_file(environment)
+    shown = {name: value for name, value in sent.items() if not is_secret(name)} if route == "ssh" else {}
+    return {**shown, **named}
 
 
 def _place_ranks(hosts: Sequence[HostReport]) -> list[HostReport]:

@@ -1,0 +1,192 @@
+"""A launcher that has been started: stop its ranks, end it, and end what it leaves on this machine.
+
+What a launcher started on other hosts is left to that launcher, and to the ranks, which notice its end and save.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.cluster.launchers import Job, StartPlan
+from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.cluster.verdict import StatusFile
+from megatron_tiedlora.config.hosts import started_program
+
+POLL_SECONDS = 0.2
+_FORWARDS = ("srun", "mpirun", "prterun")  # SIGUSR1 to their ranks; on SIGTERM they give them no time to save
+
+
+@dataclass(frozen=True)
+class Times:
+    """Time limits for the end of a job, in seconds."""
+
+    grace: float = 120.0  # for ranks to save after their launcher has ended
+    linger: float = 30.0  # for a launcher to end after the run has
+    helper: float = 10.0  # for the processes on this machine after the run has ended, and after SIGTERM
+
+
+@dataclass
+class Ended:
+    """How the launcher ended."""
+
+    status: int  # its exit status; -N if signal N killed it
+    passed_on: int  # the first signal that was passed on, 0 for none
+
+
+def say(line: str) -> None:
+    """Print a line of this command's own on stderr."""
+    with suppress(OSError):
+        show(f"tiedlora run: {line}", file=sys.stderr)
+
+
+class Session:
+    """A launcher that was started on this machine in a session of its own, with all that it has started here.
+
+    Args:
+        program: the script or module that its ranks run.
+    """
+
+    def __init__(self, process: subprocess.Popen[Any], program: str) -> None:
+        self.process, self._program = process, program
+        self._told: set[int] = set()
+
+    def here(self) -> list[psutil.Process]:
+        """The processes that run on this machine, the launcher among them."""
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    # pdsh gives its ssh a session of its own
+                    found |= {one.pid: one for one in (process, *process.children(recursive=True))}
+        return list(found.values())
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks on this machine, without the processes that they have forked, to read data or to compile."""
+        found = {one.pid: one for one in self.here() if _program(one) == self._program}
+        return [one for one in found.values() if _parent(one) not in found]
+
+    def tell(self, processes: Sequence[psutil.Process], number: int) -> None:
+        """Signal those of the processes that have not been told yet."""
+        for process in processes:
+            if process.pid not in self._told:
+                with suppress(psutil.Error):
+                    process.send_signal(number)
+                self._told.add(process.pid)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Signal the launcher and all that it has started on this machine."""
+        for process in self.here():
+            with suppress(psutil.Error):
+                process.send_signal(number)
+
+
+class RunningJob(Session):
+    """A job whose launcher has been started.
+
+    Args:
+        output: where the launcher's output goes; None: to this command's own.
+
+    Raises:
+        UserError: the launcher cannot be started.
+    """
+
+    def __init__(self, job: Job, plan: StartPlan, *, output: int | None = None) -> None:
+        for path, text in plan.files.items():
+            path.touch(mode=0o600)
+            path.write_text(text, encoding="utf-8")
+        try:
+            process = subprocess.Popen(
+                plan.words,
+                cwd=job.folder,
+                env=dict(plan.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
+            )
+        except OSError as error:
+            raise UserError(f"{plan.words[0]}: cannot be started ({error.strerror or error})") from None
+        super().__init__(process, job.program[-1])
+        self._job = job
+
+    def stop(self, number: int) -> None:
+        """Tell the ranks to save and to stop. Call it until they have: some may just be starting.
+
+        The launcher's own means are used: srun and mpirun pass SIGUSR1 on. Ranks on this machine get the signal itself.
+        Those that ssh started stop when their connection ends.
+        """
+        if self._job.route == "srun" or self._job.launcher in ("mpirun", "openmpi"):
+            self.tell([one for one in self.here() if _name(one) in _FORWARDS], signal.SIGUSR1)
+        elif self._job.route == "local":
+            self.tell(self.ranks(), number)
+        else:
+            self.kill()
+
+
+def _name(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return str(process.name())
+    return ""
+
+
+def _parent(process: psutil.Process) -> int:
+    with suppress(psutil.Error):
+        return int(process.ppid())
+    return 0
+
+
+def _program(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return started_program(process.cmdline())
+    return ""
+
+
+def watch(running: RunningJob, status: StatusFile, signals: StopSignals, times: Times) -> Ended:
+    """Wait for the end of a job: of its launcher, of its run folder's owner, and of what it started on this machine."""
+    passed_on, killed, run_ended, launcher_ended = 0, False, float("inf"), float("inf")
+    while True:
+        now, over = time.monotonic(), running.process.poll() is not None
+        run_ended = min(run_ended, now) if status.is_new() else run_ended
+        launcher_ended = min(launcher_ended, now) if over else launcher_ended
+        if signals.received:
+            if not passed_on:
+                passed_on = signals.received[0]
+                say(f"{signal.Signals(passed_on).name} is passed on; the job saves and ends (Ctrl-C again: kill)")
+            running.stop(passed_on)
+            if signal.SIGINT in signals.received[1:] and not killed:  # schedulers send SIGTERM twice
+                killed = True
+                say("killing all")
+                running.kill()
+        if not over and now - run_ended > times.linger:
+            say("the run has ended, but its launcher has not: killed")
+            running.kill()
+        if over:
+            left = running.here()
+            limit = min(launcher_ended + times.grace, run_ended + times.helper)
+            if not left and (status.is_new() or now > limit or not status.is_awaited()):
+                break
+            if left and now > limit:
+                _end(running, times)
+                break
+        time.sleep(POLL_SECONDS)
+    return Ended(running.process.returncode, passed_on)
+
+
+def _end(running: RunningJob, times: Times) -> None:
+    """End what is left on this machine."""
+    names = ", ".join(f"{process.pid} ({_name(process)})" for process in running.here())
+    say(f"the launcher has ended, but the job has not on this machine: {names}: ended")
+    running.kill(signal.SIGTERM)
+    psutil.wait_procs(running.here(), timeout=times.helper)
+    running.kill()
