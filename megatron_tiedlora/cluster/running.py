@@ -95,13 +95,13 @@ class RunningJob(Session):
     """A job whose launcher has been started.
 
     Args:
-        output: where the launcher's output goes; None: to this command's own.
+        output, errors: where the launcher's output and errors go; None: to this command's own.
 
     Raises:
         UserError: the launcher cannot be started.
     """
 
-    def __init__(self, job: Job, plan: StartPlan, *, output: int | None = None) -> None:
+    def __init__(self, job: Job, plan: StartPlan, *, output: int | None = None, errors: int | None = None) -> None:
         for path, text in plan.files.items():
             path.touch(mode=0o600)
             path.write_text(text, encoding="utf-8")
@@ -112,7 +112,7 @@ class RunningJob(Session):
                 env=dict(plan.environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=None if output is None else subprocess.STDOUT,
+                stderr=errors,
                 start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
             )
         except OSError as error:

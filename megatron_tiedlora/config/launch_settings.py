@@ -70,8 +70,18 @@ class LaunchSettings(CommandSettings):
 
     @model_validator(mode="after")
     def _check(self) -> LaunchSettings:
-        shell_words("launcher_args", self.launcher_args)
+        check_launcher(self.launcher, self.hostfile, self.launcher_args)
         return self
+
+
+def check_launcher(launcher: str, hostfile: str | None, launcher_args: str | None) -> None:
+    """Raise ValueError if a launcher, the hosts and its arguments do not fit each other."""
+    shell_words("launcher_args", launcher_args)
+    if launcher in ("local", "srun") and hostfile is not None:
+        where = "this machine only" if launcher == "local" else "the nodes of its Slurm allocation"
+        raise ValueError(f"--launcher {launcher} runs on {where}; remove --hostfile")
+    if launcher == "pdsh" and hostfile is None:
+        raise ValueError("--launcher pdsh needs --hostfile: one `NAME slots=N` line per host")
 
 
 @dataclass(frozen=True)
@@ -96,17 +106,8 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
     config = own.pop("config", None)
     arguments = (*(("--config", config) if config is not None else ()), *rest)
     settings, train = validate_settings(own, LaunchSettings), parse_settings(arguments, Settings)
-    _check(settings, train)
-    return LaunchCommand(settings, train, arguments)
-
-
-def _check(settings: LaunchSettings, train: Settings) -> None:
     if train.dry_run:
         raise UserError(
             "--dry_run starts no job; give it to tiedlora train, or give --show_command here to see the command"
         )
-    if settings.launcher in ("local", "srun") and settings.hostfile is not None:
-        where = "this machine only" if settings.launcher == "local" else "the nodes of its Slurm allocation"
-        raise UserError(f"--launcher {settings.launcher} runs on {where}; remove --hostfile")
-    if settings.launcher == "pdsh" and settings.hostfile is None:
-        raise UserError("--launcher pdsh needs --hostfile: one `NAME slots=N` line per host")
+    return LaunchCommand(settings, train, arguments)

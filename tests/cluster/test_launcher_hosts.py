@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.doctor.examine import find_hosts
+from megatron_tiedlora.cluster.doctor.examine import find_job
 from megatron_tiedlora.cluster.launchers import plan_start
 from megatron_tiedlora.cluster.start import check_num_ranks, choose_hosts, make_job
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
@@ -217,7 +217,8 @@ def test_in_an_allocation_the_ranks_meet_where_run_py_says(tmp_path: Path, launc
     ]
     ports = {job.master_port for job in jobs}
     assert ports == {12345} if given else len(ports) > 1 and ports <= set(range(20_000, 30_000))
-    address = "10.0.0.9" if len(given) == 2 else find_hosts(DoctorSettings(), shell)[1][0].name  # as it was tried
+    tried = find_job(DoctorSettings(), shell, tmp_path)
+    address = "10.0.0.9" if len(given) == 2 else tried.master_addr
     plan = plan_start(jobs[0], shell)
     words = shlex.join(plan.words)
     if launcher == "torchrun":  # its agents tell the ranks

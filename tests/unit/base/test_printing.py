@@ -56,8 +56,6 @@ def test_lines_that_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
 PRINT = {
     ("megatron_tiedlora/base/errors.py", "show"),
     ("megatron_tiedlora/config/cli.py", "run_command"),  # a UserError
-    ("megatron_tiedlora/cluster/doctor/shared.py", "_say"),  # lines for our own other end
-    ("megatron_tiedlora/cluster/doctor/probe.py", "main"),
     ("megatron_tiedlora/commands/doctor.py", "main"),  # report_text, JSON
     ("megatron_tiedlora/commands/train.py", "main"),  # dry_run_report
     ("megatron_tiedlora/commands/verify.py", "main"),  # Verification.report
