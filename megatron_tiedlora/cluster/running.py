@@ -33,6 +33,7 @@ class Times:
 
     grace: float = 120.0  # for ranks to save after their launcher has ended
     linger: float = 30.0  # for a launcher to end after the run has
+    notice: float = 2.0  # for what it started here to end by itself then
     helper: float = 10.0  # for the processes on this machine after the run has ended, and after SIGTERM
 
 
@@ -152,41 +153,60 @@ def _program(process: psutil.Process) -> str:
     return ""
 
 
-def watch(running: RunningJob, status: StatusFile, signals: StopSignals, times: Times) -> Ended:
-    """Wait for the end of a job: of its launcher, of its run folder's owner, and of what it started on this machine."""
-    passed_on, killed, run_ended, launcher_ended = 0, False, float("inf"), float("inf")
-    while True:
-        now, over = time.monotonic(), running.process.poll() is not None
-        run_ended = min(run_ended, now) if status.is_new() else run_ended
-        launcher_ended = min(launcher_ended, now) if over else launcher_ended
-        if signals.received:
-            if not passed_on:
-                passed_on = signals.received[0]
-                say(f"{signal.Signals(passed_on).name} is passed on; the job saves and ends (Ctrl-C again: kill)")
-            running.stop(passed_on)
-            if signal.SIGINT in signals.received[1:] and not killed:  # schedulers send SIGTERM twice
-                killed = True
-                say("killing all")
-                running.kill()
-        if not over and now - run_ended > times.linger:
-            say("the run has ended, but its launcher has not: killed")
-            running.kill()
-        if over:
-            left = running.here()
-            limit = min(launcher_ended + times.grace, run_ended + times.helper)
-            if not left and (status.is_new() or now > limit or not status.is_awaited()):
-                break
-            if left and now > limit:
-                _end(running, times)
-                break
-        time.sleep(POLL_SECONDS)
-    return Ended(running.process.returncode, passed_on)
+class Watch:
+    """Waits for the end of a job: of its launcher, of its run folder's owner, and of what it started on this machine.
 
+    The first signal is passed on; a second Ctrl-C kills. Only Ctrl-C counts then: schedulers send SIGTERM twice.
+    """
 
-def _end(running: RunningJob, times: Times) -> None:
-    """End what is left on this machine."""
-    names = ", ".join(f"{process.pid} ({_name(process)})" for process in running.here())
-    say(f"the launcher has ended, but the job has not on this machine: {names}: ended")
-    running.kill(signal.SIGTERM)
-    psutil.wait_procs(running.here(), timeout=times.helper)
-    running.kill()
+    def __init__(self, running: RunningJob, status: StatusFile, signals: StopSignals, times: Times) -> None:
+        self._running, self._status, self._signals, self._times = running, status, signals, times
+        self._said: set[str] = set()
+        self._run_ended = self._launcher_ended = float("inf")  # when, by the monotonic clock
+
+    def until_end(self) -> Ended:
+        """Wait, and return how it ended."""
+        received = self._signals.received
+        while not self._is_over():
+            if received:
+                name = signal.Signals(received[0]).name
+                self._say_once(f"{name} is passed on; the job saves and ends (Ctrl-C again: kill)")
+                self._running.stop(received[0])
+            if signal.SIGINT in received[1:]:
+                self._say_once("killing all")
+                self._running.kill()
+            time.sleep(POLL_SECONDS)
+        return Ended(self._running.process.returncode, received[0] if received else 0)
+
+    def _is_over(self) -> bool:
+        now, times = time.monotonic(), self._times
+        if self._status.is_new():
+            self._run_ended = min(self._run_ended, now)
+        if self._running.process.poll() is None:
+            if now - self._run_ended > times.linger:
+                self._say_once("the run has ended, but its launcher has not: killed")
+                self._running.kill()
+            return False
+        self._launcher_ended = min(self._launcher_ended, now)
+        is_late = now > min(self._launcher_ended + times.grace, self._run_ended + times.helper)
+        if not self._running.here():
+            return is_late or self._status.is_new() or not self._status.is_awaited()
+        if is_late:
+            self._end()
+        elif now - self._launcher_ended > times.notice and not self._status.is_new():
+            self._say_once("the launcher has ended, but the job has not; it is told to save and to stop")
+            self._running.stop(signal.SIGTERM)
+        return is_late
+
+    def _end(self) -> None:
+        """End what is left on this machine."""
+        left = ", ".join(f"{process.pid} ({_name(process)})" for process in self._running.here())
+        self._say_once(f"what is left of the job on this machine is ended: {left}")
+        self._running.kill(signal.SIGTERM)
+        psutil.wait_procs(self._running.here(), timeout=self._times.helper)
+        self._running.kill()
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            say(line)

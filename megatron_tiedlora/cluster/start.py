@@ -17,7 +17,7 @@ from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.cluster.launchers import Job, Route, StartPlan, plan_start
-from megatron_tiedlora.cluster.running import RunningJob, Times, say, watch
+from megatron_tiedlora.cluster.running import RunningJob, Times, Watch, say
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.cluster.verdict import StatusFile, Verdict, judge
 from megatron_tiedlora.config.batch import plan_batches
@@ -77,7 +77,7 @@ def _run(job: Job, settings: LaunchSettings, folder: RunFolder, signals: StopSig
         if signals.received:
             return 128 + signals.received[0]
         say(f"{count_text(job.size, 'rank')} on {where} by {job.launcher}, into {folder.path}")
-        ended = watch(RunningJob(job, plan), status, signals, times)
+        ended = Watch(RunningJob(job, plan), status, signals, times).until_end()
         verdict = judge(status, launcher=job.launcher, launcher_status=ended.status, passed_on=ended.passed_on)
         say(verdict.line)
         _say_what_may_be_left(job, folder, verdict)

@@ -50,6 +50,7 @@ def doctor(*flags: object, folder: Path, limit: float = 100.0) -> subprocess.Com
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
+@pytest.mark.cpu_seconds(60, reason="two jobs under deepspeed, which imports itself in each of their processes")
 def test_this_machine_alone(tmp_path: Path) -> None:
     """Its ranks all-reduce, and then measure its constants, which a plan reads."""
     write_tiny_model(tmp_path / "model", num_layers=1, max_positions=1024)
@@ -73,7 +74,8 @@ def test_this_machine_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(250)
+@pytest.mark.cpu_seconds(25, reason="three commands, each of which imports torch")
 def test_a_rank_alone_that_cannot_measure(tmp_path: Path) -> None:
     """The reason is an error of the report, and no file is written; nor is anything measured after another error."""
     (tmp_path / "model").mkdir()

@@ -240,7 +240,7 @@ def test_why_nothing_was_measured(
     """The time, a rank's own error in front of what others say later, or the last words."""
     write_program(tmp_path / "bin", "mpirun", f"#!/bin/sh\n{text}\n")
     monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial._START_SECONDS", 3.0)
-    job = make_job(tmp_path / "job", launcher="mpirun", route="local", hosts=(Host("nodea", 1),))
+    job = make_job(tmp_path / "job", launcher="mpirun", route="local", hosts=(Host("nodea", 2),))
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     monkeypatch.setenv("PATH", environment["PATH"])
     found, (finding,) = measure_hosts(job, environment, model="m", seconds=1.0, limit=0.0)
@@ -250,7 +250,7 @@ def test_why_nothing_was_measured(
 def test_what_was_measured_is_read_from_the_line_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_program(tmp_path / "bin", "mpirun", """#!/bin/sh\necho 'nodea: {"name": "this", "of": 2}'\n""")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    job = make_job(tmp_path / "job", launcher="mpirun", route="local", hosts=(Host("nodea", 1),))
+    job = make_job(tmp_path / "job", launcher="mpirun", route="local", hosts=(Host("nodea", 2),))
     assert measure_hosts(job, os.environ, model="m", seconds=1.0, limit=60.0) == ({"name": "this", "of": 2}, [])
 
 

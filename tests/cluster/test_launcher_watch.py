@@ -25,7 +25,7 @@ from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.config.launch_settings import parse_launch
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(150)
 
 # A rank: says that it runs, does as it is told, and writes how it ended.
 RANK = """
@@ -145,7 +145,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
 
 def _send(folder: Path, signals: tuple[int, ...]) -> None:
     for number in signals:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (folder / "runs").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.6)
@@ -257,14 +257,33 @@ def test_a_rank_that_its_launcher_abandoned_here_is_ended_when_the_grace_is_over
     ended = start({"works": 50, "obeys": obeys}, {"abandons": True}, grace=1.0)
     assert ended.status == 1 and set(ended.signals) == {15}
     assert time.monotonic() - begun < 20
-    assert "the launcher has ended, but the job has not on this machine" in ended.said and "(python" in ended.said
+    assert "what is left of the job on this machine is ended: " in ended.said and "(python" in ended.said
     assert ("stopped at step 3" in ended.said) is obeys
 
 
 def test_a_rank_that_its_launcher_abandoned_has_time_to_save(start: Launch) -> None:
     ended = start({"works": 3, "state": "stopped"}, {"abandons": True}, grace=60)
     assert ended.status == 1 and not ended.signals
-    assert "has not on this machine" not in ended.said and "stopped at step 3" in ended.said
+    assert "is ended: " not in ended.said and "stopped at step 3" in ended.said
+
+
+@pytest.mark.distributed
+def test_a_rank_whose_deepspeed_was_killed_here_is_told_to_save(start: Launch) -> None:
+    def kill() -> None:
+        deadline = time.monotonic() + 50
+        while not list((folder / "runs").glob("*/runs")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for process in psutil.Process().children():
+            if "deepspeed" in " ".join(process.cmdline()[:2]):
+                process.kill()
+
+    folder = Path(os.environ["HOME"])
+    killer = threading.Thread(target=kill)
+    killer.start()
+    ended = start({"works": 50, "saves": 1.0}, by="local")
+    killer.join()
+    assert ended.status == 137 and ended.signals == [15]
+    assert "it is told to save and to stop" in ended.said and "stopped at step 3" in ended.said
 
 
 def test_a_killed_launcher_is_noticed(start: Launch) -> None:

@@ -31,7 +31,7 @@ from megatron_tiedlora.cluster.doctor.records import (
     ParallelConfig,
     RankEvent,
 )
-from megatron_tiedlora.cluster.launchers import Job, plan_start
+from megatron_tiedlora.cluster.launchers import Job, StartPlan, plan_start
 from megatron_tiedlora.cluster.running import RunningJob
 from megatron_tiedlora.cluster.signals import StopSignals
 
@@ -123,7 +123,10 @@ def _lines(trial: Trial, job: Job, environment: Mapping[str, str], seconds: floa
     """Start a job and yield what it prints, first its output and at its end its errors. Nothing of it is left here."""
     limit = threading.Event()
     with tempfile.TemporaryFile() as errors, StopSignals() as signals:
-        running = RunningJob(job, plan_start(job, environment), output=subprocess.PIPE, errors=errors.fileno())
+        # One rank of this machine needs no launcher; a plain job starts so, too.
+        alone = StartPlan(tuple(job.command), {**environment, "PYTHONSAFEPATH": "1"})
+        plan = alone if job.route == "local" and job.size == 1 else plan_start(job, environment)
+        running = RunningJob(job, plan, output=subprocess.PIPE, errors=errors.fileno())
 
         def watch() -> None:
             waited = 0.0
