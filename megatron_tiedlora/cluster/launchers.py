@@ -284,6 +284,7 @@ def _torchrun(job: Job, environment: Mapping[str, str]) -> StartPlan:
     meeting = f"{job.master_addr or job.hosts[0].name}:{job.master_port}"
     agent = [job.python, "-P", "-m", "torch.distributed.run"]
     options = [f"--nnodes={len(job.hosts)}", f"--nproc-per-node={slots.pop()}", "--rdzv-backend=c10d"]
+    options.append("--rdzv-conf=join_timeout=120")  # for a host that does not come; ten minutes by default
     options += [f"--rdzv-endpoint={meeting}", f"--rdzv-id={job.master_port}", *job.stop_options, *job.launcher_args]
     ranks = [*options, *job.program, *job.arguments]
     if job.route == "local":

@@ -22,8 +22,9 @@ from megatron_tiedlora.cluster.launchers import Job, StartPlan
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.cluster.verdict import StatusFile
 from megatron_tiedlora.config.hosts import started_program
+from megatron_tiedlora.runtime.stopping import alive
 
-POLL_SECONDS = 0.2
+POLL_SECONDS, _LOOK_SECONDS = 0.2, 5.0
 _FORWARDS = ("srun", "mpirun", "prterun")  # SIGUSR1 to their ranks; on SIGTERM they give them no time to save
 
 
@@ -61,16 +62,19 @@ class Session:
     def __init__(self, process: subprocess.Popen[Any], program: str) -> None:
         self.process, self._program = process, program
         self._told: set[int] = set()
+        self._seen: set[psutil.Process] = set()
 
     def here(self) -> list[psutil.Process]:
-        """The processes that run on this machine, the launcher among them."""
-        found: dict[int, psutil.Process] = {}
+        """The processes that run on this machine, the launcher among them.
+
+        pdsh gives its ssh a session of its own: that is found as its child, and after its end if it was found before.
+        """
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    # pdsh gives its ssh a session of its own
-                    found |= {one.pid: one for one in (process, *process.children(recursive=True))}
-        return list(found.values())
+                if os.getsid(process.pid) == self.process.pid:
+                    self._seen |= {process, *process.children(recursive=True)}
+        self._seen = {process for process in self._seen if alive(process)}
+        return list(self._seen)
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks on this machine, without the processes that they have forked, to read data or to compile."""
@@ -163,6 +167,7 @@ class Watch:
         self._running, self._status, self._signals, self._times = running, status, signals, times
         self._said: set[str] = set()
         self._run_ended = self._launcher_ended = float("inf")  # when, by the monotonic clock
+        self._looked = 0.0
 
     def until_end(self) -> Ended:
         """Wait, and return how it ended."""
@@ -186,6 +191,9 @@ class Watch:
             if now - self._run_ended > times.linger:
                 self._say_once("the run has ended, but its launcher has not: killed")
                 self._running.kill()
+            if now - self._looked > _LOOK_SECONDS:  # so that what it has started is known when it has ended
+                self._looked = now
+                self._running.here()
             return False
         self._launcher_ended = min(self._launcher_ended, now)
         is_late = now > min(self._launcher_ended + times.grace, self._run_ended + times.helper)

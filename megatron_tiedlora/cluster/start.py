@@ -81,8 +81,8 @@ def _run(job: Job, settings: LaunchSettings, folder: RunFolder, signals: StopSig
         verdict = judge(status, launcher=job.launcher, launcher_status=ended.status, passed_on=ended.passed_on)
         say(verdict.line)
         _say_what_may_be_left(job, folder, verdict)
-        # A run that was stopped may not go on; one without a folder was rejected.
-        if verdict.status == 0 or ended.passed_on or verdict.state == "stopped" or not folder.path.is_dir():
+        # A run that was stopped may not go on; one that has not begun would fail again.
+        if verdict.status == 0 or ended.passed_on or verdict.state == "stopped" or not status.has_begun():
             break
     return verdict.status
 

@@ -39,13 +39,17 @@ class StatusFile:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self._before = _stamp(folder.status)
+        self._before, self._owner_before = _stamp(folder.status), _stamp(folder.path / OWNER_FILE)
         self._token: Stamp | None = None
         self._renewed = 0.0  # when the owner's token was seen to change, by the monotonic clock
 
     def is_new(self) -> bool:
         """Whether this start has written the file."""
         return _stamp(self.folder.status) not in (None, self._before)
+
+    def has_begun(self) -> bool:
+        """Whether a rank of this start has taken the folder: the settings, the hosts and the model were right."""
+        return self.is_new() or _stamp(self.folder.path / OWNER_FILE) not in (None, self._owner_before)
 
     def is_awaited(self) -> bool:
         """Whether a rank may still write it: the folder has an owner, who is not known to be dead and not silent."""

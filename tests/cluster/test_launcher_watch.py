@@ -38,6 +38,9 @@ again = (folder / "starts").exists()
 with open(folder / "starts", "a") as file:
     file.write(json.dumps([sys.argv[1:], os.environ["MASTER_PORT"]]) + "\\n")
 
+if plan.get("owns"):
+    (folder / ".owner").write_text("{}")
+
 def end(state, status):
     if state:
         (folder / "new.json").write_text(json.dumps({"state": state, "step": 3, "reason": "so it was"}))
@@ -318,7 +321,8 @@ def test_what_a_rank_leaves_behind_is_ended(start: Launch) -> None:
     ("rank", "flags", "status", "starts"),
     [
         ({"state": "failed", "status": 1}, ["--max_restarts=2"], 1, 3),
-        ({"status": 7}, ["--max_restarts=1"], 7, 2),
+        ({"status": 7, "owns": True}, ["--max_restarts=1"], 7, 2),
+        ({"status": 7}, ["--max_restarts=1"], 7, 1),
         ({"state": "failed", "status": 1}, [], 1, 1),
         ({"state": "finished"}, ["--max_restarts=2"], 0, 1),
         ({"state": "stopped", "status": 143}, ["--max_restarts=2"], 143, 1),
@@ -341,7 +345,7 @@ def test_a_run_that_finishes_at_its_second_start_is_a_success(start: Launch) -> 
     assert ended.status == 0 and len((ended.folder / "starts").read_text().splitlines()) == 2
 
 
-def test_a_start_that_left_no_folder_or_was_told_to_stop_is_not_repeated(start: Launch, tmp_path: Path) -> None:
+def test_a_start_that_did_not_begin_or_was_told_to_stop_is_not_repeated(start: Launch, tmp_path: Path) -> None:
     ended = start(
         {"works": 3.0, "obeys": False, "state": "failed", "status": 1},
         signals=(signal.SIGTERM,),
