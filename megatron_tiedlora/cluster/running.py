@@ -34,7 +34,7 @@ class Times:
 
     grace: float = 120.0  # for ranks to save after their launcher has ended
     linger: float = 30.0  # for a launcher to end after the run has
-    notice: float = 2.0  # for what it started here to end by itself then
+    notice: float = 0.5  # for what it started here to end by itself then
     helper: float = 10.0  # for the processes on this machine after the run has ended, and after SIGTERM
 
 

@@ -46,7 +46,7 @@ def test_a_job_is_stopped_under_one_launcher_and_finished_under_another(site: Si
     assert "tiedlora run: SIGTERM is passed on" in job.output() and "s3cret" not in job.output()
     stopped = status(folder)
     assert stopped["state"] == "stopped" and 3 <= stopped["step"] < STEPS
-    wait_until(lambda: not site.cluster.jobs(), site.cluster.jobs, limit=30)  # after the run has ended
+    wait_until(lambda: not site.cluster.jobs(), site.cluster.jobs, limit=100)  # after the run has ended
 
     job = start(site, folder, "mpirun", "--resume=auto", work=tmp_path)
     assert job.wait(300) == 0, job.output()
