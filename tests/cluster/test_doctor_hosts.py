@@ -23,7 +23,12 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.planning.machines import read_machine
 
-pytestmark = [pytest.mark.distributed, needs("pdsh"), pytest.mark.timeout(260)]
+pytestmark = [
+    pytest.mark.distributed,
+    needs("pdsh"),
+    pytest.mark.timeout(260),
+    pytest.mark.cpu_seconds(40, reason="a job under deepspeed on two hosts, whose processes import it themselves"),
+]
 DOCTOR = ROOT / "launch" / "doctor.py"
 PORT = 29517
 RANKS_MODULE = "megatron_tiedlora.cluster.doctor"
