@@ -1,4 +1,4 @@
-"""tiedlora run: from settings to a job that has been watched to its end; the table of contents of a start."""
+"""tiedlora run: starts the launcher that was asked for, waits, reads run_status.json, and restarts after a failure."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from pathlib import Path
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.cluster.decide import Times
-from megatron_tiedlora.cluster.job_hosts import JobHosts
-from megatron_tiedlora.cluster.remote import Route
-from megatron_tiedlora.cluster.routes import Job, StartPlan, plan_start
+from megatron_tiedlora.cluster.launchers import Job, Route, StartPlan, plan_start
+from megatron_tiedlora.cluster.running import RunningJob, Times, Watch, say
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.cluster.verdict import StatusFile, judge
-from megatron_tiedlora.cluster.watch import say, start_all, watch
+from megatron_tiedlora.cluster.verdict import StatusFile, Verdict, judge
 from megatron_tiedlora.config.batch import plan_batches
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, read_hostfile, slurm_hosts
 from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings
@@ -32,62 +29,69 @@ from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, run_name
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ephemeral ports of most systems
-_PROGRAMS = {"pdsh": ("pdsh", "pgrep"), "openmpi": ("mpirun", "pgrep"), "mpirun": ("mpirun",), "srun": ("srun",)}
-_SRUN_SOON_SECONDS = 10.0  # each look is a job step, which costs Slurm's controller work
+_PROGRAMS = {"pdsh": ("pdsh",), "openmpi": ("mpirun",), "mpirun": ("mpirun",), "srun": ("srun",)}
 _TIMES = Times()
 
 
 def launch(command: LaunchCommand, *, scripts: Path, times: Times = _TIMES) -> int:
-    """Start a job, watch it to its end and report it; returns the exit status.
+    """Start a job, wait for its end and report it; returns the exit status.
 
     Args:
         scripts: the folder of the script of `tiedlora train`.
-        times: time limits; the settings override two of them.
+        times: time limits; the settings override one of them.
 
     Raises:
         UserError: settings, hosts, layout, batch or folder do not fit; nothing has been started then.
     """
-    settings, environment = command.settings, dict(os.environ)
-    launcher, route, hosts = choose_hosts(settings, environment)
+    settings = command.settings
+    launcher, route, hosts = choose_hosts(settings, os.environ)
     check_num_ranks(command.train, num_ranks(hosts))
     chosen = choose_run_folder(command.train.output_dir, name=run_name(command.train), resume=command.train.resume)
     folder = RunFolder(chosen.path.absolute())
     private = Path(tempfile.mkdtemp(prefix="megatron_tiedlora-"))  # only this user can read it
     try:
-        job = make_job(command, launcher, route, hosts, scripts=scripts, private=private, folder=folder)
+        program = (str(scripts / "train.py"),)
+        arguments = (*_without_output_dir(command.arguments), f"--output_dir={folder.path}")
+        job = make_job(settings, launcher, route, hosts, program=program, arguments=arguments, private=private)
         if settings.show_command:
-            lines = command_lines(plan_start(job, environment), job, folder, environment)
+            lines = command_lines(plan_start(job, os.environ), job, folder, os.environ)
             show(*(part for line in lines for part in line.split("\n")))
             return 0
-        _check_programs(job)
-        return _run(job, settings, environment, folder, times)
+        check_programs(job)
+        times = replace(times, grace=settings.grace_seconds)
+        with StopSignals(more=(signal.SIGUSR1,)) as signals:
+            return _run(job, settings, folder, signals, times)
     finally:
         shutil.rmtree(private, ignore_errors=True)
 
 
-def _run(job: Job, settings: LaunchSettings, environment: Mapping[str, str], folder: RunFolder, times: Times) -> int:
-    with StopSignals(more=(signal.SIGUSR1,)) as signals:
-        hosts = JobHosts(job, environment, limit=settings.host_seconds)
-        if job.route == "ssh":
-            job = _with_master_addr(job, hosts)
-        plan = plan_start(job, environment)
+def _run(job: Job, settings: LaunchSettings, folder: RunFolder, signals: StopSignals, times: Times) -> int:
+    where = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts)
+    for restart in range(settings.max_restarts + 1):
+        if restart:
+            say(f"restart {restart} of {settings.max_restarts}, from the last checkpoint")
+            job = replace(job, arguments=(*job.arguments, "--resume=auto"), master_port=_port(settings))
+        plan, status = plan_start(job, os.environ), StatusFile(folder)
         for note in plan.notes:
             say(note)
-        for path, text in plan.files.items():
-            path.touch(mode=0o600)
-            path.write_text(text, encoding="utf-8")
-        status = StatusFile(folder)
         if signals.received:
             return 128 + signals.received[0]
-        where = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts)
         say(f"{count_text(job.size, 'rank')} on {where} by {job.launcher}, into {folder.path}")
-        times = replace(times, look=settings.look_seconds, grace=settings.grace_seconds)
-        if job.route == "srun":  # Slurm watches its steps itself
-            times = replace(times, look=float("inf"), soon=_SRUN_SOON_SECONDS)
-        ended = watch(start_all(plan, job.folder), hosts, signals, times, status.is_new)
-    verdict = judge(status, launcher=ended.name, launcher_status=ended.status, passed_on=ended.passed_on)
-    say(verdict.line)
+        ended = Watch(RunningJob(job, plan), status, signals, times).until_end()
+        verdict = judge(status, launcher=job.launcher, launcher_status=ended.status, passed_on=ended.passed_on)
+        say(verdict.line)
+        _say_what_may_be_left(job, folder, verdict)
+        # A run that was stopped may not go on; one that has not begun would fail again.
+        if verdict.status == 0 or ended.passed_on or verdict.state == "stopped" or not status.has_begun():
+            break
     return verdict.status
+
+
+def _say_what_may_be_left(job: Job, folder: RunFolder, verdict: Verdict) -> None:
+    """Where the ranks did not report their end, the launcher may have left some on other hosts."""
+    if not verdict.state and job.route == "ssh":
+        pattern = shlex.quote(f"[-]-output_dir={folder.path}")
+        say(f"ranks that still run end with: pdsh -R ssh -w {job.names} {shlex.quote(f'pkill -f {pattern}')}")
 
 
 def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tuple[str, Route, tuple[Host, ...]]:
@@ -129,18 +133,17 @@ def check_num_ranks(train: Settings, ranks: int) -> None:
 
 
 def make_job(
-    command: LaunchCommand,
+    settings: LaunchSettings,
     launcher: str,
     route: Route,
     hosts: tuple[Host, ...],
     *,
-    scripts: Path,
+    program: tuple[str, ...],
+    arguments: tuple[str, ...],
     private: Path,
-    folder: RunFolder,
 ) -> Job:
-    """The job with a new run id and with --output_dir, so that all hosts and this command use the same run folder."""
-    settings, run_id = command.settings, secrets.token_hex(8)
-    # In an allocation the first host's name, as in the doctor; over ssh its address is looked up (`_with_master_addr`).
+    """The job that the settings describe, on a new port."""
+    # In an allocation the first host's name, as in the doctor; over ssh launchers choose.
     first = {"local": "127.0.0.1", "srun": hosts[0].name, "ssh": ""}[route]
     gpus = visible_gpus() if launcher == "local" else ()
     if gpus and hosts[0].slots > len(gpus):
@@ -149,20 +152,22 @@ def make_job(
         launcher=launcher,
         route=route,
         hosts=hosts,
-        script=str(scripts / "train.py"),
-        arguments=(*_without_output_dir(command.arguments), f"--output_dir={folder.path}"),
+        program=program,
+        arguments=arguments,
         python=sys.executable,
         folder=Path.cwd(),
         private=private,
-        run_id=run_id,
         master_addr=settings.master_addr or first,
-        master_port=settings.master_port or _FIRST_PORT + int(run_id, 16) % _NUM_PORTS,
+        master_port=_port(settings),
         ssh_port=settings.ssh_port,
         gpus=gpus[: hosts[0].slots],
         launcher_args=tuple(shlex.split(settings.launcher_args or "")),
-        max_restarts=settings.max_restarts,
-        stop_seconds=_stop_seconds(settings) if launcher == "torchrun" else None,
+        stop_options=_stop_options(settings) if launcher == "torchrun" else (),
     )
+
+
+def _port(settings: LaunchSettings) -> int:
+    return settings.master_port or _FIRST_PORT + secrets.randbelow(_NUM_PORTS)
 
 
 def _without_output_dir(arguments: Sequence[str]) -> tuple[str, ...]:
@@ -175,47 +180,39 @@ def _without_output_dir(arguments: Sequence[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def _stop_seconds(settings: LaunchSettings) -> int | None:
-    """Seconds that torchrun's agents give their ranks to save; None if this torch has no such flag (it uses 30 s)."""
+def _stop_options(settings: LaunchSettings) -> tuple[str, ...]:
+    """Options for torchrun's agents, so that they give their ranks time to save; none if this torch has no such flags
+    (it uses 30 s)."""
     from torch.distributed.run import get_args_parser  # slow to import
 
     known = {option for action in get_args_parser()._actions for option in action.option_strings}
-    return max(1, int(settings.grace_seconds)) if {"--shutdown-timeout", "--signals-to-handle"} <= known else None
+    if not {"--shutdown-timeout", "--signals-to-handle"} <= known:
+        return ()
+    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    return (f"--shutdown-timeout={max(1, int(settings.grace_seconds))}", signals)
 
 
-def _check_programs(job: Job) -> None:
+def check_programs(job: Job) -> None:
+    """Raise UserError if a program that the launcher needs is not installed here."""
     require_extra("train", only=["deepspeed"])
     deepspeed = Path(job.python).with_name("deepspeed")
     if job.launcher in ("local", "pdsh", "openmpi") and not deepspeed.is_file():
         raise UserError(f"{deepspeed}: no such launcher; start this with the Python in which DeepSpeed is installed")
-    for program in _PROGRAMS.get(job.launcher, ()):
+    by_pdsh = job.launcher == "torchrun" and job.route == "ssh"
+    for program in ("pdsh",) if by_pdsh else _PROGRAMS.get(job.launcher, ()):
         if shutil.which(program) is None:
             raise UserError(f"--launcher {job.launcher}: there is no {program} on PATH; install it or choose another")
     if job.route == "ssh" and shutil.which("ssh") is None:
         raise UserError("--hostfile: there is no ssh on PATH, which is needed to reach the hosts; install it")
 
 
-def _with_master_addr(job: Job, hosts: JobHosts) -> Job:
-    """Reach every host, then return the job with its master address. Raises UserError if a host cannot be used."""
-    answers = hosts.check()
-    if answers.unreached:
-        lines = "; ".join(f"{name}: {reason}" for name, reason in answers.unreached.items())
-        raise UserError(f"{len(answers.unreached)} of {len(job.hosts)} hosts cannot be used ({lines})")
-    if job.master_addr or job.launcher == "torchrun":
-        return job
-    return replace(job, master_addr=answers.addresses.get(job.hosts[0].name, ""))
-
-
 def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
     """The lines of --show_command: what would be started."""
     lines = [f"run folder  {folder.path}", f"ranks       {job.size}"]
     lines += [f"host        {host.name} slots={host.slots}" for host in job.hosts]
-    if job.route == "ssh" and not job.master_addr:
-        lines.append("master      the first host's first address, looked up at the start")
     for path, text in plan.files.items():
         lines += [f"file        {path.name}", *(f"            {line}" for line in text.splitlines())]
     changed = {name: value for name, value in plan.environment.items() if environment.get(name) != value}
     lines += [f"environment {name}={shlex.quote(value)}" for name, value in sorted(changed.items())]
     lines += [f"note        {note}" for note in plan.notes]
-    lines += [f"command     {shlex.join(command.words)}" for command in plan.commands]
-    return lines
+    return [*lines, f"command     {shlex.join(plan.words)}"]

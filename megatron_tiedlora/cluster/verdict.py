@@ -8,22 +8,30 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import one_line
 from megatron_tiedlora.base.json_files import read_json_or_none
+from megatron_tiedlora.base.ownership import OWNER_FILE, owner_in_words
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 Stamp = tuple[int, int, int]
 LATE_SECONDS = 3.0  # until a status that was written on another host is visible here
+_SILENT_SECONDS = 25.0  # an owner that has not renewed its token for so long is dead; it does so every 10 seconds
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The exit status of tiedlora run and the line that explains it."""
+    """The exit status of tiedlora run and the line that explains it.
+
+    Attributes:
+        state: of the run, as its status file says; '' if there is none of this start.
+    """
 
     status: int
     line: str
+    state: str = ""
 
 
 class StatusFile:
@@ -31,18 +39,26 @@ class StatusFile:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self._before = self._stamp()
-
-    def _stamp(self) -> Stamp | None:
-        try:
-            stat = self.folder.status.stat()
-        except OSError:
-            return None
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+        self._before, self._owner_before = _stamp(folder.status), _stamp(folder.path / OWNER_FILE)
+        self._token: Stamp | None = None
+        self._renewed = 0.0  # when the owner's token was seen to change, by the monotonic clock
 
     def is_new(self) -> bool:
         """Whether this start has written the file."""
-        return self._stamp() not in (None, self._before)
+        return _stamp(self.folder.status) not in (None, self._before)
+
+    def has_begun(self) -> bool:
+        """Whether a rank of this start has taken the folder: the settings, the hosts and the model were right."""
+        return self.is_new() or _stamp(self.folder.path / OWNER_FILE) not in (None, self._owner_before)
+
+    def is_awaited(self) -> bool:
+        """Whether a rank may still write it: the folder has an owner, who is not known to be dead and not silent."""
+        token, now = _stamp(self.folder.path / OWNER_FILE), time.monotonic()
+        if token is None or owner_in_words(self.folder.path) is None:
+            return False
+        if token != self._token:
+            self._token, self._renewed = token, now
+        return now - self._renewed < _SILENT_SECONDS
 
     def read(self) -> Mapping[str, Any] | None:
         """The file's content if this start has written it; None otherwise."""
@@ -56,6 +72,14 @@ class StatusFile:
             with suppress(OSError):
                 os.listdir(self.folder.path)  # makes NFS look again
         return content
+
+
+def _stamp(file: Path) -> Stamp | None:
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def judge(
@@ -81,8 +105,8 @@ def judge(
     state, step, reason = content.get("state"), content.get("step"), content.get("reason")
     line = one_line(f"{path}: {state} at step {step} ({reason})")
     if state == "finished" or (state == "stopped" and passed_on):
-        return Verdict(0, line)
-    return Verdict(failed, f"{line}; {ended}")
+        return Verdict(0, line, str(state))
+    return Verdict(failed, f"{line}; {ended}", str(state))
 
 
 def _in_words(status: int) -> str:

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from megatron_tiedlora.config.fields import CommandSettings, marked, setting_field, shared_field
+from megatron_tiedlora.config.launch_settings import LaunchSettings, check_launcher
 from megatron_tiedlora.config.presets import is_preset
 from megatron_tiedlora.config.train_fields import TrainFields
 
@@ -19,17 +20,17 @@ GROUPS = {
     "limits": "limits of what counts as healthy",
 }
 ABOUT = """\
-Check the hosts of a job before it starts. It finds hosts that are down, differing versions, missing paths, ports in
-use, clocks that differ, and networks that do not connect the ranks.
+Check the hosts of a job before it starts. It finds hosts that are down, differing versions, missing paths,
+clocks that differ, and networks that do not connect the ranks.
 
     tiedlora doctor --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
     tiedlora doctor --model MODEL              inside a Slurm allocation (srun, no ssh), else this machine alone
 
     tiedlora doctor --hostfile hostfile --model MODEL --measure constants.json
 
-First all hosts are checked at the same time. Then the job's ranks are started briefly and run an all-reduce in each
-tensor, pipeline and data parallel group. With --measure and no error, all ranks then measure the constants that
-`tiedlora plan --constants` reads. No files or processes are left on any host.
+The job's ranks are started briefly, by the launcher that the job will use. Each host reports what it has, and the ranks
+run an all-reduce in each tensor, pipeline and data parallel group. With --measure and no error, all ranks then measure
+the constants that `tiedlora plan --constants` reads. No files are left on any host.
 Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
 
 
@@ -46,6 +47,12 @@ class DoctorSettings(CommandSettings):
     hostfile: str | None = setting_field(
         "run", "`NAME slots=N` lines, as for deepspeed (default: the hosts of the Slurm allocation, or this machine)",
         None,
+    )
+    launcher: Literal["auto", "local", "pdsh", "openmpi", "mpirun", "srun", "torchrun"] = shared_field(
+        LaunchSettings, "launcher", "how the ranks are started, as for tiedlora run", group="run",
+    )
+    launcher_args: str | None = shared_field(
+        LaunchSettings, "launcher_args", 'arguments of the launcher itself, e.g. "--cpu-bind=none"', group="run",
     )
     ssh_port: int | None = setting_field(
         "run", "port of the hosts' ssh, as in `deepspeed --ssh_port`", None, ge=1, le=65535,
@@ -76,7 +83,7 @@ class DoctorSettings(CommandSettings):
 
     tensor_parallel: int = _train("tensor_parallel", "ranks that share each layer", group="parallel")
     pipeline_parallel: int = _train("pipeline_parallel", "stages that share the layers", group="parallel")
-    master_port: int = setting_field("parallel", "port of the first host where the ranks meet", 29500, ge=1, le=65535)
+    master_port: int | None = shared_field(LaunchSettings, "master_port", group="parallel")
     allreduce_mb: float = setting_field(
         "parallel", "megabytes per rank in the all-reduce that measures bandwidth", 64.0, gt=0, le=16384,
     )
@@ -88,6 +95,7 @@ class DoctorSettings(CommandSettings):
 
     @model_validator(mode="after")
     def _check(self) -> DoctorSettings:
+        check_launcher(self.launcher, self.hostfile, self.launcher_args)
         if self.model is not None and is_preset(self.model):
             raise ValueError(f"--model {self.model} is a shape without files to look for; give a folder or hub id")
         if self.ssh_port is not None and self.hostfile is None:

@@ -39,7 +39,7 @@ class LaunchSettings(CommandSettings):
     groups: ClassVar[Mapping[str, str]] = {
         "run": "passed to tiedlora train, as are all flags not listed here; see `tiedlora train --help`",
         "start": "what is started, and where",
-        "time limits": "how long to wait before a host or a process counts as lost",
+        "time limits": "how long to wait for the end of a job",
     }
 
     launcher: Literal["auto", "local", "pdsh", "openmpi", "mpirun", "srun", "torchrun"] = setting_field(
@@ -59,25 +59,29 @@ class LaunchSettings(CommandSettings):
         "start", 'arguments of pdsh, mpirun, srun or torchrun itself, e.g. "--cpu-bind=none"', None,
     )
     max_restarts: int = setting_field(
-        "start", "with torchrun: how often to restart from the last checkpoint after a failure", 0, ge=0,
+        "start", "how often to restart after a failure, from the last checkpoint (--resume auto)", 0, ge=0,
     )
     show_command: bool = setting_field("start", "print hosts, environment and command; start nothing", False)
 
-    host_seconds: float = setting_field(
-        "time limits", "longest wait for a host's answer to a check", 20.0, gt=0, le=_LONGEST_WAIT,
-    )
-    look_seconds: float = setting_field(
-        "time limits", "time between checks of all hosts while the job runs", 30.0, gt=0, le=_LONGEST_WAIT,
-    )
     grace_seconds: float = setting_field(
-        "time limits", "time for ranks to save after their launcher has died, before they are killed", 120.0, ge=0,
-        le=_LONGEST_WAIT,
+        "time limits", "time for ranks to save after their launcher has ended, before those of this machine are killed",
+        120.0, ge=0, le=_LONGEST_WAIT,
     )
 
     @model_validator(mode="after")
     def _check(self) -> LaunchSettings:
-        shell_words("launcher_args", self.launcher_args)
+        check_launcher(self.launcher, self.hostfile, self.launcher_args)
         return self
+
+
+def check_launcher(launcher: str, hostfile: str | None, launcher_args: str | None) -> None:
+    """Raise ValueError if a launcher, the hosts and its arguments do not fit each other."""
+    shell_words("launcher_args", launcher_args)
+    if launcher in ("local", "srun") and hostfile is not None:
+        where = "this machine only" if launcher == "local" else "the nodes of its Slurm allocation"
+        raise ValueError(f"--launcher {launcher} runs on {where}; remove --hostfile")
+    if launcher == "pdsh" and hostfile is None:
+        raise ValueError("--launcher pdsh needs --hostfile: one `NAME slots=N` line per host")
 
 
 @dataclass(frozen=True)
@@ -102,24 +106,8 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
     config = own.pop("config", None)
     arguments = (*(("--config", config) if config is not None else ()), *rest)
     settings, train = validate_settings(own, LaunchSettings), parse_settings(arguments, Settings)
-    _check(settings, train)
-    return LaunchCommand(settings, train, arguments)
-
-
-def _check(settings: LaunchSettings, train: Settings) -> None:
     if train.dry_run:
         raise UserError(
             "--dry_run starts no job; give it to tiedlora train, or give --show_command here to see the command"
         )
-    if settings.launcher in ("local", "srun") and settings.hostfile is not None:
-        where = "this machine only" if settings.launcher == "local" else "the nodes of its Slurm allocation"
-        raise UserError(f"--launcher {settings.launcher} runs on {where}; remove --hostfile")
-    if settings.launcher == "pdsh" and settings.hostfile is None:
-        raise UserError("--launcher pdsh needs --hostfile: one `NAME slots=N` line per host")
-    if settings.max_restarts and settings.launcher != "torchrun":
-        raise UserError(f"--max_restarts {settings.max_restarts}: only --launcher torchrun restarts a job")
-    if settings.max_restarts and train.resume == "none":
-        raise UserError(
-            f"--max_restarts {settings.max_restarts} needs --resume auto, so that a restart resumes from the last"
-            " checkpoint"
-        )
+    return LaunchCommand(settings, train, arguments)

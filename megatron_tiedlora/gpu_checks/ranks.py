@@ -255,7 +255,7 @@ def _doctor(report: Report, count: int) -> None:
             f"--master_port={free_port()}",
             f"--timeout_seconds={DOCTOR_SECONDS:.0f}",
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DOCTOR_SECONDS + 20)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DOCTOR_SECONDS + 90)
         if not done.stdout.strip():
             raise UserError(last_error(done.stderr))
         found = json.loads(done.stdout)

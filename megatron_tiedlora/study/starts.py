@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shlex
 import signal
 import subprocess
@@ -16,14 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from megatron_tiedlora.base.atomic import make_way_for_log
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.forwarded_env import read_user_file
-from megatron_tiedlora.cluster.job_processes import RUN_ID, find_processes, send_signal
+from megatron_tiedlora.cluster.launchers import read_user_file
+from megatron_tiedlora.cluster.running import Session
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.runtime.launch_env import free_port
@@ -59,44 +58,39 @@ class ScriptStart:
         return (*flags, *self.words)
 
 
-@dataclass
-class LaunchedChild:
-    """A `deepspeed` launcher in its own session, and its ranks on this host; all have the run id in their environment.
+class LaunchedChild(Session):
+    """A `deepspeed` launcher in its own session, and its ranks on this host.
 
     A signalled launcher ends before its ranks, which save first, so their ends are awaited too. If it is signalled
     while it starts, it may end without signalling the ranks that it was about to start. These are signalled here.
     """
 
-    process: subprocess.Popen[bytes]
-    run_id: str
-    script: str
-    _signal: int = 0  # the one it was sent
-    _signalled: list[int] = field(default_factory=list)  # process ids that need no further signal
-    _scans: int = 0  # without a process; one scan can miss a process while it loads its program
+    def __init__(self, process: subprocess.Popen[bytes], program: str) -> None:
+        super().__init__(process, program)
+        self._signal = 0  # the one it was sent
+        self._scans = 0  # without a process; one scan can miss a process while it loads its program
 
     def ended(self) -> bool:
         """Whether launcher and ranks have ended. Ranks that have appeared since a signal get it now."""
         launcher_ended = self.process.poll() is not None
         if not self._signal and not launcher_ended:
             return False
-        report = find_processes(self.run_id, script=self.script)
-        if self._signal:
-            everything = self._signal == signal.SIGKILL
-            report = send_signal(report, self._signal, everything=everything, skip=self._signalled)
-            self._signalled += [found.pid for found in report.processes if found.signalled]
-        self._scans = 0 if report.processes or not launcher_ended else self._scans + 1
+        if self._signal == signal.SIGKILL:
+            self.kill()
+        elif self._signal:
+            self.tell(self.ranks(), self._signal)
+        self._scans = 0 if self.here() or not launcher_ended else self._scans + 1
         return self._scans > 1
 
     def interrupt(self, number: int) -> None:
         """Signal the launcher. The ranks that run already notice its end; they save first, and then end."""
-        report = find_processes(self.run_id, script=self.script)
-        self._signal, self._signalled = number, [found.pid for found in report.processes if found.kind == "rank"]
+        self._signal, self._told = number, {rank.pid for rank in self.ranks()}
         self.process.send_signal(number)
 
-    def kill(self) -> None:
+    def kill(self, number: int = signal.SIGKILL) -> None:
         """Send SIGKILL to all, and to processes that are just being started as soon as they are seen."""
-        self._signal, self._signalled = signal.SIGKILL, []
-        self.ended()
+        self._signal = number
+        super().kill(number)
 
 
 Start = Callable[[ScriptStart], LaunchedChild]
@@ -123,15 +117,14 @@ def deepspeed_starter(scripts: Path) -> Start:
                 cut = log.read(1) not in (b"", b"\n")  # a kill may leave a part of a progress bar
                 mark = f"\n{LOG_MARK}" if cut else LOG_MARK
                 log.write(f"{mark}{shlex.join(words)}\n".encode())
-                run_id = secrets.token_hex(8)
-                return LaunchedChild(_launch(words, log, command.lock, run_id), run_id, script)
+                return LaunchedChild(_launch(words, log, command.lock), script)
         except OSError as error:
             raise UserError(f"{command.log}: cannot be written ({error.strerror or error})") from error
 
     return start
 
 
-def _launch(words: Sequence[str], log: IO[bytes], lock: int, run_id: str) -> subprocess.Popen[bytes]:
+def _launch(words: Sequence[str], log: IO[bytes], lock: int) -> subprocess.Popen[bytes]:
     sent = os.memfd_create("deepspeed_env")  # may hold secrets, so it is not a file that others can read
     try:
         # On other hosts DeepSpeed sets PYTHONPATH to start with the current folder; this file overrides it.
@@ -144,7 +137,7 @@ def _launch(words: Sequence[str], log: IO[bytes], lock: int, run_id: str) -> sub
             stdout=log,
             stderr=subprocess.STDOUT,
             # The current folder may hold another user's Python files.
-            env={**os.environ, RUN_ID: run_id, "PYTHONSAFEPATH": "1", "DS_ENV_FILE": f"/proc/self/fd/{sent}"},
+            env={**os.environ, "PYTHONSAFEPATH": "1", "DS_ENV_FILE": f"/proc/self/fd/{sent}"},
             start_new_session=True,  # so that Ctrl-C in the terminal reaches it only once, through the sweep
             pass_fds=(lock, sent),
         )

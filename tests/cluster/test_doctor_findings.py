@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.cluster.doctor.ask import explain_shared, explain_silence
 from megatron_tiedlora.cluster.doctor.examine import compare_hosts
 from megatron_tiedlora.cluster.doctor.rank_groups import group_members
 from megatron_tiedlora.cluster.doctor.records import (
@@ -18,11 +17,11 @@ from megatron_tiedlora.cluster.doctor.records import (
     OutputFolder,
     ParallelConfig,
     PathContent,
-    Port,
     Probe,
+    RankEvent,
 )
 from megatron_tiedlora.cluster.doctor.text import host_table
-from megatron_tiedlora.cluster.remote import Done, Transport
+from megatron_tiedlora.cluster.doctor.trial import Trial, explain_shared, explain_silence
 
 NAMES = ("nodea", "nodeb", "nodec")
 SLOTS = 2
@@ -56,7 +55,6 @@ def probe(name: str, **changes: Any) -> Probe:
         "peer_address": f"10.0.0.{number}",
         "interfaces": {"lo": ["127.0.0.1"], "eth0": [f"10.0.0.{number}"]},
         "socket_names": {},
-        "port": Port(number=29500, free=True) if name == NAMES[0] else None,
         "paths": {"model": folder(), "train_file": PathContent(path="/d.jsonl", kind="file", files={"d.jsonl": "9 a"})},
         "output": OutputFolder(path="/runs/new", existing="/runs", writable=True, free_bytes=99 * GIB),
     }
@@ -159,13 +157,6 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
         "warning",
         ["nodeb"],
         "9.44 MB free",
-    ),
-    "port": (
-        {"nodea": {"port": Port(number=29500, free=False, holder="python (process 7 of me)", next_free=29502)}},
-        "port_in_use",
-        "error",
-        ["nodea"],
-        "port 29500 is in use by python (process 7 of me)",
     ),
     "Debian": ({"nodeb": {"name_addresses": ["127.0.1.1"]}}, "loopback_name", "error", ["nodeb"], "127.0.1.1"),
     "nameless": ({"nodeb": {"name_addresses": []}}, "loopback_name", "error", ["nodeb"], "nodeb, does not resolve"),
@@ -345,39 +336,32 @@ def test_a_group_is_where_the_grid_puts_it() -> None:
 
 # Silence -------------------------------------------------------------------------------------------------------------
 
-SILENCES: dict[str, tuple[int | None, str, str]] = {
-    "down": (255, "ssh: connect to host nodeb port 22: Connection timed out", "host_down"),
-    "no route": (255, "ssh: connect to host nodeb port 22: No route to host", "host_down"),
-    "lost": (255, "Timeout, server nodeb not responding.", "host_down"),
-    "closed": (255, "ssh: connect to host nodeb port 22: Connection refused", "no_sshd"),
-    "unknown": (255, "ssh: Could not resolve hostname nodeb: Name or service not known", "host_unknown"),
-    "key": (255, "Host key verification failed.", "ssh_refused"),
-    "password": (255, "me@nodeb: Permission denied (publickey).", "ssh_refused"),
-    "slow": (None, "", "no_answer"),
-    "folder": (1, "bash: line 1: cd: /data: No such file or directory", "no_folder"),
-    "folder of dash": (2, "sh: 1: cd: can't cd to /data", "no_folder"),
-    "python": (127, "env: '/env/bin/python': No such file or directory", "no_python"),
-    "package": (1, "/env/bin/python: No module named megatron_tiedlora", "no_package"),
-    "other": (1, "MemoryError", "no_answer"),
-}
-
-
-@pytest.mark.parametrize("case", SILENCES)
-def test_why_a_host_is_silent(case: str) -> None:
-    status, words, code = SILENCES[case]
-    finding = explain_silence(Done("nodeb", status, "", f"noise\n{words}\n", 1.0), Transport("ssh"), limit=30)
-    assert (finding.code, finding.level, finding.hosts) == (code, "error", ["nodeb"])
-    assert "nodeb" in finding.message and finding.fix
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        (["noise", "nodeb: ssh: connect to host nodeb: Connection timed out", "pdsh@nodea: nodeb: ssh"], "timed out"),
+        (["nodea: fine", "bash: /env/bin/python: No such file", ""], "bash: /env/bin/python: No such file"),
+        ([], "the launcher ended with status 1"),
+    ],
+)
+def test_why_a_host_is_silent(printed: list[str], said: str) -> None:
+    reports = [one.model_copy(update={"probe": None}) if one.name == "nodeb" else one for one in hosts()]
+    for route, fix in (("ssh", "ssh nodeb true"), ("srun", "sinfo -R"), ("local", "same path there")):
+        (finding,) = explain_silence(reports, Trial(printed=printed, status=1), route=route)
+        assert (finding.code, finding.level, finding.hosts) == ("no_answer", "error", ["nodeb"])
+        assert said in finding.message and finding.message.startswith("nodeb: ") and fix in finding.fix
 
 
 def test_what_hosts_say_of_a_shared_folder() -> None:
     def codes(said: dict[str, str]) -> list[tuple[str, str, list[str]]]:
-        findings = explain_shared("nodea", ["nodeb", "nodec"], said, path="/runs/new", folder="/runs")
+        ranks = {one.name: one.first_rank for one in hosts()}
+        events = {
+            ranks[name]: [RankEvent(rank=ranks[name], event="shared", reason=why)] for name, why in said.items()
+        }
+        findings = explain_shared(hosts(), Trial(events=events), "/runs/new")
         return [(finding.code, finding.level, finding.hosts) for finding in findings]
 
-    assert codes({"nodea": "written", "nodeb": "seen", "nodec": "seen"}) == []
-    assert codes({"nodea": "written", "nodeb": "seen", "nodec": "not seen"}) == [
-        ("output_not_shared", "warning", ["nodec"])
-    ]
-    assert codes({"nodea": "No space left on device"}) == [("output_not_writable", "error", ["nodea"])]
-    assert codes({"nodea": "written", "nodeb": "seen"}) == [("no_answer", "error", ["nodec"])]
+    assert codes({"nodea": "", "nodeb": "", "nodec": ""}) == [] == codes({})
+    assert codes({"nodea": "", "nodeb": "", "nodec": "not seen"}) == [("output_not_shared", "warning", ["nodec"])]
+    full = dict.fromkeys(("nodea", "nodeb", "nodec"), "No space left on device")
+    assert codes(full) == [("output_not_writable", "error", ["nodea"])]

@@ -13,16 +13,22 @@ from typing import Any
 
 import psutil
 import pytest
+from cluster_routes import MPI_ENVIRONMENT
 from fake_hosts import FakeCluster, FakeHost
 from folders import ROOT
 from host_commands import Started, wait_until
-from host_needs import needs
+from host_needs import needs, why_not
 from slurm_cluster import SlurmCluster
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.planning.machines import read_machine
 
-pytestmark = [pytest.mark.distributed, needs("ssh"), pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.distributed,
+    needs("pdsh"),
+    pytest.mark.timeout(260),
+    pytest.mark.cpu_seconds(40, reason="a job under deepspeed on two hosts, whose processes import it themselves"),
+]
 DOCTOR = ROOT / "launch" / "doctor.py"
 PORT = 29517
 RANKS_MODULE = "megatron_tiedlora.cluster.doctor"
@@ -53,9 +59,9 @@ class Examined:
         self._report.unlink(missing_ok=True)
         given = {"master_port": PORT, "json": self._report, "allreduce_mb": 1, "timeout_seconds": 30, **settings}
         flags = [f"--{name}={value}" for name, value in given.items()]
-        self.started: Started = cluster.first.start([*before, sys.executable, DOCTOR, *flags])
+        self.started: Started = cluster.first.start([*before, sys.executable, DOCTOR, *flags], env=MPI_ENVIRONMENT)
 
-    def wait(self, limit: float = 60.0) -> tuple[int, dict[str, Any]]:
+    def wait(self, limit: float = 150.0) -> tuple[int, dict[str, Any]]:
         """(exit status, report)."""
         status = self.started.wait(limit)
         assert self._report.exists(), self.started.output()
@@ -64,7 +70,7 @@ class Examined:
     def wait_for(self, line: str) -> None:
         """Wait until the doctor has come so far."""
         wait_until(
-            lambda: line in self.started.output() or self.started.poll() is not None, self.started.output, limit=40
+            lambda: line in self.started.output() or self.started.poll() is not None, self.started.output, limit=120
         )
         assert line in self.started.output(), self.started.output()
 
@@ -116,7 +122,7 @@ def test_a_healthy_pair_is_ready(
     patient: dict[str, Any] = {"timeout_seconds": 80, **layout}
     patient |= {"timeout_seconds": 130, "measure": constants, "measure_seconds": 0.1} if slots > 1 else {}
     doctor = Examined(cluster, hostfile=cluster.hostfile(slots), model=model, output_dir=runs, **patient)
-    status, report = doctor.wait(120.0 if slots == 1 else 300.0)
+    status, report = doctor.wait(200.0 if slots == 1 else 300.0)
     text = doctor.started.output()
     assert (status, report["verdict"], report["findings"]) == (0, "ready", []), text
     assert f"verdict: ready, 2 hosts, {2 * slots} ranks" in text
@@ -132,6 +138,19 @@ def test_a_healthy_pair_is_ready(
         assert "4 ranks of 2 hosts" in found["network_bandwidth"].source
         assert "2 ranks of a host" in found["node_bandwidth"].source
     assert not runs.parent.exists()
+    assert_nothing_left(cluster)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["openmpi", "mpirun", "torchrun"])
+def test_by_the_launcher_that_the_job_will_have(cluster: FakeCluster, launcher: str) -> None:
+    if launcher != "torchrun" and why_not("openmpi"):
+        pytest.skip(why_not("openmpi"))
+    doctor = Examined(cluster, hostfile=cluster.hostfile(), launcher=launcher, timeout_seconds=80)
+    status, report = doctor.wait(200.0)
+    assert (status, report["launcher"], report["findings"]) == (0, launcher, []), doctor.started.output()
+    assert [row["probe"]["hostname"] for row in report["hosts"]] == BOTH
+    assert [group["hosts"] for group in report["groups"]] == [BOTH]
     assert_nothing_left(cluster)
 
 
@@ -163,73 +182,65 @@ def private(host: FakeHost, *folders: Path) -> Iterator[None]:
             host.run(["umount", folder])
 
 
-@contextmanager
-def listener(host: FakeHost, port: int) -> Iterator[None]:
-    """A host where something listens on a port."""
-    server = host.start([sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)])
-    try:
-        wait_until(lambda: host.reaches("127.0.0.1", port), "the listener")
-        yield
-    finally:
-        server.kill()
-
-
-def test_a_version_a_path_and_a_port_are_each_named(cluster: FakeCluster, model: Path) -> None:
-    first, second = cluster.hosts.values()
+def test_a_version_and_a_path_are_each_named(cluster: FakeCluster, model: Path) -> None:
+    second = cluster.hosts["nodeb"]
     data, runs = cluster.folder / "data", cluster.folder / "runs"
     for folder in (data, runs):
         folder.mkdir()
     rows = data / "rows.jsonl"
     rows.write_text('{"prompt": "1", "completion": "2"}\n')
     given = {"hostfile": cluster.hostfile(), "model": model, "train_file": rows, "output_dir": runs}
-    with private(second, data, runs), listener(first, PORT), other_metadata(second, "deepspeed", "0.19.7"):
+    with private(second, data, runs), other_metadata(second, "deepspeed", "0.19.7"):
         status, report = Examined(cluster, **given).wait()
     messages = {finding["code"]: finding["message"] for finding in report["findings"]}
     assert (status, report["verdict"]) == (1, "not ready")
-    assert sorted(found(report)) == [("path_missing", ["nodeb"]), ("port_in_use", ["nodea"]), ("version", ["nodeb"])]
+    assert sorted(found(report)) == [("path_missing", ["nodeb"]), ("version", ["nodeb"])]
     assert messages["version"] == f"deepspeed is 0.19.7 on nodeb, but {distribution('deepspeed').version} on nodea"
     assert messages["path_missing"] == f"--train_file {rows} is missing on nodeb"
-    assert f"nodea: port {PORT} is in use by python" in messages["port_in_use"]
     assert found(report, "warning") == [("output_not_shared", ["nodeb"])]
-    assert report["groups"] == [] and "2 errors" in report["skipped"]  # a missing path is not in the ranks' way
+    assert "1 error" in report["skipped"]  # a missing path is not in the ranks' way
     assert_nothing_left(cluster)
 
 
 @pytest.mark.parametrize(
-    "moment",
-    ["starting 2 ranks", pytest.param("all ranks have met", marks=pytest.mark.slow)],
+    ("moment", "code"),
+    [("starting 2 ranks", "no_answer"), pytest.param("all ranks have met", "allreduce_failed", marks=pytest.mark.slow)],
     ids=["connect", "reduce"],
 )
-def test_a_link_that_is_cut_after_ssh_is_named(cluster: FakeCluster, moment: str) -> None:
+def test_a_link_that_is_cut_is_named(cluster: FakeCluster, moment: str, code: str) -> None:
     first, second = cluster.hosts.values()
     doctor = Examined(cluster, hostfile=cluster.hostfile(), allreduce_mb=200, timeout_seconds=45)
     doctor.wait_for(moment)
     second.cut_link()
     try:
-        status, report = doctor.wait(limit=40)  # ssh tells it, before any rank has waited for so long
-        wait_until(lambda: not first.jobs(), cluster.jobs, limit=5)
+        status, report = doctor.wait(limit=150)
+        wait_until(lambda: not doctors_on(first), lambda: doctors_on(first), limit=5)
         # The far side hears nothing of all this: its ranks end by their own limits.
         wait_until(lambda: not doctors_on(second), lambda: doctors_on(second), limit=95)
     finally:
         second.restore_link()
-    assert (status, found(report)) == (1, [("link_lost", ["nodeb"])]), doctor.started.output()
-    assert "nodeb: answered at first, but was lost" in report["findings"][0]["message"]
+    (finding,) = report["findings"]
+    assert (status, finding["code"]) == (1, code) and "nodeb" in finding["hosts"], doctor.started.output()
     # A login that was under way when the link was cut is given up by sshd after its LoginGraceTime.
     assert_nothing_left(cluster, limit=60)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_doctor_that_is_stopped_leaves_nothing(cluster: FakeCluster, number: int) -> None:
-    doctor = Examined(cluster, hostfile=cluster.hostfile(), allreduce_mb=200)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_doctor_that_is_stopped_ends_its_launcher_and_ranks_end_by_their_limit(
+    cluster: FakeCluster, number: int
+) -> None:
+    doctor = Examined(cluster, hostfile=cluster.hostfile(), allreduce_mb=200, timeout_seconds=30)
     doctor.wait_for("all ranks have met")
     for process in cluster.hosts["nodeb"].jobs():
-        if f"{RANKS_MODULE}.rank " in " ".join(process.cmdline()):
+        if f"{RANKS_MODULE}.rank" in " ".join(process.cmdline()[:4]):
             process.suspend()  # so no rank comes to an end by itself
-    assert all(doctors_on(host) for host in cluster.hosts.values())
     doctor.started.signal(number)
-    assert doctor.started.wait(10) != 0
-    assert_nothing_left(cluster)
+    assert doctor.started.wait(20) != 0
+    wait_until(lambda: not any("pdsh" in line for lines in cluster.jobs().values() for line in lines), cluster.jobs)
+    for process in cluster.hosts["nodeb"].jobs():
+        process.resume()
+    assert_nothing_left(cluster, limit=100)
 
 
 def test_a_host_that_is_down_is_named(tmp_path: Path) -> None:
@@ -237,8 +248,8 @@ def test_a_host_that_is_down_is_named(tmp_path: Path) -> None:
         cluster.start_sshd()
         cluster.hosts["nodeb"].kill()
         doctor = Examined(cluster, hostfile=cluster.hostfile())
-        status, report = doctor.wait(limit=40)
-        assert (status, found(report)) == (1, [("host_down", ["nodeb"])])
+        status, report = doctor.wait(limit=150)
+        assert (status, found(report)) == (1, [("no_answer", ["nodeb"])])
         assert "verdict: not ready: 1 error" in doctor.started.output()
         assert report["hosts"][1]["probe"] is None and report["groups"] == []
         assert_nothing_left(cluster)
@@ -255,18 +266,3 @@ def test_an_allocation_needs_no_ssh(tmp_path: Path) -> None:
         assert [(row["name"], row["slots"]) for row in report["hosts"]] == [("nodea", 2), ("nodeb", 2)]
         assert {group["kind"]: group["hosts"] for group in report["groups"]} == {"tensor": ["nodeb"], "data": BOTH}
         assert_nothing_left(cluster)
-
-
-@pytest.mark.slow
-@needs("slurm")
-def test_a_node_that_is_lost_in_an_allocation_is_named(tmp_path: Path) -> None:
-    """Slurm then ends the step on the other node, too, which is not what is wrong."""
-    with FakeCluster(tmp_path) as cluster, SlurmCluster(cluster):
-        allocate = ["salloc", "--quiet", "--nodes=2", "--ntasks-per-node=1"]
-        doctor = Examined(cluster, before=allocate, allreduce_mb=200, timeout_seconds=30)
-        doctor.wait_for("all ranks have met")
-        cluster.hosts["nodeb"].cut_link()
-        status, report = doctor.wait(limit=90)
-        assert (status, found(report)) == (1, [("link_lost", ["nodeb"])]), doctor.started.output()
-        wait_until(lambda: not doctors_on(cluster.first), cluster.jobs, limit=10)
-        wait_until(lambda: not doctors_on(cluster.hosts["nodeb"]), cluster.jobs, limit=65)

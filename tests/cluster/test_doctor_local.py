@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from folders import ROOT
+from launcher_jobs import make_job
 from ranks import ENVIRONMENT
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.doctor.examine import find_hosts
+from megatron_tiedlora.cluster.doctor.examine import find_job, place_ranks
 from megatron_tiedlora.cluster.doctor.probe import (
     address_towards,
     is_loopback,
-    look_at_port,
     output_folder,
     path_content,
     resolve,
@@ -50,6 +50,7 @@ def doctor(*flags: object, folder: Path, limit: float = 100.0) -> subprocess.Com
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
+@pytest.mark.cpu_seconds(60, reason="two jobs under deepspeed, which imports itself in each of their processes")
 def test_this_machine_alone(tmp_path: Path) -> None:
     """Its ranks all-reduce, and then measure its constants, which a plan reads."""
     write_tiny_model(tmp_path / "model", num_layers=1, max_positions=1024)
@@ -60,7 +61,7 @@ def test_this_machine_alone(tmp_path: Path) -> None:
     assert "verdict: ready, 1 host, 2 ranks" in done.stdout and "pipeline" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     (host,), (group,) = report["hosts"], report["groups"]
-    assert (report["route"], host["slots"], host["name"]) == ("local", 2, socket.gethostname())
+    assert (report["route"], report["launcher"], host["slots"], host["name"]) == ("local", "local", 2, "localhost")
     assert (group["kind"], group["ranks"], group["correct"]) == ("pipeline", [0, 1], True)
     assert host["probe"]["executable"] == sys.executable
     assert host["probe"]["source_hash"] == source_hash(ROOT / "megatron_tiedlora")
@@ -73,7 +74,8 @@ def test_this_machine_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(250)
+@pytest.mark.cpu_seconds(25, reason="three commands, each of which imports torch")
 def test_a_rank_alone_that_cannot_measure(tmp_path: Path) -> None:
     """The reason is an error of the report, and no file is written; nor is anything measured after another error."""
     (tmp_path / "model").mkdir()
@@ -124,6 +126,8 @@ def test_what_is_on_the_hub_is_no_missing_path(tmp_path: Path) -> None:
         (["--hostfile=odd", "--tensor_parallel=2"], "3 ranks are not a multiple of --tensor_parallel 2"),
         (["--host_file=x"], "unknown argument --host_file (did you mean --hostfile?)"),
         (["--ssh_port=22"], "--ssh_port needs --hostfile"),
+        (["--launcher=pdsh"], "--launcher pdsh needs --hostfile"),
+        (["--launcher=srun", "--hostfile=odd"], "remove --hostfile"),
         (["--master_port=70000"], "--master_port 70000: input should be less than or equal to 65535"),
         (["--model=llama2-7b"], "is a shape without files"),
         (["--model=~nosuchuser/x"], "--model '~nosuchuser/x': is not a path"),
@@ -165,34 +169,31 @@ def test_a_missing_hostfile_ends_with_status_2(tmp_path: Path) -> None:
 def test_whom_to_examine(tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("a slots=2\nb slots=2\n")
-    allocation = {"SLURM_JOB_NODELIST": "n1,n2", "SLURM_TASKS_PER_NODE": "4(x2)"}
-    assert find_hosts(DoctorSettings(hostfile=str(hostfile)), allocation) == ("ssh", (Host("a", 2), Host("b", 2)))
-    assert find_hosts(DoctorSettings(), allocation) == ("srun", (Host("n1", 4), Host("n2", 4)))
-    alone = DoctorSettings(tensor_parallel=2, pipeline_parallel=2)
-    assert find_hosts(alone, {}) == ("local", (Host(socket.gethostname(), 4),))
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1,n2", "SLURM_TASKS_PER_NODE": "4(x2)"}
+
+    def found(environment: dict[str, str], **settings: Any) -> tuple[str, str, tuple[Host, ...]]:
+        job = find_job(DoctorSettings(**settings), environment, tmp_path)
+        return job.launcher, job.route, job.hosts
+
+    assert found(allocation, hostfile=str(hostfile)) == ("pdsh", "ssh", (Host("a", 2), Host("b", 2)))
+    assert found({}, hostfile=str(hostfile), launcher="mpirun")[:2] == ("mpirun", "ssh")
+    assert found(allocation) == ("srun", "srun", (Host("n1", 4), Host("n2", 4)))
+    assert found({}, tensor_parallel=2, pipeline_parallel=2) == ("local", "local", (Host("localhost", 4),))
     step = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PER_NODE": "1"}
     interactive = {**allocation, **step, "SLURM_STEP_NUM_TASKS": "1"}
-    assert find_hosts(DoctorSettings(), interactive) == ("srun", (Host("n1", 4), Host("n2", 4)))
-    with pytest.raises(UserError, match="several doctors"):
-        find_hosts(DoctorSettings(), {**allocation, **step, "SLURM_STEP_NUM_TASKS": "8"})
+    assert found(interactive) == ("srun", "srun", (Host("n1", 4), Host("n2", 4)))
+    with pytest.raises(UserError, match="start it once, without srun"):
+        found({**allocation, **step, "SLURM_STEP_NUM_TASKS": "8"})
+
+
+def test_ranks_are_where_the_launcher_starts_them(tmp_path: Path) -> None:
+    hosts = (Host("node9", 2), Host("node10", 2))
+    for launcher, names in (("pdsh", ["node9", "node10"]), ("torchrun", ["node10", "node9"])):
+        placed = place_ranks(make_job(tmp_path, launcher=launcher, hosts=hosts))
+        assert [(host.name, host.first_rank) for host in placed] == list(zip(names, (0, 2), strict=True))
 
 
 # The probe -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1"])
-def test_a_port_that_is_listened_on(address: str) -> None:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    if family == socket.AF_INET6 and not socket.has_dualstack_ipv6():
-        pytest.skip("no IPv6 here")
-    with socket.socket(family) as server:
-        server.bind((address, 0))
-        server.listen()
-        number = server.getsockname()[1]
-        port = look_at_port(number)
-        assert not port.free and port.next_free is not None and port.next_free > number
-        assert port.holder is not None and f"process {os.getpid()}" in port.holder
-    assert look_at_port(number).free
 
 
 def test_what_a_path_holds(tmp_path: Path) -> None:

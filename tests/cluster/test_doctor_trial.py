@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from launcher_jobs import make_job, write_program
 
-from megatron_tiedlora.cluster.doctor import measure
 from megatron_tiedlora.cluster.doctor.examine import make_report
-from megatron_tiedlora.cluster.doctor.measure import Trial, explain_trial, group_results, judge_groups
-from megatron_tiedlora.cluster.doctor.measure_hosts import explain_end
-from megatron_tiedlora.cluster.doctor.rank import SMALL_BYTES, TrialRank
+from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, SMALL_BYTES, TrialRank
 from megatron_tiedlora.cluster.doctor.records import (
     DoctorReport,
     Finding,
     GroupResult,
     HostReport,
+    Order,
     ParallelConfig,
+    Probe,
     RankEvent,
-    TrialOrder,
 )
 from megatron_tiedlora.cluster.doctor.text import report_text
-from megatron_tiedlora.cluster.remote import Done, Transport
+from megatron_tiedlora.cluster.doctor.trial import (
+    Trial,
+    explain_trial,
+    group_results,
+    heard_hosts,
+    judge_groups,
+    measure_hosts,
+)
+from megatron_tiedlora.cluster.launchers import Job
+from megatron_tiedlora.config.hosts import Host
 
 LARGE = 64_000_000
 LAYOUT = ParallelConfig(
@@ -133,10 +142,14 @@ def test_a_slow_group_and_a_wrong_sum_are_named_by_their_hosts() -> None:
     ]
 
 
+def make_order(layout: ParallelConfig) -> Order:
+    return Order(layout=layout, questions={}, output_dir=None, large_bytes=LARGE, timeout=1, seconds=1)
+
+
 def test_the_sum_that_ranks_expect() -> None:
     """What is wrong in one place of one rank's part must show."""
     ranks, device = [4, 6, 7], torch.device("cpu")
-    order = TrialOrder(layout=LAYOUT, first_rank=0, slots=1, large_bytes=LARGE, timeout=1, seconds=1)
+    order = make_order(LAYOUT)
     parts = [TrialRank(order, rank)._pattern(4096, ranks, device) for rank in ranks]
     total = torch.stack([part for part, _ in parts]).sum(0)
     assert all(torch.equal(total, whole) for _, whole in parts) and total.numel() == 1024
@@ -149,6 +162,8 @@ def test_a_rank_on_a_gpu_prepares_cuda_and_takes_the_one_that_it_sees(monkeypatc
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setattr("megatron_tiedlora.runtime.process_group.uses_gpu", lambda: True)
     met: list[tuple[torch.device, str | None]] = []
 
@@ -158,66 +173,96 @@ def test_a_rank_on_a_gpu_prepares_cuda_and_takes_the_one_that_it_sees(monkeypatc
 
     monkeypatch.setattr("megatron_tiedlora.runtime.process_group.meet", meet)
     on_gpus = LAYOUT.model_copy(update={"backend": "nccl"})
-    order = TrialOrder(layout=on_gpus, first_rank=0, slots=4, large_bytes=LARGE, timeout=1, seconds=1)
+    order = make_order(on_gpus)
     with pytest.raises(ConnectionError):
         TrialRank(order, 3).run()
     assert met == [(torch.device("cuda", 0), "0")]
 
 
-def test_a_host_that_was_lost_explains_all_others() -> None:
-    lost = trial({2: "joined", 3: "joined"}, failed={0: "closed by peer", 1: "closed by peer"}, unreachable=["nodeb"])
-    assert explained(lost) == [("link_lost", ["nodeb"])]
-    for until, words in (
-        ("", "before its ranks started"),
-        ("started", "before its ranks met"),
-        ("joined", "all-reduced"),
-    ):
-        stopped = trial(dict.fromkeys((2, 3), until), unreachable=["nodeb"])
-        assert words in explain_trial(HOSTS, LAYOUT, stopped, limit=60)[0].message
-
-
 def test_ranks_that_do_not_start_meet_or_finish() -> None:
-    ended = [Done("nodea", 1, "", "", 9.0), Done("nodeb", 1, "", "ImportError: libfoo", 9.0)]
-    silent = trial({0: "started", 1: "started", 2: "", 3: ""}, ended=ended)
+    printed = ["nodea: bars", "nodeb: ImportError: libfoo", "the end"]
+    silent = trial({0: "started", 1: "started", 2: "", 3: ""}, printed=printed, status=1)
     assert explained(silent) == [("not_started", ["nodeb"])]
     assert "ImportError: libfoo" in explain_trial(HOSTS, LAYOUT, silent, limit=60)[0].message
-    apart = trial(
-        dict.fromkeys(range(4), "started"), failed={2: "timed out after 60000ms", 3: "timed out"}, ended=ended
-    )
+    apart = trial(dict.fromkeys(range(4), "started"), failed={2: "timed out after 60000ms", 3: "timed out"}, status=1)
     assert explained(apart) == [("not_joined", ["nodea", "nodeb"])]
     assert "timed out after 60000ms" in explain_trial(HOSTS, LAYOUT, apart, limit=60)[0].message
-    stuck = trial(dict.fromkeys(range(4), "joined"), ended=ended)
+    stuck = trial(dict.fromkeys(range(4), "joined"))
     assert explained(stuck) == [("allreduce_failed", ["nodea", "nodeb"])]
     assert "not finished in 60 s" in explain_trial(HOSTS, LAYOUT, stuck, limit=60)[0].message
+    lost = trial({2: "joined", 3: "joined"}, printed=["nodeb: Timeout, server nodeb not responding."], status=255)
+    assert explained(lost) == [("allreduce_failed", ["nodeb"])]
+    assert "server nodeb not responding" in explain_trial(HOSTS, LAYOUT, lost, limit=60)[0].message
 
 
-def test_why_nothing_was_measured() -> None:
+def probe() -> Probe:
+    """With as much about files as makes its record longer than a line."""
+    files = {f"{number:05}": os.urandom(6).hex() for number in range(900)}
+    paths = {"/model": {"path": "/model", "kind": "folder", "files": files}}
+    annotations = {name: str(field.annotation) for name, field in Probe.model_fields.items()}
+    values = {name: [] if text.startswith("list") else {} for name, text in annotations.items()}
+    plain = dict.fromkeys(("hostname", "machine", "executable", "source_hash"), "a")
+    plain |= dict.fromkeys(("torch_error", "cuda", "nccl", "nofile", "memlock", "peer_address", "output"))
+    numbers = dict.fromkeys(("num_cores", "memory_bytes", "free_memory_bytes", "shm_bytes"), 1)
+    return Probe(**{**values, **plain, **numbers, "paths": paths})  # type: ignore[arg-type]
+
+
+def test_what_ranks_say_is_found_in_what_launchers_print(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever stands before it or between its lines; lines that are not whole are not believed."""
+    asked = probe()
+    for rank in (0, 2):
+        TrialRank(make_order(LAYOUT), rank).say("probe", probe=asked)
+    lines = capsys.readouterr().out.splitlines()
+    half = len(lines) // 2
+    assert half > 2 and all(len(line) < 2100 for line in lines)
+    mixed = [line for pair in zip(lines[:half], lines[half:], strict=True) for line in pair]
+    seen = Trial()
+    for line in ["Welcome!", *(f"nodea: {line}" for line in mixed), f"{RANK_MARK}1.0 1/1 nonsense", "", "bye"]:
+        seen.hear(line)
+    assert [event.probe for events in seen.events.values() for event in events] == [asked, asked]
+    assert [host.probe for host in heard_hosts(HOSTS, seen)] == [asked, asked]
+    assert seen.printed == ["Welcome!", "", "bye"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("echo compiling; sleep 30", "not finished in 0 s"),
+        ("echo bars; echo 'error: no such model' >&2; echo Connection closed >&2; exit 1", "no such model"),
+        ("echo Connection closed >&2; exit 1", "Connection closed"),
+        ("exit 7", "the launcher ended with status 7"),
+        ("exit 0", "the launcher ended with status 0"),
+    ],
+)
+def test_why_nothing_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
+) -> None:
     """The time, a rank's own error in front of what others say later, or the last words."""
-    assert explain_end(Done("nodea", None, "", "compiling the kernels ...\n", 160.2)) == "not finished in 160 s"
-    assert explain_end(Done("nodea", 1, "", "bars\nerror: no such model\nConnection closed\n", 9.0)) == "no such model"
-    assert explain_end(Done("nodea", 255, "", "Connection closed\n", 9.0)) == "Connection closed"
+    write_program(tmp_path / "bin", "mpirun", f"#!/bin/sh\n{text}\n")
+    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial._START_SECONDS", 3.0)
+    job = make_job(tmp_path / "job", launcher="mpirun", route="local", hosts=(Host("nodea", 2),))
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    monkeypatch.setenv("PATH", environment["PATH"])
+    found, (finding,) = measure_hosts(job, environment, model="m", seconds=1.0, limit=0.0)
+    assert found is None and finding.code == "not_measured" and f"({reason})" in finding.message
 
 
-def test_a_node_that_slurm_misses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm ends the whole allocation with it, so that nothing starts on the other nodes either."""
-
-    def nothing_starts(hosts: Sequence[str], *_: object, **__: object) -> dict[str, Done]:
-        return {host: Done(host, 1, "", "", 0.1) for host in hosts}
-
-    monkeypatch.setattr(measure, "run_on_hosts", nothing_starts)
-    monkeypatch.setattr(measure, "_missed_by_slurm", lambda names: names[1:])
-    assert measure._unreachable(["nodea", "nodeb"], Transport("srun"), []) == ["nodeb"]
-    assert measure._unreachable(["nodea", "nodeb"], Transport("ssh"), []) == ["nodea", "nodeb"]
+def test_what_was_measured_is_read_from_the_line_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_program(tmp_path / "bin", "mpirun", """#!/bin/sh\necho 'nodea: {"name": "this", "of": 2}'\n""")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    job = make_job(tmp_path / "job", launcher="mpirun", route="local", hosts=(Host("nodea", 2),))
+    assert measure_hosts(job, os.environ, model="m", seconds=1.0, limit=60.0) == ({"name": "this", "of": 2}, [])
 
 
 def report(findings: Sequence[Finding]) -> DoctorReport:
     results = group_results(HOSTS, LAYOUT, trial(), large_bytes=LARGE)
-    return make_report("ssh", LAYOUT, HOSTS, results, None, findings, {"ask": 1.23456})
+    job = Job("pdsh", "ssh", (Host("nodea", 2),), ("x.py",), (), "python", Path(), Path(), "", 29500)
+    return make_report(job, LAYOUT, HOSTS, results, None, findings, {"ranks": 1.23456})
 
 
 def test_the_verdict_counts_errors_and_puts_them_first() -> None:
     warning = Finding(level="warning", code="clock", hosts=["nodeb"], message="nodeb: late", fix="set it")
-    error = Finding(level="error", code="host_down", hosts=["nodeb"], message="nodeb: gone", fix="look")
+    error = Finding(level="error", code="no_answer", hosts=["nodeb"], message="nodeb: gone", fix="look")
     assert report_text(report([])).endswith("\n\nverdict: ready, 2 hosts, 4 ranks")
     assert report_text(report([warning])).endswith("\n\nverdict: ready, 2 hosts, 4 ranks (1 warning)")
     text = report_text(report([warning, error]))
@@ -233,11 +278,11 @@ def test_the_json_report_reads_back_and_keeps_its_names() -> None:
         "DoctorReport": set(DoctorReport.model_fields)
     }
     assert names["DoctorReport"] == {
-        "verdict", "num_errors", "num_warnings", "route", "layout", "hosts", "groups", "skipped", "findings", "seconds",
-        "machine",
+        "verdict", "num_errors", "num_warnings", "route", "launcher", "layout", "hosts", "groups", "skipped",
+        "findings", "seconds", "machine",
     }  # fmt: skip
     assert names["Finding"] == {"level", "code", "hosts", "message", "fix"}
-    assert names["HostReport"] == {"name", "slots", "first_rank", "probe", "clock", "seconds"}
+    assert names["HostReport"] == {"name", "slots", "first_rank", "probe", "clock"}
     assert names["GroupResult"] == {
         "kind", "ranks", "hosts", "num_bytes", "seconds", "bus_bytes_per_second", "latency_seconds", "correct",
     }  # fmt: skip

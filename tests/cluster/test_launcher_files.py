@@ -13,7 +13,7 @@ from folders import ROOT
 from launcher_jobs import write_program
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron_tiedlora.cluster.forwarded_env import is_secret
+from megatron_tiedlora.cluster.launchers import is_secret
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.hosts import Host, read_hostfile
 from megatron_tiedlora.config.settings import Settings

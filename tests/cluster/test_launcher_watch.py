@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,12 +20,12 @@ import pytest
 from launcher_jobs import write_program
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.decide import Times
+from megatron_tiedlora.cluster.running import Times
 from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.config.launch_settings import parse_launch
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(150)
 
 # A rank: says that it runs, does as it is told, and writes how it ended.
 RANK = """
@@ -34,6 +34,12 @@ from pathlib import Path
 plan = json.loads(os.environ["RANK_PLAN"])
 folder = Path(next(word for word in sys.argv if word.startswith("--output_dir=")).partition("=")[2])
 folder.mkdir(parents=True, exist_ok=True)
+again = (folder / "starts").exists()
+with open(folder / "starts", "a") as file:
+    file.write(json.dumps([sys.argv[1:], os.environ["MASTER_PORT"]]) + "\\n")
+
+if plan.get("owns"):
+    (folder / ".owner").write_text("{}")
 
 def end(state, status):
     if state:
@@ -54,14 +60,17 @@ if plan.get("helper"):
     subprocess.Popen(["sleep", "60"])
 (folder / "runs").write_text(str(os.getpid()))
 time.sleep(plan.get("works", 0.0))
+if again and "then" in plan:
+    end(plan["then"], 0)
 end(plan.get("state"), plan.get("status", 0))
 """
 
-# A launcher: `mpirun` with the words that launch/run.py gives it.
+# A launcher: `mpirun` with the words that launch/run.py gives it, which passes SIGUSR1 on.
 LAUNCHER = f"""#!{sys.executable}
-import json, os, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 plan = json.loads(os.environ["LAUNCHER_PLAN"])
-rank = subprocess.Popen(sys.argv[sys.argv.index({sys.executable!r}):], start_new_session=plan.get("detaches", False))
+rank = subprocess.Popen(sys.argv[sys.argv.index({sys.executable!r}):])
+signal.signal(signal.SIGUSR1, lambda number, frame: rank.send_signal(number))
 if plan.get("abandons"):
     while not any(name == "runs" for _, _, names in os.walk(os.environ["RUNS"]) for name in names):
         time.sleep(0.05)
@@ -108,8 +117,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         launcher: dict[str, Any] | None = None,
         *,
         signals: tuple[int, ...] = (),
+        by: str = "mpirun",
         grace: float = 20.0,
-        soon: float = 0.3,
         arguments: tuple[str, ...] = (),
         before: Callable[[Path], None] | None = None,
     ) -> Start:
@@ -118,10 +127,10 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         monkeypatch.setenv("LAUNCHER_PLAN", json.dumps(launcher or {}))
         if before is not None:
             before(folder)
-        flags = ["--launcher=mpirun", "--num_gpus=1", "--look_seconds=0.5", f"--grace_seconds={grace}"]
+        flags = [f"--launcher={by}", "--num_gpus=1", f"--grace_seconds={grace}"]
         sender = threading.Thread(target=_send, args=(folder, signals), daemon=True)
         sender.start()
-        times = Times(soon=soon, linger=1.0, helper=1.0)
+        times = Times(linger=1.0, helper=1.0)
         status = launch(parse_launch([*flags, f"--output_dir={folder}", *arguments]), scripts=scripts, times=times)
         sender.join(10)
         assert not list(private.iterdir())
@@ -139,7 +148,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
 
 def _send(folder: Path, signals: tuple[int, ...]) -> None:
     for number in signals:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (folder / "runs").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.6)
@@ -207,58 +216,80 @@ def test_a_run_folder_that_is_not_seen_from_here_is_no_success(start: Launch, tm
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("sent", "arrives"),
-    [(signal.SIGINT, 2), (signal.SIGTERM, 15), (signal.SIGUSR1, 10), (signal.SIGHUP, 15)],
-)
-def test_a_signal_reaches_the_rank_once_and_a_run_that_saved_is_a_success(
-    start: Launch, sent: int, arrives: int
-) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_reaches_the_rank_once_and_a_run_that_saved_is_a_success(start: Launch, sent: int) -> None:
+    """As SIGUSR1, on which mpirun does not end its ranks."""
     ended = start({"works": 30, "saves": 1.5}, signals=(sent,))
     assert ended.status == 0 and "stopped at step 3" in ended.said
-    assert ended.signals == [arrives]
+    assert ended.signals == [signal.SIGUSR1]
     assert "is passed on" in ended.said
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("sent", "arrives"), [(signal.SIGINT, 2), (signal.SIGHUP, 15)])
+def test_a_signal_reaches_the_ranks_of_this_machine_itself(start: Launch, sent: int, arrives: int) -> None:
+    """And not deepspeed, which would end at once."""
+    ended = start({"works": 30, "saves": 1.5}, signals=(sent,), by="local")
+    assert ended.status == 0 and "stopped at step 3" in ended.said
+    assert ended.signals == [arrives]
 
 
 def test_a_signal_that_saved_nothing_is_no_success(start: Launch) -> None:
     ended = start({"works": 2.5, "obeys": False, "state": "failed", "status": 1}, signals=(signal.SIGTERM,))
-    assert ended.status == 1 and ended.signals == [15]
+    assert ended.status == 1 and ended.signals == [10]
 
 
 def test_a_second_ctrl_c_kills(start: Launch) -> None:
     begun = time.monotonic()
     ended = start({"works": 50, "obeys": False}, signals=(signal.SIGINT, signal.SIGINT))
-    assert ended.status == 137 and ended.signals == [2]
+    assert ended.status == 137 and ended.signals == [10]
     assert time.monotonic() - begun < 15 and "killing all" in ended.said
 
 
 def test_a_second_sigterm_does_not(start: Launch) -> None:
     ended = start({"works": 30, "saves": 2.0}, signals=(signal.SIGTERM, signal.SIGTERM))
-    assert ended.status == 0 and ended.signals == [15]
+    assert ended.status == 0 and ended.signals == [10]
 
 
 # Launchers that die, lie or stay --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("detaches", [False, True])
-def test_a_rank_that_its_launcher_abandoned_is_told_to_save(start: Launch, detaches: bool) -> None:
-    ended = start({"works": 30, "saves": 1.0}, {"abandons": True, "detaches": detaches}, grace=60)
-    assert "killed" not in ended.said
-    assert ended.status == 1 and ended.signals == [15]
-    assert "the launcher has ended, but the job has not" in ended.said and "(rank, python" in ended.said
-    assert "stopped at step 3" in ended.said
-
-
-def test_a_rank_that_does_not_listen_is_killed_when_the_grace_is_over(start: Launch) -> None:
+@pytest.mark.parametrize("obeys", [True, False])
+def test_a_rank_that_its_launcher_abandoned_here_is_ended_when_the_grace_is_over(start: Launch, obeys: bool) -> None:
     begun = time.monotonic()
-    ended = start({"works": 50, "obeys": False}, {"abandons": True, "detaches": True}, grace=1.0)
+    ended = start({"works": 50, "obeys": obeys}, {"abandons": True}, grace=1.0)
     assert ended.status == 1 and set(ended.signals) == {15}
-    assert time.monotonic() - begun < 20 and "killed on " in ended.said
+    assert time.monotonic() - begun < 20
+    assert "what is left of the job on this machine is ended: " in ended.said and "(python" in ended.said
+    assert ("stopped at step 3" in ended.said) is obeys
+
+
+def test_a_rank_that_its_launcher_abandoned_has_time_to_save(start: Launch) -> None:
+    ended = start({"works": 3, "state": "stopped"}, {"abandons": True}, grace=60)
+    assert ended.status == 1 and not ended.signals
+    assert "is ended: " not in ended.said and "stopped at step 3" in ended.said
+
+
+@pytest.mark.distributed
+def test_a_rank_whose_deepspeed_was_killed_here_is_told_to_save(start: Launch) -> None:
+    def kill() -> None:
+        deadline = time.monotonic() + 50
+        while not list((folder / "runs").glob("*/runs")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for process in psutil.Process().children():
+            if "deepspeed" in " ".join(process.cmdline()[:2]):
+                process.kill()
+
+    folder = Path(os.environ["HOME"])
+    killer = threading.Thread(target=kill)
+    killer.start()
+    ended = start({"works": 50, "saves": 1.0}, by="local")
+    killer.join()
+    assert ended.status == 137 and ended.signals == [15]
+    assert "it is told to save and to stop" in ended.said and "stopped at step 3" in ended.said
 
 
 def test_a_killed_launcher_is_noticed(start: Launch) -> None:
-    """The ranks are told at once, and not at the next look."""
-
     def kill() -> None:
         time.sleep(2.0)
         for process in psutil.Process().children():
@@ -267,18 +298,15 @@ def test_a_killed_launcher_is_noticed(start: Launch) -> None:
 
     killer = threading.Thread(target=kill)
     killer.start()
-    ended = start({"works": 4}, grace=60, soon=4.0)
+    ended = start({"works": 4}, grace=60)
     killer.join()
-    assert "killed on" not in ended.said
-    assert ended.status == 137 and ended.signals == [15]
+    assert ended.status == 137 and not ended.signals
     assert "mpirun ended with SIGKILL" in ended.said
 
 
-@pytest.mark.parametrize("look", ["0.5", "1000"])
-def test_a_launcher_that_does_not_end_after_its_ranks_is_killed(start: Launch, look: str) -> None:
-    """Also where the hosts are not looked at while the job runs, as under Slurm."""
-    ended = start({"works": 2.0, "state": "finished"}, {"stays": 50}, arguments=(f"--look_seconds={look}",))
-    assert ended.status == 0 and "no rank is left" in ended.said
+def test_a_launcher_that_does_not_end_after_its_run_is_killed(start: Launch) -> None:
+    ended = start({"works": 2.0, "state": "finished"}, {"stays": 50})
+    assert ended.status == 0 and "the run has ended, but its launcher has not" in ended.said
 
 
 def test_what_a_rank_leaves_behind_is_ended(start: Launch) -> None:
@@ -286,37 +314,48 @@ def test_what_a_rank_leaves_behind_is_ended(start: Launch) -> None:
     assert ended.status == 0
 
 
-def test_a_job_does_not_go_on_when_its_watcher_is_killed(start: Launch, tmp_path: Path) -> None:
-    """The launcher gets SIGTERM, upon which real ones or their ranks stop; this one's rank is its child."""
-    folder = tmp_path / "runs" / "one"
-    code = (
-        "import sys; from pathlib import Path; from megatron_tiedlora.cluster.start import launch;"
-        " from megatron_tiedlora.config.launch_settings import parse_launch;"
-        " sys.exit(launch(parse_launch(sys.argv[2:]), scripts=Path(sys.argv[1])))"
+# Restarts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rank", "flags", "status", "starts"),
+    [
+        ({"state": "failed", "status": 1}, ["--max_restarts=2"], 1, 3),
+        ({"status": 7, "owns": True}, ["--max_restarts=1"], 7, 2),
+        ({"status": 7}, ["--max_restarts=1"], 7, 1),
+        ({"state": "failed", "status": 1}, [], 1, 1),
+        ({"state": "finished"}, ["--max_restarts=2"], 0, 1),
+        ({"state": "stopped", "status": 143}, ["--max_restarts=2"], 143, 1),
+    ],
+)
+def test_a_failed_run_is_restarted_so_often_and_no_other(
+    start: Launch, rank: dict[str, Any], flags: list[str], status: int, starts: int
+) -> None:
+    ended = start(rank, arguments=tuple(flags))
+    given = [json.loads(line) for line in (ended.folder / "starts").read_text().splitlines()]
+    assert ended.status == status and len(given) == starts
+    assert ["--resume=auto" in words for words, _ in given] == [False, *[True] * (starts - 1)]
+    assert len({port for _, port in given}) == starts  # the old one may still be in use
+    said = [f"restart {number} of {starts - 1}, from the last checkpoint" in ended.said for number in range(1, starts)]
+    assert all(said)
+
+
+def test_a_run_that_finishes_at_its_second_start_is_a_success(start: Launch) -> None:
+    ended = start({"state": "failed", "status": 1, "then": "finished"}, arguments=("--max_restarts=5",))
+    assert ended.status == 0 and len((ended.folder / "starts").read_text().splitlines()) == 2
+
+
+def test_a_start_that_did_not_begin_or_was_told_to_stop_is_not_repeated(start: Launch, tmp_path: Path) -> None:
+    ended = start(
+        {"works": 3.0, "obeys": False, "state": "failed", "status": 1},
+        signals=(signal.SIGTERM,),
+        arguments=("--max_restarts=2",),
     )
-    words = ["--launcher=mpirun", "--num_gpus=1", f"--output_dir={folder}"]
-    environment = {**os.environ, "RANK_PLAN": '{"works": 40}', "LAUNCHER_PLAN": "{}", "TMPDIR": str(tmp_path)}
-    watcher = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "scripts"), *words],
-        env=environment,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 40
-        while not (folder / "runs").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        launchers = [process for process in psutil.Process(watcher.pid).children() if _is_of(process, tmp_path)]
-        assert launchers
-    finally:
-        watcher.kill()
-        watcher.wait()
-    gone, _ = psutil.wait_procs(launchers, timeout=10)
-    assert len(gone) == len(launchers)
-    rank = psutil.Process(int((folder / "runs").read_text()))
-    rank.kill()
-    psutil.wait_procs([rank], timeout=10)  # not our child, and not at once
+    assert ended.status == 1 and "restart 1" not in ended.said
+    (tmp_path / "scripts" / "train.py").write_text("raise SystemExit(2)")
+    shutil.rmtree(ended.folder)
+    ended = start({}, arguments=("--max_restarts=2",))
+    assert ended.status == 2 and "restart 1" not in ended.said
 
 
 # Before the start -----------------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from fuzzing import Draw, cases, explore, outcome, printable
 from study_files import write_scored, write_study
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.forwarded_env import forward_env, read_user_file
-from megatron_tiedlora.cluster.job_processes import read_report
+from megatron_tiedlora.cluster.launchers import read_user_file
 from megatron_tiedlora.cluster.verdict import StatusFile, judge
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
 from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
@@ -98,32 +97,20 @@ def test_a_broken_file_of_variables(tmp_path: Path, examples: int) -> None:
         file.write_bytes(damaged(draw, whole))
         found = outcome(lambda: read_user_file({"DS_ENV_FILE": str(file)}), unchanged=tmp_path, names=(str(file),))
         if not isinstance(found, UserError):
-            for in_words in (False, True):
-                sent = forward_env({"PATH": "/bin"}, given=found, in_words=in_words)
-                assert all(name.isidentifier() for name in sent.variables)
-                printable(*sent.left)
+            assert all(name.isidentifier() for name in found)
         return found
 
     explore("variables", examples, body)
 
 
-REPORT = {
-    "host": "node1", "address": "10.0.0.2",
-    "processes": [{"pid": 7, "created": 1.5, "kind": "rank", "signalled": False, "command": "python train.py"}],
-}  # fmt: skip
-
-
 @cases("reports")
-def test_broken_reports_of_a_host_and_of_a_run(tmp_path: Path, examples: int) -> None:
-    """What a host says of its processes, and run_status.json."""
+def test_a_broken_report_of_a_run(tmp_path: Path, examples: int) -> None:
+    """run_status.json."""
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     status_text = json.dumps({"state": "failed", "step": 4, "reason": "rank 1 was killed"}).encode()
 
     def body(draw: Draw) -> object:
-        if draw.chance(0.3):
-            said = broken_json(draw, json.dumps(REPORT).encode()).decode("utf-8", "replace")
-            return read_report(f"Welcome!\n{said}\n")
         run.status.unlink(missing_ok=True)
         status = StatusFile(run)
         run.status.write_bytes(broken_json(draw, status_text))

@@ -16,7 +16,6 @@ import pytest
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE
-from megatron_tiedlora.cluster.job_processes import RUN_ID
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.study.plan import Step
@@ -202,10 +201,9 @@ def test_the_ends_of_ranks_are_waited_for(tmp_path: Path, kill: bool) -> None:
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER.replace("RANK", "60" if kill else "1.5")],
             stdout=stream,
-            env={**os.environ, RUN_ID: "abc"},
             start_new_session=True,
         )
-    child = LaunchedChild(process, "abc", "train.py")
+    child = LaunchedChild(process, "train.py")
     deadline = time.monotonic() + 30
     while not out.read_text():
         assert time.monotonic() < deadline
@@ -240,10 +238,9 @@ def test_a_rank_that_starts_after_its_launcher_was_told_is_told_too(tmp_path: Pa
             stdout=stream,
             stderr=subprocess.DEVNULL,
             cwd=tmp_path,
-            env={**os.environ, RUN_ID: "abc"},
             start_new_session=True,
         )
-    child = LaunchedChild(process, "abc", "train.py")
+    child = LaunchedChild(process, "train.py")
     deadline = time.monotonic() + 30
     while "starting" not in out.read_text():
         assert time.monotonic() < deadline

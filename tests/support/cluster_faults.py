@@ -46,11 +46,8 @@ def kill_launcher(job: Job) -> None:
     elif job.by_torchrun:
         _kill_programs(job, AGENT)
     elif job.is_watched:
-        # launch/run.py has other children for a moment: the ssh clients by which it asks the hosts.
-        children = psutil.Process(job.launchers[0].pid).children()
-        (launcher,) = [child for child in children if "train.py" in " ".join(child.cmdline())]
-        guarded = launcher.children() if launcher.name() == "sh" else []  # deepspeed over pdsh, under a shell
-        (guarded or [launcher])[0].kill()
+        (launcher,) = psutil.Process(job.launchers[0].pid).children()
+        launcher.kill()
     else:
         job.launchers[-1].signal(signal.SIGKILL)
 

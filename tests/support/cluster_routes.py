@@ -153,8 +153,7 @@ def start_openmpi(task: Task) -> Job:
 
 
 def _start_deepspeed(task: Task, *options: str) -> Job:
-    lines = {**task.forwarded_env, **MPI_ENVIRONMENT}.items()
-    (task.folder / ".deepspeed_env").write_text("\n".join(f"{name}={value}" for name, value in lines))
+    write_variables(task)
     command = [_beside_python("deepspeed"), "--hostfile", task.cluster.hostfile(), *options, *task.options]
     return Job(task, [task.cluster.first.start([*command, *task.script], cwd=task.folder, env=SSH_ENVIRONMENT)])
 
@@ -203,7 +202,14 @@ def start_watched(task: Task, launcher: str, *, in_batch: bool = False) -> Job:
         return Job(task, [], task.slurm.submit(size, cwd=task.folder, env=task.forwarded_env))
     command += ["--hostfile", str(task.cluster.hostfile()), *task.arguments]
     environment = {**task.forwarded_env, **MPI_ENVIRONMENT}
+    write_variables(task)
     return Job(task, [task.cluster.first.start(command, cwd=task.folder, env=environment)])
+
+
+def write_variables(task: Task) -> None:
+    """The file of what DeepSpeed and launch/run.py send to the hosts."""
+    lines = {**task.forwarded_env, **MPI_ENVIRONMENT}.items()
+    (task.folder / ".deepspeed_env").write_text("\n".join(f"{name}={value}" for name, value in lines))
 
 
 def write_script(task: Task, folder: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.cluster.routes import Job, StartPlan
+from megatron_tiedlora.cluster.launchers import Job, StartPlan
 from megatron_tiedlora.config.hosts import Host
 
 # Writes what it was given beside itself: a rank of the tests that only look at words and variables.
@@ -53,12 +53,11 @@ def make_job(place: Path, **changes: Any) -> Job:
         "launcher": "pdsh",
         "route": "ssh",
         "hosts": (Host("node1", 1), Host("node2", 1)),
-        "script": str(script),
+        "program": (str(script),),
         "arguments": ("--max_steps", "3"),
         "python": sys.executable,
         "folder": place,
         "private": place / "private",
-        "run_id": "abc123",
         "master_addr": "10.0.0.1",
         "master_port": 29400,
         **changes,
@@ -85,27 +84,24 @@ def hosts_here(folder: Path) -> dict[str, str]:
 
 
 def start(plan: StartPlan, folder: Path, *, limit: float = 120.0) -> str:
-    """Write a plan's files and run its commands one after another; returns what they print."""
+    """Write a plan's files and run its command; returns what that prints."""
     for path, text in plan.files.items():
         path.write_text(text)
-    printed = ""
-    for command in plan.commands:
-        done = subprocess.run(
-            command.words,
-            cwd=folder,
-            env=dict(plan.environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit,
-        )
-        printed += done.stdout
-        assert done.returncode == 0, printed
-    return printed
+    done = subprocess.run(
+        plan.words,
+        cwd=folder,
+        env=dict(plan.environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=limit,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def given(job: Job, rank: int) -> dict[str, Any]:
     """What a rank was given."""
-    content: dict[str, Any] = json.loads(Path(job.script).with_name(f"given-{rank}.json").read_text())
+    content: dict[str, Any] = json.loads(Path(job.program[-1]).with_name(f"given-{rank}.json").read_text())
     return content

@@ -1,4 +1,4 @@
-"""Find what is wrong with names, addresses, ports, layout and files; as compare.py does for the rest."""
+"""Find what is wrong with names, addresses, layout and files; as compare.py does for the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_tiedlora.cluster.doctor.records import UNREADABLE, Finding, HostRe
 _LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs and an exported model are not
 _MOST_NAMED = 3  # of the files that differ
 
-# Names, addresses, ports -------------------------------------------------------------------------------------------
+# Names, addresses -------------------------------------------------------------------------------------------------
 
 
 def look_at_names(hosts: Sequence[HostReport]) -> Iterator[Finding]:
@@ -88,19 +88,6 @@ def _matches(variable: str, value: str, interface: str) -> bool:
     wanted = [name.partition(":")[0] for name in value.lstrip("^=").split(",")]
     found = any(interface == name if exact else interface.startswith(name) for name in wanted)
     return found != negated
-
-
-def look_at_port(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Report the port where ranks meet if something listens on it already."""
-    for host, probe in answering(hosts):
-        if probe.port is not None and not probe.port.free:
-            holder = f" by {probe.port.holder}" if probe.port.holder else ""
-            yield error(
-                "port_in_use",
-                [host.name],
-                f"{host.name}: port {probe.port.number} is in use{holder}",
-                f"use --master_port {probe.port.next_free}, which is free, or end that process, perhaps an earlier job",
-            )
 
 
 # Layout ------------------------------------------------------------------------------------------------------------

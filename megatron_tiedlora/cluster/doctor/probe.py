@@ -1,24 +1,15 @@
-"""What a host reports about itself: the probe runs there, prints one record, then its clock each time it is asked.
-
-    python -m megatron_tiedlora.cluster.doctor.probe QUESTION    (the question is a record as JSON)
-
-Lines that begin with a mark carry the answers, because a login shell may print other lines. The probe ends with its
-standard input, or after the question's time limit. It writes no files.
-"""
+"""What a host reports about itself, asked by the first rank there. It writes no files."""
 
 from __future__ import annotations
 
 import hashlib
 import ipaddress
 import itertools
-import math
 import os
 import resource
 import shutil
-import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -34,17 +25,14 @@ from megatron_tiedlora.cluster.doctor.records import (
     HubRepo,
     OutputFolder,
     PathContent,
-    Port,
     Probe,
     Question,
 )
 
-PROBE_MARK, CLOCK_MARK, CLOCK_QUESTION = "doctor-probe ", "doctor-clock ", "clock"
 LIBRARIES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "bitsandbytes")
 SOCKET_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _SMALL_FILE = 1 << 20  # bytes; smaller files are compared by content: configs and tokenizers
 _MOST_FILES = 10_000
-_PORTS_TRIED = 100
 
 
 def examine(question: Question) -> Probe:
@@ -74,7 +62,6 @@ def examine(question: Question) -> Probe:
         peer_address=None if question.peer is None else address_towards(question.peer),
         interfaces=addresses,
         socket_names={name: os.environ[name] for name in SOCKET_NAMES if os.environ.get(name)},
-        port=None if question.master_port is None else look_at_port(question.master_port),
         paths={flag: job_content(path, question.hub.get(flag)) for flag, path in question.paths.items()},
         output=None if question.output_dir is None else output_folder(question.output_dir),
     )
@@ -156,38 +143,6 @@ def address_towards(name: str) -> str | None:
     return None
 
 
-def look_at_port(number: int) -> Port:
-    """Whether ranks can listen on a port here; if not, which process does and which port is free."""
-    if _can_listen(number):
-        return Port(number=number, free=True)
-    following = range(number + 1, min(number + _PORTS_TRIED, 65535))
-    return Port(number=number, free=False, holder=_holder(number), next_free=next(filter(_can_listen, following), None))
-
-
-def _can_listen(number: int) -> bool:
-    """Try what torch's store does: listen on all addresses of both families, despite connections in TIME_WAIT."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        try:
-            probe.bind(("", number))
-        except OSError:
-            return False
-        return True
-
-
-def _holder(number: int) -> str | None:
-    """The process that listens on a port, if this user may see it."""
-    with suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == number and connection.pid is not None:
-                process = psutil.Process(connection.pid)
-                return f"{process.name()} (process {process.pid} of {process.username()})"
-    return None
-
-
 # Files -------------------------------------------------------------------------------------------------------------
 
 
@@ -248,18 +203,3 @@ def output_folder(path: str) -> OutputFolder:
         writable=os.access(existing, os.W_OK | os.X_OK),
         free_bytes=shutil.disk_usage(existing).free,
     )
-
-
-def main() -> None:
-    """Answer the question on the command line, then print the clock each time it is asked for."""
-    question = Question.model_validate_json(sys.argv[1])
-    signal.alarm(math.ceil(question.seconds))
-    print(f"{PROBE_MARK}{examine(question).model_dump_json()}", flush=True)
-    for line in sys.stdin:
-        if line.strip() != CLOCK_QUESTION:
-            break
-        print(f"{CLOCK_MARK}{time.time()!r}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,75 +1,130 @@
-"""One rank of the doctor's trial: it meets the others as a job's ranks do and all-reduces over each of its groups.
+"""One rank of the doctor's job, which the launcher starts as it starts a job's ranks: it reports, meets, all-reduces.
 
-    python -m megatron_tiedlora.cluster.doctor.rank ORDER    (a record as JSON; ranks and master from the environment)
+    python -m megatron_tiedlora.cluster.doctor.rank ORDER    (a record as JSON)
 
-It reports its progress in lines that begin with RANK_MARK. Every wait, also in subgroups, has the order's timeout, and
-an alarm ends the process if everything else fails.
+The first rank of each host reports what the host has (probe.py), before anything can fail. Then all ranks meet as a
+job's do, compare their clocks, try whether they share a folder, and all-reduce over each of their groups. Every wait,
+also in subgroups, has the order's time limit, and an alarm ends the process if everything else fails.
 """
 
 from __future__ import annotations
 
+import base64
 import math
 import os
+import secrets
 import signal
 import sys
 import time
+import zlib
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.cluster.doctor.probe import examine
 from megatron_tiedlora.cluster.doctor.rank_groups import group_members
-from megatron_tiedlora.cluster.doctor.records import GroupKind, RankEvent, TrialOrder
+from megatron_tiedlora.cluster.doctor.records import Clock, GroupKind, Order, RankEvent
 
 if TYPE_CHECKING:
     import torch
 
 RANK_MARK = "doctor-rank "
 SMALL_BYTES = 4096
+_PIECE = 2000  # letters of a line: launchers pass on lines that are not longer in one piece
+_CLOCK_LOOKS = 3
+_SHARED_SECONDS = 5.0  # network file systems may cache a folder's content for some seconds
 _ITEM = 4  # bytes of a float32
 _PERIOD = 251  # of the pattern that is summed: a prime, so that it is not aligned with the chunks of a message
 _MOST_TURNS, _WANTED_SECONDS = 20, 0.5
 
 
-class TrialRank:
-    """A rank's part of the trial."""
+def rank_number() -> int:
+    """This process's rank, before anything is imported that may fail."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
-    def __init__(self, order: TrialOrder, rank: int) -> None:
-        self._order, self._rank = order, rank
+
+class TrialRank:
+    """A rank's part of the job."""
+
+    def __init__(self, order: Order, rank: int) -> None:
+        self._order, self._rank, self._said = order, rank, 0
 
     def say(self, event: Any, **more: Any) -> None:
-        """Print one line for the doctor."""
-        line = RankEvent(rank=self._rank, event=event, **more).model_dump_json(exclude_defaults=True)
-        sys.stdout.write(f"{RANK_MARK}{line}\n")  # in one call, because all ranks of a host share the stream
+        """Send the doctor an event, in lines that a launcher may mix with those of other ranks."""
+        text = RankEvent(rank=self._rank, event=event, **more).model_dump_json(exclude_defaults=True)
+        packed = base64.b64encode(zlib.compress(text.encode())).decode()
+        pieces = [packed[start : start + _PIECE] for start in range(0, len(packed), _PIECE)]
+        for number, piece in enumerate(pieces, start=1):
+            sys.stdout.write(f"{RANK_MARK}{self._rank}.{self._said} {number}/{len(pieces)} {piece}\n")
         sys.stdout.flush()
+        self._said += 1
 
     def run(self) -> None:
-        """Meet, measure, leave."""
-        import torch
+        """Report, meet, measure, leave."""
+        order, timeout = self._order, timedelta(seconds=self._order.timeout)
+        question = order.questions.get(self._rank)
+        if question is not None:
+            self.say("probe", probe=examine(question))
+
         from torch import distributed
 
         from megatron_tiedlora.parallel.agreement import max_over_ranks
-        from megatron_tiedlora.runtime.launch_env import prepare_cuda
-        from megatron_tiedlora.runtime.process_group import choose_device, meet
+        from megatron_tiedlora.runtime.launch_env import prepare_environment
+        from megatron_tiedlora.runtime.process_group import choose_device, group_backend, meet
 
-        layout, timeout = self._order.layout, timedelta(seconds=self._order.timeout)
-        backend = layout.backend or "gloo"
-        if backend != "gloo":
-            prepare_cuda()  # as a run does, so that a GPU error can be reported
+        prepare_environment()
         self.say("started")
-        device = torch.device("cpu") if backend == "gloo" else choose_device()
+        device = choose_device()
         meet(device, timeout)
         found = distributed.get_world_size()
-        if found != layout.num_ranks:
-            raise RuntimeError(f"{found} ranks have met, not {layout.num_ranks}")
+        if found != order.layout.num_ranks:
+            raise RuntimeError(f"{found} ranks have met, not {order.layout.num_ranks}")
         self.say("joined")
-        for kind, groups in group_members(layout).items():
-            handles = [distributed.new_group(ranks, timeout=timeout, backend=backend) for ranks in groups]
+        self._compare_clocks()
+        if order.output_dir is not None and len(order.questions) > 1:
+            self._share(is_first_of_host=question is not None)
+        for kind, groups in group_members(order.layout).items():
+            handles = [distributed.new_group(ranks, timeout=timeout, backend=group_backend(device)) for ranks in groups]
             for ranks, handle in zip(groups, handles, strict=True):
                 if self._rank in ranks:
                     self._measure(kind, ranks, handle, device)
         max_over_ranks([0.0])  # wait until all have measured
         self.say("done")
         distributed.destroy_process_group()
+
+    def _compare_clocks(self) -> None:
+        """Read the clock when all ranks have just met in an exchange, some times; the shortest exchange counts."""
+        from megatron_tiedlora.parallel.agreement import max_over_ranks, sum_over_ranks
+
+        looks = []
+        for _ in range(_CLOCK_LOOKS):
+            begin = time.perf_counter()
+            max_over_ranks([0.0])
+            now, margin = time.time(), time.perf_counter() - begin
+            (first,) = sum_over_ranks([now if self._rank == 0 else 0.0])
+            looks.append(Clock(skew=now - first, margin=margin))
+        if self._rank in self._order.questions:
+            self.say("clock", clock=min(looks, key=lambda look: look.margin))
+
+    def _share(self, *, is_first_of_host: bool) -> None:
+        """Look for a file that rank 0 writes where the job's output will be, and that it removes again."""
+        from megatron_tiedlora.cluster.doctor.probe import output_folder
+        from megatron_tiedlora.parallel.agreement import decided_by_rank_0, max_over_ranks
+
+        token = secrets.token_hex(8)
+        path = os.path.join(output_folder(str(self._order.output_dir)).existing, f".doctor-{token}")
+        path, token, reason = decided_by_rank_0(lambda: (path, token, _write(path, token)), kind=tuple[str, str, str])
+        try:
+            if is_first_of_host:
+                reason = reason or ("" if self._rank == 0 or _can_read(path, token) else "not seen")
+                self.say("shared", reason=reason)
+            max_over_ranks([0.0])
+        finally:
+            if self._rank == 0:
+                with suppress(OSError):
+                    os.unlink(path)
 
     def _measure(self, kind: GroupKind, ranks: list[int], handle: Any, device: torch.device) -> None:
         """Measure both message sizes; groups of one kind run at the same time, as they do in a job."""
@@ -116,16 +171,39 @@ class TrialRank:
             torch.cuda.synchronize(device)
 
 
+def _write(path: str, token: str) -> str:
+    """Write the file; returns why it cannot be written, or ''."""
+    try:
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with open(file, "w") as writer:
+            writer.write(token)
+    except OSError as error:  # a full disk may accept the name but no content
+        return error.strerror or str(error)
+    return ""
+
+
+def _can_read(path: str, token: str) -> bool:
+    """Whether the token can be read there; a network file system may show it late."""
+    limit = time.monotonic() + _SHARED_SECONDS
+    while time.monotonic() < limit:
+        with suppress(OSError), open(path, "rb") as file:
+            if file.read(len(token) + 1) == token.encode():
+                return True
+        with suppress(OSError):
+            os.listdir(os.path.dirname(path))  # asks the server again
+        time.sleep(0.2)
+    return False
+
+
 def main() -> int:
-    """Run the trial; report a failure in a line and in the exit status."""
-    order = TrialOrder.model_validate_json(sys.argv[1])
+    """Run the rank; report a failure in an event and in the exit status."""
+    order = Order.model_validate_json(sys.argv[1])
     signal.alarm(math.ceil(order.seconds))
-    trial = TrialRank(order, int(os.environ["RANK"]))
+    trial = TrialRank(order, rank_number())
     try:
         trial.run()
     except Exception as error:  # gloo and NCCL raise many kinds: each means that the ranks cannot communicate
         trial.say("failed", reason=first_line(error)[:500])
-        sys.stdout.flush()
         os._exit(1)  # without waiting for the threads of a broken group
     return 0
 

@@ -29,27 +29,21 @@ class HubRepo(Record):
 
 
 class Question(Record):
-    """What a host is asked.
+    """What the first rank of a host is asked about it.
 
     Attributes:
-        host: its name in the hostfile or the allocation.
         peer: another host; the probe looks up the local address on the route to it. None if there is no other host.
         first_host: where the ranks meet.
-        master_port: the port to check, on the first host only; None on the others.
         paths: what a job reads, by flag; `FLAG:1` and `FLAG:2` if one flag names two files.
         hub: the repository that a flag means if its path does not exist.
         output_dir: where the job writes.
-        seconds: time limit, after which the probe ends itself.
     """
 
-    host: str
     peer: str | None
     first_host: str
-    master_port: int | None
     paths: dict[str, str]
     hub: dict[str, HubRepo] = Field(default_factory=dict)
     output_dir: str | None
-    seconds: float
 
 
 class Gpu(Record):
@@ -59,20 +53,6 @@ class Gpu(Record):
     total_bytes: int
     free_bytes: int
     capability: tuple[int, int] = (0, 0)
-
-
-class Port(Record):
-    """A port that the ranks will listen on.
-
-    Attributes:
-        holder: the process that listens on it now, if this user may see that.
-        next_free: the next higher port that nothing listens on.
-    """
-
-    number: int
-    free: bool
-    holder: str | None = None
-    next_free: int | None = None
 
 
 class PathContent(Record):
@@ -136,13 +116,12 @@ class Probe(Record):
     peer_address: str | None
     interfaces: dict[str, list[str]]
     socket_names: dict[str, str]
-    port: Port | None
     paths: dict[str, PathContent]
     output: OutputFolder | None
 
 
 class Clock(Record):
-    """A host's clock compared with the caller's: it is ahead by `skew` +- `margin` seconds."""
+    """A host's clock compared with the first host's: it is ahead by `skew` +- `margin` seconds."""
 
     skew: float
     margin: float
@@ -156,7 +135,6 @@ class HostReport(Record):
     first_rank: int
     probe: Probe | None = None
     clock: Clock | None = None
-    seconds: float | None = None
 
 
 # Measured ----------------------------------------------------------------------------------------------------------
@@ -178,38 +156,40 @@ class ParallelConfig(Record):
     backend: Backend | None = None
 
 
-class TrialOrder(Record):
-    """What the ranks of a host are to do.
+class Order(Record):
+    """What the ranks are to do.
 
     Attributes:
+        questions: by the first rank of each host.
         large_bytes: bytes per rank in the all-reduce that measures bandwidth.
         timeout: longest time in seconds that a rank waits for the others.
         seconds: time limit, after which all ranks end by themselves.
-        words: what Python runs in each rank in place of the doctor's own trial; such a rank does not end by itself.
     """
 
     layout: ParallelConfig
-    first_rank: int
-    slots: int
+    questions: dict[int, Question]
+    output_dir: str | None
     large_bytes: int
     timeout: float
     seconds: float
-    words: tuple[str, ...] = ()
 
 
 class RankEvent(Record):
-    """How far a rank has come.
+    """What a rank reports.
 
     Attributes:
-        event: `started` (torch is imported), `joined` (all ranks have met), `measured` (an all-reduce over one of its
-            groups), `done`, `failed`.
+        event: `probe` and `clock` (of its host), `started` (torch is imported), `joined` (all ranks have met), `shared`
+            (whether its host sees the file in the output folder), `measured` (an all-reduce over one of its groups),
+            `done`, `failed`.
         ranks: the ranks of the group.
         seconds: duration of one all-reduce on this rank.
-        reason: why the rank failed.
+        reason: why the rank failed, or what is wrong with the shared file.
     """
 
     rank: int
-    event: Literal["started", "joined", "measured", "done", "failed"]
+    event: Literal["probe", "started", "joined", "clock", "shared", "measured", "done", "failed"]
+    probe: Probe | None = None
+    clock: Clock | None = None
     kind: GroupKind | None = None
     ranks: list[int] = Field(default_factory=list)
     num_bytes: int = 0
@@ -259,7 +239,7 @@ class DoctorReport(Record):
 
     Attributes:
         seconds: duration of each phase that was run.
-        groups: empty if no ranks were started; `skipped` then says why.
+        groups: those whose ranks have all measured; `skipped` says why there are none.
         machine: the constants that --measure has found, as tiedlora plan reads them; None if it has found none.
     """
 
@@ -267,6 +247,7 @@ class DoctorReport(Record):
     num_errors: int
     num_warnings: int
     route: Literal["ssh", "srun", "local"]
+    launcher: str
     layout: ParallelConfig
     hosts: list[HostReport]
     groups: list[GroupResult]

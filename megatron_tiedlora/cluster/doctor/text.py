@@ -20,7 +20,6 @@ from megatron_tiedlora.cluster.doctor.records import (
 )
 
 ODD_MARK = "*"
-_OVER = {"ssh": "over ssh", "srun": "by srun", "local": "this machine"}
 
 
 def report_text(report: DoctorReport) -> str:
@@ -51,7 +50,7 @@ def finding_lines(finding: Finding) -> list[str]:
 
 def _headline(report: DoctorReport) -> str:
     hosts = count_text(len(report.hosts), "host")
-    return f"{hosts} ({_OVER[report.route]}), {_layout_text(report.layout)}"
+    return f"{hosts} (by {report.launcher}), {_layout_text(report.layout)}"
 
 
 def _layout_text(layout: ParallelConfig) -> str:

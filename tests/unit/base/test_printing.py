@@ -18,7 +18,7 @@ from study_files import write_score, write_study
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import printable, show
-from megatron_tiedlora.cluster import watch
+from megatron_tiedlora.cluster import running
 from megatron_tiedlora.cluster.doctor.records import DoctorReport, Finding, HostReport, ParallelConfig
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.convert.export_peft import export_peft
@@ -56,9 +56,6 @@ def test_lines_that_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
 PRINT = {
     ("megatron_tiedlora/base/errors.py", "show"),
     ("megatron_tiedlora/config/cli.py", "run_command"),  # a UserError
-    ("megatron_tiedlora/cluster/doctor/shared.py", "_say"),  # lines for our own other end
-    ("megatron_tiedlora/cluster/doctor/probe.py", "main"),
-    ("megatron_tiedlora/cluster/job_processes.py", "main"),
     ("megatron_tiedlora/commands/doctor.py", "main"),  # report_text, JSON
     ("megatron_tiedlora/commands/train.py", "main"),  # dry_run_report
     ("megatron_tiedlora/commands/verify.py", "main"),  # Verification.report
@@ -146,7 +143,7 @@ def test_steps_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_reasons_of_hosts_and_ranks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    watch.say(f"node1 cannot be reached ({FOREIGN})")
+    running.say(f"node1 cannot be reached ({FOREIGN})")
     RankLog().say(f"Traceback\n  {FOREIGN}")
     said = capsys.readouterr().err
     assert said.split("\n")[:3] == [

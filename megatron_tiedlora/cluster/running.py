@@ -1,0 +1,220 @@
+"""A launcher that has been started: stop its ranks, end it, and end what it leaves on this machine.
+
+What a launcher started on other hosts is left to that launcher, and to the ranks, which notice its end and save.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.cluster.launchers import Job, StartPlan
+from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.cluster.verdict import StatusFile
+from megatron_tiedlora.config.hosts import started_program
+from megatron_tiedlora.runtime.stopping import alive
+
+POLL_SECONDS, _LOOK_SECONDS = 0.2, 5.0
+_FORWARDS = ("srun", "mpirun", "prterun")  # SIGUSR1 to their ranks; on SIGTERM they give them no time to save
+
+
+@dataclass(frozen=True)
+class Times:
+    """Time limits for the end of a job, in seconds."""
+
+    grace: float = 120.0  # for ranks to save after their launcher has ended
+    linger: float = 30.0  # for a launcher to end after the run has
+    notice: float = 0.5  # for what it started here to end by itself then
+    helper: float = 10.0  # for the processes on this machine after the run has ended, and after SIGTERM
+
+
+@dataclass
+class Ended:
+    """How the launcher ended."""
+
+    status: int  # its exit status; -N if signal N killed it
+    passed_on: int  # the first signal that was passed on, 0 for none
+
+
+def say(line: str) -> None:
+    """Print a line of this command's own on stderr."""
+    with suppress(OSError):
+        show(f"tiedlora run: {line}", file=sys.stderr)
+
+
+class Session:
+    """A launcher that was started on this machine in a session of its own, with all that it has started here.
+
+    Args:
+        program: the script or module that its ranks run.
+    """
+
+    def __init__(self, process: subprocess.Popen[Any], program: str) -> None:
+        self.process, self._program = process, program
+        self._told: set[int] = set()
+        self._seen: set[psutil.Process] = set()
+
+    def here(self) -> list[psutil.Process]:
+        """The processes that run on this machine, the launcher among them.
+
+        pdsh gives its ssh a session of its own: that is found as its child, and after its end if it was found before.
+        """
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if os.getsid(process.pid) == self.process.pid:
+                    self._seen |= {process, *process.children(recursive=True)}
+        self._seen = {process for process in self._seen if alive(process)}
+        return list(self._seen)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks on this machine, without the processes that they have forked, to read data or to compile."""
+        found = {one.pid: one for one in self.here() if _program(one) == self._program}
+        return [one for one in found.values() if _parent(one) not in found]
+
+    def tell(self, processes: Sequence[psutil.Process], number: int) -> None:
+        """Signal those of the processes that have not been told yet."""
+        for process in processes:
+            if process.pid not in self._told:
+                with suppress(psutil.Error):
+                    process.send_signal(number)
+                self._told.add(process.pid)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Signal the launcher and all that it has started on this machine."""
+        for process in self.here():
+            with suppress(psutil.Error):
+                process.send_signal(number)
+
+
+class RunningJob(Session):
+    """A job whose launcher has been started.
+
+    Args:
+        output, errors: where the launcher's output and errors go; None: to this command's own.
+
+    Raises:
+        UserError: the launcher cannot be started.
+    """
+
+    def __init__(self, job: Job, plan: StartPlan, *, output: int | None = None, errors: int | None = None) -> None:
+        for path, text in plan.files.items():
+            path.touch(mode=0o600)
+            path.write_text(text, encoding="utf-8")
+        try:
+            process = subprocess.Popen(
+                plan.words,
+                cwd=job.folder,
+                env=dict(plan.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
+            )
+        except OSError as error:
+            raise UserError(f"{plan.words[0]}: cannot be started ({error.strerror or error})") from None
+        super().__init__(process, job.program[-1])
+        self._job = job
+
+    def stop(self, number: int) -> None:
+        """Tell the ranks to save and to stop. Call it until they have: some may just be starting.
+
+        The launcher's own means are used: srun and mpirun pass SIGUSR1 on. Ranks on this machine get the signal itself.
+        Those that ssh started stop when their connection ends.
+        """
+        if self._job.route == "srun" or self._job.launcher in ("mpirun", "openmpi"):
+            self.tell([one for one in self.here() if _name(one) in _FORWARDS], signal.SIGUSR1)
+        elif self._job.route == "local":
+            self.tell(self.ranks(), number)
+        else:
+            self.kill()
+
+
+def _name(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return str(process.name())
+    return ""
+
+
+def _parent(process: psutil.Process) -> int:
+    with suppress(psutil.Error):
+        return int(process.ppid())
+    return 0
+
+
+def _program(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return started_program(process.cmdline())
+    return ""
+
+
+class Watch:
+    """Waits for the end of a job: of its launcher, of its run folder's owner, and of what it started on this machine.
+
+    The first signal is passed on; a second Ctrl-C kills. Only Ctrl-C counts then: schedulers send SIGTERM twice.
+    """
+
+    def __init__(self, running: RunningJob, status: StatusFile, signals: StopSignals, times: Times) -> None:
+        self._running, self._status, self._signals, self._times = running, status, signals, times
+        self._said: set[str] = set()
+        self._run_ended = self._launcher_ended = float("inf")  # when, by the monotonic clock
+        self._looked = 0.0
+
+    def until_end(self) -> Ended:
+        """Wait, and return how it ended."""
+        received = self._signals.received
+        while not self._is_over():
+            if received:
+                name = signal.Signals(received[0]).name
+                self._say_once(f"{name} is passed on; the job saves and ends (Ctrl-C again: kill)")
+                self._running.stop(received[0])
+            if signal.SIGINT in received[1:]:
+                self._say_once("killing all")
+                self._running.kill()
+            time.sleep(POLL_SECONDS)
+        return Ended(self._running.process.returncode, received[0] if received else 0)
+
+    def _is_over(self) -> bool:
+        now, times = time.monotonic(), self._times
+        if self._status.is_new():
+            self._run_ended = min(self._run_ended, now)
+        if self._running.process.poll() is None:
+            if now - self._run_ended > times.linger:
+                self._say_once("the run has ended, but its launcher has not: killed")
+                self._running.kill()
+            if now - self._looked > _LOOK_SECONDS:  # so that what it has started is known when it has ended
+                self._looked = now
+                self._running.here()
+            return False
+        self._launcher_ended = min(self._launcher_ended, now)
+        is_late = now > min(self._launcher_ended + times.grace, self._run_ended + times.helper)
+        if not self._running.here():
+            return is_late or self._status.is_new() or not self._status.is_awaited()
+        if is_late:
+            self._end()
+        elif now - self._launcher_ended > times.notice and not self._status.is_new():
+            self._say_once("the launcher has ended, but the job has not; it is told to save and to stop")
+            self._running.stop(signal.SIGTERM)
+        return is_late
+
+    def _end(self) -> None:
+        """End what is left on this machine."""
+        left = ", ".join(f"{process.pid} ({_name(process)})" for process in self._running.here())
+        self._say_once(f"what is left of the job on this machine is ended: {left}")
+        self._running.kill(signal.SIGTERM)
+        psutil.wait_procs(self._running.here(), timeout=self._times.helper)
+        self._running.kill()
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            say(line)
