@@ -1,6 +1,6 @@
 """Writes merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
 
-Every tensor is read, computed and written some rows at a time (`merged_tensors`). So it needs little memory, whatever
+Every tensor is read, computed and written some rows at a time (`merged_rows`). So it needs little memory, whatever
 the model. Of a folder that is quantised the values D(W), which training saw, take the place of W, and all tensors are
 computed.
 
@@ -32,8 +32,7 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.streamed_files import StreamedFile, write_files, write_streamed
 from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
-from megatron_tiedlora.convert.merged_rows import stored_changes
-from megatron_tiedlora.convert.merged_tensors import dequantised_tensors, merged_file
+from megatron_tiedlora.convert.merged_rows import Merge, MergedTensors
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
@@ -113,18 +112,18 @@ def merge_adapter(
     copied = [*model_files, *own_files]
     # Of a folder that is quantised the values are there as training saw them.
     quantised = source.stored is not None
-    changed = stored_changes(adapter, source.shape, base_format=None if quantised else onto)
+    merged = MergedTensors(Merge(adapter, source.shape, base_format=None if quantised else onto), dtype, between)
     files: list[StreamedFile] = []
     if not quantised:
         places = weight_map(folder)
         side_files(folder, sorted({file.name for file in places.values()}))  # rejects links out of the folder here too
-        files = [merged_file(file, places, changed, dtype, between) for file in sorted(set(places.values()))]
+        files = [merged.of_file(file, places) for file in sorted(set(places.values()))]
         copied += side_files(folder, [INDEX_FILE])
     copied_bytes = sum(file.stat().st_size for file in copied)
     with new(output) as temporary:
         if quantised:
             with BaseWeights(folder, source.shape, source.stored) as weights:
-                tensors = dequantised_tensors(weights, source.shape, changed, dtype, between, source=source.name)
+                tensors = merged.of_quantised(weights, source.shape, source=source.name)
                 needed = sum(tensor.num_bytes for tensor in tensors)
                 require_room(temporary, needed + copied_bytes, output=output)
                 write_streamed(temporary, tensors, progress=progress)

@@ -21,7 +21,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
-from megatron_tiedlora.convert.merged_rows import merged_reader, row_blocks, stored_changes
+from megatron_tiedlora.convert.merged_rows import Merge, row_blocks
 from megatron_tiedlora.model.weights import stored_shapes
 
 _MOST_LINES = 8  # about tensors that differ
@@ -71,25 +71,25 @@ def compare_merged(
     Raises:
         UserError: a file is missing or not whole.
     """
-    changes = stored_changes(adapter, source.shape, base_format=base_format)
+    merge = Merge(adapter, source.shape, base_format=base_format)
     differences, counts = [], {True: 0, False: 0}
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         written = opened.enter_context(WeightFiles(merged))
         names = stored_shapes(base.rules)
         dtype = None if source.stored is not None else _merge_dtype(base, written, names)
-        wanted = merged_reader(base.read, changes)
+        wanted = merge.reader(base.read)
         tensors = list(_in_file_order(written))
         total = sum(_size(entry) for _, _, entry in tensors)
         bar = opened.enter_context(progress_bar("merged files", "B", total=total, shows=progress))
         for file, name, entry in tensors:
-            counts[name in changes] += 1
+            counts[name in merge.names] += 1
             if source.stored is None:
                 why = _why_unlike(entry, _entry(base, name), dtype, of_model=name in names)
             else:  # its stored tensors have other sizes and dtypes than those of the merge
                 why = None if name in names else "is not in the base"
             if why is None:
-                like = "base + adapter" if name in changes else "the base"
+                like = "base + adapter" if name in merge.names else "the base"
                 why = _compare_values(wanted, written.reader(file), name, entry, like, bar.update)
             if why is not None:
                 differences.append(one_line(f"{file}: {name} {why}"))

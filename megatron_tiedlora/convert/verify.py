@@ -31,7 +31,7 @@ from megatron_tiedlora.convert.inputs import trained_otherwise
 from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
 from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
 from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
-from megatron_tiedlora.convert.merged_rows import ReadRows, merged_reader, stored_changes
+from megatron_tiedlora.convert.merged_rows import Merge, ReadRows
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
@@ -206,7 +206,7 @@ def verify_export(
             models.append(Weights(_quantised(base, source.shape, name), {name: adapter}))
         if merged is not None:
             if rounds:
-                once = merged_reader(base.read, stored_changes(adapter, source.shape, base_format=made_onto))
+                once = Merge(adapter, source.shape, base_format=made_onto).reader(base.read)
                 models.append(Weights(lambda name, rows: once(name, rows, stored[name]), {"rounded": None}))
             written = opened.enter_context(BaseWeights(merged, source.shape))
             models.append(Weights(written.read, {"merged": None}))
@@ -255,7 +255,7 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
 
 def _quantised(base: BaseWeights, shape: ModelShape, base_format: str) -> ReadRows:
     """Reads rows of the base that a storage format makes of the stored one, in fp32."""
-    read = merged_reader(base.read, stored_changes(None, shape, base_format=base_format))
+    read = Merge(None, shape, base_format=base_format).reader(base.read)
     return lambda name, rows: read(name, rows, torch.float32)
 
 

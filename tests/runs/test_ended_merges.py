@@ -29,7 +29,7 @@ from megatron_tiedlora.base.shapes import TARGET_NAMES
 
 MERGE = ROOT / "tools" / "merge_adapter.py"
 WRITER = "megatron_tiedlora.checkpoint.streamed_files"
-VALUES, COMMAND = (f"megatron_tiedlora.convert.{name}" for name in ("merged_tensors", "merge"))
+VALUES, COMMAND = (f"megatron_tiedlora.convert.{name}" for name in ("merged_rows", "merge"))
 Prelude = Callable[[], None]
 
 
