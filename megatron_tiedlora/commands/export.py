@@ -15,8 +15,7 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapter_settings import ExportSettings, adapter_flags
-from megatron_tiedlora.convert.export_many import export_all, find_adapters
-from megatron_tiedlora.convert.export_peft import base_location, base_name, export_peft
+from megatron_tiedlora.convert.export_peft import base_location, base_name, export_all, export_peft, find_adapters
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.convert.serving import Export, serve_hints
 

@@ -1,8 +1,8 @@
 """Opens what a user names as an adapter, with its base: a native adapter, a checkpoint of a run, or a PEFT folder; and
 writes the last as a native adapter.
 
-A PEFT folder is read as the exactly equal native adapter, by its kind's own module: `import_lora` or `import_vera`. In
-our own exports the native adapter travels along.
+A PEFT folder is read as the exactly equal native adapter by `peft_methods`. In our own exports the native adapter
+travels along.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ from megatron_tiedlora.checkpoint.native_adapter import (
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
 from megatron_tiedlora.convert.export_peft import peft_tensors
-from megatron_tiedlora.convert.import_lora import Lora, native_lora, read_alpha, read_lora, trains_apart
-from megatron_tiedlora.convert.import_vera import read_vera
 from megatron_tiedlora.convert.inputs import (
     BASE_PATH,
     EXPORT_RECORD,
@@ -55,6 +53,7 @@ from megatron_tiedlora.convert.inputs import (
     is_merged,
     is_peft,
 )
+from megatron_tiedlora.convert.peft_methods import Lora, native_lora, read_alpha, read_lora, read_vera, trains_apart
 from megatron_tiedlora.parallel.messages import SentTensor
 
 Kind = Literal["native", "peft"]

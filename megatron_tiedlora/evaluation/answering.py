@@ -10,9 +10,8 @@ from megatron_tiedlora.adapters.adapter_bank import filled
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Agree, Prompts, generate
+from megatron_tiedlora.evaluation.generate import Agree, Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.held_out import Questions
-from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0
 from megatron_tiedlora.parallel.grid import Grid

@@ -27,7 +27,7 @@ from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked, validate_settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
-from megatron_tiedlora.convert.export_many import adapter_name, find_adapters
+from megatron_tiedlora.convert.export_peft import adapter_name, find_adapters
 from megatron_tiedlora.convert.inputs import Identify, check_base, is_merged
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.data.chat import chat_template_sha256

@@ -107,6 +107,8 @@ def test_every_linear_that_is_one_module_has_its_part_of_a_and_b(
         a, b = (adapter.state[target.prefix + factor] for factor in "AB")
         assert torch.equal(a, stored["base_model.vera_A"][:, : target.in_size])
         assert torch.equal(b, stored["base_model.vera_B"][: target.out_size])
+    save_adapter(tmp_path / "native", adapter.config, adapter.base, adapter.state)
+    assert load_native_adapter(tmp_path / "native").equals(adapter)
 
 
 @pytest.mark.parametrize("name", PARTS)
