@@ -20,8 +20,17 @@ from megatron_tiedlora.checkpoint.load_model import DTYPES
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.inputs import adapter_kind
-from megatron_tiedlora.hf.base_model import base_layer_of, check_model, identify_in_memory, model_source
-from megatron_tiedlora.hf.update import AdaptedModule, check_whole, find_places, merge_, with_update
+from megatron_tiedlora.hf.base_model import (
+    AdaptedModule,
+    base_layer_of,
+    check_model,
+    check_whole,
+    find_places,
+    identify_in_memory,
+    merge_,
+    model_source,
+    with_update,
+)
 
 
 @dataclass

@@ -19,15 +19,21 @@ from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.stored_weights import StoredWeights
-from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
+from megatron_tiedlora.checkpoint.tensor_files import (
+    FLOAT_TYPES,
+    INDEX_FILE,
+    LARGEST_HEADER,
+    SINGLE_FILE,
+    Header,
+    read_header,
+    read_runs,
+)
 from megatron_tiedlora.model.stored_formats import StoredFormat
 from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 _LONGEST_NAME = 60  # of a file name; model-00001-of-00030.safetensors has half as many characters
 _COMPARED_ROWS = 4096  # of two tensors, at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]

@@ -55,15 +55,11 @@ class NativeAdapter:
 
     def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, torch.Tensor, torch.Tensor]]:
         """Every weight of the base that the adapter changes, layer by layer, with its `factors`."""
-        for rule, target in self.changed(shape):
+        for rule, target in changed_weights(self.config, shape):
             yield rule, *self.factors(rule, target)
 
-    def changed(self, shape: ModelShape) -> Iterator[tuple[WeightRule, Target]]:
-        """Every weight of the base that the adapter changes, layer by layer, and the target that it is."""
-        return changed_weights(self.config, shape)
-
     def factors(self, rule: WeightRule, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' (r, in) and B' (out, r) of the update of one of the weights of `changed`: W' = W + B' A'."""
+        """A' (r, in) and B' (out, r) of the update of one of its `changed_weights`: W' = W + B' A'."""
         return lora_factors(self.config, self.state, target, rule.layer)
 
     def equals(self, other: NativeAdapter) -> bool:

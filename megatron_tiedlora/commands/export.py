@@ -15,9 +15,16 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapter_settings import ExportSettings, adapter_flags
-from megatron_tiedlora.convert.export_peft import base_location, base_name, export_all, export_peft, find_adapters
+from megatron_tiedlora.convert.export_peft import (
+    Export,
+    base_location,
+    base_name,
+    export_all,
+    export_peft,
+    find_adapters,
+    serve_hints,
+)
 from megatron_tiedlora.convert.open_adapter import open_adapter
-from megatron_tiedlora.convert.serving import Export, serve_hints
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -27,10 +27,10 @@ from megatron_tiedlora.base.json_files import read_json_object, read_json_or_non
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
-from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, BaseWeights, weight_map
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.checkpoint.streamed_files import StreamedFile, write_files, write_streamed
+from megatron_tiedlora.checkpoint.tensor_files import INDEX_FILE, StreamedFile, write_files, write_streamed
 from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
 from megatron_tiedlora.convert.merged_rows import Merge, MergedTensors
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer

@@ -6,7 +6,7 @@ base, or its values cast once to the dtype of the merge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +79,12 @@ def compare_merged(
         names = stored_shapes(base.rules)
         dtype = None if source.stored is not None else _merge_dtype(base, written, names)
         wanted = merge.reader(base.read)
-        tensors = list(_in_file_order(written))
-        total = sum(_size(entry) for _, _, entry in tensors)
+        tensors = [
+            (file, *item)
+            for file in sorted(set(written.file_of.values()))
+            for item in sorted(written.header(file).entries.items(), key=lambda item: item[1]["data_offsets"])
+        ]
+        total = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for _, _, entry in tensors)
         bar = opened.enter_context(progress_bar("merged files", "B", total=total, shows=progress))
         for file, name, entry in tensors:
             counts[name in merge.names] += 1
@@ -96,20 +100,9 @@ def compare_merged(
     return MergedBits(counts[True], counts[False], tuple(differences))
 
 
-def _in_file_order(written: WeightFiles) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
-    for file in sorted(set(written.file_of.values())):
-        for name, entry in sorted(written.header(file).entries.items(), key=lambda item: item[1]["data_offsets"]):
-            yield file, name, entry
-
-
 def _entry(files: WeightFiles, name: str) -> Mapping[str, Any] | None:
     """The tensor's entry in the header of its file; None if there is none."""
     return files.header(files.file_of[name]).entries.get(name) if name in files.file_of else None
-
-
-def _size(entry: Mapping[str, Any]) -> int:
-    start, stop = entry["data_offsets"]
-    return int(stop) - int(start)
 
 
 def _merge_dtype(base: WeightFiles, written: WeightFiles, names: Collection[str]) -> str | None:

@@ -24,9 +24,17 @@ from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.checkpoint.streamed_files import StreamedFile, StreamedTensor, file_head
-from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, TYPE_NAMES, all_finite, read_bytes, read_header
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, changed_weights
+from megatron_tiedlora.checkpoint.tensor_files import (
+    FLOAT_TYPES,
+    TYPE_NAMES,
+    StreamedFile,
+    StreamedTensor,
+    all_finite,
+    file_head,
+    read_bytes,
+    read_header,
+)
 from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
 from megatron_tiedlora.parallel.quantise import quantised_rows
 
@@ -70,7 +78,7 @@ class Merge:
             base_format: of the base that the adapter is merged onto; None for the stored one.
         """
         self._adapter, self._base_format = adapter, base_format
-        changed = () if adapter is None else adapter.changed(shape)
+        changed = () if adapter is None else changed_weights(adapter.config, shape)
         self._places = {name: (rule, target) for rule, target in changed for name in rule.hf_names}
         self._quantised = () if base_format is None else stored_shapes(quantised_rules(shape)).keys()
         self.names = frozenset((*self._places, *self._quantised))

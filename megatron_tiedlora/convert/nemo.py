@@ -24,8 +24,7 @@ import torch
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.checkpoint.streamed_files import SHARD_BYTES, StreamedTensor, write_streamed
-from megatron_tiedlora.checkpoint.tensor_files import all_finite
+from megatron_tiedlora.checkpoint.tensor_files import SHARD_BYTES, StreamedTensor, all_finite, write_streamed
 from megatron_tiedlora.convert.nemo_archive import NemoArchive, readable
 from megatron_tiedlora.convert.nemo_config import ROPE_BASE, WEIGHTS_MEMBER, NemoModel, read_nemo_model
 from megatron_tiedlora.data.tokenizer import LARGEST_TOKENIZER, check_conversion

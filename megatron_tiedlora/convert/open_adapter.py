@@ -302,7 +302,7 @@ def _unlike_export(lora: Lora, source: ModelSource, native: NativeAdapter, dtype
     for name, tensor in exported.items():
         if name not in found:
             differences.append(f"{name} is missing")
-        elif not _same_bits(tensor.float(), found[name]):
+        elif not torch.equal(*(one.contiguous().view(torch.int32) for one in (tensor.float(), found[name]))):
             differences.append(f"{name} differs from the adapter's export")
     return tuple(differences)
 
@@ -319,11 +319,6 @@ def compare_export(folder: Path, source: ModelSource, adapter: NativeAdapter) ->
     file = folder / WEIGHTS_FILE
     lora, _ = read_lora(folder, read_peft_config(folder), source)
     return tuple(f"{file}: {difference}" for difference in _unlike_export(lora, source, adapter, stored_dtype(folder)))
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two fp32 tensors are equal, also in the sign of a zero."""
-    return torch.equal(*(tensor.contiguous().view(torch.int32) for tensor in (one, other)))
 
 
 def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:

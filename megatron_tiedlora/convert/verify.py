@@ -191,8 +191,8 @@ def verify_export(
     imported = None if peft is None else read_peft(peft, source, tied=False)
     notes += () if imported is None else imported.notes
     exported = None if peft is None else compare_export(peft, source, adapter)
-    if imported is not None and "peft" in runtimes:
-        require_peft()
+    if imported is not None and "peft" in runtimes and not has_peft():
+        raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
     bits = None if merged is None else compare_merged(source, adapter, merged, base_format=made_onto, progress=progress)
     # Equality must hold for any input, so it need not be text.
     probed = (_PROBED[0], min(_PROBED[1], source.shape.limit.tokens))
@@ -287,12 +287,6 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
 def has_peft() -> bool:
     """Whether PEFT is installed."""
     return importlib.util.find_spec("peft") is not None
-
-
-def require_peft() -> None:
-    """Raise UserError if PEFT is not installed."""
-    if not has_peft():
-        raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
 
 
 def peft_logits(folder: Path, adapter: Path, tokens: torch.Tensor) -> torch.Tensor:

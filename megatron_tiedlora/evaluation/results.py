@@ -14,7 +14,7 @@ from megatron_tiedlora.base.output_folder import NewOutput
 from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
-from megatron_tiedlora.evaluation.held_out import Questions
+from megatron_tiedlora.evaluation.answering import Questions
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric
 from megatron_tiedlora.evaluation.plan import TABLE_FILE, EvaluationPlan, Plans
 from megatron_tiedlora.evaluation.scores import Score

@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.hf.update import AdaptedModule, merge_, with_update
+from megatron_tiedlora.hf.base_model import AdaptedModule, merge_, with_update
 
 
 class TiedLoraLinear(nn.Module, BaseTunerLayer):

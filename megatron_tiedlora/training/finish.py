@@ -21,10 +21,9 @@ from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint
-from megatron_tiedlora.convert.export_peft import base_location, base_name, export_peft
+from megatron_tiedlora.convert.export_peft import Export, base_location, base_name, export_peft, serve_hints
 from megatron_tiedlora.convert.layerwise import layerwise_loss
 from megatron_tiedlora.convert.merge import is_merge_of, merge_adapter
-from megatron_tiedlora.convert.serving import Export, serve_hints
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.loader import evaluation_batches
 from megatron_tiedlora.data.tasks import get_task
