@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -122,6 +123,8 @@ class BaseWeights(WeightFiles):
         rules: the name table.
         bytes_read: bytes of the stored tensors that this process has read so far.
     """
+
+    kind: ClassVar[str] = "base weights"
 
     def __init__(self, folder: Path, shape: ModelShape, stored: StoredFormat | None = None) -> None:
         """Open the files of `folder`.
@@ -271,7 +274,7 @@ class BaseWeights(WeightFiles):
 
 
 def load_base_weights(
-    weights: BaseWeights,
+    weights: BaseWeights | RandomWeights,
     targets: Mapping[str, FrozenWeight],
     rules: Sequence[WeightRule] | None = None,
     *,
@@ -286,7 +289,7 @@ def load_base_weights(
 
     Args:
         targets: the weights by the names of their rules; see `frozen_weights`.
-        rules: the name table of the stage; None for all rules of the checkpoint.
+        rules: the name table of the stage; None for all rules of `weights`.
         access: opens a weight's parameters for writing (it gathers them under ZeRO-3).
         largest: the elementwise maximum over the tensor-parallel ranks, for scales of rows that several ranks share.
         reads: False on ranks that only take part in opening.
@@ -294,35 +297,31 @@ def load_base_weights(
     """
     mine = [rule for rule in (weights.rules if rules is None else rules) if rule.name in targets]
     with torch.no_grad():
-        for rule in progress_bar("base weights", "tensor", mine, shows=progress):
+        for rule in progress_bar(weights.kind, "tensor", mine, shows=progress):
             target = targets[rule.name]
             with access(list(target.parameters.values())):
                 if reads:
                     weights.fill(rule, target, tp_rank=tp_rank, tp_size=tp_size, largest=largest)
 
 
-def draw_base_weights(
-    targets: Mapping[str, FrozenWeight],
-    rules: Sequence[WeightRule],
-    *,
-    access: Access = nullcontext,
-    tp_rank: int = 0,
-    seed: int = 0,
-    progress: bool = False,
-) -> None:
-    """Draw random values instead of `load_base_weights`, each shard on its own device: values depend on the layout.
+@dataclass(frozen=True)
+class RandomWeights:
+    """Random values in place of a checkpoint's, each shard drawn on its own device: they depend on the layout.
 
-    Args:
-        targets, rules, access, progress: as there.
+    Attributes:
+        rules: the name table.
     """
-    mine = [rule for rule in rules if rule.name in targets]
-    with torch.no_grad():
-        for rule in progress_bar("random weights", "tensor", mine, shows=progress):
-            target = targets[rule.name]
-            with access(list(target.parameters.values())):
-                name = rule.hf_names[0]
-                own_seed = stream_seed(seed, f"{name}/{tp_rank}")  # so that copies of a tied embedding are equal
-                target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=own_seed))
+
+    rules: Sequence[WeightRule]
+    seed: int = 0
+
+    kind: ClassVar[str] = "random weights"
+
+    def fill(self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, **_: object) -> None:
+        """Draw this rank's shard of one weight."""
+        name = rule.hf_names[0]
+        seed = stream_seed(self.seed, f"{name}/{tp_rank}")  # so that copies of a tied embedding are equal
+        target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=seed))
 
 
 def draw_(target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: int) -> torch.Tensor:
