@@ -267,7 +267,8 @@ def write_streamed(
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
         index |= dict.fromkeys((tensor.name for tensor in shard), name)
-        files.append(StreamedFile(name, _head_of(shard), shard))
+        head = file_head((tensor.name, TYPE_NAMES[tensor.dtype], tensor.shape, tensor.num_bytes) for tensor in shard)
+        files.append(StreamedFile(name, head, shard))
     write_files(folder, files, bar="weights", progress=progress)
     if len(shards) > 1:
         total = sum(tensor.num_bytes for tensor in tensors)
@@ -298,21 +299,19 @@ def _shards(tensors: Sequence[StreamedTensor], shard_bytes: int) -> list[list[St
     return shards
 
 
-def file_head(entries: Mapping[str, Mapping[str, object]]) -> bytes:
-    """What stands in front of the values in a file: the header of its entries, and the header's length."""
+def file_head(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """What stands in front of the values in a file: the header, and its length.
+
+    Args:
+        tensors: name, type as headers name it, shape and bytes of each, in the order of their values.
+    """
+    entries, end = {}, 0
+    for name, kind, shape, size in tensors:
+        start, end = end, end + size
+        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
     raw = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
     raw += b" " * (-len(raw) % 8)  # the values begin at a multiple of 8, as safetensors' own do
     return len(raw).to_bytes(8, "little") + raw
-
-
-def _head_of(tensors: Sequence[StreamedTensor]) -> bytes:
-    entries = {}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.num_bytes
-        kind = TYPE_NAMES[tensor.dtype]
-        entries[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": (start, end)}
-    return file_head(entries)
 
 
 def _write_file(path: Path, file: StreamedFile, wrote: Callable[[int], object]) -> None:

@@ -78,7 +78,12 @@ def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
         UserError: it has a feature beyond plain LoRA, adapts other modules, or its tensors do not fit.
     """
     file = folder / CONFIG_FILE
-    _reject_features(file, content)
+    if (start := content.get("init_lora_weights")) not in _PLAIN_STARTS:
+        raise UserError(
+            f"{file}: init_lora_weights = {shown(start)} changes the base weights too; convert it to a plain LoRA with"
+            " PEFT (path_initial_model_for_weight_conversion) first"
+        )
+    reject_other_fields(file, content, kind="LoRA", harmless=_HARMLESS_OF_LORA)
     chosen, sizes = chosen_modules(file, content, source), modules_of(source.shape.block)
     ranks, rank_notes = read_by_pattern(file, content, ("r", "rank_pattern"), chosen, read_rank)
     alphas, alpha_notes = read_by_pattern(file, content, ("lora_alpha", "alpha_pattern"), chosen, read_alpha)
@@ -127,16 +132,6 @@ def trains_apart(lora: Lora, source: ModelSource) -> str | None:
                 return "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter"
     same_scale = len({pair.scale for pair in lora.values()}) == 1
     return None if same_scale else "its modules have several scales alpha / r, and one here"
-
-
-def _reject_features(file: Path, content: Mapping[str, Any]) -> None:
-    start = content.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
-        raise UserError(
-            f"{file}: init_lora_weights = {shown(start)} changes the base weights too; convert it to a plain LoRA with"
-            " PEFT (path_initial_model_for_weight_conversion) first"
-        )
-    reject_other_fields(file, content, kind="LoRA", harmless=_HARMLESS_OF_LORA)
 
 
 def read_alpha(alpha: Any, what: str) -> float:

@@ -3,7 +3,7 @@
 A merged folder in 16 bits cannot have the adapter's logits. So it is compared with base + adapter rounded to the same
 dtype, where the difference must vanish. The difference from the unrounded adapter is only shown.
 
-Bits are compared by `merged_bits`, and logits computed by `layerwise`, both in the memory of one layer. Where the whole
+Bits are compared by `merged_rows`, and logits computed by `layerwise`, both in the memory of one layer. Where the whole
 model fits, they are also computed in the software that users load the exports with: transformers and PEFT, in fp32.
 """
 
@@ -30,8 +30,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import trained_otherwise
 from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
 from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
-from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
-from megatron_tiedlora.convert.merged_rows import Merge, ReadRows
+from megatron_tiedlora.convert.merged_rows import Merge, MergedBits, ReadRows, bit_lines, compare_merged
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
@@ -126,21 +125,20 @@ def choose_runtimes(
     """
     exports = {"transformers": merged, "peft": peft}
     there = tuple(name for name in RUNTIMES if exports[name] is not None)
-    size = 4 * num_base_parameters(source.shape)
-    if given is None and dtype != torch.float32:
-        return (), ""
-    if given is None and there and size > LARGEST_WHOLE:
-        return (
-            (),
-            f"{source.name} takes {bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too",
-        )
-    if given is None and "peft" in there and not has_peft():
-        return tuple(name for name in there if name != "peft"), "peft is not installed, so it has not loaded the export"
-    if given is None and "peft" in there and source.stored is not None:
-        kind = source.stored.base_format
-        why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
-        return tuple(name for name in there if name != "peft"), why
     if given is None:
+        size, why = 4 * num_base_parameters(source.shape), ""
+        if dtype != torch.float32:
+            return (), ""
+        if there and size > LARGEST_WHOLE:
+            words = f"takes {bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too"
+            return (), f"{source.name} {words}"
+        if not has_peft():
+            why = "peft is not installed, so it has not loaded the export"
+        elif source.stored is not None:
+            kind = source.stored.base_format
+            why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
+        if why and "peft" in there:
+            return tuple(name for name in there if name != "peft"), why
         return there, ""
     names = [] if given == "none" else given.split(",")
     for name in names:

@@ -28,7 +28,7 @@ from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.loader import evaluation_batches
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.evaluation.scores import Score
+from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_metrics
