@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.checkpoint.load_model import DTYPES
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.convert.inputs import adapter_kind
 from megatron_tiedlora.hf.base_model import (
     AdaptedModule,
@@ -176,9 +176,12 @@ def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
 def _attach(model: Any, adapter: NativeAdapter) -> None:
     update, places = _on(model, adapter)
     state = _Attachment(adapter)
+
+    def add(place: AdaptedModule, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor) -> torch.Tensor:
+        return with_update(z, inputs[0], update, place)
+
     for name, place in places.items():
-        module = model.get_submodule(name)
-        state.hooks.append(module.register_forward_hook(partial(_add_update, update, place)))
+        state.hooks.append(model.get_submodule(name).register_forward_hook(partial(add, place)))
     setattr(model, _STATE, state)
 
 
@@ -206,9 +209,3 @@ def _attached(model: Any) -> _Attachment:
         raise UserError("the model has no attached adapter; attach(model, adapter) first")
     assert isinstance(state, _Attachment)
     return state
-
-
-def _add_update(
-    update: TiedAdapter, place: AdaptedModule, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
-) -> torch.Tensor:
-    return with_update(z, inputs[0], update, place)

@@ -28,8 +28,6 @@ from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 def resolve_dtype(given: str | None, task: Task, *, on_gpu: bool) -> str:
     """The value of --dtype, or its default for the task on this host: bf16 or fp32."""

@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.base_formats import BASE_NAMES
@@ -94,8 +93,17 @@ def merge_adapter(
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
     # The base's tokenizer is saved again over its copy: transformers would rebuild some from their class names.
-    saved = _load_tokenizer_to_copy(tokenizer or folder) if tokenizer is not None or own_files else None
-    onto = trained_format(adapter) if onto_trained else None
+    saved = None
+    if tokenizer is not None or own_files:
+        if (named := user_path(tokenizer or folder)).is_dir():
+            side_files(named, _TOKENIZER_SOURCES)  # rejects links out of the folder here too
+        saved = load_tokenizer(tokenizer or folder)
+    onto = adapter.base.base_format if onto_trained else None
+    if onto_trained and onto is None:
+        raise UserError(
+            f"--onto trained: the adapter was trained on its base in {adapter.base.dtype}, not on a quantised one;"
+            " leave --onto out"
+        )
     base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs, base_format=onto)
     if onto is not None and "weights" in base.record.get("base_differs", ()):
         raise UserError(
@@ -116,7 +124,7 @@ def merge_adapter(
     files: list[StreamedFile] = []
     if not quantised:
         places = weight_map(folder)
-        side_files(folder, sorted({file.name for file in places.values()}))  # rejects links out of the folder here too
+        side_files(folder, sorted({file.name for file in places.values()}))  # and here
         files = [merged.of_file(file, places) for file in sorted(set(places.values()))]
         copied += side_files(folder, [INDEX_FILE])
     copied_bytes = sum(file.stat().st_size for file in copied)
@@ -158,16 +166,6 @@ def is_merge_of(folder: Path, adapter: NativeAdapter) -> bool:
     return record.get("adapter_sha256") == adapter.sha256
 
 
-def trained_format(adapter: NativeAdapter) -> str:
-    """The storage format of the base that an adapter was trained on. Raises UserError if it was not quantised."""
-    if adapter.base.base_format is None:
-        raise UserError(
-            f"--onto trained: the adapter was trained on its base in {adapter.base.dtype}, not on a quantised one;"
-            " leave --onto out"
-        )
-    return adapter.base.base_format
-
-
 def merged_onto(folder: Path) -> str | None:
     """The storage format of the base onto which a folder's adapter was merged; None for the stored one.
 
@@ -201,14 +199,6 @@ def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path}: is a pipe, a socket or a device; replace it with a file, or remove it")
     return [path for path in found if path.is_file()]
-
-
-def _load_tokenizer_to_copy(source: str | Path) -> PreTrainedTokenizerBase:
-    """`load_tokenizer` for a tokenizer that is saved to an output. Raises UserError as that and `side_files` do."""
-    folder = user_path(source)
-    if folder.is_dir():
-        side_files(folder, _TOKENIZER_SOURCES)
-    return load_tokenizer(source)
 
 
 def _restate_config(config_file: Path, dtype: torch.dtype | None, *, dequantised: bool) -> None:

@@ -230,7 +230,10 @@ def verify_export(
         exact = exported is None or stored_dtype(peft).itemsize >= 4  # else the bits of our own export are judged
         rows.append(compare_logits("PEFT adapter", native, read, "equal" if exact else "rounded"))
         if "peft" in runtimes:
-            logits = peft_logits(source.weights_folder(), peft, tokens)
+            from peft import PeftModel
+
+            wrap = partial(PeftModel.from_pretrained, model_id=str(peft))
+            logits = transformers_logits(source.weights_folder(), tokens, wrap)
             rows.append(compare_logits("PEFT adapter, in peft", native if exact else read, logits, "equal"))
     return Verification(bits, tuple(rows), exported, tuple(notes))
 
@@ -285,14 +288,6 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
 def has_peft() -> bool:
     """Whether PEFT is installed."""
     return importlib.util.find_spec("peft") is not None
-
-
-def peft_logits(folder: Path, adapter: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits (b, s, V) of the base in `folder` with the PEFT adapter in `adapter`. Raises UserError if one does not
-    load."""
-    from peft import PeftModel
-
-    return transformers_logits(folder, tokens, partial(PeftModel.from_pretrained, model_id=str(adapter)))
 
 
 def transformers_logits(

@@ -84,21 +84,15 @@ class WeightsInMemory:
         """The model's name table."""
         return weight_rules(self.source.shape)
 
-    @property
-    def are_whole(self) -> bool:
-        """Whether every tensor is there as it was stored: floating point, neither quantised, offloaded nor sharded."""
-        held = ((self._held(name)[1], shape) for name, shape in stored_shapes(self.rules).items())
-        return all(tuple(tensor.shape) == shape and _is_plain(tensor) for tensor, shape in held)
-
     def read(self, name: str) -> torch.Tensor:
         """The tensor of this name, also if accelerate has offloaded it. Raises UserError if the model has none."""
-        module, tensor = self._held(name)
+        module, tensor = self.held(name)
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if tensor.is_meta and offloaded is not None:
             tensor = offloaded[name.rpartition(".")[2]]
         return tensor.detach()
 
-    def _held(self, name: str) -> tuple[Any, torch.Tensor]:
+    def held(self, name: str) -> tuple[Any, torch.Tensor]:
         """The module that has the tensor of this name, and the tensor; on the meta device if it is offloaded."""
         path, _, kind = name.rpartition(".")
         try:
@@ -129,7 +123,8 @@ def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
     if values.shape != (norm.size,) or not _is_plain(values):
         raise UserError(f"{source.name}: the weights of the model are sharded or offloaded; load it whole")
     dtype = "fp32" if values.dtype == torch.float32 else "bf16"
-    if weights.are_whole:
+    held = ((weights.held(name)[1], shape) for name, shape in stored_shapes(weights.rules).items())
+    if all(tuple(tensor.shape) == shape and _is_plain(tensor) for tensor, shape in held):  # as they were stored
         return identify_base(source, weights, dtype)
     found = identify_shape(source, dtype, weights_hash=weights_hash(source, weights))
     return replace(found, base_format=source.stored_base)

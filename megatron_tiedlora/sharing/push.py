@@ -253,7 +253,10 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
     derived = _derived(chosen, facts)
     chosen = {name: value for name, value in chosen.items() if name not in derived or value != derived[name]}
     chosen |= {name: without_folders(str(chosen[name]), facts.settings) for name in chosen if _MARKS[name].holds}
-    words = [_flag(name, flag_value(value)) for name, value in chosen.items()]
+    words = []
+    for name, value in chosen.items():  # `=` joins a value that would be taken for a flag itself
+        word = flag_value(value)
+        words.append(shlex.quote(f"--{name}={word}") if word.startswith("-") else f"--{name} {shlex.quote(word)}")
     command = f"tiedlora train --model {shlex.quote(facts.base)} {' '.join(words)}"
     # A template of prompts may have lines and marks of its own.
     marks = "`" * max(4, 1 + max(map(len, re.findall("`+", command)), default=0))
@@ -289,11 +292,6 @@ def without_folders(given: str, settings: Mapping[str, Any]) -> str:
     ids = from_hub if isinstance(from_hub, list) else []  # earlier versions recorded none
     names = map(str.strip, given.split(","))
     return ",".join(name if name.partition(":")[0] in ids else last_name(name) for name in names)
-
-
-def _flag(name: str, word: str) -> str:
-    """A flag and its value for a shell; `=` joins a value that would be taken for a flag itself."""
-    return shlex.quote(f"--{name}={word}") if word.startswith("-") else f"--{name} {shlex.quote(word)}"
 
 
 def _code(text: str) -> str:
