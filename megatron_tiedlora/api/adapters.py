@@ -16,12 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
+from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.convert.inputs import adapter_kind
 from megatron_tiedlora.hf.base_model import (
-    AdaptedModule,
     base_layer_of,
     check_model,
     check_whole,
@@ -177,7 +176,7 @@ def _attach(model: Any, adapter: NativeAdapter) -> None:
     update, places = _on(model, adapter)
     state = _Attachment(adapter)
 
-    def add(place: AdaptedModule, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor) -> torch.Tensor:
+    def add(place: AdaptedTensor, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor) -> torch.Tensor:
         return with_update(z, inputs[0], update, place)
 
     for name, place in places.items():
@@ -194,7 +193,7 @@ def _merge(model: Any, adapter: NativeAdapter) -> None:
     setattr(model, _STATE, _Attachment(adapter, merged=True))
 
 
-def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, AdaptedModule]]:
+def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, AdaptedTensor]]:
     """The factors on the model's device, and the modules that they change."""
     update = TiedAdapter(AdapterPart.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)

@@ -28,7 +28,7 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles, open_weights
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, changed_weights
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, changed_tensors
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import (
     FLOAT_TYPES,
@@ -85,8 +85,7 @@ class Merge:
             base_format: of the base that the adapter is merged onto; None for the stored one.
         """
         self._adapter, self._base_format = adapter, base_format
-        changed = () if adapter is None else changed_weights(adapter.config, shape)
-        self._places = {name: (rule, target) for rule, target in changed for name in rule.hf_names}
+        self._places = {} if adapter is None else changed_tensors(adapter.config, shape)
         self._quantised = () if base_format is None else stored_shapes(quantised_rules(shape)).keys()
         self.names = frozenset((*self._places, *self._quantised))
 
@@ -96,7 +95,11 @@ class Merge:
         It keeps the factors of the last tensor, so the rows of a tensor are best read one after another. Those of all
         layers at once would take memory for each layer.
         """
-        factors_of = lru_cache(maxsize=1)(self._factors)
+
+        @lru_cache(maxsize=1)
+        def factors_of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            assert self._adapter is not None
+            return self._places[name].factors(self._adapter)
 
         def merged(name: str, rows: slice, dtype: torch.dtype) -> torch.Tensor:
             values = read(name, rows)
@@ -108,13 +111,6 @@ class Merge:
             return merged_rows(values, a, b[rows], dtype)
 
         return merged
-
-    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' (r, in) and the rows (rows, r) of B' that belong to a stored tensor, fp32."""
-        assert self._adapter is not None
-        rule, target = self._places[name]
-        a, b = self._adapter.factors(rule, target)
-        return a, rule.by_stored_tensor(b)[name]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
@@ -33,7 +32,7 @@ from megatron_tiedlora.checkpoint.base_identity import (
     weights_hash,
 )
 from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS
-from megatron_tiedlora.checkpoint.native_adapter import changed_weights
+from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, changed_tensors
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import run_starts
 from megatron_tiedlora.convert.merged_rows import merged_rows, row_blocks
@@ -162,41 +161,18 @@ def check_model(trained: BaseIdentity, found: BaseIdentity, *, differs: bool = F
     return (*notes, f"{what} {found.base_model}")
 
 
-@dataclass(frozen=True)
-class AdaptedModule:
-    """A module that an adapter changes.
-
-    Attributes:
-        rule: the weight that it stores, or a part of.
-        stored: the name of its tensor.
-    """
-
-    target: Target
-    rule: WeightRule
-    stored: str
-
-    def factors(self, adapter: TiedAdapter) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' (r, in) and B' (rows of the module, r)."""
-        a, b = adapter.lora_factors(self.target, self.rule.layer)
-        return a, self.rule.by_stored_tensor(b)[self.stored]
+def find_places(shape: ModelShape, config: AdapterConfig) -> Mapping[str, AdaptedTensor]:
+    """The tensors that an adapter changes, by the names of their modules in the causal model."""
+    return {name.removesuffix(".weight"): tensor for name, tensor in changed_tensors(config, shape).items()}
 
 
-def find_places(shape: ModelShape, config: AdapterConfig) -> Mapping[str, AdaptedModule]:
-    """The modules that an adapter changes, by their names in the causal model."""
-    return {
-        stored.removesuffix(".weight"): AdaptedModule(target, rule, stored)
-        for rule, target in changed_weights(config, shape)
-        for stored in rule.hf_names
-    }
-
-
-def with_update(z: torch.Tensor, x: torch.Tensor, adapter: TiedAdapter, place: AdaptedModule) -> torch.Tensor:
+def with_update(z: torch.Tensor, x: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor) -> torch.Tensor:
     """z + B' A' x in z's dtype, from z = W x, (..., out), and x (..., in)."""
     a, b = (factor.to(x.device) for factor in place.factors(adapter))
     return (z + linear(linear(x.to(a.dtype), a), b)).to(z.dtype)
 
 
-def check_whole(weight: torch.Tensor, place: AdaptedModule) -> None:
+def check_whole(weight: torch.Tensor, place: AdaptedTensor) -> None:
     """Raise UserError if a weight that is to be changed in place is quantised, offloaded or sharded."""
     shape = stored_shapes([place.rule])[place.stored]
     if not _is_plain(weight) or tuple(weight.shape) != tuple(shape):
@@ -204,7 +180,7 @@ def check_whole(weight: torch.Tensor, place: AdaptedModule) -> None:
 
 
 @torch.no_grad()
-def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: AdaptedModule, *, sign: int = 1) -> None:
+def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: int = 1) -> None:
     """W += sign B' A' in place, with the bits of a merged checkpoint.
 
     Raises:

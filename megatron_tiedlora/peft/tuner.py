@@ -16,9 +16,9 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
-from megatron_tiedlora.checkpoint.native_adapter import check_values
+from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, check_values
 from megatron_tiedlora.checkpoint.tensor_files import check_finite, check_tensors
-from megatron_tiedlora.hf.base_model import AdaptedModule, check_model, find_places, identify_in_memory, model_source
+from megatron_tiedlora.hf.base_model import check_model, find_places, identify_in_memory, model_source
 from megatron_tiedlora.peft.config import TiedLoraConfig, weights_match
 from megatron_tiedlora.peft.layer import TiedLoraLinear
 
@@ -41,7 +41,7 @@ class TiedLoraModel(BaseTuner):
         self.tied_lora_adapters = nn.ModuleDict()
         self._source = model_source(model)
         self._found = identify_in_memory(model, self._source)  # before anything is merged into the model
-        self._places: Mapping[str, AdaptedModule] = {}
+        self._places: Mapping[str, AdaptedTensor] = {}
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **keywords: Any) -> None:
         """Put the adapter of `self.peft_config[adapter_name]` on the model.
@@ -66,7 +66,7 @@ class TiedLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             adapter.requires_grad_(False)
 
-    def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, AdaptedModule]]:
+    def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, AdaptedTensor]]:
         """An adapter with the initial values of its config, and its places in the model."""
         for note in check_model(BaseIdentity(**config.base), self._found, differs=True) if config.base else ():
             warnings.warn(note, stacklevel=4)
