@@ -207,21 +207,6 @@ def _adapter_of(folder: Path) -> Path | None:
     return next((path for path in (folder, folder / "adapter") if (path / CONFIG_FILE).is_file()), None)
 
 
-def output_names(adapters: Iterable[Path]) -> dict[Path, str]:
-    """The name of each adapter's export: that of its folder, or of the run around `adapter`.
-
-    Raises:
-        UserError: two have the same name.
-    """
-    names: dict[str, Path] = {}
-    for adapter in adapters:
-        name = adapter_name(adapter)
-        other = names.setdefault(name, adapter)
-        if other != adapter:
-            raise UserError(f"--adapter: {other} and {adapter} would both be exported as {name}; rename one")
-    return {adapter: name for name, adapter in names.items()}
-
-
 def adapter_name(adapter: Path) -> str:
     """The name of an adapter's folder, or of the run around `adapter`."""
     named = Path(os.path.abspath(adapter))  # without '..', which names no folder
@@ -238,7 +223,8 @@ def export_all(
     say: Callable[[str], object] = str,
     options: Mapping[str, Any],
 ) -> list[tuple[ModelSource, dict[str, Export]]]:
-    """Export each adapter into a folder of its own in `output`, with a bar. Returns the exports of each base, by name.
+    """Export each adapter into a folder of its own in `output`, with a bar. Returns the exports of each base, by name,
+    which is that of the adapter's folder, or of the run around `adapter`.
 
     Args:
         model: value of --model.
@@ -246,10 +232,15 @@ def export_all(
         options: arguments of `export_peft` that hold for all.
 
     Raises:
-        UserError: as `export_peft`; or an output exists, before anything is written. The exports before an error stay.
+        UserError: as `export_peft`; or two adapters have one name, or an output exists, before anything is written. The
+            exports before an error stay.
     """
-    names = output_names(adapters)
-    there = [name for name in names.values() if (output / name).exists()]
+    folders: dict[str, Path] = {}
+    for adapter in adapters:
+        name = adapter_name(adapter)
+        if (other := folders.setdefault(name, adapter)) != adapter:
+            raise UserError(f"--adapter: {other} and {adapter} would both be exported as {name}; rename one")
+    there = [name for name in folders if (output / name).exists()]
     if there:
         raise UserError(f"--output {output}: {there[0]} is there already; remove it, or give another folder")
     try:
@@ -263,7 +254,7 @@ def export_all(
         return find_base(output, model, named, dict(zip(kinds, hashes, strict=True)))
 
     identify, of_bases = cache(identify_model), dict[str, tuple[ModelSource, dict[str, Export]]]()
-    for adapter, name in progress_bar("export", "adapter", names.items()):
+    for name, adapter in progress_bar("export", "adapter", folders.items()):
         try:
             if adapter_kind(adapter) != "native":
                 raise UserError(f"{adapter}: this is a PEFT adapter already")

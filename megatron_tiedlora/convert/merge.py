@@ -35,10 +35,6 @@ from megatron_tiedlora.convert.merged_rows import Merge, MergedTensors
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
-NO_PRECISION_NOTE = (
-    "the adapter does not record from which precision its base was quantised; weights in another one have other values"
-    " than training saw"
-)
 # Files that are copied from the base besides its weights; others there are not part of the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
@@ -113,7 +109,10 @@ def merge_adapter(
     if onto is not None and (otherwise := trained_otherwise(source, adapter)):
         raise UserError(f"--onto trained: {otherwise}")
     if onto is not None and source.stored is None and adapter.base.base_stored is None:
-        say(f"--onto trained: {NO_PRECISION_NOTE}")
+        say(
+            "--onto trained: the adapter does not record from which precision its base was quantised; weights in"
+            " another one have other values than training saw"
+        )
     for note in base.notes:
         say(note)
     record = {**adapter.record(), **base.record, **({} if onto is None else {MERGED_ONTO: onto})}
