@@ -16,12 +16,20 @@ from torch.utils.hooks import RemovableHandle
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.checkpoint.load_model import DTYPES
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
+from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.convert.inputs import adapter_kind
-from megatron_tiedlora.hf.base_model import base_layer_of, check_model, identify_in_memory, model_source
-from megatron_tiedlora.hf.update import AdaptedModule, check_whole, find_places, merge_, with_update
+from megatron_tiedlora.hf.base_model import (
+    base_layer_of,
+    check_model,
+    check_whole,
+    find_places,
+    identify_in_memory,
+    merge_,
+    model_source,
+    with_update,
+)
 
 
 @dataclass
@@ -167,9 +175,12 @@ def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
 def _attach(model: Any, adapter: NativeAdapter) -> None:
     update, places = _on(model, adapter)
     state = _Attachment(adapter)
+
+    def add(place: AdaptedTensor, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor) -> torch.Tensor:
+        return with_update(z, inputs[0], update, place)
+
     for name, place in places.items():
-        module = model.get_submodule(name)
-        state.hooks.append(module.register_forward_hook(partial(_add_update, update, place)))
+        state.hooks.append(model.get_submodule(name).register_forward_hook(partial(add, place)))
     setattr(model, _STATE, state)
 
 
@@ -182,7 +193,7 @@ def _merge(model: Any, adapter: NativeAdapter) -> None:
     setattr(model, _STATE, _Attachment(adapter, merged=True))
 
 
-def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, AdaptedModule]]:
+def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, AdaptedTensor]]:
     """The factors on the model's device, and the modules that they change."""
     update = TiedAdapter(AdapterPart.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
@@ -197,9 +208,3 @@ def _attached(model: Any) -> _Attachment:
         raise UserError("the model has no attached adapter; attach(model, adapter) first")
     assert isinstance(state, _Attachment)
     return state
-
-
-def _add_update(
-    update: TiedAdapter, place: AdaptedModule, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
-) -> torch.Tensor:
-    return with_update(z, inputs[0], update, place)

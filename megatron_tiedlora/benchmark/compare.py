@@ -24,8 +24,9 @@ from megatron_tiedlora.benchmark.timing import (
     peak_of,
     take_turns,
 )
-from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
+from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.tasks import DEFAULT_TASK
 from megatron_tiedlora.data.encode import encode_prompts

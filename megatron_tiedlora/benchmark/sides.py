@@ -18,7 +18,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, 
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.plan import LEARNING_RATE, random_config, read_samples
 from megatron_tiedlora.benchmark.timing import default_device, saved_by_autograd, storage_bytes
-from megatron_tiedlora.checkpoint.base_weights import draw_base_weights
+from megatron_tiedlora.checkpoint.base_weights import RandomWeights, load_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
@@ -28,7 +28,7 @@ from megatron_tiedlora.engine.runner import Divisors, Losses
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.model.weights import weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
@@ -161,8 +161,7 @@ def random_stage(
     """The whole model with random weights, which are drawn in place, and the adapter with its initial values."""
     with device:
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make_weight), None)
-    rules = stage_weight_rules(shape, has_embedding=True)
-    draw_base_weights(frozen_weights(stage), rules)
+    load_base_weights(RandomWeights(weight_rules(shape)), frozen_weights(stage))
     stage.hold(whole_adapter(adapter, device))
     return stage
 

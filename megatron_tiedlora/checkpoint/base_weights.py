@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,15 +20,21 @@ from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.stored_weights import StoredWeights
-from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
+from megatron_tiedlora.checkpoint.tensor_files import (
+    FLOAT_TYPES,
+    INDEX_FILE,
+    LARGEST_HEADER,
+    SINGLE_FILE,
+    Header,
+    read_header,
+    read_runs,
+)
 from megatron_tiedlora.model.stored_formats import StoredFormat
 from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 _LONGEST_NAME = 60  # of a file name; model-00001-of-00030.safetensors has half as many characters
 _COMPARED_ROWS = 4096  # of two tensors, at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -116,6 +123,8 @@ class BaseWeights(WeightFiles):
         rules: the name table.
         bytes_read: bytes of the stored tensors that this process has read so far.
     """
+
+    kind: ClassVar[str] = "base weights"
 
     def __init__(self, folder: Path, shape: ModelShape, stored: StoredFormat | None = None) -> None:
         """Open the files of `folder`.
@@ -265,7 +274,7 @@ class BaseWeights(WeightFiles):
 
 
 def load_base_weights(
-    weights: BaseWeights,
+    weights: BaseWeights | RandomWeights,
     targets: Mapping[str, FrozenWeight],
     rules: Sequence[WeightRule] | None = None,
     *,
@@ -280,7 +289,7 @@ def load_base_weights(
 
     Args:
         targets: the weights by the names of their rules; see `frozen_weights`.
-        rules: the name table of the stage; None for all rules of the checkpoint.
+        rules: the name table of the stage; None for all rules of `weights`.
         access: opens a weight's parameters for writing (it gathers them under ZeRO-3).
         largest: the elementwise maximum over the tensor-parallel ranks, for scales of rows that several ranks share.
         reads: False on ranks that only take part in opening.
@@ -288,35 +297,31 @@ def load_base_weights(
     """
     mine = [rule for rule in (weights.rules if rules is None else rules) if rule.name in targets]
     with torch.no_grad():
-        for rule in progress_bar("base weights", "tensor", mine, shows=progress):
+        for rule in progress_bar(weights.kind, "tensor", mine, shows=progress):
             target = targets[rule.name]
             with access(list(target.parameters.values())):
                 if reads:
                     weights.fill(rule, target, tp_rank=tp_rank, tp_size=tp_size, largest=largest)
 
 
-def draw_base_weights(
-    targets: Mapping[str, FrozenWeight],
-    rules: Sequence[WeightRule],
-    *,
-    access: Access = nullcontext,
-    tp_rank: int = 0,
-    seed: int = 0,
-    progress: bool = False,
-) -> None:
-    """Draw random values instead of `load_base_weights`, each shard on its own device: values depend on the layout.
+@dataclass(frozen=True)
+class RandomWeights:
+    """Random values in place of a checkpoint's, each shard drawn on its own device: they depend on the layout.
 
-    Args:
-        targets, rules, access, progress: as there.
+    Attributes:
+        rules: the name table.
     """
-    mine = [rule for rule in rules if rule.name in targets]
-    with torch.no_grad():
-        for rule in progress_bar("random weights", "tensor", mine, shows=progress):
-            target = targets[rule.name]
-            with access(list(target.parameters.values())):
-                name = rule.hf_names[0]
-                own_seed = stream_seed(seed, f"{name}/{tp_rank}")  # so that copies of a tied embedding are equal
-                target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=own_seed))
+
+    rules: Sequence[WeightRule]
+    seed: int = 0
+
+    kind: ClassVar[str] = "random weights"
+
+    def fill(self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, **_: object) -> None:
+        """Draw this rank's shard of one weight."""
+        name = rule.hf_names[0]
+        seed = stream_seed(self.seed, f"{name}/{tp_rank}")  # so that copies of a tied embedding are equal
+        target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=seed))
 
 
 def draw_(target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: int) -> torch.Tensor:

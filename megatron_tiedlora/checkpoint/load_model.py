@@ -28,8 +28,6 @@ from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 def resolve_dtype(given: str | None, task: Task, *, on_gpu: bool) -> str:
     """The value of --dtype, or its default for the task on this host: bf16 or fp32."""
@@ -89,9 +87,9 @@ def load_model(
         layers = range(shape.num_layers + 2) if stages is None else stages[grid.pp_rank]
         part: TiedAdapter | AdapterBank | None = None
         if isinstance(adapter, Mapping):
-            part = AdapterBank({name: _part(own, layers, grid, device) for name, own in adapter.items()})
+            part = AdapterBank({name: adapter_part(own, layers, grid, device) for name, own in adapter.items()})
         elif adapter is not None and not merged:
-            part = _part(adapter, layers, grid, device)
+            part = adapter_part(adapter, layers, grid, device)
         make_weight = make_weight or weight_maker(base_format)
         specs = layer_specs(shape, dtype=dtype, tp_size=grid.tp_size, kernels=kernels, make_weight=make_weight)
         with torch.device(device):
@@ -112,7 +110,7 @@ def load_model(
     return model.eval()
 
 
-def _part(adapter: NativeAdapter, layers: range, grid: Grid, device: torch.device | str) -> TiedAdapter:
+def adapter_part(adapter: NativeAdapter, layers: range, grid: Grid, device: torch.device | str) -> TiedAdapter:
     """This rank's part of an adapter, for a stage with these layers."""
     adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
     part = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)

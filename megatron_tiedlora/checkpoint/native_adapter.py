@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.targets import Target, sized_targets
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, lora_factors
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, lora_factors
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
 from megatron_tiedlora.base.checksums import check_seal, sealed
 from megatron_tiedlora.base.errors import UserError, shown
@@ -54,17 +54,13 @@ class NativeAdapter:
     sealed: bool = True
 
     def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, torch.Tensor, torch.Tensor]]:
-        """Every weight of the base that the adapter changes, layer by layer, with its `factors`."""
-        for rule, target in self.changed(shape):
-            yield rule, *self.factors(rule, target)
+        """Every weight of the base that the adapter changes, layer by layer, with its `lora_factors`."""
+        for rule, target in changed_weights(self.config, shape):
+            yield rule, *self.lora_factors(target, rule.layer)
 
-    def changed(self, shape: ModelShape) -> Iterator[tuple[WeightRule, Target]]:
-        """Every weight of the base that the adapter changes, layer by layer, and the target that it is."""
-        return changed_weights(self.config, shape)
-
-    def factors(self, rule: WeightRule, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' (r, in) and B' (out, r) of the update of one of the weights of `changed`: W' = W + B' A'."""
-        return lora_factors(self.config, self.state, target, rule.layer)
+    def lora_factors(self, target: Target, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A' (r, in) and B' (out, r) of the update of a target in one layer (1-based): W' = W + B' A'."""
+        return lora_factors(self.config, self.state, target, layer)
 
     def equals(self, other: NativeAdapter) -> bool:
         """Whether both have the same config, base and values."""
@@ -90,6 +86,30 @@ def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[
     for rule in weight_rules(shape):
         if rule.linear in targets and rule.layer in config.layers:
             yield rule, targets[rule.linear]
+
+
+class AdaptedTensor(NamedTuple):
+    """A stored tensor that an adapter changes: a weight of the base, or rows of one that is fused here.
+
+    Attributes:
+        rule: the weight.
+        stored: the name of the tensor.
+    """
+
+    target: Target
+    rule: WeightRule
+    stored: str
+
+    def factors(self, adapter: NativeAdapter | TiedAdapter) -> tuple[torch.Tensor, torch.Tensor]:
+        """A' (r, in) and the rows (rows, r) of B' that belong to the tensor."""
+        a, b = adapter.lora_factors(self.target, self.rule.layer)
+        return a, self.rule.by_stored_tensor(b)[self.stored]
+
+
+def changed_tensors(config: AdapterConfig, shape: ModelShape) -> dict[str, AdaptedTensor]:
+    """The stored tensors that an adapter of `config` changes, by name."""
+    changed = changed_weights(config, shape)
+    return {name: AdaptedTensor(target, rule, name) for rule, target in changed for name in rule.hf_names}
 
 
 def write_adapter_files(

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from megatron_tiedlora.base.atomic import new_folder, write_json
 from megatron_tiedlora.base.output_folder import reject_existing, require_room
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, draw_
+from megatron_tiedlora.checkpoint.base_weights import draw_
+from megatron_tiedlora.checkpoint.tensor_files import INDEX_FILE
 from megatron_tiedlora.config.presets import TINY
 from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
@@ -31,6 +32,8 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     Raises:
         UserError: `output` exists, or the disk has too little space.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     reject_existing(output, flag=f"--output {output}")
     model_shape = shape_from_hf(values, source=name)
     needed = num_base_parameters(model_shape) * torch.bfloat16.itemsize
@@ -52,15 +55,10 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
             }
             save_file(tensors, folder / file, metadata={"format": "pt"})
             index.update(dict.fromkeys(tensors, file))
-        write_json(folder / "config.json", {**values, "architectures": [_class_name(values)], "dtype": "bfloat16"})
+        class_name = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]])
+        write_json(folder / "config.json", {**values, "architectures": [class_name], "dtype": "bfloat16"})
         weight_index = {"metadata": {"total_size": needed}, "weight_map": index}
         write_json(folder / INDEX_FILE, weight_index)
         if name == TINY:
             save_tokenizer(byte_tokenizer(values["max_position_embeddings"]), folder)
 
-
-def _class_name(values: Mapping[str, Any]) -> str:
-    """Of the model in transformers."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]])

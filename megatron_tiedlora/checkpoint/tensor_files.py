@@ -1,6 +1,8 @@
-"""Read safetensors files of known content: names, shapes and sizes are checked before a tensor is read.
+"""Reads safetensors files of known content, and writes some of tensors that are made block by block.
 
-Wrong files are rejected by their header alone, so a small file that claims to be huge costs no time or memory.
+Names, shapes and sizes are checked before a tensor is read: wrong files are rejected by their header alone, so a small
+file that claims to be huge costs no time or memory. Writing needs the memory of one block, where
+`safetensors.torch.save_file` takes all tensors of a file at once. The files are alike: a header, and the values.
 """
 
 from __future__ import annotations
@@ -9,25 +11,32 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from megatron_tiedlora.base.atomic import sync_path, write_json
 from megatron_tiedlora.base.checksums import check_file
 from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.progress import progress_bar
 
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 LARGEST_HEADER = 2**23  # bytes; an adapter on every linear of the deepest model needs a tenth of it
 _MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BYTE_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.uint8}  # codes of quantised weights
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as flags name them
+SHARD_BYTES = 2 * 10**9
 
 
 def read_tensors(
@@ -44,9 +53,16 @@ def read_tensors(
     """
     with _opened(file) as stream:
         header = _read_header(file, stream)
-        _check_header(file, header, shapes)
-        entries = header.entries.values()
-        expected = header.begin + sum(FLOAT_TYPES[e["dtype"]].itemsize * math.prod(e["shape"]) for e in entries)
+        entries = header.entries
+
+        def check_type(name: str) -> None:
+            if entries[name]["dtype"] not in FLOAT_TYPES:
+                raise UserError(f"{file}: {name} is {as_given(entries[name]['dtype'])}, not floating point")
+
+        check_tensors(file, header.shapes, shapes, check_type)
+        expected = header.begin + sum(
+            FLOAT_TYPES[entry["dtype"]].itemsize * math.prod(entry["shape"]) for entry in entries.values()
+        )
         stream.seek(0)
         raw = stream.read(expected + 1)
     if len(raw) != expected:
@@ -57,7 +73,36 @@ def read_tensors(
         stored = load(raw)
     except SafetensorError as error:
         raise UserError(f"{file}: not a whole safetensors file ({error})") from None
-    return {name: _fp32(file, name, stored[name]) for name in shapes}
+    # Copies, because views would keep the whole file's buffer.
+    values = {name: stored[name].to(torch.float32, copy=True) for name in shapes}
+    for name in shapes:
+        check_finite(file, name, values[name])
+    return values
+
+
+def check_tensors(
+    source: Path | str,
+    found: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    check: Callable[[str], object],
+) -> None:
+    """Raise UserError, naming `source`, unless tensors have the names and the shapes `wanted`; `check` checks one more
+    thing of each."""
+    for name, shape in wanted.items():
+        if name not in found:
+            raise UserError(f"{source}: tensor {name} is missing")
+        if found[name] != shape:
+            raise UserError(f"{source}: {name} has shape {shown(found[name])}, expected {shape}")
+        check(name)
+    for name in found:
+        if name not in wanted:
+            raise UserError(f"{source}: holds a tensor {shown(name)} that does not belong there")
+
+
+def check_finite(source: Path | str, name: str, values: torch.Tensor) -> None:
+    """Raise UserError, naming `source` and the tensor, for numbers that are not finite."""
+    if not all_finite(values):
+        raise UserError(f"{source}: {name} holds numbers that are not finite")
 
 
 @dataclass(frozen=True)
@@ -168,28 +213,115 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
     return Header(content, 8 + length)
 
 
-def _check_header(file: Path, header: Header, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    entries = header.entries
-    for name, shape in shapes.items():
-        if name not in entries:
-            raise UserError(f"{file}: tensor {name} is missing")
-        found = tuple(entries[name]["shape"])
-        if found != shape:
-            raise UserError(f"{file}: {name} has shape {shown(found)}, expected {shape}")
-        if entries[name]["dtype"] not in FLOAT_TYPES:
-            raise UserError(f"{file}: {name} is {as_given(entries[name]['dtype'])}, not floating point")
-    for name in entries:
-        if name not in shapes:
-            raise UserError(f"{file}: holds a tensor {shown(name)} that does not belong there")
-
-
-def _fp32(file: Path, name: str, stored: torch.Tensor) -> torch.Tensor:
-    values = stored.to(torch.float32, copy=True)  # a copy, because a view would keep the whole file's buffer
-    if not all_finite(values):
-        raise UserError(f"{file}: {name} holds numbers that are not finite")
-    return values
-
-
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no value is infinite or NaN, in one pass over them: NaN is their minimum and their maximum."""
     return not values.numel() or all(math.isfinite(bound.item()) for bound in values.aminmax())
+
+
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor that is made block by block.
+
+    Attributes:
+        blocks: makes the blocks; their values follow each other as in the whole tensor of `shape`.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[torch.Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class StreamedFile(NamedTuple):
+    """A file of a model's folder.
+
+    Attributes:
+        head: what stands in front of the values; see `file_head`.
+        tensors: whose values follow each other.
+    """
+
+    name: str
+    head: bytes
+    tensors: Sequence[StreamedTensor]
+
+    @property
+    def value_bytes(self) -> int:
+        """The size of its values."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+def write_streamed(
+    folder: Path, tensors: Sequence[StreamedTensor], *, shard_bytes: int = SHARD_BYTES, progress: bool = False
+) -> None:
+    """Write the tensors as a Hugging Face folder's weights: one file, or shards of `shard_bytes` with an index.
+
+    A tensor is not divided, so a larger one is a shard of its own.
+    """
+    shards = _shards(tensors, shard_bytes)
+    files: list[StreamedFile] = []
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
+        index |= dict.fromkeys((tensor.name for tensor in shard), name)
+        head = file_head((tensor.name, TYPE_NAMES[tensor.dtype], tensor.shape, tensor.num_bytes) for tensor in shard)
+        files.append(StreamedFile(name, head, shard))
+    write_files(folder, files, bar="weights", progress=progress)
+    if len(shards) > 1:
+        total = sum(tensor.num_bytes for tensor in tensors)
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str, progress: bool = False) -> None:
+    """Write files in which each tensor's values are made as they are written. `bar` is what the progress bar says."""
+    total = sum(file.value_bytes for file in files)
+    with progress_bar(bar, "B", total=total, shows=progress) as shown, ThreadPoolExecutor(1) as thread:
+        flushed = []
+        for file in files:
+            _write_file(folder / file.name, file, shown.update)
+            flushed.append(thread.submit(sync_path, folder / file.name))  # while the next one is written
+        for flush in flushed:
+            flush.result()
+
+
+def _shards(tensors: Sequence[StreamedTensor], shard_bytes: int) -> list[list[StreamedTensor]]:
+    shards: list[list[StreamedTensor]] = []
+    left = 0
+    for tensor in tensors:
+        if not shards or tensor.num_bytes > left:
+            shards.append([])
+            left = shard_bytes
+        shards[-1].append(tensor)
+        left -= tensor.num_bytes
+    return shards
+
+
+def file_head(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """What stands in front of the values in a file: the header, and its length.
+
+    Args:
+        tensors: name, type as headers name it, shape and bytes of each, in the order of their values.
+    """
+    entries, end = {}, 0
+    for name, kind, shape, size in tensors:
+        start, end = end, end + size
+        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
+    raw = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    raw += b" " * (-len(raw) % 8)  # the values begin at a multiple of 8, as safetensors' own do
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _write_file(path: Path, file: StreamedFile, wrote: Callable[[int], object]) -> None:
+    with path.open("wb") as stream:
+        stream.write(file.head)
+        for tensor in file.tensors:
+            size = 0
+            for block in tensor.blocks():
+                assert block.dtype == tensor.dtype, tensor.name
+                size += stream.write(block.contiguous().view(-1).view(torch.uint8).numpy().data)
+                wrote(block.nbytes)
+            assert size == tensor.num_bytes, tensor.name

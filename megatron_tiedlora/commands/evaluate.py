@@ -48,12 +48,10 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     from megatron_tiedlora.base.ownership import Owner
     from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
     from megatron_tiedlora.engine.topology import make_groups, make_process_grid
-    from megatron_tiedlora.evaluation.answering import answer_all
+    from megatron_tiedlora.evaluation.answering import answer_all, check_same_rows, read_questions
     from megatron_tiedlora.evaluation.decoder import Decoder
-    from megatron_tiedlora.evaluation.held_out import check_same_rows, read_questions
     from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
-    from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, headline, score_table, write_results
-    from megatron_tiedlora.evaluation.scores import score_answers
+    from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, headline, score_answers, score_table, write_results
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
     from megatron_tiedlora.runtime.process_group import join_process_group
 

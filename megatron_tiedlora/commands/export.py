@@ -7,20 +7,23 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
-
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.adapter_settings import ExportSettings, adapter_flags
-from megatron_tiedlora.convert.export_many import export_all, find_adapters
-from megatron_tiedlora.convert.export_peft import base_location, base_name, export_peft
+from megatron_tiedlora.convert.export_peft import (
+    Export,
+    base_location,
+    base_name,
+    export_all,
+    export_peft,
+    find_adapters,
+    serve_hints,
+)
 from megatron_tiedlora.convert.open_adapter import open_adapter
-from megatron_tiedlora.convert.serving import Export, serve_hints
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(settings: ExportSettings) -> int:
@@ -36,7 +39,7 @@ def main(settings: ExportSettings) -> int:
     output, adapters = settings.output, find_adapters(settings.adapter)
     chosen: dict[str, Any] = {
         "pad_rank_to": settings.pad_rank_to,
-        "dtype": _DTYPES[settings.dtype],
+        "dtype": DTYPES[settings.dtype],
         "named": settings.base_name,
         "base_differs": settings.base_differs,
         "new": partial(new_output, take_over=settings.take_over),

@@ -6,16 +6,13 @@ import shlex
 import sys
 from functools import partial
 
-import torch
-
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
+from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.adapter_settings import MergeSettings, adapter_flags
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
 
 
 def main(settings: MergeSettings) -> int:
@@ -34,7 +31,7 @@ def main(settings: MergeSettings) -> int:
                     opened.source,
                     opened.adapter,
                     output,
-                    dtype=_DTYPES[settings.dtype],
+                    dtype=None if settings.dtype is None else DTYPES[settings.dtype],
                     tokenizer=settings.tokenizer,
                     base_differs=settings.base_differs,
                     onto_trained=settings.onto == "trained",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_tiedlora.base.errors import show
-from megatron_tiedlora.checkpoint.load_model import DTYPES
+from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.adapter_settings import VerifySettings
 from megatron_tiedlora.convert.inputs import check_base
 from megatron_tiedlora.convert.open_adapter import open_adapter

@@ -1,5 +1,6 @@
 """Exports the exact PEFT LoRA adapter: A' = diag(u) A, B' = (alpha / r) diag(v) B, split into the rows of q, k and v
-(and of gate and up), which share A'.
+(and of gate and up), which share A'; one, or many with what their bases have in common read once. It also gives the
+commands of vLLM, SGLang and llama.cpp that serve exports, as lines for a shell.
 
 diag(v) B diag(u) A is a rank-r LoRA per layer and linear, so the export is exact. PEFT's files cannot express the tie,
 so the native ones travel along. PEFT's config names the base without a path of this host, which the record has.
@@ -7,10 +8,14 @@ so the native ones travel along. PEFT's config names the base without a path of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import glob
+import os
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -18,12 +23,32 @@ from safetensors.torch import save_file
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.paths import last_name
-from megatron_tiedlora.base.shapes import BlockShape
+from megatron_tiedlora.base.paths import last_name, user_path
+from megatron_tiedlora.base.progress import progress_bar
+from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, BlockShape, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import FORMAT_FIELDS, identify_model
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, copy_adapter_files
+from megatron_tiedlora.checkpoint.native_adapter import (
+    CONFIG_FILE,
+    NativeAdapter,
+    copy_adapter_files,
+    load_native_adapter,
+)
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.inputs import BASE_PATH, EXPORT_RECORD, NATIVE_FOLDER, Identify, check_base
+from megatron_tiedlora.convert.inputs import (
+    BASE_PATH,
+    EXPORT_RECORD,
+    NATIVE_FOLDER,
+    Identify,
+    adapter_kind,
+    check_base,
+    find_base,
+)
+
+_UNNAMED = ("adapter", NATIVE_FOLDER)  # folders of adapters that are named after the folder around them
+# The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_MODULES = {QKV: "qkv_proj", OUTPUT: "o_proj", GATE_UP: "gate_up_proj", DOWN: "down_proj"}  # its fused linears
+_LARGEST_BATCH = 8  # adapters in one batch of vLLM: each takes a slot of GPU memory
 
 
 def peft_tensors(
@@ -141,3 +166,167 @@ def export_peft(
             (temporary / NATIVE_FOLDER).mkdir()
             copy_adapter_files(native, temporary / NATIVE_FOLDER, adapter)
     return rank
+
+
+def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool = False) -> list[Path]:
+    """The folders that the values of --adapter name; a value may be a pattern such as `runs/*/adapter`.
+
+    Args:
+        runs: a value may also name runs, or folders of runs; their adapters are then found.
+
+    Raises:
+        UserError: a pattern matches no adapter. A folder that is no adapter is found when it is read.
+    """
+    found: dict[Path, None] = {}
+    for value in given:
+        path = user_path(value)
+        if path.exists() or not glob.has_magic(value):
+            found |= dict.fromkeys((_in_runs(path) if runs else []) or [path])
+            continue
+        matches = [Path(match) for match in sorted(glob.glob(str(path)))]
+        if runs:
+            adapters = [adapter for match in matches for adapter in _in_runs(match)]
+        else:
+            adapters = [match for match in matches if (match / CONFIG_FILE).is_file()]
+        if not adapters:
+            raise UserError(f"{flag} {value}: matches no folder of an adapter")
+        found |= dict.fromkeys(adapters)
+    return list(found)
+
+
+def _in_runs(folder: Path) -> list[Path]:
+    """The adapters of a folder: itself, that of a run, or those of the runs in it; none if it has none."""
+    if (own := _adapter_of(folder)) is not None:
+        return [own]
+    inner = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [adapter for path in inner if (adapter := _adapter_of(path)) is not None]
+
+
+def _adapter_of(folder: Path) -> Path | None:
+    """The folder itself, or `adapter` in it; None if neither holds an adapter."""
+    return next((path for path in (folder, folder / "adapter") if (path / CONFIG_FILE).is_file()), None)
+
+
+def adapter_name(adapter: Path) -> str:
+    """The name of an adapter's folder, or of the run around `adapter`."""
+    named = Path(os.path.abspath(adapter))  # without '..', which names no folder
+    while named.name in _UNNAMED:
+        named = named.parent
+    return named.name
+
+
+def export_all(
+    adapters: Sequence[Path],
+    model: str | None,
+    output: Path,
+    *,
+    say: Callable[[str], object] = str,
+    options: Mapping[str, Any],
+) -> list[tuple[ModelSource, dict[str, Export]]]:
+    """Export each adapter into a folder of its own in `output`, with a bar. Returns the exports of each base, by name,
+    which is that of the adapter's folder, or of the run around `adapter`.
+
+    Args:
+        model: value of --model.
+        say: called with each note, which names its adapter.
+        options: arguments of `export_peft` that hold for all.
+
+    Raises:
+        UserError: as `export_peft`; or two adapters have one name, or an output exists, before anything is written. The
+            exports before an error stay.
+    """
+    folders: dict[str, Path] = {}
+    for adapter in adapters:
+        name = adapter_name(adapter)
+        if (other := folders.setdefault(name, adapter)) != adapter:
+            raise UserError(f"--adapter: {other} and {adapter} would both be exported as {name}; rename one")
+    there = [name for name in folders if (output / name).exists()]
+    if there:
+        raise UserError(f"--output {output}: {there[0]} is there already; remove it, or give another folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror or error}; give a folder that can be written") from None
+
+    @cache
+    def base_of(named: str, *hashes: str | None) -> ModelSource:
+        kinds = ("base_hash", "base_weights_hash", "base_sample")
+        return find_base(output, model, named, dict(zip(kinds, hashes, strict=True)))
+
+    identify, of_bases = cache(identify_model), dict[str, tuple[ModelSource, dict[str, Export]]]()
+    for name, adapter in progress_bar("export", "adapter", folders.items()):
+        try:
+            if adapter_kind(adapter) != "native":
+                raise UserError(f"{adapter}: this is a PEFT adapter already")
+            native = load_native_adapter(adapter)
+            base = native.base
+            source = base_of(base.base_model, base.base_hash, base.base_weights_hash, base.base_sample)
+            notes: list[str] = []
+            rank = export_peft(
+                source, native, output / name, native=adapter, say=notes.append, identify=identify, **options
+            )
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if str(adapter) in text else f"{adapter}: {text}") from None
+        for note in notes:
+            say(note.replace("--adapter", str(adapter), 1))
+        exported = Export(output / name, rank, [target.name for target in native.config.targets])
+        of_bases.setdefault(base_location(source), (source, {}))[1][name] = exported
+    return list(of_bases.values())
+
+
+class Export(NamedTuple):
+    """An exported adapter: its folder and rank, and the names of the adapted linears."""
+
+    folder: Path
+    rank: int
+    targets: Sequence[str]
+
+
+def serve_hints(exports: Mapping[str, Export], base: str, shape: ModelShape, *, named: str | None = None) -> list[str]:
+    """The commands that serve exported adapters of one base by name, each after a comment that names the program.
+
+    SGLang and llama.cpp are left out if there are several.
+
+    Args:
+        exports: by the name of the adapter in requests.
+        base: hub id or folder of the base.
+        named: name of the base in PEFT's config, for a note if it is not `base`.
+    """
+    lines = _vllm(exports, base, shape, named)
+    if len(exports) == 1:
+        ((name, export),) = exports.items()
+        gguf = f"{export.folder.name}.gguf"
+        convert = ["python", "convert_lora_to_gguf.py", str(export.folder), "--base", base, "--outfile", gguf]
+        # SGLang finds the adapter's rank and modules itself, and has no maximum rank.
+        paths = ["--model-path", base, "--lora-paths", f"{name}={export.folder}"]
+        lines += ["# serve with SGLang", shlex.join(["python", "-m", "sglang.launch_server", *paths])]
+        lines += ["# serve with llama.cpp, in its folder", shlex.join(convert)]
+        lines.append(f"llama-server -m BASE.gguf --lora {shlex.quote(gguf)}")
+    return lines
+
+
+def _vllm(exports: Mapping[str, Export], base: str, shape: ModelShape, named: str | None) -> list[str]:
+    if shape.final_norm.bias_name is not None:  # StableLM
+        return ["# vLLM has no LoRA for StableLM; serve the merged model instead"]
+    ranks = {name: next((known for known in VLLM_RANKS if known >= of.rank), 0) for name, of in exports.items()}
+    served = {name: exports[name] for name, rank in ranks.items() if rank}
+    lines = []
+    if left_out := ", ".join(name for name, rank in ranks.items() if not rank):
+        lines = [f"# vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model of {left_out} instead"]
+    if not served:
+        return lines
+    adapted = {target for export in served.values() for target in export.targets}
+    words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(max(ranks.values()))]
+    # Without it, each slot has room for every linear, the embedding and the head.
+    words += ["--lora-target-modules", *(module for target, module in _VLLM_MODULES.items() if target in adapted)]
+    lines.append("# serve with vLLM 0.26 or later")
+    if len(served) > 1:  # both are 1 by default
+        batch = min(len(served), _LARGEST_BATCH)
+        words += ["--max-loras", str(batch), "--max-cpu-loras", str(len(served))]
+        lines[-1] += "; --max-loras: adapters in one batch, --max-cpu-loras: in host memory"
+    if named not in (None, base):
+        note = f"# its filesystem resolver asks for the base that the export names, {named}"
+        lines.append(f"{note}; export with --base_name {base}")
+    words += ["--lora-modules", *(f"{name}={export.folder}" for name, export in served.items())]
+    return [*lines, shlex.join(words)]

@@ -3,7 +3,7 @@ among the models in a folder, and whether a model is that base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -103,16 +103,12 @@ def _models_under(model: str) -> list[Path] | None:
     folder = user_path(model)
     if is_preset(model) or not folder.is_dir() or (folder / _MODEL_CONFIG).is_file():
         return None
-    found = sorted(file.parent for pattern in _patterns() for file in folder.glob(pattern))
+    patterns = ("*/" * depth + _MODEL_CONFIG for depth in range(1, _DEPTH + 1))
+    found = sorted(file.parent for pattern in patterns for file in folder.glob(pattern))
     if not found:
         none = f"holds no {_MODEL_CONFIG}, and no models down to {_DEPTH} folders below"
         raise UserError(f"--model {model}: {none}; {_GIVE}")
     return found
-
-
-def _patterns() -> Iterator[str]:
-    for depth in range(1, _DEPTH + 1):
-        yield "*/" * depth + _MODEL_CONFIG
 
 
 def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[str, Any]) -> ModelSource:
@@ -122,14 +118,11 @@ def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[
     for path in models:
         with suppress(UserError):  # not a model that is known here
             source = find_model(str(path))
-            if source.base_hash == hashes["base_hash"] and _has_weights(source, wanted):
-                return source
+            if source.base_hash == hashes["base_hash"]:
+                found = identify_model(source, "fp32")
+                if all(getattr(found, name) == value for name, value in wanted.items()):
+                    return source
     raise UserError(f"--model {model}: none of its {count_text(len(models), 'model')} is the base of {folder}; {_GIVE}")
-
-
-def _has_weights(source: ModelSource, wanted: Mapping[str, Any]) -> bool:
-    found = identify_model(source, "fp32")
-    return all(getattr(found, name) == value for name, value in wanted.items())
 
 
 def is_merged(source: ModelSource) -> bool:

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
-from torch.nn import functional
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, TiedAdapter
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.checkpoint.load_model import adapter_part
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.convert.merged_rows import ReadRows, row_blocks
 from megatron_tiedlora.model.batch import MicroBatch
@@ -27,13 +27,13 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
+from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ALONE, TensorParallel
-from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 _HEAD_ELEMENTS = 2**24  # of the head at a time, for logits; 64 MiB in fp32
 _SHARE = 0.25  # of the host's free memory, for activations that wait
-_ROWS_AT_ONCE = 512  # of logits, for a loss
 _CPU = torch.device("cpu")
+Inputs = tuple[torch.Tensor, torch.Tensor]  # tokens (b, s) and position ids (b, s)
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,6 @@ class Weights:
     adapters: Mapping[str, NativeAdapter | None]
 
 
-class _Inputs(NamedTuple):
-    """Rows of a model's input: tokens (b, s) and position ids (b, s)."""
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-
-
 @torch.no_grad()
 def layerwise_logits(
     shape: ModelShape,
@@ -67,11 +60,10 @@ def layerwise_logits(
 ) -> dict[str, torch.Tensor]:
     """fp32 logits (b, s, V) by the names in `models`, which are all of the same shape. Layers compute in `dtype`."""
     layers = _Layers(shape, dtype, _CPU)
-    inputs = _Inputs(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
     size = max(_HEAD_ELEMENTS // shape.hidden_size, 1)
     logits: dict[str, list[torch.Tensor]] = {}
     with progress_bar("logits", "layer", total=shape.num_layers + 2, shows=progress) as bar:
-        hidden = layers.hidden(models, [inputs], bar)
+        hidden = layers.hidden(models, [(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))], bar)
         for model in models:
             for start in range(0, shape.vocab_size, size):
                 head = layers.head(model.read, start, min(start + size, shape.vocab_size))
@@ -104,11 +96,13 @@ def layerwise_loss(
     layers, total = _Layers(shape, dtype, device, between), 0.0
     for group in _groups(batches, shape.hidden_size * dtype.itemsize):
         with progress_bar("loss", "layer", total=shape.num_layers + 2, shows=progress) as bar:
-            inputs = [_Inputs(batch.tokens, batch.positions) for batch in group]
+            inputs = [(batch.tokens, batch.positions) for batch in group]
             hidden = layers.hidden([Weights(read, {"": adapter})], inputs, bar)[""]
             head = layers.head(read, 0, shape.vocab_size)
             for batch, states in zip(group, hidden, strict=True):
-                total += _summed_loss(head, states, batch.labels, device)
+                supervised = batch.supervised()
+                rows = states.flatten(0, 1)[supervised.rows][None].to(device)
+                total += head(rows, TensorParallel(), supervised.moved(lambda tensor: tensor.to(device))).item()
     return total
 
 
@@ -127,15 +121,6 @@ def _groups(batches: Iterable[MicroBatch], bytes_per_token: int) -> Iterator[lis
         yield group
 
 
-def _summed_loss(head: Any, states: torch.Tensor, labels: torch.Tensor, device: torch.device) -> float:
-    """The loss of the last block's results (b, s, d), by logits of some rows at a time."""
-    found, total = labels != IGNORED_LABEL, 0.0
-    for rows, wanted in zip(states[found].split(_ROWS_AT_ONCE), labels[found].split(_ROWS_AT_ONCE), strict=True):
-        logits = head(rows[None].to(device), TensorParallel())[0].float()
-        total += functional.cross_entropy(logits, wanted.to(device), reduction="sum").item()
-    return total
-
-
 @dataclass(frozen=True)
 class _Layers:
     """The layers of a model of this shape, which compute in `dtype` on `device`.
@@ -149,7 +134,7 @@ class _Layers:
     device: torch.device
     between: Callable[[], object] = lambda: None
 
-    def hidden(self, models: Sequence[Weights], inputs: Sequence[_Inputs], bar: Any) -> dict[str, list[torch.Tensor]]:
+    def hidden(self, models: Sequence[Weights], inputs: Sequence[Inputs], bar: Any) -> dict[str, list[torch.Tensor]]:
         """Results (b, s, d) of the last block for each of `inputs`, in the host's memory, by the names in `models`."""
         hidden: dict[str, list[torch.Tensor]] = {}
         for model in models:
@@ -187,7 +172,7 @@ class _Layers:
             head.frozen.load(values, start=rows.start)
         return head
 
-    def _embedded(self, read: ReadRows, inputs: Sequence[_Inputs]) -> list[torch.Tensor]:
+    def _embedded(self, read: ReadRows, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
         """The inputs of the first block, (b, s, d) each, by an embedding of the rows that occur."""
         ids = torch.cat([tokens.flatten() for tokens, _ in inputs]).unique()
         with self.device:
@@ -218,8 +203,7 @@ class _Layers:
         """The adapter's update of one layer, by the layer; empty if it has none there."""
         if adapter is None or layer not in adapter.config.layers:
             return {}
-        part = TiedAdapter(AdapterPart(adapter.config, (layer,))).to(self.device)
-        part.load_full(adapter.state)
+        part = adapter_part(adapter, range(layer, layer + 1), Grid(0, 1), self.device)
         (update,) = part(ALONE, dtype=self.dtype)
         return {layer: update}
 

@@ -1,6 +1,6 @@
 """Writes merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
 
-Every tensor is read, computed and written some rows at a time (`merged_tensors`). So it needs little memory, whatever
+Every tensor is read, computed and written some rows at a time (`merged_rows`). So it needs little memory, whatever
 the model. Of a folder that is quantised the values D(W), which training saw, take the place of W, and all tensors are
 computed.
 
@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.base_formats import BASE_NAMES
@@ -27,20 +26,15 @@ from megatron_tiedlora.base.json_files import read_json_object, read_json_or_non
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
-from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, BaseWeights, weight_map
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.checkpoint.streamed_files import StreamedFile, write_files, write_streamed
+from megatron_tiedlora.checkpoint.tensor_files import INDEX_FILE, StreamedFile, write_files, write_streamed
 from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
-from megatron_tiedlora.convert.merged_rows import stored_changes
-from megatron_tiedlora.convert.merged_tensors import dequantised_tensors, merged_file
+from megatron_tiedlora.convert.merged_rows import Merge, MergedTensors
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
-NO_PRECISION_NOTE = (
-    "the adapter does not record from which precision its base was quantised; weights in another one have other values"
-    " than training saw"
-)
 # Files that are copied from the base besides its weights; others there are not part of the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
@@ -95,8 +89,17 @@ def merge_adapter(
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
     # The base's tokenizer is saved again over its copy: transformers would rebuild some from their class names.
-    saved = _load_tokenizer_to_copy(tokenizer or folder) if tokenizer is not None or own_files else None
-    onto = trained_format(adapter) if onto_trained else None
+    saved = None
+    if tokenizer is not None or own_files:
+        if (named := user_path(tokenizer or folder)).is_dir():
+            side_files(named, _TOKENIZER_SOURCES)  # rejects links out of the folder here too
+        saved = load_tokenizer(tokenizer or folder)
+    onto = adapter.base.base_format if onto_trained else None
+    if onto_trained and onto is None:
+        raise UserError(
+            f"--onto trained: the adapter was trained on its base in {adapter.base.dtype}, not on a quantised one;"
+            " leave --onto out"
+        )
     base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs, base_format=onto)
     if onto is not None and "weights" in base.record.get("base_differs", ()):
         raise UserError(
@@ -106,25 +109,28 @@ def merge_adapter(
     if onto is not None and (otherwise := trained_otherwise(source, adapter)):
         raise UserError(f"--onto trained: {otherwise}")
     if onto is not None and source.stored is None and adapter.base.base_stored is None:
-        say(f"--onto trained: {NO_PRECISION_NOTE}")
+        say(
+            "--onto trained: the adapter does not record from which precision its base was quantised; weights in"
+            " another one have other values than training saw"
+        )
     for note in base.notes:
         say(note)
     record = {**adapter.record(), **base.record, **({} if onto is None else {MERGED_ONTO: onto})}
     copied = [*model_files, *own_files]
     # Of a folder that is quantised the values are there as training saw them.
     quantised = source.stored is not None
-    changed = stored_changes(adapter, source.shape, base_format=None if quantised else onto)
+    merged = MergedTensors(Merge(adapter, source.shape, base_format=None if quantised else onto), dtype, between)
     files: list[StreamedFile] = []
     if not quantised:
         places = weight_map(folder)
-        side_files(folder, sorted({file.name for file in places.values()}))  # rejects links out of the folder here too
-        files = [merged_file(file, places, changed, dtype, between) for file in sorted(set(places.values()))]
+        side_files(folder, sorted({file.name for file in places.values()}))  # and here
+        files = [merged.of_file(file, places) for file in sorted(set(places.values()))]
         copied += side_files(folder, [INDEX_FILE])
     copied_bytes = sum(file.stat().st_size for file in copied)
     with new(output) as temporary:
         if quantised:
             with BaseWeights(folder, source.shape, source.stored) as weights:
-                tensors = dequantised_tensors(weights, source.shape, changed, dtype, between, source=source.name)
+                tensors = merged.of_quantised(weights, source.shape, source=source.name)
                 needed = sum(tensor.num_bytes for tensor in tensors)
                 require_room(temporary, needed + copied_bytes, output=output)
                 write_streamed(temporary, tensors, progress=progress)
@@ -157,16 +163,6 @@ def is_merge_of(folder: Path, adapter: NativeAdapter) -> bool:
     """Whether `folder` is a model into which this adapter was merged, as its record says."""
     record = read_json_or_none(folder / MERGE_RECORD) or {}
     return record.get("adapter_sha256") == adapter.sha256
-
-
-def trained_format(adapter: NativeAdapter) -> str:
-    """The storage format of the base that an adapter was trained on. Raises UserError if it was not quantised."""
-    if adapter.base.base_format is None:
-        raise UserError(
-            f"--onto trained: the adapter was trained on its base in {adapter.base.dtype}, not on a quantised one;"
-            " leave --onto out"
-        )
-    return adapter.base.base_format
 
 
 def merged_onto(folder: Path) -> str | None:
@@ -202,14 +198,6 @@ def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path}: is a pipe, a socket or a device; replace it with a file, or remove it")
     return [path for path in found if path.is_file()]
-
-
-def _load_tokenizer_to_copy(source: str | Path) -> PreTrainedTokenizerBase:
-    """`load_tokenizer` for a tokenizer that is saved to an output. Raises UserError as that and `side_files` do."""
-    folder = user_path(source)
-    if folder.is_dir():
-        side_files(folder, _TOKENIZER_SOURCES)
-    return load_tokenizer(source)
 
 
 def _restate_config(config_file: Path, dtype: torch.dtype | None, *, dequantised: bool) -> None:

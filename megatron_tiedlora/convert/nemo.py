@@ -1,27 +1,42 @@
 """Converts a NeMo 1 model such as GPT-2B-001 from its `.nemo` to a Hugging Face folder, row by row.
 
 The architecture is Hugging Face's StableLM: LayerNorms with bias, part of each head rotated, SwiGLU, no other biases.
+Its tensors are views of those of NeMo's ranks. This module owns NeMo's names and orders of rows. With T tensor-parallel
+ranks of a stage, [..; ..] rows below each other:
+
+    query_key_value   rank t holds heads t H/T .. (t + 1) H/T, and of each head its rows [q; k; v]
+    dense_h_to_4h     rank t holds [gate_t; up_t], and gate = [gate_1; ..; gate_T]
+    dense, dense_4h_to_h    rank t holds columns; norms are on every rank, with weight - 1 in the file
+    word_embeddings, output_layer    rank t holds rows, and rows beyond the vocabulary are padding
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.errors import shown
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.checkpoint.streamed_files import SHARD_BYTES, write_streamed
+from megatron_tiedlora.checkpoint.tensor_files import SHARD_BYTES, StreamedTensor, all_finite, write_streamed
 from megatron_tiedlora.convert.nemo_archive import NemoArchive, readable
-from megatron_tiedlora.convert.nemo_config import read_nemo_model
-from megatron_tiedlora.convert.nemo_weights import stablelm_tensors
+from megatron_tiedlora.convert.nemo_config import ROPE_BASE, WEIGHTS_MEMBER, NemoModel, read_nemo_model
 from megatron_tiedlora.data.tokenizer import LARGEST_TOKENIZER, check_conversion
 
 # Ordinary texts, for which transformers must give SentencePiece's ids.
 _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 😀", "a   b ")
+_BLOCK_ROWS = 256  # of a tensor, at a time
+_EMBEDDING, _HEAD, _FINAL_NORM = "embedding.word_embeddings.weight", "output_layer.weight", "encoder.final_layernorm"
+_FREQUENCIES = "rotary_pos_emb.inv_freq"
+_PREFIXES = ("model.language_model.", "model.module.language_model.")  # the second one with megatron_amp_O2
+_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+Rank = dict[str, torch.Tensor]
 
 
 def convert_nemo(
@@ -83,3 +98,165 @@ def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, A
             raise ValueError(f"transformers gives other ids for {shown(text)}")
     ids = {f"{role}_token_id": roles.get(role) for role in ("bos", "eos", "pad")}
     return processor.get_piece_size(), ids, settings
+
+
+def stablelm_tensors(archive: NemoArchive, model: NemoModel, folder: Path, *, vocab_size: int) -> list[StreamedTensor]:
+    """The tensors of a `StableLmForCausalLM` in the order of its layers. Norms are fp32; others are as stored.
+
+    A number that is not finite raises UserError as it is written.
+
+    Args:
+        folder: for copies of the ranks' files; see `NemoArchive.tensors`.
+
+    Raises:
+        UserError: a rank's file is missing or too much, or a tensor is missing, unknown, or of another shape or dtype.
+    """
+    _check_members(archive, model)
+    stages = [
+        [_read_rank(archive, model, folder, pp_rank, tp_rank) for tp_rank in range(model.tp_size)]
+        for pp_rank in range(model.pp_size)
+    ]
+    for name, stage in ((_EMBEDDING, stages[0]), (_HEAD, stages[-1])):
+        if (stored := sum(len(rank[name]) for rank in stage)) < vocab_size:
+            raise UserError(f"{archive.path}: {name} has {stored} rows, but the tokenizer has {vocab_size} pieces")
+    dtypes = {tensor.dtype for stage in stages for rank in stage for tensor in rank.values() if tensor.dim() == 2}
+    if len(dtypes) > 1:
+        listed = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UserError(f"{archive.path}: its weights are {listed}; they must have one dtype")
+    return [_finite(tensor, str(archive.path)) for tensor in _tensors(stages, model, vocab_size)]
+
+
+def _check_members(archive: NemoArchive, model: NemoModel) -> None:
+    """Raise UserError unless the archive holds the file of every rank, and no other ones."""
+    wanted = {
+        model.rank_member(pp_rank, tp_rank) for pp_rank in range(model.pp_size) for tp_rank in range(model.tp_size)
+    }
+    for name in archive.members:
+        if name.startswith("model_weights/"):
+            raise UserError(f"{archive.path}: holds a distributed checkpoint (model_weights/), which is not converted")
+        if name.endswith(WEIGHTS_MEMBER) and name not in wanted:
+            size = f"tensor_model_parallel_size {model.tp_size} and pipeline_model_parallel_size {model.pp_size}"
+            raise UserError(f"{archive.path}: holds {shown(name)}, which does not belong to {size}")
+    for name in sorted(wanted - archive.members.keys()):
+        raise UserError(f"{archive.path}: {name} is missing")
+
+
+def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: int, tp_rank: int) -> Rank:
+    """The tensors of a rank by NeMo's names without their prefix, with their shapes checked."""
+    member = model.rank_member(pp_rank, tp_rank)
+    found: Rank = {}
+    for name, tensor in archive.tensors(member, folder).items():
+        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            hint = " (Megatron-Core's name)" if name.startswith(("model.decoder.", "model.embedding.")) else ""
+            raise UserError(f"{archive.path}: {member} holds {shown(name)}{hint}, which is not converted")
+        found[name.removeprefix(prefix)] = tensor
+    where = f"{archive.path}: {member}"
+    _check_frequencies(found.pop(_FREQUENCIES, None), model, where)
+    expected = _expected_shapes(model, pp_rank)
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(f"{where}: {name} is missing")
+        stored = tuple(found[name].shape)
+        if stored[1:] != shape[1:] or (name not in (_EMBEDDING, _HEAD) and stored != shape):
+            raise UserError(f"{where}: {name} has shape {stored}, but {shape} is expected")
+    for name in found:
+        if name not in expected:
+            raise UserError(f"{where}: holds {shown(name)}, which is not converted")
+    return found
+
+
+def _expected_shapes(model: NemoModel, pp_rank: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a rank's tensors; the number of vocabulary rows is left open (0)."""
+    hidden, ffn, ranks = model.hidden_size, model.ffn_size, model.tp_size
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (0, hidden)} if pp_rank == 0 else {}
+    for number in range(model.num_layers // model.pp_size):
+        layer = f"encoder.layers.{number}"
+        shapes |= {f"{layer}.{norm}.{part}": (hidden,) for norm in _LAYER_NORMS for part in ("weight", "bias")}
+        shapes[f"{layer}.self_attention.query_key_value.weight"] = (3 * hidden // ranks, hidden)
+        shapes[f"{layer}.self_attention.dense.weight"] = (hidden, hidden // ranks)
+        shapes[f"{layer}.mlp.dense_h_to_4h.weight"] = (2 * ffn // ranks, hidden)
+        shapes[f"{layer}.mlp.dense_4h_to_h.weight"] = (hidden, ffn // ranks)
+    if pp_rank == model.pp_size - 1:
+        shapes |= {f"{_FINAL_NORM}.weight": (hidden,), f"{_FINAL_NORM}.bias": (hidden,), _HEAD: (0, hidden)}
+    return shapes
+
+
+def _check_frequencies(stored: torch.Tensor | None, model: NemoModel, where: str) -> None:
+    """Raise UserError if the rotary frequencies in the file are not those of the settings."""
+    if stored is None:
+        return
+    half = model.rotary_dim // 2
+    same = stored.shape == (half,)
+    if same:  # in 16 bits with megatron_amp_O2
+        same = torch.allclose(stored.float(), ROPE_BASE ** (-torch.arange(half) / half), rtol=1e-2)
+    if not same:
+        raise UserError(f"{where}: {_FREQUENCIES} is not that of base {ROPE_BASE:g} and {2 * half} rotated numbers")
+
+
+def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int) -> Iterator[StreamedTensor]:
+    yield _rows("model.embed_tokens.weight", _first_rows([rank[_EMBEDDING] for rank in stages[0]], vocab_size))
+    for number in range(model.num_layers):
+        stage, local = divmod(number, model.num_layers // model.pp_size)  # a stage numbers its layers from 0
+        ranks, theirs, ours = stages[stage], f"encoder.layers.{local}", f"model.layers.{number}"
+        for norm in _LAYER_NORMS:
+            yield from _norm(f"{ours}.{norm}", ranks[0], f"{theirs}.{norm}")
+        fused = [rank[f"{theirs}.self_attention.query_key_value.weight"] for rank in ranks]
+        heads = [head for part in fused for head in part.view(-1, 3, model.head_dim, model.hidden_size)]
+        for index, name in enumerate("qkv"):
+            yield _rows(f"{ours}.self_attn.{name}_proj.weight", [head[index] for head in heads])
+        yield _columns(
+            f"{ours}.self_attn.o_proj.weight", [rank[f"{theirs}.self_attention.dense.weight"] for rank in ranks]
+        )
+        halves = [rank[f"{theirs}.mlp.dense_h_to_4h.weight"].chunk(2) for rank in ranks]
+        yield _rows(f"{ours}.mlp.gate_proj.weight", [gate for gate, _ in halves])
+        yield _rows(f"{ours}.mlp.up_proj.weight", [up for _, up in halves])
+        yield _columns(f"{ours}.mlp.down_proj.weight", [rank[f"{theirs}.mlp.dense_4h_to_h.weight"] for rank in ranks])
+    yield from _norm("model.norm", stages[-1][0], _FINAL_NORM)
+    yield _rows("lm_head.weight", _first_rows([rank[_HEAD] for rank in stages[-1]], vocab_size))
+
+
+def _finite(tensor: StreamedTensor, source: str) -> StreamedTensor:
+    """The tensor, of which a number that is not finite raises UserError."""
+
+    def blocks() -> Iterator[torch.Tensor]:
+        for block in tensor.blocks():
+            if not all_finite(block):
+                raise UserError(f"{source}: {tensor.name} holds numbers that are not finite; the file is broken")
+            yield block
+
+    return replace(tensor, blocks=blocks)
+
+
+def _norm(name: str, rank: Rank, theirs: str) -> Iterator[StreamedTensor]:
+    """Weight and bias of a norm. NeMo computes with weight + 1, in fp32."""
+    weight, bias = (rank[f"{theirs}.{part}"].float() for part in ("weight", "bias"))
+    yield _rows(f"{name}.weight", [weight + 1])
+    yield _rows(f"{name}.bias", [bias])
+
+
+def _first_rows(parts: Iterable[torch.Tensor], count: int) -> list[torch.Tensor]:
+    kept = []
+    for part in parts:
+        kept.append(part[:count])
+        count -= len(kept[-1])
+    return kept
+
+
+def _rows(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
+    """`parts` below each other."""
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    return StreamedTensor(
+        name, parts[0].dtype, shape, lambda: (block for part in parts for block in part.split(_BLOCK_ROWS))
+    )
+
+
+def _columns(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
+    """`parts` beside each other."""
+    shape = (len(parts[0]), sum(part.shape[1] for part in parts))
+
+    def blocks() -> Iterator[torch.Tensor]:
+        for row in zip(*(part.split(_BLOCK_ROWS) for part in parts), strict=True):
+            yield torch.cat(row, dim=1)
+
+    return StreamedTensor(name, parts[0].dtype, shape, blocks)

@@ -1,8 +1,8 @@
 """Opens what a user names as an adapter, with its base: a native adapter, a checkpoint of a run, or a PEFT folder; and
 writes the last as a native adapter.
 
-A PEFT folder is read as the exactly equal native adapter, by its kind's own module: `import_lora` or `import_vera`. In
-our own exports the native adapter travels along.
+A PEFT folder is read as the exactly equal native adapter by `peft_methods`. In our own exports the native adapter
+travels along.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ from megatron_tiedlora.checkpoint.native_adapter import (
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
 from megatron_tiedlora.convert.export_peft import peft_tensors
-from megatron_tiedlora.convert.import_lora import Lora, native_lora, read_alpha, read_lora, trains_apart
-from megatron_tiedlora.convert.import_vera import read_vera
 from megatron_tiedlora.convert.inputs import (
     BASE_PATH,
     EXPORT_RECORD,
@@ -55,6 +53,7 @@ from megatron_tiedlora.convert.inputs import (
     is_merged,
     is_peft,
 )
+from megatron_tiedlora.convert.peft_methods import Lora, native_lora, read_alpha, read_lora, read_vera, trains_apart
 from megatron_tiedlora.parallel.messages import SentTensor
 
 Kind = Literal["native", "peft"]
@@ -303,7 +302,7 @@ def _unlike_export(lora: Lora, source: ModelSource, native: NativeAdapter, dtype
     for name, tensor in exported.items():
         if name not in found:
             differences.append(f"{name} is missing")
-        elif not _same_bits(tensor.float(), found[name]):
+        elif not torch.equal(*(one.contiguous().view(torch.int32) for one in (tensor.float(), found[name]))):
             differences.append(f"{name} differs from the adapter's export")
     return tuple(differences)
 
@@ -320,11 +319,6 @@ def compare_export(folder: Path, source: ModelSource, adapter: NativeAdapter) ->
     file = folder / WEIGHTS_FILE
     lora, _ = read_lora(folder, read_peft_config(folder), source)
     return tuple(f"{file}: {difference}" for difference in _unlike_export(lora, source, adapter, stored_dtype(folder)))
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two fp32 tensors are equal, also in the sign of a zero."""
-    return torch.equal(*(tensor.contiguous().view(torch.int32) for tensor in (one, other)))
 
 
 def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:

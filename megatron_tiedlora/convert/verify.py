@@ -3,7 +3,7 @@
 A merged folder in 16 bits cannot have the adapter's logits. So it is compared with base + adapter rounded to the same
 dtype, where the difference must vanish. The difference from the unrounded adapter is only shown.
 
-Bits are compared by `merged_bits`, and logits computed by `layerwise`, both in the memory of one layer. Where the whole
+Bits are compared by `merged_rows`, and logits computed by `layerwise`, both in the memory of one layer. Where the whole
 model fits, they are also computed in the software that users load the exports with: transformers and PEFT, in fp32.
 """
 
@@ -30,8 +30,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import trained_otherwise
 from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
 from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
-from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
-from megatron_tiedlora.convert.merged_rows import ReadRows, merged_reader, stored_changes
+from megatron_tiedlora.convert.merged_rows import Merge, MergedBits, ReadRows, bit_lines, compare_merged
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
@@ -126,21 +125,20 @@ def choose_runtimes(
     """
     exports = {"transformers": merged, "peft": peft}
     there = tuple(name for name in RUNTIMES if exports[name] is not None)
-    size = 4 * num_base_parameters(source.shape)
-    if given is None and dtype != torch.float32:
-        return (), ""
-    if given is None and there and size > LARGEST_WHOLE:
-        return (
-            (),
-            f"{source.name} takes {bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too",
-        )
-    if given is None and "peft" in there and not has_peft():
-        return tuple(name for name in there if name != "peft"), "peft is not installed, so it has not loaded the export"
-    if given is None and "peft" in there and source.stored is not None:
-        kind = source.stored.base_format
-        why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
-        return tuple(name for name in there if name != "peft"), why
     if given is None:
+        size, why = 4 * num_base_parameters(source.shape), ""
+        if dtype != torch.float32:
+            return (), ""
+        if there and size > LARGEST_WHOLE:
+            words = f"takes {bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too"
+            return (), f"{source.name} {words}"
+        if not has_peft():
+            why = "peft is not installed, so it has not loaded the export"
+        elif source.stored is not None:
+            kind = source.stored.base_format
+            why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
+        if why and "peft" in there:
+            return tuple(name for name in there if name != "peft"), why
         return there, ""
     names = [] if given == "none" else given.split(",")
     for name in names:
@@ -191,8 +189,8 @@ def verify_export(
     imported = None if peft is None else read_peft(peft, source, tied=False)
     notes += () if imported is None else imported.notes
     exported = None if peft is None else compare_export(peft, source, adapter)
-    if imported is not None and "peft" in runtimes:
-        require_peft()
+    if imported is not None and "peft" in runtimes and not has_peft():
+        raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
     bits = None if merged is None else compare_merged(source, adapter, merged, base_format=made_onto, progress=progress)
     # Equality must hold for any input, so it need not be text.
     probed = (_PROBED[0], min(_PROBED[1], source.shape.limit.tokens))
@@ -206,7 +204,7 @@ def verify_export(
             models.append(Weights(_quantised(base, source.shape, name), {name: adapter}))
         if merged is not None:
             if rounds:
-                once = merged_reader(base.read, stored_changes(adapter, source.shape, base_format=made_onto))
+                once = Merge(adapter, source.shape, base_format=made_onto).reader(base.read)
                 models.append(Weights(lambda name, rows: once(name, rows, stored[name]), {"rounded": None}))
             written = opened.enter_context(BaseWeights(merged, source.shape))
             models.append(Weights(written.read, {"merged": None}))
@@ -232,7 +230,10 @@ def verify_export(
         exact = exported is None or stored_dtype(peft).itemsize >= 4  # else the bits of our own export are judged
         rows.append(compare_logits("PEFT adapter", native, read, "equal" if exact else "rounded"))
         if "peft" in runtimes:
-            logits = peft_logits(source.weights_folder(), peft, tokens)
+            from peft import PeftModel
+
+            wrap = partial(PeftModel.from_pretrained, model_id=str(peft))
+            logits = transformers_logits(source.weights_folder(), tokens, wrap)
             rows.append(compare_logits("PEFT adapter, in peft", native if exact else read, logits, "equal"))
     return Verification(bits, tuple(rows), exported, tuple(notes))
 
@@ -255,7 +256,7 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
 
 def _quantised(base: BaseWeights, shape: ModelShape, base_format: str) -> ReadRows:
     """Reads rows of the base that a storage format makes of the stored one, in fp32."""
-    read = merged_reader(base.read, stored_changes(None, shape, base_format=base_format))
+    read = Merge(None, shape, base_format=base_format).reader(base.read)
     return lambda name, rows: read(name, rows, torch.float32)
 
 
@@ -287,20 +288,6 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
 def has_peft() -> bool:
     """Whether PEFT is installed."""
     return importlib.util.find_spec("peft") is not None
-
-
-def require_peft() -> None:
-    """Raise UserError if PEFT is not installed."""
-    if not has_peft():
-        raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
-
-
-def peft_logits(folder: Path, adapter: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits (b, s, V) of the base in `folder` with the PEFT adapter in `adapter`. Raises UserError if one does not
-    load."""
-    from peft import PeftModel
-
-    return transformers_logits(folder, tokens, partial(PeftModel.from_pretrained, model_id=str(adapter)))
 
 
 def transformers_logits(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -148,19 +147,18 @@ class Decoder:
         Returns:
             a function that waits for the tokens. These functions must be called in the order in which they were made.
         """
+        from_last: dict[str, Any] = {"group": self.choices.handle, "group_src": self.choices.size - 1}
+
+        def receive() -> torch.Tensor:
+            tokens = torch.empty(batch, dtype=torch.int64, device=self.device)
+            distributed.broadcast(tokens, **from_last)
+            return tokens
+
         if chosen is None:
-            return partial(self._receive_choice, batch)
+            return receive
         if self.pipeline.size > 1:
-            self._keep(distributed.broadcast(chosen, **self._from_last(), async_op=True), chosen)
+            self._keep(distributed.broadcast(chosen, **from_last, async_op=True), chosen)
         return lambda: chosen
-
-    def _from_last(self) -> dict[str, Any]:
-        return {"group": self.choices.handle, "group_src": self.choices.size - 1}
-
-    def _receive_choice(self, batch: int) -> torch.Tensor:
-        chosen = torch.empty(batch, dtype=torch.int64, device=self.device)
-        distributed.broadcast(chosen, **self._from_last())
-        return chosen
 
     def _keep(self, work: Any, tensor: torch.Tensor) -> None:
         """Hold a tensor while it is sent. An entry two rounds old was received, or nothing could have followed it."""

@@ -1,4 +1,5 @@
-"""Greedy decoding with a key-value cache, for prompts of different lengths in one batch, in any layout.
+"""Greedy decoding with a key-value cache, for prompts of different lengths in one batch, in any layout; and
+log-likelihoods of several endings of one prompt, which is computed only once.
 
 Prompts are padded on the right, and every sequence writes its next token at its own position. So no token attends to
 padding. Prompts of similar length are computed together, so that little padding is computed.
@@ -7,7 +8,7 @@ padding. Prompts of similar length are computed together, so that little padding
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from megatron_tiedlora.adapters.adapter_bank import filled
 from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
 from megatron_tiedlora.model.attention import KeyValueCache
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 # Prompts computed together have at most this many tokens including padding, which bounds the memory. None is shorter
 # than this share of the longest.
@@ -31,6 +33,12 @@ Item = TypeVar("Item")
 
 Agree = Callable[[bool], bool]
 """Maps "this rank's sequences are done" to "those of all ranks are". All ranks call it together, and it may raise."""
+
+# Maximum tokens in the caches at one time: prompts and endings, where each ending has a copy of its prompt.
+ENDING_TOKENS_AT_ONCE = 32768
+
+Sample = tuple[Sequence[int], Sequence[Sequence[int]]]
+"""The ids of a prompt and of each of its endings, none of them empty."""
 
 
 @dataclass(frozen=True)
@@ -235,3 +243,62 @@ class _Part:
 
 def _most_likely(logits: torch.Tensor | None) -> torch.Tensor | None:
     return None if logits is None else logits.argmax(-1)
+
+
+@torch.no_grad()
+def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapter: str = "") -> list[list[float]]:
+    """Summed log-likelihood of each ending after its prompt, in nats.
+
+    The last token of a prompt predicts the first token of an ending, so it is computed with the endings. The tokens
+    before it go through the model once, and stay in the cache.
+
+    Args:
+        adapter: as in `AdapterRows`.
+
+    Returns:
+        values by sample and ending on ranks of the last stage; elsewhere one empty list per sample.
+    """
+    scores: list[list[float]] = []
+    for part in split_evenly(samples, decoder.num_parts):
+        for some in _groups(part, whole=decoder.calls_together):
+            scores += _score(decoder, some, adapter)
+    decoder.finish()
+    return scores
+
+
+def _groups(samples: Sequence[Sample], *, whole: bool) -> Iterator[Sequence[Sample]]:
+    """Split samples into runs whose caches, with a copy per ending, have a bounded size; with `whole`, into one run."""
+    start, rows, longest = 0, 0, 0
+    for index, (prompt, endings) in enumerate(samples):
+        grown = max(longest, len(prompt) + max(map(len, endings)))
+        if not whole and index > start and (rows + len(endings)) * grown > ENDING_TOKENS_AT_ONCE:
+            yield samples[start:index]
+            start, rows, grown = index, 0, len(prompt) + max(map(len, endings))
+        rows, longest = rows + len(endings), grown
+    yield samples[start:]
+
+
+def _score(decoder: Decoder, samples: Sequence[Sample], adapter: str) -> list[list[float]]:
+    device = decoder.device
+    counts = [len(endings) for _, endings in samples]
+    rows = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts)).to(device)
+    before = [list(prompt[:-1]) for prompt, _ in samples]
+    after = [[prompt[-1], *ending] for prompt, endings in samples for ending in endings]
+    longest = max(map(len, before))
+    caches = decoder.new_caches(len(samples), longest + max(map(len, after)) - 1)
+    if longest:
+        prompts = pad_right(before, 0, device)
+        positions = torch.arange(longest, device=device).expand_as(prompts)
+        # The head needs at least one position; these logits are not used.
+        unused = torch.zeros(len(samples), dtype=torch.int64, device=device)
+        decoder.forward([AdapterRows(prompts, positions, caches, adapter)], wanted=[unused])
+    tokens = pad_right([row[:-1] for row in after], 0, device)
+    labels = pad_right([row[1:] for row in after], IGNORED_LABEL, device)
+    starts = torch.tensor([len(prompt) for prompt in before], device=device)[rows]
+    positions = starts[:, None] + torch.arange(tokens.shape[1], device=device)
+    taken = [cache.take(rows) for cache in caches]
+    losses = decoder.forward([AdapterRows(tokens, positions, taken, adapter)], labels=[labels])
+    if losses is None:
+        return [[] for _ in samples]
+    found = iter((-losses.view_as(tokens).double().sum(dim=1)).tolist())
+    return [[next(found) for _ in range(count)] for count in counts]

@@ -19,15 +19,16 @@ from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.checkpoint.base_identity import identify_model
-from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
+from megatron_tiedlora.checkpoint.load_model import resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.batch import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked, validate_settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
-from megatron_tiedlora.convert.export_many import adapter_name, find_adapters
+from megatron_tiedlora.convert.export_peft import adapter_name, find_adapters
 from megatron_tiedlora.convert.inputs import Identify, check_base, is_merged
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.data.chat import chat_template_sha256

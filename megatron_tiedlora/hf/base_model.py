@@ -1,8 +1,16 @@
-"""A transformers model in memory as the base of adapters: its shape, its identity, and whether an adapter is for it."""
+"""A transformers model in memory as the base of adapters: its shape, its identity, whether an adapter is for it; and
+the update of one of its linear modules, unexpanded: A and B stay one pair for all adapted layers.
+
+    z = W x + B' A' x    with    A' = diag(u) A,    B' = the module's rows of (alpha / r) diag(v) B
+
+A module of a fused target (q, k and v; gate and up) uses its own rows of B and v. A' and B' are computed anew in each
+forward pass, in the adapter's dtype, and so is the update: the numbers are those of the exported PEFT LoRA.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_identity import (
     SHAPE_FIELDS,
     BaseIdentity,
@@ -21,8 +32,10 @@ from megatron_tiedlora.checkpoint.base_identity import (
     weights_hash,
 )
 from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS
+from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, changed_tensors
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import run_starts
+from megatron_tiedlora.convert.merged_rows import merged_rows, row_blocks
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stored_formats import stored_format
 from megatron_tiedlora.model.weights import WeightRule, stored_shapes, weight_rules
@@ -70,21 +83,15 @@ class WeightsInMemory:
         """The model's name table."""
         return weight_rules(self.source.shape)
 
-    @property
-    def are_whole(self) -> bool:
-        """Whether every tensor is there as it was stored: floating point, neither quantised, offloaded nor sharded."""
-        held = ((self._held(name)[1], shape) for name, shape in stored_shapes(self.rules).items())
-        return all(tuple(tensor.shape) == shape and _is_plain(tensor) for tensor, shape in held)
-
     def read(self, name: str) -> torch.Tensor:
         """The tensor of this name, also if accelerate has offloaded it. Raises UserError if the model has none."""
-        module, tensor = self._held(name)
+        module, tensor = self.held(name)
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if tensor.is_meta and offloaded is not None:
             tensor = offloaded[name.rpartition(".")[2]]
         return tensor.detach()
 
-    def _held(self, name: str) -> tuple[Any, torch.Tensor]:
+    def held(self, name: str) -> tuple[Any, torch.Tensor]:
         """The module that has the tensor of this name, and the tensor; on the meta device if it is offloaded."""
         path, _, kind = name.rpartition(".")
         try:
@@ -115,7 +122,8 @@ def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
     if values.shape != (norm.size,) or not _is_plain(values):
         raise UserError(f"{source.name}: the weights of the model are sharded or offloaded; load it whole")
     dtype = "fp32" if values.dtype == torch.float32 else "bf16"
-    if weights.are_whole:
+    held = ((weights.held(name)[1], shape) for name, shape in stored_shapes(weights.rules).items())
+    if all(tuple(tensor.shape) == shape and _is_plain(tensor) for tensor, shape in held):  # as they were stored
         return identify_base(source, weights, dtype)
     found = identify_shape(source, dtype, weights_hash=weights_hash(source, weights))
     return replace(found, base_format=source.stored_base)
@@ -151,3 +159,34 @@ def check_model(trained: BaseIdentity, found: BaseIdentity, *, differs: bool = F
     if not differs:
         raise UserError(f"{what} {found.base_model}; use its own base, or base_differs=True to use this one anyway")
     return (*notes, f"{what} {found.base_model}")
+
+
+def find_places(shape: ModelShape, config: AdapterConfig) -> Mapping[str, AdaptedTensor]:
+    """The tensors that an adapter changes, by the names of their modules in the causal model."""
+    return {name.removesuffix(".weight"): tensor for name, tensor in changed_tensors(config, shape).items()}
+
+
+def with_update(z: torch.Tensor, x: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor) -> torch.Tensor:
+    """z + B' A' x in z's dtype, from z = W x, (..., out), and x (..., in)."""
+    a, b = (factor.to(x.device) for factor in place.factors(adapter))
+    return (z + linear(linear(x.to(a.dtype), a), b)).to(z.dtype)
+
+
+def check_whole(weight: torch.Tensor, place: AdaptedTensor) -> None:
+    """Raise UserError if a weight that is to be changed in place is quantised, offloaded or sharded."""
+    shape = stored_shapes([place.rule])[place.stored]
+    if not _is_plain(weight) or tuple(weight.shape) != tuple(shape):
+        raise UserError(f"{place.stored} is quantised, offloaded or sharded; merge with tiedlora merge")
+
+
+@torch.no_grad()
+def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: int = 1) -> None:
+    """W += sign B' A' in place, with the bits of a merged checkpoint.
+
+    Raises:
+        UserError: the weight is quantised, offloaded or sharded.
+    """
+    check_whole(weight, place)
+    a, b = (factor.to(weight.device) for factor in place.factors(adapter))
+    for rows in row_blocks(tuple(weight.shape)):
+        weight[rows] = merged_rows(weight[rows], a, sign * b[rows], weight.dtype)

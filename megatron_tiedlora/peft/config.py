@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,11 +106,6 @@ class TiedLoraConfig(PeftConfig):
         )
         content = {**stored.fields(), "base_model_name_or_path": self.base_model_name_or_path, "version": __version__}
         write_json(Path(save_directory) / CONFIG_FILE, content)
-
-
-def is_native(content: Mapping[str, Any]) -> bool:
-    """Whether an adapter_config.json is a native folder's."""
-    return "format_version" in content and content.get("peft_type", PEFT_TYPE) == PEFT_TYPE
 
 
 def native_arguments(folder: Path) -> dict[str, Any]:

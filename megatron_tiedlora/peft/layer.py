@@ -12,11 +12,12 @@ from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.hf.update import AdaptedModule, merge_, with_update
+from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor
+from megatron_tiedlora.hf.base_model import merge_, with_update
 
 
 class TiedLoraLinear(nn.Module, BaseTunerLayer):
-    """z = W x + sum over active adapters of B' A' x; see `hf.update`. The adapters belong to the `TiedLoraModel`.
+    """z = W x + sum over active adapters of B' A' x; see `hf.base_model`. The adapters belong to the `TiedLoraModel`.
 
     Attributes:
         places: this module's place in each adapter that changes it.
@@ -27,7 +28,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapters: nn.ModuleDict) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.places: dict[str, AdaptedModule] = {}
+        self.places: dict[str, AdaptedTensor] = {}
         self.merged_adapters: list[str] = []
         self._shared = (adapters,)  # in a tuple, so that they are not this module's own parameters
 

@@ -63,13 +63,14 @@ def _add_type(kind: Any, name: str, *, version: str) -> None:
 
 def _read_native_folders(mixin: Any) -> None:
     """Let PEFT's reader of `adapter_config.json` read native folders."""
-    from megatron_tiedlora.peft.config import is_native, native_arguments
+    from megatron_tiedlora.peft.config import native_arguments
 
     read = mixin.from_json_file.__func__
 
     def from_json_file(cls: Any, path_json_file: str, **keywords: Any) -> dict[str, Any]:
         content: dict[str, Any] = read(cls, path_json_file, **keywords)
-        return native_arguments(Path(path_json_file).parent) if is_native(content) else content
+        is_native = "format_version" in content and content.get("peft_type", PEFT_TYPE) == PEFT_TYPE
+        return native_arguments(Path(path_json_file).parent) if is_native else content
 
     from_json_file.__doc__ = read.__doc__
     mixin.from_json_file = classmethod(from_json_file)

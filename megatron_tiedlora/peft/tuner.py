@@ -12,14 +12,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
-from megatron_tiedlora.checkpoint.native_adapter import check_values
-from megatron_tiedlora.checkpoint.tensor_files import all_finite
-from megatron_tiedlora.hf.base_model import check_model, identify_in_memory, model_source
-from megatron_tiedlora.hf.update import AdaptedModule, find_places
+from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, check_values
+from megatron_tiedlora.checkpoint.tensor_files import check_finite, check_tensors
+from megatron_tiedlora.hf.base_model import check_model, find_places, identify_in_memory, model_source
 from megatron_tiedlora.peft.config import TiedLoraConfig, weights_match
 from megatron_tiedlora.peft.layer import TiedLoraLinear
 
@@ -42,7 +41,7 @@ class TiedLoraModel(BaseTuner):
         self.tied_lora_adapters = nn.ModuleDict()
         self._source = model_source(model)
         self._found = identify_in_memory(model, self._source)  # before anything is merged into the model
-        self._places: Mapping[str, AdaptedModule] = {}
+        self._places: Mapping[str, AdaptedTensor] = {}
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **keywords: Any) -> None:
         """Put the adapter of `self.peft_config[adapter_name]` on the model.
@@ -67,7 +66,7 @@ class TiedLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             adapter.requires_grad_(False)
 
-    def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, AdaptedModule]]:
+    def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, AdaptedTensor]]:
         """An adapter with the initial values of its config, and its places in the model."""
         for note in check_model(BaseIdentity(**config.base), self._found, differs=True) if config.base else ():
             warnings.warn(note, stacklevel=4)
@@ -146,16 +145,9 @@ class TiedLoraModel(BaseTuner):
             config.unchecked = None
         adapter = cls._adapter_of(model, adapter_name)
         described, source = adapter.config, f"adapter {adapter_name}"
-        for name in described.tensors:
-            if name not in state_dict:
-                raise UserError(f"{source}: tensor {name} is missing")
-            if (found := tuple(state_dict[name].shape)) != described.shape(name):
-                raise UserError(f"{source}: {name} has shape {found}, expected {described.shape(name)}")
-            if not all_finite(state_dict[name]):
-                raise UserError(f"{source}: {name} holds numbers that are not finite")
-        for name in state_dict:
-            if name not in described.tensors:
-                raise UserError(f"{source}: holds a tensor {shown(name)} that does not belong there")
+        found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        wanted = {name: described.shape(name) for name in described.tensors}
+        check_tensors(source, found, wanted, lambda name: check_finite(source, name, state_dict[name]))
         check_values(described, state_dict, source=source)
         start = "" if isinstance(model, cls) else "base_model."
         held = (name for name, _ in adapter.named_parameters())

@@ -25,7 +25,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import TrainingStep, evaluation_batches, num_evaluation_batches
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.runner import Runner
-from megatron_tiedlora.evaluation.scores import Score
+from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.heartbeat import rank_line

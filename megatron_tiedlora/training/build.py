@@ -27,7 +27,7 @@ from megatron_tiedlora.checkpoint.base_identity import (
     linears_dtype,
     quantised_otherwise,
 )
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights, load_base_weights
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, RandomWeights, load_base_weights
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
@@ -52,7 +52,7 @@ from megatron_tiedlora.engine.runner import Runner, make_runner
 from megatron_tiedlora.engine.topology import make_groups, make_process_grid
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
 from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
@@ -119,14 +119,8 @@ def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels =
     """The same with random base weights of the model's shape, drawn in place, for benchmarks. Reads no files."""
     shared = shared_plan(plans)
     model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
-    draw_base_weights(
-        frozen_weights(model.stage),
-        stage_weight_rules(shared.source.shape, has_embedding=model.stage.embedding is not None),
-        access=parameter_access(shared.engine),
-        tp_rank=shared.grid.tp_rank,
-        seed=shared.settings.seed,
-        progress=shared.grid.rank == 0,
-    )
+    weights = RandomWeights(weight_rules(shared.source.shape), shared.settings.seed)
+    load_stage_weights(shared, weights, model.stage, model.groups)
     base = identify_shape(shared.source, shared.dtype_name, weights_hash="random")
     none = (0,) * shared.grid.world_size
     runner = _start_engine(plans, model, device, {})
@@ -154,8 +148,10 @@ def start_values(
     return checkpoint.adapter.state, _check_resumed(plan, base, checkpoint)
 
 
-def load_stage_weights(plan: RunPlan, weights: BaseWeights, stage: Stage, groups: ParallelGroups) -> None:
-    """Read this rank's slices of the base into its stage. All ranks call it."""
+def load_stage_weights(
+    plan: RunPlan, weights: BaseWeights | RandomWeights, stage: Stage, groups: ParallelGroups
+) -> None:
+    """Put this rank's slices of the base into its stage. All ranks call it."""
     grid = plan.grid
     load_base_weights(
         weights,

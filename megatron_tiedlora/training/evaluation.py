@@ -16,11 +16,10 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.data.loader import evaluation_sizes
 from megatron_tiedlora.data.shared import Owned, fill_rounds, shared_micro_batch
 from megatron_tiedlora.engine.runner import Runner
-from megatron_tiedlora.evaluation.answering import answer_all
+from megatron_tiedlora.evaluation.answering import Questions, ScoredSet, answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.held_out import Questions, ScoredSet
 from megatron_tiedlora.evaluation.metrics import Answer
-from megatron_tiedlora.evaluation.scores import Score, score_answers
+from megatron_tiedlora.evaluation.results import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.adapter_run import AdapterRun, Evaluated

@@ -23,7 +23,7 @@ from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.loader import evaluation_batches
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.evaluation.scores import Score
+from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime.run_folder import plot_losses
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests

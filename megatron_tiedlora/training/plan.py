@@ -15,8 +15,9 @@ from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
+from megatron_tiedlora.checkpoint.load_model import resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.batch import (
     GPU_MICRO_BATCH_TOKENS,
     BatchPlan,

@@ -21,9 +21,8 @@ from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint
-from megatron_tiedlora.convert.export_peft import base_location, base_name
+from megatron_tiedlora.convert.export_peft import Export, base_location, base_name, serve_hints
 from megatron_tiedlora.convert.merge import is_merge_of
-from megatron_tiedlora.convert.serving import Export, serve_hints
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.runtime.group_folder import GroupFolder

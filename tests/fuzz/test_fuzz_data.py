@@ -23,7 +23,7 @@ from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.metrics import Answer
-from megatron_tiedlora.evaluation.scores import score_answers
+from megatron_tiedlora.evaluation.results import score_answers
 
 CUSTOM = [
     {"prompt": "2 + 2 =", "completion": "4", "note": "n"},

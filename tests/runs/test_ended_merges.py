@@ -28,8 +28,8 @@ from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 
 MERGE = ROOT / "tools" / "merge_adapter.py"
-WRITER = "megatron_tiedlora.checkpoint.streamed_files"
-VALUES, COMMAND = (f"megatron_tiedlora.convert.{name}" for name in ("merged_tensors", "merge"))
+WRITER = "megatron_tiedlora.checkpoint.tensor_files"
+VALUES, COMMAND = (f"megatron_tiedlora.convert.{name}" for name in ("merged_rows", "merge"))
 Prelude = Callable[[], None]
 
 

@@ -29,7 +29,7 @@ MODULES = (
     "torch.utils.tensorboard",
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_sentencepiece",
-    "megatron_tiedlora.evaluation.held_out",
+    "megatron_tiedlora.evaluation.answering",
     "megatron_tiedlora.evaluation.results",
     "megatron_tiedlora.model.families.llama",
     "megatron_tiedlora.runtime.ending",

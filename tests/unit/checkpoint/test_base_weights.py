@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, RandomWeights, load_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.weights import stage_weight_rules, stored_shapes, weight_rules
@@ -51,7 +51,7 @@ def test_random_weights_keep_activations_at_their_size(tmp_path: Path) -> None:
         local = torch.full(rule.spec.local_shape(rule.shape, tp_size), float("nan"))
         parameters[rule.name] = torch.nn.Parameter(local, requires_grad=False)
     targets = {name: FrozenWeight(parameter) for name, parameter in parameters.items()}
-    draw_base_weights(targets, rules, tp_rank=1)
+    load_base_weights(RandomWeights(rules), targets, tp_rank=1)
     for rule in rules:
         drawn = parameters[rule.name]
         if len(rule.shape) == 1:
@@ -60,7 +60,7 @@ def test_random_weights_keep_activations_at_their_size(tmp_path: Path) -> None:
             assert float(drawn.std()) == pytest.approx(rule.shape[-1] ** -0.5, rel=0.1)
     assert torch.equal(parameters["layers.0.weight"], parameters[rules[-1].name])
     before = parameters["layers.0.weight"].clone()
-    draw_base_weights(targets, rules, tp_rank=0)
+    load_base_weights(RandomWeights(rules), targets, tp_rank=0)
     assert not torch.equal(before, parameters["layers.0.weight"]), "ranks have different parts"
 
 

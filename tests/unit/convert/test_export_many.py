@@ -154,11 +154,11 @@ def test_a_pattern_of_one_adapter_is_many(adapters: Path, tmp_path: Path) -> Non
 
 
 def test_the_base_is_read_once(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_tiedlora.convert import export_many
+    from megatron_tiedlora.convert import export_peft as module
 
     seen: list[str] = []
-    real = export_many.identify_model
-    monkeypatch.setattr(export_many, "identify_model", lambda *words: seen.append("") or real(*words))
+    real = module.identify_model
+    monkeypatch.setattr(module, "identify_model", lambda *words: seen.append("") or real(*words))
     call("export", ["--adapter", str(adapters / "runs/*/adapter"), "--output", str(tmp_path / "all")])
     assert len(seen) == 1
 

@@ -92,7 +92,11 @@ PARTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize(
     ("family", "modules", "targets"),
-    [("separate", ["down_proj", "o_proj"], ["o_proj", "down_proj"]), ("fused", "all-linear", [*TARGET_NAMES])],
+    [
+        ("separate", ["down_proj", "o_proj"], ["o_proj", "down_proj"]),
+        ("fused", "all-linear", [*TARGET_NAMES]),
+        ("fused", ["qkv_proj", "o_proj"], ["qkv", "o_proj"]),  # equally wide: each has a whole copy of A
+    ],
 )
 def test_every_linear_that_is_one_module_has_its_part_of_a_and_b(
     separate: Path, fused: Path, tmp_path: Path, family: str, modules: Any, targets: list[str]
@@ -107,6 +111,8 @@ def test_every_linear_that_is_one_module_has_its_part_of_a_and_b(
         a, b = (adapter.state[target.prefix + factor] for factor in "AB")
         assert torch.equal(a, stored["base_model.vera_A"][:, : target.in_size])
         assert torch.equal(b, stored["base_model.vera_B"][: target.out_size])
+    save_adapter(tmp_path / "native", adapter.config, adapter.base, adapter.state)
+    assert load_native_adapter(tmp_path / "native").equals(adapter)
 
 
 @pytest.mark.parametrize("name", PARTS)

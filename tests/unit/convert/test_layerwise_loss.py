@@ -35,7 +35,6 @@ def test_it_is_that_of_the_whole_model(
     tied: bool, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SHARE", share)
-    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 7)
     monkeypatch.setattr(merged_rows, "BLOCK_ELEMENTS", 64 * 32)
     folder = write_tiny_model(tmp_path / "model", tokenizer=False, tied=tied)
     source, adapter, _ = with_adapter(folder, "tl6", (1, 3), targets=("qkv", "down_proj"))

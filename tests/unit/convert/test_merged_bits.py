@@ -21,8 +21,7 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert import merged_rows as merged_rows_module
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.convert.merged_bits import compare_merged
-from megatron_tiedlora.convert.merged_rows import row_blocks
+from megatron_tiedlora.convert.merged_rows import compare_merged, row_blocks
 
 ALL = ("qkv", "o_proj", "gate_up", "down_proj")
 WITH_ZERO = "model.layers.1.mlp.gate_proj.weight"

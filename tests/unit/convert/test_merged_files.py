@@ -17,7 +17,7 @@ from wide_models import anonymous_bytes, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
-from megatron_tiedlora.checkpoint import streamed_files
+from megatron_tiedlora.checkpoint import tensor_files
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert import merged_rows
@@ -181,7 +181,7 @@ def test_a_full_disk_is_foretold(
     weights = sum(file.stat().st_size for file in (tmp_path / "merged").glob("*.safetensors"))
     real, written = shutil.disk_usage, []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=weights))
-    monkeypatch.setattr(streamed_files, "_write_file", lambda *_: written.append(_))
+    monkeypatch.setattr(tensor_files, "_write_file", lambda *_: written.append(_))
     says = r"--output \S*/more: needs \d+\.\d\d kB, but only \d+\.\d\d kB are free in its folder's file system"
     with pytest.raises(UserError, match=says):
         merge_adapter(*inputs, tmp_path / "more")

@@ -10,7 +10,7 @@ from folders import ROOT
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.convert.serving import Export, serve_hints
+from megatron_tiedlora.convert.export_peft import Export, serve_hints
 from megatron_tiedlora.model.families import shape_from_hf
 
 PLAIN = shape_from_hf(PRESETS["llama2-7b"])

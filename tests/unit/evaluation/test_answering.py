@@ -18,9 +18,8 @@ from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.evaluation.answering import _stop_test, _text, answer_all
+from megatron_tiedlora.evaluation.answering import Questions, ScoredSet, _stop_test, _text, answer_all, encode_scored
 from megatron_tiedlora.evaluation.generate import Prompts, generate
-from megatron_tiedlora.evaluation.held_out import Questions, ScoredSet, encode_scored
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.parallel.grid import Grid
 

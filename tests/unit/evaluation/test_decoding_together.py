@@ -19,8 +19,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
-from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
+from megatron_tiedlora.evaluation.generate import Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.planning.partition import layer_costs, partition

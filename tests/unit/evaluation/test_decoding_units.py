@@ -6,8 +6,7 @@ import pytest
 import torch
 from attention_layers import attention_layer
 
-from megatron_tiedlora.evaluation.generate import split_evenly
-from megatron_tiedlora.evaluation.likelihood import _groups
+from megatron_tiedlora.evaluation.generate import _groups, split_evenly
 from megatron_tiedlora.model.attention import KeyValueCache, _attend_to_cache
 
 

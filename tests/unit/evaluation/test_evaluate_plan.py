@@ -20,7 +20,7 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.evaluation.held_out import read_questions
+from megatron_tiedlora.evaluation.answering import read_questions
 from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
 from megatron_tiedlora.evaluation.results import headline
 from megatron_tiedlora.model.fused_attention import choose_attention

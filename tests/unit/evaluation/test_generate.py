@@ -17,8 +17,13 @@ from tiny_models import EOS_ID, write_tiny_model
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, Prompts, generate, similar_lengths
-from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
+from megatron_tiedlora.evaluation.generate import (
+    TOKENS_BETWEEN_AGREEMENTS,
+    Prompts,
+    ending_log_likelihoods,
+    generate,
+    similar_lengths,
+)
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
 

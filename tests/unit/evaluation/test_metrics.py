@@ -19,7 +19,7 @@ from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.evaluation.metrics import METRICS, Answer, find_metric
 from megatron_tiedlora.evaluation.metrics.choices import chosen_ending
 from megatron_tiedlora.evaluation.metrics.exact import final_number, normalise_squad
-from megatron_tiedlora.evaluation.scores import score_answers
+from megatron_tiedlora.evaluation.results import score_answers
 
 
 def answer(prediction: str, *references: str, choices: tuple[str, ...] = (), scores: tuple[float, ...] = ()) -> Answer:
@@ -302,7 +302,7 @@ def test_no_network_no_data_and_no_library_before_it_is_needed(tmp_path: Path) -
 import socket, sys
 def refuse(*_, **__): raise AssertionError("network")
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
-from megatron_tiedlora.evaluation.scores import score_answers
+from megatron_tiedlora.evaluation.results import score_answers
 from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 assert not {"nltk", "rouge_score", "sacrebleu"} & sys.modules.keys()
 from megatron_tiedlora.data.examples import Example

@@ -24,7 +24,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
-from megatron_tiedlora.evaluation.scores import Score
+from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.parallel import agreement
 from megatron_tiedlora.parallel.agreement import (
     decided_by_rank_0,

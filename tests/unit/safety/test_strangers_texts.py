@@ -20,7 +20,7 @@ from tiny_models import write_tiny_tokenizer
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.hosts import slurm_hosts
-from megatron_tiedlora.convert.module_names import name_matcher, pattern_finder
+from megatron_tiedlora.convert.peft_files import name_matcher, pattern_finder
 from megatron_tiedlora.data import readers
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.examples import Example

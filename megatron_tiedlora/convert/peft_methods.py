@@ -1,6 +1,6 @@
-"""Reads a PEFT LoRA as the exactly equal native `lora`: nothing is fitted.
+"""Reads PEFT's LoRA and VeRA as exactly equal native adapters: nothing is fitted.
 
-PEFT adds s_p B_p A_p to module p, with s_p = alpha_p / r_p (/ sqrt(r_p) with use_rslora). `rank_pattern` and
+PEFT's LoRA adds s_p B_p A_p to module p, with s_p = alpha_p / r_p (/ sqrt(r_p) with use_rslora). `rank_pattern` and
 `alpha_pattern` give some modules another r or alpha. The native scale is the largest s_p. Where s_p is smaller, B is
 multiplied by s_p / scale in fp64 and rounded to fp32 once, which is exact if that is a power of two.
 
@@ -11,12 +11,18 @@ largest one of a linear and layer; others are padded with zeros. Modules and lay
 Zero rows of A that meet zero columns of B have no gradient, so padding stays zero in training. But a zero row of B
 beside a non-zero A is trained, and so are the zero blocks of a block-diagonal B; and a step of AdamW is larger relative
 to a B that was made smaller. `trains_apart` tells.
+
+PEFT's VeRA adds diag(v_p) B[:out_p] diag(u_p) A[:, :in_p] to module p. Its vectors lambda_b and lambda_d are v and u;
+all modules share A and B. If each adapted linear is one module here, that is the native `vera`, tensor by tensor. If
+the modules are parts of fused linears, it is a native `lora` of the same rank: its A is A[:, :in_p], and its B has the
+rows diag(v_p) B[:out_p] diag(u_p) of each module, rounded to fp32 once. It is also a `lora` if a linear is adapted in
+some of the layers only, since a `vera` would train the others too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,11 +49,13 @@ from megatron_tiedlora.convert.peft_files import (
     reject_other_fields,
 )
 
-_HARMLESS = {
+_HARMLESS_OF_LORA = {
     *("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "lora_dropout", "exclude_modules"),
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
+# They give initial values, which the file's tensors replace, or act in training alone.
+_HARMLESS_OF_VERA = {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
 # With the others (pissa, olora, corda, loftq, lora_ga) PEFT changes the base weights when it loads the adapter.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
@@ -70,7 +78,12 @@ def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
         UserError: it has a feature beyond plain LoRA, adapts other modules, or its tensors do not fit.
     """
     file = folder / CONFIG_FILE
-    _reject_features(file, content)
+    if (start := content.get("init_lora_weights")) not in _PLAIN_STARTS:
+        raise UserError(
+            f"{file}: init_lora_weights = {shown(start)} changes the base weights too; convert it to a plain LoRA with"
+            " PEFT (path_initial_model_for_weight_conversion) first"
+        )
+    reject_other_fields(file, content, kind="LoRA", harmless=_HARMLESS_OF_LORA)
     chosen, sizes = chosen_modules(file, content, source), modules_of(source.shape.block)
     ranks, rank_notes = read_by_pattern(file, content, ("r", "rank_pattern"), chosen, read_rank)
     alphas, alpha_notes = read_by_pattern(file, content, ("lora_alpha", "alpha_pattern"), chosen, read_alpha)
@@ -121,16 +134,6 @@ def trains_apart(lora: Lora, source: ModelSource) -> str | None:
     return None if same_scale else "its modules have several scales alpha / r, and one here"
 
 
-def _reject_features(file: Path, content: Mapping[str, Any]) -> None:
-    start = content.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
-        raise UserError(
-            f"{file}: init_lora_weights = {shown(start)} changes the base weights too; convert it to a plain LoRA with"
-            " PEFT (path_initial_model_for_weight_conversion) first"
-        )
-    reject_other_fields(file, content, kind="LoRA", harmless=_HARMLESS)
-
-
 def read_alpha(alpha: Any, what: str) -> float:
     """The alpha that is called `what` in messages. Raises UserError if a native adapter cannot have it."""
     if type(alpha) not in (int, float):
@@ -165,3 +168,80 @@ def _joined(
                     b[index, start : start + size, columns] = scaled[stored.start : stored.start + size]
             column = 0 if shared[index] else columns.stop
     return a, b
+
+
+def read_vera(
+    folder: Path, content: Mapping[str, Any], source: ModelSource
+) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
+    """Config and full fp32 tensors of the native `vera` or `lora` that equals a PEFT VeRA of `source`.
+
+    Raises:
+        UserError: its A and B are not saved, it has a feature beyond plain VeRA, adapts other modules, or its tensors
+            do not fit.
+    """
+    file = folder / CONFIG_FILE
+    if not content.get("save_projection", True):
+        raise UserError(
+            f"{file}: save_projection = {shown(content['save_projection'])} leaves vera_A and vera_B out of the file;"
+            " save the adapter with PEFT and save_projection = True"
+        )
+    reject_other_fields(file, content, kind="VeRA", harmless=_HARMLESS_OF_VERA)
+    rank = read_rank(content.get("r"), f"{file}: r")
+    chosen = chosen_modules(file, content, source)
+    sizes = modules_of(source.shape.block)
+    used = [sizes[module.name] for module in chosen.values()]
+    stored = StoredTensors(
+        "VeRA",
+        shared={
+            "base_model.vera_A": (rank, max(in_size for in_size, _ in used)),
+            "base_model.vera_B": (max(out_size for _, out_size in used), rank),
+        },
+        of_module={
+            "vera_lambda_b": lambda module: (sizes[module.name][1],),
+            "vera_lambda_d": lambda _: (rank,),
+        },
+    )
+    vectors, (a, b) = read_factors(folder, chosen, stored, source)
+    layers, adapted = tuple(sorted({layer for layer, _ in vectors})), adapted_linears(vectors, source)
+    if all(_is_one_module(linear, layers, vectors) for linear in adapted.values()):
+        targets = targets_of(source.shape, tuple(adapted))
+        config = make_adapter_config("vera", rank=rank, alpha=rank, layers=layers, targets=targets, seed=0)
+        state: dict[str, torch.Tensor] = {}
+        for target in targets:
+            tensors = _native_tensors(adapted[target.name], layers, vectors, a, b)
+            state |= {f"{target.prefix}{name}": tensor for name, tensor in tensors.items()}
+        return config, state
+    pairs = {}
+    for module, (v, u) in vectors.items():
+        in_size, out_size = sizes[module.name]
+        pairs[module] = Pair(a[:, :in_size], (v.double()[:, None] * b[:out_size] * u.double()).float())
+    return native_lora(pairs, source)
+
+
+def _is_one_module(linear: LinearShape, layers: tuple[int, ...], adapted: Collection[Module]) -> bool:
+    """Whether a linear is stored as one module, which is adapted in all `layers`."""
+    names = {rows.module for rows in linear.sources}
+    return len(names) == 1 and all(Module(layer, *names) in adapted for layer in layers)
+
+
+def _native_tensors(
+    linear: LinearShape,
+    layers: tuple[int, ...],
+    vectors: Mapping[Module, tuple[torch.Tensor, ...]],
+    a: torch.Tensor,
+    b: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """A (r, in), B (out, r), u (n, r) and v (n, out) of a linear that is stored as one module."""
+
+    blocks = [slice(rows.start, rows.start + size) for rows, size in zip(linear.sources, linear.blocks, strict=True)]
+
+    def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor[block] for block in blocks])
+
+    of_layers = [vectors[Module(layer, linear.sources[0].module)] for layer in layers]
+    return {
+        "A": a[:, : linear.in_size].clone(),  # a file holds no tensor twice, and linears may be equally wide
+        "B": rows_of(b),
+        "u": torch.stack([u for _, u in of_layers]),
+        "v": torch.stack([rows_of(v) for v, _ in of_layers]),
+    }
