@@ -37,7 +37,7 @@ LINES: Table = {
     "data": (5442, ""),
     "engine": (1191, "the two ways to step adapters, from training/"),
     "evaluation": (1780, ""),
-    "gpu_checks": (2549, "names of adapters in steps"),
+    "selfcheck": (2150, ""),
     "hf": (232, ""),
     "model": (3550, "a micro-batch, from engine/ and data/; the shapes of stored tensors"),
     "parallel": (2516, ""),
