@@ -52,7 +52,8 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
             }
             save_file(tensors, folder / file, metadata={"format": "pt"})
             index.update(dict.fromkeys(tensors, file))
-        write_json(folder / "config.json", {**values, "architectures": [_class_name(values)], "dtype": "bfloat16"})
+        kinds = values.get("architectures") or [_class_name(values)]
+        write_json(folder / "config.json", {**values, "architectures": kinds, "dtype": "bfloat16"})
         weight_index = {"metadata": {"total_size": needed}, "weight_map": index}
         write_json(folder / INDEX_FILE, weight_index)
         if name == TINY:

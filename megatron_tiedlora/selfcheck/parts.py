@@ -206,11 +206,9 @@ def _short(value: str) -> str:
 def summary_lines(suites: Sequence[Element]) -> Iterator[str]:
     """How many tests ended in each way, and what to do about each failure and warning, in Markdown."""
     yield f"{', '.join(f'{count} {how}' for how, count in verdicts(suites).items())}."
-    wrong: dict[str, list[str]] = {}
-    for suite in suites:
-        for case in suite.iter("testcase"):
-            for _, fix, _ in (found for found in problems(case) if found[0] != "skipped"):
-                wrong.setdefault(fix, []).append(f"**{suite.get('name')}: {_name(case)}**")
-    for fix, names in wrong.items():
+    tests = [(f"**{suite.get('name')}: {_name(case)}**", case) for suite in suites for case in suite.iter("testcase")]
+    found = [(fix, name) for name, case in tests for how, fix, _ in problems(case) if how != "skipped"]
+    for fix in dict.fromkeys(fix for fix, _ in found):
+        names = list(dict.fromkeys(name for other, name in found if other == fix))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         yield f"- {', '.join(names[:3])}{more}: {fix}"

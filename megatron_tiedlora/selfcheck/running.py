@@ -71,6 +71,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
     Raises:
         UserError: not even one layer fits.
     """
+    release()
     free = share * torch.cuda.mem_get_info()[0]
     for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
         plan = plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}"))
@@ -81,14 +82,13 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
 
 @contextmanager
 def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
-    """One rank's run inside the block, whose memory is freed afterwards; `changes` as in `plan_benchmark`."""
+    """One rank's run inside the block; `changes` as in `plan_benchmark`. The next one frees its memory."""
+    release()
     run = start(plan_benchmark(settings, **changes), settings)
     try:
         yield run
     finally:
         run.runner.engine.destroy()
-        del run
-        release()
 
 
 def loader_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:

@@ -36,6 +36,7 @@ SIZES = (1, 2, 4, 8)
 # A model that eight ranks can share in any layout, whose vocabulary size none of these numbers divides.
 SHAPE: dict[str, Any] = {
     **PRESETS["llama2-7b"],
+    "architectures": ["LlamaForCausalLM"],  # so that transformers is not asked: a bare machine has none
     "vocab_size": 1003,
     "hidden_size": 512,
     "intermediate_size": 768,
