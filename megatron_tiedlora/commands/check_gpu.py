@@ -27,16 +27,8 @@ from megatron_tiedlora.selfcheck.parts import (
 )
 
 # Seconds of 8 minutes for each part; what a part does not use goes to the next one.
-SHARES = {
-    "env": 50,
-    "attention": 35,
-    "correct": 85,
-    "speed": 95,
-    "memory": 50,
-    "host": 35,
-    "decode": 30,
-    "ranks": 100,
-}
+_SECONDS = (50, 35, 85, 95, 50, 35, 30, 100)
+SHARES = dict(zip(("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks"), _SECONDS, strict=True))
 RANKS_OF_SEVERAL = 340  # seconds for part ranks on several GPUs; all parts then take 12 minutes
 NO_GPU_STATUS = 2
 
@@ -53,16 +45,10 @@ def main(settings: CheckGpuSettings) -> int:
         missing, num_gpus = why_no_gpu(), torch.cuda.device_count()
         parts = parts if missing is None else ["env"]
     limits = part_limits(parts, settings.minutes, num_gpus=num_gpus)
-    about = {
-        "model": settings.model,
-        "device": settings.device,
-        "GPUs": num_gpus,
-        "host": socket.gethostname(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "minutes": round(sum(limits.values()) / 60, 1),
-        "parts": ",".join(parts),
-    }
-    head = ["# check-gpu", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
+    where = f"{num_gpus} GPUs of {socket.gethostname()}" if settings.device == "cuda" else settings.device
+    minutes, now = sum(limits.values()) / 60, time.strftime("%Y-%m-%d %H:%M:%S %z")
+    about = f"{settings.model} on {where}; {', '.join(parts)} in at most {minutes:.1f} minutes from {now}"
+    head = ["# check-gpu", "", about, ""]
     suites: list[Element] = []
     _write(settings.output, [*head, "No part has ended yet."], suites)
     deadline = time.monotonic()
