@@ -31,13 +31,13 @@ LINES: Table = {
     "benchmark": (1875, "its steps go by one interface of a run"),
     "checkpoint": (2024, "the files of a merge are written here, from convert/; a random model's class may be given"),
     "cluster": (3968, ""),
-    "commands": (1269, ""),
+    "commands": (1260, ""),
     "config": (3322, "the settings of the eleven commands that parsed by hand, from commands/"),
     "convert": (3528, ""),
     "data": (5442, ""),
     "engine": (1191, "the two ways to step adapters, from training/"),
     "evaluation": (1780, ""),
-    "selfcheck": (2150, ""),
+    "selfcheck": (2132, ""),
     "hf": (232, ""),
     "model": (3550, "a micro-batch, from engine/ and data/; the shapes of stored tensors"),
     "parallel": (2516, ""),
@@ -50,9 +50,9 @@ LINES: Table = {
     "training": (4903, ""),
 }
 WHOLE: Table = {
-    "lines": (51720, ""),
-    "modules": (362, ""),
-    "import lines in %": (8.89, ""),
+    "lines": (51296, ""),
+    "modules": (356, ""),
+    "import lines in %": (8.88, ""),
 }
 # fmt: on
 # Comments and docstrings in percent of all lines, on the day this test was written. The share stays within a tenth of
