@@ -99,6 +99,9 @@ def test_a_part_that_dies_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "p.xml").write_text("<testsuites><testsuite><testcase/></testsuite></testsuites>")  # of an earlier run
     how, fix, seen = run("import os; print('last words', flush=True); os.abort()", tmp_path)
     assert (how, fix, seen) == ("failed", parts.ERROR_FIX, "ended with status -6; its last line: last words")
+    whole = f"import os; open('{tmp_path}/p.xml', 'w').write('<testsuite><testcase/></testsuite>'); os.abort()"
+    *_, case = parts.run_part("p", [sys.executable, "-c", whole], environment=os.environ, folder=tmp_path, seconds=20)
+    assert parts.verdict(case) == "failed", "it died after its last test"
 
 
 def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
