@@ -105,7 +105,7 @@ def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
     return tuple(dict.fromkeys([*layouts, *engines, Case(tp=world_size, sp=False), *narrow]))
 
 
-class Ended(NamedTuple):
+class EndedRanks(NamedTuple):
     """Ranks that were run: their exit statuses (None: killed at the end of their time) and outputs.
 
     Attributes:
@@ -148,7 +148,7 @@ class Ranks:
         """What one rank trains to be compared with: a case for each dtype."""
         return [Case(dtype=dtype) for dtype in dict.fromkeys(case.dtype for case in self.cases)]
 
-    def run(self, first: int | str, cases: Sequence[Case], size: int, share: float, *, grace: float = 5.0) -> Ended:
+    def run(self, first: int | str, cases: Sequence[Case], size: int, share: float, *, grace: float = 5.0) -> EndedRanks:
         """Run ranks until they end, until a share of the part's time is over, or until `grace` seconds after a failure.
 
         Args:
@@ -179,7 +179,7 @@ class Ranks:
                 one.kill()
                 one.wait()
         seconds = 0.0 if failed is None else time.monotonic() - failed
-        return Ended(statuses, [log.read_text(errors="replace") for log in logs], seconds)
+        return EndedRanks(statuses, [log.read_text(errors="replace") for log in logs], seconds)
 
     @cache  # noqa: B019 - it lives as long as the part
     def train(self, first: int, size: int) -> str:

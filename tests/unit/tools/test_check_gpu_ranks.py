@@ -24,7 +24,7 @@ from megatron_tiedlora.selfcheck import rank, test_ranks
 from megatron_tiedlora.selfcheck.parts import verdict
 from megatron_tiedlora.selfcheck.rank import Case
 from megatron_tiedlora.selfcheck.running import step_settings, write_small
-from megatron_tiedlora.selfcheck.test_ranks import Ended, Ranks, cases_of
+from megatron_tiedlora.selfcheck.test_ranks import EndedRanks, Ranks, cases_of
 from tools import run_offline
 
 TOOL = ROOT / "tools" / "check_gpu.py"
@@ -78,10 +78,10 @@ def test_cases_are_done_in_several_starts_each_with_its_part_of_the_time(
     starts: list[tuple[int, Sequence[Case], int]] = []
     shares: list[float] = []
 
-    def run(self: Ranks, first: int, cases: Sequence[Case], size: int, share: float) -> Ended:
+    def run(self: Ranks, first: int, cases: Sequence[Case], size: int, share: float) -> EndedRanks:
         starts.append((first, cases, size))
         shares.append(share)
-        return Ended([0] * size, [""] * size, 0.0)
+        return EndedRanks([0] * size, [""] * size, 0.0)
 
     monkeypatch.setattr(Ranks, "run", run)
     for number in (0, 1):
@@ -123,7 +123,7 @@ def test_the_line_that_names_the_dead_rank() -> None:
 def test_what_must_follow_the_death_of_a_rank(
     statuses: list[int | None], seconds: float, said: str, right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Ranks, "run", lambda *_, **__: Ended(statuses, [said, ""], seconds))
+    monkeypatch.setattr(Ranks, "run", lambda *_, **__: EndedRanks(statuses, [said, ""], seconds))
     try:
         test_ranks.test_killed_rank(Ranks(2, {}, [], tmp_path, tmp_path, 100.0), {}.__setitem__)
     except AssertionError:
@@ -153,8 +153,8 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
     assert ended.statuses == [3, None] and ended.why() == "here" and 0.5 <= ended.seconds < 10
     ended = Ranks(2, {}, [], tmp_path, tmp_path, 0.5).run(0, [], 2, 1.0)
     assert ended.statuses[1] is None and time.monotonic() - began < 30
-    assert Ended([None, None], ["x", "y"], 0.0).why() == "not finished in time; the last line of rank 0: x"
-    assert Ended([0, 0], ["x", "y"], 0.0).why() == ""
+    assert EndedRanks([None, None], ["x", "y"], 0.0).why() == "not finished in time; the last line of rank 0: x"
+    assert EndedRanks([0, 0], ["x", "y"], 0.0).why() == ""
 
 
 def test_documents_of_a_made_up_row_are_packed(tmp_path: Path) -> None:
