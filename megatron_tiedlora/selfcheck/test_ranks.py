@@ -148,7 +148,7 @@ class Ranks:
         """What one rank trains to be compared with: a case for each dtype."""
         return [Case(dtype=dtype) for dtype in dict.fromkeys(case.dtype for case in self.cases)]
 
-    def run(self, first: int | str, cases: Sequence[Case], size: int, share: float, *, grace: float = 5.0) -> EndedRanks:
+    def run(self, first: int | str, cases: Sequence[Case], size: int, share: float, grace: float = 5.0) -> EndedRanks:
         """Run ranks until they end, until a share of the part's time is over, or until `grace` seconds after a failure.
 
         Args:
