@@ -16,7 +16,7 @@ RUN python3 -m venv /opt/tiedlora
 COPY pyproject.toml README.md LICENSE /src/
 COPY ds_configs /src/ds_configs
 COPY megatron_tiedlora /src/megatron_tiedlora
-RUN pip install --no-cache-dir "/src[train,eval]" \
+RUN pip install --no-cache-dir "/src[train,eval,check]" \
     && rm -rf /src
 
 WORKDIR /work

@@ -56,8 +56,12 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	$(call install,test)
 	@touch $@
 
+$(VENV)/.installed-check: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[check]'
+	@touch $@
+
 $(VENV)/.installed-lint: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[lint,train,eval]'
+	$(PIP) install -e '.[lint,train,eval,check]'
 	@touch $@
 
 demo: $(VENV)/.installed-demo
@@ -75,10 +79,10 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check-gpu: $(VENV)/.installed-demo
+check-gpu: $(VENV)/.installed-check
 	PATH="$(BIN):$$PATH" $(BIN)/python tools/check_gpu.py $(ARGS)
 
-check-gpu-offline: $(VENV)/.installed-demo
+check-gpu-offline: $(VENV)/.installed-check
 	rm -rf build/check_gpu
 	$(BIN)/python tools/pack_gpu_check.py --output build/check_gpu $(ARGS)
 

@@ -29,6 +29,7 @@ LARGEST = 20_000_000  # bytes of the folder
 # The packages that the check imports, by their names in pip; torch brings the rest. Versions are those installed here.
 PACKAGES = (
     *("hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
+    *("pytest", "pluggy", "iniconfig", "Pygments"),
     *("safetensors", "PyYAML", "psutil", "msgpack", "einops", "tqdm", "packaging", "filelock", "py-cpuinfo"),
 )
 PYTHONS = "3.11,3.12,3.13"
@@ -111,7 +112,7 @@ def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
 def _copy_tools(folder: Path) -> None:
     (folder / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "check_gpu.py", folder / "tools")
-    shutil.copy(ROOT / "megatron_tiedlora" / "gpu_checks" / "run_offline.py", folder / "run.py")
+    shutil.copy(ROOT / "tools" / "run_offline.py", folder / "run.py")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ PAGE = ROOT / "docs" / "install.md"
 # What an extra is for; `` is an installation without any.
 PURPOSES = {
     "": "`merge`, `export`, `import`, `verify`, `index`, `push`, `plan`, `convert-nemo`, Python without training",
-    "train": "`train`, `run`, `doctor`, `bench`, `check-gpu`",
+    "train": "`train`, `run`, `doctor`, `bench`",
     "eval": "`evaluate`; with `train` also `sweep`, and tasks that training scores with ROUGE or BLEU",
+    "check": "`check-gpu`",
     "peft": "adapters in PEFT itself ([peft.md](peft.md)), `verify --in peft`, `bench --against peft`",
     "quantised": "faster `--base nf4` ([quantised.md](quantised.md)); without it the same bits, more slowly",
     "mpi": "ranks that `mpirun` starts without a master address",

@@ -15,6 +15,7 @@ from megatron_tiedlora.base.wording import enumerate_names
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "train": ("deepspeed", "datasets", "pyarrow", "accelerate", "tensorboard", "matplotlib"),
     "eval": ("deepspeed", "datasets", "pyarrow", "rouge_score", "sacrebleu"),
+    "check": ("deepspeed", "pytest"),
     "peft": ("peft",),
     "quantised": ("bitsandbytes",),
     "demo": ("gguf", "accelerate", "reasoning_gym", "peft", "tokenizers"),

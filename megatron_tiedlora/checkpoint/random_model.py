@@ -32,8 +32,6 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     Raises:
         UserError: `output` exists, or the disk has too little space.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     reject_existing(output, flag=f"--output {output}")
     model_shape = shape_from_hf(values, source=name)
     needed = num_base_parameters(model_shape) * torch.bfloat16.itemsize
@@ -55,10 +53,16 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
             }
             save_file(tensors, folder / file, metadata={"format": "pt"})
             index.update(dict.fromkeys(tensors, file))
-        class_name = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]])
-        write_json(folder / "config.json", {**values, "architectures": [class_name], "dtype": "bfloat16"})
+        kinds = values.get("architectures") or [_class_name(values)]
+        write_json(folder / "config.json", {**values, "architectures": kinds, "dtype": "bfloat16"})
         weight_index = {"metadata": {"total_size": needed}, "weight_map": index}
         write_json(folder / INDEX_FILE, weight_index)
         if name == TINY:
             save_tokenizer(byte_tokenizer(values["max_position_embeddings"]), folder)
 
+
+def _class_name(values: Mapping[str, Any]) -> str:
+    """The name of the model's class in transformers, which a machine without it may lack."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]])

@@ -1,39 +1,36 @@
-"""Checks what this machine's GPUs can do: runs the parts of `gpu_checks/`, each in its own process, and reports."""
+"""Checks what this machine's GPUs can do: runs the tests of `selfcheck/`, a process for each part, and reports."""
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
+from xml.etree.ElementTree import Element, ElementTree
+
+import torch
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.config.tool_settings import CheckGpuSettings
-from megatron_tiedlora.gpu_checks import children
-from megatron_tiedlora.gpu_checks.children import run_part
-from megatron_tiedlora.gpu_checks.output import check_lines, summary_line, to_json, to_markdown
-from megatron_tiedlora.gpu_checks.records import Check, CheckOptions
+from megatron_tiedlora.selfcheck.parts import (
+    part_command,
+    part_environment,
+    part_lines,
+    run_part,
+    summary_lines,
+    verdicts,
+    why_no_gpu,
+)
 
 # Seconds of 8 minutes for each part; what a part does not use goes to the next one.
-SHARES = {
-    "env": 50,
-    "attention": 35,
-    "correct": 85,
-    "speed": 95,
-    "memory": 50,
-    "host": 35,
-    "decode": 30,
-    "ranks": 100,
-}
+_SECONDS = (50, 35, 85, 95, 50, 35, 30, 100)
+SHARES = dict(zip(("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks"), _SECONDS, strict=True))
 RANKS_OF_SEVERAL = 340  # seconds for part ranks on several GPUs; all parts then take 12 minutes
 NO_GPU_STATUS = 2
-CHILD = Path(children.__file__).with_name("child.py")
 
 
 def main(settings: CheckGpuSettings) -> int:
@@ -41,32 +38,31 @@ def main(settings: CheckGpuSettings) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _leave)
-    require_extra("train", only=["deepspeed"])
+    require_extra("check")
     parts = list(SHARES) if settings.parts is None else _parts(settings.parts)
-    _make_folder(settings.output)
     missing, num_gpus = None, 0
     if settings.device == "cuda":
-        from megatron_tiedlora.gpu_checks.env import count_gpus, why_no_gpu
-
-        missing, num_gpus = why_no_gpu(), count_gpus()
+        missing, num_gpus = why_no_gpu(), torch.cuda.device_count()
         parts = parts if missing is None else ["env"]
     limits = part_limits(parts, settings.minutes, num_gpus=num_gpus)
-    about = {
-        "model": settings.model,
-        "device": settings.device,
-        "GPUs": num_gpus,
-        "host": socket.gethostname(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "minutes": round(sum(limits.values()) / 60, 1),
-        "parts": ",".join(parts),
-    }
-    shared = CheckOptions(settings.device, settings.model, folder=str(settings.output.absolute()))
-    checks = _run(limits, shared, about)
-    show("", f"{summary_line(checks)}; {settings.output}/report.md and report.json")
+    where = f"{num_gpus} GPUs of {socket.gethostname()}" if settings.device == "cuda" else settings.device
+    minutes, now = sum(limits.values()) / 60, time.strftime("%Y-%m-%d %H:%M:%S %z")
+    about = f"{settings.model} on {where}; {', '.join(parts)} in at most {minutes:.1f} minutes from {now}"
+    head = ["# check-gpu", "", about, ""]
+    suites: list[Element] = []
+    _write(settings.output, [*head, "No part has ended yet."], suites)
+    deadline = time.monotonic()
+    for part, seconds in limits.items():
+        deadline += seconds
+        suites.append(_run(part, settings, deadline - time.monotonic()))
+        show(*part_lines(suites[-1]))
+        lines = (line for suite in suites for line in part_lines(suite))
+        _write(settings.output, [*head, *summary_lines(suites), *lines], suites)
+    show("", *summary_lines(suites), f"{settings.output}/report.md and report.xml")
     if missing is not None:
         show(f"no GPU, so only env was run: {missing}", file=sys.stderr)
         return NO_GPU_STATUS
-    return int(any(check.status == "fail" for check in checks))
+    return int(verdicts(suites)["failed"] > 0)
 
 
 def part_limits(parts: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
@@ -77,11 +73,24 @@ def part_limits(parts: Sequence[str], minutes: float | None, *, num_gpus: int) -
     return {part: seconds * shares[part] / given for part in parts}
 
 
-def _make_folder(folder: Path) -> None:
-    """Make the folder. Raises UserError if it cannot be made or written."""
+def _run(part: str, settings: CheckGpuSettings, seconds: float) -> Element:
+    """Run one part; returns its tests."""
+    folder = settings.output.absolute()
+    given = {"device": settings.device, "model": settings.model, "folder": folder, "seconds": seconds}
+    options = [f"--check-{name}={value}" for name, value in given.items()]
+    command = part_command(part, *options, f"--junitxml={folder / f'{part}.xml'}")
+    environment = part_environment(part, settings.device)
+    return run_part(part, command, environment=environment, folder=folder, seconds=seconds)
+
+
+def _write(folder: Path, page: Sequence[str], suites: Sequence[Element]) -> None:
+    """Write the reports. Raises UserError if the folder cannot be made or written."""
+    root = Element("testsuites")
+    root.extend(suites)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text("{}\n", encoding="utf-8")
+        (folder / "report.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+        ElementTree(root).write(folder / "report.xml", encoding="utf-8", xml_declaration=True)
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror or error}; give a writable folder") from None
 
@@ -89,26 +98,6 @@ def _make_folder(folder: Path) -> None:
 def _leave(number: int, _frame: object) -> NoReturn:
     """Exit with an exception, so that the running part is ended first."""
     sys.exit(128 + number)
-
-
-def _run(limits: Mapping[str, float], shared: CheckOptions, about: dict[str, Any]) -> list[Check]:
-    """Run the parts and return all findings; the files are written after each part."""
-    checks: list[Check] = []
-    folder, deadline = Path(shared.folder), time.monotonic()
-    for part, seconds in limits.items():
-        show(part)
-        deadline += seconds
-        options = replace(shared, seconds=deadline - time.monotonic())
-        command = [sys.executable, "-P", str(CHILD), part, json.dumps(asdict(options))]
-        told: list[str] = []
-
-        def hear(check: Check, told: list[str] = told) -> None:
-            show(*check_lines(check, told))
-
-        checks += run_part(part, options, command=command, hear=hear)
-        (folder / "report.json").write_text(json.dumps(to_json(checks, about), indent=2) + "\n", encoding="utf-8")
-        (folder / "report.md").write_text("\n".join(to_markdown(checks, about)) + "\n", encoding="utf-8")
-    return checks
 
 
 def _parts(given: str) -> list[str]:

@@ -23,12 +23,14 @@ from megatron_tiedlora.config.tool_settings import EnvSettings
 
 LIBRARIES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "peft", "datasets", "accelerate", "safetensors"),
-    *("huggingface_hub", "numpy", "pydantic", "triton", "flash_attn", "mpi4py", "rouge-score", "sacrebleu"),
+    *("huggingface_hub", "numpy", "pydantic", "triton", "flash_attn", "flash_attn_3", "mpi4py"),
+    *("rouge-score", "sacrebleu"),
 )
 # Variables that change what runs: names, and prefixes that end with an underscore.
 VARIABLES = (
-    *("CUDA_VISIBLE_DEVICES", "NCCL_", "PYTORCH_", "TRITON_", "DS_ACCELERATOR", "DS_ENV_FILE", "GLOO_"),
-    *("TORCH_NCCL_", "TORCH_LOGS", "TORCH_EXTENSIONS_DIR", "TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_", "TORCHELASTIC_"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "NCCL_", "PYTORCH_", "TRITON_", "DS_ACCELERATOR", "DS_ENV_FILE"),
+    *("GLOO_", "TORCH_NCCL_", "TORCH_CUDNN_", "TORCH_ALLOW_TF32_", "TORCH_LOGS", "TORCH_EXTENSIONS_DIR"),
+    *("TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_", "TORCHELASTIC_"),
     *("OMP_NUM_THREADS", "LD_PRELOAD", "PYTHONPATH", "PYTHONSAFEPATH", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_CACHE"),
     *("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
     *("SLURM_JOB_", "SLURM_STEP_", "SLURM_PROCID", "SLURM_LOCALID"),

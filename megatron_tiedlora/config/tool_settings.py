@@ -38,7 +38,7 @@ Check what this machine's GPUs can do with this package: correct numbers, speed,
     decode     greedy decoding: the same tokens as without a cache, milliseconds per token
     ranks      several ranks: every layout that fits against one rank, the doctor's all-reduces, a killed rank
 
-Each part runs in its own process with a time limit. --output gets report.json, report.md and the output of each part.
+Each part runs in its own process with a time limit. --output gets report.md, report.xml and the output of each part.
 Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2 no GPU (only env runs) or a wrong flag,
 130 or 143 stopped by Ctrl-C or a signal, which also ends what the parts have started.
 """

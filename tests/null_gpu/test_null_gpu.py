@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from folders import ROOT
 from null_gpu_figures import FIGURES, Figure, divides, is_wide
+
+from megatron_tiedlora.selfcheck.parts import part_command, part_environment
 
 WIDE = "ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];"
 
@@ -16,6 +22,25 @@ WIDE = "ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];"
 def test_a_figure_of_the_gpu_path(figure: Figure) -> None:
     assert "NULL_GPU" in os.environ, "set NULL_GPU to the folder of the stand-in for the CUDA driver"
     assert figure.least <= figure.measure() <= figure.most
+
+
+# `python -m pytest` after every check of a value was switched off.
+BELIEVING = "import sys, pytest, null_gpu_rank as r; r.prepare_environment(); r._believe_all_numbers(); pytest.main()"
+
+
+@pytest.mark.nullgpu
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("part", ["host", "memory", "speed"])
+def test_a_part_of_check_gpu(part: str, tmp_path: Path) -> None:
+    """Waits, planned and reserved memory, and steps of every form, as `tiedlora check-gpu` counts them."""
+    start = [str(Path(os.environ["NULL_GPU"]) / "run"), sys.executable, "-c", BELIEVING]
+    around = part_environment(part, "cuda")
+    paths = [str(ROOT), str(ROOT / "tests" / "null_gpu"), os.environ.get("PYTHONPATH", "")]
+    around.update(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", PYTHONPATH=os.pathsep.join(paths))
+    around.pop("DS_ACCELERATOR", None)
+    words = [*start, *part_command(part)[4:], "-W", "ignore", f"--basetemp={tmp_path / 'part'}"]
+    done = subprocess.run(words, env=around, cwd=tmp_path, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ ORDER = (
     "cluster",
     "study",
     "benchmark",
-    "gpu_checks",
+    "selfcheck",
     "commands",
     "api",
 )

@@ -37,7 +37,8 @@ def declared(requirements: list[str]) -> set[str]:
 
 CORE = declared(PROJECT["dependencies"])
 OF_EXTRAS = {name: declared(lines) for name, lines in PROJECT["optional-dependencies"].items()}
-INSTALLED_BY_USERS = set().union(*(OF_EXTRAS[name] for name in ("train", "eval", "peft", "quantised", "mpi", "gpu")))
+USERS = ("train", "eval", "check", "peft", "quantised", "mpi", "gpu")
+INSTALLED_BY_USERS = set().union(*(OF_EXTRAS[name] for name in USERS))
 
 
 def imports(tree: ast.AST, *, lazy: bool) -> Iterator[str]:
@@ -66,9 +67,9 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
 
 
 def test_what_an_extra_brings_is_imported_where_it_is_used() -> None:
-    """At the top of a module are the core's packages, but in the engine, in PEFT's method and in metrics."""
+    """At the top of a module are the core's packages, but in the engine, PEFT, metrics, and tests."""
     early = {file for name, files in imported(lazy=False).items() if name not in CORE for file in files}
-    owners = ("engine/", "peft/", "evaluation/metrics/")
+    owners = ("engine/", "peft/", "evaluation/metrics/", "selfcheck/conftest.py", "selfcheck/test_")
     assert early and all(file.startswith(owners) for file in early), sorted(early)
 
 

@@ -64,7 +64,7 @@ def test_every_command_is_a_module_and_every_script_runs_one() -> None:
             assert "from megatron_tiedlora.commands.front import run\n" in text and f'    run("{command.name}"' in text
             assert len(text.splitlines()) < 12, "scripts are thin"
     scripts = {str(file.relative_to(ROOT)) for folder in ("launch", "tools") for file in (ROOT / folder).glob("*.py")}
-    of_a_clone = {"tools/pack_gpu_check.py", "tools/write_install_tables.py"}
+    of_a_clone = {"tools/pack_gpu_check.py", "tools/run_offline.py", "tools/write_install_tables.py"}
     assert scripts - {command.script for command in COMMANDS} == of_a_clone
 
 
@@ -200,7 +200,7 @@ def test_a_command_without_its_extra_says_what_to_install(name: str, tmp_path: P
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
     assert done.returncode == 2 and done.stdout == "", done.stderr
     assert done.stderr.startswith("error: this needs deepspeed") and done.stderr.count("\n") == 1
-    assert re.search(r"pip install 'megatron_tiedlora\[(train|eval|train,eval)\]'$", done.stderr.strip())
+    assert re.search(r"pip install 'megatron_tiedlora\[(train|eval|train,eval|check)\]'$", done.stderr.strip())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -146,7 +146,7 @@ def test_the_commands_of_the_image(installed: Installed, tmp_path: Path) -> None
         assert subprocess.run(["sh", "-n", "-c", command]).returncode == 0, command
     (extras,) = re.findall(r'pip install .*"/src\[([\w,]+)\]"', "\n".join(instructions("RUN")))
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"train", "eval"} == set(extras.split(",")) <= set(known)
+    assert {"train", "eval", "check"} == set(extras.split(",")) <= set(known)
     (entry,), (arguments,) = (map(json.loads, instructions(name)) for name in ("ENTRYPOINT", "CMD"))
     done = installed.run(*entry, *arguments, folder=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("usage: tiedlora")

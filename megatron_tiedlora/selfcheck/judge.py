@@ -1,49 +1,26 @@
-"""Part correct: the model's losses and gradients against plain PyTorch in fp64, in all forms that training uses."""
+"""A model with an adapter, and what plain PyTorch says of it: loss and gradients in the forms that training uses."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
-from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.benchmark.sides import random_stage, recompute
-from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.gpu_checks.attention import relative, worst_of
-from megatron_tiedlora.gpu_checks.formats import check_base_formats
-from megatron_tiedlora.gpu_checks.package import small_shape
-from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
-from megatron_tiedlora.gpu_checks.reference import Document, loss_and_gradients
-from megatron_tiedlora.gpu_checks.zero_stages import check_zero_stages
-from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.runtime.process_group import join_process_group
-from megatron_tiedlora.training.compiling import compiled_kernels
+from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients
+from megatron_tiedlora.selfcheck.test_attention import relative
 
-# Relative errors of fp32 against fp64; with TF32, or with a missing term, they are far larger.
-LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
-# In bf16 both have rounding errors of the same kind, in another order. The package's error may be MULTIPLE times plain
-# PyTorch's measured error plus BEYOND.
-MULTIPLE, BEYOND = 2.0, 2e-3
-PLAIN_BOUND = 0.1  # on plain PyTorch's own error, above which its multiple is meaningless; 0.025 on a CPU
 RANK = 8
 SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: the update is visible but does not dominate the base
 LENGTHS = ((100, 31, 69), (140, 60))  # of the documents of two packed rows, 200 tokens each
-PLAIN_FIX = (
-    "PyTorch's own bf16 is wrong here, without this package: check part attention and `matmul ceiling` of part env; do"
-    " not train with this torch or driver"
-)
-WRONG_FIX = (
-    "the model gives other results here: check part attention first, then give --compile false; if the error stays, do"
-    " not train with this torch or driver"
-)
 
 
 class Computed(NamedTuple):
@@ -57,12 +34,17 @@ class Judge:
     """One model with an adapter, and plain PyTorch's result for it."""
 
     def __init__(self, shape: ModelShape, method: str, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape = shape
+        self.shape, self.device = shape, device
         self.adapter = adapter_of(shape, method)
         self.stage = random_stage(shape, self.adapter, dtype=dtype, device=device)
         unsettle(self.stage)
         self.documents = random_documents(shape.vocab_size, device)
         self.expected = self.plain(torch.float64)
+
+    @cached_property
+    def plain_errors(self) -> dict[str, float]:
+        """Plain PyTorch's own errors in bf16."""
+        return self.errors(self.plain(torch.bfloat16))
 
     def plain(self, dtype: torch.dtype) -> Computed:
         """Plain PyTorch's result in this dtype, from the stage's own weights."""
@@ -100,62 +82,6 @@ def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, torch.Ten
     assert stage.adapter is not None
     wide = torch.promote_types(dtype, torch.float32)
     return weights, {name: value.detach().to(wide) for name, value in stage.adapter.named_parameters()}
-
-
-def check(report: Report, options: CheckOptions) -> None:
-    """All of the part."""
-    device = join_process_group(1.0, expected_ranks=1)  # as in a run: with PyTorch's settings for matmuls
-    small = small_shape()
-    for method in METHOD_NAMES:
-        with report.attempt(f"fp32, {method}"):
-            judge = Judge(small, method, dtype=torch.float32, device=device)
-            compare_fp32(report, f"fp32, {method}", judge)
-    forms(report, "small", small, device, all_forms=True)
-    if options.on_gpu:
-        wide = replace(shape_from_hf(PRESETS[options.model], source=options.model), num_layers=2)
-        forms(report, f"two layers of {options.model}", wide, device, all_forms=False)
-    check_base_formats(report, device)
-    check_zero_stages(report, options)
-
-
-def compare_fp32(report: Report, name: str, judge: Judge) -> None:
-    """Check that loss and gradients of packed rows in fp32 are within rounding errors."""
-    errors = judge.errors(judge.package())
-    report.at_most(f"{name}: loss", errors.pop("loss"), LOSS_BOUND, fix=WRONG_FIX)
-    worst = worst_of(errors)
-    report.at_most(f"{name}: gradients", errors[worst], GRADIENT_BOUND, why=f"the largest is {worst}'s", fix=WRONG_FIX)
-
-
-def forms(report: Report, name: str, shape: ModelShape, device: torch.device, *, all_forms: bool) -> None:
-    """Check bf16, packed or not, eager or compiled, with each recompute, against plain PyTorch in bf16."""
-    with report.attempt(f"bf16, {name}"):
-        judge = Judge(shape, "tl6", dtype=torch.bfloat16, device=device)
-        plain = judge.errors(judge.plain(torch.bfloat16))
-        worst = plain[worst_of(plain)]
-        report.at_most(f"bf16, {name}: plain PyTorch's error", worst, PLAIN_BOUND, why=_words(plain), fix=PLAIN_FIX)
-        kinds = {"eager": EAGER}
-        if device.type == "cuda":  # on a CPU this takes minutes, and its compiler is not checked
-            with report.attempt(f"bf16, {name}: compiling", fix="see `compiled kernels` of part env"):
-                kinds["compiled"] = compiled_kernels(shape, dtype=torch.bfloat16, device=device)
-        for kind, kernels in kinds.items():
-            for packed in (True, False) if all_forms else (True,):
-                for how in ("none", "selective", "full"):
-                    label = f"bf16, {name}, {kind}, {'packed' if packed else 'one a row'}, recompute {how}"
-                    with report.attempt(label):
-                        compare_bf16(
-                            report, label, judge, plain, judge.package(packed=packed, how=how, kernels=kernels)
-                        )
-
-
-def compare_bf16(report: Report, label: str, judge: Judge, plain: dict[str, float], answer: Computed) -> None:
-    """Compare the package's errors with plain PyTorch's in bf16: the largest share of its bound."""
-    errors = judge.errors(answer)
-    shares = {name: error / (MULTIPLE * plain[name] + BEYOND) for name, error in errors.items()}
-    report.at_most(label, shares[worst_of(shares)], 1.0, unit="of the bound", why=_words(errors), fix=WRONG_FIX)
-
-
-def _words(errors: dict[str, float]) -> str:
-    return ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
 
 
 def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:

@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
@@ -20,37 +21,30 @@ from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.benchmark.timing import profiled
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.shared import shared_micro_batch
-from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
-from megatron_tiedlora.gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
+from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
+from megatron_tiedlora.selfcheck.running import MOST_LAYERS, layers_that_fit, loader_of, started, step_settings
+
+pytestmark = pytest.mark.gpu
 
 MICRO_BATCHES = 2  # per step
 LENGTHS = (256, 512, 1024, 2048, 4096)
 REPEATS = 5
-MOST_LAYERS = 8
 BOUND = 1.1  # the GPU waits for the host if a micro-batch takes at most this multiple of the shortest one's time
 SYNC_FIX = "a wait in a micro-batch leaves the GPU idle: report these lines"
 
 
-def check(report: Report, options: CheckOptions) -> None:
-    """All of the part; needs a GPU."""
-    if not options.on_gpu:
-        report.skip("launches and waits", "there is no GPU to wait for")
-        return
+@pytest.mark.parametrize("compiles", ["auto", "false"], ids=["compiled", "eager"])
+def test_host(compiles: str, gpu: torch.device, model: str, tell: Tell) -> None:
+    """Launches and waits per micro-batch, and the seconds of micro-batches of several lengths."""
     flags = ("--rows=1", f"--length={LENGTHS[-1]}", "--supervised=1", f"--micro_batches={MICRO_BATCHES}")
-    for compiles, name in (("auto", "compiled"), ("false", "eager")):
-        with report.attempt(name):
-            layers = min(MOST_LAYERS, layers_that_fit(options.model, *flags))
-            named = (*flags, f"--num_layers={layers}", f"--compile={compiles}")
-            with started(step_settings(options.model, *named)) as run:
-                loaders = {length: loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
-                for loader in (*loaders.values(), *loaders.values()):
-                    run.take(next(loader))
-                _counts(report, name, run, loaders[LENGTHS[-1]], layers)
-                taken = {
-                    length: median(_seconds(run, loader) for _ in range(REPEATS)) for length, loader in loaders.items()
-                }
-            _knee(report, name, taken, layers)
-        release()
+    layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
+    with started(step_settings(model, *flags, f"--num_layers={layers}", f"--compile={compiles}")) as run:
+        loaders = {length: loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
+        for loader in (*loaders.values(), *loaders.values()):
+            run.take(next(loader))
+        _counts(tell, run, loaders[LENGTHS[-1]], layers)
+        taken = {length: median(_seconds(run, loader) for _ in range(REPEATS)) for length, loader in loaders.items()}
+    _knee(tell, taken, layers)
 
 
 def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
@@ -78,22 +72,17 @@ def _seconds(run: Started, loader: Iterator[TrainingStep]) -> float:
     return taken
 
 
-def _knee(report: Report, name: str, taken: dict[int, float], layers: int) -> None:
+def _knee(tell: Tell, taken: dict[int, float], layers: int) -> None:
     """The host's own time, and from how many tokens the GPU is slower than the host."""
     floor = min(taken.values())
     for length, seconds in taken.items():
-        report.tell(f"{name}: micro-batch of {length:,} tokens", 1e3 * seconds, "ms", why=f"{layers} layers")
-    report.tell(f"{name}: host, at least", 1e3 * floor / layers, "ms per layer and micro-batch")
-    bound = [length for length, seconds in taken.items() if seconds <= BOUND * floor]
-    report.tell(
-        f"{name}: the GPU waits for the host up to",
-        max(bound),
-        "tokens per micro-batch",
-        why="give micro-batches of more tokens (--packing, --max_length, --micro_batch_size)",
-    )
+        tell(f"ms of a micro-batch of {length:,} tokens in {layers} layers", 1e3 * seconds)
+    tell("the host's ms per layer and micro-batch, at least", 1e3 * floor / layers)
+    bound = max(length for length, seconds in taken.items() if seconds <= BOUND * floor)
+    tell("tokens of a micro-batch up to which the GPU waits for the host (give more: --packing, --max_length)", bound)
 
 
-def _counts(report: Report, name: str, run: Started, loader: Iterator[TrainingStep], layers: int) -> None:
+def _counts(tell: Tell, run: Started, loader: Iterator[TrainingStep], layers: int) -> None:
     """Launches and waits of the micro-batches of one step."""
     step = next(loader)
     work, number = micro_batches(run, step), len(step.micro_batches)
@@ -102,17 +91,12 @@ def _counts(report: Report, name: str, run: Started, loader: Iterator[TrainingSt
     use_up(run)
     # One wait belongs to the step: its loss is read after all micro-batches.
     inside = sum(seen.values()) - 1
-    report.at_most(
-        f"{name}: waits in {number} micro-batches", inside, 0, why="; ".join(seen), fix=SYNC_FIX, otherwise="warn"
-    )
+    tell(f"waits in {number} micro-batches", f"{inside} ({', '.join(seen)})")
+    warn_unless(inside <= 0, tell, SYNC_FIX)
     launches = sum("LaunchKernel" in event.name for event in profiled(micro_batches(run, next(loader))))
     use_up(run)
-    if launches:
-        report.tell(
-            f"{name}: launches per layer and micro-batch", launches / number / layers, why="with head and embedding"
-        )
-    else:
-        report.skip(f"{name}: launches", "torch's profiler saw no launch; CUPTI may not be allowed here")
+    per_layer = launches / number / layers if launches else "unknown: torch's profiler saw none; is CUPTI allowed?"
+    tell("launches per layer and micro-batch, with head and embedding", per_layer)
 
 
 @contextmanager

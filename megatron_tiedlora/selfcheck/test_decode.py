@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Sequence
 
+import pytest
 import torch
 
 from megatron_tiedlora.base.shapes import ModelShape
@@ -13,15 +14,15 @@ from megatron_tiedlora.benchmark.sides import random_stage
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Prompts, generate
-from megatron_tiedlora.gpu_checks.correct import adapter_of, plain_tensors, unsettle
-from megatron_tiedlora.gpu_checks.package import compute_dtype, small_shape
-from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
-from megatron_tiedlora.gpu_checks.reference import document_logits
-from megatron_tiedlora.gpu_checks.running import layers_that_fit, release
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.selfcheck.judge import adapter_of, plain_tensors, unsettle
+from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
+from megatron_tiedlora.selfcheck.reference import document_logits
+from megatron_tiedlora.selfcheck.running import compute_dtype, layers_that_fit, small_shape
+
+pytestmark = pytest.mark.gpu
 
 LENGTHS = (3, 17, 40, 41)  # of the prompts whose answers are compared
 NEW_TOKENS = 24
@@ -32,18 +33,6 @@ PLAN_FIX = (
     "a plan is built for every length of the cache, as cuDNN does: check in part env that"
     " TORCH_CUDNN_SDPA_DEPRIORITIZED is 1, which the package sets by default"
 )
-
-
-def check(report: Report, options: CheckOptions) -> None:
-    """Run the part; on a CPU only compare the tokens."""
-    device = join_process_group(1.0, expected_ranks=1)  # as in a run: with PyTorch's settings for matmuls
-    for kv_heads in (4, 2):
-        label = f"fp32, {'MHA' if kv_heads == 4 else 'GQA'}: tokens as without a cache"
-        with report.attempt(label):
-            _compare(report, label, small_shape(num_key_value_heads=kv_heads), device)
-    if options.on_gpu:
-        with report.attempt(f"{options.model}: decoding"):
-            _time(report, options, device)
 
 
 def prompts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
@@ -58,8 +47,10 @@ def answers(stage: Stage, shape: ModelShape, prompts: list[list[int]], num_token
     return generate(decoder, [Prompts(prompts, (), num_tokens)])[0]
 
 
-def _compare(report: Report, label: str, shape: ModelShape, device: torch.device) -> None:
-    """Check that each token is the reference's most likely one after the tokens before it, in fp64 without a cache."""
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["MHA", "GQA"])
+def test_tokens(kv_heads: int, joined: torch.device, tell: Tell) -> None:
+    """In fp32 each token is the reference's most likely one after the tokens before it, in fp64 without a cache."""
+    shape, device = small_shape(num_key_value_heads=kv_heads), joined
     adapter = adapter_of(shape, "tl6")
     stage = random_stage(shape, adapter, dtype=torch.float32, device=device)
     unsettle(stage)
@@ -72,17 +63,17 @@ def _compare(report: Report, label: str, shape: ModelShape, device: torch.device
         logits = document_logits(shape, adapter.scale, weights, factors, tokens)
         equal += int((logits[len(prompt) - 1 : -1].argmax(-1).cpu() == torch.tensor(row)).sum())
     share = equal / (len(prompts) * NEW_TOKENS)
-    # Two logits may differ by less than fp32's rounding error.
-    report.at_least(label, share, 0.98, fix=TOKENS_FIX)
+    tell("share of tokens that are those without a cache", share)
+    assert share >= 0.98, TOKENS_FIX  # two logits may differ by less than fp32's rounding error
 
 
-def _time(report: Report, options: CheckOptions, device: torch.device) -> None:
-    layers = layers_that_fit(options.model, "--rows=1", "--length=4096", "--supervised=1")
-    values = {**PRESETS[options.model], "num_hidden_layers": layers}
-    shape = shape_from_hf(values, source=options.model)
-    stage = random_stage(shape, adapter_of(shape, "tl6"), dtype=compute_dtype(device), device=device)
+def test_time(joined: torch.device, gpu: torch.device, model: str, tell: Tell) -> None:
+    """Milliseconds per token, and what a first answer costs more than a second one with the same lengths."""
+    layers = layers_that_fit(model, "--rows=1", "--length=4096", "--supervised=1")
+    shape = shape_from_hf({**PRESETS[model], "num_hidden_layers": layers}, source=model)
+    stage = random_stage(shape, adapter_of(shape, "tl6"), dtype=compute_dtype(gpu), device=gpu)
     base = sum(weight.numel() * weight.element_size() for weight in stage.parameters())
-    report.tell("weights", base / 1e9, "GB", why=f"{layers} layers of {options.model}; each token reads them once")
+    tell(f"GB of weights of {layers} layers, which each token reads once", base / 1e9)
     for batch in BATCHES:
         # Warm up with another length: a kernel's very first call costs more than a new length.
         answers(stage, shape, prompts_of([WARM_UP] * batch, shape.vocab_size), TIMED_TOKENS)
@@ -91,19 +82,11 @@ def _time(report: Report, options: CheckOptions, device: torch.device) -> None:
             prompts = prompts_of([length] * batch, shape.vocab_size)
             first, again = (_seconds(stage, shape, prompts) for _ in range(2))
             ratios.append(first / again)
-        report.tell(
-            f"batch {batch}: time per token", 1e3 * again / TIMED_TOKENS, "ms", why="of all answers, prompts included"
-        )
-        report.tell(f"batch {batch}: tokens/s", batch * TIMED_TOKENS / again)
-        report.at_most(
-            f"batch {batch}: first answer per second one",
-            min(ratios),  # a plan costs time at every length, other work of the host does not
-            MOST_REPEATED,
-            fix=PLAN_FIX,
-            otherwise="warn",
-        )
-    del stage
-    release()
+        tell(f"batch {batch}: ms per token of all answers, prompts included", 1e3 * again / TIMED_TOKENS)
+        tell(f"batch {batch}: tokens/s", batch * TIMED_TOKENS / again)
+        tell(f"batch {batch}: first answer per second one", min(ratios))
+        # A plan costs time at every length, other work of the host does not.
+        warn_unless(min(ratios) <= MOST_REPEATED, tell, PLAN_FIX)
 
 
 def _seconds(stage: Stage, shape: ModelShape, prompts: list[list[int]]) -> float:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.benchmark.layout import Started, start
 from megatron_tiedlora.benchmark.plan import made_up, plan_benchmark
@@ -21,12 +22,31 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.gpu_checks.package import SMALL, planned_bytes
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.training.plan import RunPlan
+
+MOST_LAYERS = 8  # of the runs of parts host and memory
+# The config.json of a small LLaMA whose heads have sizes that kernels support.
+SMALL: dict[str, Any] = {
+    **PRESETS["llama2-7b"],
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
-def step_settings(model: str, *flags: str) -> BenchSettings:
-    """The settings of bench_step.py, parsed as from its command line, for a step with an engine."""
-    return parse_settings(["--what=layout", f"--model={model}", *flags], BenchSettings)
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of a model on the device: bf16 on a GPU, fp32 on a CPU, which may have no fast bf16."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def small_shape(**changes: int) -> ModelShape:
+    """The shape of SMALL with changed fields."""
+    return shape_from_hf({**SMALL, **changes}, source="small")
 
 
 def write_small(folder: Path) -> str:
@@ -35,12 +55,23 @@ def write_small(folder: Path) -> str:
     return str(folder)
 
 
+def step_settings(model: str, *flags: str) -> BenchSettings:
+    """The settings of bench_step.py, parsed as from its command line, for a step with an engine."""
+    return parse_settings(["--what=layout", f"--model={model}", *flags], BenchSettings)
+
+
+def planned_bytes(plan: RunPlan) -> float:
+    """The bytes that the dry run plans for this rank's tensors: at most what torch's allocator holds."""
+    return stage_memory(plan.stage, tokens=plan.layout.rows * plan.layout.length).allocated
+
+
 def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
     """How many layers of a preset fit into `share` of the GPU's free memory, by the dry run's plan.
 
     Raises:
         UserError: not even one layer fits.
     """
+    release()
     free = share * torch.cuda.mem_get_info()[0]
     for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
         plan = plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}"))
@@ -51,14 +82,13 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
 
 @contextmanager
 def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
-    """One rank's run inside the block, whose memory is freed afterwards; `changes` as in `plan_benchmark`."""
+    """One rank's run inside the block; `changes` as in `plan_benchmark`. The next one frees its memory."""
+    release()
     run = start(plan_benchmark(settings, **changes), settings)
     try:
         yield run
     finally:
         run.runner.engine.destroy()
-        del run
-        release()
 
 
 def loader_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:

@@ -1,0 +1,76 @@
+"""Options and fixtures of the checks, and how a part's process ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+from megatron_tiedlora.base.child_process import end_with_parent
+from megatron_tiedlora.runtime.launch_env import prepare_environment
+from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.selfcheck.parts import OPTIONS, Tell, option, why_no_gpu
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `tiedlora check-gpu` tells a part."""
+    for name, default in OPTIONS.items():
+        parser.getgroup("check-gpu").addoption(f"--check-{name}", default=default, type=type(default))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A part ends with the command."""
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+    if option(config, "folder"):
+        end_with_parent()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Skip the libraries' exit handlers in a part: a communicator or a profiler may wait there forever."""
+    if option(config, "folder"):
+        sys.stdout.flush()
+        os._exit(0)
+
+
+@pytest.fixture(autouse=True)
+def variables() -> None:
+    """The variables of a run, before anything starts CUDA."""
+    prepare_environment()
+
+
+@pytest.fixture(scope="session")
+def model(pytestconfig: pytest.Config) -> str:
+    """The preset whose widths are used."""
+    return str(option(pytestconfig, "model"))
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """The device that is checked."""
+    device = torch.device(option(pytestconfig, "device"))
+    if device.type == "cuda" and (missing := why_no_gpu()):
+        pytest.skip(missing)
+    return device
+
+
+@pytest.fixture(scope="session")
+def gpu(device: torch.device) -> torch.device:
+    """The device, if it is a GPU."""
+    if device.type != "cuda":
+        pytest.skip("there is no GPU to measure")
+    return device
+
+
+@pytest.fixture(scope="session")
+def joined(device: torch.device) -> torch.device:
+    """The device of this rank, as in a run: with PyTorch's settings for matmuls."""
+    prepare_environment()
+    return join_process_group(1.0, expected_ranks=1)
+
+
+@pytest.fixture
+def tell(record_property: Tell) -> Tell:
+    """Takes a figure's name and value."""
+    return record_property

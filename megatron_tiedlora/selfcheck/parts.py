@@ -1,0 +1,214 @@
+"""Runs each part, a module of tests, in a process of its own with a time limit, and writes its junit XML as a page.
+
+A part that hangs, crashes or breaks its device loses its own findings alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element, SubElement
+
+import torch
+
+from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
+
+FOLDER = Path(__file__).parent
+# What the command tells a part as --check-NAME, with the values for `pytest -m gpu`; the folder is for its output.
+OPTIONS = {"device": "cuda", "model": "llama2-7b", "seconds": 480.0, "folder": ""}
+WARNING = "warning"  # the name of a property that is no figure
+Tell = Callable[[str, object], None]  # pytest's record_property: a name and a value
+# Variables of a job around the command, of which a part is no rank; of pytest; and one that removes assertions.
+_FOREIGN = (
+    *("SLURM_", "TORCHELASTIC_", "GROUP_", "OMPI_", "PMI_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_"),
+    *(EXPECTED_RANKS, "PYTEST_", "PYTHONOPTIMIZE"),
+)
+_TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"  # rounds fp32 to TF32
+_INSTALL_FIX = "install PyTorch for the driver's CUDA version: https://pytorch.org/get-started/locally"
+ERROR_FIX = "run this part alone with CUDA_LAUNCH_BLOCKING=1, and report this with the versions of the part env"
+MEMORY_FIX = "end other processes on the GPU (nvidia-smi), or give a smaller --model"
+HANG_FIX = "run this part alone with a larger --minutes; if it hangs again, see its output in the report's folder"
+STUCK_FIX = (
+    "this process hangs in the driver and cannot be killed: look for lines with Xid in `dmesg`; reset the GPU or"
+    " restart the host"
+)
+
+
+def option(config: Any, name: str) -> Any:
+    """One of OPTIONS of a session of pytest."""
+    return config.getoption(f"--check-{name}", OPTIONS[name])
+
+
+def warn_unless(good: bool, tell: Tell, fix: str) -> None:
+    """Tell what to do unless the value that was told last is good."""
+    if not good:
+        tell(WARNING, fix)
+
+
+def why_no_gpu() -> str | None:
+    """Why ranks would use no GPU, in one line; None if they use one."""
+    if torch.cuda.is_available():
+        accelerator = os.environ.get("DS_ACCELERATOR", "cuda")
+        return None if accelerator == "cuda" else f"DS_ACCELERATOR is {accelerator}, so ranks use no GPU; unset it"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; {_INSTALL_FIX}"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return "CUDA_VISIBLE_DEVICES is empty; unset it"
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return f"torch {torch.__version__} for CUDA {torch.version.cuda}: {first_line(error)}"
+    return f"torch {torch.__version__} for CUDA {torch.version.cuda} sees no GPU; check nvidia-smi"
+
+
+def part_command(part: str, *options: str) -> list[str]:
+    """The command of a part: pytest reads no settings, fixtures or plugins of other folders, and hides no output."""
+    ours = ("-c", os.devnull, f"--rootdir={FOLDER}", f"--confcutdir={FOLDER}", "-p", "no:cacheprovider", "-v", "-s")
+    return [sys.executable, "-P", "-m", "pytest", str(FOLDER / f"test_{part}.py"), *ours, *options]
+
+
+def part_environment(part: str, device: str) -> dict[str, str]:
+    """The variables of a part: a world of one rank, even in a pod, a Slurm step or under a launcher."""
+    foreign = _FOREIGN if part == "env" else (*_FOREIGN, _TF32)
+    own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
+    return {**own, **hidden, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def run_part(
+    part: str,
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    folder: Path,
+    seconds: float,
+    end_seconds: float = 10.0,
+) -> Element:
+    """Run a part to its end or its time limit; returns its tests as junit's suite, and a failure if it did not finish.
+
+    Args:
+        command: starts the part, which writes its tests to PART.xml in the folder.
+        end_seconds: how long a process may take to end after SIGTERM, and again after SIGKILL.
+    """
+    file, log = folder / f"{part}.xml", folder / f"{part}.log"
+    file.unlink(missing_ok=True)
+    hangs, started = False, time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            hangs = True
+        finally:
+            is_gone = _end_session(process, end_seconds)
+    suite = Element("testsuite")
+    with suppress(OSError, ElementTree.ParseError):
+        suite = next(ElementTree.parse(file).getroot().iter("testsuite"))
+    suite.set("name", part)
+    if hangs or process.returncode not in (0, 1) or suite.find("testcase") is None:  # 1: tests failed
+        fix = ERROR_FIX if not hangs else HANG_FIX if is_gone else STUCK_FIX
+        how = f"not over after {seconds:.0f} s" if hangs else f"ended with status {process.returncode}"
+        lines = [line.strip() for line in log.read_text(errors="replace")[-2000:].splitlines() if line.strip()]
+        case = SubElement(suite, "testcase", name="the part's process", time=f"{time.monotonic() - started:.1f}")
+        said = f"{fix}\n{how}; its last line: {lines[-1] if lines else 'nothing'}"
+        SubElement(case, "failure", message=said)
+    return suite
+
+
+def _end_session(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """End the process and all that it has started, first with SIGTERM; returns whether it has ended."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver does not end
+        process.wait(seconds)
+    return process.poll() is not None
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def _properties(case: Element) -> list[tuple[str, str]]:
+    return [(each.get("name", ""), each.get("value", "")) for each in case.iter("property")]
+
+
+def problems(case: Element) -> Iterator[tuple[str, str, str]]:
+    """What is wrong in a test: (failed, warned or skipped; what to do, or why it was skipped; what was seen)."""
+    for problem in (each for each in case if each.tag in ("failure", "error", "skipped")):
+        said, _, seen = (problem.get("message") or "").partition("\n")
+        if problem.tag == "skipped":
+            yield "skipped", said, ""
+        elif said.startswith("AssertionError: ") or case.get("classname") is None:
+            yield "failed", said.removeprefix("AssertionError: "), seen.partition("\n")[0]
+        else:
+            yield "failed", MEMORY_FIX if "OutOfMemory" in said else ERROR_FIX, said[:300]
+    yield from (("warned", value, "") for name, value in _properties(case) if name == WARNING)
+
+
+def verdict(case: Element) -> str:
+    """How a test ended: passed, warned, failed or skipped."""
+    return min((how for how, _, _ in problems(case)), default="passed", key=["failed", "warned", "skipped"].index)
+
+
+def verdicts(suites: Sequence[Element]) -> Counter[str]:
+    """How many tests ended in each way."""
+    return Counter(verdict(case) for suite in suites for case in suite.iter("testcase"))
+
+
+def part_lines(suite: Element) -> Iterator[str]:
+    """A part's tests in Markdown: how each ended, its figures, and what was seen; skipped ones by their reasons."""
+    yield from ("", f"## {suite.get('name')}", "")
+    skipped: Counter[str] = Counter()
+    for case in suite.iter("testcase"):
+        found = list(problems(case))
+        if verdict(case) == "skipped":
+            skipped.update(why for _, why, _ in found)
+            continue
+        figures = [f"{name} {_short(value)}" for name, value in _properties(case) if name != WARNING]
+        notes = "; ".join([*figures, *filter(None, (seen for _, _, seen in found))])
+        yield f"- {verdict(case)} **{_name(case)}** {notes}".rstrip()
+    yield from (f"- skipped {count} tests: {why}" for why, count in skipped.items())
+
+
+def _name(case: Element) -> str:
+    return case.get("name", "").removeprefix("test_")
+
+
+def _short(value: str) -> str:
+    """A figure with few digits; other text as it is."""
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return f"{number:,.0f}" if 1e4 <= abs(number) < 1e9 else f"{number:.4g}"
+
+
+def summary_lines(suites: Sequence[Element]) -> Iterator[str]:
+    """How many tests ended in each way, and what to do about each failure and warning, in Markdown."""
+    yield f"{', '.join(f'{count} {how}' for how, count in verdicts(suites).items())}."
+    tests = [(f"**{suite.get('name')}: {_name(case)}**", case) for suite in suites for case in suite.iter("testcase")]
+    found = [(fix, name) for name, case in tests for how, fix, _ in problems(case) if how != "skipped"]
+    for fix in dict.fromkeys(fix for fix, _ in found):
+        names = list(dict.fromkeys(name for other, name in found if other == fix))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"- {', '.join(names[:3])}{more}: {fix}"

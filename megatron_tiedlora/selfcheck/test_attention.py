@@ -1,0 +1,276 @@
+"""Part attention: every route against plain attention in fp64, forward and backward; its time; its first call."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
+from megatron_tiedlora.model.documents import find_documents, whole_rows
+from megatron_tiedlora.model.fused_attention import (
+    CANDIDATES,
+    Attend,
+    FusedKernel,
+    attend_within,
+    choose_attention,
+    one_by_one,
+)
+from megatron_tiedlora.parallel.kernels import EAGER
+from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
+from megatron_tiedlora.selfcheck.running import compute_dtype
+from megatron_tiedlora.training.throughput import timed
+
+pytestmark = pytest.mark.gpu
+
+Route = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""From queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s) int64 on
+the host or None, to (b, s, heads * head_dim)."""
+
+CHOSEN = "chosen by the package"  # the only route that must be correct
+ONE_BY_ONE, CUDNN = "one document after another", "PyTorch's cuDNN, for comparison"
+# Relative errors (2-norms) due to rounding; a mask that is off by one token gives 0.3 and more.
+BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+LEAST_SEEN = 0.05
+WRONG_FIX = (
+    "this kernel gives wrong numbers here: do not train with it; use another version of torch or flash_attn, and run"
+    " `pytest -m gpu` for details"
+)
+SLOW_FIX = (
+    "a plan is built for every new shape, as cuDNN does: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1, or install flash_attn"
+)
+NEW_SHAPE_SECONDS = 5e-3  # by which a first call may take longer than a second one
+TIMED = (1, 32, 4096, 128)  # b, heads, s, head_dim
+DOCUMENT_LENGTH = 200  # of the timed packed row
+
+
+class Heads(NamedTuple):
+    """The attention heads of one comparison."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+CASES = (Heads("MHA", 4, 4, 128), Heads("GQA", 8, 2, 128), Heads("MHA d64", 4, 4, 64), Heads("GQA d80", 4, 2, 80))
+_NONE = "No available kernel"  # torch's message if a backend supports none of the shapes
+LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
+def test_routes(dtype: torch.dtype, case: Heads, packed: bool, device: torch.device, tell: Tell) -> None:
+    """Every route against plain attention in fp64; the package's choice comes last, because only it can fail."""
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("a CPU may have no fast bf16")
+    lengths = LENGTHS if packed else (sum(LENGTHS),)
+    for name, route in reversed(attention_routes(device, dtype, case.head_dim).items()):
+        compare(tell, name, route, case, lengths, device=device, dtype=dtype)
+
+
+def test_control(device: torch.device, tell: Tell) -> None:
+    """The comparison detects a mask that hides one token too many."""
+    case, ids = CASES[1], torch.zeros(2, 256, dtype=torch.int64)
+    query, key, value = random_heads(case, ids.shape[1], device=device, dtype=torch.float64)
+    shifted = ids.clone()
+    shifted[:, 0] = 1
+    found, expected = (plain_attention(query, key, value, which) for which in (shifted, ids))
+    tell("relative error", error := relative(found, expected))
+    assert error >= LEAST_SEEN, "errors are not computed right here: report this with the versions of the part env"
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
+def test_kernels(dtype: torch.dtype, gpu: torch.device, tell: Tell) -> None:
+    """Which kernels can run here, and why others cannot."""
+    obstacles = attention_obstacles(gpu, dtype, TIMED[-1])
+    for candidate in CANDIDATES:
+        obstacle = obstacles.get(candidate.name)
+        tell(candidate.name, "runs" if obstacle is None else f"does not run; it {obstacle}")
+
+
+def compare(
+    tell: Tell,
+    name: str,
+    route: Route,
+    case: Heads,
+    lengths: Sequence[int],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Compare output and gradients of one route with fp64, for two rows of documents of `lengths`."""
+    packed = len(lengths) > 1
+    if packed and name == CUDNN:  # it does not support packed rows
+        return
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
+    heads = random_heads(case, ids.shape[1], device=device, dtype=dtype)
+    weight = torch.randn(2, ids.shape[1], case.heads * case.head_dim, device=device, dtype=dtype)
+    good = False
+    with optional(tell, name, device):
+        found = results(route, heads, ids if packed else None, weight)
+        wide = [tensor.detach().double().requires_grad_() for tensor in heads]
+        expected = results(plain_attention, wide, ids, weight.double())
+        names = ("out", "dq", "dk", "dv")
+        errors = {what: relative(a, b) for what, a, b in zip(names, found, expected, strict=True)}
+        worst = worst_of(errors)
+        tell(f"{name}: error of {worst}", errors[worst])
+        good = errors[worst] <= BOUNDS[dtype]
+        warn_unless(good or name == CHOSEN, tell, WRONG_FIX)
+    assert good or name != CHOSEN, WRONG_FIX
+
+
+def worst_of(errors: Mapping[str, float]) -> str:
+    """The name with the largest error; nan counts as the largest."""
+    return max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+
+
+@contextmanager
+def optional(tell: Tell, name: str, device: torch.device) -> Iterator[None]:
+    """A kernel that the package does not use may not support these shapes, or fail: that is only told."""
+    try:
+        yield
+    except Exception as error:
+        if name == CHOSEN:
+            raise
+        tell(name, "no such kernel for these shapes" if _NONE in str(error) else first_line(error))
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the device may be lost
+
+
+def random_heads(case: Heads, length: int, *, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Queries, keys and values of two rows, with gradients."""
+    draw = torch.Generator(device).manual_seed(length)
+    return [
+        torch.randn(2, heads, length, case.head_dim, generator=draw, device=device, dtype=dtype).requires_grad_()
+        for heads in (case.heads, case.kv_heads, case.kv_heads)
+    ]
+
+
+def results(
+    route: Route, heads: Sequence[torch.Tensor], ids: torch.Tensor | None, weight: torch.Tensor
+) -> list[torch.Tensor]:
+    """The output and the gradients of query, key and value for the loss sum(output * weight)."""
+    query, key, value = heads
+    output = route(query, key, value, ids)
+    return [output.detach(), *torch.autograd.grad(output, (query, key, value), weight)]
+
+
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Causal attention within documents, written out; a `Route`."""
+    assert ids is not None
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    positions = torch.arange(length)
+    sees = (ids[:, :, None] == ids[:, None, :]) & (positions[:, None] >= positions)
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    scores = scores.masked_fill(~sees[:, None].to(scores.device), float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||, nan if `expected` is zero.
+
+    Computed on the CPU, because the device under test may compute nothing.
+    """
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["causal", "documents of 200"])
+def test_time(packed: bool, gpu: torch.device, tell: Tell) -> None:
+    """Milliseconds of forward and backward at a 7B layer's size: 32 heads of 128, 4,096 tokens."""
+    length = TIMED[2]
+    ids = torch.arange(length)[None] // DOCUMENT_LENGTH if packed else None
+    for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
+        if not packed or name != CUDNN:
+            with optional(tell, name, gpu):
+                tell(f"{name}: ms", 1e3 * min(_seconds(route, length, ids, gpu) for _ in range(5)))
+
+
+def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
+    """What it costs more than the second call; the median of several lengths."""
+    for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
+        with optional(tell, name, gpu):
+            started, costs = time.perf_counter(), []
+            for length in range(1000, 1144, 24):
+                first, again = (_seconds(route, length, None, gpu) for _ in range(2))
+                costs.append(first - again)
+                if time.perf_counter() - started > 3:
+                    break
+            tell(f"{name}: ms", 1e3 * median(costs))
+            warn_unless(name != CHOSEN or median(costs) <= NEW_SHAPE_SECONDS, tell, SLOW_FIX)
+
+
+def _seconds(route: Route, length: int, ids: torch.Tensor | None, device: torch.device) -> float:
+    """Seconds of one forward and backward pass in bf16."""
+    size, heads, _, head_dim = TIMED
+    draw = [
+        torch.randn(size, heads, length, head_dim, device=device, dtype=torch.bfloat16).requires_grad_()
+        for _ in range(3)
+    ]
+    weight = torch.randn(size, length, heads * head_dim, device=device, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    return timed(lambda: results(route, draw, ids, weight), device)
+
+
+def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Route]:
+    """Every attention route that works on the device, by name; the first is the package's choice."""
+    chosen = choose_attention(device, dtype, head_dim)
+    if chosen.attend is None:
+        return {CHOSEN: _by_blocks, ONE_BY_ONE: _within(one_by_one)}
+    routes = {CHOSEN: _within(chosen.attend), ONE_BY_ONE: _within(one_by_one)}
+    for candidate in CANDIDATES:
+        if candidate.name != chosen.name and candidate.name not in attention_obstacles(device, dtype, head_dim):
+            routes[candidate.name] = _of_candidate(candidate)
+    return {**routes, CUDNN: _by_cudnn}
+
+
+def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
+    """The kernels that cannot run on the device, by name, with the reason as text that follows "it"."""
+    if device.type == "cpu":
+        return {}
+    capability = torch.cuda.get_device_capability(device)
+    found = {candidate.name: candidate.obstacle(capability, dtype, head_dim) for candidate in CANDIDATES}
+    return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
+
+
+def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    blocks = find_query_tiles(ids, query.shape[2], size=tile_size(query.shape[1], key.shape[1]))
+    return attend_by_tiles(query, key, value, blocks, EAGER)
+
+
+def _within(attend: Attend) -> Route:
+    def route(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+        size, _, length, _ = query.shape
+        documents = whole_rows(size, length, query.device) if ids is None else find_documents(ids, query.device)
+        return attend_within(query, key, value, documents, attend)
+
+    return route
+
+
+def _of_candidate(candidate: FusedKernel) -> Route:
+    """A kernel that the package does not choose here, or whose library fails when it is called."""
+    return lambda *heads: _within(candidate.make(False))(*heads)
+
+
+def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    """What PyTorch itself would choose on Hopper, for comparison; the package excludes it."""
+    assert ids is None
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        output = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    return output.transpose(1, 2).flatten(2)

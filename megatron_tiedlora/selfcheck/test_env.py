@@ -1,0 +1,139 @@
+"""Part env: what is installed, what the package will use and why, and the device's peak matmul and copy rates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.model.fused_attention import choose_attention, one_by_one
+from megatron_tiedlora.planning.cards import listed_peak
+from megatron_tiedlora.runtime.process_group import gpu_name
+from megatron_tiedlora.selfcheck.parts import Tell, option, warn_unless, why_no_gpu
+from megatron_tiedlora.selfcheck.running import compute_dtype, small_shape
+from megatron_tiedlora.training.compiling import compiled_kernels
+from megatron_tiedlora.training.throughput import matmul_rate, timed
+
+pytestmark = pytest.mark.gpu
+
+OLDEST_TORCH = (2, 10)  # as in pyproject.toml
+SIZE, COPIED = 8192, 2**30  # size of the matmul, and bytes of the copy
+HEAD_DIM = 128
+# Shares of a data sheet's matmul FLOP/s, and bytes/s of a copy: a faster device has not computed anything.
+GOOD_SHARE, MOST_SHARE, MOST_COPIED = 0.6, 1.2, 40e12
+SMI_FIELDS = "driver_version,power.limit,clocks.max.sm,mig.mode.current,ecc.errors.uncorrected.volatile.total"
+TORCH_FIX = "install a later torch for the driver's CUDA version: https://pytorch.org/get-started/locally"
+TF32_FIX = (
+    "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some containers set: runs with --dtype fp32 would round to TF32; the"
+    " other parts do not"
+)
+OLD_FIX = "GPUs before Ampere have no fast bf16; give --dtype fp32, and expect a slow run"
+SHARED_FIX = "end other processes on the GPU (nvidia-smi); the figures below are from a shared GPU"
+ATTENTION_FIX = (
+    "packed rows will be slow: correct what the reason names, upgrade torch, or install flash_attn (docs/gpu.md)"
+)
+NOTHING_FIX = "no device is that fast: it computed nothing, so check the driver; the times below are meaningless"
+CLOCKS_FIX = "check nvidia-smi -q -d CLOCK,POWER,TEMPERATURE: clocks, power limit, heat, another process"
+
+
+def test_gpu(pytestconfig: pytest.Config) -> None:
+    """Ranks would use a GPU."""
+    missing = why_no_gpu() if option(pytestconfig, "device") == "cuda" else None
+    assert missing is None, f"{missing}; docs/gpu.md lists what a GPU machine needs"
+
+
+def test_machine(tell: Tell) -> None:
+    """What `tiedlora env` says, with the variables of a run."""
+    command = [sys.executable, "-P", "-m", "megatron_tiedlora", "env", "--json=-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=40)
+    for section in ("versions", "machine", "variables"):
+        for name, value in json.loads(done.stdout)[section].items():
+            tell(name, value)
+    assert tuple(map(int, torch.__version__.split(".")[:2])) >= OLDEST_TORCH, TORCH_FIX
+
+
+def test_fp32_matmuls(tell: Tell) -> None:
+    """They are not rounded to TF32."""
+    precision = torch.get_float32_matmul_precision()
+    tell("precision", precision)
+    warn_unless(precision == "highest", tell, TF32_FIX)
+
+
+def test_hardware(gpu: torch.device, tell: Tell) -> None:
+    """Driver, generation and free memory of each GPU."""
+    tell("driver, power limit, SM clock, MIG, ECC errors", _nvidia_smi(SMI_FIELDS) or "unknown")
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        tell(f"free memory of GPU {index}", free / total)
+        warn_unless(torch.cuda.get_device_capability(index) >= (8, 0), tell, OLD_FIX)
+        warn_unless(free / total >= 0.9, tell, SHARED_FIX)
+
+
+def _nvidia_smi(fields: str) -> str:
+    """nvidia-smi's values for torch's first GPU; '' if it gives none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader", f"--id={gpu_name(torch.device('cuda', 0))}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def test_attention(device: torch.device, tell: Tell) -> None:
+    """The attention that the package chooses on this device is one call for all documents."""
+    for dtype in dict.fromkeys((compute_dtype(device), torch.float32)):
+        route = choose_attention(device, dtype, HEAD_DIM)
+        tell(str(dtype), f"{route.name} ({route.reason})")
+        warn_unless(route.attend is not one_by_one, tell, ATTENTION_FIX)
+
+
+def test_compiled_kernels(gpu: torch.device, tell: Tell) -> None:
+    """Kernels can be compiled."""
+    try:
+        compiled_kernels(small_shape(), dtype=compute_dtype(gpu), device=gpu)
+    except UserError as error:
+        tell("not compiled", str(error))
+        warn_unless(False, tell, _compiler_fix())
+
+
+def _compiler_fix() -> str:
+    """The fix for a missing C compiler or missing Python headers, which Triton needs to build its launcher."""
+    lacking = [] if shutil.which("gcc") or shutil.which("cc") else ["a C compiler (gcc)"]
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        lacking.append("Python's headers (python3-dev)")
+    what = " and ".join(lacking) or "what the reason names"
+    return f"install {what}; without it kernels are not compiled, and a step takes about a third longer"
+
+
+def test_matmul_ceiling(gpu: torch.device, tell: Tell) -> None:
+    """The rate of a large matmul of random numbers: zeros take less power and would be faster."""
+    rate = matmul_rate(SIZE, SIZE, SIZE, dtype=torch.bfloat16, device=gpu, repeats=10)
+    judge_rate(tell, rate, listed_peak(torch.cuda.get_device_name(gpu)))
+
+
+def judge_rate(tell: Tell, rate: float, listed: float | None) -> None:
+    """Compare the matmul rate in FLOP/s with the data sheet's, if that is known."""
+    tell("TFLOP/s in bf16", rate / 1e12)
+    if listed is not None:
+        tell("share of the data sheet's", rate / listed)
+        assert rate <= MOST_SHARE * listed, NOTHING_FIX
+        warn_unless(rate >= GOOD_SHARE * listed, tell, CLOCKS_FIX)
+
+
+def test_copy_ceiling(gpu: torch.device, tell: Tell) -> None:
+    """The rate of a large copy of random numbers."""
+    source = torch.randint(-(2**31), 2**31 - 1, (COPIED // 4,), dtype=torch.int32, device=gpu)
+    target = torch.empty_like(source)
+    rate = 2 * COPIED / min(timed(lambda: target.copy_(source), gpu) for _ in range(10))
+    tell("TB/s, read and written", rate / 1e12)
+    assert rate <= MOST_COPIED, NOTHING_FIX

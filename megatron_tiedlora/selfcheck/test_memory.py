@@ -1,0 +1,81 @@
+"""Part memory: what steps allocate compared with the dry run's plan, and what rows of varying lengths reserve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
+from megatron_tiedlora.selfcheck.running import (
+    MOST_LAYERS,
+    layers_that_fit,
+    loader_of,
+    planned_bytes,
+    started,
+    step_settings,
+)
+
+pytestmark = pytest.mark.gpu
+
+# Relative to the plan: too low a plan accepts a run that does not fit, too high a plan rejects one that does.
+CLOSE, TOO_MUCH = 0.07, 1.15
+RECOMPUTES = {"none": 1, "selective": 2, "full": 4}  # rows of 4,096 tokens, more if fewer activations are saved
+LENGTH = 4096
+NUM_STEPS, ROWS, SHORTEST = 100, 4, 128
+MOST_RESERVED = 1.3  # relative to the allocated memory
+PLAN_FIX = "the dry run's figures are wrong for this GPU: leave that much memory free, and report this table"
+FRAGMENTS_FIX = (
+    "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (the default of tiedlora train), and make sure that"
+    " nothing overrides it"
+)
+
+
+@pytest.mark.parametrize("how", RECOMPUTES)
+@pytest.mark.parametrize("compiles", ["auto", "false"], ids=["compiled", "eager"])
+def test_plan(compiles: str, how: str, gpu: torch.device, model: str, tell: Tell) -> None:
+    """What steps allocate, beside the plan."""
+    rows = RECOMPUTES[how]
+    flags = (f"--rows={rows}", f"--length={LENGTH}", "--supervised=1", f"--recompute={how}", f"--compile={compiles}")
+    layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
+    with started(step_settings(model, *flags, f"--num_layers={layers}", "--micro_batches=1")) as run:
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            run.take(next(run.loader))
+        planned, allocated = planned_bytes(run.plan), torch.cuda.max_memory_allocated()
+        reserved = torch.cuda.max_memory_reserved()
+    judge_plan(tell, layers, {"planned": planned, "allocated": allocated, "reserved": reserved})
+
+
+def judge_plan(tell: Tell, layers: int, sizes: Mapping[str, float]) -> None:
+    """Compare the allocated bytes with the planned ones."""
+    _tell_sizes(tell, layers, sizes)
+    ratio = sizes["allocated"] / sizes["planned"]
+    tell("allocated per planned", ratio)
+    assert ratio <= TOO_MUCH, PLAN_FIX
+    warn_unless(abs(ratio - 1) <= CLOSE, tell, PLAN_FIX)
+
+
+def test_rows_of_many_lengths(gpu: torch.device, model: str, tell: Tell) -> None:
+    """What 100 micro-batches of 4 x 128 to 2,048 tokens reserve."""
+    flags = (f"--rows={ROWS}", "--length=2048", "--supervised=1", "--micro_batches=1")
+    layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
+    with started(step_settings(model, *flags, f"--num_layers={layers}", "--compile=false")) as run:
+        torch.cuda.reset_peak_memory_stats()
+        draw = np.random.default_rng(0)
+        loader = loader_of(run, draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS))
+        for _ in range(NUM_STEPS):
+            run.take(next(loader))
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    _tell_sizes(tell, layers, {"allocated": allocated, "reserved": reserved})
+    tell("reserved per allocated", reserved / allocated)
+    warn_unless(reserved / allocated <= MOST_RESERVED, tell, FRAGMENTS_FIX)
+
+
+def _tell_sizes(tell: Tell, layers: int, sizes: Mapping[str, float]) -> None:
+    tell("layers", layers)
+    for name, size in sizes.items():
+        tell(name, bytes_in_words(size))

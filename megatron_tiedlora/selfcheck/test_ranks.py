@@ -1,0 +1,301 @@
+"""Part ranks: every layout that fits on this host against one rank, the network, and a killed rank."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_tiedlora.checkpoint.random_model import write_random_model
+from megatron_tiedlora.config.hosts import rank_variables
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.runtime.launch_env import free_port
+from megatron_tiedlora.selfcheck import rank
+from megatron_tiedlora.selfcheck.parts import Tell, option, warn_unless
+from megatron_tiedlora.selfcheck.rank import Case
+from megatron_tiedlora.selfcheck.test_attention import relative, worst_of
+
+pytestmark = pytest.mark.gpu
+
+SIZES = (1, 2, 4, 8)
+# A model that eight ranks can share in any layout, whose vocabulary size none of these numbers divides.
+SHAPE: dict[str, Any] = {
+    **PRESETS["llama2-7b"],
+    "architectures": ["LlamaForCausalLM"],  # so that transformers is not asked: a bare machine has none
+    "vocab_size": 1003,
+    "hidden_size": 512,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+}
+# Relative errors of losses and of the adapter's change, in which elements with tiny gradients may have either sign.
+LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
+CHANGE_BOUND = 5e-3
+# Few cases per start, so that a crash loses only these, and so that their communicators fit in memory: only the end of
+# the process frees them (0.3 to 0.7 GB each on NVLink, six per layout).
+CASES_OF_A_START = 6
+SHARING = (2, 30)  # since this version NCCL lets several ranks share a GPU
+SHARING_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
+NOTICED_SECONDS = 45.0  # after a rank's death; 30 of them are the heartbeat's limit (docs/clusters.md)
+# Shares of the part's time: one rank must have finished by the first, all layouts by the second, and the ranks of which
+# one is killed must be training by the third.
+ALONE, LAYOUTS, WORKING = 0.25, 0.75, 0.9
+_POLL_SECONDS = 0.1
+DOCTOR_SECONDS = 30.0  # for ranks to meet, and for an answer; twice as much in total, and a few for its own start
+DIFFERS_FIX = (
+    "several ranks give other results: run `tiedlora doctor`, and this part again with NCCL_DEBUG=INFO and with"
+    " NCCL_P2P_DISABLE=1; if that corrects it, the hosts' PCIe settings (IOMMU, ACS) break copies between GPUs"
+)
+FAILED_FIX = "see the rank's output in the report's folder; NCCL_DEBUG=INFO shows more"
+LOST_FIX = "see docs/clusters.md on lost ranks, and the ranks' output in the report's folder"
+
+
+def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
+    """(the number of ranks that can be started here, variables that they need, why this number)."""
+    if device == "cpu":
+        return 2, {}, "two on a CPU, over gloo"
+    count = torch.cuda.device_count()
+    if count > 1:
+        usable = max(size for size in SIZES if size <= count)
+        return usable, {}, f"one for each of {count} GPUs" if usable == count else f"of {count} GPUs"
+    found = loaded_nccl()
+    text = ".".join(map(str, found)) if found else "unknown"
+    if found < SHARING:
+        wanted = ".".join(map(str, SHARING))
+        return 1, {}, f"one GPU, which several ranks can share since NCCL {wanted}; this is {text}"
+    return 2, {SHARING_VARIABLE: "1"}, f"two on one GPU, with {SHARING_VARIABLE}=1 of NCCL {text}"
+
+
+def loaded_nccl() -> tuple[int, ...]:
+    """The version of the NCCL in this process, including a preloaded one; () if it cannot be found."""
+    torch.cuda.is_available()  # torch has loaded its libraries
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libnccl" in line}
+    for name in (None, *sorted(paths)):
+        number = ctypes.c_int()
+        try:
+            ctypes.CDLL(name).ncclGetVersion(ctypes.byref(number))
+        except (AttributeError, OSError):
+            continue
+        return number.value // 10000, number.value // 100 % 100, number.value % 100
+    return ()
+
+
+def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
+    """Every layout that fits; the other ZeRO stages; and without sequence parallelism and, on a GPU, in bf16."""
+    pairs = [(tp, pp) for tp in SIZES for pp in SIZES if world_size % (tp * pp) == 0]
+    layouts = [Case(tp, pp) for tp, pp in pairs]
+    engines = [Case(zero=zero) for zero in (0, 2, 3)]
+    narrow = [Case(tp=tp, dtype="bf16") for tp in (world_size, world_size // 2)] if device == "cuda" else []
+    return tuple(dict.fromkeys([*layouts, *engines, Case(tp=world_size, sp=False), *narrow]))
+
+
+class EndedRanks(NamedTuple):
+    """Ranks that were run: their exit statuses (None: killed at the end of their time) and outputs.
+
+    Attributes:
+        seconds: from the first failure to the end of the last rank; 0 if none failed.
+    """
+
+    statuses: list[int | None]
+    outputs: list[str]
+    seconds: float
+
+    def why(self) -> str:
+        """The last error of the first rank that failed, or that did not end; "" if all succeeded."""
+        wrong = [rank for rank, status in enumerate(self.statuses) if status]
+        slow = [rank for rank, status in enumerate(self.statuses) if status is None]
+        if not wrong and slow:
+            return f"not finished in time; the last line of rank {slow[0]}: {last_error(self.outputs[slow[0]])}"
+        return last_error(self.outputs[wrong[0]]) if wrong else ""
+
+
+@dataclass(eq=False)
+class Ranks:
+    """What can be started on this machine.
+
+    Attributes:
+        variables: environment variables that the ranks need here.
+        folder: has a small model, and gets results; `logs` gets the ranks' output.
+        seconds: of the whole part, which began at `began`.
+    """
+
+    world_size: int
+    variables: dict[str, str]
+    cases: Sequence[Case]
+    folder: Path
+    logs: Path
+    seconds: float
+    began: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def alone(self) -> list[Case]:
+        """What one rank trains to be compared with: a case for each dtype."""
+        return [Case(dtype=dtype) for dtype in dict.fromkeys(case.dtype for case in self.cases)]
+
+    def run(self, first: int | str, cases: Sequence[Case], size: int, share: float, grace: float = 5.0) -> EndedRanks:
+        """Run ranks until they end, until a share of the part's time is over, or until `grace` seconds after a failure.
+
+        Args:
+            first, cases: as for `rank`.
+        """
+        port, deadline = free_port("127.0.0.1"), self.began + share * self.seconds
+        command = [sys.executable, "-P", "-m", rank.__name__, str(self.folder), str(first), json.dumps(cases)]
+        logs = [self.logs / f"ranks-{first}-{number}-of-{size}.log" for number in range(size)]
+        processes: list[subprocess.Popen[bytes]] = []
+        failed: float | None = None
+        try:
+            for number, log in enumerate(logs):
+                place = rank_variables(number, size, number, "127.0.0.1", port)
+                environment = {**os.environ, "OMP_NUM_THREADS": "1", **place, **self.variables}
+                with log.open("wb") as out:
+                    started = subprocess.Popen(
+                        command, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL
+                    )
+                processes.append(started)
+            while any(one.poll() is None for one in processes) and time.monotonic() < deadline:
+                if failed is None and any(one.poll() for one in processes):
+                    failed = time.monotonic()
+                    deadline = min(deadline, failed + grace)
+                time.sleep(_POLL_SECONDS)
+            statuses = [one.poll() for one in processes]
+        finally:
+            for one in processes:
+                one.kill()
+                one.wait()
+        seconds = 0.0 if failed is None else time.monotonic() - failed
+        return EndedRanks(statuses, [log.read_text(errors="replace") for log in logs], seconds)
+
+    @cache  # noqa: B019 - it lives as long as the part
+    def train(self, first: int, size: int) -> str:
+        """Train the cases of a start; returns why ranks did not finish them, or ""."""
+        if size == 1:
+            return self.run(first, self.alone, 1, ALONE).why()
+        starts = range(first, len(self.cases), CASES_OF_A_START)
+        spent = (time.monotonic() - self.began) / self.seconds
+        share = spent + (LAYOUTS - spent) / len(starts)
+        return self.run(first, self.cases[first : first + CASES_OF_A_START], size, share).why()
+
+    def results(self, number: int, size: int) -> Path:
+        """The folder with a case's results; fails the test if there are none."""
+        why = self.train(0 if size == 1 else number - number % CASES_OF_A_START, size)
+        found = self.folder / f"{size}-{number}"
+        said = sorted(file.read_text().strip().splitlines()[-1] for file in found.glob("error*"))
+        assert (found / rank.RESULT).exists(), f"{FAILED_FIX}\n{said[0] if said else why or 'it did not finish'}"
+        return found
+
+
+def naming_line(output: str, victim: int) -> str | None:
+    """The line in which a rank reports that the victim is lost."""
+    lines = output.splitlines()
+    return next((line.strip() for line in lines if re.search(rf"error: .*\brank {victim}\b", line)), None)
+
+
+def last_error(output: str) -> str:
+    """The last line of a rank's output that names an error, or else its last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"error|exception", line, re.IGNORECASE)]
+    return (named or lines or ["nothing was printed"])[-1][:600]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each case of this machine; one that is skipped if it can start no ranks."""
+    if "case" in metafunc.fixturenames:
+        device = option(metafunc.config, "device")
+        size = possible_ranks(device)[0]
+        cases = cases_of(size, device) if size > 1 else [Case()]
+        metafunc.parametrize("case", cases, ids=lambda case: case.named(size))
+
+
+@pytest.fixture(scope="module")
+def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
+    """What can be started on this machine, if that is more than one rank."""
+    size, variables, why = possible_ranks(device.type)
+    if size == 1:
+        pytest.skip(why)
+    with tempfile.TemporaryDirectory(prefix="check_gpu-ranks-") as name:
+        folder = Path(name)
+        write_random_model(SHAPE, folder / rank.MODEL, name="a small model", seed=0)
+        logs = Path(option(pytestconfig, "folder") or folder)
+        cases = cases_of(size, device.type)
+        yield Ranks(size, variables, cases, folder, logs, option(pytestconfig, "seconds"))
+
+
+def test_layout(case: Case, ranks: Ranks, tell: Tell) -> None:
+    """Losses and adapter of a layout are those of one rank; the ranks compare their replicas bit by bit."""
+    expected = ranks.results(ranks.alone.index(Case(dtype=case.dtype)), 1)
+    compare(tell, case, ranks.results(ranks.cases.index(case), ranks.world_size), expected)
+
+
+def compare(tell: Tell, case: Case, found: Path, expected: Path) -> None:
+    """Compare one case's results with those of one rank."""
+    losses, one = (json.loads((folder / rank.RESULT).read_text()) for folder in (found, expected))
+    steps = [torch.tensor(values, dtype=torch.float64) for values in zip(losses, one, strict=True)]
+    apart = {str(number): relative(*values) for number, values in enumerate(steps, start=1)}
+    worst = worst_of(apart)
+    tell(f"error of the loss of step {worst}", apart[worst])
+    assert apart[worst] <= LOSS_BOUNDS[case.dtype], DIFFERS_FIX
+    if case.dtype != "fp32":
+        return
+    adapter, alone = load_file(found / rank.ADAPTER), load_file(expected / rank.ADAPTER)
+    # The norm of AdamW's change is about steps x learning rate x sqrt(elements), for any gradient.
+    change = rank.STEPS * rank.RATE
+    errors = {
+        name: float((adapter[name] - tensor).norm()) / (change * tensor.numel() ** 0.5)
+        for name, tensor in alone.items()
+    }
+    worst = worst_of(errors)
+    tell(f"error relative to the change of {worst}", errors[worst])
+    assert errors[worst] <= CHANGE_BOUND, DIFFERS_FIX
+
+
+def test_killed_rank(ranks: Ranks, tell: Tell) -> None:
+    """The last rank is killed during training: the others end in time and name it."""
+    victim = ranks.world_size - 1
+    ended = ranks.run(rank.KILLED, [Case(tp=2)], ranks.world_size, WORKING, grace=NOTICED_SECONDS + 15)
+    assert ended.statuses[victim] == -signal.SIGKILL, f"{FAILED_FIX}\n{ended.why()}"
+    tell("seconds until the others ended", ended.seconds)
+    said = next((line for output in ended.outputs[:victim] if (line := naming_line(output, victim))), None)
+    tell("they say", said or "nothing of it")
+    assert ended.seconds <= NOTICED_SECONDS and all(ended.statuses[:victim]) and said is not None, LOST_FIX
+
+
+def test_doctor(ranks: Ranks, gpu: torch.device, tell: Tell) -> None:
+    """The doctor's all-reduces over all GPUs of this host."""
+    count = torch.cuda.device_count()
+    if count == 1:
+        pytest.skip("there is one GPU")
+    command = [
+        *(sys.executable, "-P", "-m", "megatron_tiedlora", "doctor"),
+        "--json=-",
+        f"--tensor_parallel={max(s for s in SIZES if count % s == 0)}",
+        f"--master_port={free_port()}",
+        f"--timeout_seconds={DOCTOR_SECONDS:.0f}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DOCTOR_SECONDS + 90)
+    assert done.stdout.strip(), f"run `tiedlora doctor` by hand\n{last_error(done.stderr)}"
+    found = json.loads(done.stdout)
+    for group in found["groups"]:
+        name = f"all-reduce over {len(group['ranks'])} GPUs ({group['kind']})"
+        tell(f"{name} of 64 MB, GB/s of a link", group["bus_bytes_per_second"] / 1e9)
+        tell(f"{name} of 4 kB, us", 1e6 * group["latency_seconds"])
+    for problem in found["findings"]:
+        tell(problem["code"], problem["message"])
+        warn_unless(problem["level"] == "error", tell, problem["fix"])
+    assert all(group["correct"] for group in found["groups"]), DIFFERS_FIX
+    assert not (wrong := [each for each in found["findings"] if each["level"] == "error"]), wrong[0]["fix"]

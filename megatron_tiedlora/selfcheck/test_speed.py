@@ -1,0 +1,81 @@
+"""Part speed: training steps measured as in tiedlora bench, in the forms that determine a run's speed."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tiedlora.benchmark import layout
+from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
+from megatron_tiedlora.selfcheck.running import layers_that_fit, release, step_settings
+
+pytestmark = pytest.mark.gpu
+
+LENGTH = 4096
+# Forms of a step with their flags; the others are compared with the first.
+FORMS: dict[str, tuple[str, ...]] = {
+    "1 x 4,096 tokens": (),
+    "not compiled": ("--compile=false",),
+    "20 documents a row": ("--documents=20",),
+    "2 x 4,096 tokens": ("--rows=2",),
+}
+LEAST_MFU = 0.35  # of the data sheet's rate; about 0.5 was predicted for 7B on one H100 (docs/gpu.md)
+MOST_PACKED = 1.1  # time of a packed step relative to an unpacked one
+SLOW_FIX = (
+    "check `matmul ceiling` of part env (clocks, another process), then the shares of the kernels in this part: if"
+    " attention is far above 15 %, install flash_attn; if elementwise is above 20 %, compile the kernels; part host"
+    " shows whether the GPU waits for Python"
+)
+PACKED_FIX = "documents should cost nothing: see the attention for packed rows in part env, and install flash_attn"
+
+
+@pytest.fixture(scope="module")
+def layers(gpu: torch.device, model: str) -> int:
+    """As many layers as fit, by the dry run's plan for 2 x 4,096 tokens."""
+    return layers_that_fit(model, "--rows=2", f"--length={LENGTH}", "--supervised=1")
+
+
+@pytest.fixture(scope="module")
+def token_seconds() -> dict[str, float]:
+    """Seconds per token of each form that was measured."""
+    return {}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_step(name: str, layers: int, token_seconds: dict[str, float], model: str, tell: Tell) -> None:
+    """A form's tokens/s, MFU and shares of the GPU's time, measured as by bench_step.py."""
+    release()
+    base = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=auto", "--repeats=5")
+    settings = step_settings(model, f"--num_layers={layers}", *base, *FORMS[name])
+    found = layout.measure_layout(settings)
+    assert found is not None, "this is rank 0"
+    token_seconds[name] = median(found["seconds"]) / found["tokens"]
+    tell(f"layers of {model}", layers)
+    tell_figures(tell, found)
+    first = next(iter(FORMS))
+    warn_unless(name != first or found["mfu"] >= LEAST_MFU, tell, SLOW_FIX)
+    if name != first and first in token_seconds:
+        ratio = token_seconds[name] / token_seconds[first]
+        tell(f"time per token, relative to {first}", ratio)
+        warn_unless(name != "20 documents a row" or ratio <= MOST_PACKED, tell, PACKED_FIX)
+
+
+def tell_figures(tell: Tell, figures: dict[str, Any]) -> None:
+    """Tell the figures of one form."""
+    seconds = median(figures["seconds"])
+    tell("tokens/s", figures["tokens"] / seconds)
+    tell("ms per step", f"{1e3 * min(figures['seconds']):.0f} to {1e3 * max(figures['seconds']):.0f}")
+    tell("kernels", figures["kernels"])
+    tell("MFU", figures["mfu"])
+    tell("share of a bare matmul's speed in the same run", figures["share_of_matmul"])
+    spent = figures["kernel_seconds"]
+    total = sum(spent.values())
+    if total:
+        tell("the GPU's ms per micro-batch", 1e3 * total / figures["micro_batches"])
+        tell("of them", ", ".join(f"{kind} {taken / total:.0%}" for kind, taken in spent.items() if taken))
+        tell("its kernels' time as a share of the step's time", total / seconds)
+    else:
+        tell("the GPU's time", "unknown: torch's profiler saw no kernel; CUPTI may not be allowed here")
