@@ -31,8 +31,13 @@ def main(command: PlanCommand) -> int:
         # These import torch, which takes a second: --help and a wrong flag do not wait for it.
         from megatron_tiedlora.base.atomic import write_json
         from megatron_tiedlora.base.yaml_files import write_yaml
-        from megatron_tiedlora.planner.launch_lines import chosen_settings
-        from megatron_tiedlora.planner.report import make_plan, report_lines, report_record, warning_lines
+        from megatron_tiedlora.planner.report import (
+            chosen_settings,
+            make_plan,
+            report_lines,
+            report_record,
+            warning_lines,
+        )
 
         prepare_environment()
         made = make_plan(command)

@@ -17,7 +17,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
-from megatron_tiedlora.planner.runs import PlannedRun, Variant
+from megatron_tiedlora.planner.runs import PlannedRun
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
 
@@ -67,23 +67,16 @@ class Candidate:
     """A layout that a run accepts.
 
     Attributes:
-        variant: its layout, and the first step that it is planned by.
+        step: the first step of the run, which layouts share that have the same micro-batches.
+        is_default: whether micro-batch, sequence parallelism and recompute are those of a run without their flags.
         engine_file: the value of --ds_config.
     """
 
-    variant: Variant
+    layout: Layout
+    step: StepPlan
+    is_default: bool
     engine_file: str
     storage: Storage
-
-    @property
-    def layout(self) -> Layout:
-        """The record that the planners read."""
-        return self.variant.layout
-
-    @property
-    def step(self) -> StepPlan:
-        """The first step of the run."""
-        return self.variant.step
 
     @property
     def name(self) -> str:
@@ -225,7 +218,7 @@ def search(
         raise UserError(refused.most_common(1)[0][0])
     run.read_data(accepted[0].plans)
     found = (
-        Candidate(variant, one.engine_file, one.storage)
+        Candidate(*variant, one.engine_file, one.storage)
         for one in accepted
         for variant in run.variants(one.plans, *one.variants)
     )

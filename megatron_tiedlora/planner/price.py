@@ -234,12 +234,12 @@ def _kinds(stage: StagePlan) -> Hashable:
 
 def hours_in_turn(row: Priced, run: PlannedRun) -> float:
     """The hours of the adapters of a run one after another, each alone in the layout of a row."""
-    variants = run.alone(row.candidate.variant)
+    alone = run.alone(row.candidate.layout, row.candidate.step)
     parts = []
-    for layout, step, _ in variants:
+    for layout, step in alone:
         stages, links = plan_stages(step.shape, layout), Links(layout, row.cluster.per_node)
         parts.append(step_parts(stages, step.batches, links, row.cluster.machine))
-    spent = (one.step.steps * seconds.total for one, seconds in zip(variants, step_seconds(parts), strict=True))
+    spent = (step.steps * seconds.total for (_, step), seconds in zip(alone, step_seconds(parts), strict=True))
     return sum(spent) / 3600
 
 

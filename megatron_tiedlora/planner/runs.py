@@ -7,7 +7,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -18,17 +18,6 @@ from megatron_tiedlora.training.adapter_plans import Plans, adapter_settings, pl
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.run_data import Data, counted, prepare_all_data
 from megatron_tiedlora.training.step_plan import StepPlan
-
-
-class Variant(NamedTuple):
-    """A layout of a run, and the step that it is planned by: layouts share it that have the same micro-batches.
-
-    `is_default` says whether micro-batch, sequence parallelism and recompute are those of a run without their flags.
-    """
-
-    layout: Layout
-    step: StepPlan
-    is_default: bool
 
 
 @dataclass
@@ -95,8 +84,8 @@ class PlannedRun:
 
     def variants(
         self, plans: Plans, rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
-    ) -> Iterator[Variant]:
-        """The layouts that differ from the plans in choices that no check depends on."""
+    ) -> Iterator[tuple[Layout, StepPlan, bool]]:
+        """Layout, step and `is_default` of the candidates that differ in choices that no check depends on."""
         plans = counted(plans, self.data) if self.data else plans
         shares = self.settings.share_micro_batches
         base = StepPlan(plans, shares).layout
@@ -109,16 +98,15 @@ class PlannedRun:
             shared = replace(base, rows=size, micro_batches=step.layout.micro_batches, shards_sequences=shards)
             for recompute in recomputes:
                 is_default = (size, shards, recompute) == (base.rows, base.shards_sequences, base.recompute)
-                yield Variant(replace(shared, recompute=recompute), step, is_default)
+                yield replace(shared, recompute=recompute), step, is_default
 
-    def alone(self, variant: Variant) -> list[Variant]:
+    def alone(self, layout: Layout, step: StepPlan) -> list[tuple[Layout, StepPlan]]:
         """The same layout for a run of each adapter of its own, and the first step of that."""
         found = []
-        for name, plan in variant.step.plans.items():
-            samples = variant.step.samples
-            step = StepPlan({ONLY: plan}, samples=None if samples is None else {ONLY: samples[name]})
-            own = {key: getattr(step.layout, key) for key in ("adapters", "named", "micro_batches", "compiled")}
-            found.append(Variant(replace(variant.layout, **own), step, is_default=False))
+        for name, plan in step.plans.items():
+            own = StepPlan({ONLY: plan}, samples=None if step.samples is None else {ONLY: step.samples[name]})
+            changes = {key: getattr(own.layout, key) for key in ("adapters", "named", "micro_batches", "compiled")}
+            found.append((replace(layout, **changes), own))
         return found
 
 

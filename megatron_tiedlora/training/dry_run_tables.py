@@ -63,13 +63,13 @@ def partition_lines(stages: Stages) -> list[str]:
     ]
 
 
-def memory_lines(step: StepPlan, memories: Sequence[StageMemory], *, micro_batches: str) -> list[str]:
-    """The bytes of a rank of each stage, by purpose, with notes.
-
-    Args:
-        micro_batches: the largest one, in words.
-    """
-    stages, shape, layout = step.stages, step.shape, step.layout
+def memory_lines(step: StepPlan, memories: Sequence[StageMemory]) -> list[str]:
+    """The bytes of a rank of each stage, by purpose, with notes."""
+    stages, shape, layout, largest = step.stages, step.shape, step.layout, step.largest
+    micro_batches = f"{layout.rows} x {largest.tokens // layout.rows} tokens"
+    if layout.named:
+        most = count_text(max(map(len, largest.owners)), "adapter")
+        micro_batches = f"{largest.tokens:,} tokens of up to {most} at step 1"
     cells = []
     for stage, memory in zip(stages, memories, strict=True):
         sizes = {
