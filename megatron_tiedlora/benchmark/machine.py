@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -82,16 +82,13 @@ def measure_machine(source: ModelSource, device: torch.device, *, seconds: float
         seconds: about how long it takes.
         tokens: of a matmul and of an attention.
     """
-    tokens, title = tokens or min(TOKENS[device.type], source.shape.limit.tokens), _title(device)
-    measure = _Measure(source, device, tokens, seconds)
+    measure = _Measure(source, device, tokens or min(TOKENS[device.type], source.shape.limit.tokens), seconds)
     start = _start(device)
     if device.type == "cuda":  # before there is a communicator, which a plan counts too
-        start = _with(start, {"context": measure.context()})
-    found = measure.alone(start)
-    found = found.changed(dict(measure.constants()), name="measured", title=title)
-    found = measure.beside(found)
+        start = start.changed({"context": measure.context()})
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return replace(found, capability=capability)
+    own = {"name": "measured", "title": _title(device), "capability": capability}
+    return measure.beside(measure.alone(start).changed(dict(measure.constants()), **own))
 
 
 def _title(device: torch.device) -> str:
@@ -359,7 +356,7 @@ class _Measure:
 
     def alone(self, machine: Machine) -> Machine:
         """The machine with what tiny steps show; before anything else is measured, so that the process is idle."""
-        unknown = _with(machine, dict.fromkeys(_UNKNOWN, _NOTHING))
+        unknown = machine.changed(dict.fromkeys(_UNKNOWN, _NOTHING))
         one, many = (_tiny_step(unknown, num_layers=number) for number in (1, _LAYERS))
         block = max(0.0, many.seconds - one.seconds) / (2 * (_LAYERS - 1))
         found = {
@@ -368,25 +365,21 @@ class _Measure:
         }
         if self.device.type == "cpu" and (idle := idle_bytes()):
             found["context"] = self._constant(float(idle), "anonymous memory of an idle rank")
-        return _with(machine, found)
+        return machine.changed(found)
 
     def beside(self, machine: Machine) -> Machine:
         """The machine with what is left of steps that all other constants explain in part."""
         if distributed.get_world_size() % 2 == 0:
-            known = _with(machine, {"instruction": _NOTHING})
+            known = machine.changed({"instruction": _NOTHING})
             two = _tiny_step(known, num_layers=2, pipeline_parallel=2, micro_batches=_MICRO_BATCHES)
             left = two.left / (2 * (_MICRO_BATCHES + 1))  # passes on the longest path through two stages
             words = "a step of 2 tiny stages beside its passes and messages"
-            machine = _with(machine, {"instruction": self._constant(left, words)})
-        own = _own_step(_with(machine, {"elementwise": Constant(1.0, "as copies")}), self.source, tokens=self.tokens)
+            machine = machine.changed({"instruction": self._constant(left, words)})
+        own = _own_step(machine.changed({"elementwise": Constant(1.0, "as copies")}), self.source, tokens=self.tokens)
         moved, of = own.planned.elementwise, f"{self.source.name} over {self.tokens:,} tokens"
         words = f"a step of 2 layers of {of}, beside what other constants explain"
         words = words if own.left else f"as copies, as nothing was left of {words}"
-        return _with(machine, {"elementwise": self._constant(moved / (moved + own.left), words)})
-
-
-def _with(machine: Machine, constants: dict[str, Constant]) -> Machine:
-    return machine.changed(constants, name=machine.name, title=machine.title)
+        return machine.changed({"elementwise": self._constant(moved / (moved + own.left), words)})
 
 
 def _tiny_step(machine: Machine, *, num_layers: int, **more: Any) -> MeasuredStep:

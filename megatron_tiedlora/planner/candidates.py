@@ -6,6 +6,7 @@ choices and each adapter. `runs` changes what it returns in these three.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,11 +144,13 @@ class _Choices:
         """Whether a flag was given."""
         return name in self.settings.model_fields_set
 
+    def values(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
+        """The values of a setting: the one that was given, or all."""
+        return [getattr(self.settings, name)] if self.given(name) else values
+
     def grids(self, world_size: int) -> Iterator[tuple[int, int]]:
         """Tensor and pipeline parallel sizes whose product divides the ranks; a given one in any case."""
-        settings = self.settings
-        tensor = [settings.tensor_parallel] if self.given("tensor_parallel") else divisors(world_size)
-        pipeline = [settings.pipeline_parallel] if self.given("pipeline_parallel") else divisors(world_size)
+        tensor, pipeline = (self.values(f"{name}_parallel", divisors(world_size)) for name in ("tensor", "pipeline"))
         found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
         yield from found or [(tensor[0], pipeline[0])]
 
@@ -158,21 +161,9 @@ class _Choices:
         share, rest = divmod(self.run.common_batch, dp_size)
         return [1] if rest else divisors(share)
 
-    def sequences(self, tp_size: int) -> list[bool]:
+    def sequences(self, tp_size: int) -> Sequence[bool]:
         """Whether sequences are sharded; of no consequence without tensor parallelism."""
-        if self.given("sequence_parallel") or tp_size == 1:
-            return [self.settings.sequence_parallel]
-        return [True, False]
-
-    @property
-    def recomputes(self) -> tuple[str, ...]:
-        """Values of --recompute."""
-        return (self.settings.recompute,) if self.given("recompute") else RECOMPUTES
-
-    @property
-    def engine_files(self) -> tuple[str, ...]:
-        """Values of --ds_config."""
-        return (self.settings.ds_config,) if self.given("ds_config") else ENGINE_FILES
+        return self.values("sequence_parallel", [self.settings.sequence_parallel] if tp_size == 1 else [True, False])
 
     @property
     def chosen_storages(self) -> tuple[Storage, ...]:
@@ -204,9 +195,9 @@ def search(
     for tp_size, pp_size in choices.grids(cluster.world_size):
         dp_size = cluster.world_size // (tp_size * pp_size)
         rows, sequences = choices.rows(max(dp_size, 1)), choices.sequences(tp_size)
-        variants = (rows, sequences, choices.recomputes)
-        number = len(rows) * len(sequences) * len(choices.recomputes)
-        for engine_file in choices.engine_files:
+        variants = (rows, sequences, choices.values("recompute", RECOMPUTES))
+        number = math.prod(map(len, variants))
+        for engine_file in choices.values("ds_config", ENGINE_FILES):
             for storage in storages:
                 try:
                     plans = _plans(choices, cluster, tp_size, pp_size, engine_file, storage)

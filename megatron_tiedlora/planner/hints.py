@@ -41,7 +41,7 @@ def _storage(best: Priced, plan: Plan) -> list[str]:
     if plain is None:
         is_compared = any(row.candidate.storage == Storage() for row in plan.others)
         return [f"{words}; in 16 bits nothing fits" if is_compared else words]
-    return [f"{words}; the fastest in {_dtype(plain)} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"]
+    return [f"{words}; the fastest in {plain.dtype} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"]
 
 
 def _formats(plan: Plan) -> list[str]:
@@ -62,7 +62,7 @@ def _formats(plan: Plan) -> list[str]:
 def _attention(best: Priced) -> list[str]:
     """The kernel that is planned with, and what the fastest one on such a card would give."""
     machine, kernel = best.cluster.machine, attention_of(best.cluster.machine)
-    if kernel is None or _dtype(best) != "bf16":
+    if kernel is None or best.dtype != "bf16":
         return []
     assert machine.capability is not None, "it has a kernel of a card"
     words = f"attention is planned by {kernel}, which a run takes where no other is installed"
@@ -85,17 +85,12 @@ def _nf4(best: Priced) -> list[str]:
 
 def _with(row: Priced, name: str, constant: Constant) -> Priced:
     """The same layout on a machine with another constant."""
-    machine = row.cluster.machine
-    machine = machine.changed({name: constant}, name=machine.name, title=machine.title)
+    machine = row.cluster.machine.changed({name: constant})
     return Pricer(replace(row.cluster, machine=machine)).price_in_full(row.candidate)
 
 
 def _rate(row: Priced) -> str:
     return f"{row.tokens_per_second:,.0f} tokens/s"
-
-
-def _dtype(row: Priced) -> str:
-    return "fp32" if row.candidate.layout.dtype.itemsize == 4 else "bf16"
 
 
 def _ratio(faster: Priced, slower: Priced) -> float:

@@ -84,9 +84,14 @@ class Priced:
         return self.work.tokens / self.step.total / self.cluster.world_size
 
     @property
+    def dtype(self) -> str:
+        """The name of the base's dtype."""
+        return "fp32" if self.candidate.layout.dtype.itemsize == 4 else "bf16"
+
+    @property
     def mfu(self) -> float:
         """Of the peak in the dtype of the base, as a run reports it."""
-        peak = self.cluster.machine["peak.fp32" if self.candidate.layout.dtype.itemsize == 4 else "peak.bf16"]
+        peak = self.cluster.machine[f"peak.{self.dtype}"]
         return self.work.flops / self.step.total / (peak * self.cluster.world_size)
 
 

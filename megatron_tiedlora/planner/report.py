@@ -87,8 +87,7 @@ def find_machine(command: PlanCommand) -> Machine:
         return machine
     if settings.ranks_on_cpu is None:
         return GPUS[settings.gpu or DEFAULT_GPU]
-    memory = Constant(float(psutil.virtual_memory().total), "of this machine")
-    return CPU.changed({"memory": memory}, name=CPU.name, title=CPU.title)
+    return CPU.changed({"memory": Constant(float(psutil.virtual_memory().total), "of this machine")})
 
 
 def make_plan(command: PlanCommand) -> Made:

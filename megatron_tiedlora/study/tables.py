@@ -64,24 +64,16 @@ def table2(studies: Sequence[Study]) -> list[Row]:
 
 
 def _cell(study: Study, section: str, method: str) -> Cell:
-    base = study.base
-    lora = best_result(study, LORA)
-    paper = table2_cell(study.base.paper_model, section, method, base.task, base.metric)
-    result = best_result(study, method, rank=_rank(lora) if section == LORA_RANK else None)
-    if section == LORA_RANK and lora is None:
-        result = None
+    base, lora = study.base, best_result(study, LORA)
+    paper = table2_cell(base.paper_model, section, method, base.task, base.metric)
+    if section == LORA_RANK:
+        result = None if lora is None else best_result(study, method, rank=lora.point.rank)
+    else:
+        result = best_result(study, method)
     if result is None or lora is None:
         return Cell(result, paper=paper)
-    return Cell(
-        result,
-        params_percent=100 * result.num_trained / lora.num_trained,
-        decline=decline([_value(lora)], [_value(result)]),
-        paper=paper,
-    )
-
-
-def _rank(result: Result | None) -> int | None:
-    return None if result is None else result.point.rank
+    share = 100 * result.num_trained / lora.num_trained
+    return Cell(result, share, decline([_value(lora)], [_value(result)]), paper)
 
 
 def _value(result: Result) -> float:
