@@ -52,9 +52,34 @@ class PlannedRun:
 
     def assumes(self, name: str) -> bool:
         """Whether a setting is a default, at least for one adapter."""
-        if name in self.settings.model_fields_set:
+        if self.given(name):
             return False
         return name not in PER_ADAPTER or any(name not in own.model_fields_set for own in self.adapters.values())
+
+    def given(self, name: str) -> bool:
+        """Whether a flag was given."""
+        return name in self.settings.model_fields_set
+
+    def choices(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
+        """The values of a setting: the one that was given, or all."""
+        return [getattr(self.settings, name)] if self.given(name) else values
+
+    def grids(self, world_size: int) -> list[tuple[int, int]]:
+        """Tensor and pipeline parallel sizes whose product divides the ranks; a given one in any case."""
+        tensor, pipeline = (self.choices(f"{name}_parallel", divisors(world_size)) for name in ("tensor", "pipeline"))
+        found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
+        return found or [(tensor[0], pipeline[0])]
+
+    def rows(self, dp_size: int) -> list[int]:
+        """Rows of a micro-batch: the divisors of a rank's part of the global batch, of each adapter's if several."""
+        if self.settings.micro_batch_size is not None:
+            return [self.settings.micro_batch_size]
+        share, rest = divmod(self.common_batch, max(dp_size, 1))
+        return [1] if rest else divisors(share)
+
+    def sequences(self, tp_size: int) -> Sequence[bool]:
+        """Whether sequences are sharded; of no consequence without tensor parallelism."""
+        return self.choices("sequence_parallel", [self.settings.sequence_parallel] if tp_size == 1 else [True, False])
 
     @property
     def common_batch(self) -> int:
@@ -124,3 +149,8 @@ def planned_values(settings: Settings, on_gpu: bool) -> dict[str, Any]:
         "dry_run": True,
         "plan_for": "gpu" if on_gpu else "cpu",
     }
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, in ascending order."""
+    return [size for size in range(1, number + 1) if number % size == 0]
