@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
@@ -107,7 +106,7 @@ def measure_layout(settings: BenchSettings, *, rank: int = 0, world_size: int = 
     if settings.constants is not None:
         machine = read_machine(user_path(settings.constants, flag="--constants"))
     run = start(plan_benchmark(settings, rank=rank, world_size=world_size), settings)
-    plan, device = run.plan, run.runner.device
+    device = run.runner.device
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
     given = iter(steps)
     held = restart_peak(device)
@@ -120,8 +119,7 @@ def measure_layout(settings: BenchSettings, *, rank: int = 0, world_size: int = 
     ranks = gather_on_rank_0(mine, kind=dict[str, Any])
     if ranks is None:
         return None
-    figures = {**_step_figures(plan, steps[-1], seconds, ranks), "planned": planned or None}
-    return {**_describe(plan, settings, device), "kernels": run.kernels, **figures}
+    return {**_report(run, settings, steps[-1], seconds, ranks), "planned": planned or None}
 
 
 def _planned(run: Started, step: TrainingStep, machine: Machine) -> dict[str, Any]:
@@ -202,8 +200,13 @@ def _saved_bytes(run: Started, step: TrainingStep) -> int:
     return total
 
 
-def _describe(plan: RunPlan, bench: BenchSettings, device: torch.device) -> dict[str, Any]:
-    settings, grid = plan.settings, plan.grid
+def _report(
+    run: Started, bench: BenchSettings, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The layout, and the figures of the step on all ranks together."""
+    plan, settings, grid, device = run.plan, run.plan.settings, run.plan.grid, run.runner.device
+    flops, middle = training_flops(plan.source.shape, plan.adapter, step), median(seconds)
+    matmul, on_gpu = sum(member["matmul_flops_per_second"] for member in ranks), device.type == "cuda"
     return {
         "model": settings.model,
         "weights": "random" if plan.source.folder is None else "read",
@@ -220,16 +223,7 @@ def _describe(plan: RunPlan, bench: BenchSettings, device: torch.device) -> dict
             "rows": settings.micro_batch_size,
             "length": settings.max_length,
         },
-    }
-
-
-def _step_figures(
-    plan: RunPlan, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The figures of the step on all ranks together."""
-    flops = training_flops(plan.source.shape, plan.adapter, step)
-    matmul = sum(member["matmul_flops_per_second"] for member in ranks)
-    figures: dict[str, Any] = {
+        "kernels": run.kernels,
         "micro_batches": len(step.micro_batches),
         "seconds": list(seconds),
         "tokens": step.num_tokens,
@@ -237,17 +231,15 @@ def _step_figures(
         "positions": step.num_positions,
         "model_flops": flops,
         "matmul_flops_per_second": matmul,
-        "tokens_per_second": step.num_tokens / median(seconds),
-        "share_of_matmul": flops / median(seconds) / matmul,
-        "mfu": None,
-        "kernel_seconds": None,
+        "tokens_per_second": step.num_tokens / middle,
+        "share_of_matmul": flops / middle / matmul,
+        "mfu": flops / middle / sum(member["peak_flops_per_second"] for member in ranks) if on_gpu else None,
+        "kernel_seconds": {kind: sum(member["kernel_seconds"][kind] for member in ranks) for kind in CLASSES}
+        if on_gpu
+        else None,
         "as_predicted": all(member["as_predicted"] for member in ranks),
         "ranks": ranks,
     }
-    if ranks[0]["kernel_seconds"] is not None:
-        figures["mfu"] = flops / median(seconds) / sum(member["peak_flops_per_second"] for member in ranks)
-        figures["kernel_seconds"] = {kind: sum(member["kernel_seconds"][kind] for member in ranks) for kind in CLASSES}
-    return figures
 
 
 @dataclass(frozen=True)

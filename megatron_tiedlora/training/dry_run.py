@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
+from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.settings import Settings
@@ -18,21 +20,26 @@ from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.planning.memory import bank_bytes, cache_bytes
 from megatron_tiedlora.training.adapter_plans import choose_folder, plan_adapters
 from megatron_tiedlora.training.dry_run_tables import (
-    DryRunReport,
-    fits,
     memory_lines,
     message_lines,
     no_data_lines,
     partition_lines,
     ranges,
     speed_lines,
-    verdict_lines,
+    verdict,
 )
 from megatron_tiedlora.training.init_from import start_lines
 from megatron_tiedlora.training.length import epochs_of
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.run_data import Data, RunData, counted, first_source, prepare_all_data
 from megatron_tiedlora.training.step_plan import StepPlan
+
+
+class DryRunReport(NamedTuple):
+    """A dry run as text, and whether every rank fits in the card of --gpu; without --gpu it does."""
+
+    text: str
+    fits: bool
 
 
 def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunReport:
@@ -51,13 +58,13 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
     memories = [step.largest.memory(stage, step.shared.machine) for stage in step.stages]
     several = settings.adapters is not None
     sections = [_adapter_table(step) if several else _parameters(step.shared), partition_lines(step.stages)]
-    sections.append([*memory_lines(step, memories), *verdict_lines(memories, step.shared)])
-    sections[-1] += [] if several else _decoding(step.shared, data)
-    sections += [_one_more(step)] if several else []
+    verdict_lines, fits = verdict(memories, step.shared)
+    decoding = [] if several else _decoding(step.shared, data)
+    sections += [[*memory_lines(step, memories), *verdict_lines, *decoding], *([_one_more(step)] if several else [])]
     sections += [message_lines(step), *speed_lines(step), _shared_batches(step) if several else _batches(step, data)]
     sections += [_data_table(step, data) if several else _data(step.shared, data)] if data else []
     sections += _samples(step, data) if data else [no_data_lines(step.shared)]
-    return DryRunReport.of(sections, fits=fits(memories, step.shared))
+    return DryRunReport("\n\n".join("\n".join(map(printable, section)) for section in sections), fits)
 
 
 def _samples(step: StepPlan, data: Data) -> list[list[str]]:
