@@ -36,7 +36,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.layout import MeasuredStep, measured_step
 from megatron_tiedlora.benchmark.timing import idle_bytes
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.presets import is_preset
+from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import whole_rows
 from megatron_tiedlora.model.families import shape_from_hf
@@ -60,15 +60,12 @@ _LENGTH = 64
 _MICRO_BATCHES = 8  # of the step of two stages
 _TINY_REPEATS, _REPEATS = 20, 5
 _TINY = {
-    "model_type": "llama",
+    **PRESETS["llama2-7b"],
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 256,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 4096,
-    "hidden_act": "silu",
 }
 _UNKNOWN = ("block", "step", "instruction")
 _NOTHING = Constant(0.0, "not measured yet")

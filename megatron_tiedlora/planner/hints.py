@@ -28,11 +28,6 @@ def hint_lines(plan: Plan) -> list[str]:
     return [*found, *_recompute(best, plan), *_attention(best), *_nf4(best)]
 
 
-def _sizes(row: Priced) -> str:
-    layout = row.candidate.layout
-    return f"{layout.tp_size} x {layout.pp_size} x {layout.dp_size}"
-
-
 def _storage(best: Priced, plan: Plan) -> list[str]:
     if best.candidate.storage == Storage() or plan.search.run.source.stored is not None:
         return []
@@ -105,8 +100,10 @@ def _tensor(shown: Sequence[Priced]) -> list[str]:
     share = wide.step.tensor / wide.step.total
     if share < _LARGE or _ratio(fastest, wide) < _FASTER:
         return []
+    layout = fastest.candidate.layout
+    sizes = f"{layout.tp_size} x {layout.pp_size} x {layout.dp_size}"
     return [
-        f"{wide.name}: tensor messages take {share:.0%}; {_sizes(fastest)} is {_ratio(fastest, wide):.1f} x as fast"
+        f"{wide.name}: tensor messages take {share:.0%}; {sizes} is {_ratio(fastest, wide):.1f} x as fast"
         f" ({fastest.name})"
     ]
 

@@ -125,35 +125,29 @@ def tensors_text(method: str) -> str:
 
 
 @dataclass(frozen=True)
-class SingleCell:
-    """A cell of Table 3: its column (`layer_8` or the tied method), its result and the paper's score."""
-
-    column: str
-    result: Result
-    paper: float | None
-
-
-@dataclass(frozen=True)
 class SingleRow:
-    """A row of Table 3: LoRA on single layers in one study, and the tied method at the same rank."""
+    """A row of Table 3: LoRA on single layers in one study, and the tied method at the same rank.
+
+    Attributes:
+        results, paper: by column (`layer_8` or the tied method), the results and the paper's scores.
+    """
 
     study: Study
     rank: int
-    cells: tuple[SingleCell, ...]
+    results: dict[str, Result]
+    paper: dict[str, float]
 
 
 def table3(studies: Sequence[Study]) -> list[SingleRow]:
     """The rows of Table 3, one per study that trained single layers."""
     rows = []
     for study in studies:
-        rival = study.grid.rival
-        if rival is None:
-            continue
-        base = study.base
-        paper = table3_scores(study.base.paper_model, base.task, base.metric) if rival.rank == TABLE3_RANK else {}
-        points = (*study.grid.single, rival)
-        cells = tuple(SingleCell(column(p), study.result(p), paper.get(column(p))) for p in points)
-        rows.append(SingleRow(study, rival.rank, cells))
+        base, rival = study.base, study.grid.rival
+        if rival is not None:
+            results = {column(point): study.result(point) for point in (*study.grid.single, rival)}
+            paper = table3_scores(base.paper_model, base.task, base.metric) if rival.rank == TABLE3_RANK else {}
+            published = {name: score for name, score in paper.items() if name in results}
+            rows.append(SingleRow(study, rival.rank, results, published))
     return rows
 
 

@@ -80,15 +80,16 @@ def table2_markdown(studies: Sequence[Study]) -> str:
 def _cell_texts(cell: Cell) -> list[str]:
     if cell.result is None or cell.score is None:
         return [NONE] * 5
-    mark = INCOMPLETE if cell.result.missing else ""
-    score = cell.score
-    return [
-        _number(score.value) + mark,
-        f"{score.low:.2f} to {score.high:.2f}",
-        str(cell.result.point.rank),
-        _number(cell.params_percent, 1),
-        _number(cell.decline),
-    ]
+    scores, rank = _score_texts(cell.score, cell.result), str(cell.result.point.rank)
+    return [*scores, rank, _number(cell.params_percent, 1), _number(cell.decline)]
+
+
+def _score_texts(score: TestScore | None, result: Result | None = None) -> tuple[str, str]:
+    """A score, with a mark if its result is not complete, and its interval."""
+    if score is None:
+        return NONE, NONE
+    mark = INCOMPLETE if result is not None and result.missing else ""
+    return _number(score.value) + mark, f"{score.low:.2f} to {score.high:.2f}"
 
 
 def _paper_texts(cell: Cell) -> list[str]:
@@ -99,9 +100,7 @@ def _paper_texts(cell: Cell) -> list[str]:
 def _base_row(studies: Sequence[Study], with_paper: Sequence[bool]) -> list[str]:
     cells = [BASE_ROW, "no adapter"]
     for study, paper in zip(studies, with_paper, strict=True):
-        score = study.base_score
-        known = [NONE] * 2 if score is None else [_number(score.value), f"{score.low:.2f} to {score.high:.2f}"]
-        cells += [*known, *[NONE] * (6 if paper else 3)]
+        cells += [*_score_texts(study.base_score), *[NONE] * (6 if paper else 3)]
     if len(studies) > 1:
         cells += [_number(mean_base(studies)), NONE]
     return cells
@@ -197,39 +196,35 @@ def table3_markdown(studies: Sequence[Study]) -> str:
     columns = _columns(rows)
     body = []
     for row in rows:
-        cells = {cell.column: cell for cell in row.cells}
-        scores = (_single_text(cells[name].result) if name in cells else "" for name in columns)
+        scores = (_single_text(row.results[name]) if name in row.results else "" for name in columns)
         body.append([title(row.study), *scores])
-        if any(cell.paper is not None for cell in row.cells):
-            published = (_number(cells[name].paper) if name in cells else "" for name in columns)
+        if row.paper:
+            published = (_number(row.paper.get(name)) if name in row.results else "" for name in columns)
             body.append(["the paper", *published])
     header = ["task", *(name.replace("_", " ") for name in columns)]
     notes = []
     for row in rows:
-        counts = sorted({cell.result.num_trained for cell in row.cells})
+        counts = sorted({result.num_trained for result in row.results.values()})
         notes.append(
             f"- {row.study.base.task}: rank {row.rank}, {' or '.join(f'{count:,}' for count in counts)} trained"
             " parameters each; scores in per cent with the 95 % interval."
         )
-    if any(cell.result.missing for row in rows for cell in row.cells):
+    if any(result.missing for row in rows for result in row.results.values()):
         notes.append(f"- {INCOMPLETE}: not all learning rates are finished.")
     for row in rows:
-        notes += _stopped_notes(row.study, [cell.result.point for cell in row.cells])
+        notes += _stopped_notes(row.study, [result.point for result in row.results.values()])
     notes += _other_rows_notes([row.study for row in rows])
     return _text([*lines, *markdown_lines(header, body), "", *notes])
 
 
 def _columns(rows: Sequence[SingleRow]) -> list[str]:
-    names = {cell.column for row in rows for cell in row.cells}
+    names = {name for row in rows for name in row.results}
     layers = sorted((name for name in names if name.startswith("layer_")), key=lambda name: int(name[6:]))
     return layers + sorted(names.difference(layers))
 
 
 def _single_text(result: Result) -> str:
-    if result.score is None:
-        return NONE
-    score, mark = result.score, INCOMPLETE if result.missing else ""
-    return f"{_number(score.value)}{mark} ({score.low:.2f} to {score.high:.2f})"
+    return NONE if result.score is None else "{} ({})".format(*_score_texts(result.score, result))
 
 
 def table3_csv(studies: Sequence[Study]) -> str:
@@ -238,9 +233,9 @@ def table3_csv(studies: Sequence[Study]) -> str:
     columns += ["learning_rate", "trained_parameters", "all_rates_finished", "paper_score", "stopped_rates"]
     lines = []
     for row in table3(studies):
-        for cell in row.cells:
-            own = {"rank": row.rank, "adapter": cell.column, "paper_score": cell.paper}
-            lines.append({**_study_values(row.study), **own, **_result_values(cell.result)})
+        for name, result in row.results.items():
+            own = {"rank": row.rank, "adapter": name, "paper_score": row.paper.get(name)}
+            lines.append({**_study_values(row.study), **own, **_result_values(result)})
     return _csv(columns, lines)
 
 
