@@ -234,22 +234,6 @@ class _Measure:
                 taken += self._time(step, seconds / len(linears) / 2)
         return taken
 
-    def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """The share of the peak by necessary FLOPs, those of `block_flops`; on a CPU also the queries that are read."""
-        dtype, width = _DTYPES[name], self.shape.heads.rows[0]
-        many = self._attention(dtype, self.tokens, seconds / 2)
-        flops, read = 3 * 2 * self.tokens**2 * width, 0.0
-        if self.device.type == "cpu":
-            tokens = max(1, self.tokens // _FEWER)
-            few = self._attention(dtype, tokens, seconds / 2)
-            ratio = self.tokens / tokens
-            begins = (few - many / ratio**2) / (1 - 1 / ratio) * ratio  # seconds = this + FLOPs / rate, at all tokens
-            if 0 < begins < many:
-                many, read = many - begins, 3 * self.tokens * width / begins
-        yield f"attention.{name}", self._share(flops / many, peak, "attention, forward and back")
-        words = f"attention of {self.source.name} over {self.tokens // _FEWER} and {self.tokens:,} tokens"
-        yield f"queries.{name}", self._constant(read, words) if read else Constant(0.0, "while it computes")
-
     def _attention(self, dtype: torch.dtype, tokens: int, seconds: float) -> float:
         """The seconds of attention over a sample, forward and back."""
         heads = self.shape.heads
