@@ -36,7 +36,8 @@ from megatron_tiedlora.training.throughput import training_flops
 
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
 IN_TURN, TOGETHER, ONE = "in turn", "together", "one adapter, all tokens"
-StepParts = tuple[Sequence[MicroBatch], Sequence[torch.optim.Optimizer]]  # a step: micro-batches, then these step
+# The micro-batches of a step, and the optimizers that take it.
+StepParts = tuple[Sequence[MicroBatch], Sequence[torch.optim.Optimizer]]
 
 
 @dataclass
@@ -140,14 +141,14 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
     optimizers = {name: _optimizer(adapter) for name, adapter in adapters.items()}
     taken = {name: first if number == 0 else next(loader) for number, name in enumerate(adapters)}
     rounds = shared_rounds(taken, capacity=settings.shared_tokens or settings.adapters * settings.adapter_tokens)
-    name, *_ = adapters
+    only, *_ = adapters
     by_side: dict[str, list[StepParts]] = {
         IN_TURN: [
             ([shared_micro_batch([(name, batch)]) for batch in step.micro_batches], [optimizers[name]])
             for name, step in taken.items()
         ],
         TOGETHER: [([shared_micro_batch(parts) for parts in rounds], list(optimizers.values()))],
-        ONE: [([_stacked(name, [batch for _, batch in parts]) for parts in rounds], [optimizers[name]])],
+        ONE: [([_stacked(only, [batch for _, batch in parts]) for parts in rounds], [optimizers[only]])],
     }
     return {side: Side(stage, steps, forward, device, None, chosen.description) for side, steps in by_side.items()}
 

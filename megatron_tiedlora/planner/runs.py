@@ -81,7 +81,7 @@ class PlannedRun:
         """Whether sequences are sharded; of no consequence without tensor parallelism."""
         return self.choices("sequence_parallel", [self.settings.sequence_parallel] if tp_size == 1 else [True, False])
 
-    @property
+    @cached_property
     def common_batch(self) -> int:
         """The most samples that divide the global batch of each adapter."""
         given = (own for own in self.adapters.values() if "global_batch_size" in own.model_fields_set)

@@ -59,11 +59,17 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
     several = settings.adapters is not None
     sections = [_adapter_table(step) if several else _parameters(step.shared), partition_lines(step.stages)]
     verdict_lines, fits = verdict(memories, step.shared)
-    decoding = [] if several else _decoding(step.shared, data)
-    sections += [[*memory_lines(step, memories), *verdict_lines, *decoding], *([_one_more(step)] if several else [])]
-    sections += [message_lines(step), *speed_lines(step), _shared_batches(step) if several else _batches(step, data)]
-    sections += [_data_table(step, data) if several else _data(step.shared, data)] if data else []
-    sections += _samples(step, data) if data else [no_data_lines(step.shared)]
+    memory = [*memory_lines(step, memories), *verdict_lines]
+    if several:
+        sections += [memory, _one_more(step)]
+    else:
+        sections.append([*memory, *_decoding(step.shared, data)])
+    sections += [message_lines(step), *speed_lines(step)]
+    sections.append(_shared_batches(step) if several else _batches(step, data))
+    if data:
+        sections += [_data_table(step, data) if several else _data(step.shared, data), *_samples(step, data)]
+    else:
+        sections.append(no_data_lines(step.shared))
     return DryRunReport("\n\n".join("\n".join(map(printable, section)) for section in sections), fits)
 
 
