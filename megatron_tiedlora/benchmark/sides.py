@@ -24,6 +24,7 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data.loader import collate
 from megatron_tiedlora.data.shared import shared_micro_batch, shared_rounds
+from megatron_tiedlora.engine.runner import Losses
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -130,7 +131,10 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
         supervised = batch.supervised().moved(lambda tensor: tensor.to(device))
         tokens, positions = batch.tokens.to(device), batch.positions.to(device)
         losses: torch.Tensor = stage(tokens, positions, supervised, documents=batch.documents, shares=batch.shares)
-        return losses.sum() / first.num_supervised  # every step has as many
+        if settings.adapters is None:
+            return losses / first.num_supervised
+        divisors = {share.adapter: (first.num_supervised,) for share in batch.shares}  # every step has as many
+        return Losses(divisors).weighted(losses, batch.shares)
 
     if settings.adapters is None:
         flops, steps = training_flops(source.shape, plan.adapter, first), [(first.micro_batches, [_optimizer(stage)])]
