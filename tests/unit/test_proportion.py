@@ -27,7 +27,7 @@ LINES: Table = {
     "(top)": (52, "the version is imported from base/version.py"),
     "adapters": (1449, ""),
     "api": (290, ""),
-    "base": (2121, "naming of an adapter in an error, and the version, for every floor; tables in Markdown, from study/"),
+    "base": (2121, "naming of an adapter in an error, and the version, for every floor; Markdown, from study/"),
     "benchmark": (1725, "its steps go by one interface of a run"),
     "checkpoint": (2023, "the files of a merge are written here, from convert/"),
     "cluster": (3968, ""),
