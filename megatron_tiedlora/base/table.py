@@ -1,4 +1,4 @@
-"""Aligned text tables: whatever prints rows of cells makes its lines here."""
+"""Tables as text, aligned or in Markdown: whatever shows rows of cells makes its lines here."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def aligned_lines(rows: Sequence[Sequence[str]], *, align: str = "<>", indent: s
         cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=False))
         lines.append(f"{indent}{'  '.join(cells)}".rstrip())
     return lines
+
+
+def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]

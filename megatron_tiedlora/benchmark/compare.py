@@ -1,6 +1,6 @@
 """Compares sides in one process: they take turns, and what needs much memory is measured in a process of its own.
 
-`measure` has the report of --what step, scaling and decoding; `report` makes it text.
+`measure_sides` has the report of --what step, scaling and decoding; `report` makes it text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.benchmark.plan import base_matmul_rate, plan_benchmark, saved_formula
-from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, OURS, TOGETHER, build_adapter_steps, make_sides
+from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, OURS, TOGETHER, make_sides
 from megatron_tiedlora.benchmark.timing import (
     about,
     default_device,
@@ -52,11 +52,8 @@ def measure_sides(settings: BenchSettings) -> dict[str, Any]:
     Raises:
         UserError: a value does not fit. The message names its flag. Nothing has been measured yet.
     """
-    if settings.what == "scaling":
-        return _measure_scaling(settings)
-    if settings.what == "decoding":
-        return _measure_decoding(settings)
-    return _measure_step(settings) if settings.adapters is None else _measure_adapters(settings)
+    measures = {"step": _measure_step, "scaling": _measure_scaling, "decoding": _measure_decoding}
+    return measures[settings.what](settings)
 
 
 def _seconds(
@@ -72,69 +69,47 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
     makers = make_sides(plan, settings)
     memory = {name: in_own_process(name, _step_memory, plan, settings, name) for name in makers}
     sides = {name: make() for name, make in makers.items()}
-    ours = sides[OURS]
-    seconds = _seconds({name: side.step for name, side in sides.items()}, ours.device, settings)
-    assert isinstance(ours.model, Stage)
-    formula = saved_formula(plan, ours.batches)
-    memory[OURS] |= {"saved_formula": formula, "saved_ratio": memory[OURS]["saved"] / formula}
-    rate = base_matmul_rate(plan, ours.model, ours.batches, ours.device)
-    figures = {
-        name: {
-            "seconds": seconds[name],
+    first, *_ = sides.values()
+    before = _load()
+    seconds = _seconds({name: side.step for name, side in sides.items()}, first.device, settings)
+    load, figures = [before, _load()], {name: {"seconds": seconds[name], **memory[name]} for name in sides}
+    several = () if settings.adapters is None else ("adapters", "rows", "length")
+    report = about(settings, plan.settings.base, first.device, *_STEP, *several, kernels=first.kernels)
+    if settings.adapters is not None:
+        middle = {name: median(taken) for name, taken in seconds.items()}
+        return {
+            **report,
+            "micro_batches": len(sides[TOGETHER].batches),
+            "tokens": sides[TOGETHER].num_tokens,
+            "load": load,
+            "ratio": middle[IN_TURN] / middle[TOGETHER],
+            "of_one_adapter": middle[ONE] / middle[TOGETHER],
+            "sides": figures,
+        }
+    formula = saved_formula(plan, first.batches)
+    figures[OURS] |= {"saved_formula": formula, "saved_ratio": figures[OURS]["saved"] / formula}
+    assert isinstance(first.model, Stage)
+    rate = base_matmul_rate(plan, first.model, first.batches, first.device)
+    for name, side in sides.items():
+        figures[name] |= {
             "tokens": side.num_tokens,
             "supervised": side.num_supervised,
             "positions": side.num_positions,
             "model_flops": side.flops,
-            **memory[name],
         }
-        for name, side in sides.items()
-    }
-    if ours.device.type == "cuda":
-        peak = find_peak(ours.device, plan.dtype).flops_per_second
+    if first.device.type == "cuda":
+        peak = find_peak(first.device, plan.dtype).flops_per_second
         for name, side in sides.items():
             mfu = None if side.flops is None else side.flops / median(seconds[name]) / peak
             figures[name] |= {"mfu": mfu, "kernel_seconds": kernel_seconds(side.step)}
-    return {
-        **about(settings, plan.settings.base, ours.device, *_STEP, kernels=ours.kernels),
-        "matmul_flops_per_second": rate,
-        "sides": figures,
-    }
+    return {**report, "matmul_flops_per_second": rate, "sides": figures}
 
 
 def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
-    """The bytes `peak` and `saved` of a side's step. Call it in a fresh process."""
+    """The bytes `peak`, and without --adapters `saved`, of a side's turn. Call it in a fresh process."""
     side = make_sides(plan, settings)[name]()
-    return {"peak": peak_of(side.step, side.device), "saved": side.saved_bytes()}
-
-
-# Several adapters ----------------------------------------------------------------------------------------------------
-
-
-def _measure_adapters(settings: BenchSettings) -> dict[str, Any]:
-    assert settings.adapters is not None
-    plan = plan_benchmark(settings)
-    peaks = {name: in_own_process(name, _adapters_peak, plan, settings, name) for name in (IN_TURN, TOGETHER, ONE)}
-    group = build_adapter_steps(plan, settings)
-    before = _load()
-    seconds = _seconds(group.steps, group.device, settings)
-    middle = {name: median(taken) for name, taken in seconds.items()}
-    return {
-        **about(settings, plan.settings.base, group.device, *_STEP, "adapters", kernels=group.kernels),
-        "rows": settings.rows,
-        "length": settings.length,
-        "micro_batches": len(group.shared),
-        "tokens": settings.adapters * settings.adapter_tokens,
-        "load": [before, _load()],
-        "ratio": middle[IN_TURN] / middle[TOGETHER],
-        "of_one_adapter": middle[ONE] / middle[TOGETHER],
-        "sides": {name: {"seconds": taken, "peak": peaks[name]} for name, taken in seconds.items()},
-    }
-
-
-def _adapters_peak(plan: RunPlan, settings: BenchSettings, name: str) -> int | None:
-    """The peak bytes of a side's step. Call it in a fresh process."""
-    group = build_adapter_steps(plan, settings)
-    return peak_of(group.steps[name], group.device)
+    peak = {"peak": peak_of(side.step, side.device)}
+    return peak if settings.adapters is not None else {**peak, "saved": side.saved_bytes()}
 
 
 def _load() -> float | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
+from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.paths import user_path
@@ -30,7 +30,9 @@ from megatron_tiedlora.benchmark.timing import (
     storage_bytes,
     take_turns,
 )
+from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.runner import Runner
@@ -82,12 +84,15 @@ class Started:
         (longest,) = max_over_ranks([timed(lambda: self.take(step), self.runner.device)])
         return longest
 
+    def step_plan(self, step: TrainingStep) -> StepPlan:
+        """The plan of a step, from its samples."""
+        batch = self.plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
+        return StepPlan({ONLY: self.plan}, samples={ONLY: (self.dataset, batch)})
+
     def planned_seconds(self, step: TrainingStep, machine: Machine) -> Seconds:
         """What the planner says of a step on a machine of this one's hosts. All ranks call it together."""
-        plan = self.plan
-        batch = plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
-        batches = StepPlan({ONLY: plan}, samples={ONLY: (self.dataset, batch)}).batches
-        return planned_seconds(plan.stages, batches, Links(plan.layout, ranks_here()), machine)
+        links = Links(self.plan.layout, ranks_here())
+        return planned_seconds(self.plan.stages, self.step_plan(step).batches, links, machine)
 
 
 def measure_layout(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> dict[str, Any] | None:
@@ -101,7 +106,7 @@ def measure_layout(settings: BenchSettings, *, rank: int = 0, world_size: int = 
     if settings.constants is not None:
         machine = read_machine(user_path(settings.constants, flag="--constants"))
     run = start(plan_benchmark(settings, rank=rank, world_size=world_size), settings)
-    plan, device = run.plan, run.runner.device
+    device = run.runner.device
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
     given = iter(steps)
     held = restart_peak(device)
@@ -114,8 +119,7 @@ def measure_layout(settings: BenchSettings, *, rank: int = 0, world_size: int = 
     ranks = gather_on_rank_0(mine, kind=dict[str, Any])
     if ranks is None:
         return None
-    figures = {**_step_figures(plan, steps[-1], seconds, ranks), "planned": planned or None}
-    return {**_describe(plan, settings, device), "kernels": run.kernels, **figures}
+    return {**_report(run, settings, steps[-1], seconds, ranks), "planned": planned or None}
 
 
 def _planned(run: Started, step: TrainingStep, machine: Machine) -> dict[str, Any]:
@@ -123,11 +127,9 @@ def _planned(run: Started, step: TrainingStep, machine: Machine) -> dict[str, An
 
     On a CPU the peak has the reserve for an idle process, but none for what an allocator keeps.
     """
-    plan = run.plan
-    batch = plan.global_batch(run.dataset, consumed_samples=step.consumed_samples)
-    memory = StepPlan({ONLY: plan}, samples={ONLY: (run.dataset, batch)}).largest.memory(plan.stage, machine)
+    memory = run.step_plan(step).largest.memory(run.plan.stage, machine)
     spent = run.planned_seconds(step, machine)
-    reserve = 0.0 if plan.on_gpu else memory.libraries
+    reserve = 0.0 if run.plan.on_gpu else memory.libraries
     return {"peak": memory.allocated + reserve, "machine": machine.title, "seconds": spent._asdict()}
 
 
@@ -154,8 +156,7 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
     plan, runner, device = run.plan, run.runner, run.runner.device
     run.train_step.stop.agree(True)  # start together, so that ranks that share a processor measure their share of it
     rate = base_matmul_rate(plan, runner.stage, step.micro_batches, device)
-    batch = plan.global_batch(run.dataset, consumed_samples=step.consumed_samples)
-    shapes = plan.micro_batches(run.dataset, batch)
+    shapes = run.step_plan(step).batches.shapes
     run.train_step.long_seconds = math.inf  # the prediction leaves out what ranks send only in long steps
     with TrafficCounter(named_handles(runner.groups)) as counter:
         run.take(next(run.loader))
@@ -199,8 +200,13 @@ def _saved_bytes(run: Started, step: TrainingStep) -> int:
     return total
 
 
-def _describe(plan: RunPlan, bench: BenchSettings, device: torch.device) -> dict[str, Any]:
-    settings, grid = plan.settings, plan.grid
+def _report(
+    run: Started, bench: BenchSettings, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The layout, and the figures of the step on all ranks together."""
+    plan, settings, grid, device = run.plan, run.plan.settings, run.plan.grid, run.runner.device
+    flops, middle = training_flops(plan.source.shape, plan.adapter, step), median(seconds)
+    matmul, on_gpu = sum(member["matmul_flops_per_second"] for member in ranks), device.type == "cuda"
     return {
         "model": settings.model,
         "weights": "random" if plan.source.folder is None else "read",
@@ -217,16 +223,7 @@ def _describe(plan: RunPlan, bench: BenchSettings, device: torch.device) -> dict
             "rows": settings.micro_batch_size,
             "length": settings.max_length,
         },
-    }
-
-
-def _step_figures(
-    plan: RunPlan, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The figures of the step on all ranks together."""
-    flops = training_flops(plan.source.shape, plan.adapter, step)
-    matmul = sum(member["matmul_flops_per_second"] for member in ranks)
-    figures: dict[str, Any] = {
+        "kernels": run.kernels,
         "micro_batches": len(step.micro_batches),
         "seconds": list(seconds),
         "tokens": step.num_tokens,
@@ -234,14 +231,44 @@ def _step_figures(
         "positions": step.num_positions,
         "model_flops": flops,
         "matmul_flops_per_second": matmul,
-        "tokens_per_second": step.num_tokens / median(seconds),
-        "share_of_matmul": flops / median(seconds) / matmul,
-        "mfu": None,
-        "kernel_seconds": None,
+        "tokens_per_second": step.num_tokens / middle,
+        "share_of_matmul": flops / middle / matmul,
+        "mfu": flops / middle / sum(member["peak_flops_per_second"] for member in ranks) if on_gpu else None,
+        "kernel_seconds": {kind: sum(member["kernel_seconds"][kind] for member in ranks) for kind in CLASSES}
+        if on_gpu
+        else None,
         "as_predicted": all(member["as_predicted"] for member in ranks),
         "ranks": ranks,
     }
-    if ranks[0]["kernel_seconds"] is not None:
-        figures["mfu"] = flops / median(seconds) / sum(member["peak_flops_per_second"] for member in ranks)
-        figures["kernel_seconds"] = {kind: sum(member["kernel_seconds"][kind] for member in ranks) for kind in CLASSES}
-    return figures
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A step that was measured: its seconds, and what is planned for them without what is unknown."""
+
+    seconds: float
+    planned: Seconds
+
+    @property
+    def left(self) -> float:
+        """The seconds that no known constant explains."""
+        return max(0.0, self.seconds - self.planned.total)
+
+
+def measured_step(
+    machine: Machine, values: dict[str, Any], *, repeats: int, source: ModelSource | None = None
+) -> MeasuredStep:
+    """Measure a step of one row a micro-batch, without ZeRO, planned for a machine. All ranks call it together.
+
+    Args:
+        values: more settings of the benchmark.
+        repeats: timed steps, of which the median counts.
+        source: a model with random weights in place of --model.
+    """
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    settings = validate_settings({"what": "layout", "rows": 1, "ds_config": "zero0.json", **values}, BenchSettings)
+    plan = plan_benchmark(settings, rank=rank, world_size=world_size, source=source)
+    run = start(plan, settings)
+    steps = [next(run.loader) for _ in range(GUARDED_STEPS + repeats)]
+    seconds = [run.seconds_of(step) for step in steps][GUARDED_STEPS:]
+    return MeasuredStep(median(seconds), run.planned_seconds(steps[-1], machine))

@@ -3,17 +3,27 @@
     share = FLOP / seconds / peak        message: an all-reduce or a gather of one page takes it
     bandwidth = bytes over a ring / (seconds of a large message - message)
 
-Seconds are the median of what fits in the time for each of these. On a CPU a matmul's seconds for few and for many
-tokens make a line; where it begins is the time to read the weights. What only a step shows comes from `anchors`. What
-cannot be measured keeps the value and the source of the machine that it starts from: a preset for a card that is known,
-else the H100's; or those of CPUs.
+Seconds are the median of what fits in the time for each of these. On a CPU the seconds for few and for many tokens make
+a curve whose other term is the time to read weights or queries. What cannot be measured keeps the value and the source
+of the machine that it starts from: a preset for a card that is known, else the H100's; or those of CPUs.
+
+Some constants only a step of a run's own engine shows:
+
+    block        seconds of a step of many tiny layers - of one, over the passes through them
+    step         seconds of a step of one tiny layer beside its passes
+    instruction  what is left of a step of two tiny stages
+    context      what an idle process on a CPU holds: the anonymous memory after these steps
+    elementwise  what is left of a step of two layers of the model's own widths
+
+A tiny layer is so narrow that its matmuls and messages of bytes take nearly no time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -23,10 +33,13 @@ from torch import distributed
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES, FP8_CAPABILITY
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.benchmark.anchors import Anchors
+from megatron_tiedlora.benchmark.layout import MeasuredStep, measured_step
+from megatron_tiedlora.benchmark.timing import idle_bytes
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import whole_rows
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.fused_attention import attend_within, choose_attention
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.weight_maker import weight_maker
@@ -42,6 +55,21 @@ _FEWER = 8  # times fewer tokens, for the other end of a line
 _MOST = 200  # repetitions
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+_LAYERS = 33  # so many that the launches of their passes stand out of the noise of a busy machine
+_LENGTH = 64
+_MICRO_BATCHES = 8  # of the step of two stages
+_TINY_REPEATS, _REPEATS = 20, 5
+_TINY = {
+    **PRESETS["llama2-7b"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+_UNKNOWN = ("block", "step", "instruction")
+_NOTHING = Constant(0.0, "not measured yet")
+
 
 def measure_machine(source: ModelSource, device: torch.device, *, seconds: float, tokens: int | None = None) -> Machine:
     """The constants of the machine that this process runs on; of rank 0's if several ranks measure together.
@@ -51,17 +79,13 @@ def measure_machine(source: ModelSource, device: torch.device, *, seconds: float
         seconds: about how long it takes.
         tokens: of a matmul and of an attention.
     """
-    tokens, title = tokens or min(TOKENS[device.type], source.shape.limit.tokens), _title(device)
-    measure = _Measure(source, device, tokens, seconds)
-    anchors = Anchors(source, device, measure.source_text)
+    measure = _Measure(source, device, tokens or min(TOKENS[device.type], source.shape.limit.tokens), seconds)
     start = _start(device)
     if device.type == "cuda":  # before there is a communicator, which a plan counts too
-        start = start.changed({"context": measure.context()}, name=start.name, title=start.title)
-    found = anchors.alone(start)
-    found = found.changed(dict(measure.constants()), name="measured", title=title)
-    found = anchors.beside(found, tokens=tokens)
+        start = start.changed({"context": measure.context()})
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return replace(found, capability=capability)
+    own = {"name": "measured", "title": _title(device), "capability": capability}
+    return measure.beside(measure.alone(start).changed(dict(measure.constants()), **own))
 
 
 def _title(device: torch.device) -> str:
@@ -117,12 +141,8 @@ class _Measure:
             yield f"dequantise.{name}", self._dequantised(name, share)
         yield from self._messages(2 * share)
 
-    def source_text(self, words: str) -> str:
-        """The source of a constant that was measured."""
-        return f"measured on {_title(self.device)}, torch {torch.__version__}: {words}"
-
     def _constant(self, value: float, words: str) -> Constant:
-        return Constant(value, self.source_text(words))
+        return Constant(value, f"measured on {_title(self.device)}, torch {torch.__version__}: {words}")
 
     def _share(self, rate: float, peak: Constant, what: str) -> Constant:
         return self._constant(rate / peak.value, f"{what} of {self.source.name} over {self.tokens:,} tokens")
@@ -159,18 +179,39 @@ class _Measure:
 
     def _matmul_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
         """The share of the peak, and on a CPU the weights that are read each second beside that."""
-        dtype, weights = _DTYPES[name], 2 * self.shape.block.num_weights
-        many = self._matmuls(dtype, self.tokens, seconds / 2)
-        flops, read = 2 * self.tokens * weights, 0.0
+        weights, measure = 2 * self.shape.block.num_weights, partial(self._matmuls, _DTYPES[name])
+        many, begins = self._two_terms(measure, 1, seconds)
+        yield f"matmul.{name}", self._share(2 * self.tokens * weights / many, peak, "matmuls")
+        yield f"weights.{name}", self._read(weights, begins, "matmuls")
+
+    def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
+        """The share of the peak by necessary FLOPs, those of `block_flops`; on a CPU also the queries that are read."""
+        width, measure = self.shape.heads.rows[0], partial(self._attention, _DTYPES[name])
+        many, begins = self._two_terms(measure, 2, seconds)
+        rate = 3 * 2 * self.tokens**2 * width / many
+        yield f"attention.{name}", self._share(rate, peak, "attention, forward and back")
+        yield f"queries.{name}", self._read(3 * self.tokens * width, begins, "attention")
+
+    def _two_terms(self, measure: Callable[[int, float], float], power: int, seconds: float) -> tuple[float, float]:
+        """The seconds of all tokens n that grow as n^power, and those that grow with one power less.
+
+        The latter are what a CPU spends on reading; 0 if it is hidden by computation, and on a GPU.
+        """
+        many = measure(self.tokens, seconds / 2)
         if self.device.type == "cpu":
             tokens = max(1, self.tokens // _FEWER)
-            few = self._matmuls(dtype, tokens, seconds / 2)
-            begins = few - (many - few) * tokens / (self.tokens - tokens)
-            if 0 < begins < few:
-                many, read = many - begins, weights / begins
-        yield f"matmul.{name}", self._share(flops / many, peak, "matmuls")
-        words = f"matmuls of {self.source.name} over {self.tokens // _FEWER} and {self.tokens:,} tokens"
-        yield f"weights.{name}", self._constant(read, words) if read else Constant(0.0, "while it computes")
+            ratio = self.tokens / tokens
+            begins = (measure(tokens, seconds / 2) * ratio**power - many) / (ratio - 1)
+            if 0 < begins < many:
+                return many - begins, begins
+        return many, 0.0
+
+    def _read(self, numbers: float, seconds: float, what: str) -> Constant:
+        """The numbers that are read each second beside computation."""
+        if not seconds:
+            return Constant(0.0, "while it computes")
+        words = f"{what} of {self.source.name} over {self.tokens // _FEWER} and {self.tokens:,} tokens"
+        return self._constant(numbers / seconds, words)
 
     def _matmuls(
         self,
@@ -192,22 +233,6 @@ class _Measure:
             for step in (lambda: weight.times_transposed(x), lambda: weight.times(grad_y)):  # noqa: B023
                 taken += self._time(step, seconds / len(linears) / 2)
         return taken
-
-    def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """The share of the peak by necessary FLOPs, those of `block_flops`; on a CPU also the queries that are read."""
-        dtype, width = _DTYPES[name], self.shape.heads.rows[0]
-        many = self._attention(dtype, self.tokens, seconds / 2)
-        flops, read = 3 * 2 * self.tokens**2 * width, 0.0
-        if self.device.type == "cpu":
-            tokens = max(1, self.tokens // _FEWER)
-            few = self._attention(dtype, tokens, seconds / 2)
-            ratio = self.tokens / tokens
-            begins = (few - many / ratio**2) / (1 - 1 / ratio) * ratio  # seconds = this + FLOPs / rate, at all tokens
-            if 0 < begins < many:
-                many, read = many - begins, 3 * self.tokens * width / begins
-        yield f"attention.{name}", self._share(flops / many, peak, "attention, forward and back")
-        words = f"attention of {self.source.name} over {self.tokens // _FEWER} and {self.tokens:,} tokens"
-        yield f"queries.{name}", self._constant(read, words) if read else Constant(0.0, "while it computes")
 
     def _attention(self, dtype: torch.dtype, tokens: int, seconds: float) -> float:
         """The seconds of attention over a sample, forward and back."""
@@ -287,23 +312,18 @@ class _Measure:
 
     def _links(self, group: Any, size: int, seconds: float) -> tuple[float, float]:
         """Seconds of the smallest message, and bytes per second of the largest one beyond these."""
-        sizes = _MESSAGES[self.device.type]
-        found: dict[int, float] = {}
-        carried: dict[int, float] = {}
-        for length in sizes:
+        taken: list[float] = []
+        for length in _MESSAGES[self.device.type]:
             part = torch.zeros(length // 4, device=self.device)
             whole = torch.zeros(size * (length // 4), device=self.device)
-            reduced = self._together(lambda: distributed.all_reduce(whole, group=group), group, seconds / 4)  # noqa: B023
-            gathered = self._together(
+            steps = (
+                lambda: distributed.all_reduce(whole, group=group),  # noqa: B023
                 lambda: distributed.all_gather_into_tensor(whole, part, group=group),  # noqa: B023
-                group,
-                seconds / 4,
             )
-            found[length] = reduced + gathered
-            carried[length] = 3 * (size - 1) * length  # over a ring: twice for the all-reduce
-        message = found[sizes[0]] / 2
-        beyond = max(found[sizes[-1]] - 2 * message, 1e-9)
-        return message, carried[sizes[-1]] / beyond
+            taken.append(sum(self._together(step, group, seconds / 4) for step in steps))
+        small, large = taken
+        carried = 3 * (size - 1) * length  # over a ring: twice for the all-reduce
+        return small / 2, carried / max(large - small, 1e-9)
 
     def _together(self, step: Callable[[], object], group: Any, seconds: float) -> float:
         """The median of calls that every rank of the group makes equally often."""
@@ -312,3 +332,43 @@ class _Measure:
         distributed.all_reduce(first, op=distributed.ReduceOp.MAX, group=group)
         number = max(1, min(_MOST, int(seconds / max(float(first), 1e-9))))
         return median(timed(step, self.device) for _ in range(number))
+
+    # Steps of an engine ----------------------------------------------------------------------------------------------
+
+    def alone(self, machine: Machine) -> Machine:
+        """The machine with what tiny steps show; before anything else is measured, so that the process is idle."""
+        unknown = machine.changed(dict.fromkeys(_UNKNOWN, _NOTHING))
+        one, many = (_tiny_step(unknown, num_layers=number) for number in (1, _LAYERS))
+        block = max(0.0, many.seconds - one.seconds) / (2 * (_LAYERS - 1))
+        found = {
+            "block": self._constant(block, f"a step of {_LAYERS} tiny layers beside one of 1"),
+            "step": self._constant(max(0.0, one.left - 2 * block), "a step of 1 tiny layer beside its passes"),
+        }
+        if self.device.type == "cpu" and (idle := idle_bytes()):
+            found["context"] = self._constant(float(idle), "anonymous memory of an idle rank")
+        return machine.changed(found)
+
+    def beside(self, machine: Machine) -> Machine:
+        """The machine with what is left of steps that all other constants explain in part."""
+        if distributed.get_world_size() % 2 == 0:
+            known = machine.changed({"instruction": _NOTHING})
+            two = _tiny_step(known, num_layers=2, pipeline_parallel=2, micro_batches=_MICRO_BATCHES)
+            left = two.left / (2 * (_MICRO_BATCHES + 1))  # passes on the longest path through two stages
+            words = "a step of 2 tiny stages beside its passes and messages"
+            machine = machine.changed({"instruction": self._constant(left, words)})
+        own = _own_step(machine.changed({"elementwise": Constant(1.0, "as copies")}), self.source, tokens=self.tokens)
+        moved, of = own.planned.elementwise, f"{self.source.name} over {self.tokens:,} tokens"
+        words = f"a step of 2 layers of {of}, beside what other constants explain"
+        words = words if own.left else f"as copies, as nothing was left of {words}"
+        return machine.changed({"elementwise": self._constant(moved / (moved + own.left), words)})
+
+
+def _tiny_step(machine: Machine, *, num_layers: int, **more: Any) -> MeasuredStep:
+    shape = shape_from_hf({**_TINY, "num_hidden_layers": num_layers}, source="tiny")
+    source = ModelSource("tiny", None, shape)
+    return measured_step(machine, {"length": _LENGTH, **more}, repeats=_TINY_REPEATS, source=source)
+
+
+def _own_step(machine: Machine, source: ModelSource, *, tokens: int) -> MeasuredStep:
+    values = {"model": source.name, "num_layers": 2, "length": tokens, "random_weights": not is_preset(source.name)}
+    return measured_step(machine, values, repeats=_REPEATS)

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD, Traffic
+from megatron_tiedlora.training.dry_run_tables import shares_text
 
 Figures = Mapping[str, Any]
 
@@ -169,10 +170,8 @@ def _planned(report: Figures) -> list[str]:
     planned = report["planned"]
     if planned is None:
         return []
-    spent = planned["seconds"]
-    total = sum(spent.values())
-    shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in spent.items() if seconds)
-    ratio = total / median(report["seconds"])
+    total = sum(planned["seconds"].values())
+    ratio, shares = total / median(report["seconds"]), shares_text(planned["seconds"])
     return [f"planned for {planned['machine']}: {total:,.3f} s, {ratio:.3f} of the median; {shares}"]
 
 

@@ -6,10 +6,10 @@ one adapter with as many tokens in as many micro-batches. No sharing can be fast
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
+from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data.loader import collate
 from megatron_tiedlora.data.shared import shared_micro_batch, shared_rounds
-from megatron_tiedlora.engine.runner import Divisors, Losses
+from megatron_tiedlora.engine.runner import Losses
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -32,45 +32,50 @@ from megatron_tiedlora.model.weights import weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
-from megatron_tiedlora.training.optimizer import make_optimizer
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.throughput import training_flops
 
-Batch = TypeVar("Batch")
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
 IN_TURN, TOGETHER, ONE = "in turn", "together", "one adapter, all tokens"
+# The micro-batches of a step, and the optimizers that take it.
+StepParts = tuple[Sequence[MicroBatch], Sequence[torch.optim.Optimizer]]
 
 
 @dataclass
 class Side:
-    """One side with its model.
+    """One side: a model, and the steps that it takes at each of its turns.
 
     Attributes:
-        forward: the loss of a micro-batch, divided by the supervised tokens of the step.
+        steps: one, or several that are taken one after another.
+        forward: the loss of a micro-batch, divided by the supervised tokens of its step.
         flops: the FLOPs of the step's samples on our side; None on others.
         kernels: how our kernels were made, in a few words; None on others.
     """
 
     model: torch.nn.Module
-    batches: Sequence[MicroBatch]
+    steps: Sequence[StepParts]
     forward: Callable[[MicroBatch], torch.Tensor]
     device: torch.device
     flops: int | None = None
     kernels: str | None = None
 
     def __post_init__(self) -> None:
+        self.batches = [batch for batches, _ in self.steps for batch in batches]
         self.num_tokens = sum(batch.num_tokens for batch in self.batches)
         self.num_supervised = sum(batch.num_supervised for batch in self.batches)
         self.num_positions = sum(batch.tokens.numel() for batch in self.batches)
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
 
     def step(self) -> None:
-        """Take a step of AdamW."""
-        take_step(self.batches, self.forward, [self._optimizer])
+        """Take a turn: run forward and backward over the micro-batches of a step, then AdamW."""
+        for batches, optimizers in self.steps:
+            for batch in batches:
+                self.forward(batch).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
 
     def saved_bytes(self) -> int:
-        """The total bytes that autograd saves for a step's micro-batches, without parameters."""
+        """The total bytes that autograd saves for the micro-batches of a turn, without parameters."""
         total = 0
         for batch in self.batches:
             with saved_by_autograd(self.model) as saved:
@@ -79,34 +84,26 @@ class Side:
         return total
 
 
-def take_step(
-    batches: Iterable[Batch], loss_of: Callable[[Batch], torch.Tensor], optimizers: Iterable[torch.optim.Optimizer]
-) -> None:
-    """Run forward and backward over all micro-batches, then take the step of each optimizer."""
-    for batch in batches:
-        loss_of(batch).backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+def trained_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that AdamW steps."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def stage_losses(stage: Stage, batch: MicroBatch, device: torch.device) -> torch.Tensor:
-    """The summed loss of a micro-batch; of a shared one that of each share, (shares,)."""
-    supervised = batch.supervised().moved(lambda tensor: tensor.to(device))
-    tokens, positions = batch.tokens.to(device), batch.positions.to(device)
-    losses: torch.Tensor = stage(tokens, positions, supervised, documents=batch.documents, shares=batch.shares)
-    return losses
+def _optimizer(module: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained_parameters(module), lr=LEARNING_RATE)
 
 
 def make_sides(
     plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None = None
 ) -> dict[str, Callable[[], Side]]:
-    """The functions that build the sides, by name. The first side is ours, and all have the same samples.
+    """The functions that build the sides, by name. All have the same samples.
 
     Args:
-        chosen: our kernels; None: they are chosen by --compile when the side is built.
+        chosen: our kernels; None: they are chosen by --compile when a side is built.
     """
-    sides: dict[str, Callable[[], Side]] = {OURS: partial(_ours, plan, settings, chosen)}
+    ours = cache(partial(_our_sides, plan, settings, chosen))
+    names = (OURS,) if settings.adapters is None else (IN_TURN, TOGETHER, ONE)
+    sides: dict[str, Callable[[], Side]] = {name: partial(lambda name: ours()[name], name) for name in names}
     if settings.against is not None:
         sides[PADDED] = partial(_peft, plan, settings, packed=False)
         if settings.task is not None:
@@ -114,39 +111,63 @@ def make_sides(
     return sides
 
 
-def build_whole_stage(plan: RunPlan, settings: BenchSettings, kernels: Kernels) -> Stage:
-    """The whole model on our side with the plan's adapter, in training mode."""
+def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> dict[str, Side]:
+    """Our side with one adapter; or the sides of several adapters, which differ in their seeds and share a model."""
     device, source = default_device(), plan.source
-    make_weight = plan.weight_maker(device)
+    chosen = chosen or choose_kernels(plan, device)
+    given: dict[str, Any] = {"dtype": plan.dtype, "make_weight": plan.weight_maker(device), "device": device}
     if source.folder is None:
-        stage = random_stage(
-            source.shape,
-            plan.adapter,
-            dtype=plan.dtype,
-            make_weight=make_weight,
-            device=device,
-            kernels=kernels,
-        )
+        stage = random_stage(source.shape, plan.adapter, kernels=chosen.kernels, **given)
     else:
-        stage = load_model(source, None, dtype=plan.dtype, make_weight=make_weight, device=device, kernels=kernels)
+        stage = load_model(source, None, kernels=chosen.kernels, **given)
         stage.hold(whole_adapter(plan.adapter, device))
     recompute(stage, settings.recompute)
     stage.train()
-    return stage
-
-
-def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> Side:
-    device = default_device()
-    chosen = chosen or choose_kernels(plan, device)
-    stage = build_whole_stage(plan, settings, chosen.kernels)
     dataset, pad_id = read_samples(plan, settings)
-    step = next(plan.training_loader(dataset, pad_id=pad_id))
+    loader = plan.training_loader(dataset, pad_id=pad_id)
+    first = next(loader)
 
     def forward(batch: MicroBatch) -> torch.Tensor:
-        return stage_losses(stage, batch, device) / step.num_supervised
+        supervised = batch.supervised().moved(lambda tensor: tensor.to(device))
+        tokens, positions = batch.tokens.to(device), batch.positions.to(device)
+        losses: torch.Tensor = stage(tokens, positions, supervised, documents=batch.documents, shares=batch.shares)
+        if settings.adapters is None:
+            return losses / first.num_supervised
+        divisors = {share.adapter: (first.num_supervised,) for share in batch.shares}  # every step has as many
+        return Losses(divisors).weighted(losses, batch.shares)
 
-    flops = training_flops(plan.source.shape, plan.adapter, step)
-    return Side(stage, step.micro_batches, forward, device, flops, chosen.description)
+    if settings.adapters is None:
+        flops, steps = training_flops(source.shape, plan.adapter, first), [(first.micro_batches, [_optimizer(stage)])]
+        return {OURS: Side(stage, steps, forward, device, flops, chosen.description)}
+    configs = {f"adapter {number}": replace(plan.adapter, seed=number) for number in range(settings.adapters)}
+    adapters = {name: whole_adapter(config, device) for name, config in configs.items()}
+    stage.hold(AdapterBank(adapters))
+    optimizers = {name: _optimizer(adapter) for name, adapter in adapters.items()}
+    taken = {name: first if number == 0 else next(loader) for number, name in enumerate(adapters)}
+    rounds = shared_rounds(taken, capacity=settings.shared_tokens or settings.adapters * settings.adapter_tokens)
+    only, *_ = adapters
+    by_side: dict[str, list[StepParts]] = {
+        IN_TURN: [
+            ([shared_micro_batch([(name, batch)]) for batch in step.micro_batches], [optimizers[name]])
+            for name, step in taken.items()
+        ],
+        TOGETHER: [([shared_micro_batch(parts) for parts in rounds], list(optimizers.values()))],
+        ONE: [([_stacked(only, [batch for _, batch in parts]) for parts in rounds], [optimizers[only]])],
+    }
+    return {side: Side(stage, steps, forward, device, None, chosen.description) for side, steps in by_side.items()}
+
+
+def _stacked(name: str, batches: Sequence[MicroBatch]) -> MicroBatch:
+    """The rows of several micro-batches, all of one length and not packed, as those of one adapter."""
+    tokens = torch.cat([batch.tokens for batch in batches])
+    return MicroBatch(
+        tokens=tokens,
+        positions=torch.cat([batch.positions for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        shares=(Share(name, *tokens.shape),),
+        lengths=torch.cat([batch.lengths for batch in batches]),
+        num_samples=sum(batch.num_samples for batch in batches),
+    )
 
 
 def random_stage(
@@ -225,97 +246,4 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
             ).loss
         return loss * (batch.num_supervised / step.num_supervised)
 
-    return Side(model, batches, forward, device)
-
-
-# Several adapters ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AdapterSteps:
-    """Adapters of one base, ready for steps.
-
-    Attributes:
-        alone: the micro-batches of each adapter's step, by its name.
-        shared: those of all of them, in shared ones.
-        joined: the same rows as micro-batches of one adapter.
-        divisors: of a loss.
-        kernels: how they were made, in a few words.
-    """
-
-    stage: Stage
-    optimizers: Mapping[str, torch.optim.Optimizer]
-    alone: Mapping[str, Sequence[MicroBatch]]
-    shared: Sequence[MicroBatch]
-    joined: Sequence[MicroBatch]
-    divisors: Divisors
-    device: torch.device
-    kernels: str
-
-    @property
-    def steps(self) -> dict[str, Callable[[], None]]:
-        """The sides, by name."""
-        first, *_ = names = list(self.alone)
-        return {
-            IN_TURN: self._in_turn,
-            TOGETHER: lambda: self._step(names, self.shared),
-            ONE: lambda: self._step([first], self.joined),
-        }
-
-    def _in_turn(self) -> None:
-        for name, batches in self.alone.items():
-            self._step([name], batches)
-
-    def _step(self, names: Sequence[str], batches: Sequence[MicroBatch]) -> None:
-        """Take a step of these adapters."""
-        losses = Losses(dict.fromkeys(names, self.divisors))
-
-        def loss(batch: MicroBatch) -> torch.Tensor:
-            return losses.weighted(stage_losses(self.stage, batch, self.device), batch.shares)
-
-        take_step(batches, loss, [self.optimizers[name] for name in names])
-
-
-def build_adapter_steps(plan: RunPlan, settings: BenchSettings) -> AdapterSteps:
-    """The adapters, which differ in their seeds, and their steps of --rows x --length made-up tokens each."""
-    assert settings.adapters is not None
-    device = default_device()
-    chosen = choose_kernels(plan, device)
-    stage = build_whole_stage(plan, settings, chosen.kernels)
-    adapters = {}
-    for number in range(settings.adapters):
-        adapters[f"adapter {number}"] = whole_adapter(replace(plan.adapter, seed=number), device)
-    stage.hold(AdapterBank(adapters))
-    dataset, pad_id = read_samples(plan, settings)
-    loader = plan.training_loader(dataset, pad_id=pad_id)
-    steps = {name: next(loader) for name in adapters}
-    step, capacity = steps["adapter 0"], settings.shared_tokens or settings.adapters * settings.adapter_tokens
-    rounds = shared_rounds(steps, capacity=capacity)
-    return AdapterSteps(
-        stage,
-        {name: _optimizer(adapter) for name, adapter in adapters.items()},
-        {name: [shared_micro_batch([(name, batch)]) for batch in step.micro_batches] for name, step in steps.items()},
-        [shared_micro_batch(parts) for parts in rounds],
-        [_stacked("adapter 0", [batch for _, batch in parts]) for parts in rounds],
-        (step.num_supervised,),
-        device,
-        chosen.description,
-    )
-
-
-def _optimizer(adapter: TiedAdapter) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    return make_optimizer(trained, learning_rate=LEARNING_RATE, weight_decay=0.0)
-
-
-def _stacked(name: str, batches: Sequence[MicroBatch]) -> MicroBatch:
-    """The rows of several micro-batches, all of one length and not packed, as those of one adapter."""
-    tokens = torch.cat([batch.tokens for batch in batches])
-    return MicroBatch(
-        tokens=tokens,
-        positions=torch.cat([batch.positions for batch in batches]),
-        labels=torch.cat([batch.labels for batch in batches]),
-        shares=(Share(name, *tokens.shape),),
-        lengths=torch.cat([batch.lengths for batch in batches]),
-        num_samples=sum(batch.num_samples for batch in batches),
-    )
+    return Side(model, [(batches, [_optimizer(model)])], forward, device)

@@ -31,22 +31,21 @@ def main(command: PlanCommand) -> int:
         # These import torch, which takes a second: --help and a wrong flag do not wait for it.
         from megatron_tiedlora.base.atomic import write_json
         from megatron_tiedlora.base.yaml_files import write_yaml
-        from megatron_tiedlora.planner.launch_lines import chosen_settings
-        from megatron_tiedlora.planner.report import make_plan, report_lines, report_record, warning_lines
+        from megatron_tiedlora.planner import report
 
         prepare_environment()
-        made = make_plan(command)
+        made = report.make_plan(command)
     finally:
         gc.enable()
-    lines, chosen = report_lines(made), made.chosen
+    lines, chosen = report.report_lines(made), made.chosen
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     if "--json" in paths:
-        write_json(paths["--json"], report_record(made))
+        write_json(paths["--json"], report.report_record(made))
     if "--yaml" in paths and chosen is not None:
-        write_yaml(paths["--yaml"], chosen_settings(made.command.train, chosen.candidate))
-    show(*([json.dumps(report_record(made))] if prints else lines))
-    if warnings := warning_lines(made):
+        write_yaml(paths["--yaml"], report.chosen_settings(made.command.train, chosen.candidate))
+    show(*([json.dumps(report.report_record(made))] if prints else lines))
+    if warnings := report.warning_lines(made):
         show(*warnings, file=sys.stderr)
     return 0 if made.plan.rows else 1
 

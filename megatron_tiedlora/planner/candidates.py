@@ -6,9 +6,11 @@ choices and each adapter. `runs` changes what it returns in these three.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
@@ -17,7 +19,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
-from megatron_tiedlora.planner.runs import PlannedRun, Variant
+from megatron_tiedlora.planner.runs import PlannedRun
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
 
@@ -67,23 +69,16 @@ class Candidate:
     """A layout that a run accepts.
 
     Attributes:
-        variant: its layout, and the first step that it is planned by.
+        step: the first step of the run, which layouts share that have the same micro-batches.
+        is_default: whether micro-batch, sequence parallelism and recompute are those of a run without their flags.
         engine_file: the value of --ds_config.
     """
 
-    variant: Variant
+    layout: Layout
+    step: StepPlan
+    is_default: bool
     engine_file: str
     storage: Storage
-
-    @property
-    def layout(self) -> Layout:
-        """The record that the planners read."""
-        return self.variant.layout
-
-    @property
-    def step(self) -> StepPlan:
-        """The first step of the run."""
-        return self.variant.step
 
     @property
     def name(self) -> str:
@@ -134,66 +129,6 @@ class Search:
         return len(self.candidates) + self.refused.total()
 
 
-@dataclass(frozen=True)
-class _Choices:
-    """The values of each choice. A flag that was given leaves one value."""
-
-    run: PlannedRun
-    storages: tuple[Storage, ...]
-
-    @property
-    def settings(self) -> Settings:
-        """Those of the run."""
-        return self.run.settings
-
-    def given(self, name: str) -> bool:
-        """Whether a flag was given."""
-        return name in self.settings.model_fields_set
-
-    def grids(self, world_size: int) -> Iterator[tuple[int, int]]:
-        """Tensor and pipeline parallel sizes whose product divides the ranks; a given one in any case."""
-        settings = self.settings
-        tensor = [settings.tensor_parallel] if self.given("tensor_parallel") else divisors(world_size)
-        pipeline = [settings.pipeline_parallel] if self.given("pipeline_parallel") else divisors(world_size)
-        found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
-        yield from found or [(tensor[0], pipeline[0])]
-
-    def rows(self, dp_size: int) -> list[int]:
-        """Rows of a micro-batch: the divisors of a rank's share of the global batch, of each adapter's if several."""
-        if self.settings.micro_batch_size is not None:
-            return [self.settings.micro_batch_size]
-        share, rest = divmod(self.run.common_batch, dp_size)
-        return [1] if rest else divisors(share)
-
-    def sequences(self, tp_size: int) -> list[bool]:
-        """Whether sequences are sharded; of no consequence without tensor parallelism."""
-        if self.given("sequence_parallel") or tp_size == 1:
-            return [self.settings.sequence_parallel]
-        return [True, False]
-
-    @property
-    def recomputes(self) -> tuple[str, ...]:
-        """Values of --recompute."""
-        return (self.settings.recompute,) if self.given("recompute") else RECOMPUTES
-
-    @property
-    def engine_files(self) -> tuple[str, ...]:
-        """Values of --ds_config."""
-        return (self.settings.ds_config,) if self.given("ds_config") else ENGINE_FILES
-
-    @property
-    def chosen_storages(self) -> tuple[Storage, ...]:
-        """Values of --base, --products and --keep_transposed together."""
-        settings = self.settings
-        given = [name for name in Storage._fields if self.given(name)]
-        wanted = {name: getattr(settings, name) for name in given}
-        if "base" in wanted:  # a run's record has an empty --base for a model that is stored quantised
-            wanted["base"] = settings.base or self.run.source.stored_base
-        fits = [s for s in self.storages if all(getattr(s, name) == value for name, value in wanted.items())]
-        # What fits none is asked of `plan_run` as it was given, for its words.
-        return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
-
-
 def search(
     settings: Settings, cluster: Cluster, *, source: ModelSource, formats: tuple[str, ...] | None = None
 ) -> Search:
@@ -206,38 +141,36 @@ def search(
         UserError: no layout is accepted, or the data cannot be read; the words are those of a run.
     """
     run, refused = PlannedRun(settings, source, cluster.machine.on_gpu), Counter[str]()
-    choices, accepted = _Choices(run, _compared(settings, source, formats)), list[_Accepted]()
-    storages = choices.chosen_storages
-    for tp_size, pp_size in choices.grids(cluster.world_size):
-        dp_size = cluster.world_size // (tp_size * pp_size)
-        rows, sequences = choices.rows(max(dp_size, 1)), choices.sequences(tp_size)
-        variants = (rows, sequences, choices.recomputes)
-        number = len(rows) * len(sequences) * len(choices.recomputes)
-        for engine_file in choices.engine_files:
-            for storage in storages:
-                try:
-                    plans = _plans(choices, cluster, tp_size, pp_size, engine_file, storage)
-                except UserError as error:
-                    refused[str(error)] += number
-                    continue
-                accepted.append(_Accepted(plans, variants, engine_file, storage))
+    storages, accepted = _storages(run, formats), []
+    engine_files, recomputes = run.choices("ds_config", ENGINE_FILES), run.choices("recompute", RECOMPUTES)
+    for (tp_size, pp_size), engine_file, storage in product(run.grids(cluster.world_size), engine_files, storages):
+        variants = run.rows(cluster.world_size // (tp_size * pp_size)), run.sequences(tp_size), recomputes
+        try:
+            plans = _plans(run, cluster, tp_size, pp_size, engine_file, storage)
+        except UserError as error:
+            refused[str(error)] += math.prod(map(len, variants))
+        else:
+            accepted.append((plans, variants, engine_file, storage))
     if not accepted:
         raise UserError(refused.most_common(1)[0][0])
-    run.read_data(accepted[0].plans)
+    run.read_data(accepted[0][0])
     found = (
-        Candidate(variant, one.engine_file, one.storage)
-        for one in accepted
-        for variant in run.variants(one.plans, *one.variants)
+        Candidate(*variant, engine_file, storage)
+        for plans, variants, engine_file, storage in accepted
+        for variant in run.variants(plans, *variants)
     )
     return Search(run, tuple(found), refused, storages if formats is not None else storages[:1])
 
 
-def _compared(settings: Settings, source: ModelSource, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
-    """The storages of the names in `formats`, of which a model that is stored quantised has those of its own format.
+def _storages(run: PlannedRun, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
+    """Values of --base, --products and --keep_transposed together, of those with a name in `formats`.
+
+    A model that is stored quantised has those of its own format.
 
     Raises:
         UserError: none is left.
     """
+    settings, source = run.settings, run.source
     named = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
     given = f"--formats {','.join(storage.name for storage in named)}"
     left = named if source.stored is None else tuple(s for s in named if s.base == source.stored.base_format)
@@ -247,28 +180,24 @@ def _compared(settings: Settings, source: ModelSource, formats: tuple[str, ...] 
             f"{given}: {source.name} has its weights in {source.stored.in_words} already; give {names}, or leave"
             " --formats out"
         )
-    base = settings.base or source.stored_base
-    if "base" in settings.model_fields_set and base not in [storage.base for storage in named]:
+    # A run's record has an empty --base for a model that is stored quantised.
+    base, given_base = settings.base or source.stored_base, run.given("base")
+    if given_base and base not in [storage.base for storage in named]:
         base = base or UNQUANTISED
         raise UserError(f"{given} and --base {base}: none of these formats stores the base in {base}; leave one out")
-    return left
-
-
-class _Accepted(NamedTuple):
-    """The plans that a run accepts, and the values of the choices that no check depends on."""
-
-    plans: Mapping[str, RunPlan]
-    variants: tuple[Sequence[int], Sequence[bool], Sequence[str]]
-    engine_file: str
-    storage: Storage
+    wanted = {name: getattr(settings, name) for name in Storage._fields if run.given(name)}
+    wanted |= {"base": base} if given_base else {}
+    fits = [storage for storage in left if all(getattr(storage, name) == value for name, value in wanted.items())]
+    # What fits none is asked of `plan_run` as it was given, for its words.
+    return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
 
 
 def _plans(
-    choices: _Choices, cluster: Cluster, tp_size: int, pp_size: int, engine_file: str, storage: Storage
+    run: PlannedRun, cluster: Cluster, tp_size: int, pp_size: int, engine_file: str, storage: Storage
 ) -> Mapping[str, RunPlan]:
     """What `plan_run` says of a layout, by adapter."""
     machine = cluster.machine
-    if cluster.per_node % tp_size and not choices.given("tensor_parallel"):
+    if cluster.per_node % tp_size and not run.given("tensor_parallel"):
         raise UserError(
             f"--tensor_parallel {tp_size}: a group would span nodes of {cluster.per_node}, whose network is too slow"
             f" for it; give --tensor_parallel {tp_size} to plan it"
@@ -278,9 +207,4 @@ def _plans(
         check_fp8_capability(machine.title, machine.capability)
     sizes = {"tensor_parallel": tp_size, "pipeline_parallel": pp_size}
     chosen = {**sizes, "ds_config": engine_file, **storage._asdict()}
-    return choices.run.plans(chosen, world_size=cluster.world_size)
-
-
-def divisors(number: int) -> list[int]:
-    """The divisors of a number, in ascending order."""
-    return [size for size in range(1, number + 1) if number % size == 0]
+    return run.plans(chosen, world_size=cluster.world_size)

@@ -28,11 +28,6 @@ def hint_lines(plan: Plan) -> list[str]:
     return [*found, *_recompute(best, plan), *_attention(best), *_nf4(best)]
 
 
-def _sizes(row: Priced) -> str:
-    layout = row.candidate.layout
-    return f"{layout.tp_size} x {layout.pp_size} x {layout.dp_size}"
-
-
 def _storage(best: Priced, plan: Plan) -> list[str]:
     if best.candidate.storage == Storage() or plan.search.run.source.stored is not None:
         return []
@@ -41,7 +36,7 @@ def _storage(best: Priced, plan: Plan) -> list[str]:
     if plain is None:
         is_compared = any(row.candidate.storage == Storage() for row in plan.others)
         return [f"{words}; in 16 bits nothing fits" if is_compared else words]
-    return [f"{words}; the fastest in {_dtype(plain)} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"]
+    return [f"{words}; the fastest in {plain.dtype} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"]
 
 
 def _formats(plan: Plan) -> list[str]:
@@ -62,7 +57,7 @@ def _formats(plan: Plan) -> list[str]:
 def _attention(best: Priced) -> list[str]:
     """The kernel that is planned with, and what the fastest one on such a card would give."""
     machine, kernel = best.cluster.machine, attention_of(best.cluster.machine)
-    if kernel is None or _dtype(best) != "bf16":
+    if kernel is None or best.dtype != "bf16":
         return []
     assert machine.capability is not None, "it has a kernel of a card"
     words = f"attention is planned by {kernel}, which a run takes where no other is installed"
@@ -85,17 +80,12 @@ def _nf4(best: Priced) -> list[str]:
 
 def _with(row: Priced, name: str, constant: Constant) -> Priced:
     """The same layout on a machine with another constant."""
-    machine = row.cluster.machine
-    machine = machine.changed({name: constant}, name=machine.name, title=machine.title)
+    machine = row.cluster.machine.changed({name: constant})
     return Pricer(replace(row.cluster, machine=machine)).price_in_full(row.candidate)
 
 
 def _rate(row: Priced) -> str:
     return f"{row.tokens_per_second:,.0f} tokens/s"
-
-
-def _dtype(row: Priced) -> str:
-    return "fp32" if row.candidate.layout.dtype.itemsize == 4 else "bf16"
 
 
 def _ratio(faster: Priced, slower: Priced) -> float:
@@ -110,8 +100,10 @@ def _tensor(shown: Sequence[Priced]) -> list[str]:
     share = wide.step.tensor / wide.step.total
     if share < _LARGE or _ratio(fastest, wide) < _FASTER:
         return []
+    layout = fastest.candidate.layout
+    sizes = f"{layout.tp_size} x {layout.pp_size} x {layout.dp_size}"
     return [
-        f"{wide.name}: tensor messages take {share:.0%}; {_sizes(fastest)} is {_ratio(fastest, wide):.1f} x as fast"
+        f"{wide.name}: tensor messages take {share:.0%}; {sizes} is {_ratio(fastest, wide):.1f} x as fast"
         f" ({fastest.name})"
     ]
 

@@ -84,9 +84,14 @@ class Priced:
         return self.work.tokens / self.step.total / self.cluster.world_size
 
     @property
+    def dtype(self) -> str:
+        """The name of the base's dtype."""
+        return "fp32" if self.candidate.layout.dtype.itemsize == 4 else "bf16"
+
+    @property
     def mfu(self) -> float:
         """Of the peak in the dtype of the base, as a run reports it."""
-        peak = self.cluster.machine["peak.fp32" if self.candidate.layout.dtype.itemsize == 4 else "peak.bf16"]
+        peak = self.cluster.machine[f"peak.{self.dtype}"]
         return self.work.flops / self.step.total / (peak * self.cluster.world_size)
 
 
@@ -234,12 +239,12 @@ def _kinds(stage: StagePlan) -> Hashable:
 
 def hours_in_turn(row: Priced, run: PlannedRun) -> float:
     """The hours of the adapters of a run one after another, each alone in the layout of a row."""
-    variants = run.alone(row.candidate.variant)
+    alone = run.alone(row.candidate.layout, row.candidate.step)
     parts = []
-    for layout, step, _ in variants:
+    for layout, step in alone:
         stages, links = plan_stages(step.shape, layout), Links(layout, row.cluster.per_node)
         parts.append(step_parts(stages, step.batches, links, row.cluster.machine))
-    spent = (one.step.steps * seconds.total for one, seconds in zip(variants, step_seconds(parts), strict=True))
+    spent = (step.steps * seconds.total for (_, step), seconds in zip(alone, step_seconds(parts), strict=True))
     return sum(spent) / 3600
 
 

@@ -1,8 +1,9 @@
-"""Makes a plan from the command's settings, and words it."""
+"""Makes a plan from the command's settings, and words it: the report, its JSON, and the command for a layout."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import shlex
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,11 +14,12 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text, nearest_name
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.traffic import GROUPS
-from megatron_tiedlora.planner.candidates import Cluster, search
+from megatron_tiedlora.planner.candidates import Candidate, Cluster, search
 from megatron_tiedlora.planner.hints import hint_lines
-from megatron_tiedlora.planner.launch_lines import chosen_settings, command_lines, record_of
 from megatron_tiedlora.planner.price import Priced, Pricer, capacity, hours_in_turn
 from megatron_tiedlora.planner.table import (
     Plan,
@@ -27,8 +29,8 @@ from megatron_tiedlora.planner.table import (
     missing_line,
     refused_lines,
     table_lines,
+    why_lines,
 )
-from megatron_tiedlora.planner.why import why_lines
 from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS
 from megatron_tiedlora.planning.machines import Constant, Machine, read_machine
 from megatron_tiedlora.planning.traffic import engine_traffic, step_traffic
@@ -85,8 +87,7 @@ def find_machine(command: PlanCommand) -> Machine:
         return machine
     if settings.ranks_on_cpu is None:
         return GPUS[settings.gpu or DEFAULT_GPU]
-    memory = Constant(float(psutil.virtual_memory().total), "of this machine")
-    return CPU.changed({"memory": memory}, name=CPU.name, title=CPU.title)
+    return CPU.changed({"memory": Constant(float(psutil.virtual_memory().total), "of this machine")})
 
 
 def make_plan(command: PlanCommand) -> Made:
@@ -184,6 +185,27 @@ def _head(made: Made) -> list[str]:
     return lines
 
 
+def chosen_settings(settings: Settings, candidate: Candidate) -> dict[str, Any]:
+    """The settings of a run with this layout: those that were given to the plan, its defaults, and the layout's."""
+    common = {"max_length": settings.max_length, "global_batch_size": settings.global_batch_size}
+    values = {**settings.model_dump(mode="json", exclude_unset=True), **common, **candidate.flags}
+    return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
+
+
+def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | None = None) -> list[str]:
+    """The command that starts the run: here, or on the hosts of a hostfile.
+
+    Args:
+        yaml: the file that holds the settings, if there is one.
+    """
+    nodes = -(-cluster.world_size // cluster.per_node)
+    hosts = f"--num_gpus {cluster.per_node}" if nodes == 1 else "--hostfile hostfile"
+    words = [word for name, value in values.items() for word in (f"--{name}", flag_value(value))]
+    words = ["--config", yaml] if yaml else words
+    file = f"  (hostfile: {nodes} lines NAME slots={cluster.per_node}; in a Slurm allocation leave --hostfile out)"
+    return [f"tiedlora run {hosts} {shlex.join(words)}", *([] if nodes == 1 else [file])]
+
+
 def _range(values: Collection[int]) -> str:
     """`7`, `1 to 7`."""
     least, most = min(values), max(values)
@@ -205,7 +227,7 @@ def report_record(made: Made) -> dict[str, Any]:
         "refused": dict(plan.search.refused.most_common()),
         "hints": hint_lines(plan),
         "chosen": None if made.chosen is None else _chosen_record(made, made.chosen),
-        "layouts": [record_of(row, plan) for row in plan.all_rows],
+        "layouts": [_record_of(row, plan) for row in plan.all_rows],
     }
 
 
@@ -234,3 +256,26 @@ def _chosen_record(made: Made, row: Priced) -> dict[str, Any]:
         of_groups = {group: sent.of_group(group) for group in GROUPS}
         messages.append({group: {"messages": count, "bytes": size} for group, (count, size) in of_groups.items()})
     return {"layout": row.name, "command": command, "settings": values, "messages": messages}
+
+
+def _record_of(row: Priced, plan: Plan) -> dict[str, Any]:
+    """A layout as JSON."""
+    record: dict[str, Any] = {
+        "layout": row.name,
+        "settings": row.candidate.flags,
+        "data_parallel": row.candidate.layout.dp_size,
+        "fits": row.fits,
+        "bytes": {"needed": row.needed, "of": capacity(row.cluster), "stage": row.stage},
+    }
+    if row.memory is not None:
+        record["bytes"] |= row.memory._asdict()
+    if row.seconds is not None:
+        hours = plan.hours(row)
+        record |= {
+            "tokens_per_second_per_rank": row.tokens_per_second,
+            "mfu": row.mfu,
+            "seconds": {**row.seconds._asdict(), "step": row.seconds.total},
+            "hours": hours,
+            "rank_hours": hours * row.cluster.world_size,
+        }
+    return record

@@ -7,7 +7,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -18,17 +18,6 @@ from megatron_tiedlora.training.adapter_plans import Plans, adapter_settings, pl
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.run_data import Data, counted, prepare_all_data
 from megatron_tiedlora.training.step_plan import StepPlan
-
-
-class Variant(NamedTuple):
-    """A layout of a run, and the step that it is planned by: layouts share it that have the same micro-batches.
-
-    `is_default` says whether micro-batch, sequence parallelism and recompute are those of a run without their flags.
-    """
-
-    layout: Layout
-    step: StepPlan
-    is_default: bool
 
 
 @dataclass
@@ -63,11 +52,36 @@ class PlannedRun:
 
     def assumes(self, name: str) -> bool:
         """Whether a setting is a default, at least for one adapter."""
-        if name in self.settings.model_fields_set:
+        if self.given(name):
             return False
         return name not in PER_ADAPTER or any(name not in own.model_fields_set for own in self.adapters.values())
 
-    @property
+    def given(self, name: str) -> bool:
+        """Whether a flag was given."""
+        return name in self.settings.model_fields_set
+
+    def choices(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
+        """The values of a setting: the one that was given, or all."""
+        return [getattr(self.settings, name)] if self.given(name) else values
+
+    def grids(self, world_size: int) -> list[tuple[int, int]]:
+        """Tensor and pipeline parallel sizes whose product divides the ranks; a given one in any case."""
+        tensor, pipeline = (self.choices(f"{name}_parallel", divisors(world_size)) for name in ("tensor", "pipeline"))
+        found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
+        return found or [(tensor[0], pipeline[0])]
+
+    def rows(self, dp_size: int) -> list[int]:
+        """Rows of a micro-batch: the divisors of a rank's part of the global batch, of each adapter's if several."""
+        if self.settings.micro_batch_size is not None:
+            return [self.settings.micro_batch_size]
+        share, rest = divmod(self.common_batch, max(dp_size, 1))
+        return [1] if rest else divisors(share)
+
+    def sequences(self, tp_size: int) -> Sequence[bool]:
+        """Whether sequences are sharded; of no consequence without tensor parallelism."""
+        return self.choices("sequence_parallel", [self.settings.sequence_parallel] if tp_size == 1 else [True, False])
+
+    @cached_property
     def common_batch(self) -> int:
         """The most samples that divide the global batch of each adapter."""
         given = (own for own in self.adapters.values() if "global_batch_size" in own.model_fields_set)
@@ -95,8 +109,8 @@ class PlannedRun:
 
     def variants(
         self, plans: Plans, rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
-    ) -> Iterator[Variant]:
-        """The layouts that differ from the plans in choices that no check depends on."""
+    ) -> Iterator[tuple[Layout, StepPlan, bool]]:
+        """Layout, step and `is_default` of the candidates that differ in choices that no check depends on."""
         plans = counted(plans, self.data) if self.data else plans
         shares = self.settings.share_micro_batches
         base = StepPlan(plans, shares).layout
@@ -109,16 +123,15 @@ class PlannedRun:
             shared = replace(base, rows=size, micro_batches=step.layout.micro_batches, shards_sequences=shards)
             for recompute in recomputes:
                 is_default = (size, shards, recompute) == (base.rows, base.shards_sequences, base.recompute)
-                yield Variant(replace(shared, recompute=recompute), step, is_default)
+                yield replace(shared, recompute=recompute), step, is_default
 
-    def alone(self, variant: Variant) -> list[Variant]:
+    def alone(self, layout: Layout, step: StepPlan) -> list[tuple[Layout, StepPlan]]:
         """The same layout for a run of each adapter of its own, and the first step of that."""
         found = []
-        for name, plan in variant.step.plans.items():
-            samples = variant.step.samples
-            step = StepPlan({ONLY: plan}, samples=None if samples is None else {ONLY: samples[name]})
-            own = {key: getattr(step.layout, key) for key in ("adapters", "named", "micro_batches", "compiled")}
-            found.append(Variant(replace(variant.layout, **own), step, is_default=False))
+        for name, plan in step.plans.items():
+            own = StepPlan({ONLY: plan}, samples=None if step.samples is None else {ONLY: step.samples[name]})
+            changes = {key: getattr(own.layout, key) for key in ("adapters", "named", "micro_batches", "compiled")}
+            found.append((replace(layout, **changes), own))
         return found
 
 
@@ -136,3 +149,8 @@ def planned_values(settings: Settings, on_gpu: bool) -> dict[str, Any]:
         "dry_run": True,
         "plan_for": "gpu" if on_gpu else "cpu",
     }
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, in ascending order."""
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -110,9 +110,9 @@ class Machine:
         ]
         return aligned_lines(rows, align="<", indent="  ")
 
-    def changed(self, constants: Mapping[str, Constant], *, name: str, title: str) -> Machine:
-        """The same with other values of some constants."""
-        return replace(self, name=name, title=title, constants={**self.constants, **constants})
+    def changed(self, constants: Mapping[str, Constant], **changes: Any) -> Machine:
+        """The machine with other values of some constants, and with `changes` of its other fields."""
+        return replace(self, constants={**self.constants, **constants}, **changes)
 
 
 def read_machine(path: Path) -> Machine:

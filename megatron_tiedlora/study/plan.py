@@ -18,6 +18,7 @@ import torch
 from megatron_tiedlora.base.atomic import discard
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping, write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
@@ -278,8 +279,8 @@ class SweepPlan:
             f"sweep      {len(runs)} runs and {len(points) + 1} scores of {base.model} on {base.task} ({base.metric})",
             f"folder     {self.folder.path}",
             "",
-            f"  {'run':<28}{'trained parameters':>20}   state",
         ]
+        rows = [("run", "trained parameters", "state")]
         counts: dict[str, int] = {}
         for run in runs:
             end = read_run(self.folder.run(run.name))
@@ -287,7 +288,8 @@ class SweepPlan:
             best = "" if end.best is None else f", best validation {self.command.train.eval_metric} {end.best:.4f}"
             state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
             state += f" ({end.halved})" if end.halved else ""
-            lines.append(f"  {run.name:<28}{run.point.num_trained(base.shape):>20,}   {state}")
+            rows.append((run.name, f"{run.point.num_trained(base.shape):,}", state))
+        lines += aligned_lines(rows, align="<><", indent="  ")
         if self.settings.together != 1:
             lines += ["", "  groups to train together"]
             lines += [f"  {number:>3}  {', '.join(run.name for run in g)}" for number, g in enumerate(self.groups(), 1)]

@@ -64,24 +64,16 @@ def table2(studies: Sequence[Study]) -> list[Row]:
 
 
 def _cell(study: Study, section: str, method: str) -> Cell:
-    base = study.base
-    lora = best_result(study, LORA)
-    paper = table2_cell(study.base.paper_model, section, method, base.task, base.metric)
-    result = best_result(study, method, rank=_rank(lora) if section == LORA_RANK else None)
-    if section == LORA_RANK and lora is None:
-        result = None
+    base, lora = study.base, best_result(study, LORA)
+    paper = table2_cell(base.paper_model, section, method, base.task, base.metric)
+    if section == LORA_RANK:
+        result = None if lora is None else best_result(study, method, rank=lora.point.rank)
+    else:
+        result = best_result(study, method)
     if result is None or lora is None:
         return Cell(result, paper=paper)
-    return Cell(
-        result,
-        params_percent=100 * result.num_trained / lora.num_trained,
-        decline=decline([_value(lora)], [_value(result)]),
-        paper=paper,
-    )
-
-
-def _rank(result: Result | None) -> int | None:
-    return None if result is None else result.point.rank
+    share = 100 * result.num_trained / lora.num_trained
+    return Cell(result, share, decline([_value(lora)], [_value(result)]), paper)
 
 
 def _value(result: Result) -> float:
@@ -133,35 +125,29 @@ def tensors_text(method: str) -> str:
 
 
 @dataclass(frozen=True)
-class SingleCell:
-    """A cell of Table 3: its column (`layer_8` or the tied method), its result and the paper's score."""
-
-    column: str
-    result: Result
-    paper: float | None
-
-
-@dataclass(frozen=True)
 class SingleRow:
-    """A row of Table 3: LoRA on single layers in one study, and the tied method at the same rank."""
+    """A row of Table 3: LoRA on single layers in one study, and the tied method at the same rank.
+
+    Attributes:
+        results, paper: by column (`layer_8` or the tied method), the results and the paper's scores.
+    """
 
     study: Study
     rank: int
-    cells: tuple[SingleCell, ...]
+    results: dict[str, Result]
+    paper: dict[str, float]
 
 
 def table3(studies: Sequence[Study]) -> list[SingleRow]:
     """The rows of Table 3, one per study that trained single layers."""
     rows = []
     for study in studies:
-        rival = study.grid.rival
-        if rival is None:
-            continue
-        base = study.base
-        paper = table3_scores(study.base.paper_model, base.task, base.metric) if rival.rank == TABLE3_RANK else {}
-        points = (*study.grid.single, rival)
-        cells = tuple(SingleCell(column(p), study.result(p), paper.get(column(p))) for p in points)
-        rows.append(SingleRow(study, rival.rank, cells))
+        base, rival = study.base, study.grid.rival
+        if rival is not None:
+            results = {column(point): study.result(point) for point in (*study.grid.single, rival)}
+            paper = table3_scores(base.paper_model, base.task, base.metric) if rival.rank == TABLE3_RANK else {}
+            published = {name: score for name, score in paper.items() if name in results}
+            rows.append(SingleRow(study, rival.rank, results, published))
     return rows
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.table import markdown_lines
 from megatron_tiedlora.study.grid import Point, rate_text
 from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, MODEL_TITLES
-from megatron_tiedlora.study.scores import Result, Study
+from megatron_tiedlora.study.scores import Result, Study, TestScore
 from megatron_tiedlora.study.tables import BASE_ROW, Cell, Row, SingleRow, mean_base, table2, table3, tensors_text
 
 SECTION_TITLES = {LORA_RANK: "All methods at LoRA's best rank", BEST_RANK: "Each method at its own best rank"}
@@ -72,22 +73,23 @@ def table2_markdown(studies: Sequence[Study]) -> str:
             for cell, paper in zip(row.cells, with_paper, strict=True):
                 cells += _cell_texts(cell) + (_paper_texts(cell) if paper else [])
             body.append(cells + ([_number(row.mean), _number(row.decline)] if several else []))
-        lines += [*_markdown_table(header, body), ""]
+        lines += [*markdown_lines(header, body), ""]
     return _text([*lines, *_notes2(studies, rows, with_paper=any(with_paper))])
 
 
 def _cell_texts(cell: Cell) -> list[str]:
     if cell.result is None or cell.score is None:
         return [NONE] * 5
-    mark = INCOMPLETE if cell.result.missing else ""
-    score = cell.score
-    return [
-        _number(score.value) + mark,
-        f"{score.low:.2f} to {score.high:.2f}",
-        str(cell.result.point.rank),
-        _number(cell.params_percent, 1),
-        _number(cell.decline),
-    ]
+    scores, rank = _score_texts(cell.score, cell.result), str(cell.result.point.rank)
+    return [*scores, rank, _number(cell.params_percent, 1), _number(cell.decline)]
+
+
+def _score_texts(score: TestScore | None, result: Result | None = None) -> tuple[str, str]:
+    """A score, with a mark if its result is not complete, and its interval."""
+    if score is None:
+        return NONE, NONE
+    mark = INCOMPLETE if result is not None and result.missing else ""
+    return _number(score.value) + mark, f"{score.low:.2f} to {score.high:.2f}"
 
 
 def _paper_texts(cell: Cell) -> list[str]:
@@ -98,9 +100,7 @@ def _paper_texts(cell: Cell) -> list[str]:
 def _base_row(studies: Sequence[Study], with_paper: Sequence[bool]) -> list[str]:
     cells = [BASE_ROW, "no adapter"]
     for study, paper in zip(studies, with_paper, strict=True):
-        score = study.base_score
-        known = [NONE] * 2 if score is None else [_number(score.value), f"{score.low:.2f} to {score.high:.2f}"]
-        cells += [*known, *[NONE] * (6 if paper else 3)]
+        cells += [*_score_texts(study.base_score), *[NONE] * (6 if paper else 3)]
     if len(studies) > 1:
         cells += [_number(mean_base(studies)), NONE]
     return cells
@@ -155,48 +155,35 @@ def _other_rows_notes(studies: Sequence[Study]) -> list[str]:
 
 def table2_csv(studies: Sequence[Study]) -> str:
     """Table 2 as CSV, with one cell per line."""
-    lines: list[list[Any]] = [
-        ["model", "section", "method", "task", "metric", "score", "rank", "params_percent_of_best_lora"]
-        + ["low", "high", "samples", "decline_percent", "learning_rate", "trained_parameters", "all_rates_finished"]
-        + ["paper_score", "paper_rank", "paper_params_percent", "stopped_rates"]
+    columns = [
+        *("model", "section", "method", "task", "metric", "score", "rank", "params_percent_of_best_lora"),
+        *("low", "high", "samples", "decline_percent", "learning_rate", "trained_parameters", "all_rates_finished"),
+        *("paper_score", "paper_rank", "paper_params_percent", "stopped_rates"),
     ]
-    for study in studies:
-        if (score := study.base_score) is not None:
-            where = [study.base.model, BASE_ROW, BASE_ROW, study.base.task, study.base.metric]
-            lines.append([*where, score.value, None, None, score.low, score.high, score.num_samples, *[None] * 8])
+    lines = [
+        {**_study_values(study), "section": BASE_ROW, "method": BASE_ROW, **_score_values(study.base_score)}
+        for study in studies
+        if study.base_score is not None
+    ]
     for row in table2(studies):
+        where = {"section": row.section, "method": row.method}
         for study, cell in zip(studies, row.cells, strict=True):
             if cell.result is not None or cell.paper is not None:
-                where = [study.base.model, row.section, row.method, study.base.task, study.base.metric]
-                lines.append([*where, *_cell_values(cell)])
+                lines.append({**_study_values(study), **where, **_cell_values(cell)})
         if len(studies) > 1 and row.mean is not None:
-            where = [studies[0].base.model, row.section, row.method, "average", ""]
-            lines.append([*where, row.mean, *[None] * 5, row.decline, *[None] * 7])
-    return _csv(lines)
+            mean = {"task": "average", "score": row.mean, "decline_percent": row.decline}
+            lines.append({"model": studies[0].base.model, **where, **mean})
+    return _csv(columns, lines)
 
 
-def _cell_values(cell: Cell) -> list[Any]:
-    paper = cell.paper
-    published = [None] * 3 if paper is None else [paper.score, paper.rank, paper.params_percent]
-    if cell.result is None or cell.score is None:
-        return [None] * 10 + [*published, None]
-    score = cell.score
-    return [
-        *(score.value, cell.result.point.rank, cell.params_percent, score.low, score.high, score.num_samples),
-        *(cell.decline, *_result_values(cell.result)),
-        *published,
-        _stopped_rates(cell.result),
-    ]
-
-
-def _result_values(result: Result) -> list[Any]:
-    rate = None if result.run is None else rate_text(result.run.learning_rate)
-    return [rate, result.num_trained, str(not result.missing).lower()]
-
-
-def _stopped_rates(result: Result) -> str | None:
-    """The learning rates that --halving stopped."""
-    return " ".join(rate_text(run.learning_rate) for run, _ in result.stopped) or None
+def _cell_values(cell: Cell) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if cell.result is not None and cell.score is not None:
+        values = {**_result_values(cell.result), "rank": cell.result.point.rank, "decline_percent": cell.decline}
+        values["params_percent_of_best_lora"] = cell.params_percent
+    if (paper := cell.paper) is not None:
+        values |= {"paper_score": paper.score, "paper_rank": paper.rank, "paper_params_percent": paper.params_percent}
+    return values
 
 
 # Table 3 ----------------------------------------------------------------------------------------------------------
@@ -209,56 +196,47 @@ def table3_markdown(studies: Sequence[Study]) -> str:
     columns = _columns(rows)
     body = []
     for row in rows:
-        cells = {cell.column: cell for cell in row.cells}
-        scores = (_single_text(cells[name].result) if name in cells else "" for name in columns)
+        scores = (_single_text(row.results[name]) if name in row.results else "" for name in columns)
         body.append([title(row.study), *scores])
-        if any(cell.paper is not None for cell in row.cells):
-            published = (_number(cells[name].paper) if name in cells else "" for name in columns)
+        if row.paper:
+            published = (_number(row.paper.get(name)) if name in row.results else "" for name in columns)
             body.append(["the paper", *published])
     header = ["task", *(name.replace("_", " ") for name in columns)]
     notes = []
     for row in rows:
-        counts = sorted({cell.result.num_trained for cell in row.cells})
+        counts = sorted({result.num_trained for result in row.results.values()})
         notes.append(
             f"- {row.study.base.task}: rank {row.rank}, {' or '.join(f'{count:,}' for count in counts)} trained"
             " parameters each; scores in per cent with the 95 % interval."
         )
-    if any(cell.result.missing for row in rows for cell in row.cells):
+    if any(result.missing for row in rows for result in row.results.values()):
         notes.append(f"- {INCOMPLETE}: not all learning rates are finished.")
     for row in rows:
-        notes += _stopped_notes(row.study, [cell.result.point for cell in row.cells])
+        notes += _stopped_notes(row.study, [result.point for result in row.results.values()])
     notes += _other_rows_notes([row.study for row in rows])
-    return _text([*lines, *_markdown_table(header, body), "", *notes])
+    return _text([*lines, *markdown_lines(header, body), "", *notes])
 
 
 def _columns(rows: Sequence[SingleRow]) -> list[str]:
-    names = {cell.column for row in rows for cell in row.cells}
+    names = {name for row in rows for name in row.results}
     layers = sorted((name for name in names if name.startswith("layer_")), key=lambda name: int(name[6:]))
     return layers + sorted(names.difference(layers))
 
 
 def _single_text(result: Result) -> str:
-    if result.score is None:
-        return NONE
-    score, mark = result.score, INCOMPLETE if result.missing else ""
-    return f"{_number(score.value)}{mark} ({score.low:.2f} to {score.high:.2f})"
+    return NONE if result.score is None else "{} ({})".format(*_score_texts(result.score, result))
 
 
 def table3_csv(studies: Sequence[Study]) -> str:
     """Table 3 as CSV, with one cell per line."""
-    lines: list[list[Any]] = [
-        ["model", "task", "metric", "rank", "adapter", "score", "low", "high", "samples"]
-        + ["learning_rate", "trained_parameters", "all_rates_finished", "paper_score", "stopped_rates"]
-    ]
+    columns = ["model", "task", "metric", "rank", "adapter", "score", "low", "high", "samples"]
+    columns += ["learning_rate", "trained_parameters", "all_rates_finished", "paper_score", "stopped_rates"]
+    lines = []
     for row in table3(studies):
-        base = row.study.base
-        for cell in row.cells:
-            score = cell.result.score
-            values = [None] * 4 if score is None else [score.value, score.low, score.high, score.num_samples]
-            where = [base.model, base.task, base.metric, row.rank, cell.column]
-            known = [*values, *_result_values(cell.result), cell.paper, _stopped_rates(cell.result)]
-            lines.append([*where, *known])
-    return _csv(lines)
+        for name, result in row.results.items():
+            own = {"rank": row.rank, "adapter": name, "paper_score": row.paper.get(name)}
+            lines.append({**_study_values(row.study), **own, **_result_values(result)})
+    return _csv(columns, lines)
 
 
 # Both -------------------------------------------------------------------------------------------------------------
@@ -268,12 +246,30 @@ def _number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
 
 
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [list(header), ["---"] * len(header), *map(list, rows)]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _csv(lines: Iterable[Sequence[Any]]) -> str:
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows with these columns; what a row does not have is empty."""
     stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(lines)
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return stream.getvalue()
+
+
+def _study_values(study: Study) -> dict[str, Any]:
+    return {"model": study.base.model, "task": study.base.task, "metric": study.base.metric}
+
+
+def _score_values(score: TestScore | None) -> dict[str, Any]:
+    if score is None:
+        return {}
+    return {"score": score.value, "low": score.low, "high": score.high, "samples": score.num_samples}
+
+
+def _result_values(result: Result) -> dict[str, Any]:
+    return {
+        **_score_values(result.score),
+        "learning_rate": None if result.run is None else rate_text(result.run.learning_rate),
+        "trained_parameters": result.num_trained,
+        "all_rates_finished": str(not result.missing).lower(),
+        "stopped_rates": " ".join(rate_text(run.learning_rate) for run, _ in result.stopped),
+    }

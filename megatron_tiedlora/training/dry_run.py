@@ -9,24 +9,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import GlobalBatch, num_positions
 from megatron_tiedlora.data.text_ids import decode_ids
+from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.planning.memory import bank_bytes, cache_bytes
 from megatron_tiedlora.training.adapter_plans import choose_folder, plan_adapters
 from megatron_tiedlora.training.dry_run_tables import (
-    DryRunReport,
-    fits,
     memory_lines,
     message_lines,
     no_data_lines,
     partition_lines,
     ranges,
     speed_lines,
-    verdict_lines,
+    verdict,
 )
 from megatron_tiedlora.training.init_from import start_lines
 from megatron_tiedlora.training.length import epochs_of
@@ -35,21 +35,11 @@ from megatron_tiedlora.training.run_data import Data, RunData, counted, first_so
 from megatron_tiedlora.training.step_plan import StepPlan
 
 
-class _Told(NamedTuple):
-    """What the report says of the adapters: of one in full, of several in tables with a row for each.
+class DryRunReport(NamedTuple):
+    """A dry run as text, and whether every rank fits in the card of --gpu; without --gpu it does."""
 
-    Attributes:
-        micro_batches: the largest one, in words.
-        decoding: what the section on memory ends with.
-        one_more: a section on what one more adapter costs, if there is one.
-    """
-
-    adapters: list[str]
-    micro_batches: str
-    decoding: list[str]
-    one_more: list[list[str]]
-    batches: list[str]
-    data: list[str]
+    text: str
+    fits: bool
 
 
 def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunReport:
@@ -66,13 +56,21 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
         plans = counted(plans, data)
     step = StepPlan.first(plans, data, shares=settings.share_micro_batches)
     memories = [step.largest.memory(stage, step.shared.machine) for stage in step.stages]
-    told = _of_one(step, data) if settings.adapters is None else _of_several(step, data)
-    memory = memory_lines(step, memories, micro_batches=told.micro_batches)
-    sections = [told.adapters, partition_lines(step.stages)]
-    sections += [[*memory, *verdict_lines(memories, step.shared), *told.decoding], *told.one_more]
-    sections += [message_lines(step), *speed_lines(step), told.batches]
-    sections += [told.data, *_samples(step, data)] if data else [no_data_lines(step.shared)]
-    return DryRunReport.of(sections, fits=fits(memories, step.shared))
+    several = settings.adapters is not None
+    sections = [_adapter_table(step) if several else _parameters(step.shared), partition_lines(step.stages)]
+    verdict_lines, fits = verdict(memories, step.shared)
+    memory = [*memory_lines(step, memories), *verdict_lines]
+    if several:
+        sections += [memory, _one_more(step)]
+    else:
+        sections.append([*memory, *_decoding(step.shared, data)])
+    sections += [message_lines(step), *speed_lines(step)]
+    sections.append(_shared_batches(step) if several else _batches(step, data))
+    if data:
+        sections += [_data_table(step, data) if several else _data(step.shared, data), *_samples(step, data)]
+    else:
+        sections.append(no_data_lines(step.shared))
+    return DryRunReport("\n\n".join("\n".join(map(printable, section)) for section in sections), fits)
 
 
 def _samples(step: StepPlan, data: Data) -> list[list[str]]:
@@ -103,44 +101,26 @@ def _indented(text: str) -> Iterable[str]:
 # One adapter, in full ------------------------------------------------------------------------------------------------
 
 
-def _of_one(step: StepPlan, data: Data) -> _Told:
-    ((name, plan),) = step.plans.items()
-    own, rows, largest = data.get(name), step.layout.rows, step.largest
-    return _Told(
-        adapters=_parameters(plan),
-        micro_batches=f"{rows} x {largest.tokens // rows} tokens",
-        decoding=[] if own is None else _decoding(plan, own),
-        one_more=[],
-        batches=_batches(plan, own, step.batch(name)),
-        data=[] if own is None else _data(plan, own),
-    )
-
-
 def _parameters(plan: RunPlan) -> list[str]:
-    shape, adapter = plan.source.shape, plan.adapter
-    linears = ", ".join(target.name for target in adapter.targets)
-    layers = f"{len(adapter.layers)} adapted layers ({linears})"
-    lines = [f"trained parameters: {adapter.method}, rank {adapter.rank}, {layers}"]
-    lines += start_lines(plan.settings, plan.source)
-    counts = adapter.num_trained()
-    wide = max(map(len, counts))
-    lines += [
-        f"  {name:<{wide}}  {' x '.join(map(str, adapter.shape(name))):<22}{count:>15,}"
-        for name, count in counts.items()
-    ]
-    lines.append(f"  {'all':<{wide + 24}}{sum(counts.values()):>15,}")
+    adapter, counts = plan.adapter, plan.adapter.num_trained()
+    linears, total = ", ".join(target.name for target in adapter.targets), sum(counts.values())
+    rows = [(name, " x ".join(map(str, adapter.shape(name))), f"{count:,}") for name, count in counts.items()]
+    rows.append(("all", "", f"{total:,}"))
+    comparison = []
     for other in ("lora", "vera"):
-        same = replace(adapter, method=other)
-        total = sum(same.num_trained().values())
-        name = f"{other} of the same rank"
-        lines.append(f"  {name:<{wide + 24}}{total:>15,}   ({sum(counts.values()) / total:.2%} of it)")
-    lines.append(f"  {'frozen base':<{wide + 24}}{num_base_parameters(shape):>15,}")
-    return lines
+        same = sum(replace(adapter, method=other).num_trained().values())
+        comparison.append((f"{other} of the same rank", "", f"{same:,}", f"({total / same:.2%} of it)"))
+    base = ("frozen base", "", f"{num_base_parameters(plan.source.shape):,}")
+    return [
+        f"trained parameters: {adapter.method}, rank {adapter.rank}, {len(adapter.layers)} adapted layers ({linears})",
+        *start_lines(plan.settings, plan.source),
+        *aligned_lines([*rows, *comparison, base], align="<<><", indent="  "),
+    ]
 
 
-def _decoding(plan: RunPlan, data: RunData) -> list[str]:
+def _decoding(plan: RunPlan, data: Data) -> list[str]:
     """A line on the memory of decoding, if the run decodes anything."""
-    sets = [part for part in (data.scored, data.scored_validation) if part is not None]
+    sets = [part for own in data.values() for part in (own.scored, own.scored_validation) if part is not None]
     if not sets:
         return []
     longest, batch = max(len(prompt) for part in sets for prompt in part.prompts), plan.settings.eval_batch_size
@@ -151,17 +131,18 @@ def _decoding(plan: RunPlan, data: RunData) -> list[str]:
     ]
 
 
-def _batches(plan: RunPlan, data: RunData | None, batch: GlobalBatch | None) -> list[str]:
-    b, steps = plan.batches, plan.settings.max_steps
+def _batches(step: StepPlan, data: Data) -> list[str]:
+    ((name, plan),) = step.plans.items()
+    b, steps, batch = plan.batches, plan.settings.max_steps, step.batch(name)
     lines = [
         "batches",
         f"  global batch {count_text(b.global_batch_size, 'sample')}, {plan.batches_in_words}",
         f"  {count_text(steps, 'step')}, {count_text(steps * b.global_batch_size, 'sample')}",
     ]
-    if data is None and plan.settings.epochs is not None:
+    if batch is None and plan.settings.epochs is not None:
         lines[-1] = f"  --epochs {plan.settings.epochs:g}: its steps are counted from data, and none is read"
-    if data is not None and batch is not None:
-        lines.append(_fill(plan, data, batch))
+    if batch is not None:
+        lines.append(_fill(plan, data[name], batch))
     elif plan.settings.packing:
         lines.append(
             f"  samples of {plan.settings.max_length:,} tokens make {count_text(b.accumulation_steps, 'micro-batch')}"
@@ -181,34 +162,26 @@ def _fill(plan: RunPlan, data: RunData, step: GlobalBatch) -> str:
     )
 
 
-def _data(plan: RunPlan, data: RunData) -> list[str]:
-    lines = [
+def _data(plan: RunPlan, data: Data) -> list[str]:
+    (own,) = data.values()
+    header = ("", "samples", "tokens", "supervised", "longest", "cut")
+    rows = [(name, *_counts(part)) for name, part in (("train", own.train), ("validation", own.validation))]
+    return [
         f"data: {plan.settings.task}",
-        f"  {'':<12}{'samples':>10}{'tokens':>14}{'supervised':>14}{'longest':>10}{'cut':>8}",
+        *aligned_lines([header, *rows], indent="  "),
+        f"  the run sees the training part {epochs_of(plan.settings, len(own.train)):.2f} times",
+        *(f"  {line}" for line in own.notes),
+        *(f"  warning: {warning}" for warning in own.warnings(plan)),
     ]
-    for name, split in (("train", data.train), ("validation", data.validation)):
-        lines.append(
-            f"  {name:<12}{len(split):>10,}{split.num_tokens:>14,}{split.num_supervised:>14,}"
-            f"{split.longest:>10,}{split.truncated_prompts:>8,}"
-        )
-    lines.append(f"  the run sees the training part {epochs_of(plan.settings, len(data.train)):.2f} times")
-    lines += (f"  {line}" for line in data.notes)
-    return [*lines, *(f"  warning: {warning}" for warning in data.warnings(plan))]
+
+
+def _counts(part: TokenDataset) -> list[str]:
+    """Samples, tokens, supervised tokens, the longest sample, and prompts that are cut."""
+    numbers = (len(part), part.num_tokens, part.num_supervised, part.longest, part.truncated_prompts)
+    return [f"{number:,}" for number in numbers]
 
 
 # Several adapters, a row for each ------------------------------------------------------------------------------------
-
-
-def _of_several(step: StepPlan, data: Data) -> _Told:
-    tokens, most = step.largest.tokens, max(map(len, step.largest.owners))
-    return _Told(
-        adapters=_adapter_table(step),
-        micro_batches=f"{tokens:,} tokens of up to {count_text(most, 'adapter')} at step 1",
-        decoding=[],
-        one_more=[_one_more(step)],
-        batches=_shared_batches(step),
-        data=_data_table(step, data),
-    )
 
 
 def _adapter_table(step: StepPlan) -> list[str]:
@@ -280,11 +253,8 @@ def _shared_batches(step: StepPlan) -> list[str]:
 def _data_table(step: StepPlan, data: Data) -> list[str]:
     rows, notes = [], []
     for name, own in data.items():
-        settings, train = step.plans[name].settings, own.train
-        numbers = [len(train), train.num_tokens, train.num_supervised, train.longest, train.truncated_prompts]
-        numbers += [len(own.validation)]
-        passes = f"{epochs_of(settings, len(train)):.2f}"
-        rows.append([name, settings.task, *(f"{number:,}" for number in numbers), passes])
+        settings, passes = step.plans[name].settings, epochs_of(step.plans[name].settings, len(own.train))
+        rows.append([name, settings.task, *_counts(own.train), f"{len(own.validation):,}", f"{passes:.2f}"])
         notes += [f"  {name}: {note}" for note in own.notes]
         notes += [f"  warning: {name}: {warning}" for warning in own.warnings(step.plans[name])]
     header = ("adapter", "task", "samples", "tokens", "supervised", "longest", "cut", "validation", "passes")

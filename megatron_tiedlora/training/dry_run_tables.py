@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
-from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text, time_text
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
-from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.links import RANKS_PER_NODE, Links
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import (
@@ -27,18 +24,6 @@ from megatron_tiedlora.training.step import LONG_STEP_SECONDS
 from megatron_tiedlora.training.step_plan import StepPlan
 
 Stages = Sequence[StagePlan]
-
-
-class DryRunReport(NamedTuple):
-    """A dry run as text, and whether every rank fits in the card of --gpu; without --gpu it does."""
-
-    text: str
-    fits: bool
-
-    @classmethod
-    def of(cls, sections: Sequence[Sequence[str]], *, fits: bool) -> DryRunReport:
-        """The report with a blank line between two sections."""
-        return cls("\n\n".join("\n".join(map(printable, section)) for section in sections), fits)
 
 
 def partition_lines(stages: Stages) -> list[str]:
@@ -63,18 +48,19 @@ def partition_lines(stages: Stages) -> list[str]:
     ]
 
 
-def memory_lines(step: StepPlan, memories: Sequence[StageMemory], *, micro_batches: str) -> list[str]:
-    """The bytes of a rank of each stage, by purpose, with notes.
-
-    Args:
-        micro_batches: the largest one, in words.
-    """
-    stages, shape, layout = step.stages, step.shape, step.layout
-    cells = []
+def memory_lines(step: StepPlan, memories: Sequence[StageMemory]) -> list[str]:
+    """The bytes of a rank of each stage, by purpose, with notes."""
+    stages, shape, layout, largest = step.stages, step.shape, step.layout, step.largest
+    micro_batches = f"{layout.rows} x {largest.tokens // layout.rows} tokens"
+    if layout.named:
+        most = count_text(max(map(len, largest.owners)), "adapter")
+        micro_batches = f"{largest.tokens:,} tokens of up to {most} at step 1"
+    # what all quantised weights of a rank share
+    shared, cells = "one transposed" if layout.products and layout.on_gpu else "one dequantised", []
     for stage, memory in zip(stages, memories, strict=True):
         sizes = {
             "base weights": memory.base,
-            **({_shared_memory(layout): memory.dequantised} if memory.dequantised else {}),
+            **({shared: memory.dequantised} if memory.dequantised else {}),
             "adapters" if layout.named else "adapter": memory.adapter,
             "gradients": memory.gradients,
             "optimizer": memory.optimizer,
@@ -99,11 +85,6 @@ def memory_lines(step: StepPlan, memories: Sequence[StageMemory], *, micro_batch
         *_engine_line(stages[0]),
         *_reserves_lines(stages, step.shared.machine),
     ]
-
-
-def _shared_memory(layout: Layout) -> str:
-    """What the memory holds that all quantised weights of a rank share."""
-    return "one transposed" if layout.products and layout.on_gpu else "one dequantised"
 
 
 def _base_line(stages: Stages) -> list[str]:
@@ -153,23 +134,17 @@ def no_data_lines(plan: RunPlan) -> list[str]:
     return ["data", none, *(f"  warning: {excess}" for excess in plan.rank_excess)]
 
 
-def fits(memories: Sequence[StageMemory], plan: RunPlan) -> bool:
-    """Whether a rank of each stage fits in the card of --gpu; True without --gpu."""
-    return plan.settings.gpu is None or all(memory.total <= plan.machine["memory"] for memory in memories)
-
-
-def verdict_lines(memories: Sequence[StageMemory], plan: RunPlan) -> list[str]:
-    """With --gpu: whether the fullest rank fits in that card."""
+def verdict(memories: Sequence[StageMemory], plan: RunPlan) -> tuple[list[str], bool]:
+    """With --gpu: a line on whether the fullest rank fits in that card, and whether it does; without --gpu it does."""
     if plan.settings.gpu is None:
-        return []
-    machine = plan.machine
-    fullest = max(memories, key=lambda memory: memory.total)
-    needed = f"{bytes_in_words(fullest.total)} of {bytes_in_words(machine['memory'])}"
-    words = f"  {machine.name}: the fullest rank needs {needed}"
-    if fits(memories, plan):
-        return [f"{words}: it fits"]
+        return [], True
+    machine, fullest = plan.machine, max(memories, key=lambda memory: memory.total)
+    words = f"  {machine.name}: the fullest rank needs {bytes_in_words(fullest.total)} of"
+    words += f" {bytes_in_words(machine['memory'])}"
+    if fullest.total <= machine["memory"]:
+        return [f"{words}: it fits"], True
     size, name = max((size, name) for name, size in fullest._asdict().items())
-    return [f"{words}: IT DOES NOT FIT; {name} {bytes_in_words(size)}"]
+    return [f"{words}: IT DOES NOT FIT; {name} {bytes_in_words(size)}"], False
 
 
 def speed_lines(step: StepPlan) -> list[list[str]]:
@@ -180,14 +155,19 @@ def speed_lines(step: StepPlan) -> list[list[str]]:
     links = Links(step.layout, RANKS_PER_NODE)
     spent = planned_seconds(step.stages, step.batches, links, plan.machine)
     rate = step.work.tokens / spent.total / plan.grid.world_size
-    shares = ", ".join(f"{name} {size / spent.total:.1%}" for name, size in spent._asdict().items() if size)
     return [
         [
             f"speed on {plan.machine.name}, planned and not measured, {RANKS_PER_NODE} ranks in a node",
             f"  a step takes {time_text(spent.total)}: {rate:,.0f} tokens/s of each rank",
-            f"  {shares}",
+            f"  {shares_text(spent._asdict())}",
         ]
     ]
+
+
+def shares_text(spent: Mapping[str, float]) -> str:
+    """What a planned step is spent on, as shares of it."""
+    total = sum(spent.values())
+    return ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in spent.items() if seconds)
 
 
 def _engine_line(stage: StagePlan) -> list[str]:

@@ -38,7 +38,7 @@ from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.planning.cards import GPUS, default_machine
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
 from megatron_tiedlora.planning.machines import Machine
-from megatron_tiedlora.planning.micro_batches import MicroBatchShape, SampleRow, micro_batch_shape
+from megatron_tiedlora.planning.micro_batches import SampleRow
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
@@ -128,10 +128,6 @@ class RunPlan:
         """The plan of the step that follows `consumed_samples`."""
         seed = self.settings.seed
         return plan_global_batch(dataset, self.batch_shape, seed=seed, consumed_samples=consumed_samples)
-
-    def micro_batches(self, dataset: TokenDataset, batch: GlobalBatch) -> tuple[MicroBatchShape, ...]:
-        """The shapes of this rank's micro-batches of a step."""
-        return tuple(micro_batch_shape(self.layout, rows) for rows in self.sample_rows(dataset, batch))
 
     def sample_rows(self, dataset: TokenDataset, batch: GlobalBatch) -> Iterator[list[SampleRow]]:
         """The rows of each of this rank's micro-batches of a step."""

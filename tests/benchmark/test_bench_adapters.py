@@ -12,7 +12,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.benchmark.plan import plan_benchmark
-from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, TOGETHER, AdapterSteps, build_adapter_steps
+from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, TOGETHER, Side, make_sides
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
@@ -28,34 +28,39 @@ def words(model: Path, *more: str) -> list[str]:
     return [f"--model={model}", *sizes, *more]
 
 
-def group_of(model: Path, *more: str) -> AdapterSteps:
+def sides_of(model: Path, *more: str) -> dict[str, Side]:
     settings = parse_settings(words(model, *more), BenchSettings)
-    return build_adapter_steps(plan_benchmark(settings), settings)
+    return {name: make() for name, make in make_sides(plan_benchmark(settings), settings).items()}
 
 
-def tensors_after(group: AdapterSteps, side: str) -> dict[str, torch.Tensor]:
+def tensors_of(side: Side) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in side.model.bank.named_parameters()}
+
+
+def tensors_after(side: Side) -> dict[str, torch.Tensor]:
     for _ in range(2):
-        group.steps[side]()
-    return {name: parameter.detach() for name, parameter in group.stage.bank.named_parameters()}
+        side.step()
+    return tensors_of(side)
 
 
 @pytest.mark.parametrize(("more", "micro_batches"), [((), 1), (("--shared_tokens=80",), 2)])
 def test_both_sides_take_the_same_steps(model: Path, more: tuple[str, ...], micro_batches: int) -> None:
     """So that their times are those of the same work: every tensor of every adapter has the same bits afterwards."""
-    alone, together = (group_of(model, "--adapters=3", *more) for _ in range(2))
-    assert len(together.shared) == len(together.joined) == micro_batches
-    before = {name: tensor.detach().clone() for name, tensor in alone.stage.bank.named_parameters()}
-    expected, found = tensors_after(alone, IN_TURN), tensors_after(together, TOGETHER)
+    alone, together = (sides_of(model, "--adapters=3", *more) for _ in range(2))
+    assert len(together[TOGETHER].batches) == len(together[ONE].batches) == micro_batches
+    assert len(alone[IN_TURN].batches) == 3
+    before = {name: tensor.clone() for name, tensor in tensors_of(alone[IN_TURN]).items()}
+    expected, found = tensors_after(alone[IN_TURN]), tensors_after(together[TOGETHER])
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     changed = {name.split(".")[0] for name, tensor in expected.items() if not torch.equal(tensor, before[name])}
     assert changed == {"adapter 0", "adapter 1", "adapter 2"}
 
 
 def test_the_third_side_has_as_many_tokens_of_one_adapter(model: Path) -> None:
-    group = group_of(model, "--adapters=3")
-    assert [batch.tokens.shape for batch in group.joined] == [(6, 16)]
-    before = {name: tensor.detach().clone() for name, tensor in group.stage.bank.named_parameters()}
-    after = tensors_after(group, ONE)
+    side = sides_of(model, "--adapters=3")[ONE]
+    assert [batch.tokens.shape for batch in side.batches] == [(6, 16)]
+    before = {name: tensor.clone() for name, tensor in tensors_of(side).items()}
+    after = tensors_after(side)
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"adapter 0"}
 
 

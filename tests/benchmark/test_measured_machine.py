@@ -14,9 +14,7 @@ from run_helpers import run_ranks
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark import anchors
 from megatron_tiedlora.benchmark import machine as measuring
-from megatron_tiedlora.benchmark.anchors import Anchors
 from megatron_tiedlora.benchmark.machine import measure_machine
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
@@ -79,28 +77,28 @@ def test_ranks_measure_their_messages(tmp_path: Path) -> None:
 def test_the_arithmetic_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """3 ms a pass and 5 ms beside them; two stages take 9 passes each, and 2 ms of DeepSpeed's for each of them."""
 
-    def tiny(machine: Machine, *, num_layers: int, pipeline_parallel: int = 1, **more: int) -> anchors._MeasuredStep:
+    def tiny(machine: Machine, *, num_layers: int, pipeline_parallel: int = 1, **more: int) -> measuring.MeasuredStep:
         planned = Seconds(matmuls=0.001, launches=2 * num_layers * machine["block"], outside=machine["step"])
         if pipeline_parallel == 2:
-            return anchors._MeasuredStep(planned.total + 18 * (machine["instruction"] + 0.002), planned)
-        return anchors._MeasuredStep(0.001 + 2 * num_layers * 0.003 + 0.005, planned)
+            return measuring.MeasuredStep(planned.total + 18 * (machine["instruction"] + 0.002), planned)
+        return measuring.MeasuredStep(0.001 + 2 * num_layers * 0.003 + 0.005, planned)
 
-    def own(machine: Machine, source: object, *, tokens: int) -> anchors._MeasuredStep:
+    def own(machine: Machine, source: object, *, tokens: int) -> measuring.MeasuredStep:
         assert machine["elementwise"] == 1 and tokens == 16
-        return anchors._MeasuredStep(taken, Seconds(matmuls=0.9, elementwise=0.1))
+        return measuring.MeasuredStep(taken, Seconds(matmuls=0.9, elementwise=0.1))
 
-    monkeypatch.setattr(anchors, "_tiny_step", tiny)
-    monkeypatch.setattr(anchors, "_own_step", own)
-    monkeypatch.setattr(anchors, "idle_bytes", lambda: 12345)
-    monkeypatch.setattr(anchors.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(measuring, "_tiny_step", tiny)
+    monkeypatch.setattr(measuring, "_own_step", own)
+    monkeypatch.setattr(measuring, "idle_bytes", lambda: 12345)
+    monkeypatch.setattr(measuring.distributed, "get_world_size", lambda: 2)
     taken = 1.3
-    measures = Anchors(find_model("demo", weights=False), DEVICE, lambda words: words)
-    found = measures.beside(measures.alone(CPU), tokens=16)
+    measures = measuring._Measure(find_model("demo", weights=False), DEVICE, 16, 1.0)
+    found = measures.beside(measures.alone(CPU))
     assert found["block"] == pytest.approx(0.003) and found["step"] == pytest.approx(0.005)
     assert found["instruction"] == pytest.approx(0.002) and found["context"] == 12345
     assert found["elementwise"] == pytest.approx(0.1 / (0.1 + 0.3))  # of 1.3 s, 0.9 are matmuls
     taken = 0.8
-    found = measures.beside(found, tokens=16)
+    found = measures.beside(found)
     assert found["elementwise"] == 1 and "nothing was left of" in found.constants["elementwise"].source
 
 

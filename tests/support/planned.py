@@ -25,7 +25,7 @@ H100 = GPUS["h100"]
 def changed(machine: Machine, **values: float) -> Machine:
     """The machine with other constants; `__` stands for the dot in their names."""
     constants = {name.replace("__", "."): Constant(value, "a test") for name, value in values.items()}
-    return machine.changed(constants, name="changed", title=machine.title)
+    return machine.changed(constants, name="changed")
 
 
 def short(model: str, num_layers: int) -> ModelSource:

@@ -14,12 +14,14 @@ from forked_ranks import run_on_ranks
 from tiny_models import write_tiny_model
 from traffic_worker import Case, Counted, count_steps
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.traffic import DATA, Traffic
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import prepare_data
+from megatron_tiedlora.training.step_plan import StepPlan
 
 # ZeRO sections beside those of ds_configs/.
 ENGINES: dict[str, dict[str, Any]] = {
@@ -44,7 +46,7 @@ class Ran:
         plan = self.plan(rank)
         data = prepare_data(plan).train
         batch = plan.global_batch(data, consumed_samples=self.case.steps_before * plan.batches.global_batch_size)
-        return plan.micro_batches(data, batch)
+        return StepPlan({ONLY: plan}, samples={ONLY: (data, batch)}).batches.shapes
 
     def predicted(self, rank: int) -> tuple[Traffic, int]:
         """Of the counted step, from settings and data alone: our messages, and the most that DeepSpeed sends."""

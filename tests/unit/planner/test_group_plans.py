@@ -20,9 +20,10 @@ from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
+from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES
 from megatron_tiedlora.planner.price import Pricer, hours_in_turn
 from megatron_tiedlora.planner.report import make_plan
+from megatron_tiedlora.planner.runs import divisors
 from megatron_tiedlora.planner.table import Plan
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.links import Links
