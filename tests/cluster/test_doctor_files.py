@@ -15,10 +15,9 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import CACHE_VARIABLE
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.cluster.doctor import job_files as job_files_module
-from megatron_tiedlora.cluster.doctor import shared
+from megatron_tiedlora.cluster.doctor import examine, shared
 from megatron_tiedlora.cluster.doctor.ask import module_command
-from megatron_tiedlora.cluster.doctor.job_files import job_files
+from megatron_tiedlora.cluster.doctor.examine import job_files
 from megatron_tiedlora.cluster.doctor.probe import job_content
 from megatron_tiedlora.cluster.doctor.records import HubRepo
 from megatron_tiedlora.convert.export_peft import base_location
@@ -126,7 +125,7 @@ def test_a_model_is_looked_for_in_the_cache(snapshot: Path, tmp_path: Path) -> N
 
 def test_the_cache_is_the_one_that_the_host_names(snapshot: Path, tmp_path: Path) -> None:
     (snapshot / "model.safetensors").touch()
-    code = f"from {job_files_module.__name__} import cached_model; print(cached_model({MODEL.id!r}))"
+    code = f"from {examine.__name__} import cached_model; print(cached_model({MODEL.id!r}))"
     for home, expected in ((tmp_path, str(snapshot)), (tmp_path / "other", "None")):
         done = subprocess.run(
             ["env", "-u", "HF_HUB_CACHE", f"HF_HOME={home}", sys.executable, "-c", code],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_tiedlora.cluster.doctor.examine import compare_hosts
-from megatron_tiedlora.cluster.doctor.rank_groups import group_members
+from megatron_tiedlora.cluster.doctor.rank import group_members
 from megatron_tiedlora.cluster.doctor.records import (
     Clock,
     Finding,

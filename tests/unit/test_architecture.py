@@ -131,8 +131,8 @@ def test_the_oracle_shares_no_code_with_the_package() -> None:
         assert not any(module.startswith("megatron_tiedlora") for module in imported_modules(SUPPORT / name))
 
 
-def test_files_stay_under_400_lines() -> None:
+def test_files_stay_under_500_lines() -> None:
     folders = ("megatron_tiedlora", "launch", "tools", "tests")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
-    long = {str(file.relative_to(ROOT)): count for file in files if (count := len(file.read_text().splitlines())) > 400}
+    long = {str(file.relative_to(ROOT)): count for file in files if (count := len(file.read_text().splitlines())) > 500}
     assert not long

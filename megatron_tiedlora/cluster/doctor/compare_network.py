@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from megatron_tiedlora.base.wording import bytes_in_words, enumerate_names
 from megatron_tiedlora.cluster.doctor.compare import answering, error, usual_value, warning
 from megatron_tiedlora.cluster.doctor.probe import is_loopback
-from megatron_tiedlora.cluster.doctor.rank_groups import group_members, hosts_of_ranks
+from megatron_tiedlora.cluster.doctor.rank import group_members, hosts_of_ranks
 from megatron_tiedlora.cluster.doctor.records import UNREADABLE, Finding, HostReport, ParallelConfig, PathContent
 
 _LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs and an exported model are not

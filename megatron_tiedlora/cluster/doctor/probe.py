@@ -18,7 +18,7 @@ import psutil
 
 from megatron_tiedlora.base.version import PACKAGE_FOLDER, installed_versions
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.cluster.doctor.job_files import cached_model, is_read_of_a_model
+from megatron_tiedlora.cluster.doctor.examine import cached_model, is_read_of_a_model
 from megatron_tiedlora.cluster.doctor.records import (
     UNREADABLE,
     Gpu,

@@ -17,14 +17,15 @@ import signal
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.cluster.doctor.probe import examine
-from megatron_tiedlora.cluster.doctor.rank_groups import group_members
-from megatron_tiedlora.cluster.doctor.records import Clock, GroupKind, Order, RankEvent
+from megatron_tiedlora.cluster.doctor.records import Clock, GroupKind, HostReport, Order, ParallelConfig, RankEvent
+from megatron_tiedlora.parallel.grid import Grid
 
 if TYPE_CHECKING:
     import torch
@@ -210,3 +211,19 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def group_members(layout: ParallelConfig) -> dict[GroupKind, list[list[int]]]:
+    """The ranks of each tensor, pipeline and data parallel group, without kinds whose groups have one rank."""
+    grid = Grid(0, layout.num_ranks, layout.tensor_parallel, layout.pipeline_parallel)
+    members: dict[GroupKind, dict[tuple[int, int], list[int]]] = {"tensor": {}, "pipeline": {}, "data": {}}
+    for at in map(grid.at, range(grid.world_size)):
+        members["tensor"].setdefault((at.pp_rank, at.dp_rank), []).append(at.rank)
+        members["pipeline"].setdefault((at.dp_rank, at.tp_rank), []).append(at.rank)
+        members["data"].setdefault((at.pp_rank, at.tp_rank), []).append(at.rank)
+    return {kind: list(groups.values()) for kind, groups in members.items() if len(groups[0, 0]) > 1}
+
+
+def hosts_of_ranks(hosts: Sequence[HostReport], ranks: Sequence[int]) -> list[str]:
+    """The names of the hosts on which `ranks` run, each once."""
+    return [host.name for host in hosts if any(0 <= rank - host.first_rank < host.slots for rank in ranks)]

@@ -21,8 +21,7 @@ from pydantic import ValidationError
 
 from megatron_tiedlora.base.wording import enumerate_names
 from megatron_tiedlora.cluster.doctor.compare import error, warning
-from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, SMALL_BYTES
-from megatron_tiedlora.cluster.doctor.rank_groups import group_members, hosts_of_ranks
+from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, SMALL_BYTES, group_members, hosts_of_ranks
 from megatron_tiedlora.cluster.doctor.records import (
     Finding,
     GroupResult,

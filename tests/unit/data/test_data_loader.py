@@ -8,14 +8,16 @@ import pytest
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.loader import (
     BatchShape,
+    _halve,
+    _spread,
     collate,
     evaluation_batches,
     num_evaluation_batches,
+    pack,
     plan_global_batch,
     training_steps,
 )
 from megatron_tiedlora.data.order import permutation, sample_indices
-from megatron_tiedlora.data.packing import _halve, _spread, pack
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
