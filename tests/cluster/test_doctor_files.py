@@ -15,10 +15,9 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import CACHE_VARIABLE
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.cluster.doctor import examine, shared
-from megatron_tiedlora.cluster.doctor.ask import module_command
-from megatron_tiedlora.cluster.doctor.examine import job_files
-from megatron_tiedlora.cluster.doctor.probe import job_content
+from megatron_tiedlora.cluster.doctor import probe as probe_module
+from megatron_tiedlora.cluster.doctor import rank
+from megatron_tiedlora.cluster.doctor.probe import job_content, job_files
 from megatron_tiedlora.cluster.doctor.records import HubRepo
 from megatron_tiedlora.convert.export_peft import base_location
 from megatron_tiedlora.data.demo import demo_model_path
@@ -125,7 +124,7 @@ def test_a_model_is_looked_for_in_the_cache(snapshot: Path, tmp_path: Path) -> N
 
 def test_the_cache_is_the_one_that_the_host_names(snapshot: Path, tmp_path: Path) -> None:
     (snapshot / "model.safetensors").touch()
-    code = f"from {examine.__name__} import cached_model; print(cached_model({MODEL.id!r}))"
+    code = f"from {probe_module.__name__} import cached_model; print(cached_model({MODEL.id!r}))"
     for home, expected in ((tmp_path, str(snapshot)), (tmp_path / "other", "None")):
         done = subprocess.run(
             ["env", "-u", "HF_HUB_CACHE", f"HF_HOME={home}", sys.executable, "-c", code],
@@ -145,37 +144,21 @@ def test_a_data_set_of_the_hub_is_not_looked_for(tmp_path: Path) -> None:
 # A shared folder -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_token_that_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / ".doctor-x"
-    writer = subprocess.Popen(
-        module_command("shared", "write", str(path), "token", "30"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert writer.stdout is not None and writer.stdin is not None
-        assert writer.stdout.readline() == f"{shared.SHARED_MARK}{shared.WRITTEN}\n"
-        shared.read(str(path), "token", 5)
-        assert capsys.readouterr().out == f"{shared.SHARED_MARK}{shared.SEEN}\n"
-        writer.stdin.close()
-        assert writer.wait(10) == 0 and not path.exists()
-    finally:
-        writer.kill()
-        writer.wait()
-        for pipe in (writer.stdin, writer.stdout):
-            if pipe is not None:
-                pipe.close()
+    assert rank._write(str(path), "token") == "" and rank._can_read(str(path), "token")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert rank._write(str(path), "token") == "File exists"
 
 
 @pytest.mark.parametrize("content", [None, "", "toke", "another", "token and more"])
-def test_a_name_alone_is_not_enough(content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_alone_is_not_enough(content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank, "_SHARED_SECONDS", 0.3)
     path = tmp_path / ".doctor-x"
     if content is not None:
         path.write_text(content)
     begin = time.monotonic()
-    shared.read(str(path), "token", 0.3)
-    assert capsys.readouterr().out == f"{shared.SHARED_MARK}{shared.NOT_SEEN}\n" and time.monotonic() - begin < 5
+    assert not rank._can_read(str(path), "token") and time.monotonic() - begin < 5
 
 
 def test_a_full_disk_takes_no_token(tmp_path: Path) -> None:
@@ -186,14 +169,6 @@ def test_a_full_disk_takes_no_token(tmp_path: Path) -> None:
         pytest.skip("needs the right to mount a file system")
     try:
         (folder / "filler").write_bytes(bytes(4096))
-        done = subprocess.run(
-            module_command("shared", "write", str(folder / ".doctor-x"), "token", "20"),
-            input="",
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.stdout == f"{shared.SHARED_MARK}No space left on device\n"
-        assert [path.name for path in folder.iterdir()] == ["filler"]
+        assert rank._write(str(folder / ".doctor-x"), "token") == "No space left on device"
     finally:
         subprocess.run(["umount", str(folder)], check=True, timeout=20)

@@ -196,6 +196,22 @@ def _can_read(path: str, token: str) -> bool:
     return False
 
 
+def group_members(layout: ParallelConfig) -> dict[GroupKind, list[list[int]]]:
+    """The ranks of each tensor, pipeline and data parallel group, without kinds whose groups have one rank."""
+    grid = Grid(0, layout.num_ranks, layout.tensor_parallel, layout.pipeline_parallel)
+    members: dict[GroupKind, dict[tuple[int, int], list[int]]] = {"tensor": {}, "pipeline": {}, "data": {}}
+    for at in map(grid.at, range(grid.world_size)):
+        members["tensor"].setdefault((at.pp_rank, at.dp_rank), []).append(at.rank)
+        members["pipeline"].setdefault((at.dp_rank, at.tp_rank), []).append(at.rank)
+        members["data"].setdefault((at.pp_rank, at.tp_rank), []).append(at.rank)
+    return {kind: list(groups.values()) for kind, groups in members.items() if len(groups[0, 0]) > 1}
+
+
+def hosts_of_ranks(hosts: Sequence[HostReport], ranks: Sequence[int]) -> list[str]:
+    """The names of the hosts on which `ranks` run, each once."""
+    return [host.name for host in hosts if any(0 <= rank - host.first_rank < host.slots for rank in ranks)]
+
+
 def main() -> int:
     """Run the rank; report a failure in an event and in the exit status."""
     order = Order.model_validate_json(sys.argv[1])
@@ -211,19 +227,3 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-def group_members(layout: ParallelConfig) -> dict[GroupKind, list[list[int]]]:
-    """The ranks of each tensor, pipeline and data parallel group, without kinds whose groups have one rank."""
-    grid = Grid(0, layout.num_ranks, layout.tensor_parallel, layout.pipeline_parallel)
-    members: dict[GroupKind, dict[tuple[int, int], list[int]]] = {"tensor": {}, "pipeline": {}, "data": {}}
-    for at in map(grid.at, range(grid.world_size)):
-        members["tensor"].setdefault((at.pp_rank, at.dp_rank), []).append(at.rank)
-        members["pipeline"].setdefault((at.dp_rank, at.tp_rank), []).append(at.rank)
-        members["data"].setdefault((at.pp_rank, at.tp_rank), []).append(at.rank)
-    return {kind: list(groups.values()) for kind, groups in members.items() if len(groups[0, 0]) > 1}
-
-
-def hosts_of_ranks(hosts: Sequence[HostReport], ranks: Sequence[int]) -> list[str]:
-    """The names of the hosts on which `ranks` run, each once."""
-    return [host.name for host in hosts if any(0 <= rank - host.first_rank < host.slots for rank in ranks)]
