@@ -1,7 +1,7 @@
 """The trained tensors of a run: one module with A, B, u, v of every target, for all adapted layers of a rank's stage.
 
 It owns shapes, sharding, initial values and what layers get from it: A and F = (alpha / r) diag(v) B diag(u). It leaves
-z = W x + F A x and the gradients of A and F to `low_rank`, files to checkpoint/, and sums between stages to `tying`.
+z = W x + F A x and the gradients of A and F to `rows`, files to checkpoint/, and sums between stages to `tying`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.collectives import gather_together
+from megatron_tiedlora.parallel.collectives import StepSum, gather_together
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 from megatron_tiedlora.parallel.random_streams import draw_normal
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
-from megatron_tiedlora.parallel.step_sum import StepSum
 
 
 @dataclass(frozen=True)
