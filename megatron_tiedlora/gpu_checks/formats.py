@@ -7,8 +7,8 @@ import torch
 from megatron_tiedlora.base.base_formats import BASE_FORMATS, FP8_CAPABILITY
 from megatron_tiedlora.gpu_checks.attention import relative
 from megatron_tiedlora.gpu_checks.records import Report
+from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
-from megatron_tiedlora.parallel.weight_maker import weight_maker
 
 ROWS, WIDTHS = 192, (1024, 1040)  # the second is no multiple of nf4's block, which bitsandbytes cannot dequantise
 TOKENS = 64

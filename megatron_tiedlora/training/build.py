@@ -12,8 +12,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
-from megatron_tiedlora.adapters.dropped_inputs import Dropout
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
 from megatron_tiedlora.adapters.gathering import MOMENTS
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
