@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from megatron_tiedlora.base.atomic import (
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import check_writable, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
-from megatron_tiedlora.base.paths import PathIn, last_name, user_path
+from megatron_tiedlora.base.paths import PathIn, last_name, numbered, user_path
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
@@ -195,10 +195,9 @@ def last_run_folder(name: str) -> RunFolder:
 
 def _last_and_next(name: str) -> tuple[RunFolder, RunFolder]:
     """The last of these folders, or runs/NAME if there is none; and the one that follows it."""
-    last, number = RunFolder(Path("runs") / name), 2
-    while (following := RunFolder(Path("runs") / f"{name}-{number}")).path.exists():
-        last, number = following, number + 1
-    return last, following
+    pairs = pairwise(numbered(Path("runs") / name))
+    last, following = next(pair for pair in pairs if not pair[1].exists())
+    return RunFolder(last), RunFolder(following)
 
 
 class MetricsLog:
