@@ -248,8 +248,12 @@ def _start_engine(
         optimizers = EngineOptimizer(engine, adapter, model.groups, plan.engine)
     else:
         assert model.stage.anchor is not None
-        engine = _initialize(model, _without_steps(plan), _anchor_optimizer(model.stage.anchor))
-        own = {name: _own_optimizer(plan, bank.adapters[name]) for name, plan in plans.items()}
+        of_nothing = make_optimizer([model.stage.anchor], learning_rate=0.0, weight_decay=0.0)  # an engine wants one
+        engine = _initialize(model, _without_steps(plan), of_nothing)
+        own = {}
+        for name, its in plans.items():
+            made = make_training(its.settings, trained_or_stand_in(bank.adapters[name]))
+            own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
         optimizers = OwnOptimizers(bank, model.groups, own, device)
     for name, checkpoint in checkpoints.items():
@@ -257,11 +261,6 @@ def _start_engine(
             _restore(optimizers, name, bank.adapters[name], checkpoint)
             resume_scheduler(schedules[name], checkpoint.progress.step)
     return make_runner(engine, model.stage, model.groups, optimizers, device)
-
-
-def _anchor_optimizer(anchor: nn.Parameter) -> Optimizer:
-    """An engine wants one. It steps nothing."""
-    return make_optimizer([anchor], learning_rate=0.0, weight_decay=0.0)
 
 
 def _initialize(model: _Model, config: EngineConfig, optimizer: Optimizer, scheduler: LambdaLR | None = None) -> Any:
@@ -279,11 +278,6 @@ def _without_steps(plan: RunPlan) -> EngineConfig:
         "gradient_clipping": 0.0,
     }
     return replace(plan.engine, values={**plan.engine.values, **ours})
-
-
-def _own_optimizer(plan: RunPlan, adapter: TiedAdapter) -> OwnOptimizer:
-    optimizer, scheduler = make_training(plan.settings, trained_or_stand_in(adapter))
-    return OwnOptimizer(optimizer, scheduler, plan.settings.gradient_clipping)
 
 
 def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:
