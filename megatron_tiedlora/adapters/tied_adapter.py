@@ -334,11 +334,6 @@ class TiedAdapter(nn.Module):
         """Every factor as this rank holds it, by name; None if it is frozen at one."""
         return {name: getattr(self._module(target), factor) for name, (target, factor) in self.config.tensors.items()}
 
-    def lora_factors(self, target: Target, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The update of a target in one layer (1-based) as a plain LoRA pair, for autograd; the adapter is whole."""
-        held = self._module(target)
-        return _lora_pair(self.config, [getattr(held, factor) for factor in FACTORS], layer)
-
     def _updates(
         self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None
     ) -> tuple[LinearUpdate, ...]:
@@ -376,23 +371,17 @@ def _stand_ins(
 
 
 def lora_factors(
-    config: AdapterConfig, state: Mapping[str, torch.Tensor], target: Target, layer: int
+    config: AdapterConfig, state: Mapping[str, torch.Tensor | None], target: Target, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The update of a target in one layer (1-based) as a plain LoRA pair.
+    """The update of a target in one layer (1-based) as a plain LoRA pair, for autograd.
 
-    It is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors.
+    It is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors; u and v may be None
+    if they are frozen at one.
     """
-    return _lora_pair(config, [state[target.prefix + factor] for factor in FACTORS], layer)
-
-
-def _lora_pair(
-    config: AdapterConfig, factors: Sequence[torch.Tensor | None], layer: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`lora_factors` of A, B, u and v; u and v are None if they are frozen at one."""
     index, method = config.layers.index(layer), config.method_spec
+    factors = ((factor, state[target.prefix + factor]) for factor in FACTORS)
     a, b, u, v = (
-        tensor if tensor is None or method.factor(factor).tied else tensor[index]
-        for factor, tensor in zip(FACTORS, factors, strict=True)
+        tensor if tensor is None or method.factor(factor).tied else tensor[index] for factor, tensor in factors
     )
     assert a is not None and b is not None
     return (a if u is None else u[:, None] * a), _fold(b, None, v, config.scale)

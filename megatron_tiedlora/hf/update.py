@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import linear
 
 from megatron_tiedlora.adapters.targets import Target
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, lora_factors
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import changed_weights
@@ -38,7 +38,7 @@ class AdaptedModule:
 
     def factors(self, adapter: TiedAdapter) -> tuple[torch.Tensor, torch.Tensor]:
         """A' (r, in) and B' (rows of the module, r)."""
-        a, b = adapter.lora_factors(self.target, self.rule.layer)
+        a, b = lora_factors(adapter.config, adapter.factors(), self.target, self.rule.layer)
         return a, self.rule.by_stored_tensor(b)[self.stored]
 
 

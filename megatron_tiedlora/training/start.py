@@ -104,7 +104,7 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
     for own in {id(own): own for own in data.values()}.values():
         check_same_data(own)
     held = ExitStack()
-    end.hold(held.close)
+    end.release = held.close
 
     def reject_other_runs(folder: RunFolder) -> None:
         for name, own in adapter_folders(plans, folder).items():
