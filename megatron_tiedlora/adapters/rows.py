@@ -51,7 +51,7 @@ class AllRows:
 
     def add_update_(self, z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:
         """Add F A x to z (tokens, out), in place."""
-        torch.addmm(z, _flat(ax), f.t(), out=z)
+        torch.addmm(z, flat(ax), f.t(), out=z)
 
     def gradient_of_ax(self, grad_z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
         """grad_ax = dz F, from dz (tokens, out)."""
@@ -59,13 +59,13 @@ class AllRows:
 
     def gradient_of_f(self, grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """dF = dz^T ax in `dtype`, from dz (tokens, out)."""
-        return wide_matmul(grad_z.t(), _flat(ax), dtype)
+        return wide_matmul(grad_z.t(), flat(ax), dtype)
 
     def gradient_of_a(
         self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool
     ) -> torch.Tensor:
         """dA = grad_ax^T D(x) in `dtype`, from x (tokens, in)."""
-        return wide_matmul(_flat(grad_ax).t(), self._dropped(x, local=local), dtype)
+        return wide_matmul(flat(grad_ax).t(), self._dropped(x, local=local), dtype)
 
     def add_share_(
         self, grad_x: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, local: bool
@@ -76,7 +76,7 @@ class AllRows:
         """
         if grad_ax is None or a is None:
             return grad_x
-        rows, narrow = _flat(grad_x), grad_ax.reshape(-1, grad_ax.shape[-1])
+        rows, narrow = flat(grad_x), grad_ax.reshape(-1, grad_ax.shape[-1])
         if self.dropout is None:
             torch.addmm(rows, narrow, a, out=rows)
         else:
@@ -123,7 +123,7 @@ class SharedRows(AllRows):
 
     def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
         """As in AllRows."""
-        factors, rows = self._factors(a, by_rows=True), self._rows(_flat(x), local)
+        factors, rows = self._factors(a, by_rows=True), self._rows(flat(x), local)
         found = [of.reduce_input(own, factors[owner], local=local) for owner, own, of in rows]
         return _end_to_end(found, x)
 
@@ -160,7 +160,7 @@ class SharedRows(AllRows):
         if grad_ax is None or a is None:
             return grad_x
         factors, narrow = self._factors(a, by_rows=True), self._narrow(grad_ax, local=local)
-        for (owner, rows, of), own in zip(self._rows(_flat(grad_x), local), narrow, strict=True):
+        for (owner, rows, of), own in zip(self._rows(flat(grad_x), local), narrow, strict=True):
             of.add_share_(rows, own, factors[owner], local=local)
         return grad_x
 
@@ -222,7 +222,7 @@ class SharedRows(AllRows):
         )
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
+def flat(tensor: torch.Tensor) -> torch.Tensor:
     """(..., n) -> (tokens, n), a view."""
     return tensor.view(-1, tensor.shape[-1])
 

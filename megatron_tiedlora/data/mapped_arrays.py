@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.checksums import check_seal, sealed
+from megatron_tiedlora.base.checksums import check_seal, file_sha256, sealed
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.json_files import read_json_object
 
 _META_FILE = "content.json"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.rows import AllRows, apart, beside
+from megatron_tiedlora.adapters.rows import AllRows, apart, beside, flat
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -135,9 +135,9 @@ class Projection:
             ax = self.rows.reduce_input(normed, a, local=True)
         normed, gathered = self._enter(normed, None if known else ax)
         ax = ax if known else gathered
-        projected = self.weight.times_transposed(_flat(normed), bias).view(*normed.shape[:-1], -1)
+        projected = self.weight.times_transposed(flat(normed), bias).view(*normed.shape[:-1], -1)
         if ax is not None and f is not None:
-            self.rows.add_update_(_flat(projected), ax, f)
+            self.rows.add_update_(flat(projected), ax, f)
         return projected, root, ax
 
     def backward(
@@ -159,7 +159,7 @@ class Projection:
             wide: dtype of the gradients of A and F.
         """
         (norm, norm_bias, _), (a, f) = parameters, factors
-        rows = _flat(grad_projected)
+        rows = flat(grad_projected)
         grad_a = grad_f = grad_ax = grad_hidden = None
         if needs.f:
             assert ax is not None and wide is not None
@@ -222,8 +222,3 @@ class Projection:
         if in_parts:
             return reduce_scatter(grad_normed, group, SEQUENCE_DIM), grad_ax
         return all_reduce(grad_normed, group), grad_ax
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """(b, s, n) -> (b s, n), a view."""
-    return tensor.view(-1, tensor.shape[-1])

@@ -5,22 +5,17 @@ Each is the plan of a run of its own. What the engine cannot do for several toge
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.base.atomic import write_text
 from megatron_tiedlora.base.errors import UserError, naming
-from megatron_tiedlora.base.paths import PathIn, user_path
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapters_file import RUN_OF_ALL, check_folders, read_adapters
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.runtime.run_folder import RunFolder, State, choose_run_folder, last_run_folder, run_name
+from megatron_tiedlora.runtime.run_folder import GroupFolder, RunFolder, choose_run_folder, last_run_folder, run_name
 from megatron_tiedlora.training.halving import check_halving
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 
@@ -90,41 +85,6 @@ def check_clipping(plan: RunPlan) -> None:
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GroupFolder(RunFolder):
-    """The paths of a run of several adapters; RUN/NAME is the run folder of the adapter NAME.
-
-    Attributes:
-        running: the folders of the adapters that have not ended, each with its last step. They end as the run does.
-    """
-
-    running: Callable[[], Iterable[tuple[RunFolder, int]]] = field(default=tuple, compare=False)
-
-    settings = PathIn("adapters.yaml")  # every setting as resolved, of all and of each
-    table = PathIn("table.csv")  # one row per adapter
-
-    def write_status(self, state: State, *, step: int, reason: str) -> None:
-        """Write run_status.json, and that of each adapter that has not ended."""
-        super().write_status(state, step=step, reason=reason)
-        for folder, own_step in self.running():
-            if not folder.is_of_main and folder.status.exists():
-                continue  # only rank 0 knows which ones it has finished by now
-            with suppress(UserError):  # another start may have one of them by now
-                folder.write_status(state, step=own_step, reason=reason)
-
-    def with_running(self, running: Callable[[], Iterable[tuple[RunFolder, int]]]) -> GroupFolder:
-        """The folder with `running`."""
-        return replace(self, running=running)
-
-    def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace table.csv. Raises UserError if it cannot be written."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.table, text.getvalue(), guard=self.guard)
 
 
 def folder_kind(plans: Plans) -> type[RunFolder]:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
 from megatron_tiedlora.adapters.gathering import MOMENTS
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
+from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
@@ -47,7 +47,7 @@ from megatron_tiedlora.engine.optimizers import (
     OwnOptimizers,
     trained_or_stand_in,
 )
-from megatron_tiedlora.engine.runner import Runner, make_runner
+from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, Runner
 from megatron_tiedlora.engine.topology import make_groups, make_process_grid
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -135,7 +135,12 @@ def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels =
 def checked_base(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
     """What the base is. All ranks call it; raises UserError on every rank if theirs differ."""
     base = _identify(plan, weights)
-    _check_same_base(base)
+    hashes = f"{base.base_hash} {base.base_weights_hash} {base.base_sample} {base.base_stored} {base.tokenizer_hash}"
+    if differing := num_differing(hashes):
+        raise UserError(
+            f"{count_text(differing, 'rank')} read another base model or tokenizer than rank 0."
+            " Give every host the same files"
+        )
     check_same_dtype(plan.dtype_name)
     return base
 
@@ -260,7 +265,8 @@ def _start_engine(
         if checkpoint is not None and name in plans:
             _restore(optimizers, name, bank.adapters[name], checkpoint)
             resume_scheduler(schedules[name], checkpoint.progress.step)
-    return make_runner(engine, model.stage, model.groups, optimizers, device)
+    kind = PlainRunner if plan.grid.pp_size == 1 else PipelineRunner
+    return kind(engine, model.stage, model.groups, optimizers, device)
 
 
 def _initialize(model: _Model, config: EngineConfig, optimizer: Optimizer, scheduler: LambdaLR | None = None) -> Any:
@@ -320,7 +326,13 @@ def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
 
 def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Notes on the base. Raises UserError as `check_resumed_base` does."""
-    _check_same_adapter(plan.adapter, checkpoint)
+    stored = checkpoint.adapter.config.facts
+    for name, expected in plan.adapter.facts.items():  # its settings were compared when it was found
+        if stored[name] != expected:
+            raise UserError(
+                f"{checkpoint.folder / CONFIG_FILE}: {name} is {stored[name]}, but the checkpoint's settings say"
+                f" {expected}. Resume from another checkpoint"
+            )
     differs, trained = plan.settings.base_differs, checkpoint.adapter.base
     notes = check_same_base(trained, base, source=str(checkpoint.folder), differs=differs)
     if (otherwise := quantised_otherwise(trained, base)) and not differs:
@@ -329,25 +341,3 @@ def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) ->
             " to use this one anyway"
         )
     return notes
-
-
-def _check_same_base(base: BaseIdentity) -> None:
-    """Raise UserError, on every rank, if a host's copy of the model or tokenizer differs from rank 0's."""
-    hashes = f"{base.base_hash} {base.base_weights_hash} {base.base_sample} {base.base_stored} {base.tokenizer_hash}"
-    if differing := num_differing(hashes):
-        raise UserError(
-            f"{count_text(differing, 'rank')} read another base model or tokenizer than rank 0."
-            " Give every host the same files"
-        )
-
-
-def _check_same_adapter(adapter: AdapterConfig, checkpoint: Checkpoint) -> None:
-    """Compare the checkpoint's adapter with the plan's. (Its settings were compared when it was found.)"""
-    stored = checkpoint.adapter.config.facts
-    for name, expected in adapter.facts.items():
-        found = stored[name]
-        if found != expected:
-            raise UserError(
-                f"{checkpoint.folder / CONFIG_FILE}: {name} is {found}, but the checkpoint's settings say {expected}."
-                " Resume from another checkpoint"
-            )

@@ -26,8 +26,8 @@ from megatron_tiedlora.convert.merge import is_merge_of
 from megatron_tiedlora.convert.serving import Export, serve_hints
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
-from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
-from megatron_tiedlora.training.adapter_plans import GroupFolder, shared_plan
+from megatron_tiedlora.runtime.run_folder import GroupFolder, RunFolder, read_metrics
+from megatron_tiedlora.training.adapter_plans import shared_plan
 from megatron_tiedlora.training.adapter_run import AdapterRun
 from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.compiling import ChosenKernels

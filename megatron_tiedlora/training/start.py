@@ -44,7 +44,7 @@ from megatron_tiedlora.training.halving import REASON, rivals_of
 from megatron_tiedlora.training.loop import Finished, Trainer
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.resumed import adopt_checkpoint, find_checkpoint, reject_another_run, with_kept_warmup
-from megatron_tiedlora.training.run_data import Data, RunData
+from megatron_tiedlora.training.run_data import Data
 from megatron_tiedlora.training.step import TrainStep
 from megatron_tiedlora.training.step_plan import micro_batch_capacity
 from megatron_tiedlora.training.throughput import Meter, start_meter
@@ -102,7 +102,11 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
             every rank.
     """
     for own in {id(own): own for own in data.values()}.values():
-        check_same_data(own)
+        if differing := num_differing(own.shared_sha256):
+            raise UserError(
+                f"{count_text(differing, 'rank')} read other training, validation or test data than rank 0."
+                " Give every host the same files"
+            )
     held = ExitStack()
     end.release = held.close
 
@@ -179,15 +183,6 @@ def _open_run_folder(name: str, start: Start) -> RunFolder:
     plan, before = start.plans[name], partial(reject_another_run, start.plans[name], start.data[name])
     with naming(name):
         return _take_folder(plan.settings, name=plan.name, held=start.held, before=before)
-
-
-def check_same_data(data: RunData) -> None:
-    """Raise UserError if the data that a rank has read differs from rank 0's."""
-    if differing := num_differing(data.shared_sha256):
-        raise UserError(
-            f"{count_text(differing, 'rank')} read other training, validation or test data than rank 0."
-            " Give every host the same files"
-        )
 
 
 def _finished_before(start: Start) -> dict[str, Finished]:
