@@ -133,8 +133,8 @@ def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, d
     """The ranks' parts, concatenated along `dim`. The gradient is summed over the group; each rank gets its part."""
     if group.size == 1:
         return tensor
-    of_group = {"group": group, "dim": dim}
-    return _with_adjoint(tensor, partial(all_gather, **of_group), partial(reduce_scatter, **of_group))
+    gathers, scatters = (partial(function, group=group, dim=dim) for function in (all_gather, reduce_scatter))
+    return _with_adjoint(tensor, gathers, scatters)
 
 
 def gather_together(tensors: Sequence[torch.Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
@@ -162,8 +162,8 @@ def reduce_scatter_to_sequence_parallel_region(hidden: torch.Tensor, group: Rank
     """Addends (b, s, d) of the ranks -> this rank's part of their sum, (1, b s / size, d)."""
     if group.size == 1:
         return hidden
-    of_group = {"group": group, "dim": SEQUENCE_DIM}
-    return _with_adjoint(end_to_end(hidden), partial(reduce_scatter, **of_group), partial(all_gather, **of_group))
+    gathers, scatters = (partial(function, group=group, dim=SEQUENCE_DIM) for function in (all_gather, reduce_scatter))
+    return _with_adjoint(end_to_end(hidden), scatters, gathers)
 
 
 def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
