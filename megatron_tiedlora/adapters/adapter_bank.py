@@ -7,16 +7,16 @@ The bank is no module: engines neither move nor sum nor step its tensors, unless
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.dropped_inputs import Dropout
+from megatron_tiedlora.adapters.input_dropout import InputDropout, dropout_salt, token_keys
 from megatron_tiedlora.adapters.rows import AllRows, SharedRows
-from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of
@@ -69,6 +69,41 @@ def filled(parts: Sequence[Part], sizes: Sequence[int], rooms: Sequence[int]) ->
         found[-1].append(part)
         left -= size
     return found
+
+
+class Dropout(NamedTuple):
+    """Which inputs of the linears of one adapter --dropout keeps, from the numbers of a micro-batch's tokens.
+
+    Attributes:
+        probability: that an input is dropped.
+        seed: of its run.
+    """
+
+    probability: float
+    seed: int
+
+    def of_linears(
+        self, part: AdapterPart, numbers: torch.Tensor, tensor_parallel: TensorParallel
+    ) -> Callable[[int, str], InputDropout]:
+        """The dropout of a layer's linear, by the layer and the name of the target.
+
+        Args:
+            part: of the adapter, on this rank.
+            numbers: (b, s) int64, of the micro-batch's tokens.
+        """
+        parts = tensor_parallel.sequence_parts
+        keys = token_keys(numbers.flatten(), seed=self.seed)
+        local_keys = keys.chunk(parts)[tensor_parallel.group.rank] if parts > 1 else keys
+        first = {
+            target.name: part.tp_rank * target.local_sizes(part.tp_size)[0] if target.cut == "row" else 0
+            for target in part.config.targets
+        }
+
+        def of_linear(layer: int, name: str) -> InputDropout:
+            salt = dropout_salt(self.seed, layer=layer, target=name)
+            return InputDropout(keys, local_keys, salt=salt, first=first[name], probability=self.probability)
+
+        return of_linear
 
 
 class AdapterBank:

@@ -12,9 +12,7 @@ features alone. All integers are 32-bit values in int64 lanes that never overflo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -68,12 +66,7 @@ class InputDropout:
         """The same for `rows` (b s / p, n) of this rank's part of the sequence."""
         return self._dropped(rows, self.local_keys)
 
-    def of_part(self, start: int, size: int, *, local: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`of_whole`, or `of_local`, of `size` tokens from `start` on."""
-        keys = self.local_keys if local else self.keys
-        return partial(self._dropped, keys=keys[start : start + size])
-
-    def at(self, rows: torch.Tensor, local_rows: torch.Tensor) -> InputDropout:
+    def at(self, rows: torch.Tensor | slice, local_rows: torch.Tensor | slice) -> InputDropout:
         """The same for some tokens only: `rows` are indices into `keys`, `local_rows` into `local_keys`."""
         return replace(self, keys=self.keys[rows], local_keys=self.local_keys[local_rows])
 

@@ -1,7 +1,15 @@
-"""Which tokens of a micro-batch meet which adapter: those of all tokens the one there is, or each its own of several.
+"""The low-rank update of a linear, z = W x + F A x, for the tokens of a micro-batch: each meets its adapter's factors.
 
-Layers ask the rows of an update for A x, F A x and the gradients; the algebra is that of `low_rank`. There are two sets
-of tokens: all of the micro-batch, and with sequence parallelism this rank's part of them (`local`).
+With ax = A x, dz the gradient of z and grad_ax = dz F:
+
+    dA = grad_ax^T x        dF = dz^T ax        dx = dz W + grad_ax A
+
+With dropout D on the update's input, ax = A D(x), dA = grad_ax^T D(x), and dx = dz W + D(grad_ax A): D multiplies each
+element by a number, so it is its own adjoint. No matmul here creates a (tokens, out) tensor. `tied_adapter` computes
+F = (alpha / r) diag(v) B diag(u), and the gradients of B, u and v from dF. Layers compute the matmuls with W.
+
+All tokens meet the factors of the one adapter there is, or each those of its own of several. There are two sets of
+tokens: all of the micro-batch, and with sequence parallelism this rank's part of them (`local`).
 
 With several adapters the factors of a linear are flat: A_i (r_i, in), one after another, and so are F_i (out, r_i),
 their gradients, and A x: that of the first piece of tokens, (tokens, r_i), then that of the next. So an adapter's
@@ -15,8 +23,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from megatron_tiedlora.adapters import low_rank
 from megatron_tiedlora.adapters.input_dropout import InputDropout
+from megatron_tiedlora.parallel.layers import padded, wide_matmul
 from megatron_tiedlora.parallel.pieces import Piece, Pieces, starts_of
 
 
@@ -30,38 +38,50 @@ class AllRows:
 
     dropout: InputDropout | None = None
 
-    def _drop(self, local: bool) -> low_rank.Drop | None:
+    def _dropped(self, rows: torch.Tensor, *, local: bool) -> torch.Tensor:
+        """D of rows (tokens, in)."""
         if self.dropout is None:
-            return None
-        return self.dropout.of_local if local else self.dropout.of_whole
+            return rows
+        return self.dropout.of_local(rows) if local else self.dropout.of_whole(rows)
 
     def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
-        """A D(x) of x (..., in), where D is the dropout."""
-        return low_rank.reduce_input(x, a, self._drop(local))
+        """ax = A D(x) of x (..., in)."""
+        rows = self._dropped(x.flatten(0, -2), local=local)
+        return torch.mm(rows, a.t()).view(*x.shape[:-1], -1)
 
     def add_update_(self, z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:
         """Add F A x to z (tokens, out), in place."""
-        low_rank.add_update_(z, _flat(ax), f)
+        torch.addmm(z, flat(ax), f.t(), out=z)
 
     def gradient_of_ax(self, grad_z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-        """The gradient of A x from dz (tokens, out)."""
-        return low_rank.gradient_of_ax(grad_z, f)
+        """grad_ax = dz F, from dz (tokens, out)."""
+        return grad_z @ f
 
     def gradient_of_f(self, grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The gradient of F in `dtype`, from dz (tokens, out)."""
-        return low_rank.gradient_of_f(grad_z, _flat(ax), dtype)
+        """dF = dz^T ax in `dtype`, from dz (tokens, out)."""
+        return wide_matmul(grad_z.t(), flat(ax), dtype)
 
     def gradient_of_a(
         self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool
     ) -> torch.Tensor:
-        """The gradient of A in `dtype`, from that of A x and x (tokens, in)."""
-        return low_rank.gradient_of_a(_flat(grad_ax), x, dtype, self._drop(local))
+        """dA = grad_ax^T D(x) in `dtype`, from x (tokens, in)."""
+        return wide_matmul(flat(grad_ax).t(), self._dropped(x, local=local), dtype)
 
     def add_share_(
         self, grad_x: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, local: bool
     ) -> torch.Tensor:
-        """grad_x (..., in) + D(grad_ax A), in place; grad_x alone if one of the others is None."""
-        return low_rank.add_share_(grad_x, grad_ax, a, self._drop(local))
+        """grad_x (..., in) + D(grad_ax A), in place; grad_x alone if one of the others is None.
+
+        Only D makes a second tensor of this size.
+        """
+        if grad_ax is None or a is None:
+            return grad_x
+        rows, narrow = flat(grad_x), grad_ax.reshape(-1, grad_ax.shape[-1])
+        if self.dropout is None:
+            torch.addmm(rows, narrow, a, out=rows)
+        else:
+            rows.add_(self._dropped(narrow @ a, local=local))
+        return grad_x
 
     def columns(self, ax: torch.Tensor, *, local: bool) -> torch.Tensor:
         """A x, or its gradient, as columns for a message along the sequence, (1, tokens, r)."""
@@ -103,35 +123,34 @@ class SharedRows(AllRows):
 
     def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
         """As in AllRows."""
-        factors = self._factors(a, by_rows=True)
-        pairs = zip(self._rows(_flat(x), local), self._drops(local), strict=True)
-        found = [low_rank.reduce_input(rows, factors[owner], drop) for (owner, rows), drop in pairs]
+        factors, rows = self._factors(a, by_rows=True), self._rows(flat(x), local)
+        found = [of.reduce_input(own, factors[owner], local=local) for owner, own, of in rows]
         return _end_to_end(found, x)
 
     def add_update_(self, z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:
         """As in AllRows."""
         factors, narrow = self._factors(f), self._narrow(ax, local=False)
-        for (owner, rows), own in zip(self._rows(z, local=False), narrow, strict=True):
-            low_rank.add_update_(rows, own, factors[owner])
+        for (owner, rows, of), own in zip(self._rows(z, local=False), narrow, strict=True):
+            of.add_update_(rows, own, factors[owner])
 
     def gradient_of_ax(self, grad_z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
         """As in AllRows."""
         factors = self._factors(f)
-        found = [low_rank.gradient_of_ax(rows, factors[owner]) for owner, rows in self._rows(grad_z, local=False)]
+        found = [of.gradient_of_ax(rows, factors[owner]) for owner, rows, of in self._rows(grad_z, local=False)]
         return _end_to_end(found, grad_z)
 
     def gradient_of_f(self, grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """As in AllRows."""
         pairs = zip(self._rows(grad_z, local=False), self._narrow(ax, local=False), strict=True)
-        found = ((owner, low_rank.gradient_of_f(rows, own, dtype)) for (owner, rows), own in pairs)
+        found = ((owner, of.gradient_of_f(rows, own, dtype)) for (owner, rows, of), own in pairs)
         return self._by_owner(found, grad_z.new_zeros(grad_z.shape[-1], dtype=dtype))
 
     def gradient_of_a(
         self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool
     ) -> torch.Tensor:
         """As in AllRows."""
-        parts = zip(self._rows(x, local), self._narrow(grad_ax, local=local), self._drops(local), strict=True)
-        found = ((owner, low_rank.gradient_of_a(own, rows, dtype, drop)) for (owner, rows), own, drop in parts)
+        pairs = zip(self._rows(x, local), self._narrow(grad_ax, local=local), strict=True)
+        found = ((owner, of.gradient_of_a(own, rows, dtype, local=local)) for (owner, rows, of), own in pairs)
         return self._by_owner(found, x.new_zeros(x.shape[-1], dtype=dtype))
 
     def add_share_(
@@ -140,24 +159,23 @@ class SharedRows(AllRows):
         """As in AllRows."""
         if grad_ax is None or a is None:
             return grad_x
-        factors = self._factors(a, by_rows=True)
-        narrow, drops = self._narrow(grad_ax, local=local), self._drops(local)
-        for (owner, rows), own, drop in zip(self._rows(_flat(grad_x), local), narrow, drops, strict=True):
-            low_rank.add_share_(rows, own, factors[owner], drop)
+        factors, narrow = self._factors(a, by_rows=True), self._narrow(grad_ax, local=local)
+        for (owner, rows, of), own in zip(self._rows(flat(grad_x), local), narrow, strict=True):
+            of.add_share_(rows, own, factors[owner], local=local)
         return grad_x
 
     def columns(self, ax: torch.Tensor, *, local: bool) -> torch.Tensor:
         """As in AllRows: (1, tokens, widest rank), with zeros where a token's rank is less."""
         num_tokens = sum(piece.size for piece in self._pieces(local))
         spread = ax.new_zeros(1, num_tokens, max(self.ranks.values()))
-        for (owner, rows), own in zip(self._rows(spread[0], local), self._narrow(ax, local=local), strict=True):
+        for (owner, rows, _), own in zip(self._rows(spread[0], local), self._narrow(ax, local=local), strict=True):
             rows[:, : self.ranks[owner]] = own
         return spread
 
     def of_columns(self, columns: torch.Tensor, *, local: bool) -> torch.Tensor:
         """As in AllRows."""
         rows = self._rows(columns.flatten(0, -2), local)
-        return _end_to_end([own[:, : self.ranks[owner]] for owner, own in rows], columns)
+        return _end_to_end([own[:, : self.ranks[owner]] for owner, own, _ in rows], columns)
 
     def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> SharedRows:
         """As in AllRows."""
@@ -172,22 +190,15 @@ class SharedRows(AllRows):
     def _pieces(self, local: bool) -> Pieces:
         return self.local_pieces if local else self.pieces
 
-    def _rows(self, rows: torch.Tensor, local: bool) -> Iterator[tuple[int, torch.Tensor]]:
-        """(owner, its rows) of each piece of `rows` (tokens, n) whose owner adapts the linear; views."""
+    def _rows(self, rows: torch.Tensor, local: bool) -> Iterator[tuple[int, torch.Tensor, AllRows]]:
+        """(owner, its rows, and these as all there are) of each piece of `rows` (tokens, n) whose owner adapts the
+        linear; the rows are views."""
         pieces = self._pieces(local)
         assert len(rows) == sum(piece.size for piece in pieces), "rows of other tokens"
         for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
             if owner in self.ranks:
-                yield owner, rows[start : start + size]
-
-    def _drops(self, local: bool) -> list[low_rank.Drop | None]:
-        """The dropout of each piece whose owner adapts the linear."""
-        pieces, found = self._pieces(local), list[low_rank.Drop | None]()
-        for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
-            if owner in self.ranks:
-                dropout = self.dropouts.get(owner)
-                found.append(None if dropout is None else dropout.of_part(start, size, local=local))
-        return found
+                part, dropout = slice(start, start + size), self.dropouts.get(owner)
+                yield owner, rows[part], AllRows() if dropout is None else AllRows(dropout.at(part, part))
 
     def _narrow(self, ax: torch.Tensor, *, local: bool) -> list[torch.Tensor]:
         """The same of A x, (tokens, its rank) each."""
@@ -211,7 +222,7 @@ class SharedRows(AllRows):
         )
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
+def flat(tensor: torch.Tensor) -> torch.Tensor:
     """(..., n) -> (tokens, n), a view."""
     return tensor.view(-1, tensor.shape[-1])
 
@@ -219,3 +230,15 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 def _end_to_end(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     """All numbers of the parts, flat; none, in the dtype of `like`, if there are no parts."""
     return torch.cat([part.flatten() for part in parts]) if parts else like.new_empty(0)
+
+
+def beside(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+    """[wide | narrow | zeros] for one message. `narrow` is padded to a multiple of `layers.SIZE_MULTIPLE` columns."""
+    missing = padded(narrow.shape[-1]) - narrow.shape[-1]
+    return torch.cat((wide, narrow, narrow.new_zeros(*narrow.shape[:-1], missing)), dim=-1)
+
+
+def apart(joined: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`wide` and `narrow` from the result of `beside`, as views; `narrow` has `size` columns."""
+    width = joined.shape[-1] - padded(size)
+    return joined[..., :width], joined[..., width : width + size]

@@ -35,11 +35,6 @@ class Target:
         return self.in_size, self.out_size // tp_size
 
     @property
-    def follows_attention(self) -> bool:
-        """Whether it is applied to what attention gives: in the last block, behind the last attention."""
-        return self.name != QKV
-
-    @property
     def prefix(self) -> str:
         """The prefix of its tensors' names."""
         return "" if self.name == QKV else f"{self.name}."

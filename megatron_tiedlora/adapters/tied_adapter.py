@@ -1,7 +1,7 @@
 """The trained tensors of a run: one module with A, B, u, v of every target, for all adapted layers of a rank's stage.
 
 It owns shapes, sharding, initial values and what layers get from it: A and F = (alpha / r) diag(v) B diag(u). It leaves
-z = W x + F A x and the gradients of A and F to `low_rank`, files to checkpoint/, and sums between stages to `tying`.
+z = W x + F A x and the gradients of A and F to `rows`, files to checkpoint/, and sums between stages to `tying`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.collectives import gather_together
+from megatron_tiedlora.parallel.collectives import StepSum, gather_together
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 from megatron_tiedlora.parallel.random_streams import draw_normal
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
-from megatron_tiedlora.parallel.step_sum import StepSum
 
 
 @dataclass(frozen=True)
@@ -335,11 +334,6 @@ class TiedAdapter(nn.Module):
         """Every factor as this rank holds it, by name; None if it is frozen at one."""
         return {name: getattr(self._module(target), factor) for name, (target, factor) in self.config.tensors.items()}
 
-    def lora_factors(self, target: Target, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The update of a target in one layer (1-based) as a plain LoRA pair, for autograd; the adapter is whole."""
-        held = self._module(target)
-        return _lora_pair(self.config, [getattr(held, factor) for factor in FACTORS], layer)
-
     def _updates(
         self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None
     ) -> tuple[LinearUpdate, ...]:
@@ -377,23 +371,17 @@ def _stand_ins(
 
 
 def lora_factors(
-    config: AdapterConfig, state: Mapping[str, torch.Tensor], target: Target, layer: int
+    config: AdapterConfig, state: Mapping[str, torch.Tensor | None], target: Target, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The update of a target in one layer (1-based) as a plain LoRA pair.
+    """The update of a target in one layer (1-based) as a plain LoRA pair, for autograd.
 
-    It is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors.
+    It is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors; u and v may be None
+    if they are frozen at one.
     """
-    return _lora_pair(config, [state[target.prefix + factor] for factor in FACTORS], layer)
-
-
-def _lora_pair(
-    config: AdapterConfig, factors: Sequence[torch.Tensor | None], layer: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`lora_factors` of A, B, u and v; u and v are None if they are frozen at one."""
     index, method = config.layers.index(layer), config.method_spec
+    factors = ((factor, state[target.prefix + factor]) for factor in FACTORS)
     a, b, u, v = (
-        tensor if tensor is None or method.factor(factor).tied else tensor[index]
-        for factor, tensor in zip(FACTORS, factors, strict=True)
+        tensor if tensor is None or method.factor(factor).tied else tensor[index] for factor, tensor in factors
     )
     assert a is not None and b is not None
     return (a if u is None else u[:, None] * a), _fold(b, None, v, config.scale)

@@ -14,9 +14,8 @@ import torch
 from torch import distributed, nn
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.parallel.collectives import all_gather
+from megatron_tiedlora.parallel.collectives import StepSum, all_gather
 from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
-from megatron_tiedlora.parallel.step_sum import StepSum
 
 
 def sum_gradients_(

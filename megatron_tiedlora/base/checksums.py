@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.file_hash import file_sha256
 
 FILES_FIELD = "sha256"  # {file name: SHA-256 of its bytes}
 UNSEALED_NOTE = "its files have no checksums (PEFT wrote them), so that damage to them is not found"
 SEAL_FIELD = "config_sha256"  # SHA-256 of the JSON's content without this field
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal. Raises UserError if it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
 
 
 def sealed(content: Mapping[str, Any], *, files: Iterable[Path] = ()) -> dict[str, Any]:

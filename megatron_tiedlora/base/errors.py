@@ -1,10 +1,16 @@
-"""The one error type for a user's mistake, and how values are shown in its message: short and on one line."""
+"""The one error type for a user's mistake, how values are shown in its message (short and on one line), and the screen.
+
+Each module of the library logs under the name `megatron_tiedlora`, and a command shows these messages on stderr. A
+program that uses the library as a package gets them by Python's `logging` alone, as it configures it.
+"""
 
 from __future__ import annotations
 
+import logging
 import reprlib
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 _LONGEST = 1200  # characters of a message
@@ -90,3 +96,21 @@ def shown(value: object) -> str:
 def as_given(value: object) -> str:
     """Like `shown`, but a string is returned without quotes, as the user typed it."""
     return value if isinstance(value, str) else shown(value)
+
+
+class _OnStderr(logging.Handler):
+    """Shows messages as plain lines on what is sys.stderr at that time, since a rank's log replaces it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one message; a screen that is gone changes nothing."""
+        with suppress(OSError):
+            show(*self.format(record).split("\n"), file=sys.stderr)
+
+
+def show_messages() -> None:
+    """Show the library's messages from level INFO on. Commands call this; a second call changes nothing."""
+    logger = logging.getLogger("megatron_tiedlora")
+    if not any(isinstance(handler, _OnStderr) for handler in logger.handlers):
+        logger.addHandler(_OnStderr())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # absl and DeepSpeed put handlers of their own on the root logger

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_tiedlora.base.atomic import new_folder, remove_leftovers
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import FolderLock, FolderTaken, take_folder
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.paths import numbered, user_path
 from megatron_tiedlora.base.wording import bytes_in_words
 
 
@@ -190,10 +190,9 @@ def take_output_folder(given: str | None, *, parent: str, name: str, take_over: 
             raise UserError(f"--output_dir {given} is a mount point, which cannot be replaced; give a folder in it")
         check_writable(path.parent, given=given)  # the output is written beside it first
         return take_output(path, take_over=take_over)
-    path, number = Path(parent) / name, 2
+    paths = numbered(Path(parent) / name)
     while True:
-        if not os.path.lexists(path):
-            check_writable(path, given=str(path))
-            with suppress(FolderTaken):
-                return take_output(path)
-        path, number = Path(parent) / f"{name}-{number}", number + 1
+        path = next(one for one in paths if not os.path.lexists(one))
+        check_writable(path, given=str(path))
+        with suppress(FolderTaken):
+            return take_output(path)

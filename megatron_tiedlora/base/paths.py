@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,3 +48,14 @@ def last_name(given: str) -> str:
     name = given.rstrip("/").rsplit("/", 1)[-1]
     raw = os.fsencode(name)
     return name if len(raw) <= _LONGEST_PART else raw[:_LONGEST_PART].decode(errors="ignore")
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """PATH, PATH-2, PATH-3, ..."""
+    yield path
+    yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+
+
+def first_free(path: Path) -> Path:
+    """The first of `numbered` that does not exist."""
+    return next(one for one in numbered(path) if not os.path.lexists(one))

@@ -41,8 +41,8 @@ from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_ti
 from megatron_tiedlora.model.documents import whole_rows
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.fused_attention import attend_within, choose_attention
+from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.kernels import EAGER
-from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS, listed_peak
 from megatron_tiedlora.planning.machines import Constant, Machine
 from megatron_tiedlora.runtime.process_group import ranks_by_host

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.targets import Target, sized_targets
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, lora_factors
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, lora_factors
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
 from megatron_tiedlora.base.checksums import check_seal, sealed
 from megatron_tiedlora.base.errors import UserError, shown
@@ -54,13 +54,9 @@ class NativeAdapter:
     sealed: bool = True
 
     def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, torch.Tensor, torch.Tensor]]:
-        """Every weight of the base that the adapter changes, layer by layer, with its `lora_factors`."""
+        """Every weight of the base that the adapter changes, layer by layer, with A' (r, in) and B' (out, r): W' = W + B' A'."""
         for rule, target in changed_weights(self.config, shape):
-            yield rule, *self.lora_factors(target, rule.layer)
-
-    def lora_factors(self, target: Target, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' (r, in) and B' (out, r) of the update of a target in one layer (1-based): W' = W + B' A'."""
-        return lora_factors(self.config, self.state, target, layer)
+            yield rule, *lora_factors(self.config, self.state, target, rule.layer)
 
     def equals(self, other: NativeAdapter) -> bool:
         """Whether both have the same config, base and values."""
@@ -100,9 +96,11 @@ class AdaptedTensor(NamedTuple):
     rule: WeightRule
     stored: str
 
-    def factors(self, adapter: NativeAdapter | TiedAdapter) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' (r, in) and the rows (rows, r) of B' that belong to the tensor."""
-        a, b = adapter.lora_factors(self.target, self.rule.layer)
+    def factors(
+        self, config: AdapterConfig, state: Mapping[str, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A' (r, in) and the rows (rows, r) of B' that belong to the tensor, as of `lora_factors`."""
+        a, b = lora_factors(config, state, self.target, self.rule.layer)
         return a, self.rule.by_stored_tensor(b)[self.stored]
 
 

@@ -69,7 +69,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         output = take_output_folder(
             settings.output_dir, parent=DEFAULT_PARENT, name=output_name(plans), take_over=settings.take_over
         )
-        end.hold(output.release)
+        end.release = output.release
         return output.partial, output.lock.owner.start
 
     # A folder that is not free is rejected before any work is done.

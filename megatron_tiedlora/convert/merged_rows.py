@@ -99,7 +99,7 @@ class Merge:
         @lru_cache(maxsize=1)
         def factors_of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
             assert self._adapter is not None
-            return self._places[name].factors(self._adapter)
+            return self._places[name].factors(self._adapter.config, self._adapter.state)
 
         def merged(name: str, rows: slice, dtype: torch.dtype) -> torch.Tensor:
             values = read(name, rows)

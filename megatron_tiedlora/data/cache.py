@@ -24,9 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, write_json
-from megatron_tiedlora.base.checksums import check_seal, sealed
+from megatron_tiedlora.base.checksums import check_seal, file_sha256, sealed
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.output_folder import partial_folder, remove_abandoned_outputs, take_output
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.data.limits import limited
 

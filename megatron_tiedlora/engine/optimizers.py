@@ -2,6 +2,10 @@
 
 Usually each adapter has an optimizer of its own, and the engine takes no part. ZeRO-1 to 3 shard the optimizer of a
 single adapter; DeepSpeed then sums, clips and steps.
+
+The moments of an adapter are read by name from any ZeRO stage and written into any other: fp32 tensors of the rank's
+parameters, gathered over its data-parallel ranks. Without an engine's optimizer they are in torch's, else this module
+knows where DeepSpeed's stores them; adapters/gathering joins the shards of tensor and pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
+from megatron_tiedlora.adapters.gathering import MOMENTS
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import sum_gradients_
 from megatron_tiedlora.engine.engine import (
@@ -28,17 +33,29 @@ from megatron_tiedlora.engine.engine import (
     trained_parameters,
 )
 from megatron_tiedlora.engine.engine_json import EngineConfig
-from megatron_tiedlora.engine.optimizer_state import read_moments, write_moments
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 Missing = Mapping[str, Sequence[str]]  # by adapter, the tensors whose gradient is missing on this rank
 Moments = Mapping[str, Mapping[str, torch.Tensor]]  # by moment and tensor, in the shapes of this rank's tensors
 
 
+class Held(NamedTuple):
+    """An optimizer, the tensors that it trains on this rank, by name, and the ZeRO stage that shards it."""
+
+    optimizer: Any
+    parameters: Mapping[str, nn.Parameter]
+    zero_stage: int
+
+
 class Optimizers(ABC):
     """The optimizers of a run's adapters on one rank. All ranks call each method together, for the same adapters."""
 
     engine_steps: bool  # whether the engine holds the optimizer
+    groups: ParallelGroups
+
+    @abstractmethod
+    def held(self, name: str) -> Held:
+        """The optimizer of an adapter."""
 
     def begin(self, num_micro_batches: int) -> None:  # noqa: B027
         """Begin a step of so many backward passes on this rank."""
@@ -66,9 +83,10 @@ class Optimizers(ABC):
     def take(self, name: str, norm: float | None) -> float:
         """Clip the gradients of one adapter and take its step. Returns the norm before clipping (`reported_norm`)."""
 
-    @abstractmethod
     def learning_rate(self, name: str) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
+        rate: float = self.held(name).optimizer.param_groups[0]["lr"]
+        return rate
 
     @abstractmethod
     def clear(self) -> None:
@@ -78,13 +96,13 @@ class Optimizers(ABC):
     def opened(self, name: str) -> AbstractContextManager[None]:
         """Inside, the tensors of an adapter are whole on this rank, for reading or writing."""
 
-    @abstractmethod
     def moments(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
         """The moments of an adapter that has taken a step, by moment and tensor: fp32, this rank's part."""
+        return _read_moments(self.held(name))
 
-    @abstractmethod
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
         """Set the optimizer of an adapter, which has taken no step yet, to its state after `step`."""
+        _write_moments(self.held(name), moments, step=step, dp_rank=self.groups.data.rank)
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,10 @@ class OwnOptimizers(Optimizers):
 
     engine_steps = False
 
+    def held(self, name: str) -> Held:
+        """See Optimizers."""
+        return Held(self.own[name].optimizer, trained_parameters(self.bank.adapters[name]), 0)
+
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
         """See Optimizers. Divided twice, as by DeepSpeed, which gives the same bits."""
         share = accumulation_steps * dp_size
@@ -140,11 +162,6 @@ class OwnOptimizers(Optimizers):
         own.scheduler.step()
         return norm
 
-    def learning_rate(self, name: str) -> float:
-        """See Optimizers."""
-        rate: float = self.own[name].optimizer.param_groups[0]["lr"]
-        return rate
-
     def clear(self) -> None:
         """See Optimizers."""
         for _, parameter in self.bank.named_parameters():
@@ -154,15 +171,6 @@ class OwnOptimizers(Optimizers):
         """See Optimizers."""
         return nullcontext()
 
-    def moments(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
-        """See Optimizers."""
-        return read_moments(self.own[name].optimizer, trained_parameters(self.bank.adapters[name]), zero_stage=0)
-
-    def restore(self, name: str, moments: Moments, *, step: int) -> None:
-        """See Optimizers."""
-        trained = trained_parameters(self.bank.adapters[name])
-        write_moments(self.own[name].optimizer, trained, zero_stage=0, moments=moments, step=step)
-
 
 class EngineOptimizer(Optimizers):
     """The sharded optimizer of ZeRO-1 to 3 for one adapter, which is a part of the engine's module."""
@@ -170,10 +178,14 @@ class EngineOptimizer(Optimizers):
     engine_steps = True
 
     def __init__(self, engine: Any, adapter: TiedAdapter, groups: ParallelGroups, config: EngineConfig) -> None:
-        self._engine, self._adapter, self._groups, self._config = engine, adapter, groups, config
+        self._engine, self._adapter, self.groups, self._config = engine, adapter, groups, config
         self._missing: Missing = {}
         pipelined = groups.pipeline.size > 1
         self._step = engine._exec_optimizer_step if pipelined else engine.step
+
+    def held(self, name: str) -> Held:
+        """See Optimizers."""
+        return Held(self._engine.optimizer, trained_parameters(self._adapter), self._config.zero_stage)
 
     def begin(self, num_micro_batches: int) -> None:
         """See Optimizers."""
@@ -182,7 +194,7 @@ class EngineOptimizer(Optimizers):
 
     def sum_tied(self) -> None:
         """Sum the tied gradients over stages and data-parallel ranks, before the engine averages over the latter."""
-        self._missing = sum_gradients_({ONLY: self._adapter}, self._groups, engine_averages=True)
+        self._missing = sum_gradients_({ONLY: self._adapter}, self.groups, engine_averages=True)
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
         """See Optimizers. DeepSpeed divides by the rest: accumulation steps x data-parallel ranks."""
@@ -201,11 +213,6 @@ class EngineOptimizer(Optimizers):
         self._step()
         return reported_norm(float(self._engine.get_global_grad_norm()))
 
-    def learning_rate(self, name: str) -> float:
-        """See Optimizers."""
-        rate: float = self._engine.get_lr()[0]
-        return rate
-
     def clear(self) -> None:
         """See Optimizers. The engine has dropped them."""
 
@@ -213,23 +220,69 @@ class EngineOptimizer(Optimizers):
         """See Optimizers. Under ZeRO-3 data-parallel ranks hold shards."""
         return all_open(self._adapter, self._config)
 
-    def moments(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
-        """See Optimizers."""
-        trained = trained_parameters(self._adapter)
-        return read_moments(self._engine.optimizer, trained, zero_stage=self._config.zero_stage)
-
-    def restore(self, name: str, moments: Moments, *, step: int) -> None:
-        """See Optimizers."""
-        write_moments(
-            self._engine.optimizer,
-            trained_parameters(self._adapter),
-            zero_stage=self._config.zero_stage,
-            moments=moments,
-            step=step,
-            dp_rank=self._groups.data.rank,
-        )
-
 
 def trained_or_stand_in(adapter: TiedAdapter) -> list[nn.Parameter]:
     """The trained tensors of an adapter's part; if it has none, one number, since an optimizer wants a tensor."""
     return list(trained_parameters(adapter).values()) or [nn.Parameter(torch.zeros(1))]
+
+
+def _read_moments(held: Held) -> dict[str, dict[str, torch.Tensor]]:
+    """The moments after at least one step, by moment and parameter name: fp32, in the parameters' shapes."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    state: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+    for name, parameter in held.parameters.items():
+        for moment in MOMENTS:
+            if held.zero_stage == 0:
+                full = held.optimizer.state[parameter][moment]
+            else:
+                full = safe_get_full_optimizer_state(parameter, moment)
+            state[moment][name] = full.detach().to(torch.float32, copy=True)
+    return state
+
+
+def _write_moments(held: Held, moments: Moments, *, step: int, dp_rank: int) -> None:
+    """Write moments, by moment and parameter name, and the step count into an optimizer that has not stepped yet.
+
+    torch's AdamW creates its state at the first step, so it is created here, in the layout of the engine's partitions.
+    """
+    optimizer, parameters, zero_stage = held
+    if zero_stage == 0:
+        for name, parameter in parameters.items():
+            optimizer.state[parameter] = _fresh_state(parameter, step)
+            for moment in MOMENTS:
+                optimizer.state[parameter][moment].copy_(moments[moment][name])
+        return
+    flat_masters = (
+        optimizer.fp32_partitioned_groups_flat if zero_stage == 3 else optimizer.single_partition_of_fp32_groups
+    )
+    for flat in flat_masters:
+        optimizer.optimizer.state[flat] = _fresh_state(flat, step)
+    if zero_stage < 3:
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in parameters.items():
+        for moment in MOMENTS:
+            _write_partition(optimizer, parameter, moment, moments[moment][name], zero_stage, dp_rank)
+
+
+def _fresh_state(parameter: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+    zeros = {moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS}
+    return {"step": torch.tensor(float(step)), **zeros}
+
+
+def _write_partition(
+    optimizer: Any, parameter: nn.Parameter, moment: str, value: torch.Tensor, zero_stage: int, dp_rank: int
+) -> None:
+    if zero_stage < 3:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+        return
+    # DeepSpeed's ZeRO-3 setter fails if the ranks do not divide a parameter, whose last partition is then padded.
+    partition, _ = optimizer._get_fp32_opt_state_partition(
+        parameter, release_swap_buffers=False, optim_state_key=moment
+    )
+    start = partition.numel() * dp_rank
+    piece = value.flatten()[start : start + partition.numel()]
+    partition.zero_()
+    partition[: piece.numel()].copy_(piece)

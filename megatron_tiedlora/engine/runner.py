@@ -273,11 +273,3 @@ class PipelineRunner(Runner):
         from deepspeed.runtime.pipe import p2p
 
         p2p.send(self.engine.pipe_buffers["outputs"][buffer_id], self.engine.next_stage)
-
-
-def make_runner(
-    engine: Any, stage: Stage, groups: ParallelGroups, optimizers: Optimizers, device: torch.device
-) -> Runner:
-    """The runner for an engine of one or of several stages."""
-    kind = PlainRunner if groups.pipeline.size == 1 else PipelineRunner
-    return kind(engine, stage, groups, optimizers, device)

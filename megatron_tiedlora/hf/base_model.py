@@ -168,7 +168,7 @@ def find_places(shape: ModelShape, config: AdapterConfig) -> Mapping[str, Adapte
 
 def with_update(z: torch.Tensor, x: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor) -> torch.Tensor:
     """z + B' A' x in z's dtype, from z = W x, (..., out), and x (..., in)."""
-    a, b = (factor.to(x.device) for factor in place.factors(adapter))
+    a, b = (factor.to(x.device) for factor in place.factors(adapter.config, adapter.factors()))
     return (z + linear(linear(x.to(a.dtype), a), b)).to(z.dtype)
 
 
@@ -187,6 +187,6 @@ def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, 
         UserError: the weight is quantised, offloaded or sharded.
     """
     check_whole(weight, place)
-    a, b = (factor.to(weight.device) for factor in place.factors(adapter))
+    a, b = (factor.to(weight.device) for factor in place.factors(adapter.config, adapter.factors()))
     for rows in row_blocks(tuple(weight.shape)):
         weight[rows] = merged_rows(weight[rows], a, sign * b[rows], weight.dtype)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_tiedlora.model.documents import document_begins
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.kernels import Kernels, upcast
 
@@ -54,9 +55,8 @@ def find_query_tiles(ids: torch.Tensor | None, length: int, *, size: int) -> tup
     if ids is None:
         ids = torch.zeros(1, length, dtype=torch.int64)
     positions = torch.arange(length)
-    begins = torch.ones_like(ids, dtype=torch.bool)
-    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    first_keys = torch.where(begins, positions, 0).cummax(dim=1).values  # the first token of each token's document
+    # The first token of each token's document.
+    first_keys = torch.where(document_begins(ids), positions, 0).cummax(dim=1).values
     tiles = []
     for start, stop in bounds:
         first = int(first_keys[:, start:stop].min())

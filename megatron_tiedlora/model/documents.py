@@ -33,13 +33,13 @@ def find_documents(ids: torch.Tensor, device: torch.device) -> Documents:
 
 def documents_end_to_end(ids: Sequence[torch.Tensor], device: torch.device) -> Documents:
     """The same for several blocks of rows, which follow one another."""
-    begins = torch.cat([_begins(block).flatten() for block in ids])
+    begins = torch.cat([document_begins(block).flatten() for block in ids])
     bounds = [*begins.nonzero()[:, 0].tolist(), len(begins)]
     offsets = torch.tensor(bounds, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     return Documents(bounds, offsets, max(stop - start for start, stop in pairwise(bounds)))
 
 
-def _begins(ids: torch.Tensor) -> torch.Tensor:
+def document_begins(ids: torch.Tensor) -> torch.Tensor:
     """Whether a document begins at each token of (b, s) ids."""
     begins = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]

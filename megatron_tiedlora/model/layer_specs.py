@@ -15,14 +15,14 @@ from megatron_tiedlora.base.shapes import OUTPUT, LinearShape, ModelShape, NormS
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.mlp import SwiGlu
-from megatron_tiedlora.model.norm import Norm
 from megatron_tiedlora.model.normed_linear import NormedLinear
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.model.row_parallel import RowParallelLinear
+from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, detached
 from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_linear
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
@@ -87,6 +87,51 @@ class Block(nn.Module):
         """
         recomputes = recomputes and self.recomputes_gate
         return hidden + self.mlp(hidden, tensor_parallel, update, recomputes=recomputes)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        kernels: Kernels,
+    ) -> torch.Tensor:
+        normed, root = kernels.normalise(as_rows(hidden), weight.detach(), detached(bias), eps)
+        ctx.save_for_backward(hidden, weight, bias, root)
+        ctx.kernels = kernels
+        return normed.view(hidden.shape)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, root = ctx.saved_tensors
+        rows = (as_rows(gradient), as_rows(hidden))
+        found = ctx.kernels.norm_gradient(*rows, weight.detach(), detached(bias), root)
+        return found.view(hidden.shape), None, None, None, None
+
+
+class Norm(nn.Module):
+    """RMS norm, y = weight * x / sqrt(mean(x^2) + eps), or LayerNorm, that of x - mean(x) plus a bias; see `kernels`.
+
+    It saves its input and one number per token for the backward pass.
+    """
+
+    def __init__(
+        self, hidden_size: int, *, eps: float, norm_has_bias: bool, dtype: torch.dtype, kernels: Kernels
+    ) -> None:
+        super().__init__()
+        self.weight = frozen_parameter(hidden_size, dtype=dtype)
+        self.register_parameter("bias", frozen_parameter(hidden_size, dtype=dtype) if norm_has_bias else None)
+        self.eps = eps
+        self.kernels = kernels
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., d) in the input's dtype."""
+        normed: torch.Tensor = _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels)
+        return normed
 
 
 class Head(nn.Module):

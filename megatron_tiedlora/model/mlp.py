@@ -16,7 +16,7 @@ from torch import nn
 from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP
-from megatron_tiedlora.model.normed_linear import Needs, NormedLinear, Parameters, Projection, gradient_dtype
+from megatron_tiedlora.model.normed_linear import Factors, Needs, NormedLinear, Parameters, Projection, gradient_dtype
 from megatron_tiedlora.model.row_parallel import RowParallelLinear, addend, addend_gradients
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
@@ -52,7 +52,7 @@ class SwiGlu(nn.Module):
         step = _Step(projection, self.down.frozen, self.kernels, recomputes, down.rows)
         result: torch.Tensor = _SwiGlu.apply(
             *(hidden, gate_up.grad_a, gate_up.grad_f, down.grad_a, down.grad_f),
-            *(gate_up.a, gate_up.f, down.a, down.f, *self.gate_up.tensors, step),
+            *(Factors(gate_up.a, gate_up.f), Factors(down.a, down.f), self.gate_up.tensors, step),
         )
         return self.down.total(result, tensor_parallel)
 
@@ -77,22 +77,18 @@ class _SwiGlu(torch.autograd.Function):
         grad_f: torch.Tensor | None,
         down_grad_a: torch.Tensor | None,
         down_grad_f: torch.Tensor | None,
-        a: torch.Tensor | None,
-        f: torch.Tensor | None,
-        down_a: torch.Tensor | None,
-        down_f: torch.Tensor | None,
-        norm: torch.Tensor,
-        norm_bias: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        factors: Factors,
+        down_factors: Factors,
+        parameters: Parameters,
         step: _Step,
     ) -> torch.Tensor:
-        gate_up, root, ax = step.gate_up.forward(hidden, Parameters(norm, norm_bias, bias), a, f)
+        gate_up, root, ax = step.gate_up.forward(hidden, parameters, factors)
         needs, of_down = _needs(ctx)
         reads_gate_up = of_down.x or of_down.a
         gated, shape = step.kernels.gate(as_rows(gate_up)), gate_up.shape[:-1]
         saved_gate_up = gate_up if reads_gate_up and not step.recomputes else None
         del gate_up  # before the matmul, if it is not saved
-        z, down_ax = addend(gated, step.down, down_a, down_f, step.rows)
+        z, down_ax = addend(gated, step.down, down_factors, step.rows)
         reads_hidden = needs.x or needs.a or (step.recomputes and reads_gate_up)
         ctx.step = step
         ctx.wide = gradient_dtype(grad_a, grad_f, down_grad_a, down_grad_f)
@@ -102,22 +98,23 @@ class _SwiGlu(torch.autograd.Function):
             saved_gate_up,
             ax if needs.f else None,
             down_ax if of_down.f else None,
-            *(a, f, down_a, down_f, norm, norm_bias, bias),
+            *(*factors, *down_factors, *parameters),
         )
         return z.view(*shape, -1)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, root, gate_up, ax, down_ax, a, f, down_a, down_f, *parameters = ctx.saved_tensors
+        hidden, root, gate_up, ax, down_ax, a, f, down_a, down_f, *others = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # so that gate and up are freed below; autograd holds them until this returns
         needs, of_down = _needs(ctx)
         step: _Step = ctx.step
+        factors, down_factors, parameters = Factors(a, f), Factors(down_a, down_f), Parameters(*others)
         if step.recomputes and hidden is not None:
-            gate_up, root, _ = step.gate_up.forward(hidden, Parameters(*parameters), a, f, ax=ax)
+            gate_up, root, _ = step.gate_up.forward(hidden, parameters, factors, ax=ax)
         gated = step.kernels.gate(as_rows(gate_up)) if of_down.a else None
         grad_gated, *of_down_factors = addend_gradients(
-            grad_z.flatten(0, -2), gated, down_ax, step.down, down_a, down_f, of_down, ctx.wide, step.rows
+            grad_z.flatten(0, -2), gated, down_ax, step.down, down_factors, of_down, ctx.wide, step.rows
         )
         del gated
         if step.gate_up.tensor_parallel.sequence_parts > 1:
@@ -127,10 +124,8 @@ class _SwiGlu(torch.autograd.Function):
         if grad_gated is not None:
             grad_gate_up = step.kernels.gate_gradient(as_rows(grad_gated), as_rows(gate_up)).view(gate_up.shape)
             del grad_gated, gate_up
-            found = step.gate_up.backward(
-                grad_gate_up, hidden, root, ax, Parameters(*parameters), a, f, needs, ctx.wide
-            )
-        return *found, *of_down_factors, *(None,) * 8
+            found = step.gate_up.backward(grad_gate_up, hidden, root, ax, parameters, factors, needs, ctx.wide)
+        return *found, *of_down_factors, *(None,) * 4
 
 
 def _needs(ctx: Any) -> tuple[Needs, Needs]:

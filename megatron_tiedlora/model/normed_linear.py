@@ -3,7 +3,7 @@
     z = W x + c + F A x        x = norm(hidden)
 
 For the backward pass it needs the norm's input, one number per token for the norm, and A x, r numbers per token; x is
-computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`;
+computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/rows.py`;
 A and F come from the adapter. What follows in the same autograd step is in `qkv` and `mlp`.
 
 Under sequence parallelism each rank computes A x from its part of the sequence. A x is sent in the same message as x,
@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters import low_rank
-from megatron_tiedlora.adapters.rows import AllRows
+from megatron_tiedlora.adapters.rows import AllRows, apart, beside, flat
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -80,6 +79,13 @@ class Parameters(NamedTuple):
     bias: torch.Tensor | None
 
 
+class Factors(NamedTuple):
+    """The factors of an update: A (r, local in) and F (local out, r); None if there is no update."""
+
+    a: torch.Tensor | None
+    f: torch.Tensor | None
+
+
 class Needs(NamedTuple):
     """Which gradients a backward pass returns: of the input, of A and of F."""
 
@@ -102,7 +108,7 @@ def gradient_dtype(*stand_ins: torch.Tensor | None) -> torch.dtype | None:
 class Projection:
     """z from the hidden states, and the gradients from dz, as functions that autograd does not record.
 
-    `a` (r, in) and `f` (local out, r) are the factors of the update, or None. `rows` says which tokens they are for.
+    `rows` says which tokens the factors of the update are for.
     """
 
     weight: FrozenWeight
@@ -113,13 +119,7 @@ class Projection:
     rows: AllRows
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        parameters: Parameters,
-        a: torch.Tensor | None,
-        f: torch.Tensor | None,
-        *,
-        ax: torch.Tensor | None = None,
+        self, hidden: torch.Tensor, parameters: Parameters, factors: Factors, *, ax: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """z (b, s, local out), the norm's root (..., 1), and A x (b, s, r).
 
@@ -127,7 +127,7 @@ class Projection:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
             ax: A x, if it is known from an earlier call.
         """
-        norm, norm_bias, bias = parameters
+        (norm, norm_bias, bias), (a, f) = parameters, factors
         normed, root = self.kernels.normalise(as_rows(hidden), norm.detach(), detached(norm_bias), self.eps)
         normed = normed.view(hidden.shape)
         known = ax is not None
@@ -135,9 +135,9 @@ class Projection:
             ax = self.rows.reduce_input(normed, a, local=True)
         normed, gathered = self._enter(normed, None if known else ax)
         ax = ax if known else gathered
-        projected = self.weight.times_transposed(_flat(normed), bias).view(*normed.shape[:-1], -1)
+        projected = self.weight.times_transposed(flat(normed), bias).view(*normed.shape[:-1], -1)
         if ax is not None and f is not None:
-            self.rows.add_update_(_flat(projected), ax, f)
+            self.rows.add_update_(flat(projected), ax, f)
         return projected, root, ax
 
     def backward(
@@ -147,8 +147,7 @@ class Projection:
         root: torch.Tensor | None,
         ax: torch.Tensor | None,
         parameters: Parameters,
-        a: torch.Tensor | None,
-        f: torch.Tensor | None,
+        factors: Factors,
         needs: Needs,
         wide: torch.dtype | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -159,8 +158,8 @@ class Projection:
             ax: needed for that of F.
             wide: dtype of the gradients of A and F.
         """
-        norm, norm_bias, _ = parameters
-        rows = _flat(grad_projected)
+        (norm, norm_bias, _), (a, f) = parameters, factors
+        rows = flat(grad_projected)
         grad_a = grad_f = grad_ax = grad_hidden = None
         if needs.f:
             assert ax is not None and wide is not None
@@ -187,11 +186,11 @@ class Projection:
         if self.tensor_parallel.sequence_parts == 1:
             return normed, ax
         narrow = None if ax is None else self.rows.columns(ax, local=True)
-        joined = normed if narrow is None else low_rank.beside(normed, narrow)
+        joined = normed if narrow is None else beside(normed, narrow)
         whole = all_gather(joined, self.tensor_parallel.group, SEQUENCE_DIM)[0].unflatten(0, (self.num_rows, -1))
         if narrow is None:
             return whole, None
-        whole, narrow = low_rank.apart(whole, narrow.shape[-1])
+        whole, narrow = apart(whole, narrow.shape[-1])
         # A copy: A x is saved, and a view would keep x in memory.
         return whole, self.rows.of_columns(narrow.contiguous(), local=False)
 
@@ -213,8 +212,8 @@ class Projection:
             narrow = self.rows.columns(grad_ax, local=False)
             if grad_normed is None:
                 return None, self.rows.of_columns(reduce_scatter(narrow, group, SEQUENCE_DIM), local=True)
-            joined = reduce_scatter(low_rank.beside(grad_normed, narrow), group, SEQUENCE_DIM)
-            grad_normed, narrow = low_rank.apart(joined, narrow.shape[-1])
+            joined = reduce_scatter(beside(grad_normed, narrow), group, SEQUENCE_DIM)
+            grad_normed, narrow = apart(joined, narrow.shape[-1])
             grad_ax = self.rows.of_columns(narrow, local=True)
             return self.rows.add_share_(grad_normed, grad_ax, a, local=True), grad_ax
         if grad_normed is None:
@@ -223,8 +222,3 @@ class Projection:
         if in_parts:
             return reduce_scatter(grad_normed, group, SEQUENCE_DIM), grad_ax
         return all_reduce(grad_normed, group), grad_ax
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """(b, s, n) -> (b s, n), a view."""
-    return tensor.view(-1, tensor.shape[-1])

@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape
-from megatron_tiedlora.model.normed_linear import Needs, NormedLinear, Parameters, Projection, gradient_dtype
+from megatron_tiedlora.model.normed_linear import Factors, Needs, NormedLinear, Parameters, Projection, gradient_dtype
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -26,18 +26,10 @@ class QkvLinear(NormedLinear):
     key_norm: nn.Parameter | None
 
     def __init__(
-        self,
-        weight: FrozenWeight,
-        local_heads: HeadShape,
-        *,
-        rotates: bool = True,
-        bias: nn.Parameter | None = None,
-        eps: float,
-        norm_has_bias: bool = False,
-        dtype: torch.dtype,
-        kernels: Kernels,
+        self, weight: FrozenWeight, local_heads: HeadShape, *, rotates: bool = True, dtype: torch.dtype, **others: Any
     ) -> None:
-        super().__init__(weight, bias=bias, eps=eps, norm_has_bias=norm_has_bias, dtype=dtype, kernels=kernels)
+        """`others`: what the norm and the linear need beside `weight` and `dtype`; see `NormedLinear`."""
+        super().__init__(weight, dtype=dtype, **others)
         assert rotates or not local_heads.norms, "no family has norms of heads that are not rotated"
         self.heads = local_heads
         self.rotates = rotates
@@ -63,7 +55,7 @@ class QkvLinear(NormedLinear):
         a, f, grad_a, grad_f, rows = update or LinearUpdate()
         projection = self.projection(tensor_parallel, num_rows=num_rows, rows=rows)
         results: tuple[torch.Tensor, ...] = _Qkv.apply(
-            hidden, grad_a, grad_f, a, f, *self.tensors, projection, self.epilogue(table)
+            hidden, grad_a, grad_f, Factors(a, f), self.tensors, projection, self.epilogue(table)
         )
         return results
 
@@ -83,15 +75,12 @@ class _Qkv(torch.autograd.Function):
         hidden: torch.Tensor,
         grad_a: torch.Tensor | None,
         grad_f: torch.Tensor | None,
-        a: torch.Tensor | None,
-        f: torch.Tensor | None,
-        norm: torch.Tensor,
-        norm_bias: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        factors: Factors,
+        parameters: Parameters,
         projection: Projection,
         heads: PlainHeads,
     ) -> tuple[torch.Tensor, ...]:
-        projected, root, ax = projection.forward(hidden, Parameters(norm, norm_bias, bias), a, f)
+        projected, root, ax = projection.forward(hidden, parameters, factors)
         results, saved = heads.forward(projected)
         needs = Needs(*ctx.needs_input_grad[:3])
         ctx.projection, ctx.heads = projection, heads
@@ -99,7 +88,7 @@ class _Qkv(torch.autograd.Function):
         ctx.save_for_backward(
             *((hidden, root) if needs.x or needs.a else (None, None)),
             ax if needs.f else None,
-            *(a, f, norm, norm_bias, *saved),
+            *(*factors, *parameters[:2], *saved),
         )
         return results
 
@@ -107,10 +96,11 @@ class _Qkv(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, root, ax, a, f, norm, norm_bias, *saved = ctx.saved_tensors
-        needs, parameters = Needs(*ctx.needs_input_grad[:3]), Parameters(norm, norm_bias, None)
+        needs, factors = Needs(*ctx.needs_input_grad[:3]), Factors(a, f)
         grad_projected = ctx.heads.backward(gradients, *saved)
-        found = ctx.projection.backward(grad_projected, hidden, root, ax, parameters, a, f, needs, ctx.wide)
-        return *found, *(None,) * 7
+        parameters = Parameters(norm, norm_bias, None)
+        found = ctx.projection.backward(grad_projected, hidden, root, ax, parameters, factors, needs, ctx.wide)
+        return *found, *(None,) * 4
 
 
 @dataclass(frozen=True)

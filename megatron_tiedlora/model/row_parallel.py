@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
-from megatron_tiedlora.model.normed_linear import Needs, gradient_dtype
+from megatron_tiedlora.model.normed_linear import Factors, Needs, gradient_dtype
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import leave_tensor_parallel_region
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, register
@@ -39,7 +39,7 @@ class RowParallelLinear(nn.Module):
     ) -> torch.Tensor:
         """(..., local_in) -> activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
         a, f, grad_a, grad_f, rows = update or LinearUpdate()
-        result = _RowParallel.apply(local_hidden, grad_a, grad_f, a, f, self.frozen, rows)
+        result = _RowParallel.apply(local_hidden, grad_a, grad_f, Factors(a, f), self.frozen, rows)
         return self.total(result, tensor_parallel)
 
     def total(self, addend: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
@@ -49,14 +49,10 @@ class RowParallelLinear(nn.Module):
 
 
 def addend(
-    x: torch.Tensor,
-    weight: FrozenWeight,
-    a: torch.Tensor | None,
-    f: torch.Tensor | None,
-    rows: AllRows,
+    x: torch.Tensor, weight: FrozenWeight, factors: Factors, rows: AllRows
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """z_i (tokens, out) and A_i D(x_i) of `rows` from x_i (tokens, local in). Autograd does not record it."""
-    z = weight.times_transposed(x)
+    z, (a, f) = weight.times_transposed(x), factors
     if a is None or f is None:
         return z, None
     ax = rows.reduce_input(x, a, local=False)
@@ -69,8 +65,7 @@ def addend_gradients(
     x: torch.Tensor | None,
     ax: torch.Tensor | None,
     weight: FrozenWeight,
-    a: torch.Tensor | None,
-    f: torch.Tensor | None,
+    factors: Factors,
     needs: Needs,
     wide: torch.dtype | None,
     rows: AllRows,
@@ -83,6 +78,7 @@ def addend_gradients(
         wide: dtype of the gradients of A_i and F.
     """
     grad_x = grad_a = grad_f = grad_ax = None
+    a, f = factors
     if needs.f:
         assert ax is not None and wide is not None
         grad_f = rows.gradient_of_f(grad_z, ax, wide)
@@ -103,25 +99,24 @@ class _RowParallel(torch.autograd.Function):
         x: torch.Tensor,
         grad_a: torch.Tensor | None,
         grad_f: torch.Tensor | None,
-        a: torch.Tensor | None,
-        f: torch.Tensor | None,
+        factors: Factors,
         weight: FrozenWeight,
         rows: AllRows,
     ) -> torch.Tensor:
-        z, ax = addend(x.flatten(0, -2), weight, a, f, rows)
+        z, ax = addend(x.flatten(0, -2), weight, factors, rows)
         needs = Needs(*ctx.needs_input_grad[:3])
         ctx.weight, ctx.rows = weight, rows
         ctx.wide = gradient_dtype(grad_a, grad_f)
-        ctx.save_for_backward(x if needs.a else None, ax if needs.f else None, a, f)
+        ctx.save_for_backward(x if needs.a else None, ax if needs.f else None, *factors)
         return z.view(*x.shape[:-1], -1)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, ax, a, f = ctx.saved_tensors
+        x, ax, *factors = ctx.saved_tensors
         inputs = None if x is None else x.flatten(0, -2)
         needs = Needs(*ctx.needs_input_grad[:3])
         grad_x, *others = addend_gradients(
-            grad_z.flatten(0, -2), inputs, ax, ctx.weight, a, f, needs, ctx.wide, ctx.rows
+            grad_z.flatten(0, -2), inputs, ax, ctx.weight, Factors(*factors), needs, ctx.wide, ctx.rows
         )
-        return None if grad_x is None else grad_x.view(*grad_z.shape[:-1], -1), *others, None, None, None, None
+        return None if grad_x is None else grad_x.view(*grad_z.shape[:-1], -1), *others, None, None, None

@@ -6,7 +6,7 @@ It leaves schedules and messages between stages to DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,6 @@ from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.tail import Attended, SupervisedTail
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
-
-# What `Stage.predict` takes beside the inputs: caches, updates and wanted positions.
-_Prediction = tuple[Sequence[AnyCache] | None, Mapping[int, LayerUpdate] | None, torch.Tensor | None]
 
 
 class _WithZeroGradients(torch.autograd.Function):
@@ -134,7 +131,7 @@ class Stage(nn.Module):
         documents: torch.Tensor | None = None,
         numbers: torch.Tensor | None = None,
         shares: Shares = (),
-        prediction: _Prediction | None = None,
+        prediction: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor | Attended:
         """The forward pass for training; for predictions call `predict`.
 
@@ -146,13 +143,14 @@ class Stage(nn.Module):
             numbers: (b, s) int64, the tokens' numbers, from which dropout follows; None: there is none.
             shares: whose micro-batch it is; without them, the only adapter's. If there are several, b is 1, and
                 `labels` is the result of `find_supervised`.
+            prediction: of `predict`, which is called in place of all this.
 
         Returns:
             activations between layers. If the stage has the head: the summed loss over supervised positions, or one
             for each of several shares, (shares,); without `labels` the input of its `tail`.
         """
         if prediction is not None:
-            return self._predict(inputs, positions, labels, documents, shares, prediction)
+            return prediction()
         if self.embedding is not None:
             hidden = self.embed(inputs, self.tensor_parallel)
         else:
@@ -205,32 +203,22 @@ class Stage(nn.Module):
         Returns:
             activations between layers if the stage has no head. A loss is 0 where there is no label.
         """
-        # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
-        found: torch.Tensor = self(
-            inputs, positions, labels, documents=documents, shares=shares, prediction=(caches, updates, wanted)
-        )
-        return found
 
-    def _predict(
-        self,
-        inputs: torch.Tensor,
-        positions: torch.Tensor,
-        labels: torch.Tensor | Supervised | None,
-        documents: torch.Tensor | None,
-        shares: Shares,
-        prediction: _Prediction,
-    ) -> torch.Tensor:
-        caches, updates, wanted = prediction
-        tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
-        hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
-        output = self.run_blocks(
-            hidden, positions, tensor_parallel, documents=documents, caches=caches, updates=updates, shares=shares
-        )
-        if isinstance(output, torch.Tensor):
-            return output
-        if isinstance(labels, torch.Tensor):
-            return self.tail.position_losses(output, labels, tensor_parallel, shares)
-        return self.tail.logits(output, tensor_parallel, wanted=wanted, shares=shares)
+        def found() -> torch.Tensor:
+            tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
+            hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
+            output = self.run_blocks(
+                hidden, positions, tensor_parallel, documents=documents, caches=caches, updates=updates, shares=shares
+            )
+            if isinstance(output, torch.Tensor):
+                return output
+            if labels is not None:
+                return self.tail.position_losses(output, labels, tensor_parallel, shares)
+            return self.tail.logits(output, tensor_parallel, wanted=wanted, shares=shares)
+
+        # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
+        predicted: torch.Tensor = self(inputs, positions, prediction=found)
+        return predicted
 
     def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
         """Uninitialised activations between layers on this rank, for rows (num_rows, length)."""

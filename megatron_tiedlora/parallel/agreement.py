@@ -25,22 +25,21 @@ def world_size() -> int:
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Elementwise fp64 sum of a few numbers over all ranks, the same on each."""
-    if world_size() == 1:
-        return [float(value) for value in values]
-    total = torch.tensor(values, dtype=torch.float64)
-    distributed.all_reduce(total)
-    summed: list[float] = total.tolist()
-    return summed
+    return _reduced(values, distributed.ReduceOp.SUM)
 
 
 def max_over_ranks(values: Sequence[float]) -> list[float]:
     """Elementwise fp64 maximum of a few numbers over all ranks, the same on each."""
+    return _reduced(values, distributed.ReduceOp.MAX)
+
+
+def _reduced(values: Sequence[float], op: distributed.ReduceOp.RedOpType) -> list[float]:
     if world_size() == 1:
         return [float(value) for value in values]
-    largest = torch.tensor(values, dtype=torch.float64)
-    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
-    numbers: list[float] = largest.tolist()
-    return numbers
+    numbers = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(numbers, op=op)
+    found: list[float] = numbers.tolist()
+    return found
 
 
 def gather_numbers(value: int) -> list[int]:

@@ -8,14 +8,17 @@ summed and never just sliced. No function changes its input. In a group of one r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import distributed
 from torch.autograd.function import once_differentiable
 
-from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
+from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel
+
+Function = Callable[[torch.Tensor], torch.Tensor]
 
 # Renamed in torch 2.13, where the old names warn.
 _all_gather_into = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -24,22 +27,20 @@ _reduce_scatter_into = getattr(distributed, "reduce_scatter_single", None) or di
 SEQUENCE_DIM = 1  # of activations (1, b s, d)
 
 
-def all_reduce(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
-    """The sum over the group, bit-equal on every rank; a new tensor unless the group has one rank."""
+def all_reduce(
+    tensor: torch.Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
+) -> torch.Tensor:
+    """The sum over the group, or what `op` says: bit-equal on every rank, a new tensor unless it is the only one."""
     if group.size == 1:
         return tensor
     total = tensor.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total, group=group.handle)
+    distributed.all_reduce(total, op=op, group=group.handle)
     return total
 
 
 def largest_of_all(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
     """The elementwise maximum over the group; a new tensor unless the group has one rank."""
-    if group.size == 1:
-        return tensor
-    largest = tensor.clone()
-    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=group.handle)
-    return largest
+    return all_reduce(tensor, group, distributed.ReduceOp.MAX)
 
 
 def all_gather(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
@@ -63,39 +64,26 @@ def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Te
     return mine
 
 
-class _CopyTo(torch.autograd.Function):
+class _WithAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return all_reduce(gradient, ctx.group), None
-
-
-class _ReduceFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
-        return all_reduce(tensor, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None
-
-
-class _GatherFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
-        ctx.group, ctx.dim = group, dim
-        return all_gather(tensor, group, dim)
+    def forward(ctx: Any, tensor: torch.Tensor, function: Function, adjoint: Function) -> torch.Tensor:
+        ctx.adjoint = adjoint
+        return function(tensor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return reduce_scatter(gradient, ctx.group, ctx.dim), None, None
+        return ctx.adjoint(gradient), None, None
+
+
+def _with_adjoint(tensor: torch.Tensor, function: Function, adjoint: Function) -> torch.Tensor:
+    """`function(tensor)`, whose gradient becomes that of the tensor by `adjoint`."""
+    found: torch.Tensor = _WithAdjoint.apply(tensor, function, adjoint)
+    return found
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 class _GatherTogether(torch.autograd.Function):
@@ -127,40 +115,26 @@ def concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-class _ReduceScatterTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
-        ctx.group, ctx.dim = group, dim
-        return reduce_scatter(tensor, group, dim)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return all_gather(gradient, ctx.group, ctx.dim), None, None
-
-
 def copy_to_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
     """The tensor itself. Each rank has an addend of its gradient; these are summed over the group."""
     if group.size == 1:
         return tensor
-    copied: torch.Tensor = _CopyTo.apply(tensor, group)
-    return copied
+    return _with_adjoint(tensor, _itself, partial(all_reduce, group=group))
 
 
 def reduce_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
     """The sum over the group. Its gradient, the same on every rank, is passed on unchanged."""
     if group.size == 1:
         return tensor
-    reduced: torch.Tensor = _ReduceFrom.apply(tensor, group)
-    return reduced
+    return _with_adjoint(tensor, partial(all_reduce, group=group), _itself)
 
 
 def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
     """The ranks' parts, concatenated along `dim`. The gradient is summed over the group; each rank gets its part."""
     if group.size == 1:
         return tensor
-    gathered: torch.Tensor = _GatherFrom.apply(tensor, group, dim)
-    return gathered
+    gathers, scatters = (partial(function, group=group, dim=dim) for function in (all_gather, reduce_scatter))
+    return _with_adjoint(tensor, gathers, scatters)
 
 
 def gather_together(tensors: Sequence[torch.Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
@@ -188,8 +162,8 @@ def reduce_scatter_to_sequence_parallel_region(hidden: torch.Tensor, group: Rank
     """Addends (b, s, d) of the ranks -> this rank's part of their sum, (1, b s / size, d)."""
     if group.size == 1:
         return hidden
-    scattered: torch.Tensor = _ReduceScatterTo.apply(end_to_end(hidden), group, SEQUENCE_DIM)
-    return scattered
+    gathers, scatters = (partial(function, group=group, dim=SEQUENCE_DIM) for function in (all_gather, reduce_scatter))
+    return _with_adjoint(end_to_end(hidden), scatters, gathers)
 
 
 def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
@@ -204,3 +178,41 @@ def leave_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorPa
     if tensor_parallel.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(hidden, tensor_parallel.group)
     return reduce_from_tensor_parallel_region(hidden, tensor_parallel.group)
+
+
+class StepSum:
+    """Accumulates a tensor's gradients; the last backward pass of the step returns their sum over the group.
+
+    Earlier backward passes return zeros, so that an engine that adds up the gradients of all passes gets the sum once.
+    Until `start` is called, each backward pass is a step of its own.
+    """
+
+    def __init__(self, group: RankGroup = ALONE, *, keeps: bool = True) -> None:
+        """Sum over `group`.
+
+        Args:
+            keeps: whether this rank gets the sum; if not, it gets zeros. Among ranks whose gradients are summed or
+                averaged later, only one may get it: adding zeros gives the same bits in any order of sums.
+        """
+        self.group = group
+        self._keeps = keeps
+        self.start(1)
+
+    def start(self, num_passes: int) -> None:
+        """Begin a step of `num_passes` backward passes; gradients of an unfinished step are dropped."""
+        self._left = num_passes
+        self._parts: torch.Tensor | None = None
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself, with its gradient summed. All ranks of the group run equally many backward passes."""
+        return _with_adjoint(tensor, _itself, self.take)
+
+    def take(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient that a backward pass returns, from this rank's addend; the same shape and dtype."""
+        self._parts = gradient if self._parts is None else self._parts + gradient
+        self._left -= 1
+        if self._left:
+            return torch.zeros_like(gradient)
+        total = all_reduce(self._parts, self.group)
+        self.start(1)
+        return total if self._keeps else torch.zeros_like(total)

@@ -6,21 +6,30 @@ Q gives each row (token) the scale largest |number| / 448. Going forward the wei
 applied to y; going back they are folded into dy before it is rounded, so that one copy of the codes and one vector of
 scales serve both. In row-parallel layers a rank has a part of x's row, and in column-parallel ones of dy's, so that its
 scale depends on the tensor-parallel size.
+
+`weight_maker` chooses the class of a rank's frozen weights: these, those that are dequantised, or plain ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
-from megatron_tiedlora.base.base_formats import FP8_CAPABILITY, BaseFormat
+from megatron_tiedlora.base.base_formats import BASE_FORMATS, FP8_CAPABILITY, BaseFormat
 from megatron_tiedlora.base.errors import UserError, one_line
 from megatron_tiedlora.base.shapes import LinearShape
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_parameter
 from megatron_tiedlora.parallel.quantise import CODE_TYPE, fp8_numbers, quantise_rows, row_maxima
-from megatron_tiedlora.parallel.quantised_weight import RowScaledWeight, Workspace, look_up_fp8, row_parts
+from megatron_tiedlora.parallel.quantised_weight import (
+    BlockScaledWeight,
+    RowScaledWeight,
+    Workspace,
+    look_up_fp8,
+    row_parts,
+)
 
 _AT_ONCE = 2**19  # numbers that a CPU rounds at one time: their temporaries stay in its cache
 _MULTIPLE = 16  # of both sizes of a weight in the GPU's kernels
@@ -187,3 +196,24 @@ def _rounded(rows: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[t
         values = rows[part] if factors is None else rows[part].to(wide) * factors
         codes[part], scales[part] = quantise_rows(values, row_maxima(values), "fp8")
     return codes, scales
+
+
+def weight_maker(name: str | None, *, products: str | None = None, keep_transposed: bool = False) -> WeightMaker:
+    """A function that makes empty weights of a format of the table, or plain ones (None).
+
+    The weights that it makes share a workspace, so a rank needs one function for its whole part of the model.
+
+    Args:
+        products: "fp8" if activations and gradients are rounded to fp8 too; with the format fp8 alone.
+        keep_transposed: whether such weights keep a transposed copy of their codes.
+    """
+    if name is None:
+        return FrozenWeight.empty
+    storage = BASE_FORMATS[name]
+    if products is not None:
+        assert (name, products) == ("fp8", "fp8")
+        return partial(
+            Fp8ProductWeight.of_products, storage=storage, workspace=Workspace(), keep_transposed=keep_transposed
+        )
+    kind = RowScaledWeight if storage.block is None else BlockScaledWeight
+    return partial(kind.of_format, storage=storage, workspace=Workspace())

@@ -64,7 +64,7 @@ def token_bytes(shape: ModelShape, layout: Layout, adapter: int = 0) -> TokenByt
         inside += 2 * block.output.in_size  # the memory-efficient kernel gets keys and values for every head
     # A x is one tensor of all adapters of a micro-batch, which is saved if F of one of them is trained.
     ax = own.rank * itemsize * any(config.method_spec.trains_f for config in layout.adapters)
-    ax_after = ax * sum(target.follows_attention for target in own.targets)
+    ax_after = ax * sum(target.name != QKV for target in own.targets)  # of linears behind attention
     norm = (whole + FP32) / parts
     after_attention = ax_after + (whole / parts if layout.recompute == "selective" else norm + gate)
     of_heads = heads.num + (heads.num + heads.num_kv if heads.norms else 0)

@@ -60,7 +60,7 @@ class End:
         state, status: the state and the exit status of a run that did not raise.
         saved: what to report if a signal arrives after a step and the step alone does not say it.
         owner: the owner of the folder that rank 0 writes to, once it is chosen.
-        release: gives back the folder that rank 0 writes to.
+        release: gives back the folder that rank 0 writes to; called when the run ends.
         gpu: this rank's GPU as text.
     """
 
@@ -77,7 +77,7 @@ class End:
     saved: str = ""
     heartbeat: Heartbeat | None = None
     owner: Owner | None = None
-    release: Callable[[], None] | None = None
+    release: Callable[[], None] = lambda: None
     gpu: str = ""
     silence_seconds: float = SILENCE_SECONDS
     log: RankLog = field(default_factory=RankLog)
@@ -103,15 +103,6 @@ class End:
                 reports_for_host=first_to_fail,
                 silence_seconds=min(self.silence_seconds, limit.total_seconds()),
             ).start()
-
-    def hold(self, release: Callable[[], None]) -> None:
-        """Let rank 0 own the folder that it writes to until the run ends; `release` is called then."""
-        self.release = release
-
-    def give_back(self) -> None:
-        """Free the folder for another start."""
-        if self.release is not None:
-            self.release()
 
     def enter(self, folder: RunFolder) -> None:
         """The run folder belongs to this run now: write logs and the status there. All ranks take part.
@@ -216,7 +207,7 @@ class End:
 
     def _leave_folder(self) -> None:
         """Rank 0 gives the folder back; if rank 0 is lost, the others revoke it, in case rank 0 still runs."""
-        self.give_back()
+        self.release()
         if self.rank and self.owner is not None and self.heartbeat is not None and self.heartbeat.main_lost:
             self.owner.give_up()
 
@@ -255,7 +246,7 @@ def reported_end(rank: int, world_size: int, stop: StopRequests) -> Iterator[End
     """
     end = End(rank, world_size, stop)
     with ExitStack() as last, end._open, end._reserve:
-        last.callback(end.give_back)
+        last.callback(lambda: end.release())  # it is set inside
         try:
             yield end
             if rank == 0:

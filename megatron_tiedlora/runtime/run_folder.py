@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ from megatron_tiedlora.base.atomic import (
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import check_writable, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
-from megatron_tiedlora.base.paths import PathIn, last_name, user_path
+from megatron_tiedlora.base.paths import PathIn, last_name, numbered, user_path
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
@@ -94,6 +96,41 @@ class RunFolder:
     def new_folder(self, path: Path) -> AbstractContextManager[Path]:
         """`atomic.new_folder` for a folder of the run."""
         return new_folder(path, guard=self.guard)
+
+
+@dataclass(frozen=True)
+class GroupFolder(RunFolder):
+    """The paths of a run of several adapters; RUN/NAME is the run folder of the adapter NAME.
+
+    Attributes:
+        running: the folders of the adapters that have not ended, each with its last step. They end as the run does.
+    """
+
+    running: Callable[[], Iterable[tuple[RunFolder, int]]] = field(default=tuple, compare=False)
+
+    settings = PathIn("adapters.yaml")  # every setting as resolved, of all and of each
+    table = PathIn("table.csv")  # one row per adapter
+
+    def write_status(self, state: State, *, step: int, reason: str) -> None:
+        """Write run_status.json, and that of each adapter that has not ended."""
+        super().write_status(state, step=step, reason=reason)
+        for folder, own_step in self.running():
+            if not folder.is_of_main and folder.status.exists():
+                continue  # only rank 0 knows which ones it has finished by now
+            with suppress(UserError):  # another start may have one of them by now
+                folder.write_status(state, step=own_step, reason=reason)
+
+    def with_running(self, running: Callable[[], Iterable[tuple[RunFolder, int]]]) -> GroupFolder:
+        """The folder with `running`."""
+        return replace(self, running=running)
+
+    def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace table.csv. Raises UserError if it cannot be written."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.table, text.getvalue(), guard=self.guard)
 
 
 def run_name(settings: Settings) -> str:
@@ -195,10 +232,9 @@ def last_run_folder(name: str) -> RunFolder:
 
 def _last_and_next(name: str) -> tuple[RunFolder, RunFolder]:
     """The last of these folders, or runs/NAME if there is none; and the one that follows it."""
-    last, number = RunFolder(Path("runs") / name), 2
-    while (following := RunFolder(Path("runs") / f"{name}-{number}")).path.exists():
-        last, number = following, number + 1
-    return last, following
+    pairs = pairwise(numbered(Path("runs") / name))
+    last, following = next(pair for pair in pairs if not pair[1].exists())
+    return RunFolder(last), RunFolder(following)
 
 
 class MetricsLog:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, discard, is_temporary, remove_leftovers, unguarded, write_json
+from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
 from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner

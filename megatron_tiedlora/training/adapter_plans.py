@@ -15,8 +15,7 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapters_file import RUN_OF_ALL, check_folders, read_adapters
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.runtime.group_folder import GroupFolder
-from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder, run_name
+from megatron_tiedlora.runtime.run_folder import GroupFolder, RunFolder, choose_run_folder, last_run_folder, run_name
 from megatron_tiedlora.training.halving import check_halving
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 

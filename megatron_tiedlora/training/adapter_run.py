@@ -28,6 +28,7 @@ from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
+from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.runtime.heartbeat import rank_line
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
 from megatron_tiedlora.training.checks import StepChecks, require_finite
@@ -215,13 +216,14 @@ class AdapterRun:
         size, dp_size = self.plan.batches.micro_batch_size, self.plan.grid.dp_size
         return num_evaluation_batches(self.data.validation, micro_batch_size=size, dp_size=dp_size)
 
-    def evaluation_batches(self) -> Iterator[MicroBatch]:
-        """This rank's batches of the validation split."""
+    def evaluation_batches(self, *, all_of_them: bool = False) -> Iterator[MicroBatch]:
+        """This rank's batches of the validation split, or those of all ranks."""
+        grid = Grid(0, 1) if all_of_them else self.plan.grid
         return evaluation_batches(
             self.data.validation,
             micro_batch_size=self.plan.batches.micro_batch_size,
-            dp_rank=self.plan.grid.dp_rank,
-            dp_size=self.plan.grid.dp_size,
+            dp_rank=grid.dp_rank,
+            dp_size=grid.dp_size,
             pad_id=padding_id(self.data.tokenizer),
             pad_multiple=self.plan.layout.pad_multiple,
         )

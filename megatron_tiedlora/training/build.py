@@ -12,10 +12,9 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
-from megatron_tiedlora.adapters.dropped_inputs import Dropout
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
 from megatron_tiedlora.adapters.gathering import MOMENTS
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
+from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
@@ -48,7 +47,7 @@ from megatron_tiedlora.engine.optimizers import (
     OwnOptimizers,
     trained_or_stand_in,
 )
-from megatron_tiedlora.engine.runner import Runner, make_runner
+from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, Runner
 from megatron_tiedlora.engine.topology import make_groups, make_process_grid
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -130,7 +129,12 @@ def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels =
 def checked_base(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
     """What the base is. All ranks call it; raises UserError on every rank if theirs differ."""
     base = _identify(plan, weights)
-    _check_same_base(base)
+    hashes = f"{base.base_hash} {base.base_weights_hash} {base.base_sample} {base.base_stored} {base.tokenizer_hash}"
+    if differing := num_differing(hashes):
+        raise UserError(
+            f"{count_text(differing, 'rank')} read another base model or tokenizer than rank 0."
+            " Give every host the same files"
+        )
     check_same_dtype(plan.dtype_name)
     return base
 
@@ -245,20 +249,20 @@ def _start_engine(
         optimizers = EngineOptimizer(engine, adapter, model.groups, plan.engine)
     else:
         assert model.stage.anchor is not None
-        engine = _initialize(model, _without_steps(plan), _anchor_optimizer(model.stage.anchor))
-        own = {name: _own_optimizer(plan, bank.adapters[name]) for name, plan in plans.items()}
+        of_nothing = make_optimizer([model.stage.anchor], learning_rate=0.0, weight_decay=0.0)  # an engine wants one
+        engine = _initialize(model, _without_steps(plan), of_nothing)
+        own = {}
+        for name, its in plans.items():
+            made = make_training(its.settings, trained_or_stand_in(bank.adapters[name]))
+            own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
         optimizers = OwnOptimizers(bank, model.groups, own, device)
     for name, checkpoint in checkpoints.items():
         if checkpoint is not None and name in plans:
             _restore(optimizers, name, bank.adapters[name], checkpoint)
             resume_scheduler(schedules[name], checkpoint.progress.step)
-    return make_runner(engine, model.stage, model.groups, optimizers, device)
-
-
-def _anchor_optimizer(anchor: nn.Parameter) -> Optimizer:
-    """An engine wants one. It steps nothing."""
-    return make_optimizer([anchor], learning_rate=0.0, weight_decay=0.0)
+    kind = PlainRunner if plan.grid.pp_size == 1 else PipelineRunner
+    return kind(engine, model.stage, model.groups, optimizers, device)
 
 
 def _initialize(model: _Model, config: EngineConfig, optimizer: Optimizer, scheduler: LambdaLR | None = None) -> Any:
@@ -276,11 +280,6 @@ def _without_steps(plan: RunPlan) -> EngineConfig:
         "gradient_clipping": 0.0,
     }
     return replace(plan.engine, values={**plan.engine.values, **ours})
-
-
-def _own_optimizer(plan: RunPlan, adapter: TiedAdapter) -> OwnOptimizer:
-    optimizer, scheduler = make_training(plan.settings, trained_or_stand_in(adapter))
-    return OwnOptimizer(optimizer, scheduler, plan.settings.gradient_clipping)
 
 
 def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:
@@ -323,7 +322,13 @@ def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
 
 def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Notes on the base. Raises UserError as `check_resumed_base` does."""
-    _check_same_adapter(plan.adapter, checkpoint)
+    stored = checkpoint.adapter.config.facts
+    for name, expected in plan.adapter.facts.items():  # its settings were compared when it was found
+        if stored[name] != expected:
+            raise UserError(
+                f"{checkpoint.folder / CONFIG_FILE}: {name} is {stored[name]}, but the checkpoint's settings say"
+                f" {expected}. Resume from another checkpoint"
+            )
     differs, trained = plan.settings.base_differs, checkpoint.adapter.base
     notes = check_same_base(trained, base, source=str(checkpoint.folder), differs=differs)
     if (otherwise := quantised_otherwise(trained, base)) and not differs:
@@ -332,25 +337,3 @@ def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) ->
             " to use this one anyway"
         )
     return notes
-
-
-def _check_same_base(base: BaseIdentity) -> None:
-    """Raise UserError, on every rank, if a host's copy of the model or tokenizer differs from rank 0's."""
-    hashes = f"{base.base_hash} {base.base_weights_hash} {base.base_sample} {base.base_stored} {base.tokenizer_hash}"
-    if differing := num_differing(hashes):
-        raise UserError(
-            f"{count_text(differing, 'rank')} read another base model or tokenizer than rank 0."
-            " Give every host the same files"
-        )
-
-
-def _check_same_adapter(adapter: AdapterConfig, checkpoint: Checkpoint) -> None:
-    """Compare the checkpoint's adapter with the plan's. (Its settings were compared when it was found.)"""
-    stored = checkpoint.adapter.config.facts
-    for name, expected in adapter.facts.items():
-        found = stored[name]
-        if found != expected:
-            raise UserError(
-                f"{checkpoint.folder / CONFIG_FILE}: {name} is {found}, but the checkpoint's settings say {expected}."
-                " Resume from another checkpoint"
-            )

@@ -20,9 +20,7 @@ from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.layerwise import layerwise_loss
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import verify_export
-from megatron_tiedlora.data.loader import evaluation_batches
 from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime.run_folder import plot_losses
@@ -148,28 +146,19 @@ def original_loss(run: AdapterRun, stop: StopRequests) -> list[str]:
 
 def _original_loss(run: AdapterRun, stop: StopRequests) -> float:
     """It computes one layer at a time, so that it needs little memory beside the run's."""
-    plan, data = run.plan, run.data
-    source, size = plan.source, plan.batches.micro_batch_size
-    batches = evaluation_batches(
-        data.validation,
-        micro_batch_size=size,
-        dp_rank=0,
-        dp_size=1,
-        pad_id=padding_id(data.tokenizer),
-        pad_multiple=plan.layout.pad_multiple,
-    )
+    plan, source = run.plan, run.plan.source
     with BaseWeights(source.weights_folder(), source.shape) as weights:
         loss = layerwise_loss(
             source.shape,
             weights.read,
             load_native_adapter(run.folder.adapter),
-            batches,
+            run.evaluation_batches(all_of_them=True),
             dtype=plan.dtype,
             device=run.runner.device,
             between=stop.raise_if_requested,
             progress=True,
         )
-    return loss / data.validation.num_supervised
+    return loss / run.data.validation.num_supervised
 
 
 def export(run: AdapterRun, stop: StopRequests) -> list[str]:

@@ -31,10 +31,9 @@ from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
-from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products
+from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.planning.cards import GPUS, default_machine
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
 from megatron_tiedlora.planning.machines import Machine

@@ -26,7 +26,7 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 
 def steps_over(profile: str | None, step: int) -> str:
     """Which steps of a --profile a run that continues after `step` does not record, in a line; '' if there are none."""
-    steps = range(0) if profile is None else profiled_steps(profile)
+    steps = profiled_steps(profile)
     if not steps or steps[0] > step:
         return ""
     last = min(steps[-1], step)
@@ -38,7 +38,7 @@ class StepProfiler:
     """Records the steps of a --profile on one rank, and writes RUN/profile/rank_N.json.gz."""
 
     def __init__(self, profile: str | None, folder: RunFolder, *, rank: int) -> None:
-        self._steps = range(0) if profile is None else profiled_steps(profile)
+        self._steps = profiled_steps(profile)
         self._folder, self._rank = folder, rank
         self._recording: Any = None
 

@@ -9,12 +9,12 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.paths import first_free
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.table import aligned_lines
 from megatron_tiedlora.base.wording import bytes_in_words, count_text
@@ -25,8 +25,7 @@ from megatron_tiedlora.convert.export_peft import Export, base_location, base_na
 from megatron_tiedlora.convert.merge import is_merge_of
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
-from megatron_tiedlora.runtime.group_folder import GroupFolder
-from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
+from megatron_tiedlora.runtime.run_folder import GroupFolder, RunFolder, read_metrics
 from megatron_tiedlora.training.adapter_plans import shared_plan
 from megatron_tiedlora.training.adapter_run import AdapterRun
 from megatron_tiedlora.training.build import BuiltModel
@@ -42,13 +41,13 @@ from megatron_tiedlora.training.throughput import peak_memory_bytes
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run tells, from its start to its end. On rank 0."""
+    """What a run tells, from its start to its end, with a row for each adapter. On rank 0."""
 
     start: Start
     trainer: Trainer
     built: BuiltModel
 
-    saved = ""  # after a signal, if the step alone does not say what is saved
+    saved = "the last step of each adapter is saved"  # after a signal; "" if the step says it
 
     def headline(self, chosen: ChosenKernels, device: torch.device) -> list[str]:
         """A summary of the run before its progress bar: what all adapters share, and each."""
@@ -65,15 +64,38 @@ class RunReport:
 
     def _adapters(self) -> list[str]:
         """What is trained."""
-        raise NotImplementedError
+        plans = self.start.plans
+        plan, trained = shared_plan(plans), sum(sum(own.adapter.num_trained().values()) for own in plans.values())
+        ranks = count_text(plan.grid.dp_size, "data-parallel rank")
+        return [f"adapters   {len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}"]
 
     def _starts(self) -> list[str]:
         """The run's folder, and from where each adapter starts."""
-        raise NotImplementedError
+        start, trainer = self.start, self.trainer
+        lines = [f"run folder {start.folder.path}"]
+        if over := steps_over(trainer.profile, trainer.last_step):
+            lines.append(f"note       {over}")
+        lines += [f"{name:<10} finished before" for name in start.finished]
+        for name, run in trainer.adapters.items():
+            own, checkpoint = run.plan.settings, start.checkpoints[name]
+            samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
+            lines.append(
+                f"{name:<10} {own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step,"
+                f" {steps}{_resumed(run.plan, checkpoint)}"
+            )
+            notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *self.built.notes[name])
+            lines += [f"note       {name}: {note}" for note in notes]
+            lines += [f"warning    {name}: {warning}" for warning in run.data.warnings(run.plan)]
+            if trainer.rivals.get(name) and run.num_evaluation_batches < 2:
+                lines.append(f"warning    {name}: --halving cannot tell noise, as the validation set is one batch")
+        return lines
 
     def progress(self) -> str:
         """The text at the end of the progress bar."""
-        raise NotImplementedError
+        states = [run.state for run in self.trainer.everyone.values()]
+        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
+        counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
+        return "; ".join((counts, *self.trainer.rates[:1]))
 
     def set_end(self, end: End) -> None:
         """Set how the run ends: it fails if an adapter did."""
@@ -83,7 +105,8 @@ class RunReport:
 
     def _reason(self) -> str:
         """Why the run ended, for its run_status.json."""
-        raise NotImplementedError
+        failed, total = self.trainer.failed, count_text(len(self.trainer.everyone), "adapter")
+        return f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
 
     def exported(self, run: AdapterRun, lines: list[str]) -> list[str]:
         """What is told of an adapter that has just been exported, and these lines of its export."""
@@ -91,16 +114,13 @@ class RunReport:
 
     def last_lines(self) -> list[str]:
         """What a user has now, and the next commands."""
-        raise NotImplementedError
-
-
-def report_of(start: Start, trainer: Trainer, built: BuiltModel) -> RunReport:
-    """The report of a run, whose folder tells whether it has a row for each adapter."""
-    return (TableReport if isinstance(start.folder, GroupFolder) else FullReport)(start, trainer, built)
+        return table_lines(self.trainer.everyone, self.start.folder)
 
 
 class FullReport(RunReport):
-    """What a run of one adapter tells."""
+    """What a run of one adapter tells: all of it."""
+
+    saved = ""
 
     def _adapters(self) -> list[str]:
         (plan,), (data,) = self.start.plans.values(), self.start.data.values()
@@ -148,49 +168,9 @@ class FullReport(RunReport):
         return [*speed_lines(run), *next_steps(run)]
 
 
-class TableReport(RunReport):
-    """What a run of several adapters tells."""
-
-    saved = "the last step of each adapter is saved"
-
-    def _adapters(self) -> list[str]:
-        plans = self.start.plans
-        plan, trained = shared_plan(plans), sum(sum(own.adapter.num_trained().values()) for own in plans.values())
-        ranks = count_text(plan.grid.dp_size, "data-parallel rank")
-        return [f"adapters   {len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}"]
-
-    def _starts(self) -> list[str]:
-        start, trainer = self.start, self.trainer
-        lines = [f"run folder {start.folder.path}"]
-        if over := steps_over(trainer.profile, trainer.last_step):
-            lines.append(f"note       {over}")
-        lines += [f"{name:<10} finished before" for name in start.finished]
-        for name, run in trainer.adapters.items():
-            own, checkpoint = run.plan.settings, start.checkpoints[name]
-            samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
-            lines.append(
-                f"{name:<10} {own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step,"
-                f" {steps}{_resumed(run.plan, checkpoint)}"
-            )
-            notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *self.built.notes[name])
-            lines += [f"note       {name}: {note}" for note in notes]
-            lines += [f"warning    {name}: {warning}" for warning in run.data.warnings(run.plan)]
-            if trainer.rivals.get(name) and run.num_evaluation_batches < 2:
-                lines.append(f"warning    {name}: --halving cannot tell noise, as the validation set is one batch")
-        return lines
-
-    def progress(self) -> str:
-        states = [run.state for run in self.trainer.everyone.values()]
-        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
-        counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
-        return "; ".join((counts, *self.trainer.rates[:1]))
-
-    def _reason(self) -> str:
-        failed, total = self.trainer.failed, count_text(len(self.trainer.everyone), "adapter")
-        return f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
-
-    def last_lines(self) -> list[str]:
-        return table_lines(self.trainer.everyone, self.start.folder)
+def report_of(start: Start, trainer: Trainer, built: BuiltModel) -> RunReport:
+    """The report of a run, whose folder tells whether it has a row for each adapter."""
+    return (RunReport if isinstance(start.folder, GroupFolder) else FullReport)(start, trainer, built)
 
 
 def _model(plan: RunPlan) -> list[str]:
@@ -326,7 +306,7 @@ def next_steps(run: AdapterRun) -> list[str]:
     lines = [
         "",
         f"run folder  {path}",
-        f"  adapter/  the adapter, {_size(run.folder)}",
+        f"  adapter/  the adapter, {bytes_in_words(sum(file.stat().st_size for file in run.folder.adapter.iterdir()))}",
         "  peft/     the same as a LoRA adapter for PEFT, vLLM and others",
     ]
     merged = path / "merged"
@@ -339,7 +319,7 @@ def next_steps(run: AdapterRun) -> list[str]:
         if os.path.lexists(merged):  # an earlier start may have had another best adapter
             lines.append("  merged/   not of this adapter; the first command below merges it anew")
         adapter = ["--adapter", str(path / "adapter")]
-        merge = [*adapter, "--output", str(_first_free(merged))]
+        merge = [*adapter, "--output", str(first_free(merged))]
         merge += [] if settings.base is None else ["--onto", "trained"]
         merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
         lines += ["", "next", f"  tiedlora merge {shlex.join(merge)}"]
@@ -347,16 +327,3 @@ def next_steps(run: AdapterRun) -> list[str]:
     exported = Export(peft, settings.rank, settings.targets)
     serving = serve_hints({"tied": exported}, base_location(source), source.shape, named=base_name(source))
     return [*lines, *(f"  {line}" for line in serving)]
-
-
-def _first_free(path: Path) -> Path:
-    """The first of NAME, NAME-2, NAME-3, ... that does not exist."""
-    free, number = path, 2
-    while os.path.lexists(free):
-        free, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return free
-
-
-def _size(folder: RunFolder) -> str:
-    size = sum(file.stat().st_size for file in folder.adapter.iterdir())
-    return bytes_in_words(size)

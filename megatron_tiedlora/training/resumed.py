@@ -51,7 +51,7 @@ def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpo
     if checkpoint is None:
         return None
     step_folder = checkpoint.folder
-    _check_settings(plan, data, checkpoint)
+    check_resumed_settings(plan, checkpoint, data_sha256=data.sha256)
     best = checkpoint.progress.best_step
     if best in (None, checkpoint.progress.step):
         return checkpoint
@@ -119,29 +119,16 @@ def reject_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None:
     except UserError:  # raised again once this start owns the folder and has renamed back what was moved aside
         return
     if checkpoint is not None:
-        _check_settings(plan, data, checkpoint)
+        check_resumed_settings(plan, checkpoint, data_sha256=data.sha256)
         check_resumed_base(plan, checkpoint)
 
 
-def _check_settings(plan: RunPlan, data: RunData, checkpoint: Checkpoint) -> None:
-    """Raise UserError if a checkpoint was trained with settings or data that contradict the plan's."""
-    check_resumed_settings(
-        plan,
-        checkpoint.settings,
-        step=checkpoint.progress.step,
-        data_sha256=data.sha256,
-        source=str(checkpoint.folder),
-    )
+def check_resumed_settings(plan: RunPlan, checkpoint: Checkpoint, *, data_sha256: str) -> None:
+    """Raise UserError if a checkpoint was trained with settings or data that contradict the plan's.
 
-
-def check_resumed_settings(
-    plan: RunPlan, saved: Mapping[str, Any], *, step: int = 0, data_sha256: str, source: str
-) -> None:
-    """Raise UserError if a checkpoint's settings contradict the plan's; it names the setting and both values.
-
-    Args:
-        saved: the settings in the checkpoint, which is of `step` and called `source`.
+    It names the setting and both values.
     """
+    saved, step, source = checkpoint.settings, checkpoint.progress.step, str(checkpoint.folder)
     settings, marks = plan.settings, declared(Settings)
     for name, value in plan.resolved_settings().items():
         if not marks[name].compared or name == "epochs" or name not in saved:

@@ -21,7 +21,6 @@ from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.sources import row_stream
 from megatron_tiedlora.data.splits import files_of, read_split
 from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.training.adapter_plans import Plans
@@ -34,43 +33,29 @@ if TYPE_CHECKING:
 _DRAW_STREAM = 2**32 + 1  # differs from the stream that splits off validation rows and from those of epochs (0, 1, ...)
 
 
-@dataclass(frozen=True)
-class RunData:
+@dataclass(frozen=True, kw_only=True)
+class RunData(TrainingData):
     """Tokenised splits and the tokenizer.
 
+    Of `TrainingData`, the samples of `validation` choose the best checkpoint, and a resumed run must have the same
+    `sha256`.
+
     Attributes:
-        parts: the training and the validation part.
         scored: samples to answer before and after training; None: none.
         scored_validation: samples to answer at every evaluation; None if the loss selects the best checkpoint.
         reading: what the user decided about rows.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    parts: TrainingData
     scored: ScoredSet | None
     scored_validation: ScoredSet | None
     reading: Reading
 
     @property
-    def train(self) -> TokenDataset:
-        """The samples that are trained on."""
-        return self.parts.train
-
-    @property
-    def validation(self) -> TokenDataset:
-        """The samples that choose the best checkpoint."""
-        return self.parts.validation
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the tokenised training and validation splits; a resumed run must have the same."""
-        return self.parts.sha256
-
-    @property
     def notes(self) -> list[str]:
         """How chats became text, and what they lost, for the first lines of a run."""
-        lines = [*self.parts.mix]
-        if self.parts.chats:
+        lines = [*self.mix]
+        if self.chats:
             lines.append(f"chats by {chat_note(self.tokenizer, self.reading)}")
         for name, split in (("train", self.train), ("validation", self.validation)):
             if split.shortened_chats:
@@ -82,7 +67,7 @@ class RunData:
     def warnings(self, plan: RunPlan) -> list[str]:
         """What a user probably does not want."""
         found = [*length_warnings(plan.settings, self.train), *plan.rank_excess]
-        if self.parts.unended:
+        if self.unended:
             ends = self.tokenizer.eos_token
             found.append(
                 f"{chat_writer(self.tokenizer, self.reading)} writes no end-of-sequence token ({ends}) after an answer,"
@@ -150,12 +135,13 @@ def prepare_data(plan: RunPlan) -> RunData:
     )
     files, limit = files_of(settings), settings.timeout_minutes
     parts = tokenised_once(encoding, files=files, seed=settings.seed, timeout_minutes=limit)
+    drawn = [] if settings.eval_metric == "loss" else _drawn(settings, tokenizer)
     return RunData(
-        tokenizer,
-        parts,
-        _encode(plan, tokenizer, _test_examples(settings, tokenizer)),
-        _encode(plan, tokenizer, [] if settings.eval_metric == "loss" else _drawn(settings, tokenizer)),
-        reading,
+        **vars(parts),
+        tokenizer=tokenizer,
+        scored=_encode(plan, tokenizer, _test_examples(settings, tokenizer)),
+        scored_validation=_encode(plan, tokenizer, drawn),
+        reading=reading,
     )
 
 
@@ -163,7 +149,7 @@ def first_source(settings: Settings, data: RunData) -> str:
     """Where the first training sample was read, for messages."""
     reading, _ = with_template(data.reading, settings.prompt_template)
     rows = row_stream(get_task(settings.task), "train", files=files_of(settings), reading=reading)
-    _, (_, source) = next(islice(rows, data.parts.first_row, None))
+    _, (_, source) = next(islice(rows, data.first_row, None))
     return source
 
 

@@ -24,7 +24,7 @@ from megatron_tiedlora.config.data_fields import HUB_NAMES, TEMPLATE_HASH
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing, raise_on_every_rank
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
 from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, take_run_folder
@@ -44,7 +44,7 @@ from megatron_tiedlora.training.halving import REASON, rivals_of
 from megatron_tiedlora.training.loop import Finished, Trainer
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.resumed import adopt_checkpoint, find_checkpoint, reject_another_run, with_kept_warmup
-from megatron_tiedlora.training.run_data import Data, RunData
+from megatron_tiedlora.training.run_data import Data
 from megatron_tiedlora.training.step import TrainStep
 from megatron_tiedlora.training.step_plan import micro_batch_capacity
 from megatron_tiedlora.training.throughput import Meter, start_meter
@@ -102,9 +102,13 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
             every rank.
     """
     for own in {id(own): own for own in data.values()}.values():
-        check_same_data(own)
+        if differing := num_differing(own.shared_sha256):
+            raise UserError(
+                f"{count_text(differing, 'rank')} read other training, validation or test data than rank 0."
+                " Give every host the same files"
+            )
     held = ExitStack()
-    end.hold(held.close)
+    end.release = held.close
 
     def reject_other_runs(folder: RunFolder) -> None:
         for name, own in adapter_folders(plans, folder).items():
@@ -181,15 +185,6 @@ def _open_run_folder(name: str, start: Start) -> RunFolder:
         return _take_folder(plan.settings, name=plan.name, held=start.held, before=before)
 
 
-def check_same_data(data: RunData) -> None:
-    """Raise UserError if the data that a rank has read differs from rank 0's."""
-    if differing := num_differing(data.shared_sha256):
-        raise UserError(
-            f"{count_text(differing, 'rank')} read other training, validation or test data than rank 0."
-            " Give every host the same files"
-        )
-
-
 def _finished_before(start: Start) -> dict[str, Finished]:
     """The adapters that an earlier start has finished and exported, and that have no step left by their settings.
 
@@ -262,7 +257,6 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
 
 def _write_settings(start: Start) -> None:
     """Write adapters.yaml on rank 0: the settings of all, and those of each."""
-    failure = None
     resolved = {name: plan.resolved_settings() for name, plan in start.plans.items()}
     (first, of_all), *_ = resolved.items()
     own = {name: {key: values[key] for key in values if key in PER_ADAPTER} for name, values in resolved.items()}
@@ -271,13 +265,8 @@ def _write_settings(start: Start) -> None:
     shared |= {key: getattr(start.settings, key) for key in OF_ALL if key != "adapters"}
     shared["output_dir"] = str(start.folder.path)
     ranks = start.plans[first].grid.world_size
-    if start.is_main:
-        try:
-            versions = installed_versions("torch", "deepspeed", "transformers")
-            start.folder.write_settings({**shared, "ranks": ranks, "versions": versions})
-        except UserError as error:
-            failure = error
-    raise_on_every_rank(failure)
+    versions = installed_versions("torch", "deepspeed", "transformers")
+    decided_by_rank_0(lambda: start.folder.write_settings({**shared, "ranks": ranks, "versions": versions}))
 
 
 def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint | None) -> MetricsLog | None:
@@ -286,26 +275,26 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint |
     Raises:
         UserError: the folder cannot be written; on every rank.
     """
-    log, failure = None, None
-    if plan.grid.rank == 0:
-        try:
-            if checkpoint is not None:
-                adopt_checkpoint(folder, checkpoint)
-                keep = plan.settings.keep_checkpoints
-                remove_superseded(folder.checkpoints, checkpoint.progress, keep=keep, guard=folder.guard)
-            write_run_settings(plan, folder)
-            start = checkpoint.progress if checkpoint is not None else Progress()
-            log = MetricsLog(
-                folder,
-                resumed_step=start.step,
-                evaluated_step=start.evaluated_step,
-                report_to=plan.settings.report_to,
-                settings=plan.resolved_settings(),
-            )
-        except UserError as error:
-            failure = error
-    raise_on_every_rank(failure)
-    return log
+    logs: list[MetricsLog] = []
+
+    def occupy() -> None:
+        if checkpoint is not None:
+            adopt_checkpoint(folder, checkpoint)
+            keep = plan.settings.keep_checkpoints
+            remove_superseded(folder.checkpoints, checkpoint.progress, keep=keep, guard=folder.guard)
+        write_run_settings(plan, folder)
+        start = checkpoint.progress if checkpoint is not None else Progress()
+        log = MetricsLog(
+            folder,
+            resumed_step=start.step,
+            evaluated_step=start.evaluated_step,
+            report_to=plan.settings.report_to,
+            settings=plan.resolved_settings(),
+        )
+        logs.append(log)
+
+    decided_by_rank_0(occupy)
+    return logs[0] if logs else None
 
 
 def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:

@@ -11,8 +11,7 @@ import torch
 from forked_ranks import groups_of, run_on_ranks
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
-from megatron_tiedlora.adapters.dropped_inputs import Dropout
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.adapters.tying import sum_of_u

@@ -128,7 +128,7 @@ def a_sum_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def u_sum_left_out(patch: pytest.MonkeyPatch) -> None:
     """u's gradient is what the rank's own rows of B give."""
-    patch.setattr("megatron_tiedlora.parallel.step_sum.StepSum.of", lambda step_sum, tensor: tensor)
+    patch.setattr("megatron_tiedlora.parallel.collectives.StepSum.of", lambda step_sum, tensor: tensor)
     _sum_over(patch, lambda groups: replace(groups, stage=groups.data))
 
 

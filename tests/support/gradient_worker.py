@@ -18,8 +18,7 @@ from oracle_training import OracleBatch
 from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
-from megatron_tiedlora.adapters.dropped_inputs import Dropout
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.adapters.tying import sum_gradients_, sum_of_u
@@ -31,11 +30,11 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.collectives import largest_of_all
+from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
-from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.planning.partition import Stages, layer_costs, partition
 
 DTYPE = torch.float64

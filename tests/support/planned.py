@@ -16,7 +16,7 @@ from megatron_tiedlora.planner.price import Pricer
 from megatron_tiedlora.planner.report import find_machine
 from megatron_tiedlora.planning.cards import GPUS
 from megatron_tiedlora.planning.machines import Constant, Machine
-from megatron_tiedlora.planning.schedule import Order, Pass, simulate
+from megatron_tiedlora.planning.step_time import Order, Pass, simulate
 from megatron_tiedlora.training.adapter_plans import plan_adapters
 
 H100 = GPUS["h100"]

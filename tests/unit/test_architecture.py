@@ -42,7 +42,7 @@ ENGINE_FILES = {
     "engine/pipelined.py",  # its PipelineModule
     "engine/runner.py",  # its schedules
     "engine/engine.py",
-    "engine/optimizer_state.py",
+    "engine/optimizers.py",
 }
 
 

@@ -14,8 +14,7 @@ from oracle_adapter import ALL_TARGETS
 from shared_batches import Member, SharedBatch, joined, rounds
 from tiny_models import random_adapter, write_tiny_model
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
-from megatron_tiedlora.adapters.dropped_inputs import Dropout
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights

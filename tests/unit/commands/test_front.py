@@ -25,9 +25,8 @@ from megatron_tiedlora.base.command_names import (
     find_command,
     other_command,
 )
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, show_messages
 from megatron_tiedlora.base.extras import EXTRAS, missing_module, require_extra
-from megatron_tiedlora.base.logs import show_messages
 from megatron_tiedlora.commands import front
 
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "matplotlib"}

@@ -19,10 +19,9 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import fp8_products
-from megatron_tiedlora.parallel.fp8_products import Fp8ProductWeight, check_fp8_device
+from megatron_tiedlora.parallel.fp8_products import Fp8ProductWeight, check_fp8_device, weight_maker
 from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
 from megatron_tiedlora.parallel.layers import frozen_linear
-from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.training.dry_run import dry_run_report
 from megatron_tiedlora.training.plan import plan_run
 

@@ -24,11 +24,11 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import nf4_kernels
+from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.layers import frozen_linear
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
-from megatron_tiedlora.parallel.weight_maker import weight_maker
 from megatron_tiedlora.training import compiling
 from megatron_tiedlora.training.plan import plan_run
 

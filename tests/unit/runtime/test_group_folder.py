@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tiedlora.base.ownership import Owner, take_folder
-from megatron_tiedlora.runtime.group_folder import GroupFolder
-from megatron_tiedlora.runtime.run_folder import RunFolder, take_run_folder
+from megatron_tiedlora.runtime.run_folder import GroupFolder, RunFolder, take_run_folder
 
 
 @pytest.mark.parametrize("is_main", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from checkpoints import checkpoint_of
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
@@ -23,7 +24,7 @@ def check(before: RunPlan, now: RunPlan, *, step: int = 4, without: tuple[str, .
     saved = {**before.resolved_settings(), "data_sha256": "1"}
     for name in without:
         del saved[name]
-    check_resumed_settings(now, saved, step=step, data_sha256="1", source="step_4")
+    check_resumed_settings(now, checkpoint_of(saved, step), data_sha256="1")
 
 
 def refusal(before: RunPlan, now: RunPlan, **keywords: Any) -> str:
