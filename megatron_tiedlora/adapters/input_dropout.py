@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
-from megatron_tiedlora.parallel.random_streams import stream_seed
+from megatron_tiedlora.parallel.shard_spec import stream_seed
 
 _WORD = 2**32 - 1
 _HOST_NUMBERS_AT_ONCE = 2**16  # on a CPU the integers of a part then stay in its cache

@@ -21,8 +21,7 @@ from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import StepSum, gather_together
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
-from megatron_tiedlora.parallel.random_streams import draw_normal
-from megatron_tiedlora.parallel.shard_spec import ShardSpec
+from megatron_tiedlora.parallel.shard_spec import ShardSpec, draw_normal
 
 
 @dataclass(frozen=True)

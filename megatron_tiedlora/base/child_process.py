@@ -1,10 +1,15 @@
-"""What a child process does first."""
+"""What a child process does first, and a limit on the memory that a block may allocate."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
 
 _PARENT_DEATH_SIGNAL = 1  # Linux's prctl: PR_SET_PDEATHSIG
 
@@ -24,3 +29,18 @@ def leave_signals_to_parent() -> None:
     """Ignore what a terminal or a scheduler sends to a whole group of processes: the parent decides what it means."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def limited(*, memory: int) -> Iterator[None]:
+    """Let the block allocate at most `memory` further bytes. Raises MemoryError if it allocates more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = psutil.Process().memory_info().vms + memory
+    lower = soft == resource.RLIM_INFINITY or most < soft
+    if lower:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        if lower:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -33,7 +33,7 @@ from megatron_tiedlora.model.stored_formats import StoredFormat
 from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
-from megatron_tiedlora.parallel.random_streams import stream_seed
+from megatron_tiedlora.parallel.shard_spec import stream_seed
 
 _LONGEST_NAME = 60  # of a file name; model-00001-of-00030.safetensors has half as many characters
 _COMPARED_ROWS = 4096  # of two tensors, at a time

@@ -54,7 +54,7 @@ class NativeAdapter:
     sealed: bool = True
 
     def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, torch.Tensor, torch.Tensor]]:
-        """Every weight of the base that the adapter changes, layer by layer, with A' (r, in) and B' (out, r): W' = W + B' A'."""
+        """Every weight that the adapter changes, with A' (r, in) and B' (out, r): W' = W + B' A'; layer by layer."""
         for rule, target in changed_weights(self.config, shape):
             yield rule, *lora_factors(self.config, self.state, target, rule.layer)
 

@@ -19,7 +19,7 @@ from megatron_tiedlora.config.presets import TINY
 from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import num_base_parameters, stored_shapes, weight_rules
-from megatron_tiedlora.parallel.random_streams import stream_seed
+from megatron_tiedlora.parallel.shard_spec import stream_seed
 
 
 def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:

@@ -17,8 +17,7 @@ from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.cluster.launchers import Job, Route, StartPlan, plan_start
-from megatron_tiedlora.cluster.running import RunningJob, Times, Watch, say
-from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.cluster.running import RunningJob, StopSignals, Times, Watch, say
 from megatron_tiedlora.cluster.verdict import StatusFile, Verdict, judge
 from megatron_tiedlora.config.batch import plan_batches
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, read_hostfile, slurm_hosts

@@ -28,7 +28,7 @@ from megatron_tiedlora.config.tasks import DEFAULT_MODEL, TASK_NAMES
 TENSORBOARD = "tensorboard"
 # TensorBoard is written here; the others are those of accelerate.tracking, each named like its package.
 TRACKER_NAMES = (TENSORBOARD, "wandb", "mlflow", "trackio", "comet_ml", "swanlab", "clearml", "aim", "dvclive")
-Schedule = Literal["cosine", "linear", "constant"]  # training/optimizer.py has what they are
+Schedule = Literal["cosine", "linear", "constant"]  # training/build.py has what they are
 GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/cards.py has what they are
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
 

@@ -19,9 +19,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-from megatron_tiedlora.base.child_process import end_with_parent
+from megatron_tiedlora.base.child_process import end_with_parent, limited
 from megatron_tiedlora.base.errors import UserError, one_line
-from megatron_tiedlora.data.limits import limited
 from megatron_tiedlora.data.rendering import Rendered, TemplateNames, TurnsChange, render_with_spans, template_names
 
 # Templates take milliseconds; the first call, which loads Jinja, takes some tenths of a second. They need a few times

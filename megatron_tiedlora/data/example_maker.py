@@ -12,8 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.data.chat import Chat
-from megatron_tiedlora.data.control_tokens import marked, unmarked
+from megatron_tiedlora.data.chat import Chat, marked, unmarked
 from megatron_tiedlora.data.examples import Example, join_answer
 from megatron_tiedlora.data.fields import checked_text, describe_fields, is_text
 from megatron_tiedlora.data.reading import Reading

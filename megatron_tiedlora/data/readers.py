@@ -17,11 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from megatron_tiedlora.base.child_process import limited
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.data import tables
-from megatron_tiedlora.data.limits import limited
 from megatron_tiedlora.data.tables import HubData, Row
 
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv")

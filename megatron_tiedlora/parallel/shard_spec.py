@@ -7,6 +7,7 @@ at its end, so that all shards have the same size; a full tensor never has paddi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,3 +99,15 @@ def weight_spec(linear: LinearShape) -> ShardSpec:
 def bias_spec(linear: LinearShape) -> ShardSpec:
     """How a linear's bias (out_size,) is sharded."""
     return ShardSpec(None, linear.blocks) if linear.cut == "row" else weight_spec(linear)
+
+
+def stream_seed(seed: int, name: str) -> int:
+    """A 63-bit seed for the random stream `name` of a run with `seed`."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def draw_normal(shape: Sequence[int], *, std: float, seed: int, name: str) -> torch.Tensor:
+    """A full fp32 tensor of N(0, std^2) on the CPU; equal arguments give equal bits for every layout and device."""
+    generator = torch.Generator(device="cpu").manual_seed(stream_seed(seed, name))
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * std

@@ -22,8 +22,7 @@ from typing import IO, Any, Literal
 from megatron_tiedlora.base.atomic import make_way_for_log
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.launchers import read_user_file
-from megatron_tiedlora.cluster.running import Session
-from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.cluster.running import Session, StopSignals
 from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.runtime.launch_env import free_port
 

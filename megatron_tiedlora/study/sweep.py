@@ -17,7 +17,7 @@ from megatron_tiedlora.base.errors import UserError, printable, show
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.cluster.running import StopSignals
 from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
 from megatron_tiedlora.study.plan import PointScore, Step, SweepPlan, plan_sweep

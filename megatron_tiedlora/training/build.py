@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.train_fields import Schedule
 from megatron_tiedlora.engine.engine import (
     base_construction,
     initialize_engine,
@@ -59,7 +61,6 @@ from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.training.init_from import load_start
-from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan
 
 
@@ -337,3 +338,57 @@ def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) ->
             " to use this one anyway"
         )
     return notes
+
+
+# The optimizer --------------------------------------------------------------------------------------------------------
+
+
+# By name, the fraction of the peak rate after `done` of the `span` steps that follow warm-up.
+SCHEDULES: Mapping[Schedule, Callable[[int, int], float]] = {
+    "cosine": lambda done, span: 0.5 * (1.0 + math.cos(math.pi * min(done, span) / span)),
+    "linear": lambda done, span: max(0.0, (span - done) / span),
+    "constant": lambda done, span: 1.0,
+}
+assert SCHEDULES.keys() == set(get_args(Schedule)), "--schedule offers the names of this table"
+
+
+def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, schedule: Schedule = "cosine") -> float:
+    """The fraction of the peak learning rate at `step` (0-based).
+
+    It is (step + 1) / warmup_steps during warm-up, so the first step uses 1 / warmup_steps of the peak; then it follows
+    `schedule`, from 1 at the first step after warm-up to 0 (or 1, if it is constant) at `max_steps`.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return SCHEDULES[schedule](step - warmup_steps, max(max_steps - warmup_steps, 1))
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.AdamW:
+    """torch's AdamW with one group: all trained tensors have weight decay, as in the paper."""
+    return torch.optim.AdamW(list(parameters), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, *, warmup_steps: int, max_steps: int, schedule: Schedule = "cosine"
+) -> LambdaLR:
+    """The schedule, set to step 0; `resume_scheduler` sets it to a later step."""
+    factor = partial(learning_rate_factor, warmup_steps=warmup_steps, max_steps=max_steps, schedule=schedule)
+    return LambdaLR(optimizer, factor)
+
+
+def resume_scheduler(scheduler: LambdaLR, step: int) -> None:
+    """Set the schedule and the optimizer's groups to the next step, `step`.
+
+    The rate depends only on the step, so it is computed, not read from the checkpoint.
+    """
+    scheduler.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

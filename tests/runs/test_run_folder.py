@@ -17,7 +17,7 @@ from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.runtime.run_folder import choose_run_folder, read_metrics
-from megatron_tiedlora.training.optimizer import learning_rate_factor
+from megatron_tiedlora.training.build import learning_rate_factor
 
 pytestmark = pytest.mark.distributed
 

@@ -19,7 +19,7 @@ from sweep_runs import study_arguments, write_study_base
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import take_folder
-from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.cluster.running import StopSignals
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.run_folder import take_run_folder
 from megatron_tiedlora.study.starts import ScriptStart, deepspeed_starter, last_lines
@@ -103,7 +103,7 @@ def test_a_start_is_found_in_a_log_that_a_kill_cut_off(tmp_path: Path, monkeypat
 LISTENER = """
 import sys, time
 from pathlib import Path
-from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.cluster.running import StopSignals
 with StopSignals() as stop:
     Path(sys.argv[1]).write_text("listens")
     deadline = time.monotonic() + 30

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE
-from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.cluster.running import StopSignals
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.study.plan import Step
 from megatron_tiedlora.study.record import Failure

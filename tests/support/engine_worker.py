@@ -36,8 +36,8 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     from megatron_tiedlora.runtime.stopping import StopRequests
     from megatron_tiedlora.training import build, start
     from megatron_tiedlora.training.adapter_run import AdapterRun
+    from megatron_tiedlora.training.build import make_optimizer
     from megatron_tiedlora.training.loop import Trainer
-    from megatron_tiedlora.training.optimizer import make_optimizer
     from megatron_tiedlora.training.plan import plan_run
     from megatron_tiedlora.training.run_data import prepare_data
     from megatron_tiedlora.training.step import TrainStep

@@ -31,8 +31,7 @@ from megatron_tiedlora.cluster.doctor.records import (
     RankEvent,
 )
 from megatron_tiedlora.cluster.launchers import Job, StartPlan, plan_start
-from megatron_tiedlora.cluster.running import RunningJob
-from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.cluster.running import RunningJob, StopSignals
 
 _MODULE = "megatron_tiedlora.cluster.doctor.rank"
 _START_SECONDS = 60.0  # for launchers, beside the time that the ranks have

@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.train_fields import Schedule
-from megatron_tiedlora.training.optimizer import (
+from megatron_tiedlora.training.build import (
     SCHEDULES,
     learning_rate_factor,
     make_optimizer,
