@@ -62,20 +62,10 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
         plans = counted(plans, data)
     step = StepPlan.first(plans, data, shares=settings.share_micro_batches)
     memories = [step.largest.memory(stage, step.shared.machine) for stage in step.stages]
-    several = settings.adapters is not None
-    sections = [_adapter_table(step) if several else _parameters(step.shared), partition_lines(step.stages)]
     verdict_lines, fits = verdict(memories, step.shared)
     memory = [*memory_lines(step, memories), *verdict_lines]
-    if several:
-        sections += [memory, _one_more(step)]
-    else:
-        sections.append([*memory, *_decoding(step.shared, data)])
-    sections += [message_lines(step), *speed_lines(step)]
-    sections.append(_shared_batches(step) if several else _batches(step, data))
-    if data:
-        sections += [_data_table(step, data) if several else _data(step.shared, data), *_samples(step, data)]
-    else:
-        sections.append(no_data_lines(step.shared))
+    sections = (_in_full if settings.adapters is None else _in_rows)(step, data, memory)
+    sections += _samples(step, data) if data else [no_data_lines(step.shared)]
     return DryRunReport("\n\n".join("\n".join(map(printable, section)) for section in sections), fits)
 
 
@@ -105,6 +95,12 @@ def _indented(text: str) -> Iterable[str]:
 
 
 # One adapter, in full ------------------------------------------------------------------------------------------------
+
+
+def _in_full(step: StepPlan, data: Data, memory: list[str]) -> list[list[str]]:
+    sections = [_parameters(step.shared), partition_lines(step.stages), [*memory, *_decoding(step.shared, data)]]
+    sections += [message_lines(step), *speed_lines(step), _batches(step, data)]
+    return [*sections, *([_data(step.shared, data)] if data else [])]
 
 
 def _parameters(plan: RunPlan) -> list[str]:
@@ -188,6 +184,12 @@ def _counts(part: TokenDataset) -> list[str]:
 
 
 # Several adapters, a row for each ------------------------------------------------------------------------------------
+
+
+def _in_rows(step: StepPlan, data: Data, memory: list[str]) -> list[list[str]]:
+    sections = [_adapter_table(step), partition_lines(step.stages), memory, _one_more(step)]
+    sections += [message_lines(step), *speed_lines(step), _shared_batches(step)]
+    return [*sections, *([_data_table(step, data)] if data else [])]
 
 
 def _adapter_table(step: StepPlan) -> list[str]:

@@ -47,10 +47,10 @@ LINES: Table = {
     "selfcheck": (2132, ""),
     "sharing": (635, ""),
     "study": (2150, ""),
-    "training": (4784, ""),
+    "training": (4786, ""),
 }
 WHOLE: Table = {
-    "lines": (48986, ""),
+    "lines": (48988, ""),
     "modules": (310, ""),
     "import lines in %": (8.66, ""),
 }
