@@ -123,7 +123,7 @@ class SharedRows(AllRows):
 
     def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
         """As in AllRows."""
-        factors, rows = self._factors(a, by_rows=True), self._rows(flat(x), local)
+        factors, rows = self._factors(a, by_rows=True), self._rows(flat(x), local, drops=True)
         found = [of.reduce_input(own, factors[owner], local=local) for owner, own, of in rows]
         return _end_to_end(found, x)
 
@@ -149,7 +149,7 @@ class SharedRows(AllRows):
         self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool
     ) -> torch.Tensor:
         """As in AllRows."""
-        pairs = zip(self._rows(x, local), self._narrow(grad_ax, local=local), strict=True)
+        pairs = zip(self._rows(x, local, drops=True), self._narrow(grad_ax, local=local), strict=True)
         found = ((owner, of.gradient_of_a(own, rows, dtype, local=local)) for (owner, rows, of), own in pairs)
         return self._by_owner(found, x.new_zeros(x.shape[-1], dtype=dtype))
 
@@ -160,7 +160,7 @@ class SharedRows(AllRows):
         if grad_ax is None or a is None:
             return grad_x
         factors, narrow = self._factors(a, by_rows=True), self._narrow(grad_ax, local=local)
-        for (owner, rows, of), own in zip(self._rows(flat(grad_x), local), narrow, strict=True):
+        for (owner, rows, of), own in zip(self._rows(flat(grad_x), local, drops=True), narrow, strict=True):
             of.add_share_(rows, own, factors[owner], local=local)
         return grad_x
 
@@ -190,14 +190,16 @@ class SharedRows(AllRows):
     def _pieces(self, local: bool) -> Pieces:
         return self.local_pieces if local else self.pieces
 
-    def _rows(self, rows: torch.Tensor, local: bool) -> Iterator[tuple[int, torch.Tensor, AllRows]]:
+    def _rows(
+        self, rows: torch.Tensor, local: bool, *, drops: bool = False
+    ) -> Iterator[tuple[int, torch.Tensor, AllRows]]:
         """(owner, its rows, and these as all there are) of each piece of `rows` (tokens, n) whose owner adapts the
-        linear; the rows are views."""
+        linear; the rows are views. They have their dropout if `drops`."""
         pieces = self._pieces(local)
         assert len(rows) == sum(piece.size for piece in pieces), "rows of other tokens"
         for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
             if owner in self.ranks:
-                part, dropout = slice(start, start + size), self.dropouts.get(owner)
+                part, dropout = slice(start, start + size), self.dropouts.get(owner) if drops else None
                 yield owner, rows[part], AllRows() if dropout is None else AllRows(dropout.at(part, part))
 
     def _narrow(self, ax: torch.Tensor, *, local: bool) -> list[torch.Tensor]:

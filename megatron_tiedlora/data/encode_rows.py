@@ -150,15 +150,15 @@ def _in_processes(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[t
                 yield _result(*waiting.popleft())
             try:
                 waiting.append((chunk, pool.submit(_encode, chunk)))
-            except OSError as error:  # at the first, which starts the processes; some may wait for chunks
-                for process in set(active_children()) - others:
-                    process.kill()
+            except OSError as error:  # at the first, which starts the processes
                 raise UserError(f"no process to tokenise rows can be started ({error}); end other programs") from error
         while waiting:
             yield _result(*waiting.popleft())
     except BrokenProcessPool:
         raise UserError("a process that tokenises rows was ended; start again with more memory") from None
-    finally:
+    finally:  # a signal or an error does not wait for the chunks that were given out
+        for process in set(active_children()) - others:
+            process.kill()
         pool.shutdown(cancel_futures=True)
 
 

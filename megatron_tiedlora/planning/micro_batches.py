@@ -73,11 +73,6 @@ def assumed_row(layout: Layout) -> SampleRow:
     return row
 
 
-def micro_batch_shape(layout: Layout, rows: Sequence[SampleRow]) -> MicroBatchShape:
-    """The shape of a micro-batch of these rows of one adapter."""
-    return shared_shape(layout, [(0, rows)])
-
-
 def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> MicroBatchShape:
     """The shape of a micro-batch of rows of several adapters. The position before a token predicts it.
 

@@ -25,7 +25,7 @@ Plans = Mapping[str, RunPlan]  # by the adapter's name; they differ only in what
 
 
 def adapter_settings(settings: Settings) -> dict[str, Settings]:
-    """The settings of each adapter of a run, by name. Here alone is decided whether it has one or a list of them.
+    """The settings of each adapter of a run, by name. A run without --adapters has one, whose name is ONLY.
 
     Raises:
         UserError: what is wrong with the file of --adapters.

@@ -64,7 +64,7 @@ class Trainer:
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
     rates: list[str] = field(default_factory=list)
-    progress: Callable[[], str] = lambda: ""
+    progress: Callable[[Trainer], str] = lambda trainer: ""
     _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:
@@ -217,7 +217,7 @@ class Trainer:
                     bar.write(printable(named(name, f"stopped, {reason}")))
 
     def _set_postfix(self, bar: Any) -> None:
-        bar.set_postfix_str(printable(self.progress()), refresh=False)
+        bar.set_postfix_str(printable(self.progress(self)), refresh=False)
 
     def _show(self, bar: Any) -> None:
         """Show the progress, and who has failed; write the table, if more than steps have changed."""

@@ -41,7 +41,7 @@ from megatron_tiedlora.training.throughput import peak_memory_bytes
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run tells, from its start to its end, with a row for each adapter. On rank 0."""
+    """What a run tells, from its start to its end, with a row for each adapter. Rank 0 shows it."""
 
     start: Start
     trainer: Trainer
@@ -90,12 +90,13 @@ class RunReport:
                 lines.append(f"warning    {name}: --halving cannot tell noise, as the validation set is one batch")
         return lines
 
-    def progress(self) -> str:
+    @staticmethod
+    def progress(trainer: Trainer) -> str:
         """The text at the end of the progress bar."""
-        states = [run.state for run in self.trainer.everyone.values()]
+        states = [run.state for run in trainer.everyone.values()]
         shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
         counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
-        return "; ".join((counts, *self.trainer.rates[:1]))
+        return "; ".join((counts, *trainer.rates[:1]))
 
     def set_end(self, end: End) -> None:
         """Set how the run ends: it fails if an adapter did."""
@@ -153,8 +154,9 @@ class FullReport(RunReport):
         lines += [f"note       {note}" for note in notes]
         return [*lines, *(f"warning    {warning}" for warning in data.warnings(plan))]
 
-    def progress(self) -> str:
-        return "".join(self.trainer.rates[-1:])
+    @staticmethod
+    def progress(trainer: Trainer) -> str:
+        return "".join(trainer.rates[-1:])
 
     def _reason(self) -> str:
         (run,) = self.trainer.adapters.values()

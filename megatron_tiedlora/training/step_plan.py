@@ -116,10 +116,12 @@ class StepPlan:
     @cached_property
     def layout(self) -> Layout:
         """The record that the planners read."""
+        if ONLY in self.plans:  # its plan has the most micro-batches of any step
+            return self.shared.layout
         return replace(
             self.shared.layout,
             adapters=tuple(plan.adapter for plan in self.plans.values()),
-            named=ONLY not in self.plans,
+            named=True,
             rows=max(plan.layout.rows for plan in self.plans.values()),
             micro_batches=len(self.rounds),
             compiled=longest_run(self.plans).layout.compiled,

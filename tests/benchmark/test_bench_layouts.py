@@ -29,7 +29,7 @@ from megatron_tiedlora.planning.cards import CPU
 from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.machines import Constant
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.planning.micro_batches import micro_batch_shape
+from megatron_tiedlora.planning.micro_batches import shared_shape
 from megatron_tiedlora.planning.step_time import planned_seconds
 from megatron_tiedlora.planning.work import Batch, Batches
 from megatron_tiedlora.training.plan import RunPlan
@@ -108,7 +108,7 @@ def test_pipeline_of_random_weights(folder: Path, tmp_path: Path) -> None:
     settings = validate_settings({**values, "model": str(folder / "shape"), "random_weights": True}, BenchSettings)
     plan = plan_benchmark(settings, world_size=2)
     row = np.arange(64) >= 32
-    batches = Batches.of([Batch(micro_batch_shape(plan.layout, [row, row]), 2 * 64**2)] * 4)
+    batches = Batches.of([Batch(shared_shape(plan.layout, [(0, [row, row])]), 2 * 64**2)] * 4)
     seconds = planned_seconds(plan.stages, batches, Links(plan.layout, 2), constants)
     assert report["planned"]["seconds"] == pytest.approx(seconds._asdict()) and seconds.outside == 1000
     for member, stage in zip(report["ranks"], plan.stages, strict=True):

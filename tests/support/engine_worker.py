@@ -21,7 +21,7 @@ from megatron_tiedlora.config.settings import make_settings
 
 
 def sgd(parameters: Any, *, learning_rate: float, weight_decay: float, betas: Any = None) -> Any:
-    """In place of training.optimizer.make_optimizer: p -= lr (g + decay p), without momentum."""
+    """In place of training.build.make_optimizer: p -= lr (g + decay p), without momentum."""
     from torch.optim import SGD
 
     return SGD(list(parameters), lr=learning_rate, weight_decay=weight_decay)

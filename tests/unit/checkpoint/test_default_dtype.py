@@ -10,6 +10,7 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint import load_model
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype, describe_dtype, resolve_dtype
+from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import make_settings
@@ -74,7 +75,7 @@ def test_runs_and_evaluations_record_the_dtype_that_they_took(
     evaluation = plan_evaluations(validate_settings(chosen, EvaluateSettings), rank=0, world_size=1)[""]
     expected = "bf16" if fast else "fp32"
     assert run.resolved_settings()["dtype"] == evaluation.resolved_settings(tmp_path)["dtype"] == expected
-    assert run.dtype == evaluation.dtype == load_model.DTYPES[expected]
+    assert run.dtype == evaluation.dtype == DTYPES[expected]
 
 
 def test_hosts_with_other_cpus_are_told_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.convert import layerwise as module
 from megatron_tiedlora.convert import merged_rows
 from megatron_tiedlora.convert.layerwise import layerwise_loss
+from megatron_tiedlora.model import layer_specs
 from megatron_tiedlora.model.batch import MicroBatch
 
 CPU = torch.device("cpu")
@@ -36,6 +37,7 @@ def test_it_is_that_of_the_whole_model(
 ) -> None:
     monkeypatch.setattr(module, "_SHARE", share)
     monkeypatch.setattr(merged_rows, "BLOCK_ELEMENTS", 64 * 32)
+    monkeypatch.setattr(layer_specs, "HEAD_ROWS", 7)
     folder = write_tiny_model(tmp_path / "model", tokenizer=False, tied=tied)
     source, adapter, _ = with_adapter(folder, "tl6", (1, 3), targets=("qkv", "down_proj"))
     batches = [batch(2, 11, 0), batch(3, 20, 1), batch(1, 8, 2)]

@@ -21,7 +21,7 @@ from megatron_tiedlora.data.order import permutation, sample_indices
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
-from megatron_tiedlora.planning.micro_batches import micro_batch_shape
+from megatron_tiedlora.planning.micro_batches import shared_shape
 
 
 def make_dataset(num_samples: int, *, seed: int = 0) -> TokenDataset:
@@ -320,6 +320,6 @@ def test_the_messages_of_scattered_answers_are_those_that_are_planned():
         rows = draw.permutation(60)[:6].reshape(2, 3).tolist()
         batch = collate(dataset, rows, pad_id=0, pad_multiple=8, packed=True)
         masks = [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows]
-        shape, found = micro_batch_shape(layout, masks), find_supervised(batch.labels, parts)
+        shape, found = shared_shape(layout, [(0, masks)]), find_supervised(batch.labels, parts)
         assert (shape.num_rows, shape.length) == tuple(batch.labels.shape)
         assert (shape.num_supervised, shape.num_after) == (len(found.labels), len(found.rows))

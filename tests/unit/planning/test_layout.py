@@ -18,7 +18,7 @@ from megatron_tiedlora.parallel.traffic import WORLD
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.planning.micro_batches import MicroBatchShape, assumed_row, micro_batch_shape
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape, assumed_row, shared_shape
 from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
@@ -47,7 +47,7 @@ def planned(tp: int, pp: int, dp: int, **changes: Any) -> tuple[StagePlan, ...]:
 
 
 def full_micro_batches(layout: Layout) -> tuple[MicroBatchShape, ...]:
-    return (micro_batch_shape(layout, [assumed_row(layout)] * layout.rows),) * layout.micro_batches
+    return (shared_shape(layout, [(0, [assumed_row(layout)] * layout.rows)]),) * layout.micro_batches
 
 
 def test_every_layout_of_a_cluster_can_be_planned() -> None:
