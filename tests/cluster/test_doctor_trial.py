@@ -143,7 +143,8 @@ def test_a_slow_group_and_a_wrong_sum_are_named_by_their_hosts() -> None:
 
 
 def make_order(layout: ParallelConfig) -> Order:
-    return Order(layout=layout, questions={}, output_dir=None, large_bytes=LARGE, timeout=1, seconds=1)
+    limits = {"large_bytes": LARGE, "timeout": 1, "seconds": 1}
+    return Order(layout=layout, peers={}, first_host="nodea", paths={}, output_dir=None, **limits)
 
 
 def test_the_sum_that_ranks_expect() -> None:

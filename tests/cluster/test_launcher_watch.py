@@ -39,7 +39,12 @@ with open(folder / "starts", "a") as file:
     file.write(json.dumps([sys.argv[1:], os.environ["MASTER_PORT"]]) + "\\n")
 
 if plan.get("owns"):
-    (folder / ".owner").write_text("{}")
+    token = {"start": "a", "host": "b", "pid": 1, "machine": "c", "since": 1.0}
+    token["job"] = plan["owns"] if isinstance(plan["owns"], str) else os.environ["MEGATRON_TIEDLORA_START"]
+    (folder / ".owner").write_text(json.dumps(token))
+if plan.get("saves_at") == len((folder / "starts").read_text().splitlines()):
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / "latest").write_text("step_1")
 
 def end(state, status):
     if state:
@@ -314,6 +319,14 @@ def test_what_a_rank_leaves_behind_is_ended(start: Launch) -> None:
     assert ended.status == 0
 
 
+def test_a_start_that_was_refused_ends_at_once(start: Launch) -> None:
+    """Another start has the folder: nothing of it is awaited, and no command that would end its ranks is shown."""
+    begun = time.monotonic()
+    ended = start({"status": 2, "owns": "another's"}, grace=60, arguments=("--max_restarts=1",))
+    assert ended.status == 2 and time.monotonic() - begun < 20
+    assert "belongs to another start; mpirun ended with status 2" in ended.said and "restart 1" not in ended.said
+
+
 # Restarts -------------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +351,26 @@ def test_a_failed_run_is_restarted_so_often_and_no_other(
     assert len({port for _, port in given}) == starts  # the old one may still be in use
     said = [f"restart {number} of {starts - 1}, from the last checkpoint" in ended.said for number in range(1, starts)]
     assert all(said)
+
+
+@pytest.mark.parametrize("resume", ["auto", "PATH"])
+def test_a_restart_repeats_the_given_flags_until_a_checkpoint_is_written(
+    start: Launch, tmp_path: Path, resume: str
+) -> None:
+    given = "auto" if resume == "auto" else str(tmp_path / "runs" / "one" / "checkpoints" / "step_1")
+    flags = ("--max_restarts=3", "--resume", given, "--take_over", "--seed=5")
+    ended = start({"state": "failed", "status": 1, "saves_at": 2}, arguments=flags, before=earlier_run)
+    words = [json.loads(line)[0] for line in (ended.folder / "starts").read_text().splitlines()]
+    folder = f"--output_dir={ended.folder}"
+    assert words[0] == ["--resume", given, "--take_over", "--seed=5", folder]
+    again = [["--seed=5", folder, f"--resume={value}"] for value in (given, "auto", "auto")]
+    assert words[1:] == again
+
+
+def test_a_run_whose_owner_lives_elsewhere_is_not_restarted(start: Launch) -> None:
+    ended = start({"status": 7, "owns": True}, grace=1.0, arguments=("--max_restarts=2",))
+    assert ended.status == 7 and "restart 1" not in ended.said
+    assert "no restart: a start on b (process 1) since " in ended.said
 
 
 def test_a_run_that_finishes_at_its_second_start_is_a_success(start: Launch) -> None:
