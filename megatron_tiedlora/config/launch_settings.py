@@ -64,8 +64,8 @@ class LaunchSettings(CommandSettings):
 
     grace_seconds: float = setting_field(
         "time limits",
-        "time for ranks to save after their launcher has ended; then those of this machine are killed, and those of other"
-        " hosts no longer awaited",
+        "time for ranks to save after their launcher has ended; then those of this machine are killed, and those of"
+        " other hosts no longer awaited",
         120.0, ge=0, le=_LONGEST_WAIT,
     )
 

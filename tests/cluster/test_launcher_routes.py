@@ -238,7 +238,7 @@ def test_deepspeed_puts_some_values_in_quotes_that_mpirun_keeps(
     shell = {"NCCL_SOCKET_IFNAME": value} if given == "shell" else {}
     if given == "file":
         (tmp_path / ".deepspeed_env").write_text(f"NCCL_SOCKET_IFNAME={value}\n")
-    with pytest.raises(UserError, match="^NCCL_SOCKET_IFNAME: .*; use --launcher mpirun$"):
+    with pytest.raises(UserError, match=r"^NCCL_SOCKET_IFNAME: .*; use --launcher mpirun$"):
         plan_start(make_job(tmp_path / "job", launcher="openmpi"), shell)
     for launcher in ("pdsh", "mpirun"):
         plan_start(make_job(tmp_path / "job", launcher=launcher), shell)
