@@ -327,7 +327,8 @@ def test_what_a_rank_leaves_behind_is_ended(start: Launch) -> None:
 def test_a_start_that_was_refused_ends_at_once(start: Launch) -> None:
     """Another start has the folder: nothing of it is awaited, and no command that would end its ranks is shown."""
     begun = time.monotonic()
-    ended = start({"status": 2, "owns": "another's", "token": {"machine": "elsewhere"}}, grace=60, arguments=("--max_restarts=1",))
+    rank = {"status": 2, "owns": "another's", "token": {"machine": "elsewhere"}}
+    ended = start(rank, grace=60, arguments=("--max_restarts=1",))
     assert ended.status == 2 and time.monotonic() - begun < 20
     assert "belongs to another start; mpirun ended with status 2" in ended.said and "restart 1" not in ended.said
 
