@@ -70,11 +70,12 @@ class Session:
 
         pdsh gives its ssh a session of its own: that is found as its child, and after its end if it was found before.
         """
-        launcher, parents = self.process.pid, {}
+        launcher, found = self.process.pid, set[psutil.Process]()
+        parents: dict[psutil.Process, int] = {}
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):  # all of the session count as children of the launcher
                 parents[process] = launcher if os.getsid(process.pid) == launcher else process.ppid()
-        pids, found = {launcher}, set()
+        pids = {launcher}
         while new := {one for one, parent in parents.items() if parent in pids} - found:
             found |= new
             pids = {one.pid for one in new}
@@ -83,8 +84,8 @@ class Session:
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks on this machine, without the processes that they have forked, to read data or to compile."""
-        found = {one.pid: one for one in self.here() if _program(one) == self._program}
-        return [one for one in found.values() if _parent(one) not in found]
+        found = {one.pid: one for one in self.here() if started_program(_read(one, "cmdline") or ()) == self._program}
+        return [one for one in found.values() if _read(one, "ppid") not in found]
 
     def tell(self, processes: Sequence[psutil.Process], number: int) -> None:
         """Signal those of the processes that have not been told yet."""
@@ -137,29 +138,17 @@ class RunningJob(Session):
         Those that ssh started stop when their connection ends.
         """
         if self._job.route == "srun" or self._job.launcher in ("mpirun", "openmpi"):
-            self.tell([one for one in self.here() if _name(one) in _FORWARDS], signal.SIGUSR1)
+            self.tell([one for one in self.here() if _read(one, "name") in _FORWARDS], signal.SIGUSR1)
         elif self._job.route == "local":
             self.tell(self.ranks(), number)
         else:
             self.kill()
 
 
-def _name(process: psutil.Process) -> str:
+def _read(process: psutil.Process, name: str) -> Any:
+    """What the method `name` says of a process; None if it is gone."""
     with suppress(psutil.Error):
-        return str(process.name())
-    return ""
-
-
-def _parent(process: psutil.Process) -> int:
-    with suppress(psutil.Error):
-        return int(process.ppid())
-    return 0
-
-
-def _program(process: psutil.Process) -> str:
-    with suppress(psutil.Error):
-        return started_program(process.cmdline())
-    return ""
+        return getattr(process, name)()
 
 
 class Watch:
@@ -212,7 +201,7 @@ class Watch:
 
     def _end(self) -> None:
         """End what is left on this machine."""
-        left = ", ".join(f"{process.pid} ({_name(process)})" for process in self._running.here())
+        left = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in self._running.here())
         self._kill(f"what is left of the job on this machine is ended: {left}", signal.SIGTERM)
         psutil.wait_procs(self._running.here(), timeout=self._times.helper)
         self._running.kill()
