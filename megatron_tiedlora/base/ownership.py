@@ -32,6 +32,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import Count, Text, read_fields, read_json_object
 
 OWNER_FILE = ".owner"
+START_ID = "MEGATRON_TIEDLORA_START"  # the variable by which `tiedlora run` recognises the tokens of its ranks
 _GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # followed by a start id
 STALE_SECONDS = 60.0  # an owner counts as given up if it has not renewed its token for so long
 _MISSED_SECONDS = 20.0  # the same, if its lock is free: it has missed two renewals
@@ -55,6 +56,7 @@ class Token:
         machine: id of the running kernel, whose lock tells whether the owner lives.
         since: when it took the folder, in seconds since 1970 by its own clock.
         processes: id of the namespace that has process `pid`; '' if it is unknown.
+        job: START_ID of that process.
     """
 
     start: Text
@@ -63,6 +65,7 @@ class Token:
     machine: Text
     since: Annotated[float, Field(strict=True, ge=0, le=1e11)]
     processes: Text = ""
+    job: Text = ""
 
     def __str__(self) -> str:
         return f"a start on {self.host} (process {self.pid})"
@@ -214,7 +217,8 @@ def take_folder(
         FileExistsError: it exists, and `new` is set.
         UserError: it cannot be created or written.
     """
-    token = Token(uuid.uuid4().hex[:16], socket.gethostname(), os.getpid(), _machine(), time.time(), _processes())
+    ids, job = (uuid.uuid4().hex[:16], socket.gethostname(), os.getpid(), _machine()), os.environ.get(START_ID, "")
+    token = Token(*ids, time.time(), _processes(), job)
     temporary, descriptor = folder / f"{_CANDIDATE}{token.start}", None
     made: tuple[Path, ...] = ()
     try:
@@ -326,7 +330,7 @@ def owner_in_words(folder: Path) -> str | None:
 def read_token(file: Path) -> Token | None:
     """The token in an OWNER_FILE, or None if there is no readable one."""
     try:
-        return read_fields(file, read_json_object(file, kind="an owner's token"), Token, optional=["processes"])
+        return read_fields(file, read_json_object(file, kind="an owner's token"), Token, optional=["processes", "job"])
     except (UserError, OSError):
         return None
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.ownership import START_ID
 from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.config.hosts import RANK_VARIABLES, Host, num_ranks
 from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
@@ -36,6 +37,8 @@ _SECRET = re.compile(
     r"TOKEN(?!IZER)|SECRET|(?<!BY)(?<!BY_)(?<!COM)PASS(?!_?THR|ES$|IVE)|.PWD$|_PAT$|JWT|CREDENTIAL|API_?KEY"
     r"|ACCESS_?KEY|PRIVATE|_KEY$|KEYS|AUTH"
 )
+_LOGIN = re.compile(r"://[^/?#\s@]*:[^/?#\s]*@")  # user and password in an address
+_QUOTED = re.compile(r"[^\w@%+=:,./-]")  # DeepSpeed puts values with such a character in double quotes
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MPI_AGENTS = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")  # the ssh of mpirun: OpenMPI 5, and 4
 
@@ -48,7 +51,7 @@ class Job:
         program: what Python runs in each rank: a script by its absolute path, or `-m` and a module.
         python, folder: the interpreter and the working folder, the same on every host.
         private: a folder for the files of this start only; no other user can read it.
-        master_addr: '' lets the launcher choose.
+        start: an id of this start, which its ranks write into the run folder; '' if they write none.
     """
 
     launcher: str
@@ -65,6 +68,7 @@ class Job:
     gpus: tuple[str, ...] = ()
     launcher_args: tuple[str, ...] = ()
     stop_options: tuple[str, ...] = ()
+    start: str = ""
 
     @property
     def size(self) -> int:
@@ -80,12 +84,13 @@ class Job:
     def own_variables(self) -> dict[str, str]:
         """Variables of every process of the job. PYTHONSAFEPATH keeps Python from importing modules out of the current
         folder, where another user may have put some."""
-        return {EXPECTED_RANKS: str(self.size), "PYTHONSAFEPATH": "1"}
+        start = {START_ID: self.start} if self.start else {}
+        return {EXPECTED_RANKS: str(self.size), "PYTHONSAFEPATH": "1", **start}
 
     @property
     def master_variables(self) -> dict[str, str]:
         """Where the ranks meet, for launchers that do not tell them."""
-        return {"MASTER_ADDR": self.master_addr or self.hosts[0].name, "MASTER_PORT": str(self.master_port)}
+        return {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
 
     @property
     def hostfile(self) -> Path:
@@ -159,15 +164,21 @@ def is_secret(name: str) -> bool:
 
 def _without_secrets(variables: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """(`variables` without secrets that would go to other hosts, a line for each of those)."""
-    secret = [name for name in variables if name.startswith(DEEPSPEED_EXPORTS) and is_secret(name)]
-    lines = tuple(f"{name} is not sent to the other hosts: its name looks like a secret's" for name in secret)
+    exported = _exported(variables)
+    secret = {name: "its name looks like a secret's" for name in exported if is_secret(name)}
+    logins = [name for name, value in exported.items() if name not in secret and _LOGIN.search(value)]
+    secret |= dict.fromkeys(logins, "its value holds an address with a password")
+    lines = tuple(f"{name} is not sent to the other hosts: {why}" for name, why in secret.items())
     return {name: value for name, value in variables.items() if name not in secret}, lines
+
+
+def _exported(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name.startswith(DEEPSPEED_EXPORTS)}
 
 
 def _sent(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
     """What launchers without exports of their own send to the other hosts: the same as DeepSpeed does."""
-    exported = {name: value for name, value in environment.items() if name.startswith(DEEPSPEED_EXPORTS)}
-    return {**exported, **read_user_file(environment), **job.own_variables}
+    return {**_exported(environment), **read_user_file(environment), **job.own_variables}
 
 
 def _hostfile(job: Job) -> dict[Path, str]:
@@ -199,8 +210,9 @@ def _deepspeed_on_hosts(job: Job, environment: Mapping[str, str]) -> StartPlan:
     file = job.private / "deepspeed_env"
     # DeepSpeed prepends the current folder to PYTHONPATH; the file is read after that and overrides it.
     named = {"PYTHONPATH": kept.get("PYTHONPATH", ""), **read_user_file(environment), **job.own_variables}
-    options = ["--launcher", job.launcher, "--force_multi"]  # also a single host of a hostfile is reached by ssh
-    options += ["--master_addr", job.master_addr] if job.master_addr else []
+    # Also a single host of a hostfile is reached by ssh. DeepSpeed itself would ask the first host for its name and its
+    # address, by an ssh without time limits.
+    options = ["--launcher", job.launcher, "--force_multi", "--no_ssh_check", "--master_addr", job.master_addr]
     arguments, launcher_args, more = list(job.arguments), list(job.launcher_args), {}
     if job.launcher == "pdsh":
         options += ["--ssh_port", str(job.ssh_port)] if job.ssh_port is not None else []
@@ -208,9 +220,11 @@ def _deepspeed_on_hosts(job: Job, environment: Mapping[str, str]) -> StartPlan:
         arguments = [_pdsh_word(word) for word in arguments]
     else:
         named |= job.master_variables
+        for name, value in (_exported(kept) | named).items():
+            if _QUOTED.search(value.strip()):
+                why = "DeepSpeed would put its value in double quotes, which mpirun does not remove"
+                raise UserError(f"{name}: {why}; use --launcher mpirun")
         more = _mpi_environment(job, environment)
-        options.append("--no_ssh_check")
-        options += [] if job.master_addr else ["--master_addr", job.hosts[0].name]
         launcher_args = ["--bind-to", "none", "--map-by", "slot", *launcher_args]
     options += [f"--launcher_args={shlex.join(launcher_args)}"] if launcher_args else []
     text = "".join(f"{name}={value}\n" for name, value in named.items())
@@ -281,7 +295,7 @@ def _torchrun(job: Job, environment: Mapping[str, str]) -> StartPlan:
     slots = {host.slots for host in job.hosts}
     if len(slots) != 1:
         raise UserError(f"--launcher torchrun needs the same number of ranks on every host, not {sorted(slots)}")
-    meeting = f"{job.master_addr or job.hosts[0].name}:{job.master_port}"
+    meeting = f"{job.master_addr}:{job.master_port}"
     agent = [job.python, "-P", "-m", "torch.distributed.run"]
     options = [f"--nnodes={len(job.hosts)}", f"--nproc-per-node={slots.pop()}", "--rdzv-backend=c10d"]
     options.append("--rdzv-conf=join_timeout=120")  # for a host that does not come; ten minutes by default

@@ -44,6 +44,7 @@ class Ended:
 
     status: int  # its exit status; -N if signal N killed it
     passed_on: int  # the first signal that was passed on, 0 for none
+    killed: bool  # whether it, or what it had started here, was killed when its time was over
 
 
 def say(line: str) -> None:
@@ -69,17 +70,22 @@ class Session:
 
         pdsh gives its ssh a session of its own: that is found as its child, and after its end if it was found before.
         """
+        launcher, found = self.process.pid, set[psutil.Process]()
+        parents: dict[psutil.Process, int] = {}
         for process in psutil.process_iter():
-            with suppress(psutil.Error, OSError):
-                if os.getsid(process.pid) == self.process.pid:
-                    self._seen |= {process, *process.children(recursive=True)}
-        self._seen = {process for process in self._seen if alive(process)}
+            with suppress(psutil.Error, OSError):  # all of the session count as children of the launcher
+                parents[process] = launcher if os.getsid(process.pid) == launcher else process.ppid()
+        pids = {launcher}
+        while new := {one for one, parent in parents.items() if parent in pids} - found:
+            found |= new
+            pids = {one.pid for one in new}
+        self._seen = {process for process in self._seen | found if alive(process)}
         return list(self._seen)
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks on this machine, without the processes that they have forked, to read data or to compile."""
-        found = {one.pid: one for one in self.here() if _program(one) == self._program}
-        return [one for one in found.values() if _parent(one) not in found]
+        found = {one.pid: one for one in self.here() if started_program(_read(one, "cmdline") or ()) == self._program}
+        return [one for one in found.values() if _read(one, "ppid") not in found]
 
     def tell(self, processes: Sequence[psutil.Process], number: int) -> None:
         """Signal those of the processes that have not been told yet."""
@@ -132,29 +138,17 @@ class RunningJob(Session):
         Those that ssh started stop when their connection ends.
         """
         if self._job.route == "srun" or self._job.launcher in ("mpirun", "openmpi"):
-            self.tell([one for one in self.here() if _name(one) in _FORWARDS], signal.SIGUSR1)
+            self.tell([one for one in self.here() if _read(one, "name") in _FORWARDS], signal.SIGUSR1)
         elif self._job.route == "local":
             self.tell(self.ranks(), number)
         else:
             self.kill()
 
 
-def _name(process: psutil.Process) -> str:
+def _read(process: psutil.Process, name: str) -> Any:
+    """What the method `name` says of a process; None if it is gone."""
     with suppress(psutil.Error):
-        return str(process.name())
-    return ""
-
-
-def _parent(process: psutil.Process) -> int:
-    with suppress(psutil.Error):
-        return int(process.ppid())
-    return 0
-
-
-def _program(process: psutil.Process) -> str:
-    with suppress(psutil.Error):
-        return started_program(process.cmdline())
-    return ""
+        return getattr(process, name)()
 
 
 class Watch:
@@ -167,7 +161,7 @@ class Watch:
         self._running, self._status, self._signals, self._times = running, status, signals, times
         self._said: set[str] = set()
         self._run_ended = self._launcher_ended = float("inf")  # when, by the monotonic clock
-        self._looked = 0.0
+        self._looked, self._killed = 0.0, False
 
     def until_end(self) -> Ended:
         """Wait, and return how it ended."""
@@ -178,10 +172,9 @@ class Watch:
                 self._say_once(f"{name} is passed on; the job saves and ends (Ctrl-C again: kill)")
                 self._running.stop(received[0])
             if signal.SIGINT in received[1:]:
-                self._say_once("killing all")
-                self._running.kill()
+                self._kill("killing all")
             time.sleep(POLL_SECONDS)
-        return Ended(self._running.process.returncode, received[0] if received else 0)
+        return Ended(self._running.process.returncode, received[0] if received else 0, self._killed)
 
     def _is_over(self) -> bool:
         now, times = time.monotonic(), self._times
@@ -189,16 +182,16 @@ class Watch:
             self._run_ended = min(self._run_ended, now)
         if self._running.process.poll() is None:
             if now - self._run_ended > times.linger:
-                self._say_once("the run has ended, but its launcher has not: killed")
-                self._running.kill()
+                self._kill("the run has ended, but its launcher has not: killed")
             if now - self._looked > _LOOK_SECONDS:  # so that what it has started is known when it has ended
                 self._looked = now
                 self._running.here()
             return False
         self._launcher_ended = min(self._launcher_ended, now)
         is_late = now > min(self._launcher_ended + times.grace, self._run_ended + times.helper)
+        is_awaited = self._status.is_awaited()  # asked each time, to see when the owner becomes silent
         if not self._running.here():
-            return is_late or self._status.is_new() or not self._status.is_awaited()
+            return is_late or self._status.is_new() or not is_awaited
         if is_late:
             self._end()
         elif now - self._launcher_ended > times.notice and not self._status.is_new():
@@ -208,11 +201,15 @@ class Watch:
 
     def _end(self) -> None:
         """End what is left on this machine."""
-        left = ", ".join(f"{process.pid} ({_name(process)})" for process in self._running.here())
-        self._say_once(f"what is left of the job on this machine is ended: {left}")
-        self._running.kill(signal.SIGTERM)
+        left = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in self._running.here())
+        self._kill(f"what is left of the job on this machine is ended: {left}", signal.SIGTERM)
         psutil.wait_procs(self._running.here(), timeout=self._times.helper)
         self._running.kill()
+
+    def _kill(self, line: str, number: int = signal.SIGKILL) -> None:
+        self._say_once(line)
+        self._killed = True
+        self._running.kill(number)
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:

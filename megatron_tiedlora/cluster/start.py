@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -15,10 +16,12 @@ from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.ownership import owner_in_words
 from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.cluster.launchers import Job, Route, StartPlan, plan_start
 from megatron_tiedlora.cluster.running import RunningJob, StopSignals, Times, Watch, say
-from megatron_tiedlora.cluster.verdict import StatusFile, Verdict, judge
+from megatron_tiedlora.cluster.verdict import StatusFile, judge, stamp
 from megatron_tiedlora.config.batch import plan_batches
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, read_hostfile, slurm_hosts
 from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings
@@ -50,7 +53,7 @@ def launch(command: LaunchCommand, *, scripts: Path, times: Times = _TIMES) -> i
     private = Path(tempfile.mkdtemp(prefix="megatron_tiedlora-"))  # only this user can read it
     try:
         program = (str(scripts / "train.py"),)
-        arguments = (*_without_output_dir(command.arguments), f"--output_dir={folder.path}")
+        arguments = (*_without(command.arguments, "--output_dir"), f"--output_dir={folder.path}")
         job = make_job(settings, launcher, route, hosts, program=program, arguments=arguments, private=private)
         if settings.show_command:
             lines = command_lines(plan_start(job, os.environ), job, folder, os.environ)
@@ -59,18 +62,22 @@ def launch(command: LaunchCommand, *, scripts: Path, times: Times = _TIMES) -> i
         check_programs(job)
         times = replace(times, grace=settings.grace_seconds)
         with StopSignals(more=(signal.SIGUSR1,)) as signals:
-            return _run(job, settings, folder, signals, times)
+            return _run(job, command, folder, signals, times)
     finally:
         shutil.rmtree(private, ignore_errors=True)
 
 
-def _run(job: Job, settings: LaunchSettings, folder: RunFolder, signals: StopSignals, times: Times) -> int:
-    where = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts)
+def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSignals, times: Times) -> int:
+    settings, resume, latest = command.settings, command.train.resume, folder.checkpoints / LATEST_FILE
+    where, before = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts), stamp(latest)
     for restart in range(settings.max_restarts + 1):
         if restart:
             say(f"restart {restart} of {settings.max_restarts}, from the last checkpoint")
-            job = replace(job, arguments=(*job.arguments, "--resume=auto"), master_port=_port(settings))
-        plan, status = plan_start(job, os.environ), StatusFile(folder)
+            resume = "auto" if resume == "none" or stamp(latest) != before else resume
+            kept = _without(_without(job.arguments, "--resume"), "--take_over", is_flag=True)
+            job = replace(job, arguments=(*kept, f"--resume={resume}"), master_port=_port(settings))
+        job = replace(job, start=secrets.token_hex(8))
+        plan, status = plan_start(job, os.environ), StatusFile(folder, job.start)
         for note in plan.notes:
             say(note)
         if signals.received:
@@ -79,18 +86,27 @@ def _run(job: Job, settings: LaunchSettings, folder: RunFolder, signals: StopSig
         ended = Watch(RunningJob(job, plan), status, signals, times).until_end()
         verdict = judge(status, launcher=job.launcher, launcher_status=ended.status, passed_on=ended.passed_on)
         say(verdict.line)
-        _say_what_may_be_left(job, folder, verdict)
+        if not status.is_of_another and (ended.killed or not verdict.state):
+            _say_what_may_be_left(job, folder)
         # A run that was stopped may not go on; one that has not begun would fail again.
         if verdict.status == 0 or ended.passed_on or verdict.state == "stopped" or not status.has_begun():
+            break
+        if not verdict.state and status.is_awaited():
+            say(f"no restart: {owner_in_words(folder.path)} still has {folder.path}")
             break
     return verdict.status
 
 
-def _say_what_may_be_left(job: Job, folder: RunFolder, verdict: Verdict) -> None:
-    """Where the ranks did not report their end, the launcher may have left some on other hosts."""
-    if not verdict.state and job.route == "ssh":
-        pattern = shlex.quote(f"[-]-output_dir={folder.path}")
-        say(f"ranks that still run end with: pdsh -R ssh -w {job.names} {shlex.quote(f'pkill -f {pattern}')}")
+def _say_what_may_be_left(job: Job, folder: RunFolder) -> None:
+    """How to end ranks that the launcher may have left on other hosts."""
+    if job.route == "srun":
+        say(f"ranks that still run end with: scancel {os.environ.get('SLURM_JOB_ID', 'JOB')}")
+    if job.route == "ssh":
+        path = re.sub(r"[][\\.^$*+?(){}|]", r"\\\g<0>", str(folder.path))
+        by_port = "" if job.ssh_port is None else f'PDSH_SSH_ARGS_APPEND="-p {job.ssh_port}" '
+        remote = shlex.quote(f"pkill -f {shlex.quote(f'[-]-output_dir={path}( |$)')}".replace("%", "%%"))
+        say(f"ranks that still run end with: {by_port}pdsh -R ssh -w {job.names} {remote}")
+        say("ranks that hang end with the same command and pkill -KILL -f")
 
 
 def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tuple[str, Route, tuple[Host, ...]]:
@@ -142,8 +158,6 @@ def make_job(
     private: Path,
 ) -> Job:
     """The job that the settings describe, on a new port."""
-    # In an allocation the first host's name, as in the doctor; over ssh launchers choose.
-    first = {"local": "127.0.0.1", "srun": hosts[0].name, "ssh": ""}[route]
     gpus = visible_gpus() if launcher == "local" else ()
     if gpus and hosts[0].slots > len(gpus):
         raise UserError(f"--num_gpus {hosts[0].slots}: this machine has only {count_text(len(gpus), 'visible GPU')}")
@@ -156,7 +170,7 @@ def make_job(
         python=sys.executable,
         folder=Path.cwd(),
         private=private,
-        master_addr=settings.master_addr or first,
+        master_addr=settings.master_addr or ("127.0.0.1" if route == "local" else hosts[0].name),
         master_port=_port(settings),
         ssh_port=settings.ssh_port,
         gpus=gpus[: hosts[0].slots],
@@ -169,12 +183,12 @@ def _port(settings: LaunchSettings) -> int:
     return settings.master_port or _FIRST_PORT + secrets.randbelow(_NUM_PORTS)
 
 
-def _without_output_dir(arguments: Sequence[str]) -> tuple[str, ...]:
+def _without(arguments: Sequence[str], flag: str, *, is_flag: bool = False) -> tuple[str, ...]:
     kept, words = [], iter(arguments)
     for word in words:
-        if word == "--output_dir":
+        if word == flag and not is_flag:
             next(words, None)
-        elif not word.startswith("--output_dir="):
+        elif word != flag and not word.startswith(f"{flag}="):
             kept.append(word)
     return tuple(kept)
 

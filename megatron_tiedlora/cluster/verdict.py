@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_tiedlora.base.errors import one_line
 from megatron_tiedlora.base.json_files import read_json_or_none
-from megatron_tiedlora.base.ownership import OWNER_FILE, owner_in_words
+from megatron_tiedlora.base.ownership import OWNER_FILE, Token, owner_in_words, read_token
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 Stamp = tuple[int, int, int]
@@ -35,30 +35,41 @@ class Verdict:
 
 
 class StatusFile:
-    """run_status.json of this start; ranks remove an earlier one when they take the folder."""
+    """run_status.json of this start; ranks remove an earlier one when they take the folder.
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-        self._before, self._owner_before = _stamp(folder.status), _stamp(folder.path / OWNER_FILE)
-        self._token: Stamp | None = None
-        self._renewed = 0.0  # when the owner's token was seen to change, by the monotonic clock
+    Args:
+        start: the START_ID of its ranks. What is written while the folder has another owner is not theirs.
+    """
+
+    def __init__(self, folder: RunFolder, start: str = "") -> None:
+        self.folder, self._start = folder, start
+        self._before, self.is_of_another = stamp(folder.status), False
+        self._renewed: tuple[Stamp | None, float] = (None, 0.0)  # the owner's token, and when it was seen to change
+        self._token()
+
+    def _token(self) -> Token | None:
+        """The owner's token if it is of this start."""
+        token = read_token(self.folder.path / OWNER_FILE)
+        if token is not None:  # of two owners the last one counts: this start takes a folder over, or loses it
+            self.is_of_another = token.job != self._start
+        return None if self.is_of_another else token
 
     def is_new(self) -> bool:
         """Whether this start has written the file."""
-        return _stamp(self.folder.status) not in (None, self._before)
+        self._token()
+        return not self.is_of_another and stamp(self.folder.status) not in (None, self._before)
 
     def has_begun(self) -> bool:
         """Whether a rank of this start has taken the folder: the settings, the hosts and the model were right."""
-        return self.is_new() or _stamp(self.folder.path / OWNER_FILE) not in (None, self._owner_before)
+        return self.is_new() or self._token() is not None
 
     def is_awaited(self) -> bool:
-        """Whether a rank may still write it: the folder has an owner, who is not known to be dead and not silent."""
-        token, now = _stamp(self.folder.path / OWNER_FILE), time.monotonic()
-        if token is None or owner_in_words(self.folder.path) is None:
-            return False
-        if token != self._token:
-            self._token, self._renewed = token, now
-        return now - self._renewed < _SILENT_SECONDS
+        """Whether a rank may still write it: it owns the folder, and is not known to be dead and not silent."""
+        seen, now = stamp(self.folder.path / OWNER_FILE), time.monotonic()
+        if seen != self._renewed[0]:
+            self._renewed = seen, now
+        is_owned = self._token() is not None and owner_in_words(self.folder.path) is not None
+        return is_owned and now - self._renewed[1] < _SILENT_SECONDS
 
     def read(self) -> Mapping[str, Any] | None:
         """The file's content if this start has written it; None otherwise."""
@@ -74,7 +85,8 @@ class StatusFile:
         return content
 
 
-def _stamp(file: Path) -> Stamp | None:
+def stamp(file: Path) -> Stamp | None:
+    """What changes when a file is written or replaced; None if it is not there."""
     try:
         stat = file.stat()
     except OSError:
@@ -99,6 +111,8 @@ def judge(
     if content is None:
         if not path.is_dir():
             why = f"{path} is not visible on this host: the run did not start, or its folder is on another host"
+        elif file.is_of_another:
+            why = f"{path} belongs to another start"
         else:
             why = f"{path} does not say how this start ended"
         return Verdict(failed, f"{why}; {ended}")

@@ -50,8 +50,7 @@ class LaunchSettings(CommandSettings):
         "start", "ranks per host (default: its slots or Slurm tasks; locally all GPUs, or 1 without GPUs)", None, ge=1,
     )
     master_addr: str | None = setting_field(
-        "start", "address of the first host, for the rendezvous (default: its first address; under Slurm its name)",
-        None,
+        "start", "address of the first host, for the rendezvous (default: its name)", None,
     )
     master_port: int | None = setting_field("start", "port of the rendezvous (default: random)", None, ge=1, le=65535)
     ssh_port: int | None = setting_field("start", "port of the hosts' sshd", None, ge=1, le=65535)
@@ -64,7 +63,9 @@ class LaunchSettings(CommandSettings):
     show_command: bool = setting_field("start", "print hosts, environment and command; start nothing", False)
 
     grace_seconds: float = setting_field(
-        "time limits", "time for ranks to save after their launcher has ended, before those of this machine are killed",
+        "time limits",
+        "time for ranks to save after their launcher has ended; then those of this machine are killed, and those of"
+        " other hosts no longer awaited",
         120.0, ge=0, le=_LONGEST_WAIT,
     )
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from launcher_jobs import make_job, write_program
 
-from megatron_tiedlora.cluster.doctor.examine import make_report
+from megatron_tiedlora.cluster.doctor.examine import examine, make_report
 from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, SMALL_BYTES, TrialRank
 from megatron_tiedlora.cluster.doctor.records import (
     DoctorReport,
@@ -32,6 +35,7 @@ from megatron_tiedlora.cluster.doctor.trial import (
     measure_hosts,
 )
 from megatron_tiedlora.cluster.launchers import Job
+from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host
 
 LARGE = 64_000_000
@@ -143,7 +147,8 @@ def test_a_slow_group_and_a_wrong_sum_are_named_by_their_hosts() -> None:
 
 
 def make_order(layout: ParallelConfig) -> Order:
-    return Order(layout=layout, questions={}, output_dir=None, large_bytes=LARGE, timeout=1, seconds=1)
+    limits = {"large_bytes": LARGE, "timeout": 1, "seconds": 1}
+    return Order(layout=layout, peers={}, first_host="nodea", paths={}, output_dir=None, **limits)
 
 
 def test_the_sum_that_ranks_expect() -> None:
@@ -228,6 +233,7 @@ def test_what_ranks_say_is_found_in_what_launchers_print(capsys: pytest.CaptureF
     ("text", "reason"),
     [
         ("echo compiling; sleep 30", "not finished in 0 s"),
+        ("echo compiling; sleep 30 &", "not finished in 0 s"),  # what is left holds the output
         ("echo bars; echo 'error: no such model' >&2; echo Connection closed >&2; exit 1", "no such model"),
         ("echo Connection closed >&2; exit 1", "Connection closed"),
         ("exit 7", "the launcher ended with status 7"),
@@ -245,6 +251,39 @@ def test_why_nothing_was_measured(
     monkeypatch.setenv("PATH", environment["PATH"])
     found, (finding,) = measure_hosts(job, environment, model="m", seconds=1.0, limit=0.0)
     assert found is None and finding.code == "not_measured" and f"({reason})" in finding.message
+
+
+def test_measuring_ranks_have_an_alarm() -> None:
+    """Of their own, where a host is cut off from the doctor."""
+    module = [sys.executable, "-m", "megatron_tiedlora.cluster.doctor.rank"]
+    done = subprocess.run([*module, "60", "plan", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("usage: tiedlora plan"), done.stderr
+    done = subprocess.run([*module, "1", "plan", "--measure=-", "--model=demo"], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGALRM
+
+
+def examined(monkeypatch: pytest.MonkeyPatch, seen: Trial) -> DoctorReport:
+    """What the doctor says of a single rank on this machine."""
+    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.examine.start_ranks", lambda *_: seen)
+    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.examine.compare_hosts", lambda *_, **__: [])
+    return examine(DoctorSettings(), {}, lambda line: None)
+
+
+def test_a_single_rank_that_fails_after_its_probe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = RankEvent(rank=0, event="probe", probe=probe())
+    fails = RankEvent(rank=0, event="failed", reason="CUDA error: out of memory")
+    bad = examined(monkeypatch, Trial({0: [told, *events_of(0, until="started"), fails]}, status=1))
+    assert bad.verdict == "not ready" and "CUDA error: out of memory" in bad.findings[0].message
+    good = examined(monkeypatch, Trial({0: [told, *events_of(0)]}, status=0))
+    assert good.verdict == "ready" and good.skipped == "no all-reduce: a single rank has no communication to test"
+
+
+def test_an_order_for_many_hosts_is_one_argument() -> None:
+    """Of at most 128 KiB under Linux."""
+    order = make_order(LAYOUT).model_copy(
+        update={"paths": {str(n): "/data/" * 40 for n in range(9)}, "peers": dict.fromkeys(range(0, 8000, 8), "a" * 30)}
+    )
+    assert len(order.model_dump_json()) < 2**16
 
 
 def test_what_was_measured_is_read_from_the_line_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,17 @@ def test_a_secret_of_this_shell_stays(tmp_path: Path, name: str, launcher: str) 
     assert (name in plan.environment) is not would_be_sent and len(plan.notes) == int(would_be_sent)
 
 
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpirun", "torchrun"])
+def test_an_address_with_a_password_stays(tmp_path: Path, launcher: str) -> None:
+    given = {"MLFLOW_TRACKING_URI": "https://me:s3cret@host", "MLFLOW_OTHER_URI": "https://host:80/a"}
+    plan = plan_start(make_job(tmp_path, launcher=launcher), given)
+    assert "s3cret" not in "".join([*plan.files.values(), *plan.words, *plan.environment.values()])
+    assert plan.notes == (
+        "MLFLOW_TRACKING_URI is not sent to the other hosts: its value holds an address with a password",
+    )
+    assert plan.environment["MLFLOW_OTHER_URI"] == given["MLFLOW_OTHER_URI"]
+
+
 @pytest.mark.parametrize(
     "name", ["TOKENIZERS_PARALLELISM", "TRITON_CACHE_DIR", "PWD", "HF_BYPASS_CACHE", "CUDA_PASSTHROUGH", "PATH"]
 )

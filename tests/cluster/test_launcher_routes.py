@@ -194,7 +194,8 @@ def test_pdsh(tmp_path: Path) -> None:
         "PYTHONSAFEPATH=1",
     ]
     assert plan.files[job.hostfile] == "node1 slots=1\nnode2 slots=1\n"
-    assert "--master_addr" not in plan_start(make_job(tmp_path / "job", master_addr=""), {}).words  # it asks the host
+    # DeepSpeed would ask the host for its name and address, by an ssh without time limits.
+    assert "--no_ssh_check" in command and follows(command, "--master_addr", "10.0.0.1")
 
 
 def test_mpirun(tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_mpirun(tmp_path: Path) -> None:
 
 
 def test_openmpi(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "job", launcher="openmpi", master_addr="")
+    job = make_job(tmp_path / "job", launcher="openmpi", master_addr="node1")
     plan = plan_start(job, {})
     arguments = next(word for word in plan.words if word.startswith("--launcher_args="))
     assert "--bind-to none --map-by slot" in arguments
@@ -228,8 +229,23 @@ def test_openmpi(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("value", ["^lo,docker0", "a b", "a;b"])
+@pytest.mark.parametrize("given", ["shell", "file"])
+def test_deepspeed_puts_some_values_in_quotes_that_mpirun_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, given: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shell = {"NCCL_SOCKET_IFNAME": value} if given == "shell" else {}
+    if given == "file":
+        (tmp_path / ".deepspeed_env").write_text(f"NCCL_SOCKET_IFNAME={value}\n")
+    with pytest.raises(UserError, match=r"^NCCL_SOCKET_IFNAME: .*; use --launcher mpirun$"):
+        plan_start(make_job(tmp_path / "job", launcher="openmpi"), shell)
+    for launcher in ("pdsh", "mpirun"):
+        plan_start(make_job(tmp_path / "job", launcher=launcher), shell)
+
+
 def test_srun(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "job", launcher="srun", route="srun", hosts=(Host("a", 4), Host("b", 4)), master_addr="")
+    job = make_job(tmp_path / "job", launcher="srun", route="srun", hosts=(Host("a", 4), Host("b", 4)))
     command = list(plan_start(job, {}).words)
     assert {"--kill-on-bad-exit=1", "--export=ALL", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"} <= set(command)
     assert "--nodelist=a,b" in command and follows(command, *rank_of(job))
@@ -243,13 +259,13 @@ def test_srun(tmp_path: Path) -> None:
 def test_torchrun(tmp_path: Path) -> None:
     hosts = (Host("a", 4), Host("b", 4))
     stops = ("--shutdown-timeout=90", "--signals-to-handle=SIGTERM,SIGUSR1")
-    job = make_job(tmp_path / "job", launcher="torchrun", hosts=hosts, master_addr="", stop_options=stops)
+    job = make_job(tmp_path / "job", launcher="torchrun", hosts=hosts, master_addr="a", stop_options=stops)
     plan = plan_start(job, {})
     assert follows(list(plan.words), "-R", "ssh") and follows(list(plan.words), "-w", "a,b")
     options = {"--nnodes=2", "--nproc-per-node=4", "--rdzv-endpoint=a:29400", "--rdzv-backend=c10d", *stops}
     assert {*options, "--local-addr=%h", "PYTHONSAFEPATH=1"} <= set(plan.words[-1].split())
     assert f"{job.python} -P -m torch.distributed.run" in plan.words[-1]
-    job = make_job(tmp_path / "job", launcher="torchrun", route="srun", hosts=hosts, master_addr="")
+    job = make_job(tmp_path / "job", launcher="torchrun", route="srun", hosts=hosts, master_addr="a")
     command = list(plan_start(job, {"SLURM_CPUS_PER_TASK": "3"}).words)
     assert {"--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=12", "--kill-on-bad-exit=1"} <= set(command)
     assert {"--nproc-per-node=4", "--rdzv-endpoint=a:29400"} <= set(command)

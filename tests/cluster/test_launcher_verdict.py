@@ -8,10 +8,42 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tiedlora.base.ownership import START_ID, FolderLock, take_folder
 from megatron_tiedlora.cluster.verdict import StatusFile, judge
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(30)
+
+
+def taken(folder: Path, monkeypatch: pytest.MonkeyPatch, start: str, **more: bool) -> FolderLock:
+    """The folder as the ranks of a start take it."""
+    monkeypatch.setenv(START_ID, start)
+    return take_folder(folder, hint="", **more)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("launcher_status", [0, 2])
+def test_what_another_start_does_in_the_folder_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool, launcher_status: int
+) -> None:
+    """Whether it was there before this start looked, or came at the same time."""
+    file = None if first else StatusFile(RunFolder(tmp_path), "ours")
+    with taken(tmp_path, monkeypatch, "theirs"):
+        file = file or StatusFile(RunFolder(tmp_path), "ours")
+        assert not (file.is_new() or file.has_begun() or file.is_awaited()) and file.is_of_another
+        RunFolder(tmp_path).write_status("finished", step=4, reason="max_steps")
+    assert not (file.is_new() or file.has_begun() or file.is_awaited())  # also after its end
+    found = judge(file, launcher="srun", launcher_status=launcher_status, passed_on=0, late_seconds=0.1)
+    assert found.status != 0 and found.line.startswith(f"{tmp_path} belongs to another start; srun ended")
+
+
+def test_a_folder_that_this_start_takes_over_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with taken(tmp_path, monkeypatch, "theirs"):
+        file = StatusFile(RunFolder(tmp_path), "ours")
+        with taken(tmp_path, monkeypatch, "ours", take_over=True):
+            assert file.has_begun() and file.is_awaited() and not file.is_new()
+            RunFolder(tmp_path).write_status("finished", step=4, reason="max_steps")
+        assert file.is_new() and judge(file, launcher="srun", launcher_status=0, passed_on=0).status == 0
 
 
 @pytest.mark.parametrize(("launcher_status", "status"), [(0, 0), (7, 7)])

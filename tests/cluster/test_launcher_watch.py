@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -17,11 +19,12 @@ from typing import Any
 
 import psutil
 import pytest
-from launcher_jobs import write_program
+from launcher_jobs import make_job, write_program
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.running import Times
-from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.cluster.start import _say_what_may_be_left, launch
 from megatron_tiedlora.config.launch_settings import parse_launch
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
@@ -39,7 +42,14 @@ with open(folder / "starts", "a") as file:
     file.write(json.dumps([sys.argv[1:], os.environ["MASTER_PORT"]]) + "\\n")
 
 if plan.get("owns"):
-    (folder / ".owner").write_text("{}")
+    here = {"machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+    here["processes"] = os.readlink("/proc/self/ns/pid")
+    token = {"start": "a", "host": "b", "pid": os.getpid(), "since": 1.0, **here, **plan.get("token", {})}
+    token["job"] = plan["owns"] if isinstance(plan["owns"], str) else os.environ["MEGATRON_TIEDLORA_START"]
+    (folder / ".owner").write_text(json.dumps(token))
+if plan.get("saves_at") == len((folder / "starts").read_text().splitlines()):
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / "latest").write_text("step_1")
 
 def end(state, status):
     if state:
@@ -314,6 +324,52 @@ def test_what_a_rank_leaves_behind_is_ended(start: Launch) -> None:
     assert ended.status == 0
 
 
+def test_a_start_that_was_refused_ends_at_once(start: Launch) -> None:
+    """Another start has the folder: nothing of it is awaited, and no command that would end its ranks is shown."""
+    begun = time.monotonic()
+    rank = {"status": 2, "owns": "another's", "token": {"machine": "elsewhere"}}
+    ended = start(rank, grace=60, arguments=("--max_restarts=1",))
+    assert ended.status == 2 and time.monotonic() - begun < 20
+    assert "belongs to another start; mpirun ended with status 2" in ended.said and "restart 1" not in ended.said
+
+
+@pytest.mark.parametrize("port", [None, 2222])
+def test_what_ends_ranks_elsewhere_ends_those_of_this_folder_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], port: int | None
+) -> None:
+    folder = tmp_path / "a+b (1)%h.d"
+    _say_what_may_be_left(make_job(tmp_path, ssh_port=port), RunFolder(folder))
+    first, second = capfd.readouterr().err.splitlines()
+    assert second == "tiedlora run: ranks that hang end with the same command and pkill -KILL -f"
+    words = shlex.split(first.partition(" end with: ")[2])
+    assert words[-6:-1] == ["pdsh", "-R", "ssh", "-w", "node1,node2"]
+    assert words[:-6] == ([] if port is None else ["PDSH_SSH_ARGS_APPEND=-p 2222"])
+    pkill, f, pattern = shlex.split(words[-1].replace("%%", "\0").replace("\0", "%"))
+    assert (pkill, f) == ("pkill", "-f") and "%%h" in words[-1]
+    for line, is_found in ((folder, True), (f"{folder} --x=1", True), (f"{folder}-2", False), (f"{folder}/2", False)):
+        text = f"python train.py --output_dir={line}\n"
+        found = subprocess.run(["grep", "-E", "--", pattern], input=text, capture_output=True, text=True)
+        assert (found.returncode == 0) is is_found, line
+
+
+def test_what_ends_the_ranks_of_an_allocation(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    _say_what_may_be_left(make_job(tmp_path, route="srun"), RunFolder(tmp_path))
+    assert capfd.readouterr().err == "tiedlora run: ranks that still run end with: scancel 17\n"
+
+
+@pytest.mark.parametrize("stays", [0, 50])
+def test_a_launcher_that_was_killed_may_have_left_ranks(
+    start: Launch, monkeypatch: pytest.MonkeyPatch, stays: int
+) -> None:
+    said: list[Job] = []
+    monkeypatch.setattr("megatron_tiedlora.cluster.start._say_what_may_be_left", lambda job, folder: said.append(job))
+    assert start({"works": 1.0, "state": "finished"}, {"stays": stays}).status == 0
+    assert len(said) == (stays > 0)
+
+
 # Restarts -------------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +394,27 @@ def test_a_failed_run_is_restarted_so_often_and_no_other(
     assert len({port for _, port in given}) == starts  # the old one may still be in use
     said = [f"restart {number} of {starts - 1}, from the last checkpoint" in ended.said for number in range(1, starts)]
     assert all(said)
+
+
+@pytest.mark.parametrize("resume", ["auto", "PATH"])
+def test_a_restart_repeats_the_given_flags_until_a_checkpoint_is_written(
+    start: Launch, tmp_path: Path, resume: str
+) -> None:
+    given = "auto" if resume == "auto" else str(tmp_path / "runs" / "one" / "checkpoints" / "step_1")
+    flags = ("--max_restarts=3", "--resume", given, "--take_over", "--seed=5")
+    ended = start({"state": "failed", "status": 1, "saves_at": 2}, arguments=flags, before=earlier_run)
+    words = [json.loads(line)[0] for line in (ended.folder / "starts").read_text().splitlines()]
+    folder = f"--output_dir={ended.folder}"
+    assert words[0] == ["--resume", given, "--take_over", "--seed=5", folder]
+    again = [["--seed=5", folder, f"--resume={value}"] for value in (given, "auto", "auto")]
+    assert words[1:] == again
+
+
+def test_a_run_whose_owner_lives_elsewhere_is_not_restarted(start: Launch) -> None:
+    rank = {"status": 7, "owns": True, "token": {"machine": "elsewhere"}}
+    ended = start(rank, grace=1.0, arguments=("--max_restarts=2",))
+    assert ended.status == 7 and "restart 1" not in ended.said
+    assert "no restart: a start on b (process " in ended.said
 
 
 def test_a_run_that_finishes_at_its_second_start_is_a_success(start: Launch) -> None:

@@ -21,10 +21,8 @@ from megatron_tiedlora.cluster.doctor.records import (
     Finding,
     GroupResult,
     HostReport,
-    HubRepo,
     Order,
     ParallelConfig,
-    Question,
 )
 from megatron_tiedlora.cluster.doctor.trial import (
     explain_shared,
@@ -79,7 +77,10 @@ def _examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say,
     large_bytes = max(4, round(settings.allreduce_mb * 1e6) // 4 * 4)
     order = Order(
         layout=layout,
-        questions=_questions(hosts, paths, hub, output_dir),
+        peers={one.first_rank: next((two.name for two in hosts if two is not one), None) for one in hosts},
+        first_host=hosts[0].name,
+        paths=paths,
+        hub=hub,
         output_dir=output_dir,
         large_bytes=large_bytes,
         timeout=settings.timeout_seconds,
@@ -96,9 +97,10 @@ def _examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say,
     findings += compare.look_at_formats(hosts, base_format=base_format, products=settings.products)
     if output_dir is not None:
         findings += explain_shared(hosts, trial, output_dir)
-    groups, skipped = group_results(hosts, layout, trial, large_bytes=large_bytes), _why_no_groups(findings, layout)
+    groups, skipped = group_results(hosts, layout, trial, large_bytes=large_bytes), _why_no_trial(findings)
     if skipped is None:
         findings += [*explain_trial(hosts, layout, trial, limit=order.seconds), *judge_groups(groups)]
+        skipped = "no all-reduce: a single rank has no communication to test" if layout.num_ranks == 1 else None
     machine = None
     if settings.measure is not None and not any(finding.level == "error" for finding in findings):
         begin = time.monotonic()
@@ -132,22 +134,6 @@ def find_job(settings: DoctorSettings, environment: Mapping[str, str], private: 
         launch = launch.model_copy(update={"num_gpus": ranks})
     launcher, route, hosts = choose_hosts(launch, outside)
     return make_job(launch, launcher, route, hosts, program=(), arguments=(), private=private)
-
-
-def _questions(
-    hosts: Sequence[HostReport], paths: dict[str, str], hub: dict[str, HubRepo], output_dir: str | None
-) -> dict[int, Question]:
-    """What the first rank of each host is asked."""
-    return {
-        host.first_rank: Question(
-            peer=next((other.name for other in hosts if other is not host), None),
-            first_host=hosts[0].name,
-            paths=paths,
-            hub=hub,
-            output_dir=output_dir,
-        )
-        for host in hosts
-    }
 
 
 def compare_hosts(hosts: Sequence[HostReport], layout: ParallelConfig, *, max_skew: float) -> list[Finding]:
@@ -223,9 +209,9 @@ def _make_layout(hosts: Sequence[HostReport], settings: DoctorSettings, job: Job
     )
 
 
-def _why_no_groups(findings: Sequence[Finding], layout: ParallelConfig) -> str | None:
+def _why_no_trial(findings: Sequence[Finding]) -> str | None:
     """Why the ranks' trial says nothing; None if it does."""
     in_the_way = [finding for finding in findings if finding.level == "error" and finding.code not in _NOT_IN_THE_WAY]
-    if in_the_way:
-        return f"the ranks' trial does not count: correct {count_text(len(in_the_way), 'error')} first"
-    return "no all-reduce: a single rank has no communication to test" if layout.num_ranks == 1 else None
+    if not in_the_way:
+        return None
+    return f"the ranks' trial does not count: correct {count_text(len(in_the_way), 'error')} first"

@@ -25,10 +25,10 @@ from megatron_tiedlora.cluster.doctor.records import (
     UNREADABLE,
     Gpu,
     HubRepo,
+    Order,
     OutputFolder,
     PathContent,
     Probe,
-    Question,
 )
 from megatron_tiedlora.data.demo import prepared_model
 from megatron_tiedlora.data.readers import is_rows_file, may_be_hub_id, split_hub_name
@@ -40,8 +40,8 @@ _SMALL_FILE = 1 << 20  # bytes; smaller files are compared by content: configs a
 _MOST_FILES = 10_000
 
 
-def examine(question: Question) -> Probe:
-    """Collect everything about this host that the question asks for."""
+def examine(order: Order, peer: str | None) -> Probe:
+    """Collect everything about this host that the order asks for, and the address on the route to `peer`."""
     torch_error, cuda, nccl, gpus = _examine_torch()
     addresses = addresses_by_interface()
     memory, hostname = psutil.virtual_memory(), socket.gethostname()
@@ -63,12 +63,12 @@ def examine(question: Question) -> Probe:
         nofile=_limit(resource.RLIMIT_NOFILE),
         memlock=_limit(resource.RLIMIT_MEMLOCK),
         name_addresses=resolve(hostname),
-        master_addresses=resolve(question.first_host),
-        peer_address=None if question.peer is None else address_towards(question.peer),
+        master_addresses=resolve(order.first_host),
+        peer_address=None if peer is None else address_towards(peer),
         interfaces=addresses,
         socket_names={name: os.environ[name] for name in SOCKET_NAMES if os.environ.get(name)},
-        paths={flag: job_content(path, question.hub.get(flag)) for flag, path in question.paths.items()},
-        output=None if question.output_dir is None else output_folder(question.output_dir),
+        paths={flag: job_content(path, order.hub.get(flag)) for flag, path in order.paths.items()},
+        output=None if order.output_dir is None else output_folder(order.output_dir),
     )
 
 

@@ -1,6 +1,7 @@
 """One rank of the doctor's job, which the launcher starts as it starts a job's ranks: it reports, meets, all-reduces.
 
-    python -m megatron_tiedlora.cluster.doctor.rank ORDER    (a record as JSON)
+    python -m megatron_tiedlora.cluster.doctor.rank ORDER               (a record as JSON)
+    python -m megatron_tiedlora.cluster.doctor.rank SECONDS COMMAND...  (of tiedlora, ended after that time)
 
 The first rank of each host reports what the host has (probe.py), before anything can fail. Then all ranks meet as a
 job's do, compare their clocks, try whether they share a folder, and all-reduce over each of their groups. Every wait,
@@ -12,6 +13,7 @@ from __future__ import annotations
 import base64
 import math
 import os
+import runpy
 import secrets
 import signal
 import sys
@@ -65,9 +67,8 @@ class TrialRank:
     def run(self) -> None:
         """Report, meet, measure, leave."""
         order, timeout = self._order, timedelta(seconds=self._order.timeout)
-        question = order.questions.get(self._rank)
-        if question is not None:
-            self.say("probe", probe=examine(question))
+        if self._rank in order.peers:
+            self.say("probe", probe=examine(order, order.peers[self._rank]))
 
         from torch import distributed
 
@@ -84,8 +85,8 @@ class TrialRank:
             raise RuntimeError(f"{found} ranks have met, not {order.layout.num_ranks}")
         self.say("joined")
         self._compare_clocks()
-        if order.output_dir is not None and len(order.questions) > 1:
-            self._share(is_first_of_host=question is not None)
+        if order.output_dir is not None and len(order.peers) > 1:
+            self._share(is_first_of_host=self._rank in order.peers)
         for kind, groups in group_members(order.layout).items():
             handles = [distributed.new_group(ranks, timeout=timeout, backend=group_backend(device)) for ranks in groups]
             for ranks, handle in zip(groups, handles, strict=True):
@@ -106,7 +107,7 @@ class TrialRank:
             now, margin = time.time(), time.perf_counter() - begin
             (first,) = sum_over_ranks([now if self._rank == 0 else 0.0])
             looks.append(Clock(skew=now - first, margin=margin))
-        if self._rank in self._order.questions:
+        if self._rank in self._order.peers:
             self.say("clock", clock=min(looks, key=lambda look: look.margin))
 
     def _share(self, *, is_first_of_host: bool) -> None:
@@ -213,7 +214,11 @@ def hosts_of_ranks(hosts: Sequence[HostReport], ranks: Sequence[int]) -> list[st
 
 
 def main() -> int:
-    """Run the rank; report a failure in an event and in the exit status."""
+    """Run the rank; report a failure in an event and in the exit status. Or run a command under an alarm."""
+    if len(sys.argv) > 2:
+        signal.alarm(math.ceil(float(sys.argv.pop(1))))
+        runpy.run_module("megatron_tiedlora", run_name="__main__")
+        return 0
     order = Order.model_validate_json(sys.argv[1])
     signal.alarm(math.ceil(order.seconds))
     trial = TrialRank(order, rank_number())

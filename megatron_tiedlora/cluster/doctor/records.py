@@ -28,24 +28,6 @@ class HubRepo(Record):
     id: str
 
 
-class Question(Record):
-    """What the first rank of a host is asked about it.
-
-    Attributes:
-        peer: another host; the probe looks up the local address on the route to it. None if there is no other host.
-        first_host: where the ranks meet.
-        paths: what a job reads, by flag; `FLAG:1` and `FLAG:2` if one flag names two files.
-        hub: the repository that a flag means if its path does not exist.
-        output_dir: where the job writes.
-    """
-
-    peer: str | None
-    first_host: str
-    paths: dict[str, str]
-    hub: dict[str, HubRepo] = Field(default_factory=dict)
-    output_dir: str | None
-
-
 class Gpu(Record):
     """One GPU as torch sees it."""
 
@@ -160,14 +142,22 @@ class Order(Record):
     """What the ranks are to do.
 
     Attributes:
-        questions: by the first rank of each host.
+        peers: another host by the first rank of each host, which reports about its own and looks up the local address
+            on the route to that one; None if there is no other host.
+        first_host: where the ranks meet.
+        paths: what a job reads, by flag; `FLAG:1` and `FLAG:2` if one flag names two files.
+        hub: the repository that a flag means if its path does not exist.
+        output_dir: where the job writes.
         large_bytes: bytes per rank in the all-reduce that measures bandwidth.
         timeout: longest time in seconds that a rank waits for the others.
         seconds: time limit, after which all ranks end by themselves.
     """
 
     layout: ParallelConfig
-    questions: dict[int, Question]
+    peers: dict[int, str | None]
+    first_host: str
+    paths: dict[str, str]
+    hub: dict[str, HubRepo] = Field(default_factory=dict)
     output_dir: str | None
     large_bytes: int
     timeout: float

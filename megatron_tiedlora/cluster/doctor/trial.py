@@ -10,6 +10,7 @@ import json
 import subprocess
 import tempfile
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -33,7 +34,7 @@ from megatron_tiedlora.cluster.doctor.records import (
 from megatron_tiedlora.cluster.launchers import Job, StartPlan, plan_start
 from megatron_tiedlora.cluster.running import RunningJob, StopSignals
 
-_MODULE = "megatron_tiedlora.cluster.doctor.rank"
+_PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor.rank")
 _START_SECONDS = 60.0  # for launchers, beside the time that the ranks have
 _SLOW = 0.5  # of the median bandwidth of its kind
 _MEASURED, _ERROR = '{"name": ', "error: "
@@ -82,7 +83,7 @@ class Trial:
 def start_ranks(job: Job, order: Order, environment: Mapping[str, str], say: Callable[[str], None]) -> Trial:
     """Run the trial to its end, or until its time is over."""
     trial, has_met = Trial(), False
-    for line in _lines(trial, _job_of(job, ("-m", _MODULE), (order.model_dump_json(),)), environment, order.seconds):
+    for line in _lines(trial, job, (order.model_dump_json(),), environment, order.seconds):
         trial.hear(line)
         if not has_met and trial.reached(range(order.layout.num_ranks), "joined"):
             has_met = True
@@ -100,9 +101,9 @@ def measure_hosts(
         seconds: about how long that takes.
         limit: seconds until all ranks are ended.
     """
-    words = ("plan", "--measure=-", f"--model={model}", f"--measure_seconds={seconds}")
+    words = (str(limit + _START_SECONDS), "plan", "--measure=-", f"--model={model}", f"--measure_seconds={seconds}")
     trial, names = Trial(), [host.name for host in job.hosts]
-    trial.printed = list(_lines(trial, _job_of(job, ("-m", "megatron_tiedlora"), words), environment, limit))
+    trial.printed = list(_lines(trial, job, words, environment, limit))
     for line in trial.printed:
         if trial.status == 0 and _MEASURED in line:
             return json.loads(line[line.index(_MEASURED) :]), []
@@ -113,13 +114,11 @@ def measure_hosts(
     return None, [error("not_measured", names, message, fix)]
 
 
-def _job_of(job: Job, program: tuple[str, ...], arguments: tuple[str, ...]) -> Job:
-    return replace(job, program=program, arguments=arguments)
-
-
-def _lines(trial: Trial, job: Job, environment: Mapping[str, str], seconds: float) -> Iterator[str]:
+def _lines(
+    trial: Trial, job: Job, arguments: tuple[str, ...], environment: Mapping[str, str], seconds: float
+) -> Iterator[str]:
     """Start a job and yield what it prints, first its output and at its end its errors. Nothing of it is left here."""
-    limit = threading.Event()
+    job, limit = replace(job, program=_PROGRAM, arguments=arguments), threading.Event()
     with tempfile.TemporaryFile() as errors, StopSignals() as signals:
         # One rank of this machine needs no launcher; a plain job starts so, too.
         alone = StartPlan(tuple(job.command), {**environment, "PYTHONSAFEPATH": "1"})
@@ -127,10 +126,10 @@ def _lines(trial: Trial, job: Job, environment: Mapping[str, str], seconds: floa
         running = RunningJob(job, plan, output=subprocess.PIPE, errors=errors.fileno())
 
         def watch() -> None:
-            waited = 0.0
-            while running.process.poll() is None and not over.wait(0.2):
-                waited += 0.2
-                if waited > seconds + _START_SECONDS or signals.received:
+            end = time.monotonic() + seconds + _START_SECONDS
+            while not over.wait(0.2):  # also after the launcher's end: what it has started may hold the output
+                running.here()  # so that it is known then
+                if time.monotonic() > end or signals.received:
                     limit.set()
                     running.kill()
 
