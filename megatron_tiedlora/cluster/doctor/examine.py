@@ -13,7 +13,7 @@ from typing import Any
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.cluster.doctor import compare, compare_network
+from megatron_tiedlora.cluster.doctor import compare
 from megatron_tiedlora.cluster.doctor.probe import absolute_path, job_files
 from megatron_tiedlora.cluster.doctor.records import (
     Backend,
@@ -142,13 +142,13 @@ def compare_hosts(hosts: Sequence[HostReport], layout: ParallelConfig, *, max_sk
         *compare.look_at_torch(hosts),
         *compare.compare_versions(hosts),
         *compare.compare_sources(hosts),
-        *compare_network.look_at_names(hosts),
-        *compare_network.compare_paths(hosts),
-        *compare_network.look_at_output(hosts),
+        *compare.look_at_names(hosts),
+        *compare.compare_paths(hosts),
+        *compare.look_at_output(hosts),
         *compare.compare_gpus(hosts),
         *compare.look_at_limits(hosts),
         *compare.compare_clocks(hosts, max_skew=max_skew),
-        *compare_network.look_at_layout(hosts, layout),
+        *compare.look_at_layout(hosts, layout),
     ]
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.evaluation.metrics.bleu import BLEU_METRIC
 from megatron_tiedlora.evaluation.metrics.choices import ACCURACY, ACCURACY_LOGLIKELIHOOD
 from megatron_tiedlora.evaluation.metrics.exact import EXACT_MATCH, GSM8K, SQUAD, SQUAD_F1
 from megatron_tiedlora.evaluation.metrics.metric import Answer, Metric
-from megatron_tiedlora.evaluation.metrics.rouge import ROUGE_L
+from megatron_tiedlora.evaluation.metrics.overlap import BLEU_METRIC, ROUGE_L
 
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
