@@ -92,11 +92,6 @@ def folder_kind(plans: Plans) -> type[RunFolder]:
     return RunFolder if set(plans) == {ONLY} else GroupFolder
 
 
-def run_folder_name(settings: Settings, plans: Plans) -> str:
-    """The name of the run's folder in runs/, unless --output_dir is given."""
-    return run_name(settings) if folder_kind(plans) is GroupFolder else plans[ONLY].name
-
-
 def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
     """The run folder of each adapter: the run's own if it is the only one, else RUN/NAME, or what its entry says."""
     if folder_kind(plans) is RunFolder:
@@ -120,7 +115,7 @@ def choose_folder(settings: Settings, plans: Plans) -> RunFolder:
     Raises:
         UserError: it cannot be used, or that of an adapter.
     """
-    name = run_folder_name(settings, plans)
+    name = run_name(settings)
     folder = choose_run_folder(settings.output_dir, name=name, resume=settings.resume, kind=folder_kind(plans))
     check_run_folders(settings, plans, folder)
     return folder

@@ -27,7 +27,7 @@ from megatron_tiedlora.data.sources import hub_ids
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
 from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size
-from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, take_run_folder
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, run_name, take_run_folder
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.adapter_plans import (
     Plans,
@@ -35,7 +35,6 @@ from megatron_tiedlora.training.adapter_plans import (
     check_run_folders,
     folder_kind,
     in_folder,
-    run_folder_name,
     shared_plan,
 )
 from megatron_tiedlora.training.adapter_run import AdapterRun, is_trained
@@ -117,7 +116,7 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
 
     folder = _take_folder(
         settings,
-        name=run_folder_name(settings, plans),
+        name=run_name(settings),
         kind=folder_kind(plans),
         held=held,
         before=reject_other_runs,
