@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import math
 import os
-import runpy
 import secrets
 import signal
 import sys
@@ -216,9 +215,8 @@ def hosts_of_ranks(hosts: Sequence[HostReport], ranks: Sequence[int]) -> list[st
 def main() -> int:
     """Run the rank; report a failure in an event and in the exit status. Or run a command under an alarm."""
     if len(sys.argv) > 2:
-        signal.alarm(math.ceil(float(sys.argv.pop(1))))
-        runpy.run_module("megatron_tiedlora", run_name="__main__")
-        return 0
+        signal.alarm(math.ceil(float(sys.argv[1])))  # it stays over the exec
+        os.execv(sys.executable, [sys.executable, "-m", "megatron_tiedlora", *sys.argv[2:]])
     order = Order.model_validate_json(sys.argv[1])
     signal.alarm(math.ceil(order.seconds))
     trial = TrialRank(order, rank_number())
