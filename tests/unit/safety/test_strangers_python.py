@@ -61,7 +61,8 @@ def test_the_trap_works(trap: Path) -> None:
 def test_by_what_run_py_starts(trap: Path, launcher: str) -> None:
     """The ranks find no model, after they have imported all that they use."""
     hosts = trap.parent / "hosts"
-    hosts.write_text("node1 slots=1\n")  # run.py starts all hosts by the same words
+    # run.py starts all hosts by the same words; torchrun's ranks look for the first one by its name
+    hosts.write_text("localhost slots=1\n")
     where = ["--num_gpus=1"] if launcher == "local" else [f"--hostfile={hosts}"]
     settings = ["--model=./none", "--task=gsm8k", "--global_batch_size=2"]
     done = command(trap, "run.py", f"--launcher={launcher}", *where, *settings)
