@@ -156,7 +156,8 @@ def test_reasons_of_hosts_and_ranks(capsys: pytest.CaptureFixture[str], tmp_path
         num_ranks=1, tensor_parallel=1, pipeline_parallel=1, data_parallel=1, master_host=FOREIGN, master_port=1
     )
     hosts = [HostReport(name=FOREIGN, slots=1, first_rank=0)]
-    found: dict[str, Any] = {"groups": [], "skipped": FOREIGN, "launcher": FOREIGN, "seconds": {}, "num_errors": 1, "num_warnings": 0}
+    found: dict[str, Any] = {"groups": [], "skipped": FOREIGN, "seconds": {}, "num_errors": 1, "num_warnings": 0}
+    found["launcher"] = FOREIGN
     text = report_text(
         DoctorReport(verdict="not ready", route="ssh", layout=layout, hosts=hosts, findings=findings, **found)
     )
