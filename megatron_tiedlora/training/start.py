@@ -245,7 +245,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
             meter=Meter(plan.source.shape, plan.adapter, meter.peak),
             checks=step.checks[name],
             progress=progress[name],
-            ends_apart=name in start.own_folders,
+            ends_apart=start.folders[name] is not start.folder,
             keeps_losses=bool(rivals.get(name)),
         )
     everyone = {name: start.finished.get(name) or adapters[name] for name in start.plans}
