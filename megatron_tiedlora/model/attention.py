@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -14,8 +15,8 @@ from megatron_tiedlora.adapters.adapter_bank import Share, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_in_parts, find_query_tiles, tile_size
-from megatron_tiedlora.model.documents import Documents, documents_end_to_end, find_documents, whole_rows
-from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
+from megatron_tiedlora.model.documents import documents_end_to_end, find_documents, whole_rows
+from megatron_tiedlora.model.fused_attention import AttentionRoute, attend_within, choose_attention
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.model.rope import rotation_table
 from megatron_tiedlora.model.row_parallel import RowParallelLinear
@@ -77,9 +78,8 @@ class AttentionContext:
     Attributes:
         positions: (b, s) int64.
         table: cos and sin of their rotation, see `rotation_table`.
-        parts: on a CPU, the rows and which of their tokens see each other.
-        documents: elsewhere, the packed documents; a token sees its own document up to itself.
-        attend: the function that computes attention within documents.
+        attend: computes attention among the tokens of the call, (b, s, heads * head_dim), from queries (b, heads, s,
+            head_dim), keys and values (b, kv heads, s, head_dim); a token sees its own document up to itself.
         mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
             cache's dtype.
         of_shares: if keys come from the caches of several shares, the context of each.
@@ -87,9 +87,7 @@ class AttentionContext:
 
     positions: torch.Tensor
     table: tuple[torch.Tensor, torch.Tensor]
-    parts: tuple[TiledRows, ...] = ()
-    documents: Documents | None = None
-    attend: Attend | None = None
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     mask: torch.Tensor | None = None
     of_shares: tuple[tuple[Share, AttentionContext], ...] = ()
 
@@ -141,16 +139,17 @@ class Attention(nn.Module):
         device, (num_rows, length) = positions.device, positions.shape
         if device.type == "cpu":
             size = tile_size(heads.num, heads.num_kv)
-            if shares:
-                return replace(context, parts=_tiled_shares(shares, documents, size))
-            whole = TiledRows(num_rows, length, find_query_tiles(documents, length, size=size))
-            return replace(context, parts=(whole,))
+            whole = () if shares else (TiledRows(num_rows, length, find_query_tiles(documents, length, size=size)),)
+            parts = whole or _tiled_shares(shares, documents, size)
+            return replace(context, attend=partial(attend_in_parts, parts=parts, kernels=self.kernels))
         if shares:
             ids = torch.zeros(1, length) if documents is None else documents
             found = documents_end_to_end(_by_share(ids, shares), device)
         else:
             found = whole_rows(num_rows, length, device) if documents is None else find_documents(documents, device)
-        return replace(context, documents=found, attend=self.route(device, dtype).attend)
+        route = self.route(device, dtype)
+        assert route.attend is not None, "only CPUs have none"
+        return replace(context, attend=partial(attend_within, documents=found, attend=route.attend))
 
     def route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
         """The kernel for attention among the tokens of one call, on `device` and in the dtype of activations."""
@@ -206,10 +205,8 @@ class Attention(nn.Module):
             return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(query.dtype)
         if cache is not None:
             cache.update(key, value, context.positions)
-        if context.parts:
-            return attend_in_parts(query, key, value, context.parts, self.kernels)
-        assert context.documents is not None and context.attend is not None, "a context without tiles has documents"
-        return attend_within(query, key, value, context.documents, context.attend)
+        assert context.attend is not None, "keys that come from no cache are those of the call"
+        return context.attend(query, key, value)
 
 
 def _by_share(ids: torch.Tensor, shares: Shares) -> list[torch.Tensor]:

@@ -148,6 +148,7 @@ class Head(nn.Module):
         self.norm = norm
         self.vocab_size = vocab_size
         self.kernels = kernels
+        self.rows_at_once = HEAD_ROWS
         if weight is not None:  # here, as ZeRO-3 partitions what a module has when its __init__ ends
             self.take_weight(weight)
 
@@ -179,7 +180,7 @@ class Head(nn.Module):
             return gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
         first_id = group.rank * self.frozen.local_shape[0]
         weight = self.frozen.first_rows(max(self.vocab_size - first_id, 0))  # without the last rank's padding
-        shard = VocabularyShard(weight, first_id, group, HEAD_ROWS, self.kernels)
+        shard = VocabularyShard(weight, first_id, group, self.rows_at_once, self.kernels)
         rows = hidden[0].index_select(0, supervised.supervised)
         del hidden  # frees as much memory as its gradient needs next
         if not summed:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.model.attention import AnyCache, Attention
+from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.tail import Attended, SupervisedTail
@@ -158,9 +158,8 @@ class Stage(nn.Module):
         updates = self.read_adapter(shares)
         if numbers is not None and self.bank is not None:
             updates = self.bank.with_dropout(updates, numbers, shares, self.tensor_parallel)
-        output = self.run_blocks(
-            hidden, positions, self.tensor_parallel, documents=documents, updates=updates, shares=shares
-        )
+        context = self.context(positions, hidden.dtype, documents=documents, shares=shares)
+        output = self.run_blocks(hidden, context, self.tensor_parallel, updates)
         output = self._with_zero_gradients(output, inputs) if torch.is_grad_enabled() else output
         if labels is None or isinstance(output, torch.Tensor):
             return output
@@ -204,12 +203,12 @@ class Stage(nn.Module):
             activations between layers if the stage has no head. A loss is 0 where there is no label.
         """
 
-        def found() -> torch.Tensor:
+        def logits_or_losses() -> torch.Tensor:
             tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
             hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
-            output = self.run_blocks(
-                hidden, positions, tensor_parallel, documents=documents, caches=caches, updates=updates, shares=shares
-            )
+            context = self.context(positions, hidden.dtype, documents=documents, caches=caches, shares=shares)
+            found = self.read_adapter(shares) if updates is None else updates
+            output = self.run_blocks(hidden, context, tensor_parallel, found, caches=caches)
             if isinstance(output, torch.Tensor):
                 return output
             if labels is not None:
@@ -217,7 +216,7 @@ class Stage(nn.Module):
             return self.tail.logits(output, tensor_parallel, wanted=wanted, shares=shares)
 
         # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
-        predicted: torch.Tensor = self(inputs, positions, prediction=found)
+        predicted: torch.Tensor = self(inputs, positions, prediction=logits_or_losses)
         return predicted
 
     def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
@@ -242,26 +241,34 @@ class Stage(nn.Module):
         hidden: torch.Tensor = self.layers[str(self.embedding)](tokens, tensor_parallel)
         return hidden
 
-    def run_blocks(
+    def context(
         self,
-        hidden: torch.Tensor,
         positions: torch.Tensor,
-        tensor_parallel: TensorParallel,
+        dtype: torch.dtype,
         *,
         documents: torch.Tensor | None = None,
         caches: Sequence[AnyCache] | None = None,
-        updates: Mapping[int, LayerUpdate] | None = None,
         shares: Shares = (),
+    ) -> AttentionContext:
+        """What the attention of every block needs to know about the tokens; see `Attention.context`."""
+        cache = caches[0] if caches else None
+        several = shares if len(shares) > 1 else ()
+        return self.attention.context(positions, dtype, documents=documents, cache=cache, shares=several)
+
+    def run_blocks(
+        self,
+        hidden: torch.Tensor,
+        context: AttentionContext,
+        tensor_parallel: TensorParallel,
+        updates: Mapping[int, LayerUpdate],
+        *,
+        caches: Sequence[AnyCache] | None = None,
     ) -> torch.Tensor | Attended:
         """Run every block of the stage in order; if the stage has the head, the last one only up to its attention.
 
         Args:
-            updates: the result of `read_adapter`, if it was called before.
+            updates: the result of `read_adapter`.
         """
-        updates = self.read_adapter(shares) if updates is None else updates
-        cache = caches[0] if caches else None
-        several = shares if len(shares) > 1 else ()
-        context = self.attention.context(positions, hidden.dtype, documents=documents, cache=cache, shares=several)
         for number, index in enumerate(self.blocks):
             block: Any = self.layers[str(index)]
             update = updates.get(index)

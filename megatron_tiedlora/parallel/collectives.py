@@ -20,10 +20,6 @@ from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
-# Renamed in torch 2.13, where the old names warn.
-_all_gather_into = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-_reduce_scatter_into = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
-
 SEQUENCE_DIM = 1  # of activations (1, b s, d)
 
 
@@ -34,7 +30,7 @@ def all_reduce(
     if group.size == 1:
         return tensor
     total = tensor.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total, op=op, group=group.handle)
+    group.all_reduce_(total, op)
     return total
 
 
@@ -49,7 +45,7 @@ def all_gather(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor
         return tensor
     dim %= tensor.ndim
     gathered = tensor.new_empty((group.size * tensor.shape[0], *tensor.shape[1:]))
-    _all_gather_into(gathered, tensor.contiguous(), group=group.handle)
+    group.all_gather_into(gathered, tensor.contiguous())
     return gathered.view(group.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -60,7 +56,7 @@ def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Te
     dim %= tensor.ndim
     parts = tensor.unflatten(dim, (group.size, tensor.shape[dim] // group.size)).movedim(dim, 0).contiguous()
     mine = torch.empty_like(parts[0])
-    _reduce_scatter_into(mine, parts.flatten(0, 1), group=group.handle)
+    group.reduce_scatter_into(mine, parts.flatten(0, 1))
     return mine
 
 

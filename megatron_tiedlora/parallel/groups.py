@@ -4,16 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+from torch import distributed
 from torch.distributed import ProcessGroup
+
+# Renamed in torch 2.13, where the old names warn.
+_all_gather_into = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_reduce_scatter_into = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Some ranks, and this rank's index among them. A group of one rank has no handle and sends nothing."""
+    """Some ranks, and this rank's index among them. A group of one rank has no handle and sends nothing.
+
+    The collectives of tensor parallelism are sent here. Code that only counts them has a group of its own class.
+    """
 
     handle: ProcessGroup | None = None
     rank: int = 0
     size: int = 1
+
+    def all_reduce_(
+        self, tensor: torch.Tensor, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
+    ) -> None:
+        """Replace a contiguous tensor by the sum over the group, or what `op` says."""
+        distributed.all_reduce(tensor, op=op, group=self.handle)
+
+    def all_gather_into(self, gathered: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Write the ranks' contiguous tensors to `gathered`, one after another along the first dimension."""
+        _all_gather_into(gathered, tensor, group=self.handle)
+
+    def reduce_scatter_into(self, mine: torch.Tensor, parts: torch.Tensor) -> None:
+        """Write this rank's part of the sum of `parts` to `mine`; the parts follow each other along dimension 0."""
+        _reduce_scatter_into(mine, parts, group=self.handle)
 
 
 ALONE = RankGroup()

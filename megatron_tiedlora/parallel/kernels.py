@@ -18,6 +18,8 @@ from torch.nn import functional
 
 # Elements of its widest argument that an uncompiled kernel processes at one time on a GPU: 64 MiB in fp32.
 NUMBERS_AT_ONCE = 2**24
+# What is compiled for a CPU needs memory for so many copies of its widest argument; the others need none.
+COPIES_ON_CPU = {"gate_gradient": 1}  # it joins the gradients of gate and up in one more tensor
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
@@ -264,10 +266,10 @@ class Kernels:
         # The two that are left out are for the tiles of attention on CPUs, whose first dimension is not rows.
         names = [field.name for field in fields(self) if field.name not in ("exp_scores_", "score_gradient_")]
         plain = Kernels()
-        return replace(self, **{name: change(getattr(self, name), _has_rows(getattr(plain, name))) for name in names})
+        return replace(self, **{name: change(getattr(self, name), has_rows(getattr(plain, name))) for name in names})
 
 
-def _has_rows(function: Callable[..., Any]) -> list[bool]:
+def has_rows(function: Callable[..., Any]) -> list[bool]:
     """For each argument of a kernel: whether its first dimension is the rows."""
     parameters = inspect.signature(function).parameters.values()
     return [p.annotation == "torch.Tensor" and p.name != "weight" for p in parameters]

@@ -15,8 +15,7 @@ from shared_batches import Member, SharedBatch, joined, rounds
 from tiny_models import random_adapter, write_tiny_model
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
@@ -260,5 +259,6 @@ def saved_bytes(stage: Stage, tokens: torch.Tensor, positions: Any, shares: Any 
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = stage.embed(tokens, stage.tensor_parallel)
-        stage.run_blocks(hidden, positions, stage.tensor_parallel, updates=updates, shares=shares)
+        context = stage.context(positions, hidden.dtype, shares=shares)
+        stage.run_blocks(hidden, context, stage.tensor_parallel, updates)
     return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in held)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -272,9 +273,9 @@ def test_a_layer_gives_what_it_gives_on_a_cpu(
         torch.nn.init.normal_(parameter)
     ids = IDS if packed else None
     context = layer.context(torch.arange(16).expand(2, 16), torch.float64, documents=ids)
-    assert context.parts and context.documents is None
     documents: Documents = find_documents(IDS, HOST) if packed else whole_rows(2, 16, HOST)
-    on_gpu = replace(context, parts=(), documents=documents, attend=fused_attention._torch_flash)
+    attend = partial(attend_within, documents=documents, attend=fused_attention._torch_flash)
+    on_gpu = replace(context, attend=attend)
     hidden = torch.randn(2, 16, 48, dtype=torch.float64)
     wanted, found = (layer.attend(hidden, given, TensorParallel()) for given in (context, on_gpu))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from tiny_models import LLAMA3_ROPE, tiny_config, write_tiny_model
 
-from megatron_tiedlora.adapters.targets import qkv_target, targets_of
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
     TiedAdapter,
     initial_values,
     make_adapter_config,
+    qkv_target,
+    targets_of,
 )
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHODS
@@ -24,7 +25,6 @@ from megatron_tiedlora.base.shapes import Llama3Scaling, RopeShape
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.model import layer_specs as layer_specs_module
 from megatron_tiedlora.model.attention import Attention
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import Block
@@ -146,7 +146,7 @@ def test_only_supervised_positions_meet_the_vocabulary(folder: Path, monkeypatch
         return real(logits, *arguments)
 
     monkeypatch.setattr(loss_module, "_losses", counted)
-    monkeypatch.setattr(layer_specs_module, "HEAD_ROWS", 8)  # few rows at a time give the same sum
+    monkeypatch.setattr(model.tail.head, "rows_at_once", 8)  # few rows at a time give the same sum
     assert model(ids, positions(ids), labels).item() == pytest.approx(whole, rel=1e-6)
     assert (labels != -100).sum() == 23 and rows == [8, 8, 8]
 

@@ -66,7 +66,7 @@ def test_parts_give_what_the_whole_gives(
             return kernel(*parts)
 
         whole, parts = ([a.clone() if isinstance(a, torch.Tensor) else a for a in arguments] for _ in range(2))
-        wanted, found = kernel(*whole), run_in_parts(counted, tuple(parts), module._has_rows(kernel))
+        wanted, found = kernel(*whole), run_in_parts(counted, tuple(parts), module.has_rows(kernel))
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-15, msg=name)
         torch.testing.assert_close(parts[0], whole[0], rtol=0, atol=1e-15, msg=name)  # where it works in place
         assert sum(calls) == ROWS and max(calls) == rows_at_once, name
