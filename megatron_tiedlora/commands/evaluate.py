@@ -69,11 +69,11 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         output = take_output_folder(
             settings.output_dir, parent=DEFAULT_PARENT, name=output_name(plans), take_over=settings.take_over
         )
-        end.release = output.release
+        end.held.callback(output.release)
         return output.partial, output.lock.owner.start
 
     # A folder that is not free is rejected before any work is done.
-    end.owner = Owner(*decided_by_rank_0(take, kind=tuple[Path, str]), is_main=is_main)
+    end.owners.append(Owner(*decided_by_rank_0(take, kind=tuple[Path, str]), is_main=is_main))
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(
         plan.source,

@@ -51,8 +51,6 @@ def _check_files(settings: Settings) -> None:
     check_files_exist(settings)
 
 
-
-
 if __name__ == "__main__":
     from megatron_tiedlora.commands.front import run
 

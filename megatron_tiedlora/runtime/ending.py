@@ -59,8 +59,8 @@ class End:
         reason: the reason of a good end.
         state, status: the state and the exit status of a run that did not raise.
         saved: what to report if a signal arrives after a step and the step alone does not say it.
-        owner: the owner of the folder that rank 0 writes to, once it is chosen.
-        release: gives back the folder that rank 0 writes to; called when the run ends.
+        owners: of the folders that rank 0 writes to, as they are taken.
+        held: gives these folders back when the run ends, the one that was taken first last.
         gpu: this rank's GPU as text.
     """
 
@@ -76,8 +76,8 @@ class End:
     status: int = 0
     saved: str = ""
     heartbeat: Heartbeat | None = None
-    owner: Owner | None = None
-    release: Callable[[], None] = lambda: None
+    owners: list[Owner] = field(default_factory=list)
+    held: ExitStack = field(default_factory=ExitStack)
     gpu: str = ""
     silence_seconds: float = SILENCE_SECONDS
     log: RankLog = field(default_factory=RankLog)
@@ -206,10 +206,11 @@ class End:
         os._exit(FAILED_STATUS)
 
     def _leave_folder(self) -> None:
-        """Rank 0 gives the folder back; if rank 0 is lost, the others revoke it, in case rank 0 still runs."""
-        self.release()
-        if self.rank and self.owner is not None and self.heartbeat is not None and self.heartbeat.main_lost:
-            self.owner.give_up()
+        """Rank 0 gives its folders back; if rank 0 is lost, the others revoke them, in case rank 0 still runs."""
+        self.held.close()
+        if self.rank and self.heartbeat is not None and self.heartbeat.main_lost:
+            for owner in self.owners:
+                owner.give_up()
 
     def _show(self, failure: PeerFailure, text: str) -> None:
         """Show `text` on the screen if this rank reports for all; otherwise write it to its log only."""
@@ -245,8 +246,7 @@ def reported_end(rank: int, world_size: int, stop: StopRequests) -> Iterator[End
         SystemExit: the run failed and this is its only rank.
     """
     end = End(rank, world_size, stop)
-    with ExitStack() as last, end._open, end._reserve:
-        last.callback(lambda: end.release())  # it is set inside
+    with end.held, end._open, end._reserve:
         try:
             yield end
             if rank == 0:

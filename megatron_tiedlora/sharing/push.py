@@ -289,7 +289,7 @@ def without_folders(given: str, settings: Mapping[str, Any]) -> str:
     name means on this host, in this folder, is not what it meant to the run.
     """
     from_hub = settings.get(HUB_NAMES)
-    ids = from_hub if isinstance(from_hub, list) else []  # earlier versions recorded none
+    ids = from_hub if isinstance(from_hub, list) else []  # a run.yaml may be edited
     names = map(str.strip, given.split(","))
     return ",".join(name if name.partition(":")[0] in ids else last_name(name) for name in names)
 

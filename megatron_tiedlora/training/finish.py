@@ -113,12 +113,14 @@ def export_all(trainer: Trainer, told: Callable[[AdapterRun, list[str]], list[st
         RunStopped: a signal came; those that are exported have finished.
     """
     lines: list[str] = []
-    for run in trainer.trained:
-        with run.failing_alone():
-            exported = export(run, trainer.stop)
-            lines += told(run, exported)
-            run.finish()
-    trainer.write_table()
+    try:
+        for run in trainer.trained:
+            with run.failing_alone():
+                exported = export(run, trainer.stop)
+                lines += told(run, exported)
+                run.finish()
+    finally:
+        trainer.write_table()
     return lines
 
 
@@ -132,15 +134,20 @@ def original_losses(trainer: Trainer) -> list[str]:
 def original_loss(run: AdapterRun, stop: StopRequests) -> list[str]:
     """A line with the validation loss of the best adapter on the base as it is stored. On rank 0.
 
-    There is none if the run used no other base. The run is over, so a signal or too little memory only end this.
+    There is none if the run used no other base. The run is over, so a signal, too little memory or a base that cannot
+    be read only end this.
     """
     plan = run.plan
     if plan.settings.base is None or plan.source.stored is not None:
         return []
     try:
         text = f"{_original_loss(run, stop):.4f}"
-    except (RunStopped, torch.OutOfMemoryError) as error:
-        text = "not computed, as " + ("a signal came" if isinstance(error, RunStopped) else "memory is too small")
+    except RunStopped:
+        text = "not computed, as a signal came"
+    except torch.OutOfMemoryError:
+        text = "not computed, as memory is too small"
+    except UserError as error:
+        text = f"not computed: {error}"
     return [f"on the base as it is stored, in {plan.dtype_name}: validation loss {text}"]
 
 

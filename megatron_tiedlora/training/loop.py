@@ -39,6 +39,11 @@ class Finished:
     recorded = True
 
 
+def unrecorded(adapters: Mapping[str, AdapterRun]) -> list[tuple[RunFolder, int]]:
+    """The folders of adapters whose end is not recorded, each with its last step."""
+    return [(run.folder, run.progress.step) for run in adapters.values() if not run.recorded]
+
+
 @dataclass
 class Trainer:
     """A run on one rank, from a ready engine to the end of the training of its adapters.
@@ -88,10 +93,6 @@ class Trainer:
         """Those whose training has ended well, and whose end is not recorded yet."""
         return [run for run in self.adapters.values() if run.state == "ended"]
 
-    def unrecorded(self) -> list[tuple[RunFolder, int]]:
-        """The folders of adapters whose end is not recorded, each with its last step."""
-        return [(run.folder, run.progress.step) for run in self.adapters.values() if not run.recorded]
-
     def run(self) -> None:
         """Train until every adapter has ended or failed.
 
@@ -130,7 +131,7 @@ class Trainer:
         for run in self.adapters.values():
             with run.failing_alone():
                 run.recall()
-        new = {name: run for name, run in self.adapters.items() if run.progress.step == 0}
+        new = {name: run for name, run in self._running().items() if run.progress.step == 0}
         started = of_start(list(new.values()), self.evaluation.evaluated)
         for name, found in started.items():
             with new[name].failing_alone():
@@ -160,12 +161,12 @@ class Trainer:
             self._show(bar)
             return
         running = {name: running[name] for name in samples}
-        failures = (run.log_failure for run in running.values() if not run.ends_apart)
         with self._profiler.step(self.last_step + 1):
             report = self.step.run(
                 samples,
                 save_due=lambda: any([run.wants_save for run in running.values()]),
-                failure=next(filter(None, (self._table_failure, *failures)), None),
+                failure=self._table_failure,
+                failures={name: run.log_failure for name, run in running.items() if run.log_failure is not None},
                 saved_steps={name: run.saved_step for name, run in running.items() if run.saved_step is not None},
             )
         said = [f"{sum(step.num_tokens for step in samples.values()) / report.seconds:,.0f} tokens/s"]

@@ -16,8 +16,7 @@ import torch
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import first_free
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.base.table import aligned_lines
-from megatron_tiedlora.base.wording import bytes_in_words, count_text
+from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint
@@ -209,7 +208,7 @@ def _resumed(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
     """The step from which the run continues, and whether --packing was different before it."""
     if checkpoint is None:
         return ""
-    packing, before = plan.settings.packing, checkpoint.settings.get("packing", False)
+    packing, before = plan.settings.packing, checkpoint.settings["packing"]
     changed = f" (until there --packing {str(before).lower()}, from here {str(packing).lower()})"
     return f", resumed from step {checkpoint.progress.step}{changed if before != packing else ''}"
 

@@ -131,11 +131,14 @@ def check_resumed_settings(plan: RunPlan, checkpoint: Checkpoint, *, data_sha256
     saved, step, source = checkpoint.settings, checkpoint.progress.step, str(checkpoint.folder)
     settings, marks = plan.settings, declared(Settings)
     for name, value in plan.resolved_settings().items():
-        if not marks[name].compared or name == "epochs" or name not in saved:
+        if not marks[name].compared or name == "epochs":
+            continue
+        default = Settings.model_fields[name].default  # of a setting that came after the checkpoint
+        if name not in saved and (default is None or default == value):
             continue
         if name == "max_new_tokens" and settings.eval_metric == "loss":  # changes nothing in such a run
             continue
-        before = saved[name]
+        before = saved.get(name, default)
         if (list(before) if isinstance(before, (list, tuple)) else before) == value:
             continue
         if name == "max_steps" and saved.get("schedule") == settings.schedule == "constant":

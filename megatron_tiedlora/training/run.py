@@ -43,13 +43,11 @@ def train_rank(settings: Settings) -> End:
             if start.is_main:
                 show(*table_lines(start.finished, start.folder))
             return end
-        chosen = choose_kernels(longest_run(start.plans), device)
+        chosen = choose_kernels(longest_run(start.left), device)
         built = build_model(start.left, device, start.checkpoints, kernels=chosen.kernels)
         trainer = make_trainer(start, built, device, stop)
         report = report_of(start, trainer, built)
         trainer.progress = report.progress
-        end.enter(trainer.folder)
-        end.first_step = trainer.last_step
         end.finished_step = lambda: trainer.last_step
         end.saved = report.saved
         if start.is_main:

@@ -6,7 +6,7 @@ The folder of a run of one adapter is the run's; of several each has its own in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from megatron_tiedlora.training.adapter_plans import (
 from megatron_tiedlora.training.adapter_run import AdapterRun, is_trained
 from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.halving import REASON, rivals_of
-from megatron_tiedlora.training.loop import Finished, Trainer
+from megatron_tiedlora.training.loop import Finished, Trainer, unrecorded
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.resumed import adopt_checkpoint, find_checkpoint, reject_another_run, with_kept_warmup
 from megatron_tiedlora.training.run_data import Data
@@ -59,14 +59,14 @@ class Start:
         folders: of each adapter; those that are new have no owner until they are made (`make_trainer`).
         checkpoints: from which each continues; None: it begins.
         finished: the adapters that an earlier start has finished.
-        held: what gives the folders back at the end, on rank 0. The run's is the last.
+        end: of the run, which gives the folders back.
     """
 
     settings: Settings
     plans: Plans
     data: Data
     folder: RunFolder
-    held: ExitStack
+    end: End
     folders: dict[str, RunFolder] = field(default_factory=dict)
     checkpoints: dict[str, Checkpoint | None] = field(default_factory=dict)
     finished: dict[str, Finished] = field(default_factory=dict)
@@ -93,7 +93,7 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
     A start that cannot continue the run in a folder does not take the folder over. Nothing is written yet.
 
     Args:
-        end: of the run. It releases all folders, and gets the owner at once, so that peers can give the folder up if
+        end: of the run. It gives all folders back, and gets their owners at once, so that peers can give them up if
             rank 0 is lost while it reads checkpoints.
 
     Raises:
@@ -106,8 +106,6 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
                 f"{count_text(differing, 'rank')} read other training, validation or test data than rank 0."
                 " Give every host the same files"
             )
-    held = ExitStack()
-    end.release = held.close
 
     def reject_other_runs(folder: RunFolder) -> None:
         for name, own in adapter_folders(plans, folder).items():
@@ -118,13 +116,12 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
         settings,
         name=run_name(settings),
         kind=folder_kind(plans),
-        held=held,
+        end=end,
         before=reject_other_runs,
         after=partial(check_run_folders, settings, plans),
     )
-    end.owner = folder.owner
     plans = in_folder(plans, folder)
-    opened = Start(settings, plans, data, folder, held)
+    opened = Start(settings, plans, data, folder, end)
     _open_run_folders(opened)
     for name, plan in plans.items():
         with naming(name):
@@ -140,7 +137,7 @@ def _take_folder(
     *,
     name: str,
     kind: type[RunFolder] = RunFolder,
-    held: ExitStack,
+    end: End,
     before: Callable[[RunFolder], None],
     after: Callable[[RunFolder], None] = lambda folder: None,
 ) -> RunFolder:
@@ -155,12 +152,14 @@ def _take_folder(
             before=before,
             kind=kind,
         )
-        held.callback(lock.release)
+        end.held.callback(lock.release)
         after(folder)
         return str(folder.path), lock.owner.start
 
     path, start = decided_by_rank_0(take, kind=tuple[str, str])
-    return kind(Path(path), Owner(Path(path), start, is_main=rank_and_world_size()[0] == 0))
+    owner = Owner(Path(path), start, is_main=rank_and_world_size()[0] == 0)
+    end.owners.append(owner)
+    return kind(Path(path), owner)
 
 
 def _open_run_folders(start: Start) -> None:
@@ -181,7 +180,7 @@ def _open_run_folder(name: str, start: Start) -> RunFolder:
     """Take the run folder of one of several adapters on rank 0, as `open_run` takes the run's, and tell every rank."""
     plan, before = start.plans[name], partial(reject_another_run, start.plans[name], start.data[name])
     with naming(name):
-        return _take_folder(plan.settings, name=plan.name, held=start.held, before=before)
+        return _take_folder(plan.settings, name=plan.name, end=start.end, before=before)
 
 
 def _finished_before(start: Start) -> dict[str, Finished]:
@@ -217,18 +216,21 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
     """Occupy the folder of each adapter, and make what trains them. The first files of the run are written here.
 
     Raises:
-        UserError: a folder cannot be written; on every rank.
+        UserError: a folder cannot be written; on every rank. The status of each that was occupied says so.
     """
-    settings, left = start.settings, start.left
+    settings, left, end, adapters = start.settings, start.left, start.end, dict[str, AdapterRun]()
+    folder_of_run = start.folder.with_running(partial(unrecorded, adapters))
+    end.first_step = max(found.progress.step if (found := start.checkpoints[name]) else 0 for name in left)
+    end.finished_step = lambda: end.first_step
     if start.own_folders:
         _write_settings(start)
+        end.enter(folder_of_run)
     rivals = rivals_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
     shared = shared_plan(left)
     meter = start_meter(shared, device)
     progress = {name: found.progress if (found := start.checkpoints[name]) else Progress() for name in left}
     capacity = micro_batch_capacity(left, shares=settings.share_micro_batches)
     step = TrainStep(left, built.runner, stop, {name: own.step for name, own in progress.items()}, capacity)
-    adapters = {}
     for name, plan in left.items():
         folder = start.folders[name]
         if folder.owner is None:
@@ -248,10 +250,10 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
             ends_apart=start.folders[name] is not start.folder,
             keeps_losses=bool(rivals.get(name)),
         )
+    if end.folder is None:
+        end.enter(folder_of_run)
     everyone = {name: start.finished.get(name) or adapters[name] for name in start.plans}
-    trainer = Trainer(adapters, step, start.folder, stop, everyone, settings.profile, rivals)
-    trainer.folder = start.folder.with_running(trainer.unrecorded)
-    return trainer
+    return Trainer(adapters, step, folder_of_run, stop, everyone, settings.profile, rivals)
 
 
 def _write_settings(start: Start) -> None:
@@ -272,9 +274,19 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint |
     """Write the resumed checkpoint, run.yaml and the logs to the folder. Returns rank 0's log, None on the others.
 
     Raises:
-        UserError: the folder cannot be written; on every rank.
+        UserError: the folder cannot be written; on every rank. Its status says so.
     """
     logs: list[MetricsLog] = []
+
+    def occupy_or_say_why() -> None:
+        try:
+            occupy()
+        except UserError as error:
+            with suppress(UserError):  # the folder may be what failed
+                if folder.is_run and not folder.status.exists():
+                    step = 0 if checkpoint is None else checkpoint.progress.step
+                    folder.write_status("failed", step=step, reason=str(error))
+            raise
 
     def occupy() -> None:
         if checkpoint is not None:
@@ -292,7 +304,7 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint |
         )
         logs.append(log)
 
-    decided_by_rank_0(occupy)
+    decided_by_rank_0(occupy_or_say_why)
     return logs[0] if logs else None
 
 

@@ -36,7 +36,7 @@ class AdapterStep:
     loss: float  # mean over the supervised tokens of its global batch
     learning_rate: float  # of this step
     grad_norm: float = math.nan  # before clipping
-    failure: RunFailed | None = None
+    failure: UserError | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class StepReport:
 
     @property
     def only(self) -> AdapterStep:
-        """That of the only adapter. Raises RunFailed if it failed."""
+        """That of the only adapter. Raises UserError if it failed."""
         (found,) = self.adapters.values()
         if found.failure is not None:
             raise found.failure
@@ -87,6 +87,7 @@ class TrainStep:
         *,
         save_due: Callable[[], bool] = bool,
         failure: UserError | None = None,
+        failures: Mapping[str, UserError] | None = None,
         saved_steps: Mapping[str, int] | None = None,
     ) -> StepReport:
         """Take one step of each adapter in `steps`, on this rank's micro-batches; all ranks call this together.
@@ -97,13 +98,14 @@ class TrainStep:
             steps: this rank's share of the global batch of each running adapter.
             save_due: called after the backward passes; whether rank 0 wants a checkpoint.
             failure: an error on rank 0 since the last step; it is raised before weights change.
+            failures: errors on rank 0 since the last step by adapter; such an adapter takes no step.
             saved_steps: the step of each adapter's last checkpoint, for messages.
 
         Raises on every rank:
             RunStopped: between the micro-batches of a long step.
             UserError: `failure` of rank 0.
         """
-        started, optimizers = time.monotonic(), self.runner.optimizers
+        started, optimizers, ranks = time.monotonic(), self.runner.optimizers, self._grid.world_size
         inputs = [shared_micro_batch(some) for some in shared_rounds(steps, capacity=self.capacity)]
         divisors = {name: self._divisors(name, step) for name, step in steps.items()}
         summed = self.runner.accumulate(inputs, divisors, self._between_micro_batches)
@@ -116,9 +118,10 @@ class TrainStep:
             stopping=requested > 0,
             signals=requested,
         )
-        # Whether an adapter misses a gradient, and its loss, are in the message of the votes.
-        misses = [float(bool(missing.get(name))) for name in steps]
-        agreed = sum_over_ranks([*mine, *misses, *(summed[name] for name in steps)])
+        # Whether an adapter misses a gradient or has failed, and its loss, are in the message of the votes.
+        failures = failures or {}
+        states = [float(bool(missing.get(name)) + (ranks + 1) * (name in failures)) for name in steps]
+        agreed = sum_over_ranks([*mine, *states, *(summed[name] for name in steps)])
         votes, own = StepVotes(*agreed[: len(mine)]), agreed[len(mine) :]
         if votes.failed:
             raise_on_every_rank(failure)
@@ -127,10 +130,17 @@ class TrainStep:
             name: AdapterStep(self.finished[name] + 1, loss / step.num_supervised, rates[name])
             for (name, step), loss in zip(steps.items(), own[len(steps) :], strict=True)
         }
-        ranks_missing = dict(zip(steps, own[: len(steps)], strict=True))
-        reports = self._take(reports, missing, ranks_missing, saved_steps or {})
+        failed, ranks_missing = dict[str, UserError](), dict[str, float]()
+        for name, state in zip(steps, own, strict=False):
+            has_failed, ranks_missing[name] = divmod(state, ranks + 1)
+            if has_failed:
+                try:
+                    raise_on_every_rank(failures.get(name))
+                except UserError as error:
+                    failed[name] = error
+        reports = self._take(reports, missing, ranks_missing, saved_steps or {}, failed)
         optimizers.clear()
-        self._seconds = votes.seconds / self._grid.world_size
+        self._seconds = votes.seconds / ranks
         return StepReport(reports, time.monotonic() - started, votes)
 
     def _take(
@@ -139,9 +149,10 @@ class TrainStep:
         missing: Missing,
         ranks_missing: Mapping[str, float],
         saved_steps: Mapping[str, int],
+        failed: dict[str, UserError],
     ) -> dict[str, AdapterStep]:
-        """Take the step of each adapter whose checks do not fail. Returns the reports with norms and failures."""
-        failed: dict[str, RunFailed] = {}
+        """Take the step of each adapter that has not `failed`, also by its checks. Returns the reports with norms and
+        failures."""
 
         def healthy() -> dict[str, tuple[StepChecks, int]]:
             return {name: (self.checks[name], own.number) for name, own in reports.items() if name not in failed}

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from run_helpers import Base, World, run, start_ranks, write_base
-from run_preludes import before_call, kill_at_call, slow_turns
+from run_preludes import before_call, kill_at_call, kill_at_step, slow_turns
 from safetensors.torch import load_file
 
 from megatron_tiedlora.base.ownership import take_folder
@@ -77,6 +77,32 @@ def _files(folder: Path) -> list[str]:
     skipped = ("logs", "tensorboard", "metrics.jsonl", ".")  # an owner's token is a dot file
     found = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     return sorted(name for name in found if not name.startswith(skipped))
+
+
+def _lose_the_log(name: str, step: int) -> None:
+    """The log of one adapter cannot be written from a step on."""
+    import importlib
+
+    module: Any = importlib.import_module("megatron_tiedlora.runtime.run_folder")
+    errors: Any = importlib.import_module("megatron_tiedlora.base.errors")
+    write = module.MetricsLog.write
+
+    def failing(log: Any, row: dict[str, Any]) -> None:
+        if log._folder.path.name == name and row["step"] >= step:
+            raise errors.UserError("metrics.jsonl cannot be written (No space left on device)")
+        write(log, row)
+
+    module.MetricsLog.write = failing
+
+
+def _cannot_write_the_settings_of_b() -> None:
+    from megatron_tiedlora.base.errors import UserError
+
+    def look(plan: Any, folder: Any) -> None:
+        if folder.path.name == "b":
+            raise UserError(f"{folder.settings}: cannot be written (No space left on device)")
+
+    before_call("megatron_tiedlora.training.start", "write_run_settings", look)
 
 
 def same_folders(found: Path, expected: Path, *, stopped: bool = False) -> None:
@@ -381,3 +407,30 @@ def wait_until(condition: Callable[[], bool], world: World) -> None:
     while not condition():
         assert world.processes[0].exitcode is None, world.wait().tail()
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_an_adapter_without_a_log_takes_no_further_step(base: Base, tmp_path: Path, ranks: int | None) -> None:
+    """Long before its next save, and whichever rank has the log. The other one does not see it."""
+    own = {"a": {**_FOUR["a"], "save_interval": 6}, "b": {**_FOUR["b"], "max_steps": 6, "save_interval": 6}}
+    file = written(tmp_path / "adapters.yaml", own)
+    run(base, tmp_path / "whole", adapters=file, ranks=ranks, eval_interval=6)
+    lost = partial(_lose_the_log, "b", 3)
+    run(base, tmp_path / "run", adapters=file, ranks=ranks, eval_interval=6, expect=1, prelude=lost)
+    found = state(tmp_path / "run" / "b")
+    assert found[:2] == ("failed", 3) and "No space left on device" in found[2]
+    assert [row["step"] for row in rows(tmp_path / "run" / "b") if row["split"] == "train"] == [1, 2]
+    same_folders(tmp_path / "run" / "a", tmp_path / "whole" / "a")
+
+
+def test_a_start_that_fails_at_its_second_folder_says_so(base: Base, tmp_path: Path) -> None:
+    """What it has taken does not look as if it ran."""
+    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", {name: _FOUR[name] for name in "ab"})
+    run(base, folder, adapters=file, prelude=partial(kill_at_step, 3), expect=143)
+    assert state(folder)[0] == state(folder / "a")[0] == "stopped"
+    ended = run(base, folder, adapters=file, prelude=_cannot_write_the_settings_of_b, expect=2, resume="auto")
+    assert "run.yaml: cannot be written" in ended.error_line()
+    for own in (folder, folder / "a"):
+        assert state(own)[:2] == ("failed", 3) and "run.yaml: cannot be written" in state(own)[2], own
+    run(base, folder, adapters=file, resume="auto")
+    assert {state(own)[0] for own in (folder, folder / "a", folder / "b")} == {"finished"}

@@ -246,25 +246,31 @@ def test_one_that_wakes_up_beside_the_next_start(base: Base, whole: Path, tmp_pa
     assert_same_run(folder, whole)
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 @pytest.mark.parametrize("moment", ["before latest", "between steps"])
-def test_a_rank_0_that_its_peers_gave_up(base: Base, tmp_path: Path, moment: str) -> None:
-    """They mark it so; the next start takes the folder by itself, although the old rank 0 may wake up, and does."""
-    folder, alone = tmp_path / "run", tmp_path / "alone"
-    run(base, alone, ranks=2)
+def test_a_rank_0_that_its_peers_gave_up(base: Base, tmp_path: Path, moment: str, several: bool) -> None:
+    """They mark it so; the next start takes the folders by itself, although the old rank 0 may wake up, and does."""
+    folder, alone, given = tmp_path / "run", tmp_path / "alone", dict[str, Any]()
+    if several:
+        given["adapters"] = tmp_path / "adapters.yaml"
+        given["adapters"].write_text("[{name: a}, {name: b, method: lora}]")
+    folders = [folder / name for name in "ab"] if several else [folder]
+    run(base, alone, ranks=2, **given)
     module, name, call = MOMENTS[moment]
     prelude = partial(all_of, watched_steps, partial(stop_at_call, module, name, call=call))
-    old = start(base, tmp_path / "old", ranks=2, output_dir=folder, prelude=prelude)
+    old = start(base, tmp_path / "old", ranks=2, output_dir=folder, prelude=prelude, **given)
     wait_for(is_stopped(old), "the stop")
     old.processes[1].join(60)
     assert old.processes[1].exitcode == 1
     assert "rank 0 on " in status(folder)["reason"] and "stopped responding" in status(folder)["reason"]
-    marked = Path(shutil.copytree(folder, tmp_path / "marked"))
-    assert len(list(marked.glob(".owner-given-up-*"))) == 1
-    run(base, folder, ranks=2, resume="auto")
+    assert all(len(list(own.glob(".owner-given-up-*"))) == 1 for own in {folder, *folders})
+    run(base, folder, ranks=2, resume="auto", **given)
     assert is_free(folder)
-    assert_same_run(folder, alone)
+    for own in folders:
+        assert_same_run(own, alone / own.relative_to(folder))
     wake(old, folder)
-    assert_same_run(folder, alone)
+    for own in folders:
+        assert_same_run(own, alone / own.relative_to(folder))
 
 
 def test_a_rank_0_that_is_lost_while_it_reads_checkpoints(base: Base, tmp_path: Path) -> None:

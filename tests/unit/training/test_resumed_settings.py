@@ -44,10 +44,13 @@ def test_another_value_of_a_setting_is_rejected(name: str, value: Any) -> None:
     assert f"step_4: trained with --{name} " in message and f"but now it is {value}" in message
 
 
-def test_a_setting_that_the_checkpoint_does_not_name_is_no_difference() -> None:
-    """One that came later: this start's value holds."""
+def test_a_setting_that_the_checkpoint_does_not_name_had_its_default() -> None:
+    """One that came later."""
     before = plan_of(max_steps=100)
-    check(before, plan_of(max_steps=100, beta1=0.8), without=("beta1",))
+    check(before, plan_of(max_steps=100), without=("beta1",))
+    assert "trained with --beta1 0.9, but now it is 0.8" in refusal(
+        before, plan_of(max_steps=100, beta1=0.8), without=("beta1",)
+    )
     assert "--schedule None reaches 0" in refusal(before, plan_of(max_steps=200), without=("schedule",))
 
 
