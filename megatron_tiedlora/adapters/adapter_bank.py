@@ -7,7 +7,7 @@ The bank is no module: engines neither move nor sum nor step its tensors, unless
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -218,11 +218,12 @@ class _Flat:
     """Factors end to end, in one memory for all layers that share them."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, ...], torch.Tensor] = {}
+        self._found: dict[Hashable, torch.Tensor] = {}
 
     def of(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """All numbers of the factors; their own memory if there is only one."""
-        key = tuple(factor.data_ptr() for factor in factors)
+        # not by address, as tensors without data have none
+        key = tuple((factor.untyped_storage()._cdata, factor.storage_offset()) for factor in factors)
         if key not in self._found:
             parts = [factor.flatten() for factor in factors]
             self._found[key] = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -16,12 +16,74 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.rows import AllRows
-from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
+from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, Cut, ModelShape
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import StepSum, gather_together
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, draw_normal
+
+# Targets --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear with weight W (out, in) in every adapted layer: z = W x + (alpha / r) diag(v) B diag(u) A x.
+
+    Attributes:
+        name: its key in `BlockShape.adaptable`.
+        blocks: output sizes of the fused parts, in order.
+        cut: how W is sharded over tensor-parallel ranks: "column" by the rows of each block, "row" by its columns.
+    """
+
+    name: str
+    in_size: int
+    blocks: tuple[int, ...]
+    cut: Cut
+
+    @property
+    def out_size(self) -> int:
+        """The number of rows of W."""
+        return sum(self.blocks)
+
+    def local_sizes(self, tp_size: int) -> tuple[int, int]:
+        """(in, out) of one rank's shard of W."""
+        if self.cut == "row":
+            return self.in_size // tp_size, self.out_size
+        return self.in_size, self.out_size // tp_size
+
+    @property
+    def prefix(self) -> str:
+        """The prefix of its tensors' names."""
+        return "" if self.name == QKV else f"{self.name}."
+
+
+def targets_of(shape: ModelShape, names: Sequence[str] = (QKV,)) -> tuple[Target, ...]:
+    """The model's linears of these names, in the order of their computation."""
+    adaptable = shape.block.adaptable.items()
+    return tuple(Target(name, linear.in_size, linear.blocks, linear.cut) for name, linear in adaptable if name in names)
+
+
+def sized_targets(
+    names: Sequence[str], *, hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int = 0
+) -> tuple[Target, ...]:
+    """The same from the sizes that an adapter's file has, for reading it without its base.
+
+    Args:
+        intermediate_size: only `gate_up` and `down_proj` need it.
+    """
+    known = (
+        qkv_target(hidden_size, qkv_rows),
+        Target(OUTPUT, qkv_rows[0], (hidden_size,), "row"),
+        Target(GATE_UP, hidden_size, (intermediate_size, intermediate_size), "column"),
+        Target(DOWN, intermediate_size, (hidden_size,), "row"),
+    )
+    return tuple(target for target in known if target.name in names)
+
+
+def qkv_target(hidden_size: int, qkv_rows: tuple[int, int, int]) -> Target:
+    """The fused query, key and value projection alone."""
+    return Target(QKV, hidden_size, qkv_rows, "column")
 
 
 @dataclass(frozen=True)
@@ -47,6 +109,11 @@ class AdapterConfig:
     def scale(self) -> float:
         """alpha / r."""
         return self.alpha / self.rank
+
+    @cached_property
+    def of_one_layer(self) -> AdapterConfig:
+        """The same for one layer and without a seed: what a layer does depends on nothing else."""
+        return replace(self, layers=(1,), seed=0)
 
     @property
     def method_spec(self) -> Method:
@@ -149,10 +216,6 @@ class AdapterPart:
     def local_size(self, name: str) -> int:
         """The numbers in this rank's part."""
         return math.prod(self.local_shape(name))
-
-    def adapts(self, layer: int, name: str) -> bool:
-        """Whether it adapts a linear in one of the stage's layers."""
-        return layer in self.layers and any(target.name == name for target in self.config.targets)
 
     def is_gathered(self, name: str) -> bool:
         """Whether the ranks gather the tensor in each forward pass, and sum its gradient in each backward pass."""

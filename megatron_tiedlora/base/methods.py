@@ -42,11 +42,6 @@ class Method:
         return found
 
     @property
-    def trains_f(self) -> bool:
-        """Whether F = (alpha / r) diag(v) B diag(u) is trained."""
-        return self.B.trained or self.u.trained or self.v.trained
-
-    @property
     def starts_at_base(self) -> bool:
         """Whether the update is zero before the first step (all methods but tl1)."""
         return "zero" in (self.B.start, self.v.start)

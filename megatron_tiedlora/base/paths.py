@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,3 +60,43 @@ def numbered(path: Path) -> Iterator[Path]:
 def first_free(path: Path) -> Path:
     """The first of `numbered` that does not exist."""
     return next(one for one in numbered(path) if not os.path.lexists(one))
+
+
+# Folders of one user --------------------------------------------------------------------------------------------------
+
+
+CACHE_VARIABLE = "MEGATRON_TIEDLORA_CACHE"
+
+
+def user_cache() -> Path:
+    """The folder for what is downloaded or made once; it may not exist yet.
+
+    `$MEGATRON_TIEDLORA_CACHE`, else `~/.cache/megatron_tiedlora`.
+    """
+    configured = os.environ.get(CACHE_VARIABLE)
+    return user_path(configured).absolute() if configured else Path.home() / ".cache" / "megatron_tiedlora"
+
+
+def make_own_folder(path: Path, *, mode: int = 0o755) -> None:
+    """Create a folder and its parents, not writable by others. An existing one is left as it is.
+
+    Raises:
+        UserError: it exists, and anyone may write in it.
+        OSError: it cannot be created.
+    """
+    path.mkdir(mode=mode & ~stat.S_IWOTH, parents=True, exist_ok=True)
+    if path.stat().st_mode & stat.S_IWOTH:
+        raise UserError(f"{path}: anyone may write files there, and they would be trusted; run chmod o-w on it")
+
+
+def make_private_folder(path: Path) -> None:
+    """Create a folder with a predictable name in one that others can write to, such as the temporary folder.
+
+    Raises:
+        UserError: it exists and is a link, another user's, or writable by anyone.
+        OSError: it cannot be created.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
+        raise UserError(f"{path}: is not this user's own folder, so its content is not trusted; remove it")

@@ -38,10 +38,9 @@ from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
-from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.machines import Machine, read_machine
-from megatron_tiedlora.planning.step_time import Seconds, planned_seconds
-from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
+from megatron_tiedlora.planning.passes import engine_bytes, step_traffic
+from megatron_tiedlora.planning.step_time import Links, Seconds, planned_seconds
 from megatron_tiedlora.runtime.process_group import join_process_group, ranks_here
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model, build_random_model

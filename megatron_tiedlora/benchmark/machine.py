@@ -43,8 +43,7 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.fused_attention import attend_within, choose_attention
 from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.kernels import EAGER
-from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS, listed_peak
-from megatron_tiedlora.planning.machines import Constant, Machine
+from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, listed_peak
 from megatron_tiedlora.runtime.process_group import ranks_by_host
 from megatron_tiedlora.training.throughput import measured_peak, timed
 
@@ -185,7 +184,7 @@ class _Measure:
         yield f"weights.{name}", self._read(weights, begins, "matmuls")
 
     def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """The share of the peak by necessary FLOPs, those of `block_flops`; on a CPU also the queries that are read."""
+        """The share of the peak by necessary FLOPs, as the planner counts; on a CPU also the queries that are read."""
         width, measure = self.shape.heads.rows[0], partial(self._attention, _DTYPES[name])
         many, begins = self._two_terms(measure, 2, seconds)
         rate = 3 * 2 * self.tokens**2 * width / many

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from megatron_tiedlora.base.table import aligned_lines
-from megatron_tiedlora.base.wording import bytes_in_words, count_text
+from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD, Traffic
 from megatron_tiedlora.training.dry_run import shares_text
 

@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from megatron_tiedlora.adapters.targets import Target, sized_targets
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, lora_factors
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
 from megatron_tiedlora.base.checksums import check_seal, sealed
 from megatron_tiedlora.base.errors import UserError, shown

@@ -15,8 +15,7 @@ from typing import Any
 from megatron_tiedlora.base.atomic import write_text
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import EXTRAS, missing_modules
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.private_folders import user_cache
+from megatron_tiedlora.base.paths import user_cache, user_path
 from megatron_tiedlora.base.version import PACKAGE_FOLDER, installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, first_line
 from megatron_tiedlora.config.tool_settings import EnvSettings

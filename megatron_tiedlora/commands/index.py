@@ -8,8 +8,7 @@ from dataclasses import asdict
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.paths import last_name
-from megatron_tiedlora.base.table import aligned_lines
-from megatron_tiedlora.base.wording import bytes_in_words, count_text
+from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text
 from megatron_tiedlora.config.adapter_settings import IndexSettings
 from megatron_tiedlora.sharing.index import INDEX_FILE, Entry, entry_folder, find_entries, find_entry
 

@@ -24,8 +24,7 @@ from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.output_folder import require_room
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
+from megatron_tiedlora.base.paths import make_own_folder, user_cache, user_path
 from megatron_tiedlora.config.tool_settings import PrepareDemoSettings
 from megatron_tiedlora.data.demo import demo_model_path
 

@@ -29,7 +29,7 @@ TENSORBOARD = "tensorboard"
 # TensorBoard is written here; the others are those of accelerate.tracking, each named like its package.
 TRACKER_NAMES = (TENSORBOARD, "wandb", "mlflow", "trackio", "comet_ml", "swanlab", "clearml", "aim", "dvclive")
 Schedule = Literal["cosine", "linear", "constant"]  # training/build.py has what they are
-GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/cards.py has what they are
+GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/machines.py has what they are
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
 
 _run = partial(setting_field, "run", decides="nothing")

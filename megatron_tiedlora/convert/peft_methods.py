@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import LinearShape
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE

@@ -29,7 +29,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.output_folder import partial_folder, remove_abandoned_outputs, take_output
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
-from megatron_tiedlora.base.private_folders import CACHE_VARIABLE, make_own_folder, user_cache
+from megatron_tiedlora.base.paths import CACHE_VARIABLE, make_own_folder, user_cache
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.data.encode_rows import Encoding, encoded_rows

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.private_folders import user_cache
+from megatron_tiedlora.base.paths import user_cache
 
 DEFAULT_SIZES = {"train": 2400, "validation": 48, "test": 48}
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftType
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.checksums import check_file
 from megatron_tiedlora.base.errors import UserError, shown

@@ -16,23 +16,24 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from megatron_tiedlora.planner.candidates import Candidate, Cluster
-from megatron_tiedlora.planner.runs import PlannedRun
+from megatron_tiedlora.planner.candidates import Candidate, Cluster, PlannedRun
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.links import Links, Term
 from megatron_tiedlora.planning.memory import HeldBytes, StageMemory, StepBytes, held_bytes, with_reserves
+from megatron_tiedlora.planning.micro_batches import Batch
+from megatron_tiedlora.planning.passes import StageWork, stage_work
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.step_time import (
+    Links,
     Seconds,
     StageSeconds,
     StepParts,
+    Term,
     stage_seconds,
     stage_terms,
     step_parts,
     step_seconds,
     sum_terms,
 )
-from megatron_tiedlora.planning.work import Batch, StageWork, stage_work
 from megatron_tiedlora.training.step_plan import Work
 
 _Part = TypeVar("_Part")
@@ -225,16 +226,8 @@ class Pricer:
 
 
 def _kinds(stage: StagePlan) -> Hashable:
-    """What the blocks of a stage do: how many there are of each kind, their adapters, and what needs a gradient."""
-    owners = stage.owned_by(range(len(stage.parts)))
-    return tuple(
-        (
-            kind._replace(example=0),
-            tuple(kind.example in part.layers for part in stage.parts),
-            tuple(owners.needs(kind.example).values()),
-        )
-        for kind in owners.kinds
-    )
+    """What the blocks of a stage do, and how many there are of each kind."""
+    return tuple((kind.traced, kind.number) for kind in stage.owned_by(range(len(stage.parts))).kinds)
 
 
 def hours_in_turn(row: Priced, run: PlannedRun) -> float:

@@ -19,11 +19,11 @@ from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.traffic import GROUPS
 from megatron_tiedlora.planner.candidates import Candidate, Cluster, search
-from megatron_tiedlora.planner.hints import hint_lines
 from megatron_tiedlora.planner.price import Priced, Pricer, capacity, hours_in_turn
 from megatron_tiedlora.planner.table import (
     Plan,
     counts_line,
+    hint_lines,
     hours_text,
     missed_lines,
     missing_line,
@@ -31,9 +31,8 @@ from megatron_tiedlora.planner.table import (
     table_lines,
     why_lines,
 )
-from megatron_tiedlora.planning.cards import CPU, DEFAULT_GPU, GPUS
-from megatron_tiedlora.planning.machines import Constant, Machine, read_machine
-from megatron_tiedlora.planning.traffic import engine_traffic, step_traffic
+from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, read_machine
+from megatron_tiedlora.planning.passes import engine_traffic, step_traffic
 from megatron_tiedlora.training.length import with_models_length
 
 

@@ -1,14 +1,15 @@
 """Arithmetic for the bytes that a rank of each stage needs, by purpose.
 
-Activations are in_flight x tokens x blocks with a backward pass x bytes that a block saves for a token (the last block
-saves less), plus the temporary tensors of one block. Two more figures stand apart: what DeepSpeed's engines hold
-(hidden states of a pipeline, gathered weights of ZeRO-3), and what a GPU's libraries allocate outside PyTorch.
+Activations follow from traces (`passes.peak_bytes`): what blocks save of the micro-batches in flight, and the largest
+moment of a pass. Two more figures stand apart: what DeepSpeed's engines hold (hidden states of a pipeline, gathered
+weights of ZeRO-3), and what a GPU's libraries allocate outside PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,22 +17,17 @@ import torch
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
+from megatron_tiedlora.model.batch import PAD_MULTIPLE
 from megatron_tiedlora.model.cpu_attention import tile_size
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
-from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
+from megatron_tiedlora.parallel.kernels import COPIES_ON_CPU, NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.layers import padded
-from megatron_tiedlora.planning.cards import default_machine
+from megatron_tiedlora.planning.counting import ATTENTION, Moment
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.machines import Machine
-from megatron_tiedlora.planning.micro_batches import ShareShape
-from megatron_tiedlora.planning.saved import FP32, factor_bytes, saved_bytes, token_bytes
-from megatron_tiedlora.planning.stages import (
-    StageOwners,
-    StagePlan,
-    frozen_tensors,
-    gathered_numbers,
-    trained_tensors,
-)
+from megatron_tiedlora.planning.machines import Machine, default_machine
+from megatron_tiedlora.planning.passes import FP32, Beside, moments_of, peak_bytes
+from megatron_tiedlora.planning.stages import StagePlan, frozen_tensors, gathered_numbers, trained_tensors
+from megatron_tiedlora.planning.trace import Sizes
 
 # cuBLAS allocates 32 MiB on an H100 for each of the two threads that run forward and backward passes.
 WORKSPACE_BYTES = 2 * 2.0**25
@@ -170,12 +166,35 @@ def step_bytes(
     adapters: Sequence[int] = (0,),
 ) -> StepBytes:
     """The part of `stage_memory` that follows from its micro-batches."""
-    attention = attention_memory(
-        stage.shape, stage.layout, tokens=tokens, documents=documents, longest=longest or tokens
-    )
-    owners = stage.owned_by(adapters)
-    activations = (_activation_bytes(owners, widest, tokens=tokens, attention=attention) for widest in adapters)
-    return StepBytes(max(activations), _pipeline_bytes(stage, tokens=tokens))
+    layout = stage.layout
+    attention = attention_memory(stage.shape, layout, tokens=tokens, documents=documents, longest=longest or tokens)
+    beside = Beside(partial(_temporary_bytes, layout, attention), attention.saved)
+    peak = peak_bytes(stage.owned_by(adapters), _most_of_widest(stage, adapters, tokens), beside)
+    activations = micro_batches_in_flight(stage) * peak.kept + peak.moment
+    workspaces = WORKSPACE_BYTES if layout.on_gpu else 0.0
+    return StepBytes(activations + workspaces, _pipeline_bytes(stage, tokens=tokens))
+
+
+def _most_of_widest(stage: StagePlan, adapters: Sequence[int], tokens: int) -> Sizes:
+    """Almost all tokens as those of the adapter that saves most for one: only A x depends on whose it is."""
+    configs = [stage.layout.adapters[number] for number in adapters]
+    widest = max(range(len(configs)), key=lambda number: configs[number].rank * len(configs[number].targets))
+    least = padded(1, PAD_MULTIPLE * stage.layout.sequence_parts)
+    most = max(tokens - least * (len(configs) - 1), least)
+    sizes = tuple(most if number == widest else least for number in range(len(configs)))
+    return Sizes(sizes, sizes, padded(tokens), HEAD_ROWS)
+
+
+def _temporary_bytes(layout: Layout, attention: AttentionMemory, moment: Moment) -> float:
+    """What a kernel needs at a moment beside its arguments and results."""
+    kernel = moment.kernel
+    if kernel is None:
+        return 0.0
+    if kernel is ATTENTION:
+        return attention.workspace + (attention.saved if layout.recompute == "full" else 0)
+    if not layout.compiled:
+        return kernel.temporary * (min(moment.numbers, NUMBERS_AT_ONCE) if layout.on_gpu else moment.numbers)
+    return 0.0 if layout.on_gpu else COPIES_ON_CPU.get(kernel.name, 0) * moment.numbers * layout.dtype.itemsize
 
 
 def _buffer_bytes(stage: StagePlan) -> float:
@@ -228,11 +247,11 @@ class AttentionMemory:
 
     Attributes:
         saved: what a block saves for its backward pass, beside one fp32 number per token per head.
-        backward: the peak of its backward pass: the gradients of its inputs and output, and a workspace.
+        workspace: the temporary bytes of its backward pass.
     """
 
     saved: int
-    backward: float
+    workspace: float
 
 
 def attention_memory(
@@ -245,7 +264,6 @@ def attention_memory(
     """
     itemsize, tp_size = layout.dtype.itemsize, layout.tp_size
     heads, query = shape.heads.num // tp_size, shape.heads.rows[0] // tp_size
-    gradients = tokens * (sum(shape.heads.rows) // tp_size + query) * itemsize
     saved, workspace = 0, 0
     grouped = shape.heads.num_kv < shape.heads.num
     if layout.on_gpu and layout.dtype == torch.float32:
@@ -266,81 +284,26 @@ def attention_memory(
         scores = layout.rows * heads * queries * longest
         workspace = scores * (FP32 + 2 * itemsize + FP32 * (1 if layout.compiled else 3))
         workspace += tokens * shape.heads.rows[1] // tp_size * FP32 * (2 + (itemsize < FP32))
-    return AttentionMemory(saved, float(gradients + workspace))
+    return AttentionMemory(saved, float(workspace))
 
 
-def _activation_bytes(owners: StageOwners, adapter: int, *, tokens: int, attention: AttentionMemory) -> float:
-    """The peak: the last block's MLP and the head, or the backward pass of an earlier block.
-
-    Args:
-        adapter: the number of the adapter that all tokens count as those of.
-    """
-    if not owners.backward_blocks:
+def eager_bytes(stage: StagePlan, tokens: int) -> float:
+    """The most temporary bytes that a kernel needs in a pass of so many tokens of one adapter if it is not compiled."""
+    if stage.layout.compiled:
         return 0.0
-    stage = owners.stage
-    layout, of_token = stage.layout, token_bytes(stage.shape, stage.layout, adapter)
-    recomputes = layout.recompute == "full"
-    sizes = ((number, tokens * (number == adapter)) for number in owners.adapters)
-    saved = saved_bytes(stage, [ShareShape(number, size, size) for number, size in sizes])
-    if recomputes:  # all factors are inputs of what is recomputed
-        saved += factor_bytes(owners, given=True) - factor_bytes(owners)
-    else:
-        saved += len(owners.backward_blocks) * attention.saved
-    after_attention = tokens * of_token.after_attention  # freed before the backward pass of attention
-    in_attention = attention.backward
-    if recomputes:
-        in_attention += attention.saved + tokens * of_token.saved - after_attention
-    again = {"none": 0.0, "selective": of_token.gate, "full": of_token.saved}[layout.recompute]
-    in_mlp = tokens * again + _mlp_gradient_bytes(stage, tokens)
-    moment = max(in_mlp, in_attention - (0.0 if recomputes else after_attention))
-    if stage.is_last:
-        # The last block of the model frees what it has saved before the backward pass of another begins.
-        last = tokens * (of_token.hidden if recomputes else of_token.saved - of_token.after_attention)
-        moment = max(moment - last, _head_bytes(stage, tokens), in_attention)
-    return micro_batches_in_flight(stage) * saved + moment + (WORKSPACE_BYTES if layout.on_gpu else 0.0)
+    moments = moments_of(stage.owned_by((0,)), _most_of_widest(stage, (0,), tokens))
+    none = AttentionMemory(0, 0.0)
+    return max((_temporary_bytes(stage.layout, none, moment) for moment in moments), default=0.0)
 
 
-def _mlp_gradient_bytes(stage: StagePlan, tokens: int) -> float:
-    """The gradients of gate, up and their product, the kernel's temporary tensors, and the gathered gradient."""
-    layout, of_token = stage.layout, token_bytes(stage.shape, stage.layout)
-    # What is compiled for a CPU joins the gradients of gate and up in one more tensor.
-    gates = 2.5 if layout.compiled and not layout.on_gpu else 1.5
-    return tokens * (gates * of_token.gate + of_token.gathered) + eager_bytes(stage.shape, layout, tokens)
+def hidden_bytes(stage: StagePlan) -> float:
+    """The bytes of a token's hidden state between layers on a rank."""
+    return stage.shape.hidden_size * stage.layout.dtype.itemsize / stage.layout.sequence_parts
 
 
-def eager_bytes(shape: ModelShape, layout: Layout, tokens: int) -> float:
-    """The most temporary bytes that a kernel needs if it is not compiled.
-
-    That kernel is `gate_gradient`. It needs eight fp32 numbers for each pair of gate and up that it processes at once,
-    or five if these are fp32 already. On a CPU it makes its result when it has freed two of them.
-    """
-    numbers = tokens * shape.block.gate_up.out_size / layout.tp_size
-    of_pair = (8 if layout.dtype.itemsize < FP32 else 5) - 2 * (not layout.on_gpu)
-    return _at_once(layout, numbers) / 2 * FP32 * of_pair
-
-
-def _at_once(layout: Layout, numbers: float) -> float:
-    """How many of the `numbers` of its widest input a kernel processes at once if it is not compiled, else 0."""
-    if layout.compiled:
-        return 0.0
-    return min(numbers, NUMBERS_AT_ONCE) if layout.on_gpu else numbers
-
-
-def _head_bytes(stage: StagePlan, tokens: int) -> float:
-    """The peak after the last attention: the inputs of two norms, gate and up, then logits or gradients.
-
-    `saved_bytes` counts the input of the last block's QKV.
-    """
-    shape, layout = stage.shape, stage.layout
-    of_token = token_bytes(shape, layout)
-    norms = 2 * tokens * (of_token.hidden + FP32 / layout.sequence_parts)
-    logits = min(tokens, HEAD_ROWS) * shape.vocab_size / layout.tp_size
-    # A kernel that is not compiled makes two copies in fp32: of the logits, and of what their largest leaves.
-    at_loss = 3 * tokens * of_token.whole + logits * layout.dtype.itemsize + 2 * _at_once(layout, logits) * FP32
-    attended = 0.0
-    if layout.recompute == "full" and layout.pp_size == 1:  # else the engine holds it
-        attended = tokens * of_token.attended
-    return norms + tokens * of_token.gate + max(at_loss, _mlp_gradient_bytes(stage, tokens)) + attended
+def _attended_bytes(stage: StagePlan) -> float:
+    """The bytes of a token's output of attention on a rank."""
+    return stage.shape.block.output.in_size * stage.layout.dtype.itemsize / stage.layout.tp_size
 
 
 def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
@@ -350,11 +313,10 @@ def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
     states as input. Autograd saves the output of the last stage, but not attention's output if that is recomputed.
     Tokens, positions and labels are not counted (up to 24 bytes a token and 32 a label).
     """
-    of_token = token_bytes(stage.shape, stage.layout)
-    came_in = 0.0 if stage.is_first else of_token.hidden
+    came_in = 0.0 if stage.is_first else hidden_bytes(stage)
     if not stage.is_last:
-        return tokens * (came_in + of_token.hidden)
-    return tokens * (came_in + (of_token.attended if stage.layout.recompute == "full" else 0.0))
+        return tokens * (came_in + hidden_bytes(stage))
+    return tokens * (came_in + (_attended_bytes(stage) if stage.layout.recompute == "full" else 0.0))
 
 
 def _gathered_bytes(stage: StagePlan) -> float:
@@ -377,8 +339,7 @@ def _pipeline_bytes(stage: StagePlan, *, tokens: int) -> float:
     layout = stage.layout
     if layout.pp_size == 1:
         return 0.0
-    of_token = token_bytes(stage.shape, layout)
-    once = of_token.hidden
+    once = hidden_bytes(stage)
     if stage.is_last:
-        once = of_token.hidden + of_token.attended if layout.micro_batches > 1 else 0.0
+        once = once + _attended_bytes(stage) if layout.micro_batches > 1 else 0.0
     return micro_batches_in_flight(stage) * engine_bytes_in_flight(stage, tokens=tokens) + tokens * once

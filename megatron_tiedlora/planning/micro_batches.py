@@ -5,7 +5,8 @@ A micro-batch has tokens of one adapter, or of several adapters of a bank, whose
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,14 +55,52 @@ class MicroBatchShape:
         return self.num_rows * self.length
 
     @property
-    def num_after(self) -> int:
-        """The positions that are computed after the last attention."""
-        return sum(share.num_after for share in self.shares)
-
-    @property
     def adapters(self) -> tuple[int, ...]:
         """The numbers of the adapters that it has tokens of."""
         return tuple(share.adapter for share in self.shares)
+
+
+class Batch(NamedTuple):
+    """A micro-batch: its shape, and the sum of s^2 over its documents of s tokens, for attention."""
+
+    shape: MicroBatchShape
+    squared_lengths: int
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The micro-batches of a step on a data-parallel rank.
+
+    Attributes:
+        kinds: the different ones.
+        order: by micro-batch in the order in which they run, its index in `kinds`.
+        numbers: by kind, how many there are.
+    """
+
+    kinds: tuple[Batch, ...]
+    order: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> Batches:
+        """Those of an order."""
+        indices: dict[Batch, int] = {}
+        order = tuple(indices.setdefault(batch, len(indices)) for batch in batches)
+        numbers = Counter(order)
+        return cls(tuple(indices), order, tuple(numbers[index] for index in range(len(indices))))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def shapes(self) -> tuple[MicroBatchShape, ...]:
+        """Their shapes, in order."""
+        return tuple(self.kinds[index].shape for index in self.order)
+
+    @property
+    def adapters(self) -> list[int]:
+        """The numbers of the adapters that take the step."""
+        return sorted({adapter for batch in self.kinds for adapter in batch.shape.adapters})
 
 
 def assumed_row(layout: Layout) -> SampleRow:

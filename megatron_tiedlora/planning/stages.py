@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import NamedTuple
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.base.base_formats import BASE_FORMATS, SCALE_BYTES
-from megatron_tiedlora.base.shapes import DOWN, GATE_UP, TARGET_NAMES, ModelShape
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.weights import WeightRule, stage_weight_rules
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.partition import layer_costs, partition
+from megatron_tiedlora.planning.trace import Kind
 
 
 class StoredTensor(NamedTuple):
@@ -165,17 +165,21 @@ def gathered_numbers(part: AdapterPart) -> int:
 
 
 class BlockKind(NamedTuple):
-    """The blocks of a stage that do the same work: one of them, and how many they are.
+    """The blocks of a stage that do the same work.
 
     Attributes:
-        ends_here: whether the head follows it.
-        goes_back: whether it has a backward pass.
+        traced: what they do.
+        goes_back: whether they have a backward pass.
     """
 
-    example: int
-    number: int
-    ends_here: bool
+    traced: Kind
+    blocks: tuple[int, ...]
     goes_back: bool
+
+    @property
+    def number(self) -> int:
+        """How many they are."""
+        return len(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -195,80 +199,27 @@ class StageOwners:
         return tuple(self.stage.parts[number] for number in self.adapters)
 
     @cached_property
-    def backward_blocks(self) -> tuple[int, ...]:
-        """The blocks that have a backward pass. Blocks below the first adapted layer have none."""
-        everywhere = self.stage.needs_input_gradient
-        return tuple(block for block in self.stage.blocks if everywhere or block >= self._first)
-
-    @cached_property
     def kinds(self) -> tuple[BlockKind, ...]:
-        """The stage's blocks by what they do, in the order of their first ones."""
-        stage, adapted = self.stage, [frozenset(part.layers) for part in self.parts]
-        everywhere, last = stage.needs_input_gradient, stage.blocks[-1] if stage.is_last else None
-        found: dict[tuple[tuple[bool, ...], bool, bool], list[int]] = {}
-        for block in stage.blocks:  # what is adapted, and whether its input needs a gradient, decide the rest
-            earlier = everywhere or self._first < block
-            own = tuple(block in layers for layers in adapted)
-            found.setdefault((own, earlier, block == last), []).append(block)
+        """The stage's blocks by what they do, in the order of their first ones.
+
+        Blocks below the first adapted layer have no backward pass.
+        """
+        stage, everywhere = self.stage, self.stage.needs_input_gradient
+        adapters = [(frozenset(part.layers), part.config.of_one_layer) for part in self.parts]
+        first = min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
+        found: dict[Kind, list[int]] = {}
+        for block in stage.blocks:
+            owners = tuple(config if block in layers else None for layers, config in adapters)
+            kind = Kind(
+                owners,
+                earlier=everywhere or first < block,
+                ends=stage.ends_in(block),
+                rotates=block not in stage.shape.unrotated,
+            )
+            found.setdefault(kind, []).append(block)
         return tuple(
-            BlockKind(blocks[0], len(blocks), ends_here, goes_back=earlier or any(own))
-            for (own, earlier, ends_here), blocks in found.items()
+            BlockKind(kind, tuple(blocks), goes_back=kind.earlier or any(kind.owners)) for kind, blocks in found.items()
         )
-
-    @cached_property
-    def _first(self) -> float:
-        return min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
-
-    @cached_property
-    def _adapting(self) -> dict[tuple[int, str], list[AdapterPart]]:
-        found: dict[tuple[int, str], list[AdapterPart]] = {}
-        for part in self.parts:
-            for layer in part.layers:
-                for target in part.config.targets:
-                    found.setdefault((layer, target.name), []).append(part)
-        return found
-
-    def adapting(self, block: int, name: str) -> Sequence[AdapterPart]:
-        """The parts that adapt a linear in one of the stage's blocks."""
-        return self._adapting.get((block, name), ())
-
-    def adapts(self, block: int, name: str) -> bool:
-        """Whether one of them does."""
-        return (block, name) in self._adapting
-
-    def trains_a(self, block: int, name: str) -> bool:
-        """Whether A of one of them is trained there."""
-        return any(part.config.method_spec.A.trained for part in self.adapting(block, name))
-
-    def trains_f(self, block: int, name: str) -> bool:
-        """Whether F of one of them is trained there."""
-        return any(part.config.method_spec.trains_f for part in self.adapting(block, name))
-
-    def ax_columns(self, block: int, name: str) -> int:
-        """The columns of A x beside the input of a linear, those of the widest rank; 0 if it is not adapted there."""
-        return max((part.config.rank for part in self.adapting(block, name)), default=0)
-
-    def needs(self, block: int) -> dict[str, bool]:
-        """See `needs_gradient`."""
-        earlier = self.stage.needs_input_gradient or self._first < block
-        return needs_gradient([name for name in TARGET_NAMES if self.adapts(block, name)], earlier=earlier)
-
-    def reads_mlp_input(self, block: int) -> bool:
-        """Whether the backward pass of a block's MLP computes something from gate and up."""
-        return self.trains_a(block, DOWN) or self.adapts(block, GATE_UP) or self.needs(block)[GATE_UP]
-
-
-def needs_gradient(adapted: Collection[str], *, earlier: bool) -> dict[str, bool]:
-    """Whether the input of each linear of a block needs a gradient, by name, in the order of their computation.
-
-    Args:
-        adapted: the linears that are adapted in this block.
-        earlier: whether an earlier layer is adapted.
-    """
-    return {
-        name: earlier or any(before in adapted for before in TARGET_NAMES[:number])
-        for number, name in enumerate(TARGET_NAMES)
-    }
 
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
@@ -323,3 +274,82 @@ def _weights(shape: ModelShape, *, has_embedding: bool) -> _Weights:
         index, _ = found.setdefault((rule.spec, rule.shape, rule.is_quantised(shape)), (len(found), rule))
         by_layer.setdefault(rule.layer, []).append(index)
     return _Weights([rule for _, rule in found.values()], by_layer)
+
+
+# The partition --------------------------------------------------------------------------------------------------------
+
+
+Stages = tuple[range, ...]
+
+
+def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) -> list[float]:
+    """The multiplications per token of every layer of the flat list (embedding, blocks, head), both passes together.
+
+    A block has P = the numbers in its matrices, for matmuls, and A = s h for causal attention over s tokens (h: width
+    of the queries). Its forward pass costs P + A, its backward pass P + 2A from the first adapted layer on. The head
+    costs V d each way, as if every position were supervised. The embedding costs nothing.
+
+    Args:
+        first_adapted: 1-based; None: nothing is trained, and no layer has a backward pass.
+    """
+    matmuls = shape.block.num_weights
+    attention = length * shape.heads.rows[0]
+    costs = [0.0]
+    for index in range(1, shape.num_layers + 1):
+        backward = matmuls + 2 * attention if first_adapted is not None and index >= first_adapted else 0.0
+        costs.append(float(matmuls + attention + backward))
+    costs.append(float((1 if first_adapted is None else 2) * shape.head.num_weights))
+    return costs
+
+
+def partition(costs: Sequence[float], num_stages: int) -> Stages:
+    """Partition layers 0 to len(costs) - 1 into `num_stages` ranges, each with a block (no stage is the head alone).
+
+    It minimises the largest cost of a stage and, among the partitions that do, the sum of squares.
+
+    Raises:
+        ValueError: fewer blocks than stages.
+    """
+    return _partition(tuple(costs), num_stages)
+
+
+@cache
+def _partition(costs: tuple[float, ...], num_stages: int) -> Stages:
+    num_blocks = len(costs) - 2
+    if num_stages > num_blocks:
+        raise ValueError(f"{num_blocks} layers cannot be partitioned into {num_stages} stages")
+    total = [0.0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+    # Two passes: the smallest largest cost, then the smallest sum of squares that does not exceed it.
+    least, _ = _best_cuts(total, num_stages, lambda before, cost: max(before, cost))
+    _, cuts = _best_cuts(total, num_stages, lambda before, cost: before + cost * cost, largest=least)
+    return tuple(range(start, stop) for start, stop in zip((0, *cuts), cuts, strict=False))
+
+
+def _best_cuts(
+    total: Sequence[float], num_stages: int, add: Callable[[float, float], float], *, largest: float = math.inf
+) -> tuple[float, tuple[int, ...]]:
+    """The cuts with the least value, and the value: `add` takes a stage's cost into the value of those before it.
+
+    Args:
+        total: cost of the layers before each.
+        largest: no stage may cost more.
+    """
+    num_layers = len(total) - 1
+    # best[stop]: (value, cuts) of layers 0 to stop - 1 in the stages so far; a cut lies after a block.
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for stage in range(num_stages):
+        left = num_stages - stage - 1
+        stops = [num_layers] if left == 0 else range(stage + 2, num_layers - left)
+        following = {}
+        for stop in stops:
+            choices = []
+            for start, (value, cuts) in best.items():
+                cost = total[stop] - total[start]
+                if stop - start >= (2 if start == 0 or stop == num_layers else 1) and cost <= largest:
+                    choices.append((add(value, cost), (*cuts, stop)))
+            if choices:
+                following[stop] = min(choices)
+        best = following
+    return best[num_layers]

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.benchmark.sides import random_stage, recompute
 from megatron_tiedlora.model.stage import Stage

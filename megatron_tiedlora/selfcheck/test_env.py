@@ -14,7 +14,7 @@ import torch
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.model.fused_attention import choose_attention, one_by_one
-from megatron_tiedlora.planning.cards import listed_peak
+from megatron_tiedlora.planning.machines import listed_peak
 from megatron_tiedlora.runtime.process_group import gpu_name
 from megatron_tiedlora.selfcheck.parts import Tell, option, warn_unless, why_no_gpu
 from megatron_tiedlora.selfcheck.running import compute_dtype, small_shape

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from megatron_tiedlora.adapters.targets import sized_targets
-from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, sized_targets
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import Size, Text
 from megatron_tiedlora.base.shapes import QKV, ModelShape

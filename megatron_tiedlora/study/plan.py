@@ -18,7 +18,7 @@ import torch
 from megatron_tiedlora.base.atomic import discard
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.table import aligned_lines
+from megatron_tiedlora.base.wording import aligned_lines
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping, write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.base.table import markdown_lines
+from megatron_tiedlora.base.wording import markdown_lines
 from megatron_tiedlora.study.grid import Point, rate_text
 from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, MODEL_TITLES
 from megatron_tiedlora.study.scores import Result, Study, TestScore

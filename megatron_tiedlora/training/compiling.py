@@ -21,10 +21,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.private_folders import make_private_folder
+from megatron_tiedlora.base.paths import make_private_folder
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs

@@ -10,28 +10,26 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.base.table import aligned_lines
-from megatron_tiedlora.base.wording import bytes_in_words, count_text, time_text
+from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, time_text
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import GlobalBatch, num_positions
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
-from megatron_tiedlora.planning.links import RANKS_PER_NODE, Links
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import (
     StageMemory,
     bank_bytes,
     cache_bytes,
     eager_bytes,
+    hidden_bytes,
     micro_batches_in_flight,
     num_communicators,
 )
-from megatron_tiedlora.planning.saved import token_bytes
+from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_bytes, saved_per_token, step_traffic
 from megatron_tiedlora.planning.stages import StagePlan
-from megatron_tiedlora.planning.step_time import planned_seconds
-from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes, step_traffic
+from megatron_tiedlora.planning.step_time import RANKS_PER_NODE, Links, planned_seconds
 from megatron_tiedlora.training.adapter_plans import choose_folder, plan_adapters
 from megatron_tiedlora.training.init_from import start_lines
 from megatron_tiedlora.training.length import epochs_of
@@ -63,9 +61,12 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
     step = StepPlan.first(plans, data, shares=settings.share_micro_batches)
     memories = [step.largest.memory(stage, step.shared.machine) for stage in step.stages]
     verdict_lines, fits = verdict(memories, step.shared)
-    memory = [*memory_lines(step, memories), *verdict_lines]
-    sections = (_in_full if settings.adapters is None else _in_rows)(step, data, memory)
-    sections += _samples(step, data) if data else [no_data_lines(step.shared)]
+    memory, one = [*memory_lines(step, memories), *verdict_lines], settings.adapters is None
+    about, batches, counts = (_parameters, _batches, _data) if one else (_adapter_table, _shared_batches, _data_table)
+    more = [[*memory, *_decoding(step, data)]] if one else [memory, _one_more(step)]
+    sections = [about(step), partition_lines(step.stages), *more, message_lines(step), *speed_lines(step)]
+    sections += [batches(step, data), *([counts(step, data), *_samples(step, data)] if data else [])]
+    sections += [] if data else [no_data_lines(step.shared)]
     return DryRunReport("\n\n".join("\n".join(map(printable, section)) for section in sections), fits)
 
 
@@ -97,13 +98,8 @@ def _indented(text: str) -> Iterable[str]:
 # One adapter, in full ------------------------------------------------------------------------------------------------
 
 
-def _in_full(step: StepPlan, data: Data, memory: list[str]) -> list[list[str]]:
-    sections = [_parameters(step.shared), partition_lines(step.stages), [*memory, *_decoding(step.shared, data)]]
-    sections += [message_lines(step), *speed_lines(step), _batches(step, data)]
-    return [*sections, *([_data(step.shared, data)] if data else [])]
-
-
-def _parameters(plan: RunPlan) -> list[str]:
+def _parameters(step: StepPlan) -> list[str]:
+    plan = step.shared
     adapter, counts = plan.adapter, plan.adapter.num_trained()
     linears, total = ", ".join(target.name for target in adapter.targets), sum(counts.values())
     rows = [(name, " x ".join(map(str, adapter.shape(name))), f"{count:,}") for name, count in counts.items()]
@@ -120,8 +116,9 @@ def _parameters(plan: RunPlan) -> list[str]:
     ]
 
 
-def _decoding(plan: RunPlan, data: Data) -> list[str]:
+def _decoding(step: StepPlan, data: Data) -> list[str]:
     """A line on the memory of decoding, if the run decodes anything."""
+    plan = step.shared
     sets = [part for own in data.values() for part in (own.scored, own.scored_validation) if part is not None]
     if not sets:
         return []
@@ -164,8 +161,8 @@ def _fill(plan: RunPlan, data: RunData, step: GlobalBatch) -> str:
     )
 
 
-def _data(plan: RunPlan, data: Data) -> list[str]:
-    (own,) = data.values()
+def _data(step: StepPlan, data: Data) -> list[str]:
+    (own,), plan = data.values(), step.shared
     header = ("", "samples", "tokens", "supervised", "longest", "cut")
     rows = [(name, *_counts(part)) for name, part in (("train", own.train), ("validation", own.validation))]
     return [
@@ -184,12 +181,6 @@ def _counts(part: TokenDataset) -> list[str]:
 
 
 # Several adapters, a row for each ------------------------------------------------------------------------------------
-
-
-def _in_rows(step: StepPlan, data: Data, memory: list[str]) -> list[list[str]]:
-    sections = [_adapter_table(step), partition_lines(step.stages), memory, _one_more(step)]
-    sections += [message_lines(step), *speed_lines(step), _shared_batches(step)]
-    return [*sections, *([_data_table(step, data)] if data else [])]
 
 
 def _adapter_table(step: StepPlan) -> list[str]:
@@ -243,7 +234,7 @@ def _one_more(step: StepPlan) -> list[str]:
     return ["one more adapter", line]
 
 
-def _shared_batches(step: StepPlan) -> list[str]:
+def _shared_batches(step: StepPlan, data: Data) -> list[str]:
     shapes = step.batches.shapes
     apart = sum(len(shape.shares) for shape in shapes)
     lines = [
@@ -303,7 +294,7 @@ def partition_lines(stages: Stages) -> list[str]:
 
 def memory_lines(step: StepPlan, memories: Sequence[StageMemory]) -> list[str]:
     """The bytes of a rank of each stage, by purpose, with notes."""
-    stages, shape, layout, largest = step.stages, step.shape, step.layout, step.largest
+    stages, layout, largest = step.stages, step.layout, step.largest
     micro_batches = f"{layout.rows} x {largest.tokens // layout.rows} tokens"
     if layout.named:
         most = count_text(max(map(len, largest.owners)), "adapter")
@@ -326,7 +317,7 @@ def memory_lines(step: StepPlan, memories: Sequence[StageMemory]) -> list[str]:
         }
         cells.append([*map(bytes_in_words, sizes.values()), str(micro_batches_in_flight(stage))])
     header = (*sizes, "in flight")
-    saved = max(token_bytes(shape, layout, adapter).saved for adapter in range(len(layout.adapters)))
+    saved = saved_per_token(step.shape, layout)
     return [
         f"bytes per rank, ZeRO-{layout.zero_stage}, {count_text(layout.dp_size, 'data-parallel rank')}, micro-batches"
         f" of up to {micro_batches}, on {'GPUs' if layout.on_gpu else 'CPUs'}",
@@ -360,7 +351,7 @@ def _base_line(stages: Stages) -> list[str]:
 
 def _kernels_line(stage: StagePlan, *, tokens: int) -> str:
     """A line on the temporary bytes of kernels that are not compiled."""
-    size = eager_bytes(stage.shape, stage.layout, tokens)
+    size = eager_bytes(stage, tokens)
     if not size:
         return "  (compiled kernels are assumed; --compile false shows the activations of a node without a compiler)"
     return f"  (kernels that are not compiled need {bytes_in_words(size)} of the activations for a moment)"
@@ -433,7 +424,7 @@ def _engine_line(stage: StagePlan) -> list[str]:
         ]
     if layout.pp_size == 1:
         return []
-    kilobytes = 2 * token_bytes(stage.shape, layout).hidden / 1e3
+    kilobytes = 2 * hidden_bytes(stage) / 1e3
     return [
         f"  (engine: hidden states that DeepSpeed's pipeline holds, up to {kilobytes:,.1f} kB per token of each"
         " micro-batch in flight)"

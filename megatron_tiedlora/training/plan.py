@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from megatron_tiedlora.adapters.gathering import AdapterLayout
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config, targets_of
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.load_model import resolve_dtype
@@ -34,9 +33,8 @@ from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.planning.cards import GPUS, default_machine
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
-from megatron_tiedlora.planning.machines import Machine
+from megatron_tiedlora.planning.machines import GPUS, Machine, default_machine
 from megatron_tiedlora.planning.micro_batches import SampleRow
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.runtime.launch_env import uses_gpu

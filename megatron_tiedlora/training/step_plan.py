@@ -16,13 +16,12 @@ from megatron_tiedlora.data.loader import GlobalBatch, largest_positions, num_po
 from megatron_tiedlora.data.shared import fill_rounds
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.layers import padded
-from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import StageMemory, StepBytes, held_bytes, step_bytes, with_reserves
-from megatron_tiedlora.planning.micro_batches import SampleRow, assumed_row, shared_shape
+from megatron_tiedlora.planning.micro_batches import Batch, Batches, SampleRow, assumed_row, shared_shape
+from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
-from megatron_tiedlora.planning.work import Batch, Batches
 from megatron_tiedlora.training.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.run_data import Data
@@ -116,14 +115,12 @@ class StepPlan:
     @cached_property
     def layout(self) -> Layout:
         """The record that the planners read."""
-        if ONLY in self.plans:  # its plan has the most micro-batches of any step
-            return self.shared.layout
         return replace(
             self.shared.layout,
             adapters=tuple(plan.adapter for plan in self.plans.values()),
-            named=True,
+            named=ONLY not in self.plans,
             rows=max(plan.layout.rows for plan in self.plans.values()),
-            micro_batches=len(self.rounds),
+            micro_batches=max(len(self.rounds), *(plan.layout.micro_batches for plan in self.plans.values())),
             compiled=longest_run(self.plans).layout.compiled,
         )
 
@@ -255,7 +252,6 @@ class StepPlan:
             plan.adapter,
             num_tokens=tokens,
             squared_lengths=squared,
-            num_after=supervised,
             num_supervised=supervised,
         )
         return Work(tokens, flops.total)

@@ -2,7 +2,7 @@
 
     MFU = FLOPs for the samples of a step / (seconds of the step x peak FLOP/s of all ranks)
 
-`planning.flops` counts the FLOPs of real tokens without recompute. Padding, pipeline bubbles and recomputed layers
+`planning.passes` counts the FLOPs of real tokens without recompute. Padding, pipeline bubbles and recomputed layers
 therefore lower the MFU, and the FLOPs do not depend on the layout. Steps are timed from the first forward pass to the
 end of the optimizer step, without evaluations and saves. All amounts follow from the plan of the step, which every rank
 has, so nothing is sent and no rank waits for its device.
@@ -24,8 +24,8 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
-from megatron_tiedlora.planning.cards import listed_peak
-from megatron_tiedlora.planning.flops import step_flops
+from megatron_tiedlora.planning.machines import listed_peak
+from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.training.plan import RunPlan
 
 # Seconds for measuring a peak, approximately, and for a matmul that is long enough to be timed.
@@ -60,7 +60,6 @@ def training_flops(shape: ModelShape, adapter: AdapterConfig, step: TrainingStep
         adapter,
         num_tokens=step.num_tokens,
         squared_lengths=step.squared_lengths,
-        num_after=step.num_supervised,
         num_supervised=step.num_supervised,
     ).total
 

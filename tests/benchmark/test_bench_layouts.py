@@ -25,13 +25,10 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
-from megatron_tiedlora.planning.cards import CPU
-from megatron_tiedlora.planning.links import Links
-from megatron_tiedlora.planning.machines import Constant
+from megatron_tiedlora.planning.machines import CPU, Constant
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.planning.micro_batches import shared_shape
-from megatron_tiedlora.planning.step_time import planned_seconds
-from megatron_tiedlora.planning.work import Batch, Batches
+from megatron_tiedlora.planning.micro_batches import Batch, Batches, shared_shape
+from megatron_tiedlora.planning.step_time import Links, planned_seconds
 from megatron_tiedlora.training.plan import RunPlan
 
 TOOL = ROOT / "tools" / "bench_step.py"

@@ -19,8 +19,7 @@ from megatron_tiedlora.benchmark.machine import measure_machine
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.plan_settings import parse_plan
-from megatron_tiedlora.planning.cards import CPU
-from megatron_tiedlora.planning.machines import CONSTANTS, Constant, Machine, read_machine
+from megatron_tiedlora.planning.machines import CONSTANTS, CPU, Constant, Machine, read_machine
 from megatron_tiedlora.planning.step_time import Seconds
 
 DEVICE = torch.device("cpu")

@@ -13,7 +13,7 @@ import pytest
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.private_folders import CACHE_VARIABLE
+from megatron_tiedlora.base.paths import CACHE_VARIABLE
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.cluster.doctor import probe as probe_module
 from megatron_tiedlora.cluster.doctor import rank

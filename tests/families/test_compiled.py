@@ -10,15 +10,14 @@ import torch
 from kernel_runs import HOST, assert_same_numbers, loss_and_gradients
 from saved_bytes import saved_bytes_per_token
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.saved import token_bytes
+from megatron_tiedlora.planning.passes import saved_per_token
 from megatron_tiedlora.training.compiling import compiled_kernels
 
 
@@ -49,5 +48,5 @@ def test_compiled_once_for_all_sizes_with_the_same_numbers() -> None:
     adapter = make_adapter_config("tl6", rank=4, layers=(1, 2), targets=targets_of(shape), seed=0)
     specs = layer_specs(shape, dtype=torch.float32, kernels=compiled)
     stage = Stage(specs, TiedAdapter(AdapterPart.whole(adapter)))
-    planned = token_bytes(shape, Layout((adapter,), length=256, dtype=torch.float32)).saved
+    planned = saved_per_token(shape, Layout((adapter,), length=256, dtype=torch.float32))
     assert saved_bytes_per_token(stage, torch.float32) == planned, "compiled kernels keep what the formula says"

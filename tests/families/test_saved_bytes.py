@@ -12,8 +12,7 @@ from forked_ranks import groups_of, run_on_ranks
 from saved_bytes import saved_bytes_per_token
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -23,7 +22,7 @@ from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.saved import token_bytes
+from megatron_tiedlora.planning.passes import saved_per_token
 
 DTYPES, RECOMPUTES = (torch.float32, torch.bfloat16), ("none", "selective")
 
@@ -51,7 +50,7 @@ def _counted_and_planned(folders: list[str], tp_size: int) -> list[tuple[float, 
                 layout = Layout(
                     (adapter,), length=256, tp_size=tp_size, dtype=dtype, recompute=recompute, base_format=base
                 )
-                found.append((saved_bytes_per_token(stage, dtype), token_bytes(shape, layout).saved))
+                found.append((saved_bytes_per_token(stage, dtype), saved_per_token(shape, layout)))
     return found
 
 

@@ -17,7 +17,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.planning.partition import layer_costs, partition
+from megatron_tiedlora.planning.stages import layer_costs, partition
 
 pytestmark = pytest.mark.distributed
 

@@ -12,8 +12,7 @@ from oracle import OracleConfig, cast_weights, load_weights
 from oracle_training import oracle_gradients
 from tiny_models import random_adapter, random_batches, write_tiny_model
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model

@@ -12,8 +12,13 @@ from forked_ranks import groups_of, run_on_ranks
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import (
+    AdapterConfig,
+    AdapterPart,
+    TiedAdapter,
+    make_adapter_config,
+    targets_of,
+)
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.benchmark.timing import saved_by_autograd
@@ -25,7 +30,7 @@ from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.micro_batches import ShareShape
-from megatron_tiedlora.planning.saved import saved_bytes
+from megatron_tiedlora.planning.passes import saved_bytes
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 
 pytestmark = pytest.mark.distributed

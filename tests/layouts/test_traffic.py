@@ -17,8 +17,7 @@ from report_tables import stage_table
 from torch import distributed
 from traffic_runs import Ran, ours, run_cases, write_inputs
 
-from megatron_tiedlora.adapters.targets import Target
-from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
 from megatron_tiedlora.parallel.traffic import (
@@ -33,11 +32,10 @@ from megatron_tiedlora.parallel.traffic import (
     TrafficCounter,
     named_handles,
 )
-from megatron_tiedlora.planning import traffic as planned_traffic
+from megatron_tiedlora.planning import passes
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.saved import token_bytes
+from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_bytes, saved_per_token
 from megatron_tiedlora.planning.stages import StoredTensor
-from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes
 from megatron_tiedlora.training.dry_run import bytes_in_words, dry_run_report
 
 pytestmark = [
@@ -128,7 +126,7 @@ def test_prediction_is_what_is_counted(
 ) -> None:
     found = ran[name]
     if found.case.head_rows is not None:
-        monkeypatch.setattr(planned_traffic, "HEAD_ROWS", found.case.head_rows)
+        monkeypatch.setattr(passes, "HEAD_ROWS", found.case.head_rows)
         assert max(supervised for _, _, supervised in found.counted[0].shapes) > found.case.head_rows
     for rank, counted in enumerate(found.counted):
         plan = found.plan(rank)
@@ -228,7 +226,7 @@ def test_saved_bytes_are_those_of_a_built_block(ran: Mapping[str, Ran], name: st
     found = ran[name]
     for rank, counted in enumerate(found.counted):
         plan = found.plan(rank)
-        assert token_bytes(plan.source.shape, plan.layout).saved == counted.saved_bytes_per_token, rank
+        assert saved_per_token(plan.source.shape, plan.layout) == counted.saved_bytes_per_token, rank
 
 
 def test_what_deepspeed_sends_at_each_zero_stage() -> None:

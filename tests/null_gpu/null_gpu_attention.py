@@ -15,8 +15,7 @@ import nullgpu  # the stand-in's own module
 import torch
 from torch.nn import functional
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.attention import Attention, KeyValueCache

@@ -20,7 +20,7 @@ from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
-from megatron_tiedlora.planning.traffic import step_traffic
+from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.training import resumed, start
 from megatron_tiedlora.training.adapter_plans import plan_adapters
 from megatron_tiedlora.training.dry_run import dry_run_report

@@ -141,8 +141,7 @@ def _save_and_die(folder: Path, event: int) -> None:
 
 def save_a_checkpoint(folder: Path, step: int) -> None:
     """Save small values that depend on `step`; the best is that of step 2."""
-    from megatron_tiedlora.adapters.targets import qkv_target
-    from megatron_tiedlora.adapters.tied_adapter import initial_values, make_adapter_config
+    from megatron_tiedlora.adapters.tied_adapter import initial_values, make_adapter_config, qkv_target
     from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
     from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 

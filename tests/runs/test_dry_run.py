@@ -267,7 +267,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
     from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.model.layer_specs import layer_specs
     from megatron_tiedlora.parallel.groups import TensorParallel
-    from megatron_tiedlora.planning.saved import token_bytes
+    from megatron_tiedlora.planning.passes import saved_per_token
     from megatron_tiedlora.training.plan import plan_run
 
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in base.settings().items()}
@@ -292,7 +292,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
         output = block(hidden, context, TensorParallel(), update=update)
     counted = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
     assert output.shape == hidden.shape
-    assert token_bytes(plan.source.shape, plan.layout).saved == counted / length
+    assert saved_per_token(plan.source.shape, plan.layout) == counted / length
 
 
 def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:

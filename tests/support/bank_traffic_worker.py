@@ -16,7 +16,7 @@ from torch import distributed
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
-from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
+from megatron_tiedlora.planning.passes import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model
 from megatron_tiedlora.training.checks import StepChecks

@@ -20,8 +20,7 @@ from tiny_models import random_adapter
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.adapters.tying import sum_gradients_
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
@@ -31,7 +30,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
-from megatron_tiedlora.planning.partition import Stages, layer_costs, partition
+from megatron_tiedlora.planning.stages import Stages, layer_costs, partition
 
 
 @dataclass(frozen=True)

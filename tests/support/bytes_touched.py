@@ -4,9 +4,7 @@
         ...
     counter.total
 
-An operation reads its tensor arguments and writes its results. A view touches nothing, an in-place operation reads and
-writes what it changes, and a tensor that is only overwritten is not read. Broadcast numbers count once. Every operation
-counts as if it ran by itself, from memory to memory; a kernel (parallel/kernels.py) as the one operation that it is
+An operation touches what `counting.touched` says; a kernel (parallel/kernels.py) counts as the one operation that it is
 when it is compiled.
 """
 
@@ -20,17 +18,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from megatron_tiedlora.adapters.targets import qkv_target
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, qkv_target
 from megatron_tiedlora.base.shapes import HeadShape, RopeShape
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-
-_ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-_READS_NOTHING = {"new_zeros"}  # of its argument but the dtype
-_OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading what was there
+from megatron_tiedlora.planning.counting import num_bytes, touched
 
 
 class BytesTouched(TorchDispatchMode):
@@ -47,11 +41,8 @@ class BytesTouched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count the operation, and let it through."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        if name not in _ALLOCATES and not func.is_view:
-            self.found[name] += _touched(func, name, args, kwargs, result)
+        result = func(*args, **(kwargs or {}))
+        self.found[func.overloadpacket.__name__] += touched(func, args, kwargs or {}, result)
         return result
 
     def watched(self, kernels: Kernels) -> Kernels:
@@ -64,30 +55,10 @@ class BytesTouched(TorchDispatchMode):
             with _disable_current_modes():
                 result = kernel(*arguments)
             given = result if isinstance(result, tuple) else (result,)
-            self.found[name] += sum(map(_num_bytes, (*arguments, *given)))
+            self.found[name] += sum(map(num_bytes, (*arguments, *given)))
             return result
 
         return counted
-
-
-def _touched(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
-    size = 0
-    for index, argument in enumerate(func._schema.arguments):
-        given = kwargs.get(argument.name) if argument.kwarg_only or index >= len(args) else args[index]
-        changed = argument.alias_info is not None and argument.alias_info.is_write
-        overwritten = changed and (name in _OVERWRITES or argument.is_out)
-        size += _num_bytes(given) * ((not overwritten and name not in _READS_NOTHING) + changed)
-    new = (r.alias_info is None for r in func._schema.returns)
-    results = result if len(func._schema.returns) > 1 else (result,)
-    return size + sum(_num_bytes(tensor) for tensor, is_new in zip(results, new, strict=True) if is_new)
-
-
-def _num_bytes(value: Any) -> int:
-    """Of the different numbers of a tensor, or of tensors in a list; 0 for anything else."""
-    if isinstance(value, torch.Tensor):
-        sizes = (n for n, stride in zip(value.shape, value.stride(), strict=True) if stride)
-        return value.element_size() * torch.Size(sizes).numel()
-    return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 @dataclass(frozen=True)

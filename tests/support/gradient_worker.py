@@ -19,8 +19,13 @@ from tiny_models import pack_samples, pad_samples, random_adapter, random_batche
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import (
+    AdapterConfig,
+    AdapterPart,
+    TiedAdapter,
+    make_adapter_config,
+    targets_of,
+)
 from megatron_tiedlora.adapters.tying import sum_gradients_, sum_of_u
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
@@ -35,7 +40,7 @@ from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
-from megatron_tiedlora.planning.partition import Stages, layer_costs, partition
+from megatron_tiedlora.planning.stages import Stages, layer_costs, partition
 
 DTYPE = torch.float64
 SEED = 7  # of dropout

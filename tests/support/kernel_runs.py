@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs

@@ -11,8 +11,7 @@ import torch
 from oracle import OracleAdapter, OracleConfig
 from tiny_models import random_adapter
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.base.checksums import FILES_FIELD, SEAL_FIELD, sealed
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights

@@ -14,8 +14,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planner.candidates import Candidate, Cluster, Search, search
 from megatron_tiedlora.planner.price import Pricer
 from megatron_tiedlora.planner.report import find_machine
-from megatron_tiedlora.planning.cards import GPUS
-from megatron_tiedlora.planning.machines import Constant, Machine
+from megatron_tiedlora.planning.machines import GPUS, Constant, Machine
 from megatron_tiedlora.planning.step_time import Order, Pass, simulate
 from megatron_tiedlora.training.adapter_plans import plan_adapters
 

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from folders import ROOT
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter

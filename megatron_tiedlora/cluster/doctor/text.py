@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.base.table import aligned_lines
-from megatron_tiedlora.base.wording import bytes_in_words, count_text, enumerate_names, time_text
+from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, enumerate_names, time_text
 from megatron_tiedlora.cluster.doctor.compare import NO_GPU, answering, interface_in_use, usual_value
 from megatron_tiedlora.cluster.doctor.records import (
     DoctorReport,

@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.gathering import AdapterLayout
-from megatron_tiedlora.adapters.targets import Target, qkv_target
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
+    Target,
     TiedAdapter,
     initial_values,
     lora_factors,
     make_adapter_config,
+    qkv_target,
 )
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.checkpoint.base_identity import identify_base
@@ -31,7 +32,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
-from megatron_tiedlora.planning.partition import layer_costs, partition
+from megatron_tiedlora.planning.stages import layer_costs, partition
 
 # ------------------------------------------------------------------------------------------- declarations
 

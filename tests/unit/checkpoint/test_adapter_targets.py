@@ -12,7 +12,7 @@ from native_files import reseal, write_native
 from oracle import OracleAdapter, OracleConfig
 from tiny_models import random_adapter, write_tiny_model
 
-from megatron_tiedlora.adapters.targets import sized_targets, targets_of
+from megatron_tiedlora.adapters.tied_adapter import sized_targets, targets_of
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import TARGET_NAMES

@@ -322,4 +322,4 @@ def test_the_messages_of_scattered_answers_are_those_that_are_planned():
         masks = [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows]
         shape, found = shared_shape(layout, [(0, masks)]), find_supervised(batch.labels, parts)
         assert (shape.num_rows, shape.length) == tuple(batch.labels.shape)
-        assert (shape.num_supervised, shape.num_after) == (len(found.labels), len(found.rows))
+        assert (shape.num_supervised, shape.shares[0].num_after) == (len(found.labels), len(found.rows))

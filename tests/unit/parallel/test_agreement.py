@@ -18,8 +18,7 @@ from forked_ranks import run_on_ranks
 from safetensors.torch import save
 from torch import distributed
 
-from megatron_tiedlora.adapters.targets import qkv_target
-from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, qkv_target
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter

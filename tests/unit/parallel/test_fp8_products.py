@@ -9,8 +9,13 @@ import quantised_oracle as oracle
 import torch
 from tiny_models import tiny_config
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import (
+    AdapterPart,
+    TiedAdapter,
+    initial_values,
+    make_adapter_config,
+    targets_of,
+)
 from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import draw_

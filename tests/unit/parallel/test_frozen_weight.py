@@ -11,8 +11,13 @@ import torch
 from tiny_models import write_tiny_model
 from torch import nn
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import (
+    AdapterPart,
+    TiedAdapter,
+    initial_values,
+    make_adapter_config,
+    targets_of,
+)
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs

@@ -15,8 +15,13 @@ from tiny_models import write_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import (
+    AdapterPart,
+    TiedAdapter,
+    initial_values,
+    make_adapter_config,
+    targets_of,
+)
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights, weight_map
 from megatron_tiedlora.checkpoint.sources import find_model

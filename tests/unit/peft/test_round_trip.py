@@ -15,8 +15,7 @@ from peft_models import logits_of
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import initial_values, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import initial_values, make_adapter_config, targets_of
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES, METHODS
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter

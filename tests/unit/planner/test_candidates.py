@@ -14,14 +14,12 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.stored_formats import BITSANDBYTES, FBGEMM, StoredFormat
-from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES
-from megatron_tiedlora.planner.hints import hint_lines
+from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
 from megatron_tiedlora.planner.price import Pricer
 from megatron_tiedlora.planner.report import make_plan, report_lines
-from megatron_tiedlora.planner.runs import divisors
-from megatron_tiedlora.planner.table import Plan
-from megatron_tiedlora.planning.cards import GPUS
+from megatron_tiedlora.planner.table import Plan, hint_lines
 from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.machines import GPUS
 from megatron_tiedlora.training.plan import plan_run
 
 SOURCE = short("qwen3-8b", 3)

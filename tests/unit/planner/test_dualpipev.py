@@ -13,8 +13,7 @@ from folders import ROOT
 from planned import H100, idle_shares, the_only
 
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.planning.cards import GPUS
-from megatron_tiedlora.planning.machines import Machine
+from megatron_tiedlora.planning.machines import GPUS, Machine
 from megatron_tiedlora.planning.step_time import BACKWARD, FORWARD, Order, Pass, one_f_one_b, simulate
 
 TEXT = (ROOT / "docs" / "planning.md").read_text()

@@ -20,16 +20,14 @@ from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES
+from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
 from megatron_tiedlora.planner.price import Pricer, hours_in_turn
 from megatron_tiedlora.planner.report import make_plan
-from megatron_tiedlora.planner.runs import divisors
 from megatron_tiedlora.planner.table import Plan
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.links import Links
+from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.stages import plan_stages
-from megatron_tiedlora.planning.step_time import step_parts, step_seconds
-from megatron_tiedlora.planning.traffic import step_traffic
+from megatron_tiedlora.planning.step_time import Links, step_parts, step_seconds
 from megatron_tiedlora.training.adapter_plans import plan_adapters
 from megatron_tiedlora.training.dry_run import dry_run_report
 from megatron_tiedlora.training.step_plan import StepPlan
@@ -67,6 +65,7 @@ def group_of(file: str, ranks: int, **choices: Any) -> StepPlan:
     return StepPlan(plans, settings.share_micro_batches)
 
 
+@pytest.mark.cpu_seconds(20, reason="hundreds of layouts, each asked of a run")
 def test_what_is_enumerated_is_what_a_run_accepts(three: str) -> None:
     """The full product of all choices; a run of the group is asked about each. Rows divide each adapter's share."""
     ranks, per_node, storages = 6, 2, (STORAGES[0], STORAGES[3])
@@ -107,6 +106,7 @@ def sizes_of(layout: Layout) -> tuple[int, int, int]:
     return layout.tp_size, layout.pp_size, layout.rows
 
 
+@pytest.mark.cpu_seconds(30, reason="each size of a shared micro-batch is traced")
 @pytest.mark.parametrize("shares", [True, False])
 def test_each_layout_has_the_price_of_its_dry_run(three: str, shares: bool) -> None:
     """Memory of all stages and time, from the plans of a run with the flags of the layout."""
@@ -178,6 +178,7 @@ def dry_run(folder: Path, *flags: str) -> str:
     return dry_run_report(parse_settings([f"--config={folder / 'plan.yaml'}", "--dry_run", *flags], Settings)).text
 
 
+@pytest.mark.cpu_seconds(30, reason="each size of a shared micro-batch is traced")
 @pytest.mark.parametrize(
     "layout",
     ["", "t2p2d2-b2-zero0-full", "t2p1d4-b1-zero3-selective-nf4", "t1p8d1-b2-zero0", "t4p2d1-b1-zero0-wholeseq"],

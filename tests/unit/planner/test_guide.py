@@ -12,7 +12,7 @@ from folders import ROOT
 
 from megatron_tiedlora.config.plan_settings import FORMAT_NAMES, parse_plan
 from megatron_tiedlora.planner.report import make_plan
-from megatron_tiedlora.planning.cards import GPUS
+from megatron_tiedlora.planning.machines import GPUS
 
 TEXT = GUIDE.text
 PLANS = {name: command for command in GUIDE.commands for name in re.findall(r"tiedlora plan .* --yaml (\S+)", command)}

@@ -22,8 +22,8 @@ from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.planning.links import Links
 from megatron_tiedlora.planning.machines import CONSTANTS, read_machine
+from megatron_tiedlora.planning.step_time import Links
 from megatron_tiedlora.training.plan import plan_run
 
 SECONDS = {4: 5.0, 128: 15.0}  # what the command may take on two idle cores, by nodes
@@ -72,6 +72,7 @@ def timed() -> dict[int, tuple[str, float]]:
     return found
 
 
+@pytest.mark.cpu_seconds(30, reason="two plans of a 70B model, of 178 traces each")
 def test_large_clusters_take_seconds(timed: dict[int, tuple[str, float]]) -> None:
     for nodes, (_, seconds) in timed.items():
         print(f"{nodes} nodes: {seconds:.1f} s of a processor")

@@ -15,21 +15,15 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.traffic import TENSOR
-from megatron_tiedlora.planner.candidates import Candidate, Storage
-from megatron_tiedlora.planner.hints import hint_lines
+from megatron_tiedlora.planner.candidates import Candidate, Storage, planned_values
 from megatron_tiedlora.planner.price import Priced, Pricer, capacity
 from megatron_tiedlora.planner.report import make_plan
-from megatron_tiedlora.planner.runs import planned_values
-from megatron_tiedlora.planner.table import Plan
-from megatron_tiedlora.planning.cards import CPU
-from megatron_tiedlora.planning.flops import step_flops
-from megatron_tiedlora.planning.links import Links
-from megatron_tiedlora.planning.machines import Machine
+from megatron_tiedlora.planner.table import Plan, hint_lines
+from megatron_tiedlora.planning.machines import CPU, Machine
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.planning.saved import token_bytes
+from megatron_tiedlora.planning.passes import saved_per_token, step_flops, step_traffic
 from megatron_tiedlora.planning.stages import plan_stages
-from megatron_tiedlora.planning.step_time import Seconds, step_parts, step_seconds
-from megatron_tiedlora.planning.traffic import step_traffic
+from megatron_tiedlora.planning.step_time import Links, Seconds, step_parts, step_seconds
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import prepare_data
 from megatron_tiedlora.training.step_plan import StepPlan
@@ -208,7 +202,7 @@ def test_activations_are_of_all_micro_batches_in_flight() -> None:
     stages = [pricer.stage(one.candidate, index) for index in range(3)]
     assert [len(stage.blocks) for stage in stages] == [2, 2, 2]
     first, second = (stage_memory(stage, tokens=4096).activations for stage in stages[:2])
-    saved = token_bytes(SOURCE.shape, one.candidate.layout).saved * 4096 * 2
+    saved = saved_per_token(SOURCE.shape, one.candidate.layout) * 4096 * 2
     assert first - second == pytest.approx(saved, rel=0.2), "a micro-batch of two blocks"
     assert one.stage == 0 and one.memory is not None and one.memory.activations == first
     assert first > 3 * saved * 0.8

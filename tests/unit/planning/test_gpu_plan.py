@@ -17,8 +17,8 @@ from megatron_tiedlora.config.batch import default_rows, plan_batches
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning import memory
-from megatron_tiedlora.planning.cards import CPU, GPUS
-from megatron_tiedlora.planning.saved import token_bytes
+from megatron_tiedlora.planning.machines import CPU, GPUS
+from megatron_tiedlora.planning.passes import saved_per_token
 from megatron_tiedlora.runtime.determinism import VARIABLES, make_deterministic
 from megatron_tiedlora.training import dry_run, plan
 from megatron_tiedlora.training.plan import RunPlan, plan_run
@@ -72,7 +72,7 @@ def test_a_plan_for_gpus_plans_their_caches_and_kernels() -> None:
         for what in ("cpu", "gpu")
         for dtype in ("bf16", "fp32")
     }
-    saved = {key: token_bytes(found.source.shape, found.layout).saved for key, found in plans.items()}
+    saved = {key: saved_per_token(found.source.shape, found.layout) for key, found in plans.items()}
     assert saved["gpu", "bf16"] == saved["cpu", "bf16"]
     assert saved["gpu", "fp32"] - saved["cpu", "fp32"] == 2 * 64 * 128 * 4
 
@@ -176,14 +176,14 @@ def test_attention_in_fp32_keeps_rows_as_long_as_the_longest_document() -> None:
         for longest in (64, 2048)
     )
     assert even.saved == 0 and uneven.saved == 4 * 32 * (64 * 2048 - 4096)
-    assert uneven.backward - even.backward == 4 * 4096 * (64 * 2048 - 4096)
+    assert uneven.workspace - even.workspace == 4 * 4096 * (64 * 2048 - 4096)
 
 
 def test_sums_in_one_order_take_more_workspace() -> None:
     """A copy of the fp32 gradient of the queries for each part of the keys: 132 multiprocessors over 32 heads."""
     plans = [blocks_of_7b(2, *flags) for flags in ((), ("--deterministic",))]
     plain, ordered = (
-        memory.attention_memory(found.source.shape, found.layout, tokens=4096, documents=1, longest=4096).backward
+        memory.attention_memory(found.source.shape, found.layout, tokens=4096, documents=1, longest=4096).workspace
         for found in plans
     )
     assert ordered - plain == 4 * 4 * 32 * (4096 + 128) * 128

@@ -8,20 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import WORLD
-from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape, assumed_row, shared_shape
-from megatron_tiedlora.planning.saved import token_bytes
+from megatron_tiedlora.planning.passes import engine_bytes, saved_per_token, step_flops, step_traffic
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
-from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 
 SHAPE = find_model("llama2-70b", weights=False).shape
 ADAPTER = make_adapter_config("tl6", rank=8, layers=tuple(range(1, 81)), targets=targets_of(SHAPE), seed=0)
@@ -84,9 +81,7 @@ def test_every_target_is_planned() -> None:
     every = replace(ADAPTER, targets=targets_of(SHAPE, TARGET_NAMES))
     d, k, f, r, layers, rows = 8192, 1024, 28672, 8, 80, 4096
     one, four = (planned(2, 1, 16, adapters=(adapter,))[0] for adapter in (ADAPTER, every))
-    assert token_bytes(SHAPE, four.layout).saved - token_bytes(SHAPE, one.layout).saved == 3 * 2 * r
-    after = [token_bytes(SHAPE, stage.layout).after_attention for stage in (one, four)]
-    assert after[1] - after[0] == 3 * 2 * r
+    assert saved_per_token(SHAPE, four.layout) - saved_per_token(SHAPE, one.layout) == 3 * 2 * r
     batch = full_micro_batches(one.layout)[:1]
     before, after = (step_traffic(stage, batch) for stage in (one, four))
     assert after.messages == before.messages

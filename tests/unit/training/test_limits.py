@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import (
+    AdapterConfig,
+    AdapterPart,
+    TiedAdapter,
+    make_adapter_config,
+    targets_of,
+)
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.timing import saved_by_autograd, storage_bytes
@@ -20,7 +25,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.tail import SupervisedTail
 from megatron_tiedlora.parallel.layers import padded
-from megatron_tiedlora.planning.flops import step_flops
+from megatron_tiedlora.planning.passes import step_flops
 
 RANK = 16
 SIZES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_hidden_layers": 4}

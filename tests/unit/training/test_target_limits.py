@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.benchmark.timing import saved_by_autograd, storage_bytes
 from megatron_tiedlora.model.batch import find_supervised
@@ -19,10 +18,9 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.layers import padded
-from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.micro_batches import ShareShape
-from megatron_tiedlora.planning.saved import saved_bytes, token_bytes
+from megatron_tiedlora.planning.passes import saved_bytes, saved_per_token, step_flops
 from megatron_tiedlora.planning.stages import plan_stages
 
 RANK, ROWS, LENGTH, LAST = 5, 2, 96, 4
@@ -88,7 +86,7 @@ def test_a_target_costs_r_numbers_a_token_and_nothing_else(recompute: str) -> No
     numbers, scalars = 4 * d + 2 * k + 4 * RANK, 1 + SHAPE.heads.num
     if recompute == "none":
         numbers, scalars = numbers + 2 * f, scalars + 1
-    assert token_bytes(SHAPE, layout).saved == 2 * numbers + 4 * scalars
+    assert saved_per_token(SHAPE, layout) == 2 * numbers + 4 * scalars
 
 
 def operation_cases() -> Iterator[Any]:

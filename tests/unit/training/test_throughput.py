@@ -16,13 +16,12 @@ import torch
 from run_files import metrics
 from run_helpers import Base, Ended, run, write_base
 
-from megatron_tiedlora.adapters.targets import targets_of
-from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.order import sample_indices
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.planning.cards import listed_peak
+from megatron_tiedlora.planning.machines import listed_peak
 from megatron_tiedlora.training import throughput
 from megatron_tiedlora.training.throughput import (
     Meter,

@@ -1,0 +1,285 @@
+"""Counts what code computes, moves, sends and allocates while it runs on tensors without data.
+
+`Counts` sees every operation. Three parts of a model are exchanged for ones that count themselves: frozen weights, the
+tensor group, which sends nothing, and attention, whose cost depends on the documents. A kernel (parallel/kernels.py)
+counts as the one operation that it is when it is compiled.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
+from megatron_tiedlora.parallel.groups import RankGroup
+from megatron_tiedlora.parallel.kernels import Kernels, has_rows
+
+META = "meta"
+_ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_READS_NOTHING = {"new_zeros"}  # of its argument but the dtype
+_OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading what was there
+_PICKS = {"embedding", "index_select"}  # as much of its first argument as it writes
+
+
+class Kernel(NamedTuple):
+    """What counts as one operation.
+
+    Attributes:
+        temporary: the bytes that it needs beside its results for each number of its widest argument if it is not
+            compiled.
+    """
+
+    name: str
+    temporary: float = 0.0
+
+
+class Moment(NamedTuple):
+    """The bytes that are alive after an operation; of a kernel, also the numbers of its widest argument."""
+
+    alive: float
+    kernel: Kernel | None = None
+    numbers: float = 0
+
+
+ATTENTION = Kernel("attention")
+
+
+class Counts(TorchDispatchMode):
+    """Counts what is computed, moved, sent and allocated while the block runs.
+
+    Attributes:
+        found: FLOPs of matmuls that are not a frozen weight's (`low_rank`), bytes that operations read and write
+            (`moved`), and what the exchanged parts count.
+        moments: after each operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew."""
+        self.found: Counter[Hashable] = Counter()
+        self.moments: list[Moment] = []
+        self.attended: list[weakref.ref[torch.UntypedStorage]] = []  # what attention saves for its backward pass
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._whole = False  # inside a part that counts as one operation
+        self._logits = 0  # matmuls that have made logits
+        self._repeats = False  # while the logits of more rows are in memory, as much as those of the first rows
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count an operation, and run it."""
+        result = func(*args, **(kwargs or {}))
+        if self._whole or func.is_view:
+            return result
+        self.found["moved"] += touched(func, args, kwargs or {}, result)
+        if func.overloadpacket in flop_registry:
+            self.found["low_rank"] += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        self.allocated(_new_results(func, result))
+        return result
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """What runs in the block is counted by the caller."""
+        self._whole, before = True, self._whole
+        try:
+            yield
+        finally:
+            self._whole = before
+
+    def allocated(self, result: Any, kernel: Kernel | None = None, numbers: int = 0) -> None:
+        """Note the tensors of a result, and the moment."""
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._alive[storage._cdata] = weakref.ref(storage)
+        if not self._repeats:
+            self.moments.append(Moment(self.alive, kernel, numbers))
+
+    def logits(self, *, made: bool) -> None:
+        """Logits of some rows have been made, or are needed no more."""
+        self._logits += made
+        self._repeats = made and self._logits > 1
+
+    def holds(self, storage: int) -> bool:
+        """Whether a storage, by its number, was allocated in the block."""
+        return storage in self._alive
+
+    @property
+    def alive(self) -> int:
+        """The bytes of the tensors that were allocated in the block and are alive."""
+        found = [(key, storage()) for key, storage in self._alive.items()]
+        for key, storage in found:
+            if storage is None:
+                del self._alive[key]
+        return sum(storage.nbytes() for _, storage in found if storage is not None)
+
+
+def touched(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """The bytes that an operation reads and writes, as if it ran by itself, from memory to memory.
+
+    It reads its tensor arguments and writes its results. A view touches nothing, an in-place operation reads and writes
+    what it changes, and a tensor that is only overwritten is not read. Broadcast numbers count once.
+    """
+    size, name = 0, func.overloadpacket.__name__
+    if func.is_view or name in _ALLOCATES:
+        return 0
+    for index, argument in enumerate(func._schema.arguments):
+        given = kwargs.get(argument.name) if argument.kwarg_only or index >= len(args) else args[index]
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        overwritten = changed and (name in _OVERWRITES or argument.is_out)
+        read = num_bytes(result if name in _PICKS and index == 0 else given)
+        size += read * ((not overwritten and name not in _READS_NOTHING) + changed)
+    return size + sum(map(num_bytes, _new_results(func, result)))
+
+
+def _new_results(func: Any, result: Any) -> list[Any]:
+    """The results of an operation that are in memory of their own."""
+    results = result if len(func._schema.returns) > 1 else (result,)
+    return [one for one, declared in zip(results, func._schema.returns, strict=True) if declared.alias_info is None]
+
+
+def num_bytes(value: Any) -> int:
+    """The bytes of the different numbers of a tensor, or of tensors in a list; 0 for anything else."""
+    if isinstance(value, torch.Tensor):
+        sizes = (n for n, stride in zip(value.shape, value.stride(), strict=True) if stride)
+        return value.element_size() * torch.Size(sizes).numel()
+    return sum(map(num_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def _traced_kernel(kernel: Callable[..., Any], arguments: Sequence[Any]) -> tuple[tuple[torch.Tensor, ...], float]:
+    """The results of a kernel, and the bytes of its temporary tensors for each number of its widest argument."""
+    with Counts() as counts:
+        found = kernel(*arguments)
+    results = () if found is None else found if isinstance(found, tuple) else (found,)
+    most = max((moment.alive for moment in counts.moments), default=0) - sum(result.nbytes for result in results)
+    return results, max(most, 0) / max(a.numel() for a in arguments if isinstance(a, torch.Tensor))
+
+
+@dataclass(frozen=True)
+class CountingGroup(RankGroup):
+    """A group that sends nothing. Bytes are of whole tensors, as in `parallel.traffic`."""
+
+    counts: Counts = field(default_factory=Counts)
+
+    def _sent(self, kind: str, tensor: torch.Tensor) -> None:
+        self.counts.found["messages", kind] += 1
+        self.counts.found["bytes", kind] += tensor.nbytes
+
+    def all_reduce_(self, tensor: torch.Tensor, op: Any = None) -> None:
+        """Count it."""
+        self._sent("all-reduce", tensor)
+
+    def all_gather_into(self, gathered: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Count it."""
+        self._sent("all-gather", gathered)
+
+    def reduce_scatter_into(self, mine: torch.Tensor, parts: torch.Tensor) -> None:
+        """Count it."""
+        self._sent("reduce-scatter", parts)
+
+
+class CountedWeight(FrozenWeight):
+    """A frozen weight that counts its matmuls: FLOPs, the numbers of W that they read, and of what they multiply.
+
+    Those of the head are counted apart.
+    """
+
+    def __init__(self, tensor: torch.Tensor, counts: Counts, *, is_head: bool) -> None:
+        super().__init__(tensor)
+        self._counts, self._is_head, self._kind = counts, is_head, "head" if is_head else "linears"
+
+    def times_transposed(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As in FrozenWeight."""
+        return self._counted("weights", x, partial(super().times_transposed, x, bias, out=out), out)
+
+    def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """As in FrozenWeight."""
+        return self._counted("weights_back", grad_y, partial(super().times, grad_y, out=out), out)
+
+    def first_rows(self, num_rows: int) -> FrozenWeight:
+        """As in FrozenWeight."""
+        return CountedWeight(self.tensor.detach()[:num_rows], self._counts, is_head=self._is_head)
+
+    def _counted(
+        self, name: str, x: torch.Tensor, multiply: Callable[[], torch.Tensor], out: torch.Tensor | None
+    ) -> torch.Tensor:
+        counts = self._counts
+        with counts.as_one():
+            product = multiply()
+        if self._is_head and name == "weights":
+            counts.logits(made=True)
+        counts.allocated(() if out is not None else product)
+        if self._is_head and name == "weights_back":
+            counts.logits(made=False)
+        read: dict[Hashable, int] = {name: self.tensor.numel(), name.replace("weights", "rounded"): x.numel()}
+        of_head: dict[Hashable, int] = {"head_weights": self.tensor.numel()}
+        counts.found.update({self._kind: 2 * len(x) * self.tensor.numel(), **(of_head if self._is_head else read)})
+        return product
+
+
+class Attend(torch.autograd.Function):
+    """Attention's results and gradients; it saves what the kernels save."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        with counts.as_one():
+            output, sums = query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+        counts.found["attention"] += 1
+        counts.found["queries"] += query.numel()
+        counts.allocated((output, sums))
+        counts.attended.append(weakref.ref(sums.untyped_storage()))
+        ctx.counts = counts
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: torch.Tensor) -> Any:
+        counts, saved = ctx.counts, ctx.saved_tensors  # the kernel needs them until it ends
+        with counts.as_one():
+            gradients = tuple(tensor.new_empty(tensor.shape) for tensor in saved[:3])
+        counts.found["attention"] += 2  # in units of a forward pass
+        counts.found["queries"] += 2 * gradients[0].numel()
+        counts.allocated(gradients, ATTENTION)
+        del saved
+        return *gradients, None
+
+
+def counted_kernels(counts: Counts) -> Kernels:
+    """The kernels, each counted as one operation that reads what it is given and writes its results."""
+    known: dict[Hashable, tuple[tuple[torch.Tensor, ...], float]] = {}
+
+    def counted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        by_rows = has_rows(kernel)
+
+        def call(*arguments: Any) -> Any:
+            with counts.as_one():
+                # The results have as many rows as the arguments; their other sizes do not depend on that.
+                few = [a[:1] if rows else a for a, rows in zip(arguments, by_rows, strict=True)]
+                key = (name, *(tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in few), few[0].dtype)
+                if key not in known:
+                    known[key] = _traced_kernel(kernel, few)
+                results, temporary = known[key]
+                given = tuple(one.new_empty(len(arguments[0]), *one.shape[1:]) for one in results)
+            counts.found["moved"] += sum(map(num_bytes, (*arguments, *given)))
+            numbers = max(a.numel() for a in arguments if isinstance(a, torch.Tensor))
+            counts.allocated(given, Kernel(name, temporary), numbers)
+            return given if len(given) > 1 else given[0] if given else None
+
+        return call
+
+    plain = Kernels()
+    return Kernels(**{own.name: counted(own.name, getattr(plain, own.name)) for own in fields(Kernels)})

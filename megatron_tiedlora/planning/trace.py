@@ -1,0 +1,431 @@
+"""What a rank does in the layers of a stage, counted by running them on tensors without data.
+
+A trace is of one unit: the embedding, a block, or the last block with the head and the loss. The modules, their
+autograd functions and recompute are the real ones, but for the parts that `counting` exchanges.
+
+Counts are affine in the sizes of a micro-batch, so that a few traces give those of all sizes (`Unit`). What is alive
+at each moment is affine too: the peak is the largest of these moments.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.model.attention import AttentionContext
+from megatron_tiedlora.model.batch import Supervised
+from megatron_tiedlora.model.documents import Documents
+from megatron_tiedlora.model.fused_attention import attend_within
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.rope import rotation_table
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.tail import Attended
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
+from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
+from megatron_tiedlora.parallel.pieces import Piece
+from megatron_tiedlora.planning.counting import (
+    META,
+    Attend,
+    CountedWeight,
+    CountingGroup,
+    Counts,
+    Moment,
+    counted_kernels,
+)
+
+_Found = TypeVar("_Found")
+
+
+class _Begin(torch.autograd.Function):
+    """What a unit gets from the one before: its gradient is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        return anchor.new_empty(shape)
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: torch.Tensor) -> Any:
+        return None, None
+
+
+class _StandIn(torch.autograd.Function):
+    """A stand-in of a factor, whose gradient is kept until the backward pass of the adapter."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, like: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
+        ctx.kept = kept
+        return anchor.new_empty(1, dtype=like.dtype).expand(like.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        ctx.kept.append(gradient)
+        return None, None, None
+
+
+class _End(torch.autograd.Function):
+    """Begins a backward pass with a gradient that nothing else holds."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+        ctx.shape = output.shape
+        return output.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient.new_empty(ctx.shape)
+
+
+class Sizes(NamedTuple):
+    """The sizes of a micro-batch: of each owner, its tokens and those after the last attention; rows of logits.
+
+    Attributes:
+        at_once: the rows of logits that are in memory at one time.
+    """
+
+    tokens: tuple[int, ...]
+    after: tuple[int, ...]
+    supervised: int
+    at_once: int
+
+
+class Trace(NamedTuple):
+    """What a unit does for one micro-batch.
+
+    Attributes:
+        forward, backward: counts of its passes.
+        moments: of both passes.
+        saved: bytes that autograd saves, without factors and indices.
+        kept: bytes that are alive between the passes, without factors: recompute also keeps arguments.
+        gradients: bytes of the factors' gradients that the backward pass leaves.
+        saves_attention: 1 if what attention saves is among them, else 0.
+        saved_factors, kept_factors: which factors are saved, or kept, by target and letter.
+    """
+
+    forward: Mapping[Hashable, float]
+    backward: Mapping[Hashable, float]
+    moments: tuple[Sequence[Moment], ...]
+    saved: float
+    kept: float
+    gradients: float
+    saves_attention: int
+    saved_factors: frozenset[tuple[str, str]]
+    kept_factors: frozenset[tuple[str, str]]
+
+    def values(self, keys: Sequence[Sequence[Hashable]]) -> Iterator[float]:
+        """Its numbers: the counts with these keys, then those of the moments, then the other bytes."""
+        for counts, some in zip((self.forward, self.backward), keys, strict=True):
+            yield from (counts.get(key, 0) for key in some)
+        for moments in self.moments:
+            for moment in moments:
+                yield from (moment.alive, moment.numbers)
+        yield from (self.saved, self.kept, self.gradients)
+
+
+@dataclass(frozen=True)
+class AdapterReading:
+    """What reading the adapters does: counts of both passes, and the memory of each factor that is a copy.
+
+    Attributes:
+        factors: by layer, target and letter, a number that tells the memory, and its bytes.
+    """
+
+    forward: Mapping[Hashable, float]
+    backward: Mapping[Hashable, float]
+    factors: Mapping[tuple[int, str, str], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a block does: everything that decides its trace beside sizes.
+
+    Attributes:
+        owners: of each owner of tokens, its adapter if that adapts the block.
+        earlier: whether its input needs a gradient.
+        ends: whether the head follows.
+        rotates: whether it rotates queries and keys.
+    """
+
+    owners: tuple[AdapterConfig | None, ...]
+    earlier: bool
+    ends: bool = False
+    rotates: bool = True
+
+
+class Tracer:
+    """Traces of a model's layers on rank 0 of a tensor group."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        dtype: torch.dtype,
+        tp_size: int = 1,
+        sequence_parallel: bool = False,
+        on_gpu: bool = False,
+    ) -> None:
+        """`on_gpu` decides how attention is computed."""
+        self.shape, self.dtype, self._on_gpu = shape, dtype, on_gpu
+        self._counts = Counts()
+        self._known: dict[Hashable, Any] = {}
+        group = CountingGroup(None, 0, tp_size, self._counts) if tp_size > 1 else RankGroup()
+        self.tensor_parallel = TensorParallel(group, sequence_parallel and tp_size > 1)
+        with torch.device(META):
+            kernels = counted_kernels(self._counts)
+            self._specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, kernels=kernels)
+
+    def _once(self, key: Hashable, compute: Callable[[], _Found]) -> _Found:
+        if key not in self._known:
+            self._known[key] = compute()
+        found: _Found = self._known[key]
+        return found
+
+    def _stage(self, kind: str) -> Stage:
+        """A stage of one block that rotates or does not, of the last block and the head, or of the embedding."""
+        last, unrotated = self.shape.num_layers, self.shape.unrotated
+        blocks = {(index in unrotated): index for index in range(1, last + 1)}
+        specs = {
+            "embedding": [self._specs[0]],
+            "block": [self._specs[blocks.get(False, 1)]],
+            "unrotated": [self._specs[blocks.get(True, 1)]],
+            "tail": list(self._specs[last:]),
+        }[kind]
+        with torch.device(META):
+            stage = Stage(specs, None, tensor_parallel=self.tensor_parallel)
+        for name, module in stage.named_modules():
+            if isinstance(weight := getattr(module, "frozen", None), FrozenWeight):
+                module.frozen = CountedWeight(weight.tensor, self._counts, is_head=name.endswith(str(last + 1)))
+        return stage
+
+    def unit(self, kind: Kind, recompute: str) -> Unit:
+        """The block of a kind, for micro-batches of all sizes."""
+        return self._once((kind, recompute), lambda: Unit(self, kind, recompute))
+
+    def trace(self, kind: Kind, sizes: Sizes, *, recompute: str = "none") -> Trace:
+        """One block; with `kind.ends` the last one, head and loss too."""
+        return self._once((kind, sizes, recompute), lambda: self._traced(kind, sizes, recompute))
+
+    def embedding(self, tokens: int) -> dict[Hashable, float]:
+        """The counts of the embedding."""
+        return self._once(("embedding", tokens), lambda: self._embedded(tokens))
+
+    def _embedded(self, tokens: int) -> dict[Hashable, float]:
+        stage = self._once("embedding", lambda: self._stage("embedding"))
+        self._counts.restart()
+        with self._counts:
+            stage.embed(torch.empty(1, tokens, dtype=torch.int64, device=META), self.tensor_parallel)
+        return dict(self._counts.found)
+
+    def reading(self, parts: tuple[AdapterPart, ...]) -> AdapterReading:
+        """What it takes to read the adapters of a micro-batch, once for all layers of a stage."""
+        return self._once(parts, lambda: self._reading(parts))
+
+    def _reading(self, parts: tuple[AdapterPart, ...]) -> AdapterReading:
+        with torch.device(META):
+            bank = AdapterBank({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
+        kept = {parameter.untyped_storage()._cdata for _, parameter in bank.named_parameters()}
+        shares = tuple(Share(name, 1, 8 * self.tensor_parallel.group.size) for name in bank.adapters)
+        counts = self._counts
+        counts.restart()
+        updates = bank.updates(shares, self.tensor_parallel, dtype=self.dtype)
+        forward, stand_ins = dict(counts.found), list[torch.Tensor]()
+        counts.found.clear()
+        factors = {}
+        for layer, update in updates.items():
+            for name, linear in update.items():
+                stand_ins += [tensor for tensor in (linear.grad_a, linear.grad_f) if tensor is not None]
+                for letter, factor in (("A", linear.a), ("F", linear.f)):
+                    assert factor is not None, "an adapted linear has factors"
+                    storage = factor.untyped_storage()
+                    if storage._cdata not in kept:
+                        factors[layer, name, letter] = storage._cdata, storage.nbytes()
+        if stand_ins:
+            torch.autograd.backward(stand_ins, [torch.empty_like(tensor) for tensor in stand_ins])
+        return AdapterReading(forward, dict(counts.found), factors)
+
+    def _traced(self, kind: Kind, sizes: Sizes, recompute: str) -> Trace:
+        name = "tail" if kind.ends else "block" if kind.rotates else "unrotated"
+        stage = self._once(name, lambda: self._stage(name))
+        stage.recompute, (index,) = recompute, stage.blocks
+        block: Any = stage.layers[str(index)]
+        block.recomputes_gate = recompute == "selective"
+        gradients, saved = list[torch.Tensor](), dict[int, int]()
+        anchor = torch.empty(1, dtype=self.dtype, requires_grad=True, device=META)
+        updates, factors = self._updates(kind, index, sizes, anchor, gradients)
+        context = self._context(stage, sum(sizes.tokens))
+        counts = self._counts
+        counts.restart()
+
+        def save(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.is_floating_point():
+                saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with counts:
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+                output = self._forward(stage, kind, updates, context, sizes, anchor)
+            del updates
+            kept = counts.alive - output.untyped_storage().nbytes()
+            kept_factors = {name: storage for name, factor in factors.items() if (storage := factor()) is not None}
+            saved_factors = frozenset(name for name, storage in kept_factors.items() if storage._cdata in saved)
+            saved_bytes = sum(size for key, size in saved.items() if counts.holds(key))
+            attends = sum(sums() is not None for sums in counts.attended)
+            forward, middle = dict(counts.found), len(counts.moments)
+            counts.found.clear()
+            if output.requires_grad:
+                end = output.sum() if kind.ends else _End.apply(output)
+                del output
+                end.backward()
+        moments, of_factors = (counts.moments[:middle], counts.moments[middle:]), sum(one.nbytes for one in gradients)
+        both = saved_factors, frozenset(kept_factors)
+        return Trace(forward, dict(counts.found), moments, saved_bytes, kept, of_factors, attends, *both)
+
+    def _forward(
+        self,
+        stage: Stage,
+        kind: Kind,
+        updates: Mapping[int, LayerUpdate],
+        context: AttentionContext,
+        sizes: Sizes,
+        anchor: torch.Tensor,
+    ) -> torch.Tensor:
+        shape = (1, sum(sizes.tokens) // self.tensor_parallel.sequence_parts, self.shape.hidden_size)
+        hidden = _Begin.apply(anchor if kind.earlier else anchor.detach(), shape)
+        output = stage.run_blocks(hidden, context, self.tensor_parallel, updates)
+        del hidden
+        if not isinstance(output, Attended):
+            return output
+        head: Any = stage.layers[str(stage.head)]
+        head.rows_at_once = sizes.at_once
+        return stage.tail.loss(output, _supervised(sizes), self.tensor_parallel)
+
+    def _updates(
+        self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
+    ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
+        """The updates of the block, with stand-ins that keep their gradients; and its factors."""
+        found: dict[str, LinearUpdate] = {}
+        factors = {}
+        key = kind.owners, index, sizes.tokens if len(sizes.tokens) > 1 else ()
+        read = self._once(key, lambda: self._read(kind.owners, index, sizes.tokens))
+        for name, linear in read.items():
+            assert linear.a is not None and linear.f is not None, "an adapted linear has factors"
+            a, f = linear.a.detach().clone(), linear.f.detach().clone()
+            for letter, factor in (("A", a), ("F", f)):
+                factors[name, letter] = weakref.ref(factor.untyped_storage())
+            grad_a, grad_f = (
+                None if t is None else _StandIn.apply(anchor, t.detach(), kept) for t in (linear.grad_a, linear.grad_f)
+            )
+            found[name] = linear._replace(a=a, f=f, grad_a=grad_a, grad_f=grad_f)
+        return {index: found} if found else {}, factors
+
+    def _read(self, owners: tuple[AdapterConfig | None, ...], index: int, tokens: tuple[int, ...]) -> LayerUpdate:
+        """The updates of a block's linears."""
+        bank, group = {}, self.tensor_parallel.group
+        with torch.device(META):
+            for number, config in enumerate(owners):
+                layers = () if config is None else (index,)
+                own = config or next(filter(None, owners), None)
+                if own is None:
+                    return {}
+                part = AdapterPart(replace(own, layers=(index,)), layers, group.rank, group.size)
+                bank[str(number)] = TiedAdapter(part)
+            shares = tuple(Share(str(number), 1, some) for number, some in enumerate(tokens))
+            read = AdapterBank(bank).updates(shares if len(shares) > 1 else (), self.tensor_parallel, dtype=self.dtype)
+        return read.get(index, {})
+
+    def _context(self, stage: Stage, tokens: int) -> AttentionContext:
+        positions = torch.empty(1, tokens, dtype=torch.int64, device=META)
+        table = rotation_table(positions, stage.attention.qkv.heads, self.dtype)
+
+        def by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+            if self.dtype == torch.float32:  # the memory-efficient kernel gets keys and values for every query head
+                group = query.shape[1] // key.shape[1]
+                key, value = (heads.repeat_interleave(group, dim=1) if group > 1 else heads for heads in (key, value))
+            output: torch.Tensor = Attend.apply(query, key, value, self._counts)
+            return output
+
+        def by_tiles(*heads: torch.Tensor) -> torch.Tensor:
+            rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in heads)
+            output: torch.Tensor = Attend.apply(*rows, self._counts)
+            return output.flatten(1)[None]
+
+        documents = Documents([0, tokens], positions[0, :2], tokens)
+        on_gpu = partial(attend_within, documents=documents, attend=by_token)
+        return AttentionContext(positions, table, attend=on_gpu if self._on_gpu else by_tiles)
+
+
+def _supervised(sizes: Sizes) -> Supervised:
+    rows, chosen = (
+        torch.empty(size, dtype=torch.int64, device=META) for size in (sum(sizes.after), sizes.supervised)
+    )
+    if len(sizes.tokens) == 1:
+        return Supervised(rows, rows, chosen, chosen)
+    pieces = tuple(Piece(number, size) for number, size in enumerate(sizes.after))
+    # Whose the rows of logits are changes nothing, as long as each owner has some.
+    edges = [len(chosen) * sum(sizes.after[:number]) // len(rows) for number in range(len(pieces) + 1)]
+    labelled = tuple(Piece(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
+    return Supervised(rows, rows, chosen, chosen, pieces, labelled)
+
+
+def _keys(counts: Iterable[Mapping[Hashable, float]]) -> list[Hashable]:
+    return list(dict.fromkeys(key for some in counts for key in some))
+
+
+class Unit:
+    """A block for micro-batches of all sizes.
+
+    With one owner of tokens everything about it is affine in `_features`, so that as many traces as there are features
+    give all sizes. With several owners each size is traced.
+    """
+
+    def __init__(self, tracer: Tracer, kind: Kind, recompute: str) -> None:
+        self._tracer, self._kind, self._recompute = tracer, kind, recompute
+
+    def at(self, sizes: Sizes) -> Trace:
+        """What it does for a micro-batch of these sizes."""
+        if len(sizes.tokens) > 1:
+            return self._trace(sizes)
+        first, keys, coefficients = self._solved
+        values = iter((self._features(sizes) @ coefficients).tolist())
+        forward, backward = ({key: next(values) for key in some} for some in keys)
+        moments = tuple(
+            [Moment(next(values), moment.kernel, next(values)) for moment in some] for some in first.moments
+        )
+        saved, kept, gradients = values
+        return first._replace(
+            forward=forward, backward=backward, moments=moments, saved=saved, kept=kept, gradients=gradients
+        )
+
+    def _trace(self, sizes: Sizes) -> Trace:
+        return self._tracer.trace(self._kind, sizes, recompute=self._recompute)
+
+    def _features(self, sizes: Sizes) -> list[float]:
+        """What counts are affine in: tokens, those after the last attention, rows of logits, the parts in which these
+        are computed, and the rows of the first part."""
+        (tokens,), (after,), rows, at_once = sizes
+        if not self._kind.ends:
+            return [1.0, tokens]
+        return [1.0, tokens, after, rows, -(-rows // at_once), min(rows, at_once)]
+
+    @cached_property
+    def _solved(self) -> tuple[Trace, tuple[list[Hashable], list[Hashable]], Any]:
+        """The first trace, the keys of both passes, and the coefficients (features, values)."""
+        one = 8 * self._tracer.tensor_parallel.group.size
+        given = [(2, 1, 8, 8), (4, 1, 8, 8)]
+        if self._kind.ends:
+            given = [(4, 4, 16, 8), (8, 4, 16, 8), (4, 8, 16, 8), (4, 4, 24, 8), (4, 4, 32, 16), (4, 4, 16, 16)]
+        sizes = [Sizes((tokens * one,), (after * one,), rows, at_once) for tokens, after, rows, at_once in given]
+        traces = [self._trace(some) for some in sizes]
+        keys = _keys(one.forward for one in traces), _keys(one.backward for one in traces)
+        values = [[*one.values(keys)] for one in traces]
+        solved = np.linalg.solve(np.array([self._features(some) for some in sizes]), np.array(values, dtype=float))
+        return traces[0], keys, solved
