@@ -38,7 +38,7 @@ help:  ## show this list
 	@echo
 	@echo "make train ARGS='--max_steps 20 --output_dir runs/short'   settings of launch/train.py"
 	@echo "make train DEEPSPEED_ARGS='--num_gpus 2'                    settings of the deepspeed launcher"
-	@echo "make test TESTS=tests/unit/tools/test_prepare_demo.py PYTEST_ARGS='-k digits'"
+	@echo "make test TESTS=tests/unit/tools/test_prepare_demo.py PYTEST_ARGS='-k wheel'"
 	@echo "make test PYTEST_ARGS='-m slow'                             the tests that take minutes"
 	@echo "make test WORKERS=0                                         one test at a time"
 	@echo "PYTHON=python3.12 or VENV=other choose the interpreter and the folder"

@@ -110,7 +110,7 @@ def judge(
     content = file.read() if launcher_status else file.read_late(late_seconds)
     if content is None:
         if not path.is_dir():
-            why = f"{path} is not visible on this host: the run did not start, or its folder is on another host"
+            why = f"{path} is not visible on this host: it was rejected, as the ranks say above, or is elsewhere"
         elif file.is_of_another:
             why = f"{path} belongs to another start"
         else:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_tiedlora.base.errors import UserError, printable, shown
+from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.wording import bytes_in_words, first_line
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
@@ -190,7 +191,7 @@ def verify_export(
     notes += () if imported is None else imported.notes
     exported = None if peft is None else compare_export(peft, source, adapter)
     if imported is not None and "peft" in runtimes and not has_peft():
-        raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
+        raise UserError(f"checking a PEFT adapter needs peft; {install_hint('peft')}")
     bits = None if merged is None else compare_merged(source, adapter, merged, base_format=made_onto, progress=progress)
     # Equality must hold for any input, so it need not be text.
     probed = (_PROBED[0], min(_PROBED[1], source.shape.limit.tokens))

@@ -290,9 +290,9 @@ class SweepPlan:
             state += f" ({end.halved})" if end.halved else ""
             rows.append((run.name, f"{run.point.num_trained(base.shape):,}", state))
         lines += aligned_lines(rows, align="<><", indent="  ")
-        if self.settings.together != 1:
+        if self.settings.together != 1 and (groups := self.groups()):
             lines += ["", "  groups to train together"]
-            lines += [f"  {number:>3}  {', '.join(run.name for run in g)}" for number, g in enumerate(self.groups(), 1)]
+            lines += [f"  {number:>3}  {', '.join(run.name for run in g)}" for number, g in enumerate(groups, 1)]
         return [*lines, "", "  " + ", ".join(f"{count} {state}" for state, count in counts.items())]
 
 

@@ -33,7 +33,7 @@ LINES: Table = {
     "cluster": (2754, ""),
     "commands": (1239, ""),
     "config": (3318, "the settings of the eleven commands that parsed by hand, from commands/"),
-    "convert": (3323, ""),
+    "convert": (3324, ""),
     "data": (5305, ""),
     "engine": (1149, "the two ways to step adapters, from training/"),
     "evaluation": (1736, ""),
@@ -50,7 +50,7 @@ LINES: Table = {
     "training": (4798, "peers give up all folders; a failed start says so in each; one report"),
 }
 WHOLE: Table = {
-    "lines": (48992, ""),
+    "lines": (48993, ""),
     "modules": (298, ""),
     "import lines in %": (8.53, ""),
 }
