@@ -195,8 +195,7 @@ def open_folders(settings: Settings) -> None:
         patch.setattr(start, "num_differing", lambda value: 0)
         plans = plan_adapters(settings, rank=0, world_size=1)
         data = prepare_all_data(plans)
-        end: Any = SimpleNamespace()
-        held.callback(lambda: end.release())
+        end: Any = SimpleNamespace(held=held, owners=[])
         start.open_run(settings, plans, data, end)
 
 
