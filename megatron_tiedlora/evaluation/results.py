@@ -22,7 +22,7 @@ from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import NewOutput
 from megatron_tiedlora.base.version import installed_versions
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.wording import aligned_lines, count_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.evaluation.answering import Questions
 from megatron_tiedlora.evaluation.metrics import Answer, Metric, find_metric
@@ -246,17 +246,13 @@ def score_table(evaluations: Mapping[str, Evaluation], folder: Path) -> list[str
     plan, answers, first = next(iter(evaluations.values()))
     rows = f"{plan.task.name}, {count_text(len(answers), f'{plan.settings.split} row')}, scores in per cent"
     if "" in evaluations:
-        width = max(len("metric"), *map(len, first))
-        lines = [f"  {'metric':<{width}}  {'score':>6}  {'95 % interval':<16}  signature"]
-        for name, score in first.items():
-            interval = f"{score.low:.2f} to {score.high:.2f}"
-            lines.append(f"  {name:<{width}}  {score.value:>6.2f}  {interval:<16}  {score.signature}")
+        header = ("metric", "score", "95 % interval", "signature")
+        cells = [(n, f"{s.value:.2f}", f"{s.low:.2f} to {s.high:.2f}", s.signature) for n, s in first.items()]
+        lines = aligned_lines([header, *cells], align="<><", indent="  ")
         return [rows, *lines, f"files     {folder / PREDICTIONS_FILE}", f"          {folder / RESULTS_FILE}"]
-    width = max(len("adapter"), *map(len, evaluations))
-    columns = [f"{name} (95 % interval)" for name in first]
-    lines = [f"  {'adapter':<{width}}" + "".join(f"  {column:>24}" for column in columns)]
+    table: list[list[str]] = [["adapter", *(f"{name} (95 % interval)" for name in first)]]
     for name, (_, _, scores) in evaluations.items():
-        values = [f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})" for score in scores.values()]
-        lines.append(f"  {name:<{width}}" + "".join(f"  {value:>24}" for value in values))
+        table.append([name, *(f"{s.value:.2f} ({s.low:.2f} to {s.high:.2f})" for s in scores.values())])
+    lines = aligned_lines(table, indent="  ")
     files = [f"files     {folder / TABLE_FILE}", f"          {folder}/NAME/{RESULTS_FILE}, {PREDICTIONS_FILE}"]
     return [rows, *lines, *files]
