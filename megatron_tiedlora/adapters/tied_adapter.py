@@ -112,8 +112,9 @@ class AdapterConfig:
 
     @cached_property
     def of_one_layer(self) -> AdapterConfig:
-        """The same for one layer and without a seed: what a layer does depends on nothing else."""
-        return replace(self, layers=(1,), seed=0)
+        """What decides what a layer does: without layers, seed and stds, and of alpha only whether it is the rank."""
+        alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
+        return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
 
     @property
     def method_spec(self) -> Method:

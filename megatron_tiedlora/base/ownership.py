@@ -123,7 +123,8 @@ class Owner:
     def give_up(self) -> None:
         """Let the next start with --resume take the folder, even if the lock's holder may wake up. Best effort."""
         with suppress(OSError):
-            if self._has_written(OWNER_FILE):
+            # a host that does not see the folder has nothing to wait for
+            if self.folder.is_dir() and self._has_written(OWNER_FILE):
                 self._mark.touch()
 
     def give_back(self) -> None:

@@ -34,12 +34,13 @@ class Kernel(NamedTuple):
     """What counts as one operation.
 
     Attributes:
-        temporary: the bytes that it needs beside its results for each number of its widest argument if it is not
-            compiled.
+        temporary, results: the bytes that it needs beside its results if it is not compiled, and those of its results,
+            for each number of its widest argument.
     """
 
     name: str
     temporary: float = 0.0
+    results: float = 0.0
 
 
 class Moment(NamedTuple):
@@ -71,7 +72,7 @@ class Counts(TorchDispatchMode):
         self.found: Counter[Hashable] = Counter()
         self.moments: list[Moment] = []
         self.attended: list[weakref.ref[torch.UntypedStorage]] = []  # what attention saves for its backward pass
-        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # that were allocated, by number
         self._whole = False  # inside a part that counts as one operation
         self._logits = 0  # matmuls that have made logits
         self._repeats = False  # while the logits of more rows are in memory, as much as those of the first rows
@@ -101,7 +102,7 @@ class Counts(TorchDispatchMode):
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self._alive[storage._cdata] = weakref.ref(storage)
+                self.storages[storage._cdata] = weakref.ref(storage)
         if not self._repeats:
             self.moments.append(Moment(self.alive, kernel, numbers))
 
@@ -110,17 +111,13 @@ class Counts(TorchDispatchMode):
         self._logits += made
         self._repeats = made and self._logits > 1
 
-    def holds(self, storage: int) -> bool:
-        """Whether a storage, by its number, was allocated in the block."""
-        return storage in self._alive
-
     @property
     def alive(self) -> int:
         """The bytes of the tensors that were allocated in the block and are alive."""
-        found = [(key, storage()) for key, storage in self._alive.items()]
+        found = [(key, storage()) for key, storage in self.storages.items()]
         for key, storage in found:
             if storage is None:
-                del self._alive[key]
+                del self.storages[key]
         return sum(storage.nbytes() for _, storage in found if storage is not None)
 
 
@@ -156,13 +153,17 @@ def num_bytes(value: Any) -> int:
     return sum(map(num_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def _traced_kernel(kernel: Callable[..., Any], arguments: Sequence[Any]) -> tuple[tuple[torch.Tensor, ...], float]:
-    """The results of a kernel, and the bytes of its temporary tensors for each number of its widest argument."""
+def _traced_kernel(
+    name: str, kernel: Callable[..., Any], arguments: Sequence[Any]
+) -> tuple[tuple[torch.Tensor, ...], Kernel]:
+    """The results of a kernel for few rows, and what it needs."""
     with Counts() as counts:
         found = kernel(*arguments)
     results = () if found is None else found if isinstance(found, tuple) else (found,)
-    most = max((moment.alive for moment in counts.moments), default=0) - sum(result.nbytes for result in results)
-    return results, max(most, 0) / max(a.numel() for a in arguments if isinstance(a, torch.Tensor))
+    size = sum(result.nbytes for result in results)
+    most = max((moment.alive for moment in counts.moments), default=0) - size
+    numbers = max(a.numel() for a in arguments if isinstance(a, torch.Tensor))
+    return results, Kernel(name, max(most, 0) / numbers, size / numbers)
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ class Attend(torch.autograd.Function):
 
 def counted_kernels(counts: Counts) -> Kernels:
     """The kernels, each counted as one operation that reads what it is given and writes its results."""
-    known: dict[Hashable, tuple[tuple[torch.Tensor, ...], float]] = {}
+    known: dict[Hashable, tuple[tuple[torch.Tensor, ...], Kernel]] = {}
 
     def counted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         by_rows = has_rows(kernel)
@@ -271,12 +272,12 @@ def counted_kernels(counts: Counts) -> Kernels:
                 few = [a[:1] if rows else a for a, rows in zip(arguments, by_rows, strict=True)]
                 key = (name, *(tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in few), few[0].dtype)
                 if key not in known:
-                    known[key] = _traced_kernel(kernel, few)
-                results, temporary = known[key]
+                    known[key] = _traced_kernel(name, kernel, few)
+                results, traced = known[key]
                 given = tuple(one.new_empty(len(arguments[0]), *one.shape[1:]) for one in results)
             counts.found["moved"] += sum(map(num_bytes, (*arguments, *given)))
             numbers = max(a.numel() for a in arguments if isinstance(a, torch.Tensor))
-            counts.allocated(given, Kernel(name, temporary), numbers)
+            counts.allocated(given, traced, numbers)
             return given if len(given) > 1 else given[0] if given else None
 
         return call

@@ -179,7 +179,8 @@ def _most_of_widest(stage: StagePlan, adapters: Sequence[int], tokens: int) -> S
     """Almost all tokens as those of the adapter that saves most for one: only A x depends on whose it is."""
     configs = [stage.layout.adapters[number] for number in adapters]
     widest = max(range(len(configs)), key=lambda number: configs[number].rank * len(configs[number].targets))
-    least = padded(1, PAD_MULTIPLE * stage.layout.sequence_parts)
+    least = PAD_MULTIPLE * stage.layout.sequence_parts
+    tokens = padded(tokens, least)
     most = max(tokens - least * (len(configs) - 1), least)
     sizes = tuple(most if number == widest else least for number in range(len(configs)))
     return Sizes(sizes, sizes, padded(tokens), HEAD_ROWS)
@@ -192,8 +193,10 @@ def _temporary_bytes(layout: Layout, attention: AttentionMemory, moment: Moment)
         return 0.0
     if kernel is ATTENTION:
         return attention.workspace + (attention.saved if layout.recompute == "full" else 0)
+    if not layout.compiled and layout.on_gpu and moment.numbers > NUMBERS_AT_ONCE:
+        return NUMBERS_AT_ONCE * (kernel.temporary + 2 * kernel.results)  # `run_in_parts` holds those of two parts
     if not layout.compiled:
-        return kernel.temporary * (min(moment.numbers, NUMBERS_AT_ONCE) if layout.on_gpu else moment.numbers)
+        return kernel.temporary * moment.numbers
     return 0.0 if layout.on_gpu else COPIES_ON_CPU.get(kernel.name, 0) * moment.numbers * layout.dtype.itemsize
 
 
@@ -292,8 +295,7 @@ def eager_bytes(stage: StagePlan, tokens: int) -> float:
     if stage.layout.compiled:
         return 0.0
     moments = moments_of(stage.owned_by((0,)), _most_of_widest(stage, (0,), tokens))
-    none = AttentionMemory(0, 0.0)
-    return max((_temporary_bytes(stage.layout, none, moment) for moment in moments), default=0.0)
+    return max((_temporary_bytes(stage.layout, AttentionMemory(0, 0.0), moment) for moment in moments), default=0.0)
 
 
 def hidden_bytes(stage: StagePlan) -> float:

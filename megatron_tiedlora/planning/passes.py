@@ -262,8 +262,7 @@ def step_flops(
 
 @cache
 def _whole(shape: ModelShape, adapter: AdapterConfig) -> StagePlan:
-    (stage,) = plan_stages(shape, Layout((adapter,), length=1))
-    return stage
+    return plan_stages(shape, Layout((adapter,), length=1))[0]
 
 
 # Traces ----------------------------------------------------------------------------------------------------------

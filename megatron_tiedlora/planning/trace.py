@@ -185,7 +185,8 @@ class Tracer:
 
     def _once(self, key: Hashable, compute: Callable[[], _Found]) -> _Found:
         if key not in self._known:
-            self._known[key] = compute()
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has
+                self._known[key] = compute()
         found: _Found = self._known[key]
         return found
 
@@ -277,7 +278,7 @@ class Tracer:
             kept = counts.alive - output.untyped_storage().nbytes()
             kept_factors = {name: storage for name, factor in factors.items() if (storage := factor()) is not None}
             saved_factors = frozenset(name for name, storage in kept_factors.items() if storage._cdata in saved)
-            saved_bytes = sum(size for key, size in saved.items() if counts.holds(key))
+            saved_bytes = sum(size for key, size in saved.items() if key in counts.storages)
             attends = sum(sums() is not None for sums in counts.attended)
             forward, middle = dict(counts.found), len(counts.moments)
             counts.found.clear()
@@ -388,7 +389,8 @@ class Unit:
     """
 
     def __init__(self, tracer: Tracer, kind: Kind, recompute: str) -> None:
-        self._tracer, self._kind, self._recompute = tracer, kind, recompute
+        self._kind, self._size = kind, tracer.tensor_parallel.group.size
+        self._trace = partial(tracer.trace, kind, recompute=recompute)
 
     def at(self, sizes: Sizes) -> Trace:
         """What it does for a micro-batch of these sizes."""
@@ -405,9 +407,6 @@ class Unit:
             forward=forward, backward=backward, moments=moments, saved=saved, kept=kept, gradients=gradients
         )
 
-    def _trace(self, sizes: Sizes) -> Trace:
-        return self._tracer.trace(self._kind, sizes, recompute=self._recompute)
-
     def _features(self, sizes: Sizes) -> list[float]:
         """What counts are affine in: tokens, those after the last attention, rows of logits, the parts in which these
         are computed, and the rows of the first part."""
@@ -419,7 +418,7 @@ class Unit:
     @cached_property
     def _solved(self) -> tuple[Trace, tuple[list[Hashable], list[Hashable]], Any]:
         """The first trace, the keys of both passes, and the coefficients (features, values)."""
-        one = 8 * self._tracer.tensor_parallel.group.size
+        one = 8 * self._size
         given = [(2, 1, 8, 8), (4, 1, 8, 8)]
         if self._kind.ends:
             given = [(4, 4, 16, 8), (8, 4, 16, 8), (4, 8, 16, 8), (4, 4, 24, 8), (4, 4, 32, 16), (4, 4, 16, 16)]

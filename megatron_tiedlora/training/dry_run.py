@@ -65,8 +65,8 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
     about, batches, counts = (_parameters, _batches, _data) if one else (_adapter_table, _shared_batches, _data_table)
     more = [[*memory, *_decoding(step, data)]] if one else [memory, _one_more(step)]
     sections = [about(step), partition_lines(step.stages), *more, message_lines(step), *speed_lines(step)]
-    sections += [batches(step, data), *([counts(step, data), *_samples(step, data)] if data else [])]
-    sections += [] if data else [no_data_lines(step.shared)]
+    of_data = [counts(step, data), *_samples(step, data)] if data else [no_data_lines(step.shared)]
+    sections += [batches(step, data), *of_data]
     return DryRunReport("\n\n".join("\n".join(map(printable, section)) for section in sections), fits)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 
 import torch
@@ -119,8 +120,11 @@ def export_all(trainer: Trainer, told: Callable[[AdapterRun, list[str]], list[st
                 exported = export(run, trainer.stop)
                 lines += told(run, exported)
                 run.finish()
-    finally:
-        trainer.write_table()
+    except BaseException:
+        with suppress(UserError):  # what ends the export is the reason to report
+            trainer.write_table()
+        raise
+    trainer.write_table()
     return lines
 
 

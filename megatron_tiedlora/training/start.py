@@ -250,7 +250,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
             ends_apart=start.folders[name] is not start.folder,
             keeps_losses=bool(rivals.get(name)),
         )
-    if end.folder is None:
+    if not start.own_folders:  # not by `end.folder`, which a rank that does not see the folder never has
         end.enter(folder_of_run)
     everyone = {name: start.finished.get(name) or adapters[name] for name in start.plans}
     return Trainer(adapters, step, folder_of_run, stop, everyone, settings.profile, rivals)

@@ -434,3 +434,20 @@ def test_a_start_that_fails_at_its_second_folder_says_so(base: Base, tmp_path: P
         assert state(own)[:2] == ("failed", 3) and "run.yaml: cannot be written" in state(own)[2], own
     run(base, folder, adapters=file, resume="auto")
     assert {state(own)[0] for own in (folder, folder / "a", folder / "b")} == {"finished"}
+
+
+def _sees_no_folder() -> None:
+    """Rank 1 is on another host, where there is no run folder."""
+    import os
+
+    from megatron_tiedlora.runtime.run_folder import RunFolder
+
+    if os.environ["RANK"] == "1":
+        RunFolder.is_run = property(lambda folder: False)  # type: ignore[method-assign,assignment]
+
+
+def test_a_rank_that_does_not_see_the_folders(base: Base, tmp_path: Path) -> None:
+    """It enters the run's folder as often as the others do, so none waits for it."""
+    file = written(tmp_path / "adapters.yaml", {name: _FOUR[name] for name in "ab"})
+    run(base, tmp_path / "run", adapters=file, ranks=2, prelude=_sees_no_folder)
+    assert {state(own)[0] for own in (tmp_path / "run", tmp_path / "run" / "a")} == {"finished"}

@@ -204,8 +204,8 @@ def test_a_layer_that_few_stages_need(tmp_path: Path) -> None:
         assert sent(row["tensor"])[0] == 256 * (large + 2 * (stage == home) + 4 * (stage == 3)), stage
         assert "tied" not in row
         assert memory[stage]["gradients"] == ("4 B" if stage != home else "262.14 kB")  # an anchor, or A and B
-    # What the first stage keeps is its output alone, for each of four micro-batches, and a buffer for messages. A pass of
-    # a block needs its gathered input, gate and up, and their product.
+    # What the first stage keeps is its output alone, for each of four micro-batches, and a buffer for messages. A pass
+    # of a block needs its gathered input, gate and up, and their product.
     block = 4096 * 2 * (4096 + 1.5 * 22016 / 2)
     assert block < size(memory[0]["activations"]) < 1.2 * block
     assert size(memory[0]["engine"]) == pytest.approx((4 + 1) * 2 * 4096 * 4096 / 2, rel=ROUNDED)

@@ -171,6 +171,13 @@ def test_adapters_are_whole_on_every_rank(changes: dict[str, Any]) -> None:
         assert bank_bytes(part) == 4 * every + 12 * sum(own.num_trained().values())
 
 
+def test_tokens_that_parts_do_not_divide_are_planned() -> None:
+    """A micro-batch that several may fill has as many tokens as one of a single adapter, which may be no multiple."""
+    stage = plan_stages(SHAPE, layout_of(MIXED["methods"], tp_size=2))[0]
+    needed = [stage_memory(stage, tokens=tokens, adapters=(0, 1, 2)).activations for tokens in (992, 1001, 1008)]
+    assert needed[0] < needed[1] <= needed[2]
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_one_adapter_needs_what_it_needs_alone(recompute: str) -> None:
     """With a name it has the activations and messages of one without, and all of its memory if no engine steps it."""
