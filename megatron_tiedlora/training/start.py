@@ -220,7 +220,8 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
     """
     settings, left, end, adapters = start.settings, start.left, start.end, dict[str, AdapterRun]()
     folder_of_run = start.folder.with_running(partial(unrecorded, adapters))
-    end.first_step = max(found.progress.step if (found := start.checkpoints[name]) else 0 for name in left)
+    progress = {name: found.progress if (found := start.checkpoints[name]) else Progress() for name in left}
+    end.first_step = max(own.step for own in progress.values())
     end.finished_step = lambda: end.first_step
     if start.own_folders:
         _write_settings(start)
@@ -228,7 +229,6 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
     rivals = rivals_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
     shared = shared_plan(left)
     meter = start_meter(shared, device)
-    progress = {name: found.progress if (found := start.checkpoints[name]) else Progress() for name in left}
     capacity = micro_batch_capacity(left, shares=settings.share_micro_batches)
     step = TrainStep(left, built.runner, stop, {name: own.step for name, own in progress.items()}, capacity)
     for name, plan in left.items():
