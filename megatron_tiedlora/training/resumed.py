@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pydantic_core import PydanticUndefined
-
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
@@ -135,8 +133,9 @@ def check_resumed_settings(plan: RunPlan, checkpoint: Checkpoint, *, data_sha256
     for name, value in plan.resolved_settings().items():
         if not marks[name].compared or name == "epochs":
             continue
-        default = Settings.model_fields[name].default  # of a setting that came after the checkpoint
-        if name not in saved and (default in (None, PydanticUndefined) or default == value):
+        field = Settings.model_fields[name]
+        default = None if field.is_required() else field.default  # of a setting that came after the checkpoint
+        if name not in saved and default in (None, value):
             continue
         if name == "max_new_tokens" and settings.eval_metric == "loss":  # changes nothing in such a run
             continue
