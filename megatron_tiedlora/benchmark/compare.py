@@ -36,8 +36,8 @@ from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.training.compiling import choose_kernels
-from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.throughput import find_peak, timed
 
 # The setting of a step that each flag of --what scaling gives values for.

@@ -31,7 +31,7 @@ def main(command: PlanCommand) -> int:
         # These import torch, which takes a second: --help and a wrong flag do not wait for it.
         from megatron_tiedlora.base.atomic import write_json
         from megatron_tiedlora.base.yaml_files import write_yaml
-        from megatron_tiedlora.planner import report
+        from megatron_tiedlora.planning import cluster_report as report
 
         prepare_environment()
         made = report.make_plan(command)

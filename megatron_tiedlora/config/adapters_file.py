@@ -146,3 +146,23 @@ def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
                     f"{path}: {field} would be {of_first} for {first} and {of_other} for {name} by the defaults of"
                     f" their tasks, but it holds for all {count_text(len(found), 'adapter')}; give --{field}"
                 )
+
+
+def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
+    """By each adapter's name the others that differ from it only in the learning rate, and in the folder."""
+    same = {name: own.model_dump_json(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()}
+    alike = dict[str, list[str]]()
+    for name, values in same.items():
+        alike.setdefault(values, []).append(name)
+    return {name: tuple(other for other in alike[values] if other != name) for name, values in same.items()}
+
+
+
+def check_halving(settings: Mapping[str, Settings]) -> None:
+    """Raise UserError if --halving has nothing to compare, or the best checkpoint is not chosen by the loss."""
+    rivals = rivals_of(settings)
+    if not any(rivals.values()):
+        raise UserError("--halving: no two adapters differ only in the learning rate; remove it")
+    for name, own in settings.items():
+        if rivals[name] and own.eval_metric != "loss":
+            raise UserError(f"{name}: --halving compares validation losses; remove --eval_metric {own.eval_metric}")

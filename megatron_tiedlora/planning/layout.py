@@ -12,11 +12,9 @@ from functools import cached_property
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.shard_spec import weight_spec
 
 # On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
 # are off (docs/performance.md).
@@ -114,48 +112,3 @@ def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_wor
     """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""
     widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
     return num_tokens / grid.dp_size * widths >= least_work
-
-
-def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_config: str = "") -> None:
-    """Check that the model can be cut over the grid and that the ZeRO stage of `ds_config` goes with it.
-
-    Raises:
-        UserError: the first thing that does not fit, with the numbers that do.
-    """
-    tp, pp = grid.tp_size, grid.pp_size
-    sizes = _sizes_to_divide(shape)
-    for name, size in sizes:
-        if size % tp:
-            possible = [n for n in range(1, shape.heads.num_kv + 1) if all(s % n == 0 for _, s in sizes)]
-            raise UserError(
-                f"--tensor_parallel {tp} does not divide the model's {size} ({name}); possible are"
-                f" {', '.join(map(str, possible))}"
-            )
-    if (tp - 1) * -(-shape.vocab_size // tp) >= shape.vocab_size:
-        raise UserError(
-            f"--tensor_parallel {tp}: a vocabulary of {shape.vocab_size} leaves a rank without a row; give fewer"
-        )
-    if pp > shape.num_layers:
-        raise UserError(
-            f"--pipeline_parallel {pp}: the model has {shape.num_layers} layers and every stage needs one; give at"
-            f" most {shape.num_layers}"
-        )
-    if pp > 1 and zero_stage > 1:
-        raise UserError(
-            f"--ds_config {ds_config}: ZeRO-{zero_stage} does not go with --pipeline_parallel {pp} (stages"
-            " sum their gradients once a step, not per micro-batch); use zero1.json, which costs a rank no more than"
-            " whole gradients of its part of the adapter"
-        )
-
-
-def _sizes_to_divide(shape: ModelShape) -> list[tuple[str, int]]:
-    """What tensor parallelism must divide, with names for messages: whole heads, and what linears are sharded along.
-
-    A linear that can be adapted also has its A, which is sharded along the linear's input.
-    """
-    names = {shape.hidden_size: "hidden size", shape.intermediate_size: "feed-forward width"}
-    sizes = [("attention heads", shape.heads.num), ("key-value heads", shape.heads.num_kv)]
-    for linear in shape.block.linears:
-        inputs = (linear.in_size,) if linear in shape.block.adaptable.values() else ()
-        sizes += [(names.get(size, linear.name), size) for size in (*inputs, *weight_spec(linear).blocks)]
-    return sizes

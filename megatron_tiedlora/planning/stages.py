@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from typing import NamedTuple
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.base.base_formats import BASE_FORMATS, SCALE_BYTES
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.model.partition import layer_costs, partition
 from megatron_tiedlora.model.weights import WeightRule, stage_weight_rules
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.trace import Kind
@@ -274,82 +275,3 @@ def _weights(shape: ModelShape, *, has_embedding: bool) -> _Weights:
         index, _ = found.setdefault((rule.spec, rule.shape, rule.is_quantised(shape)), (len(found), rule))
         by_layer.setdefault(rule.layer, []).append(index)
     return _Weights([rule for _, rule in found.values()], by_layer)
-
-
-# The partition --------------------------------------------------------------------------------------------------------
-
-
-Stages = tuple[range, ...]
-
-
-def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) -> list[float]:
-    """The multiplications per token of every layer of the flat list (embedding, blocks, head), both passes together.
-
-    A block has P = the numbers in its matrices, for matmuls, and A = s h for causal attention over s tokens (h: width
-    of the queries). Its forward pass costs P + A, its backward pass P + 2A from the first adapted layer on. The head
-    costs V d each way, as if every position were supervised. The embedding costs nothing.
-
-    Args:
-        first_adapted: 1-based; None: nothing is trained, and no layer has a backward pass.
-    """
-    matmuls = shape.block.num_weights
-    attention = length * shape.heads.rows[0]
-    costs = [0.0]
-    for index in range(1, shape.num_layers + 1):
-        backward = matmuls + 2 * attention if first_adapted is not None and index >= first_adapted else 0.0
-        costs.append(float(matmuls + attention + backward))
-    costs.append(float((1 if first_adapted is None else 2) * shape.head.num_weights))
-    return costs
-
-
-def partition(costs: Sequence[float], num_stages: int) -> Stages:
-    """Partition layers 0 to len(costs) - 1 into `num_stages` ranges, each with a block (no stage is the head alone).
-
-    It minimises the largest cost of a stage and, among the partitions that do, the sum of squares.
-
-    Raises:
-        ValueError: fewer blocks than stages.
-    """
-    return _partition(tuple(costs), num_stages)
-
-
-@cache
-def _partition(costs: tuple[float, ...], num_stages: int) -> Stages:
-    num_blocks = len(costs) - 2
-    if num_stages > num_blocks:
-        raise ValueError(f"{num_blocks} layers cannot be partitioned into {num_stages} stages")
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost)
-    # Two passes: the smallest largest cost, then the smallest sum of squares that does not exceed it.
-    least, _ = _best_cuts(total, num_stages, lambda before, cost: max(before, cost))
-    _, cuts = _best_cuts(total, num_stages, lambda before, cost: before + cost * cost, largest=least)
-    return tuple(range(start, stop) for start, stop in zip((0, *cuts), cuts, strict=False))
-
-
-def _best_cuts(
-    total: Sequence[float], num_stages: int, add: Callable[[float, float], float], *, largest: float = math.inf
-) -> tuple[float, tuple[int, ...]]:
-    """The cuts with the least value, and the value: `add` takes a stage's cost into the value of those before it.
-
-    Args:
-        total: cost of the layers before each.
-        largest: no stage may cost more.
-    """
-    num_layers = len(total) - 1
-    # best[stop]: (value, cuts) of layers 0 to stop - 1 in the stages so far; a cut lies after a block.
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for stage in range(num_stages):
-        left = num_stages - stage - 1
-        stops = [num_layers] if left == 0 else range(stage + 2, num_layers - left)
-        following = {}
-        for stop in stops:
-            choices = []
-            for start, (value, cuts) in best.items():
-                cost = total[stop] - total[start]
-                if stop - start >= (2 if start == 0 or stop == num_layers else 1) and cost <= largest:
-                    choices.append((add(value, cost), (*cuts, stop)))
-            if choices:
-                following[stop] = min(choices)
-        best = following
-    return best[num_layers]

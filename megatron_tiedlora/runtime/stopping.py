@@ -22,6 +22,8 @@ from megatron_tiedlora.runtime.launch_env import deepspeed_runner
 
 # Slurm sends SIGUSR1 some time before a job's limit (`#SBATCH --signal=USR1@120`).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# After a longer step the ranks agree on stopping after every micro-batch: a signal is answered within its grace time.
+LONG_STEP_SECONDS = 10.0
 # Parents of the ranks on each host under mpirun and srun.
 _LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orted", "slurmstepd")
 

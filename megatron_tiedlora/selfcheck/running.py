@@ -24,7 +24,7 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.planning.run_plan import RunPlan
 
 MOST_LAYERS = 8  # of the runs of parts host and memory
 # The config.json of a small LLaMA whose heads have sizes that kernels support.

@@ -32,8 +32,8 @@ from megatron_tiedlora.config.tasks import TASK_NAMES
 from megatron_tiedlora.convert.export_peft import base_name, export_peft
 from megatron_tiedlora.convert.inputs import BASE_PATH, EXPORT_RECORD, NATIVE_FOLDER
 from megatron_tiedlora.convert.open_adapter import open_adapter
+from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder
-from megatron_tiedlora.training.plan import plan_run
 
 _TIED = "[Tied-LoRA](https://arxiv.org/abs/2311.09578)"
 _OTHERS = {"lora": "[LoRA](https://arxiv.org/abs/2106.09685)", "vera": "[VeRA](https://arxiv.org/abs/2310.11454)"}

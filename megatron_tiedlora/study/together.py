@@ -20,11 +20,11 @@ from megatron_tiedlora.config.adapters_file import check_together
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.sweep_settings import MOST_TOGETHER, SweepCommand
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
+from megatron_tiedlora.planning.adapter_plans import DS_CONFIG, check_clipping
 from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.study.grid import Point, Run
 from megatron_tiedlora.study.record import GROUPS, StudyFolder
-from megatron_tiedlora.training.adapter_plans import DS_CONFIG, check_clipping
-from megatron_tiedlora.training.plan import RunPlan, plan_run
 
 SCORES_END = ".scores"  # of the name of a folder in GROUPS, where several adapters were scored
 # Of the memory that is free; the rest is for what the planner does not know.

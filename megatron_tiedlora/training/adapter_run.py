@@ -29,12 +29,12 @@ from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.planning.run_data import RunData
+from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.heartbeat import rank_line
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
 from megatron_tiedlora.training.checks import StepChecks, require_finite
 from megatron_tiedlora.training.halving import BatchLosses, read_record
-from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.step import StepReport
 from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
 

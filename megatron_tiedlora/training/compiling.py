@@ -31,8 +31,8 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.nf4_kernels import slow_nf4
+from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.launch_env import local_rank
-from megatron_tiedlora.training.plan import RunPlan
 
 _LOGGER = logging.getLogger(__name__)
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_tiedlora.base.atomic import Guard, write_json
-from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_or_none
-from megatron_tiedlora.config.settings import Settings
 
 REASON = "halving: "  # begins the reason for the end of what was stopped
 RECORD_FILE = "halving.json"  # in the run folder: the last evaluation, and why training was stopped after it
@@ -79,25 +77,6 @@ def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
     if not 0 < len(losses) == len(tokens) == len(numbers) == len(counts) or not sum(counts):
         return None
     return BatchLosses(step, tuple(map(float, numbers)), tuple(counts), stopped if isinstance(stopped, str) else "")
-
-
-def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
-    """By each adapter's name the others that differ from it only in the learning rate, and in the folder."""
-    same = {name: own.model_dump_json(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()}
-    alike = dict[str, list[str]]()
-    for name, values in same.items():
-        alike.setdefault(values, []).append(name)
-    return {name: tuple(other for other in alike[values] if other != name) for name, values in same.items()}
-
-
-def check_halving(settings: Mapping[str, Settings]) -> None:
-    """Raise UserError if --halving has nothing to compare, or the best checkpoint is not chosen by the loss."""
-    rivals = rivals_of(settings)
-    if not any(rivals.values()):
-        raise UserError("--halving: no two adapters differ only in the learning rate; remove it")
-    for name, own in settings.items():
-        if rivals[name] and own.eval_metric != "loss":
-            raise UserError(f"{name}: --halving compares validation losses; remove --eval_metric {own.eval_metric}")
 
 
 def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple[str, ...]]) -> dict[str, str]:

@@ -14,12 +14,12 @@ from megatron_tiedlora.base.errors import UserError, named, printable
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
 from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 from megatron_tiedlora.training.adapter_run import AdapterRun
 from megatron_tiedlora.training.evaluation import Evaluation, of_start
 from megatron_tiedlora.training.halving import find_behind
-from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import StepProfiler
 from megatron_tiedlora.training.step import TrainStep
 

@@ -23,16 +23,16 @@ from megatron_tiedlora.checkpoint.resume import Checkpoint
 from megatron_tiedlora.convert.export_peft import Export, base_location, base_name, serve_hints
 from megatron_tiedlora.convert.merge import is_merge_of
 from megatron_tiedlora.model.weights import num_base_parameters
+from megatron_tiedlora.planning.adapter_plans import shared_plan
+from megatron_tiedlora.planning.length import steps_in_words
+from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.runtime.run_folder import GroupFolder, RunFolder, read_metrics
-from megatron_tiedlora.training.adapter_plans import shared_plan
 from megatron_tiedlora.training.adapter_run import AdapterRun
 from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.compiling import ChosenKernels
 from megatron_tiedlora.training.finish import SAMPLES
-from megatron_tiedlora.training.length import steps_in_words
 from megatron_tiedlora.training.loop import Finished, Trainer
-from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.start import Start
 from megatron_tiedlora.training.throughput import peak_memory_bytes

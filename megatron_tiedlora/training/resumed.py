@@ -27,11 +27,11 @@ from megatron_tiedlora.checkpoint.resume import (
 from megatron_tiedlora.config.fields import declared, flag_value
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
+from megatron_tiedlora.planning.run_data import RunData
+from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics, write_metrics
 from megatron_tiedlora.training.build import check_resumed_base
-from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import steps_over
-from megatron_tiedlora.training.run_data import RunData
 
 
 def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:

@@ -23,14 +23,14 @@ def train_rank(settings: Settings) -> End:
     stop.install()
     with reported_end(rank, world_size, stop) as end:
         # These import DeepSpeed and transformers, which takes seconds; signals are handled already.
+        from megatron_tiedlora.planning.adapter_plans import plan_adapters
+        from megatron_tiedlora.planning.run_data import counted, prepare_all_data
+        from megatron_tiedlora.planning.step_plan import longest_run
         from megatron_tiedlora.training import finish
-        from megatron_tiedlora.training.adapter_plans import plan_adapters
         from megatron_tiedlora.training.build import build_model
         from megatron_tiedlora.training.compiling import choose_kernels
         from megatron_tiedlora.training.reports import report_of, table_lines
-        from megatron_tiedlora.training.run_data import counted, prepare_all_data
         from megatron_tiedlora.training.start import make_trainer, open_run
-        from megatron_tiedlora.training.step_plan import longest_run
 
         plans = plan_adapters(settings, rank=rank, world_size=world_size)
         data = prepare_all_data(plans)

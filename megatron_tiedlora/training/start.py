@@ -19,17 +19,13 @@ from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, remove_superseded
-from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER
+from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, rivals_of
 from megatron_tiedlora.config.data_fields import HUB_NAMES, TEMPLATE_HASH
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
-from megatron_tiedlora.runtime.ending import End
-from megatron_tiedlora.runtime.launch_env import rank_and_world_size
-from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, run_name, take_run_folder
-from megatron_tiedlora.runtime.stopping import StopRequests
-from megatron_tiedlora.training.adapter_plans import (
+from megatron_tiedlora.planning.adapter_plans import (
     Plans,
     adapter_folders,
     check_run_folders,
@@ -37,15 +33,19 @@ from megatron_tiedlora.training.adapter_plans import (
     in_folder,
     shared_plan,
 )
+from megatron_tiedlora.planning.run_data import Data
+from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.planning.step_plan import micro_batch_capacity
+from megatron_tiedlora.runtime.ending import End
+from megatron_tiedlora.runtime.launch_env import rank_and_world_size
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, run_name, take_run_folder
+from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.adapter_run import AdapterRun, is_trained
 from megatron_tiedlora.training.build import BuiltModel
-from megatron_tiedlora.training.halving import REASON, rivals_of
+from megatron_tiedlora.training.halving import REASON
 from megatron_tiedlora.training.loop import Finished, Trainer, unrecorded
-from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.resumed import adopt_checkpoint, find_checkpoint, reject_another_run, with_kept_warmup
-from megatron_tiedlora.training.run_data import Data
 from megatron_tiedlora.training.step import TrainStep
-from megatron_tiedlora.training.step_plan import micro_batch_capacity
 from megatron_tiedlora.training.throughput import Meter, start_meter
 
 

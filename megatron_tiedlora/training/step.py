@@ -20,12 +20,9 @@ from megatron_tiedlora.data.shared import shared_micro_batch, shared_rounds
 from megatron_tiedlora.engine.optimizers import Missing
 from megatron_tiedlora.engine.runner import Divisors, Runner
 from megatron_tiedlora.parallel.agreement import raise_on_every_rank, sum_over_ranks
-from megatron_tiedlora.runtime.stopping import StepVotes, StopRequests
-from megatron_tiedlora.training.adapter_plans import Plans
+from megatron_tiedlora.planning.adapter_plans import Plans
+from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS, StepVotes, StopRequests
 from megatron_tiedlora.training.checks import RunFailed, StepChecks, after_steps, before_steps, require_finite
-
-# After a longer step the ranks agree on stopping after every micro-batch: a signal is answered within its grace time.
-LONG_STEP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
 from megatron_tiedlora.planning.machines import listed_peak
 from megatron_tiedlora.planning.passes import step_flops
-from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.planning.run_plan import RunPlan
 
 # Seconds for measuring a peak, approximately, and for a matmul that is long enough to be timed.
 _MEASURING, _LONG_MATMUL = 0.25, 0.02

@@ -28,8 +28,8 @@ from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
 from megatron_tiedlora.planning.machines import CPU, Constant
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.micro_batches import Batch, Batches, shared_shape
+from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_time import Links, planned_seconds
-from megatron_tiedlora.training.plan import RunPlan
 
 TOOL = ROOT / "tools" / "bench_step.py"
 SHARED = ("--dtype=fp32", "--rank=3", "--rows=2", "--length=64", "--repeats=2", "--compile=false")

@@ -15,9 +15,9 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
+from megatron_tiedlora.model.partition import layer_costs, partition
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.planning.stages import layer_costs, partition
 
 pytestmark = pytest.mark.distributed
 

@@ -30,7 +30,7 @@ from oracle_training import OracleRun
 
 from megatron_tiedlora.adapters.tied_adapter import initial_values
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.training.plan import plan_run
+from megatron_tiedlora.planning.run_plan import plan_run
 
 pytestmark = [
     pytest.mark.distributed,

@@ -125,9 +125,9 @@ def _free_port() -> int:
 
 def _built(order: Order, device: torch.device) -> Any:
     from megatron_tiedlora.adapters.adapter_bank import ONLY
+    from megatron_tiedlora.planning.run_plan import plan_run
     from megatron_tiedlora.training.build import build_random_model
     from megatron_tiedlora.training.compiling import choose_kernels
-    from megatron_tiedlora.training.plan import plan_run
     from megatron_tiedlora.training.step import TrainStep
 
     settings = make_settings(

@@ -18,14 +18,14 @@ from run_helpers import Base, run_ranks, write_base
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.planning.adapter_plans import plan_adapters
+from megatron_tiedlora.planning.dry_run import dry_run_report
 from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.passes import step_traffic
+from megatron_tiedlora.planning.run_data import counted, prepare_all_data
+from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.training import resumed, start
-from megatron_tiedlora.training.adapter_plans import plan_adapters
-from megatron_tiedlora.training.dry_run import dry_run_report
-from megatron_tiedlora.training.run_data import counted, prepare_all_data
-from megatron_tiedlora.training.step_plan import StepPlan
 
 OWN: dict[str, dict[str, Any]] = {
     "small": {},

@@ -270,7 +270,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
     from megatron_tiedlora.model.layer_specs import layer_specs
     from megatron_tiedlora.parallel.groups import TensorParallel
     from megatron_tiedlora.planning.passes import saved_per_token
-    from megatron_tiedlora.training.plan import plan_run
+    from megatron_tiedlora.planning.run_plan import plan_run
 
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in base.settings().items()}
     plan = plan_run(make_settings({**settings, "recompute": recompute}), rank=0, world_size=1)
@@ -304,7 +304,7 @@ def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:
     from megatron_tiedlora.evaluation.decoder import Decoder
     from megatron_tiedlora.parallel.groups import ParallelGroups
     from megatron_tiedlora.planning.memory import cache_bytes
-    from megatron_tiedlora.training.plan import plan_run
+    from megatron_tiedlora.planning.run_plan import plan_run
 
     settings = base.settings(test_file=base.validation, eval_batch_size=5, max_new_tokens=11, dtype="bf16")
     texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
@@ -321,8 +321,8 @@ def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:
 def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
     """Rows, micro-batches and padding of the first step are those that a run's loader gives."""
     from megatron_tiedlora.config.settings import make_settings
-    from megatron_tiedlora.training.plan import plan_run
-    from megatron_tiedlora.training.run_data import prepare_data
+    from megatron_tiedlora.planning.run_data import prepare_data
+    from megatron_tiedlora.planning.run_plan import plan_run
 
     settings = base.settings(micro_batch_size=1, global_batch_size=8)
     texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}

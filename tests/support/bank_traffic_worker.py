@@ -17,13 +17,13 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.planning.passes import engine_bytes, step_traffic
+from megatron_tiedlora.planning.run_data import RunData, prepare_data
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
+from megatron_tiedlora.planning.step_plan import StepPlan, micro_batch_capacity
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model
 from megatron_tiedlora.training.checks import StepChecks
-from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.step import TrainStep
-from megatron_tiedlora.training.step_plan import StepPlan, micro_batch_capacity
 
 
 @dataclass(frozen=True)

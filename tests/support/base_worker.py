@@ -14,8 +14,8 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.engine.engine import parameter_access
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.training.build import build_model
-from megatron_tiedlora.training.plan import plan_run
 
 Values = dict[str, torch.Tensor]
 

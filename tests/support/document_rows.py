@@ -35,7 +35,7 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.convert.export_peft import Export, serve_hints
-from megatron_tiedlora.training.plan import plan_run
+from megatron_tiedlora.planning.run_plan import plan_run
 
 DOCUMENTS = {"README.md": README, "docs/guide.md": GUIDE}
 # Presets in the place of the README's models, whose plans need no file; words that stand for the reader's own.

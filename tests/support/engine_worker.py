@@ -32,13 +32,13 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
 
     from megatron_tiedlora.adapters.adapter_bank import ONLY
     from megatron_tiedlora.adapters.tied_adapter import initial_values
+    from megatron_tiedlora.planning.run_data import prepare_data
+    from megatron_tiedlora.planning.run_plan import plan_run
     from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
     from megatron_tiedlora.runtime.stopping import StopRequests
     from megatron_tiedlora.training import build, start
     from megatron_tiedlora.training.adapter_run import AdapterRun
     from megatron_tiedlora.training.loop import Trainer
-    from megatron_tiedlora.training.plan import plan_run
-    from megatron_tiedlora.training.run_data import prepare_data
     from megatron_tiedlora.training.step import TrainStep
     from megatron_tiedlora.training.throughput import Meter, Peak
 

@@ -32,6 +32,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_wei
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.data.loader import NUMBERS_OF_SAMPLE
 from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.collectives import largest_of_all
@@ -40,7 +41,6 @@ from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
-from megatron_tiedlora.planning.stages import Stages, layer_costs, partition
 
 DTYPE = torch.float64
 SEED = 7  # of dropout

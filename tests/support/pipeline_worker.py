@@ -119,7 +119,7 @@ class _Started:
 
 def _plan(case: Case, **changes: Any) -> Any:
     from megatron_tiedlora.config.settings import make_settings
-    from megatron_tiedlora.training.plan import plan_run
+    from megatron_tiedlora.planning.run_plan import plan_run
 
     settings = make_settings({**case.settings, **changes})
     return plan_run(settings, rank=distributed.get_rank(), world_size=distributed.get_world_size())

@@ -11,12 +11,12 @@ from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.planner.candidates import Candidate, Cluster, Search, search
-from megatron_tiedlora.planner.price import Pricer
-from megatron_tiedlora.planner.report import find_machine
+from megatron_tiedlora.planning.adapter_plans import plan_adapters
+from megatron_tiedlora.planning.cluster_report import find_machine
 from megatron_tiedlora.planning.machines import GPUS, Constant, Machine
+from megatron_tiedlora.planning.price import Pricer
+from megatron_tiedlora.planning.search import Candidate, Cluster, Search, search
 from megatron_tiedlora.planning.step_time import Order, Pass, simulate
-from megatron_tiedlora.training.adapter_plans import plan_adapters
 
 H100 = GPUS["h100"]
 

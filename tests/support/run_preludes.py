@@ -35,7 +35,7 @@ def slow_steps(seconds: float = 0.3, *, after: int = 0) -> None:
 def late_rank_0(seconds: float = 60.0) -> None:
     """Rank 0 plans its run so much later than the others, so that one of them is the first to find what is wrong."""
     late = seconds if os.environ["RANK"] == "0" else 3.0  # by then rank 0 handles signals
-    before_call("megatron_tiedlora.training.plan", "plan_run", lambda *_: time.sleep(late))
+    before_call("megatron_tiedlora.planning.run_plan", "plan_run", lambda *_: time.sleep(late))
 
 
 def slow_turns(seconds: float = 0.5) -> None:
@@ -130,7 +130,7 @@ def kill_once() -> None:
 def no_compiler(rank: int, *, pays: bool = False) -> None:
     """Compiling fails on this rank, and takes no time on the others. `pays`: every run is long enough for it."""
     from megatron_tiedlora.parallel.kernels import Kernels
-    from megatron_tiedlora.training import plan
+    from megatron_tiedlora.planning import run_plan as plan
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("no compiler\nwith a long story")

@@ -19,9 +19,9 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.traffic import DATA, Traffic
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.passes import engine_bytes, step_traffic
-from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.run_data import prepare_data
-from megatron_tiedlora.training.step_plan import StepPlan
+from megatron_tiedlora.planning.run_data import prepare_data
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
+from megatron_tiedlora.planning.step_plan import StepPlan
 
 # ZeRO sections beside those of ds_configs/.
 ENGINES: dict[str, dict[str, Any]] = {

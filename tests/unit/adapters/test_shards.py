@@ -28,11 +28,11 @@ from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.partition import layer_costs, partition
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
-from megatron_tiedlora.planning.stages import layer_costs, partition
 
 # ------------------------------------------------------------------------------------------- declarations
 

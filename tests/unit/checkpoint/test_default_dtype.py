@@ -16,8 +16,8 @@ from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.evaluation.plan import plan_evaluations
+from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
-from megatron_tiedlora.training.plan import plan_run
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer, start_ids
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import num_base_parameters
-from megatron_tiedlora.training.plan import plan_run
+from megatron_tiedlora.planning.run_plan import plan_run
 
 
 def test_base_parameters_of_the_presets() -> None:

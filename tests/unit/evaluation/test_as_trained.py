@@ -23,8 +23,8 @@ from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.plan import plan_evaluations
+from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder
-from megatron_tiedlora.training.plan import plan_run
 from megatron_tiedlora.training.start import write_run_settings
 
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

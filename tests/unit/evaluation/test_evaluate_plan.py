@@ -24,8 +24,8 @@ from megatron_tiedlora.evaluation.answering import read_questions
 from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
 from megatron_tiedlora.evaluation.results import headline
 from megatron_tiedlora.model.fused_attention import choose_attention
-from megatron_tiedlora.training.plan import plan_run
-from megatron_tiedlora.training.run_data import prepare_data
+from megatron_tiedlora.planning.run_data import prepare_data
+from megatron_tiedlora.planning.run_plan import plan_run
 
 NUM_ROWS = 7
 ROUTE = choose_attention(torch.device("cpu"), torch.float32, 8)

@@ -34,8 +34,8 @@ from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.layers import frozen_linear
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.training import compiling
-from megatron_tiedlora.training.plan import plan_run
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -16,12 +16,12 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import default_rows, plan_batches
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.planning import memory
+from megatron_tiedlora.planning import dry_run, memory
+from megatron_tiedlora.planning import run_plan as plan
 from megatron_tiedlora.planning.machines import CPU, GPUS
 from megatron_tiedlora.planning.passes import saved_per_token
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.runtime.determinism import VARIABLES, make_deterministic
-from megatron_tiedlora.training import dry_run, plan
-from megatron_tiedlora.training.plan import RunPlan, plan_run
 
 H100 = GPUS["h100"]
 

@@ -12,9 +12,10 @@ from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.model.partition import check_layout
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import WORLD
-from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
+from megatron_tiedlora.planning.layout import Layout, pays_to_compile
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape, assumed_row, shared_shape
 from megatron_tiedlora.planning.passes import engine_bytes, saved_per_token, step_flops, step_traffic

@@ -11,7 +11,7 @@ from all_cuts import all_cuts, cost_key
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.planning.stages import Stages, layer_costs, partition
+from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 
 
 def check_is_a_cut(stages: Stages, num_layers: int, num_stages: int) -> None:

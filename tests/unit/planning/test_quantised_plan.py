@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.planning.dry_run import dry_run_report
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.training.dry_run import dry_run_report
-from megatron_tiedlora.training.plan import plan_run
+from megatron_tiedlora.planning.run_plan import plan_run
 
 LLAMA_70B = {"model": "llama2-70b", "max_length": 4096, "micro_batch_size": 1, "recompute": "selective"}
 BLOCK_WEIGHTS = 80 * (8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672)

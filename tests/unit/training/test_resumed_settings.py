@@ -9,7 +9,7 @@ from checkpoints import checkpoint_of
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.resumed import check_resumed_settings, with_kept_warmup
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, time_text
-from megatron_tiedlora.planner.candidates import Search, Storage
-from megatron_tiedlora.planner.price import Priced, Pricer, capacity
 from megatron_tiedlora.planning.machines import ATTENTION, NF4_WITHOUT_LIBRARY, Constant, attention_of
 from megatron_tiedlora.planning.memory import StageMemory, micro_batches_in_flight, num_communicators
 from megatron_tiedlora.planning.micro_batches import Batches
+from megatron_tiedlora.planning.price import Priced, Pricer, capacity
+from megatron_tiedlora.planning.search import Search, Storage
 from megatron_tiedlora.planning.step_time import Term
 
 _TIE = 1.005  # times the time of the fastest

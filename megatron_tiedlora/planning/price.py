@@ -16,12 +16,13 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from megatron_tiedlora.planner.candidates import Candidate, Cluster, PlannedRun
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.memory import HeldBytes, StageMemory, StepBytes, held_bytes, with_reserves
 from megatron_tiedlora.planning.micro_batches import Batch
 from megatron_tiedlora.planning.passes import StageWork, stage_work
+from megatron_tiedlora.planning.search import Candidate, Cluster, PlannedRun
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
+from megatron_tiedlora.planning.step_plan import Work
 from megatron_tiedlora.planning.step_time import (
     Links,
     Seconds,
@@ -34,7 +35,6 @@ from megatron_tiedlora.planning.step_time import (
     step_seconds,
     sum_terms,
 )
-from megatron_tiedlora.training.step_plan import Work
 
 _Part = TypeVar("_Part")
 

@@ -13,11 +13,10 @@ from megatron_tiedlora.base.errors import UserError, naming
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.adapters_file import RUN_OF_ALL, check_folders, read_adapters
+from megatron_tiedlora.config.adapters_file import RUN_OF_ALL, check_folders, check_halving, read_adapters
 from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.runtime.run_folder import GroupFolder, RunFolder, choose_run_folder, last_run_folder, run_name
-from megatron_tiedlora.training.halving import check_halving
-from megatron_tiedlora.training.plan import RunPlan, plan_run
 
 DS_CONFIG = "zero0.json"  # of --adapters by default, as others would clip all together, or shard the base
 

@@ -17,6 +17,9 @@ from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
+from megatron_tiedlora.planning.adapter_plans import choose_folder, plan_adapters
+from megatron_tiedlora.planning.init_from import start_lines
+from megatron_tiedlora.planning.length import epochs_of
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import (
     StageMemory,
@@ -28,15 +31,12 @@ from megatron_tiedlora.planning.memory import (
     num_communicators,
 )
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_bytes, saved_per_token, step_traffic
+from megatron_tiedlora.planning.run_data import Data, RunData, counted, first_source, prepare_all_data
+from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.stages import StagePlan
+from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import RANKS_PER_NODE, Links, planned_seconds
-from megatron_tiedlora.training.adapter_plans import choose_folder, plan_adapters
-from megatron_tiedlora.training.init_from import start_lines
-from megatron_tiedlora.training.length import epochs_of
-from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.run_data import Data, RunData, counted, first_source, prepare_all_data
-from megatron_tiedlora.training.step import LONG_STEP_SECONDS
-from megatron_tiedlora.training.step_plan import StepPlan
+from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
 
 
 class DryRunReport(NamedTuple):

@@ -15,18 +15,18 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.traffic import TENSOR
-from megatron_tiedlora.planner.candidates import Candidate, Storage, planned_values
-from megatron_tiedlora.planner.price import Priced, Pricer, capacity
-from megatron_tiedlora.planner.report import make_plan
-from megatron_tiedlora.planner.table import Plan, hint_lines
+from megatron_tiedlora.planning.cluster_report import make_plan
+from megatron_tiedlora.planning.cluster_table import Plan, hint_lines
 from megatron_tiedlora.planning.machines import CPU, Machine
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.passes import saved_per_token, step_flops, step_traffic
+from megatron_tiedlora.planning.price import Priced, Pricer, capacity
+from megatron_tiedlora.planning.run_data import prepare_data
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
+from megatron_tiedlora.planning.search import Candidate, Storage, planned_values
 from megatron_tiedlora.planning.stages import plan_stages
+from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, Seconds, step_parts, step_seconds
-from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.run_data import prepare_data
-from megatron_tiedlora.training.step_plan import StepPlan
 
 SOURCE = short("llama2-7b", 6)
 ONE = ("--ds_config=zero1.json", "--recompute=none", "--micro_batch_size=1", "--formats=none", "--max_length=4096")

@@ -16,8 +16,8 @@ import pytest
 from folders import ROOT
 from planned import H100, changed, short, the_only
 
-from megatron_tiedlora.planner.price import Priced, Pricer
 from megatron_tiedlora.planning.machines import CUDNN_ATTENTION, FP8_SHARE
+from megatron_tiedlora.planning.price import Priced, Pricer
 from megatron_tiedlora.planning.step_time import BACKWARD, FORWARD, Pass, simulate
 
 FITTED, UNFITTED = 0.05, 0.08

@@ -11,7 +11,7 @@ from document_commands import GUIDE, words_of
 from folders import ROOT
 
 from megatron_tiedlora.config.plan_settings import FORMAT_NAMES, parse_plan
-from megatron_tiedlora.planner.report import make_plan
+from megatron_tiedlora.planning.cluster_report import make_plan
 from megatron_tiedlora.planning.machines import GPUS
 
 TEXT = GUIDE.text

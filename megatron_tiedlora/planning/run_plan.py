@@ -30,18 +30,19 @@ from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
+from megatron_tiedlora.model.partition import check_layout
 from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
+from megatron_tiedlora.planning.init_from import with_start
+from megatron_tiedlora.planning.layout import Layout, pays_to_compile
+from megatron_tiedlora.planning.length import with_counted_steps, with_models_length
 from megatron_tiedlora.planning.machines import GPUS, Machine, default_machine
 from megatron_tiedlora.planning.micro_batches import SampleRow
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
 from megatron_tiedlora.runtime.trackers import check_installed
-from megatron_tiedlora.training.init_from import with_start
-from megatron_tiedlora.training.length import with_counted_steps, with_models_length
 
 
 @dataclass(frozen=True)

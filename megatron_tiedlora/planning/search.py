@@ -23,16 +23,16 @@ from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
+from megatron_tiedlora.planning.adapter_plans import Plans, adapter_settings, plan_adapters
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
-from megatron_tiedlora.training.adapter_plans import Plans, adapter_settings, plan_adapters
-from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.run_data import Data, counted, prepare_all_data
-from megatron_tiedlora.training.step_plan import StepPlan
+from megatron_tiedlora.planning.run_data import Data, counted, prepare_all_data
+from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.planning.step_plan import StepPlan
 
 if TYPE_CHECKING:
-    from megatron_tiedlora.training.plan import RunPlan
-    from megatron_tiedlora.training.step_plan import StepPlan
+    from megatron_tiedlora.planning.run_plan import RunPlan
+    from megatron_tiedlora.planning.step_plan import StepPlan
 
 RECOMPUTES = ("none", "selective", "full")
 # The file of each ZeRO stage. zero2_offload.json is left out: it moves a few MB to the host.

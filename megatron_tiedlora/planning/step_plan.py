@@ -16,15 +16,15 @@ from megatron_tiedlora.data.loader import GlobalBatch, largest_positions, num_po
 from megatron_tiedlora.data.shared import fill_rounds
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import StageMemory, StepBytes, held_bytes, step_bytes, with_reserves
 from megatron_tiedlora.planning.micro_batches import Batch, Batches, SampleRow, assumed_row, shared_shape
 from megatron_tiedlora.planning.passes import step_flops
+from megatron_tiedlora.planning.run_data import Data
+from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
-from megatron_tiedlora.training.adapter_plans import Plans, shared_plan
-from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.run_data import Data
 
 Samples = Mapping[str, tuple[TokenDataset, GlobalBatch]]  # of each adapter's step, and where its samples are
 

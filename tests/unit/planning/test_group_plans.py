@@ -20,17 +20,17 @@ from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
-from megatron_tiedlora.planner.price import Pricer, hours_in_turn
-from megatron_tiedlora.planner.report import make_plan
-from megatron_tiedlora.planner.table import Plan
+from megatron_tiedlora.planning.adapter_plans import plan_adapters
+from megatron_tiedlora.planning.cluster_report import make_plan
+from megatron_tiedlora.planning.cluster_table import Plan
+from megatron_tiedlora.planning.dry_run import dry_run_report
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.passes import step_traffic
+from megatron_tiedlora.planning.price import Pricer, hours_in_turn
+from megatron_tiedlora.planning.search import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
 from megatron_tiedlora.planning.stages import plan_stages
+from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, step_parts, step_seconds
-from megatron_tiedlora.training.adapter_plans import plan_adapters
-from megatron_tiedlora.training.dry_run import dry_run_report
-from megatron_tiedlora.training.step_plan import StepPlan
 
 SOURCE = short("llama2-7b", 6)
 THREE = """\

@@ -17,12 +17,12 @@ from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 from megatron_tiedlora.parallel import fp8_products
-from megatron_tiedlora.planner.candidates import Storage
-from megatron_tiedlora.planner.price import Priced, Pricer
-from megatron_tiedlora.planner.report import chosen_settings
-from megatron_tiedlora.planner.table import Plan, hint_lines
+from megatron_tiedlora.planning.cluster_report import chosen_settings
+from megatron_tiedlora.planning.cluster_table import Plan, hint_lines
 from megatron_tiedlora.planning.machines import ATTENTION, GPUS, Machine, attention_of, default_attention
 from megatron_tiedlora.planning.passes import stage_work
+from megatron_tiedlora.planning.price import Priced, Pricer
+from megatron_tiedlora.planning.search import Storage
 from megatron_tiedlora.planning.step_time import Seconds
 
 FP8 = "--formats=fp8-products,fp8-transposed"

@@ -10,9 +10,9 @@ import pytest
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.training.adapter_plans import check_clipping, shared_plan
-from megatron_tiedlora.training.dry_run import dry_run_report
-from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.planning.adapter_plans import check_clipping, shared_plan
+from megatron_tiedlora.planning.dry_run import dry_run_report
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 
 
 def plan_of(**changes: Any) -> RunPlan:

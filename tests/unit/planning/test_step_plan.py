@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.loader import GlobalBatch
 from megatron_tiedlora.data.token_dataset import TokenDataset
-from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.step_plan import StepPlan
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
+from megatron_tiedlora.planning.step_plan import StepPlan
 
 
 def plan_of(world_size: int = 1, **changes: Any) -> RunPlan:

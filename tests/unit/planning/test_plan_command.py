@@ -23,8 +23,8 @@ from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.machines import CONSTANTS, read_machine
+from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.planning.step_time import Links
-from megatron_tiedlora.training.plan import plan_run
 
 SECONDS = {4: 10.0, 128: 15.0}  # what the command may take on two idle cores, by nodes; about 4 of them are traces
 # The test counts CPU seconds, since other processes wait for the same cores. These share caches and clock too, beside

@@ -14,13 +14,13 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.stored_formats import BITSANDBYTES, FBGEMM, StoredFormat
-from megatron_tiedlora.planner.candidates import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
-from megatron_tiedlora.planner.price import Pricer
-from megatron_tiedlora.planner.report import make_plan, report_lines
-from megatron_tiedlora.planner.table import Plan, hint_lines
+from megatron_tiedlora.planning.cluster_report import make_plan, report_lines
+from megatron_tiedlora.planning.cluster_table import Plan, hint_lines
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import GPUS
-from megatron_tiedlora.training.plan import plan_run
+from megatron_tiedlora.planning.price import Pricer
+from megatron_tiedlora.planning.run_plan import plan_run
+from megatron_tiedlora.planning.search import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
 
 SOURCE = short("qwen3-8b", 3)
 RANKS, PER_NODE, BATCH = 12, 4, 12

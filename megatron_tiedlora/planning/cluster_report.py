@@ -18,9 +18,7 @@ from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.traffic import GROUPS
-from megatron_tiedlora.planner.candidates import Candidate, Cluster, search
-from megatron_tiedlora.planner.price import Priced, Pricer, capacity, hours_in_turn
-from megatron_tiedlora.planner.table import (
+from megatron_tiedlora.planning.cluster_table import (
     Plan,
     counts_line,
     hint_lines,
@@ -31,9 +29,11 @@ from megatron_tiedlora.planner.table import (
     table_lines,
     why_lines,
 )
+from megatron_tiedlora.planning.length import with_models_length
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, read_machine
 from megatron_tiedlora.planning.passes import engine_traffic, step_traffic
-from megatron_tiedlora.training.length import with_models_length
+from megatron_tiedlora.planning.price import Priced, Pricer, capacity, hours_in_turn
+from megatron_tiedlora.planning.search import Candidate, Cluster, search
 
 
 @dataclass(frozen=True)
