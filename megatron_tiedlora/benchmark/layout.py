@@ -39,7 +39,7 @@ from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
 from megatron_tiedlora.planning.machines import Machine, read_machine
-from megatron_tiedlora.planning.passes import engine_bytes, step_traffic
+from megatron_tiedlora.planning.passes import engine_bytes, step_traffic, training_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, Seconds, planned_seconds
@@ -49,7 +49,7 @@ from megatron_tiedlora.training.build import build_model, build_random_model
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
 from megatron_tiedlora.training.step import AdapterStep, TrainStep
-from megatron_tiedlora.training.throughput import find_peak, timed, training_flops
+from megatron_tiedlora.training.throughput import find_peak, timed
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.planning.passes import training_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
-from megatron_tiedlora.training.throughput import training_flops
 
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
 IN_TURN, TOGETHER, ONE = "in turn", "together", "one adapter, all tokens"

@@ -34,20 +34,20 @@ def main(command: PlanCommand) -> int:
         from megatron_tiedlora.planning import cluster_report as report
 
         prepare_environment()
-        made = report.make_plan(command)
+        plan = report.plan_cluster(command)
+        lines, chosen = report.report_lines(plan, settings), report.chosen_layout(plan, settings)
     finally:
         gc.enable()
-    lines, chosen = report.report_lines(made), made.chosen
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     if "--json" in paths:
-        write_json(paths["--json"], report.report_record(made))
+        write_json(paths["--json"], report.report_record(plan, settings))
     if "--yaml" in paths and chosen is not None:
-        write_yaml(paths["--yaml"], report.chosen_settings(made.command.train, chosen.candidate))
-    show(*([json.dumps(report.report_record(made))] if prints else lines))
-    if warnings := report.warning_lines(made):
+        write_yaml(paths["--yaml"], report.chosen_settings(plan, chosen))
+    show(*([json.dumps(report.report_record(plan, settings))] if prints else lines))
+    if warnings := report.warning_lines(plan, settings):
         show(*warnings, file=sys.stderr)
-    return 0 if made.plan.rows else 1
+    return 0 if plan.rows else 1
 
 
 def _measure(command: PlanCommand, file: str) -> int:

@@ -1,80 +1,38 @@
-"""Makes a plan from the command's settings, and words it: the report, its JSON, and the command for a layout."""
+"""Every layout of a cluster as text and as JSON: how many there are, the fastest, the nearest that do not fit, and one
+in full; and the command that starts a layout."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import psutil
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import count_text, nearest_name
+from megatron_tiedlora.base.wording import aligned_lines, count_text
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.fields import flag_value, marked
-from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand
+from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand, PlanSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.traffic import GROUPS
-from megatron_tiedlora.planning.cluster_table import (
-    Plan,
-    counts_line,
-    hint_lines,
-    hours_text,
-    missed_lines,
-    missing_line,
-    refused_lines,
-    table_lines,
-    why_lines,
-)
+from megatron_tiedlora.planning.hints import hint_lines
 from megatron_tiedlora.planning.length import with_models_length
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, read_machine
-from megatron_tiedlora.planning.passes import engine_traffic, step_traffic
-from megatron_tiedlora.planning.price import Priced, Pricer, capacity, hours_in_turn
-from megatron_tiedlora.planning.search import Candidate, Cluster, search
+from megatron_tiedlora.planning.planned import Cluster
+from megatron_tiedlora.planning.report import layout_sections
+from megatron_tiedlora.planning.search import Candidate, ClusterPlan, Storage, search
+
+_MISSED = 5  # lines about layouts that do not fit
+_REASONS = 4  # lines about those that are refused
+# What a user would change first, so that a layout fits; the last one changes the numbers.
+_CHANGES = ("recompute", "micro_batch_size", "ds_config", "sequence_parallel", "base")
+_SMALLEST = Storage("nf4")  # if a layout does not fit in it, then in no format
 
 
-@dataclass(frozen=True)
-class Made:
-    """A plan, with what it was made from."""
-
-    command: PlanCommand
-    cluster: Cluster
-    plan: Plan
-    pricer: Pricer
-
-    def row(self, name: str, *, flag: str) -> Priced:
-        """The layout of a name. Raises UserError, with the nearest one."""
-        rows = {row.name: row for row in self.plan.all_rows}
-        if name not in rows:
-            raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}; names are those of the table")
-        return rows[name]
-
-    @property
-    def is_group(self) -> bool:
-        """Whether it is of --adapters."""
-        return self.command.train.adapters is not None
-
-    @cached_property
-    def hours_in_turn(self) -> float | None:
-        """Of several adapters: the hours of one after another, each alone in the chosen layout, if that fits."""
-        row = self.chosen
-        return hours_in_turn(row, self.plan.search.run) if self.is_group and row is not None and row.fits else None
-
-    @property
-    def chosen(self) -> Priced | None:
-        """The layout of --layout, or the fastest one; None if nothing fits."""
-        named = self.command.settings.layout
-        if named is not None:
-            return self.row(named, flag="layout")
-        return self.plan.rows[0] if self.plan.rows else None
-
-
-def find_machine(command: PlanCommand) -> Machine:
+def find_machine(settings: PlanSettings) -> Machine:
     """The machine of --constants, of --gpu, or this one."""
-    settings = command.settings
     if settings.constants is not None:
         machine = read_machine(user_path(settings.constants, flag="--constants"))
         if machine.on_gpu == (settings.ranks_on_cpu is not None):
@@ -89,77 +47,79 @@ def find_machine(command: PlanCommand) -> Machine:
     return CPU.changed({"memory": Constant(float(psutil.virtual_memory().total), "of this machine")})
 
 
-def make_plan(command: PlanCommand) -> Made:
-    """Enumerate and price all layouts.
+def plan_cluster(command: PlanCommand) -> ClusterPlan:
+    """Enumerate all layouts.
 
     Raises:
         UserError: no layout is accepted, or the model or data cannot be read; in the words of a run.
     """
     settings, train = command.settings, command.train
-    cluster = Cluster(settings.world_size, settings.ranks_per_node, find_machine(command))
+    cluster = Cluster(settings.world_size, settings.ranks_per_node, find_machine(settings))
     source = find_model(train.model, weights=False)
-    train = with_models_length(train, source)
-    found = search(train, cluster, source=source, formats=settings.formats)
-    pricer = Pricer(cluster)
-    plan = Plan.of(found, pricer.price(found.candidates), steps=found.candidates[0].step.steps)
-    return Made(replace(command, train=train), cluster, plan, pricer)
+    return search(with_models_length(train, source), cluster, source=source, formats=settings.formats)
 
 
-def report_lines(made: Made) -> list[str]:
+def chosen_layout(plan: ClusterPlan, shown: PlanSettings) -> Candidate | None:
+    """The layout of --layout, or the fastest one; None if nothing fits. Raises UserError."""
+    if shown.layout is not None:
+        return plan.row(shown.layout, flag="layout")
+    return plan.rows[0] if plan.rows else None
+
+
+def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     """The whole report."""
-    settings, plan = made.command.settings, made.plan
-    rows = list(plan.rows) if settings.every_layout else plan.best_of_each()
-    shown = rows[: settings.top or None]
-    lines = [counts_line(plan), *_head(made), *refused_lines(plan), ""]
-    if shown:
-        more = f", the first {len(shown)} of {len(rows)}" if len(shown) < len(rows) else ""
-        kind = "" if settings.every_layout else ", the fastest of each tensor x pipeline x data and storage"
-        lines.append(f"layouts that fit in {capacity(made.cluster) / 1e9:.1f} GB{kind}{more}")
-        lines += table_lines(shown, plan)
-        hours = "of the tokens of all steps at the speed of step 1, which all take" if made.is_group else "of the run"
+    rows = plan.rows if shown.every_layout else plan.best_of_each()
+    first, chosen = rows[: shown.top or None], chosen_layout(plan, shown)
+    lines = [_counts_line(plan), *_head(plan, shown), *_refused_lines(plan), ""]
+    if first:
+        more = f", the first {len(first)} of {len(rows)}" if len(first) < len(rows) else ""
+        kind = "" if shown.every_layout else ", the fastest of each tensor x pipeline x data and storage"
+        lines.append(f"layouts that fit in {plan.cluster.capacity / 1e9:.1f} GB{kind}{more}")
+        lines += _table(first)
+        several = plan.run.settings.adapters is not None
+        hours = "of the tokens of all steps at the speed of step 1, which all take" if several else "of the run"
         lines.append(f"  (tokens/s of each rank; matmuls to sums: shares of a step; hours {hours}; all planned)")
-        lines += _in_turn_lines(made)
-    if missed := missed_lines(plan):
+        lines += _in_turn_lines(plan, chosen)
+    if missed := _missed_lines(plan):
         lines += ["", "does not fit", *(f"  {line}" for line in missed)]
     if hints := hint_lines(plan):
         lines += ["", *(f"hint: {line}" for line in hints)]
-    if settings.why is not None:
-        lines += ["", *why_lines(made.row(settings.why, flag="why"), made.pricer, plan)]
-    if made.chosen is not None:
-        values = chosen_settings(made.command.train, made.chosen.candidate)
-        lines += ["", f"start {made.chosen.name}", *command_lines(values, made.cluster, yaml=settings.yaml)]
+    if shown.why is not None:
+        lines += ["", *_why_lines(plan.row(shown.why, flag="why"), plan)]
+    if chosen is not None:
+        values = chosen_settings(plan, chosen)
+        lines += ["", f"start {chosen.name}", *command_lines(values, plan.cluster, yaml=shown.yaml)]
     return lines
 
 
-def warning_lines(made: Made) -> list[str]:
+def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     """What a user may have taken for granted: that the layout of --layout fits, and that a file was written."""
-    row, yaml = made.chosen, made.command.settings.yaml
+    row = chosen_layout(plan, shown)
     if row is not None:
-        return [] if row.fits else [f"warning: --layout does not fit: {missing_line(row, made.plan)}"]
-    return [] if yaml is None else [f"warning: --yaml {yaml} is not written, as no layout fits"]
+        return [] if row.fits else [f"warning: --layout does not fit: {_missing_line(row, plan)}"]
+    return [] if shown.yaml is None else [f"warning: --yaml {shown.yaml} is not written, as no layout fits"]
 
 
-def _in_turn_lines(made: Made) -> list[str]:
-    """How the chosen layout of several adapters compares with a run of each."""
-    row, apart = made.chosen, made.hours_in_turn
-    if row is None or apart is None:
-        return []
-    together = made.plan.hours(row)
-    number = count_text(len(row.candidate.step.plans), "adapter")
-    return [
-        f"{row.name}: {number} together take {hours_text(together)} hours; one after another, each alone in this"
-        f" layout, {hours_text(apart)} ({apart / together:.2f} x as long)"
-    ]
+# What was planned -----------------------------------------------------------------------------------------------------
 
 
-def _head(made: Made) -> list[str]:
+def _counts_line(plan: ClusterPlan) -> str:
+    """How many layouts were enumerated, and what became of them."""
+    dropped = sum(not one.has_room_for_weights for one in plan.others)
+    fitting = len(plan.rows) + len(plan.elsewhere)
+    return (
+        f"{plan.enumerated:,} layouts enumerated: {plan.refused.total():,} rejected, {dropped:,}"
+        f" dropped as their weights alone do not fit, {fitting + len(plan.others) - dropped:,} priced; {fitting:,} fit"
+    )
+
+
+def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     """What was planned, and which values were left out."""
-    command, cluster, run = made.command, made.cluster, made.plan.search.run
-    settings, train = command.settings, command.train
+    cluster, run = plan.cluster, plan.run
+    train, plans = run.settings, run.plans_of_step
     nodes = count_text(-(-cluster.world_size // cluster.per_node), "node")
     where = f"{nodes} of {cluster.per_node} x {cluster.machine.title}"
-    plans = run.plans_of_step
-    who = f"{count_text(len(plans), 'adapter')} of {train.adapters}: " if made.is_group else ""
+    who = "" if train.adapters is None else f"{count_text(len(plans), 'adapter')} of {train.adapters}: "
     steps = [plan.settings.max_steps for plan in plans.values()]
     sizes = [plan.settings.global_batch_size for plan in plans.values()]
     samples = {name: number * size for name, number, size in zip(plans, steps, sizes, strict=True)}
@@ -170,7 +130,7 @@ def _head(made: Made) -> list[str]:
         f" {sum(samples.values()):,} samples of {length:,.0f} tokens {'on average' if means else 'each'}"
     ]
     assumed = [f"--{name} {getattr(train, name)}" for name in PLAN_DEFAULTS if run.assumes(name)]
-    if settings.gpu is None and settings.constants is None and settings.ranks_on_cpu is None:
+    if shown.gpu is None and shown.constants is None and shown.ranks_on_cpu is None:
         assumed.insert(0, f"--gpu {DEFAULT_GPU}")
     given = {"max_steps", "epochs"}
     if left := [own.max_steps for own in run.adapters.values() if given.isdisjoint(own.model_fields_set)]:
@@ -184,8 +144,116 @@ def _head(made: Made) -> list[str]:
     return lines
 
 
-def chosen_settings(settings: Settings, candidate: Candidate) -> dict[str, Any]:
+def _range(values: Collection[int]) -> str:
+    """`7`, `1 to 7`."""
+    least, most = min(values), max(values)
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def _refused_lines(plan: ClusterPlan) -> list[str]:
+    """Why a run rejects layouts, the most frequent reason first."""
+    counts = plan.refused.most_common()
+    lines = [f"  {number:,} x {reason}" for reason, number in counts[:_REASONS]]
+    left = sum(number for _, number in counts[_REASONS:])
+    return [*lines, *([f"  {left:,} x {count_text(len(counts) - _REASONS, 'more reason')}"] if left else [])]
+
+
+# The layouts ----------------------------------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[Candidate]) -> list[str]:
+    header = ["layout", "GB", "tokens/s", "MFU", "matmuls", "attention", "elementwise", "tensor", "gathers"]
+    lines = [[*header, "bubble", "sums", "hours", "rank hours"]]
+    for row in rows:
+        spent = row.seconds
+        elementwise = spent.elementwise + spent.dequantised + spent.launches
+        shares = [spent.matmuls, spent.attention, elementwise, spent.tensor, spent.gathers]
+        shares += [spent.bubble + spent.pipeline, spent.sums + spent.outside]
+        speed = f"{row.tokens_per_second:,.{0 if row.tokens_per_second >= 100 else 1}f}", f"{row.mfu:.1%}"
+        hours = hours_text(row.hours), hours_text(row.hours * row.cluster.world_size)
+        parts = (f"{share / spent.total:.1%}" for share in shares)
+        lines.append([row.name, f"{row.needed / 1e9:.1f}", *speed, *parts, *hours])
+    return aligned_lines(lines, indent="  ")
+
+
+def hours_text(value: float) -> str:
+    """Hours with as many digits as say something."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _in_turn_lines(plan: ClusterPlan, row: Candidate | None) -> list[str]:
+    """How the chosen layout of several adapters compares with a run of each."""
+    if row is None or not row.fits or plan.run.settings.adapters is None:
+        return []
+    together, apart = row.hours, row.hours_in_turn
+    return [
+        f"{row.name}: {count_text(len(row.step.plans), 'adapter')} together take {hours_text(together)} hours; one"
+        f" after another, each alone in this layout, {hours_text(apart)} ({apart / together:.2f} x as long)"
+    ]
+
+
+def _missed_lines(plan: ClusterPlan) -> list[str]:
+    """Default layouts that do not fit, one for each tensor x pipeline x data and storage, the nearest first."""
+    plain: dict[Hashable, Candidate] = {}
+
+    def unlike(row: Candidate) -> tuple[bool, bool, float]:
+        return not row.is_default, row.engine_file != plan.run.settings.ds_config, row.needed
+
+    for row in (*plan.rows, *plan.others):
+        if row.storage in plan.ranked and (row.alike not in plain or unlike(row) < unlike(plain[row.alike])):
+            plain[row.alike] = row
+    missed = sorted((row for row in plain.values() if not row.fits), key=lambda row: row.needed)
+    return [_missing_line(row, plan) for row in missed[:_MISSED]]
+
+
+def _missing_line(row: Candidate, plan: ClusterPlan) -> str:
+    """What a layout that does not fit lacks, and which change makes it fit."""
+    sizes = f"{row.name}: {row.needed / 1e9:.1f} of {plan.cluster.capacity / 1e9:.1f} GB"
+    if not row.has_room_for_weights:
+        return f"{sizes} for the weights alone; {_what_fits(row, plan)}"
+    parts = {name: size for name, size in row.fullest[1]._asdict().items() if name != "slack"}
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:2]
+    return f"{sizes}, {', '.join(f'{name} {size / 1e9:.1f}' for name, size in largest)}; {_what_fits(row, plan)}"
+
+
+def _what_fits(row: Candidate, plan: ClusterPlan) -> str:
+    """The smallest change of a layout that fits, in flags: of one setting if that is enough, last of the storage."""
+    groups = [row.alike, *([(*row.alike[:-1], _SMALLEST)] if row.storage == Storage() else [])]
+    best: tuple[tuple[int, int, int, float], str] | None = None
+    for other in (*plan.rows, *plan.elsewhere):
+        if other.alike not in groups:
+            continue
+        mine, theirs = row.flags, other.flags
+        changed = [name for name in _CHANGES if mine.get(name) != theirs.get(name)]
+        order = sum(1 << _CHANGES.index(name) for name in changed)
+        rank = (groups.index(other.alike), len(changed), order, other.seconds.total)
+        if best is None or rank < best[0]:
+            best = rank, " ".join(f"--{name} {str(theirs[name]).lower()}" for name in changed)
+    return "nothing fits with these parallel sizes" if best is None else f"{best[1]} fits"
+
+
+def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
+    """Everything about a layout. One that does not fit has a time as if it did."""
+    layout, step = row.layout, row.step
+    most = f"{layout.rows} x {layout.length:,} tokens"
+    if layout.named:
+        most = f"{step.largest.tokens:,} tokens of {count_text(max(map(len, step.largest.owners)), 'adapter')}"
+    lines = [
+        f"{row.name}: {count_text(len(step.batches), 'micro-batch')} of up to {most} per rank and step, recompute"
+        f" {layout.recompute}",
+        *([] if row.fits else [f"  {_missing_line(row, plan)}"]),
+    ]
+    for section in layout_sections(row):
+        lines += ["", *section]
+    return lines
+
+
+# The chosen layout ----------------------------------------------------------------------------------------------------
+
+
+def chosen_settings(plan: ClusterPlan, candidate: Candidate) -> dict[str, Any]:
     """The settings of a run with this layout: those that were given to the plan, its defaults, and the layout's."""
+    settings = plan.run.settings
     common = {"max_length": settings.max_length, "global_batch_size": settings.global_batch_size}
     values = {**settings.model_dump(mode="json", exclude_unset=True), **common, **candidate.flags}
     return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
@@ -205,76 +273,63 @@ def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | No
     return [f"tiedlora run {hosts} {shlex.join(words)}", *([] if nodes == 1 else [file])]
 
 
-def _range(values: Collection[int]) -> str:
-    """`7`, `1 to 7`."""
-    least, most = min(values), max(values)
-    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
-
-
-def report_record(made: Made) -> dict[str, Any]:
+def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
     """The report as JSON: all layouts, the fastest first, and the chosen one with its command and messages."""
-    plan, train = made.plan, made.command.train
+    train, chosen = plan.run.settings, chosen_layout(plan, shown)
+    about: dict[str, Any] = {"global_batch_size": train.global_batch_size}
+    if train.adapters is not None:
+        hours = None if chosen is None or not chosen.fits else chosen.hours_in_turn
+        about = {
+            "adapters": {
+                name: {"steps": own.settings.max_steps, "global_batch_size": own.settings.global_batch_size}
+                for name, own in plan.run.plans_of_step.items()
+            },
+            "in_turn": None if chosen is None else {"layout": chosen.name, "hours": hours},
+        }
     return {
         "model": train.model,
-        "ranks": made.cluster.world_size,
-        "ranks_per_node": made.cluster.per_node,
-        "machine": made.cluster.machine.record(),
+        "ranks": plan.cluster.world_size,
+        "ranks_per_node": plan.cluster.per_node,
+        "machine": plan.cluster.machine.record(),
         "max_length": train.max_length,
-        **(_of_adapters(made) if made.is_group else {"global_batch_size": train.global_batch_size}),
-        "steps": plan.steps,
-        "enumerated": plan.search.enumerated,
-        "refused": dict(plan.search.refused.most_common()),
+        **about,
+        "steps": plan.candidates[0].step.steps,
+        "enumerated": plan.enumerated,
+        "refused": dict(plan.refused.most_common()),
         "hints": hint_lines(plan),
-        "chosen": None if made.chosen is None else _chosen_record(made, made.chosen),
-        "layouts": [_record_of(row, plan) for row in plan.all_rows],
+        "chosen": None if chosen is None else _chosen_record(plan, chosen, yaml=shown.yaml),
+        "layouts": [_record_of(row) for row in plan.all_rows],
     }
 
 
-def _of_adapters(made: Made) -> dict[str, Any]:
-    """What only a plan of several adapters has."""
-    row = made.chosen
-    return {
-        "adapters": {
-            name: {"steps": plan.settings.max_steps, "global_batch_size": plan.settings.global_batch_size}
-            for name, plan in made.plan.search.run.plans_of_step.items()
-        },
-        "in_turn": None if row is None else {"layout": row.name, "hours": made.hours_in_turn},
-    }
-
-
-def _chosen_record(made: Made, row: Priced) -> dict[str, Any]:
+def _chosen_record(plan: ClusterPlan, row: Candidate, *, yaml: str | None) -> dict[str, Any]:
     """How to start a layout, and by stage and group the messages of a rank in a step; of DeepSpeed's at most these."""
-    values, yaml = chosen_settings(made.command.train, row.candidate), made.command.settings.yaml
-    command, messages = command_lines(values, made.cluster, yaml=yaml)[0], []
-    batches = row.candidate.step.batches
-    shapes = [batches.kinds[index].shape for index in batches.order]
-    for index in range(row.candidate.layout.pp_size):
-        stage = made.pricer.stage(row.candidate, index)
-        sent = step_traffic(stage, shapes)
-        sent.include(engine_traffic(stage, num_micro_batches=len(batches)))
-        of_groups = {group: sent.of_group(group) for group in GROUPS}
+    values, messages = chosen_settings(plan, row), []
+    for index in range(row.layout.pp_size):
+        of_groups = {group: row.traffic(index).of_group(group) for group in GROUPS}
         messages.append({group: {"messages": count, "bytes": size} for group, (count, size) in of_groups.items()})
+    command = command_lines(values, plan.cluster, yaml=yaml)[0]
     return {"layout": row.name, "command": command, "settings": values, "messages": messages}
 
 
-def _record_of(row: Priced, plan: Plan) -> dict[str, Any]:
+def _record_of(row: Candidate) -> dict[str, Any]:
     """A layout as JSON."""
+    stage, memory = row.fullest if row.has_room_for_weights else (0, None)
     record: dict[str, Any] = {
         "layout": row.name,
-        "settings": row.candidate.flags,
-        "data_parallel": row.candidate.layout.dp_size,
+        "settings": row.flags,
+        "data_parallel": row.layout.dp_size,
         "fits": row.fits,
-        "bytes": {"needed": row.needed, "of": capacity(row.cluster), "stage": row.stage},
+        "bytes": {"needed": row.needed, "of": row.cluster.capacity, "stage": stage},
     }
-    if row.memory is not None:
-        record["bytes"] |= row.memory._asdict()
-    if row.seconds is not None:
-        hours = plan.hours(row)
+    if memory is not None:
+        record["bytes"] |= memory._asdict()
+    if row.fits:
         record |= {
             "tokens_per_second_per_rank": row.tokens_per_second,
             "mfu": row.mfu,
             "seconds": {**row.seconds._asdict(), "step": row.seconds.total},
-            "hours": hours,
-            "rank_hours": hours * row.cluster.world_size,
+            "hours": row.hours,
+            "rank_hours": row.hours * row.cluster.world_size,
         }
     return record

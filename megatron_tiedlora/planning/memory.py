@@ -7,6 +7,7 @@ weights of ZeRO-3), and what a GPU's libraries allocate outside PyTorch.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,57 +36,32 @@ BUCKET_NUMBERS = 1_000_000  # reduce_bucket_size of the ds_configs/ files
 MULTIPROCESSORS = 132  # of an H100; flash attention's deterministic backward pass divides its work by them
 
 
-class HeldBytes(NamedTuple):
-    """The bytes on each rank of a stage that no micro-batch changes.
+class StageMemory(NamedTuple):
+    """The bytes on each rank of a stage. PyTorch allocates all of them but `libraries` and `slack`.
 
     Attributes:
-        gathered: weights that ZeRO-3 has gathered.
+        activations: of the micro-batches in flight: of autograd and of temporary tensors.
+        engine: hidden states that a pipeline holds, or weights that ZeRO-3 has gathered.
         buffers: of messages: buckets of gradients, factors that are gathered, and their gradients.
+        libraries: a reserve for CUDA and NCCL, or for what an idle process on a CPU holds.
+        slack: a reserve for what the allocator cannot use.
     """
 
-    base: float
-    dequantised: float
-    adapter: float
-    gradients: float
-    optimizer: float
-    gathered: float
-    buffers: float
+    base: float = 0.0
+    dequantised: float = 0.0
+    adapter: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    engine: float = 0.0
+    buffers: float = 0.0
+    libraries: float = 0.0
+    slack: float = 0.0
 
     @property
     def weights(self) -> float:
         """What a rank cannot do without, whatever its micro-batches and schedule are."""
         return self.base + self.dequantised
-
-
-class StepBytes(NamedTuple):
-    """The bytes of the micro-batches in flight: of autograd, of temporary tensors, and of the pipeline's engine.
-
-    They depend neither on the storage of the base nor on the ZeRO stage.
-    """
-
-    activations: float
-    engine: float
-
-
-class StageMemory(NamedTuple):
-    """The bytes on each rank of a stage. PyTorch allocates all of them but `libraries` and `slack`.
-
-    Attributes:
-        engine: hidden states that a pipeline holds, or weights that ZeRO-3 has gathered.
-        libraries: a reserve for CUDA and NCCL, or for what an idle process on a CPU holds.
-        slack: a reserve for what the allocator cannot use.
-    """
-
-    base: float
-    dequantised: float
-    adapter: float
-    gradients: float
-    optimizer: float
-    activations: float
-    engine: float
-    buffers: float
-    libraries: float
-    slack: float
 
     @property
     def total(self) -> float:
@@ -96,6 +72,10 @@ class StageMemory(NamedTuple):
     def allocated(self) -> float:
         """The bytes that PyTorch allocates at the peak of a step."""
         return self.total - self.libraries - self.slack
+
+    def plus(self, other: StageMemory) -> StageMemory:
+        """Each of them with that of another."""
+        return StageMemory(*map(operator.add, self, other))
 
 
 def stage_memory(
@@ -116,63 +96,51 @@ def stage_memory(
         adapters: the numbers of those that own its tokens; all tokens count as those of the one that needs most.
         machine: whose reserves count; None for those of `default_machine`.
     """
-    step = step_bytes(stage, tokens=tokens, documents=documents, longest=longest, adapters=adapters)
-    return with_reserves(stage, held_bytes(stage), step, machine)
+    step = step_memory(stage, tokens=tokens, documents=documents, longest=longest, adapters=adapters)
+    return with_reserves(stage, held_memory(stage).plus(step), machine)
 
 
-def with_reserves(stage: StagePlan, held: HeldBytes, step: StepBytes, machine: Machine | None = None) -> StageMemory:
-    """Everything together, with the reserves of a machine."""
+def with_reserves(stage: StagePlan, memory: StageMemory, machine: Machine | None = None) -> StageMemory:
+    """The memory with the reserves of a machine."""
     machine = machine or default_machine(on_gpu=stage.layout.on_gpu)
-    engine = held.gathered + step.engine
-    allocated = held.weights + held.adapter + held.gradients + held.optimizer + held.buffers + step.activations + engine
-    return StageMemory(
-        base=held.base,
-        dequantised=held.dequantised,
-        adapter=held.adapter,
-        gradients=held.gradients,
-        optimizer=held.optimizer,
-        activations=step.activations,
-        engine=engine,
-        buffers=held.buffers,
-        libraries=machine["context"] + machine["communicator"] * num_communicators(stage),
-        slack=machine["slack"] * allocated,
-    )
+    libraries = machine["context"] + machine["communicator"] * num_communicators(stage)
+    return memory._replace(libraries=libraries, slack=machine["slack"] * memory.allocated)
 
 
-def held_bytes(stage: StagePlan) -> HeldBytes:
+def held_memory(stage: StagePlan) -> StageMemory:
     """The part of `stage_memory` that no micro-batch changes."""
     layout, trained = stage.layout, sum(stage.trained)
     of_weights = layout.dp_size if layout.zero_stage == 3 else 1
     stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards or copies it
     of_gradients, of_moments, of_adapter = (layout.dp_size if stage_of_adapter >= least else 1 for least in (2, 1, 3))
-    return HeldBytes(
+    return StageMemory(
         base=stage.base_bytes / of_weights,
         dequantised=float(stage.dequantised_bytes),
         adapter=FP32 * sum(stage.held) / of_adapter,
         gradients=FP32 * trained / of_gradients,
         # Two moments; an engine also has a copy of the values, which its optimizer updates.
         optimizer=(3 if layout.engine_steps else 2) * FP32 * trained / of_moments,
-        gathered=_gathered_bytes(stage),
+        engine=_gathered_bytes(stage),
         buffers=_buffer_bytes(stage),
     )
 
 
-def step_bytes(
+def step_memory(
     stage: StagePlan,
     *,
     tokens: int,
     documents: int = 1,
     longest: int | None = None,
     adapters: Sequence[int] = (0,),
-) -> StepBytes:
-    """The part of `stage_memory` that follows from its micro-batches."""
+) -> StageMemory:
+    """The part of `stage_memory` that follows from its micro-batches, whatever the storage of the base and ZeRO are."""
     layout = stage.layout
     attention = attention_memory(stage.shape, layout, tokens=tokens, documents=documents, longest=longest or tokens)
     beside = Beside(partial(_temporary_bytes, layout, attention), attention.saved)
     peak = peak_bytes(stage.owned_by(adapters), _most_of_widest(stage, adapters, tokens), beside)
-    activations = micro_batches_in_flight(stage) * peak.kept + peak.moment
     workspaces = WORKSPACE_BYTES if layout.on_gpu else 0.0
-    return StepBytes(activations + workspaces, _pipeline_bytes(stage, tokens=tokens))
+    activations = micro_batches_in_flight(stage) * peak.kept + peak.moment + workspaces
+    return StageMemory(activations=activations, engine=_pipeline_bytes(stage, tokens=tokens))
 
 
 def _most_of_widest(stage: StagePlan, adapters: Sequence[int], tokens: int) -> Sizes:

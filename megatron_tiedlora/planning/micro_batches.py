@@ -37,17 +37,19 @@ class ShareShape(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """The sizes of a micro-batch that its messages depend on.
+    """The sizes of a micro-batch that its messages and its work depend on.
 
     Attributes:
         num_rows, length: of its tokens; those of a bank's micro-batch are one row.
         shares: one for each adapter that it has tokens of.
+        squared_lengths: the sum of s^2 over its documents of s tokens, for attention.
     """
 
     num_rows: int
     length: int
     num_supervised: int
     shares: tuple[ShareShape, ...]
+    squared_lengths: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -60,13 +62,6 @@ class MicroBatchShape:
         return tuple(share.adapter for share in self.shares)
 
 
-class Batch(NamedTuple):
-    """A micro-batch: its shape, and the sum of s^2 over its documents of s tokens, for attention."""
-
-    shape: MicroBatchShape
-    squared_lengths: int
-
-
 @dataclass(frozen=True)
 class Batches:
     """The micro-batches of a step on a data-parallel rank.
@@ -77,15 +72,15 @@ class Batches:
         numbers: by kind, how many there are.
     """
 
-    kinds: tuple[Batch, ...]
+    kinds: tuple[MicroBatchShape, ...]
     order: tuple[int, ...]
     numbers: tuple[int, ...]
 
     @classmethod
-    def of(cls, batches: Iterable[Batch]) -> Batches:
-        """Those of an order."""
-        indices: dict[Batch, int] = {}
-        order = tuple(indices.setdefault(batch, len(indices)) for batch in batches)
+    def of(cls, shapes: Iterable[MicroBatchShape]) -> Batches:
+        """Micro-batches in their order."""
+        indices: dict[MicroBatchShape, int] = {}
+        order = tuple(indices.setdefault(batch, len(indices)) for batch in shapes)
         numbers = Counter(order)
         return cls(tuple(indices), order, tuple(numbers[index] for index in range(len(indices))))
 
@@ -95,12 +90,12 @@ class Batches:
     @property
     def shapes(self) -> tuple[MicroBatchShape, ...]:
         """Their shapes, in order."""
-        return tuple(self.kinds[index].shape for index in self.order)
+        return tuple(self.kinds[index] for index in self.order)
 
     @property
     def adapters(self) -> list[int]:
         """The numbers of the adapters that take the step."""
-        return sorted({adapter for batch in self.kinds for adapter in batch.shape.adapters})
+        return sorted({adapter for batch in self.kinds for adapter in batch.adapters})
 
 
 def assumed_row(layout: Layout) -> SampleRow:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -23,10 +23,12 @@ from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.counting import Moment
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.micro_batches import Batch, MicroBatchShape, ShareShape
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape, ShareShape
 from megatron_tiedlora.planning.stages import BlockKind, StageOwners, StagePlan, plan_stages, trained_tensors
 from megatron_tiedlora.planning.trace import AdapterReading, Kind, Sizes, Trace, Tracer
 from megatron_tiedlora.runtime.stopping import StepVotes, StopVotes
+
+FP32, FP64 = 4, 8  # bytes
 
 
 @dataclass
@@ -85,21 +87,21 @@ class StageWork(NamedTuple):
     again: PassWork
 
 
-def stage_work(stage: StagePlan, batch: Batch) -> StageWork:
+def stage_work(stage: StagePlan, batch: MicroBatchShape) -> StageWork:
     """The work of a rank of a stage for a micro-batch."""
-    owners, shares = stage.owned_by(batch.shape.adapters), batch.shape.shares
+    owners, shares = stage.owned_by(batch.adapters), batch.shares
     tokens, after = tuple(share.num_tokens for share in shares), tuple(share.num_after for share in shares)
-    sizes = Sizes(tokens, after, padded(batch.shape.num_supervised), HEAD_ROWS)
+    sizes = Sizes(tokens, after, padded(batch.num_supervised), HEAD_ROWS)
     found = _block_work(owners, sizes, batch.squared_lengths)
     forward, backward, _ = found
     if stage.is_first:
-        forward.add(tracer_of(stage.shape, stage.layout).embedding(batch.shape.num_tokens))
+        forward.add(tracer_of(stage.shape, stage.layout).embedding(batch.num_tokens))
     reading = _reading(owners)
     forward.add(reading.forward)
     backward.add(reading.backward)
     # Hidden states forward, and their gradient backward (zeros if none is needed).
     layout = stage.layout
-    hidden = batch.shape.num_tokens * stage.shape.hidden_size * layout.dtype.itemsize // layout.sequence_parts
+    hidden = batch.num_tokens * stage.shape.hidden_size * layout.dtype.itemsize // layout.sequence_parts
     forward.sent.add(PIPELINE, "send", hidden, count=not stage.is_last)
     backward.sent.add(PIPELINE, "send", hidden, count=not stage.is_first)
     return found
@@ -130,7 +132,7 @@ def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> 
     taking = sorted({adapter for shape in micro_batches for adapter in shape.adapters})
     traffic = once_traffic(stage, taking)
     for shape, number in Counter(micro_batches).items():
-        for work in stage_work(stage, Batch(shape, 0)):
+        for work in stage_work(stage, shape):
             traffic.include(work.sent, times=number)
     return traffic
 
@@ -260,6 +262,24 @@ def step_flops(
     return StepFlops(*map(round, sums))
 
 
+class SampleCounts(Protocol):
+    """Totals of the samples of a step."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def squared_lengths(self) -> int: ...
+    @property
+    def num_supervised(self) -> int: ...
+
+
+def training_flops(shape: ModelShape, adapter: AdapterConfig, samples: SampleCounts) -> int:
+    """The operations of training on samples. Padding does not count, so packing and layouts change nothing."""
+    tokens, squared, supervised = samples.num_tokens, samples.squared_lengths, samples.num_supervised
+    flops = step_flops(shape, adapter, num_tokens=tokens, squared_lengths=squared, num_supervised=supervised)
+    return flops.total
+
+
 @cache
 def _whole(shape: ModelShape, adapter: AdapterConfig) -> StagePlan:
     return plan_stages(shape, Layout((adapter,), length=1))[0]
@@ -294,7 +314,6 @@ def _reading(owners: StageOwners) -> AdapterReading:
 # Messages once a step -------------------------------------------------------------------------------------------------
 
 
-FP32, FP64 = 4, 8  # bytes
 # If a step was long, the ranks of a single stage sum this after each micro-batch of the next step but the last.
 STOP_VOTES_BYTES = FP64 * len(StopVotes._fields)
 

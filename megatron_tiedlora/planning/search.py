@@ -6,33 +6,27 @@ choices and each adapter. `runs` changes what it returns in these three.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
 from megatron_tiedlora.planning.adapter_plans import Plans, adapter_settings, plan_adapters
-from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.machines import Machine
+from megatron_tiedlora.planning.planned import Cluster, Planned, time_together
 from megatron_tiedlora.planning.run_data import Data, counted, prepare_all_data
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_plan import StepPlan
-
-if TYPE_CHECKING:
-    from megatron_tiedlora.planning.run_plan import RunPlan
-    from megatron_tiedlora.planning.step_plan import StepPlan
 
 RECOMPUTES = ("none", "selective", "full")
 # The file of each ZeRO stage. zero2_offload.json is left out: it moves a few MB to the host.
@@ -62,27 +56,15 @@ class Storage(NamedTuple):
 STORAGES = (Storage(), *map(Storage, BASE_NAMES), Storage("fp8", "fp8"), Storage("fp8", "fp8", True))
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """What is booked: so many ranks, `per_node` in each node, on such cards."""
-
-    world_size: int
-    per_node: int
-    machine: Machine
-
-
-@dataclass(frozen=True)
-class Candidate:
+@dataclass(eq=False, kw_only=True)
+class Candidate(Planned):
     """A layout that a run accepts.
 
     Attributes:
-        step: the first step of the run, which layouts share that have the same micro-batches.
         is_default: whether micro-batch, sequence parallelism and recompute are those of a run without their flags.
         engine_file: the value of --ds_config.
     """
 
-    layout: Layout
-    step: StepPlan
     is_default: bool
     engine_file: str
     storage: Storage
@@ -115,9 +97,18 @@ class Candidate:
         return {name: value for name, value in chosen.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class Search:
-    """What was enumerated.
+    @property
+    def alike(self) -> tuple[Hashable, ...]:
+        """What layouts share that differ in micro-batch, recompute, sequences and ZeRO only."""
+        return self.layout.tp_size, self.layout.pp_size, self.layout.dp_size, self.storage
+
+
+_TIE = 1.005  # times the time of the fastest
+
+
+@dataclass(eq=False)
+class ClusterPlan:
+    """Every layout of a cluster.
 
     Attributes:
         candidates: the layouts that a run accepts.
@@ -126,6 +117,7 @@ class Search:
     """
 
     run: PlannedRun
+    cluster: Cluster
     candidates: tuple[Candidate, ...]
     refused: Counter[str]
     ranked: tuple[Storage, ...]
@@ -135,10 +127,57 @@ class Search:
         """All layouts."""
         return len(self.candidates) + self.refused.total()
 
+    @cached_property
+    def _fitting(self) -> list[Candidate]:
+        """Those that fit, the fastest first; of equally fast ones the one with less memory."""
+        fitting = [one for one in self.candidates if one.fits]
+        time_together(fitting)
+        return sorted(fitting, key=lambda one: (one.seconds.total, one.needed))
+
+    @cached_property
+    def rows(self) -> list[Candidate]:
+        """Those that fit in a format to choose from, the fastest first.
+
+        Layouts within `_TIE` of the fastest are equally fast, and the least changed base is first.
+        """
+        rows = [one for one in self._fitting if one.storage in self.ranked]
+        ties = sum(one.seconds.total <= _TIE * rows[0].seconds.total for one in rows)
+        rows[:ties] = sorted(rows[:ties], key=lambda one: one.storage.num_changes)  # it is stable
+        return rows
+
+    @cached_property
+    def elsewhere(self) -> list[Candidate]:
+        """Those that fit in another format, the fastest first."""
+        return [one for one in self._fitting if one.storage not in self.ranked]
+
+    @cached_property
+    def others(self) -> list[Candidate]:
+        """Those that do not fit."""
+        return [one for one in self.candidates if not one.fits]
+
+    @property
+    def all_rows(self) -> list[Candidate]:
+        """Every layout."""
+        return [*self.rows, *self.elsewhere, *self.others]
+
+    def best_of_each(self) -> list[Candidate]:
+        """The fastest of each tensor x pipeline x data and storage."""
+        found: dict[Hashable, Candidate] = {}
+        for row in self.rows:
+            found.setdefault(row.alike, row)
+        return list(found.values())
+
+    def row(self, name: str, *, flag: str) -> Candidate:
+        """The layout of a name. Raises UserError, with the nearest one."""
+        rows = {row.name: row for row in self.all_rows}
+        if name not in rows:
+            raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}; names are those of the table")
+        return rows[name]
+
 
 def search(
     settings: Settings, cluster: Cluster, *, source: ModelSource, formats: tuple[str, ...] | None = None
-) -> Search:
+) -> ClusterPlan:
     """Enumerate all layouts of the settings on a cluster.
 
     Args:
@@ -161,12 +200,13 @@ def search(
     if not accepted:
         raise UserError(refused.most_common(1)[0][0])
     run.read_data(accepted[0][0])
+    known: dict[Hashable, Any] = {}
     found = (
-        Candidate(*variant, engine_file, storage)
+        Candidate(**variant, cluster=cluster, known=known, engine_file=engine_file, storage=storage)
         for plans, variants, engine_file, storage in accepted
         for variant in run.variants(plans, *variants)
     )
-    return Search(run, tuple(found), refused, storages if formats is not None else storages[:1])
+    return ClusterPlan(run, cluster, tuple(found), refused, storages if formats is not None else storages[:1])
 
 
 def _storages(run: PlannedRun, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
@@ -309,12 +349,12 @@ class PlannedRun:
 
     def variants(
         self, plans: Plans, rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
-    ) -> Iterator[tuple[Layout, StepPlan, bool]]:
-        """Layout, step and `is_default` of the candidates that differ in choices that no check depends on."""
+    ) -> Iterator[dict[str, Any]]:
+        """`step`, `layout` and `is_default` of the candidates that differ in choices that no check depends on."""
         plans = counted(plans, self.data) if self.data else plans
         shares = self.settings.share_micro_batches
         base = StepPlan(plans, shares).layout
-        for size, shards in itertools.product(rows, sequences):
+        for size, shards in product(rows, sequences):
             key = (base.tp_size, base.pp_size, base.dp_size, size, shards)
             if key not in self._steps:
                 varied = {name: _varied(plan, size, shards) for name, plan in plans.items()}
@@ -323,16 +363,7 @@ class PlannedRun:
             shared = replace(base, rows=size, micro_batches=step.layout.micro_batches, shards_sequences=shards)
             for recompute in recomputes:
                 is_default = (size, shards, recompute) == (base.rows, base.shards_sequences, base.recompute)
-                yield replace(shared, recompute=recompute), step, is_default
-
-    def alone(self, layout: Layout, step: StepPlan) -> list[tuple[Layout, StepPlan]]:
-        """The same layout for a run of each adapter of its own, and the first step of that."""
-        found = []
-        for name, plan in step.plans.items():
-            own = StepPlan({ONLY: plan}, samples=None if step.samples is None else {ONLY: step.samples[name]})
-            changes = {key: getattr(own.layout, key) for key in ("adapters", "named", "micro_batches", "compiled")}
-            found.append((replace(layout, **changes), own))
-        return found
+                yield {"step": step, "layout": replace(shared, recompute=recompute), "is_default": is_default}
 
 
 def _varied(plan: RunPlan, rows: int, shards_sequences: bool) -> RunPlan:

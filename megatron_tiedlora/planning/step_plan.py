@@ -19,9 +19,9 @@ from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
-from megatron_tiedlora.planning.memory import StageMemory, StepBytes, held_bytes, step_bytes, with_reserves
-from megatron_tiedlora.planning.micro_batches import Batch, Batches, SampleRow, assumed_row, shared_shape
-from megatron_tiedlora.planning.passes import step_flops
+from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
+from megatron_tiedlora.planning.micro_batches import Batches, MicroBatchShape, SampleRow, assumed_row, shared_shape
+from megatron_tiedlora.planning.passes import SampleCounts, training_flops
 from megatron_tiedlora.planning.run_data import Data
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
@@ -41,15 +41,23 @@ class LargestMicroBatch(NamedTuple):
     longest: int
     owners: tuple[tuple[int, ...], ...] = ((0,),)
 
-    def step_bytes(self, stage: StagePlan) -> StepBytes:
+    def step_memory(self, stage: StagePlan) -> StageMemory:
         """What a rank of a stage needs for it beside what it holds anyway, in the case that needs most."""
         tokens, documents, longest, owners = self
         sizes = {"tokens": tokens, "documents": documents, "longest": longest}
-        return max((step_bytes(stage, adapters=adapters, **sizes) for adapters in owners), key=sum)
+        return max((step_memory(stage, adapters=adapters, **sizes) for adapters in owners), key=sum)
 
     def memory(self, stage: StagePlan, machine: Machine) -> StageMemory:
         """All that such a rank needs."""
-        return with_reserves(stage, held_bytes(stage), self.step_bytes(stage), machine)
+        return with_reserves(stage, held_memory(stage).plus(self.step_memory(stage)), machine)
+
+
+class FullSamples(NamedTuple):
+    """Totals of a step without data, all of whose samples have the full length."""
+
+    num_tokens: int
+    squared_lengths: int
+    num_supervised: int
 
 
 class Work(NamedTuple):
@@ -132,16 +140,16 @@ class StepPlan:
     @cached_property
     def batches(self) -> Batches:
         """This rank's micro-batches of the step."""
-        numbers, found = self._numbers, dict[Hashable, Batch]()
+        numbers, found = self._numbers, dict[Hashable, MicroBatchShape]()
         rows = {name: self._rows(name) for name in self._taking}
         squared = {name: self._squared(name) for name in self._taking}
 
-        def batch_of(some: Sequence[tuple[str, int]]) -> Batch:
+        def batch_of(some: Sequence[tuple[str, int]]) -> MicroBatchShape:
             # without data all micro-batches of an adapter are alike
             key = tuple(some) if self.samples is not None else tuple(name for name, _ in some)
             if key not in found:
                 shape = shared_shape(self.layout, [(numbers[name], rows[name][index]) for name, index in some])
-                found[key] = Batch(shape, sum(squared[name][index] for name, index in some))
+                found[key] = replace(shape, squared_lengths=sum(squared[name][index] for name, index in some))
             return found[key]
 
         return Batches.of(map(batch_of, self.rounds))
@@ -240,18 +248,11 @@ class StepPlan:
         return [int((each**2).sum()) for each in lengths]
 
     def _work(self, name: str) -> Work:
-        """The work of an adapter's step. Without data all its samples have the full length."""
-        plan, batch = self.plans[name], self.batch(name)
-        if batch is None:
-            length, samples = plan.settings.max_length, plan.batches.global_batch_size
-            tokens, squared, supervised = samples * length, samples * length**2, samples * (length - 1)
+        """The work of an adapter's step."""
+        plan, samples = self.plans[name], self.batch(name)
+        if samples is None:
+            length, number = plan.settings.max_length, plan.batches.global_batch_size
+            counts: SampleCounts = FullSamples(number * length, number * length**2, number * (length - 1))
         else:
-            tokens, squared, supervised = batch.num_tokens, batch.squared_lengths, batch.num_supervised
-        flops = step_flops(
-            plan.source.shape,
-            plan.adapter,
-            num_tokens=tokens,
-            squared_lengths=squared,
-            num_supervised=supervised,
-        )
-        return Work(tokens, flops.total)
+            counts = samples
+        return Work(counts.num_tokens, training_flops(plan.source.shape, plan.adapter, counts))

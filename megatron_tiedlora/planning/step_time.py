@@ -467,4 +467,7 @@ def _costs(steps: Sequence[StepParts]) -> Callable[[int, Pass], Any]:
 def _by_purpose(step: StepParts, span: float) -> Seconds:
     """The seconds of the stage that works longest, and what it waits for."""
     _, spent = step.busiest()
-    return spent._replace(bubble=max(0.0, span - spent.total), sums=step.sums, outside=step.outside)
+    waits = span - spent.total
+    # Another order of the same sum is no waiting.
+    bubble = waits if waits > 1e-9 * span else 0.0
+    return spent._replace(bubble=bubble, sums=step.sums, outside=step.outside)

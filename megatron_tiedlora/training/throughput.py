@@ -25,7 +25,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
 from megatron_tiedlora.planning.machines import listed_peak
-from megatron_tiedlora.planning.passes import step_flops
+from megatron_tiedlora.planning.passes import training_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
 
 # Seconds for measuring a peak, approximately, and for a matmul that is long enough to be timed.
@@ -51,17 +51,6 @@ class _Work(NamedTuple):
     positions: float
     flops: float
     seconds: float
-
-
-def training_flops(shape: ModelShape, adapter: AdapterConfig, step: TrainingStep) -> int:
-    """The operations of training on a step's samples. Padding does not count, so packing and layouts change nothing."""
-    return step_flops(
-        shape,
-        adapter,
-        num_tokens=step.num_tokens,
-        squared_lengths=step.squared_lengths,
-        num_supervised=step.num_supervised,
-    ).total
 
 
 @dataclass

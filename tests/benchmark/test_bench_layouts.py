@@ -27,7 +27,7 @@ from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
 from megatron_tiedlora.planning.machines import CPU, Constant
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.planning.micro_batches import Batch, Batches, shared_shape
+from megatron_tiedlora.planning.micro_batches import Batches, shared_shape
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_time import Links, planned_seconds
 
@@ -105,7 +105,7 @@ def test_pipeline_of_random_weights(folder: Path, tmp_path: Path) -> None:
     settings = validate_settings({**values, "model": str(folder / "shape"), "random_weights": True}, BenchSettings)
     plan = plan_benchmark(settings, world_size=2)
     row = np.arange(64) >= 32
-    batches = Batches.of([Batch(shared_shape(plan.layout, [(0, [row, row])]), 2 * 64**2)] * 4)
+    batches = Batches.of([replace(shared_shape(plan.layout, [(0, [row, row])]), squared_lengths=2 * 64**2)] * 4)
     seconds = planned_seconds(plan.stages, batches, Links(plan.layout, 2), constants)
     assert report["planned"]["seconds"] == pytest.approx(seconds._asdict()) and seconds.outside == 1000
     for member, stage in zip(report["ranks"], plan.stages, strict=True):

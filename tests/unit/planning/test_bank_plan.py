@@ -24,7 +24,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
-from megatron_tiedlora.planning.micro_batches import Batch, ShareShape, shared_shape
+from megatron_tiedlora.planning.micro_batches import ShareShape, shared_shape
 from megatron_tiedlora.planning.passes import saved_bytes, saved_per_token, stage_work
 from megatron_tiedlora.planning.stages import plan_stages
 
@@ -220,8 +220,8 @@ def test_the_work_of_a_shared_micro_batch_is_that_of_its_parts(recompute: str) -
     rows = [np.arange(96) % 3 > 0] * 2
     parts = [shared_shape(stage.layout, [(number, rows)]) for number in range(3)]
     shape = shared_shape(stage.layout, [(number, rows) for number in range(3)])
-    apart = [stage_work(stage, Batch(part, 2 * 96**2)) for part in parts]
-    together = stage_work(stage, Batch(shape, 3 * 2 * 96**2))
+    apart = [stage_work(stage, replace(part, squared_lengths=2 * 96**2)) for part in parts]
+    together = stage_work(stage, replace(shape, squared_lengths=3 * 2 * 96**2))
     for index, whole in enumerate(together):
         singles = [work[index] for work in apart]
         for name in ("linears", "head", "attention"):

@@ -14,7 +14,7 @@ from megatron_tiedlora.base.shapes import OUTPUT, QKV, TARGET_NAMES
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.micro_batches import Batch, MicroBatchShape, ShareShape
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape, ShareShape
 from megatron_tiedlora.planning.passes import PassWork, stage_work
 from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.trace import Kind, Sizes, Trace, Tracer
@@ -67,7 +67,7 @@ def test_a_few_traces_give_all_sizes(tp_size: int, sequence_parallel: bool, reco
 @pytest.mark.parametrize("name", [name for name, config in ADAPTERS.items() if config is not None])
 def test_recompute_adds_what_it_computes_again(name: str, tp_size: int, sequence_parallel: bool) -> None:
     """Nothing else: both passes without it are the same, and it never takes anything away."""
-    batch = Batch(MicroBatchShape(1, 512, 200, (ShareShape(0, 512, 224),)), 512**2)
+    batch = MicroBatchShape(1, 512, 200, (ShareShape(0, 512, 224),), 512**2)
     config = ADAPTERS[name]
     assert config is not None
     layout = Layout((config,), length=512, tp_size=tp_size, shards_sequences=sequence_parallel)

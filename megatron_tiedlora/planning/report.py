@@ -1,4 +1,7 @@
-"""--dry_run: a report on a run without starting it. It needs no weights and no data; presets need no files at all."""
+"""What a layout needs and does, in sections of text: a dry run has one layout, `tiedlora plan --why` shows one of many.
+
+A dry run needs no weights and no data; presets need no files at all.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import numpy as np
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, time_text
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.loader import GlobalBatch, num_positions
+from megatron_tiedlora.data.loader import num_positions
 from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.weights import num_base_parameters
@@ -30,13 +33,16 @@ from megatron_tiedlora.planning.memory import (
     micro_batches_in_flight,
     num_communicators,
 )
-from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_bytes, saved_per_token, step_traffic
+from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_bytes, saved_per_token
+from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_data import Data, RunData, counted, first_source, prepare_all_data
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.stages import StagePlan
 from megatron_tiedlora.planning.step_plan import StepPlan
-from megatron_tiedlora.planning.step_time import RANKS_PER_NODE, Links, planned_seconds
+from megatron_tiedlora.planning.step_time import Term
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
+
+Section = list[str]
 
 
 class DryRunReport(NamedTuple):
@@ -59,15 +65,26 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
         data = prepare_all_data(plans)
         plans = counted(plans, data)
     step = StepPlan.first(plans, data, shares=settings.share_micro_batches)
-    memories = [step.largest.memory(stage, step.shared.machine) for stage in step.stages]
-    verdict_lines, fits = verdict(memories, step.shared)
-    memory, one = [*memory_lines(step, memories), *verdict_lines], settings.adapters is None
-    about, batches, counts = (_parameters, _batches, _data) if one else (_adapter_table, _shared_batches, _data_table)
-    more = [[*memory, *_decoding(step, data)]] if one else [memory, _one_more(step)]
-    sections = [about(step), partition_lines(step.stages), *more, message_lines(step), *speed_lines(step)]
-    of_data = [counts(step, data), *_samples(step, data)] if data else [no_data_lines(step.shared)]
-    sections += [batches(step, data), *of_data]
-    return DryRunReport("\n\n".join("\n".join(map(printable, section)) for section in sections), fits)
+    planned, on_card = Planned.alone(step, step.shared.machine), settings.gpu is not None
+    partition, memory, *others = layout_sections(planned, on_card=on_card)
+    memory += [] if step.layout.named else _decoding(step, data)
+    sections = [_adapters(step), partition, memory, *_one_more(planned), *others, _batches(step, data)]
+    sections += [_data(step, data), *_samples(step, data)] if data else [no_data_lines(step.shared)]
+    text = "\n\n".join("\n".join(map(printable, section)) for section in sections)
+    return DryRunReport(text, planned.fits or not on_card)
+
+
+def layout_sections(planned: Planned, *, on_card: bool = True) -> list[Section]:
+    """Everything about a layout: its stages, memory, messages, and time.
+
+    Args:
+        on_card: whether the user named the machine; else nothing is said of what depends on it alone.
+    """
+    sections = [partition_lines(planned.stages), memory_lines(planned, judged=on_card), message_lines(planned)]
+    return [*sections, *([time_lines(planned)] if on_card else [])]
+
+
+# The adapters and their data -----------------------------------------------------------------------------------------
 
 
 def _samples(step: StepPlan, data: Data) -> list[list[str]]:
@@ -95,24 +112,40 @@ def _indented(text: str) -> Iterable[str]:
     return (f"    {line}" for line in text.splitlines())
 
 
-# One adapter, in full ------------------------------------------------------------------------------------------------
-
-
-def _parameters(step: StepPlan) -> list[str]:
-    plan = step.shared
-    adapter, counts = plan.adapter, plan.adapter.num_trained()
-    linears, total = ", ".join(target.name for target in adapter.targets), sum(counts.values())
-    rows = [(name, " x ".join(map(str, adapter.shape(name))), f"{count:,}") for name, count in counts.items()]
-    rows.append(("all", "", f"{total:,}"))
-    comparison = []
-    for other in ("lora", "vera"):
-        same = sum(replace(adapter, method=other).num_trained().values())
-        comparison.append((f"{other} of the same rank", "", f"{same:,}", f"({total / same:.2%} of it)"))
-    base = ("frozen base", "", f"{num_base_parameters(plan.source.shape):,}")
+def _adapters(step: StepPlan) -> Section:
+    """Of the only adapter its tensors, of several a row for each."""
+    base = f"{num_base_parameters(step.shape):,}"
+    if not step.layout.named:
+        adapter, plan = step.shared.adapter, step.shared
+        counts, linears = adapter.num_trained(), ", ".join(target.name for target in adapter.targets)
+        total = sum(counts.values())
+        rows = [(name, " x ".join(map(str, adapter.shape(name))), f"{count:,}") for name, count in counts.items()]
+        rows.append(("all", "", f"{total:,}"))
+        for other in ("lora", "vera"):
+            same = sum(replace(adapter, method=other).num_trained().values())
+            rows.append((f"{other} of the same rank", "", f"{same:,}", f"({total / same:.2%} of it)"))
+        rows.append(("frozen base", "", base))
+        return [
+            f"trained parameters: {adapter.method}, rank {adapter.rank}, {len(adapter.layers)} adapted layers"
+            f" ({linears})",
+            *start_lines(plan.settings, plan.source),
+            *aligned_lines(rows, align="<<><", indent="  "),
+        ]
+    table, totals = list[Sequence[str]](), list[int]()
+    for number, (name, plan) in enumerate(step.plans.items()):
+        adapter, batches = plan.adapter, plan.batches
+        totals.append(sum(adapter.num_trained().values()))
+        parts = f"{batches.micro_batch_size} x {batches.accumulation_steps} x {batches.data_parallel}"
+        linears = ",".join(target.name for target in adapter.targets)
+        of_run = f"{batches.global_batch_size} = {parts}", f"{plan.settings.max_steps:,}"
+        of_adapter = adapter.method, str(adapter.rank), linears, ranges(adapter.layers), f"{totals[-1]:,}"
+        table.append((name, *of_adapter, *of_run, bytes_in_words(_own_bytes(step, number))))
+    header = ("adapter", "method", "rank", "linears", "layers", "trained", "batch", "steps", "bytes per rank")
     return [
-        f"trained parameters: {adapter.method}, rank {adapter.rank}, {len(adapter.layers)} adapted layers ({linears})",
-        *start_lines(plan.settings, plan.source),
-        *aligned_lines([*rows, *comparison, base], align="<<><", indent="  "),
+        f"{count_text(len(table), 'adapter')}: {sum(totals):,} trained parameters on a frozen base of {base}",
+        *aligned_lines([header, *table], indent="  "),
+        "  (batch: samples per step = rows of a micro-batch x micro-batches x data-parallel ranks; bytes per rank: its"
+        " tensors, gradients and moments on the rank that holds most)",
     ]
 
 
@@ -130,48 +163,61 @@ def _decoding(step: StepPlan, data: Data) -> list[str]:
     ]
 
 
-def _batches(step: StepPlan, data: Data) -> list[str]:
-    ((name, plan),) = step.plans.items()
-    b, steps, batch = plan.batches, plan.settings.max_steps, step.batch(name)
-    lines = [
-        "batches",
-        f"  global batch {count_text(b.global_batch_size, 'sample')}, {plan.batches_in_words}",
-        f"  {count_text(steps, 'step')}, {count_text(steps * b.global_batch_size, 'sample')}",
-    ]
-    if batch is None and plan.settings.epochs is not None:
-        lines[-1] = f"  --epochs {plan.settings.epochs:g}: its steps are counted from data, and none is read"
-    if batch is not None:
-        lines.append(_fill(plan, data[name], batch))
-    elif plan.settings.packing:
+def _batches(step: StepPlan, data: Data) -> Section:
+    lines, counts_epochs = ["batches"], any(plan.settings.epochs is not None for plan in step.plans.values())
+    for name, plan in () if step.layout.named else step.plans.items():
+        number, steps = plan.batches.global_batch_size, plan.settings.max_steps
+        lines.append(f"  global batch {count_text(number, 'sample')}, {plan.batches_in_words}")
+        if data or not counts_epochs:
+            lines.append(f"  {count_text(steps, 'step')}, {count_text(steps * number, 'sample')}")
+        if data:
+            lines.append(_fill(step, name, data[name]))
+        elif plan.settings.packing:
+            most = count_text(plan.batches.accumulation_steps, "micro-batch")
+            lines.append(
+                f"  samples of {plan.settings.max_length:,} tokens make {most} per data-parallel rank, shorter samples"
+                " make fewer"
+            )
+    if step.layout.named:
+        shapes = step.batches.shapes
+        apart, positions = sum(len(shape.shares) for shape in shapes), sum(shape.num_tokens for shape in shapes)
         lines.append(
-            f"  samples of {plan.settings.max_length:,} tokens make {count_text(b.accumulation_steps, 'micro-batch')}"
-            " per data-parallel rank, shorter samples make fewer"
+            f"  step 1: {len(shapes):,} micro-batches on a data-parallel rank, which hold {apart:,} of single"
+            f" adapters; {positions / len(shapes):,.0f} positions each"
         )
+        if not step.shares_micro_batches:
+            lines.append("  (--share_micro_batches false: each micro-batch has one adapter)")
+    if counts_epochs and not data:
+        lines.append("  (the steps of --epochs are counted from data, and none is read)")
     return lines
 
 
-def _fill(plan: RunPlan, data: RunData, step: GlobalBatch) -> str:
-    """A line on how many positions of the first step hold a token."""
-    positions = num_positions(data.train, step.micro_batches, pad_multiple=plan.layout.pad_multiple)
-    num_rows = sum(len(rows) for rows in step.micro_batches)
-    micro_batches = count_text(len(step.micro_batches), "micro-batch")
+def _fill(step: StepPlan, name: str, data: RunData) -> str:
+    """A line on how many positions of an adapter's first step hold a token."""
+    batch = step.batch(name)
+    assert batch is not None, "there is data"
+    positions = num_positions(data.train, batch.micro_batches, pad_multiple=step.layout.pad_multiple)
+    rows = count_text(sum(map(len, batch.micro_batches)), "row")
     return (
-        f"  step 1: {step.num_tokens:,} tokens in {count_text(num_rows, 'row')} of {micro_batches},"
-        f" {1 - step.num_tokens / positions:.1%} of the {positions:,} positions are padding"
+        f"  step 1: {batch.num_tokens:,} tokens in {rows} of {count_text(len(batch.micro_batches), 'micro-batch')},"
+        f" {1 - batch.num_tokens / positions:.1%} of the {positions:,} positions are padding"
     )
 
 
-def _data(step: StepPlan, data: Data) -> list[str]:
-    (own,), plan = data.values(), step.shared
-    header = ("", "samples", "tokens", "supervised", "longest", "cut")
-    rows = [(name, *_counts(part)) for name, part in (("train", own.train), ("validation", own.validation))]
-    return [
-        f"data: {plan.settings.task}",
-        *aligned_lines([header, *rows], indent="  "),
-        f"  the run sees the training part {epochs_of(plan.settings, len(own.train)):.2f} times",
-        *(f"  {line}" for line in own.notes),
-        *(f"  warning: {warning}" for warning in own.warnings(plan)),
-    ]
+def _data(step: StepPlan, data: Data) -> Section:
+    """The parts of each adapter's data, and how often a run sees its training part."""
+    rows, notes = [], []
+    for name, own in data.items():
+        plan, label = step.plans[name], name and f"{name}: "
+        passes = f"{epochs_of(plan.settings, len(own.train)):.2f}"
+        rows.append([name, plan.settings.task, "train", *_counts(own.train), passes])
+        rows.append(["", "", "validation", *_counts(own.validation), ""])
+        notes += [f"  {label}{note}" for note in own.notes]
+        notes += [f"  warning: {label}{warning}" for warning in own.warnings(plan)]
+    header = ("adapter", "task", "part", "samples", "tokens", "supervised", "longest", "cut", "passes")
+    first = 0 if step.layout.named else 1
+    table = aligned_lines([row[first:] for row in (header, *rows)], indent="  ")
+    return ["data, and how often a run sees its training part", *table, *notes]
 
 
 def _counts(part: TokenDataset) -> list[str]:
@@ -180,50 +226,21 @@ def _counts(part: TokenDataset) -> list[str]:
     return [f"{number:,}" for number in numbers]
 
 
-# Several adapters, a row for each ------------------------------------------------------------------------------------
-
-
-def _adapter_table(step: StepPlan) -> list[str]:
-    rows, counts = list[Sequence[str]](), list[int]()
-    for number, (name, plan) in enumerate(step.plans.items()):
-        adapter, batches = plan.adapter, plan.batches
-        counts.append(sum(adapter.num_trained().values()))
-        rows.append(
-            [
-                name,
-                adapter.method,
-                str(adapter.rank),
-                ",".join(target.name for target in adapter.targets),
-                ranges(adapter.layers),
-                f"{counts[-1]:,}",
-                f"{batches.global_batch_size} = {batches.micro_batch_size} x {batches.accumulation_steps} x"
-                f" {batches.data_parallel}",
-                f"{plan.settings.max_steps:,}",
-                bytes_in_words(_own_bytes(step, number)),
-            ]
-        )
-    header = ("adapter", "method", "rank", "linears", "layers", "trained", "batch", "steps", "bytes per rank")
-    return [
-        f"{count_text(len(rows), 'adapter')}: {sum(counts):,} trained parameters on a frozen base of"
-        f" {num_base_parameters(step.shape):,}",
-        *aligned_lines([header, *rows], indent="  "),
-        "  (batch: samples per step = rows of a micro-batch x micro-batches x data-parallel ranks; bytes per rank: its"
-        " tensors, gradients and moments on the rank that holds most)",
-    ]
-
-
 def _own_bytes(step: StepPlan, adapter: int) -> int:
     return max(bank_bytes(stage.parts[adapter]) for stage in step.stages)
 
 
-def _one_more(step: StepPlan) -> list[str]:
-    """Extra memory for one more copy of the largest adapter."""
+def _one_more(planned: Planned) -> list[Section]:
+    """Of a run of several adapters: the memory for one more copy of the largest."""
+    step = planned.step
+    if not step.layout.named:
+        return []
     number = max(range(len(step.plans)), key=lambda number: _own_bytes(step, number))
-    name, machine = list(step.plans)[number], step.shared.machine
+    name = list(step.plans)[number]
     again = f"{name} again"  # a blank is in no adapter's name
     samples = None if step.samples is None else {**step.samples, again: step.samples[name]}
-    more = replace(step, plans={**step.plans, again: step.plans[name]}, samples=samples)
-    before, after = ([run.largest.memory(stage, machine).allocated for stage in run.stages] for run in (step, more))
+    more = Planned.alone(replace(step, plans={**step.plans, again: step.plans[name]}, samples=samples), planned.machine)
+    before, after = ([one.memory(stage.index).allocated for stage in one.stages] for one in (planned, more))
     added = max(new - old for new, old in zip(after, before, strict=True))
     line = (
         f"  like {name}: {bytes_in_words(added)} per rank, {bytes_in_words(_own_bytes(step, number))} of them its"
@@ -231,40 +248,10 @@ def _one_more(step: StepPlan) -> list[str]:
     )
     if added > _own_bytes(step, number):
         line += "; the rest are its factors, and tokens where micro-batches have room for more"
-    return ["one more adapter", line]
+    return [["one more adapter", line]]
 
 
-def _shared_batches(step: StepPlan, data: Data) -> list[str]:
-    shapes = step.batches.shapes
-    apart = sum(len(shape.shares) for shape in shapes)
-    lines = [
-        "batches",
-        f"  step 1: {len(shapes):,} micro-batches on a data-parallel rank, which hold {apart:,} of single adapters;"
-        f" {sum(shape.num_tokens for shape in shapes) / len(shapes):,.0f} positions each",
-    ]
-    if not step.shares_micro_batches:
-        lines.append("  (--share_micro_batches false: each micro-batch has one adapter)")
-    if step.samples is None and any(plan.settings.epochs is not None for plan in step.plans.values()):
-        lines.append("  (the steps of --epochs are counted from data, and none is read)")
-    return lines
-
-
-def _data_table(step: StepPlan, data: Data) -> list[str]:
-    rows, notes = [], []
-    for name, own in data.items():
-        settings, passes = step.plans[name].settings, epochs_of(step.plans[name].settings, len(own.train))
-        rows.append([name, settings.task, *_counts(own.train), f"{len(own.validation):,}", f"{passes:.2f}"])
-        notes += [f"  {name}: {note}" for note in own.notes]
-        notes += [f"  warning: {name}: {warning}" for warning in own.warnings(step.plans[name])]
-    header = ("adapter", "task", "samples", "tokens", "supervised", "longest", "cut", "validation", "passes")
-    return [
-        "data: training parts, validation samples, and how often a run sees its training part",
-        *aligned_lines([header, *rows], indent="  "),
-        *notes,
-    ]
-
-
-# The tables -----------------------------------------------------------------------------------------------------------
+# The layout ----------------------------------------------------------------------------------------------------------
 
 
 Stages = Sequence[StagePlan]
@@ -292,43 +279,57 @@ def partition_lines(stages: Stages) -> list[str]:
     ]
 
 
-def memory_lines(step: StepPlan, memories: Sequence[StageMemory]) -> list[str]:
-    """The bytes of a rank of each stage, by purpose, with notes."""
-    stages, layout, largest = step.stages, step.layout, step.largest
+def memory_lines(planned: Planned, *, judged: bool) -> Section:
+    """The bytes of a rank of each stage, by purpose, with notes.
+
+    Args:
+        judged: whether the last line says if the fullest rank fits in its card.
+    """
+    step, layout, stages, largest = planned.step, planned.layout, planned.stages, planned.step.largest
     micro_batches = f"{layout.rows} x {largest.tokens // layout.rows} tokens"
     if layout.named:
         most = count_text(max(map(len, largest.owners)), "adapter")
         micro_batches = f"{largest.tokens:,} tokens of up to {most} at step 1"
-    # what all quantised weights of a rank share
-    shared, cells = "one transposed" if layout.products and layout.on_gpu else "one dequantised", []
-    for stage, memory in zip(stages, memories, strict=True):
-        sizes = {
-            "base weights": memory.base,
-            **({shared: memory.dequantised} if memory.dequantised else {}),
-            "adapters" if layout.named else "adapter": memory.adapter,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
-            "activations": memory.activations,
-            **({"engine": memory.engine} if layout.pp_size > 1 or memory.engine else {}),
-            **({"buffers": memory.buffers} if any(one.buffers for one in memories) else {}),
-            "CUDA, NCCL" if layout.on_gpu else "process": memory.libraries,
-            "allocator": memory.slack,
-            "sum": memory.total,
-        }
-        cells.append([*map(bytes_in_words, sizes.values()), str(micro_batches_in_flight(stage))])
-    header = (*sizes, "in flight")
+    memories = [planned.memory(stage.index) for stage in stages]
+    names = {
+        "base": "base weights",
+        # what all quantised weights of a rank share
+        "dequantised": "one transposed" if layout.products and layout.on_gpu else "one dequantised",
+        "adapter": "adapters" if layout.named else "adapter",
+        "libraries": "CUDA, NCCL" if layout.on_gpu else "process",
+        "slack": "allocator",
+    }
+    seldom = {"dequantised", "engine", "buffers"}
+    shown = [name for name in StageMemory._fields if name not in seldom or any(getattr(m, name) for m in memories)]
+    cells = [
+        [*(bytes_in_words(getattr(memory, name)) for name in shown), bytes_in_words(memory.total)]
+        + [str(micro_batches_in_flight(stage))]
+        for stage, memory in zip(stages, memories, strict=True)
+    ]
     saved = saved_per_token(step.shape, layout)
     return [
         f"bytes per rank, ZeRO-{layout.zero_stage}, {count_text(layout.dp_size, 'data-parallel rank')}, micro-batches"
         f" of up to {micro_batches}, on {'GPUs' if layout.on_gpu else 'CPUs'}",
-        *stage_table(header, cells),
+        *stage_table([*(names.get(name, name) for name in shown), "sum", "in flight"], cells),
         f"  (a block saves {saved / 1e3:,.1f} kB per token of each micro-batch"
         " in flight; the last block saves less, as its MLP runs its backward pass at once)",
         *_base_line(stages),
-        _kernels_line(stages[0], tokens=step.largest.tokens),
+        _kernels_line(stages[0], tokens=largest.tokens),
         *_engine_line(stages[0]),
-        *_reserves_lines(stages, step.shared.machine),
+        *_reserves_lines(stages, planned.machine),
+        *([_verdict(planned, memories)] if judged else []),
     ]
+
+
+def _verdict(planned: Planned, memories: Sequence[StageMemory]) -> str:
+    """A line on whether the fullest rank fits."""
+    fullest, room = max(memories, key=lambda memory: memory.total), planned.cluster.capacity
+    words = f"  {planned.machine.name}: the fullest rank needs {bytes_in_words(fullest.total)} of"
+    words += f" {bytes_in_words(room)}"
+    if fullest.total <= room:
+        return f"{words}: it fits"
+    size, name = max((size, name) for name, size in fullest._asdict().items())
+    return f"{words}: IT DOES NOT FIT; {name} {bytes_in_words(size)}"
 
 
 def _base_line(stages: Stages) -> list[str]:
@@ -378,34 +379,47 @@ def no_data_lines(plan: RunPlan) -> list[str]:
     return ["data", none, *(f"  warning: {excess}" for excess in plan.rank_excess)]
 
 
-def verdict(memories: Sequence[StageMemory], plan: RunPlan) -> tuple[list[str], bool]:
-    """With --gpu: a line on whether the fullest rank fits in that card, and whether it does; without --gpu it does."""
-    if plan.settings.gpu is None:
-        return [], True
-    machine, fullest = plan.machine, max(memories, key=lambda memory: memory.total)
-    words = f"  {machine.name}: the fullest rank needs {bytes_in_words(fullest.total)} of"
-    words += f" {bytes_in_words(machine['memory'])}"
-    if fullest.total <= machine["memory"]:
-        return [f"{words}: it fits"], True
-    size, name = max((size, name) for name, size in fullest._asdict().items())
-    return [f"{words}: IT DOES NOT FIT; {name} {bytes_in_words(size)}"], False
-
-
-def speed_lines(step: StepPlan) -> list[list[str]]:
-    """With --gpu: the planned time of a step, by what it is spent on."""
-    plan = step.shared
-    if plan.settings.gpu is None:
-        return []
-    links = Links(step.layout, RANKS_PER_NODE)
-    spent = planned_seconds(step.stages, step.batches, links, plan.machine)
-    rate = step.work.tokens / spent.total / plan.grid.world_size
+def time_lines(planned: Planned) -> Section:
+    """The planned time of a step: by what it is spent on, then term by term on the stage that works longest."""
+    spent, work, batches, parts = planned.seconds, planned.work, planned.step.batches, planned.parts
+    index, _ = parts.busiest()
+    batch = max(batches.kinds, key=lambda one: one.num_tokens)
+    forward, backward = planned.pass_terms(index, batch)
+    number, stages = count_text(len(batches), "micro-batch"), count_text(len(parts.stages), "stage")
+    busy = spent.total - spent.bubble - spent.sums - spent.outside
     return [
-        [
-            f"speed on {plan.machine.name}, planned and not measured, {RANKS_PER_NODE} ranks in a node",
-            f"  a step takes {time_text(spent.total)}: {rate:,.0f} tokens/s of each rank",
-            f"  {shares_text(spent._asdict())}",
-        ]
+        f"speed on {planned.machine.name}, planned and not measured, {planned.cluster.per_node} ranks in a node",
+        f"  a step of {work.tokens:,} tokens takes {time_text(spent.total)}: {planned.tokens_per_second:,.0f} tokens/s"
+        f" of each rank, MFU {planned.mfu:.1%}",
+        f"  {shares_text(spent._asdict())}",
+        f"  stage {index} works longest; its forward pass of a micro-batch of {batch.num_tokens:,} tokens",
+        *_terms(forward),
+        "  its backward pass",
+        *_terms(backward),
+        f"  {time_text(busy):>10}  both passes of {number}",
+        f"  {time_text(spent.bubble):>10}  waiting: the schedule of {stages} and {number}, simulated",
+        "  once a step",
+        *_terms(planned.sum_terms(index)),
+        f"  {time_text(spent.outside):>10}  loader, agreements, optimizer",
     ]
+
+
+def _terms(terms: Iterable[Term]) -> list[str]:
+    return [f"    {time_text(term.seconds):>10}  {term.label}{_arithmetic(term)}" for term in terms if term.seconds]
+
+
+def _arithmetic(term: Term) -> str:
+    if not term.rate:
+        return ""
+    fixed = f" + {time_text(term.fixed)}" if term.fixed else ""
+    return f": {_amount(term.amount, term.unit)} / {_amount(term.rate, term.unit)}/s{fixed}"
+
+
+def _amount(value: float, unit: str) -> str:
+    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:,.2f} {prefix}{unit}"
+    return f"{value:,.0f} {unit}"
 
 
 def shares_text(spent: Mapping[str, float]) -> str:
@@ -431,15 +445,15 @@ def _engine_line(stage: StagePlan) -> list[str]:
     ]
 
 
-def message_lines(step: StepPlan) -> list[str]:
+def message_lines(planned: Planned) -> Section:
     """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.traffic counts."""
-    stages, layout, micro_batches = step.stages, step.layout, step.batches.shapes
+    step, stages, layout, number = planned.step, planned.stages, planned.layout, len(planned.step.batches)
     of = "step 1's samples on data-parallel rank 0"
     of = of if step.samples is not None else f"samples of {layout.length:,} tokens, all supervised"
     lines = [f"messages and bytes per step and rank: {of}"]
     if layout.world_size == 1:
         return [*lines, "  none: one rank sends nothing"]
-    traffic = [step_traffic(stage, micro_batches) for stage in stages]
+    traffic = [planned.traffic(stage.index, of_engine=False) for stage in stages]
     groups = [group for group in GROUPS if any(found.of_group(group)[0] for found in traffic)]
     of_engine = layout.dp_size > 1 and (layout.engine_steps or layout.zero_stage == 3)
     header = ["all ranks" if group == WORLD else group for group in groups]
@@ -448,17 +462,17 @@ def message_lines(step: StepPlan) -> list[str]:
         sent = [found.of_group(group) for group in groups]
         rows.append([f"{count:,} / {bytes_in_words(size)}" for count, size in sent])
         if of_engine:
-            rows[-1].append(f"at most {bytes_in_words(engine_bytes(stage, num_micro_batches=len(micro_batches)))}")
+            rows[-1].append(f"at most {bytes_in_words(engine_bytes(stage, num_micro_batches=number))}")
     lines += stage_table([*header, *([DATA if layout.engine_steps else "DeepSpeed"] * of_engine)], rows)
     lines.append("  (bytes are of whole tensors; the checks of the first steps send a little more)")
     if of_engine and not layout.engine_steps:
         lines.append("  (DeepSpeed: the base weights that ZeRO-3 gathers over data-parallel ranks)")
     elif of_engine:
         lines.append("  (data: only DeepSpeed sends in this group, and it chooses the number of messages)")
-    if layout.pp_size == 1 and len(micro_batches) > 1:
+    if layout.pp_size == 1 and number > 1:
         lines.append(
-            f"  (if steps take longer than {LONG_STEP_SECONDS:.0f} s, all ranks send {len(micro_batches) - 1:,} more"
-            f" messages of {STOP_VOTES_BYTES} B, to stop in time)"
+            f"  (if steps take longer than {LONG_STEP_SECONDS:.0f} s, all ranks send {number - 1:,} more messages of"
+            f" {STOP_VOTES_BYTES} B, to stop in time)"
         )
     return lines
 

@@ -1,0 +1,276 @@
+"""A layout of a run on a cluster, and what it costs: memory, messages and time, each counted when it is asked for.
+
+A dry run has one such layout, a search has thousands. Those of a search share what does not depend on a choice:
+
+| computed once for each | what |
+|---|---|
+| tensor, pipeline, storage | stages |
+| the same, ZeRO | what ranks hold (`held_memory`), messages once a step |
+| tensor, pipeline, sequences, micro-batch, recompute | activations (`step_memory`), counts of passes (`stage_work`) |
+| number of stages and micro-batches | a simulation of the schedule, for all layouts together (`time_together`) |
+
+Stages that do the same share these too: the first of them has most micro-batches in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.parallel.traffic import Traffic
+from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.machines import Constant, Machine
+from megatron_tiedlora.planning.memory import StageMemory, held_memory, with_reserves
+from megatron_tiedlora.planning.micro_batches import MicroBatchShape
+from megatron_tiedlora.planning.passes import StageWork, engine_traffic, stage_work, step_traffic
+from megatron_tiedlora.planning.stages import StagePlan, plan_stages
+from megatron_tiedlora.planning.step_plan import StepPlan, Work
+from megatron_tiedlora.planning.step_time import (
+    RANKS_PER_NODE,
+    Links,
+    Seconds,
+    StageSeconds,
+    StepParts,
+    Term,
+    stage_seconds,
+    stage_terms,
+    step_seconds,
+    sum_terms,
+)
+
+_Part = TypeVar("_Part")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is booked: so many ranks, `per_node` in each node, on such cards."""
+
+    world_size: int
+    per_node: int
+    machine: Machine
+
+    @property
+    def capacity(self) -> float:
+        """The bytes of memory for each rank."""
+        return self.machine["memory"] / (1 if self.machine.on_gpu else self.per_node)
+
+
+@dataclass(eq=False, kw_only=True)
+class Planned:
+    """A layout of a run on a cluster.
+
+    Attributes:
+        step: the step that is planned, which layouts with the same micro-batches share.
+        known: the parts that are computed once for several layouts.
+    """
+
+    step: StepPlan
+    layout: Layout
+    cluster: Cluster
+    known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def alone(cls, step: StepPlan, machine: Machine, *, per_node: int = RANKS_PER_NODE) -> Planned:
+        """The layout of a run, which shares nothing."""
+        return Planned(step=step, layout=step.layout, cluster=Cluster(step.layout.world_size, per_node, machine))
+
+    @property
+    def machine(self) -> Machine:
+        """The cluster's."""
+        return self.cluster.machine
+
+    def stage(self, index: int) -> StagePlan:
+        """A stage. Layouts with the same partition and storage share all of it but the layout."""
+        found = self._once(("stages", *self._grid, *self._storage), lambda: plan_stages(self.step.shape, self.layout))
+        return replace(found[index], layout=self.layout)
+
+    @cached_property
+    def stages(self) -> list[StagePlan]:
+        """Every stage, in order."""
+        return [self.stage(index) for index in range(self.layout.pp_size)]
+
+    @cached_property
+    def links(self) -> Links:
+        """The links of its groups."""
+        return self._once(("links", *self._grid), lambda: Links(self.layout, self.cluster.per_node))
+
+    # Memory -----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def weights(self) -> float:
+        """The most bytes of a rank for the base."""
+        return max(self._held(index).weights for index in self._first_stages)
+
+    @property
+    def has_room_for_weights(self) -> bool:
+        """Whether these fit; else nothing more needs to be known."""
+        return self.weights <= self.cluster.capacity
+
+    def memory(self, index: int) -> StageMemory:
+        """The bytes of a rank of a stage."""
+        stage = self.stage(index)
+        step = self._once(("step", *self._choices, index), lambda: self.step.largest.step_memory(stage))
+        return with_reserves(stage, self._held(index).plus(step), self.machine)
+
+    @cached_property
+    def fullest(self) -> tuple[int, StageMemory]:
+        """The stage whose ranks need most, and what they need."""
+        found = {index: self.memory(index) for index in self._first_stages}
+        return max(found.items(), key=lambda item: item[1].total)
+
+    @property
+    def needed(self) -> float:
+        """The bytes that the fullest rank needs, or its weights if these are too large."""
+        return self.fullest[1].total if self.has_room_for_weights else self.weights
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank's card is large enough."""
+        return self.needed <= self.cluster.capacity
+
+    # Messages ---------------------------------------------------------------------------------------------------------
+
+    def traffic(self, index: int, *, of_engine: bool = True) -> Traffic:
+        """The messages of a rank of a stage in a step; of DeepSpeed's in the data-parallel group at most these."""
+        stage, shapes = self.stage(index), self.step.batches.shapes
+        sent = step_traffic(stage, shapes)
+        if of_engine:
+            sent.include(engine_traffic(stage, num_micro_batches=len(shapes)))
+        return sent
+
+    # Time -------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def work(self) -> Work:
+        """Tokens and FLOPs of the samples of a step, which are the same in all layouts."""
+        return self._once("work", lambda: self.step.work)
+
+    @cached_property
+    def seconds(self) -> Seconds:
+        """The seconds of a step."""
+        return step_seconds([self.parts])[0]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of one rank."""
+        return self.work.tokens / self.seconds.total / self.cluster.world_size
+
+    @property
+    def dtype(self) -> str:
+        """The name of the base's dtype."""
+        return "fp32" if self.layout.dtype.itemsize == 4 else "bf16"
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: the share of the peak in the dtype of the base."""
+        return self.work.flops / self.seconds.total / (self.machine[f"peak.{self.dtype}"] * self.cluster.world_size)
+
+    @property
+    def hours(self) -> float:
+        """The hours of the run: of the tokens of all its steps at the speed of this one."""
+        return self._once("steps", lambda: self.step.steps) * self.seconds.total / 3600
+
+    @cached_property
+    def hours_in_turn(self) -> float:
+        """The hours of the adapters one after another, each alone in this layout."""
+        alone = []
+        for name, plan in self.step.plans.items():
+            samples = None if self.step.samples is None else {ONLY: self.step.samples[name]}
+            own = StepPlan({ONLY: plan}, samples=samples)
+            changes = {key: getattr(own.layout, key) for key in ("adapters", "named", "micro_batches", "compiled")}
+            alone.append(Planned(step=own, layout=replace(self.layout, **changes), cluster=self.cluster))
+        time_together(alone)
+        return sum(one.hours for one in alone)
+
+    def changed(self, constants: dict[str, Constant]) -> Planned:
+        """The same layout on a machine with other constants."""
+        cluster = replace(self.cluster, machine=self.machine.changed(constants))
+        return Planned(step=self.step, layout=self.layout, cluster=cluster)
+
+    @property
+    def parts(self) -> StepParts:
+        """What the time of a step follows from."""
+        batches, first_of = self.step.batches, self._first_of
+        passes = {index: [self._seconds(index, batch) for batch in batches.kinds] for index in self._first_stages}
+        shards = (*self._storage, len(batches)) if self.layout.zero_stage >= 2 else ()
+        sums = self._once(
+            ("sums", *self._grid, *self._engine, *shards),
+            lambda: max(sum(term.seconds for term in self.sum_terms(index)) for index in passes),
+        )
+        return StepParts(batches, [passes[first] for first in first_of], sums, self.machine["step"])
+
+    def pass_terms(self, index: int, batch: MicroBatchShape) -> tuple[list[Term], list[Term]]:
+        """What the passes of a micro-batch on a stage spend their time on."""
+        return stage_terms(self._passes(index, batch), self.stage(index), self.links, self.machine)
+
+    def sum_terms(self, index: int) -> list[Term]:
+        """The messages once a step of a stage's rank."""
+        return sum_terms(self.stage(index), self.step.batches, self.links, self.machine)
+
+    # Parts that several layouts share ---------------------------------------------------------------------------------
+
+    def _once(self, key: Hashable, compute: Callable[[], _Part]) -> _Part:
+        if key not in self.known:
+            self.known[key] = compute()
+        found: _Part = self.known[key]
+        return found
+
+    @cached_property
+    def _grid(self) -> tuple[int, int, int]:
+        return self.layout.tp_size, self.layout.pp_size, self.layout.dp_size
+
+    @cached_property
+    def _storage(self) -> tuple[Hashable, ...]:
+        return self.layout.base_format, self.layout.products, self.layout.keep_transposed
+
+    @cached_property
+    def _engine(self) -> tuple[Hashable, ...]:
+        return self.layout.zero_stage, self.layout.live_parameters, self.layout.overlaps_gathers
+
+    @cached_property
+    def _choices(self) -> tuple[Hashable, ...]:
+        """What activations and passes depend on, beside the model and the data."""
+        return (*self._grid, self.layout.rows, self.layout.shards_sequences, self.layout.recompute)
+
+    @cached_property
+    def _first_of(self) -> list[int]:
+        """By stage, the first stage that does the same."""
+
+        def find() -> list[int]:
+            firsts: dict[Hashable, int] = {}
+            found = []
+            for stage in self.stages:
+                crosses = [self.links.to_next(near).num_nodes for near in (stage.index - 1, stage.index)]
+                kinds = tuple((kind.traced, kind.number) for kind in stage.owned_by(range(len(stage.parts))).kinds)
+                found.append(firsts.setdefault((stage.is_first, stage.is_last, kinds, *crosses), stage.index))
+            return found
+
+        return self._once(("first", *self._grid), find)
+
+    @property
+    def _first_stages(self) -> list[int]:
+        return list(dict.fromkeys(self._first_of))
+
+    def _held(self, index: int) -> StageMemory:
+        key = ("held", *self._grid, *self._storage, *self._engine, index)
+        return self._once(key, lambda: held_memory(self.stage(index)))
+
+    def _passes(self, index: int, batch: MicroBatchShape) -> StageWork:
+        return self._once(("passes", *self._choices, index, batch), lambda: stage_work(self.stage(index), batch))
+
+    def _seconds(self, index: int, batch: MicroBatchShape) -> StageSeconds:
+        gathers = self._engine if self.layout.zero_stage == 3 else ()
+        return self._once(
+            ("seconds", *self._choices, *self._storage, *gathers, index, batch),
+            lambda: stage_seconds(self._passes(index, batch), self.stage(index), self.links, self.machine),
+        )
+
+
+def time_together(layouts: Iterable[Planned]) -> None:
+    """Set the seconds of many layouts: one simulation for all with as many stages and micro-batches."""
+    rows: Sequence[Planned] = list(layouts)
+    for row, seconds in zip(rows, step_seconds([row.parts for row in rows]), strict=True):
+        row.seconds = seconds
