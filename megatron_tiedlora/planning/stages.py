@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import NamedTuple
 
+import torch
+
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
-from megatron_tiedlora.base.base_formats import BASE_FORMATS, SCALE_BYTES
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import layer_costs, partition
-from megatron_tiedlora.model.weights import WeightRule, stage_weight_rules
+from megatron_tiedlora.parallel.fp8_products import weight_maker
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.trace import Kind
 
@@ -35,19 +39,31 @@ class StoredTensor(NamedTuple):
         return self.size * self.itemsize
 
 
+@cache
 def stored_tensors(
-    rule: WeightRule, shape: ModelShape, layout: Layout, tp_size: int = 1
-) -> tuple[StoredTensor, ...]:
-    """The parameters that store a rank's shard of a weight: one, or codes and scales if it is quantised."""
-    local_shape = rule.spec.local_shape(rule.shape, tp_size)
-    if layout.base_format is None or not rule.is_quantised(shape):
-        return (StoredTensor(math.prod(local_shape), layout.dtype.itemsize),)
-    rows, width = local_shape
-    storage, shards_rows = BASE_FORMATS[layout.base_format], rule.spec.dim == 1 and tp_size > 1
-    scales = rows * storage.row_scales(width, shards_rows=shards_rows)
-    codes = StoredTensor(rows * storage.row_bytes(width), 1, True)
-    copies = (codes,) if layout.keep_transposed else ()
-    return (codes, StoredTensor(scales, SCALE_BYTES, True), *copies)
+    shape: ModelShape, dtype: torch.dtype, tp_size: int, base_format: str | None, products: str | None, transposed: bool
+) -> Mapping[str, Counter[StoredTensor]]:
+    """The parameters that a rank holds of the embedding, of a block and of the head: how many of each size.
+
+    They are those of the modules, which are built without memory. All blocks have the same.
+    """
+    with torch.device("meta"):
+        maker = weight_maker(base_format, products=products, keep_transposed=transposed)
+        specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, make_weight=maker)
+        modules = {spec.kind: spec.build() for spec in (specs[0], specs[1], specs[-1])}
+    found = {}
+    for kind, module in modules.items():
+        quantised = {
+            id(parameter)
+            for weight in frozen_weights(module).values()
+            if isinstance(weight, QuantisedWeight)
+            for parameter in weight.parameters.values()
+        }
+        found[kind] = Counter(
+            StoredTensor(parameter.numel(), parameter.itemsize, id(parameter) in quantised)
+            for parameter in module.parameters()
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -225,23 +241,19 @@ class StageOwners:
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
     """All stages of the model, in order. The layout must fit the model (see `check_layout`)."""
-    tp_size = layout.tp_size
     costs = layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
-    sizes: dict[Hashable, tuple[tuple[StoredTensor, ...], int]] = {}  # blocks have weights of the same sizes
+    storage = layout.base_format, layout.products, layout.keep_transposed
+    local, full = (stored_tensors(shape, layout.dtype, size, *storage) for size in (layout.tp_size, 1))
     stages = []
     for index, layers in enumerate(partition(costs, layout.pp_size)):
-        local_base, full_base_bytes = Counter[StoredTensor](), 0
-        weights = _weights(shape, has_embedding=index == 0)
-        numbers = Counter(size for layer in layers for size in weights.by_layer.get(layer, ()))
-        for size, number in numbers.items():
-            rule, key = weights.sizes[size], (index == 0, size)
-            if key not in sizes:
-                full = sum(tensor.num_bytes for tensor in stored_tensors(rule, shape, layout))
-                sizes[key] = stored_tensors(rule, shape, layout, tp_size), full
-            local, full = sizes[key]
-            full_base_bytes += number * full
-            for tensor in local:
-                local_base[tensor] += number
+        is_first, is_last = index == 0, index == layout.pp_size - 1
+        # With tied embeddings a head without the embedding has its own copy.
+        parts = {"embedding": is_first + (is_last and not is_first and shape.tied_embeddings), "head": int(is_last)}
+        parts["block"] = len(layers) - is_first - is_last
+        local_base, full_base = Counter[StoredTensor](), Counter[StoredTensor]()
+        for kind, number in parts.items():
+            for tensors, base in ((local, local_base), (full, full_base)):
+                base.update({tensor: number * count for tensor, count in tensors[kind].items() if number})
         stages.append(
             StagePlan(
                 shape,
@@ -249,29 +261,12 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
                 index,
                 layers,
                 parts=tuple(
-                    AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, tp_size)
+                    AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, layout.tp_size)
                     for adapter in layout.adapters
                 ),
                 local_base=local_base,
-                full_base_bytes=full_base_bytes,
+                full_base_bytes=sum(number * tensor.num_bytes for tensor, number in full_base.items()),
                 cost_share=sum(costs[layer] for layer in layers) / sum(costs),
             )
         )
     return tuple(stages)
-
-
-class _Weights(NamedTuple):
-    """The weights of a stage: one of each size, and by entry of the flat list the indices of its weights among them."""
-
-    sizes: Sequence[WeightRule]
-    by_layer: Mapping[int, Sequence[int]]
-
-
-@cache
-def _weights(shape: ModelShape, *, has_embedding: bool) -> _Weights:
-    found: dict[Hashable, tuple[int, WeightRule]] = {}
-    by_layer: dict[int, list[int]] = {}
-    for rule in stage_weight_rules(shape, has_embedding=has_embedding):
-        index, _ = found.setdefault((rule.spec, rule.shape, rule.is_quantised(shape)), (len(found), rule))
-        by_layer.setdefault(rule.layer, []).append(index)
-    return _Weights([rule for _, rule in found.values()], by_layer)
