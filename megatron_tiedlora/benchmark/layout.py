@@ -40,9 +40,10 @@ from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_rank
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
 from megatron_tiedlora.planning.machines import Machine, read_machine
 from megatron_tiedlora.planning.passes import engine_bytes, step_traffic, training_flops
+from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_plan import StepPlan
-from megatron_tiedlora.planning.step_time import Links, Seconds, planned_seconds
+from megatron_tiedlora.planning.step_time import Seconds
 from megatron_tiedlora.runtime.process_group import join_process_group, ranks_here
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model, build_random_model
@@ -88,10 +89,9 @@ class Started:
         batch = self.plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
         return StepPlan({ONLY: self.plan}, samples={ONLY: (self.dataset, batch)})
 
-    def planned_seconds(self, step: TrainingStep, machine: Machine) -> Seconds:
+    def planned(self, step: TrainingStep, machine: Machine) -> Planned:
         """What the planner says of a step on a machine of this one's hosts. All ranks call it together."""
-        links = Links(self.plan.layout, ranks_here())
-        return planned_seconds(self.plan.stages, self.step_plan(step).batches, links, machine)
+        return Planned.alone(self.step_plan(step), machine, per_node=ranks_here())
 
 
 def measure_layout(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> dict[str, Any] | None:
@@ -126,10 +126,10 @@ def _planned(run: Started, step: TrainingStep, machine: Machine) -> dict[str, An
 
     On a CPU the peak has the reserve for an idle process, but none for what an allocator keeps.
     """
-    memory = run.step_plan(step).largest.memory(run.plan.stage, machine)
-    spent = run.planned_seconds(step, machine)
+    planned = run.planned(step, machine)
+    memory = planned.memory(run.plan.grid.pp_rank)
     reserve = 0.0 if run.plan.on_gpu else memory.libraries
-    return {"peak": memory.allocated + reserve, "machine": machine.title, "seconds": spent._asdict()}
+    return {"peak": memory.allocated + reserve, "machine": machine.title, "seconds": planned.seconds._asdict()}
 
 
 def start(plan: RunPlan, settings: BenchSettings) -> Started:
@@ -270,4 +270,4 @@ def measured_step(
     run = start(plan, settings)
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + repeats)]
     seconds = [run.seconds_of(step) for step in steps][GUARDED_STEPS:]
-    return MeasuredStep(median(seconds), run.planned_seconds(steps[-1], machine))
+    return MeasuredStep(median(seconds), run.planned(steps[-1], machine).seconds)

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.base.base_formats import BASE_NAMES, FP8_CAPABILITY
+from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import aligned_lines, nearest_name
+from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.config.train_fields import GPU_NAMES
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 
@@ -159,56 +160,16 @@ def read_machine(path: Path) -> Machine:
     return Machine(name, str(content.get("title", name)), content["on_gpu"], found, capability)
 
 
-# Cards by name --------------------------------------------------------------------------------------------------------
+# Machines by name -----------------------------------------------------------------------------------------------------
 
 
-# Dense bf16 TFLOP/s (half of the rate with sparsity) from the vendor's data sheets, by words of the device's name. The
-# first row counts whose words are all in the name.
-_DATA_SHEETS: tuple[tuple[frozenset[str], float], ...] = (
-    (frozenset({"GB200"}), 2500.0),
-    (frozenset({"B200"}), 2250.0),
-    (frozenset({"GH200"}), 989.4),
-    (frozenset({"H200", "NVL"}), 835.5),
-    (frozenset({"H200"}), 989.4),
-    (frozenset({"H100", "NVL"}), 835.5),
-    (frozenset({"H100", "PCIe"}), 756.5),
-    (frozenset({"H100", "HBM3"}), 989.4),  # SXM
-    (frozenset({"A100"}), 312.0),
-    (frozenset({"A40"}), 149.7),
-    (frozenset({"L40S"}), 362.1),
-    (frozenset({"L4"}), 121.0),
-)
-
-_SHEET = "data sheet"
-_FITTED = "fitted to three published rates of LoRA in fp8 on H100 (docs/planning.md)"
-_ASSUMED = "assumed, not measured"
-_LINK = "assumed: NCCL's bus bandwidth on such nodes is 75 to 85 % of the link"
-_NETWORK = "assumed: 90 % of the network card"
-_REPORTED = "0.3 to 0.7 GB on hosts with NVLink, as users report (NVIDIA/nccl issues 864 and 964)"
-_LAUNCHES = "counted without a GPU: about 1 ms of the host's time per block, forward and backward (docs/gpu_log.md)"
-_RESERVED = "counted without a GPU: 1.01 to 1.07 of the allocated bytes are reserved (docs/gpu_log.md)"
-_CAPACITY = "total capacity in PyTorch's messages on this card"
-_UNFUSED = "counted: eager kernels that find the largest number, divide, limit and store"
-
-
-def _of_paper(share: float, ahead: int, back: int) -> Constant:
-    rates = f"{ahead} TFLOP/s forward with a causal mask, {back} backward without one, which is faster than with one"
-    counted = "a kernel computes 5 matmuls backward, of which a plan counts 4"
-    return Constant(share, f"FlashAttention-3's paper, H100, heads of 128, 4,096 tokens: {rates}; {counted}")
-
-
-# Of the peak in bf16, forward and backward pass together, by compute capability and by the names of CANDIDATES.
-_HOPPER = {
-    "FlashAttention 3": _of_paper(0.45, 579, 542),
-    "PyTorch's flash kernel": _of_paper(0.26, 319, 310),  # which is FlashAttention 2
-}
-ATTENTION: Mapping[tuple[int, int], Mapping[str, Constant]] = {
-    (8, 0): {"PyTorch's flash kernel": Constant(0.55, "FlashAttention-2's paper: 0.5 to 0.73 on A100")},
-    (9, 0): _HOPPER,
-    (10, 0): {"PyTorch's flash kernel": Constant(0.26, f"{_ASSUMED}: the share on H100; it may be less")},
+_KNOWN = read_yaml_mapping(Path(__file__).with_suffix(".yaml"))
+# By compute capability and by the names of CANDIDATES, the share of the peak in bf16 that attention reaches.
+ATTENTION: Mapping[tuple[int, ...], Mapping[str, Constant]] = {
+    tuple(map(int, capability.split("."))): {name: Constant(*share) for name, share in kernels.items()}
+    for capability, kernels in _KNOWN["attention"].items()
 }
 NF4_WITHOUT_LIBRARY = 47.0  # bytes that eager kernels move for a weight, where bitsandbytes is not installed
-CUDNN_ATTENTION = _of_paper(0.41, 518, 499)  # of NVIDIA's own published rates; a run does not use it
 
 
 def default_attention(capability: tuple[int, int]) -> str:
@@ -228,120 +189,44 @@ def listed_peak(name: str) -> float | None:
     words = set(re.split(r"[\s-]+", name))
     if "MIG" in words:
         return None
-    return next((1e12 * rate for needed, rate in _DATA_SHEETS if needed <= words), None)
+    return next((1e12 * rate for needed, rate in _KNOWN["data_sheets"] if words >= set(needed.split())), None)
 
 
-def _card(
-    name: str,
-    device: str,
-    *,
-    gib: float,
-    fp8: float,
-    fp32: float,
-    bandwidth: float,
-    link: float,
-    network: float,
-    capability: tuple[int, int],
-) -> Machine:
-    """A preset: a data-centre card in a node with a fast link among its cards, and a network card for each.
-
-    Args:
-        device: its name, for the peak in bf16.
-        gib: its memory in GiB.
-        fp8, fp32: further peaks in TFLOP/s; 0 if it has no such matmuls.
-        bandwidth, link, network: GB/s of its memory, of its link in the node and of its network card, in one direction.
-    """
-    peak = listed_peak(device)
-    assert peak is not None, "a preset's card has a data sheet"
-    values: dict[str, tuple[float, str]] = {
-        "memory": (gib * 2**30, _CAPACITY),
-        "peak.bf16": (peak, _SHEET),
-        "peak.fp8": (fp8 * 1e12, _SHEET),
-        "peak.fp32": (fp32 * 1e12, _SHEET),
-        "matmul.bf16": (0.72, f"{_ASSUMED}: what large matmuls in bf16 reach; published training is 10 to 20 % slower"),
-        "matmul.fp8": (FP8_SHARE, _FITTED),
-        "matmul.fp32": (0.8, _ASSUMED),
-        "attention.bf16": ATTENTION[capability][default_attention(capability)],
-        "attention.fp32": (0.4, _ASSUMED),
-        **dict.fromkeys(("weights.bf16", "weights.fp32", "queries.bf16", "queries.fp32"), (0.0, "while it computes")),
-        "bandwidth": (bandwidth * 1e9, _SHEET),
-        "elementwise": (0.8, f"{_ASSUMED}: compiled kernels that read and write once"),
-        **{f"dequantise.{base}": (0.0, "by its bytes") for base in BASE_NAMES},
-        "round.forward": (35.0, _UNFUSED),
-        "round.backward": (49.0, f"{_UNFUSED}; the weight's scales are multiplied in first"),
-        "node_bandwidth": (link * 1e9, _SHEET),
-        "node_link": (0.8, _LINK),
-        "network_bandwidth": (network * 1e9, _SHEET),
-        "network_link": (0.9, _NETWORK),
-        "message": (15e-6, f"{_ASSUMED}: NCCL's small messages take 10 to 20 us"),
-        "instruction": (1e-4, _ASSUMED),
-        "block": (5e-4, _LAUNCHES),
-        "hides_launches": (1.0, "CUDA's launches return at once"),
-        "step": (5e-3, _ASSUMED),
-        "context": (0.5e9, _ASSUMED),
-        "communicator": (0.5e9, _REPORTED),
-        "slack": (0.05, _RESERVED),
+def _card(name: str, facts: Mapping[str, Any]) -> Machine:
+    major, minor = map(int, facts["capability"].split("."))
+    peak = listed_peak(facts["title"])
+    assert peak is not None, "a card of the table has a data sheet"
+    of_sheet = {
+        "peak.bf16": peak,
+        "peak.fp8": facts["fp8"] * 1e12,
+        "peak.fp32": facts["fp32"] * 1e12,
+        "bandwidth": facts["memory"] * 1e9,
+        "node_bandwidth": facts["node"] * 1e9,
+        "network_bandwidth": facts["network"] * 1e9,
     }
-    return Machine(name, device, True, {key: Constant(*value) for key, value in values.items()}, capability)
+    constants = {key: Constant(*pair) for key, pair in _KNOWN["card"].items()}
+    constants |= {key: Constant(value, "data sheet") for key, value in of_sheet.items()}
+    constants["memory"] = Constant(facts["gib"] * 2**30, "total capacity in PyTorch's messages on this card")
+    constants["attention.bf16"] = ATTENTION[major, minor][default_attention((major, minor))]
+    return Machine(name, facts["title"], True, {key: constants[key] for key in CONSTANTS}, (major, minor))
 
 
-FP8_SHARE = 0.57
-_H100 = "H100 80GB HBM3"  # SXM
-
-_CARDS = (
-    _card("a100-80", "A100 80GB", gib=79.1, fp8=0, fp32=19.5, bandwidth=2039, link=300, network=25, capability=(8, 0)),
-    _card("h100", _H100, gib=79.1, fp8=1978.9, fp32=66.9, bandwidth=3350, link=450, network=50, capability=(9, 0)),
-    _card("h200", "H200", gib=139.8, fp8=1978.9, fp32=66.9, bandwidth=4800, link=450, network=50, capability=(9, 0)),
-    _card("b200", "B200", gib=178.3, fp8=4500, fp32=75, bandwidth=8000, link=900, network=50, capability=(10, 0)),
-)
-GPUS: Mapping[str, Machine] = {card.name: card for card in _CARDS}
+GPUS: Mapping[str, Machine] = {name: _card(name, facts) for name, facts in _KNOWN["cards"].items()}
 assert tuple(GPUS) == GPU_NAMES, "--gpu offers the cards of this table"
 DEFAULT_GPU = "h100"
-
-# So that --ranks_on_cpu has numbers to sort layouts by; another CPU has others (--measure).
-_CPU_MEASURED = "measured by 2 ranks with a core each of a server CPU with bf16 instructions, at SmolLM2's widths"
-_CPU_GUESSED = "a guess, not measured"
-_CPU: dict[str, float] = {
-    "peak.bf16": 214e9,
-    "peak.fp8": 99e9,
-    "peak.fp32": 99e9,
-    "matmul.bf16": 0.92,
-    "matmul.fp8": 1.0,
-    "matmul.fp32": 0.93,
-    "attention.bf16": 0.25,
-    "attention.fp32": 0.45,
-    "weights.bf16": 60e9,
-    "weights.fp32": 5.6e9,
-    "queries.bf16": 0.11e9,
-    "queries.fp32": 0.13e9,
-    "bandwidth": 14.3e9,
-    "elementwise": 0.28,
-    "dequantise.nf4": 3.1e9,
-    "dequantise.int8": 1.9e9,
-    "dequantise.fp8": 0.75e9,
-    "round.forward": 0.0,
-    "round.backward": 0.0,
-    "node_bandwidth": 0.8e9,
-    "node_link": 1.0,
-    "message": 0.46e-3,
-    "instruction": 2.3e-3,
-    "block": 1.5e-3,
-    "step": 10e-3,
-    "context": 0.37e9,
-}
-_CPU_GUESSES: dict[str, float] = {
-    "memory": 16e9,
-    "network_bandwidth": 1e9,
-    "network_link": 1.0,
-    "communicator": 0.0,
-    "slack": 0.05,
+_CPU_SOURCES = {
+    "measured": "measured by 2 ranks with a core each of a server CPU with bf16 instructions, at SmolLM2's widths",
+    "guessed": "a guess, not measured",
 }
 CPU = Machine(
     "cpu",
     "CPU",
     False,
-    {name: Constant(value, _CPU_MEASURED) for name, value in _CPU.items()}
-    | {name: Constant(value, _CPU_GUESSED) for name, value in _CPU_GUESSES.items()}
+    {
+        name: Constant(value, source)
+        for how, source in _CPU_SOURCES.items()
+        for name, value in _KNOWN["cpu"][how].items()
+    }
     | {"hides_launches": Constant(0.0, "the thread that launches computes, too")},
 )
 assert set(CPU.constants) == set(CONSTANTS), "a machine has every constant"
