@@ -26,7 +26,7 @@ def hint_lines(plan: ClusterPlan) -> list[str]:
 
 
 def _storage(best: Candidate, plan: ClusterPlan) -> list[str]:
-    if best.storage == Storage() or plan.search.run.source.stored is not None:
+    if best.storage == Storage() or plan.run.source.stored is not None:
         return []
     plain = next((row for row in plan.rows if row.storage == Storage()), None)
     words = f"{best.name}: {best.storage.name} {_CHANGES_NUMBERS}"
