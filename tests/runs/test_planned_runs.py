@@ -21,7 +21,7 @@ from megatron_tiedlora.base.wording import bytes_in_words, time_text
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.planning.dry_run import dry_run_report
+from megatron_tiedlora.planning.report import dry_run_report
 
 pytestmark = pytest.mark.distributed
 

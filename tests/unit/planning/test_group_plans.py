@@ -23,7 +23,7 @@ from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import make_plan
 from megatron_tiedlora.planning.cluster_table import Plan
-from megatron_tiedlora.planning.dry_run import dry_run_report
+from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.price import Pricer, hours_in_turn

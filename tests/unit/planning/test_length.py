@@ -95,7 +95,7 @@ def test_the_first_lines_say_how_steps_and_epochs_follow() -> None:
 
 
 def test_a_dry_run_counts_and_warns(tmp_path: Path) -> None:
-    from megatron_tiedlora.planning.dry_run import dry_run_report
+    from megatron_tiedlora.planning.report import dry_run_report
 
     model, rows = write_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 20)
     given = {"model": str(model), "train_file": str(rows), "validation_file": str(rows), "global_batch_size": 8}
@@ -123,7 +123,7 @@ def test_a_rank_above_that_of_any_update_is_rejected(method: str) -> None:
 
 def test_a_rank_above_that_of_any_update_is_said_with_vera(tmp_path: Path) -> None:
     """PEFT's users choose such ranks: its A and B are frozen, and u chooses among their r terms."""
-    from megatron_tiedlora.planning.dry_run import dry_run_report
+    from megatron_tiedlora.planning.report import dry_run_report
 
     model, rows = write_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 20)
     given = {"model": str(model), "train_file": str(rows), "validation_file": str(rows), "method": "vera"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.planning.dry_run import dry_run_report
+from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.run_plan import plan_run
 
