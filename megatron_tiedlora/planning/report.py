@@ -119,13 +119,12 @@ def _adapters(step: StepPlan) -> Section:
         adapter, plan = step.shared.adapter, step.shared
         counts, linears = adapter.num_trained(), ", ".join(target.name for target in adapter.targets)
         total = sum(counts.values())
-        shapes = {name: " x ".join(map(str, adapter.shape(name))) for name in counts}
-        rows: list[tuple[str, ...]] = [(name, shapes[name], f"{count:,}") for name, count in counts.items()]
-        rows.append(("all", "", f"{total:,}"))
+        rows = [[name, " x ".join(map(str, adapter.shape(name))), f"{count:,}"] for name, count in counts.items()]
+        rows.append(["all", "", f"{total:,}"])
         for other in ("lora", "vera"):
             same = sum(replace(adapter, method=other).num_trained().values())
-            rows.append((f"{other} of the same rank", "", f"{same:,}", f"({total / same:.2%} of it)"))
-        rows.append(("frozen base", "", base))
+            rows.append([f"{other} of the same rank", "", f"{same:,}", f"({total / same:.2%} of it)"])
+        rows.append(["frozen base", "", base])
         return [
             f"trained parameters: {adapter.method}, rank {adapter.rank}, {len(adapter.layers)} adapted layers"
             f" ({linears})",
