@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD, Traffic
-from megatron_tiedlora.planning.dry_run import shares_text
+from megatron_tiedlora.planning.report import shares_text
 
 Figures = Mapping[str, Any]
 

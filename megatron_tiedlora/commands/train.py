@@ -26,7 +26,7 @@ def main(settings: Settings) -> int:
         rank, world_size = rank_and_world_size()
         if rank:
             return 0
-        from megatron_tiedlora.planning.dry_run import dry_run_report
+        from megatron_tiedlora.planning.report import dry_run_report
 
         report = dry_run_report(settings, launched_ranks=world_size)
         print(report.text)

@@ -29,7 +29,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings, parse_sweep
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.evaluation.plan import plan_evaluations
-from megatron_tiedlora.planning.dry_run import dry_run_report
+from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.study.plan import plan_sweep
 
 BATCHES = BatchPlan(global_batch_size=8, micro_batch_size=2, data_parallel=2)

@@ -19,10 +19,10 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
-from megatron_tiedlora.planning.dry_run import dry_run_report
 from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
 from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.passes import step_traffic
+from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_data import counted, prepare_all_data
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.training import resumed, start
@@ -74,8 +74,10 @@ def test_each_adapter_has_a_row(base: Base, tmp_path: Path) -> None:
         trained = sum(plan.adapter.num_trained().values())
         assert rows[name]["trained"] == f"{trained:,}"
         assert rows[name]["bytes per rank"] == bytes_in_words(bank_bytes(plan.stage.part))
-    data = {row["adapter"]: row for row in table(text, "data: ")}
+    data = {row["adapter"]: row for row in table(text, "data, and how often a run sees its training part")}
     assert list(data) == list(OWN) and data["more"]["passes"] == "2.00"
+    assert all((row["part"], row["samples"]) == ("train", "24") for row in data.values())
+    assert re.findall(r"^ +validation +(\d+) ", text, re.MULTILINE) == ["8"] * len(OWN)
     assert text.count("first sample") == 1 and "small, wide, late, more: first sample" in text
 
 

@@ -21,7 +21,7 @@ from megatron_tiedlora.base.wording import bytes_in_words, time_text
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.planning.dry_run import dry_run_report
+from megatron_tiedlora.planning.report import dry_run_report
 
 pytestmark = pytest.mark.distributed
 
@@ -95,7 +95,9 @@ def assert_same_numbers(record: Mapping[str, Any], report: str, *, on_gpu: bool)
     spent, room = dict(row["seconds"]), row["bytes"]["of"]
     step = spent.pop("step")
     assert f"needs {bytes_in_words(row['bytes']['needed'])} of {bytes_in_words(room)}: it fits" in report
-    assert f"a step takes {time_text(step)}: {row['tokens_per_second_per_rank']:,.0f} tokens/s of each rank" in report
+    rate, ranks = row["tokens_per_second_per_rank"], record["ranks"]
+    assert f"  a step of {rate * ranks * step:,.0f} tokens takes {time_text(step)}: {rate:,.0f} tokens/s of" in report
+    assert f" tokens/s of each rank, MFU {row['mfu']:.1%}\n" in report
     shares = ", ".join(f"{name} {seconds / step:.1%}" for name, seconds in spent.items() if seconds)
     assert f"\n  {shares}\n" in report
 

@@ -14,8 +14,8 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import find_machine
 from megatron_tiedlora.planning.machines import GPUS, Constant, Machine
-from megatron_tiedlora.planning.price import Pricer
-from megatron_tiedlora.planning.search import Candidate, Cluster, Search, search
+from megatron_tiedlora.planning.planned import Cluster
+from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 from megatron_tiedlora.planning.step_time import Order, Pass, simulate
 
 H100 = GPUS["h100"]
@@ -34,22 +34,18 @@ def short(model: str, num_layers: int) -> ModelSource:
     return replace(source, shape=replace(source.shape, num_layers=num_layers, limit=limit))
 
 
-def searched(
-    *flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100
-) -> tuple[Search, Cluster]:
+def searched(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100) -> ClusterPlan:
     """All layouts of a cluster."""
     command = parse_plan([f"--model={source.name}", *flags])
     cluster = Cluster(ranks, per_node, machine)
-    return search(command.train, cluster, source=source, formats=command.settings.formats), cluster
+    return search(command.train, cluster, source=source, formats=command.settings.formats)
 
 
-def the_only(
-    *flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100
-) -> tuple[Candidate, Pricer]:
-    """The one layout that the flags leave, and what prices it."""
-    found, cluster = searched(*flags, source=source, ranks=ranks, per_node=per_node, machine=machine)
-    (candidate,) = found.candidates
-    return candidate, Pricer(cluster)
+def the_only(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100) -> Candidate:
+    """The one layout that the flags leave."""
+    plan = searched(*flags, source=source, ranks=ranks, per_node=per_node, machine=machine)
+    (candidate,) = plan.candidates
+    return candidate
 
 
 def words_of_a_run(flags: list[str]) -> str:
@@ -67,7 +63,7 @@ def words_of_a_plan(flags: list[str]) -> str:
     try:
         formats = [] if any(flag.startswith("--base=") for flag in flags) else ["--formats=none"]
         planned = parse_plan([*flags, "--gpus_per_node=4", *formats])
-        cluster = Cluster(4, 4, find_machine(planned))
+        cluster = Cluster(4, 4, find_machine(planned.settings))
         source = find_model(planned.train.model, weights=False)
         search(planned.train, cluster, source=source, formats=planned.settings.formats)
     except UserError as error:

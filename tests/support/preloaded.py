@@ -33,7 +33,7 @@ MODULES = (
     "megatron_tiedlora.evaluation.results",
     "megatron_tiedlora.model.families.llama",
     "megatron_tiedlora.runtime.ending",
-    "megatron_tiedlora.planning.dry_run",
+    "megatron_tiedlora.planning.report",
     "megatron_tiedlora.training.finish",
     "megatron_tiedlora.training.start",
     "forked_ranks",

@@ -110,7 +110,7 @@ def test_no_two_classes_share_a_name() -> None:
     assert not [name for name, count in defined_names(ast.ClassDef).items() if count > 1]
 
 
-@pytest.mark.parametrize("name", ["build_stage", "load_base", "load_adapter", "make_plan", "measure"])
+@pytest.mark.parametrize("name", ["build_stage", "load_base", "load_adapter", "plan_cluster", "measure"])
 def test_these_functions_have_a_name_of_their_own(name: str) -> None:
     """Of load_base and load_adapter there are those of the Python interface."""
     assert defined_names(ast.FunctionDef)[name] <= 1

@@ -14,11 +14,10 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.stored_formats import BITSANDBYTES, FBGEMM, StoredFormat
-from megatron_tiedlora.planning.cluster_report import make_plan, report_lines
-from megatron_tiedlora.planning.cluster_table import Plan, hint_lines
+from megatron_tiedlora.planning.cluster_report import plan_cluster, report_lines
+from megatron_tiedlora.planning.hints import hint_lines
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import GPUS
-from megatron_tiedlora.planning.price import Pricer
 from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.planning.search import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
 
@@ -39,7 +38,7 @@ def asked(**choices: Any) -> Layout | str:
 def test_what_is_enumerated_is_what_a_run_accepts() -> None:
     """The full product of all choices; a run is asked about each. Groups over nodes are not asked for."""
     flags = (f"--global_batch_size={BATCH}", "--max_length=512")
-    found, _ = searched(*flags, source=SOURCE, ranks=RANKS, per_node=PER_NODE)
+    found = searched(*flags, source=SOURCE, ranks=RANKS, per_node=PER_NODE)
     accepted, refused = {}, Counter[str]()
     for tp, pp in ((t, p) for t in divisors(RANKS) for p in divisors(RANKS) if RANKS % (t * p) == 0):
         share, rest = divmod(BATCH, RANKS // (tp * pp))
@@ -80,25 +79,25 @@ def sizes_of(layout: Layout) -> tuple[int, int, int]:
 
 def test_a_flag_leaves_one_value() -> None:
     flags = ("--tensor_parallel=2", "--recompute=full", "--ds_config=zero1.json", "--base=nf4", "--micro_batch_size=2")
-    found, _ = searched(*flags, f"--global_batch_size={BATCH}", source=SOURCE, ranks=4)
+    found = searched(*flags, f"--global_batch_size={BATCH}", source=SOURCE, ranks=4)
     assert {sizes_of(c.layout) for c in found.candidates} == {(2, 1, 2), (2, 2, 2)}
     assert {(c.layout.recompute, c.engine_file, c.storage.name) for c in found.candidates} == {
         ("full", "zero1.json", "nf4")
     }
     # --base fp8 leaves its products open
-    fp8, _ = searched("--base=fp8", source=SOURCE, ranks=1)
+    fp8 = searched("--base=fp8", source=SOURCE, ranks=1)
     assert {c.storage.name for c in fp8.candidates} == {"fp8", "fp8-products", "fp8-transposed"}
 
 
 def test_tensor_parallelism_spans_nodes_only_if_it_is_asked_for() -> None:
-    found, _ = searched("--formats=none", source=SOURCE, ranks=8, per_node=2)
+    found = searched("--formats=none", source=SOURCE, ranks=8, per_node=2)
     assert {c.layout.tp_size for c in found.candidates} == {1, 2}
-    asked_for, _ = searched("--formats=none", "--tensor_parallel=4", source=SOURCE, ranks=8, per_node=2)
+    asked_for = searched("--formats=none", "--tensor_parallel=4", source=SOURCE, ranks=8, per_node=2)
     assert {c.layout.tp_size for c in asked_for.candidates} == {4}
 
 
 def test_a_card_without_fp8_refuses_it_in_the_words_of_a_run() -> None:
-    found, _ = searched(source=SOURCE, ranks=1, machine=GPUS["a100-80"])
+    found = searched(source=SOURCE, ranks=1, machine=GPUS["a100-80"])
     assert {c.storage.name for c in found.candidates} == {"none", "int8", "fp8", "nf4"}
     (words,) = found.refused
     assert words.startswith("--products fp8 needs a GPU of compute capability 8.9 or more, and A100 80GB has 8.0")
@@ -110,11 +109,10 @@ def test_a_model_that_is_stored_quantised_has_one_format() -> None:
     flags, own = (f"--global_batch_size={BATCH}", "--max_length=512"), StoredFormat(BITSANDBYTES, "nf4")
     stored = replace(SOURCE, stored=own)
     for more in ((), ("--base=nf4",), ("--formats=nf4,int8",)):
-        found, cluster = searched(*flags, *more, source=stored, ranks=1)
+        found = searched(*flags, *more, source=stored, ranks=1)
         assert {c.storage.name for c in found.candidates} == {"nf4"} and not found.refused
-    plan = Plan.of(found, Pricer(cluster).price(found.candidates), steps=1.0)
-    assert plan.rows and not any("changes the base" in line for line in hint_lines(plan))
-    fp8, _ = searched(*flags, source=replace(SOURCE, stored=StoredFormat(FBGEMM, "fp8")), ranks=1)
+    assert found.rows and not any("changes the base" in line for line in hint_lines(found))
+    fp8 = searched(*flags, source=replace(SOURCE, stored=StoredFormat(FBGEMM, "fp8")), ranks=1)
     assert {c.storage.name for c in fp8.candidates} == {"fp8", "fp8-products", "fp8-transposed"}
     with pytest.raises(UserError, match=r"^--formats none,int8: .* has its weights in nf4 .*; give nf4, or"):
         searched(*flags, "--formats=int8,none", source=stored, ranks=1)
@@ -123,8 +121,8 @@ def test_a_model_that_is_stored_quantised_has_one_format() -> None:
 
 
 def test_nothing_is_said_of_16_bits_that_were_not_compared() -> None:
-    found, cluster = searched("--formats=nf4", f"--global_batch_size={BATCH}", source=SOURCE, ranks=1)
-    text = "".join(hint_lines(Plan.of(found, Pricer(cluster).price(found.candidates), steps=1.0)))
+    found = searched("--formats=nf4", f"--global_batch_size={BATCH}", source=SOURCE, ranks=1)
+    text = "".join(hint_lines(found))
     assert "nf4 changes the base" in text and "in 16 bits nothing fits" not in text
 
 
@@ -212,5 +210,5 @@ def test_one_size_alone_is_refused_in_the_words_of_a_run(flag: str) -> None:
 )
 def test_bad_input_is_one_line(flags: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        made = make_plan(parse_plan(["--model=llama2-7b", "--gpus_per_node=1", "--formats=none", *flags]))
-        report_lines(made)
+        command = parse_plan(["--model=llama2-7b", "--gpus_per_node=1", "--formats=none", *flags])
+        report_lines(plan_cluster(command), command.settings)

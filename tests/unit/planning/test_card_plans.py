@@ -17,23 +17,22 @@ from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 from megatron_tiedlora.parallel import fp8_products
+from megatron_tiedlora.planning import search
 from megatron_tiedlora.planning.cluster_report import chosen_settings
-from megatron_tiedlora.planning.cluster_table import Plan, hint_lines
+from megatron_tiedlora.planning.hints import hint_lines
 from megatron_tiedlora.planning.machines import ATTENTION, GPUS, Machine, attention_of, default_attention
 from megatron_tiedlora.planning.passes import stage_work
-from megatron_tiedlora.planning.price import Priced, Pricer
-from megatron_tiedlora.planning.search import Storage
+from megatron_tiedlora.planning.search import Candidate, ClusterPlan, Storage
 from megatron_tiedlora.planning.step_time import Seconds
 
 FP8 = "--formats=fp8-products,fp8-transposed"
 
 
-def fastest(model: str, layers: int, *flags: str, ranks: int = 1, machine: Machine = H100) -> Priced:
+def fastest(model: str, layers: int, *flags: str, ranks: int = 1, machine: Machine = H100) -> Candidate:
     """The fastest layout of a model at 4,096 tokens."""
     given = ["--max_length=4096", "--global_batch_size=128", *flags]
-    found, cluster = searched(*given, source=short(model, layers), ranks=ranks, machine=machine)
-    rows = [row for row in Pricer(cluster).price(found.candidates) if row.fits]
-    return max(rows, key=lambda row: row.tokens_per_second)
+    found = searched(*given, source=short(model, layers), ranks=ranks, machine=machine)
+    return max((*found.rows, *found.elsewhere), key=lambda row: row.tokens_per_second)
 
 
 # FP8 matmuls --------------------------------------------------------------------------------------------------------
@@ -52,8 +51,8 @@ def test_a_layer_rounds_what_its_linears_multiply(model: str, tensor: int, forwa
     flags += ["--formats=fp8-products", "--ds_config=zero0.json", "--sequence_parallel=true", "--max_length=1024"]
     found = []
     for layers in (3, 4):
-        candidate, pricer = the_only(*flags, "--layers=1", source=short(model, layers), ranks=tensor)
-        work = stage_work(pricer.stage(candidate, 0), candidate.step.batches.kinds[0])
+        candidate = the_only(*flags, "--layers=1", source=short(model, layers), ranks=tensor)
+        work = stage_work(candidate.stage(0), candidate.step.batches.kinds[0])
         found.append((work.forward.rounded, work.backward.rounded_back))
     layer = [(many - few) / 1024 for few, many in zip(*found, strict=True)]
     assert layer == [forward, backward]
@@ -84,7 +83,7 @@ def test_fp8_matmuls_are_planned_as_they_are_written() -> None:
 
 def test_70b_does_not_start_in_fp8() -> None:
     found = fastest("llama2-70b", 80, "--formats=none,fp8,fp8-products,fp8-transposed", ranks=8)
-    assert found.candidate.storage.base is None
+    assert found.storage.base is None
 
 
 # Attention ----------------------------------------------------------------------------------------------------------
@@ -125,11 +124,10 @@ def test_rates_in_bf16_are_those_of_the_kernel(model: str, layers: int, ranks: i
 # Storage formats ----------------------------------------------------------------------------------------------------
 
 
-def planned(*flags: str, model: str = "llama2-7b", layers: int = 32, machine: Machine = H100) -> Plan:
+def planned(*flags: str, model: str = "llama2-7b", layers: int = 32, machine: Machine = H100) -> ClusterPlan:
     """A plan of one card at 4,096 tokens."""
     given = ("--max_length=4096", "--global_batch_size=8", *flags)
-    found, cluster = searched(*given, source=short(model, layers), ranks=1, machine=machine)
-    return Plan.of(found, Pricer(cluster).price(found.candidates), steps=1.0)
+    return searched(*given, source=short(model, layers), ranks=1, machine=machine)
 
 
 FUSED = changed(H100, round__forward=0.0, round__backward=0.0)
@@ -148,10 +146,10 @@ FUSED = changed(H100, round__forward=0.0, round__backward=0.0)
 def test_only_formats_that_were_asked_for_are_ranked(flags: tuple[str, ...], formats: set[str]) -> None:
     """The others are priced, and named where they would gain; on this machine FP8 matmuls are the fastest."""
     plan = planned(*flags, machine=FUSED)
-    assert {row.candidate.storage.name for row in plan.rows} == formats
-    assert {row.candidate.storage.name for row in plan.elsewhere}.isdisjoint(formats)
-    values = chosen_settings(plan.search.run.settings, plan.rows[0].candidate)
-    assert values.get("base") == plan.rows[0].candidate.storage.base
+    assert {row.storage.name for row in plan.rows} == formats
+    assert {row.storage.name for row in plan.elsewhere}.isdisjoint(formats)
+    values = chosen_settings(plan, plan.rows[0])
+    assert values.get("base") == plan.rows[0].storage.base
     names = [line.split()[0] for line in hint_lines(plan) if " would gain " in line]
     expected = {"none": ["fp8-transposed", "fp8-products"], "fp8": ["fp8-transposed", "fp8-products"]}
     assert names == expected.get(min(formats) if len(formats) == 1 else "", [])
@@ -159,7 +157,7 @@ def test_only_formats_that_were_asked_for_are_ranked(flags: tuple[str, ...], for
 
 def test_a_gain_is_that_of_the_fastest_layout_of_a_format() -> None:
     plan = planned(machine=FUSED)
-    row = next(row for row in plan.elsewhere if row.candidate.storage.name == "fp8-products")
+    row = next(row for row in plan.elsewhere if row.storage.name == "fp8-products")
     gain = row.tokens_per_second / plan.rows[0].tokens_per_second - 1
     words = f"fp8-products would gain {gain:.0%} ({row.name}, {row.tokens_per_second:,.0f} tokens/s), but changes"
     (line,) = (line for line in hint_lines(plan) if line.startswith(words))
@@ -167,13 +165,14 @@ def test_a_gain_is_that_of_the_fastest_layout_of_a_format() -> None:
     assert not any(" would gain " in line for line in hint_lines(planned()))  # with the code as it is
 
 
-def test_formats_are_equally_fast_within_half_a_percent() -> None:
+def test_formats_are_equally_fast_within_half_a_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base that is changed least is then the first of them."""
     plan = planned("--formats=none,nf4,fp8-products")
-    quick = {name: next(row for row in plan.rows if row.candidate.storage.name == name) for name in ("none", "nf4")}
+    quick = {name: next(row for row in plan.rows if row.storage.name == name) for name in ("none", "nf4")}
+    monkeypatch.setattr(search, "time_together", lambda _rows: None)  # the seconds are those that are set here
     for seconds, name in ((1.0, "none"), (1.004, "none"), (1.006, "nf4")):
-        rows = [replace(quick["nf4"], seconds=Seconds(1.0)), replace(quick["none"], seconds=Seconds(seconds))]
-        assert Plan.of(plan.search, rows, steps=1.0).rows[0].candidate.storage.name == name
+        quick["nf4"].seconds, quick["none"].seconds = Seconds(1.0), Seconds(seconds)
+        assert replace(plan, candidates=tuple(quick.values())).rows[0].storage.name == name
     assert [storage.num_changes for storage in (Storage(), Storage("nf4"), Storage("fp8", "fp8"))] == [0, 1, 2]
 
 

@@ -16,7 +16,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import default_rows, plan_batches
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.planning import dry_run, memory
+from megatron_tiedlora.planning import memory, report
 from megatron_tiedlora.planning import run_plan as plan
 from megatron_tiedlora.planning.machines import CPU, GPUS
 from megatron_tiedlora.planning.passes import saved_per_token
@@ -107,7 +107,7 @@ def test_what_was_chosen_is_told() -> None:
     assert short in planned("--plan_for=gpu", "--global_batch_size=635", "--max_length=500", ranks=5).batches_in_words
     for flags in (("--plan_for=cpu",), ("--plan_for=gpu", "--micro_batch_size=2"), ("--plan_for=gpu", "--packing=0")):
         assert "on a GPU" not in planned(*flags).batches_in_words
-    text = dry_run.dry_run_report(parse_settings(["--model=llama2-7b", "--dry_run", "--plan_for=gpu"], Settings)).text
+    text = report.dry_run_report(parse_settings(["--model=llama2-7b", "--dry_run", "--plan_for=gpu"], Settings)).text
     assert why in text and "micro-batches of up to 2 x 4096 tokens, on GPUs" in text
 
 

@@ -21,12 +21,10 @@ from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
-from megatron_tiedlora.planning.cluster_report import make_plan
-from megatron_tiedlora.planning.cluster_table import Plan
-from megatron_tiedlora.planning.dry_run import dry_run_report
+from megatron_tiedlora.planning.cluster_report import plan_cluster
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.passes import step_traffic
-from megatron_tiedlora.planning.price import Pricer, hours_in_turn
+from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.search import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
 from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.step_plan import StepPlan
@@ -70,7 +68,7 @@ def test_what_is_enumerated_is_what_a_run_accepts(three: str) -> None:
     """The full product of all choices; a run of the group is asked about each. Rows divide each adapter's share."""
     ranks, per_node, storages = 6, 2, (STORAGES[0], STORAGES[3])
     flags = ("--global_batch_size=36", "--max_length=512", f"--adapters={three}", "--formats=none,nf4")
-    found, _ = searched(*flags, source=SOURCE, ranks=ranks, per_node=per_node)
+    found = searched(*flags, source=SOURCE, ranks=ranks, per_node=per_node)
     accepted, refused = dict[Any, Layout](), Counter[str]()
     for tp, pp in ((t, p) for t in divisors(ranks) for p in divisors(ranks) if ranks % (t * p) == 0):
         sizes = divisors(12 // (ranks // (tp * pp)))  # 12 is the most that divides 24, 36 and 48
@@ -112,29 +110,29 @@ def test_each_layout_has_the_price_of_its_dry_run(three: str, shares: bool) -> N
     """Memory of all stages and time, from the plans of a run with the flags of the layout."""
     given = {"global_batch_size": 16, "max_length": 1024, "share_micro_batches": shares}
     flags = (f"--{name}={value}" for name, value in given.items())
-    found, cluster = searched(*flags, f"--adapters={three}", source=SOURCE, ranks=8, per_node=4)
-    priced = Pricer(cluster).price(found.candidates)
-    assert {(p.candidate.layout.pp_size, p.candidate.layout.tp_size) for p in priced} >= {(1, 1), (2, 4), (4, 2)}
-    for one in priced[:: max(1, len(priced) // 100)]:
-        group = group_of(three, 8, **given, **one.candidate.flags)
-        assert one.candidate.layout == group.layout
-        memories = [group.largest.memory(stage, cluster.machine) for stage in group.stages]
+    found = searched(*flags, f"--adapters={three}", source=SOURCE, ranks=8, per_node=4)
+    rows = found.all_rows
+    assert {(row.layout.pp_size, row.layout.tp_size) for row in rows} >= {(1, 1), (2, 4), (4, 2)}
+    for one in rows[:: max(1, len(rows) // 100)]:
+        group = group_of(three, 8, **given, **one.flags)
+        assert one.layout == group.layout
+        memories = [group.largest.memory(stage, one.machine) for stage in group.stages]
         assert one.needed == max(memory.total for memory in memories), one.name
-        parts = step_parts(group.stages, group.batches, Links(group.layout, 4), cluster.machine)
-        assert one.step.total == pytest.approx(step_seconds([parts])[0].total, rel=1e-12), one.name
+        parts = step_parts(group.stages, group.batches, Links(group.layout, 4), one.machine)
+        assert one.seconds.total == pytest.approx(step_seconds([parts])[0].total, rel=1e-12), one.name
         assert one.work == group.work and group.work.tokens == (16 + 24 + 48) * 1024
 
 
 def test_the_tensors_of_all_adapters_are_summed(three: str) -> None:
     """One message over two data-parallel ranks with the gradients of all, and a report of each."""
     flags = ("--ds_config=zero0.json", "--recompute=none", "--micro_batch_size=1", "--tensor_parallel=1")
-    found, cluster = searched(
+    found = searched(
         *flags, f"--adapters={three}", "--pipeline_parallel=1", "--formats=none", "--global_batch_size=16",
         source=SOURCE, ranks=2,
     )  # fmt: skip
-    (one,) = Pricer(cluster).price(found.candidates)
-    trained = sum(sum(adapter.num_trained().values()) for adapter in one.candidate.layout.adapters)
-    assert one.step.sums == pytest.approx(4 * trained / 360e9 + 2 * 15e-6, rel=1e-3)
+    (one,) = found.candidates
+    trained = sum(sum(adapter.num_trained().values()) for adapter in one.layout.adapters)
+    assert one.seconds.sums == pytest.approx(4 * trained / 360e9 + 2 * 15e-6, rel=1e-3)
 
 
 LATE = "- name: all\n- name: late\n  layers: 3,4,5\n"
@@ -152,15 +150,13 @@ def test_stages_share_what_they_do_alike(tmp_path: Path, flag: str, of_stage: in
         (tmp_path / "a.yaml").write_text(flag)
         flag = flag if flag.startswith("--") else f"--adapters={tmp_path / 'a.yaml'}"
     pinned = (f"--pipeline_parallel={ranks}", "--recompute=none", "--ds_config=zero0.json", "--formats=none")
-    found, cluster = searched(flag, *pinned, "--global_batch_size=24", source=source, ranks=ranks)
-    pricer = Pricer(cluster)
-    one = pricer.price(found.candidates)[0]
-    step, layout = one.candidate.step, one.candidate.layout
+    found = searched(flag, *pinned, "--global_batch_size=24", source=source, ranks=ranks)
+    one = found.candidates[0]
+    step, layout = one.step, one.layout
     stages = plan_stages(source.shape, layout)
     assert [len(stage.blocks) for stage in stages] == [of_stage] * ranks
-    assert one.needed == max(step.largest.memory(stage, cluster.machine).total for stage in stages)
-    parts = step_parts(stages, step.batches, Links(layout, 8), cluster.machine)
-    assert pricer.parts(one.candidate).stages == parts.stages
+    assert one.needed == max(step.largest.memory(stage, one.machine).total for stage in stages)
+    assert one.parts.stages == step_parts(stages, step.batches, Links(layout, 8), one.machine).stages
 
 
 # Numbers of the dry run ---------------------------------------------------------------------------------------------
@@ -235,9 +231,8 @@ def test_plans_with_data_have_the_numbers_of_the_dry_run(
         if column in memory:
             assert memory[column] == bytes_in_words(size), part
     assert memory["sum"] == bytes_in_words(row["bytes"]["needed"])
-    made = make_plan(parse_plan([*flags, "--formats=none"]))
-    candidate = made.row(layout, flag="why").candidate
-    most = max(len(batch.shape.shares) for batch in candidate.step.batches.kinds)
+    candidate = plan_cluster(parse_plan([*flags, "--formats=none"])).row(layout, flag="why")
+    most = max(len(batch.shares) for batch in candidate.step.batches.kinds)
     assert (most > 1) == (layout == SHARED)
     stages = plan_stages(candidate.step.shape, candidate.layout)
     for stage, sent in zip(stages, stage_table(report, "messages and bytes"), strict=True):
@@ -269,13 +264,12 @@ def test_the_yaml_of_a_plan_starts_the_group(tmp_path: Path, model: Base, monkey
 def test_hours_are_those_of_the_tokens_of_all(three: str) -> None:
     """Of the tokens of all steps at the speed of the first one; of as many steps of each, the steps' seconds."""
     flags = ("--formats=none", "--global_batch_size=16", "--max_length=1024", f"--adapters={three}")
-    found, cluster = searched(*flags, source=SOURCE, ranks=2)
-    plan = Plan.of(found, Pricer(cluster).price(found.candidates), steps=found.candidates[0].step.steps)
-    row, tokens = plan.rows[0], 1024 * (2000 * 16 + 500 * 24 + 2000 * 48)
+    found = searched(*flags, source=SOURCE, ranks=2)
+    row, tokens = found.rows[0], 1024 * (2000 * 16 + 500 * 24 + 2000 * 48)
     rate = 2 * row.tokens_per_second
-    assert plan.hours(row) == pytest.approx(tokens / rate / 3600)
+    assert row.hours == pytest.approx(tokens / rate / 3600)
     Path(three).write_text(THREE.replace("  max_steps: 500\n", ""))
-    again, _ = searched(*flags, source=SOURCE, ranks=2)
+    again = searched(*flags, source=SOURCE, ranks=2)
     assert again.candidates[0].step.steps == 2000
 
 
@@ -283,8 +277,8 @@ def test_hours_are_those_of_the_tokens_of_all(three: str) -> None:
 def test_in_turn_is_the_plan_of_each_alone(three: str, layout: str) -> None:
     """The hours that the planner gives each adapter's own run in the layout."""
     shared = ("--formats=none", "--max_length=1024")
-    found, cluster = searched(*shared, f"--adapters={three}", "--global_batch_size=16", source=SOURCE, ranks=2)
-    row = next(row for row in Pricer(cluster).price(found.candidates) if row.name == layout)
+    found = searched(*shared, f"--adapters={three}", "--global_batch_size=16", source=SOURCE, ranks=2)
+    row = found.row(layout, flag="why")
     alone = {
         "plain": ["--global_batch_size=16"],
         "wide": ["--method=lora", "--rank=16", "--targets=all", "--global_batch_size=24", "--max_steps=500"],
@@ -292,11 +286,9 @@ def test_in_turn_is_the_plan_of_each_alone(three: str, layout: str) -> None:
     }
     hours = 0.0
     for own in alone.values():
-        single, _ = searched(*shared, *own, source=SOURCE, ranks=2)
-        rows = Pricer(cluster).price(single.candidates)
-        plan = Plan.of(single, rows, steps=single.candidates[0].step.steps)
-        hours += plan.hours(next(row for row in rows if row.name == layout))
-    assert hours_in_turn(row, found.run) == pytest.approx(hours, rel=1e-9)
+        single = searched(*shared, *own, source=SOURCE, ranks=2)
+        hours += single.row(layout, flag="why").hours
+    assert row.hours_in_turn == pytest.approx(hours, rel=1e-9)
 
 
 def test_the_report_says_how_the_group_compares(three: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,7 +301,8 @@ def test_the_report_says_how_the_group_compares(three: str, capsys: pytest.Captu
     assert numbers is not None
     together, apart, ratio = map(float, numbers.groups())
     assert apart / together == pytest.approx(ratio, rel=0.01) and ratio > 1
-    assert f"{name}: tensor 1 x pipeline 2 x data 4, 22 micro-batches of up to 4,096 tokens of 1 adapter" in text
+    assert f"{name}: 22 micro-batches of up to 4,096 tokens of 1 adapter per rank and step" in text
+    assert "layout: 8 ranks = tensor 1 x pipeline 2 x data 4, 40 layers" in text
     assert "hours of the tokens of all steps at the speed of step 1, which all take" in text
     assert "--max_steps 2000" in text and f"--adapters {three}" in text
 
@@ -364,4 +357,4 @@ def test_a_plan_refuses_what_a_run_of_the_group_refuses(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [["--share_micro_batches=false"], ["--halving=true"]])
 def test_what_needs_adapters_says_so(flags: list[str]) -> None:
     with pytest.raises(UserError, match="needs --adapters"):
-        make_plan(parse_plan(["--model=llama2-7b", "--gpus_per_node=1", *flags]))
+        plan_cluster(parse_plan(["--model=llama2-7b", "--gpus_per_node=1", *flags]))

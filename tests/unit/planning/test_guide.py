@@ -11,7 +11,7 @@ from document_commands import GUIDE, words_of
 from folders import ROOT
 
 from megatron_tiedlora.config.plan_settings import FORMAT_NAMES, parse_plan
-from megatron_tiedlora.planning.cluster_report import make_plan
+from megatron_tiedlora.planning.cluster_report import plan_cluster
 from megatron_tiedlora.planning.machines import GPUS
 
 TEXT = GUIDE.text
@@ -26,11 +26,9 @@ def test_the_table_is_what_its_commands_plan(name: str) -> None:
     for flag in ("--train_file", "--yaml"):
         del words[words.index(flag) : words.index(flag) + 2]
     words[words.index("--model") + 1] = Path(words[words.index("--model") + 1]).name
-    made = make_plan(parse_plan(words))
-    row, file = made.plan.rows[0], Path(name).name
-    hours = made.plan.hours(row)
+    row, file = plan_cluster(parse_plan(words)).rows[0], Path(name).name
     line = f"| {ROWS.get(file, '?')} | `{file}` | `{row.name}` | {row.needed / 1e9:.1f} | {row.tokens_per_second:,.0f}"
-    line += f" | {hours:.2f} | {hours * made.cluster.world_size:.1f} |"
+    line += f" | {row.hours:.2f} | {row.hours * row.cluster.world_size:.1f} |"
     print(f"\n{line}")
     assert line in TEXT
 
@@ -38,8 +36,8 @@ def test_the_table_is_what_its_commands_plan(name: str) -> None:
 def test_the_words_about_70b_on_one_card_are_those_of_its_plans() -> None:
     """16 bits do not fit; 4 bits do without recompute, 8 bits only with full recompute."""
     flags = ["--model=llama2-70b", "--gpus_per_node=1", "--max_length=2048"]
-    rows = {name: make_plan(parse_plan([*flags, f"--formats={name}"])).plan.rows for name in FORMAT_NAMES}
-    recomputes = {name: {row.candidate.layout.recompute for row in found} for name, found in rows.items()}
+    rows = {name: plan_cluster(parse_plan([*flags, f"--formats={name}"])).rows for name in FORMAT_NAMES}
+    recomputes = {name: {row.layout.recompute for row in found} for name, found in rows.items()}
     assert not rows["none"] and "none" in recomputes["nf4"]
     assert all(recomputes[name] == {"full"} for name in ("int8", "fp8", "fp8-products"))
     assert not rows["fp8-transposed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,15 @@ def test_the_first_lines_say_how_steps_and_epochs_follow() -> None:
 
 
 def test_a_dry_run_counts_and_warns(tmp_path: Path) -> None:
-    from megatron_tiedlora.planning.dry_run import dry_run_report
+    from megatron_tiedlora.planning.report import dry_run_report
 
     model, rows = write_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 20)
     given = {"model": str(model), "train_file": str(rows), "validation_file": str(rows), "global_batch_size": 8}
     report = dry_run_report(make_settings({**given, "dry_run": True, "epochs": 30, "dtype": "fp32"})).text
-    assert "  75 steps, 600 samples" in report and "sees the training part 30.00 times" in report
+    assert "  75 steps, 600 samples" in report and re.search(r"\n  custom +train +20 .* 30\.00\n", report)
     assert "  warning: the run sees each of the 20 training samples 30.0 times; a lower value of --epochs" in report
     preset = dry_run_report(settings_of(epochs=2)).text
-    assert "--epochs 2: its steps are counted from data" in preset and "2000 steps" not in preset
+    assert "(the steps of --epochs are counted from data, and none is read)" in preset and "2000 steps" not in preset
 
 
 @pytest.mark.parametrize("method", [name for name in METHOD_NAMES if name != "vera"])
@@ -123,7 +124,7 @@ def test_a_rank_above_that_of_any_update_is_rejected(method: str) -> None:
 
 def test_a_rank_above_that_of_any_update_is_said_with_vera(tmp_path: Path) -> None:
     """PEFT's users choose such ranks: its A and B are frozen, and u chooses among their r terms."""
-    from megatron_tiedlora.planning.dry_run import dry_run_report
+    from megatron_tiedlora.planning.report import dry_run_report
 
     model, rows = write_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 20)
     given = {"model": str(model), "train_file": str(rows), "validation_file": str(rows), "method": "vera"}

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from folders import ROOT
 from planned import H100
+from report_tables import stage_table
 from run_helpers import write_rows
 from tiny_models import write_tiny_model, write_tiny_tokenizer
 
@@ -113,7 +114,8 @@ def test_the_arithmetic_of_a_row_adds_up(tmp_path: Path, capsys: pytest.CaptureF
     name = "t2p2d2-b1-zero1-selective"
     flags = ("--model=llama2-70b", "--formats=none", "--global_batch_size=16", f"--why={name}", f"--layout={name}")
     found = planned(tmp_path, capsys, *flags)
-    text = found.text[found.text.index(f"{name}: tensor 2") :]
+    text = found.text[found.text.index(f"\n{name}: 8 micro-batches of up to 1 x 4,096 tokens per rank and step") :]
+    assert "layout: 8 ranks = tensor 2, sequence parallelism x pipeline 2 x data 2, 80 layers" in text
     scales = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
     units = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
     amount = r"([\d.,]+) ([PTGMk]?)(?:FLOP|B)"
@@ -132,7 +134,10 @@ def test_the_arithmetic_of_a_row_adds_up(tmp_path: Path, capsys: pytest.CaptureF
     held = record["bytes"]
     parts = [size for key, size in held.items() if key not in ("needed", "of", "stage")]
     assert sum(parts) == pytest.approx(held["needed"])
-    assert f"{bytes_in_words(held['needed'])}  of 84.93 GB" in text
+    assert stage_table(text, "bytes per rank")[held["stage"]]["sum"] == bytes_in_words(held["needed"])
+    assert f"h100: the fullest rank needs {bytes_in_words(held['needed'])} of 84.93 GB: it fits" in text
+    assert f"tokens/s of each rank, MFU {record['mfu']:.1%}\n" in text
+    assert len(stage_table(text, "messages and bytes")) == 2
     assert "recomputed: " in text and "waiting: the schedule of 2 stages and 8 micro-batches, simulated" in text
 
 

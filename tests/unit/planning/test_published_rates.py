@@ -17,7 +17,7 @@ from folders import ROOT
 from planned import H100, changed, short, the_only
 
 from megatron_tiedlora.planning.machines import CUDNN_ATTENTION, FP8_SHARE
-from megatron_tiedlora.planning.price import Priced, Pricer
+from megatron_tiedlora.planning.search import Candidate
 from megatron_tiedlora.planning.step_time import BACKWARD, FORWARD, Pass, simulate
 
 FITTED, UNFITTED = 0.05, 0.08
@@ -55,16 +55,15 @@ def planned_rate(row: Published, share: float) -> float:
     # NVIDIA's code rounds in the kernels before a matmul, and its attention is cuDNN's.
     fused = {"round__forward": 0.0, "round__backward": 0.0, "attention__bf16": CUDNN_ATTENTION.value}
     machine = changed(H100, matmul__fp8=share, **fused)
-    candidate, pricer = the_only(*flags, source=short(row.model, row.layers), ranks=8, machine=machine)
-    one = pricer.price_in_full(candidate)
-    return one.work.tokens / (step_of(one, pricer, row.chunks)) / 8
+    one = the_only(*flags, source=short(row.model, row.layers), ranks=8, machine=machine)
+    return one.work.tokens / step_of(one, row.chunks) / 8
 
 
-def step_of(one: Priced, pricer: Pricer, chunks: int) -> float:
+def step_of(one: Candidate, chunks: int) -> float:
     """The seconds of a step; with several chunks a rank has several parts of the model, which we cannot run."""
     if chunks == 1:
-        return one.step.total
-    parts = pricer.parts(one.candidate)
+        return one.seconds.total
+    parts = one.parts
     number, stages = len(parts.batches), [passes[0] for passes in parts.stages]
     order = interleaved(len(stages), number, chunks)
 

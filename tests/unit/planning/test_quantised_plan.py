@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.planning.dry_run import dry_run_report
 from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import plan_run
 
 LLAMA_70B = {"model": "llama2-70b", "max_length": 4096, "micro_batch_size": 1, "recompute": "selective"}

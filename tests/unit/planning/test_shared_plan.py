@@ -11,7 +11,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.adapter_plans import check_clipping, shared_plan
-from megatron_tiedlora.planning.dry_run import dry_run_report
+from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 
 
