@@ -271,7 +271,7 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     if stage.anchor is not None:  # what an engine needs of a stage without a trained tensor
         assert stage.anchor.grad is not None and not stage.anchor.grad.any()
     factors = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
-    tied = [name for name in factors if adapter.config.factor(name).tied]
+    tied = [name for name in factors if adapter.config.is_tied(name)]
     before = {name: factors[name].grad.clone() for name in tied if factors[name].grad is not None}
     with tied_counter:
         if grid.pp_size > 1:
@@ -367,7 +367,7 @@ def joined_gradients(case: Case, outcomes: list[Outcome]) -> dict[str, torch.Ten
     world = Grid(0, len(outcomes), tp_size=case.layout[0], pp_size=case.layout[1])
     full: dict[str, torch.Tensor] = {}
     for name in case.adapter.trained:
-        spec, tied = config.spec(name), config.factor(name).tied
+        spec, tied = config.spec(name), config.is_tied(name)
         by_stage = []
         for pp_rank in range(world.pp_size):
             if not tied and not case.part(world.at(world.rank_of(pp_rank=pp_rank))).layers:
