@@ -1,75 +1,79 @@
 """What layers use of the tensors of one linear: A, and F = scale diag(v) B diag(u); and the gradients of these tensors.
 
-A tensor is stacked over slots, one for each group of layers that share it, unless all layers share it.
+A tensor has a slot for each group of layers that share it. It is stacked over slots unless there is one for all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
+from megatron_tiedlora.base.methods import Sharing
 from megatron_tiedlora.parallel.backward import first_derivative_only
 
 
-class Slots(NamedTuple):
-    """The slots of a tensor that the layers of a stage use.
+@cache
+def layer_slots(shared_by: Sharing, layers: tuple[int, ...]) -> dict[int, int]:
+    """The slot of each adapted layer; slots are in the order of their first layers."""
+    keys: list[Hashable] = list(layers) if shared_by == "one" else [None] * len(layers)
+    if isinstance(shared_by, int):
+        keys = [index // shared_by for index in range(len(layers))]
+    elif isinstance(shared_by, tuple):
+        keys = [next((group for group in shared_by if layer in group), layer) for layer in layers]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return {layer: numbers[key] for layer, key in zip(layers, keys, strict=True)}
 
-    Attributes:
-        number: how many the rank holds; 0 if the tensor is not stacked.
-        of_layers: the slot of each layer.
-    """
 
-    number: int
-    of_layers: tuple[int, ...]
-
-    def read(self, tensor: torch.Tensor | None, some: tuple[int, ...]) -> Any:
-        """Some slots of the tensor, (slots, ...); the tensor itself if these are all, or if it is not stacked."""
-        if tensor is None or not self.number or some == tuple(range(self.number)):
-            return tensor
-        return torch.stack([tensor[slot] for slot in some])
-
-    def add_up(self, addends: torch.Tensor) -> torch.Tensor:
-        """The gradient of the tensor from those of each layer, (layers, ...)."""
-        if not self.number:
-            return addends.sum(0)
-        if self.of_layers == tuple(range(self.number)):
-            return addends
-        total = addends.new_zeros(self.number, *addends.shape[1:])
-        for slot, addend in zip(self.of_layers, addends, strict=True):
-            total[slot].add_(addend)
-        return total
+Slots = tuple[int, ...] | None  # the slot that each layer of a stage uses, of those that the rank holds; or not stacked
 
 
 class Factors(NamedTuple):
-    """B, u and v of a linear on a rank; None stands for ones. A alone takes the place of B, with a scale of 1.
+    """B, u and v of a linear on a rank, their slots, and alpha / r. Without a tensor there are ones.
 
-    Attributes:
-        slots: of each of the three.
+    A alone takes the place of B, with a scale of 1.
     """
 
-    b: torch.Tensor
-    u: torch.Tensor | None
-    v: torch.Tensor | None
-    scale: float
+    tensors: tuple[torch.Tensor | None, ...]
     slots: Sequence[Slots]
+    scale: float
+    num_layers: int
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """F of each layer, (o, r), in `dtype` and without a gradient. Layers with the same slots have one in common."""
-        of_layers = list(zip(*(of.of_layers for of in self.slots), strict=True))
+        of_layers = list(zip(*(slots or (0,) * self.num_layers for slots in self.slots), strict=True))
         numbers = {used: number for number, used in enumerate(dict.fromkeys(of_layers))}
-        read = map(Slots.read, self.slots, self[:3], zip(*numbers, strict=True))
-        different = fold(*read, self.scale).detach().to(dtype).expand(len(numbers), -1, -1).unbind(0)
-        return [different[numbers[used]] for used in of_layers]
+        used = (some and different for some, different in zip(self.slots, zip(*numbers, strict=True), strict=True))
+        b, u, v = map(_read, self.tensors, used)
+        rows = fold(b, u, v, self.scale).detach().to(dtype).expand(len(numbers), -1, -1).unbind(0)
+        return [rows[numbers[used]] for used in of_layers]
 
     def stand_ins(self) -> tuple[torch.Tensor | None, ...]:
         """The tensors that receive the gradient of each layer's F; None if it has none."""
-        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in self[:3]):
-            return (None,) * len(self.slots[0].of_layers)
-        stand_ins: tuple[torch.Tensor, ...] = _StandIns.apply(*self)
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in self.tensors):
+            return (None,) * self.num_layers
+        stand_ins: tuple[torch.Tensor, ...] = _StandIns.apply(*self.tensors, *self[1:])
         return stand_ins
+
+
+def _read(tensor: torch.Tensor | None, slots: Slots) -> Any:
+    """Some slots of a tensor, (slots, ...); itself if these are all of it, in order, or if it is not stacked."""
+    if tensor is None or slots is None or slots == tuple(range(len(tensor))):
+        return tensor
+    return torch.stack([tensor[slot] for slot in slots])
+
+
+def _add_up(addends: torch.Tensor, slots: Slots, number: int) -> torch.Tensor:
+    """The gradient of a tensor of so many slots from those of each layer, (layers, ...)."""
+    if slots is None or slots == tuple(range(number)):
+        return addends.sum(0) if slots is None else addends
+    total = addends.new_zeros(number, *addends.shape[1:])
+    for slot, addend in zip(slots, addends, strict=True):
+        total[slot].add_(addend)
+    return total
 
 
 def fold(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -90,27 +94,33 @@ class _StandIns(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float, slots: Sequence[Slots]
+        ctx: Any,
+        b: torch.Tensor,
+        u: torch.Tensor | None,
+        v: torch.Tensor | None,
+        slots: Sequence[Slots],
+        scale: float,
+        num_layers: int,
     ) -> tuple[torch.Tensor, ...]:
         needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
         used = (b, needs_u or needs_v), (u, needs_b or needs_v), (v, needs_b or needs_u)
         # Detached: under ZeRO-3 the Parameter is emptied when the adapter's call returns.
         ctx.save_for_backward(*(tensor.detach() if tensor is not None and needed else None for tensor, needed in used))
-        ctx.scale, ctx.slots = scale, slots
-        return tuple(b.new_empty(1).expand(b.shape[-2:]) for _ in slots[0].of_layers)
+        ctx.scale, ctx.slots, ctx.sizes = scale, slots, [0 if tensor is None else len(tensor) for tensor in (b, u, v)]
+        return tuple(b.new_empty(1).expand(b.shape[-2:]) for _ in range(num_layers))
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        b, u, v = (of.read(saved, of.of_layers) for of, saved in zip(ctx.slots, ctx.saved_tensors, strict=True))
-        of_b, of_u, of_v = ctx.slots
+        b, u, v = map(_read, ctx.saved_tensors, ctx.slots)
+        of_b, of_u, of_v = zip(ctx.slots, ctx.sizes, strict=True)
         needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
         grad_f = torch.stack(gradients)
         grad_b = grad_u = grad_v = None
         if needs_b:
-            grad_b = of_b.add_up(fold(grad_f, u, v, ctx.scale))
+            grad_b = _add_up(fold(grad_f, u, v, ctx.scale), *of_b)
         if needs_u:
-            grad_u = of_u.add_up((fold(grad_f, None, v, ctx.scale) * b).sum(-2))
+            grad_u = _add_up((fold(grad_f, None, v, ctx.scale) * b).sum(-2), *of_u)
         if needs_v:
-            grad_v = of_v.add_up((fold(grad_f, u, None, ctx.scale) * b).sum(-1))
-        return grad_b, grad_u, grad_v, None, None
+            grad_v = _add_up((fold(grad_f, u, None, ctx.scale) * b).sum(-1), *of_v)
+        return grad_b, grad_u, grad_v, None, None, None

@@ -16,18 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.factors import Factors, Slots, fold
+from megatron_tiedlora.adapters.factors import Factors, Slots, fold, layer_slots
 from megatron_tiedlora.adapters.rows import AllRows
-from megatron_tiedlora.base.methods import (
-    FACTORS,
-    Factor,
-    Method,
-    default_std_a,
-    default_std_b,
-    find_method,
-    layer_groups,
-    layer_slots,
-)
+from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, Cut, ModelShape
 from megatron_tiedlora.parallel.collectives import StepSum, gather_together
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
@@ -152,13 +143,18 @@ class AdapterConfig:
         """Which layers share a tensor, whether it is trained, and how it is initialised."""
         return self.method_spec.factor(self.tensors[name][1])
 
-    def groups(self, name: str) -> tuple[tuple[int, ...], ...]:
-        """The adapted layers that share each slot of a tensor."""
-        return layer_groups(self.factor(name).shared_by, self.layers)
-
     def slot(self, name: str, layer: int) -> int:
         """The slot of a tensor that an adapted layer (1-based) uses."""
         return layer_slots(self.factor(name).shared_by, self.layers)[layer]
+
+    def num_slots(self, name: str) -> int:
+        """The number of slots of a tensor."""
+        return len(set(layer_slots(self.factor(name).shared_by, self.layers).values()))
+
+    def groups(self, name: str) -> list[list[int]]:
+        """The adapted layers that use each slot of a tensor."""
+        slots = range(self.num_slots(name))
+        return [[layer for layer in self.layers if self.slot(name, layer) == slot] for slot in slots]
 
     def is_tied(self, name: str) -> bool:
         """Whether layers share a tensor: each stage then holds all slots, otherwise those of its own layers."""
@@ -166,14 +162,14 @@ class AdapterConfig:
 
     def is_stacked(self, name: str) -> bool:
         """Whether the first dimension of a tensor is that of its slots: a tied one of a single slot has none."""
-        return len(self.groups(name)) > 1 or not self.is_tied(name)
+        return not self.is_tied(name) or self.num_slots(name) > 1
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape: A (r, in), B (out, r), u (r), v (out); with a leading number of slots if it is stacked."""
         target, factor = self.tensors[name]
         r, out = self.rank, target.out_size
         shape = {"A": (r, target.in_size), "B": (out, r), "u": (r,), "v": (out,)}[factor]
-        return (len(self.groups(name)), *shape) if self.is_stacked(name) else shape
+        return (self.num_slots(name), *shape) if self.is_stacked(name) else shape
 
     def spec(self, name: str) -> ShardSpec:
         """How a tensor is sharded over tensor-parallel ranks. All other code reads this declaration.
@@ -225,9 +221,15 @@ class AdapterPart:
     def slots(self, name: str) -> range:
         """The slots of a tensor that this rank holds: all of a tied one, else those of its layers."""
         if self.config.is_tied(name):
-            return range(len(self.config.groups(name)))
+            return range(self.config.num_slots(name))
         first = self.config.slot(name, self.layers[0]) if self.layers else 0
         return range(first, first + len(self.layers))
+
+    def slots_of_layers(self, name: str) -> Slots:
+        """Which of these each layer of the stage uses; None if the rank has no tensor with slots."""
+        if not (self.exists(name) and self.config.is_stacked(name)):
+            return None
+        return tuple(self.config.slot(name, layer) - self.slots(name).start for layer in self.layers)
 
     def exists(self, name: str) -> bool:
         """Whether the rank has the tensor: it is not frozen at one, and it is tied or the stage has adapted layers."""
@@ -337,7 +339,7 @@ class TiedAdapter(nn.Module):
             trained = part.config.factor(name).trained
             parameter = None if empty is None else nn.Parameter(empty, requires_grad=trained)
             self._module(target).register_parameter(factor, parameter)
-        self._slots = {name: self._used_slots(name) for name in part.config.tensors}
+        self._slots = {name: part.slots_of_layers(name) for name in part.config.tensors}
 
     @property
     def config(self) -> AdapterConfig:
@@ -383,14 +385,9 @@ class TiedAdapter(nn.Module):
         """The update of one target in each adapted layer."""
         a, b, u, v = (whole[prefix + factor] for factor in FACTORS)
         of_a, *of_buv = (self._slots[prefix + factor] for factor in FACTORS)
-        both = Factors(a, None, None, 1.0, [of_a] * 3), Factors(b, u, v, self.config.scale, of_buv)
+        number, scale = len(self.part.layers), self.config.scale
+        both = Factors((a, None, None), (of_a, None, None), 1.0, number), Factors((b, u, v), of_buv, scale, number)
         return tuple(map(LinearUpdate, *(f.values(dtype) for f in both), *(f.stand_ins() for f in both)))
-
-    def _used_slots(self, name: str) -> Slots:
-        part, held = self.part, self.part.slots(name)
-        if not (part.exists(name) and part.config.is_stacked(name)):
-            return Slots(0, (0,) * len(part.layers))
-        return Slots(len(held), tuple(part.config.slot(name, layer) - held.start for layer in part.layers))
 
     def _module(self, target: Target) -> nn.Module:
         return self.get_submodule(target.prefix.rstrip("."))

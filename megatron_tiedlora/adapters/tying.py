@@ -209,7 +209,7 @@ class GradientGuard:
         """The largest absolute gradient seen on this rank for each of `labels`; 0 for tensors of other ranks."""
         config, numbers = self._part.config, []
         for name in config.num_trained():
-            full, held = [0.0] * len(config.groups(name)), self._part.slots(name)
+            full, held = [0.0] * config.num_slots(name), self._part.slots(name)
             if name in self._largest:
                 full[held.start : held.stop] = self._largest[name].tolist()
             numbers += full

@@ -8,9 +8,7 @@ adapted layers; u and v are per layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 from megatron_tiedlora.base.errors import UserError
@@ -81,26 +79,6 @@ METHODS: dict[str, Method] = {
     )
 }
 METHOD_NAMES = tuple(METHODS)
-
-
-@cache
-def layer_groups(shared_by: Sharing, layers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """The adapted layers that share each tensor of a factor, in the order of their first ones."""
-    found: dict[Hashable, list[int]] = {}
-    for index, layer in enumerate(layers):
-        if isinstance(shared_by, tuple):
-            key: Hashable = next((group for group in shared_by if layer in group), layer)
-        else:
-            key = {"all": None, "one": layer}[shared_by] if isinstance(shared_by, str) else index // shared_by
-        found.setdefault(key, []).append(layer)
-    return tuple(map(tuple, found.values()))
-
-
-@cache
-def layer_slots(shared_by: Sharing, layers: tuple[int, ...]) -> dict[int, int]:
-    """The index among these groups of each layer's."""
-    groups = layer_groups(shared_by, layers)
-    return {layer: slot for slot, group in enumerate(groups) for layer in group}
 
 
 def find_method(name: str) -> Method:

@@ -157,7 +157,7 @@ class Answers:
 
     def gradients(self, case: Case) -> tuple[float, dict[str, torch.Tensor]]:
         """Of the samples, each on its own: neither padded nor packed."""
-        key = case.folder, case.method, case.rank, case.layers, case.targets
+        key = case.folder, case.method, case.rank, case.layers, case.targets, case.shares
         if key not in self._gradients:
             self._gradients[key] = oracle_gradients(*self.weights(case), case.adapter, case.samples)
         return self._gradients[key]
