@@ -63,8 +63,7 @@ def run_bank_steps(cases: list[dict[str, Any]], folder: str) -> list[BankRun]:
     """Each case on this rank, one after another.
 
     A case: {"settings": {name: settings}, "shares": whether micro-batches are shared, "alone": whether each adapter is
-    also trained in a run of its own, "compiled": whether kernels are, "shares_tensors": how layers share the tensors of
-    tl6 (see shared_tensors.py)}. A case with the settings of the one before it
+    also trained in a run of its own, "compiled": whether kernels are}. A case with the settings of the one before it
     has its single runs.
     """
     device = join_as_launched(folder)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from bank_steps_worker import BankRun, run_bank_steps
 from forked_ranks import groups_of
 from gradient_worker import Case, Walk, build_stage
 from oracle_training import OracleBatch
@@ -91,3 +93,9 @@ def _fp32(adapter: TiedAdapter) -> TiedAdapter:
     copy = TiedAdapter(adapter.part)
     copy.load_state_dict(adapter.state_dict())
     return copy
+
+
+def run_bank(way: str, cases: list[dict[str, Any]], folder: str) -> list[BankRun]:
+    """The cases of `run_bank_steps`, in which layers share the tensors of tl6."""
+    with tl6_shares(way):
+        return run_bank_steps(cases, folder)

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from oracle_adapter import Groups
+from run_preludes import kill_at_step
 
-from megatron_tiedlora.base.methods import METHODS
+from megatron_tiedlora.base.methods import METHODS, Method
 from megatron_tiedlora.planning import passes
 
 # "pairs": one A and one B for two layers that follow each other. "mixed": each factor in another way.
@@ -32,23 +33,24 @@ GROUPS: dict[str, Mapping[str, Groups]] = {
 def tl6_shares(way: str | None) -> Iterator[None]:
     """Inside, layers share the tensors of tl6 in this way; None: as in the table."""
     row = METHODS["tl6"]
-    own = {letter: replace(row.factor(letter), shared_by=of) for letter, of in DECLARED[way].items()} if way else {}
-    METHODS["tl6"] = replace(row, **own)
-    _forget_traces()
+    _replace(row, way)
     try:
         yield
     finally:
-        METHODS["tl6"] = row
-        _forget_traces()
+        _replace(row, None)
 
 
-def _forget_traces() -> None:
-    """What is known of configs, which name their method."""
+def share_tensors(way: str, stop_at: int | None = None) -> None:
+    """The same for a rank, until it ends; with `stop_at`, it is stopped at that step. It runs before the script."""
+    _replace(METHODS["tl6"], way)
+    if stop_at is not None:
+        kill_at_step(stop_at)
+
+
+def _replace(row: Method, way: str | None) -> None:
+    """Put the row into the table, changed in this way, and forget what is known of configs, which name their method."""
+    own = {letter: replace(row.factor(letter), shared_by=of) for letter, of in DECLARED[way].items()} if way else {}
+    METHODS["tl6"] = replace(row, **own)
     for known in vars(passes).values():
         if hasattr(known, "cache_clear"):
             known.cache_clear()
-
-
-def share_tensors(way: str) -> None:
-    """The same for a rank or a process, until it ends; it runs before a script."""
-    tl6_shares(way).__enter__()
