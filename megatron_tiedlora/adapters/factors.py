@@ -30,7 +30,7 @@ def layer_slots(shared_by: Sharing, layers: tuple[int, ...]) -> dict[int, int]:
 Slots = tuple[int, ...] | None  # the slot that each layer of a stage uses, of those that the rank holds; or not stacked
 
 
-class Factors(NamedTuple):
+class LinearFactors(NamedTuple):
     """B, u and v of a linear on a rank, their slots, and alpha / r. Without a tensor there are ones.
 
     A alone takes the place of B, with a scale of 1.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.factors import Factors, Slots, fold, layer_slots
+from megatron_tiedlora.adapters.factors import LinearFactors, Slots, fold, layer_slots
 from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, Cut, ModelShape
@@ -385,8 +385,8 @@ class TiedAdapter(nn.Module):
         """The update of one target in each adapted layer."""
         a, b, u, v = (whole[prefix + factor] for factor in FACTORS)
         of_a, *of_buv = (self._slots[prefix + factor] for factor in FACTORS)
-        number, scale = len(self.part.layers), self.config.scale
-        both = Factors((a, None, None), (of_a, None, None), 1.0, number), Factors((b, u, v), of_buv, scale, number)
+        of_layers = partial(LinearFactors, num_layers=len(self.part.layers))
+        both = of_layers((a, None, None), (of_a, None, None), 1.0), of_layers((b, u, v), of_buv, self.config.scale)
         return tuple(map(LinearUpdate, *(f.values(dtype) for f in both), *(f.stand_ins() for f in both)))
 
     def _module(self, target: Target) -> nn.Module:
