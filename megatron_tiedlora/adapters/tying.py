@@ -24,8 +24,8 @@ def sum_gradients_(
     """Replace the gradients of adapters by their sums over the ranks with a copy of the tensor.
 
     There is one message per group, however many adapters there are. A tied tensor is on every stage and data-parallel
-    rank, u on the tensor- and data-parallel ranks of its stage (of all stages if it is tied), and any other tensor on
-    the data-parallel ranks.
+    rank, u on the tensor- and data-parallel ranks of its stage, and any other tensor on the data-parallel ranks. A tied
+    u is summed over the tensor-parallel ranks first.
 
     A stage without layers of an adapter adds zeros. Elsewhere a missing gradient counts as zeros, so that no rank waits
     for this one, and the caller stops the adapter.
@@ -41,9 +41,7 @@ def sum_gradients_(
         the tensors of each adapter whose gradient is missing on this rank.
     """
     # In one order on every rank; groups of the same ranks are one.
-    by_group: dict[RankGroup, list[nn.Parameter]] = {
-        group: [] for group in (groups.stage, groups.tied, groups.data, groups.world)
-    }
+    by_group = {group: list[nn.Parameter]() for group in (groups.tensor, groups.stage, groups.tied, groups.data)}
     missing: dict[str, list[str]] = {}
     for name, adapter in adapters.items():
         for tensor, parameter in adapter.named_parameters():
@@ -52,11 +50,10 @@ def sum_gradients_(
                 continue
             if parameter.grad is None and adapter.part.layers:
                 missing.setdefault(name, []).append(tensor)
-            if adapter.config.tensors[tensor][1] == "u" and not engine_averages:
-                group = groups.world if tied and groups.pipeline.size > 1 else groups.stage
-            else:
-                group = groups.tied if tied else groups.data
-            by_group[group].append(parameter)
+            is_u = adapter.config.tensors[tensor][1] == "u"
+            if is_u and tied and not engine_averages:
+                by_group[groups.tensor].append(parameter)
+            by_group[groups.tied if tied else groups.stage if is_u else groups.data].append(parameter)
     for group, parameters in by_group.items():
         _sum_together_(parameters, group, keeps=not engine_averages or groups.data.rank == 0)
     return missing

@@ -57,7 +57,6 @@ def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
         tied=_group(tied),
         stage=_group(_stage_ranks(grid, process_grid)),
         model=_group(process_grid.get_model_parallel_group()),
-        world=_group(distributed.group.WORLD),
     )
 
 

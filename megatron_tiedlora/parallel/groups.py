@@ -77,7 +77,6 @@ class ParallelGroups:
         tied: pipeline x data: ranks that hold the same shard of a tied tensor.
         stage: tensor x data: ranks that hold the same u.
         model: tensor x pipeline: ranks that together hold the model once.
-        world: all ranks.
     """
 
     tensor: RankGroup = ALONE
@@ -87,4 +86,3 @@ class ParallelGroups:
     tied: RankGroup = ALONE
     stage: RankGroup = ALONE
     model: RankGroup = ALONE
-    world: RankGroup = ALONE

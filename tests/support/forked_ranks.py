@@ -84,7 +84,6 @@ def groups_of(grid: Grid) -> ParallelGroups:
         tied=group("pipeline", "data"),
         stage=group("tensor", "data"),
         model=group("tensor", "pipeline"),
-        world=group("tensor", "pipeline", "data"),
     )
 
 
