@@ -49,7 +49,7 @@ def gather_full(
     config, grid, parts = layout.config, layout.grid, layout.parts()
     full: dict[str, torch.Tensor] = {}
     for name in names:
-        tied, sharded = config.factor(name).tied, config.spec(name).dim is not None
+        tied, sharded = config.is_tied(name), config.spec(name).dim is not None
         owners = [
             rank
             for rank, part in parts.items()

@@ -1,6 +1,7 @@
 """The trained tensors of a run: one module with A, B, u, v of every target, for all adapted layers of a rank's stage.
 
-It owns shapes, sharding, initial values and what layers get from it: A and F = (alpha / r) diag(v) B diag(u). It leaves
+It owns shapes, sharding, initial values and what layers get from it: A and F = (alpha / r) diag(v) B diag(u). A tensor
+has a slot for each group of layers that share it; which one a layer uses is `AdapterConfig.slot`. It leaves
 z = W x + F A x and the gradients of A and F to `rows`, files to checkpoint/, and sums between stages to `tying`.
 """
 
@@ -15,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from megatron_tiedlora.adapters.factors import LinearFactors, Slots, fold, layer_slots
 from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, Cut, ModelShape
-from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import StepSum, gather_together
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, draw_normal
@@ -139,15 +140,36 @@ class AdapterConfig:
         return {target.prefix + factor: (target, factor) for target in self.targets for factor in FACTORS}
 
     def factor(self, name: str) -> Factor:
-        """Whether a tensor is tied and trained, and how it is initialised."""
+        """Which layers share a tensor, whether it is trained, and how it is initialised."""
         return self.method_spec.factor(self.tensors[name][1])
 
+    def slot(self, name: str, layer: int) -> int:
+        """The slot of a tensor that an adapted layer (1-based) uses."""
+        return layer_slots(self.factor(name).shared_by, self.layers)[layer]
+
+    def num_slots(self, name: str) -> int:
+        """The number of slots of a tensor."""
+        return len(set(layer_slots(self.factor(name).shared_by, self.layers).values()))
+
+    def groups(self, name: str) -> list[list[int]]:
+        """The adapted layers that use each slot of a tensor."""
+        slots = range(self.num_slots(name))
+        return [[layer for layer in self.layers if self.slot(name, layer) == slot] for slot in slots]
+
+    def is_tied(self, name: str) -> bool:
+        """Whether layers share a tensor: each stage then holds all slots, otherwise those of its own layers."""
+        return self.factor(name).shared_by != "one"
+
+    def is_stacked(self, name: str) -> bool:
+        """Whether the first dimension of a tensor is that of its slots: a tied one of a single slot has none."""
+        return not self.is_tied(name) or self.num_slots(name) > 1
+
     def shape(self, name: str) -> tuple[int, ...]:
-        """Full shape: A (r, in), B (out, r), u (n, r), v (n, out). A and B have a leading n if they are not tied."""
-        n, r = len(self.layers), self.rank
+        """Full shape: A (r, in), B (out, r), u (r), v (out); with a leading number of slots if it is stacked."""
         target, factor = self.tensors[name]
-        shape = {"A": (r, target.in_size), "B": (target.out_size, r), "u": (r,), "v": (target.out_size,)}[factor]
-        return shape if self.factor(name).tied else (n, *shape)
+        r, out = self.rank, target.out_size
+        shape = {"A": (r, target.in_size), "B": (out, r), "u": (r,), "v": (out,)}[factor]
+        return (self.num_slots(name), *shape) if self.is_stacked(name) else shape
 
     def spec(self, name: str) -> ShardSpec:
         """How a tensor is sharded over tensor-parallel ranks. All other code reads this declaration.
@@ -196,22 +218,29 @@ class AdapterPart:
         """The whole adapter."""
         return AdapterPart(config, config.layers)
 
-    @property
-    def rows(self) -> slice:
-        """The stage's entries along the first dimension of a per-layer tensor."""
-        start = self.config.layers.index(self.layers[0]) if self.layers else 0
-        return slice(start, start + len(self.layers))
+    def slots(self, name: str) -> range:
+        """The slots of a tensor that this rank holds: all of a tied one, else those of its layers."""
+        if self.config.is_tied(name):
+            return range(self.config.num_slots(name))
+        first = self.config.slot(name, self.layers[0]) if self.layers else 0
+        return range(first, first + len(self.layers))
+
+    def slots_of_layers(self, name: str) -> Slots:
+        """Which of these each layer of the stage uses; None if the rank has no tensor with slots."""
+        if not (self.exists(name) and self.config.is_stacked(name)):
+            return None
+        return tuple(self.config.slot(name, layer) - self.slots(name).start for layer in self.layers)
 
     def exists(self, name: str) -> bool:
         """Whether the rank has the tensor: it is not frozen at one, and it is tied or the stage has adapted layers."""
         factor = self.config.factor(name)
-        return (factor.trained or factor.start != "one") and (factor.tied or bool(self.layers))
+        return (factor.trained or factor.start != "one") and len(self.slots(name)) > 0
 
     def local_shape(self, name: str) -> tuple[int, ...]:
         """The shape of this rank's part."""
         shape = self.config.shape(name)
-        if not self.config.factor(name).tied:
-            shape = (len(self.layers), *shape[1:])
+        if self.config.is_stacked(name):
+            shape = (len(self.slots(name)), *shape[1:])
         return self.config.spec(name).local_shape(shape, self.tp_size)
 
     def local_size(self, name: str) -> int:
@@ -224,8 +253,9 @@ class AdapterPart:
 
     def shard(self, name: str, full: torch.Tensor) -> torch.Tensor:
         """This rank's part of a full tensor, or of anything of its shape, such as a moment."""
-        rows = full if self.config.factor(name).tied else full[self.rows]
-        return self.config.spec(name).split(rows, self.tp_rank, self.tp_size)
+        slots = self.slots(name)
+        held = full[slots.start : slots.stop] if self.config.is_stacked(name) else full
+        return self.config.spec(name).split(held, self.tp_rank, self.tp_size)
 
 
 def make_adapter_config(
@@ -255,11 +285,11 @@ def initial_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
             continue
         wider = target.in_size / config.targets[0].in_size
         std = config.init_std_a / math.sqrt(wider) if letter == "A" else config.init_std_b
-        if factor.tied:
-            values[name] = draw_normal(shape, std=std, seed=config.seed, name=name)
+        draw = partial(draw_normal, std=std, seed=config.seed)
+        if config.is_stacked(name):  # a slot is named by its first layer
+            values[name] = torch.stack([draw(shape[1:], name=f"{name}.{first}") for first, *_ in config.groups(name)])
         else:
-            drawn = [draw_normal(shape[1:], std=std, seed=config.seed, name=f"{name}.{i}") for i in config.layers]
-            values[name] = torch.stack(drawn)
+            values[name] = draw(shape, name=name)
     return values
 
 
@@ -284,56 +314,12 @@ class LinearUpdate(NamedTuple):
 LayerUpdate = Mapping[str, LinearUpdate]  # the updates of one adapted layer, by target name
 
 
-def _fold(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """scale diag(v) B diag(u), (o, r), or (n, o, r) if b, u (n, r) or v (n, o) is per layer."""
-    rows = b if v is None else v[..., None] * b
-    scaled = rows if u is None else rows * u[..., None, :]
-    return scaled if scale == 1.0 else scaled * scale
-
-
-class _StandIns(torch.autograd.Function):
-    """Stand-ins that receive the gradient of each layer's F = scale diag(v) B diag(u), in the adapter's dtype.
-
-    autograd casts a gradient to its tensor's dtype, and F has the base's. An fp32 gradient therefore needs an fp32
-    tensor, whose values are never read. With the gradients G of F, for all layers at once,
-
-        dB = s diag(v) G diag(u)      dv = row sums of s G diag(u) B      du = column sums of s diag(v) G B
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float, num_layers: int
-    ) -> tuple[torch.Tensor, ...]:
-        needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
-        used = (b, needs_u or needs_v), (u, needs_b or needs_v), (v, needs_b or needs_u)
-        # Detached: under ZeRO-3 the Parameter is emptied when the adapter's call returns.
-        ctx.save_for_backward(*(tensor.detach() if tensor is not None and needed else None for tensor, needed in used))
-        ctx.scale, ctx.tied = scale, b.ndim == 2
-        return tuple(b.new_empty(1).expand(b.shape[-2:]) for _ in range(num_layers))
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        b, u, v = ctx.saved_tensors
-        needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
-        grad_f = torch.stack(gradients)
-        grad_b = grad_u = grad_v = None
-        if needs_b:
-            grad_b = _fold(grad_f, u, v, ctx.scale)
-            grad_b = grad_b.sum(0) if ctx.tied else grad_b  # tied: one B for all layers
-        if needs_u:
-            grad_u = (_fold(grad_f, None, v, ctx.scale) * b).sum(-2)
-        if needs_v:
-            grad_v = (_fold(grad_f, u, None, ctx.scale) * b).sum(-1)
-        return grad_b, grad_u, grad_v, None, None
-
-
 class TiedAdapter(nn.Module):
-    """The tensors A, B, u, v of each target on one rank, fp32; per-layer ones are stacked over the stage's layers.
+    """The tensors A, B, u, v of each target on one rank, fp32, with a slot for each group of layers that share one.
 
     They are the module's parameters, by the names of `AdapterConfig.tensors`. Factors frozen at one (u and v of most
     methods) do not exist as tensors; factors frozen at random values do, without a gradient. A tied factor is one
-    Parameter for all layers, and every stage has it.
+    Parameter for all layers, and every stage has it; another one has the slots of the stage's layers.
 
     Attributes:
         u_sum: sums u's gradient inside the backward passes, for an engine that takes a gradient as soon as it is there
@@ -353,6 +339,7 @@ class TiedAdapter(nn.Module):
             trained = part.config.factor(name).trained
             parameter = None if empty is None else nn.Parameter(empty, requires_grad=trained)
             self._module(target).register_parameter(factor, parameter)
+        self._slots = {name: part.slots_of_layers(name) for name in part.config.tensors}
 
     @property
     def config(self) -> AdapterConfig:
@@ -387,26 +374,20 @@ class TiedAdapter(nn.Module):
 
     def updates(self, whole: Mapping[str, Any], *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
         """The updates of each adapted layer of the stage, from every factor as this rank's matmuls need it."""
-        targets = self.config.targets
-        factors = ([whole[target.prefix + factor] for target in targets] for factor in FACTORS)
-        updates = map(partial(self._updates, dtype), *factors)
-        names = [target.name for target in targets]
-        return tuple(dict(zip(names, layer, strict=True)) for layer in zip(*updates, strict=True))
+        updates = {target.name: self._updates(target.prefix, whole, dtype) for target in self.config.targets}
+        return tuple(dict(zip(updates, layer, strict=True)) for layer in zip(*updates.values(), strict=True))
 
     def factors(self) -> dict[str, Any]:
         """Every factor as this rank holds it, by name; None if it is frozen at one."""
         return {name: getattr(self._module(target), factor) for name, (target, factor) in self.config.tensors.items()}
 
-    def _updates(
-        self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None
-    ) -> tuple[LinearUpdate, ...]:
+    def _updates(self, prefix: str, whole: Mapping[str, Any], dtype: torch.dtype) -> tuple[LinearUpdate, ...]:
         """The update of one target in each adapted layer."""
-        num_layers, scale = len(self.part.layers), self.config.scale
-        with torch.no_grad():
-            f = _fold(b, u, v, scale)
-            narrow = [tensor.detach().to(dtype).expand(num_layers, -1, -1).unbind(0) for tensor in (a, f)]
-        wide = [_stand_ins(num_layers, *factors) for factors in ((a, None, None, 1.0), (b, u, v, scale))]
-        return tuple(map(LinearUpdate, *narrow, *wide))
+        a, b, u, v = (whole[prefix + factor] for factor in FACTORS)
+        of_a, *of_buv = (self._slots[prefix + factor] for factor in FACTORS)
+        of_layers = partial(LinearFactors, num_layers=len(self.part.layers))
+        both = of_layers((a, None, None), (of_a, None, None), 1.0), of_layers((b, u, v), of_buv, self.config.scale)
+        return tuple(map(LinearUpdate, *(f.values(dtype) for f in both), *(f.stand_ins() for f in both)))
 
     def _module(self, target: Target) -> nn.Module:
         return self.get_submodule(target.prefix.rstrip("."))
@@ -424,15 +405,6 @@ def whole_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> l
     return [held | {name: next(gathered) for name in own} for held, own in zip(factors, dims, strict=True)]
 
 
-def _stand_ins(
-    num_layers: int, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor | None, ...]:
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (b, u, v)):
-        return (None,) * num_layers
-    stand_ins: tuple[torch.Tensor, ...] = _StandIns.apply(b, u, v, scale, num_layers)
-    return stand_ins
-
-
 def lora_factors(
     config: AdapterConfig, state: Mapping[str, torch.Tensor | None], target: Target, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -441,10 +413,10 @@ def lora_factors(
     It is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors; u and v may be None
     if they are frozen at one.
     """
-    index, method = config.layers.index(layer), config.method_spec
-    factors = ((factor, state[target.prefix + factor]) for factor in FACTORS)
+    factors = ((name, state[name]) for name in (target.prefix + factor for factor in FACTORS))
     a, b, u, v = (
-        tensor if tensor is None or method.factor(factor).tied else tensor[index] for factor, tensor in factors
+        tensor if tensor is None or not config.is_stacked(name) else tensor[config.slot(name, layer)]
+        for name, tensor in factors
     )
     assert a is not None and b is not None
-    return (a if u is None else u[:, None] * a), _fold(b, None, v, config.scale)
+    return (a if u is None else u[:, None] * a), fold(b, None, v, config.scale)

@@ -1,8 +1,8 @@
 """Tied tensors across stages and ranks: one sum of their gradients per step, and the check that replicas are equal.
 
-A and B are replicated on every stage and data-parallel rank. Each stage has the addend of their gradient from its own
-layers, so the gradient is summed once per step over pipeline x data, in one flat fp32 message. u is replicated on the
-tensor-parallel and data-parallel ranks of its stage, and its gradient is summed over those.
+A tied tensor, as A and B of most methods, is replicated on every stage and data-parallel rank. Each stage has the
+addend of its gradient from its own layers, so the gradient is summed once per step over pipeline x data, in one flat
+fp32 message. u is replicated on the tensor-parallel ranks too, and its gradient is summed over these as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def sum_gradients_(
     """Replace the gradients of adapters by their sums over the ranks with a copy of the tensor.
 
     There is one message per group, however many adapters there are. A tied tensor is on every stage and data-parallel
-    rank, u on the tensor- and data-parallel ranks of its stage, and any other tensor on the data-parallel ranks.
+    rank, u on the tensor- and data-parallel ranks of its stage, and any other tensor on the data-parallel ranks. A tied
+    u is summed over the tensor-parallel ranks first.
 
     A stage without layers of an adapter adds zeros. Elsewhere a missing gradient counts as zeros, so that no rank waits
     for this one, and the caller stops the adapter.
@@ -40,17 +41,19 @@ def sum_gradients_(
         the tensors of each adapter whose gradient is missing on this rank.
     """
     # In one order on every rank; groups of the same ranks are one.
-    by_group: dict[RankGroup, list[nn.Parameter]] = {groups.stage: [], groups.tied: [], groups.data: []}
+    by_group = {group: list[nn.Parameter]() for group in (groups.tensor, groups.stage, groups.tied, groups.data)}
     missing: dict[str, list[str]] = {}
     for name, adapter in adapters.items():
         for tensor, parameter in adapter.named_parameters():
-            tied = adapter.config.factor(tensor).tied
+            tied = adapter.config.is_tied(tensor)
             if not parameter.requires_grad or (engine_averages and not tied):
                 continue
             if parameter.grad is None and adapter.part.layers:
                 missing.setdefault(name, []).append(tensor)
             is_u = adapter.config.tensors[tensor][1] == "u"
-            by_group[groups.stage if is_u else groups.tied if tied else groups.data].append(parameter)
+            if is_u and tied and not engine_averages:
+                by_group[groups.tensor].append(parameter)
+            by_group[groups.tied if tied else groups.stage if is_u else groups.data].append(parameter)
     for group, parameters in by_group.items():
         _sum_together_(parameters, group, keeps=not engine_averages or groups.data.rank == 0)
     return missing
@@ -111,9 +114,9 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
     }
     for number, adapter in enumerate(adapters):
         for name, parameter in adapter.named_parameters():
-            tied = adapter.part.config.factor(name).tied
+            tied = adapter.config.is_tied(name)
             kinds = ["stages and data-parallel ranks" if tied else "data-parallel ranks"]
-            if adapter.part.config.spec(name).dim is None:
+            if adapter.config.spec(name).dim is None:
                 kinds.append("tensor-parallel ranks")
             for kind in kinds:
                 copies[kind][1].append((number, name, parameter.detach().contiguous()))
@@ -152,7 +155,7 @@ class GradientGuard:
     """Watches the gradients of a run's first steps with autograd hooks on the parameters.
 
     At step 1 every trained tensor of a stage with adapted layers must have a gradient. By step 2 it must be non-zero on
-    at least one rank that holds the tensor, and for per-layer factors in every layer. (If v or B starts at zero, the
+    at least one rank that holds the tensor, in each of its slots. (If v or B starts at zero, the
     gradient of its partner is exactly zero at step 1.)
     """
 
@@ -168,13 +171,10 @@ class GradientGuard:
         ]
 
     def _look(self, name: str, gradient: torch.Tensor) -> None:
-        per_layer = gradient.detach().abs() if not self._is_tied(name) else gradient.detach().abs()[None]
-        largest = per_layer.flatten(1).amax(dim=1).nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a nan
+        by_slot = gradient.detach().abs() if self._part.config.is_stacked(name) else gradient.detach().abs()[None]
+        largest = by_slot.flatten(1).amax(dim=1).nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a nan
         for seen in (self._largest, self._of_step):
             seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
-
-    def _is_tied(self, name: str) -> bool:
-        return self._part.config.factor(name).tied
 
     def missing(self) -> list[str]:
         """The trained tensors of this rank that have had no gradient so far."""
@@ -194,24 +194,22 @@ class GradientGuard:
         return max(gradients, default=0.0), max(values, default=0.0)
 
     def labels(self) -> list[str]:
-        """The names for the numbers of `largest`: tied tensors, and per-layer ones by layer; the same on every rank."""
-        found = []
-        for name in self._part.config.num_trained():
-            layers = self._part.config.layers
-            found += [name] if self._is_tied(name) else [f"{name} of layer {layer}" for layer in layers]
+        """The names for the numbers of `largest`: tensors, stacked ones by layers; the same on every rank."""
+        config, found = self._part.config, []
+        for name in config.num_trained():
+            for layers in config.groups(name):
+                of_layers = f" of layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+                found.append(name + of_layers * config.is_stacked(name))
         return found
 
     def largest(self) -> list[float]:
         """The largest absolute gradient seen on this rank for each of `labels`; 0 for tensors of other ranks."""
         config, numbers = self._part.config, []
         for name in config.num_trained():
-            local = self._largest[name].tolist() if name in self._largest else []
-            if self._is_tied(name):
-                numbers += local or [0.0]
-            else:
-                full = [0.0] * len(config.layers)
-                full[self._part.rows] = local or [0.0] * len(self._part.layers)
-                numbers += full
+            full, held = [0.0] * config.num_slots(name), self._part.slots(name)
+            if name in self._largest:
+                full[held.start : held.stop] = self._largest[name].tolist()
+            numbers += full
         return numbers
 
     def remove(self) -> None:
@@ -228,5 +226,5 @@ def gradient_norm_counts(adapter: TiedAdapter, groups: ParallelGroups) -> Sequen
         for name, parameter in adapter.named_parameters()
         if parameter.requires_grad
         and (part.config.spec(name).dim is not None or groups.tensor.rank == 0)
-        and (not part.config.factor(name).tied or groups.pipeline.rank == 0)
+        and (not part.config.is_tied(name) or groups.pipeline.rank == 0)
     ]

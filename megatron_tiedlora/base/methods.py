@@ -1,7 +1,8 @@
 """The paper's methods as data: this table says which tensors are tied and trained, and how each is initialised.
 
 The update of an adapted linear is z = W x + (alpha / r) diag(v) B diag(u) A x (Tied-LoRA, section 3), A (r, d),
-B (o, r), u (r), v (o). "Tied" means that all adapted layers share one A and one B; u and v are always per layer.
+B (o, r), u (r), v (o). Layers may share each of these ("tied"). The paper's tied methods have one A and one B for all
+adapted layers; u and v are per layer.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import nearest_name
 
 Start = Literal["normal", "zero", "one"]
+Sharing = Literal["all", "one"] | int | tuple[tuple[int, ...], ...]
 FACTORS = ("A", "B", "u", "v")
 
 
 @dataclass(frozen=True)
 class Factor:
-    """How a method uses one of A, B, u, v."""
+    """How a method uses one of A, B, u, v.
 
-    tied: bool
+    Attributes:
+        shared_by: the layers that share a tensor. "all": all adapted ones; "one": each has its own; a number n of two
+            or more: n consecutive adapted ones; or groups of layers (1-based), where one in no group has its own.
+    """
+
+    shared_by: Sharing
     trained: bool
     start: Start
 
@@ -47,21 +54,21 @@ class Method:
         return "zero" in (self.B.start, self.v.start)
 
 
-def _row(name: str, a: str, b: str, scale: str, b_start: Start, *, tied: bool = True) -> Method:
+def _row(name: str, a: str, b: str, scale: str, b_start: Start, *, shared_by: Sharing = "all") -> Method:
     """A Method from one table row. a and b: "trained" or "frozen"; scale: which of u, v are trained."""
     return Method(
         name,
-        A=Factor(tied, a == "trained", "normal"),
-        B=Factor(tied, b == "trained", b_start),
-        u=Factor(False, "u" in scale, "one"),
-        v=Factor(False, "v" in scale, "zero" if "v" in scale else "one"),
+        A=Factor(shared_by, a == "trained", "normal"),
+        B=Factor(shared_by, b == "trained", b_start),
+        u=Factor("one", "u" in scale, "one"),
+        v=Factor("one", "v" in scale, "zero" if "v" in scale else "one"),
     )
 
 
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        _row("lora", "trained", "trained", "", "zero", tied=False),
+        _row("lora", "trained", "trained", "", "zero", shared_by="one"),
         _row("vera", "frozen", "frozen", "uv", "normal"),
         _row("tl1", "trained", "frozen", "", "normal"),
         _row("tl2", "trained", "frozen", "uv", "normal"),

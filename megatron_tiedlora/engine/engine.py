@@ -87,7 +87,7 @@ def mark_parameters(adapter: TiedAdapter, groups: ParallelGroups) -> None:
     """
     config = adapter.part.config
     for name, parameter in adapter.named_parameters():
-        parameter.ds_pipe_replicated = config.factor(name).tied and groups.pipeline.rank > 0  # type: ignore[attr-defined]
+        parameter.ds_pipe_replicated = config.is_tied(name) and groups.pipeline.rank > 0  # type: ignore[attr-defined]
         parameter.tensor_model_parallel = config.spec(name).dim is not None  # type: ignore[attr-defined]
 
 

@@ -74,7 +74,7 @@ class ParallelGroups:
         choices: the same ranks, for the tokens that the last stage sends to all others while decoding. They need a
             queue of their own, since ranks send them and the messages between stages in different orders.
         data: ranks that hold the same tensors and see other samples.
-        tied: pipeline x data: ranks that hold the same shard of A and B.
+        tied: pipeline x data: ranks that hold the same shard of a tied tensor.
         stage: tensor x data: ranks that hold the same u.
         model: tensor x pipeline: ranks that together hold the model once.
     """

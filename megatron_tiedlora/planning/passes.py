@@ -339,16 +339,18 @@ def _summed(owners: StageOwners) -> Counter[str]:
 
     u is the same on the ranks of a stage, a tied tensor on those of all stages, another one on data-parallel ranks. If
     DeepSpeed steps the adapter, it sums over data-parallel ranks, which is all that u needs without tensor parallelism,
-    and a tied tensor without a pipeline.
+    and a tied tensor without a pipeline. A tied u is summed over tensor-parallel ranks before.
     """
     layout, found = owners.stage.layout, Counter[str]()
     data = layout.dp_size > 1
     for part in owners.parts:
         for name in trained_tensors(part):
-            _, letter = part.config.tensors[name]
-            if letter == "u":
+            is_u, tied = part.config.tensors[name][1] == "u", part.config.is_tied(name)
+            if is_u and tied and layout.tp_size > 1 and (part.layers or not layout.engine_steps):
+                found[_stage_group(layout) if layout.engine_steps else TENSOR] += part.local_size(name)
+            if is_u and not tied:
                 ours, group = layout.tp_size > 1, _stage_group(layout)
-            elif part.config.factor(name).tied:
+            elif tied:
                 ours, group = layout.pp_size > 1, TIED if layout.pp_size > 1 else DATA
             else:
                 ours, group = False, DATA

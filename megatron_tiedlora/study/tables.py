@@ -113,7 +113,8 @@ def tensors_text(method: str) -> str:
 
     def state(name: str) -> str:
         factor = spec.factor(name)
-        return ("tied" if factor.tied else "per layer") + ("" if factor.trained else ", frozen")
+        shared = {"all": "tied", "one": "per layer"}.get(str(factor.shared_by), "tied in groups of layers")
+        return shared + ("" if factor.trained else ", frozen")
 
     both = state("A") == state("B")
     parts = [f"A, B {state('A')}"] if both else [f"A {state('A')}", f"B {state('B')}"]

@@ -105,8 +105,8 @@ def test_an_adapted_layer_more_is_the_layer_s_own_messages(ran: Mapping[str, Ran
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_the_tied_sum_is_one_message_a_step(ran: Mapping[str, Ran], method: str) -> None:
     """One where a tied factor is trained, however many; none where none is. A and B: rank 3, d 32, 96 rows of QKV."""
-    row = find_method(method)
-    numbers = 3 * 32 * (row.A.tied and row.A.trained) + 3 * 96 * (row.B.tied and row.B.trained)
+    tied = [factor.trained and factor.shared_by == "all" for factor in map(find_method(method).factor, "AB")]
+    numbers = 3 * 32 * tied[0] + 3 * 96 * tied[1]
     for counted in ran[f"{method}, two stages"].counted:
         assert counted.traffic.of_group(TIED) == ((1, 4 * numbers) if numbers else (0, 0))
 
@@ -141,7 +141,7 @@ def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
     frozen = ran["tl3, three layers"].counted[0].traffic  # A frozen, no u: what is left are the layers' own
     for method in METHOD_NAMES:
         counted, row = ran[f"{method}, three layers"].counted[0], find_method(method)
-        micro_batches, size = len(counted.shapes), 4 * 3 * 32 * (1 if row.A.tied else 2)
+        micro_batches, size = len(counted.shapes), 4 * 3 * 32 * (1 if row.A.shared_by == "all" else 2)
         expected = Traffic(frozen.messages.copy(), frozen.bytes.copy())
         if row.A.trained:
             expected.add(TENSOR, "all-gather", size, count=micro_batches)

@@ -75,10 +75,10 @@ def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     return folder / "whole", folder / "stopped"
 
 
-def resumed(base: Base, stopped: Path, folder: Path, grid: Grid) -> Path:
+def resumed(base: Base, stopped: Path, folder: Path, grid: Grid, *, prelude: Any = None) -> Path:
     """A copy of the stopped run that has gone on to its end on another grid."""
     shutil.copytree(stopped, folder)
-    run(base, folder, **grid.settings, resume="auto")
+    run(base, folder, **grid.settings, resume="auto", prelude=prelude)
     return folder
 
 

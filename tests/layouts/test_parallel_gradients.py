@@ -157,7 +157,7 @@ class Answers:
 
     def gradients(self, case: Case) -> tuple[float, dict[str, torch.Tensor]]:
         """Of the samples, each on its own: neither padded nor packed."""
-        key = case.folder, case.method, case.rank, case.layers, case.targets
+        key = case.folder, case.method, case.rank, case.layers, case.targets, case.shares
         if key not in self._gradients:
             self._gradients[key] = oracle_gradients(*self.weights(case), case.adapter, case.samples)
         return self._gradients[key]
@@ -229,7 +229,7 @@ def check_ties(case: Case, outcomes: list[Outcome]) -> None:
     config, all_parts = case.adapter_config, []
     for grid, outcome in zip(grids(case), outcomes, strict=True):
         part = case.part(grid)
-        tied = [name for name in case.adapter.trained if config.factor(name).tied]
+        tied = [name for name in case.adapter.trained if config.is_tied(name)]
         assert not outcome.frozen_gradients, case
         assert set(outcome.parts) == set(tied if part.layers else []), case
         if grid.tp_rank == grid.dp_rank == 0 and part.layers:
@@ -263,7 +263,7 @@ def check_messages(case: Case, outcomes: list[Outcome]) -> None:
         sizes = [
             torch.Size(part.local_shape(name)).numel()
             for name in case.adapter.trained
-            if config.factor(name).tied and grid.pp_size > 1
+            if config.is_tied(name) and grid.pp_size > 1
         ]
         once = {("tied", "all-reduce"): 1} if sizes else {}
         assert tied.messages == once and tied.of_group("tied")[1] == 8 * sum(sizes), case

@@ -2,7 +2,8 @@
 
 A case: {"settings": {...}, "start": file of A, B, u, v or null, "optimizer": "adamw" or "sgd", "output": folder}, and
 "faults": what to break before the model is built (see fault_patches.py); "may_fail": whether a run that ends with a
-UserError is an answer (each rank then leaves its message in failureN.txt) or an error of the test. Rank 0 leaves
+UserError is an answer (each rank then leaves its message in failureN.txt) or an error of the test; "shares": how layers
+share the tensors of tl6 (see shared_tensors.py). Rank 0 leaves
 metrics.jsonl and adapter.safetensors in the output folder, every rank its own part in rankN.safetensors.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from fault_patches import apply_faults
 from forked_ranks import join_as_launched
+from shared_tensors import tl6_shares
 from torch import distributed
 
 from megatron_tiedlora.base.errors import UserError
@@ -87,7 +89,7 @@ def run_cases(cases: Sequence[dict[str, Any]], folder: str) -> None:
     device = join_as_launched(folder)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     for case in cases:
-        with apply_faults(case.get("faults", [])):
+        with apply_faults(case.get("faults", [])), tl6_shares(case.get("shares")):
             try:
                 run_case(case, rank, world_size, device)
             except UserError as error:

@@ -212,7 +212,7 @@ def start_from_local_shape(patch: pytest.MonkeyPatch) -> None:
         config = adapter.config
         for name, parameter in adapter.named_parameters():
             factor = config.factor(name)
-            if factor.start == "normal" and factor.tied:
+            if factor.start == "normal" and config.is_tied(name):
                 std = config.init_std_a if name == "A" else config.init_std_b
                 drawn = module.draw_normal(parameter.shape, std=std, seed=config.seed, name=name)
                 parameter.data.copy_(drawn)
@@ -363,7 +363,7 @@ def _change_factor(
         mine = [layers is None or layer in layers for layer in module.part.layers]
         if parameter is None or not any(mine):
             return forward(module, *positional, **keywords)
-        if module.config.factor(tensor).tied:
+        if module.config.is_tied(tensor):
             factor = change(parameter)
         else:
             factor = torch.stack([change(row) if chosen else row for row, chosen in zip(parameter, mine, strict=True)])

@@ -15,6 +15,7 @@ import torch
 from forked_ranks import groups_of
 from oracle import OracleAdapter, OracleConfig
 from oracle_training import OracleBatch
+from shared_tensors import GROUPS, tl6_shares
 from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 from torch import distributed
 
@@ -50,7 +51,11 @@ ALPHA = 6.0  # another number than any rank here, so that a forgotten alpha / r 
 
 @dataclass(frozen=True)
 class Case:
-    """What is run: a model in `folder` at a layout (tp, pp, dp)."""
+    """What is run: a model in `folder` at a layout (tp, pp, dp).
+
+    Attributes:
+        shares: in which way of `shared_tensors` layers share the tensors of tl6.
+    """
 
     folder: Path
     layout: tuple[int, int, int]
@@ -63,6 +68,7 @@ class Case:
     packed: bool = False
     dropout: float = 0.0
     base: str | None = None
+    shares: str | None = None
 
     @property
     def counted(self) -> bool:
@@ -91,6 +97,7 @@ class Case:
             seed=5,
             dtype=DTYPE,
             targets=self.targets,
+            groups=GROUPS[self.shares] if self.shares else None,
         )
 
     @cached_property
@@ -119,7 +126,7 @@ class Case:
         """
         samples = self.samples
         assert samples[2].num_supervised == 0 and all(samples[i].num_supervised for i in (0, 1, 3, 4, 5))
-        return self._arranged(samples)
+        return self.arranged(samples)
 
     @cached_property
     def numbers(self) -> list[list[int]]:
@@ -136,10 +143,11 @@ class Case:
         pairs = zip(self.samples, self.numbers, strict=True)
         return [
             batch.input_ids
-            for batch in self._arranged([replace(sample, input_ids=torch.tensor([n])) for sample, n in pairs])
+            for batch in self.arranged([replace(sample, input_ids=torch.tensor([n])) for sample, n in pairs])
         ]
 
-    def _arranged(self, samples: list[OracleBatch]) -> list[OracleBatch]:
+    def arranged(self, samples: list[OracleBatch]) -> list[OracleBatch]:
+        """Six samples in micro-batches."""
         multiple = self.layout[0] if self.sequence_parallel else 1
         if not self.packed:
             parts = [samples[2:3], samples[:2], samples[3:]]
@@ -205,7 +213,8 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
             grid = Grid(rank, world_size, tp_size=case.layout[0], pp_size=case.layout[1])
             assert grid.dp_size == case.layout[2]
             layouts[case.layout] = grid, groups_of(grid)
-        outcomes.append(run_case(case, *layouts[case.layout]))
+        with tl6_shares(case.shares):
+            outcomes.append(run_case(case, *layouts[case.layout]))
     return outcomes
 
 
@@ -255,7 +264,7 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     """Forward and backward over this rank's micro-batches, then the sums over stages and data-parallel ranks."""
     stage = build_stage(case, grid, groups)
     adapter: Any = stage.adapter
-    walk = _Walk(case, stage, grid, groups)
+    walk = Walk(case, stage, grid, groups)
     num_supervised = sum(sample.num_supervised for sample in case.samples)
     counter, tied_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))
     batches = case.micro_batches[grid.dp_rank :: grid.dp_size]
@@ -271,7 +280,7 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     if stage.anchor is not None:  # what an engine needs of a stage without a trained tensor
         assert stage.anchor.grad is not None and not stage.anchor.grad.any()
     factors = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
-    tied = [name for name in factors if adapter.config.factor(name).tied]
+    tied = [name for name in factors if adapter.config.is_tied(name)]
     before = {name: factors[name].grad.clone() for name in tied if factors[name].grad is not None}
     with tied_counter:
         if grid.pp_size > 1:
@@ -292,7 +301,7 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
 
 
 @dataclass(frozen=True)
-class _Walk:
+class Walk:
     """A micro-batch through the stages, one at a time."""
 
     case: Case
@@ -362,19 +371,24 @@ def _position_ids(batch: OracleBatch) -> torch.Tensor:
 
 
 def joined_gradients(case: Case, outcomes: list[Outcome]) -> dict[str, torch.Tensor]:
-    """Full gradients out of all ranks' parts; every copy that should be equal must be so, bit for bit."""
+    """Full gradients out of all ranks' parts."""
+    return joined(case, [outcome.gradients for outcome in outcomes])
+
+
+def joined(case: Case, parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Full trained tensors out of all ranks' parts; every copy that should be equal must be so, bit for bit."""
     config = case.adapter_config
-    world = Grid(0, len(outcomes), tp_size=case.layout[0], pp_size=case.layout[1])
+    world = Grid(0, len(parts), tp_size=case.layout[0], pp_size=case.layout[1])
     full: dict[str, torch.Tensor] = {}
     for name in case.adapter.trained:
-        spec, tied = config.spec(name), config.factor(name).tied
+        spec, tied = config.spec(name), config.is_tied(name)
         by_stage = []
         for pp_rank in range(world.pp_size):
             if not tied and not case.part(world.at(world.rank_of(pp_rank=pp_rank))).layers:
                 continue
             copies = [
                 [
-                    outcomes[world.rank_of(pp_rank=pp_rank, dp_rank=dp_rank, tp_rank=tp_rank)].gradients[name]
+                    parts[world.rank_of(pp_rank=pp_rank, dp_rank=dp_rank, tp_rank=tp_rank)][name]
                     for tp_rank in range(world.tp_size)
                 ]
                 for dp_rank in range(world.dp_size)

@@ -19,6 +19,7 @@ from engine_runs import (
 )
 from oracle import OracleConfig
 from oracle_training import OracleRun
+from shared_tensors import GROUPS
 from tiny_models import random_adapter, write_tiny_model
 
 STEPS = 6
@@ -97,12 +98,14 @@ def prepare(
     optimizer: str = "sgd",
     oracles: dict[Any, OracleRun],
     oracle_model: Path | None = None,
+    shares: str | None = None,
     **changes: Any,
 ) -> Prepared:
     """A case at `layout` that starts from random non-zero factors.
 
     Args:
         oracle_model: what the oracle computes with; None for the run's own model.
+        shares: in which way of `shared_tensors` layers share the tensors of tl6.
     """
     settings = {**base, "tensor_parallel": layout.tp, "pipeline_parallel": layout.pp, **changes}
     if layout.pp * layout.dp == 1 and "micro_batch_size" not in changes:
@@ -120,14 +123,16 @@ def prepare(
         seed=3,
         scale=0.2,
         targets=targets,
+        groups=GROUPS[shares] if shares else None,
     )
-    key = (method, rank, optimizer, str(layers), settings["max_steps"], "+".join(targets), settings.get("base"))
+    key = (method, rank, optimizer, str(layers), settings["max_steps"], "+".join(targets), settings.get("base"), shares)
     file = folder / f"{'-'.join(map(str, key))}.safetensors"
     if key not in oracles:
         save_start(start, file)
         of_oracle = settings if oracle_model is None else {**settings, "model": str(oracle_model)}
         oracles[key] = oracle_run(of_oracle, start, optimizer=optimizer)
-    return Prepared({"settings": settings, "start": str(file), "optimizer": optimizer}, oracles[key], layout, optimizer)
+    case = {"settings": settings, "start": str(file), "optimizer": optimizer, "shares": shares}
+    return Prepared(case, oracles[key], layout, optimizer)
 
 
 def check(run: EngineRun, prepared: Prepared) -> None:

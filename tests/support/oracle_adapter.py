@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ TARGET_PARTS: dict[str, dict[str, str]] = {
     "down_proj": {"down": "mlp.down_proj"},
 }
 ALL_TARGETS = tuple(TARGET_PARTS)
+Groups = tuple[tuple[int, ...], ...]  # of layers, 1-based
 
 
 def oracle_trainable_count(method: str, *, rank: int, hidden_size: int, qkv_rows: int, num_layers: int) -> int:
@@ -68,6 +69,9 @@ class OracleAdapter:
     With n = len(layers), r = rank and a target's input size d and output size o:
     A: (r, d), or (n, r, d) for lora. B: (o, r), or (n, o, r) for lora. u: (n, r). v: (n, o).
     `layers` are 1-based, in the order of the first axis of u and v.
+
+    `groups` says by the letter of a factor which of the layers share one, if that is not as above: the g-th group uses
+    the g-th entry along the first axis, of (len(groups), ...). A factor of one group has no such axis.
     """
 
     method: str
@@ -76,10 +80,10 @@ class OracleAdapter:
     layers: tuple[int, ...]
     tensors: Mapping[str, Tensor]
     targets: tuple[str, ...] = ("qkv",)
+    groups: Mapping[str, Groups] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         r, n = self.rank, len(self.layers)
-        lead = (n,) if self.method == "lora" else ()
         assert self.method in TRAINED_TENSORS, self.method
         assert len(set(self.layers)) == n and min(self.layers) >= 1, self.layers
         assert self.targets and self.targets == tuple(name for name in ALL_TARGETS if name in self.targets)
@@ -87,7 +91,8 @@ class OracleAdapter:
         assert self.tensors.keys() == names, (sorted(self.tensors), sorted(names))
         for target in self.targets:
             d, o = self.tensor(target, "A").shape[-1], self.tensor(target, "B").shape[-2]
-            wanted = {"A": (*lead, r, d), "B": (*lead, o, r), "u": (n, r), "v": (n, o)}
+            sizes = {"A": (r, d), "B": (o, r), "u": (r,), "v": (o,)}
+            wanted = {factor: (*first_axis(factor, self.method, n, self.groups), *sizes[factor]) for factor in sizes}
             for factor, shape in wanted.items():
                 found = tuple(self.tensor(target, factor).shape)
                 assert found == shape, (target, factor, found, shape)
@@ -139,19 +144,32 @@ class OracleAdapter:
         """A (r, d), B (o, r), u (r,), v (o,) of a target in the 1-based `layer`, or None where it is plain."""
         if layer not in self.layers or target not in self.targets:
             return None
-        i = self.layers.index(layer)
-        a, b, u, v = (self.tensor(target, factor) for factor in "ABuv")
-        if self.method == "lora":
-            return a[i], b[i], u[i], v[i]
-        return a, b, u[i], v[i]
+        a, b, u, v = (self._of_layer(layer, target, factor) for factor in "ABuv")
+        return a, b, u, v
+
+    def _of_layer(self, layer: int, target: str, factor: str) -> Tensor:
+        tensor, groups = self.tensor(target, factor), self.groups.get(factor)
+        if groups is not None:
+            (mine,) = (g for g, group in enumerate(groups) if layer in group)
+            return tensor[mine] if len(groups) > 1 else tensor
+        if factor in "AB" and self.method != "lora":
+            return tensor
+        return tensor[self.layers.index(layer)]
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> OracleAdapter:
+    def from_folder(cls, folder: str | Path, groups: Mapping[str, Groups] | None = None) -> OracleAdapter:
         """Read a native adapter folder (`adapter_config.json` and `adapter_model.safetensors`)."""
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
         shared = config["method"], config["rank"], float(config["alpha"]), tuple(config["layers"])
-        return cls(*shared, tensors, tuple(config["targets"]))
+        return cls(*shared, tensors, tuple(config["targets"]), groups or {})
+
+
+def first_axis(factor: str, method: str, num_layers: int, groups: Mapping[str, Groups]) -> tuple[int, ...]:
+    """The size of the axis of a factor's tensors for layers, or groups of them; () for a tensor of all layers."""
+    if factor in groups:
+        return (len(groups[factor]),) if len(groups[factor]) > 1 else ()
+    return () if factor in "AB" and method != "lora" else (num_layers,)
 
 
 def adapter_update(

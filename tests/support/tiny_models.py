@@ -8,13 +8,13 @@ bias, a wrong head order or a forgotten permutation shows in the logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from oracle import IGNORED_LABEL, OracleAdapter, OracleConfig
-from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, tensor_name
+from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, Groups, first_axis, tensor_name
 from oracle_training import OracleBatch
 
 # Stretches some of the tiny heads' frequencies, blends some and leaves some.
@@ -163,6 +163,7 @@ def random_adapter(
     scale: float = 0.5,
     scale_frozen_vectors: bool = False,
     targets: Collection[str] = ("qkv",),
+    groups: Mapping[str, Groups] | None = None,
 ) -> OracleAdapter:
     """An adapter as if in the middle of training: no tensor is zero, and the update is about `scale` of its linears.
 
@@ -171,28 +172,28 @@ def random_adapter(
         layers: 1-based; all by default.
         scale_frozen_vectors: draw u and v also where the method keeps them at 1.
         targets: drawn in their own order, so that qkv has the same tensors with and without others.
+        groups: of layers that share a factor, by its letter, where it is not as in the method.
     """
     layers = tuple(range(1, config.num_layers + 1)) if layers is None else tuple(layers)
     generator = torch.Generator().manual_seed(seed)
-    n = len(layers)
-    lead = (n,) if method == "lora" else ()
+    lead = {letter: first_axis(letter, method, len(layers), groups or {}) for letter in "ABuv"}
 
     def vector(name: str, width: int) -> torch.Tensor:
         # Signs vary and no entry is near 0; drawn always, so that the seed means the same for every method.
-        size = 0.5 + torch.rand(n, width, generator=generator, dtype=torch.float64)
-        sign = torch.where(torch.rand(n, width, generator=generator) < 0.3, -1.0, 1.0)
+        size = 0.5 + torch.rand(*lead[name], width, generator=generator, dtype=torch.float64)
+        sign = torch.where(torch.rand(*lead[name], width, generator=generator) < 0.3, -1.0, 1.0)
         return size * sign if name in TRAINED_TENSORS[method] or scale_frozen_vectors else torch.ones_like(size)
 
     tensors: dict[str, torch.Tensor] = {}
     targets = tuple(target for target in ALL_TARGETS if target in targets)
     for target in targets:
         d, o = config.target_columns(target), sum(config.target_rows(target))
-        a = torch.randn(*lead, rank, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
-        b = torch.randn(*lead, o, rank, generator=generator, dtype=torch.float64) * scale / math.sqrt(rank)
+        a = torch.randn(*lead["A"], rank, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
+        b = torch.randn(*lead["B"], o, rank, generator=generator, dtype=torch.float64) * scale / math.sqrt(rank)
         factors = {"A": a, "B": b, "u": vector("u", rank), "v": vector("v", o)}
         tensors |= {tensor_name(target, name): factor for name, factor in factors.items()}
     alpha = float(rank) if alpha is None else float(alpha)
-    return OracleAdapter(method, rank, alpha, layers, tensors, targets).cast(dtype)
+    return OracleAdapter(method, rank, alpha, layers, tensors, targets, groups or {}).cast(dtype)
 
 
 def random_batches(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from forked_ranks import join_as_launched
 from saved_bytes import saved_bytes_per_token
+from shared_tensors import tl6_shares
 from torch import distributed
 
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
@@ -28,6 +29,7 @@ class Case:
         head_rows: in place of layer_specs.HEAD_ROWS.
         long_steps: let every step count as a long one, in which ranks agree on stopping after each micro-batch.
         steps_before: steps that are not counted, with the run's checks of gradients. Without them, nothing is checked.
+        shares: in which way of `shared_tensors` layers share the tensors of tl6.
         early_stop: False to let recompute go on when all that the backward pass needs is there again.
     """
 
@@ -37,6 +39,7 @@ class Case:
     long_steps: bool = False
     early_stop: bool = True
     steps_before: int = 0
+    shares: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,11 @@ class Counted:
 def count_steps(cases: list[Case], folder: str) -> list[Counted]:
     """Every case on this rank."""
     device = join_as_launched(folder)
-    return [_count(case, device) for case in cases]
+    found = []
+    for case in cases:
+        with tl6_shares(case.shares):
+            found.append(_count(case, device))
+    return found
 
 
 def _count(case: Case, device: torch.device) -> Counted:

@@ -130,7 +130,7 @@ def rejoin(config: AdapterConfig, grid: Grid, local: dict[int, torch.Tensor], fa
             by_stage.append(config.spec(factor).join([local[rank] for rank in ranks]))
             if config.spec(factor).dim is None:
                 assert all(torch.equal(local[rank], local[ranks[0]]) for rank in ranks)
-    if not config.factor(factor).tied:
+    if not config.is_tied(factor):
         return torch.cat(by_stage)
     assert len(by_stage) == grid.pp_size and all(torch.equal(other, by_stage[0]) for other in by_stage)
     return by_stage[0]
