@@ -82,9 +82,11 @@ class NormShape:
 
     Attributes:
         name: name of its weight within the layer.
+        size: how many numbers it normalises together, and its weight has.
         source: name of the Hugging Face module that stores it, within the layer.
         bias_name: None for RMS norm. LayerNorm, which subtracts the mean of x first and adds a bias last, has the name
             of that bias here.
+        sharded: whether its weight is sharded like the rows of a column-parallel linear, whose output it normalises.
     """
 
     name: str
@@ -92,6 +94,7 @@ class NormShape:
     eps: float
     source: str
     bias_name: str | None = None
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,10 @@ class HeadShape:
     def rotary_dim(self) -> int:
         """How many elements of a head are rotated, the first ones."""
         return int(self.dim * self.rope.share)
+
+    def local(self, tp_size: int) -> HeadShape:
+        """The heads of one of `tp_size` ranks."""
+        return replace(self, num=self.num // tp_size, num_kv=self.num_kv // tp_size)
 
     def resized(self, *, num: int, num_kv: int, dim: int) -> HeadShape:
         """The same kind of heads in other numbers and another size, for code that needs heads but no weights.
@@ -187,20 +194,25 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """x = x + output(attention(rotated qkv(norm x))), x = x + down(silu(gate) * up), gate and up = gate_up(norm x).
+    """x = x + norm output(attention(rotated qkv(norm x))), x = x + norm down(silu(gate) * up), with gate and up =
+    gate_up(norm x). Each of the four norms may be left out.
 
     Attributes:
         source: name of the Hugging Face module of a block, with {index} for its 0-based number.
+        attention_norm, mlp_norm: of the input of attention and of the MLP.
+        output_norm, down_norm: of their results, before these are added.
     """
 
     source: str
     heads: HeadShape
-    attention_norm: NormShape
+    attention_norm: NormShape | None
     qkv: LinearShape
     output: LinearShape
-    mlp_norm: NormShape
+    output_norm: NormShape | None
+    mlp_norm: NormShape | None
     gate_up: LinearShape
     down: LinearShape
+    down_norm: NormShape | None
 
     def resized(self, heads: HeadShape, intermediate_size: int) -> BlockShape:
         """The same block with other heads and another MLP width."""
@@ -226,7 +238,9 @@ class BlockShape:
     @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:
         """The norms and linears in the order in which they are computed."""
-        return self.attention_norm, self.qkv, *self.heads.norms, self.output, self.mlp_norm, self.gate_up, self.down
+        attention = self.attention_norm, self.qkv, *self.heads.norms, self.output, self.output_norm
+        mlp = self.mlp_norm, self.gate_up, self.down, self.down_norm
+        return tuple(part for part in (*attention, *mlp) if part is not None)
 
     @property
     def num_weights(self) -> int:

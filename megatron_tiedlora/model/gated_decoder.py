@@ -1,4 +1,4 @@
-"""The decoder that many families share: pre-norms, grouped queries, rotary embedding, SwiGLU; transformers' names.
+"""The decoder that many families share: grouped queries, rotary embedding, SwiGLU; transformers' names.
 
 A family says what its layers have besides, and rejects features that are not implemented (`model/families/`).
 """
@@ -6,6 +6,7 @@ A family says what its layers have besides, and rejects features that are not im
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import (
@@ -22,6 +23,18 @@ from megatron_tiedlora.base.shapes import (
 from megatron_tiedlora.model.hf_config import HfConfig
 
 
+class Norms(NamedTuple):
+    """The modules of a block's norms: of the inputs of attention and MLP, and of their results; None: there is none."""
+
+    attention: str | None = "input_layernorm"
+    output: str | None = None
+    mlp: str | None = "post_attention_layernorm"
+    down: str | None = None
+
+
+BEFORE = Norms()
+
+
 def gated_decoder(
     config: HfConfig,
     *,
@@ -31,6 +44,7 @@ def gated_decoder(
     qkv_bias: bool = False,
     output_bias: bool = False,
     head_norms: bool = False,
+    norms: Norms = BEFORE,
     fused: bool = False,
     unrotated: Iterable[int] = (),
 ) -> ModelShape:
@@ -41,6 +55,7 @@ def gated_decoder(
         window: the limit that a sliding window sets, see `HfConfig.window`.
         norm_eps: that of LayerNorms, which have biases; None for RMS norms, whose field is read here.
         head_norms: whether each head of queries and keys has an RMS norm before the rotation.
+        norms: the norms of the hidden size.
         unrotated: blocks, from 1, without rotation.
         fused: whether q, k and v are one stored tensor, and gate and up another.
 
@@ -58,6 +73,12 @@ def gated_decoder(
     def norm(name: str, bias_name: str, source: str) -> NormShape:
         return NormShape(name, d, eps, source, None if norm_eps is None else bias_name)
 
+    def before(linear: str, source: str | None) -> NormShape | None:
+        return None if source is None else norm(f"{linear}.norm", f"{linear}.norm_bias", source)
+
+    def behind(linear: str, source: str | None) -> NormShape | None:
+        return None if source is None else norm(f"{linear}.norm.weight", f"{linear}.norm.bias", source)
+
     num, num_kv, dim = _head_sizes(config, d)
     query_norm, key_norm = (
         NormShape(f"attention.qkv.{part}_norm", dim, eps, f"self_attn.{part[0]}_norm") if head_norms else None
@@ -74,12 +95,14 @@ def gated_decoder(
     block = BlockShape(
         source="model.layers.{index}",
         heads=heads,
-        attention_norm=norm("attention.qkv.norm", "attention.qkv.norm_bias", "input_layernorm"),
+        attention_norm=before("attention.qkv", norms.attention),
         qkv=LinearShape("attention.qkv", d, heads.rows, "column", qkv, qkv_bias),
         output=LinearShape("attention.output", heads.rows[0], (d,), "row", output, output_bias),
-        mlp_norm=norm("mlp.gate_up.norm", "mlp.gate_up.norm_bias", "post_attention_layernorm"),
+        output_norm=behind("attention.output", norms.output),
+        mlp_norm=before("mlp.gate_up", norms.mlp),
         gate_up=LinearShape("mlp.gate_up", d, (f, f), "column", gate_up),
         down=LinearShape("mlp.down", f, (d,), "row", (StoredRows("mlp.down_proj"),)),
+        down_norm=behind("mlp.down", norms.down),
     )
     max_positions = config.size("max_position_embeddings")
     trained = LengthLimit(max_positions, f"was trained for {max_positions} positions")

@@ -86,7 +86,7 @@ class _Qkv(torch.autograd.Function):
         ctx.projection, ctx.heads = projection, heads
         ctx.wide = gradient_dtype(grad_a, grad_f)
         ctx.save_for_backward(
-            *((hidden, root) if needs.x or needs.a else (None, None)),
+            *((hidden, root) if projection.reads_input(needs) else (None, None)),
             ax if needs.f else None,
             *(*factors, *parameters[:2], *saved),
         )

@@ -221,10 +221,9 @@ class Stage(nn.Module):
 
     def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
         """Uninitialised activations between layers on this rank, for rows (num_rows, length)."""
-        norm = self.attention.qkv.norm
-        parts = self.tensor_parallel.sequence_parts
+        qkv, parts = self.attention.qkv, self.tensor_parallel.sequence_parts
         shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
-        return norm.new_empty(*shape, len(norm))
+        return qkv.frozen.tensor.new_empty(*shape, qkv.frozen.local_shape[1], dtype=qkv.dtype)
 
     def read_adapter(self, shares: Shares = ()) -> dict[int, LayerUpdate]:
         """The updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered.
@@ -234,7 +233,7 @@ class Stage(nn.Module):
         """
         if self.bank is None:
             return {}
-        return self.bank.updates(shares, self.tensor_parallel, dtype=self.attention.qkv.norm.dtype)
+        return self.bank.updates(shares, self.tensor_parallel, dtype=self.attention.qkv.dtype)
 
     def embed(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
         """Tokens (b, s) int64 -> activations between layers."""
