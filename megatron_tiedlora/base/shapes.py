@@ -267,7 +267,7 @@ class ModelShape:
     Attributes:
         limit: the most tokens of a row, at most `max_positions`.
         head: the head's own weight; with tied embeddings the embedding's weight under the head's name.
-        unrotated: the blocks, from 1, whose queries and keys are not rotated.
+        ropes: the rotation of each block's queries and keys, None for one without; empty if all have that of `heads`.
     """
 
     num_layers: int
@@ -278,7 +278,11 @@ class ModelShape:
     final_norm: NormShape
     head: LinearShape
     tied_embeddings: bool
-    unrotated: frozenset[int] = frozenset()
+    ropes: tuple[RopeShape | None, ...] = ()
+
+    def rope_of(self, block: int) -> RopeShape | None:
+        """The rotation of a block, counted from 1; None if it has none."""
+        return self.ropes[block - 1] if self.ropes else self.heads.rope
 
     @property
     def vocab_size(self) -> int:
@@ -301,7 +305,10 @@ class ModelShape:
         return self.block.down.in_size
 
     def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> ModelShape:
-        """The same kind of model in another size, with tied embeddings, for code that needs a model but no weights."""
+        """The same kind of model in another size, for code that needs a model but no weights.
+
+        It has tied embeddings, and the rotation of `heads` in each block.
+        """
         return replace(
             self,
             num_layers=num_layers,
@@ -309,4 +316,5 @@ class ModelShape:
             block=self.block.resized(heads, intermediate_size),
             head=replace(self.head, blocks=(vocab_size,)),
             tied_embeddings=True,
+            ropes=(),
         )

@@ -5,7 +5,8 @@ A family says what its layers have besides, and rejects features that are not im
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_tiedlora.base.errors import UserError, shown
@@ -46,7 +47,7 @@ def gated_decoder(
     head_norms: bool = False,
     norms: Norms = BEFORE,
     fused: bool = False,
-    unrotated: Iterable[int] = (),
+    ropes: Sequence[RopeShape | None] = (),
 ) -> ModelShape:
     """The shape that the fields common to these families describe.
 
@@ -56,7 +57,7 @@ def gated_decoder(
         norm_eps: that of LayerNorms, which have biases; None for RMS norms, whose field is read here.
         head_norms: whether each head of queries and keys has an RMS norm before the rotation.
         norms: the norms of the hidden size.
-        unrotated: blocks, from 1, without rotation.
+        ropes: of each block, if they differ; see `ModelShape`.
         fused: whether q, k and v are one stored tensor, and gate and up another.
 
     Raises:
@@ -85,7 +86,8 @@ def gated_decoder(
         for part in ("query", "key")
     )
     heads = HeadShape(num, num_kv, dim, rope[0], query_norm, key_norm)
-    _check_rotation(config, heads)
+    for own in filter(None, (heads.rope, *ropes)):
+        _check_rotation(config, replace(heads, rope=own))
     qkv = tuple(StoredRows(f"self_attn.{part}_proj") for part in "qkv")
     gate_up = tuple(StoredRows(f"mlp.{part}_proj") for part in ("gate", "up"))
     if fused:
@@ -115,7 +117,7 @@ def gated_decoder(
         final_norm=norm("norm.weight", "norm.bias", "model.norm"),
         head=LinearShape("", d, (vocab,), "vocabulary", (StoredRows("lm_head"),)),
         tied_embeddings=config.flag("tie_word_embeddings"),
-        unrotated=frozenset(unrotated),
+        ropes=tuple(ropes),
     )
 
 

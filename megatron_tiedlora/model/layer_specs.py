@@ -189,10 +189,10 @@ def layer_specs(
         return RowParallelLinear(weight(linear), bias=bias(linear), norm=own)
 
     def block(index: int) -> nn.Module:
-        parts, rotates = shape.block, index not in shape.unrotated
-        local_heads, of_qkv = shape.heads.local(tp_size), normed(parts.qkv, parts.attention_norm)
+        parts, local_heads = shape.block, shape.heads.local(tp_size)
+        of_qkv = normed(parts.qkv, parts.attention_norm)
         attention = Attention(
-            QkvLinear(weight(parts.qkv), local_heads, rotates=rotates, **of_qkv),
+            QkvLinear(weight(parts.qkv), local_heads, rope=shape.rope_of(index), **of_qkv),
             row_parallel(parts.output, parts.output_norm),
             kernels=kernels,
             deterministic=deterministic,

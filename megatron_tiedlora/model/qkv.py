@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
-from megatron_tiedlora.base.shapes import HeadShape
+from megatron_tiedlora.base.shapes import HeadShape, RopeShape
 from megatron_tiedlora.model.normed_linear import Factors, Needs, NormedLinear, Parameters, Projection, gradient_dtype
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
@@ -26,13 +26,17 @@ class QkvLinear(NormedLinear):
     key_norm: nn.Parameter | None
 
     def __init__(
-        self, weight: FrozenWeight, local_heads: HeadShape, *, rotates: bool = True, dtype: torch.dtype, **others: Any
+        self, weight: FrozenWeight, local_heads: HeadShape, *, rope: RopeShape | None, dtype: torch.dtype, **others: Any
     ) -> None:
-        """`others`: what the norm and the linear need beside `weight` and `dtype`; see `NormedLinear`."""
+        """Without `rope` queries and keys are not rotated.
+
+        Args:
+            others: what the norm and the linear need beside `weight` and `dtype`; see `NormedLinear`.
+        """
         super().__init__(weight, dtype=dtype, **others)
-        assert rotates or not local_heads.norms, "no family has norms of heads that are not rotated"
+        assert rope or not local_heads.norms, "no family has norms of heads that are not rotated"
         self.heads = local_heads
-        self.rotates = rotates
+        self.rope = rope
         for name, norm in (("query_norm", local_heads.query_norm), ("key_norm", local_heads.key_norm)):
             self.register_parameter(name, None if norm is None else frozen_parameter(norm.size, dtype=dtype))
 
@@ -50,7 +54,7 @@ class QkvLinear(NormedLinear):
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
             num_rows: b.
-            table: cos and sin of the tokens' positions, see `rotation_table`.
+            table: cos and sin of the tokens' positions, if it rotates; see `rotation_table`.
         """
         a, f, grad_a, grad_f, rows = update or LinearUpdate()
         projection = self.projection(tensor_parallel, num_rows=num_rows, rows=rows)
@@ -61,7 +65,7 @@ class QkvLinear(NormedLinear):
 
     def epilogue(self, table: tuple[torch.Tensor, ...]) -> PlainHeads:
         """The heads as they are, `RotatedHeads`, or `RotatedNormedHeads` if they have norms."""
-        if not self.rotates:
+        if self.rope is None:
             return PlainHeads(self.heads)
         if self.query_norm is None or self.key_norm is None:
             return RotatedHeads(self.heads, self.kernels, table)

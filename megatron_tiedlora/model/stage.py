@@ -112,7 +112,7 @@ class Stage(nn.Module):
 
     @property
     def attention(self) -> Attention:
-        """The attention of the first block; the other blocks differ from it only in their weights."""
+        """The attention of the first block; the other blocks differ from it only in weights and rotation."""
         block: Any = self.layers[str(self.blocks[0])]
         attention: Attention = block.attention
         return attention
@@ -252,7 +252,11 @@ class Stage(nn.Module):
         """What the attention of every block needs to know about the tokens; see `Attention.context`."""
         cache = caches[0] if caches else None
         several = shares if len(shares) > 1 else ()
-        return self.attention.context(positions, dtype, documents=documents, cache=cache, shares=several)
+        blocks: list[Any] = [self.layers[str(index)] for index in self.blocks]
+        ropes = dict.fromkeys(block.attention.qkv.rope for block in blocks)
+        return self.attention.context(
+            positions, dtype, documents=documents, cache=cache, shares=several, ropes=ropes
+        )
 
     def run_blocks(
         self,

@@ -98,7 +98,7 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         weight = FrozenWeight.empty(sum(shape.rows), shape.hidden_size, dtype=torch.bfloat16)
         heads = HeadShape(*(size // shape.head_dim for size in shape.rows[:2]), shape.head_dim, RopeShape())
         norm = NormShape("norm", shape.hidden_size, 1e-5, "norm")
-        layer = QkvLinear(weight, heads, norm=norm, dtype=torch.bfloat16, kernels=kernels)
+        layer = QkvLinear(weight, heads, rope=heads.rope, norm=norm, dtype=torch.bfloat16, kernels=kernels)
         table = tuple(torch.empty(shape.num_tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16) for _ in range(2))
         adapter = None if method is None else TiedAdapter(AdapterPart.whole(_config(shape, method, rank, num_layers)))
         inputs = [
