@@ -104,7 +104,8 @@ class HeadShape:
     Attributes:
         num: number of query heads; groups of `num // num_kv` share one key and one value head.
         dim: elements per head.
-        query_norm, key_norm: norms of each head of queries and of keys, before the rotation.
+        query_norm, key_norm: norms of queries and of keys before the rotation: of each head, or if they are sharded, of
+            all heads together.
     """
 
     num: int
@@ -126,7 +127,7 @@ class HeadShape:
 
     def local(self, tp_size: int) -> HeadShape:
         """The heads of one of `tp_size` ranks."""
-        return replace(self, num=self.num // tp_size, num_kv=self.num_kv // tp_size)
+        return self._of_sizes(self.num // tp_size, self.num_kv // tp_size, self.dim, self.rope)
 
     def resized(self, *, num: int, num_kv: int, dim: int) -> HeadShape:
         """The same kind of heads in other numbers and another size, for code that needs heads but no weights.
@@ -137,7 +138,11 @@ class HeadShape:
         size = int(dim * rope.share) // 2
         if isinstance(rope.scaling, LongRopeScaling):
             rope = replace(rope, scaling=replace(rope.scaling, factors=(1.0,) * size))
-        norms = (norm and replace(norm, size=dim) for norm in (self.query_norm, self.key_norm))
+        return self._of_sizes(num, num_kv, dim, rope)
+
+    def _of_sizes(self, num: int, num_kv: int, dim: int, rope: RopeShape) -> HeadShape:
+        counts = ((self.query_norm, num), (self.key_norm, num_kv))
+        norms = (norm and replace(norm, size=dim * (count if norm.sharded else 1)) for norm, count in counts)
         return HeadShape(num, num_kv, dim, rope, *norms)
 
     @property

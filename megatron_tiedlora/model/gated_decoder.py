@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import (
@@ -44,7 +44,7 @@ def gated_decoder(
     norm_eps: float | None = None,
     qkv_bias: bool = False,
     output_bias: bool = False,
-    head_norms: bool = False,
+    head_norms: Literal["each"] | None = None,
     norms: Norms = BEFORE,
     fused: bool = False,
     ropes: Sequence[RopeShape | None] = (),
@@ -55,7 +55,7 @@ def gated_decoder(
         rope: see `read_rope`.
         window: the limit that a sliding window sets, see `HfConfig.window`.
         norm_eps: that of LayerNorms, which have biases; None for RMS norms, whose field is read here.
-        head_norms: whether each head of queries and keys has an RMS norm before the rotation.
+        head_norms: "each": each head of queries and keys has an RMS norm before the rotation.
         norms: the norms of the hidden size.
         ropes: of each block, if they differ; see `ModelShape`.
         fused: whether q, k and v are one stored tensor, and gate and up another.
