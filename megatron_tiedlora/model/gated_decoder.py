@@ -34,6 +34,7 @@ class Norms(NamedTuple):
 
 
 BEFORE = Norms()
+BEHIND = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
 
 def gated_decoder(
@@ -44,7 +45,7 @@ def gated_decoder(
     norm_eps: float | None = None,
     qkv_bias: bool = False,
     output_bias: bool = False,
-    head_norms: Literal["each"] | None = None,
+    head_norms: Literal["each", "together"] | None = None,
     norms: Norms = BEFORE,
     fused: bool = False,
     ropes: Sequence[RopeShape | None] = (),
@@ -55,7 +56,8 @@ def gated_decoder(
         rope: see `read_rope`.
         window: the limit that a sliding window sets, see `HfConfig.window`.
         norm_eps: that of LayerNorms, which have biases; None for RMS norms, whose field is read here.
-        head_norms: "each": each head of queries and keys has an RMS norm before the rotation.
+        head_norms: "each": each head of queries and keys has an RMS norm before the rotation; "together": all heads of
+            queries have one, and all heads of keys.
         norms: the norms of the hidden size.
         ropes: of each block, if they differ; see `ModelShape`.
         fused: whether q, k and v are one stored tensor, and gate and up another.
@@ -81,11 +83,14 @@ def gated_decoder(
         return None if source is None else norm(f"{linear}.norm.weight", f"{linear}.norm.bias", source)
 
     num, num_kv, dim = _head_sizes(config, d)
-    query_norm, key_norm = (
-        NormShape(f"attention.qkv.{part}_norm", dim, eps, f"self_attn.{part[0]}_norm") if head_norms else None
-        for part in ("query", "key")
-    )
-    heads = HeadShape(num, num_kv, dim, rope[0], query_norm, key_norm)
+
+    def head_norm(part: str, count: int) -> NormShape | None:
+        if head_norms is None:
+            return None
+        size, source = dim if head_norms == "each" else count * dim, f"self_attn.{part[0]}_norm"
+        return NormShape(f"attention.qkv.{part}_norm", size, eps, source, sharded=head_norms == "together")
+
+    heads = HeadShape(num, num_kv, dim, rope[0], head_norm("query", num), head_norm("key", num_kv))
     for own in filter(None, (heads.rope, *ropes)):
         _check_rotation(config, replace(heads, rope=own))
     qkv = tuple(StoredRows(f"self_attn.{part}_proj") for part in "qkv")

@@ -14,8 +14,9 @@ from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape, RopeShape
 from megatron_tiedlora.model.normed_linear import Factors, Needs, NormedLinear, Parameters, Projection, gradient_dtype
 from megatron_tiedlora.parallel.backward import first_derivative_only
+from megatron_tiedlora.parallel.collectives import all_reduce
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
-from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
 
 
@@ -59,17 +60,20 @@ class QkvLinear(NormedLinear):
         a, f, grad_a, grad_f, rows = update or LinearUpdate()
         projection = self.projection(tensor_parallel, num_rows=num_rows, rows=rows)
         results: tuple[torch.Tensor, ...] = _Qkv.apply(
-            hidden, grad_a, grad_f, Factors(a, f), self.tensors, projection, self.epilogue(table)
+            hidden, grad_a, grad_f, Factors(a, f), self.tensors, projection, self.epilogue(table, tensor_parallel.group)
         )
         return results
 
-    def epilogue(self, table: tuple[torch.Tensor, ...]) -> PlainHeads:
-        """The heads as they are, `RotatedHeads`, or `RotatedNormedHeads` if they have norms."""
+    def epilogue(self, table: tuple[torch.Tensor, ...], group: RankGroup) -> PlainHeads:
+        """The heads as they are, rotated, or if they have norms normalised and rotated."""
         if self.rope is None:
             return PlainHeads(self.heads)
         if self.query_norm is None or self.key_norm is None:
             return RotatedHeads(self.heads, self.kernels, table)
-        return RotatedNormedHeads(self.heads, self.kernels, table, (self.query_norm, self.key_norm))
+        norms = self.query_norm, self.key_norm
+        if self.heads.norms[0].sharded:
+            return HeadsNormedTogether(self.heads, self.kernels, table, norms, group)
+        return RotatedNormedHeads(self.heads, self.kernels, table, norms)
 
 
 class _Qkv(torch.autograd.Function):
@@ -168,32 +172,86 @@ class RotatedNormedHeads(RotatedHeads):
     It saves its result, which attention saves too, and one number per token per head.
 
     Attributes:
-        norms: weights of the norms of queries and of keys, (head_dim,).
+        norms: weights of the norms of queries and of keys, (head_dim,), or those of all heads, (heads * head_dim,).
     """
 
     norms: tuple[torch.Tensor, torch.Tensor]
 
+    @property
+    def _eps(self) -> float:
+        return self.heads.norms[0].eps
+
     def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Queries, keys and values; the heads, the norms' roots, cos, sin and the norms' weights."""
-        assert self.heads.query_norm is not None
-        rotated, root = self.kernels.rotate_normed(
-            self._split(projected), *self.table, self._weight(self.norms), self.heads.query_norm.eps
-        )
+        rotated, root = self._rotated(self._split(projected), self._weight(self.norms))
         return self._joined(rotated, projected.shape), (rotated, root, *self.table, *self.norms)
 
     def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
         """The gradient of [Q | K | V] from the gradients of the rotated heads."""
         rotated, root, cos, sin, *norms = saved
         batch, _, length, _ = gradients[0].shape
-        found = self.kernels.rotate_normed_gradient(
-            *_by_token(gradients), rotated.detach(), root, cos, sin, self._weight(norms)
-        )
+        query, key, value = _by_token(gradients)
+        found = self._gradient(query, key, value, rotated.detach(), root, (cos, sin, self._weight(norms)))
         return found.view(batch, length, -1)
+
+    def _rotated(self, heads: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotated heads, and the roots of the norms."""
+        return self.kernels.rotate_normed(heads, *self.table, weight, self._eps)
+
+    def _gradient(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rotated: torch.Tensor,
+        root: torch.Tensor,
+        others: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        """The gradient of the heads from the gradients by token; `others` are cos, sin and the norm's weight."""
+        return self.kernels.rotate_normed_gradient(query, key, value, rotated, root, *others)
 
     def _weight(self, norms: Sequence[torch.Tensor]) -> torch.Tensor:
         """The norm's weight of each head, (num + num_kv, head_dim)."""
         numbers = (self.heads.num, self.heads.num_kv)
-        return torch.cat([norm.detach().expand(count, -1) for norm, count in zip(norms, numbers, strict=True)])
+        by_head = (norm.detach().view(-1, self.heads.dim) for norm in norms)
+        return torch.cat([norm.expand(count, -1) for norm, count in zip(by_head, numbers, strict=True)])
+
+
+@dataclass(frozen=True)
+class HeadsNormedTogether(RotatedNormedHeads):
+    """The same with one RMS norm of all heads of queries, and one of all heads of keys.
+
+    Each rank has equally many heads, so that the mean over all of them is that of the ranks' means. In each pass these
+    are summed over the group in one message, two numbers per token; the roots are saved, as many.
+    """
+
+    group: RankGroup
+
+    def _rotated(self, heads: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        means = self._over_ranks(self.kernels.square_means(heads, self.heads.num, self.heads.num_kv))
+        root = torch.rsqrt(means + self._eps)
+        return self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight), root
+
+    def _gradient(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rotated: torch.Tensor,
+        root: torch.Tensor,
+        others: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        means = self._over_ranks(self.kernels.product_means(query, key, rotated))
+        numbers = self._by_head(root), self._by_head(means)
+        return self.kernels.rotate_with_root_gradient(query, key, value, rotated, *numbers, *others)
+
+    def _over_ranks(self, means: torch.Tensor) -> torch.Tensor:
+        return all_reduce(means, self.group) / self.group.size
+
+    def _by_head(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Numbers of queries and of keys, (T, 2), for each of their heads, (T, num + num_kv, 1)."""
+        counts = self.heads.num, self.heads.num_kv
+        return torch.cat([numbers[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)[..., None]
 
 
 def _by_token(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:

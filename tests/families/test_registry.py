@@ -188,11 +188,11 @@ def test_a_family_that_is_not_there_is_rejected_with_those_that_are() -> None:
 @pytest.mark.parametrize(("model_type", "reason"), [
     ("mixtral", "it is a mixture of experts"), ("qwen3_moe", "it is a mixture of experts"),
     ("deepseek_v3", "it is a mixture of experts"), ("mamba", "it has layers without attention"),
-    ("qwen3_next", "it is a mixture of experts"), ("gemma2", "it has norms after attention and MLP"),
+    ("qwen3_next", "it is a mixture of experts"), ("glm4", "it rotates neighbouring elements of a head"),
     ("gemma3", "its text model is part of a multimodal one"), ("falcon", "its attention and MLP have the same input"),
-    ("olmo2", "it has norms after attention and MLP"),
+    ("gemma2", "it multiplies what flows between its layers by factors"),
     ("granite", "it multiplies what flows between its layers by factors"),
-    ("gemma3_text", "it has norms after attention and MLP"), ("nemotron", "its MLP has no gate"),
+    ("gemma3_text", "it multiplies what flows between its layers by factors"), ("nemotron", "its MLP has no gate"),
     ("gpt_neox", "its attention and MLP have the same input"),
 ])  # fmt: skip
 def test_models_that_are_out_of_reach_are_rejected_with_the_reason(model_type: str, reason: str) -> None:

@@ -58,7 +58,7 @@ def _counted_and_planned(folders: list[str], tp_size: int) -> list[tuple[float, 
 def test_kept_bytes_are_the_formula_s(tmp_path: Path) -> None:
     folders = [
         str(write_tiny_model(tmp_path / name, tokenizer=False, **{**FAMILY_MODELS[name], "num_layers": 2}))
-        for name in ("qwen3", "qwen3 mha", "stablelm", "phi3")
+        for name in ("qwen3", "qwen3 mha", "stablelm", "phi3", "olmo2")
     ]
     alone = _counted_and_planned(folders, 1)
     ranks = run_on_ranks(_counted_and_planned, folders, 2, ranks=2, folder=tmp_path / "ranks")

@@ -191,9 +191,11 @@ def norm(x: Tensor, weights: Mapping[str, Tensor], prefix: str, eps: float) -> T
 
 
 def _norm_heads(rows: Tensor, weights: Mapping[str, Tensor], prefix: str, config: OracleConfig) -> Tensor:
-    """Each head through the norm at `prefix`, if one is stored there."""
+    """Each head through the norm at `prefix`, if one is stored there, or all together if its weight is as wide."""
     if f"{prefix}.weight" not in weights:
         return rows
+    if len(weights[f"{prefix}.weight"]) == rows.shape[-1]:
+        return norm(rows, weights, prefix, config.norm_eps)
     return torch.cat([norm(head, weights, prefix, config.norm_eps) for head in rows.split(config.head_dim, -1)], dim=-1)
 
 
@@ -263,16 +265,22 @@ def _logits_of_sequence(
     cos, sin = (amplitude * angles.cos()).to(x.dtype), (amplitude * angles.sin()).to(x.dtype)
     for index in range(config.num_layers):
         layer = f"model.layers.{index}"
-        normed = norm(x, weights, f"{layer}.input_layernorm", config.norm_eps)
+        # Norms stand before attention and MLP, or if there is none before attention, behind them.
+        behind = f"{layer}.input_layernorm.weight" not in weights
+        normed = x if behind else norm(x, weights, f"{layer}.input_layernorm", config.norm_eps)
         q, k, v = linears(normed, "qkv", index + 1)
         q, k = (_norm_heads(x, weights, f"{layer}.self_attn.{n}_norm", config) for n, x in (("q", q), ("k", k)))
         if config.rotates is None or config.rotates[index]:
             q, k = (_rotate_heads(rows, cos, sin, config.head_dim) for rows in (q, k))
         (output,) = linears(_attention(q, k, v, visible, config), "o_proj", index + 1)
+        if behind:
+            output = norm(output, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
         x = x + output
-        normed = norm(x, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
+        normed = x if behind else norm(x, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
         gate, up = linears(normed, "gate_up", index + 1)
         (output,) = linears(torch.nn.functional.silu(gate) * up, "down_proj", index + 1)
+        if behind:
+            output = norm(output, weights, f"{layer}.post_feedforward_layernorm", config.norm_eps)
         x = x + output
     x = norm(x, weights, "model.norm", config.norm_eps)
     return linear(x, weights["model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"])
