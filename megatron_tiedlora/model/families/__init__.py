@@ -29,7 +29,6 @@ _FACTORS = "it multiplies what flows between its layers by factors"
 _OTHER_TYPES = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "granite", "minicpm"), _FACTORS),
     **dict.fromkeys(("glm", "glm4"), "it rotates neighbouring elements of a head"),
-    "olmo3": "its layers rotate queries and keys differently",
     **dict.fromkeys(("gpt2", "gpt_bigcode", "nemotron", "opt", "starcoder2"), "its MLP has no gate"),
 }
 
