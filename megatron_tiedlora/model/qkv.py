@@ -70,10 +70,7 @@ class QkvLinear(NormedLinear):
             return PlainHeads(self.heads)
         if self.query_norm is None or self.key_norm is None:
             return RotatedHeads(self.heads, self.kernels, table)
-        norms = self.query_norm, self.key_norm
-        if self.heads.norms[0].sharded:
-            return HeadsNormedTogether(self.heads, self.kernels, table, norms, group)
-        return RotatedNormedHeads(self.heads, self.kernels, table, norms)
+        return RotatedNormedHeads(self.heads, self.kernels, table, (self.query_norm, self.key_norm), group)
 
 
 class _Qkv(torch.autograd.Function):
@@ -167,83 +164,49 @@ class RotatedHeads(PlainHeads):
 
 @dataclass(frozen=True)
 class RotatedNormedHeads(RotatedHeads):
-    """The same with an RMS norm of each head of queries and keys before the rotation.
+    """The same with an RMS norm of each head of queries and keys before the rotation, or of all heads together.
 
-    It saves its result, which attention saves too, and one number per token per head.
+    It saves its result, which attention saves too, and one number per token per norm. All heads together are those of
+    all ranks: the means of the ranks' equally many heads are summed over the group, two numbers per token, in one
+    message in each pass.
 
     Attributes:
-        norms: weights of the norms of queries and of keys, (head_dim,), or those of all heads, (heads * head_dim,).
+        norms: weights of the norms of queries and of keys, (head_dim,), or (heads * head_dim,) of all heads.
+        group: the ranks that share the heads.
     """
 
     norms: tuple[torch.Tensor, torch.Tensor]
-
-    @property
-    def _eps(self) -> float:
-        return self.heads.norms[0].eps
+    group: RankGroup
 
     def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Queries, keys and values; the heads, the norms' roots, cos, sin and the norms' weights."""
-        rotated, root = self._rotated(self._split(projected), self._weight(self.norms))
+        heads, weight, norm = self._split(projected), self._weight(self.norms), self.heads.norms[0]
+        if norm.sharded:
+            means = self._over_ranks(self.kernels.square_means(heads, self.heads.num, self.heads.num_kv))
+            root = torch.rsqrt(means + norm.eps)
+            rotated = self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight)
+        else:
+            rotated, root = self.kernels.rotate_normed(heads, *self.table, weight, norm.eps)
         return self._joined(rotated, projected.shape), (rotated, root, *self.table, *self.norms)
 
     def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
         """The gradient of [Q | K | V] from the gradients of the rotated heads."""
         rotated, root, cos, sin, *norms = saved
-        batch, _, length, _ = gradients[0].shape
-        query, key, value = _by_token(gradients)
-        found = self._gradient(query, key, value, rotated.detach(), root, (cos, sin, self._weight(norms)))
+        (batch, _, length, _), (query, key, value) = gradients[0].shape, _by_token(gradients)
+        rotated, others = rotated.detach(), (cos, sin, self._weight(norms))
+        if self.heads.norms[0].sharded:
+            mean = self._over_ranks(self.kernels.product_means(query, key, rotated))
+            numbers = self._by_head(root), self._by_head(mean)
+            found = self.kernels.rotate_with_root_gradient(query, key, value, rotated, *numbers, *others)
+        else:
+            found = self.kernels.rotate_normed_gradient(query, key, value, rotated, root, *others)
         return found.view(batch, length, -1)
-
-    def _rotated(self, heads: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotated heads, and the roots of the norms."""
-        return self.kernels.rotate_normed(heads, *self.table, weight, self._eps)
-
-    def _gradient(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rotated: torch.Tensor,
-        root: torch.Tensor,
-        others: tuple[torch.Tensor, ...],
-    ) -> torch.Tensor:
-        """The gradient of the heads from the gradients by token; `others` are cos, sin and the norm's weight."""
-        return self.kernels.rotate_normed_gradient(query, key, value, rotated, root, *others)
 
     def _weight(self, norms: Sequence[torch.Tensor]) -> torch.Tensor:
         """The norm's weight of each head, (num + num_kv, head_dim)."""
-        numbers = (self.heads.num, self.heads.num_kv)
+        counts = self.heads.num, self.heads.num_kv
         by_head = (norm.detach().view(-1, self.heads.dim) for norm in norms)
-        return torch.cat([norm.expand(count, -1) for norm, count in zip(by_head, numbers, strict=True)])
-
-
-@dataclass(frozen=True)
-class HeadsNormedTogether(RotatedNormedHeads):
-    """The same with one RMS norm of all heads of queries, and one of all heads of keys.
-
-    Each rank has equally many heads, so that the mean over all of them is that of the ranks' means. In each pass these
-    are summed over the group in one message, two numbers per token; the roots are saved, as many.
-    """
-
-    group: RankGroup
-
-    def _rotated(self, heads: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        means = self._over_ranks(self.kernels.square_means(heads, self.heads.num, self.heads.num_kv))
-        root = torch.rsqrt(means + self._eps)
-        return self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight), root
-
-    def _gradient(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rotated: torch.Tensor,
-        root: torch.Tensor,
-        others: tuple[torch.Tensor, ...],
-    ) -> torch.Tensor:
-        means = self._over_ranks(self.kernels.product_means(query, key, rotated))
-        numbers = self._by_head(root), self._by_head(means)
-        return self.kernels.rotate_with_root_gradient(query, key, value, rotated, *numbers, *others)
+        return torch.cat([norm.expand(count, -1) for norm, count in zip(by_head, counts, strict=True)])
 
     def _over_ranks(self, means: torch.Tensor) -> torch.Tensor:
         return all_reduce(means, self.group) / self.group.size
