@@ -9,12 +9,32 @@ from a `config.json`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 Cut = Literal["column", "row", "vocabulary"]
 # The linears of a block, in the order of their computation, as adapters call them. In files the tensors of QKV have no
 # prefix: A, B, u and v.
 TARGET_NAMES = QKV, OUTPUT, GATE_UP, DOWN = "qkv", "o_proj", "gate_up", "down_proj"
+_FIELDS = {QKV: "qkv", OUTPUT: "output", GATE_UP: "gate_up", DOWN: "down"}  # of BlockShape
+ATTENTION_TARGETS, MLP_TARGETS = (QKV,), (GATE_UP, DOWN)  # those that attention computes, and the MLP
+
+
+class Sizes(NamedTuple):
+    """The sizes of a linear, and how it is sharded; see `LinearShape`."""
+
+    in_size: int
+    blocks: tuple[int, ...]
+    cut: Cut
+
+
+def linear_sizes(hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int) -> dict[str, Sizes]:
+    """The sizes of each target."""
+    return {
+        QKV: Sizes(hidden_size, qkv_rows, "column"),
+        OUTPUT: Sizes(qkv_rows[0], (hidden_size,), "row"),
+        GATE_UP: Sizes(hidden_size, (intermediate_size, intermediate_size), "column"),
+        DOWN: Sizes(intermediate_size, (hidden_size,), "row"),
+    }
 
 
 @dataclass(frozen=True)
@@ -221,24 +241,22 @@ class BlockShape:
 
     def resized(self, heads: HeadShape, intermediate_size: int) -> BlockShape:
         """The same block with other heads and another MLP width."""
-        return replace(
-            self,
-            heads=heads,
-            qkv=replace(self.qkv, blocks=heads.rows),
-            output=replace(self.output, in_size=heads.rows[0]),
-            gate_up=replace(self.gate_up, blocks=(intermediate_size, intermediate_size)),
-            down=replace(self.down, in_size=intermediate_size),
-        )
+        sizes = linear_sizes(self.qkv.in_size, heads.rows, intermediate_size)
+        linears: dict[str, Any] = {
+            _FIELDS[name]: replace(linear, **sizes[name]._asdict()) for name, linear in self.adaptable.items()
+        }
+        return replace(self, heads=heads, **linears)
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
         """The linears in the order in which they are computed."""
-        return self.qkv, self.output, self.gate_up, self.down
+        return tuple(self.adaptable.values())
 
     @property
     def adaptable(self) -> dict[str, LinearShape]:
-        """The linears that an adapter can change, by the names that users and files have for them."""
-        return dict(zip(TARGET_NAMES, self.linears, strict=True))
+        """The linears, by the names that users and files of adapters have for them."""
+        linears = ((name, getattr(self, field)) for name, field in _FIELDS.items())
+        return {name: linear for name, linear in linears if linear is not None}
 
     @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:

@@ -11,6 +11,10 @@ from typing import Literal, NamedTuple
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import (
+    DOWN,
+    GATE_UP,
+    OUTPUT,
+    QKV,
     BlockShape,
     HeadShape,
     LengthLimit,
@@ -20,6 +24,7 @@ from megatron_tiedlora.base.shapes import (
     NormShape,
     RopeShape,
     StoredRows,
+    linear_sizes,
 )
 from megatron_tiedlora.model.hf_config import HfConfig
 
@@ -99,16 +104,17 @@ def gated_decoder(
         qkv = _rows_of("self_attn.qkv_proj", heads.rows)
         gate_up = _rows_of("mlp.gate_up_proj", (f, f))
     output = (StoredRows("self_attn.o_proj"),)
+    sizes = linear_sizes(d, heads.rows, f)
     block = BlockShape(
         source="model.layers.{index}",
         heads=heads,
         attention_norm=before("attention.qkv", norms.attention),
-        qkv=LinearShape("attention.qkv", d, heads.rows, "column", qkv, qkv_bias),
-        output=LinearShape("attention.output", heads.rows[0], (d,), "row", output, output_bias),
+        qkv=LinearShape("attention.qkv", *sizes[QKV], qkv, qkv_bias),
+        output=LinearShape("attention.output", *sizes[OUTPUT], output, output_bias),
         output_norm=behind("attention.output", norms.output),
         mlp_norm=before("mlp.gate_up", norms.mlp),
-        gate_up=LinearShape("mlp.gate_up", d, (f, f), "column", gate_up),
-        down=LinearShape("mlp.down", f, (d,), "row", (StoredRows("mlp.down_proj"),)),
+        gate_up=LinearShape("mlp.gate_up", *sizes[GATE_UP], gate_up),
+        down=LinearShape("mlp.down", *sizes[DOWN], (StoredRows("mlp.down_proj"),)),
         down_norm=behind("mlp.down", norms.down),
     )
     max_positions = config.size("max_position_embeddings")

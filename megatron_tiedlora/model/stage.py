@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
-from megatron_tiedlora.base.shapes import QKV
+from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, TARGET_NAMES
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.layer_specs import LayerSpec
@@ -276,8 +276,8 @@ class Stage(nn.Module):
             block: Any = self.layers[str(index)]
             update = updates.get(index)
             stops = self.head is not None and index == self.blocks[-1]
-            call = block.attention.attend if stops else block
-            if self.recompute == "full" and (hidden.requires_grad or _trains(update, only_qkv=stops)):
+            call, targets = (block.attention.attend, ATTENTION_TARGETS) if stops else (block, TARGET_NAMES)
+            if self.recompute == "full" and (hidden.requires_grad or _trains(update, targets)):
                 call = partial(checkpoint, call, use_reentrant=False)  # it saves only its arguments
             cache = caches[number] if caches else None
             result = call(hidden, context, tensor_parallel, update=update, cache=cache)
@@ -287,7 +287,7 @@ class Stage(nn.Module):
         return hidden
 
 
-def _trains(update: LayerUpdate | None, *, only_qkv: bool) -> bool:
-    """Whether a gradient is wanted of one of the factors."""
-    linears = [linear for name, linear in (update or {}).items() if name == QKV or not only_qkv]
+def _trains(update: LayerUpdate | None, targets: Sequence[str]) -> bool:
+    """Whether a gradient is wanted of one of the factors of these targets."""
+    linears = [linear for name, linear in (update or {}).items() if name in targets]
     return any(tensor is not None for linear in linears for tensor in (linear.grad_a, linear.grad_f))
