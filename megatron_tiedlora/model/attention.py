@@ -131,8 +131,8 @@ class Attention(nn.Module):
             ropes: the rotations of all layers, if that of this one is not the only one.
         """
         heads = self.qkv.heads
-        found = filter(None, [self.qkv.rope] if ropes is None else ropes)
-        tables = {rope: rotation_table(positions, replace(heads, rope=rope), dtype) for rope in found}
+        rotations = filter(None, [self.qkv.rope] if ropes is None else ropes)
+        tables = {rope: rotation_table(positions, replace(heads, rope=rope), dtype) for rope in rotations}
         context = AttentionContext(positions, tables)
         if isinstance(cache, tuple):
             by_share = zip(shares, _by_share(positions, shares), cache, strict=True)
