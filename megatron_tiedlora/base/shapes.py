@@ -19,7 +19,7 @@ _FIELDS = {QKV: "qkv", OUTPUT: "output", GATE_UP: "gate_up", DOWN: "down"}  # of
 ATTENTION_TARGETS, MLP_TARGETS = (QKV,), (GATE_UP, DOWN)  # those that attention computes, and the MLP
 
 
-class Sizes(NamedTuple):
+class LinearSizes(NamedTuple):
     """The sizes of a linear, and how it is sharded; see `LinearShape`."""
 
     in_size: int
@@ -27,13 +27,13 @@ class Sizes(NamedTuple):
     cut: Cut
 
 
-def linear_sizes(hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int) -> dict[str, Sizes]:
+def linear_sizes(hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int) -> dict[str, LinearSizes]:
     """The sizes of each target."""
     return {
-        QKV: Sizes(hidden_size, qkv_rows, "column"),
-        OUTPUT: Sizes(qkv_rows[0], (hidden_size,), "row"),
-        GATE_UP: Sizes(hidden_size, (intermediate_size, intermediate_size), "column"),
-        DOWN: Sizes(intermediate_size, (hidden_size,), "row"),
+        QKV: LinearSizes(hidden_size, qkv_rows, "column"),
+        OUTPUT: LinearSizes(qkv_rows[0], (hidden_size,), "row"),
+        GATE_UP: LinearSizes(hidden_size, (intermediate_size, intermediate_size), "column"),
+        DOWN: LinearSizes(intermediate_size, (hidden_size,), "row"),
     }
 
 
