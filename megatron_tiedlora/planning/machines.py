@@ -39,7 +39,8 @@ CONSTANTS: Mapping[str, tuple[str, str]] = {
     "bandwidth": ("bytes/s", "of the memory, by the data sheet"),
     "elementwise": ("share", "of it which elementwise kernels reach"),
     "dequantise.nf4": ("weights/s", "that are dequantised; 0: as fast as their bytes are read and written"),
-    **{f"dequantise.{name}": ("weights/s", "the same") for name in BASE_NAMES if name != "nf4"},
+    "dequantise.int8": ("weights/s", "the same"),
+    "dequantise.fp8": ("weights/s", "the same"),
     "round.forward": ("bytes", "that rounding to fp8 moves for a number of an activation; 0: it is in matmul.fp8"),
     "round.backward": ("bytes", "the same of a gradient"),
     "node_bandwidth": ("bytes/s", "of a rank's link to the others of its node, in one direction"),
@@ -339,8 +340,7 @@ CPU = Machine(
     "cpu",
     "CPU",
     False,
-    {f"dequantise.{name}": Constant(0.0, "by its bytes") for name in BASE_NAMES}
-    | {name: Constant(value, _CPU_MEASURED) for name, value in _CPU.items()}
+    {name: Constant(value, _CPU_MEASURED) for name, value in _CPU.items()}
     | {name: Constant(value, _CPU_GUESSED) for name, value in _CPU_GUESSES.items()}
     | {"hides_launches": Constant(0.0, "the thread that launches computes, too")},
 )
