@@ -19,7 +19,7 @@ from torch import nn
 from megatron_tiedlora.adapters.factors import LinearFactors, Slots, fold, layer_slots
 from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
-from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, Cut, ModelShape
+from megatron_tiedlora.base.shapes import QKV, Cut, ModelShape, linear_sizes
 from megatron_tiedlora.parallel.collectives import StepSum, gather_together
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, draw_normal
@@ -73,13 +73,8 @@ def sized_targets(
     Args:
         intermediate_size: only `gate_up` and `down_proj` need it.
     """
-    known = (
-        qkv_target(hidden_size, qkv_rows),
-        Target(OUTPUT, qkv_rows[0], (hidden_size,), "row"),
-        Target(GATE_UP, hidden_size, (intermediate_size, intermediate_size), "column"),
-        Target(DOWN, intermediate_size, (hidden_size,), "row"),
-    )
-    return tuple(target for target in known if target.name in names)
+    known = linear_sizes(hidden_size, qkv_rows, intermediate_size)
+    return tuple(Target(name, *sizes) for name, sizes in known.items() if name in names)
 
 
 def qkv_target(hidden_size: int, qkv_rows: tuple[int, int, int]) -> Target:

@@ -9,12 +9,32 @@ from a `config.json`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 Cut = Literal["column", "row", "vocabulary"]
 # The linears of a block, in the order of their computation, as adapters call them. In files the tensors of QKV have no
 # prefix: A, B, u and v.
 TARGET_NAMES = QKV, OUTPUT, GATE_UP, DOWN = "qkv", "o_proj", "gate_up", "down_proj"
+_FIELDS = {QKV: "qkv", OUTPUT: "output", GATE_UP: "gate_up", DOWN: "down"}  # of BlockShape
+ATTENTION_TARGETS, MLP_TARGETS = (QKV,), (GATE_UP, DOWN)  # those that attention computes, and the MLP
+
+
+class LinearSizes(NamedTuple):
+    """The sizes of a linear, and how it is sharded; see `LinearShape`."""
+
+    in_size: int
+    blocks: tuple[int, ...]
+    cut: Cut
+
+
+def linear_sizes(hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int) -> dict[str, LinearSizes]:
+    """The sizes of each target."""
+    return {
+        QKV: LinearSizes(hidden_size, qkv_rows, "column"),
+        OUTPUT: LinearSizes(qkv_rows[0], (hidden_size,), "row"),
+        GATE_UP: LinearSizes(hidden_size, (intermediate_size, intermediate_size), "column"),
+        DOWN: LinearSizes(intermediate_size, (hidden_size,), "row"),
+    }
 
 
 @dataclass(frozen=True)
@@ -82,9 +102,11 @@ class NormShape:
 
     Attributes:
         name: name of its weight within the layer.
+        size: how many numbers it normalises together, and its weight has.
         source: name of the Hugging Face module that stores it, within the layer.
         bias_name: None for RMS norm. LayerNorm, which subtracts the mean of x first and adds a bias last, has the name
             of that bias here.
+        sharded: whether its weight is sharded like the rows of a column-parallel linear, whose output it normalises.
     """
 
     name: str
@@ -92,6 +114,7 @@ class NormShape:
     eps: float
     source: str
     bias_name: str | None = None
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +124,8 @@ class HeadShape:
     Attributes:
         num: number of query heads; groups of `num // num_kv` share one key and one value head.
         dim: elements per head.
-        query_norm, key_norm: norms of each head of queries and of keys, before the rotation.
+        query_norm, key_norm: norms of queries and of keys before the rotation: of each head, or if they are sharded, of
+            all heads together.
     """
 
     num: int
@@ -121,6 +145,10 @@ class HeadShape:
         """How many elements of a head are rotated, the first ones."""
         return int(self.dim * self.rope.share)
 
+    def local(self, tp_size: int) -> HeadShape:
+        """The heads of one of `tp_size` ranks."""
+        return self._of_sizes(self.num // tp_size, self.num_kv // tp_size, self.dim, self.rope)
+
     def resized(self, *, num: int, num_kv: int, dim: int) -> HeadShape:
         """The same kind of heads in other numbers and another size, for code that needs heads but no weights.
 
@@ -130,7 +158,11 @@ class HeadShape:
         size = int(dim * rope.share) // 2
         if isinstance(rope.scaling, LongRopeScaling):
             rope = replace(rope, scaling=replace(rope.scaling, factors=(1.0,) * size))
-        norms = (norm and replace(norm, size=dim) for norm in (self.query_norm, self.key_norm))
+        return self._of_sizes(num, num_kv, dim, rope)
+
+    def _of_sizes(self, num: int, num_kv: int, dim: int, rope: RopeShape) -> HeadShape:
+        counts = ((self.query_norm, num), (self.key_norm, num_kv))
+        norms = (norm and replace(norm, size=dim * (count if norm.sharded else 1)) for norm, count in counts)
         return HeadShape(num, num_kv, dim, rope, *norms)
 
     @property
@@ -187,46 +219,51 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """x = x + output(attention(rotated qkv(norm x))), x = x + down(silu(gate) * up), gate and up = gate_up(norm x).
+    """x = x + norm output(attention(rotated qkv(norm x))), x = x + norm down(silu(gate) * up), with gate and up =
+    gate_up(norm x). Each of the four norms may be left out.
 
     Attributes:
         source: name of the Hugging Face module of a block, with {index} for its 0-based number.
+        attention_norm, mlp_norm: of the input of attention and of the MLP.
+        output_norm, down_norm: of their results, before these are added.
     """
 
     source: str
     heads: HeadShape
-    attention_norm: NormShape
+    attention_norm: NormShape | None
     qkv: LinearShape
     output: LinearShape
-    mlp_norm: NormShape
+    output_norm: NormShape | None
+    mlp_norm: NormShape | None
     gate_up: LinearShape
     down: LinearShape
+    down_norm: NormShape | None
 
     def resized(self, heads: HeadShape, intermediate_size: int) -> BlockShape:
         """The same block with other heads and another MLP width."""
-        return replace(
-            self,
-            heads=heads,
-            qkv=replace(self.qkv, blocks=heads.rows),
-            output=replace(self.output, in_size=heads.rows[0]),
-            gate_up=replace(self.gate_up, blocks=(intermediate_size, intermediate_size)),
-            down=replace(self.down, in_size=intermediate_size),
-        )
+        sizes = linear_sizes(self.qkv.in_size, heads.rows, intermediate_size)
+        linears: dict[str, Any] = {
+            _FIELDS[name]: replace(linear, **sizes[name]._asdict()) for name, linear in self.adaptable.items()
+        }
+        return replace(self, heads=heads, **linears)
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
         """The linears in the order in which they are computed."""
-        return self.qkv, self.output, self.gate_up, self.down
+        return tuple(self.adaptable.values())
 
     @property
     def adaptable(self) -> dict[str, LinearShape]:
-        """The linears that an adapter can change, by the names that users and files have for them."""
-        return dict(zip(TARGET_NAMES, self.linears, strict=True))
+        """The linears, by the names that users and files of adapters have for them."""
+        linears = ((name, getattr(self, field)) for name, field in _FIELDS.items())
+        return {name: linear for name, linear in linears if linear is not None}
 
     @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:
         """The norms and linears in the order in which they are computed."""
-        return self.attention_norm, self.qkv, *self.heads.norms, self.output, self.mlp_norm, self.gate_up, self.down
+        attention = self.attention_norm, self.qkv, *self.heads.norms, self.output, self.output_norm
+        mlp = self.mlp_norm, self.gate_up, self.down, self.down_norm
+        return tuple(part for part in (*attention, *mlp) if part is not None)
 
     @property
     def num_weights(self) -> int:
@@ -253,7 +290,7 @@ class ModelShape:
     Attributes:
         limit: the most tokens of a row, at most `max_positions`.
         head: the head's own weight; with tied embeddings the embedding's weight under the head's name.
-        unrotated: the blocks, from 1, whose queries and keys are not rotated.
+        ropes: the rotation of each block's queries and keys, None for one without; empty if all have that of `heads`.
     """
 
     num_layers: int
@@ -264,7 +301,11 @@ class ModelShape:
     final_norm: NormShape
     head: LinearShape
     tied_embeddings: bool
-    unrotated: frozenset[int] = frozenset()
+    ropes: tuple[RopeShape | None, ...] = ()
+
+    def rope_of(self, block: int) -> RopeShape | None:
+        """The rotation of a block, counted from 1; None if it has none."""
+        return self.ropes[block - 1] if self.ropes else self.heads.rope
 
     @property
     def vocab_size(self) -> int:
@@ -287,7 +328,10 @@ class ModelShape:
         return self.block.down.in_size
 
     def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> ModelShape:
-        """The same kind of model in another size, with tied embeddings, for code that needs a model but no weights."""
+        """The same kind of model in another size, for code that needs a model but no weights.
+
+        It has tied embeddings, and the rotation of `heads` in each block.
+        """
         return replace(
             self,
             num_layers=num_layers,
@@ -295,4 +339,5 @@ class ModelShape:
             block=self.block.resized(heads, intermediate_size),
             head=replace(self.head, blocks=(vocab_size,)),
             tied_embeddings=True,
+            ropes=(),
         )

@@ -15,6 +15,7 @@ from megatron_tiedlora.base.shapes import (
     Llama3Scaling,
     LongRopeScaling,
     ModelShape,
+    NormShape,
     RopeShape,
     YarnScaling,
 )
@@ -73,10 +74,17 @@ class ModelSource:
             fields["output_bias"] = block.output.bias
         if shape.final_norm.bias_name is not None:
             fields["norm"] = "layer"
-        if shape.heads.norms:
-            fields["head_norms"] = True
-        if shape.unrotated:
-            fields["unrotated"] = sorted(shape.unrotated)
+        if norms := shape.heads.norms:
+            fields["head_norms"] = "together" if norms[0].sharded else True
+        places = [part.name for part in block.parts if isinstance(part, NormShape) and part not in norms]
+        if places != ["attention.qkv.norm", "mlp.gate_up.norm"]:
+            fields["norms"] = places
+        by_block = dict(enumerate(shape.ropes, start=1))
+        if unrotated := [block for block, rope in by_block.items() if rope is None]:
+            fields["unrotated"] = unrotated
+        usual = None, shape.heads.rope
+        if others := {block: _hashed_rope(rope) for block, rope in by_block.items() if rope and rope not in usual}:
+            fields["other_ropes"] = others
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -17,7 +17,7 @@ from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.model.stored_formats import BITSANDBYTES, StoredFormat
-from megatron_tiedlora.parallel.quantise import NF4_LEVELS, dequantise_nf4, dequantise_rows, fp8_numbers, has_nan
+from megatron_tiedlora.parallel.quantise import NF4_LEVELS, dequantise_blocks, dequantise_rows, fp8_numbers, has_nan
 
 # The tensors beside X.weight, in which X.weight is the start of every name.
 _STATE = ".quant_state.bitsandbytes__nf4"
@@ -99,7 +99,7 @@ class StoredWeights:
         block = BASE_FORMATS[self.kind.base_format].block
         if block is None:
             return dequantise_rows(fp8_numbers(codes), scales[:, 0]), num_bytes
-        return dequantise_nf4(codes, scales, shape[1], block), num_bytes
+        return dequantise_blocks(codes, scales, shape[1], block), num_bytes
 
     def _needed(self, name: str, part: str) -> Any:
         found = self._slice_of(name + part)

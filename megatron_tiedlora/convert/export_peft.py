@@ -25,7 +25,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, BlockShape, ModelShape
+from megatron_tiedlora.base.shapes import TARGET_NAMES, BlockShape, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import FORMAT_FIELDS, identify_model
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
@@ -47,7 +47,6 @@ from megatron_tiedlora.convert.inputs import (
 _UNNAMED = ("adapter", NATIVE_FOLDER)  # folders of adapters that are named after the folder around them
 # The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_VLLM_MODULES = {QKV: "qkv_proj", OUTPUT: "o_proj", GATE_UP: "gate_up_proj", DOWN: "down_proj"}  # its fused linears
 _LARGEST_BATCH = 8  # adapters in one batch of vLLM: each takes a slot of GPU memory
 
 
@@ -318,8 +317,9 @@ def _vllm(exports: Mapping[str, Export], base: str, shape: ModelShape, named: st
         return lines
     adapted = {target for export in served.values() for target in export.targets}
     words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(max(ranks.values()))]
-    # Without it, each slot has room for every linear, the embedding and the head.
-    words += ["--lora-target-modules", *(module for target, module in _VLLM_MODULES.items() if target in adapted)]
+    # Without it, each slot has room for every linear, the embedding and the head. vLLM fuses what a target does.
+    modules = (f"{name.removesuffix('_proj')}_proj" for name in TARGET_NAMES if name in adapted)
+    words += ["--lora-target-modules", *modules]
     lines.append("# serve with vLLM 0.26 or later")
     if len(served) > 1:  # both are 1 by default
         batch = min(len(served), _LARGEST_BATCH)

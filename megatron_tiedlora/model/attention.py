@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from megatron_tiedlora.adapters.adapter_bank import Share, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.base.shapes import QKV
+from megatron_tiedlora.base.shapes import QKV, RopeShape
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_in_parts, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import documents_end_to_end, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import AttentionRoute, attend_within, choose_attention
@@ -77,7 +77,7 @@ class AttentionContext:
 
     Attributes:
         positions: (b, s) int64.
-        table: cos and sin of their rotation, see `rotation_table`.
+        tables: cos and sin of each rotation that the layers have, see `rotation_table`.
         attend: computes attention among the tokens of the call, (b, s, heads * head_dim), from queries (b, heads, s,
             head_dim), keys and values (b, kv heads, s, head_dim); a token sees its own document up to itself.
         mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
@@ -86,7 +86,7 @@ class AttentionContext:
     """
 
     positions: torch.Tensor
-    table: tuple[torch.Tensor, torch.Tensor]
+    tables: Mapping[RopeShape, tuple[torch.Tensor, torch.Tensor]]
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     mask: torch.Tensor | None = None
     of_shares: tuple[tuple[Share, AttentionContext], ...] = ()
@@ -117,6 +117,7 @@ class Attention(nn.Module):
         documents: torch.Tensor | None = None,
         cache: AnyCache | None = None,
         shares: Shares = (),
+        ropes: Iterable[RopeShape | None] | None = None,
     ) -> AttentionContext:
         """What `attend` of every layer needs to know about the tokens, computed once for all layers.
 
@@ -127,12 +128,15 @@ class Attention(nn.Module):
             shares: of a shared micro-batch.
             cache: of any layer, as it is before the call. The first call fills it with whole prompts, padded on the
                 right; later tokens see its keys up to their own position. With shares there is one for each.
+            ropes: the rotations of all layers, if that of this one is not the only one.
         """
         heads = self.qkv.heads
-        context = AttentionContext(positions, rotation_table(positions, heads, dtype))
+        rotations = filter(None, [self.qkv.rope] if ropes is None else ropes)
+        tables = {rope: rotation_table(positions, replace(heads, rope=rope), dtype) for rope in rotations}
+        context = AttentionContext(positions, tables)
         if isinstance(cache, tuple):
             by_share = zip(shares, _by_share(positions, shares), cache, strict=True)
-            of_shares = ((share, self.context(ids, dtype, cache=of_share)) for share, ids, of_share in by_share)
+            of_shares = [(share, self.context(ids, dtype, cache=own, ropes=())) for share, ids, own in by_share]
             return replace(context, of_shares=tuple(of_shares))
         if cache is not None and cache.filled:
             return replace(context, mask=self._cache_mask(positions, cache))
@@ -183,8 +187,9 @@ class Attention(nn.Module):
                 one for each.
         """
         qkv_update = None if update is None else update.get(QKV)
+        table = () if self.qkv.rope is None else context.tables[self.qkv.rope]
         num_rows = len(context.positions)
-        query, key, value = self.qkv(hidden, tensor_parallel, qkv_update, num_rows=num_rows, table=context.table)
+        query, key, value = self.qkv(hidden, tensor_parallel, qkv_update, num_rows=num_rows, table=table)
         if isinstance(cache, tuple):
             by_share = zip(_heads_by_share(context, query, key, value), context.of_shares, cache, strict=True)
             outputs = [self._attend(*heads, own, of_share) for heads, (_, own), of_share in by_share]

@@ -1,14 +1,20 @@
-"""The decoder that many families share: pre-norms, grouped queries, rotary embedding, SwiGLU; transformers' names.
+"""The decoder that many families share: grouped queries, rotary embedding, SwiGLU; transformers' names.
 
 A family says what its layers have besides, and rejects features that are not implemented (`model/families/`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import (
+    DOWN,
+    GATE_UP,
+    OUTPUT,
+    QKV,
     BlockShape,
     HeadShape,
     LengthLimit,
@@ -18,8 +24,22 @@ from megatron_tiedlora.base.shapes import (
     NormShape,
     RopeShape,
     StoredRows,
+    linear_sizes,
 )
 from megatron_tiedlora.model.hf_config import HfConfig
+
+
+class Norms(NamedTuple):
+    """The modules of a block's norms: of the inputs of attention and MLP, and of their results; None: there is none."""
+
+    attention: str | None = "input_layernorm"
+    output: str | None = None
+    mlp: str | None = "post_attention_layernorm"
+    down: str | None = None
+
+
+BEFORE = Norms()
+BEHIND = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
 
 def gated_decoder(
@@ -30,9 +50,10 @@ def gated_decoder(
     norm_eps: float | None = None,
     qkv_bias: bool = False,
     output_bias: bool = False,
-    head_norms: bool = False,
+    head_norms: Literal["each", "together"] | None = None,
+    norms: Norms = BEFORE,
     fused: bool = False,
-    unrotated: Iterable[int] = (),
+    ropes: Sequence[RopeShape | None] = (),
 ) -> ModelShape:
     """The shape that the fields common to these families describe.
 
@@ -40,8 +61,10 @@ def gated_decoder(
         rope: see `read_rope`.
         window: the limit that a sliding window sets, see `HfConfig.window`.
         norm_eps: that of LayerNorms, which have biases; None for RMS norms, whose field is read here.
-        head_norms: whether each head of queries and keys has an RMS norm before the rotation.
-        unrotated: blocks, from 1, without rotation.
+        head_norms: "each": each head of queries and keys has an RMS norm before the rotation; "together": all heads of
+            queries have one, and all heads of keys.
+        norms: the norms of the hidden size.
+        ropes: of each block, if they differ; see `ModelShape`.
         fused: whether q, k and v are one stored tensor, and gate and up another.
 
     Raises:
@@ -58,28 +81,41 @@ def gated_decoder(
     def norm(name: str, bias_name: str, source: str) -> NormShape:
         return NormShape(name, d, eps, source, None if norm_eps is None else bias_name)
 
+    def before(linear: str, source: str | None) -> NormShape | None:
+        return None if source is None else norm(f"{linear}.norm", f"{linear}.norm_bias", source)
+
+    def behind(linear: str, source: str | None) -> NormShape | None:
+        return None if source is None else norm(f"{linear}.norm.weight", f"{linear}.norm.bias", source)
+
     num, num_kv, dim = _head_sizes(config, d)
-    query_norm, key_norm = (
-        NormShape(f"attention.qkv.{part}_norm", dim, eps, f"self_attn.{part[0]}_norm") if head_norms else None
-        for part in ("query", "key")
-    )
-    heads = HeadShape(num, num_kv, dim, rope[0], query_norm, key_norm)
-    _check_rotation(config, heads)
+
+    def head_norm(part: str, count: int) -> NormShape | None:
+        if head_norms is None:
+            return None
+        size, source = dim if head_norms == "each" else count * dim, f"self_attn.{part[0]}_norm"
+        return NormShape(f"attention.qkv.{part}_norm", size, eps, source, sharded=head_norms == "together")
+
+    heads = HeadShape(num, num_kv, dim, rope[0], head_norm("query", num), head_norm("key", num_kv))
+    for own in filter(None, (heads.rope, *ropes)):
+        _check_rotation(config, replace(heads, rope=own))
     qkv = tuple(StoredRows(f"self_attn.{part}_proj") for part in "qkv")
     gate_up = tuple(StoredRows(f"mlp.{part}_proj") for part in ("gate", "up"))
     if fused:
         qkv = _rows_of("self_attn.qkv_proj", heads.rows)
         gate_up = _rows_of("mlp.gate_up_proj", (f, f))
     output = (StoredRows("self_attn.o_proj"),)
+    sizes = linear_sizes(d, heads.rows, f)
     block = BlockShape(
         source="model.layers.{index}",
         heads=heads,
-        attention_norm=norm("attention.qkv.norm", "attention.qkv.norm_bias", "input_layernorm"),
-        qkv=LinearShape("attention.qkv", d, heads.rows, "column", qkv, qkv_bias),
-        output=LinearShape("attention.output", heads.rows[0], (d,), "row", output, output_bias),
-        mlp_norm=norm("mlp.gate_up.norm", "mlp.gate_up.norm_bias", "post_attention_layernorm"),
-        gate_up=LinearShape("mlp.gate_up", d, (f, f), "column", gate_up),
-        down=LinearShape("mlp.down", f, (d,), "row", (StoredRows("mlp.down_proj"),)),
+        attention_norm=before("attention.qkv", norms.attention),
+        qkv=LinearShape("attention.qkv", *sizes[QKV], qkv, qkv_bias),
+        output=LinearShape("attention.output", *sizes[OUTPUT], output, output_bias),
+        output_norm=behind("attention.output", norms.output),
+        mlp_norm=before("mlp.gate_up", norms.mlp),
+        gate_up=LinearShape("mlp.gate_up", *sizes[GATE_UP], gate_up),
+        down=LinearShape("mlp.down", *sizes[DOWN], (StoredRows("mlp.down_proj"),)),
+        down_norm=behind("mlp.down", norms.down),
     )
     max_positions = config.size("max_position_embeddings")
     trained = LengthLimit(max_positions, f"was trained for {max_positions} positions")
@@ -92,7 +128,7 @@ def gated_decoder(
         final_norm=norm("norm.weight", "norm.bias", "model.norm"),
         head=LinearShape("", d, (vocab,), "vocabulary", (StoredRows("lm_head"),)),
         tied_embeddings=config.flag("tie_word_embeddings"),
-        unrotated=frozenset(unrotated),
+        ropes=tuple(ropes),
     )
 
 

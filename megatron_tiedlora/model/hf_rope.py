@@ -22,6 +22,7 @@ from megatron_tiedlora.base.shapes import (
 )
 from megatron_tiedlora.model.hf_config import HfConfig
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 _LARGEST_NUMBER = 1e30  # fp32 can hold it
 _KNOWN = frozenset(
     {
@@ -73,9 +74,37 @@ class _Numbers:
         return value
 
 
+def read_ropes_by_kind(config: HfConfig, *, theta: float) -> dict[str, tuple[RopeShape, LengthLimit | None]]:
+    """The rotary embeddings of `full_attention` and of `sliding_attention` layers, each as `read_rope` returns it.
+
+    `rope_parameters` has one for each. `rope_theta` and `rope_scaling` are those of full attention.
+
+    Args:
+        theta: where a kind has none.
+
+    Raises:
+        UserError: as `read_rope` does.
+    """
+    by_kind, older = _fields(config, config.get("rope_parameters")), config.get("rope_scaling")
+    full, sliding, scaling = (_fields(config, v) for v in (by_kind.get(FULL), by_kind.get(SLIDING), older))
+    full = {"rope_theta": config.get("rope_theta") or theta, **full, **scaling}
+    return {
+        FULL: read_rope(config, values=full),
+        SLIDING: read_rope(config, values={"rope_theta": theta, **sliding}),
+    }
+
+
+def _fields(config: HfConfig, values: Any) -> dict[str, Any]:
+    """The fields of an object; of null none. Raises UserError for anything else."""
+    if not isinstance(values or {}, Mapping):
+        raise UserError(f"{config.source}: rope_parameters or rope_scaling is {shown(values)}, not an object")
+    return dict(values or {})
+
+
 def read_rope(
     config: HfConfig,
     *,
+    values: Mapping[str, Any] | None = None,
     partial: bool = False,
     original_positions: int | None = None,
     other_names: Mapping[str, str] | None = None,
@@ -83,6 +112,7 @@ def read_rope(
     """The rotary embedding, and the length beyond which transformers would use other frequencies.
 
     Args:
+        values: its fields; None for those of the config.
         partial: whether the family can rotate part of a head.
         original_positions: the family's own field for `original_max_position_embeddings`, which takes precedence.
         other_names: kinds of scaling by names that only this family has for them.
@@ -92,9 +122,7 @@ def read_rope(
     """
     max_positions = config.size("max_position_embeddings")
     new = config.get("rope_parameters")
-    values = config.get("rope_scaling") or new or {}
-    if not isinstance(values, Mapping):
-        raise UserError(f"{config.source}: rope_parameters or rope_scaling is {shown(values)}, not an object")
+    values = _fields(config, config.get("rope_scaling") or new) if values is None else values
     for name in values:
         if name not in _KNOWN:
             raise UserError(f"{config.source}: {shown(name)} of the rotary embedding is not implemented")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,13 @@ from megatron_tiedlora.base.shapes import OUTPUT, LinearShape, ModelShape, NormS
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.mlp import SwiGlu
-from megatron_tiedlora.model.normed_linear import NormedLinear
+from megatron_tiedlora.model.normed_linear import Norm, NormedLinear
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.model.row_parallel import RowParallelLinear
-from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, detached
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_linear
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
@@ -32,9 +31,10 @@ HEAD_ROWS = 1024
 
 
 class Block(nn.Module):
-    """x = x + attention(norm(x)); x = x + mlp(norm(x)).
+    """x = x + attention(x); x = x + mlp(x). Norms belong to the linears that they precede or follow.
 
-    With `recomputes_gate` the second norm, gate and up are computed again in the backward pass instead of being saved.
+    With `recomputes_gate` gate and up, and the norm before them, are computed again in the backward pass instead of
+    being saved.
     """
 
     def __init__(self, attention: Attention, mlp: SwiGlu, *, recomputes_gate: bool) -> None:
@@ -80,58 +80,13 @@ class Block(nn.Module):
         *,
         recomputes: bool = True,
     ) -> torch.Tensor:
-        """x + mlp(norm(x)), where x is the result of `add_attention`; the same shape.
+        """x + mlp(x), where x is the result of `add_attention`; the same shape.
 
         Args:
             recomputes: False to save gate and up in any case, for a backward pass that follows immediately.
         """
         recomputes = recomputes and self.recomputes_gate
         return hidden + self.mlp(hidden, tensor_parallel, update, recomputes=recomputes)
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        eps: float,
-        kernels: Kernels,
-    ) -> torch.Tensor:
-        normed, root = kernels.normalise(as_rows(hidden), weight.detach(), detached(bias), eps)
-        ctx.save_for_backward(hidden, weight, bias, root)
-        ctx.kernels = kernels
-        return normed.view(hidden.shape)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, root = ctx.saved_tensors
-        rows = (as_rows(gradient), as_rows(hidden))
-        found = ctx.kernels.norm_gradient(*rows, weight.detach(), detached(bias), root)
-        return found.view(hidden.shape), None, None, None, None
-
-
-class Norm(nn.Module):
-    """RMS norm, y = weight * x / sqrt(mean(x^2) + eps), or LayerNorm, that of x - mean(x) plus a bias; see `kernels`.
-
-    It saves its input and one number per token for the backward pass.
-    """
-
-    def __init__(
-        self, hidden_size: int, *, eps: float, norm_has_bias: bool, dtype: torch.dtype, kernels: Kernels
-    ) -> None:
-        super().__init__()
-        self.weight = frozen_parameter(hidden_size, dtype=dtype)
-        self.register_parameter("bias", frozen_parameter(hidden_size, dtype=dtype) if norm_has_bias else None)
-        self.eps = eps
-        self.kernels = kernels
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> (..., d) in the input's dtype."""
-        normed: torch.Tensor = _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels)
-        return normed
 
 
 class Head(nn.Module):
@@ -226,34 +181,29 @@ def layer_specs(
         local_shape = bias_spec(linear).local_shape((linear.out_size,), tp_size)
         return frozen_parameter(*local_shape, dtype=dtype) if linear.bias else None
 
-    def of_norm(norm: NormShape) -> dict[str, Any]:
-        return {"eps": norm.eps, "norm_has_bias": norm.bias_name is not None, "dtype": dtype, "kernels": kernels}
+    def normed(linear: LinearShape, norm: NormShape | None) -> dict[str, Any]:
+        return {"norm": norm, "bias": bias(linear), "dtype": dtype, "kernels": kernels}
 
-    def row_parallel(linear: LinearShape) -> RowParallelLinear:
-        return RowParallelLinear(weight(linear), bias=bias(linear))
+    def row_parallel(linear: LinearShape, norm: NormShape | None) -> RowParallelLinear:
+        own = None if norm is None else Norm(norm, dtype=dtype, kernels=kernels)
+        return RowParallelLinear(weight(linear), bias=bias(linear), norm=own)
 
     def block(index: int) -> nn.Module:
-        parts = shape.block
-        local = replace(shape.heads, num=shape.heads.num // tp_size, num_kv=shape.heads.num_kv // tp_size)
+        parts, local_heads = shape.block, shape.heads.local(tp_size)
+        of_qkv = normed(parts.qkv, parts.attention_norm)
         attention = Attention(
-            QkvLinear(
-                weight(parts.qkv),
-                local,
-                rotates=index not in shape.unrotated,
-                bias=bias(parts.qkv),
-                **of_norm(parts.attention_norm),
-            ),
-            row_parallel(parts.output),
+            QkvLinear(weight(parts.qkv), local_heads, rope=shape.rope_of(index), **of_qkv),
+            row_parallel(parts.output, parts.output_norm),
             kernels=kernels,
             deterministic=deterministic,
         )
-        gate_up = NormedLinear(weight(parts.gate_up), bias=bias(parts.gate_up), **of_norm(parts.mlp_norm))
-        mlp = SwiGlu(gate_up, row_parallel(parts.down), kernels=kernels)
+        gate_up = NormedLinear(weight(parts.gate_up), **normed(parts.gate_up, parts.mlp_norm))
+        mlp = SwiGlu(gate_up, row_parallel(parts.down, parts.down_norm), kernels=kernels)
         return Block(attention, mlp, recomputes_gate=recomputes_gate)
 
     def head() -> nn.Module:
-        norm = Norm(shape.final_norm.size, **of_norm(shape.final_norm))
         own = None if shape.tied_embeddings else weight(shape.head, FrozenWeight.empty)
+        norm = Norm(shape.final_norm, dtype=dtype, kernels=kernels)
         return Head(norm, own, vocab_size=shape.vocab_size, kernels=kernels)
 
     return (

@@ -89,12 +89,12 @@ class _SwiGlu(torch.autograd.Function):
         saved_gate_up = gate_up if reads_gate_up and not step.recomputes else None
         del gate_up  # before the matmul, if it is not saved
         z, down_ax = addend(gated, step.down, down_factors, step.rows)
-        reads_hidden = needs.x or needs.a or (step.recomputes and reads_gate_up)
+        reads_norm = step.gate_up.reads_input(needs)
         ctx.step = step
         ctx.wide = gradient_dtype(grad_a, grad_f, down_grad_a, down_grad_f)
         ctx.save_for_backward(
-            hidden if reads_hidden else None,
-            root if (needs.x or needs.a) and not step.recomputes else None,
+            hidden if reads_norm or (step.recomputes and reads_gate_up) else None,
+            root if reads_norm and not step.recomputes else None,
             saved_gate_up,
             ax if needs.f else None,
             down_ax if of_down.f else None,

@@ -1,6 +1,6 @@
-"""Norm and column-parallel frozen linear with its low-rank update, with a handwritten backward pass.
+"""Norm and column-parallel frozen linear with its low-rank update, with a handwritten backward pass; and norms alone.
 
-    z = W x + c + F A x        x = norm(hidden)
+    z = W x + c + F A x        x = norm(hidden), or hidden where there is no norm
 
 For the backward pass it needs the norm's input, one number per token for the norm, and A x, r numbers per token; x is
 computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/rows.py`;
@@ -13,21 +13,73 @@ and its gradient in the same message as the gradient of x.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.rows import AllRows, apart, beside, flat
+from megatron_tiedlora.base.shapes import NormShape
+from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows, detached
 
 
-class NormedLinear(nn.Module):
-    """The weight and bias of the norm, and this rank's shard of W and its bias."""
+class Norm(nn.Module):
+    """RMS norm, y = weight * x / sqrt(mean(x^2) + eps), or LayerNorm, that of x - mean(x) plus a bias; see `kernels`.
 
+    It saves its input and one number per token for the backward pass.
+    """
+
+    def __init__(self, shape: NormShape, *, dtype: torch.dtype, kernels: Kernels) -> None:
+        super().__init__()
+        self.weight, bias = norm_parameters(shape, dtype)
+        self.register_parameter("bias", bias)
+        self.eps = shape.eps
+        self.kernels = kernels
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., d) in the input's dtype."""
+        normed: torch.Tensor = _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels)
+        return normed
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        kernels: Kernels,
+    ) -> torch.Tensor:
+        normed, root = kernels.normalise(as_rows(hidden), weight.detach(), detached(bias), eps)
+        ctx.save_for_backward(hidden, weight, bias, root)
+        ctx.kernels = kernels
+        return normed.view(hidden.shape)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, root = ctx.saved_tensors
+        rows = (as_rows(gradient), as_rows(hidden))
+        found = ctx.kernels.norm_gradient(*rows, weight.detach(), detached(bias), root)
+        return found.view(hidden.shape), None, None, None, None
+
+
+def norm_parameters(shape: NormShape, dtype: torch.dtype) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The uninitialised weight of a norm, and its bias if it has one."""
+    bias = None if shape.bias_name is None else frozen_parameter(shape.size, dtype=dtype)
+    return frozen_parameter(shape.size, dtype=dtype), bias
+
+
+class NormedLinear(nn.Module):
+    """The weight and bias of the norm, if there is one, and this rank's shard of W and its bias."""
+
+    norm: nn.Parameter | None
     norm_bias: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -35,24 +87,19 @@ class NormedLinear(nn.Module):
         self,
         weight: FrozenWeight,
         *,
+        norm: NormShape | None,
         bias: nn.Parameter | None = None,
-        eps: float,
-        norm_has_bias: bool = False,
         dtype: torch.dtype,
         kernels: Kernels,
     ) -> None:
-        """`weight` is W, (local out, in).
-
-        Args:
-            norm_has_bias: True for a LayerNorm, False for an RMS norm.
-            dtype: of the norm's weight and bias.
-        """
+        """`weight` is W, (local out, in); `dtype` that of the activations."""
         super().__init__()
-        self.eps = eps
+        self.eps = None if norm is None else norm.eps
+        self.dtype = dtype
         self.kernels = kernels
-        in_size = weight.local_shape[1]
-        self.norm = frozen_parameter(in_size, dtype=dtype)
-        self.register_parameter("norm_bias", frozen_parameter(in_size, dtype=dtype) if norm_has_bias else None)
+        own, norm_bias = (None, None) if norm is None else norm_parameters(norm, dtype)
+        self.register_parameter("norm", own)
+        self.register_parameter("norm_bias", norm_bias)
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
 
@@ -74,7 +121,7 @@ class NormedLinear(nn.Module):
 class Parameters(NamedTuple):
     """The norm's weight and bias, and the linear's bias."""
 
-    norm: torch.Tensor
+    norm: torch.Tensor | None
     norm_bias: torch.Tensor | None
     bias: torch.Tensor | None
 
@@ -108,19 +155,25 @@ def gradient_dtype(*stand_ins: torch.Tensor | None) -> torch.dtype | None:
 class Projection:
     """z from the hidden states, and the gradients from dz, as functions that autograd does not record.
 
-    `rows` says which tokens the factors of the update are for.
+    Attributes:
+        eps: of the norm; None if there is none.
+        rows: which tokens the factors of the update are for.
     """
 
     weight: FrozenWeight
-    eps: float
+    eps: float | None
     num_rows: int
     tensor_parallel: TensorParallel
     kernels: Kernels
     rows: AllRows
 
+    def reads_input(self, needs: Needs) -> bool:
+        """Whether `backward` needs the hidden states, and the norm's root if there is a norm."""
+        return needs.a or (needs.x and self.eps is not None)
+
     def forward(
         self, hidden: torch.Tensor, parameters: Parameters, factors: Factors, *, ax: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """z (b, s, local out), the norm's root (..., 1), and A x (b, s, r).
 
         Args:
@@ -128,8 +181,10 @@ class Projection:
             ax: A x, if it is known from an earlier call.
         """
         (norm, norm_bias, bias), (a, f) = parameters, factors
-        normed, root = self.kernels.normalise(as_rows(hidden), norm.detach(), detached(norm_bias), self.eps)
-        normed = normed.view(hidden.shape)
+        normed, root = hidden, None
+        if norm is not None:
+            normed, root = self.kernels.normalise(as_rows(hidden), norm.detach(), detached(norm_bias), self.eps)
+            normed = normed.view(hidden.shape)
         known = ax is not None
         if a is not None and not known:
             ax = self.rows.reduce_input(normed, a, local=True)
@@ -154,13 +209,13 @@ class Projection:
         """The gradients of hidden, A and F.
 
         Args:
-            hidden, root: needed for the gradients of hidden and A.
+            hidden, root: see `reads_input`.
             ax: needed for that of F.
             wide: dtype of the gradients of A and F.
         """
         (norm, norm_bias, _), (a, f) = parameters, factors
         rows = flat(grad_projected)
-        grad_a = grad_f = grad_ax = grad_hidden = None
+        grad_a = grad_f = grad_ax = None
         if needs.f:
             assert ax is not None and wide is not None
             grad_f = self.rows.gradient_of_f(rows, ax, wide)
@@ -170,13 +225,15 @@ class Projection:
         grad_normed, grad_ax = self._leave(grad_normed, grad_ax, a, needs_ax=needs.a)
         if needs.a:
             assert grad_ax is not None and hidden is not None and wide is not None
-            normed = self.kernels.apply_norm(as_rows(hidden), norm.detach(), detached(norm_bias), root)
+            normed = as_rows(hidden)
+            if norm is not None:
+                normed = self.kernels.apply_norm(normed, norm.detach(), detached(norm_bias), root)
             grad_a = self.rows.gradient_of_a(grad_ax, normed, wide, local=True)
-        if grad_normed is not None:
-            assert hidden is not None
-            inputs = (as_rows(grad_normed), as_rows(hidden))
-            found = self.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root)
-            grad_hidden = found.view(hidden.shape)
+        if norm is None or grad_normed is None:
+            return grad_normed, grad_a, grad_f
+        assert hidden is not None
+        inputs = (as_rows(grad_normed), as_rows(hidden))
+        grad_hidden = self.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root).view(hidden.shape)
         return grad_hidden, grad_a, grad_f
 
     def _enter(

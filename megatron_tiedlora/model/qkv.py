@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
-from megatron_tiedlora.base.shapes import HeadShape
+from megatron_tiedlora.base.shapes import HeadShape, RopeShape
 from megatron_tiedlora.model.normed_linear import Factors, Needs, NormedLinear, Parameters, Projection, gradient_dtype
 from megatron_tiedlora.parallel.backward import first_derivative_only
+from megatron_tiedlora.parallel.collectives import all_reduce
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
-from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
 
 
@@ -26,13 +27,17 @@ class QkvLinear(NormedLinear):
     key_norm: nn.Parameter | None
 
     def __init__(
-        self, weight: FrozenWeight, local_heads: HeadShape, *, rotates: bool = True, dtype: torch.dtype, **others: Any
+        self, weight: FrozenWeight, local_heads: HeadShape, *, rope: RopeShape | None, dtype: torch.dtype, **others: Any
     ) -> None:
-        """`others`: what the norm and the linear need beside `weight` and `dtype`; see `NormedLinear`."""
+        """Without `rope` queries and keys are not rotated.
+
+        Args:
+            others: what the norm and the linear need beside `weight` and `dtype`; see `NormedLinear`.
+        """
         super().__init__(weight, dtype=dtype, **others)
-        assert rotates or not local_heads.norms, "no family has norms of heads that are not rotated"
+        assert rope or not local_heads.norms, "no family has norms of heads that are not rotated"
         self.heads = local_heads
-        self.rotates = rotates
+        self.rope = rope
         for name, norm in (("query_norm", local_heads.query_norm), ("key_norm", local_heads.key_norm)):
             self.register_parameter(name, None if norm is None else frozen_parameter(norm.size, dtype=dtype))
 
@@ -50,22 +55,22 @@ class QkvLinear(NormedLinear):
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
             num_rows: b.
-            table: cos and sin of the tokens' positions, see `rotation_table`.
+            table: cos and sin of the tokens' positions, if it rotates; see `rotation_table`.
         """
         a, f, grad_a, grad_f, rows = update or LinearUpdate()
         projection = self.projection(tensor_parallel, num_rows=num_rows, rows=rows)
         results: tuple[torch.Tensor, ...] = _Qkv.apply(
-            hidden, grad_a, grad_f, Factors(a, f), self.tensors, projection, self.epilogue(table)
+            hidden, grad_a, grad_f, Factors(a, f), self.tensors, projection, self.epilogue(table, tensor_parallel.group)
         )
         return results
 
-    def epilogue(self, table: tuple[torch.Tensor, ...]) -> PlainHeads:
-        """The heads as they are, `RotatedHeads`, or `RotatedNormedHeads` if they have norms."""
-        if not self.rotates:
+    def epilogue(self, table: tuple[torch.Tensor, ...], group: RankGroup) -> PlainHeads:
+        """The heads as they are, rotated, or if they have norms normalised and rotated."""
+        if self.rope is None:
             return PlainHeads(self.heads)
         if self.query_norm is None or self.key_norm is None:
             return RotatedHeads(self.heads, self.kernels, table)
-        return RotatedNormedHeads(self.heads, self.kernels, table, (self.query_norm, self.key_norm))
+        return RotatedNormedHeads(self.heads, self.kernels, table, (self.query_norm, self.key_norm), group)
 
 
 class _Qkv(torch.autograd.Function):
@@ -86,7 +91,7 @@ class _Qkv(torch.autograd.Function):
         ctx.projection, ctx.heads = projection, heads
         ctx.wide = gradient_dtype(grad_a, grad_f)
         ctx.save_for_backward(
-            *((hidden, root) if needs.x or needs.a else (None, None)),
+            *((hidden, root) if projection.reads_input(needs) else (None, None)),
             ax if needs.f else None,
             *(*factors, *parameters[:2], *saved),
         )
@@ -159,37 +164,57 @@ class RotatedHeads(PlainHeads):
 
 @dataclass(frozen=True)
 class RotatedNormedHeads(RotatedHeads):
-    """The same with an RMS norm of each head of queries and keys before the rotation.
+    """The same with an RMS norm of each head of queries and keys before the rotation, or of all heads together.
 
-    It saves its result, which attention saves too, and one number per token per head.
+    It saves its result, which attention saves too, and one number per token per norm. All heads together are those of
+    all ranks: the means of the ranks' equally many heads are summed over the group, two numbers per token, in one
+    message in each pass.
 
     Attributes:
-        norms: weights of the norms of queries and of keys, (head_dim,).
+        norms: weights of the norms of queries and of keys, (head_dim,), or (heads * head_dim,) of all heads.
+        group: the ranks that share the heads.
     """
 
     norms: tuple[torch.Tensor, torch.Tensor]
+    group: RankGroup
 
     def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Queries, keys and values; the heads, the norms' roots, cos, sin and the norms' weights."""
-        assert self.heads.query_norm is not None
-        rotated, root = self.kernels.rotate_normed(
-            self._split(projected), *self.table, self._weight(self.norms), self.heads.query_norm.eps
-        )
+        heads, weight, norm = self._split(projected), self._weight(self.norms), self.heads.norms[0]
+        if norm.sharded:
+            means = self._over_ranks(self.kernels.square_means(heads, self.heads.num, self.heads.num_kv))
+            root = torch.rsqrt(means + norm.eps)
+            rotated = self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight)
+        else:
+            rotated, root = self.kernels.rotate_normed(heads, *self.table, weight, norm.eps)
         return self._joined(rotated, projected.shape), (rotated, root, *self.table, *self.norms)
 
     def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
         """The gradient of [Q | K | V] from the gradients of the rotated heads."""
         rotated, root, cos, sin, *norms = saved
-        batch, _, length, _ = gradients[0].shape
-        found = self.kernels.rotate_normed_gradient(
-            *_by_token(gradients), rotated.detach(), root, cos, sin, self._weight(norms)
-        )
+        (batch, _, length, _), (query, key, value) = gradients[0].shape, _by_token(gradients)
+        rotated, others = rotated.detach(), (cos, sin, self._weight(norms))
+        if self.heads.norms[0].sharded:
+            mean = self._over_ranks(self.kernels.product_means(query, key, rotated))
+            numbers = self._by_head(root), self._by_head(mean)
+            found = self.kernels.rotate_with_root_gradient(query, key, value, rotated, *numbers, *others)
+        else:
+            found = self.kernels.rotate_normed_gradient(query, key, value, rotated, root, *others)
         return found.view(batch, length, -1)
 
     def _weight(self, norms: Sequence[torch.Tensor]) -> torch.Tensor:
         """The norm's weight of each head, (num + num_kv, head_dim)."""
-        numbers = (self.heads.num, self.heads.num_kv)
-        return torch.cat([norm.detach().expand(count, -1) for norm, count in zip(norms, numbers, strict=True)])
+        counts = self.heads.num, self.heads.num_kv
+        by_head = (norm.detach().view(-1, self.heads.dim) for norm in norms)
+        return torch.cat([norm.expand(count, -1) for norm, count in zip(by_head, counts, strict=True)])
+
+    def _over_ranks(self, means: torch.Tensor) -> torch.Tensor:
+        return all_reduce(means, self.group) / self.group.size
+
+    def _by_head(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Numbers of queries and of keys, (T, 2), for each of their heads, (T, num + num_kv, 1)."""
+        counts = self.heads.num, self.heads.num_kv
+        return torch.cat([numbers[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)[..., None]
 
 
 def _by_token(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:

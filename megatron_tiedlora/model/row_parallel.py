@@ -1,6 +1,6 @@
-"""The row-parallel frozen linear with its low-rank update.
+"""The row-parallel frozen linear with its low-rank update, and the norm behind it, if there is one.
 
-    y = sum_i z_i + c        z_i = W_i x_i + F A_i x_i        W = [W_1, ..., W_p], A = [A_1, ..., A_p]
+    y = norm(sum_i z_i + c)        z_i = W_i x_i + F A_i x_i        W = [W_1, ..., W_p], A = [A_1, ..., A_p]
 
 Every rank has its own features x_i, and computes an addend of the output, which is summed over the ranks. The update is
 part of the addend, so it adds no message: A is sharded like the columns of W, and its gradient is complete on its rank.
@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
-from megatron_tiedlora.model.normed_linear import Factors, Needs, gradient_dtype
+from megatron_tiedlora.model.normed_linear import Factors, Needs, Norm, gradient_dtype
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import leave_tensor_parallel_region
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, register
@@ -24,15 +24,18 @@ from megatron_tiedlora.parallel.groups import TensorParallel
 
 
 class RowParallelLinear(nn.Module):
-    """This rank's columns of W, and the bias."""
+    """This rank's columns of W, the bias and the norm."""
 
     bias: nn.Parameter | None
 
-    def __init__(self, weight: FrozenWeight, *, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self, weight: FrozenWeight, *, bias: nn.Parameter | None = None, norm: Norm | None = None
+    ) -> None:
         """`weight` is W_i, (out, local in)."""
         super().__init__()
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
+        self.norm = norm
 
     def forward(
         self, local_hidden: torch.Tensor, tensor_parallel: TensorParallel, update: LinearUpdate | None = None
@@ -43,9 +46,13 @@ class RowParallelLinear(nn.Module):
         return self.total(result, tensor_parallel)
 
     def total(self, addend: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """The sum of the ranks' addends (b, s, out), as activations between layers. The bias is added once."""
+        """y from the ranks' addends (b, s, out), as activations between layers. The bias is added once.
+
+        Under sequence parallelism the norm is that of this rank's part of the sequence.
+        """
         output = leave_tensor_parallel_region(addend, tensor_parallel)
-        return output if self.bias is None else output + self.bias
+        output = output if self.bias is None else output + self.bias
+        return output if self.norm is None else self.norm(output)
 
 
 def addend(

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
-from megatron_tiedlora.base.shapes import QKV
+from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, TARGET_NAMES
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.layer_specs import LayerSpec
@@ -112,7 +112,7 @@ class Stage(nn.Module):
 
     @property
     def attention(self) -> Attention:
-        """The attention of the first block; the other blocks differ from it only in their weights."""
+        """The attention of the first block; the other blocks differ from it only in weights and rotation."""
         block: Any = self.layers[str(self.blocks[0])]
         attention: Attention = block.attention
         return attention
@@ -221,10 +221,9 @@ class Stage(nn.Module):
 
     def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
         """Uninitialised activations between layers on this rank, for rows (num_rows, length)."""
-        norm = self.attention.qkv.norm
-        parts = self.tensor_parallel.sequence_parts
+        qkv, parts = self.attention.qkv, self.tensor_parallel.sequence_parts
         shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
-        return norm.new_empty(*shape, len(norm))
+        return qkv.frozen.tensor.new_empty(*shape, qkv.frozen.local_shape[1], dtype=qkv.dtype)
 
     def read_adapter(self, shares: Shares = ()) -> dict[int, LayerUpdate]:
         """The updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered.
@@ -234,7 +233,7 @@ class Stage(nn.Module):
         """
         if self.bank is None:
             return {}
-        return self.bank.updates(shares, self.tensor_parallel, dtype=self.attention.qkv.norm.dtype)
+        return self.bank.updates(shares, self.tensor_parallel, dtype=self.attention.qkv.dtype)
 
     def embed(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
         """Tokens (b, s) int64 -> activations between layers."""
@@ -253,7 +252,11 @@ class Stage(nn.Module):
         """What the attention of every block needs to know about the tokens; see `Attention.context`."""
         cache = caches[0] if caches else None
         several = shares if len(shares) > 1 else ()
-        return self.attention.context(positions, dtype, documents=documents, cache=cache, shares=several)
+        blocks: list[Any] = [self.layers[str(index)] for index in self.blocks]
+        ropes = dict.fromkeys(block.attention.qkv.rope for block in blocks)
+        return self.attention.context(
+            positions, dtype, documents=documents, cache=cache, shares=several, ropes=ropes
+        )
 
     def run_blocks(
         self,
@@ -273,8 +276,8 @@ class Stage(nn.Module):
             block: Any = self.layers[str(index)]
             update = updates.get(index)
             stops = self.head is not None and index == self.blocks[-1]
-            call = block.attention.attend if stops else block
-            if self.recompute == "full" and (hidden.requires_grad or _trains(update, only_qkv=stops)):
+            call, targets = (block.attention.attend, ATTENTION_TARGETS) if stops else (block, TARGET_NAMES)
+            if self.recompute == "full" and (hidden.requires_grad or _trains(update, targets)):
                 call = partial(checkpoint, call, use_reentrant=False)  # it saves only its arguments
             cache = caches[number] if caches else None
             result = call(hidden, context, tensor_parallel, update=update, cache=cache)
@@ -284,7 +287,7 @@ class Stage(nn.Module):
         return hidden
 
 
-def _trains(update: LayerUpdate | None, *, only_qkv: bool) -> bool:
-    """Whether a gradient is wanted of one of the factors."""
-    linears = [linear for name, linear in (update or {}).items() if name == QKV or not only_qkv]
+def _trains(update: LayerUpdate | None, targets: Sequence[str]) -> bool:
+    """Whether a gradient is wanted of one of the factors of these targets."""
+    linears = [linear for name, linear in (update or {}).items() if name in targets]
     return any(tensor is not None for linear in linears for tensor in (linear.grad_a, linear.grad_f))

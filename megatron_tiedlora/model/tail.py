@@ -14,7 +14,7 @@ import torch
 
 from megatron_tiedlora.adapters.adapter_bank import Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.base.shapes import DOWN, GATE_UP
+from megatron_tiedlora.base.shapes import MLP_TARGETS
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.layer_specs import Block, Head
 from megatron_tiedlora.parallel.backward import run_with_early_backward
@@ -38,7 +38,7 @@ class Attended(NamedTuple):
     @property
     def mlp_update(self) -> LayerUpdate:
         """The part of the update that belongs to the MLP."""
-        return {name: linear for name, linear in (self.update or {}).items() if name in (GATE_UP, DOWN)}
+        return {name: linear for name, linear in (self.update or {}).items() if name in MLP_TARGETS}
 
     def with_function(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Attended:
         """The same with `function`, which returns its input's values, applied to a tensor that needs a gradient."""

@@ -125,7 +125,7 @@ def _norm(norm: NormShape, *, layer: int, stored: str) -> Iterator[WeightRule]:
     for kind, name in (("weight", norm.name), ("bias", norm.bias_name)):
         if name is not None:
             part = StoredPart(f"{stored}{norm.source}.{kind}", (norm.size,), 0, norm.size)
-            spec = ShardSpec(None, (norm.size,))
+            spec = ShardSpec(0 if norm.sharded else None, (norm.size,))
             yield WeightRule(f"layers.{layer}.{name}", layer, None, (norm.size,), spec, (part,))
 
 

@@ -133,9 +133,35 @@ def rotate_normed(
     Returns:
         The heads (T, n, head_dim), and the root of each norm, (T, m, 1) `upcast`; see `normalise`.
     """
+    root = torch.rsqrt(upcast(heads[:, : len(weight)]).square().mean(-1, keepdim=True) + eps)
+    return rotate_with_root(heads, cos, sin, root, weight), root
+
+
+def rotate_with_root(
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, root: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """The heads of `rotate_normed`, if the roots of the norms are known."""
     count = len(weight)
-    normed, root = normalise(heads[:, :count], weight, None, eps)
-    return torch.cat((_rotated(normed, cos, sin), heads[:, count:]), dim=1), root
+    normed = apply_norm(heads[:, :count], weight, None, root)
+    return torch.cat((_rotated(normed, cos, sin), heads[:, count:]), dim=1)
+
+
+def square_means(heads: torch.Tensor, num: int, num_kv: int) -> torch.Tensor:
+    """The means of x^2 over all of the first `num` heads, and over the next `num_kv`: (T, 2) `upcast`."""
+    return _means(upcast(heads[:, : num + num_kv]).square(), num)
+
+
+def product_means(query: torch.Tensor, key: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
+    """The means of g n over all queries and over all keys, (T, 2) `upcast`, for the gradient of a norm of all heads.
+
+    In `norm_gradient`'s words; g n is the product of a rotated head, `rotated`, and its gradient, `query` or `key`.
+    """
+    gradient = upcast(torch.cat((query, key), dim=1))
+    return _means(gradient * rotated[:, : gradient.shape[1]], query.shape[1])
+
+
+def _means(numbers: torch.Tensor, num: int) -> torch.Tensor:
+    return torch.stack((numbers[:, :num].mean((1, 2)), numbers[:, num:].mean((1, 2))), dim=1)
 
 
 def rotate_normed_gradient(
@@ -157,11 +183,39 @@ def rotate_normed_gradient(
         query, key, value: gradients, each (T, heads, head_dim).
         rotated, root: the results of `rotate_normed`.
     """
+    weighted, normed = _turned_back(query, key, rotated, cos, sin, weight)
+    return torch.cat((_norm_gradient(weighted, normed, root, None).to(value.dtype), value), dim=1)
+
+
+def rotate_with_root_gradient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rotated: torch.Tensor,
+    root: torch.Tensor,
+    mean: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """The same for `rotate_with_root`, if the mean of g n is known for each head, (T, m, 1); see `product_means`."""
+    weighted, normed = _turned_back(query, key, rotated, cos, sin, weight)
+    return torch.cat((((weighted - normed * mean) * root).to(value.dtype), value), dim=1)
+
+
+def _turned_back(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rotated: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    weight: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """g and n of queries and keys, (T, m, head_dim); see `norm_gradient`."""
     weighted = upcast(torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin)), dim=1)) * weight
     wide_cos, wide_sin = upcast(cos), upcast(sin)
     squared = wide_cos.square() + wide_sin.square()
-    normed = _rotated(upcast(rotated[:, : len(weight)]), wide_cos / squared, -wide_sin / squared) / weight
-    return torch.cat((_norm_gradient(weighted, normed, root, None).to(value.dtype), value), dim=1)
+    return weighted, _rotated(upcast(rotated[:, : len(weight)]), wide_cos / squared, -wide_sin / squared) / weight
 
 
 def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -237,6 +291,10 @@ class Kernels:
     rotate_gradient: Callable[..., torch.Tensor] = rotate_gradient
     rotate_normed: Callable[..., tuple[torch.Tensor, torch.Tensor]] = rotate_normed
     rotate_normed_gradient: Callable[..., torch.Tensor] = rotate_normed_gradient
+    rotate_with_root: Callable[..., torch.Tensor] = rotate_with_root
+    rotate_with_root_gradient: Callable[..., torch.Tensor] = rotate_with_root_gradient
+    square_means: Callable[[torch.Tensor, int, int], torch.Tensor] = square_means
+    product_means: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = product_means
     exp_scores_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = exp_scores_
     score_gradient_: Callable[..., None] = score_gradient_
     row_log_sums: Callable[[torch.Tensor], torch.Tensor] = row_log_sums

@@ -1,4 +1,4 @@
-"""bitsandbytes' kernels that dequantise nf4, where they are installed and give the bits of `quantise.dequantise_nf4`.
+"""bitsandbytes' kernels that dequantise nf4, where they are installed and give the bits of `quantise`.
 
 They are right only if rows are whole blocks: elsewhere the CPU's (0.50.2) returns other numbers without an error. So a
 kernel is compared once with plain torch before it is used.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.extras import install_hint
-from megatron_tiedlora.parallel.quantise import dequantise_nf4
+from megatron_tiedlora.parallel.quantise import dequantise_blocks
 
 # (packed codes (rows, width / 2), scales (rows, blocks) fp32, codes for each scale, result (rows, width)) -> None
 Kernel = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], None]
@@ -92,7 +92,7 @@ def _is_right(kernel: Kernel, device_type: str, dtype: torch.dtype) -> bool:
         width = 5 * block
         codes = torch.arange(256, dtype=torch.uint8).repeat(5 * block // 16).view(-1, width // 2)
         scales = torch.linspace(1e-6, 3.0, len(codes) * 5).view(-1, 5)
-        expected = dequantise_nf4(codes, scales, width, block).to(dtype)
+        expected = dequantise_blocks(codes, scales, width, block).to(dtype)
         found = torch.empty_like(expected, device=device_type)
         try:
             kernel(codes.to(device_type), scales.to(device_type), block, found)

@@ -2,8 +2,8 @@
 
     value = scale * level(code)        scale = largest |value| of the block or row / largest level
 
-nf4 has 16 levels, of which the largest is 1, and two codes in a byte, the first in its upper half. int8 has the levels
--127 to 127, fp8 those of float8_e4m3fn, of which the largest is 448.
+A format with a scale for each block has up to 16 levels, in `LEVELS`, and two codes in a byte, the first in its upper
+half. int8 has the levels -127 to 127, fp8 those of float8_e4m3fn, of which the largest is 448.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ NF4_LEVELS = (
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+LEVELS = {"nf4": NF4_LEVELS}  # of each format with a scale for each block, in ascending order
 LARGEST_LEVEL = {"int8": 127.0, "fp8": 448.0}
 CODE_TYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LEAST_DIVISOR = 1e-38  # of bitsandbytes
@@ -28,49 +29,51 @@ _LEAST_SCALE = 2.0**-120
 
 
 @cache  # a copy to a GPU would wait for it at every weight
-def nf4_levels(device: torch.device) -> torch.Tensor:
-    """The 16 levels, fp32."""
-    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+def levels_of(name: str, device: torch.device) -> torch.Tensor:
+    """The levels of a format by code, fp32."""
+    return torch.tensor(LEVELS[name], dtype=torch.float32, device=device)
 
 
-def quantise_nf4(values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_blocks(values: torch.Tensor, block: int, name: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (rows, width) uint8 of 0 to 15, not packed, and scales (rows, number of blocks) fp32, from rows of values.
 
-    The codes are those of bitsandbytes for each row padded with zeros to whole blocks. The scales are too, but
+    In nf4 the codes are those of bitsandbytes for each row padded with zeros to whole blocks. The scales are too, but
     `without_tiny` ones.
     """
     rows, width = values.shape
     blocks = functional.pad(values.float(), (0, -width % block)).view(rows, -1, block)
-    scales = blocks.abs().amax(-1)
+    scales = blocks.abs().amax(-1) / LEVELS[name][-1]
     scaled = blocks * (1.0 / scales.clamp(min=_LEAST_DIVISOR))[..., None]
-    codes, levels = torch.zeros_like(scaled, dtype=torch.uint8), nf4_levels(torch.device("cpu"))
+    codes, levels = torch.zeros_like(scaled, dtype=torch.uint8), levels_of(name, torch.device("cpu"))
     for border in ((levels[:-1] + levels[1:]) / 2).tolist():  # torch.bucketize takes twice as long on a CPU
         codes += scaled > border
     return codes.view(rows, -1)[:, :width], without_tiny(scales)
 
 
 def without_tiny(scales: torch.Tensor) -> torch.Tensor:
-    """nf4's scales, with 0 for those below 2^-120.
+    """Scales of blocks, with 0 for those below 2^-120.
 
     Values of such a block can be subnormal, and some CPUs make zeros of these as they round to bf16, others do not.
     """
     return torch.where(scales.abs() < _LEAST_SCALE, 0.0, scales)
 
 
-def pack_nf4(codes: torch.Tensor) -> torch.Tensor:
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """Codes (rows, width) of 0 to 15, two in a byte: (rows, ceil(width / 2)). An odd row ends with code 0."""
     pairs = functional.pad(codes, (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))
     return (pairs[..., 0] << 4) | pairs[..., 1]
 
 
-def unpack_nf4(packed: torch.Tensor, width: int) -> torch.Tensor:
-    """The inverse of `pack_nf4`, (rows, width) uint8."""
+def unpack_codes(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """The inverse of `pack_codes`, (rows, width) uint8."""
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)[:, :width]
 
 
-def dequantise_nf4(packed: torch.Tensor, scales: torch.Tensor, width: int, block: int) -> torch.Tensor:
+def dequantise_blocks(
+    packed: torch.Tensor, scales: torch.Tensor, width: int, block: int, name: str = "nf4"
+) -> torch.Tensor:
     """Values (rows, width) fp32 of packed codes whose scales (rows, number of blocks) are each for `block` codes."""
-    values = nf4_levels(packed.device)[unpack_nf4(packed, width).int()]
+    values = levels_of(name, packed.device)[unpack_codes(packed, width).int()]
     whole = width - width % block
     values[:, :whole].unflatten(1, (-1, block)).mul_(scales[:, : whole // block, None])
     values[:, whole:].mul_(scales[:, whole // block :])
@@ -81,8 +84,8 @@ def quantised_rows(values: torch.Tensor, storage: BaseFormat) -> torch.Tensor:
     """What a format makes of whole rows, (rows, width) fp32: D(W) for W."""
     if storage.block is None:
         return dequantise_rows(*quantise_rows(values, row_maxima(values), storage.name))
-    codes, scales = quantise_nf4(values, storage.block)
-    return dequantise_nf4(pack_nf4(codes), scales, values.shape[1], storage.block)
+    codes, scales = quantise_blocks(values, storage.block, storage.name)
+    return dequantise_blocks(pack_codes(codes), scales, values.shape[1], storage.block, storage.name)
 
 
 def row_maxima(values: torch.Tensor) -> torch.Tensor:

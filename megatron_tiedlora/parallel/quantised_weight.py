@@ -22,20 +22,20 @@ from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.nf4_kernels import nf4_kernel
 from megatron_tiedlora.parallel.quantise import (
     CODE_TYPE,
-    dequantise_nf4,
+    dequantise_blocks,
     dequantise_rows,
     has_nan,
-    pack_nf4,
-    quantise_nf4,
+    pack_codes,
+    quantise_blocks,
     quantise_rows,
     row_maxima,
-    unpack_nf4,
+    unpack_codes,
     without_tiny,
 )
 
 # Numbers that are processed at one time on a CPU: their temporaries stay in its cache.
 _AT_ONCE = 2**19
-_QUANTISED_AT_ONCE = 2**17  # in nf4, which needs more of them
+_QUANTISED_AT_ONCE = 2**17  # in blocks, which needs more of them
 
 
 class Workspace:
@@ -223,7 +223,7 @@ def row_parts(num_rows: int, width: int, at_once: int, *, on_gpu: bool) -> Itera
 
 
 class BlockScaledWeight(QuantisedWeight):
-    """nf4: a scale for each block of a row."""
+    """nf4 and other formats of 4 bits with a scale for each block of a row, which differ in their levels."""
 
     def columns_to_read(self, columns: Columns) -> slice:
         """The columns of the full tensor that make up whole blocks around a shard's own."""
@@ -235,13 +235,13 @@ class BlockScaledWeight(QuantisedWeight):
         block = self.storage.block
         assert block is not None
         for rows in self._parts(num_rows=len(values), at_once=_QUANTISED_AT_ONCE):
-            codes, scales = quantise_nf4(self._moved(values[rows]), block)
+            codes, scales = quantise_blocks(self._moved(values[rows]), block, self.storage.name)
             self._store_own(slice(start + rows.start, start + rows.stop), codes, scales, columns)
 
     def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None:
         read = self.columns_to_read(columns)
         for rows in self._parts(num_rows=len(codes)):
-            unpacked = unpack_nf4(self._moved(codes[rows]), read.stop - read.start)
+            unpacked = unpack_codes(self._moved(codes[rows]), read.stop - read.start)
             kept = without_tiny(self._moved(scales[rows]))
             self._store_own(slice(start + rows.start, start + rows.stop), unpacked, kept, columns)
 
@@ -252,16 +252,16 @@ class BlockScaledWeight(QuantisedWeight):
         before = columns.start - self.columns_to_read(columns).start
         # The block of the full tensor in which each stored block lies.
         blocks = (before + torch.arange(self.scale_bits.shape[1], device=self.tensor.device) * self.block) // block
-        self._store(rows, pack_nf4(codes[:, before : before + width]), scales[:, blocks])
+        self._store(rows, pack_codes(codes[:, before : before + width]), scales[:, blocks])
 
     def _dequantise(self, out: torch.Tensor) -> None:
         codes, scales = self.tensor.detach(), self.scales
-        kernel = nf4_kernel(out, self.block)
+        kernel = nf4_kernel(out, self.block) if self.storage.name == "nf4" else None
         if kernel is not None:
             kernel(codes, scales, self.block, out)
             return
         for rows in self._parts():
-            out[rows] = dequantise_nf4(codes[rows], scales[rows], out.shape[1], self.block)
+            out[rows] = dequantise_blocks(codes[rows], scales[rows], out.shape[1], self.block, self.storage.name)
 
 
 class RowScaledWeight(QuantisedWeight):

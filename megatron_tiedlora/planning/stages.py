@@ -231,7 +231,7 @@ class StageOwners:
                 owners,
                 earlier=everywhere or first < block,
                 ends=stage.ends_in(block),
-                rotates=block not in stage.shape.unrotated,
+                rotates=stage.shape.rope_of(block) is not None,
             )
             found.setdefault(kind, []).append(block)
         return tuple(

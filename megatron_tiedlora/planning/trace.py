@@ -192,8 +192,8 @@ class Tracer:
 
     def _stage(self, kind: str) -> Stage:
         """A stage of one block that rotates or does not, of the last block and the head, or of the embedding."""
-        last, unrotated = self.shape.num_layers, self.shape.unrotated
-        blocks = {(index in unrotated): index for index in range(1, last + 1)}
+        last = self.shape.num_layers
+        blocks = {self.shape.rope_of(index) is None: index for index in range(1, last + 1)}
         specs = {
             "embedding": [self._specs[0]],
             "block": [self._specs[blocks.get(False, 1)]],
@@ -345,7 +345,8 @@ class Tracer:
 
     def _context(self, stage: Stage, tokens: int) -> AttentionContext:
         positions = torch.empty(1, tokens, dtype=torch.int64, device=META)
-        table = rotation_table(positions, stage.attention.qkv.heads, self.dtype)
+        rope = stage.attention.qkv.rope
+        tables = {} if rope is None else {rope: rotation_table(positions, self.shape.heads, self.dtype)}
 
         def by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
             if self.dtype == torch.float32:  # the memory-efficient kernel gets keys and values for every query head
@@ -361,7 +362,7 @@ class Tracer:
 
         documents = Documents([0, tokens], positions[0, :2], tokens)
         on_gpu = partial(attend_within, documents=documents, attend=by_token)
-        return AttentionContext(positions, table, attend=on_gpu if self._on_gpu else by_tiles)
+        return AttentionContext(positions, tables, attend=on_gpu if self._on_gpu else by_tiles)
 
 
 def _supervised(sizes: Sizes) -> Supervised:

@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -145,7 +145,7 @@ def warm_up_widths(
         vocab_size=-(-shape.vocab_size // tp_size),
         intermediate_size=shape.intermediate_size // tp_size,
         num_layers=2,
-        heads=replace(shape.heads, num=shape.heads.num // tp_size, num_kv=shape.heads.num_kv // tp_size),
+        heads=shape.heads.local(tp_size),
     )
     _call_all(kernels.marked(), widths, 3, 696, dtype=dtype, device=device)
     with torch.no_grad():

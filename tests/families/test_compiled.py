@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -32,11 +33,20 @@ def everything() -> ModelShape:
     return replace(shape, block=replace(shape.block, heads=replace(shape.heads, **norms)))
 
 
+def behind() -> ModelShape:
+    """Norms after attention and MLP, and of all heads."""
+    sizes = {"vocab_size": 500, "num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 250}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}
+    return shape_from_hf({"model_type": "olmo2", **sizes, **heads})
+
+
 @pytest.mark.cpu_seconds(20, reason="it compiles the kernels of every norm and rotation once")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_once_for_all_sizes_with_the_same_numbers() -> None:
-    shape = everything()
-    assert shape.heads.rotary_dim == 8 and shape.final_norm.bias_name is not None
+@pytest.mark.parametrize("make", [everything, behind])
+def test_compiled_once_for_all_sizes_with_the_same_numbers(make: Callable[[], ModelShape]) -> None:
+    shape = make()
+    if make is everything:
+        assert shape.heads.rotary_dim == 8 and shape.final_norm.bias_name is not None
     compiled = compiled_kernels(shape, dtype=torch.float32, device=HOST)
     cases = ((2, 136, True, "none"), (5, 203, False, "selective"), (1, 64, False, "full"))
     for rows, length, packed, recompute in cases:

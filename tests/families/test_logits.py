@@ -74,6 +74,7 @@ def test_greedy_decoding_token_for_token(model: tuple[ModelSource, Any, Any]) ->
     ("phi3", "has other frequencies beyond 64 tokens (original_max_position_embeddings). Longer rows are not"),
     ("phi3 mha", "sees 64 tokens at a time (sliding_window)"),
     ("qwen3", "was trained for 256 positions. Give at most 256"),
+    ("olmo3", "sees 64 tokens at a time (sliding_window)"),
 ])  # fmt: skip
 def test_longer_rows_than_are_computed_are_rejected_with_both_numbers(tmp_path: Path, name: str, said: str) -> None:
     source = find_model(str(write_tiny_model(tmp_path / "model", tokenizer=False, num_layers=1, **FAMILY_MODELS[name])))

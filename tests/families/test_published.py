@@ -67,6 +67,20 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
          "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}, "use_sliding_window": False},
         65536, 128,
     ),
+    "OLMo-2-1124-7B": (
+        {"model_type": "olmo2", "attention_bias": False, "attention_dropout": 0.0, "max_position_embeddings": 4096,
+         "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 500000,
+         "tie_word_embeddings": False, "vocab_size": 100352, "pad_token_id": 100277, "hidden_act": "silu"},
+        4096, 128,
+    ),
+    "Olmo-3-7B": (
+        {"model_type": "olmo3", "attention_bias": False, "sliding_window": 4096,
+         "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 8,
+         "rope_scaling": {"attention_factor": 1.2079441541679836, "beta_fast": 32, "beta_slow": 1, "factor": 8.0,
+                          "original_max_position_embeddings": 8192, "rope_type": "yarn"},
+         "max_position_embeddings": 65536, "rope_theta": 500000, "vocab_size": 100278},
+        4096, 128,
+    ),
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.shapes import HeadShape, ModelShape, StoredRows
+from megatron_tiedlora.base.shapes import HeadShape, LinearScaling, ModelShape, RopeShape, StoredRows
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.model.families import FAMILIES, shape_from_hf
@@ -188,11 +188,11 @@ def test_a_family_that_is_not_there_is_rejected_with_those_that_are() -> None:
 @pytest.mark.parametrize(("model_type", "reason"), [
     ("mixtral", "it is a mixture of experts"), ("qwen3_moe", "it is a mixture of experts"),
     ("deepseek_v3", "it is a mixture of experts"), ("mamba", "it has layers without attention"),
-    ("qwen3_next", "it is a mixture of experts"), ("gemma2", "it has norms after attention and MLP"),
+    ("qwen3_next", "it is a mixture of experts"), ("glm4", "it rotates neighbouring elements of a head"),
     ("gemma3", "its text model is part of a multimodal one"), ("falcon", "its attention and MLP have the same input"),
-    ("olmo2", "it has norms after attention and MLP"),
+    ("gemma2", "it multiplies what flows between its layers by factors"),
     ("granite", "it multiplies what flows between its layers by factors"),
-    ("gemma3_text", "it has norms after attention and MLP"), ("nemotron", "its MLP has no gate"),
+    ("gemma3_text", "it multiplies what flows between its layers by factors"), ("nemotron", "its MLP has no gate"),
     ("gpt_neox", "its attention and MLP have the same input"),
 ])  # fmt: skip
 def test_models_that_are_out_of_reach_are_rejected_with_the_reason(model_type: str, reason: str) -> None:
@@ -231,6 +231,40 @@ def test_what_qwen2_does_not_compute_is_rejected(changes: dict[str, Any], said: 
     with pytest.raises(UserError, match=said):
         shape_from_hf({"model_type": "qwen2", **SIZES, **changes})
     assert shape_from_hf({"model_type": "qwen2", **SIZES, "num_key_value_heads": None}).heads.num_kv == 32
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"layer_types": ["full_attention"] * 2}, "is not a list of 3 kinds of layers"),
+    ({"layer_types": ["full_attention", "chunked_attention", {}]}, "is not a list of 3 kinds of layers"),
+    ({"sliding_window": None}, "layer_types has 'sliding_attention', which is not implemented"),
+    ({"rope_parameters": {"sliding_attention": 7}}, "rope_parameters or rope_scaling is 7, not an object"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "odd"}}}, "rope_type 'odd' is not implemented"),
+])  # fmt: skip
+def test_what_olmo3_does_not_compute_is_rejected(changes: dict[str, Any], said: str) -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(UserError, match=said):
+        shape_from_hf({"model_type": "olmo3", **SIZES, "layer_types": kinds, **changes})
+
+
+def test_layers_of_a_kind_have_the_rotation_of_their_kind() -> None:
+    """As published: scaling is that of full attention alone."""
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    values = {"model_type": "olmo3", **SIZES, "num_hidden_layers": 5, "rope_scaling": scaling}
+    shape = shape_from_hf(values)
+    wide, scaled = RopeShape(500000.0), RopeShape(500000.0, scaling=LinearScaling(2.0))
+    assert shape.ropes == (wide, wide, wide, scaled, wide) and shape.heads.rope == shape.rope_of(4) == scaled
+    hashes = {ModelSource("x", None, one).base_hash for one in (shape, replace(shape, ropes=(scaled,) * 5))}
+    assert len({*hashes, ModelSource("x", None, replace(shape, ropes=())).base_hash}) == len(hashes) == 2
+
+
+def test_the_hash_of_a_base_knows_its_norms() -> None:
+    shape = shape_from_hf({"model_type": "olmo2", **SIZES})
+    plain_heads = replace(shape.heads, query_norm=None, key_norm=None)
+    each = shape_from_hf({"model_type": "qwen3", **SIZES, "head_dim": shape.heads.dim}).heads
+    changes: list[dict[str, Any]] = [{}, {"down_norm": None}, {"heads": plain_heads}]
+    changes += [{"heads": replace(plain_heads, query_norm=each.query_norm, key_norm=each.key_norm)}]
+    shapes = [replace(shape, block=replace(shape.block, **change)) for change in changes]
+    assert len({ModelSource("x", None, one).base_hash for one in shapes}) == 4
 
 
 def test_only_the_registry_imports_a_family() -> None:

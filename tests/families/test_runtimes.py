@@ -40,6 +40,7 @@ LLAMA_CPP: dict[str, dict[str, Any]] = BOTH | {
     "stablelm": {"family": "stablelm", "use_qkv_bias": True, "rope": {"partial_rotary_factor": 0.5}},
     # llama.cpp leaves the rotation out in every fourth layer, whatever the interval
     "smollm3": {"family": "smollm3", "no_rope_layer_interval": 4, "num_layers": 5},
+    "olmo2": {"family": "olmo2"},
 }
 
 

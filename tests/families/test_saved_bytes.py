@@ -58,9 +58,21 @@ def _counted_and_planned(folders: list[str], tp_size: int) -> list[tuple[float, 
 def test_kept_bytes_are_the_formula_s(tmp_path: Path) -> None:
     folders = [
         str(write_tiny_model(tmp_path / name, tokenizer=False, **{**FAMILY_MODELS[name], "num_layers": 2}))
-        for name in ("qwen3", "qwen3 mha", "stablelm", "phi3")
+        for name in ("qwen3", "qwen3 mha", "stablelm", "phi3", "olmo2")
     ]
     alone = _counted_and_planned(folders, 1)
     ranks = run_on_ranks(_counted_and_planned, folders, 2, ranks=2, folder=tmp_path / "ranks")
     for counted, planned in (*alone, *ranks[0], *ranks[1]):
         assert counted == planned
+
+
+@pytest.mark.parametrize(("targets", "more"), [(("qkv",), 0), (("qkv", "gate_up"), 32 + 3)])
+def test_bytes_of_norms_behind_the_linears_by_hand(tmp_path: Path, targets: tuple[str, ...], more: int) -> None:
+    """A linear without a norm before it keeps its input for its A alone, and a norm of all heads two numbers."""
+    shape = find_model(str(write_tiny_model(tmp_path / "model", tokenizer=False, num_layers=2, family="olmo2"))).shape
+    adapter = make_adapter_config("tl6", rank=3, layers=(1, 2), targets=targets_of(shape, targets), seed=1)
+    stage = Stage(layer_specs(shape, dtype=torch.float32), TiedAdapter(AdapterPart.whole(adapter)))
+    d, f, queries, keys, heads = 32, 48, 32, 16, 4
+    attention = d + 3 + (queries + 2 * keys + 2) + (queries + heads)  # input and A x; heads and roots; what it keeps
+    mlp = more + 2 * f
+    assert saved_bytes_per_token(stage, torch.float32) == 4 * (attention + (d + 1) + mlp + (d + 1))

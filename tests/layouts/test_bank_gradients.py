@@ -36,8 +36,10 @@ PACKED = tuple(
 LAYOUTS = {2: ((2, 1, 1), (1, 2, 1), (1, 1, 2)), 4: ((2, 2, 1), (1, 2, 2), (2, 1, 2))}
 
 
-def _cases(folder: Path, ranks: int) -> list[BankCase]:
+def _cases(folder: Path, ranks: int, family: str) -> list[BankCase]:
     cases = []
+    if family == "olmo2":  # norms after the linears, and of all heads
+        return [BankCase(folder, (2, 2, 1), PACKED, cut, recompute="selective") for cut in (True, False)]
     for layout in LAYOUTS[ranks]:
         for sequence in (True, False) if layout[0] > 1 else (False,):
             cases += [
@@ -50,14 +52,18 @@ def _cases(folder: Path, ranks: int) -> list[BankCase]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "main"
-    return write_tiny_model(path, tokenizer=False, num_layers=5, head_dim=6, vocab_size=321)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    path, shape = tmp_path_factory.mktemp("models"), {"num_layers": 5, "head_dim": 6, "vocab_size": 321}
+    families = ("llama", "olmo2")
+    return {name: write_tiny_model(path / name, tokenizer=False, family=name, **shape) for name in families}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_each_adapter_has_the_oracles_gradients(folder: Path, tmp_path: Path, ranks: int) -> None:
-    cases = _cases(folder, ranks)
+@pytest.mark.parametrize(("ranks", "family"), [(2, "llama"), (4, "llama"), (4, "olmo2")])
+def test_each_adapter_has_the_oracles_gradients(
+    folders: dict[str, Path], tmp_path: Path, ranks: int, family: str
+) -> None:
+    folder = folders[family]
+    cases = _cases(folder, ranks, family)
     weights, config = cast_weights(load_weights(folder), DTYPE), OracleConfig.from_folder(folder)
     answers: dict[tuple[str, bool], tuple[float, dict[str, torch.Tensor]]] = {}
     by_rank = run_on_ranks(run_bank_cases, cases, ranks=ranks, folder=tmp_path)
@@ -96,10 +102,11 @@ def check_sums(case: BankCase, outcomes: list[BankOutcome]) -> None:
 
 @pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1)])
 def test_four_adapters_send_no_more_messages_than_one(
-    folder: Path, tmp_path: Path, layout: tuple[int, int, int]
+    folders: dict[str, Path], tmp_path: Path, layout: tuple[int, int, int]
 ) -> None:
     """The columns beside hidden states are those of the widest rank; how many messages there are is the same."""
-    cases = [BankCase(folder, layout, members, sequence) for sequence in (True, False) for members in (FOUR, (A,))]
+    both, folder = (FOUR, (A,)), folders["llama"]
+    cases = [BankCase(folder, layout, members, sequence) for sequence in (True, False) for members in both]
     for outcomes in run_on_ranks(run_bank_cases, cases, ranks=layout[0] * layout[1], folder=tmp_path):
         for four, one in (outcomes[:2], outcomes[2:]):
             assert four.traffic.messages == one.traffic.messages

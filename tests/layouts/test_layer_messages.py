@@ -20,6 +20,7 @@ FULL: dict[str, Any] = {"recompute": "full"}
 GATE: dict[str, Any] = {"recompute": "selective"}
 WHOLE: dict[str, Any] = {"sequence_parallel": False}
 TO_THE_END: dict[str, Any] = {"early_stop": False}
+OLMO2: dict[str, Any] = {"model": "olmo2"}
 
 # By name: what changes, and the tensor-parallel messages of a layer by kind.
 LAYERS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
@@ -31,9 +32,14 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "full sequences, recompute of gate and up": ({**WHOLE, **GATE}, {"all-reduce": 4}),
     "full sequences, recompute": ({**WHOLE, **FULL}, {"all-reduce": 5}),
     "full sequences, recompute to the end": ({**WHOLE, **FULL, **TO_THE_END}, {"all-reduce": 6}),
+    # Norms of all heads: one message more in each pass, which recompute repeats. It also repeats the last exit, as the
+    # norm behind it keeps what that gives.
+    "olmo2": (OLMO2, {"all-gather": 4, "reduce-scatter": 4, "all-reduce": 2}),
+    "olmo2, recompute": ({**OLMO2, **FULL}, {"all-gather": 6, "reduce-scatter": 6, "all-reduce": 3}),
+    "olmo2, full sequences, recompute of gate and up": ({**OLMO2, **WHOLE, **GATE}, {"all-reduce": 6}),
 }
 CASES: dict[str, dict[str, Any]] = {
-    f"{name}, {number} layers": {**changes, "model": number}
+    f"{name}, {number} layers": {**changes, "model": f"{changes.get('model', '')} {number}".strip()}
     for name, (changes, _) in LAYERS.items()
     for number in ("three", "four")
 }

@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide": {"num_layers": 3, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321},
     "thirds": {"num_layers": 3, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4},
 }
-FAMILIES = ("qwen3", "stablelm", "smollm3")  # those whose layers compute something of their own
+FAMILIES = ("qwen3", "stablelm", "smollm3", "olmo2")  # those whose layers compute something of their own
 SHAPES |= {name: {**FAMILY_MODELS[name], "tied": False} for name in (*FAMILIES, "qwen2")}
 # At two stages one of them is then without an adapted layer.
 SOME_LAYERS = (("lora", (2,)), ("lora", (5,)), ("tl6", (1, 2)), ("tl6", (5,)))
@@ -130,6 +130,10 @@ def _target_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -
             cases += [Case(short, layout, recompute="selective", packed=True, **more)]
             more["layers"] = (last - 1, last)
             cases += [Case(main, layout, recompute="selective", method="lora", **more)]
+        if layout[0] < 4:
+            more = {"targets": ALL_TARGETS, "sequence_parallel": layout[0] > 1}
+            cases += [Case(folders["olmo2"], layout, recompute="full", **more)]
+            cases += [Case(folders["olmo2"], layout, recompute="selective", targets=ALL_TARGETS)]
     if ranks == 4 and whole:
         for layout in ((1, 2, 2), (2, 1, 2)):
             cases += [Case(main, layout, targets=targets) for targets in NEW_TARGETS]
@@ -276,7 +280,8 @@ def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
     for each micro-batch and stage, whatever the number of layers and targets: of A for qkv and gate_up, of B and v for
     o_proj and down_proj, where these are trained. Nothing before the first adapted linear needs a gradient; with
     sequence parallelism a trained A there needs one of r columns, and B, u and v that of the whole output. Where gate
-    and up are computed again a block enters once more, but the last, whose backward pass comes at once.
+    and up are computed again a block enters once more, but the last, whose backward pass comes at once. Norms of all
+    heads are summed over ranks once in each pass of the linear before them.
     """
     count: Counter[str] = Counter()
     if grid.tp_size == 1:
@@ -293,9 +298,14 @@ def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
             elif layer <= shape.num_layers:
                 count[enter] += 2
                 count[leave] += 2
+                together = any(norm.sharded for norm in shape.heads.norms)
+                count["all-reduce"] += together
                 if layer < first:
                     continue
                 start = ALL_TARGETS.index(case.targets[0]) if layer == first else -1  # the first one with a gradient
+                count["all-reduce"] += together and start <= 0
+                if case.recompute == "full":  # of the last block only what comes before the end of attention
+                    count["all-reduce"] += together and (start <= 0 or layer < shape.num_layers)
                 for index, linear in enumerate(ALL_TARGETS):
                     adapted = index == start and linear in case.targets
                     if linear in ("o_proj", "down_proj"):

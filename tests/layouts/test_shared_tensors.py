@@ -37,7 +37,7 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import read_peft
-from megatron_tiedlora.training.dry_run import dry_run_report
+from megatron_tiedlora.planning.report import dry_run_report
 
 pytestmark = pytest.mark.distributed
 

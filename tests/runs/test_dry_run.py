@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
     context = block.attention.context(torch.arange(length)[None], plan.dtype)
     update = adapter(dtype=plan.dtype)[0]
     factors = (factor for found in update.values() for factor in (found.a, found.f) if factor is not None)
-    own = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *factors, *context.table)}
+    own = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *factors, *chain(*context.tables.values()))}
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, qkv_target
-from megatron_tiedlora.base.shapes import HeadShape, RopeShape
+from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -97,7 +97,8 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         kernels = counter.watched(EAGER)
         weight = FrozenWeight.empty(sum(shape.rows), shape.hidden_size, dtype=torch.bfloat16)
         heads = HeadShape(*(size // shape.head_dim for size in shape.rows[:2]), shape.head_dim, RopeShape())
-        layer = QkvLinear(weight, heads, eps=1e-5, dtype=torch.bfloat16, kernels=kernels)
+        norm = NormShape("norm", shape.hidden_size, 1e-5, "norm")
+        layer = QkvLinear(weight, heads, rope=heads.rope, norm=norm, dtype=torch.bfloat16, kernels=kernels)
         table = tuple(torch.empty(shape.num_tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16) for _ in range(2))
         adapter = None if method is None else TiedAdapter(AdapterPart.whole(_config(shape, method, rank, num_layers)))
         inputs = [

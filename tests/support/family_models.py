@@ -29,4 +29,8 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "smollm3 mha": {"family": "smollm3", "no_rope_layer_interval": 3, "num_kv_heads": 4},
     "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2, "tied": True},
     "stablelm mha": {"family": "stablelm", "num_kv_heads": 4},
+    "olmo2": {"family": "olmo2", "head_dim": 12},
+    "olmo2 mha": {"family": "olmo2", "num_kv_heads": 4, "attention_bias": True, "rope": YARN},
+    "olmo3": {"family": "olmo3", "head_dim": 12, "sliding_window": 64, "rope": YARN},
+    "olmo3 mha": {"family": "olmo3", "num_kv_heads": 4, "sliding_window": 64, "layer_types": None, "tied": True},
 }

@@ -56,6 +56,8 @@ class OracleConfig:
     rope_scaling: Mapping[str, Any] | None  # the fields of its kind
     tied_embeddings: bool
     rotates: tuple[int, ...] | None  # 0 for a layer whose queries and keys are not rotated; None: all are
+    windowed: tuple[bool, ...] | None = None  # the layers of another rotation, without scaling; None: none are
+    window_theta: float = 0.0  # of these
 
     @property
     def q_rows(self) -> int:
@@ -92,6 +94,12 @@ class OracleConfig:
         """
         assert not hf.get("mlp_bias", False) and hf.get("hidden_act", "silu") == "silu"
         rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+        windows: dict[str, Any] = {}
+        if "full_attention" in rope:
+            kinds, other = hf["layer_types"], rope["sliding_attention"]
+            assert other["rope_type"] == "default"
+            windows = {"windowed": [k == "sliding_attention" for k in kinds], "window_theta": other["rope_theta"]}
+            rope = rope["full_attention"]
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         num_heads = hf["num_attention_heads"]
         return cls(
@@ -109,6 +117,7 @@ class OracleConfig:
             rope_scaling=None if rope_type in ("default", "dynamic") else {**rope, "rope_type": rope_type},
             tied_embeddings=hf.get("tie_word_embeddings", False),
             rotates=hf.get("no_rope_layers"),
+            **windows,
         )
 
     @classmethod
@@ -191,9 +200,11 @@ def norm(x: Tensor, weights: Mapping[str, Tensor], prefix: str, eps: float) -> T
 
 
 def _norm_heads(rows: Tensor, weights: Mapping[str, Tensor], prefix: str, config: OracleConfig) -> Tensor:
-    """Each head through the norm at `prefix`, if one is stored there."""
+    """Each head through the norm at `prefix`, if one is stored there, or all together if its weight is as wide."""
     if f"{prefix}.weight" not in weights:
         return rows
+    if len(weights[f"{prefix}.weight"]) == rows.shape[-1]:
+        return norm(rows, weights, prefix, config.norm_eps)
     return torch.cat([norm(head, weights, prefix, config.norm_eps) for head in rows.split(config.head_dim, -1)], dim=-1)
 
 
@@ -257,22 +268,34 @@ def _logits_of_sequence(
 
     x = embedding(tokens, weights["model.embed_tokens.weight"])
     size = int(config.head_dim * config.rotary_share)
-    frequencies = rope_frequencies(config.rope_theta, size, config.rope_scaling, rope_dtype)
-    angles = positions.to(rope_dtype)[:, None] * frequencies
-    amplitude = rope_amplitude(config.rope_scaling, config.max_positions)
-    cos, sin = (amplitude * angles.cos()).to(x.dtype), (amplitude * angles.sin()).to(x.dtype)
+
+    def table(theta: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
+        angles = positions.to(rope_dtype)[:, None] * rope_frequencies(theta, size, scaling, rope_dtype)
+        amplitude = rope_amplitude(scaling, config.max_positions)
+        return (amplitude * angles.cos()).to(x.dtype), (amplitude * angles.sin()).to(x.dtype)
+
+    tables = {False: table(config.rope_theta, config.rope_scaling)}
+    if config.windowed is not None:
+        tables[True] = table(config.window_theta, None)
     for index in range(config.num_layers):
         layer = f"model.layers.{index}"
-        normed = norm(x, weights, f"{layer}.input_layernorm", config.norm_eps)
+        # Norms stand before attention and MLP, or if there is none before attention, behind them.
+        behind = f"{layer}.input_layernorm.weight" not in weights
+        normed = x if behind else norm(x, weights, f"{layer}.input_layernorm", config.norm_eps)
         q, k, v = linears(normed, "qkv", index + 1)
         q, k = (_norm_heads(x, weights, f"{layer}.self_attn.{n}_norm", config) for n, x in (("q", q), ("k", k)))
         if config.rotates is None or config.rotates[index]:
+            cos, sin = tables[config.windowed is not None and config.windowed[index]]
             q, k = (_rotate_heads(rows, cos, sin, config.head_dim) for rows in (q, k))
         (output,) = linears(_attention(q, k, v, visible, config), "o_proj", index + 1)
+        if behind:
+            output = norm(output, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
         x = x + output
-        normed = norm(x, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
+        normed = x if behind else norm(x, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
         gate, up = linears(normed, "gate_up", index + 1)
         (output,) = linears(torch.nn.functional.silu(gate) * up, "down_proj", index + 1)
+        if behind:
+            output = norm(output, weights, f"{layer}.post_feedforward_layernorm", config.norm_eps)
         x = x + output
     x = norm(x, weights, "model.norm", config.norm_eps)
     return linear(x, weights["model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"])

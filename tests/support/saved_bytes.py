@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def saved_bytes_per_token(stage: Any, dtype: torch.dtype) -> float:
     context = block.attention.context(torch.arange(length)[None], dtype)  # saved once for all layers
     found = (factor for update in updates.get(index, {}).values() for factor in update)
     factors = (factor for factor in found if isinstance(factor, torch.Tensor))
-    held = [*stage.parameters(), *context.table, *factors]
+    held = [*stage.parameters(), *chain(*context.tables.values()), *factors]
     parameters = {tensor.untyped_storage().data_ptr() for tensor in held}
     saved: dict[int, torch.Tensor] = {}
 

@@ -54,6 +54,10 @@ def tiny_config(
     """
     from transformers import AutoConfig
 
+    kind = {"rope_theta": rope_theta, **(LLAMA3_ROPE if llama3_rope else {"rope_type": "default"})}
+    rope = {**kind, **fields.pop("rope", {})}
+    if family == "olmo3":  # the fields given are those of layers without a window
+        rope = {"full_attention": rope, "sliding_attention": {"rope_theta": rope_theta / 2, "rope_type": "default"}}
     config = AutoConfig.for_model(
         family,
         hidden_size=hidden_size,
@@ -64,12 +68,8 @@ def tiny_config(
         head_dim=head_dim or hidden_size // num_heads,
         vocab_size=vocab_size,
         tie_word_embeddings=tied,
-        **({"attention_bias": attention_bias} if family == "llama" else {}),
-        rope_parameters={
-            "rope_theta": rope_theta,
-            **(LLAMA3_ROPE if llama3_rope else {"rope_type": "default"}),
-            **fields.pop("rope", {}),
-        },
+        **({"attention_bias": attention_bias} if family == "llama" or attention_bias else {}),
+        rope_parameters=rope,
         max_position_embeddings=max_positions,
         **{"layer_norm_eps" if family == "stablelm" else "rms_norm_eps": norm_eps},
         bos_token_id=BOS_ID,

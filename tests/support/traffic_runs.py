@@ -78,6 +78,8 @@ def write_inputs(folder: Path) -> dict[str, Any]:
     shape: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321}
     for name, number in {"three": 3, "four": 4, "five": 5}.items():
         write_tiny_model(folder / name, num_layers=number, **shape)
+    for name, number in {"olmo2 three": 3, "olmo2 four": 4}.items():
+        write_tiny_model(folder / name, num_layers=number, family="olmo2", **shape)
     write_tiny_model(folder / "tied", num_layers=3, tied=True, attention_bias=True, **shape)
     for name, section in ENGINES.items():
         (folder / name).write_text(json.dumps({"zero_optimization": section}))

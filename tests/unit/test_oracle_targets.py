@@ -22,7 +22,7 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("shape", ["llama dynamic", "qwen2", "qwen3", "phi3", "stablelm", "smollm3"])
+@pytest.mark.parametrize("shape", ["llama dynamic", "qwen2", "qwen3", "phi3", "stablelm", "smollm3", "olmo2"])
 @pytest.mark.parametrize("targets", TARGETS)
 @torch.no_grad()
 def test_logits_are_those_of_the_merged_weights_for_every_target(tmp_path: Path, targets: str, shape: str) -> None:

@@ -25,10 +25,10 @@ _REASONS = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), "it caps its scores"),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), "its keys and values are compressed"),
 }
-_NORMS, _FACTORS = "it has norms after attention and MLP", "it multiplies what flows between its layers by factors"
+_FACTORS = "it multiplies what flows between its layers by factors"
 _OTHER_TYPES = {
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "glm4"), _NORMS),
-    **dict.fromkeys(("granite", "minicpm"), _FACTORS),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "granite", "minicpm"), _FACTORS),
+    **dict.fromkeys(("glm", "glm4"), "it rotates neighbouring elements of a head"),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "nemotron", "opt", "starcoder2"), "its MLP has no gate"),
 }
 

@@ -28,5 +28,5 @@ def read(config: HfConfig) -> ModelShape:
     bias = config.flag("attention_bias")
     window = window_of_last_layers(config)
     return gated_decoder(
-        config, rope=read_rope(config), window=window, qkv_bias=bias, output_bias=bias, head_norms=True
+        config, rope=read_rope(config), window=window, qkv_bias=bias, output_bias=bias, head_norms="each"
     )

@@ -34,11 +34,12 @@ def read(config: HfConfig) -> ModelShape:
     if not isinstance(rotates, list) or len(rotates) != num_layers or not {*map(repr, rotates)} <= {"0", "1"}:
         wanted = f"a list of {num_layers} zeros and ones"
         raise UserError(f"{config.source}: no_rope_layers = {shown(rotates)} is not {wanted}")
+    rope = read_rope(config)
     return gated_decoder(
         config,
-        rope=read_rope(config),
+        rope=rope,
         window=config.window(used=config.flag("use_sliding_window")),
         qkv_bias=bias,
         output_bias=bias,
-        unrotated=[layer for layer, rotated in enumerate(rotates, start=1) if not rotated],
+        ropes=[rope[0] if rotated else None for rotated in rotates],
     )

@@ -46,6 +46,13 @@ def arguments_of_kernels(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
             *(heads[:, :2], heads[:, 2:3], heads[:, 3:]),
             *(heads, drawn(ROWS, 3, 1, wide=True), *table, 1 + drawn(3, 6).abs()),
         ),
+        "rotate_with_root": (heads, *table, drawn(ROWS, 3, 1, wide=True), drawn(3, 6)),
+        "rotate_with_root_gradient": (
+            *(heads[:, :2], heads[:, 2:3], heads[:, 3:]),
+            *(heads, drawn(ROWS, 3, 1, wide=True), drawn(ROWS, 3, 1, wide=True), *table, 1 + drawn(3, 6).abs()),
+        ),
+        "square_means": (heads, 2, 1),
+        "product_means": (heads[:, :2], heads[:, 2:3], heads),
         "row_log_sums": (rows,),
         "exp_logits_": (rows, drawn(ROWS, wide=True)),
     }

@@ -12,6 +12,7 @@ from forked_ranks import group_of, run_on_ranks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_tiedlora.base.shapes import NormShape
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.normed_linear import NormedLinear
 from megatron_tiedlora.model.row_parallel import RowParallelLinear
@@ -129,7 +130,8 @@ def try_layers(group: RankGroup) -> dict[bool, Any]:
     for cut in (True, False):
         tensor_parallel = TensorParallel(group, cut)
         local = 2 * LENGTH // group.size
-        column = NormedLinear(empty(local, WIDTH), bias=vector(local), eps=EPS, dtype=torch.float64, kernels=EAGER)
+        norm = NormShape("norm", WIDTH, EPS, "norm")
+        column = NormedLinear(empty(local, WIDTH), norm=norm, bias=vector(local), dtype=torch.float64, kernels=EAGER)
         row = RowParallelLinear(empty(WIDTH, local // 2), bias=vector(WIDTH))
         blocks = ShardSpec(0, (LENGTH, LENGTH))
         values = dense_layers()
