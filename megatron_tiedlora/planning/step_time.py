@@ -32,7 +32,7 @@ from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TEN
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.micro_batches import Batches
-from megatron_tiedlora.planning.passes import PassWork, StageWork, engine_traffic, once_traffic, stage_work
+from megatron_tiedlora.planning.passes import PassWork, StageWork, engine_traffic, once_traffic
 from megatron_tiedlora.planning.stages import StagePlan
 
 # Links between ranks --------------------------------------------------------------------------------------------------
@@ -230,15 +230,6 @@ class StepParts:
         return found
 
 
-def step_parts(stages: Sequence[StagePlan], batches: Batches, links: Links, machine: Machine) -> StepParts:
-    """The time of a layout's stages on these micro-batches."""
-    by_stage = [
-        [stage_seconds(stage_work(stage, batch), stage, links, machine) for batch in batches.kinds] for stage in stages
-    ]
-    sums = max(sum(term.seconds for term in sum_terms(stage, batches, links, machine)) for stage in stages)
-    return StepParts(batches, by_stage, sums, machine["step"])
-
-
 def stage_seconds(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> StageSeconds:
     """The passes of a micro-batch of this work on a rank of the stage."""
     return StageSeconds(*(_sum(terms) for terms in stage_terms(work, stage, links, machine)))
@@ -419,12 +410,6 @@ def simulate(order: Order, cost: Callable[[int, Pass], Any]) -> Any:
 
 
 # The seconds of a step -----------------------------------------------------------------------------------------------
-
-
-def planned_seconds(stages: Sequence[StagePlan], batches: Batches, links: Links, machine: Machine) -> Seconds:
-    """The time of one layout's step, by what it is spent on."""
-    (seconds,) = step_seconds([step_parts(stages, batches, links, machine)])
-    return seconds
 
 
 def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:

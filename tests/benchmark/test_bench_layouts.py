@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from engine_runs import write_uneven_data
 from folders import ROOT
+from planned import step_parts
 from ranks import ENVIRONMENT, free_port
 from run_helpers import Ended, run_ranks, start_command
 from tiny_models import write_tiny_model
@@ -30,7 +31,7 @@ from megatron_tiedlora.planning.machines import CPU, Constant
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.micro_batches import Batches, shared_shape
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.planning.step_time import Links, planned_seconds
+from megatron_tiedlora.planning.step_time import Links, step_seconds
 
 TOOL = ROOT / "tools" / "bench_step.py"
 SHARED = ("--dtype=fp32", "--rank=3", "--rows=2", "--length=64", "--repeats=2", "--compile=false")
@@ -107,7 +108,7 @@ def test_pipeline_of_random_weights(folder: Path, tmp_path: Path) -> None:
     plan = plan_benchmark(settings, world_size=2)
     row = np.arange(64) >= 32
     batches = Batches.of([replace(shared_shape(plan.layout, [(0, [row, row])]), squared_lengths=2 * 64**2)] * 4)
-    seconds = planned_seconds(plan.stages, batches, Links(plan.layout, 2), constants)
+    (seconds,) = step_seconds([step_parts(plan.stages, batches, Links(plan.layout, 2), constants)])
     assert report["planned"]["seconds"] == pytest.approx(seconds._asdict()) and seconds.outside == 1000
     for member, stage in zip(report["ranks"], plan.stages, strict=True):
         memory = stage_memory(stage, tokens=2 * 64, documents=2, longest=64, machine=constants)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,12 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import find_machine
 from megatron_tiedlora.planning.machines import GPUS, Constant, Machine
+from megatron_tiedlora.planning.micro_batches import Batches
+from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.planned import Cluster
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
-from megatron_tiedlora.planning.step_time import Order, Pass, simulate
+from megatron_tiedlora.planning.stages import StagePlan
+from megatron_tiedlora.planning.step_time import Links, Order, Pass, StepParts, simulate, stage_seconds, sum_terms
 
 H100 = GPUS["h100"]
 
@@ -75,3 +78,12 @@ def idle_shares(order: Order, cost: Callable[[int, Pass], Any]) -> list[Any]:
     """By rank, the share of a simulated step in which it waits."""
     seconds = simulate(order, cost)
     return [1 - sum(cost(rank, one) for one in passes) / seconds for rank, passes in enumerate(order)]
+
+
+def step_parts(stages: Sequence[StagePlan], batches: Batches, links: Links, machine: Machine) -> StepParts:
+    """The time of a layout's stages on these micro-batches, each stage by itself."""
+    by_stage = [
+        [stage_seconds(stage_work(stage, batch), stage, links, machine) for batch in batches.kinds] for stage in stages
+    ]
+    sums = max(sum(term.seconds for term in sum_terms(stage, batches, links, machine)) for stage in stages)
+    return StepParts(batches, by_stage, sums, machine["step"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import H100, searched, short, words_of_a_plan, words_of_a_run
+from planned import H100, searched, short, step_parts, words_of_a_plan, words_of_a_run
 from report_tables import stage_table
 from run_helpers import Base, run_ranks, write_base
 
@@ -28,7 +28,7 @@ from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.search import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
 from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.step_plan import StepPlan
-from megatron_tiedlora.planning.step_time import Links, step_parts, step_seconds
+from megatron_tiedlora.planning.step_time import Links, step_seconds
 
 SOURCE = short("llama2-7b", 6)
 THREE = """\

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import H100, changed, searched, short, the_only
+from planned import H100, changed, searched, short, step_parts, the_only
 from run_helpers import write_base
 
 from megatron_tiedlora.config.cli import parse_settings
@@ -27,7 +27,7 @@ from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.search import Candidate, Storage, planned_values
 from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.step_plan import StepPlan
-from megatron_tiedlora.planning.step_time import Links, Seconds, step_parts, step_seconds
+from megatron_tiedlora.planning.step_time import Links, Seconds, step_seconds
 
 SOURCE = short("llama2-7b", 6)
 ONE = ("--ds_config=zero1.json", "--recompute=none", "--micro_batch_size=1", "--formats=none", "--max_length=4096")
