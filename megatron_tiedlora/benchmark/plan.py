@@ -27,7 +27,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.planning.micro_batches import ShareShape
+from megatron_tiedlora.planning.layout import ShareShape
 from megatron_tiedlora.planning.passes import saved_bytes
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.training.throughput import matmul_rate

@@ -22,8 +22,7 @@ from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.counting import Moment
-from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.micro_batches import MicroBatchShape, ShareShape
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, ShareShape
 from megatron_tiedlora.planning.stages import BlockKind, StageOwners, StagePlan, plan_stages, trained_tensors
 from megatron_tiedlora.planning.trace import AdapterReading, Kind, Sizes, Trace, Tracer
 from megatron_tiedlora.runtime.stopping import StepVotes, StopVotes

@@ -21,10 +21,9 @@ from typing import Any, TypeVar
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.parallel.traffic import Traffic
-from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape
 from megatron_tiedlora.planning.machines import Constant, Machine
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, with_reserves
-from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.passes import StageWork, engine_traffic, stage_work, step_traffic
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.step_plan import StepPlan, Work

@@ -24,8 +24,7 @@ from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.planning.adapter_plans import Plans
-from megatron_tiedlora.planning.length import length_warnings
-from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.planning.run_plan import RunPlan, length_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,10 +17,9 @@ from megatron_tiedlora.data.shared import fill_rounds
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
-from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.layout import Batches, Layout, MicroBatchShape, SampleRow, assumed_row, shared_shape
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
-from megatron_tiedlora.planning.micro_batches import Batches, MicroBatchShape, SampleRow, assumed_row, shared_shape
 from megatron_tiedlora.planning.passes import SampleCounts, training_flops
 from megatron_tiedlora.planning.run_data import Data
 from megatron_tiedlora.planning.run_plan import RunPlan

@@ -29,9 +29,8 @@ from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
-from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.layout import Batches, Layout
 from megatron_tiedlora.planning.machines import Machine
-from megatron_tiedlora.planning.micro_batches import Batches
 from megatron_tiedlora.planning.passes import PassWork, StageWork, engine_traffic, once_traffic
 from megatron_tiedlora.planning.stages import StagePlan
 

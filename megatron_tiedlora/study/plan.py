@@ -28,8 +28,7 @@ from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split, local_names
 from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.planning.length import with_models_length
-from megatron_tiedlora.planning.run_plan import plan_run
+from megatron_tiedlora.planning.run_plan import plan_run, with_models_length
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
 from megatron_tiedlora.study.record import (

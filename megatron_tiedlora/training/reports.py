@@ -24,8 +24,7 @@ from megatron_tiedlora.convert.export_peft import Export, base_location, base_na
 from megatron_tiedlora.convert.merge import is_merge_of
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.planning.adapter_plans import shared_plan
-from megatron_tiedlora.planning.length import steps_in_words
-from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.planning.run_plan import RunPlan, steps_in_words
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.runtime.run_folder import GroupFolder, RunFolder, read_metrics
 from megatron_tiedlora.training.adapter_run import AdapterRun

@@ -27,9 +27,9 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
+from megatron_tiedlora.planning.layout import Batches, shared_shape
 from megatron_tiedlora.planning.machines import CPU, Constant
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.planning.micro_batches import Batches, shared_shape
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_time import Links, step_seconds
 

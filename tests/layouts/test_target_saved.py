@@ -28,8 +28,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
-from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.micro_batches import ShareShape
+from megatron_tiedlora.planning.layout import Layout, ShareShape
 from megatron_tiedlora.planning.passes import saved_bytes
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 

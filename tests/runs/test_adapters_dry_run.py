@@ -19,8 +19,8 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
+from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
-from megatron_tiedlora.planning.micro_batches import MicroBatchShape
 from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_data import counted, prepare_all_data

@@ -13,8 +13,8 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import find_machine
+from megatron_tiedlora.planning.layout import Batches
 from megatron_tiedlora.planning.machines import GPUS, Constant, Machine
-from megatron_tiedlora.planning.micro_batches import Batches
 from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.planned import Cluster
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search

@@ -21,7 +21,7 @@ from megatron_tiedlora.data.order import permutation, sample_indices
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
-from megatron_tiedlora.planning.micro_batches import shared_shape
+from megatron_tiedlora.planning.layout import shared_shape
 
 
 def make_dataset(num_samples: int, *, seed: int = 0) -> TokenDataset:

@@ -23,9 +23,8 @@ from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.layout import Layout, ShareShape, shared_shape
 from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
-from megatron_tiedlora.planning.micro_batches import ShareShape, shared_shape
 from megatron_tiedlora.planning.passes import saved_bytes, saved_per_token, stage_work
 from megatron_tiedlora.planning.stages import plan_stages
 

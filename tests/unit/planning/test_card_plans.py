@@ -18,8 +18,7 @@ from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 from megatron_tiedlora.parallel import fp8_products
 from megatron_tiedlora.planning import search
-from megatron_tiedlora.planning.cluster_report import chosen_settings
-from megatron_tiedlora.planning.hints import hint_lines
+from megatron_tiedlora.planning.cluster_report import chosen_settings, hint_lines
 from megatron_tiedlora.planning.machines import ATTENTION, GPUS, Machine, attention_of, default_attention
 from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, Storage

@@ -15,9 +15,8 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.partition import check_layout
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import WORLD
-from megatron_tiedlora.planning.layout import Layout, pays_to_compile
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, assumed_row, pays_to_compile, shared_shape
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.planning.micro_batches import MicroBatchShape, assumed_row, shared_shape
 from megatron_tiedlora.planning.passes import engine_bytes, saved_per_token, step_flops, step_traffic
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 

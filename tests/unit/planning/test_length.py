@@ -19,8 +19,14 @@ from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.data.order import sample_indices
-from megatron_tiedlora.planning.length import length_warnings, steps_in_words, steps_of_epochs, with_counted_steps
-from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
+from megatron_tiedlora.planning.run_plan import (
+    RunPlan,
+    length_warnings,
+    plan_run,
+    steps_in_words,
+    steps_of_epochs,
+    with_counted_steps,
+)
 
 
 def settings_of(**values: Any) -> Settings:

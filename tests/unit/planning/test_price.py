@@ -16,8 +16,7 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.traffic import TENSOR
-from megatron_tiedlora.planning.cluster_report import plan_cluster
-from megatron_tiedlora.planning.hints import hint_lines
+from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster
 from megatron_tiedlora.planning.machines import CPU, Machine
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.passes import saved_per_token, step_flops, step_traffic

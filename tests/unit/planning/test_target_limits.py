@@ -18,8 +18,7 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.layers import padded
-from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.micro_batches import ShareShape
+from megatron_tiedlora.planning.layout import Layout, ShareShape
 from megatron_tiedlora.planning.passes import saved_bytes, saved_per_token, step_flops
 from megatron_tiedlora.planning.stages import plan_stages
 

@@ -13,8 +13,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_
 from megatron_tiedlora.base.shapes import OUTPUT, QKV, TARGET_NAMES
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.micro_batches import MicroBatchShape, ShareShape
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, ShareShape
 from megatron_tiedlora.planning.passes import PassWork, stage_work
 from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.trace import Kind, Sizes, Trace, Tracer
