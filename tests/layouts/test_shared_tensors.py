@@ -121,10 +121,13 @@ def test_clipped_steps_equal_the_oracle(model: Path, tmp_path: Path, ranks: int)
 # Engines --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.cpu_seconds(30, reason="every case beside the oracle, in one start for each number of ranks")
+@pytest.mark.cpu_seconds(40, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_engines_equal_the_oracle(model: Path, tmp_path: Path, ranks: int) -> None:
-    """Steps in fp32 with each way to step adapters: our own, and DeepSpeed's ZeRO-1 to 3."""
+    """Steps in fp32 with each way to step adapters: our own, and DeepSpeed's ZeRO-1 to 3.
+
+    Both ways of sharing at (2, 2, 1) and over four stages under ZeRO-1, and one of them at each other layout.
+    """
     base, oracles = {**settings_of(model, tmp_path), "max_steps": 3}, dict[Any, OracleRun]()
     layouts: dict[int, list[tuple[tuple[int, int, int], int]]] = {
         2: [((1, 1, 2), 0), ((2, 1, 1), 2), ((1, 1, 2), 3)],
@@ -133,7 +136,7 @@ def test_engines_equal_the_oracle(model: Path, tmp_path: Path, ranks: int) -> No
     prepared = []
     for turn, (sizes, zero) in enumerate(layouts[ranks]):
         engine = {"ds_config": str(engine_json(tmp_path, zero))}
-        for way in WAYS:
+        for way in WAYS if zero == 1 and sizes[2] == 1 else WAYS[turn % 2 :][:1]:
             optimizer = ("sgd", "adamw")[(turn + (way == "mixed")) % 2]
             prepared.append(
                 prepare(base, tmp_path, Layout(*sizes), optimizer=optimizer, oracles=oracles, shares=way, **engine)
@@ -141,6 +144,7 @@ def test_engines_equal_the_oracle(model: Path, tmp_path: Path, ranks: int) -> No
     run_and_check(prepared, tmp_path)
 
 
+@pytest.mark.cpu_seconds(15, reason="three adapters on four ranks, together and each alone")
 @pytest.mark.parametrize("way", WAYS)
 def test_they_are_trained_beside_other_adapters(model: Path, tmp_path: Path, way: str) -> None:
     """At (2, 2, 1) in micro-batches with others, as in a run of its own."""
