@@ -17,10 +17,10 @@ from wide_models import anonymous_bytes, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.checkpoint import merged_weights as blocks
 from megatron_tiedlora.checkpoint import tensor_files
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.convert import merged_rows
 from megatron_tiedlora.convert.merge import merge_adapter
 
 INDEX = "model.safetensors.index.json"
@@ -71,7 +71,7 @@ def inputs(base: Path) -> tuple[ModelSource, NativeAdapter]:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 rows, of which a weight has two or more."""
-    monkeypatch.setattr(merged_rows, "BLOCK_ELEMENTS", 32 * 16)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 32 * 16)
 
 
 def places(file: Path) -> dict[str, tuple[int, int]]:
