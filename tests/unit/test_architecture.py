@@ -21,7 +21,6 @@ ORDER = (
     "engine",
     "planning",
     "convert",
-    "hf",
     "peft",
     "evaluation",
     "training",

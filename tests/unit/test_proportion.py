@@ -37,7 +37,6 @@ LINES: Table = {
     "data": (5305, ""),
     "engine": (1149, "the two ways to step adapters, from training/"),
     "evaluation": (1732, ""),
-    "hf": (193, ""),
     "model": (3480, "a micro-batch, from engine/ and data/; the shapes of stored tensors; one context of attention"),
     "parallel": (2478, "a group sends its own collectives, so that another can count them"),
     "peft": (505, ""),
