@@ -188,7 +188,7 @@ class _MergedFiles:
                 head = stream.read(header.begin)
         else:
             # Readers want every tensor at a multiple of its item's size.
-            ordered.sort(key=lambda name: -found[name].dtype.itemsize)
+            ordered.sort(key=lambda name: -found[name].dtype.itemsize if found[name].num_bytes else 0)
             kinds = {name: TYPE_NAMES.get(found[name].dtype, header.entries[name]["dtype"]) for name in ordered}
             head = file_head((name, kinds[name], found[name].shape, found[name].num_bytes) for name in ordered)
         return StreamedFile(file.name, head, [found[name] for name in ordered])
