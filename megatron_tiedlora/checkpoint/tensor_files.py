@@ -267,14 +267,11 @@ def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -
     return files
 
 
-def write_files(
-    folder: Path, files: Sequence[StreamedFile], *, bar: str = "weights", indexes: bool = True, progress: bool = False
-) -> None:
-    """Write files in which each tensor's values are made as they are written.
+def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weights", progress: bool = False) -> None:
+    """Write files in which each tensor's values are made as they are written, and the index if they are several.
 
     Args:
         bar: what the progress bar says.
-        indexes: whether to write the index too, if there are several files.
     """
     total = sum(file.value_bytes for file in files)
     with progress_bar(bar, "B", total=total, shows=progress) as shown, ThreadPoolExecutor(1) as thread:
@@ -284,7 +281,7 @@ def write_files(
             flushed.append(thread.submit(sync_path, folder / file.name))  # while the next one is written
         for flush in flushed:
             flush.result()
-    if indexes and len(files) > 1:
+    if len(files) > 1:
         found = {tensor.name: file.name for file in files for tensor in file.tensors}
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": found})
 

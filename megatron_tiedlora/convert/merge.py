@@ -142,9 +142,8 @@ def merge_adapter(
         needed = sum(len(file.head) + file.value_bytes for file in files) + sum(file.stat().st_size for file in copied)
         with new(output) as temporary:
             require_room(temporary, needed, output=output)
-            bar = "weights" if quantised else "merge"
-            write_files(temporary, files, bar=bar, indexes=quantised, progress=progress)
-            for file in copied:
+            write_files(temporary, files, bar="weights" if quantised else "merge", progress=progress)
+            for file in copied:  # with the index of a base that is not quantised, which may say more
                 shutil.copyfile(file, temporary / file.name)
             if quantised or dtype is not None:
                 _restate_config(temporary / "config.json", dtype, dequantised=quantised)

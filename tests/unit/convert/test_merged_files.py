@@ -171,6 +171,23 @@ def test_a_second_copy_of_an_adapted_tensor_is_refused(base: Path, tmp_path: Pat
     assert {item.name for item in tmp_path.iterdir()} == {"base"}
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_other_copies_of_tensors_are_kept_as_they_are(base: Path, tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """One that the index gives to another file, and one that it does not name."""
+    twice = Path(shutil.copytree(base, tmp_path / "base"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = json.loads((twice / INDEX).read_text())["weight_map"][name]
+    other = next(path for path in sorted(twice.glob("*.safetensors")) if path.name != file)
+    copies = {name: torch.full((3, 2), 7.0), "nowhere": torch.arange(4.0)}
+    save_file(load_file(other) | copies, other, metadata={"format": "pt"})
+    source, adapter, _ = with_adapter(twice, "tl6", targets=("o_proj",))
+    merge_adapter(source, adapter, tmp_path / "merged", dtype=dtype)
+    found = load_file(tmp_path / "merged" / other.name)
+    assert all(torch.equal(found[key], tensor) for key, tensor in copies.items())
+    whole = load_file(tmp_path / "merged" / file)[name]
+    assert torch.equal(whole, load_file(twice / file)[name].to(whole.dtype))
+
+
 # The disk's room, and the memory -----------------------------------------------------------------------------------
 
 
