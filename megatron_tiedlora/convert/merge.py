@@ -199,7 +199,7 @@ class _MergedFiles:
         cast = self.dtype if kind in TYPE_NAMES else None
         # Files may hold tensors that the index does not name, or names for another file.
         read = self.weights.read if changed else lambda _, rows: stored[rows]
-        return self._made(file, name, shape, cast or kind, read, checked=changed or cast is not None)
+        return self._streamed(file, name, shape, cast or kind, read, checked=changed or cast is not None)
 
     def of_quantised(self) -> list[StreamedTensor]:
         """Every tensor of a merge onto a folder that is quantised.
@@ -212,10 +212,10 @@ class _MergedFiles:
         found = []
         for name, shape in stored_shapes(weights.rules).items():
             dtype = self.dtype or weights.dtype(embedding if name in quantised else name)
-            found.append(self._made(weights.file_of[name], name, shape, dtype, weights.read, checked=True))
+            found.append(self._streamed(weights.file_of[name], name, shape, dtype, weights.read, checked=True))
         return found
 
-    def _made(
+    def _streamed(
         self, file: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, read: ReadRows, *, checked: bool
     ) -> StreamedTensor:
         """A tensor of which `read` gives some rows. If `checked`, a number that is not finite raises UserError."""
