@@ -16,11 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
-from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.checkpoint.tensor_files import DTYPES
-from megatron_tiedlora.convert.inputs import adapter_kind
-from megatron_tiedlora.hf.base_model import (
+from megatron_tiedlora.checkpoint.model_in_memory import (
     base_layer_of,
     check_model,
     check_whole,
@@ -30,6 +26,10 @@ from megatron_tiedlora.hf.base_model import (
     model_source,
     with_update,
 )
+from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.checkpoint.tensor_files import DTYPES
+from megatron_tiedlora.convert.inputs import adapter_kind
 
 
 @dataclass

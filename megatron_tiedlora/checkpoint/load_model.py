@@ -10,9 +10,9 @@ import torch
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
+from megatron_tiedlora.checkpoint.base_weights import load_base_weights
+from megatron_tiedlora.checkpoint.merged_weights import MergedWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.data.task import Task
@@ -22,7 +22,7 @@ from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import num_differing
 from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.fp8_products import weight_maker
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
+from megatron_tiedlora.parallel.frozen_weight import WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
@@ -83,7 +83,10 @@ def load_model(
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
     shape = source.shape
-    with BaseWeights(source.weights_folder(), shape, source.stored) as weights:
+    into_weights = adapter if merged else None
+    assert not isinstance(into_weights, Mapping), "only one adapter can be merged"
+    assert into_weights is None or base_format is None, "a merged weight would be quantised again"
+    with MergedWeights(source, into_weights) as weights:
         layers = range(shape.num_layers + 2) if stages is None else stages[grid.pp_rank]
         part: TiedAdapter | AdapterBank | None = None
         if isinstance(adapter, Mapping):
@@ -103,10 +106,6 @@ def load_model(
             largest=partial(largest_of_all, group=groups.tensor),
             progress=progress,
         )
-        if adapter is not None and merged:
-            assert not isinstance(adapter, Mapping), "only one adapter can be merged"
-            assert base_format is None, "a merged weight would be quantised again"
-            _merge(model, adapter, weights, shape, grid)
     return model.eval()
 
 
@@ -116,16 +115,3 @@ def adapter_part(adapter: NativeAdapter, layers: range, grid: Grid, device: torc
     part = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
     part.load_full(adapter.state)
     return part
-
-
-@torch.no_grad()
-def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, shape: ModelShape, grid: Grid) -> None:
-    """Set W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, with W as stored."""
-    frozen = frozen_weights(model)
-    for rule, a, b in adapter.updates(shape):
-        if rule.name not in frozen:
-            continue
-        wide = frozen[rule.name].empty_values().float()
-        weights.fill(rule, FrozenWeight(wide), tp_rank=grid.tp_rank, tp_size=grid.tp_size)
-        wide += rule.spec.split(b @ a, grid.tp_rank, grid.tp_size).to(wide.device)
-        frozen[rule.name].load(wide)

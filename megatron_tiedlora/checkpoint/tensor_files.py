@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -163,14 +162,6 @@ def read_runs(file: Path, header: Header, name: str, *, count: int, length: int)
     return torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
 
 
-def read_bytes(file: Path, start: int, size: int) -> torch.Tensor:
-    """The bytes of a file from `start`, as uint8 numbers. Raises UserError if it has become too short for them."""
-    raw = torch.from_numpy(np.fromfile(file, np.uint8, count=size, offset=start))
-    if len(raw) != size:
-        raise UserError(f"{file}: not a whole safetensors file (it became shorter meanwhile)")
-    return raw
-
-
 def run_starts(size: int, *, count: int, length: int) -> tuple[list[int], int]:
     """The first positions, and the length, of `count` runs of `length` among `size` values; one run if they are few."""
     if size <= count * length:
@@ -255,40 +246,11 @@ class StreamedFile(NamedTuple):
         return sum(tensor.num_bytes for tensor in self.tensors)
 
 
-def write_streamed(
-    folder: Path, tensors: Sequence[StreamedTensor], *, shard_bytes: int = SHARD_BYTES, progress: bool = False
-) -> None:
-    """Write the tensors as a Hugging Face folder's weights: one file, or shards of `shard_bytes` with an index.
+def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -> list[StreamedFile]:
+    """The files of a Hugging Face folder's weights: one, or shards of `shard_bytes`.
 
     A tensor is not divided, so a larger one is a shard of its own.
     """
-    shards = _shards(tensors, shard_bytes)
-    files: list[StreamedFile] = []
-    index: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
-        index |= dict.fromkeys((tensor.name for tensor in shard), name)
-        head = file_head((tensor.name, TYPE_NAMES[tensor.dtype], tensor.shape, tensor.num_bytes) for tensor in shard)
-        files.append(StreamedFile(name, head, shard))
-    write_files(folder, files, bar="weights", progress=progress)
-    if len(shards) > 1:
-        total = sum(tensor.num_bytes for tensor in tensors)
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": index})
-
-
-def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str, progress: bool = False) -> None:
-    """Write files in which each tensor's values are made as they are written. `bar` is what the progress bar says."""
-    total = sum(file.value_bytes for file in files)
-    with progress_bar(bar, "B", total=total, shows=progress) as shown, ThreadPoolExecutor(1) as thread:
-        flushed = []
-        for file in files:
-            _write_file(folder / file.name, file, shown.update)
-            flushed.append(thread.submit(sync_path, folder / file.name))  # while the next one is written
-        for flush in flushed:
-            flush.result()
-
-
-def _shards(tensors: Sequence[StreamedTensor], shard_bytes: int) -> list[list[StreamedTensor]]:
     shards: list[list[StreamedTensor]] = []
     left = 0
     for tensor in tensors:
@@ -297,7 +259,31 @@ def _shards(tensors: Sequence[StreamedTensor], shard_bytes: int) -> list[list[St
             left = shard_bytes
         shards[-1].append(tensor)
         left -= tensor.num_bytes
-    return shards
+    files = []
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
+        head = file_head((tensor.name, TYPE_NAMES[tensor.dtype], tensor.shape, tensor.num_bytes) for tensor in shard)
+        files.append(StreamedFile(name, head, shard))
+    return files
+
+
+def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weights", progress: bool = False) -> None:
+    """Write files in which each tensor's values are made as they are written, and the index if they are several.
+
+    Args:
+        bar: what the progress bar says.
+    """
+    total = sum(file.value_bytes for file in files)
+    with progress_bar(bar, "B", total=total, shows=progress) as shown, ThreadPoolExecutor(1) as thread:
+        flushed = []
+        for file in files:
+            _write_file(folder / file.name, file, shown.update)
+            flushed.append(thread.submit(sync_path, folder / file.name))  # while the next one is written
+        for flush in flushed:
+            flush.result()
+    if len(files) > 1:
+        found = {tensor.name: file.name for file in files for tensor in file.tensors}
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": found})
 
 
 def file_head(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:

@@ -93,7 +93,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     with stop.deferred():
         answers = answer_all(
             Decoder(stage, groups, plan.source.shape),
-            list(questions.values()),
+            questions,
             grid=plan.grid,
             agree=stop.agree,
             progress=is_main,
@@ -102,8 +102,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         return
     stop.raise_if_requested()
     found = {
-        name: (own, of_own, score_answers(own.task.metrics, of_own))
-        for (name, own), of_own in zip(plans.items(), answers, strict=True)
+        name: (own, answers[name], score_answers(own.task.metrics, answers[name])) for name, own in plans.items()
     }
     with stop.deferred():  # this takes a moment, and is then done
         write_results(found, output)

@@ -6,7 +6,7 @@ import shlex
 from functools import partial
 
 from megatron_tiedlora.base.errors import show
-from megatron_tiedlora.base.output_folder import new_output, reject_existing
+from megatron_tiedlora.base.output_folder import new_output
 from megatron_tiedlora.config.adapter_settings import ImportSettings
 from megatron_tiedlora.convert.open_adapter import import_peft
 
@@ -14,7 +14,6 @@ from megatron_tiedlora.convert.open_adapter import import_peft
 def main(settings: ImportSettings) -> int:
     """Import the adapter; returns the exit status."""
     output = settings.output
-    reject_existing(output, flag=f"--output {output}")
     opened = import_peft(
         settings.model,
         settings.peft,

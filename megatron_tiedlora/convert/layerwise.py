@@ -20,8 +20,8 @@ from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.load_model import adapter_part
+from megatron_tiedlora.checkpoint.merged_weights import ReadRows, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.convert.merged_rows import ReadRows, row_blocks
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage

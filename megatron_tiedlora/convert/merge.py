@@ -1,6 +1,6 @@
 """Writes merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
 
-Every tensor is read, computed and written some rows at a time (`merged_rows`). So it needs little memory, whatever
+Every tensor is read, computed and written some rows at a time (`MergedWeights`). So it needs little memory, whatever
 the model. Of a folder that is quantised the values D(W), which training saw, take the place of W, and all tensors are
 computed.
 
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,13 +28,22 @@ from megatron_tiedlora.base.json_files import read_json_object, read_json_or_non
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights, weight_map
+from megatron_tiedlora.checkpoint.merged_weights import MergedWeights, ReadRows, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.checkpoint.tensor_files import INDEX_FILE, StreamedFile, write_files, write_streamed
+from megatron_tiedlora.checkpoint.tensor_files import (
+    INDEX_FILE,
+    TYPE_NAMES,
+    StreamedFile,
+    StreamedTensor,
+    all_finite,
+    file_head,
+    sharded,
+    write_files,
+)
 from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
-from megatron_tiedlora.convert.merged_rows import Merge, MergedTensors
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
+from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
 # Files that are copied from the base besides its weights; others there are not part of the model.
@@ -119,34 +130,112 @@ def merge_adapter(
     copied = [*model_files, *own_files]
     # Of a folder that is quantised the values are there as training saw them.
     quantised = source.stored is not None
-    merged = MergedTensors(Merge(adapter, source.shape, base_format=None if quantised else onto), dtype, between)
-    files: list[StreamedFile] = []
-    if not quantised:
-        places = weight_map(folder)
-        side_files(folder, sorted({file.name for file in places.values()}))  # and here
-        files = [merged.of_file(file, places) for file in sorted(set(places.values()))]
-        copied += side_files(folder, [INDEX_FILE])
-    copied_bytes = sum(file.stat().st_size for file in copied)
-    with new(output) as temporary:
+    copied = [*model_files, *own_files]
+    with MergedWeights(source, adapter, base_format=None if quantised else onto) as weights:
+        merged = _MergedFiles(weights, source, dtype, between)
         if quantised:
-            with BaseWeights(folder, source.shape, source.stored) as weights:
-                tensors = merged.of_quantised(weights, source.shape, source=source.name)
-                needed = sum(tensor.num_bytes for tensor in tensors)
-                require_room(temporary, needed + copied_bytes, output=output)
-                write_streamed(temporary, tensors, progress=progress)
+            files = sharded(merged.of_quantised())
         else:
-            needed = sum(len(file.head) + file.value_bytes for file in files)
-            require_room(temporary, needed + copied_bytes, output=output)
-            write_files(temporary, files, bar="merge", progress=progress)
-        for file in copied:
-            shutil.copyfile(file, temporary / file.name)
-        if quantised or dtype is not None:
-            _restate_config(temporary / "config.json", dtype, dequantised=quantised)
-        if files and dtype is not None:
-            _restate_size(temporary / INDEX_FILE, sum(file.value_bytes for file in files))
-        if saved is not None:
-            save_tokenizer(saved, temporary)
-        write_json(temporary / MERGE_RECORD, record)
+            side_files(folder, sorted({file.name for file in weights.file_of.values()}))  # and here
+            files = [merged.of_file(file) for file in sorted(set(weights.file_of.values()))]
+            copied += side_files(folder, [INDEX_FILE])
+        needed = sum(len(file.head) + file.value_bytes for file in files) + sum(file.stat().st_size for file in copied)
+        with new(output) as temporary:
+            require_room(temporary, needed, output=output)
+            write_files(temporary, files, bar="weights" if quantised else "merge", progress=progress)
+            for file in copied:  # with the index of a base that is not quantised, which may say more
+                shutil.copyfile(file, temporary / file.name)
+            if quantised or dtype is not None:
+                _restate_config(temporary / "config.json", dtype, dequantised=quantised)
+            if not quantised and dtype is not None:
+                _restate_size(temporary / INDEX_FILE, sum(file.value_bytes for file in files))
+            if saved is not None:
+                save_tokenizer(saved, temporary)
+            write_json(temporary / MERGE_RECORD, record)
+
+
+@dataclass(frozen=True)
+class _MergedFiles:
+    """The files of a merged folder, whose values are read from `weights` as they are written.
+
+    Attributes:
+        dtype: of all floating-point tensors; None if each keeps its own.
+        between: called for each block of rows.
+    """
+
+    weights: MergedWeights
+    source: ModelSource
+    dtype: torch.dtype | None
+    between: Callable[[], object]
+
+    def of_file(self, file: Path) -> StreamedFile:
+        """What becomes of one file of a base that is not quantised: it keeps its name and the order of its tensors, and
+        with their dtypes its whole header.
+
+        Raises:
+            UserError: it is not a whole safetensors file, or has a tensor that belongs to another file.
+        """
+        reader = self.weights.reader(file)  # checks that shapes and sizes agree and that the tensors lie side by side
+        header = self.weights.header(file)
+        for name in self.weights.changed & header.entries.keys():
+            if (other := self.weights.file_of[name]) != file:  # some programs would read this one
+                raise UserError(f"{file}: holds {name} too, beside {other.name}; remove one of them")
+        found = {name: self._of_stored(file, name, reader.get_slice(name)) for name in header.entries}
+        ordered = sorted(found, key=lambda name: header.entries[name]["data_offsets"])
+        if self.dtype is None:
+            with file.open("rb") as stream:
+                head = stream.read(header.begin)
+        else:
+            # Readers want every tensor at a multiple of its item's size.
+            ordered.sort(key=lambda name: -found[name].dtype.itemsize if found[name].num_bytes else 0)
+            kinds = {name: TYPE_NAMES.get(found[name].dtype, header.entries[name]["dtype"]) for name in ordered}
+            head = file_head((name, kinds[name], found[name].shape, found[name].num_bytes) for name in ordered)
+        return StreamedFile(file.name, head, [found[name] for name in ordered])
+
+    def _of_stored(self, file: Path, name: str, stored: Any) -> StreamedTensor:
+        """A tensor of a file that is not quantised; one that is neither changed nor cast keeps its bytes."""
+        shape, changed = tuple(stored.get_shape()), name in self.weights.changed
+        kind = stored[:0].dtype if shape else stored[...].dtype
+        cast = self.dtype if kind in TYPE_NAMES else None
+        # Files may hold tensors that the index does not name, or names for another file.
+        read = self.weights.read if changed else lambda _, rows: stored[rows]
+        return self._streamed(file, name, shape, cast or kind, read, checked=changed or cast is not None)
+
+    def of_quantised(self) -> list[StreamedTensor]:
+        """Every tensor of a merge onto a folder that is quantised.
+
+        They have new files with new names: the folder's own do not fit, because its tensors have other sizes and names.
+        Without a dtype each is as stored, and those that are quantised as the embedding is.
+        """
+        weights, quantised = self.weights, stored_shapes(quantised_rules(self.source.shape))
+        embedding = weights.rules[0].hf_names[0]
+        found = []
+        for name, shape in stored_shapes(weights.rules).items():
+            dtype = self.dtype or weights.dtype(embedding if name in quantised else name)
+            found.append(self._streamed(weights.file_of[name], name, shape, dtype, weights.read, checked=True))
+        return found
+
+    def _streamed(
+        self, file: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, read: ReadRows, *, checked: bool
+    ) -> StreamedTensor:
+        """A tensor of which `read` gives some rows. If `checked`, a number that is not finite raises UserError."""
+        size, source = file.stat().st_size, self.source.name if self.source.stored is not None else str(file)
+
+        def blocks() -> Iterator[torch.Tensor]:
+            for rows in row_blocks(shape or (1,)):
+                self.between()
+                part: Any = rows if shape else ...  # a number has no rows
+                values = read(name, part).to(dtype)
+                if checked and not all_finite(values):
+                    base = self.weights.read_base(name, part) if name in self.weights.changed else read(name, part)
+                    fits = f"merged, it does not fit {str(dtype).removeprefix('torch.')}; give --dtype bf16"
+                    why = fits if all_finite(base) else "the base is broken"
+                    raise UserError(f"{source}: {name} holds numbers that are not finite ({why})")
+                yield values
+            if file.stat().st_size < size:
+                raise UserError(f"{file}: not a whole safetensors file (it became shorter meanwhile)")
+
+        return StreamedTensor(name, dtype, shape, blocks)
 
 
 def reject_quantised(source: ModelSource) -> None:

@@ -24,7 +24,7 @@ import torch
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.checkpoint.tensor_files import SHARD_BYTES, StreamedTensor, all_finite, write_streamed
+from megatron_tiedlora.checkpoint.tensor_files import SHARD_BYTES, StreamedTensor, all_finite, sharded, write_files
 from megatron_tiedlora.convert.nemo_archive import NemoArchive, readable
 from megatron_tiedlora.convert.nemo_config import ROPE_BASE, WEIGHTS_MEMBER, NemoModel, read_nemo_model
 from megatron_tiedlora.data.tokenizer import LARGEST_TOKENIZER, check_conversion
@@ -68,7 +68,7 @@ def convert_nemo(
         (temporary / "tokenizer.model").write_bytes(sentencepiece)
         write_json(temporary / "tokenizer_config.json", settings)
         write_json(temporary / "config.json", config)
-        write_streamed(temporary, tensors, shard_bytes=shard_bytes, progress=progress)
+        write_files(temporary, sharded(tensors, shard_bytes), progress=progress)
     return config
 
 

@@ -1,13 +1,13 @@
 """Finds the files and tensors in a NeMo 1 `.nemo` archive. Nothing in it is executed.
 
 A `.nemo` is a tar: settings, a tokenizer and one `.ckpt` for each rank. A `.ckpt` is a zip by `torch.save`: a pickle
-that describes a state dict, and the uncompressed values. It is checked where it lies. Then a copy of it is loaded by
-`torch.load` with `weights_only`, whose tensors are mapped.
+that describes a state dict, and the uncompressed values. A copy of it is checked, and then loaded by `torch.load` with
+`weights_only`, whose tensors are mapped.
 """
 
 from __future__ import annotations
 
-import mmap
+import io
 import pickletools
 import tarfile
 import tempfile
@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -29,39 +29,39 @@ _MOST_TUPLES = 20_000  # of a pickle; a model of 96 layers has 4,000. A nest of 
 _PIECE = 2**24  # bytes that are copied at a time
 
 
-class ByteRange(NamedTuple):
-    """Bytes of the archive."""
-
-    start: int
-    size: int
-
-
 class NemoArchive:
-    """An open `.nemo` file.
+    """A `.nemo` file.
 
     Attributes:
         path: the file, as messages name it.
-        members: the place of each file in it, by its name without a leading `./`.
+        members: the files in it by their names without a leading `./`.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises UserError: it is not a whole tar of plain files."""
         self.path = path
-        with readable(path, "cannot be read as a .nemo archive"), path.open("rb") as stream:
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        if self._map[:2] == b"\x1f\x8b":
-            raise UserError(f"{path}: is compressed with gzip. Decompress it first: gzip -dc {path} > NEW.nemo")
         with readable(path, "cannot be read as a .nemo archive"):
-            self.members = dict(_tar_members(self._map))
+            with path.open("rb") as stream:
+                if stream.read(2) == b"\x1f\x8b":
+                    raise UserError(
+                        f"{path}: is compressed with gzip. Decompress it first: gzip -dc {path} > NEW.nemo"
+                    )
+            self.members = {str(PurePosixPath(member.name)): member for member in _tar_members(path)}
 
     def read(self, member: str, *, largest: int) -> bytes:
         """The content of a file in the archive. Raises UserError if there is none, or it is larger than `largest`."""
         if member not in self.members:
             raise UserError(f"{self.path}: holds no {member}")
-        start, size = self.members[member]
-        if size > largest:
+        if self.members[member].size > largest:
             raise UserError(f"{self.path}: {member} is larger than {largest:,} bytes")
-        return self._map[start : start + size]
+        return b"".join(self._content(member))
+
+    def _content(self, member: str) -> Iterator[bytes]:
+        found = self.members[member]
+        with self.path.open("rb") as stream:
+            stream.seek(found.offset_data)
+            for left in range(found.size, 0, -_PIECE):
+                yield stream.read(min(left, _PIECE))
 
     def tensors(self, member: str, folder: Path) -> dict[str, torch.Tensor]:
         """The tensors of a `.ckpt` by their names, mapped from a copy in `folder`.
@@ -72,15 +72,11 @@ class NemoArchive:
             UserError: it is not a state dict, or a tensor does not lie in the file.
             OSError: the copy cannot be written.
         """
-        place, what = self.members[member], f"{member} cannot be read as a state dict"
-        with readable(self.path, what):
-            sizes = self._check_ckpt(place)
         with tempfile.NamedTemporaryFile(dir=folder) as copy:
-            end = place.start + place.size
-            for start in range(place.start, end, _PIECE):
-                copy.write(self._map[start : min(start + _PIECE, end)])
+            copy.writelines(self._content(member))
             copy.flush()
-            with readable(self.path, what):
+            with readable(self.path, f"{member} cannot be read as a state dict"):
+                sizes = _check_ckpt(copy.name)
                 try:
                     found = torch.load(copy.name, map_location="cpu", mmap=True, weights_only=True)
                 except Exception as error:
@@ -90,32 +86,33 @@ class NemoArchive:
                     raise ValueError("its pickle is not that of a state dict") from None
                 return _checked_tensors(found, sizes)
 
-    def _check_ckpt(self, place: ByteRange) -> list[int]:
-        """Check the files and the pickle in a `.ckpt`. Returns the sizes of its files of values, as they lie in it.
 
-        Raises:
-            ValueError, or zipfile's own errors: it is not what `torch.save` writes of a state dict.
-        """
-        archive = zipfile.ZipFile(_Window(self._map, place))
-        files = {entry.filename: entry for entry in archive.infolist()}
-        if len(files) != len(archive.infolist()):
-            raise ValueError("it holds a file twice")
-        for entry in files.values():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-                raise ValueError(f"{shown(entry.filename)} is compressed")
-        folder = next(iter(files), "").partition("/")[0]
+def _check_ckpt(file: str) -> list[int]:
+    """Check the files and the pickle in a `.ckpt`. Returns the sizes of its files of values, as they lie in it.
 
-        def content(name: str) -> bytes:
-            size = files[f"{folder}/{name}"].file_size
-            if size > _LARGEST_PICKLE:
-                raise ValueError(f"{size:,} bytes where at most {_LARGEST_PICKLE:,} belong")
-            return archive.read(f"{folder}/{name}")
+    Raises:
+        ValueError, or zipfile's own errors: it is not what `torch.save` writes of a state dict.
+    """
+    archive = zipfile.ZipFile(_Bounded(file))
+    files = {entry.filename: entry for entry in archive.infolist()}
+    if len(files) != len(archive.infolist()):
+        raise ValueError("it holds a file twice")
+    for entry in files.values():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise ValueError(f"{shown(entry.filename)} is compressed")
+    folder = next(iter(files), "").partition("/")[0]
 
-        if f"{folder}/byteorder" in files and content("byteorder") != b"little":
-            raise ValueError("its byte order is not little")
-        _check_pickle(content("data.pkl"))
-        values = [entry for name, entry in files.items() if name.startswith(f"{folder}/data/") and entry.file_size]
-        return [entry.file_size for entry in sorted(values, key=lambda entry: entry.header_offset)]
+    def content(name: str) -> bytes:
+        size = files[f"{folder}/{name}"].file_size
+        if size > _LARGEST_PICKLE:
+            raise ValueError(f"{size:,} bytes where at most {_LARGEST_PICKLE:,} belong")
+        return archive.read(f"{folder}/{name}")
+
+    if f"{folder}/byteorder" in files and content("byteorder") != b"little":
+        raise ValueError("its byte order is not little")
+    _check_pickle(content("data.pkl"))
+    values = [entry for name, entry in files.items() if name.startswith(f"{folder}/data/") and entry.file_size]
+    return [entry.file_size for entry in sorted(values, key=lambda entry: entry.header_offset)]
 
 
 @contextmanager
@@ -136,44 +133,28 @@ def readable(path: Path, what: str) -> Iterator[None]:
 # The tar -----------------------------------------------------------------------------------------------------------
 
 
-class _Window:
-    """A part of the mapped file as the file object that tarfile and zipfile read.
+class _Bounded(io.FileIO):
+    """A file from which tarfile and zipfile read the lists of members.
 
-    They read the lists of members only, but what lists say of their own size may be anything. So the bytes read in all
-    are bounded.
+    What lists say of their own size may be anything, so the bytes read in all are bounded.
     """
 
-    def __init__(self, mapped: mmap.mmap, place: ByteRange) -> None:
-        self._map, self._place, self._at, self._left = mapped, place, 0, _LARGEST_LIST
+    left = _LARGEST_LIST
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        at = (0, self._at, self._place.size)[whence] + offset
-        if at < 0:
-            raise OSError("before the first byte")
-        self._at = at
-        return at
-
-    def read(self, size: int = -1) -> bytes:
-        rest = max(0, self._place.size - self._at)
-        size = rest if size < 0 else min(size, rest)
-        self._left -= size
-        if self._left < 0:
+    def read(self, size: int | None = -1) -> bytes:
+        """Some bytes, or the rest. Raises ValueError beyond the bound."""
+        most = self.left + 1
+        found = super().read(most if size is None or size < 0 else min(size, most)) or b""
+        self.left -= len(found)
+        if self.left < 0:
             raise ValueError(f"its list of files is longer than {_LARGEST_LIST:,} bytes")
-        start = self._place.start + self._at
-        self._at += size
-        return self._map[start : start + size]
+        return found
 
 
-def _tar_members(mapped: mmap.mmap) -> Iterator[tuple[str, ByteRange]]:
-    """The names and places of the files in a tar. Raises ValueError, or tarfile's errors, as for a truncated file."""
+def _tar_members(file: Path) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar. Raises ValueError, or tarfile's errors, as for a truncated file."""
     seen: set[str] = set()
-    with tarfile.open(fileobj=_Window(mapped, ByteRange(0, len(mapped))), mode="r:") as tar:  # type: ignore[call-overload]
+    with _Bounded(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             path = PurePosixPath(member.name)
             if len(member.pax_headers) > _MOST_PAX_FIELDS:  # each member would get a copy of global ones
@@ -187,7 +168,7 @@ def _tar_members(mapped: mmap.mmap) -> Iterator[tuple[str, ByteRange]]:
             if str(path) in seen:
                 raise ValueError(f"it holds {shown(str(path))} twice")
             seen.add(str(path))
-            yield str(path), ByteRange(member.offset_data, member.size)
+            yield member
 
 
 # The pickle of a state dict ------------------------------------------------------------------------------------------

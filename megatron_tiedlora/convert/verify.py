@@ -3,7 +3,7 @@
 A merged folder in 16 bits cannot have the adapter's logits. So it is compared with base + adapter rounded to the same
 dtype, where the difference must vanish. The difference from the unrounded adapter is only shown.
 
-Bits are compared by `merged_rows`, and logits computed by `layerwise`, both in the memory of one layer. Where the whole
+Bits are compared by `merged_bits`, and logits computed by `layerwise`, both in the memory of one layer. Where the whole
 model fits, they are also computed in the software that users load the exports with: transformers and PEFT, in fp32.
 """
 
@@ -22,16 +22,16 @@ import torch
 
 from megatron_tiedlora.base.errors import UserError, printable, shown
 from megatron_tiedlora.base.extras import install_hint
-from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.wording import bytes_in_words, first_line
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.merged_weights import MergedWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import trained_otherwise
 from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
 from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
-from megatron_tiedlora.convert.merged_rows import Merge, MergedBits, ReadRows, bit_lines, compare_merged
+from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
@@ -202,11 +202,12 @@ def verify_export(
         of_peft = {} if imported is None else {"peft": imported.adapter}
         models = [Weights(base.read, {"native": adapter, "plain": None, **of_peft})]
         for name in {str(known) for known in (trained, onto) if known not in (None, source.stored_base)}:
-            models.append(Weights(_quantised(base, source.shape, name), {name: adapter}))
+            quantised = opened.enter_context(MergedWeights(source, None, base_format=name))
+            models.append(Weights(quantised.read, {name: adapter}))
         if merged is not None:
             if rounds:
-                once = Merge(adapter, source.shape, base_format=made_onto).reader(base.read)
-                models.append(Weights(lambda name, rows: once(name, rows, stored[name]), {"rounded": None}))
+                once = opened.enter_context(MergedWeights(source, adapter, base_format=made_onto))
+                models.append(Weights(lambda name, rows: once.read(name, rows).to(stored[name]), {"rounded": None}))
             written = opened.enter_context(BaseWeights(merged, source.shape))
             models.append(Weights(written.read, {"merged": None}))
         found = layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
@@ -253,12 +254,6 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
         )
     with BaseWeights(merged, source.shape) as written:  # checks names and shapes
         return {name: written.dtype(name) for name in stored_shapes(written.rules)}
-
-
-def _quantised(base: BaseWeights, shape: ModelShape, base_format: str) -> ReadRows:
-    """Reads rows of the base that a storage format makes of the stored one, in fp32."""
-    read = Merge(None, shape, base_format=base_format).reader(base.read)
-    return lambda name, rows: read(name, rows, torch.float32)
 
 
 def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted: Wanted) -> LogitComparison:

@@ -4,7 +4,7 @@ in order. Every rank reads and tokenises the rows, and all must get the same."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,14 +129,12 @@ class Questions:
 
     Attributes:
         batch_size: samples that a data-parallel rank decodes together.
-        adapter: its name in the stage's bank; "" if the stage has one adapter at most.
     """
 
     scored: ScoredSet
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int
     batch_size: int
-    adapter: str = ""
 
 
 def read_questions(plans: Plans) -> dict[str, Questions]:
@@ -153,7 +151,7 @@ def read_questions(plans: Plans) -> dict[str, Questions]:
         if key not in read:
             read[key] = _read(plan)
         tokenizer, scored = read[key]
-        found[name] = Questions(scored, tokenizer, plan.max_new_tokens, plan.settings.batch_size, name)
+        found[name] = Questions(scored, tokenizer, plan.max_new_tokens, plan.settings.batch_size)
     return found
 
 
@@ -184,12 +182,12 @@ def check_same_rows(scored: Sequence[ScoredSet]) -> None:
 
 def answer_all(
     decoder: Decoder,
-    questions: Sequence[Questions],
+    questions: Mapping[str, Questions],
     *,
     grid: Grid,
     agree: Agree = bool,
     progress: bool = False,
-) -> list[list[Answer]]:
+) -> dict[str, list[Answer]]:
     """Answer the prompts of each adapter by greedy decoding.
 
     Data-parallel ranks share the prompts. All ranks run the same number of batches, so that they can agree on
@@ -198,13 +196,14 @@ def answer_all(
     together.
 
     Args:
+        questions: by the adapter's name in the stage's bank; "" if the stage has one adapter at most.
         agree: maps "this rank's sequences are done" to "those of all ranks are"; may raise.
         progress: show a progress bar.
 
     Returns:
-        for each adapter all answers in the samples' order on rank 0, none elsewhere.
+        by the same names all answers in the samples' order on rank 0, none elsewhere.
     """
-    sets = [_AskedSet(some, grid) for some in questions]
+    sets = [_AskedSet(name, asked, grid) for name, asked in questions.items()]
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
     sends = grid.tp_rank == 0 and decoder.is_last
     num_samples = sum(len(some.order) for some in sets)
@@ -221,7 +220,8 @@ def answer_all(
                     some.take(decoder, indices, rows)
                     bar.update(some.num_asked(number))
     gathered = [gather_on_rank_0(some.mine if sends else {}, kind=_Found) for some in sets]
-    return [[] if parts is None else some.answers(parts) for some, parts in zip(sets, gathered, strict=True)]
+    pairs = zip(sets, gathered, strict=True)
+    return {some.adapter: [] if parts is None else some.answers(parts) for some, parts in pairs}
 
 
 class _AskedSet:
@@ -230,9 +230,9 @@ class _AskedSet:
     The longest come first, so that running out of memory shows at once and not after hours.
     """
 
-    def __init__(self, asked: Questions, grid: Grid) -> None:
+    def __init__(self, adapter: str, asked: Questions, grid: Grid) -> None:
         prompts = asked.scored.prompts
-        self.asked, self.grid = asked, grid
+        self.adapter, self.asked, self.grid = adapter, asked, grid
         self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         self.batch_size = min(asked.batch_size, -(-len(self.order) // grid.dp_size))
         self.is_end = _stop_test(asked.tokenizer, asked.scored.task.stop)
@@ -257,7 +257,7 @@ class _AskedSet:
         """The prompts of this rank's samples."""
         ids = [self.asked.scored.prompts[index].tolist() for index in indices or self.order[:1]]
         asked = self.asked
-        return Prompts(ids, asked.scored.end_ids, asked.max_new_tokens, self.is_end, asked.adapter)
+        return Prompts(ids, asked.scored.end_ids, asked.max_new_tokens, self.is_end, self.adapter)
 
     def take(self, decoder: Decoder, indices: Sequence[int], rows: Sequence[Sequence[int]]) -> None:
         """Keep the answers of a batch, and score the choices of its samples."""
@@ -266,7 +266,7 @@ class _AskedSet:
         if any(scored.endings):
             used = indices or self.order[:1]
             samples = [(scored.prompts[index].tolist(), scored.endings[index]) for index in used]
-            choice_scores = ending_log_likelihoods(decoder, samples, adapter=self.asked.adapter)
+            choice_scores = ending_log_likelihoods(decoder, samples, adapter=self.adapter)
         for index, row, scores in zip(indices, rows, choice_scores, strict=False):
             self.mine[index] = (_text(self.asked.tokenizer, row, scored.task.stop), tuple(scores))
 

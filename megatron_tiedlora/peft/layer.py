@@ -12,12 +12,12 @@ from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.model_in_memory import merge_, with_update
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor
-from megatron_tiedlora.hf.base_model import merge_, with_update
 
 
 class TiedLoraLinear(nn.Module, BaseTunerLayer):
-    """z = W x + sum over active adapters of B' A' x; see `hf.base_model`. The adapters belong to the `TiedLoraModel`.
+    """z = W x + sum over active adapters of B' A' x, see `model_in_memory`. The adapters belong to the `TiedLoraModel`.
 
     Attributes:
         places: this module's place in each adapter that changes it.

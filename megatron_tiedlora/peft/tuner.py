@@ -16,9 +16,9 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
+from megatron_tiedlora.checkpoint.model_in_memory import check_model, find_places, identify_in_memory, model_source
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, check_values
 from megatron_tiedlora.checkpoint.tensor_files import check_finite, check_tensors
-from megatron_tiedlora.hf.base_model import check_model, find_places, identify_in_memory, model_source
 from megatron_tiedlora.peft.config import TiedLoraConfig, weights_match
 from megatron_tiedlora.peft.layer import TiedLoraLinear
 

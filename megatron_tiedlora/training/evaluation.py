@@ -112,21 +112,16 @@ class Evaluation:
         runner, plan = self.runner, runs[0].plan
         runner.engine.module.eval()
         decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
-        questions = [
-            Questions(
-                asked[run.name],
-                run.data.tokenizer,
-                run.plan.max_new_tokens,
-                run.plan.settings.eval_batch_size,
-                run.name,
-            )
-            for run in runs
-        ]
-        parts = [questions] if self.capacity else [[one] for one in questions]
-        answers: list[list[Answer]] = []
+        questions = {}
+        for run in runs:
+            own, scored = run.plan, asked[run.name]
+            sizes = own.max_new_tokens, own.settings.eval_batch_size
+            questions[run.name] = Questions(scored, run.data.tokenizer, *sizes)
+        parts = [questions] if self.capacity else [{name: one} for name, one in questions.items()]
+        answers: dict[str, list[Answer]] = {}
         for part in parts:
-            answers += answer_all(decoder, part, grid=plan.grid, agree=self.stop.agree, progress=runs[0].is_main)
-        return {run.name: own for run, own in zip(runs, answers, strict=True)}
+            answers |= answer_all(decoder, part, grid=plan.grid, agree=self.stop.agree, progress=runs[0].is_main)
+        return answers
 
 
 def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[str, Found]:

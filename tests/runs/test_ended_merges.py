@@ -29,7 +29,7 @@ from megatron_tiedlora.base.shapes import TARGET_NAMES
 
 MERGE = ROOT / "tools" / "merge_adapter.py"
 WRITER = "megatron_tiedlora.checkpoint.tensor_files"
-VALUES, COMMAND = (f"megatron_tiedlora.convert.{name}" for name in ("merged_rows", "merge"))
+COMMAND = "megatron_tiedlora.convert.merge"
 Prelude = Callable[[], None]
 
 
@@ -91,7 +91,7 @@ WITHIN = {  # where the signal comes: (module, name, call)
     "before the first byte": (COMMAND, "side_files", 1),
     "as the folder is taken": ("megatron_tiedlora.base.output_folder", "take_folder", 1),
     "in the second file": (WRITER, "_write_file", 2),
-    "in a tensor": (VALUES, "all_finite", 9),
+    "in a tensor": (COMMAND, "all_finite", 9),
 }
 
 
@@ -129,7 +129,7 @@ def test_after_a_kill_the_same_command_starts_again(case: Case, moment: str) -> 
 
 def test_the_files_of_a_merge_that_was_taken_over_while_it_slept(case: Case) -> None:
     """It is suspended in a file, and another starts again. What it writes when it wakes up is lost."""
-    old = case.start(prelude=partial(kill_at_call, VALUES, "all_finite", call=12, number=signal.SIGSTOP))
+    old = case.start(prelude=partial(kill_at_call, COMMAND, "all_finite", call=12, number=signal.SIGSTOP))
     deadline = time.monotonic() + 60
     while Path(f"/proc/{old.processes[0].pid}/stat").read_text().split(")")[1].split()[0] != "T":
         assert time.monotonic() < deadline
@@ -148,7 +148,7 @@ def test_the_files_of_a_merge_that_was_taken_over_while_it_slept(case: Case) -> 
 
 
 def slow_blocks() -> None:
-    before_call(VALUES, "all_finite", lambda *_: time.sleep(0.003))
+    before_call(COMMAND, "all_finite", lambda *_: time.sleep(0.003))
 
 
 def test_random_moments(case: Case) -> None:

@@ -21,7 +21,7 @@ from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.checkpoint.tensor_files import StreamedTensor, write_streamed
+from megatron_tiedlora.checkpoint.tensor_files import StreamedTensor, sharded, write_files
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import weight_rules
@@ -41,7 +41,7 @@ def write_wide_model(folder: Path, *, file_bytes: int, **values: Any) -> Path:
         StreamedTensor(part.name, torch.bfloat16, part.shape, partial(_drawn, bank, part.shape, index))
         for index, part in enumerate(parts)
     ]
-    write_streamed(folder, tensors, shard_bytes=file_bytes)
+    write_files(folder, sharded(tensors, file_bytes))
     return folder
 
 

@@ -20,7 +20,6 @@ ORDER = (
     "checkpoint",
     "engine",
     "convert",
-    "hf",
     "peft",
     "evaluation",
     "planning",

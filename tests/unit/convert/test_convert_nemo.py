@@ -175,7 +175,7 @@ def test_a_file_of_9_gib_in_the_archive_is_found(tmp_path: Path) -> None:
             stream.seek(start + size)
         stream.truncate()
     members = NemoArchive(tmp_path / "x.nemo").members
-    assert [place.size for place in members.values()] == [size, size] and members["b.ckpt"].start == start
+    assert [place.size for place in members.values()] == [size, size] and members["b.ckpt"].offset_data == start
 
 
 def test_the_tokenizer_gives_sentencepiece_ids_and_has_its_special_tokens(whole: Path) -> None:

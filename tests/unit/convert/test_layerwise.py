@@ -10,9 +10,10 @@ from family_models import FAMILY_MODELS
 from native_files import with_adapter
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.checkpoint import merged_weights as blocks
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.convert import layerwise, merged_rows
+from megatron_tiedlora.convert import layerwise
 from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
 
 ALL = ("qkv", "o_proj", "gate_up", "down_proj")
@@ -22,7 +23,7 @@ ALL = ("qkv", "o_proj", "gate_up", "down_proj")
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head of 100 rows at a time, which do not divide the vocabulary, and weights read by 64 rows."""
     monkeypatch.setattr(layerwise, "_HEAD_ELEMENTS", 100 * 32)
-    monkeypatch.setattr(merged_rows, "BLOCK_ELEMENTS", 64 * 32)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64 * 32)
 
 
 def logits(base: Path, dtype: torch.dtype, **adapter_fields: object) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -9,10 +9,10 @@ import torch
 from native_files import with_adapter
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.checkpoint import merged_weights as blocks
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.convert import layerwise as module
-from megatron_tiedlora.convert import merged_rows
 from megatron_tiedlora.convert.layerwise import layerwise_loss
 from megatron_tiedlora.model import layer_specs
 from megatron_tiedlora.model.batch import MicroBatch
@@ -36,7 +36,7 @@ def test_it_is_that_of_the_whole_model(
     tied: bool, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SHARE", share)
-    monkeypatch.setattr(merged_rows, "BLOCK_ELEMENTS", 64 * 32)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64 * 32)
     monkeypatch.setattr(layer_specs, "HEAD_ROWS", 7)
     folder = write_tiny_model(tmp_path / "model", tokenizer=False, tied=tied)
     source, adapter, _ = with_adapter(folder, "tl6", (1, 3), targets=("qkv", "down_proj"))

@@ -16,12 +16,13 @@ from quantised_folders import SHAPE, quantised_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.checkpoint import merged_weights as blocks
 from megatron_tiedlora.checkpoint.base_identity import identify_model
+from megatron_tiedlora.checkpoint.merged_weights import row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.convert import merged_rows as merged_rows_module
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.convert.merged_rows import compare_merged, row_blocks
+from megatron_tiedlora.convert.merged_bits import compare_merged
 
 ALL = ("qkv", "o_proj", "gate_up", "down_proj")
 WITH_ZERO = "model.layers.1.mlp.gate_proj.weight"
@@ -32,7 +33,7 @@ DTYPES = {"stored": None, "fp16": torch.float16, "fp32": torch.float32}
 def small_blocks() -> Iterator[None]:
     """Blocks of 64 rows, so that the tiny model's larger tensors have several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merged_rows_module, "BLOCK_ELEMENTS", 64 * 32)
+        patch.setattr(blocks, "BLOCK_ELEMENTS", 64 * 32)
         yield
 
 

@@ -17,10 +17,10 @@ from wide_models import anonymous_bytes, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.checkpoint import merged_weights as blocks
 from megatron_tiedlora.checkpoint import tensor_files
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.convert import merged_rows
 from megatron_tiedlora.convert.merge import merge_adapter
 
 INDEX = "model.safetensors.index.json"
@@ -71,7 +71,7 @@ def inputs(base: Path) -> tuple[ModelSource, NativeAdapter]:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 rows, of which a weight has two or more."""
-    monkeypatch.setattr(merged_rows, "BLOCK_ELEMENTS", 32 * 16)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 32 * 16)
 
 
 def places(file: Path) -> dict[str, tuple[int, int]]:
@@ -169,6 +169,23 @@ def test_a_second_copy_of_an_adapted_tensor_is_refused(base: Path, tmp_path: Pat
     with pytest.raises(UserError, match=rf"{other.name}: holds {name} too, beside {file}; remove one of them"):
         merge_adapter(source, adapter, tmp_path / "merged")
     assert {item.name for item in tmp_path.iterdir()} == {"base"}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_other_copies_of_tensors_are_kept_as_they_are(base: Path, tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """One that the index gives to another file, and one that it does not name."""
+    twice = Path(shutil.copytree(base, tmp_path / "base"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = json.loads((twice / INDEX).read_text())["weight_map"][name]
+    other = next(path for path in sorted(twice.glob("*.safetensors")) if path.name != file)
+    copies = {name: torch.full((3, 2), 7.0), "nowhere": torch.arange(4.0)}
+    save_file(load_file(other) | copies, other, metadata={"format": "pt"})
+    source, adapter, _ = with_adapter(twice, "tl6", targets=("o_proj",))
+    merge_adapter(source, adapter, tmp_path / "merged", dtype=dtype)
+    found = load_file(tmp_path / "merged" / other.name)
+    assert all(torch.equal(found[key], tensor) for key, tensor in copies.items())
+    whole = load_file(tmp_path / "merged" / file)[name]
+    assert torch.equal(whole, load_file(twice / file)[name].to(whole.dtype))
 
 
 # The disk's room, and the memory -----------------------------------------------------------------------------------

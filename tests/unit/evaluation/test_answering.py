@@ -50,8 +50,7 @@ def answers(
     decoder, tokenizer = build(folder, grid=grid), load_tokenizer(folder)
     rows = examples(choices=choices)
     scored = encode_scored(rows, task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
-    (found,) = answer_all(decoder, [Questions(scored, tokenizer, NEW_TOKENS, batch_size)], grid=grid, **options)
-    return found
+    return answer_all(decoder, {"": Questions(scored, tokenizer, NEW_TOKENS, batch_size)}, grid=grid, **options)[""]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,7 @@ def test_the_stop_ends_decoding_and_not_only_the_text(folder: Path) -> None:
     scored = encode_scored([examples()[index]], task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
     calls: list[int] = []
     decoder.stage.layers["0"].register_forward_hook(lambda *_: calls.append(1))
-    (found,) = answer_all(decoder, [Questions(scored, tokenizer, NEW_TOKENS, 4)], grid=Grid(0, 1))
+    found = answer_all(decoder, {"": Questions(scored, tokenizer, NEW_TOKENS, 4)}, grid=Grid(0, 1))[""]
     assert found[0].prediction == text.split(stop)[0].strip()
     assert len(calls) - 2 < NEW_TOKENS  # two calls are the choices'
 
@@ -172,7 +171,7 @@ def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [{tokenizer.eos_token_id}, {token}]}}')
     scored = encode_scored(examples(), task(), tokenizer, longest_prompt=60, model_folder=tmp_path, **SIZE)
     assert scored.end_ids == {tokenizer.eos_token_id, token}
-    (found,) = answer_all(decoder, [Questions(scored, tokenizer, NEW_TOKENS, 4)], grid=Grid(0, 1))
+    found = answer_all(decoder, {"": Questions(scored, tokenizer, NEW_TOKENS, 4)}, grid=Grid(0, 1))[""]
     assert found[0].prediction == text.split(letter)[0].strip()
 
 

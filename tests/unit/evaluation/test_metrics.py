@@ -16,9 +16,14 @@ import pytest
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.evaluation.metrics import METRICS, Answer, find_metric
-from megatron_tiedlora.evaluation.metrics.choices import chosen_ending
-from megatron_tiedlora.evaluation.metrics.exact import final_number, normalise_squad
+from megatron_tiedlora.evaluation.metrics import (
+    METRICS,
+    Answer,
+    chosen_ending,
+    final_number,
+    find_metric,
+    normalise_squad,
+)
 from megatron_tiedlora.evaluation.results import score_answers
 
 

@@ -32,10 +32,10 @@ from megatron_tiedlora.checkpoint.base_identity import (
     weights_hash,
 )
 from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS
+from megatron_tiedlora.checkpoint.merged_weights import merged_rows, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, changed_tensors
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import run_starts
-from megatron_tiedlora.convert.merged_rows import merged_rows, row_blocks
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stored_formats import stored_format
 from megatron_tiedlora.model.weights import WeightRule, stored_shapes, weight_rules
@@ -189,4 +189,4 @@ def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, 
     check_whole(weight, place)
     a, b = (factor.to(weight.device) for factor in place.factors(adapter.config, adapter.factors()))
     for rows in row_blocks(tuple(weight.shape)):
-        weight[rows] = merged_rows(weight[rows], a, sign * b[rows], weight.dtype)
+        weight[rows] = merged_rows(weight[rows], a, sign * b[rows])

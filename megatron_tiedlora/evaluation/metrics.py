@@ -1,0 +1,352 @@
+"""A model's answer, a metric, and the metrics by name. Nothing is downloaded.
+
+Their definitions come from the tasks or from reference libraries, which are imported when the first answer is scored,
+since many runs never score one. Exact match and F1 take the best of the references.
+
+`accuracy` finds the ending in the generated text, where the first reference is the correct one.
+`accuracy_loglikelihood` takes the ending with the highest log-likelihood per character. The variant without
+normalisation, `acc` of lm-evaluation-harness, favours short endings and is not reported.
+
+BLEU is sacrebleu's with its defaults, on detokenised text. The score of a sample is its sentence BLEU (with effective
+order, as sacrebleu advises); the corpus value is not the mean of these, but comes from summed n-gram counts.
+ROUGE-L is that of Google's rouge-score: F of the longest common subsequence of stemmed tokens, which are runs of a-z
+and 0-9 in lower case. So text in another script has none and scores 0. The library and its stemmer read no data files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.data.examples import Example
+
+_FINAL_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ORDERS = 4  # of BLEU's n-grams
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered example.
+
+    Attributes:
+        prediction: the generated text, without the prompt, cut at the task's stop text.
+        choice_scores: log-likelihood in nats of each of `example.choices` after the prompt, summed over its tokens;
+            empty if none were computed.
+    """
+
+    prediction: str
+    example: Example
+    choice_scores: tuple[float, ...] = ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The texts that the prediction is scored against: the example's references that are not blank.
+
+        Raises:
+            UserError: the example has none.
+        """
+        found = tuple(text for text in self.example.references if text.strip())
+        if not found:
+            raise UserError(f"{self.example.source}: no reference to score against; give the row an answer")
+        return found
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. Every score is in per cent, 0 to 100, and higher is better.
+
+    The value of many answers is the mean of `sample`. A corpus metric has `statistics` instead: `combine` turns their
+    sums over the answers into the value.
+
+    Attributes:
+        name: its key in `METRICS`.
+        sample: the score of one answer.
+        signature: the rule, library and version by which these answers are scored. Two values are comparable only if
+            their signatures are equal.
+        needs_choice_scores: whether it reads `Answer.choice_scores`, which cost a model pass per choice.
+        check: raises UserError, before decoding, for an example that the metric can never score as correct.
+        statistics: a fixed number of counts of one answer.
+        combine: computes the corpus value from the counts, summed over the answers.
+    """
+
+    name: str
+    sample: Callable[[Answer], float]
+    signature: Callable[[Sequence[Answer]], str]
+    needs_choice_scores: bool = False
+    check: Callable[[Example], None] = lambda _: None
+    statistics: Callable[[Answer], tuple[int, ...]] | None = None
+    combine: Callable[[Sequence[int]], float] | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.statistics is None) == (self.combine is None), self.name
+
+
+def fixed(signature: str) -> Callable[[Sequence[Answer]], str]:
+    """A signature that does not depend on the answers."""
+    return lambda _: signature
+
+
+# Exact match and F1 -------------------------------------------------------------------------------------------------
+
+
+def exact_match(answer: Answer) -> float:
+    """100 if the prediction equals a reference, ignoring white space at the ends, else 0."""
+    return 100.0 * (answer.prediction.strip() in {reference.strip() for reference in answer.references})
+
+
+def final_number(text: str) -> str | None:
+    """The first number after `#### `, without commas, as GSM8K's own script extracts it; None if there is none."""
+    match = _FINAL_NUMBER.search(text)
+    return match.group(1).replace(",", "") if match else None
+
+
+def gsm8k_exact_match(answer: Answer) -> float:
+    """100 if the final number equals a reference's as a string, else 0; also 0 if the prediction has none."""
+    wanted = {final_number(reference) for reference in answer.references} - {None}
+    return 100.0 * (final_number(answer.prediction) in wanted)
+
+
+def has_final_number(example: Example) -> None:
+    """Raise UserError if no reference has a final number, since no prediction could then be correct."""
+    if not any(final_number(reference) for reference in example.references):
+        raise UserError(f"{example.source}: no answer ends in '#### NUMBER', which metric gsm8k compares; add it")
+
+
+def normalise_squad(text: str) -> str:
+    """SQuAD v1.1: lower the case, then remove (ASCII) punctuation, then articles, then repeated spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def squad_exact_match(answer: Answer) -> float:
+    """100 if the normalised prediction equals any normalised reference, else 0."""
+    found = normalise_squad(answer.prediction)
+    return 100.0 * any(found == normalise_squad(reference) for reference in answer.references)
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """F1 in 0..1 of the two bags of normalised tokens, 2 |common| / (|prediction| + |reference|).
+
+    It equals SQuAD's 2 p r / (p + r), but with one division, so that equal F1 are equal floats. Without a common token
+    it is 0, even if both texts are empty after normalisation, as in the v1.1 script (v2.0 differs there).
+    """
+    found, wanted = normalise_squad(prediction).split(), normalise_squad(reference).split()
+    common = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * common / (len(found) + len(wanted)) if common else 0.0
+
+
+def squad_f1(answer: Answer) -> float:
+    """100 times the best F1 over the references."""
+    return 100.0 * max(token_f1(answer.prediction, reference) for reference in answer.references)
+
+
+_SQUAD_RULE = "lower case, no punctuation, no articles; best of the references of each sample"
+
+EXACT_MATCH = Metric(
+    "exact_match",
+    exact_match,
+    fixed("exact match, white space at the ends apart; any of the references of each sample"),
+)
+GSM8K = Metric(
+    "gsm8k",
+    gsm8k_exact_match,
+    fixed("GSM8K exact match: first number behind ####, commas dropped, compared as text; no number is wrong"),
+    check=has_final_number,
+)
+SQUAD = Metric("squad", squad_exact_match, fixed(f"SQuAD v1.1 exact match: {_SQUAD_RULE}"))
+SQUAD_F1 = Metric("squad_f1", squad_f1, fixed(f"SQuAD v1.1 F1 over bags of tokens: {_SQUAD_RULE}"))
+
+
+# Several endings ----------------------------------------------------------------------------------------------------
+
+
+def checked_choices(answer: Answer) -> tuple[str, ...]:
+    """The endings. Raises UserError if there are none, one is blank, or the correct one is not among them."""
+    example = answer.example
+    if not example.choices:
+        raise UserError(f"{example.source}: no endings to choose from; accuracy needs several endings per row")
+    if not all(choice.strip() for choice in example.choices):
+        raise UserError(f"{example.source}: one of the {len(example.choices)} endings is empty")
+    if answer.references[0].strip() not in {choice.strip() for choice in example.choices}:
+        raise UserError(f"{example.source}: the right ending {answer.references[0]!r} is not among the endings")
+    return example.choices
+
+
+def _plain(text: str) -> str:
+    """The text in lower case with single spaces."""
+    return " ".join(text.lower().split())
+
+
+def chosen_ending(prediction: str, choices: Sequence[str]) -> str | None:
+    """The ending that a generated text means, in lower case with single spaces; None if it means no ending.
+
+    It is the ending that equals the text, ignoring case and white space; otherwise the ending with the highest SQuAD
+    F1. It is None if two different endings share the highest F1, or if all have 0 (for example with an empty text).
+    """
+    text = _plain(prediction)
+    endings = list(dict.fromkeys(map(_plain, choices)))
+    if text in endings:
+        return text
+    scores = [token_f1(text, ending) for ending in endings]
+    best = max(scores)
+    return endings[scores.index(best)] if best > 0 and scores.count(best) == 1 else None
+
+
+def accuracy(answer: Answer) -> float:
+    """100 if the generated text means the correct ending, else 0."""
+    return 100.0 * (chosen_ending(answer.prediction, checked_choices(answer)) == _plain(answer.references[0]))
+
+
+def accuracy_loglikelihood(answer: Answer) -> float:
+    """100 if the correct ending has the highest log-likelihood per character (the first of equals), else 0.
+
+    Characters are the Unicode code points of the cleaned ending, without the space that joins it to the prompt, as in
+    `acc_norm` of lm-evaluation-harness. If a score is NaN, the result is 0.
+    """
+    choices = checked_choices(answer)
+    assert len(answer.choice_scores) == len(choices), f"{answer.example.source}: {len(answer.choice_scores)} scores"
+    scores = [score / len(choice) for score, choice in zip(answer.choice_scores, choices, strict=True)]
+    if any(map(math.isnan, scores)):
+        return 0.0
+    return 100.0 * (choices[scores.index(max(scores))].strip() == answer.references[0].strip())
+
+
+ACCURACY = Metric(
+    "accuracy",
+    accuracy,
+    fixed(
+        "accuracy of the generated ending: the one that equals the text but for case and white space, else the one of"
+        " highest SQuAD F1 to it; a tie is wrong"
+    ),
+)
+ACCURACY_LOGLIKELIHOOD = Metric(
+    "accuracy_loglikelihood",
+    accuracy_loglikelihood,
+    fixed("accuracy by log-likelihood per character of the ending (acc_norm of lm-evaluation-harness)"),
+    needs_choice_scores=True,
+)
+
+
+# BLEU ---------------------------------------------------------------------------------------------------------------
+
+
+def _sentence(answer: Answer) -> Any:
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True).sentence_score(answer.prediction, list(answer.references))
+
+
+def sentence_bleu(answer: Answer) -> float:
+    """sacrebleu's sentence BLEU."""
+    return float(_sentence(answer).score)
+
+
+def bleu_statistics(answer: Answer) -> tuple[int, ...]:
+    """Lengths of prediction and closest reference, then matched and predicted n-grams, both for each order."""
+    found = _sentence(answer)
+    return (found.sys_len, found.ref_len, *found.counts, *found.totals)
+
+
+def corpus_bleu(sums: Sequence[int]) -> float:
+    """sacrebleu's corpus BLEU of summed statistics, bit-identical to its `corpus_score`."""
+    from sacrebleu.metrics import BLEU
+
+    corpus = BLEU()
+    score = BLEU.compute_bleu(
+        correct=list(sums[2 : 2 + _ORDERS]),
+        total=list(sums[2 + _ORDERS :]),
+        sys_len=sums[0],
+        ref_len=sums[1],
+        smooth_method=corpus.smooth_method,
+        smooth_value=corpus.smooth_value,
+        effective_order=corpus.effective_order,
+        max_ngram_order=corpus.max_ngram_order,
+    )
+    return float(score.score)
+
+
+def bleu_signature(answers: Sequence[Answer]) -> str:
+    """sacrebleu's own signature. It depends only on the numbers of references of the answers."""
+    from sacrebleu.metrics import BLEU
+
+    counts = [len(answer.references) for answer in answers]
+    fewest, most = min(counts), max(counts)
+    # sacrebleu knows its signature only after scoring; two sentences with the extreme numbers are enough.
+    streams: list[Any] = [["x", "x" if number < fewest else None] for number in range(most)]
+    scorer = BLEU()
+    scorer.corpus_score(["x", "x"], streams)
+    return str(scorer.get_signature())
+
+
+BLEU_METRIC = Metric("bleu", sentence_bleu, bleu_signature, statistics=bleu_statistics, combine=corpus_bleu)
+
+
+# ROUGE-L ------------------------------------------------------------------------------------------------------------
+
+
+def rouge_l(answer: Answer) -> float:
+    """100 times the F of ROUGE-L for the best reference.
+
+    Tokens and definition are the library's. Its own search fills a table of all pairs of tokens, which takes minutes
+    and gigabytes for a long text.
+    """
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    tokenizer = DefaultTokenizer(use_stemmer=True)
+    prediction = tokenizer.tokenize(answer.prediction)
+    return 100.0 * max(_f(tokenizer.tokenize(reference), prediction) for reference in answer.references)
+
+
+def _f(reference: Sequence[str], prediction: Sequence[str]) -> float:
+    if not reference or not prediction:
+        return 0.0
+    common = common_length(reference, prediction)
+    precision, recall = common / len(prediction), common / len(reference)
+    return 2 * precision * recall / (precision + recall) if common else 0.0
+
+
+def common_length(one: Sequence[str], other: Sequence[str]) -> int:
+    """Length of the longest common subsequence of two sequences.
+
+    An integer has one bit per token of `one`. Each token of `other` takes one step of additions and masks (Crochemore
+    et al., "A fast and practical bit-vector algorithm for the longest common subsequence problem", 2001). A zero bit
+    marks a position at which the length grows.
+    """
+    bits = {token: bytearray(len(one) // 8 + 1) for token in other}
+    for index, token in enumerate(one):
+        if token in bits:
+            bits[token][index // 8] |= 1 << index % 8
+    positions = {token: int.from_bytes(marks, "little") for token, marks in bits.items()}
+    row = mask = (1 << len(one)) - 1
+    for token in other:
+        matches = row & positions[token]
+        row = ((row + matches) | (row - matches)) & mask
+    return len(one) - row.bit_count()
+
+
+def rouge_signature(_: Sequence[Answer]) -> str:
+    """Library, variant, and how several references count."""
+    return f"rouge-score {version('rouge-score')}, rougeL F, stemmer; best of the references of each sample"
+
+
+ROUGE_L = Metric("rougeL", rouge_l, rouge_signature)
+
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (EXACT_MATCH, GSM8K, SQUAD, SQUAD_F1, ROUGE_L, BLEU_METRIC, ACCURACY, ACCURACY_LOGLIKELIHOOD)
+}
+
+
+def find_metric(name: str) -> Metric:
+    """The metric called `name`. Raises UserError with the known names."""
+    if name not in METRICS:
+        raise UserError(f"metric {name!r} is unknown; the metrics are {', '.join(METRICS)}")
+    return METRICS[name]

@@ -1,1 +1,0 @@
-"""Adapters on transformers' own models: whether a model is their base, which modules they change, and their update."""
