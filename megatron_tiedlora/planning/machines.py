@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
+from megatron_tiedlora.base.base_formats import BASE_NAMES, FP8_CAPABILITY
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import aligned_lines, nearest_name
@@ -39,9 +39,10 @@ CONSTANTS: Mapping[str, tuple[str, str]] = {
     "queries.fp32": ("numbers/s", "the same in fp32"),
     "bandwidth": ("bytes/s", "of the memory, by the data sheet"),
     "elementwise": ("share", "of it which elementwise kernels reach"),
-    "dequantise.nf4": ("weights/s", "that are dequantised; 0: as fast as their bytes are read and written"),
-    "dequantise.int8": ("weights/s", "the same"),
-    "dequantise.fp8": ("weights/s", "the same"),
+    **{
+        f"dequantise.{name}": ("weights/s", "that are dequantised; 0: as fast as their bytes are read and written")
+        for name in BASE_NAMES
+    },
     "round.forward": ("bytes", "that rounding to fp8 moves for a number of an activation; 0: it is in matmul.fp8"),
     "round.backward": ("bytes", "the same of a gradient"),
     "node_bandwidth": ("bytes/s", "of a rank's link to the others of its node, in one direction"),
@@ -204,7 +205,8 @@ def _card(name: str, facts: Mapping[str, Any]) -> Machine:
         "node_bandwidth": facts["node"] * 1e9,
         "network_bandwidth": facts["network"] * 1e9,
     }
-    constants = {key: Constant(*pair) for key, pair in _KNOWN["card"].items()}
+    constants = {f"dequantise.{base}": Constant(0.0, "by its bytes") for base in BASE_NAMES}
+    constants |= {key: Constant(*pair) for key, pair in _KNOWN["card"].items()}
     constants |= {key: Constant(value, "data sheet") for key, value in of_sheet.items()}
     constants["memory"] = Constant(facts["gib"] * 2**30, "total capacity in PyTorch's messages on this card")
     constants["attention.bf16"] = ATTENTION[major, minor][default_attention((major, minor))]
@@ -222,7 +224,8 @@ CPU = Machine(
     "cpu",
     "CPU",
     False,
-    {
+    {f"dequantise.{base}": Constant(0.0, "by its bytes") for base in BASE_NAMES}
+    | {
         name: Constant(value, source)
         for how, source in _CPU_SOURCES.items()
         for name, value in _KNOWN["cpu"][how].items()
