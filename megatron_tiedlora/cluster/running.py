@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -107,12 +107,21 @@ class RunningJob(Session):
 
     Args:
         output, errors: where the launcher's output and errors go; None: to this command's own.
+        lock: a descriptor that the launcher keeps open, so that a folder stays locked while it lives.
 
     Raises:
         UserError: the launcher cannot be started.
     """
 
-    def __init__(self, job: Job, plan: StartPlan, *, output: int | None = None, errors: int | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        plan: StartPlan,
+        *,
+        output: int | None = None,
+        errors: int | None = None,
+        lock: int | None = None,
+    ) -> None:
         for path, text in plan.files.items():
             path.touch(mode=0o600)
             path.write_text(text, encoding="utf-8")
@@ -125,6 +134,7 @@ class RunningJob(Session):
                 stdout=output,
                 stderr=errors,
                 start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
+                pass_fds=() if lock is None else (lock,),
             )
         except OSError as error:
             raise UserError(f"{plan.words[0]}: cannot be started ({error.strerror or error})") from None
@@ -155,10 +165,25 @@ class Watch:
     """Waits for the end of a job: of its launcher, of its run folder's owner, and of what it started on this machine.
 
     The first signal is passed on; a second Ctrl-C kills. Only Ctrl-C counts then: schedulers send SIGTERM twice.
+
+    Args:
+        status: of the run; a job that writes none ends with its launcher, and with what that has started here.
+        show: called again and again, to show how far the job is.
+        say: shows a line of this command's own.
     """
 
-    def __init__(self, running: RunningJob, status: StatusFile, signals: StopSignals, times: Times) -> None:
+    def __init__(
+        self,
+        running: RunningJob,
+        status: StatusFile,
+        signals: StopSignals,
+        times: Times,
+        *,
+        show: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = say,
+    ) -> None:
         self._running, self._status, self._signals, self._times = running, status, signals, times
+        self._show, self._say = show, say
         self._said: set[str] = set()
         self._run_ended = self._launcher_ended = float("inf")  # when, by the monotonic clock
         self._looked, self._killed = 0.0, False
@@ -173,6 +198,7 @@ class Watch:
                 self._running.stop(received[0])
             if signal.SIGINT in received[1:]:
                 self._kill("killing all")
+            self._show()
             time.sleep(POLL_SECONDS)
         return Ended(self._running.process.returncode, received[0] if received else 0, self._killed)
 
@@ -214,7 +240,7 @@ class Watch:
     def _say_once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
-            say(line)
+            self._say(line)
 
 
 # Signals --------------------------------------------------------------------------------------------------------------

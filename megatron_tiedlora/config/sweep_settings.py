@@ -1,4 +1,4 @@
-"""The settings of tiedlora sweep: the grid, and how its runs are started. All others are tiedlora train's.
+"""The settings of tiedlora sweep: the grid, and how its groups are started. All others are tiedlora train's.
 
 Owns how both sets of names share a command line and a YAML file, and which training settings the sweep decides.
 """
@@ -6,18 +6,16 @@ Owns how both sets of names share a command line and a YAML file, and which trai
 from __future__ import annotations
 
 import math
-import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
-from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.errors import UserError, as_given, naming
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.config.cli import naming_file, read_yaml, split_words
+from megatron_tiedlora.config.cli import naming_file, parse_words, read_yaml, split_words
 from megatron_tiedlora.config.fields import (
     CommandSettings,
     comma_separated,
@@ -27,21 +25,18 @@ from megatron_tiedlora.config.fields import (
     shell_words,
     validate_settings,
 )
+from megatron_tiedlora.config.launch_settings import LaunchSettings
 from megatron_tiedlora.config.settings import Settings, make_settings
 
 PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
 PAPER_LEARNING_RATES = (1e-4, 1e-5)
-MOST_TOGETHER = 32  # of --together auto; with more, a group's scores would come late and the gain grows little
+MOST_TOGETHER = 32  # of --together auto; with more the gain grows little
 SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: the settings that it was started with
 _GONE = ("gpus_per_run", "runs_at_once")  # older studies have recorded them; they decide no number
-# Flags of the `deepspeed` launcher that a file may give, with a NUL after each word. They only choose among the
-# existing devices and hosts. Any other flag could start a program of the file's author, or start it elsewhere.
-_FROM_FILE = re.compile(
-    r"(--(num_gpus|num_accelerators|num_nodes|master_port)[=\0]\d{1,6}\0"
-    r"|(--(include|exclude)[=\0]|-[ie]\0)[\w.][\w.:,@-]*\0"
-    r"|--bind_cores_to_rank\0|--bind_core_list[=\0]\d[\d,-]*\0)*",
-    re.ASCII,
-)
+# Of the launcher's flags those that a file may give. Others could start a program of the file's author, or start it
+# elsewhere.
+_FROM_FILE = ("num_gpus", "master_port")
+_NOT_OF_SWEEP = ("max_restarts", "show_command")  # of tiedlora run: a sweep resumes what failed at its next start
 
 
 class SweepSettings(CommandSettings):
@@ -56,7 +51,7 @@ class SweepSettings(CommandSettings):
         "run": "the sweep's folder; a second start with the same folder resumes it",
         "grid": "which adapters are trained (defaults: the paper's grid)",
         "scores": "how the test set is scored",
-        "processes": "how runs are started, one start after another; a second start may change it",
+        "processes": "how groups of runs are started, one after another; a second start may change it",
     }
     missing: ClassVar[Mapping[str, str]] = {"output_dir": "the folder of runs, scores, tables and figures"}
 
@@ -94,19 +89,18 @@ class SweepSettings(CommandSettings):
 
     launcher_args: str | None = setting_field(
         "processes",
-        'arguments of the deepspeed launcher, e.g. "--num_gpus 4" or "--hostfile hosts"; in a file they may only'
-        " choose devices",
+        'where training and scoring run: flags of tiedlora run, e.g. "--num_gpus 4" or "--hostfile hosts"; of those in'
+        " a file only the number of GPUs and the port are read",
         None,
     )
     together: int | Literal["auto"] = setting_field(
         "processes",
-        "train up to N runs in one start, which share the base and micro-batches; auto: as many as the free memory of"
-        f" this machine allows, at most {MOST_TOGETHER}",
-        1,
+        "the most runs of a group, which share the base and micro-batches; auto: as many as fit into the free memory of"
+        f" this machine, at most {MOST_TOGETHER}",
+        "auto",
     )
     halving: bool = setting_field(
-        "processes",
-        "with --together: stop a run that is behind another learning rate on validation by more than the noise", False,
+        "processes", "stop a run that is behind another learning rate on validation by more than the noise", False,
     )
 
     @classmethod
@@ -150,9 +144,14 @@ class SweepSettings(CommandSettings):
         return self
 
 
-def may_come_from_file(launcher: Sequence[str]) -> bool:
-    """Whether launcher arguments only choose devices, so that they are safe whoever wrote them."""
-    return _FROM_FILE.fullmatch("".join(f"{word}\0" for word in launcher)) is not None
+def parse_launcher(words: Sequence[str]) -> LaunchSettings:
+    """The settings of tiedlora run in --launcher_args. Raises UserError."""
+    with naming("--launcher_args"):
+        found = validate_settings(parse_words(words, LaunchSettings), LaunchSettings)
+        for name in _NOT_OF_SWEEP:
+            if name in found.model_fields_set:
+                raise UserError(f"--{name} is of tiedlora run alone; remove it")
+        return found
 
 
 @dataclass(frozen=True)
@@ -160,11 +159,13 @@ class SweepCommand:
     """One start of tiedlora sweep.
 
     Attributes:
+        launcher: what --launcher_args says.
         given: the training settings that were given, by name; the others keep train.py's defaults.
         train: all training settings, resolved for the first point of the grid.
     """
 
     settings: SweepSettings
+    launcher: LaunchSettings
     given: Mapping[str, Any]
     train: Settings
 
@@ -198,7 +199,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
         merged = {**before, **merged}
     with naming_file(config, read.keys() - values.keys()):
         command = make_command(merged)
-    if "launcher_args" not in values and not may_come_from_file(shlex.split(command.settings.launcher_args or "")):
+    if "launcher_args" not in values and not command.launcher.model_fields_set <= {*_FROM_FILE}:
         raise UserError(
             f"{source}: launcher_args are not read from a file, which may be another user's ("
             f"{command.settings.launcher_args}); give --launcher_args again on the command line"
@@ -210,7 +211,8 @@ def make_command(values: Mapping[str, Any]) -> SweepCommand:
     """Make a command from the names of both sets. Raises UserError."""
     settings = validate_settings({n: v for n, v in values.items() if n in SweepSettings.model_fields}, SweepSettings)
     given = {n: v for n, v in values.items() if n not in SweepSettings.model_fields}
-    return SweepCommand(settings, given, resolve_train(settings, given))
+    launcher = parse_launcher(shell_words("launcher_args", settings.launcher_args))
+    return SweepCommand(settings, launcher, given, resolve_train(settings, given))
 
 
 def resolve_train(settings: SweepSettings, given: Mapping[str, Any]) -> Settings:

@@ -49,6 +49,16 @@ class Point:
     rank: int
     layer: int | None = None
 
+    @property
+    def name(self) -> str:
+        """METHOD-rRANK[-layerN]."""
+        return f"{self.method}-r{self.rank}{self.layer_part}"
+
+    @property
+    def layer_part(self) -> str:
+        """-layerN in names; '' if all layers are adapted."""
+        return "" if self.layer is None else f"-layer{self.layer}"
+
     def num_trained(self, shape: AdaptedSizes) -> int:
         """Trained parameters on a model of `shape`."""
         layers = tuple(range(1, shape.num_layers + 1)) if self.layer is None else (self.layer,)
@@ -73,8 +83,7 @@ class Run:
     def name(self) -> str:
         """METHOD-rRANK-lrRATE[-layerN], the name of its folder."""
         point = self.point
-        layer = "" if point.layer is None else f"-layer{point.layer}"
-        return f"{point.method}-r{point.rank}-lr{rate_text(self.learning_rate)}{layer}"
+        return f"{point.method}-r{point.rank}-lr{rate_text(self.learning_rate)}{point.layer_part}"
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ that tables need neither, and has the hashes of the row files. `sweep_status.jso
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from megatron_tiedlora.config.sweep_settings import (
 from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.study.grid import AdaptedSizes, single_layers
 from megatron_tiedlora.study.paper import paper_model
-from megatron_tiedlora.study.starts import last_lines
 
 RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
 
@@ -203,27 +202,3 @@ def read_base(folder: StudyFolder) -> BaseRecord:
     """Read base.json. Raises UserError naming what is broken."""
     content = read_json_object(folder.base, kind="a sweep's folder")
     return read_fields(folder.base, content, BaseRecord)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a run or score has failed, and the log of its start."""
-
-    reason: str
-    log: Path
-
-
-def write_status(
-    folder: StudyFolder, state: str, failures: Mapping[str, Failure], *, reason: str | None = None
-) -> None:
-    """Write sweep_status.json: how this start ended, and for every failure its reason and the last lines of its log.
-
-    Args:
-        reason: why the sweep itself failed.
-    """
-    failed = [
-        {"name": name, "reason": found.reason, "log": str(found.log), "last_lines": last_lines(found.log)}
-        for name, found in failures.items()
-    ]
-    why = {} if reason is None else {"reason": reason}
-    write_json(folder.status, {"state": state, **why, "failed": failed}, guard=folder.guard)

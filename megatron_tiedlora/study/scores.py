@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, as_given
-from megatron_tiedlora.base.json_files import read_json_object, read_json_or_none
+from megatron_tiedlora.base.json_files import Real, Size, read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import Settings
@@ -43,6 +43,11 @@ class RunEnd:
         """Why --halving stopped it; '' if it did not."""
         return self.reason if self.state == "finished" and self.reason.startswith(REASON) else ""
 
+    def in_words(self, metric: str) -> str:
+        """How a finished run ended, by the value of --eval_metric."""
+        why = f" ({self.halved})" if self.halved else ""
+        return f"best validation {metric} {self.best:.4f}, ended at step {self.step}{why}"
+
 
 @dataclass(frozen=True)
 class TestScore:
@@ -52,6 +57,15 @@ class TestScore:
     low: float
     high: float
     num_samples: int
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What is read of results.json."""
+
+    score: Real
+    confidence_interval: tuple[Real, Real]
+    n: Size
 
 
 @dataclass(frozen=True)
@@ -145,14 +159,11 @@ def read_score(folder: Path) -> TestScore | None:
     file = folder / RESULTS_FILE
     if not file.is_file():
         return None
-    content: dict[str, Any] = read_json_or_none(file) or {}
-    interval, count = content.get("confidence_interval"), content.get("n")
-    if isinstance(interval, list) and len(interval) == 2 and type(count) is int and 1 <= count < 2**53:
-        numbers = [_number(value) for value in (content.get("score"), *interval)]
-        if None not in numbers:
-            score, low, high = (float(number) for number in numbers if number is not None)
-            return TestScore(score, low, high, count)
-    raise UserError(f"{file}: was not written by tiedlora evaluate; remove the folder and start again")
+    try:
+        found = read_fields(file, read_json_object(file, kind="results"), _Results)
+    except UserError:
+        raise UserError(f"{file}: was not written by tiedlora evaluate; remove the folder and start again") from None
+    return TestScore(found.score, *found.confidence_interval, found.n)
 
 
 def read_study(path: Path) -> Study:

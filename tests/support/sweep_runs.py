@@ -59,37 +59,52 @@ def study_arguments(base: Base, test: Path, folder: Path, **changes: Any) -> lis
 
 @dataclass
 class ForkedChild:
-    """One forked rank, as a child of the sweep."""
+    """One forked rank, as a child of the sweep: what `Watch` asks of a launcher that was started."""
 
     pid: int
-    command: Any
+    job: Any
+    log: Path
     out: Path
-    status: int | None = None
+    returncode: int | None = None
 
-    def ended(self) -> bool:
-        """Whether it is gone; what it printed is in the command's log then."""
-        if self.status is None:
+    @property
+    def process(self) -> ForkedChild:
+        """The launcher itself."""
+        return self
+
+    def poll(self) -> int | None:
+        """Its exit status once it is gone; what it printed is in its log then."""
+        if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                self.status = status
-                self.command.log.parent.mkdir(exist_ok=True)
-                with self.command.log.open("a") as log:
+                self.returncode = os.waitstatus_to_exitcode(status)
+                self.log.parent.mkdir(exist_ok=True)
+                with self.log.open("a") as log:
                     printed = (path.read_text() for path in (self.out, self.out.with_suffix(".err")))
-                    log.write(f"$ {self.command.script}.py\n{''.join(printed)}")
-        return self.status is not None
+                    log.write(f"$ {Path(self.job.program[-1]).name}\n{''.join(printed)}")
+        return self.returncode
 
-    def interrupt(self, number: int) -> None:
-        """A signal to the rank."""
-        os.kill(self.pid, number)
+    def here(self) -> list[Any]:
+        """What it has left on this machine: nothing."""
+        return []
+
+    def stop(self, number: int) -> None:
+        """A signal to the rank, once."""
+        if not self.told:
+            os.kill(self.pid, number)
+        self.told = True
+
+    told = False
 
     def kill(self) -> None:
         """SIGKILL to the rank."""
-        os.kill(self.pid, signal.SIGKILL)
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
 
 
-def forked_start(command: Any, *, work: Path, cache: Path, preludes: Preludes) -> ForkedChild:
-    """Start a command of a sweep as one rank, and note its name in work/starts."""
-    name = command.log.stem
+def forked_start(job: Any, log: Path, lock: int, *, work: Path, cache: Path, preludes: Preludes) -> ForkedChild:
+    """Start a job of a sweep as one rank, and note the name of its log in work/starts."""
+    name = log.stem
     with (work / "starts").open("a") as starts:
         starts.write(f"{name}\n")
     out = work / f"{len((work / 'starts').read_text().splitlines())}.out"
@@ -99,16 +114,15 @@ def forked_start(command: Any, *, work: Path, cache: Path, preludes: Preludes) -
         status = 1
         try:
             prelude = functools.partial(preludes[name], os.getppid()) if name in preludes else None
-            environment = {**ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(cache)}
-            words = [str(LAUNCH / f"{command.script}.py"), *command.arguments]
-            _be_rank(words, environment, str(work), str(out), str(out.with_suffix(".err")), prelude)
+            environment = {**ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(cache), **job.own_variables}
+            _be_rank([*job.program, *job.arguments], environment, str(work), str(out), f"{out.with_suffix('.err')}", prelude)
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    return ForkedChild(pid, command, out)
+    return ForkedChild(pid, job, log, out)
 
 
 def _be_sweep(arguments: list[str], work: str, cache: str, preludes: Preludes, out: str, err: str) -> None:
@@ -126,7 +140,7 @@ def _be_sweep(arguments: list[str], work: str, cache: str, preludes: Preludes, o
     from megatron_tiedlora.study.sweep import sweep
 
     start: Any = functools.partial(forked_start, work=Path(work), cache=Path(cache), preludes=preludes)
-    run_command(lambda argv: sweep(parse_sweep(argv), lambda: start), arguments)
+    run_command(lambda argv: sweep(parse_sweep(argv), scripts=LAUNCH, begin=start), arguments)
 
 
 def start_sweep(arguments: list[str], *, work: Path, cache: Path, preludes: Preludes | None = None) -> World:
