@@ -16,7 +16,7 @@ from functools import cached_property
 import psutil
 import torch
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, naming
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
@@ -193,7 +193,8 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
     check_folder(folder)
     task, where = get_task(train.task), choose_hosts(command.launcher, os.environ)
     ranks = num_ranks(where[2])
-    check_num_ranks(train, ranks)
+    with naming("--launcher_args"):
+        check_num_ranks(train, ranks)
     check_together(train)
     source = find_model(train.model, weights=False)
     files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}

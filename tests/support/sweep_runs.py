@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,13 @@ from ranks import ENVIRONMENT, fork_server
 from run_helpers import Base, Ended, World, _be_rank, write_base
 from run_preludes import before_call
 
+from megatron_tiedlora.cluster.launchers import Job
+from megatron_tiedlora.cluster.start import make_job
+from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.config.sweep_settings import parse_launcher
+
 LAUNCH = ROOT / "launch"
-Preludes = Mapping[str, Callable[..., None]]  # by name of run or score
+Preludes = Mapping[str, Callable[..., None]]  # by name of the start's log
 
 
 def write_study_base(folder: Path) -> tuple[Base, Path]:
@@ -55,6 +60,14 @@ def study_arguments(base: Base, test: Path, folder: Path, **changes: Any) -> lis
         **changes,
     }
     return base.arguments(**settings)
+
+
+def a_job(folder: Path, *words: str, python: Path = Path(sys.executable), port: int = 1) -> Job:
+    """A job of launch/train.py on this machine, whose files are written to `folder`."""
+    where = ("local", "local", (Host("localhost", 1),))
+    settings = parse_launcher(["--master_port", str(port)])
+    job = make_job(settings, *where, program=(str(LAUNCH / "train.py"),), arguments=words, private=folder)
+    return replace(job, python=str(python), gpus=())
 
 
 @dataclass
@@ -115,7 +128,8 @@ def forked_start(job: Any, log: Path, lock: int, *, work: Path, cache: Path, pre
         try:
             prelude = functools.partial(preludes[name], os.getppid()) if name in preludes else None
             environment = {**ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(cache), **job.own_variables}
-            _be_rank([*job.program, *job.arguments], environment, str(work), str(out), f"{out.with_suffix('.err')}", prelude)
+            words, err = [*job.program, *job.arguments], str(out.with_suffix(".err"))
+            _be_rank(words, environment, str(work), str(out), err, prelude)
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
         finally:
