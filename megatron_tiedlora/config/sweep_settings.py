@@ -6,6 +6,8 @@ Owns how both sets of names share a command line and a YAML file, and which trai
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -33,9 +35,9 @@ PAPER_LEARNING_RATES = (1e-4, 1e-5)
 MOST_TOGETHER = 32  # of --together auto; with more the gain grows little
 SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: the settings that it was started with
 _GONE = ("gpus_per_run", "runs_at_once")  # older studies have recorded them; they decide no number
-# Of the launcher's flags those that a file may give. Others could start a program of the file's author, or start it
-# elsewhere.
-_FROM_FILE = ("num_gpus", "master_port")
+# Flags of tiedlora run that a file may give, with a NUL after each word. Any other could start a program of the file's
+# author, or start it elsewhere.
+_FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)
 _NOT_OF_SWEEP = ("max_restarts", "show_command")  # of tiedlora run: a sweep resumes what failed at its next start
 
 
@@ -159,15 +161,27 @@ class SweepCommand:
     """One start of tiedlora sweep.
 
     Attributes:
-        launcher: what --launcher_args says.
         given: the training settings that were given, by name; the others keep train.py's defaults.
         train: all training settings, resolved for the first point of the grid.
     """
 
     settings: SweepSettings
-    launcher: LaunchSettings
     given: Mapping[str, Any]
     train: Settings
+
+    @property
+    def launcher(self) -> LaunchSettings:
+        """What --launcher_args says. Raises UserError; a study can be read whatever it was started with."""
+        return parse_launcher(self._launcher_words)
+
+    @property
+    def _launcher_words(self) -> list[str]:
+        return shlex.split(self.settings.launcher_args or "")
+
+    @property
+    def may_come_from_file(self) -> bool:
+        """Whether --launcher_args only choose the number of GPUs, so that they are safe whoever wrote them."""
+        return _FROM_FILE.fullmatch("".join(f"{word}\0" for word in self._launcher_words)) is not None
 
 
 def parse_sweep(argv: Sequence[str]) -> SweepCommand:
@@ -199,7 +213,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
         merged = {**before, **merged}
     with naming_file(config, read.keys() - values.keys()):
         command = make_command(merged)
-    if "launcher_args" not in values and not command.launcher.model_fields_set <= {*_FROM_FILE}:
+    if "launcher_args" not in values and not command.may_come_from_file:
         raise UserError(
             f"{source}: launcher_args are not read from a file, which may be another user's ("
             f"{command.settings.launcher_args}); give --launcher_args again on the command line"
@@ -211,8 +225,7 @@ def make_command(values: Mapping[str, Any]) -> SweepCommand:
     """Make a command from the names of both sets. Raises UserError."""
     settings = validate_settings({n: v for n, v in values.items() if n in SweepSettings.model_fields}, SweepSettings)
     given = {n: v for n, v in values.items() if n not in SweepSettings.model_fields}
-    launcher = parse_launcher(shell_words("launcher_args", settings.launcher_args))
-    return SweepCommand(settings, launcher, given, resolve_train(settings, given))
+    return SweepCommand(settings, given, resolve_train(settings, given))
 
 
 def resolve_train(settings: SweepSettings, given: Mapping[str, Any]) -> Settings:
