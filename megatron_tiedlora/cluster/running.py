@@ -106,22 +106,13 @@ class RunningJob(Session):
     """A job whose launcher has been started.
 
     Args:
-        output, errors: where the launcher's output and errors go; None: to this command's own.
-        lock: a descriptor that the launcher keeps open, so that a folder stays locked while it lives.
+        options: of `Popen`: where output and errors go (by default to this command's own), descriptors to keep open.
 
     Raises:
         UserError: the launcher cannot be started.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        plan: StartPlan,
-        *,
-        output: int | None = None,
-        errors: int | None = None,
-        lock: int | None = None,
-    ) -> None:
+    def __init__(self, job: Job, plan: StartPlan, **options: Any) -> None:
         for path, text in plan.files.items():
             path.touch(mode=0o600)
             path.write_text(text, encoding="utf-8")
@@ -131,10 +122,8 @@ class RunningJob(Session):
                 cwd=job.folder,
                 env=dict(plan.environment),
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=errors,
                 start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
-                pass_fds=() if lock is None else (lock,),
+                **options,
             )
         except OSError as error:
             raise UserError(f"{plan.words[0]}: cannot be started ({error.strerror or error})") from None

@@ -16,8 +16,7 @@ from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
 from megatron_tiedlora.study.paper import table2_points
 from megatron_tiedlora.study.scores import Study, TestScore
-from megatron_tiedlora.study.tables import mean_base
-from megatron_tiedlora.study.text import metric_title, model_title, title
+from megatron_tiedlora.study.tables import mean_base, metric_title, model_title, title
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")
 # Colours that red-green colour-blind readers can distinguish, with different marks.

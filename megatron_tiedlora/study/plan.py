@@ -117,11 +117,11 @@ class SweepPlan:
         """Tables of all runs with their states and trained parameters, and of the groups with their memory."""
         base, metric, states = self.base, self.command.train.eval_metric, list[str]()
         rows = [("run", "trained parameters", "state")]
-        for run, plan in self.runs.items():
+        for run in self.runs:
             end = read_run(self.folder.run(run.name))
             states.append(end.state)
             state = f"finished, {end.in_words(metric)}" if end.state == "finished" else end.state
-            rows.append((run.name, f"{sum(plan.adapter.num_trained().values()):,}", state))
+            rows.append((run.name, f"{base.trained[run.point.name]:,}", state))
         lines = [
             f"sweep      {len(rows) - 1} runs and {len(self.grid.points) + 1} scores of {base.model} on {base.task}"
             f" ({base.metric})",
@@ -196,15 +196,17 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
     with naming("--launcher_args"):
         check_num_ranks(train, ranks)
     check_together(train)
-    source = find_model(train.model, weights=False)
-    files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
-    base = describe_base(source, targets=train.targets, task=task.name, metric=task.metrics[0], files=files.values())
-    check_resumable(folder, command, base)
+    source, counts = find_model(train.model, weights=False), dict[str, int]()
     grid, runs = make_grid(settings, source.shape.num_layers), dict[Run, RunPlan]()
     for run in grid.all_runs:
         own = make_settings({"ds_config": DS_CONFIG, **command.given, **run.settings})
         runs[run] = plan_run(own, rank=0, world_size=ranks, weights=False, source=source)
         check_clipping(runs[run])
+        counts[run.point.name] = sum(runs[run].adapter.num_trained().values())
+    files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
+    about = {"task": task.name, "metric": task.metrics[0], "files": files.values()}
+    base = describe_base(source, targets=train.targets, trained=counts, **about)
+    check_resumable(folder, command, base)
     if settings.halving:
         check_halving({run.name: plan.settings for run, plan in runs.items()})
     if task.hub is None and task.generate is None and files["test_file"] is None:

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_tiedlora.base.atomic import Guard, discard, is_temporary, remove_leftovers, unguarded, write_json
 from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
+from megatron_tiedlora.base.json_files import Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.paths import PathIn
@@ -33,7 +33,7 @@ from megatron_tiedlora.config.sweep_settings import (
     resolve_train,
 )
 from megatron_tiedlora.data.sources import local_files
-from megatron_tiedlora.study.grid import AdaptedSizes, single_layers
+from megatron_tiedlora.study.grid import single_layers
 from megatron_tiedlora.study.paper import paper_model
 
 RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
@@ -81,12 +81,14 @@ class BaseRecord:
     """The base model and the task of a study.
 
     Attributes:
+        trained: the trained parameters of each point, by its name.
         file_sha256: hashes of the local row files, by name.
     """
 
     model: Text
     base_hash: Text
-    shape: AdaptedSizes
+    num_layers: Size
+    trained: dict[Text, Size]
     paper_model: Text | None  # the paper's model, whose published numbers are shown beside the study's
     task: Text
     metric: Text
@@ -94,19 +96,26 @@ class BaseRecord:
 
 
 def describe_base(
-    source: ModelSource, *, targets: tuple[str, ...], task: str, metric: str, files: Iterable[str | None]
+    source: ModelSource,
+    *,
+    targets: tuple[str, ...],
+    trained: dict[str, int],
+    task: str,
+    metric: str,
+    files: Iterable[str | None],
 ) -> BaseRecord:
     """Make the record of a study of `task` on a model whose `targets` are adapted.
 
     Args:
+        trained: as of `BaseRecord`.
         files: what the data flags name: local files, folders and patterns, or hub ids.
 
     Raises:
         UserError: a file cannot be read.
     """
-    shape = AdaptedSizes.of(source.shape, targets)
     model = paper_model(source.name, source.shape) if targets == (QKV,) else None  # the paper adapts nothing else
-    return BaseRecord(source.name, source.base_hash, shape, model, task, metric, _hash_files(files))
+    sizes = source.shape.num_layers, trained
+    return BaseRecord(source.name, source.base_hash, *sizes, model, task, metric, _hash_files(files))
 
 
 def _hash_files(files: Iterable[str | None]) -> dict[str, str]:
@@ -137,7 +146,7 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
     if not folder.settings.is_file():
         return
     before, where = read_command(folder), f"{folder.settings}: the sweep was started with"
-    _check_extended(before.settings, now.settings, base.shape.num_layers, where)
+    _check_extended(before.settings, now.settings, base.num_layers, where)
     if before.settings.test_limit != now.settings.test_limit:
         raise UserError(f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}")
     # Both are resolved for the same point, so that alpha, which follows the rank, only differs if it was given.

@@ -176,7 +176,7 @@ def read_study(path: Path) -> Study:
     if not folder.settings.is_file():
         raise UserError(f"{path}: holds no sweep; give the --output_dir of a sweep")
     command, base = read_command(folder), read_base(folder)
-    grid = make_grid(command.settings, base.shape.num_layers)
+    grid = make_grid(command.settings, base.num_layers)
     metric = command.train.eval_metric
     results = tuple(_read_result(folder, grid, point, base, metric) for point in grid.points)
     of_rows = marked(Settings, group="data", by_content=True)
@@ -191,7 +191,7 @@ def _read_result(folder: StudyFolder, grid: SweepGrid, point: Point, base: BaseR
     ends = {run: read_run(folder.run(run.name)) for run in runs}
     return Result(
         point,
-        point.num_trained(base.shape),
+        base.trained[point.name],
         chosen,
         tuple(run for run, end in ends.items() if chosen is not None and end.state != "finished"),
         None if chosen is None else read_score(folder.score(chosen.name)),

@@ -38,8 +38,7 @@ from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import LOGS, SCORES, StudyFolder, write_record
 from megatron_tiedlora.study.scores import BASE_NAME, Study, best_run, read_run, read_score, read_study
-from megatron_tiedlora.study.tables import table3
-from megatron_tiedlora.study.text import table2_csv, table2_markdown, table3_csv, table3_markdown
+from megatron_tiedlora.study.tables import table2_csv, table2_markdown, table3_csv, table3_markdown
 from megatron_tiedlora.training.length import with_models_length
 
 LOG_MARK = "$ "  # precedes the command line of each start in a log
@@ -76,7 +75,7 @@ def begin_job(job: Job, log: Path, lock: int) -> RunningJob:
             cut = stream.read(1) not in (b"", b"\n")  # a kill may leave a part of a line
             mark = f"\n{LOG_MARK}" if cut else LOG_MARK
             stream.write(f"{mark}{shlex.join(plan.words)}\n".encode())
-            return RunningJob(job, plan, output=stream.fileno(), errors=stream.fileno(), lock=lock)
+            return RunningJob(job, plan, stdout=stream, stderr=stream, pass_fds=(lock,))
     except OSError as error:
         raise UserError(f"{log}: cannot be written ({error.strerror or error})") from error
 
@@ -376,7 +375,7 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
 def write_tables(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures. Returns the files."""
     texts = {"table2.md": table2_markdown(studies), "table2.csv": table2_csv(studies)}
-    if table3(studies):
+    if any(study.grid.table3 for study in studies):
         texts |= {"table3.md": table3_markdown(studies), "table3.csv": table3_csv(studies)}
     for name, text in texts.items():
         write_text(folder / name, text, guard=guard)

@@ -54,8 +54,9 @@ def test_stopped_killed_and_ended_under_the_launcher(tmp_path: Path) -> None:
     psutil.wait_procs(left, timeout=60)
 
     start(base, again, tmp_path / "d").wait().expect(0)
-    commands = [line for line in (cut / "logs" / f"group {RUNS[0]}.log").read_text().splitlines() if line.startswith("$ ")]
-    ranks = [Path(cut / "runs" / name / "run.yaml").read_text() for name in RUNS]
+    log = (cut / "logs" / f"group {RUNS[0]}.log").read_text().splitlines()
+    commands = [line for line in log if line.startswith("$ ")]
+    ranks = [(cut / "runs" / name / "run.yaml").read_text() for name in RUNS]
     assert len(commands) == 2 and all("\nranks: 2\n" in settings for settings in ranks)  # as it was started with
     for name in ("table2.md", "table2.csv", "figure2.png", "figure3.png"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name

@@ -57,7 +57,7 @@ def test_the_papers_grid_is_the_default() -> None:
     grid = make_grid(parse_sweep(["--output_dir=x"]).settings, 32)
     assert len(grid.points) == 56 and len({run.name for p in grid.points for run in grid.runs(p)}) == 112
     assert grid.learning_rates == (1e-4, 1e-5) and {point.rank for point in grid.points} == {2, 4, 8, 16, 32, 64, 128}
-    assert not grid.single and grid.rival is None
+    assert not grid.table3
 
 
 def test_single_layers_bring_tl5_of_their_rank_once() -> None:
@@ -67,7 +67,7 @@ def test_single_layers_bring_tl5_of_their_rank_once() -> None:
     assert names == [f"{a}-lr{r}{b}" for a, b in (("lora-r4", "-layer2"), ("lora-r4", "-layer1"), ("tl5-r4", ""))
                      for r in ("1e-4", "1e-5")]  # fmt: skip
     assert Point("tl5", 4) not in grid.table
-    assert next(iter(grid.runs(grid.single[0]))).settings == {
+    assert next(iter(grid.runs(grid.table3[0]))).settings == {
         "method": "lora",
         "rank": 4,
         "learning_rate": 1e-4,

@@ -28,7 +28,7 @@ from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.study.record import StudyFolder
 from megatron_tiedlora.study.scores import read_study
 from megatron_tiedlora.study.sweep import Sweep
-from megatron_tiedlora.study.text import table2_markdown
+from megatron_tiedlora.study.tables import table2_markdown
 
 TITLE = "\x1b]0;owned\x07"  # sets a terminal's title
 FOREIGN = f"name{TITLE}\x1b[2J\x9b31m\x7f\r\u202e"
