@@ -53,15 +53,32 @@ def say(line: str) -> None:
         show(f"tiedlora run: {line}", file=sys.stderr)
 
 
-class Session:
-    """A launcher that was started on this machine in a session of its own, with all that it has started here.
+class RunningJob:
+    """A job whose launcher was started on this machine in a session of its own, with all that it has started here.
 
     Args:
-        program: the script or module that its ranks run.
+        options: of `Popen`: where output and errors go (by default to this command's own), descriptors to keep open.
+
+    Raises:
+        UserError: the launcher cannot be started.
     """
 
-    def __init__(self, process: subprocess.Popen[Any], program: str) -> None:
-        self.process, self._program = process, program
+    def __init__(self, job: Job, plan: StartPlan, **options: Any) -> None:
+        for path, text in plan.files.items():
+            path.touch(mode=0o600)
+            path.write_text(text, encoding="utf-8")
+        try:
+            self.process = subprocess.Popen(
+                plan.words,
+                cwd=job.folder,
+                env=dict(plan.environment),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
+                **options,
+            )
+        except OSError as error:
+            raise UserError(f"{plan.words[0]}: cannot be started ({error.strerror or error})") from None
+        self._job = job
         self._told: set[int] = set()
         self._seen: set[psutil.Process] = set()
 
@@ -84,7 +101,8 @@ class Session:
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks on this machine, without the processes that they have forked, to read data or to compile."""
-        found = {one.pid: one for one in self.here() if started_program(_read(one, "cmdline") or ()) == self._program}
+        program = self._job.program[-1]
+        found = {one.pid: one for one in self.here() if started_program(_read(one, "cmdline") or ()) == program}
         return [one for one in found.values() if _read(one, "ppid") not in found]
 
     def tell(self, processes: Sequence[psutil.Process], number: int) -> None:
@@ -100,35 +118,6 @@ class Session:
         for process in self.here():
             with suppress(psutil.Error):
                 process.send_signal(number)
-
-
-class RunningJob(Session):
-    """A job whose launcher has been started.
-
-    Args:
-        options: of `Popen`: where output and errors go (by default to this command's own), descriptors to keep open.
-
-    Raises:
-        UserError: the launcher cannot be started.
-    """
-
-    def __init__(self, job: Job, plan: StartPlan, **options: Any) -> None:
-        for path, text in plan.files.items():
-            path.touch(mode=0o600)
-            path.write_text(text, encoding="utf-8")
-        try:
-            process = subprocess.Popen(
-                plan.words,
-                cwd=job.folder,
-                env=dict(plan.environment),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
-                **options,
-            )
-        except OSError as error:
-            raise UserError(f"{plan.words[0]}: cannot be started ({error.strerror or error})") from None
-        super().__init__(process, job.program[-1])
-        self._job = job
 
     def stop(self, number: int) -> None:
         """Tell the ranks to save and to stop. Call it until they have: some may just be starting.

@@ -163,11 +163,12 @@ class Sweep:
         Raises:
             UserError: a file cannot be written, or a launcher cannot be started.
         """
+        groups = self.plan.groups()
         with self._bar:
             self._take_scores()
             self._score({f"score {BASE_NAME}": BASE_NAME})
             if not self.given_up:
-                for runs in self.plan.groups():
+                for runs in groups:
                     self._train(runs)
                 self._score(self._best())
 
