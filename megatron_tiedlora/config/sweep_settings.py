@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -172,16 +171,7 @@ class SweepCommand:
     @property
     def launcher(self) -> LaunchSettings:
         """What --launcher_args says. Raises UserError; a study can be read whatever it was started with."""
-        return parse_launcher(self._launcher_words)
-
-    @property
-    def _launcher_words(self) -> list[str]:
-        return shlex.split(self.settings.launcher_args or "")
-
-    @property
-    def may_come_from_file(self) -> bool:
-        """Whether --launcher_args only choose the number of GPUs, so that they are safe whoever wrote them."""
-        return _FROM_FILE.fullmatch("".join(f"{word}\0" for word in self._launcher_words)) is not None
+        return parse_launcher(shell_words("launcher_args", self.settings.launcher_args))
 
 
 def parse_sweep(argv: Sequence[str]) -> SweepCommand:
@@ -213,7 +203,8 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
         merged = {**before, **merged}
     with naming_file(config, read.keys() - values.keys()):
         command = make_command(merged)
-    if "launcher_args" not in values and not command.may_come_from_file:
+    words = shell_words("launcher_args", command.settings.launcher_args)
+    if "launcher_args" not in values and not _FROM_FILE.fullmatch("".join(f"{word}\0" for word in words)):
         raise UserError(
             f"{source}: launcher_args are not read from a file, which may be another user's ("
             f"{command.settings.launcher_args}); give --launcher_args again on the command line"

@@ -18,6 +18,7 @@ import torch
 
 from megatron_tiedlora.base.errors import UserError, naming
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.cluster.launchers import Route
@@ -31,7 +32,8 @@ from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split, local_names
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.study.grid import Run, SweepGrid, make_grid
-from megatron_tiedlora.study.record import BaseRecord, StudyFolder, check_folder, check_resumable, describe_base
+from megatron_tiedlora.study.paper import paper_model
+from megatron_tiedlora.study.record import BaseRecord, StudyFolder, check_folder, check_resumable, hash_files
 from megatron_tiedlora.study.scores import read_run
 from megatron_tiedlora.training.adapter_plans import DS_CONFIG, check_clipping
 from megatron_tiedlora.training.halving import check_halving
@@ -204,8 +206,16 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         check_clipping(runs[run])
         counts[run.point.name] = sum(runs[run].adapter.num_trained().values())
     files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
-    about = {"task": task.name, "metric": task.metrics[0], "files": files.values()}
-    base = describe_base(source, targets=train.targets, trained=counts, **about)
+    base = BaseRecord(
+        model=source.name,
+        base_hash=source.base_hash,
+        num_layers=source.shape.num_layers,
+        trained=counts,
+        paper_model=paper_model(source.name, source.shape) if train.targets == (QKV,) else None,  # it has no others
+        task=task.name,
+        metric=task.metrics[0],
+        file_sha256=hash_files(files.values()),
+    )
     check_resumable(folder, command, base)
     if settings.halving:
         check_halving({run.name: plan.settings for run, plan in runs.items()})

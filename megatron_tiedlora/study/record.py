@@ -18,9 +18,7 @@ from megatron_tiedlora.base.json_files import Size, Text, read_fields, read_json
 from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.paths import PathIn
-from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.yaml_files import write_yaml
-from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
@@ -34,7 +32,6 @@ from megatron_tiedlora.config.sweep_settings import (
 )
 from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.study.grid import single_layers
-from megatron_tiedlora.study.paper import paper_model
 
 RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
 
@@ -95,30 +92,8 @@ class BaseRecord:
     file_sha256: dict[Text, Text]
 
 
-def describe_base(
-    source: ModelSource,
-    *,
-    targets: tuple[str, ...],
-    trained: dict[str, int],
-    task: str,
-    metric: str,
-    files: Iterable[str | None],
-) -> BaseRecord:
-    """Make the record of a study of `task` on a model whose `targets` are adapted.
-
-    Args:
-        trained: as of `BaseRecord`.
-        files: what the data flags name: local files, folders and patterns, or hub ids.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    model = paper_model(source.name, source.shape) if targets == (QKV,) else None  # the paper adapts nothing else
-    sizes = source.shape.num_layers, trained
-    return BaseRecord(source.name, source.base_hash, *sizes, model, task, metric, _hash_files(files))
-
-
-def _hash_files(files: Iterable[str | None]) -> dict[str, str]:
+def hash_files(files: Iterable[str | None]) -> dict[str, str]:
+    """SHA-256 of each local file that data flags name; hub ids have none. Raises UserError if one cannot be read."""
     sums: dict[str, str] = {}
     for given in filter(None, files):
         sums |= {name: file_sha256(path) for name, path in local_files(given).items()}

@@ -99,8 +99,7 @@ def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> 
         return 0
     plan.source.weights_folder()  # rejects a preset, which has no weights
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
-        job = make_job(command.launcher, *plan.where, program=(), arguments=(), private=Path(private))
-        check_programs(job)
+        check_programs(make_job(command.launcher, *plan.where, program=(), arguments=(), private=Path(private)))
         with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
             plan = replace(plan, folder=StudyFolder(plan.folder.path, lock.owner))
             write_record(plan.folder, command, plan.base)
@@ -171,6 +170,13 @@ class Sweep:
                 for runs in groups:
                     self._train(runs)
                 self._score(self._best())
+            self._count()
+
+    def _count(self) -> None:
+        """Show how many runs and scores of the study are done."""
+        done = sum(map(self.plan.is_finished, self.plan.runs))
+        done += sum(read_score(self.folder.score(name)) is not None for name in (BASE_NAME, *self._best().values()))
+        self._bar.update(done - self._bar.n)
 
     def _best(self) -> dict[str, str]:
         """The best run of each point that has a finished one, by the name of the score."""
@@ -180,6 +186,8 @@ class Sweep:
 
     def _train(self, runs: Group) -> None:
         """Train a group, each run in the folder of its own."""
+        if self.stop.received:
+            return
         folder, first, several = self.folder, runs[0].name, len({run.point for run in runs}) < len(runs)
         left = [run for run in runs if not self.plan.is_finished(run)]
         for run in left:  # if the start fails, how an earlier one ended is not why
@@ -203,7 +211,7 @@ class Sweep:
         """Score the base model alone, or the adapters of runs together; by the names of the scores."""
         folder, train, settings = self.folder, self.command.train, self.plan.settings
         left = {item: name for item, name in wanted.items() if read_score(folder.score(name)) is None}
-        if not left:
+        if not left or self.stop.received:
             return
         is_base = BASE_NAME in left.values()
         output = folder.score(BASE_NAME) if is_base else folder.group(SCORES)
@@ -241,7 +249,7 @@ class Sweep:
     # One start --------------------------------------------------------------------------------------------------------
 
     def _start(self, name: str, script: str, settings: Mapping[str, Any], words: Sequence[str] = ()) -> bool:
-        """Start a script and wait for its end. False if a signal has come, before it or meanwhile.
+        """Start a script and wait for its end. False if a signal has come meanwhile.
 
         Args:
             name: of its log.
@@ -249,21 +257,12 @@ class Sweep:
             words: further words of its command line.
         """
         self.folder.guard()
-        done = sum(map(self.plan.is_finished, self.plan.runs))
-        done += sum(read_score(self.folder.score(of)) is not None for of in (BASE_NAME, *self._best().values()))
-        self._bar.update(done - self._bar.n)
-        if self.stop.received:
-            return False
+        self._count()
         take_over = {"take_over": True} if self.plan.settings.take_over else {}
         flags = {flag: value for flag, value in {**settings, **take_over}.items() if value is not None}
         arguments = (*(f"--{flag}={flag_value(value)}" for flag, value in flags.items()), *words)
-        job = make_job(
-            self.command.launcher,
-            *self.plan.where,
-            program=(str(self.scripts / f"{script}.py"),),
-            arguments=arguments,
-            private=self.private,
-        )
+        program, private = (str(self.scripts / f"{script}.py"),), self.private
+        job = make_job(self.command.launcher, *self.plan.where, program=program, arguments=arguments, private=private)
         job = replace(job, start=secrets.token_hex(8))
         status = StatusFile(RunFolder(Path(settings["output_dir"])), job.start)
         self._log, self._began = self.folder.log(name), time.monotonic()

@@ -16,6 +16,7 @@ from sweep_runs import LAUNCH, study_arguments
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.running import StopSignals
+from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.tasks import TASKS
 from megatron_tiedlora.study.grid import Point, make_grid
@@ -74,6 +75,13 @@ def test_single_layers_bring_tl5_of_their_rank_once() -> None:
         "layers": 2,
     }
     assert len(make_grid(parse_sweep([*argv[:4], "--single_layer_rank=16"]).settings, 3).points) == 4 + 2
+
+
+def test_all_points_of_a_grid_may_share_a_group() -> None:
+    """A setting that runs cannot differ in would need groups of its own."""
+    grid = make_grid(parse_sweep(["--output_dir=x", "--single_layers=1"]).settings, 32)
+    settings = {name for run in grid.all_runs for name in run.settings}
+    assert settings == {"method", "rank", "learning_rate", "layers"} and settings <= PER_ADAPTER
 
 
 def test_yaml_holds_names_of_both_and_the_command_line_wins(tmp_path: Path) -> None:

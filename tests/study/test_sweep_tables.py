@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from study_files import SCORED, write_run, write_score, write_scored, write_stud
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
-from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.model.families import shape_from_hf
@@ -21,7 +19,7 @@ from megatron_tiedlora.study import paper, sweep
 from megatron_tiedlora.study.figures import lines
 from megatron_tiedlora.study.grid import Point, rate_text, single_layers
 from megatron_tiedlora.study.plan import plan_sweep
-from megatron_tiedlora.study.record import StudyFolder, describe_base
+from megatron_tiedlora.study.record import StudyFolder
 from megatron_tiedlora.study.scores import Study, best_run, read_run, read_study
 from megatron_tiedlora.study.tables import (
     table2,
@@ -297,11 +295,10 @@ def test_trained_parameters_with_grouped_queries(tmp_path: Path) -> None:
     assert counts("--targets=all") == {"lora-r8": 87_818_240, "tl5-r8": 1_097_728, "tl6-r8": 7_817_728}
 
 
-def test_the_paper_has_figures_for_qkv_alone() -> None:
-    source: Any = SimpleNamespace(name="llama2-7b", shape=shape_from_hf(PRESETS["llama2-7b"]), base_hash="1")
-    for targets, model in ((("qkv",), "llama2-7b"), (TARGET_NAMES, None)):
-        record = describe_base(source, targets=targets, trained={}, task="gsm8k", metric="accuracy", files=())
-        assert record.paper_model == model
+def test_the_paper_has_figures_for_qkv_alone(tmp_path: Path) -> None:
+    for targets, model in (("qkv", "llama2-7b"), ("all", None)):
+        argv = [f"--output_dir={tmp_path / 'out'}", "--model=llama2-7b", "--task=gsm8k", f"--targets={targets}"]
+        assert plan_sweep(parse_sweep([*argv, "--ranks=2"])).base.paper_model == model
 
 
 def test_names_of_learning_rates() -> None:
