@@ -53,19 +53,10 @@ class RunEnd:
 class TestScore:
     """A score on the test set with its 95 % confidence interval, in per cent."""
 
-    value: float
-    low: float
-    high: float
-    num_samples: int
-
-
-@dataclass(frozen=True)
-class _Results:
-    """What is read of results.json."""
-
-    score: Real
-    confidence_interval: tuple[Real, Real]
-    n: Size
+    value: Real
+    low: Real
+    high: Real
+    num_samples: Size
 
 
 @dataclass(frozen=True)
@@ -160,10 +151,11 @@ def read_score(folder: Path) -> TestScore | None:
     if not file.is_file():
         return None
     try:
-        found = read_fields(file, read_json_object(file, kind="results"), _Results)
-    except UserError:
+        content = read_json_object(file, kind="results")
+        (low, high), value, count = (content[name] for name in ("confidence_interval", "score", "n"))
+        return read_fields(file, {"value": value, "low": low, "high": high, "num_samples": count}, TestScore)
+    except (UserError, KeyError, TypeError, ValueError):
         raise UserError(f"{file}: was not written by tiedlora evaluate; remove the folder and start again") from None
-    return TestScore(found.score, *found.confidence_interval, found.n)
 
 
 def read_study(path: Path) -> Study:
