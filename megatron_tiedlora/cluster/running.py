@@ -139,86 +139,82 @@ def _read(process: psutil.Process, name: str) -> Any:
         return getattr(process, name)()
 
 
+@dataclass
 class Watch:
     """Waits for the end of a job: of its launcher, of its run folder's owner, and of what it started on this machine.
 
     The first signal is passed on; a second Ctrl-C kills. Only Ctrl-C counts then: schedulers send SIGTERM twice.
 
-    Args:
+    Attributes:
         status: of the run; a job that writes none ends with its launcher, and with what that has started here.
-        show: called again and again, to show how far the job is.
-        say: shows a line of this command's own.
+        show, say: called again and again, to show how far the job is; and with a line of this command's own.
     """
 
-    def __init__(
-        self,
-        running: RunningJob,
-        status: StatusFile,
-        signals: StopSignals,
-        times: Times,
-        *,
-        show: Callable[[], None] = lambda: None,
-        say: Callable[[str], None] = say,
-    ) -> None:
-        self._running, self._status, self._signals, self._times = running, status, signals, times
-        self._show, self._say = show, say
+    running: RunningJob
+    status: StatusFile
+    signals: StopSignals
+    times: Times
+    show: Callable[[], None] = lambda: None
+    say: Callable[[str], None] = say
+
+    def __post_init__(self) -> None:
         self._said: set[str] = set()
         self._run_ended = self._launcher_ended = float("inf")  # when, by the monotonic clock
         self._looked, self._killed = 0.0, False
 
     def until_end(self) -> Ended:
         """Wait, and return how it ended."""
-        received = self._signals.received
+        received = self.signals.received
         while not self._is_over():
             if received:
                 name = signal.Signals(received[0]).name
                 self._say_once(f"{name} is passed on; the job saves and ends (Ctrl-C again: kill)")
-                self._running.stop(received[0])
+                self.running.stop(received[0])
             if signal.SIGINT in received[1:]:
                 self._kill("killing all")
-            self._show()
+            self.show()
             time.sleep(POLL_SECONDS)
-        return Ended(self._running.process.returncode, received[0] if received else 0, self._killed)
+        return Ended(self.running.process.returncode, received[0] if received else 0, self._killed)
 
     def _is_over(self) -> bool:
-        now, times = time.monotonic(), self._times
-        if self._status.is_new():
+        now, times = time.monotonic(), self.times
+        if self.status.is_new():
             self._run_ended = min(self._run_ended, now)
-        if self._running.process.poll() is None:
+        if self.running.process.poll() is None:
             if now - self._run_ended > times.linger:
                 self._kill("the run has ended, but its launcher has not: killed")
             if now - self._looked > _LOOK_SECONDS:  # so that what it has started is known when it has ended
                 self._looked = now
-                self._running.here()
+                self.running.here()
             return False
         self._launcher_ended = min(self._launcher_ended, now)
         is_late = now > min(self._launcher_ended + times.grace, self._run_ended + times.helper)
-        is_awaited = self._status.is_awaited()  # asked each time, to see when the owner becomes silent
-        if not self._running.here():
-            return is_late or self._status.is_new() or not is_awaited
+        is_awaited = self.status.is_awaited()  # asked each time, to see when the owner becomes silent
+        if not self.running.here():
+            return is_late or self.status.is_new() or not is_awaited
         if is_late:
             self._end()
-        elif now - self._launcher_ended > times.notice and not self._status.is_new():
+        elif now - self._launcher_ended > times.notice and not self.status.is_new():
             self._say_once("the launcher has ended, but the job has not; it is told to save and to stop")
-            self._running.stop(signal.SIGTERM)
+            self.running.stop(signal.SIGTERM)
         return is_late
 
     def _end(self) -> None:
         """End what is left on this machine."""
-        left = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in self._running.here())
+        left = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in self.running.here())
         self._kill(f"what is left of the job on this machine is ended: {left}", signal.SIGTERM)
-        psutil.wait_procs(self._running.here(), timeout=self._times.helper)
-        self._running.kill()
+        psutil.wait_procs(self.running.here(), timeout=self.times.helper)
+        self.running.kill()
 
     def _kill(self, line: str, number: int = signal.SIGKILL) -> None:
         self._say_once(line)
         self._killed = True
-        self._running.kill(number)
+        self.running.kill(number)
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
-            self._say(line)
+            self.say(line)
 
 
 # Signals --------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Owns how both sets of names share a command line and a YAML file, and which trai
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ _GONE = ("gpus_per_run", "runs_at_once")  # older studies have recorded them; th
 # Flags of tiedlora run that a file may give, with a NUL after each word. Any other could start a program of the file's
 # author, or start it elsewhere.
 _FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)
-_NOT_OF_SWEEP = ("max_restarts", "show_command")  # of tiedlora run: a sweep resumes what failed at its next start
+_NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # what failed is tried again by the sweep's next start
 
 
 class SweepSettings(CommandSettings):
@@ -90,8 +89,7 @@ class SweepSettings(CommandSettings):
 
     launcher_args: str | None = setting_field(
         "processes",
-        'where training and scoring run: flags of tiedlora run, e.g. "--num_gpus 4" or "--hostfile hosts"; of those in'
-        " a file only the number of GPUs and the port are read",
+        'flags of tiedlora run, e.g. "--num_gpus 4" or "--hostfile hosts"; a file may give --num_gpus and --master_port',
         None,
     )
     together: int | Literal["auto"] = setting_field(
@@ -118,11 +116,9 @@ class SweepSettings(CommandSettings):
     def _check(self) -> SweepSettings:
         for name in ("methods", "ranks", "learning_rates", "single_layers", "tables_from"):
             values = getattr(self, name)
-            if not isinstance(values, tuple):
-                continue
-            if not values:
+            if values == ():
                 raise ValueError(f"--{name} is empty; give one value or more, with commas between them")
-            for index, value in enumerate(values):
+            for index, value in enumerate(values if isinstance(values, tuple) else ()):
                 if value in values[:index]:
                     raise ValueError(f"--{name} has {value} twice; give each value once")
         for name in ("ranks", "single_layers"):
@@ -130,7 +126,7 @@ class SweepSettings(CommandSettings):
             if isinstance(numbers, tuple) and min(numbers) < 1:
                 raise ValueError(f"--{name} {min(numbers)}: {name.replace('_', ' ')} start at 1")
         for rate in self.learning_rates:
-            if not (math.isfinite(rate) and rate > 0):
+            if rate <= 0:
                 raise ValueError(f"--learning_rates {rate:g}: a learning rate must be above 0")
         if self.together != "auto" and self.together < 1:
             raise ValueError(f"--together {self.together}: give auto, or a number from 1 on")
@@ -149,9 +145,8 @@ def parse_launcher(words: Sequence[str]) -> LaunchSettings:
     """The settings of tiedlora run in --launcher_args. Raises UserError."""
     with naming("--launcher_args"):
         found = validate_settings(parse_words(words, LaunchSettings), LaunchSettings)
-        for name in _NOT_OF_SWEEP:
-            if name in found.model_fields_set:
-                raise UserError(f"--{name} is of tiedlora run alone; remove it")
+        if others := found.model_fields_set & _NOT_OF_SWEEP:
+            raise UserError(f"--{min(others)} is of tiedlora run alone; remove it")
         return found
 
 
@@ -192,8 +187,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
             raise UserError(f"--{name} cannot be given to a sweep: {reason}")
     others = [name for name in merged if name not in ("tables_from", "output_dir", "take_over")]
     if "tables_from" in merged and others:
-        other = others[0]
-        raise UserError(f"--{other} cannot be combined with --tables_from, which only reads existing sweeps")
+        raise UserError(f"--{others[0]} cannot be combined with --tables_from, which only reads existing sweeps")
     source = config
     with naming_file(config, read.keys() - values.keys()):
         started = user_path(as_given(merged.get("output_dir", "")), flag="--output_dir") / SWEEP_FILE
