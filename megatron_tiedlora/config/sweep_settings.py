@@ -89,7 +89,7 @@ class SweepSettings(CommandSettings):
 
     launcher_args: str | None = setting_field(
         "processes",
-        'flags of tiedlora run, e.g. "--num_gpus 4" or "--hostfile hosts"; a file may give --num_gpus and --master_port',
+        'flags of tiedlora run, e.g. "--num_gpus 4" or "--hostfile hosts"; files may give --num_gpus, --master_port',
         None,
     )
     together: int | Literal["auto"] = setting_field(

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from run_helpers import Base, write_base
-from study_files import write_study
+from study_files import write_run, write_study
 from sweep_runs import LAUNCH, study_arguments
 
 from megatron_tiedlora.base.errors import UserError
@@ -316,6 +317,26 @@ def test_the_dry_run_shows_what_trains_together(
     assert groups("--together=auto") == runs  # less than one needs
     halved = [", ".join(runs[i : i + 2]) for i in range(0, 8, 2)]
     assert groups("--together=auto", "--halving=true") == halved == pairs  # what is compared stays together
+
+
+def test_what_is_finished_is_in_no_group(base: Base, tmp_path: Path) -> None:
+    """But beside an unfinished run of its point, with which it is compared."""
+    arguments = study_arguments(base, base.validation, tmp_path / "out")
+    runs = [f"{m}-r{r}-lr{rate}" for m in ("lora", "tl6") for r in (2, 3) for rate in ("2e-1", "5e-2")]
+    for name in (runs[0], runs[1], runs[2]):
+        write_run(tmp_path / "out", name)
+    write_run(tmp_path / "out", runs[4], state="failed")
+
+    def groups(together: str) -> list[list[str]]:
+        plan = plan_sweep(parse_sweep([f"--config={tmp_path / 'sweep.yaml'}", f"--together={together}"]))
+        return [[run.name for run in group] for group in plan.groups()]
+
+    given = {word[2:].partition("=")[0]: word.partition("=")[2] for word in arguments}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(given))
+    (tmp_path / "out" / "sweep.yaml").write_text(yaml.safe_dump({n: v for n, v in given.items() if n != "output_dir"}))
+    assert groups("auto") == [runs[2:]]
+    assert groups("2") == [runs[2:4], runs[4:6], runs[6:]]
+    assert groups("1") == [[name] for name in runs[3:]]
 
 
 def test_a_shape_can_be_listed_and_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
