@@ -43,7 +43,7 @@ from megatron_tiedlora.training.length import with_models_length
 
 LOG_MARK = "$ "  # precedes the command line of each start in a log
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
-_SHOWN_FAILURES = 3
+_SHOWN_FAILURES, _SHOWN_CHARACTERS = 3, 120
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ class Sweep:
         """Show the last line of the running start, which is mostly its own progress."""
         with suppress(OSError):  # a full disk or a lost screen is no reason to stop
             line = "".join(last_lines(self._log, 1, bars=True))
-            self._bar.set_postfix_str(printable(f"{self._log.stem}: {line}"))
+            self._bar.set_postfix_str(printable(f"{self._log.stem}: {line}"[:_SHOWN_CHARACTERS]))
 
     # The end ----------------------------------------------------------------------------------------------------------
 
