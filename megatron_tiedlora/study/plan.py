@@ -122,7 +122,9 @@ class SweepPlan:
         for run in self.runs:
             end = read_run(self.folder.run(run.name))
             states.append(end.state)
-            state = f"finished, {end.in_words(metric)}" if end.state == "finished" else end.state
+            best = "" if end.best is None else f", best validation {metric} {end.best:.4f}"
+            state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
+            state += f" ({end.halved})" if end.halved else ""
             rows.append((run.name, f"{base.trained[run.point.name]:,}", state))
         lines = [
             f"sweep      {len(rows) - 1} runs and {len(self.grid.points) + 1} scores of {base.model} on {base.task}"
@@ -211,7 +213,8 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         base_hash=source.base_hash,
         num_layers=source.shape.num_layers,
         trained=counts,
-        paper_model=paper_model(source.name, source.shape) if train.targets == (QKV,) else None,  # it has no others
+        # the paper adapts nothing else
+        paper_model=paper_model(source.name, source.shape) if train.targets == (QKV,) else None,
         task=task.name,
         metric=task.metrics[0],
         file_sha256=hash_files(files.values()),
