@@ -101,6 +101,7 @@ def test_launcher_arguments_of_a_strangers_study_start_nothing(tmp_path: Path) -
         ("--num_gpus ４", False),
         ("--num_gpus", False),
         ("-- x", False),
+        ("--num_gpus 4 --ssh_port 22", False),
         *((f"{flag} x", False) for flag in ("--hostfile", "-H", "--launcher", "--launcher_args", "--master_addr")),
         *((f"{flag} x", False) for flag in ("--venv_script", "--include", "--config", "--ssh_port")),
         *((flag, False) for flag in ("--module", "--no_python", "--no_local_rank", "--show_command", "--force_multi")),
