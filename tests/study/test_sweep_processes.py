@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from sweep_runs import LAUNCH, a_job, study_arguments, write_study_base
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE
+from megatron_tiedlora.cluster.launchers import plan_start
 from megatron_tiedlora.cluster.running import StopSignals
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.launch_env import visible_gpus
@@ -212,8 +214,9 @@ def test_what_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             job = a_job(tmp_path, "--rank=2", "--adapters", "a=b", python=python, port=port)
             child = begin_job(job, log, lock.descriptor)
             assert child.process.wait(30) is not None
-        where = f"--hostfile {tmp_path}/hostfile --master_port {port} --no_local_rank --no_ssh_check"
-        words += [f"{where} --master_addr 127.0.0.1 {LAUNCH}/train.py --rank=2 --adapters a=b"]
+        words.append(shlex.join(plan_start(job, os.environ).words[1:]))
+        assert f" --master_port {port} " in words[-1]
+        assert words[-1].endswith(f" {LAUNCH}/train.py --rank=2 --adapters a=b")
     expected = [[f"$ {launcher} {line}", line, "holds the lock"] for line in words]
     assert log.read_text().splitlines() == [line for lines in expected for line in lines]
     assert last_lines(log) == [words[1], "holds the lock"]
