@@ -46,7 +46,7 @@ LINES: Table = {
     "runtime": (1990, "a run folder may be asked for its table"),
     "selfcheck": (2131, ""),
     "sharing": (635, ""),
-    "study": (1694, ""),
+    "study": (1697, ""),
     "training": (4804, "peers give up all folders; a failed start says so in each; one report"),
 }
 WHOLE: Table = {
