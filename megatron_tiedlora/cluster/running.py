@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -53,15 +53,32 @@ def say(line: str) -> None:
         show(f"tiedlora run: {line}", file=sys.stderr)
 
 
-class Session:
-    """A launcher that was started on this machine in a session of its own, with all that it has started here.
+class RunningJob:
+    """A job whose launcher was started on this machine in a session of its own, with all that it has started here.
 
     Args:
-        program: the script or module that its ranks run.
+        options: of `Popen`: where output and errors go (by default to this command's own), descriptors to keep open.
+
+    Raises:
+        UserError: the launcher cannot be started.
     """
 
-    def __init__(self, process: subprocess.Popen[Any], program: str) -> None:
-        self.process, self._program = process, program
+    def __init__(self, job: Job, plan: StartPlan, **options: Any) -> None:
+        for path, text in plan.files.items():
+            path.touch(mode=0o600)
+            path.write_text(text, encoding="utf-8")
+        try:
+            self.process = subprocess.Popen(
+                plan.words,
+                cwd=job.folder,
+                env=dict(plan.environment),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
+                **options,
+            )
+        except OSError as error:
+            raise UserError(f"{plan.words[0]}: cannot be started ({error.strerror or error})") from None
+        self._job = job
         self._told: set[int] = set()
         self._seen: set[psutil.Process] = set()
 
@@ -84,7 +101,8 @@ class Session:
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks on this machine, without the processes that they have forked, to read data or to compile."""
-        found = {one.pid: one for one in self.here() if started_program(_read(one, "cmdline") or ()) == self._program}
+        program = self._job.program[-1]
+        found = {one.pid: one for one in self.here() if started_program(_read(one, "cmdline") or ()) == program}
         return [one for one in found.values() if _read(one, "ppid") not in found]
 
     def tell(self, processes: Sequence[psutil.Process], number: int) -> None:
@@ -100,36 +118,6 @@ class Session:
         for process in self.here():
             with suppress(psutil.Error):
                 process.send_signal(number)
-
-
-class RunningJob(Session):
-    """A job whose launcher has been started.
-
-    Args:
-        output, errors: where the launcher's output and errors go; None: to this command's own.
-
-    Raises:
-        UserError: the launcher cannot be started.
-    """
-
-    def __init__(self, job: Job, plan: StartPlan, *, output: int | None = None, errors: int | None = None) -> None:
-        for path, text in plan.files.items():
-            path.touch(mode=0o600)
-            path.write_text(text, encoding="utf-8")
-        try:
-            process = subprocess.Popen(
-                plan.words,
-                cwd=job.folder,
-                env=dict(plan.environment),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=errors,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
-            )
-        except OSError as error:
-            raise UserError(f"{plan.words[0]}: cannot be started ({error.strerror or error})") from None
-        super().__init__(process, job.program[-1])
-        self._job = job
 
     def stop(self, number: int) -> None:
         """Tell the ranks to save and to stop. Call it until they have: some may just be starting.
@@ -151,70 +139,82 @@ def _read(process: psutil.Process, name: str) -> Any:
         return getattr(process, name)()
 
 
+@dataclass
 class Watch:
     """Waits for the end of a job: of its launcher, of its run folder's owner, and of what it started on this machine.
 
     The first signal is passed on; a second Ctrl-C kills. Only Ctrl-C counts then: schedulers send SIGTERM twice.
+
+    Attributes:
+        status: of the run; a job that writes none ends with its launcher, and with what that has started here.
+        show, say: called again and again, to show how far the job is; and with a line of this command's own.
     """
 
-    def __init__(self, running: RunningJob, status: StatusFile, signals: StopSignals, times: Times) -> None:
-        self._running, self._status, self._signals, self._times = running, status, signals, times
+    running: RunningJob
+    status: StatusFile
+    signals: StopSignals
+    times: Times
+    show: Callable[[], None] = lambda: None
+    say: Callable[[str], None] = say
+
+    def __post_init__(self) -> None:
         self._said: set[str] = set()
         self._run_ended = self._launcher_ended = float("inf")  # when, by the monotonic clock
         self._looked, self._killed = 0.0, False
 
     def until_end(self) -> Ended:
         """Wait, and return how it ended."""
-        received = self._signals.received
+        received = self.signals.received
         while not self._is_over():
             if received:
                 name = signal.Signals(received[0]).name
                 self._say_once(f"{name} is passed on; the job saves and ends (Ctrl-C again: kill)")
-                self._running.stop(received[0])
+                self.running.stop(received[0])
             if signal.SIGINT in received[1:]:
                 self._kill("killing all")
+            self.show()
             time.sleep(POLL_SECONDS)
-        return Ended(self._running.process.returncode, received[0] if received else 0, self._killed)
+        return Ended(self.running.process.returncode, received[0] if received else 0, self._killed)
 
     def _is_over(self) -> bool:
-        now, times = time.monotonic(), self._times
-        if self._status.is_new():
+        now, times = time.monotonic(), self.times
+        if self.status.is_new():
             self._run_ended = min(self._run_ended, now)
-        if self._running.process.poll() is None:
+        if self.running.process.poll() is None:
             if now - self._run_ended > times.linger:
                 self._kill("the run has ended, but its launcher has not: killed")
             if now - self._looked > _LOOK_SECONDS:  # so that what it has started is known when it has ended
                 self._looked = now
-                self._running.here()
+                self.running.here()
             return False
         self._launcher_ended = min(self._launcher_ended, now)
         is_late = now > min(self._launcher_ended + times.grace, self._run_ended + times.helper)
-        is_awaited = self._status.is_awaited()  # asked each time, to see when the owner becomes silent
-        if not self._running.here():
-            return is_late or self._status.is_new() or not is_awaited
+        is_awaited = self.status.is_awaited()  # asked each time, to see when the owner becomes silent
+        if not self.running.here():
+            return is_late or self.status.is_new() or not is_awaited
         if is_late:
             self._end()
-        elif now - self._launcher_ended > times.notice and not self._status.is_new():
+        elif now - self._launcher_ended > times.notice and not self.status.is_new():
             self._say_once("the launcher has ended, but the job has not; it is told to save and to stop")
-            self._running.stop(signal.SIGTERM)
+            self.running.stop(signal.SIGTERM)
         return is_late
 
     def _end(self) -> None:
         """End what is left on this machine."""
-        left = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in self._running.here())
+        left = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in self.running.here())
         self._kill(f"what is left of the job on this machine is ended: {left}", signal.SIGTERM)
-        psutil.wait_procs(self._running.here(), timeout=self._times.helper)
-        self._running.kill()
+        psutil.wait_procs(self.running.here(), timeout=self.times.helper)
+        self.running.kill()
 
     def _kill(self, line: str, number: int = signal.SIGKILL) -> None:
         self._say_once(line)
         self._killed = True
-        self._running.kill(number)
+        self.running.kill(number)
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
-            say(line)
+            self.say(line)
 
 
 # Signals --------------------------------------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ NOT_OFFERED: Mapping[str, str] = {
         "nproc_per_node nproc num_processes gpus devices num_gpus",
     ),
     **_same(
-        "the runs of a sweep follow each other on all GPUs, which --launcher_args chooses; --together N trains several"
-        " in one start",
+        "the groups of a sweep follow each other on all GPUs, which --launcher_args chooses; --together N limits the"
+        " runs of a group",
         "gpus_per_run runs_at_once",
     ),
     **_same("all rows are trained on, and validated on if they are a --validation_file", "do_train do_eval"),

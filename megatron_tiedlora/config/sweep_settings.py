@@ -1,23 +1,21 @@
-"""The settings of tiedlora sweep: the grid, and how its runs are started. All others are tiedlora train's.
+"""The settings of tiedlora sweep: the grid, and how its groups are started. All others are tiedlora train's.
 
 Owns how both sets of names share a command line and a YAML file, and which training settings the sweep decides.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
-from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.errors import UserError, as_given, naming
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.config.cli import naming_file, read_yaml, split_words
+from megatron_tiedlora.config.cli import naming_file, parse_words, read_yaml, split_words
 from megatron_tiedlora.config.fields import (
     CommandSettings,
     comma_separated,
@@ -27,21 +25,18 @@ from megatron_tiedlora.config.fields import (
     shell_words,
     validate_settings,
 )
+from megatron_tiedlora.config.launch_settings import LaunchSettings
 from megatron_tiedlora.config.settings import Settings, make_settings
 
 PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
 PAPER_LEARNING_RATES = (1e-4, 1e-5)
-MOST_TOGETHER = 32  # of --together auto; with more, a group's scores would come late and the gain grows little
+MOST_TOGETHER = 32  # of --together auto; with more the gain grows little
 SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: the settings that it was started with
 _GONE = ("gpus_per_run", "runs_at_once")  # older studies have recorded them; they decide no number
-# Flags of the `deepspeed` launcher that a file may give, with a NUL after each word. They only choose among the
-# existing devices and hosts. Any other flag could start a program of the file's author, or start it elsewhere.
-_FROM_FILE = re.compile(
-    r"(--(num_gpus|num_accelerators|num_nodes|master_port)[=\0]\d{1,6}\0"
-    r"|(--(include|exclude)[=\0]|-[ie]\0)[\w.][\w.:,@-]*\0"
-    r"|--bind_cores_to_rank\0|--bind_core_list[=\0]\d[\d,-]*\0)*",
-    re.ASCII,
-)
+# Flags of tiedlora run that a file may give, with a NUL after each word. Any other could start a program of the file's
+# author, or start it elsewhere.
+_FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)
+_NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # what failed is tried again by the sweep's next start
 
 
 class SweepSettings(CommandSettings):
@@ -56,7 +51,7 @@ class SweepSettings(CommandSettings):
         "run": "the sweep's folder; a second start with the same folder resumes it",
         "grid": "which adapters are trained (defaults: the paper's grid)",
         "scores": "how the test set is scored",
-        "processes": "how runs are started, one start after another; a second start may change it",
+        "processes": "how groups of runs are started, one after another; a second start may change it",
     }
     missing: ClassVar[Mapping[str, str]] = {"output_dir": "the folder of runs, scores, tables and figures"}
 
@@ -94,19 +89,17 @@ class SweepSettings(CommandSettings):
 
     launcher_args: str | None = setting_field(
         "processes",
-        'arguments of the deepspeed launcher, e.g. "--num_gpus 4" or "--hostfile hosts"; in a file they may only'
-        " choose devices",
+        'flags of tiedlora run, e.g. "--num_gpus 4" or "--hostfile hosts"; files may give --num_gpus, --master_port',
         None,
     )
     together: int | Literal["auto"] = setting_field(
         "processes",
-        "train up to N runs in one start, which share the base and micro-batches; auto: as many as the free memory of"
-        f" this machine allows, at most {MOST_TOGETHER}",
-        1,
+        "the most runs of a group, which share the base and micro-batches; auto: as many as fit into the free memory of"
+        f" this machine, at most {MOST_TOGETHER}",
+        "auto",
     )
     halving: bool = setting_field(
-        "processes",
-        "with --together: stop a run that is behind another learning rate on validation by more than the noise", False,
+        "processes", "stop a run that is behind another learning rate on validation by more than the noise", False,
     )
 
     @classmethod
@@ -123,11 +116,9 @@ class SweepSettings(CommandSettings):
     def _check(self) -> SweepSettings:
         for name in ("methods", "ranks", "learning_rates", "single_layers", "tables_from"):
             values = getattr(self, name)
-            if not isinstance(values, tuple):
-                continue
-            if not values:
+            if values == ():
                 raise ValueError(f"--{name} is empty; give one value or more, with commas between them")
-            for index, value in enumerate(values):
+            for index, value in enumerate(values if isinstance(values, tuple) else ()):
                 if value in values[:index]:
                     raise ValueError(f"--{name} has {value} twice; give each value once")
         for name in ("ranks", "single_layers"):
@@ -135,7 +126,7 @@ class SweepSettings(CommandSettings):
             if isinstance(numbers, tuple) and min(numbers) < 1:
                 raise ValueError(f"--{name} {min(numbers)}: {name.replace('_', ' ')} start at 1")
         for rate in self.learning_rates:
-            if not (math.isfinite(rate) and rate > 0):
+            if rate <= 0:
                 raise ValueError(f"--learning_rates {rate:g}: a learning rate must be above 0")
         if self.together != "auto" and self.together < 1:
             raise ValueError(f"--together {self.together}: give auto, or a number from 1 on")
@@ -150,9 +141,13 @@ class SweepSettings(CommandSettings):
         return self
 
 
-def may_come_from_file(launcher: Sequence[str]) -> bool:
-    """Whether launcher arguments only choose devices, so that they are safe whoever wrote them."""
-    return _FROM_FILE.fullmatch("".join(f"{word}\0" for word in launcher)) is not None
+def parse_launcher(words: Sequence[str]) -> LaunchSettings:
+    """The settings of tiedlora run in --launcher_args. Raises UserError."""
+    with naming("--launcher_args"):
+        found = validate_settings(parse_words(words, LaunchSettings), LaunchSettings)
+        if others := found.model_fields_set & _NOT_OF_SWEEP:
+            raise UserError(f"--{min(others)} is of tiedlora run alone; remove it")
+        return found
 
 
 @dataclass(frozen=True)
@@ -167,6 +162,11 @@ class SweepCommand:
     settings: SweepSettings
     given: Mapping[str, Any]
     train: Settings
+
+    @property
+    def launcher(self) -> LaunchSettings:
+        """What --launcher_args says. Raises UserError; a study can be read whatever it was started with."""
+        return parse_launcher(shell_words("launcher_args", self.settings.launcher_args))
 
 
 def parse_sweep(argv: Sequence[str]) -> SweepCommand:
@@ -187,8 +187,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
             raise UserError(f"--{name} cannot be given to a sweep: {reason}")
     others = [name for name in merged if name not in ("tables_from", "output_dir", "take_over")]
     if "tables_from" in merged and others:
-        other = others[0]
-        raise UserError(f"--{other} cannot be combined with --tables_from, which only reads existing sweeps")
+        raise UserError(f"--{others[0]} cannot be combined with --tables_from, which only reads existing sweeps")
     source = config
     with naming_file(config, read.keys() - values.keys()):
         started = user_path(as_given(merged.get("output_dir", "")), flag="--output_dir") / SWEEP_FILE
@@ -198,7 +197,8 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
         merged = {**before, **merged}
     with naming_file(config, read.keys() - values.keys()):
         command = make_command(merged)
-    if "launcher_args" not in values and not may_come_from_file(shlex.split(command.settings.launcher_args or "")):
+    words = shell_words("launcher_args", command.settings.launcher_args)
+    if "launcher_args" not in values and not _FROM_FILE.fullmatch("".join(f"{word}\0" for word in words)):
         raise UserError(
             f"{source}: launcher_args are not read from a file, which may be another user's ("
             f"{command.settings.launcher_args}); give --launcher_args again on the command line"

@@ -100,7 +100,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     share_micro_batches: bool = _run(
         "with --adapters: fill a micro-batch with rows of several adapters where one has too few", True,
         decides="layout", of_group=True,
-        decided_by={"sweep": "with --together the runs of a group share micro-batches"},
+        decided_by={"sweep": "the runs of a group share micro-batches"},
     )
     halving: bool = _run(
         "with --adapters: of those that differ only in the learning rate, stop what is behind on validation by more"

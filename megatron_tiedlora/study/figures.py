@@ -6,9 +6,11 @@ If the paper published a score for the same model, task, method and rank, Figure
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, unguarded
@@ -16,8 +18,7 @@ from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
 from megatron_tiedlora.study.paper import table2_points
 from megatron_tiedlora.study.scores import Study, TestScore
-from megatron_tiedlora.study.tables import mean_base
-from megatron_tiedlora.study.text import metric_title, model_title, title
+from megatron_tiedlora.study.tables import mean_base, metric_title, model_title, title
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")
 # Colours that red-green colour-blind readers can distinguish, with different marks.
@@ -69,53 +70,57 @@ def _mean(rank: int, scores: Sequence[TestScore]) -> PlotPoint:
 
 def draw_figure2(studies: Sequence[Study], target: Path, *, guard: Guard = unguarded) -> None:
     """Draw all methods, and the best ones with LoRA and VeRA. Raises UserError if it cannot be written."""
-    figure, axes = _panels(2)
-    data = lines(studies)
+    data, base, model = lines(studies), mean_base(studies), model_title(studies[0])
     best = {name: points for name, points in data.items() if name in BEST_METHODS}
-    for panel, chosen, name in zip(axes, (data, best), ("all methods", "LoRA, VeRA, TL5, TL6"), strict=True):
-        _draw(panel, chosen, title=f"{model_title(studies[0])}: {name}", base=mean_base(studies))
-        panel.set_ylabel(_score_label(studies))
-    _save(figure, axes, target, guard)
+    label = f"mean score of {len(studies)} tasks" if len(studies) > 1 else metric_title(studies[0])
+    panels = (("all methods", data), ("LoRA, VeRA, TL5, TL6", best))
+    drawn = [partial(_draw, data=own, title=f"{model}: {name}", label=label, base=base) for name, own in panels]
+    _draw_panels(drawn, target, guard)
 
 
 def draw_figure3(studies: Sequence[Study], target: Path, *, guard: Guard = unguarded) -> None:
     """Draw one panel per task. Raises UserError if it cannot be written."""
-    figure, axes = _panels(len(studies))
-    for panel, study in zip(axes, studies, strict=True):
+    panels = []
+    for study in studies:
         base, data = study.base, lines([study])
-        published = {name: table2_points(study.base.paper_model, name, base.task, base.metric) for name in data}
+        published = {name: table2_points(base.paper_model, name, base.task, base.metric) for name in data}
         heading = f"{model_title(study)}: {title(study)}"
-        _draw(panel, data, title=heading, base=mean_base([study]), published=published)
-        panel.set_ylabel(_score_label([study]))
-    _save(figure, axes, target, guard)
+        label, of_base = metric_title(study), mean_base([study])
+        panels.append(partial(_draw, data=data, title=heading, label=label, base=of_base, published=published))
+    _draw_panels(panels, target, guard)
 
 
-def _score_label(studies: Sequence[Study]) -> str:
-    if len(studies) > 1:
-        return f"mean score of {len(studies)} tasks, per cent"
-    return f"{metric_title(studies[0])}, per cent"
-
-
-def _panels(count: int) -> tuple[Any, list[Any]]:
+def _draw_panels(panels: Sequence[Callable[[Any], None]], target: Path, guard: Guard) -> None:
+    """Draw the panels in rows of three, with one legend for all below them, and save the figure."""
     from matplotlib import pyplot
 
     plain_figures()
-    columns = min(count, 3)
-    rows = -(-count // columns)
-    figure, grid = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 4.2 * rows + 0.5), dpi=130, squeeze=False)
-    axes = list(grid.flat)
-    for unused in axes[count:]:
-        unused.set_visible(False)
-    return figure, axes[:count]
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    height, entries = 4.2 * rows + 0.5, dict[str, Any]()
+    figure, grid = pyplot.subplots(rows, columns, figsize=(5.2 * columns, height), dpi=130, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for panel, axes in zip(panels, grid.flat, strict=False):
+        panel(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        entries.update(zip(labels, handles, strict=True))
+    names = sorted(entries, key=[*NAMES.values(), BASE_LABEL, PAPER_LABEL].index)
+    figure.tight_layout(rect=(0, 0.55 / height, 1, 1))
+    if names:
+        columns = -(-len(names) // (2 if len(panels) == 1 else 1))
+        figure.legend([entries[name] for name in names], names, loc="lower center", ncols=columns, fontsize=8)
+    save_figure(figure, target, guard=guard)
 
 
 def _draw(
     axes: Any,
-    data: Mapping[str, Sequence[PlotPoint]],
     *,
+    data: Mapping[str, Sequence[PlotPoint]],
     title: str,
+    label: str,
     base: float | None,
-    published: Mapping[str, Mapping[int, float]] | None = None,
+    published: Mapping[str, Mapping[int, float]] = MappingProxyType({}),
 ) -> None:
     ranks = {point.rank for points in data.values() for point in points}
     for index, (method, points) in enumerate(data.items()):
@@ -134,7 +139,7 @@ def _draw(
             elinewidth=0.7,
             capsize=2,
         )
-        theirs = (published or {}).get(method, {})
+        theirs = published.get(method, {})
         if theirs:
             ranks |= theirs.keys()
             positions, scores = [rank * shift for rank in theirs], list(theirs.values())
@@ -155,21 +160,7 @@ def _draw(
     axes.set_xticks(sorted(ranks), [str(rank) for rank in sorted(ranks)])
     axes.minorticks_off()
     axes.set_xlabel("rank r")
+    axes.set_ylabel(f"{label}, per cent")
     axes.grid(alpha=0.3)
     if not values:
         axes.text(0.5, 0.5, "no rank has all its scores yet", transform=axes.transAxes, ha="center")
-
-
-def _save(figure: Any, axes: Sequence[Any], target: Path, guard: Guard) -> None:
-    """Add one legend for all panels below them, and save the figure."""
-    entries: dict[str, Any] = {}
-    for panel in axes:
-        handles, labels = panel.get_legend_handles_labels()
-        entries.update(zip(labels, handles, strict=True))
-    names = sorted(entries, key=[*NAMES.values(), BASE_LABEL, PAPER_LABEL].index)
-    height = figure.get_size_inches()[1]
-    figure.tight_layout(rect=(0, 0.55 / height, 1, 1))
-    if names:
-        columns = -(-len(names) // (2 if len(axes) == 1 else 1))
-        figure.legend([entries[name] for name in names], names, loc="lower center", ncols=columns, fontsize=8)
-    save_figure(figure, target, guard=guard)

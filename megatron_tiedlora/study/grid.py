@@ -1,6 +1,6 @@
 """The runs of a study: points (adapters that are scored) and, for each point, one run per learning rate.
 
-Owns names, order and counts of trained parameters. It starts and reads nothing.
+Owns names and order. It starts and reads nothing.
 """
 
 from __future__ import annotations
@@ -10,35 +10,11 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, sized_targets
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.json_files import Size, Text
-from megatron_tiedlora.base.shapes import QKV, ModelShape
 from megatron_tiedlora.config.sweep_settings import SweepSettings
 
 SINGLE_LAYER_METHOD, SINGLE_LAYER_RIVAL = "lora", "tl5"
 PAPER_LAYER_STEP = 4
-
-
-@dataclass(frozen=True)
-class AdaptedSizes:
-    """What decides the number of trained parameters: layers L, hidden size d, rows of Q, K and V, and the targets.
-
-    Attributes:
-        intermediate_size: width of the MLP; None if QKV alone is adapted.
-    """
-
-    num_layers: Size
-    hidden_size: Size
-    qkv_rows: tuple[Size, Size, Size]
-    intermediate_size: Size | None = None
-    targets: tuple[Text, ...] = (QKV,)
-
-    @staticmethod
-    def of(model: ModelShape, targets: tuple[str, ...]) -> AdaptedSizes:
-        """The sizes of a model whose `targets` are adapted."""
-        width = None if targets == (QKV,) else model.intermediate_size
-        return AdaptedSizes(model.num_layers, model.hidden_size, model.heads.rows, width, targets)
 
 
 @dataclass(frozen=True)
@@ -49,17 +25,15 @@ class Point:
     rank: int
     layer: int | None = None
 
-    def num_trained(self, shape: AdaptedSizes) -> int:
-        """Trained parameters on a model of `shape`."""
-        layers = tuple(range(1, shape.num_layers + 1)) if self.layer is None else (self.layer,)
-        targets = sized_targets(
-            shape.targets,
-            hidden_size=shape.hidden_size,
-            qkv_rows=shape.qkv_rows,
-            intermediate_size=shape.intermediate_size or 0,
-        )
-        config = make_adapter_config(self.method, rank=self.rank, layers=layers, targets=targets, seed=0)
-        return sum(config.num_trained().values())
+    @property
+    def name(self) -> str:
+        """METHOD-rRANK[-layerN]."""
+        return f"{self.method}-r{self.rank}{self.layer_part}"
+
+    @property
+    def layer_part(self) -> str:
+        """-layerN in names; '' if all layers are adapted."""
+        return "" if self.layer is None else f"-layer{self.layer}"
 
 
 @dataclass(frozen=True)
@@ -73,8 +47,7 @@ class Run:
     def name(self) -> str:
         """METHOD-rRANK-lrRATE[-layerN], the name of its folder."""
         point = self.point
-        layer = "" if point.layer is None else f"-layer{point.layer}"
-        return f"{point.method}-r{point.rank}-lr{rate_text(self.learning_rate)}{layer}"
+        return f"{point.method}-r{point.rank}-lr{rate_text(self.learning_rate)}{point.layer_part}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -89,18 +62,16 @@ class Run:
 
 @dataclass(frozen=True)
 class SweepGrid:
-    """The points of a study: `table` for Table 2 and the figures, `single` and `rival` for Table 3."""
+    """The points of a study: those of Table 2 and the figures, and those of Table 3, of which the last is no LoRA."""
 
     table: tuple[Point, ...]
-    single: tuple[Point, ...]
-    rival: Point | None
+    table3: tuple[Point, ...]
     learning_rates: tuple[float, ...]
 
     @property
     def points(self) -> tuple[Point, ...]:
         """All points, each once, in training order."""
-        extra = (self.rival,) if self.rival is not None else ()
-        return tuple(dict.fromkeys((*self.table, *self.single, *extra)))
+        return tuple(dict.fromkeys((*self.table, *self.table3)))
 
     def runs(self, point: Point) -> tuple[Run, ...]:
         """The runs of a point, one per learning rate, in the order given."""
@@ -118,12 +89,11 @@ def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
     Raises:
         UserError: the model does not have a layer.
     """
-    layers = single_layers(settings.single_layers, num_layers)
-    rank = settings.single_layer_rank
+    rank, layers = settings.single_layer_rank, single_layers(settings.single_layers, num_layers)
+    single = tuple(Point(SINGLE_LAYER_METHOD, rank, layer) for layer in layers)
     return SweepGrid(
         table=tuple(Point(method, r) for method in settings.methods for r in settings.ranks),
-        single=tuple(Point(SINGLE_LAYER_METHOD, rank, layer) for layer in layers),
-        rival=Point(SINGLE_LAYER_RIVAL, rank) if layers else None,
+        table3=(*single, Point(SINGLE_LAYER_RIVAL, rank)) if layers else (),
         learning_rates=settings.learning_rates,
     )
 

@@ -6,7 +6,7 @@ that tables need neither, and has the hashes of the row files. `sweep_status.jso
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ from typing import Any
 from megatron_tiedlora.base.atomic import Guard, discard, is_temporary, remove_leftovers, unguarded, write_json
 from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
+from megatron_tiedlora.base.json_files import Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.paths import PathIn
-from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.yaml_files import write_yaml
-from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
@@ -33,9 +31,7 @@ from megatron_tiedlora.config.sweep_settings import (
     resolve_train,
 )
 from megatron_tiedlora.data.sources import local_files
-from megatron_tiedlora.study.grid import AdaptedSizes, single_layers
-from megatron_tiedlora.study.paper import paper_model
-from megatron_tiedlora.study.starts import last_lines
+from megatron_tiedlora.study.grid import single_layers
 
 RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
 
@@ -82,35 +78,22 @@ class BaseRecord:
     """The base model and the task of a study.
 
     Attributes:
+        trained: the trained parameters of each point, by its name.
         file_sha256: hashes of the local row files, by name.
     """
 
     model: Text
     base_hash: Text
-    shape: AdaptedSizes
+    num_layers: Size
+    trained: dict[Text, Size]
     paper_model: Text | None  # the paper's model, whose published numbers are shown beside the study's
     task: Text
     metric: Text
     file_sha256: dict[Text, Text]
 
 
-def describe_base(
-    source: ModelSource, *, targets: tuple[str, ...], task: str, metric: str, files: Iterable[str | None]
-) -> BaseRecord:
-    """Make the record of a study of `task` on a model whose `targets` are adapted.
-
-    Args:
-        files: what the data flags name: local files, folders and patterns, or hub ids.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    shape = AdaptedSizes.of(source.shape, targets)
-    model = paper_model(source.name, source.shape) if targets == (QKV,) else None  # the paper adapts nothing else
-    return BaseRecord(source.name, source.base_hash, shape, model, task, metric, _hash_files(files))
-
-
-def _hash_files(files: Iterable[str | None]) -> dict[str, str]:
+def hash_files(files: Iterable[str | None]) -> dict[str, str]:
+    """SHA-256 of each local file that data flags name; hub ids have none. Raises UserError if one cannot be read."""
     sums: dict[str, str] = {}
     for given in filter(None, files):
         sums |= {name: file_sha256(path) for name, path in local_files(given).items()}
@@ -138,7 +121,7 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
     if not folder.settings.is_file():
         return
     before, where = read_command(folder), f"{folder.settings}: the sweep was started with"
-    _check_extended(before.settings, now.settings, base.shape.num_layers, where)
+    _check_extended(before.settings, now.settings, base.num_layers, where)
     if before.settings.test_limit != now.settings.test_limit:
         raise UserError(f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}")
     # Both are resolved for the same point, so that alpha, which follows the rank, only differs if it was given.
@@ -203,27 +186,3 @@ def read_base(folder: StudyFolder) -> BaseRecord:
     """Read base.json. Raises UserError naming what is broken."""
     content = read_json_object(folder.base, kind="a sweep's folder")
     return read_fields(folder.base, content, BaseRecord)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a run or score has failed, and the log of its start."""
-
-    reason: str
-    log: Path
-
-
-def write_status(
-    folder: StudyFolder, state: str, failures: Mapping[str, Failure], *, reason: str | None = None
-) -> None:
-    """Write sweep_status.json: how this start ended, and for every failure its reason and the last lines of its log.
-
-    Args:
-        reason: why the sweep itself failed.
-    """
-    failed = [
-        {"name": name, "reason": found.reason, "log": str(found.log), "last_lines": last_lines(found.log)}
-        for name, found in failures.items()
-    ]
-    why = {} if reason is None else {"reason": reason}
-    write_json(folder.status, {"state": state, **why, "failed": failed}, guard=folder.guard)

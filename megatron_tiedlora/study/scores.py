@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, as_given
-from megatron_tiedlora.base.json_files import read_json_object, read_json_or_none
+from megatron_tiedlora.base.json_files import Real, Size, read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import Settings
@@ -43,15 +43,20 @@ class RunEnd:
         """Why --halving stopped it; '' if it did not."""
         return self.reason if self.state == "finished" and self.reason.startswith(REASON) else ""
 
+    def in_words(self, metric: str) -> str:
+        """How a finished run ended, by the value of --eval_metric."""
+        why = f" ({self.halved})" if self.halved else ""
+        return f"best validation {metric} {self.best:.4f}, ended at step {self.step}{why}"
+
 
 @dataclass(frozen=True)
 class TestScore:
     """A score on the test set with its 95 % confidence interval, in per cent."""
 
-    value: float
-    low: float
-    high: float
-    num_samples: int
+    value: Real
+    low: Real
+    high: Real
+    num_samples: Size
 
 
 @dataclass(frozen=True)
@@ -145,14 +150,12 @@ def read_score(folder: Path) -> TestScore | None:
     file = folder / RESULTS_FILE
     if not file.is_file():
         return None
-    content: dict[str, Any] = read_json_or_none(file) or {}
-    interval, count = content.get("confidence_interval"), content.get("n")
-    if isinstance(interval, list) and len(interval) == 2 and type(count) is int and 1 <= count < 2**53:
-        numbers = [_number(value) for value in (content.get("score"), *interval)]
-        if None not in numbers:
-            score, low, high = (float(number) for number in numbers if number is not None)
-            return TestScore(score, low, high, count)
-    raise UserError(f"{file}: was not written by tiedlora evaluate; remove the folder and start again")
+    try:
+        content = read_json_object(file, kind="results")
+        (low, high), value, count = (content[name] for name in ("confidence_interval", "score", "n"))
+        return read_fields(file, {"value": value, "low": low, "high": high, "num_samples": count}, TestScore)
+    except (UserError, KeyError, TypeError, ValueError):
+        raise UserError(f"{file}: was not written by tiedlora evaluate; remove the folder and start again") from None
 
 
 def read_study(path: Path) -> Study:
@@ -165,7 +168,7 @@ def read_study(path: Path) -> Study:
     if not folder.settings.is_file():
         raise UserError(f"{path}: holds no sweep; give the --output_dir of a sweep")
     command, base = read_command(folder), read_base(folder)
-    grid = make_grid(command.settings, base.shape.num_layers)
+    grid = make_grid(command.settings, base.num_layers)
     metric = command.train.eval_metric
     results = tuple(_read_result(folder, grid, point, base, metric) for point in grid.points)
     of_rows = marked(Settings, group="data", by_content=True)
@@ -180,7 +183,7 @@ def _read_result(folder: StudyFolder, grid: SweepGrid, point: Point, base: BaseR
     ends = {run: read_run(folder.run(run.name)) for run in runs}
     return Result(
         point,
-        point.num_trained(base.shape),
+        base.trained[point.name],
         chosen,
         tuple(run for run, end in ends.items() if chosen is not None and end.state != "finished"),
         None if chosen is None else read_score(folder.score(chosen.name)),

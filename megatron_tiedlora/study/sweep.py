@@ -1,55 +1,94 @@
-"""Runs a study from its settings to its tables: the steps of plan.py one after another, and the tables at the end."""
+"""Runs a study from its settings to its tables: the base's score, the groups of runs, the scores of the best, tables.
+
+A start is tiedlora train or tiedlora evaluate by the launcher of tiedlora run. How it ended is told by the files that
+it writes, not by its exit status, which a launcher may lose.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import secrets
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from megatron_tiedlora.base.atomic import Guard, unguarded, write_text
+from megatron_tiedlora.base.atomic import Guard, discard, make_way_for_log, unguarded, write_json, write_text
 from megatron_tiedlora.base.errors import UserError, printable, show
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.cluster.running import StopSignals
+from megatron_tiedlora.base.yaml_files import write_yaml
+from megatron_tiedlora.cluster.launchers import Job, plan_start
+from megatron_tiedlora.cluster.running import RunningJob, StopSignals, Times, Watch
+from megatron_tiedlora.cluster.start import check_programs, make_job
+from megatron_tiedlora.cluster.verdict import StatusFile
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.sweep_settings import SweepCommand
+from megatron_tiedlora.evaluation.results import RESULTS_FILE
+from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
-from megatron_tiedlora.study.plan import PointScore, Step, SweepPlan, plan_sweep
-from megatron_tiedlora.study.record import Failure, StudyFolder, write_record, write_status
-from megatron_tiedlora.study.scores import Study, read_study
-from megatron_tiedlora.study.starts import Start, last_lines, wait_for_end
-from megatron_tiedlora.study.tables import table3
-from megatron_tiedlora.study.text import table2_csv, table2_markdown, table3_csv, table3_markdown
+from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
+from megatron_tiedlora.study.record import LOGS, SCORES, StudyFolder, write_record
+from megatron_tiedlora.study.scores import BASE_NAME, Study, best_run, read_run, read_score, read_study
+from megatron_tiedlora.study.tables import table2_csv, table2_markdown, table3_csv, table3_markdown
+from megatron_tiedlora.training.length import with_models_length
 
-SHOW_SECONDS = 1.0
-_SHOWN_FAILURES = 3
-
-
-@dataclass
-class Outcome:
-    """How the steps ended: the failed runs and scores by name; the signal that stopped the others (0: none); and
-    whether they were given up because the base model could not be scored."""
-
-    failures: dict[str, Failure] = field(default_factory=dict)
-    stopped_by: int = 0
-    given_up: bool = False
+LOG_MARK = "$ "  # precedes the command line of each start in a log
+_TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
+_SHOWN_FAILURES, _SHOWN_CHARACTERS = 3, 120
 
 
-def sweep(command: SweepCommand, starter: Callable[[], Start]) -> int:
+@dataclass(frozen=True)
+class Failure:
+    """Why a run or score has failed, and the log of its start."""
+
+    reason: str
+    log: Path
+
+
+Begin = Callable[[Job, Path, int], RunningJob]
+
+
+def begin_job(job: Job, log: Path, lock: int) -> RunningJob:
+    """Start a job whose output is appended to a log.
+
+    Args:
+        lock: a descriptor that the launcher keeps open: one that outlives a killed sweep still holds its folder.
+
+    Raises:
+        UserError: the log cannot be written, or the launcher cannot be started.
+    """
+    plan = plan_start(job, os.environ)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        make_way_for_log(log)
+        with log.open("a+b", buffering=0) as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+            cut = stream.read(1) not in (b"", b"\n")  # a kill may leave a part of a line
+            mark = f"\n{LOG_MARK}" if cut else LOG_MARK
+            stream.write(f"{mark}{shlex.join(plan.words)}\n".encode())
+            return RunningJob(job, plan, stdout=stream, stderr=stream, pass_fds=(lock,))
+    except OSError as error:
+        raise UserError(f"{log}: cannot be written ({error.strerror or error})") from error
+
+
+def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> int:
     """Run or resume a study. Returns the exit status: 0 all finished, 1 something failed, 130 or 143 stopped.
 
     Args:
-        starter: makes the function that starts commands; raises UserError if it cannot.
+        scripts: the folder of the scripts of tiedlora train and tiedlora evaluate.
 
     Raises:
         UserError: settings, model, task or folder do not fit, before anything is started; or a file or launcher cannot
-            be written or started. In that case the running command has been stopped and has ended.
+            be written or started.
     """
     settings = command.settings
     if settings.tables_from is not None:
@@ -59,23 +98,23 @@ def sweep(command: SweepCommand, starter: Callable[[], Start]) -> int:
         show(*plan.dry_run_lines())
         return 0
     plan.source.weights_folder()  # rejects a preset, which has no weights
-    start = starter()
-    with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
-        folder = StudyFolder(plan.folder.path, lock.owner)
-        plan = replace(plan, folder=folder)
-        write_record(folder, command, plan.base)
-        try:
-            outcome = run_steps(plan, lock.descriptor, start, stop)
-        except BaseException as error:
-            with suppress(UserError):  # the disk may be full
-                write_status(folder, "failed", {}, reason=str(error) or type(error).__name__)
-            raise
-        return _end(plan, outcome)
+    with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
+        check_programs(make_job(command.launcher, *plan.where, program=(), arguments=(), private=Path(private)))
+        with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
+            plan = replace(plan, folder=StudyFolder(plan.folder.path, lock.owner))
+            write_record(plan.folder, command, plan.base)
+            work = Sweep(plan, Path(private), scripts, begin, lock.descriptor, stop)
+            try:
+                work.run()
+            except BaseException as error:
+                with suppress(UserError):  # the disk may be full
+                    work.write_status("failed", reason=str(error) or type(error).__name__)
+                raise
+            return work.end()
 
 
 def lock_study(folder: Path, *, take_over: bool = False) -> FolderLock:
-    """Become the owner of a study's folder, which is created if it does not exist. Launchers inherit the descriptor, so
-    that one that outlives a killed sweep still holds the folder.
+    """Become the owner of a study's folder, which is created if it does not exist.
 
     Raises:
         UserError: another sweep, or a launcher of a killed one, is writing here.
@@ -87,86 +126,230 @@ def lock_study(folder: Path, *, take_over: bool = False) -> FolderLock:
     return take_folder(folder, take_over=take_over, hint=hint)
 
 
-def run_steps(plan: SweepPlan, lock: int, start: Start, stop: StopSignals) -> Outcome:
-    """Run the unfinished steps in order. After a signal, or without the base model's score, no more are started."""
-    steps, total, outcome = plan.steps(), plan.num_items, Outcome()
-    left = sum(len(step.items) for step in steps)
-    with _bar(total - left, total) as bar:
-        for step in steps:
-            command = None if stop.received else plan.start(step, lock)
-            if command is not None:
-                began = time.monotonic()
-                say, state = (lambda text: bar.write(printable(text))), (bar, plan, step, total - left)
-                wait_for_end(start(command), step.name, stop=stop, show=partial(_show, *state), say=say)
-            if stop.received:
-                outcome.stopped_by = stop.received[0]
-                break
-            if command is not None:
-                _note_ends(plan, step, outcome, bar, seconds=time.monotonic() - began)
-            left -= len(step.items)
-            bar.update(total - left - bar.n)
-            if PointScore(None).name in outcome.failures:
-                outcome.given_up = True
-                break
-    return outcome
+@dataclass
+class Sweep:
+    """A study at work: its starts follow each other.
+
+    Attributes:
+        private: a folder for files of the launchers; no other user can read it.
+        scripts: the folder of the scripts that are started.
+        lock: the descriptor that holds the study's folder.
+        failures: the failed runs and scores by name.
+    """
+
+    plan: SweepPlan
+    private: Path
+    scripts: Path
+    begin: Begin
+    lock: int
+    stop: StopSignals
+    failures: dict[str, Failure] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder, self.command = self.plan.folder, self.plan.command
+        total = 1 + len(self.plan.runs) + len(self.plan.grid.points)
+        shown = "{desc} {percentage:3.0f}%|{bar:20}| {n} of {total} [{elapsed}]{postfix}"
+        self._bar = progress_bar("sweep", "run", total=total, leave=True, bar_format=shown)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether nothing else was started, as without the base's score there is nothing to compare with."""
+        return f"score {BASE_NAME}" in self.failures
+
+    def run(self) -> None:
+        """Score the base, train the groups, and score the best run of each point. After a signal nothing is started.
+
+        Raises:
+            UserError: a file cannot be written, or a launcher cannot be started.
+        """
+        groups = self.plan.groups()
+        with self._bar:
+            self._take_scores()
+            self._score({f"score {BASE_NAME}": BASE_NAME})
+            if not self.given_up:
+                for runs in groups:
+                    self._train(runs)
+                self._score(self._best())
+            self._count()
+
+    def _count(self) -> None:
+        """Show how many runs and scores of the study are done."""
+        done = sum(map(self.plan.is_finished, self.plan.runs))
+        done += sum(read_score(self.folder.score(name)) is not None for name in (BASE_NAME, *self._best().values()))
+        self._bar.update(done - self._bar.n)
+
+    def _best(self) -> dict[str, str]:
+        """The best run of each point that has a finished one, by the name of the score."""
+        grid, metric = self.plan.grid, self.command.train.eval_metric
+        found = {point: best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
+        return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
+
+    def _train(self, runs: Group) -> None:
+        """Train a group, each run in the folder of its own."""
+        if self.stop.received:
+            return
+        folder, first, several = self.folder, runs[0].name, len({run.point for run in runs}) < len(runs)
+        left = [run for run in runs if not self.plan.is_finished(run)]
+        for run in left:  # if the start fails, how an earlier one ended is not why
+            discard(RunFolder(folder.run(run.name)).status, guard=folder.guard)
+        file, output = folder.group(f"{first}.yaml"), folder.group(first)
+        with suppress(OSError):  # the next lines say what is wrong
+            file.parent.mkdir(exist_ok=True)
+        entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
+        write_yaml(file, entries, guard=folder.guard)
+        given = {name: value for name, value in self.command.given.items() if name != "test_file"}
+        given |= {"adapters": file, "output_dir": output, "resume": "auto"}
+        given |= {"halving": True} if self.plan.settings.halving and several else {}
+        if not self._start(f"group {first}", "train", given):
+            return
+        for run in left:
+            end = read_run(folder.run(run.name))
+            words = end.in_words(self.command.train.eval_metric) if end.state == "finished" else None
+            self._note(run.name, words, f"group {first}", end.reason)
+
+    def _score(self, wanted: Mapping[str, str]) -> None:
+        """Score the base model alone, or the adapters of runs together; by the names of the scores."""
+        folder, train, settings = self.folder, self.command.train, self.plan.settings
+        left = {item: name for item, name in wanted.items() if read_score(folder.score(name)) is None}
+        if not left or self.stop.received:
+            return
+        is_base = BASE_NAME in left.values()
+        output = folder.score(BASE_NAME) if is_base else folder.group(SCORES)
+        discard(output, guard=folder.guard)  # it has no result
+        given = {
+            **{name: getattr(train, name) for name in marked(EvaluateSettings, shared=True)},
+            "max_length": with_models_length(train, self.plan.source).max_length,
+            "batch_size": settings.test_batch_size,
+            "limit": self.plan.test_limit,
+            "output_dir": output,
+        }
+        words = () if is_base else ("--adapters", *(f"{name}={folder.run(name) / 'adapter'}" for name in left.values()))
+        log = f"score {BASE_NAME}" if is_base else SCORES
+        if not self._start(log, "evaluate", given, words):
+            return
+        self._take_scores()
+        for item, name in left.items():
+            score = read_score(folder.score(name))
+            words_of = None if score is None else f"{self.plan.base.metric} {score.value:.2f} % ({name})"
+            self._note(item, words_of, log)
+
+    def _take_scores(self) -> None:
+        """Move each score that was made beside others to its place. A sweep that was killed may have left some."""
+        made = self.folder.group(SCORES)
+        for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
+            target = self.folder.score(found.parent.name)
+            discard(target, guard=self.folder.guard)  # it has no result, or this one
+            try:
+                target.parent.mkdir(exist_ok=True)
+                found.parent.replace(target)
+            except OSError as error:
+                raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+        discard(made, guard=self.folder.guard)
+
+    # One start --------------------------------------------------------------------------------------------------------
+
+    def _start(self, name: str, script: str, settings: Mapping[str, Any], words: Sequence[str] = ()) -> bool:
+        """Start a script and wait for its end. False if a signal has come meanwhile.
+
+        Args:
+            name: of its log.
+            settings: its flags, by name; those that are None are left out.
+            words: further words of its command line.
+        """
+        self.folder.guard()
+        self._count()
+        take_over = {"take_over": True} if self.plan.settings.take_over else {}
+        flags = {flag: value for flag, value in {**settings, **take_over}.items() if value is not None}
+        arguments = (*(f"--{flag}={flag_value(value)}" for flag, value in flags.items()), *words)
+        program, private = (str(self.scripts / f"{script}.py"),), self.private
+        job = make_job(self.command.launcher, *self.plan.where, program=program, arguments=arguments, private=private)
+        job = replace(job, start=secrets.token_hex(8))
+        status = StatusFile(RunFolder(Path(settings["output_dir"])), job.start)
+        self._log, self._began = self.folder.log(name), time.monotonic()
+        running = self.begin(job, self._log, self.lock)
+        try:
+            times = Times(grace=self.command.launcher.grace_seconds)
+            Watch(running, status, self.stop, times, show=self._show, say=self._say).until_end()
+        finally:
+            running.kill()  # nothing is left, unless this sweep cannot go on
+        return not self.stop.received
+
+    def _note(self, item: str, words: str | None, log: str, recorded: str = "") -> None:
+        """Show how a run or score has ended, and keep why it failed.
+
+        Args:
+            words: how it ended; None: it failed.
+            recorded: why, as far as its folder says. The log of several has the errors of all.
+        """
+        if words is None:
+            lines = last_lines(self.folder.log(log), 40)
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            reason = recorded or (errors or ["it ended without a result"])[-1]
+            self.failures[item] = Failure(reason, self.folder.log(log))
+            words = f"FAILED: {reason}"
+        seconds = time.monotonic() - self._began
+        minutes = round(seconds) // 60
+        took = f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+        self._bar.write(printable(f"{item:<28} {words}  [{took}]"))
+
+    def _say(self, line: str) -> None:
+        with suppress(OSError):
+            self._bar.write(printable(f"tiedlora sweep: {line}"))
+
+    def _show(self) -> None:
+        """Show the last line of the running start, which is mostly its own progress."""
+        with suppress(OSError):  # a full disk or a lost screen is no reason to stop
+            line = "".join(last_lines(self._log, 1, bars=True))
+            self._bar.set_postfix_str(printable(f"{self._log.stem}: {line}"[:_SHOWN_CHARACTERS]))
+
+    # The end ----------------------------------------------------------------------------------------------------------
+
+    def write_status(self, state: str, *, reason: str | None = None) -> None:
+        """Write sweep_status.json: how this start ended, and why each failure did, with the last lines of its log.
+
+        Args:
+            reason: why the sweep itself failed.
+        """
+        failed = [
+            {"name": name, "reason": found.reason, "log": str(found.log), "last_lines": last_lines(found.log)}
+            for name, found in self.failures.items()
+        ]
+        why = {} if reason is None else {"reason": reason}
+        write_json(self.folder.status, {"state": state, **why, "failed": failed}, guard=self.folder.guard)
+
+    def end(self) -> int:
+        """Write status, tables and figures, and show what failed. Returns the exit status."""
+        folder, failures = self.folder, self.failures
+        if self.stop.received:
+            self.write_status("stopped")
+            show(f"stopped; the same command, or --output_dir {shlex.quote(str(folder.path))} alone, resumes it")
+            return 128 + self.stop.received[0]
+        self.write_status("failed" if failures else "finished")
+        if not self.given_up:
+            written = write_tables([read_study(folder.path)], folder.path, guard=folder.guard)
+            show("", *(folder.path / "table2.md").read_text(encoding="utf-8").split("\n"))
+            show(*(f"written    {path}" for path in written))
+        for name, found in list(failures.items())[:_SHOWN_FAILURES]:
+            show("", f"{name}: {found.reason}; the end of {found.log}:")
+            show(*(f"    {line}" for line in last_lines(found.log)))
+        if failures:
+            gave_up = "; nothing else was started" if self.given_up else ""
+            line = f"error: {len(failures)} failed: {', '.join(failures)}{gave_up} (logs in {folder.path / LOGS})"
+            show(line, file=sys.stderr)
+        return 1 if failures else 0
 
 
-def _note_ends(plan: SweepPlan, step: Step, outcome: Outcome, bar: Any, *, seconds: float) -> None:
-    minutes = round(seconds) // 60
-    took = f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-    for item in step.items:
-        failure = plan.failure(item, step)
-        if failure is not None:
-            outcome.failures[item.name] = failure
-        words = plan.done(item)[1] if failure is None else f"FAILED: {failure.reason}"
-        bar.write(printable(f"{item.name:<28} {words}  [{took}]"))
-
-
-def _bar(finished: int, total: int) -> Any:
-    return progress_bar(
-        "sweep",
-        "run",
-        total=total,
-        leave=True,
-        initial=finished,
-        mininterval=SHOW_SECONDS,
-        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}",
-    )
-
-
-def _show(bar: Any, plan: SweepPlan, step: Step, finished: int) -> None:
-    """Show how far a step is, once in SHOW_SECONDS."""
-    if time.monotonic() - getattr(bar, "shown_at", 0.0) < SHOW_SECONDS:
-        return
-    bar.shown_at = time.monotonic()
-    parts, words = plan.progress(step)
-    bar.set_postfix_str(printable(f"{step.name} {words}"), refresh=False)
-    bar.update(finished + parts - bar.n)
-
-
-def _end(plan: SweepPlan, outcome: Outcome) -> int:
-    folder = plan.folder
-    if outcome.stopped_by:
-        write_status(folder, "stopped", outcome.failures)
-        show(f"stopped; the same command, or --output_dir {shlex.quote(str(folder.path))} alone, resumes it")
-        return 128 + outcome.stopped_by
-    write_status(folder, "failed" if outcome.failures else "finished", outcome.failures)
-    if not outcome.given_up:
-        study = read_study(folder.path)
-        written = write_tables([study], folder.path, guard=folder.guard)
-        show("", *(folder.path / "table2.md").read_text(encoding="utf-8").split("\n"))
-        show(*(f"written    {path}" for path in written))
-    if not outcome.failures:
-        return 0
-    names = list(outcome.failures)
-    for name in names[:_SHOWN_FAILURES]:
-        found = outcome.failures[name]
-        show("", f"{name}: {found.reason}; the end of {found.log}:")
-        show(*(f"    {line}" for line in last_lines(found.log)))
-    gave_up = "; nothing else was started" if outcome.given_up else ""
-    line = f"error: {len(names)} failed: {', '.join(names)}{gave_up} (logs in {folder.log(names[0]).parent})"
-    show(line, file=sys.stderr)
-    return 1
+def last_lines(log: Path, count: int = 12, *, bars: bool = False) -> list[str]:
+    """The last lines of output of a command's last start, with progress bars or without."""
+    if not log.is_file():
+        return []
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 20_000))
+        lines = stream.read().decode(errors="replace").split("\n")
+    starts = [index for index, line in enumerate(lines) if line.startswith(LOG_MARK)]
+    last = lines[starts[-1] + 1 :] if starts else lines
+    shown = (_TERMINAL_CODE.sub("", line.rstrip().rsplit("\r", 1)[-1]).rstrip() for line in last)
+    return [line for line in shown if line and (bars or _BAR_MARK not in line)][-count:]
 
 
 def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = False) -> int:
@@ -192,7 +375,7 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
 def write_tables(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures. Returns the files."""
     texts = {"table2.md": table2_markdown(studies), "table2.csv": table2_csv(studies)}
-    if table3(studies):
+    if any(study.grid.table3 for study in studies):
         texts |= {"table3.md": table3_markdown(studies), "table3.csv": table3_csv(studies)}
     for name, text in texts.items():
         write_text(folder / name, text, guard=guard)

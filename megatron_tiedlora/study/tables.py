@@ -1,79 +1,131 @@
-"""The paper's Table 2 and Table 3 as values, from studies of one task each; text.py writes them.
+"""The paper's Table 2 and Table 3 from studies of one task each: as records for CSV, and from these as Markdown.
 
 P% is a method's trained parameters in per cent of LoRA's at LoRA's best rank. The average decline of a method against
 LoRA is 100 (mean of LoRA's scores - mean of its scores) / mean of LoRA's scores over the tasks, with LoRA at its best
 rank. Among the possible definitions only this one matches the paper's figures for tl6 at LoRA's best rank: 1.95 % with
 GPT-2B-001 (the cells of its Table 2 give 1.956) and nearly 1.36 % with LLaMA-2 7B (they give 1.300). The mean of the
 tasks' declines would be 5.07 and 1.63. For one task it is the decline in per cent of LoRA's score.
+
+The CSV files have unrounded numbers, a cell per line, and begin with the columns of the package's files of the paper's
+numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
-from megatron_tiedlora.study.grid import Point
-from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, TABLE3_RANK, PaperCell, table2_cell, table3_scores
-from megatron_tiedlora.study.scores import Result, Study, TestScore
+from megatron_tiedlora.base.wording import markdown_lines
+from megatron_tiedlora.study.grid import Point, rate_text
+from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, MODEL_TITLES, TABLE3_RANK, table2_cell, table3_scores
+from megatron_tiedlora.study.scores import BASE_NAME, Result, Study, TestScore
 
-LORA = "lora"
-BASE_ROW = "base"
+LORA, AVERAGE = "lora", "average"
+SECTION_TITLES = {LORA_RANK: "All methods at LoRA's best rank", BEST_RANK: "Each method at its own best rank"}
+METRIC_TITLES = {
+    "exact_match": "EM",
+    "gsm8k": "EM",
+    "squad": "EM",
+    "squad_f1": "F1",
+    "rougeL": "RougeL",
+    "bleu": "BLEU",
+    "accuracy": "accuracy",
+    "accuracy_loglikelihood": "accuracy",
+}
+NONE, INCOMPLETE = "-", "*"
+TABLE2_COLUMNS = (
+    *("model", "section", "method", "task", "metric", "score", "rank", "params_percent_of_best_lora"),
+    *("low", "high", "samples", "decline_percent", "learning_rate", "trained_parameters", "all_rates_finished"),
+    *("paper_score", "paper_rank", "paper_params_percent", "stopped_rates"),
+)
+TABLE3_COLUMNS = (
+    *("model", "task", "metric", "rank", "adapter", "score", "low", "high", "samples"),
+    *("learning_rate", "trained_parameters", "all_rates_finished", "paper_score", "stopped_rates"),
+)
 
-
-@dataclass(frozen=True)
-class Cell:
-    """A method on a task: its result, P% and decline in per cent, and the paper's cell. Unknown values are None."""
-
-    result: Result | None
-    params_percent: float | None = None
-    decline: float | None = None
-    paper: PaperCell | None = None
-
-    @property
-    def score(self) -> TestScore | None:
-        """The test score."""
-        return None if self.result is None else self.result.score
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method's cells, one per task, with mean and average decline, which are None if a task has no score."""
-
-    section: str
-    method: str
-    cells: tuple[Cell, ...]
-    mean: float | None
-    decline: float | None
+Record = Mapping[str, Any]  # a line of a CSV file by its columns; what it does not have is unknown
 
 
-def table2(studies: Sequence[Study]) -> list[Row]:
-    """The rows of Table 2: all methods at LoRA's best rank, then each method but LoRA at its own best rank.
+def metric_title(study: Study) -> str:
+    """The metric as tables name it."""
+    return METRIC_TITLES.get(study.base.metric, study.base.metric)
 
-    The best rank has the best score on the test set, as in the paper. Of equal scores it is the smaller rank.
+
+def title(study: Study) -> str:
+    """`task (metric)`."""
+    return f"{study.base.task} ({metric_title(study)})"
+
+
+def model_title(study: Study) -> str:
+    """The base model's name as the user gave it, without its folder."""
+    return study.base.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _record(study: Study, score: TestScore | None, **more: Any) -> Record:
+    found = {"model": study.base.model, "task": study.base.task, "metric": study.base.metric, **more}
+    if score is not None:
+        found |= {"score": score.value, "low": score.low, "high": score.high, "samples": score.num_samples}
+    return found
+
+
+def _of_result(result: Result) -> Record:
+    return {
+        "learning_rate": None if result.run is None else rate_text(result.run.learning_rate),
+        "trained_parameters": result.num_trained,
+        "all_rates_finished": str(not result.missing).lower(),
+        "stopped_rates": " ".join(rate_text(run.learning_rate) for run, _ in result.stopped),
+    }
+
+
+# Table 2 ----------------------------------------------------------------------------------------------------------
+
+
+def table2(studies: Sequence[Study]) -> list[Record]:
+    """The records of Table 2: all methods at LoRA's best rank, then each method but LoRA at its own best rank.
+
+    The best rank has the best score on the test set, as in the paper. Of equal scores it is the smaller rank. A method
+    has a record for each task, and for the average of several if all have a score.
     """
+    of_base = {"section": BASE_NAME, "method": BASE_NAME}
+    found = [_record(study, study.base_score, **of_base) for study in studies if study.base_score is not None]
     methods = [name for name in METHOD_NAMES if any(name == p.method for s in studies for p in s.grid.table)]
-    rows = []
-    for section in (LORA_RANK, BEST_RANK):
+    for section in SECTION_TITLES:
         for method in methods:
-            if section == BEST_RANK and method == LORA and len(methods) > 1:
-                continue
-            cells = tuple(_cell(study, section, method) for study in studies)
-            rows.append(Row(section, method, cells, *_averages(studies, cells)))
-    return [row for row in rows if any(cell.result is not None for cell in row.cells)]
+            if section == LORA_RANK or method != LORA or methods == [LORA]:
+                found += _table2_row(studies, section, method)
+    return found
 
 
-def _cell(study: Study, section: str, method: str) -> Cell:
-    base, lora = study.base, best_result(study, LORA)
-    paper = table2_cell(base.paper_model, section, method, base.task, base.metric)
+def _table2_row(studies: Sequence[Study], section: str, method: str) -> Iterator[Record]:
+    """The records of a method, if a study has a score of it."""
+    best_lora, where = [best_result(study, LORA) for study in studies], {"section": section, "method": method}
+    results = [best_result(study, method) for study in studies]
     if section == LORA_RANK:
-        result = None if lora is None else best_result(study, method, rank=lora.point.rank)
-    else:
-        result = best_result(study, method)
-    if result is None or lora is None:
-        return Cell(result, paper=paper)
-    share = 100 * result.num_trained / lora.num_trained
-    return Cell(result, share, decline([_value(lora)], [_value(result)]), paper)
+        pairs = zip(studies, best_lora, strict=True)
+        results = [lora and best_result(study, method, rank=lora.point.rank) for study, lora in pairs]
+    if not any(results):
+        return
+    for study, result, lora in zip(studies, results, best_lora, strict=True):
+        base, more = study.base, dict[str, Any](where)
+        if result is not None:
+            more |= {**_of_result(result), "rank": result.point.rank}
+            if lora is not None:
+                more["params_percent_of_best_lora"] = 100 * result.num_trained / lora.num_trained
+                more["decline_percent"] = decline([_value(lora)], [_value(result)])
+        paper = table2_cell(base.paper_model, section, method, base.task, base.metric)
+        if paper is not None:
+            more |= {"paper_score": paper.score, "paper_rank": paper.rank, "paper_params_percent": paper.params_percent}
+        if result is not None or paper is not None:
+            yield _record(study, None if result is None else result.score, **more)
+    if len(studies) > 1 and all(results):
+        scores, of_lora = ([_value(one) for one in some if one is not None] for some in (results, best_lora))
+        fall = decline(of_lora, scores) if len(of_lora) == len(scores) else None
+        mean = {"score": sum(scores) / len(scores), "decline_percent": fall}
+        yield {"model": studies[0].base.model, **where, "task": AVERAGE, **mean}
 
 
 def _value(result: Result) -> float:
@@ -90,15 +142,6 @@ def best_result(study: Study, method: str, *, rank: int | None = None) -> Result
 def decline(lora: Sequence[float], scores: Sequence[float]) -> float | None:
     """The average decline of `scores` against LoRA's on the same tasks, in per cent; None if LoRA's are all zero."""
     return 100 * (sum(lora) - sum(scores)) / sum(lora) if sum(lora) > 0 else None
-
-
-def _averages(studies: Sequence[Study], cells: Sequence[Cell]) -> tuple[float | None, float | None]:
-    if any(cell.result is None for cell in cells):
-        return None, None
-    scores = [_value(cell.result) for cell in cells if cell.result is not None]
-    lora = [best_result(study, LORA) for study in studies]
-    values = [_value(result) for result in lora if result is not None]
-    return sum(scores) / len(scores), decline(values, scores) if len(values) == len(scores) else None
 
 
 def mean_base(studies: Sequence[Study]) -> float | None:
@@ -122,36 +165,162 @@ def tensors_text(method: str) -> str:
     return "; ".join(parts + ([", ".join(scales)] if scales else []))
 
 
+def table2_csv(studies: Sequence[Study]) -> str:
+    """Table 2 as CSV."""
+    return _csv(TABLE2_COLUMNS, table2(studies))
+
+
+def table2_markdown(studies: Sequence[Study]) -> str:
+    """Table 2 as Markdown."""
+    records, several = table2(studies), len(studies) > 1
+    of_paper = {record["task"] for record in records if "paper_score" in record}
+    header = ["method", "tensors"]
+    for study in studies:
+        header += [title(study), "95 % interval", "r", "P%", "decline %"]
+        header += ["paper", "r", "P%"] if study.base.task in of_paper else []
+    header += ["mean score", "average decline %"] if several else []
+    lines = [f"# Table 2: {model_title(studies[0])} on {', '.join(title(study) for study in studies)}", ""]
+    sections = [name for name in SECTION_TITLES if any(record["section"] == name for record in records)]
+    for section in sections:
+        lines += [f"## {SECTION_TITLES[section]}", ""]
+        methods = [BASE_NAME] if any(study.base_score for study in studies) else []
+        methods += [record["method"] for record in records if record["section"] == section]
+        body = []
+        for method in dict.fromkeys(methods):
+            cells = [method, "no adapter" if method == BASE_NAME else tensors_text(method)]
+            by_task = {r["task"]: r for r in records if r["method"] == method and r["section"] in (section, BASE_NAME)}
+            for study in studies:
+                cells += _cells(by_task.get(study.base.task, {}), with_paper=study.base.task in of_paper)
+            mean = {"score": mean_base(studies)} if method == BASE_NAME else by_task.get(AVERAGE, {})
+            body.append(cells + ([_number(mean.get(name)) for name in ("score", "decline_percent")] if several else []))
+        lines += [*markdown_lines(header, body), ""]
+    return _text([*lines, *([] if sections else ["No method has a score yet.", ""]), *_notes2(studies, records)])
+
+
+def _cells(record: Record, *, with_paper: bool) -> list[str]:
+    """The cells of a task in a row: score, interval, rank, P% and decline; the paper's score, rank and P%."""
+    ranks = [str(record.get(name, NONE)) for name in ("rank", "paper_rank")]
+    shares = [_number(record.get(name), 1) for name in ("params_percent_of_best_lora", "paper_params_percent")]
+    cells = [*_score_texts(record), ranks[0], shares[0], _number(record.get("decline_percent"))]
+    return cells + ([_number(record.get("paper_score")), ranks[1], shares[1]] if with_paper else [])
+
+
+def _score_texts(record: Record) -> tuple[str, str]:
+    """A score, with a mark if not all learning rates are finished, and its interval."""
+    if "score" not in record:
+        return NONE, NONE
+    mark = INCOMPLETE if record.get("all_rates_finished") == "false" else ""
+    return _number(record["score"]) + mark, f"{record['low']:.2f} to {record['high']:.2f}"
+
+
+def _notes2(studies: Sequence[Study], records: Sequence[Record]) -> list[str]:
+    sizes = ", ".join(f"{s.base_score.num_samples:,} of {s.base.task}" for s in studies if s.base_score is not None)
+    notes = [
+        f"- Scores are on the test set ({sizes} rows), in per cent." if sizes else "- Scores are in per cent.",
+        "- The learning rate of each score is the better one on validation; ranks are compared on the test set, as in"
+        " the paper.",
+        "- P%: trained parameters in per cent of LoRA's at LoRA's best rank.",
+        "- decline %: 100 (LoRA - method) / LoRA, LoRA at its best rank"
+        + ("; the average decline is that of the mean scores." if len(studies) > 1 else "."),
+    ]
+    for study in studies:
+        if not any(result.point.method == LORA for result in study.table_results):
+            notes.append(f"- {study.base.task}: LoRA has no score, so nothing can be compared with it.")
+    notes += _incomplete_notes(records)
+    for study in studies:
+        ranks: dict[str, list[str]] = {}
+        for point in study.grid.table:
+            if study.result(point).score is None:
+                ranks.setdefault(point.method, []).append(str(point.rank))
+        if ranks:
+            names = "; ".join(f"{method} at r {', '.join(missing)}" for method, missing in ranks.items())
+            notes.append(f"- {study.base.task}: no score (yet) of {names}.")
+    if any("paper_score" in record for record in records):
+        models = {MODEL_TITLES[s.base.paper_model] for s in studies if s.base.paper_model is not None}
+        notes.append(f"- paper: the published numbers for {', '.join(sorted(models))}, told by shape or name.")
+    return [*notes, *_study_notes([(study, study.grid.table) for study in studies])]
+
+
 # Table 3 ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SingleRow:
-    """A row of Table 3: LoRA on single layers in one study, and the tied method at the same rank.
-
-    Attributes:
-        results, paper: by column (`layer_8` or the tied method), the results and the paper's scores.
-    """
-
-    study: Study
-    rank: int
-    results: dict[str, Result]
-    paper: dict[str, float]
-
-
-def table3(studies: Sequence[Study]) -> list[SingleRow]:
-    """The rows of Table 3, one per study that trained single layers."""
-    rows = []
+def table3(studies: Sequence[Study]) -> list[Record]:
+    """The records of Table 3: LoRA on single layers and the tied method at the same rank, of studies that have them."""
+    found = []
     for study in studies:
-        base, rival = study.base, study.grid.rival
-        if rival is not None:
-            results = {column(point): study.result(point) for point in (*study.grid.single, rival)}
-            paper = table3_scores(base.paper_model, base.task, base.metric) if rival.rank == TABLE3_RANK else {}
-            published = {name: score for name, score in paper.items() if name in results}
-            rows.append(SingleRow(study, rival.rank, results, published))
-    return rows
+        published = table3_scores(study.base.paper_model, study.base.task, study.base.metric)
+        for point in study.grid.table3:
+            column = point.method if point.layer is None else f"layer_{point.layer}"
+            paper = published.get(column) if point.rank == TABLE3_RANK else None
+            result, own = study.result(point), {"rank": point.rank, "adapter": column, "paper_score": paper}
+            found.append(_record(study, result.score, **own, **_of_result(result)))
+    return found
 
 
-def column(point: Point) -> str:
-    """The column of a point in Table 3."""
-    return point.method if point.layer is None else f"layer_{point.layer}"
+def table3_csv(studies: Sequence[Study]) -> str:
+    """Table 3 as CSV."""
+    return _csv(TABLE3_COLUMNS, table3(studies))
+
+
+def table3_markdown(studies: Sequence[Study]) -> str:
+    """Table 3 as Markdown: a row per task, with the paper's row below it if there is one."""
+    records = table3(studies)
+    layers = {record["adapter"] for record in records if record["adapter"].startswith("layer_")}
+    columns = sorted(layers, key=lambda name: int(name[6:]))
+    columns += sorted({record["adapter"] for record in records} - layers)
+    body, notes, rows = [], [], [study for study in studies if study.grid.table3]
+    for study in rows:
+        own = {record["adapter"]: record for record in records if record["task"] == study.base.task}
+        texts = {name: "{} ({})".format(*_score_texts(one)) if "score" in one else NONE for name, one in own.items()}
+        body.append([title(study), *(texts.get(name, "") for name in columns)])
+        if any(record["paper_score"] is not None for record in own.values()):
+            published = (_number(own[name]["paper_score"]) if name in own else "" for name in columns)
+            body.append(["the paper", *published])
+        (rank, *_), counts = ([*{one[key] for one in own.values()}] for key in ("rank", "trained_parameters"))
+        notes.append(
+            f"- {study.base.task}: rank {rank}, {' or '.join(f'{count:,}' for count in sorted(counts))} trained"
+            " parameters each; scores in per cent with the 95 % interval."
+        )
+    notes += [*_incomplete_notes(records), *_study_notes([(study, study.grid.table3) for study in rows])]
+    lines = [f"# Table 3: {model_title(studies[0])}, LoRA on one layer and a tied pair on all", ""]
+    header = ["task", *(name.replace("_", " ") for name in columns)]
+    return _text([*lines, *markdown_lines(header, body), "", *notes])
+
+
+# Both -------------------------------------------------------------------------------------------------------------
+
+
+def _incomplete_notes(records: Iterable[Record]) -> list[str]:
+    missing = any(record.get("all_rates_finished") == "false" for record in records)
+    return [f"- {INCOMPLETE}: not all learning rates are finished."] if missing else []
+
+
+def _study_notes(points: Sequence[tuple[Study, Sequence[Point]]]) -> list[str]:
+    """Notes on runs of these points that --halving stopped, and on rows and prompts that may not be the paper's."""
+    notes = []
+    for study, own in points:
+        stopped = [f"  - {run.name}: {why}" for point in own for run, why in study.result(point).stopped]
+        line = f"- {study.base.task}: --halving stopped these runs before their last step; each counts with its best"
+        notes += [f"{line} step.", *stopped] if stopped else []
+    return notes + [
+        f"- {study.base.task}: the paper's numbers are for its own rows and prompts;"
+        f" {', '.join(f'--{n}' for n in study.own_rows)} may make them differ here."
+        for study, _ in points
+        if study.own_rows and study.base.paper_model is not None
+    ]
+
+
+def _text(lines: Iterable[str]) -> str:
+    return "".join(f"{printable(line)}\n" for line in lines)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
+
+
+def _csv(columns: Sequence[str], records: Iterable[Record]) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return stream.getvalue()

@@ -27,8 +27,13 @@ def command(name: str) -> Callable[[Sequence[str]], Any]:
     return partial(call, name)
 
 
-def no_start() -> Any:
+def no_start(*_: Any) -> Any:
     raise AssertionError("nothing is to be started")
+
+
+def no_sweep(argv: Sequence[str]) -> int:
+    """A sweep that starts nothing."""
+    return sweep(parse_sweep(argv), scripts=ROOT / "launch", begin=no_start)
 
 
 # By command: how it is started, what else it needs, and its flags of files and folders.
@@ -37,10 +42,9 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = 
     "train": (command("train"), ["--dry_run", MODEL], "config model tokenizer ds_config output_dir resume"),
     "run": (lambda argv: launch(parse_launch(argv), scripts=ROOT / "launch"), ["--show_command", MODEL, "--task=gsm8k"],
             "config model tokenizer ds_config output_dir resume hostfile"),
-    "sweep": (lambda argv: sweep(parse_sweep(argv), no_start),
-              ["--output_dir=study", MODEL, "--task=gsm8k", "--dry_run"],
+    "sweep": (no_sweep, ["--output_dir=study", MODEL, "--task=gsm8k", "--dry_run"],
               "config model tokenizer ds_config output_dir train_file test_file"),
-    "tables": (lambda argv: sweep(parse_sweep(argv), no_start), ["--output_dir=study"], "tables_from"),
+    "tables": (no_sweep, ["--output_dir=study"], "tables_from"),
     "doctor": (command("doctor"), [], "config hostfile json model output_dir train_file"),
     "merge": (command("merge"), ["--adapter=a", "--output=o"], "adapter output"),
     "export": (command("export"), ["--adapter=a", "--output=o"], "adapter output"),

@@ -30,7 +30,7 @@ def start(base: Base, arguments: list[str], work: Path) -> Command:
 def test_stopped_killed_and_ended_under_the_launcher(tmp_path: Path) -> None:
     base, test = write_study_base(tmp_path)
     # Longer than elsewhere, so that signals come while a run trains.
-    changes = {"methods": "tl6", "ranks": "2", "max_steps": 60, "launcher_args": "--num_gpus 2"}
+    changes = {"methods": "tl6", "ranks": "2", "max_steps": 60, "launcher_args": "--num_gpus 2", "together": 1}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     start(base, study_arguments(base, test, whole, **changes), tmp_path / "w").wait().expect(0)
 
@@ -54,7 +54,9 @@ def test_stopped_killed_and_ended_under_the_launcher(tmp_path: Path) -> None:
     psutil.wait_procs(left, timeout=60)
 
     start(base, again, tmp_path / "d").wait().expect(0)
-    commands = [line for line in (cut / "logs" / f"{RUNS[0]}.log").read_text().splitlines() if line.startswith("$ ")]
-    assert len(commands) == 2 and all(" --num_gpus 2 " in command for command in commands)  # as it was started with
+    log = (cut / "logs" / f"group {RUNS[0]}.log").read_text().splitlines()
+    commands = [line for line in log if line.startswith("$ ")]
+    ranks = [(cut / "runs" / name / "run.yaml").read_text() for name in RUNS]
+    assert len(commands) == 2 and all("\nranks: 2\n" in settings for settings in ranks)  # as it was started with
     for name in ("table2.md", "table2.csv", "figure2.png", "figure3.png"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name

@@ -39,23 +39,16 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
 
 @pytest.fixture(scope="module")
 def whole(study: tuple[Base, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep that nothing interrupted."""
+    """A sweep that nothing interrupted, of groups of one."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    run(study, folder)
+    run(study, folder, together=1)
     assert starts(work(folder)) == order(RUNS)
     return folder
 
 
 def order(runs: list[str]) -> list[str]:
-    """Everything that a sweep of `runs` starts, by name of the log."""
-    names, previous = ["score base"], None
-    for name in runs:
-        point = name.rpartition("-lr")[0]
-        if previous not in (None, point):
-            names.append(f"score {previous}")
-        names.append(name)
-        previous = point
-    return [*names, f"score {previous}"]
+    """What a sweep starts whose groups are these runs alone, by name of the log."""
+    return ["score base", *(f"group {name}" for name in runs), "scores"]
 
 
 def work(folder: Path) -> Path:
@@ -63,8 +56,7 @@ def work(folder: Path) -> Path:
 
 
 def run(study: tuple[Base, Path], folder: Path, *, expect: int = 0, preludes: Any = None, **changes: Any) -> Any:
-    # Groups train with ZeRO-0, and ZeRO-2, the default of single runs, rounds otherwise.
-    arguments = study_arguments(*study, folder, **{"ds_config": "zero0.json", **changes})
+    arguments = study_arguments(*study, folder, **changes)
     return run_sweep(arguments, work=work(folder), cache=study[0].cache, preludes=preludes).expect(expect)
 
 
@@ -75,23 +67,24 @@ def go_on(study: tuple[Base, Path], folder: Path, *more: str, expect: int = 0, p
 
 @pytest.mark.cpu_seconds(20, reason="a study in four starts, and a whole one beside it")
 def test_killed_twice_and_started_again(study: tuple[Base, Path], whole: Path, tmp_path: Path) -> None:
-    folder, cut = tmp_path / "out", RUNS[4]
-    run(study, folder, expect=-signal.SIGKILL, preludes={cut: functools.partial(kill_all_at_step, step=7)})
+    folder, cut = tmp_path / "out", f"group {RUNS[4]}"
+    step = functools.partial(kill_all_at_step, step=7)
+    run(study, folder, expect=-signal.SIGKILL, preludes={cut: step}, together=1)
     begun = order(RUNS)[: order(RUNS).index(cut) + 1]
     assert starts(work(folder)) == begun
-    assert [step for step, _ in losses(folder / "runs" / cut)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in losses(folder / "runs" / RUNS[4])] == [1, 2, 3, 4, 5, 6]
     before = {name: files_of(folder / "runs" / name) for name in RUNS[:4]}
     stamps = {path: path.stat().st_mtime_ns for name in RUNS[:4] for path in (folder / "runs" / name).rglob("*")}
 
     died = kill_all_at_call
     died = functools.partial(died, module="megatron_tiedlora.evaluation.results", name="results_content")
-    go_on(study, folder, expect=-signal.SIGKILL, preludes={"score tl6-r2": died})
-    assert starts(work(folder)) == [cut, RUNS[5], "score tl6-r2"]
+    go_on(study, folder, expect=-signal.SIGKILL, preludes={"scores": died})
+    assert starts(work(folder)) == [cut, *order(RUNS[5:])[1:]]
     log = (folder / "logs" / f"{cut}.log").read_text()
     assert "resumed from step 4" in log
 
     go_on(study, folder)
-    assert starts(work(folder)) == ["score tl6-r2", RUNS[6], RUNS[7], "score tl6-r3"]
+    assert starts(work(folder)) == ["scores"]
     for name in TABLES:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     assert before == {name: files_of(folder / "runs" / name) for name in RUNS[:4]}
@@ -137,7 +130,7 @@ def test_what_a_sweep_leaves(study: tuple[Base, Path], whole: Path) -> None:
     assert f"| tl6 | A, B tied; u, v | {max(tl6.values()):.2f} |" in own
     assert {path.name for path in whole.iterdir()} == {
         *TABLES,
-        *("runs", "scores", "logs", "sweep.yaml", "base.json", "sweep_status.json"),
+        *("runs", "groups", "scores", "logs", "sweep.yaml", "base.json", "sweep_status.json"),
     }
 
 
@@ -152,7 +145,8 @@ def test_more_ranks_can_be_added_and_none_left_out(study: tuple[Base, Path], who
     assert "--test_limit None, now it is 3" in ended.error_line()
     assert starts(work(folder)) == []
     go_on(study, folder, "--methods=lora,tl6,tl5", "--learning_rates=2e-1,5e-2", "--ranks=2,3")
-    assert starts(work(folder)) == order(["tl5-r2-lr2e-1", "tl5-r2-lr5e-2", "tl5-r3-lr2e-1", "tl5-r3-lr5e-2"])[1:]
+    new = ["tl5-r2-lr2e-1", "tl5-r2-lr5e-2", "tl5-r3-lr2e-1", "tl5-r3-lr5e-2"]
+    assert starts(work(folder)) == order(new)[1:]
     assert "| tl5 | A, B tied |" in (folder / "table2.md").read_text()
 
 
@@ -161,10 +155,10 @@ def test_runs_that_fail(study: tuple[Base, Path], tmp_path: Path) -> None:
     # it roundings would decide which is better.)
     folder, worse, better = tmp_path / "out", "tl5-r2-lr1e-2", "lora-r2-lr5e-2-layer2"
     changes = {"methods": "tl5", "ranks": "2", "single_layers": "2", "single_layer_rank": 2, "test_limit": 5}
-    changes |= {"learning_rates": "5e-2,1e-2"}
-    ended = run(study, folder, expect=1, preludes={worse: lose_the_loss, better: lose_the_loss}, **changes)
-    singles = [better, "lora-r2-lr1e-2-layer2", "score lora-r2-layer2"]
-    assert starts(work(folder)) == ["score base", "tl5-r2-lr5e-2", worse, "score tl5-r2", *singles]
+    changes |= {"learning_rates": "5e-2,1e-2", "together": 1}
+    lost = {f"group {name}": lose_the_loss for name in (worse, better)}
+    ended = run(study, folder, expect=1, preludes=lost, **changes)
+    assert starts(work(folder)) == order(["tl5-r2-lr5e-2", worse, better, "lora-r2-lr1e-2-layer2"])
     assert ended.error_line().startswith(f"error: 2 failed: {worse}, {better} (")
     failed = json.loads((folder / "sweep_status.json").read_text())["failed"]
     assert [run["name"] for run in failed] == [worse, better]
@@ -174,7 +168,7 @@ def test_runs_that_fail(study: tuple[Base, Path], tmp_path: Path) -> None:
     assert "(5 of custom rows)" in table and "not all learning rates are finished" in table
 
     go_on(study, folder)  # tried again, now without what made them fail; scored again where the choice is another now
-    assert starts(work(folder)) == [worse, better, "score lora-r2-layer2"]
+    assert starts(work(folder)) == order([worse, better])[1:]
     assert "not all learning rates" not in (folder / "table2.md").read_text()
     header, _, row = (folder / "table3.md").read_text().splitlines()[2:5]
     assert header == "| task | layer 2 | tl5 |" and row.startswith("| custom (EM) |")
@@ -190,17 +184,17 @@ def test_runs_that_train_together(study: tuple[Base, Path], whole: Path, tmp_pat
     folder, group = tmp_path / "out", f"group {RUNS[0]}"
     if killed:
         die = functools.partial(kill_all_at_call, module=LOOP, name="Trainer._train_step", call=7)
-        run(study, folder, expect=-signal.SIGKILL, preludes={group: die}, together=8)
+        run(study, folder, expect=-signal.SIGKILL, preludes={group: die})
         assert starts(work(folder)) == ["score base", group]
         assert {losses(folder / "runs" / name)[-1][0] for name in RUNS} == {6}
         # Once more, after the scores were written, and before the sweep has seen it.
         die = functools.partial(kill_all_at_call, module="megatron_tiedlora.evaluation.results", name="score_table")
-        go_on(study, folder, expect=-signal.SIGKILL, preludes={"scores lora-r2": die})
-        assert starts(work(folder)) == [group, "scores lora-r2"]
+        go_on(study, folder, expect=-signal.SIGKILL, preludes={"scores": die})
+        assert starts(work(folder)) == [group, "scores"]
         go_on(study, folder)
     else:
-        run(study, folder, together=8)
-    assert starts(work(folder)) == ([] if killed else ["score base", group, "scores lora-r2"])
+        run(study, folder)
+    assert starts(work(folder)) == ([] if killed else ["score base", group, "scores"])
     for name in TABLES:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     for name in RUNS:
@@ -220,16 +214,16 @@ def test_a_run_that_fails_beside_others(study: tuple[Base, Path], whole: Path, t
     folder, good, sick = tmp_path / "out", "tl6-r2-lr2e-1", "tl6-r2-lr1e9"
     changes = {"methods": "tl6", "ranks": "2", "gradient_clipping": 1.0}
     begun = functools.partial(kill_all_at_step, step=7)
-    run(study, folder, expect=-signal.SIGKILL, preludes={good: begun}, learning_rates="2e-1", **changes)
-    go_on(study, folder, "--together=auto", "--learning_rates=2e-1,1e9", expect=1)
-    assert starts(work(folder)) == ["score base", good, f"group {good}", "score tl6-r2"]
+    run(study, folder, expect=-signal.SIGKILL, preludes={f"group {good}": begun}, learning_rates="2e-1", **changes)
+    go_on(study, folder, "--learning_rates=2e-1,1e9", expect=1)
+    assert starts(work(folder)) == ["score base", f"group {good}", f"group {good}", "scores"]
     assert losses(folder / "runs" / good) == losses(whole / "runs" / good)
     status = json.loads((folder / "sweep_status.json").read_text())
     assert [(run["name"], Path(run["log"]).name) for run in status["failed"]] == [(sick, f"group {good}.log")]
     assert "Lower --learning_rate" in status["failed"][0]["reason"]
     assert "not all learning rates are finished" in (folder / "table2.md").read_text()
     assert go_on(study, folder, expect=1).error_line().startswith(f"error: 1 failed: {sick} (")
-    assert starts(work(folder)) == [sick]
+    assert starts(work(folder)) == [f"group {good}"]
 
 
 def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) -> None:
@@ -238,7 +232,7 @@ def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) 
     # At every evaluation the tie's rates are apart by at most 0.64 of the noise, and at step 4 1e-6 is behind by 6.0
     # times the noise. Kernels that round otherwise (MKL_CBWR, ATEN_CPU_CAPABILITY) change that by 0.001. Higher rates
     # blow roundings up: 2e-1 was behind 1.9e-1 by 0.5, 0.9 or 2.5 times the noise after 12 steps.
-    changes = {"methods": "tl6", "ranks": "2", "learning_rates": "1.5e-1,1.2e-1,1e-6", "warmup_steps": 4, "together": 3}
+    changes = {"methods": "tl6", "ranks": "2", "learning_rates": "1.5e-1,1.2e-1,1e-6", "warmup_steps": 4}
     whole, folder, group = tmp_path / "whole", tmp_path / "out", "group tl6-r2-lr1.5e-1"
     run(study, whole, halving=True, **changes)
     ends = {rate: status(whole / "runs" / f"tl6-r2-lr{rate}") for rate in ("1.5e-1", "1e-6", "1.2e-1")}
@@ -269,7 +263,7 @@ def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) 
     last = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.finish", name="export", call=3)
     go_on(study, folder, expect=-signal.SIGKILL, preludes={group: last})  # its rivals have finished, and it has not
     go_on(study, folder)
-    assert starts(work(folder)) == ["score base", *[group] * 5, "score tl6-r2"]
+    assert starts(work(folder)) == ["score base", *[group] * 5, "scores"]
     for name in TABLES:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     for rate in ends:
@@ -295,7 +289,7 @@ def test_a_signal_stops_what_runs_and_it_saves(
 ) -> None:
     folder, names = tmp_path / "out", ["tl6-r2-lr2e-1", "tl6-r2-lr5e-2"]
     stop = functools.partial(signal_sweep_at_step, step=2, number=number)
-    first = names[0] if together == 1 else f"group {names[0]}"
+    first = f"group {names[0]}"
     changes = {"methods": "tl6", "ranks": "2", "together": together}
     run(study, folder, expect=status, preludes={first: stop}, **changes)
     assert starts(work(folder)) == ["score base", first]

@@ -15,15 +15,14 @@ from typing import Any
 
 import pytest
 from run_helpers import Base
-from sweep_runs import study_arguments, write_study_base
+from sweep_runs import LAUNCH, a_job, study_arguments, write_study_base
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import take_folder
 from megatron_tiedlora.cluster.running import StopSignals
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.run_folder import take_run_folder
-from megatron_tiedlora.study.starts import ScriptStart, deepspeed_starter, last_lines
-from megatron_tiedlora.study.sweep import lock_study, sweep
+from megatron_tiedlora.study.sweep import begin_job, last_lines, lock_study, sweep
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-def no_start(_: Any) -> Any:
+def no_start(*_: Any) -> Any:
     raise AssertionError("nothing is to be started")
 
 
@@ -49,7 +48,7 @@ def test_a_study_and_a_run_in_one_folder(study: tuple[Base, Path], tmp_path: Pat
     """Whoever comes second is told who is there: a sweep beside a run that has just begun, and a run beside a sweep."""
     folder = tmp_path / "out"
     with take_folder(folder, hint="") as run_s, pytest.raises(UserError, match=r"out: a start on .* is at work here"):
-        sweep(parse_sweep(study_arguments(*study, folder)), lambda: no_start)
+        sweep(parse_sweep(study_arguments(*study, folder)), scripts=LAUNCH, begin=no_start)
     assert not folder.exists() and run_s.owner.folder == folder
     with lock_study(folder), pytest.raises(UserError, match=r"out: a start on .* is at work here .* --take_over"):
         take_run_folder(str(folder), name="x", resume="auto")
@@ -59,42 +58,50 @@ def test_a_study_and_a_run_in_one_folder(study: tuple[Base, Path], tmp_path: Pat
         take_run_folder(str(folder), name="x", resume="auto")
 
 
-def test_what_cannot_be_started_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = tmp_path / "bin" / "deepspeed"
+def test_what_cannot_be_started_is_one_line(tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python"
+    launcher = python.with_name("deepspeed")
     launcher.parent.mkdir()
     launcher.write_text("#!/nowhere/sh\n")
     launcher.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(launcher.with_name("python")))
-    start = deepspeed_starter(tmp_path)
-    with lock_study(tmp_path) as lock:
+    job = a_job(tmp_path, python=python)
+    with lock_study(tmp_path / "out") as lock:
         with pytest.raises(UserError, match=r"deepspeed: cannot be started \(No such file or directory\)"):
-            start(ScriptStart("train", {}, (), tmp_path / "logs" / "a.log", lock.descriptor))
+            begin_job(job, tmp_path / "logs" / "a.log", lock.descriptor)
         with pytest.raises(UserError, match=r"file/a.log: cannot be written \(File exists\)"):
             (tmp_path / "file").touch()
-            start(ScriptStart("train", {}, (), tmp_path / "file" / "a.log", lock.descriptor))
+            begin_job(job, tmp_path / "file" / "a.log", lock.descriptor)
         with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)"):
-            start(ScriptStart("train", {}, (), Path("/dev/full"), lock.descriptor))
+            begin_job(job, Path("/dev/full"), lock.descriptor)
+
+
+def test_without_a_launcher_nothing_begins(
+    study: tuple[Base, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(UserError, match="deepspeed: no such launcher"):
+        sweep(parse_sweep(study_arguments(*study, tmp_path / "out")), scripts=LAUNCH, begin=no_start)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_that_cannot_go_on_says_so_in_its_status(study: tuple[Base, Path], tmp_path: Path) -> None:
-    def start(_: Any) -> Any:
+    def begin(*_: Any) -> Any:
         raise UserError("the log: cannot be written")
 
     with pytest.raises(UserError, match="the log"):
-        sweep(parse_sweep(study_arguments(*study, tmp_path / "out")), lambda: start)
+        sweep(parse_sweep(study_arguments(*study, tmp_path / "out")), scripts=LAUNCH, begin=begin)
     status = json.loads((tmp_path / "out" / "sweep_status.json").read_text())
     assert status == {"state": "failed", "reason": "the log: cannot be written", "failed": []}
 
 
-def test_a_start_is_found_in_a_log_that_a_kill_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_is_found_in_a_log_that_a_kill_cut_off(tmp_path: Path) -> None:
     launcher, log = tmp_path / "deepspeed", tmp_path / "a.log"
     launcher.write_text("#!/bin/sh\necho new\n")
     launcher.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(launcher.with_name("python")))
     log.write_text("$ first\nerror: old\ntraining: 50%|# | 3/6")
-    with lock_study(tmp_path) as lock:
-        child = deepspeed_starter(tmp_path)(ScriptStart("train", {}, (), log, lock.descriptor))
-        until(child.ended)
+    with lock_study(tmp_path / "out") as lock:
+        child = begin_job(a_job(tmp_path, python=launcher.with_name("python")), log, lock.descriptor)
+        until(lambda: child.process.poll() is not None)
     assert last_lines(log) == ["new"]
 
 

@@ -1,97 +1,105 @@
-"""How a sweep's commands are ordered, started, watched and stopped; nothing is trained here."""
+"""How a sweep's starts are ordered, started, watched and stopped; nothing is trained here."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from run_helpers import Base
+from sweep_runs import LAUNCH, a_job, study_arguments, write_study_base
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE
+from megatron_tiedlora.cluster.launchers import plan_start
 from megatron_tiedlora.cluster.running import StopSignals
+from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.launch_env import visible_gpus
-from megatron_tiedlora.study.plan import Step
-from megatron_tiedlora.study.record import Failure
-from megatron_tiedlora.study.starts import LaunchedChild, ScriptStart, deepspeed_starter, last_lines, with_port
-from megatron_tiedlora.study.sweep import Outcome, lock_study, run_steps
+from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
+from megatron_tiedlora.study.record import write_record
+from megatron_tiedlora.study.sweep import Sweep, begin_job, last_lines, lock_study
 
-WHY = Failure("why", Path("log"))
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
+    return write_study_base(tmp_path_factory.mktemp("study"))
 
 
 class World:
-    """A plan whose runs take `ticks` looks each, with all that happens to them in `events`."""
+    """A sweep whose starts take `ticks` looks each and do nothing, with all that happens to them in `events`."""
 
-    def __init__(self, *, ticks: int = 3, stop: Callable[[World], None] | None = None) -> None:
+    def __init__(self, plan: SweepPlan, *, ticks: int = 3, stop: Callable[[World], None] = lambda world: None) -> None:
         self.events: list[str] = []
         self.ticks, self.stop = ticks, stop
         self.signals = StopSignals()
+        plan.folder.path.mkdir()
+        write_record(plan.folder, plan.command, plan.base)
+        self.work = Sweep(plan, plan.folder.path, LAUNCH, self.begin, 0, self.signals)
 
-    def begin(self, name: Any) -> Any:
+    def begin(self, job: Any, log: Path, lock: int) -> Any:
         assert not self.events or self.events[-1].endswith(" ends")  # one at a time
-        self.events.append(f"begins {name}")
-        return _Child(self, name)
-
-    def run(self, *names: str, fails: tuple[str, ...] = (), nothing: tuple[str, ...] = ()) -> Outcome:
-        items: list[Any] = [SimpleNamespace(name=name) for name in names]
-        plan: Any = SimpleNamespace(
-            steps=lambda: [Step((item,)) for item in items],
-            num_items=len(items),
-            start=lambda step, lock: None if step.name in nothing else step.name,
-            failure=lambda item, step: WHY if item.name in fails else None,
-            done=lambda item: (0.5, "half"),
-            progress=self.progress,
-        )
-        return run_steps(plan, 0, self.begin, self.signals)
-
-    def progress(self, step: Step) -> tuple[float, str]:
-        return 0.5, "half"
+        self.events.append(f"{log.stem} begins")
+        return _Child(self, log.stem)
 
 
 class _Child:
+    """What `Watch` asks of a launcher that was started."""
+
     def __init__(self, world: World, name: str) -> None:
-        self.world, self.name, self.left = world, name, world.ticks
+        self.world, self.name, self.left, self.told = world, name, world.ticks, False
+        self.process, self.returncode = self, 0
 
-    def ended(self) -> bool:
-        self.left -= 1
-        if self.world.stop is not None:
+    def poll(self) -> int | None:
+        if self.left:
+            self.left -= 1
             self.world.stop(self.world)
-        if self.left == 0:
-            self.world.events.append(f"{self.name} ends")
-        return self.left == 0
+            if not self.left:
+                self.world.events.append(f"{self.name} ends")
+        return None if self.left else 0
 
-    def interrupt(self, number: int) -> None:
-        self.world.events.append(f"{self.name} told {number}")
+    def here(self) -> list[Any]:
+        return []
 
-    def kill(self) -> None:
-        self.world.events.append(f"{self.name} killed")
-        self.left = 1
+    def stop(self, number: int) -> None:
+        if not self.told:
+            self.world.events.append(f"{self.name} told {number}")
+        self.told = True
 
-
-def test_one_after_another_in_the_order_given() -> None:
-    world = World(ticks=2)
-    assert world.run("a", "b", "c") == Outcome()
-    assert world.events == ["begins a", "a ends", "begins b", "b ends", "begins c", "c ends"]
-
-
-def test_a_failure_is_kept_and_what_follows_still_comes() -> None:
-    world = World(ticks=1)
-    assert world.run("a", "b", "s", fails=("a",), nothing=("b",)) == Outcome({"a": WHY})
-    assert world.events == ["begins a", "a ends", "begins s", "s ends"]
+    def kill(self, *_: Any) -> None:
+        if self.left:
+            self.world.events.append(f"{self.name} killed")
+        self.left = min(self.left, 1)
 
 
-def test_without_the_base_s_score_nothing_follows() -> None:
-    world = World(ticks=2)
-    outcome = world.run("score base", "b", fails=("score base",))
-    assert outcome == Outcome({"score base": WHY}, given_up=True)
-    assert world.events == ["begins score base", "score base ends"]
+def planned(study: tuple[Base, Path], folder: Path, **changes: Any) -> SweepPlan:
+    return plan_sweep(parse_sweep(study_arguments(*study, folder, **changes)))
+
+
+def test_one_after_another_and_a_failure_is_kept(study: tuple[Base, Path], tmp_path: Path) -> None:
+    """Nothing leaves a result here. What was scored before needs none, and the groups come without the others."""
+    plan = planned(study, tmp_path / "out", together=2, ranks="2")
+    world = World(plan, ticks=2)
+    scored = plan.folder.score("base")
+    scored.mkdir(parents=True)
+    (scored / "results.json").write_text('{"score": 1.0, "n": 2, "confidence_interval": [0.0, 2.0]}')
+    world.work.run()
+    assert world.events == [f"group {m}-r2-lr2e-1 {what}" for m in ("lora", "tl6") for what in ("begins", "ends")]
+    assert list(world.work.failures) == [run.name for run in plan.grid.all_runs] and not world.work.given_up
+    assert {failure.reason for failure in world.work.failures.values()} == {"it ended without a result"}
+
+
+def test_without_the_base_s_score_nothing_follows(study: tuple[Base, Path], tmp_path: Path) -> None:
+    world = World(planned(study, tmp_path / "out"), ticks=2)
+    world.work.run()
+    assert list(world.work.failures) == ["score base"] and world.work.given_up
+    assert world.events == ["score base begins", "score base ends"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +108,7 @@ def test_without_the_base_s_score_nothing_follows() -> None:
 )
 @pytest.mark.parametrize("together", [False, True])
 def test_signals_are_passed_on_once_and_a_second_interrupt_kills(
-    received: list[int], killed: bool, together: bool
+    study: tuple[Base, Path], tmp_path: Path, received: list[int], killed: bool, together: bool
 ) -> None:
     waiting = list(received)
 
@@ -110,33 +118,33 @@ def test_signals_are_passed_on_once_and_a_second_interrupt_kills(
             if not together:
                 break
 
-    world = World(ticks=6, stop=stop)
-    assert world.run("a", "b", fails=("a",)) == Outcome(stopped_by=received[0])
-    assert [event for event in world.events if "told" in event] == [f"a told {received[0]}"]
-    assert ("a killed" in world.events) == killed and "begins b" not in world.events and world.events[-1] == "a ends"
+    world = World(planned(study, tmp_path / "out"), ticks=6, stop=stop)
+    world.work.run()
+    assert world.work.end() == 128 + received[0] and not world.work.failures
+    assert [event for event in world.events if "told" in event] == [f"score base told {received[0]}"]
+    assert ("score base killed" in world.events) == killed and world.events[-1] == "score base ends"
 
 
-@pytest.mark.parametrize("impatient", [False, True])
-@pytest.mark.parametrize("signalled", [False, True])
-def test_an_error_of_the_sweeps_own_leaves_nothing_running(impatient: bool, signalled: bool) -> None:
-    """What runs is told, once, and waited for."""
+def test_an_error_of_the_sweeps_own_leaves_nothing_running(study: tuple[Base, Path], tmp_path: Path) -> None:
+    def fail(world: World) -> None:
+        raise MemoryError
 
-    def stop(world: World) -> None:
-        if signalled and not world.signals.received:
-            world.signals.received.append(15)
-        if impatient and "a told 15" in world.events and 2 not in world.signals.received:
-            world.signals.received.append(2)
+    world = World(planned(study, tmp_path / "out"), ticks=4, stop=fail)
+    with pytest.raises(MemoryError):
+        world.work.run()
+    assert world.events == ["score base begins", "score base killed"]
 
-    def full_disk(step: Step) -> tuple[float, str]:
+
+def test_progress_that_cannot_be_shown_stops_nothing(
+    study: tuple[Base, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: Any, **__: Any) -> Any:
         raise OSError(28, "no space left on device")
 
-    world = World(ticks=4, stop=stop)
-    world.progress = full_disk  # type: ignore[method-assign]
-    with pytest.raises(OSError, match="no space"):
-        world.run("a", "b")
-    assert [event for event in world.events if "told" in event] == ["a told 15"]
-    assert ("a killed" in world.events) == impatient
-    assert world.events[-1] == "a ends" and "begins b" not in world.events
+    world = World(planned(study, tmp_path / "out"), ticks=2)
+    monkeypatch.setattr(world.work._bar, "set_postfix_str", full_disk)
+    world.work.run()
+    assert world.events == ["score base begins", "score base ends"]
 
 
 def test_stop_signals_are_noted_and_given_back() -> None:
@@ -162,11 +170,14 @@ def test_gpus_are_those_that_the_user_left_visible(monkeypatch: pytest.MonkeyPat
         visible_gpus()
 
 
-def test_a_port_for_each_start_unless_one_is_named() -> None:
-    one, other = with_port(("--num_gpus", "2")), with_port(("--num_gpus", "2"))
-    assert one[:3] == ("--num_gpus", "2", "--master_port") and int(one[3]) > 0 and one[3] != other[3]
-    assert with_port(("--master_port", "5")) == ("--master_port", "5")
-    assert with_port(("--master_port=5",)) == ("--master_port=5",)
+def test_a_port_for_each_start_unless_one_is_named(study: tuple[Base, Path], tmp_path: Path) -> None:
+    ports = []
+    for number, flags in enumerate(({}, {}, {"launcher_args": "--master_port 5"})):
+        world = World(planned(study, tmp_path / str(number), **flags))
+        begin = world.work.begin
+        world.work.begin = lambda job, log, lock, begin=begin: [ports.append(job.master_port), begin(job, log, lock)][1]
+        world.work.run()
+    assert ports[0] != ports[1] and min(ports[:2]) > 1000 and ports[2] == 5
 
 
 # Processes ----------------------------------------------------------------------------------------------------------
@@ -187,106 +198,28 @@ def test_the_lock_is_held_by_what_was_started(tmp_path: Path) -> None:
         pass
 
 
-LAUNCHER = """
-import subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", "import time; print('rank', flush=True); time.sleep(RANK)"])
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("kill", [False, True])
-def test_the_ends_of_ranks_are_waited_for(tmp_path: Path, kill: bool) -> None:
-    out = tmp_path / "out"
-    with out.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER.replace("RANK", "60" if kill else "1.5")],
-            stdout=stream,
-            start_new_session=True,
-        )
-    child = LaunchedChild(process, "train.py")
-    deadline = time.monotonic() + 30
-    while not out.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert not child.ended()
-    (child.kill if kill else lambda: child.interrupt(signal.SIGTERM))()
-    process.wait(10)
-    assert kill or not child.ended()  # the launcher is gone, its rank is not
-    while not child.ended():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-HARD_OF_HEARING = """
-import signal, subprocess, sys, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-print("starting", flush=True)
-time.sleep(1)
-hear_again = lambda: (signal.signal(signal.SIGINT, signal.default_int_handler), time.sleep(0.5))  # seen as a fork first
-subprocess.Popen([sys.executable, "train.py"], preexec_fn=hear_again)
-"""
-RANK = "import time\nprint('rank', flush=True)\ntime.sleep(120)\n"
-
-
-def test_a_rank_that_starts_after_its_launcher_was_told_is_told_too(tmp_path: Path) -> None:
-    """The launcher is told in the middle of its start, loses the signal and ends; its rank knows of nothing."""
-    (tmp_path / "train.py").write_text(RANK)
-    out = tmp_path / "out"
-    with out.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-c", HARD_OF_HEARING],
-            stdout=stream,
-            stderr=subprocess.DEVNULL,
-            cwd=tmp_path,
-            start_new_session=True,
-        )
-    child = LaunchedChild(process, "train.py")
-    deadline = time.monotonic() + 30
-    while "starting" not in out.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    child.interrupt(signal.SIGINT)
-    try:
-        while not child.ended():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        child.kill()
-    assert process.poll() == 0
-
-
 def test_what_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = tmp_path / "bin" / "python"
-    fake.parent.mkdir()
-    monkeypatch.setattr(sys, "executable", str(fake))
-    with pytest.raises(UserError, match="deepspeed: no such launcher"):
-        deepspeed_starter(tmp_path)
-    launcher = fake.with_name("deepspeed")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    launcher = python.with_name("deepspeed")
     launcher.write_text('#!/bin/sh\necho "$@"\n[ -e /proc/$$/fd/$LOCK ] && echo holds the lock\n')
     launcher.chmod(0o755)
-    settings = {"rank": 2, "layers": (1, 4), "packing": False, "adapter": None}
     log = tmp_path / "logs" / "a b.log"
     log.parent.mkdir()
     log.symlink_to(tmp_path / "elsewhere")  # is not followed
-    for port in ("1", "2"):
-        with lock_study(tmp_path) as lock:
+    words = []
+    for port in (1, 2):
+        with lock_study(tmp_path / "out") as lock:
             monkeypatch.setenv("LOCK", str(lock.descriptor))
-            command = ScriptStart("train", settings, ("--master_port", port), log, lock.descriptor)
-            child = deepspeed_starter(Path("/scripts"))(command)
-            deadline = time.monotonic() + 30
-            while not child.ended():
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-    flags = "/scripts/train.py --rank=2 --layers=1,4 --packing=false"
-    assert log.read_text().splitlines() == [
-        f"$ {launcher} --master_port 1 {flags}",
-        f"--master_port 1 {flags}",
-        "holds the lock",
-        f"$ {launcher} --master_port 2 {flags}",
-        f"--master_port 2 {flags}",
-        "holds the lock",
-    ]
-    assert last_lines(log) == [f"--master_port 2 {flags}", "holds the lock"]
+            job = a_job(tmp_path, "--rank=2", "--adapters", "a=b", python=python, port=port)
+            child = begin_job(job, log, lock.descriptor)
+            assert child.process.wait(30) is not None
+        words.append(shlex.join(plan_start(job, os.environ).words[1:]))
+        assert f" --master_port {port} " in words[-1]
+        assert words[-1].endswith(f" {LAUNCH}/train.py --rank=2 --adapters a=b")
+    expected = [[f"$ {launcher} {line}", line, "holds the lock"] for line in words]
+    assert log.read_text().splitlines() == [line for lines in expected for line in lines]
+    assert last_lines(log) == [words[1], "holds the lock"]
     assert not log.is_symlink() and not (tmp_path / "elsewhere").exists()
 
 
@@ -295,4 +228,5 @@ def test_last_lines_are_what_was_printed_and_not_the_bars(tmp_path: Path) -> Non
     bars = "\x1b[A\ntraining:  0%|  | 0/6\rtraining: 50%|# | 3/6\x1b[A\n\n"
     log.write_text(f"$ first\nold\n$ second\none\n{bars}error: two\n")
     assert last_lines(log) == ["one", "error: two"] and last_lines(log, 1) == ["error: two"]
+    assert last_lines(log, 2, bars=True) == ["training: 50%|# | 3/6", "error: two"]
     assert last_lines(tmp_path / "none") == []

@@ -10,17 +10,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from run_helpers import Base, write_base
-from study_files import write_study
-from sweep_runs import study_arguments
+from study_files import write_run, write_study
+from sweep_runs import LAUNCH, study_arguments
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.cluster.running import StopSignals
+from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.tasks import TASKS
 from megatron_tiedlora.study.grid import Point, make_grid
-from megatron_tiedlora.study.plan import plan_sweep
+from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import StudyFolder, check_resumable, read_command, write_record
-from megatron_tiedlora.study.sweep import sweep
+from megatron_tiedlora.study.sweep import Sweep
+from megatron_tiedlora.study.sweep import sweep as sweep_of
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +32,34 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
-def no_start() -> Any:
+class Started(Exception):
+    """What a sweep starts first."""
+
+
+def no_start(*_: Any) -> Any:
     raise AssertionError("nothing is to be started")
+
+
+def sweep(command: Any, begin: Any = no_start) -> int:
+    return sweep_of(command, scripts=LAUNCH, begin=begin)
+
+
+def first_start(plan: SweepPlan, private: Path) -> tuple[Any, ...]:
+    """The job that a sweep starts first."""
+
+    def begin(job: Any, log: Path, lock: int) -> Any:
+        raise Started(job)
+
+    with pytest.raises(Started) as started:
+        Sweep(plan, private, LAUNCH, begin, 0, StopSignals()).run()
+    return started.value.args[0]
 
 
 def test_the_papers_grid_is_the_default() -> None:
     grid = make_grid(parse_sweep(["--output_dir=x"]).settings, 32)
     assert len(grid.points) == 56 and len({run.name for p in grid.points for run in grid.runs(p)}) == 112
     assert grid.learning_rates == (1e-4, 1e-5) and {point.rank for point in grid.points} == {2, 4, 8, 16, 32, 64, 128}
-    assert not grid.single and grid.rival is None
+    assert not grid.table3
 
 
 def test_single_layers_bring_tl5_of_their_rank_once() -> None:
@@ -46,13 +69,20 @@ def test_single_layers_bring_tl5_of_their_rank_once() -> None:
     assert names == [f"{a}-lr{r}{b}" for a, b in (("lora-r4", "-layer2"), ("lora-r4", "-layer1"), ("tl5-r4", ""))
                      for r in ("1e-4", "1e-5")]  # fmt: skip
     assert Point("tl5", 4) not in grid.table
-    assert next(iter(grid.runs(grid.single[0]))).settings == {
+    assert next(iter(grid.runs(grid.table3[0]))).settings == {
         "method": "lora",
         "rank": 4,
         "learning_rate": 1e-4,
         "layers": 2,
     }
     assert len(make_grid(parse_sweep([*argv[:4], "--single_layer_rank=16"]).settings, 3).points) == 4 + 2
+
+
+def test_all_points_of_a_grid_may_share_a_group() -> None:
+    """A setting that runs cannot differ in would need groups of its own."""
+    grid = make_grid(parse_sweep(["--output_dir=x", "--single_layers=1"]).settings, 32)
+    settings = {name for run in grid.all_runs for name in run.settings}
+    assert settings == {"method", "rank", "learning_rate", "layers"} and settings <= PER_ADAPTER
 
 
 def test_yaml_holds_names_of_both_and_the_command_line_wins(tmp_path: Path) -> None:
@@ -89,15 +119,6 @@ def write_started(base: Base, folder: Path, *flags: str, file: Path | None = Non
     return folder
 
 
-def test_what_cannot_be_scored_beside_others_has_not_failed(base: Base, tmp_path: Path) -> None:
-    """No run of these points has finished, which is said of the runs."""
-    folder = write_started(base, tmp_path / "out", "--together=8")
-    plan = plan_sweep(parse_sweep([f"--output_dir={folder}"]))
-    step = plan.steps()[-1]
-    assert len(step.scores) == 4 and [plan.failure(score, step) for score in step.scores] == [None] * 4
-    assert plan.start(step, 0) is None
-
-
 def test_a_list_of_adapters_that_a_kill_left_half_written(base: Base, tmp_path: Path) -> None:
     folder = write_started(base, tmp_path / "out", "--together=8")
     left = folder / "groups" / ".writing-lora-r2-lr2e-1.yaml-0123abcd"
@@ -113,26 +134,26 @@ def test_a_list_of_adapters_that_a_kill_left_half_written(base: Base, tmp_path: 
 
 
 def test_the_folder_alone_starts_runs_as_before(base: Base, tmp_path: Path) -> None:
-    folder = write_started(base, tmp_path / "out", "--launcher_args=--num_gpus 2", "--together=3")
+    flags = ("--launcher_args=--num_gpus 2", "--together=3")
+    folder = write_started(base, tmp_path / "out", *flags, micro_batch_size=1)
 
-    def processes(*flags: str) -> tuple[Any, ...]:
+    def starts(*flags: str) -> tuple[Any, ...]:
         plan = plan_sweep(parse_sweep([f"--output_dir={folder}", *flags]))
         write_record(plan.folder, plan.command, plan.base)
-        step = plan.start(plan.steps()[0], 0)
-        assert step is not None
-        return step.launcher[:2], plan.settings.together
+        return first_start(plan, tmp_path).size, plan.settings.together
 
-    assert processes() == (("--num_gpus", "2"), 3)
-    assert processes("--launcher_args=--num_gpus 4") == processes() == (("--num_gpus", "4"), 3)
-    assert processes("--together=auto") == processes() == (("--num_gpus", "4"), "auto")
+    assert starts() == (2, 3)
+    assert starts("--launcher_args=--num_gpus 4") == starts() == (4, 3)
+    assert starts("--together=auto") == starts() == (4, "auto")
 
 
 def test_the_base_is_scored_in_the_format_of_the_runs(base: Base, tmp_path: Path) -> None:
     for given in (None, "nf4"):
         flags = [] if given is None else [f"--base={given}"]
         plan = plan_sweep(parse_sweep([*study_arguments(base, base.validation, tmp_path / "study"), *flags]))
-        score = plan.start(plan.steps()[0], 0)
-        assert score is not None and score.settings["adapter"] is None and score.settings["base"] == given
+        words = first_start(plan, tmp_path).arguments
+        assert not any(word.startswith("--adapter") for word in words)
+        assert [word for word in words if word.startswith("--base=")] == flags
 
 
 def test_other_rows_under_the_same_name_are_refused(base: Base, tmp_path: Path) -> None:
@@ -155,9 +176,9 @@ def test_all_test_rows_of_the_demo_are_scored(base: Base, tmp_path: Path, flags:
     file = tmp_path / "test.jsonl"
     file.write_text('{"question": "1 + 1?", "answer": "2\\n#### 2"}\n' * 30)
     argv = [f"--output_dir={tmp_path / 'out'}", f"--model={base.model}", "--task=demo", "--max_length=64"]
+    argv += ["--ranks=2"]  # more than the model has widths for are rejected
     plan = plan_sweep(parse_sweep([*argv, *(flag.format(file=file) for flag in flags)]))
-    score = plan.start(plan.steps()[0], 0)
-    assert score is not None and f"--limit={rows}" in score.arguments
+    assert f"--limit={rows}" in first_start(plan, tmp_path).arguments
     limit = TASKS["demo"].scored_rows
     assert limit is not None and limit < 30  # else the limit would not be needed
 
@@ -183,6 +204,7 @@ REFUSED = [
     ("--layers=1", "--layers cannot be given to a sweep: the sweep adapts all layers"),
     ("--resume=none", "--resume cannot be given to a sweep"),
     ("--world_size=2", "--world_size cannot be given to a sweep"),
+    ("--ranks=2,64", "--rank 64: qkv has 32 inputs"),
     ("--max_step=4", "unknown argument --max_step (did you mean --max_steps?)"),
     ("--method_s=4", "unknown argument --method_s (did you mean --methods?)"),
     ("--max_steps=0", "--max_steps 0: input should be greater than or equal to 1"),
@@ -190,19 +212,23 @@ REFUSED = [
     ("--test_file=none.jsonl", "none.jsonl: no such file"),
     ("--train_file=none.jsonl", "none.jsonl: no such file"),
     ("--max_length=100000", "--max_length 100000: "),
-    ("--tensor_parallel=3", "--tensor_parallel 3 does not divide"),
+    ("--tensor_parallel=3 --launcher_args=--num_gpus=3", "--tensor_parallel 3 does not divide"),
+    ("--tensor_parallel=3", "--launcher_args: 1 rank is not a multiple of --tensor_parallel 3"),
     ("--eval_metric=bleu", "--eval_metric bleu is not a metric of task custom"),
     ("--model=nowhere/", "--model nowhere/: no such folder"),
-    ("--gpus_per_run=1", "unknown argument --gpus_per_run (the runs of a sweep follow each other on all GPUs"),
-    ("--runs_at_once=2", "unknown argument --runs_at_once (the runs of a sweep follow each other on all GPUs"),
+    ("--gpus_per_run=1", "unknown argument --gpus_per_run (the groups of a sweep follow each other on all GPUs"),
+    ("--runs_at_once=2", "unknown argument --runs_at_once (the groups of a sweep follow each other on all GPUs"),
     ("--launcher_args='x", "--launcher_args 'x: no closing quotation"),
     ("--together=0", "--together 0: give auto, or a number from 1 on"),
     ("--together=many", "--together many: "),
-    ("--together=auto --ds_config=zero2.json", "--together auto: --ds_config zero2.json: ZeRO-2 clips"),
-    ("--share_micro_batches=false", "--share_micro_batches cannot be given to a sweep: with --together"),
-    ("--halving=true", "--halving compares learning rates that train together; give --together auto, or 2 or more"),
-    ("--halving=true --together=2 --learning_rates=1", "--halving compares learning rates; give two or more"),
-    ("--halving=true --together=2 --eval_metric=exact_match", "remove --eval_metric exact_match"),
+    ("--ds_config=zero2.json", "--ds_config zero2.json: ZeRO-2 clips"),
+    ("--report_to=wandb", "--report_to wandb is not implemented for --adapters"),
+    ("--share_micro_batches=false", "--share_micro_batches cannot be given to a sweep: the runs of a group share"),
+    ("--launcher_args=--include=localhost:1", "--launcher_args: unknown argument --include"),
+    ("--launcher_args=--max_restarts=2", "--launcher_args: --max_restarts is of tiedlora run alone; remove it"),
+    ("--halving=true --together=1", "learning rates that train together; give --together auto, or 2 or more"),
+    ("--halving=true --learning_rates=1", "--halving compares learning rates; give two or more"),
+    ("--halving=true --eval_metric=exact_match", "remove --eval_metric exact_match"),
     ("--tables_from=a", "cannot be combined with --tables_from"),
 ]
 
@@ -271,16 +297,46 @@ def test_the_dry_run_shows_what_trains_together(
     def groups(*flags: str) -> list[str]:
         assert sweep(parse_sweep([*argv, *flags]), no_start) == 0
         lines = capsys.readouterr().out.splitlines()
-        first = lines.index("  groups to train together") + 1
-        return [line.split(None, 1)[1] for line in lines[first : lines.index("", first)]]
+        first = next(n for n, line in enumerate(lines, 1) if line.startswith("  groups to train together"))
+        rows = [line.split(None, 3) for line in lines[first : lines.index("", first)]]
+        assert [row[0] for row in rows] == [str(number) for number in range(1, len(rows) + 1)]
+        assert all(float(row[1]) > 0 and row[2] in ("MB", "GB") for row in rows)
+        return [row[3] for row in rows]
 
     runs = [f"{m}-r{r}-lr{rate}" for m in ("lora", "tl6") for r in (2, 3) for rate in ("2e-1", "5e-2")]
     pairs = [", ".join(runs[i : i + 2]) for i in range(0, 8, 2)]
     assert groups("--together=8") == groups("--together=auto") == [", ".join(runs)]
     assert groups("--together=5") == [", ".join(pairs[:2]), ", ".join(pairs[2:])]
     assert groups("--together=3") == pairs  # the runs of a point are not divided
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1e9))
-    assert groups("--together=auto") == runs  # as much as one needs, and less
+    plan = plan_sweep(parse_sweep(argv))
+    for together, expected in ((4, [", ".join(runs[:4]), ", ".join(runs[4:])]), (1, runs)):
+        needed = plan.needed_bytes(tuple(plan.grid.all_runs[:together]))  # of the widest; and of all that begin there
+        monkeypatch.setattr("psutil.virtual_memory", lambda needed=needed: SimpleNamespace(available=needed / 0.8 + 1))
+        assert groups("--together=auto") == expected
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1.0))
+    assert groups("--together=auto") == runs  # less than one needs
+    halved = [", ".join(runs[i : i + 2]) for i in range(0, 8, 2)]
+    assert groups("--together=auto", "--halving=true") == halved == pairs  # what is compared stays together
+
+
+def test_what_is_finished_is_in_no_group(base: Base, tmp_path: Path) -> None:
+    """But beside an unfinished run of its point, with which it is compared."""
+    arguments = study_arguments(base, base.validation, tmp_path / "out")
+    runs = [f"{m}-r{r}-lr{rate}" for m in ("lora", "tl6") for r in (2, 3) for rate in ("2e-1", "5e-2")]
+    for name in (runs[0], runs[1], runs[2]):
+        write_run(tmp_path / "out", name)
+    write_run(tmp_path / "out", runs[4], state="failed")
+
+    def groups(together: str) -> list[list[str]]:
+        plan = plan_sweep(parse_sweep([f"--config={tmp_path / 'sweep.yaml'}", f"--together={together}"]))
+        return [[run.name for run in group] for group in plan.groups()]
+
+    given = {word[2:].partition("=")[0]: word.partition("=")[2] for word in arguments}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(given))
+    (tmp_path / "out" / "sweep.yaml").write_text(yaml.safe_dump({n: v for n, v in given.items() if n != "output_dir"}))
+    assert groups("auto") == [runs[2:]]
+    assert groups("2") == [runs[2:4], runs[4:6], runs[6:]]
+    assert groups("1") == [[name] for name in runs[3:]]
 
 
 def test_a_shape_can_be_listed_and_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

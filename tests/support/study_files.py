@@ -9,6 +9,10 @@ from typing import Any
 
 import yaml
 
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, qkv_target
+from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.study.grid import Point, make_grid
+
 SHAPES: Mapping[str, tuple[int, int]] = {"llama2-7b": (32, 4096), "gpt-2b-001": (24, 2048)}  # layers L, hidden size d
 SCORED = {"squad": "squad", "gsm8k": "gsm8k", "hellaswag": "accuracy", "dialogsum": "rougeL", "iwslt2017": "bleu"}
 
@@ -28,10 +32,19 @@ def write_study(
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
     layers, hidden = SHAPES[model]
+    command = parse_sweep([f"--config={folder / 'sweep.yaml'}", f"--output_dir={folder}"])
+    target = qkv_target(hidden, (hidden,) * 3)
+
+    def num_trained(point: Point) -> int:
+        adapted = tuple(range(1, layers + 1)) if point.layer is None else (point.layer,)
+        config = make_adapter_config(point.method, rank=point.rank, layers=adapted, targets=(target,), seed=0)
+        return sum(config.num_trained().values())
+
     base = {
         "model": f"models/{model}",
         "base_hash": "0" * 64,
-        "shape": {"num_layers": layers, "hidden_size": hidden, "qkv_rows": [hidden] * 3},
+        "num_layers": layers,
+        "trained": {point.name: num_trained(point) for point in make_grid(command.settings, layers).points},
         "paper_model": model if known else None,
         "task": task,
         "metric": SCORED[task],

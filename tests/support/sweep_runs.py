@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,12 @@ from ranks import ENVIRONMENT, fork_server
 from run_helpers import Base, Ended, World, _be_rank, write_base
 from run_preludes import before_call
 
+from megatron_tiedlora.cluster.launchers import Job
+from megatron_tiedlora.cluster.start import choose_hosts, make_job
+from megatron_tiedlora.config.sweep_settings import parse_launcher
+
 LAUNCH = ROOT / "launch"
-Preludes = Mapping[str, Callable[..., None]]  # by name of run or score
+Preludes = Mapping[str, Callable[..., None]]  # by name of the start's log
 
 
 def write_study_base(folder: Path) -> tuple[Base, Path]:
@@ -57,39 +61,62 @@ def study_arguments(base: Base, test: Path, folder: Path, **changes: Any) -> lis
     return base.arguments(**settings)
 
 
+def a_job(folder: Path, *words: str, python: Path = Path(sys.executable), port: int = 1) -> Job:
+    """A job of launch/train.py on this machine, whose files are written to `folder`."""
+    settings = parse_launcher(["--num_gpus=1", "--master_port", str(port)])
+    where, program = choose_hosts(settings, {}), (str(LAUNCH / "train.py"),)
+    job = make_job(settings, *where, program=program, arguments=words, private=folder)
+    return replace(job, python=str(python), gpus=())
+
+
 @dataclass
 class ForkedChild:
-    """One forked rank, as a child of the sweep."""
+    """One forked rank, as a child of the sweep: what `Watch` asks of a launcher that was started."""
 
     pid: int
-    command: Any
+    job: Any
+    log: Path
     out: Path
-    status: int | None = None
+    returncode: int | None = None
 
-    def ended(self) -> bool:
-        """Whether it is gone; what it printed is in the command's log then."""
-        if self.status is None:
+    @property
+    def process(self) -> ForkedChild:
+        """The launcher itself."""
+        return self
+
+    def poll(self) -> int | None:
+        """Its exit status once it is gone; what it printed is in its log then."""
+        if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                self.status = status
-                self.command.log.parent.mkdir(exist_ok=True)
-                with self.command.log.open("a") as log:
+                self.returncode = os.waitstatus_to_exitcode(status)
+                self.log.parent.mkdir(exist_ok=True)
+                with self.log.open("a") as log:
                     printed = (path.read_text() for path in (self.out, self.out.with_suffix(".err")))
-                    log.write(f"$ {self.command.script}.py\n{''.join(printed)}")
-        return self.status is not None
+                    log.write(f"$ {Path(self.job.program[-1]).name}\n{''.join(printed)}")
+        return self.returncode
 
-    def interrupt(self, number: int) -> None:
-        """A signal to the rank."""
-        os.kill(self.pid, number)
+    def here(self) -> list[Any]:
+        """What it has left on this machine: nothing."""
+        return []
+
+    def stop(self, number: int) -> None:
+        """A signal to the rank, once."""
+        if not self.told:
+            os.kill(self.pid, number)
+        self.told = True
+
+    told = False
 
     def kill(self) -> None:
         """SIGKILL to the rank."""
-        os.kill(self.pid, signal.SIGKILL)
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
 
 
-def forked_start(command: Any, *, work: Path, cache: Path, preludes: Preludes) -> ForkedChild:
-    """Start a command of a sweep as one rank, and note its name in work/starts."""
-    name = command.log.stem
+def forked_start(job: Any, log: Path, lock: int, *, work: Path, cache: Path, preludes: Preludes) -> ForkedChild:
+    """Start a job of a sweep as one rank, and note the name of its log in work/starts."""
+    name = log.stem
     with (work / "starts").open("a") as starts:
         starts.write(f"{name}\n")
     out = work / f"{len((work / 'starts').read_text().splitlines())}.out"
@@ -99,16 +126,16 @@ def forked_start(command: Any, *, work: Path, cache: Path, preludes: Preludes) -
         status = 1
         try:
             prelude = functools.partial(preludes[name], os.getppid()) if name in preludes else None
-            environment = {**ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(cache)}
-            words = [str(LAUNCH / f"{command.script}.py"), *command.arguments]
-            _be_rank(words, environment, str(work), str(out), str(out.with_suffix(".err")), prelude)
+            environment = {**ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(cache), **job.own_variables}
+            words, err = [*job.program, *job.arguments], str(out.with_suffix(".err"))
+            _be_rank(words, environment, str(work), str(out), err, prelude)
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    return ForkedChild(pid, command, out)
+    return ForkedChild(pid, job, log, out)
 
 
 def _be_sweep(arguments: list[str], work: str, cache: str, preludes: Preludes, out: str, err: str) -> None:
@@ -126,7 +153,7 @@ def _be_sweep(arguments: list[str], work: str, cache: str, preludes: Preludes, o
     from megatron_tiedlora.study.sweep import sweep
 
     start: Any = functools.partial(forked_start, work=Path(work), cache=Path(cache), preludes=preludes)
-    run_command(lambda argv: sweep(parse_sweep(argv), lambda: start), arguments)
+    run_command(lambda argv: sweep(parse_sweep(argv), scripts=LAUNCH, begin=start), arguments)
 
 
 def start_sweep(arguments: list[str], *, work: Path, cache: Path, preludes: Preludes | None = None) -> World:

@@ -123,7 +123,7 @@ def _lines(
         # One rank of this machine needs no launcher; a plain job starts so, too.
         alone = StartPlan(tuple(job.command), {**environment, "PYTHONSAFEPATH": "1"})
         plan = alone if job.route == "local" and job.size == 1 else plan_start(job, environment)
-        running = RunningJob(job, plan, output=subprocess.PIPE, errors=errors.fileno())
+        running = RunningJob(job, plan, stdout=subprocess.PIPE, stderr=errors.fileno())
 
         def watch() -> None:
             end = time.monotonic() + seconds + _START_SECONDS

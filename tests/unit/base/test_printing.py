@@ -21,14 +21,14 @@ from megatron_tiedlora.base.errors import printable, show
 from megatron_tiedlora.cluster import running
 from megatron_tiedlora.cluster.doctor.records import DoctorReport, Finding, HostReport, ParallelConfig
 from megatron_tiedlora.cluster.doctor.text import report_text
+from megatron_tiedlora.cluster.running import StopSignals
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
 from megatron_tiedlora.runtime.rank_log import RankLog
-from megatron_tiedlora.study.plan import Step
-from megatron_tiedlora.study.record import Failure
+from megatron_tiedlora.study.record import StudyFolder
 from megatron_tiedlora.study.scores import read_study
-from megatron_tiedlora.study.sweep import run_steps
-from megatron_tiedlora.study.text import table2_markdown
+from megatron_tiedlora.study.sweep import Sweep
+from megatron_tiedlora.study.tables import table2_markdown
 
 TITLE = "\x1b]0;owned\x07"  # sets a terminal's title
 FOREIGN = f"name{TITLE}\x1b[2J\x9b31m\x7f\r\u202e"
@@ -68,8 +68,10 @@ def prints(file: Path) -> Iterator[tuple[str, ast.Call, str]]:
 
     def walk(node: ast.AST, function: str) -> Iterator[tuple[str, ast.Call, str]]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Call) and ast.unparse(child.func) in ("print", "bar.write", "bar.set_postfix_str"):
-                yield ast.unparse(child.func), child, function
+            called = ast.unparse(child.func) if isinstance(child, ast.Call) else ""
+            if called == "print" or called.endswith(("bar.write", "bar.set_postfix_str")):
+                assert isinstance(child, ast.Call)
+                yield called, child, function
             yield from walk(child, child.name if isinstance(child, ast.FunctionDef) else function)
 
     yield from walk(ast.parse(file.read_text(encoding="utf-8")), "")
@@ -128,18 +130,18 @@ def test_tables_of_a_study(tmp_path: Path) -> None:
     assert f"# Table 2: {printable(FOREIGN)} on squad" in text and not unsafe(text)
 
 
-def test_steps_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
-    """The reason is the last error line of a log."""
-    child: Any = SimpleNamespace(ended=lambda: True)
-    run: Any = SimpleNamespace(name="run")
-    failure = Failure(FOREIGN, Path("log"))
-    plan: Any = SimpleNamespace(
-        steps=lambda: [Step((run,))], num_items=1, start=lambda *_: "run", failure=lambda *_: failure,
-    )  # fmt: skip
-    stop: Any = SimpleNamespace(received=[])
-    assert run_steps(plan, 0, lambda command: child, stop).failures == {"run": failure}
+def test_failures_of_a_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The reason is the last error line of a log, and a line that runs is shown as it runs."""
+    command: Any = SimpleNamespace(settings=SimpleNamespace(together="auto"))
+    plan: Any = SimpleNamespace(folder=StudyFolder(tmp_path), command=command, runs={}, grid=SimpleNamespace(points=()))
+    work = Sweep(plan, tmp_path, tmp_path, lambda *_: None, 0, StopSignals())  # type: ignore[arg-type, return-value]
+    work._log, work._began = plan.folder.log("a"), 0.0
+    work._log.parent.mkdir()
+    work._log.write_text(f"error: {FOREIGN}\n".replace("\r", "").replace("\x1b[2J", ""))
+    work._show()
+    work._note("run", None, "a")
     said = "".join(capsys.readouterr())
-    assert f"FAILED: {printable(FOREIGN)}" in said and TITLE not in said and "\x9b" not in said
+    assert "FAILED: name" in said and TITLE not in said and "\x9b" not in said and not unsafe(said.replace("\r", ""))
 
 
 def test_reasons_of_hosts_and_ranks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,14 @@ from folders import ROOT
 from launcher_jobs import hosts_here, make_job, start
 from ranks import ENVIRONMENT
 
+from megatron_tiedlora.base.ownership import take_folder
 from megatron_tiedlora.cluster.launchers import plan_start
+from megatron_tiedlora.cluster.start import choose_hosts
+from megatron_tiedlora.cluster.start import make_job as make_sweep_job
 from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.config.sweep_settings import parse_launcher
 from megatron_tiedlora.runtime.launch_env import free_port
-from megatron_tiedlora.study.starts import ScriptStart, deepspeed_starter
+from megatron_tiedlora.study.sweep import begin_job
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 NAMES = ("deepspeed", "json", "numpy", "psutil", "torch", "yaml")
@@ -98,19 +100,16 @@ def test_by_what_a_sweep_starts(trap: Path, monkeypatch: pytest.MonkeyPatch, hos
         monkeypatch.setenv(name, value)
     (trap.parent / "hosts").write_text("node1 slots=1\n")
     (trap.parent / ".deepspeed_env").write_text("# mine\nMINE=given\n")
-    # One host is started as several are if DeepSpeed is told so, and all of them by the same words.
-    many = ("--force_multi", "--no_ssh_check", "--master_addr=127.0.0.1")
-    where = ("--hostfile", str(trap.parent / "hosts"), *many) if hosts else ()
     scripts, log = trap.parent / "scripts", trap.parent / "run.log"
     scripts.mkdir()
     mine = "import os, sys\nassert os.environ.get('MINE') == 'given'\n" if hosts else "import sys\n"
     nowhere = f"assert {str(trap)!r} not in sys.path, sys.path\n"
     (scripts / "train.py").write_text(f"{IMPORTS}{mine}{nowhere}print('all imported')\n")
-    lock = os.open(os.devnull, os.O_RDONLY)
-    child = deepspeed_starter(scripts)(ScriptStart("train", {}, (*where, "--master_port", str(free_port())), log, lock))
-    while not child.ended():
-        time.sleep(0.1)
-    os.close(lock)
+    settings = parse_launcher(["--hostfile", str(trap.parent / "hosts")] if hosts else [])
+    where, program = choose_hosts(settings, {}), (str(scripts / "train.py"),)
+    job = make_sweep_job(settings, *where, program=program, arguments=(), private=trap.parent)
+    with take_folder(trap.parent / "out", hint="") as lock:
+        assert begin_job(job, log, lock.descriptor).process.wait(120) == 0, log.read_text()
     assert "all imported" in log.read_text(), log.read_text()
     check(trap)
 
