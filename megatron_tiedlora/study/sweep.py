@@ -33,13 +33,13 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
+from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import LOGS, SCORES, StudyFolder, write_record
 from megatron_tiedlora.study.scores import BASE_NAME, Study, best_run, read_run, read_score, read_study
 from megatron_tiedlora.study.tables import table2_csv, table2_markdown, table3_csv, table3_markdown
-from megatron_tiedlora.training.length import with_models_length
 
 LOG_MARK = "$ "  # precedes the command line of each start in a log
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
