@@ -31,7 +31,7 @@ Slots = tuple[int, ...] | None  # the slot that each layer of a stage uses, of t
 
 
 class LinearFactors(NamedTuple):
-    """B, u and v of a linear on a rank, their slots, and alpha / r. Without a tensor there are ones.
+    """B, u and v of a linear on a rank, their slots, and alpha / r. A tensor that is None counts as ones.
 
     A alone takes the place of B, with a scale of 1.
     """

@@ -198,8 +198,8 @@ class GradientGuard:
         config, found = self._part.config, []
         for name in config.num_trained():
             for layers in config.groups(name):
-                of_layers = f" of layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-                found.append(name + of_layers * config.is_stacked(name))
+                words = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+                found.append(f"{name} of {words}" if config.is_stacked(name) else name)
         return found
 
     def largest(self) -> list[float]:

@@ -99,7 +99,7 @@ class StoredWeights:
         block = BASE_FORMATS[self.kind.base_format].block
         if block is None:
             return dequantise_rows(fp8_numbers(codes), scales[:, 0]), num_bytes
-        return dequantise_blocks(codes, scales, shape[1], block), num_bytes
+        return dequantise_blocks(codes, scales, shape[1], block, self.kind.base_format), num_bytes
 
     def _needed(self, name: str, part: str) -> Any:
         found = self._slice_of(name + part)

@@ -157,7 +157,6 @@ def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(other for other in alike[values] if other != name) for name, values in same.items()}
 
 
-
 def check_halving(settings: Mapping[str, Settings]) -> None:
     """Raise UserError if --halving has nothing to compare, or the best checkpoint is not chosen by the loss."""
     rivals = rivals_of(settings)

@@ -153,13 +153,13 @@ def _is_flag(word: str) -> bool:
     return word.startswith("--") and " " not in word
 
 
-def read_yaml(path: str, *kinds: type[CommandSettings], gone: Collection[str] = ()) -> dict[str, Any]:
-    """The values in a YAML file, by the names of fields of the commands `kinds`, without those of settings that are
-    `gone`. Raises UserError naming the file, and the line."""
+def read_yaml(path: str, *kinds: type[CommandSettings]) -> dict[str, Any]:
+    """The values in a YAML file, by the names of fields of the commands `kinds`. Raises UserError naming the file, and
+    the line."""
     file = user_path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
-    content = {name: value for name, value in read_yaml_mapping(file).items() if name not in gone}
+    content = read_yaml_mapping(file)
     known = {own.flag or name: (name, own) for kind in kinds for name, own in declared(kind).items()}
     if RECORD_MARK in content:
         ignored = {*RECORDED_NAMES, *(flag for flag, (_, own) in known.items() if own.lasts)}

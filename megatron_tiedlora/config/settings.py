@@ -50,7 +50,7 @@ class Settings(TrainFields):
     Fields left out take the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that depend on the
     model or the world size stay None here and are resolved later: `dtype`, `layers`, `init_std_a`, `init_std_b`,
     `micro_batch_size`, `output_dir`. The default of `max_length` is lowered to the model's limit, and with `epochs` the
-    number of steps is counted once the data is known (`training/length.py`).
+    number of steps is counted once the data is known (`planning/run_plan.py`).
     """
 
     @classmethod

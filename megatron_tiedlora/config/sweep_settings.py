@@ -32,7 +32,6 @@ PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
 PAPER_LEARNING_RATES = (1e-4, 1e-5)
 MOST_TOGETHER = 32  # of --together auto; with more the gain grows little
 SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: the settings that it was started with
-_GONE = ("gpus_per_run", "runs_at_once")  # older studies have recorded them; they decide no number
 # Flags of tiedlora run that a file may give, with a NUL after each word. Any other could start a program of the file's
 # author, or start it elsewhere.
 _FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)
@@ -228,4 +227,4 @@ def resolve_train(settings: SweepSettings, given: Mapping[str, Any]) -> Settings
 
 def read_sweep_yaml(path: str) -> dict[str, Any]:
     """The values in a YAML file with names of both sets. Raises UserError."""
-    return read_yaml(path, Settings, SweepSettings, gone=_GONE)
+    return read_yaml(path, Settings, SweepSettings)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.base_formats import BASE_NAMES
@@ -127,7 +128,6 @@ def merge_adapter(
     for note in base.notes:
         say(note)
     record = {**adapter.record(), **base.record, **({} if onto is None else {MERGED_ONTO: onto})}
-    copied = [*model_files, *own_files]
     # Of a folder that is quantised the values are there as training saw them.
     quantised = source.stored is not None
     copied = [*model_files, *own_files]
@@ -180,7 +180,13 @@ class _MergedFiles:
         for name in self.weights.changed & header.entries.keys():
             if (other := self.weights.file_of[name]) != file:  # some programs would read this one
                 raise UserError(f"{file}: holds {name} too, beside {other.name}; remove one of them")
-        found = {name: self._of_stored(file, name, reader.get_slice(name)) for name in header.entries}
+        found = {}
+        for name, entry in header.entries.items():
+            try:
+                found[name] = self._of_stored(file, name, reader.get_slice(name))
+            except (RuntimeError, SafetensorError):
+                dtype = shown(entry["dtype"])
+                raise UserError(f"{file}: {name} is of dtype {dtype}, which cannot be read; remove it") from None
         ordered = sorted(found, key=lambda name: header.entries[name]["data_offsets"])
         if self.dtype is None:
             with file.open("rb") as stream:
@@ -224,6 +230,8 @@ class _MergedFiles:
         def blocks() -> Iterator[torch.Tensor]:
             for rows in row_blocks(shape or (1,)):
                 self.between()
+                if file.stat().st_size < size:  # reading the lost part of a mapped file would end the process
+                    raise UserError(f"{file}: not a whole safetensors file (it became shorter meanwhile)")
                 part: Any = rows if shape else ...  # a number has no rows
                 values = read(name, part).to(dtype)
                 if checked and not all_finite(values):
@@ -232,8 +240,6 @@ class _MergedFiles:
                     why = fits if all_finite(base) else "the base is broken"
                     raise UserError(f"{source}: {name} holds numbers that are not finite ({why})")
                 yield values
-            if file.stat().st_size < size:
-                raise UserError(f"{file}: not a whole safetensors file (it became shorter meanwhile)")
 
         return StreamedTensor(name, dtype, shape, blocks)
 

@@ -92,7 +92,7 @@ def _is_right(kernel: Kernel, device_type: str, dtype: torch.dtype) -> bool:
         width = 5 * block
         codes = torch.arange(256, dtype=torch.uint8).repeat(5 * block // 16).view(-1, width // 2)
         scales = torch.linspace(1e-6, 3.0, len(codes) * 5).view(-1, 5)
-        expected = dequantise_blocks(codes, scales, width, block).to(dtype)
+        expected = dequantise_blocks(codes, scales, width, block, "nf4").to(dtype)
         found = torch.empty_like(expected, device=device_type)
         try:
             kernel(codes.to(device_type), scales.to(device_type), block, found)

@@ -34,7 +34,7 @@ def levels_of(name: str, device: torch.device) -> torch.Tensor:
     return torch.tensor(LEVELS[name], dtype=torch.float32, device=device)
 
 
-def quantise_blocks(values: torch.Tensor, block: int, name: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_blocks(values: torch.Tensor, block: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (rows, width) uint8 of 0 to 15, not packed, and scales (rows, number of blocks) fp32, from rows of values.
 
     In nf4 the codes are those of bitsandbytes for each row padded with zeros to whole blocks. The scales are too, but
@@ -70,7 +70,7 @@ def unpack_codes(packed: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def dequantise_blocks(
-    packed: torch.Tensor, scales: torch.Tensor, width: int, block: int, name: str = "nf4"
+    packed: torch.Tensor, scales: torch.Tensor, width: int, block: int, name: str
 ) -> torch.Tensor:
     """Values (rows, width) fp32 of packed codes whose scales (rows, number of blocks) are each for `block` codes."""
     values = levels_of(name, packed.device)[unpack_codes(packed, width).int()]

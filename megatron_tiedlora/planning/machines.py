@@ -206,7 +206,7 @@ def _card(name: str, facts: Mapping[str, Any]) -> Machine:
         "network_bandwidth": facts["network"] * 1e9,
     }
     constants = {f"dequantise.{base}": Constant(0.0, "by its bytes") for base in BASE_NAMES}
-    constants |= {key: Constant(*pair) for key, pair in _KNOWN["card"].items()}
+    constants |= {key: Constant(float(value), source) for key, (value, source) in _KNOWN["card"].items()}
     constants |= {key: Constant(value, "data sheet") for key, value in of_sheet.items()}
     constants["memory"] = Constant(facts["gib"] * 2**30, "total capacity in PyTorch's messages on this card")
     constants["attention.bf16"] = ATTENTION[major, minor][default_attention((major, minor))]
@@ -226,7 +226,7 @@ CPU = Machine(
     False,
     {f"dequantise.{base}": Constant(0.0, "by its bytes") for base in BASE_NAMES}
     | {
-        name: Constant(value, source)
+        name: Constant(float(value), source)
         for how, source in _CPU_SOURCES.items()
         for name, value in _KNOWN["cpu"][how].items()
     }

@@ -74,7 +74,7 @@ class StageMemory(NamedTuple):
         return self.total - self.libraries - self.slack
 
     def plus(self, other: StageMemory) -> StageMemory:
-        """Each of them with that of another."""
+        """The sum of two records, field by field."""
         return StageMemory(*map(operator.add, self, other))
 
 

@@ -78,7 +78,7 @@ class Planned:
 
     @property
     def machine(self) -> Machine:
-        """The cluster's."""
+        """What all ranks run on."""
         return self.cluster.machine
 
     def stage(self, index: int) -> StagePlan:
@@ -93,7 +93,7 @@ class Planned:
 
     @cached_property
     def links(self) -> Links:
-        """The links of its groups."""
+        """The links that carry the messages of each group of ranks."""
         return self._once(("links", *self._grid), lambda: Links(self.layout, self.cluster.per_node))
 
     # Memory -----------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class Planned:
 
     @property
     def has_room_for_weights(self) -> bool:
-        """Whether these fit; else nothing more needs to be known."""
+        """Whether the base weights fit in a rank's memory."""
         return self.weights <= self.cluster.capacity
 
     def memory(self, index: int) -> StageMemory:
@@ -133,7 +133,11 @@ class Planned:
     # Messages ---------------------------------------------------------------------------------------------------------
 
     def traffic(self, index: int, *, of_engine: bool = True) -> Traffic:
-        """The messages of a rank of a stage in a step; of DeepSpeed's in the data-parallel group at most these."""
+        """The messages of a rank of a stage in a step.
+
+        Args:
+            of_engine: whether DeepSpeed's messages in the data-parallel group are counted, by their upper bounds.
+        """
         stage, shapes = self.stage(index), self.step.batches.shapes
         sent = step_traffic(stage, shapes)
         if of_engine:

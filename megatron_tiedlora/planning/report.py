@@ -112,7 +112,7 @@ def _indented(text: str) -> Iterable[str]:
 
 
 def _adapters(step: StepPlan) -> Section:
-    """Of the only adapter its tensors, of several a row for each."""
+    """The tensors of a single adapter, or a row for each of several."""
     base = f"{num_base_parameters(step.shape):,}"
     if not step.layout.named:
         adapter, plan = step.shared.adapter, step.shared
@@ -230,7 +230,7 @@ def _own_bytes(step: StepPlan, adapter: int) -> int:
 
 
 def _one_more(planned: Planned) -> list[Section]:
-    """Of a run of several adapters: the memory for one more copy of the largest."""
+    """The memory that one more copy of the largest adapter needs, if there are several."""
     step = planned.step
     if not step.layout.named:
         return []

@@ -1,7 +1,7 @@
 """Every layout of a cluster, by the checks of a run: `plan_run` accepts a layout or says what is wrong with it.
 
 Micro-batch, sequence parallelism and recompute are in no check, so `plan_run` is asked once for each value of the other
-choices and each adapter. `runs` changes what it returns in these three.
+choices and each adapter. `variants` changes what it returns in these three.
 """
 
 from __future__ import annotations
@@ -95,7 +95,6 @@ class Candidate(Planned):
             "keep_transposed": self.storage.keep_transposed or None,
         }
         return {name: value for name, value in chosen.items() if value is not None}
-
 
     @property
     def alike(self) -> tuple[Hashable, ...]:

@@ -32,6 +32,7 @@ from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split, local_names
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.planning.adapter_plans import DS_CONFIG, check_clipping
+from megatron_tiedlora.planning.memory import StageMemory, held_memory, with_reserves
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.study.grid import Run, SweepGrid, make_grid
@@ -95,16 +96,26 @@ class SweepPlan:
     def _may_share(self, runs: Group) -> bool:
         """Whether runs may be a group."""
         most = self.settings.together
-        if self.settings.halving and len({run.point for run in runs}) == 1:
-            return True
         if most != "auto":
             return len(runs) <= most
+        if self.settings.halving and len({run.point for run in runs}) == 1:
+            return True  # they are compared step by step, even if they need more than is free
         return len(runs) <= MOST_TOGETHER and self.needed_bytes(runs) <= self.free_bytes
 
     def needed_bytes(self, runs: Group) -> float:
-        """The bytes that a group needs on the rank that needs most."""
+        """The bytes that a group needs on the rank that needs most: what its runs hold, and the passes of a micro-batch
+        of the widest run of the sweep."""
         step = StepPlan({run.name: self.runs[run] for run in runs})
-        return max(step.largest.memory(stage, step.shared.machine).total for stage in step.stages)
+        machine = step.shared.machine
+        parts = zip(step.stages, self._passes, strict=True)
+        return max(with_reserves(stage, held_memory(stage).plus(passes), machine).total for stage, passes in parts)
+
+    @cached_property
+    def _passes(self) -> list[StageMemory]:
+        """By stage, what the widest run of the sweep needs in the passes of a micro-batch."""
+        run = max(self.runs, key=lambda run: self.runs[run].adapter.rank * len(self.runs[run].adapter.targets))
+        step = StepPlan({run.name: self.runs[run]})
+        return [step.largest.step_memory(stage) for stage in step.stages]
 
     @cached_property
     def free_bytes(self) -> float:
@@ -135,10 +146,15 @@ class SweepPlan:
         if groups := self.groups():
             free = f"; up to {bytes_in_words(self.free_bytes)} are used" if self.settings.together == "auto" else ""
             lines += ["", f"  groups to train together, and the memory of a rank{free}"]
-            sizes = [(f"{number:>3}", bytes_in_words(self.needed_bytes(runs))) for number, runs in enumerate(groups, 1)]
-            names = [", ".join(run.name for run in runs) for runs in groups]
-            cells = [(*size, name) for size, name in zip(sizes, names, strict=True)]
+            needed = [self.needed_bytes(runs) for runs in groups]
+            cells = [
+                (f"{number:>3}", bytes_in_words(size), ", ".join(run.name for run in runs))
+                for number, (size, runs) in enumerate(zip(needed, groups, strict=True), start=1)
+            ]
             lines += aligned_lines(cells, align=">><", indent="  ")
+            if self.settings.together == "auto" and max(needed) > self.free_bytes:
+                less = "a --base of fewer bits or a shorter --max_length needs less"
+                lines += ["", f"  warning: a group needs more than that; {less}"]
         counts = (f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         return [*lines, "", f"  {', '.join(counts)}"]
 

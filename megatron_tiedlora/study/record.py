@@ -170,8 +170,8 @@ def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -
     own, train = command.settings.model_dump(mode="json"), command.train.model_dump(mode="json")
     found = {**{name: own[name] for name in marked(SweepSettings, lasts="")}, **{n: train[n] for n in command.given}}
     content = {name: value for name, value in found.items() if value is not None}
+    write_json(folder.base, asdict(base), guard=folder.guard)  # first: it has all points of the settings, or more
     write_yaml(folder.settings, content, guard=folder.guard)
-    write_json(folder.base, asdict(base), guard=folder.guard)
     discard(folder.status, guard=folder.guard)
 
 
@@ -185,4 +185,6 @@ def read_command(folder: StudyFolder) -> SweepCommand:
 def read_base(folder: StudyFolder) -> BaseRecord:
     """Read base.json. Raises UserError naming what is broken."""
     content = read_json_object(folder.base, kind="a sweep's folder")
+    if "num_layers" not in content:
+        raise UserError(f"{folder.base}: was not written by this version; give another --output_dir")
     return read_fields(folder.base, content, BaseRecord)

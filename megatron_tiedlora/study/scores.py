@@ -169,6 +169,8 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: holds no sweep; give the --output_dir of a sweep")
     command, base = read_command(folder), read_base(folder)
     grid = make_grid(command.settings, base.num_layers)
+    if missing := [point.name for point in grid.points if point.name not in base.trained]:
+        raise UserError(f"{folder.base}: does not say how much {missing[0]} trains; start the sweep again")
     metric = command.train.eval_metric
     results = tuple(_read_result(folder, grid, point, base, metric) for point in grid.points)
     of_rows = marked(Settings, group="data", by_content=True)

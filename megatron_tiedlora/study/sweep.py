@@ -34,8 +34,9 @@ from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.run_plan import with_models_length
-from megatron_tiedlora.runtime.run_folder import RunFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
+from megatron_tiedlora.study.grid import Run
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import LOGS, SCORES, StudyFolder, write_record
 from megatron_tiedlora.study.scores import BASE_NAME, Study, best_run, read_run, read_score, read_study
@@ -147,8 +148,9 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.folder, self.command = self.plan.folder, self.plan.command
+        self._done, self._training = 0, list[Run]()
         total = 1 + len(self.plan.runs) + len(self.plan.grid.points)
-        shown = "{desc} {percentage:3.0f}%|{bar:20}| {n} of {total} [{elapsed}]{postfix}"
+        shown = "{desc} {percentage:3.0f}%|{bar:20}| {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}"
         self._bar = progress_bar("sweep", "run", total=total, leave=True, bar_format=shown)
 
     @property
@@ -176,7 +178,14 @@ class Sweep:
         """Show how many runs and scores of the study are done."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
         done += sum(read_score(self.folder.score(name)) is not None for name in (BASE_NAME, *self._best().values()))
+        self._done = done
         self._bar.update(done - self._bar.n)
+
+    def _part(self, run: Run) -> float:
+        """The part of a run's steps that it has taken, 0 to 1."""
+        steps = self.plan.runs[run].settings.max_steps
+        row = last_row(RunFolder(self.folder.run(run.name)).metrics)
+        return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
     def _best(self) -> dict[str, str]:
         """The best run of each point that has a finished one, by the name of the score."""
@@ -200,7 +209,10 @@ class Sweep:
         given = {name: value for name, value in self.command.given.items() if name != "test_file"}
         given |= {"adapters": file, "output_dir": output, "resume": "auto"}
         given |= {"halving": True} if self.plan.settings.halving and several else {}
-        if not self._start(f"group {first}", "train", given):
+        self._training = left
+        ended = self._start(f"group {first}", "train", given)
+        self._training = []
+        if not ended:
             return
         for run in left:
             end = read_run(folder.run(run.name))
@@ -297,8 +309,9 @@ class Sweep:
             self._bar.write(printable(f"tiedlora sweep: {line}"))
 
     def _show(self) -> None:
-        """Show the last line of the running start, which is mostly its own progress."""
+        """Show which part of the running start is done, and its last line, which is mostly its own progress."""
         with suppress(OSError):  # a full disk or a lost screen is no reason to stop
+            self._bar.update(self._done + sum(map(self._part, self._training)) - self._bar.n)
             line = "".join(last_lines(self._log, 1, bars=True))
             self._bar.set_postfix_str(printable(f"{self._log.stem}: {line}"[:_SHOWN_CHARACTERS]))
 
@@ -337,6 +350,17 @@ class Sweep:
             line = f"error: {len(failures)} failed: {', '.join(failures)}{gave_up} (logs in {folder.path / LOGS})"
             show(line, file=sys.stderr)
         return 1 if failures else 0
+
+
+def last_row(metrics: Path) -> dict[str, Any] | None:
+    """The last complete row of a metrics.jsonl that is still being written."""
+    try:
+        with metrics.open("rb") as stream:
+            stream.seek(max(0, metrics.stat().st_size - 4096))
+            lines = stream.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    return metrics_row(lines[-1]) if lines else None
 
 
 def last_lines(log: Path, count: int = 12, *, bars: bool = False) -> list[str]:

@@ -22,7 +22,7 @@ from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.tasks import TASKS
 from megatron_tiedlora.study.grid import Point, make_grid
 from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
-from megatron_tiedlora.study.record import StudyFolder, check_resumable, read_command, write_record
+from megatron_tiedlora.study.record import StudyFolder, check_resumable, write_record
 from megatron_tiedlora.study.sweep import Sweep
 from megatron_tiedlora.study.sweep import sweep as sweep_of
 
@@ -104,11 +104,10 @@ def test_the_folder_alone_goes_on(tmp_path: Path) -> None:
     assert (command.train.max_steps, command.train.task, command.settings.together) == (11, "gsm8k", 2)
 
 
-def test_a_study_of_former_settings_is_read(tmp_path: Path) -> None:
-    """Those that are gone decided no number."""
+def test_former_settings_of_a_study_are_answered_with_what_replaces_them(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", runs_at_once=3, gpus_per_run=None)
-    assert parse_sweep([f"--output_dir={folder}"]).settings.ranks == (2, 8)
-    assert read_command(StudyFolder(folder)).settings.ranks == (2, 8)
+    with pytest.raises(UserError, match=r"sweep.yaml: unknown settings 'gpus_per_run' \(.*--together N limits"):
+        parse_sweep([f"--output_dir={folder}"])
 
 
 def write_started(base: Base, folder: Path, *flags: str, file: Path | None = None, **changes: Any) -> Path:

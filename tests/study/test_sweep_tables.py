@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -367,3 +368,17 @@ def test_ties_on_validation_go_to_the_first(tmp_path: Path) -> None:
 
 def no_start(*_: Any) -> Any:
     raise AssertionError("nothing is to be started")
+
+
+def test_a_record_without_a_point_of_the_grid_is_named(tmp_path: Path) -> None:
+    """As a folder of another version has it, or one that was edited."""
+    study = write_study(tmp_path / "study")
+    record = json.loads((study / "base.json").read_text())
+    first, *_ = record["trained"]
+    (study / "base.json").write_text(json.dumps({**record, "trained": {first: 5}}))
+    with pytest.raises(UserError, match=r"base.json: does not say how much .* trains; start the sweep again"):
+        read_study(study)
+    del record["num_layers"]
+    (study / "base.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"base.json: was not written by this version; give another --output_dir"):
+        read_study(study)

@@ -30,14 +30,14 @@ def drawn(rows: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nf4_is_the_oracles(width: int, dtype: torch.dtype) -> None:
     values = drawn(6, width, dtype)
-    codes, scales = quantise.quantise_blocks(values, BLOCK)
+    codes, scales = quantise.quantise_blocks(values, BLOCK, "nf4")
     expected, expected_scales = oracle.nf4_codes(values.float().numpy())
     assert np.array_equal(scales.numpy(), expected_scales) and np.array_equal(codes.numpy(), expected)
     packed = quantise.pack_codes(codes)
     assert packed.shape == (6, BASE_FORMATS["nf4"].row_bytes(width)) and torch.equal(
         quantise.unpack_codes(packed, width), codes
     )
-    values_again = quantise.dequantise_blocks(packed, scales, width, BLOCK)
+    values_again = quantise.dequantise_blocks(packed, scales, width, BLOCK, "nf4")
     assert np.array_equal(values_again.numpy(), oracle.nf4_values(values.float().numpy()))
 
 
@@ -58,15 +58,15 @@ def test_rows_are_the_oracles(name: str, width: int, dtype: torch.dtype) -> None
 def test_codes_of_fp32_and_bf16_differ() -> None:
     """So a base is quantised from its values as they are stored."""
     values = torch.randn(64, 640, generator=torch.Generator().manual_seed(0))
-    both = [quantise.quantise_blocks(values.to(dtype), BLOCK)[0] for dtype in (torch.float32, torch.bfloat16)]
+    both = [quantise.quantise_blocks(values.to(dtype), BLOCK, "nf4")[0] for dtype in (torch.float32, torch.bfloat16)]
     assert 0.002 < (both[0] != both[1]).float().mean() < 0.02
 
 
 def test_scales_depend_on_whole_blocks_alone() -> None:
     """A block's codes and scale do not depend on other rows or blocks, so shards of whole blocks have the same."""
     values = drawn(6, 1376)
-    codes, scales = quantise.quantise_blocks(values, BLOCK)
-    part_codes, part_scales = quantise.quantise_blocks(values[2:5, 640:1024], BLOCK)
+    codes, scales = quantise.quantise_blocks(values, BLOCK, "nf4")
+    part_codes, part_scales = quantise.quantise_blocks(values[2:5, 640:1024], BLOCK, "nf4")
     assert torch.equal(part_codes, codes[2:5, 640:1024]) and torch.equal(part_scales, scales[2:5, 10:16])
 
 
@@ -93,19 +93,19 @@ class TestBitsandbytes:
     ) -> None:
         values = drawn(6, width, dtype)
         packed, state = functional.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
-        codes, scales = quantise.quantise_blocks(values, BLOCK)
+        codes, scales = quantise.quantise_blocks(values, BLOCK, "nf4")
         assert torch.equal(quantise.pack_codes(codes).flatten(), packed.flatten())
         assert torch.equal(scales.flatten(), quantise.without_tiny(state.absmax))
         state.absmax = scales.flatten()
         for kind in (torch.float32, torch.bfloat16):
             state.dtype = kind
-            ours = quantise.dequantise_blocks(quantise.pack_codes(codes), scales, width, BLOCK)
+            ours = quantise.dequantise_blocks(quantise.pack_codes(codes), scales, width, BLOCK, "nf4")
             assert torch.equal(functional.dequantize_4bit(packed, state), ours.to(kind))
 
     def test_has_the_codes_of_padded_rows_elsewhere(self, functional: Any) -> None:
         values = drawn(6, 100)
         padded = torch.nn.functional.pad(values, (0, 28))
         packed, state = functional.quantize_4bit(padded, blocksize=BLOCK, quant_type="nf4")
-        codes, scales = quantise.quantise_blocks(values, BLOCK)
+        codes, scales = quantise.quantise_blocks(values, BLOCK, "nf4")
         assert torch.equal(quantise.pack_codes(codes), packed.view(6, 64)[:, :50])
         assert torch.equal(scales.flatten(), quantise.without_tiny(state.absmax))

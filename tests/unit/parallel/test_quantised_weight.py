@@ -186,7 +186,7 @@ def test_a_run_says_that_nf4_is_slow_without_a_kernel(
 
 def test_a_kernel_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(codes: torch.Tensor, scales: torch.Tensor, block: int, out: torch.Tensor) -> None:
-        out.copy_(nf4_kernels.dequantise_blocks(codes, scales, out.shape[1], block))
+        out.copy_(nf4_kernels.dequantise_blocks(codes, scales, out.shape[1], block, "nf4"))
         out[-1, -1] += 1e-3
 
     nf4_kernels._checked_kernel.cache_clear()
