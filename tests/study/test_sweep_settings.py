@@ -105,7 +105,9 @@ def test_the_folder_alone_goes_on(tmp_path: Path) -> None:
 
 
 def test_former_settings_of_a_study_are_answered_with_what_replaces_them(tmp_path: Path) -> None:
-    folder = write_study(tmp_path / "study", runs_at_once=3, gpus_per_run=None)
+    folder = write_study(tmp_path / "study")
+    with (folder / "sweep.yaml").open("a") as file:
+        file.write("runs_at_once: 3\ngpus_per_run: 1\n")
     with pytest.raises(UserError, match=r"sweep.yaml: unknown settings 'gpus_per_run' \(.*--together N limits"):
         parse_sweep([f"--output_dir={folder}"])
 
