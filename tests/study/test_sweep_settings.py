@@ -108,7 +108,7 @@ def test_former_settings_of_a_study_are_answered_with_what_replaces_them(tmp_pat
     folder = write_study(tmp_path / "study")
     with (folder / "sweep.yaml").open("a") as file:
         file.write("runs_at_once: 3\ngpus_per_run: 1\n")
-    with pytest.raises(UserError, match=r"sweep.yaml: unknown settings 'gpus_per_run' \(.*--together N limits"):
+    with pytest.raises(UserError, match=r"sweep.yaml: unknown settings 'runs_at_once' \(.*--together N limits"):
         parse_sweep([f"--output_dir={folder}"])
 
 
