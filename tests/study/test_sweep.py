@@ -209,6 +209,7 @@ def test_runs_that_train_together(study: tuple[Base, Path], whole: Path, tmp_pat
     assert starts(work(folder)) == []
 
 
+@pytest.mark.cpu_seconds(20, reason="a study in three starts, beside a whole one")
 def test_a_run_that_fails_beside_others(study: tuple[Base, Path], whole: Path, tmp_path: Path) -> None:
     """It is failed alone, with its reason, and tried again by itself. A run that began alone goes on with others."""
     folder, good, sick = tmp_path / "out", "tl6-r2-lr2e-1", "tl6-r2-lr1e9"
