@@ -316,13 +316,13 @@ def memory_lines(planned: Planned, *, judged: bool) -> Section:
         _kernels_line(stages[0], tokens=largest.tokens),
         *_engine_line(stages[0]),
         *_reserves_lines(stages, planned.machine),
-        *([_verdict(planned, memories)] if judged else []),
+        *([_verdict(planned)] if judged else []),
     ]
 
 
-def _verdict(planned: Planned, memories: Sequence[StageMemory]) -> str:
+def _verdict(planned: Planned) -> str:
     """A line on whether the fullest rank fits."""
-    fullest, room = max(memories, key=lambda memory: memory.total), planned.cluster.capacity
+    (_, fullest), room = planned.fullest, planned.cluster.capacity
     words = f"  {planned.machine.name}: the fullest rank needs {bytes_in_words(fullest.total)} of"
     words += f" {bytes_in_words(room)}"
     if fullest.total <= room:
