@@ -2,8 +2,7 @@
 
 | launcher | what starts the ranks | what the other hosts get of the environment |
 |---|---|---|
-| local | `deepspeed` on this machine | |
-| pdsh, openmpi | `deepspeed`, over pdsh and ssh or over mpirun | what DeepSpeed exports, and `.deepspeed_env` |
+| deepspeed | `deepspeed`, here or on the hosts of a hostfile | what DeepSpeed exports, and `.deepspeed_env` |
 | mpirun | mpirun | the same, by -x NAME |
 | torchrun | torchrun's agent on each host, over pdsh and ssh or by srun | the same, in its command; all by srun |
 | srun | srun | all |
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,16 +30,8 @@ SSH_OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2"
     " -o ControlMaster=no -o ControlPath=none"
 )
-DEEPSPEED_EXPORTS = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # names that begin so go to the other hosts
-# All users of a host can read a command's arguments, and DeepSpeed puts what it exports there.
-_SECRET = re.compile(
-    r"TOKEN(?!IZER)|SECRET|(?<!BY)(?<!BY_)(?<!COM)PASS(?!_?THR|ES$|IVE)|.PWD$|_PAT$|JWT|CREDENTIAL|API_?KEY"
-    r"|ACCESS_?KEY|PRIVATE|_KEY$|KEYS|AUTH"
-)
-_LOGIN = re.compile(r"://[^/?#\s@]*:[^/?#\s]*@")  # user and password in an address
-_QUOTED = re.compile(r"[^\w@%+=:,./-]")  # DeepSpeed puts values with such a character in double quotes
+EXPORTS = ("NCCL", "PYTHON", "UCX", "MV2")  # names that begin so go to the other hosts, as DeepSpeed does it
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_MPI_AGENTS = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")  # the ssh of mpirun: OpenMPI 5, and 4
 
 
 @dataclass(frozen=True)
@@ -105,12 +96,11 @@ class Job:
 
 @dataclass(frozen=True)
 class StartPlan:
-    """A launcher's command, its environment, files to write first, and lines for the user."""
+    """A launcher's command, its environment, and files to write first."""
 
     words: tuple[str, ...]
     environment: Mapping[str, str]
     files: Mapping[Path, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
@@ -120,16 +110,31 @@ def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
         UserError: the launcher cannot pass on an argument, a file of variables cannot be read, or torchrun on several
             hosts would have a different number of ranks on each.
     """
-    routes: Mapping[str, Callable[[Job, Mapping[str, str]], StartPlan]] = {
-        "local": _local,
-        "pdsh": _deepspeed_on_hosts,
-        "openmpi": _deepspeed_on_hosts,
+    by_launcher: Mapping[str, Callable[[Job, Mapping[str, str]], StartPlan]] = {
+        "deepspeed": _deepspeed,
         "mpirun": _mpirun,
         "srun": _srun,
         "torchrun": _torchrun,
     }
-    rankless = {name: value for name, value in environment.items() if name not in RANK_VARIABLES[:3]}
-    return routes[job.launcher](job, rankless)
+    kept = {name: value for name, value in environment.items() if name not in RANK_VARIABLES[:3]}
+    if job.route == "ssh":
+        kept = _for_ssh(kept, job.ssh_port)
+    return by_launcher[job.launcher](job, {**kept, **job.own_variables})
+
+
+def _for_ssh(environment: Mapping[str, str], port: int | None) -> dict[str, str]:
+    """The environment of a launcher that reaches hosts by ssh, with its options for pdsh and for mpirun 5 and 4.
+
+    MLFLOW_* is left out: DeepSpeed would export it, and all users of a host could read its passwords there. ssh uses
+    the first value of an option, so the user's own options stand first.
+    """
+    options = f"{SSH_OPTIONS} -p {port}" if port is not None else SSH_OPTIONS
+    own = environment.get("PDSH_SSH_ARGS_APPEND", "")
+    ssh = {"PDSH_SSH_ARGS_APPEND": f"{own} {options}".lstrip()}
+    agents = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")
+    if not any(name in environment for name in agents):
+        ssh |= dict.fromkeys(agents, f"ssh {options}")
+    return {name: value for name, value in environment.items() if not name.startswith("MLFLOW")} | ssh
 
 
 def read_user_file(environment: Mapping[str, str]) -> dict[str, str]:
@@ -157,133 +162,60 @@ def read_user_file(environment: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def is_secret(name: str) -> bool:
-    """Whether a variable's name suggests that its value is a secret."""
-    return _SECRET.search(name.upper()) is not None
-
-
-def _without_secrets(variables: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """(`variables` without secrets that would go to other hosts, a line for each of those)."""
-    exported = _exported(variables)
-    secret = {name: "its name looks like a secret's" for name in exported if is_secret(name)}
-    logins = [name for name, value in exported.items() if name not in secret and _LOGIN.search(value)]
-    secret |= dict.fromkeys(logins, "its value holds an address with a password")
-    lines = tuple(f"{name} is not sent to the other hosts: {why}" for name, why in secret.items())
-    return {name: value for name, value in variables.items() if name not in secret}, lines
-
-
-def _exported(variables: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in variables.items() if name.startswith(DEEPSPEED_EXPORTS)}
-
-
 def _sent(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
-    """What launchers without exports of their own send to the other hosts: the same as DeepSpeed does."""
-    return {**_exported(environment), **read_user_file(environment), **job.own_variables}
+    """What the ranks on other hosts get of the environment."""
+    exported = {name: value for name, value in environment.items() if name.startswith(EXPORTS)}
+    return {**exported, **read_user_file(environment), **job.own_variables}
 
 
 def _hostfile(job: Job) -> dict[Path, str]:
     return {job.hostfile: "".join(f"{host.name} slots={host.slots}\n" for host in job.hosts)}
 
 
-# deepspeed -----------------------------------------------------------------------------------------------------------
+def _check_words(words: tuple[str, ...], pattern: str, why: str) -> None:
+    """Raise UserError if a word matches what a launcher does not pass on unchanged."""
+    for word in words:
+        if re.search(pattern, word):
+            raise UserError(f"{word!r}: {why} put the setting into a YAML file for --config")
 
 
-def _deepspeed(job: Job, options: Sequence[str], arguments: Sequence[str]) -> tuple[str, ...]:
+def _deepspeed(job: Job, environment: Mapping[str, str]) -> StartPlan:
     program = str(Path(job.python).with_name("deepspeed"))  # ranks recognise their launcher by this name
-    where = ["--hostfile", str(job.hostfile), "--master_port", str(job.master_port), "--no_local_rank"]
-    module = ["--module"] if job.program[0] == "-m" else []
-    return (program, *where, *options, *module, job.program[-1], *arguments)
-
-
-def _local(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    # With a hostfile for this machine the launcher does not read /job/hostfile, if there is one; --include overrides
-    # CUDA_VISIBLE_DEVICES, which --num_gpus would ignore.
-    slots = max(map(int, job.gpus)) + 1 if job.gpus else job.size
-    include = ["--include", f"localhost:{','.join(job.gpus)}"] if job.gpus else []
-    options = ["--no_ssh_check", "--master_addr", "127.0.0.1", *include, *job.launcher_args]
-    words = _deepspeed(job, options, job.arguments)
-    return StartPlan(words, {**environment, **job.own_variables}, {job.hostfile: f"localhost slots={slots}\n"})
-
-
-def _deepspeed_on_hosts(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    kept, notes = _without_secrets(environment)
+    # DeepSpeed itself would ask the first host for its name and its address, by an ssh without time limits.
+    where = ("--master_addr", job.master_addr, "--master_port", str(job.master_port), "--no_ssh_check")
+    module = ("--module",) if job.program[0] == "-m" else ()
+    ranks = ("--no_local_rank", *job.launcher_args, *module, job.program[-1], *job.arguments)
+    words = (program, "--hostfile", str(job.hostfile), *where)
+    if job.route == "local":
+        # With a hostfile for this machine the launcher does not read /job/hostfile, if there is one; --include
+        # overrides CUDA_VISIBLE_DEVICES, which --num_gpus would ignore.
+        slots = max(map(int, job.gpus)) + 1 if job.gpus else job.size
+        include = ("--include", f"localhost:{','.join(job.gpus)}") if job.gpus else ()
+        return StartPlan((*words, *include, *ranks), environment, {job.hostfile: f"localhost slots={slots}\n"})
+    why = "deepspeed does not quote it for other hosts; use --launcher torchrun, or"
+    _check_words(job.arguments, r"[^\w@+=:,./-]|^$", why)
+    # DeepSpeed puts the current folder into PYTHONPATH; its file is read after that and overrides it. Its OpenMPI
+    # launcher tells the ranks no address.
+    named = {"PYTHONPATH": environment.get("PYTHONPATH", ""), **read_user_file(environment)}
+    named |= {**job.own_variables, **job.master_variables}
     file = job.private / "deepspeed_env"
-    # DeepSpeed prepends the current folder to PYTHONPATH; the file is read after that and overrides it.
-    named = {"PYTHONPATH": kept.get("PYTHONPATH", ""), **read_user_file(environment), **job.own_variables}
-    # Also a single host of a hostfile is reached by ssh. DeepSpeed itself would ask the first host for its name and its
-    # address, by an ssh without time limits.
-    options = ["--launcher", job.launcher, "--force_multi", "--no_ssh_check", "--master_addr", job.master_addr]
-    arguments, launcher_args, more = list(job.arguments), list(job.launcher_args), {}
-    if job.launcher == "pdsh":
-        options += ["--ssh_port", str(job.ssh_port)] if job.ssh_port is not None else []
-        more = _pdsh_environment(environment)
-        arguments = [_pdsh_word(word) for word in arguments]
-    else:
-        named |= job.master_variables
-        for name, value in (_exported(kept) | named).items():
-            if _QUOTED.search(value.strip()):
-                why = "DeepSpeed would put its value in double quotes, which mpirun does not remove"
-                raise UserError(f"{name}: {why}; use --launcher mpirun")
-        more = _mpi_environment(job, environment)
-        launcher_args = ["--bind-to", "none", "--map-by", "slot", *launcher_args]
-    options += [f"--launcher_args={shlex.join(launcher_args)}"] if launcher_args else []
-    text = "".join(f"{name}={value}\n" for name, value in named.items())
-    return StartPlan(
-        _deepspeed(job, options, arguments),
-        {**kept, **job.own_variables, **more, "DS_ENV_FILE": str(file)},
-        {**_hostfile(job), file: text},
-        notes,
-    )
-
-
-def _pdsh_environment(environment: Mapping[str, str], port: int | None = None) -> dict[str, str]:
-    """ssh uses the first value of an option, so the user's own options stand first."""
-    words = [environment.get("PDSH_SSH_ARGS_APPEND", ""), SSH_OPTIONS, f"-p {port}" if port is not None else ""]
-    return {"PDSH_SSH_ARGS_APPEND": " ".join(filter(None, words))}
-
-
-def _pdsh_word(word: str) -> str:
-    """An argument for DeepSpeed's pdsh launcher, which leaves one without a blank alone, and puts another one into
-    double quotes and escapes only the double quotes in it. pdsh expands %h, %n and %u.
-
-    Raises:
-        UserError: it holds a line break or another control character.
-    """
-    _check_line(word)
-    word = word.replace("%", "%%")
-    return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
-
-
-def _check_line(word: str) -> None:
-    if re.search(r"[\x00-\x1f\x7f]", word):
-        raise UserError(f"{word!r}: pdsh does not pass on a line break; put the setting into a YAML file for --config")
-
-
-# mpirun, srun and torchrun -------------------------------------------------------------------------------------------
+    files = {**_hostfile(job), file: "".join(f"{name}={value}\n" for name, value in named.items())}
+    # Also a single host of a hostfile is reached by its launcher.
+    return StartPlan((*words, "--force_multi", *ranks), {**environment, "DS_ENV_FILE": str(file)}, files)
 
 
 def _mpirun(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    kept, notes = _without_secrets(environment)
-    sent = {**_sent(job, kept), **job.master_variables}
+    sent = {**_sent(job, environment), **job.master_variables}
     words = ["mpirun", "-np", str(job.size), "--hostfile", str(job.hostfile), "--bind-to", "none", "--map-by", "slot"]
     passed = [word for name in sent for word in ("-x", name)]
-    own = {**sent, **_mpi_environment(job, environment)}
-    return StartPlan((*words, *passed, *job.launcher_args, *job.command), {**kept, **own}, _hostfile(job), notes)
-
-
-def _mpi_environment(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that name mpirun's ssh; empty if the user has set one of them."""
-    if job.route != "ssh" or any(name in environment for name in _MPI_AGENTS):
-        return {}
-    port = f" -p {job.ssh_port}" if job.ssh_port is not None else ""
-    return dict.fromkeys(_MPI_AGENTS, f"ssh {SSH_OPTIONS}{port}")
+    return StartPlan((*words, *passed, *job.launcher_args, *job.command), {**environment, **sent}, _hostfile(job))
 
 
 def _srun(job: Job, environment: Mapping[str, str]) -> StartPlan:
     slots = {host.slots for host in job.hosts}
     per_host = [f"--ntasks-per-node={slots.pop()}"] if len(slots) == 1 else []
     words = [*_srun_words(job), f"--ntasks={job.size}", *per_host, "--distribution=block", *job.launcher_args]
-    return StartPlan((*words, *job.command), {**environment, **job.own_variables, **job.master_variables})
+    return StartPlan((*words, *job.command), {**environment, **job.master_variables})
 
 
 def _srun_words(job: Job) -> list[str]:
@@ -302,18 +234,16 @@ def _torchrun(job: Job, environment: Mapping[str, str]) -> StartPlan:
     options += [f"--rdzv-endpoint={meeting}", f"--rdzv-id={job.master_port}", *job.stop_options, *job.launcher_args]
     ranks = [*options, *job.program, *job.arguments]
     if job.route == "local":
-        return StartPlan((*agent, *ranks), {**environment, **job.own_variables})
+        return StartPlan((*agent, *ranks), environment)
     if job.route == "ssh":
-        kept, notes = _without_secrets(environment)
-        values = [f"{name}={value}" for name, value in _sent(job, kept).items()]
-        for word in (*values, *ranks):
-            _check_line(word)
+        values = [f"{name}={value}" for name, value in _sent(job, environment).items()]
+        _check_words((*values, *ranks), r"[\x00-\x1f\x7f]", "pdsh does not pass on a line break;")
         before, after = (shlex.join(words).replace("%", "%%") for words in (["env", *values, *agent], ranks))
         line = f"cd {shlex.quote(str(job.folder)).replace('%', '%%')} && exec {before} --local-addr=%h {after}"
         words = ("pdsh", "-S", "-R", "ssh", "-f", "1024", "-w", job.names, line)
-        return StartPlan(words, {**kept, **_pdsh_environment(environment, job.ssh_port)}, notes=notes)
+        return StartPlan(words, environment)
     # Only the node itself knows its own name. An agent gets the CPUs of all ranks that it starts.
     shell = ["sh", "-c", 'exec "$0" -P -m torch.distributed.run --local-addr="$SLURMD_NODENAME" "$@"', job.python]
     tasks, per_task = [f"--ntasks={len(job.hosts)}", "--ntasks-per-node=1"], environment.get("SLURM_CPUS_PER_TASK", "")
     tasks += [f"--cpus-per-task={int(per_task) * job.hosts[0].slots}"] if per_task.isdigit() else []
-    return StartPlan((*_srun_words(job), *tasks, *shell, *ranks), {**environment, **job.own_variables})
+    return StartPlan((*_srun_words(job), *tasks, *shell, *ranks), environment)

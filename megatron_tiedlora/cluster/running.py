@@ -125,8 +125,9 @@ class RunningJob:
         The launcher's own means are used: srun and mpirun pass SIGUSR1 on. Ranks on this machine get the signal itself.
         Those that ssh started stop when their connection ends.
         """
-        if self._job.route == "srun" or self._job.launcher in ("mpirun", "openmpi"):
-            self.tell([one for one in self.here() if _read(one, "name") in _FORWARDS], signal.SIGUSR1)
+        forwarders = [one for one in self.here() if _read(one, "name") in _FORWARDS]
+        if forwarders or self._job.route == "srun" or self._job.launcher == "mpirun":
+            self.tell(forwarders, signal.SIGUSR1)
         elif self._job.route == "local":
             self.tell(self.ranks(), number)
         else:

@@ -31,7 +31,6 @@ from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, run_name
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ephemeral ports of most systems
-_PROGRAMS = {"pdsh": ("pdsh",), "openmpi": ("mpirun",), "mpirun": ("mpirun",), "srun": ("srun",)}
 _TIMES = Times()
 
 
@@ -78,8 +77,6 @@ def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSigna
             job = replace(job, arguments=(*kept, f"--resume={resume}"), master_port=_port(settings))
         job = replace(job, start=secrets.token_hex(8))
         plan, status = plan_start(job, os.environ), StatusFile(folder, job.start)
-        for note in plan.notes:
-            say(note)
         if signals.received:
             return 128 + signals.received[0]
         say(f"{count_text(job.size, 'rank')} on {where} by {job.launcher}, into {folder.path}")
@@ -118,7 +115,7 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
     in_slurm = "SLURM_JOB_ID" in environment
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise UserError("srun has started this command in every task; start it once, without srun; it calls srun")
-    auto = "pdsh" if settings.hostfile is not None else "srun" if in_slurm else "local"
+    auto = "srun" if in_slurm and settings.hostfile is None else "deepspeed"
     launcher = auto if settings.launcher == "auto" else settings.launcher
     if settings.hostfile is not None:
         hosts = read_hostfile(settings.hostfile)
@@ -128,7 +125,7 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
                 raise UserError(f"--num_gpus {wanted}: {short[0].name} has {slots} in the hostfile")
             hosts = tuple(replace(host, slots=wanted) for host in hosts)
         return launcher, "ssh", hosts
-    if launcher == "srun" or (in_slurm and launcher != "local"):
+    if launcher == "srun" or (in_slurm and launcher != "deepspeed"):
         if not in_slurm:
             raise UserError("--launcher srun: not in a Slurm allocation; start with sbatch or salloc")
         return launcher, "srun", _allocation(settings, environment)
@@ -158,7 +155,7 @@ def make_job(
     private: Path,
 ) -> Job:
     """The job that the settings describe, on a new port."""
-    gpus = visible_gpus() if launcher == "local" else ()
+    gpus = visible_gpus() if (launcher, route) == ("deepspeed", "local") else ()
     if gpus and hosts[0].slots > len(gpus):
         raise UserError(f"--num_gpus {hosts[0].slots}: this machine has only {count_text(len(gpus), 'visible GPU')}")
     return Job(
@@ -209,14 +206,13 @@ def check_programs(job: Job) -> None:
     """Raise UserError if a program that the launcher needs is not installed here."""
     require_extra("train", only=["deepspeed"])
     deepspeed = Path(job.python).with_name("deepspeed")
-    if job.launcher in ("local", "pdsh", "openmpi") and not deepspeed.is_file():
+    if job.launcher == "deepspeed" and not deepspeed.is_file():
         raise UserError(f"{deepspeed}: no such launcher; start this with the Python in which DeepSpeed is installed")
-    by_pdsh = job.launcher == "torchrun" and job.route == "ssh"
-    for program in ("pdsh",) if by_pdsh else _PROGRAMS.get(job.launcher, ()):
+    by_pdsh = job.route == "ssh" and "--launcher" not in [word.partition("=")[0] for word in job.launcher_args]
+    own = {"deepspeed": ["pdsh"] * by_pdsh, "torchrun": ["pdsh"] * by_pdsh, "mpirun": ["mpirun"], "srun": ["srun"]}
+    for program in [*own[job.launcher], *(["ssh"] if job.route == "ssh" else [])]:
         if shutil.which(program) is None:
             raise UserError(f"--launcher {job.launcher}: there is no {program} on PATH; install it or choose another")
-    if job.route == "ssh" and shutil.which("ssh") is None:
-        raise UserError("--hostfile: there is no ssh on PATH, which is needed to reach the hosts; install it")
 
 
 def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
@@ -227,5 +223,4 @@ def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Map
         lines += [f"file        {path.name}", *(f"            {line}" for line in text.splitlines())]
     changed = {name: value for name, value in plan.environment.items() if environment.get(name) != value}
     lines += [f"environment {name}={shlex.quote(value)}" for name, value in sorted(changed.items())]
-    lines += [f"note        {note}" for note in plan.notes]
     return [*lines, f"command     {shlex.join(plan.words)}"]

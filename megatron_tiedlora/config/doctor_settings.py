@@ -48,7 +48,7 @@ class DoctorSettings(CommandSettings):
         "run", "`NAME slots=N` lines, as for deepspeed (default: the hosts of the Slurm allocation, or this machine)",
         None,
     )
-    launcher: Literal["auto", "local", "pdsh", "openmpi", "mpirun", "srun", "torchrun"] = shared_field(
+    launcher: Literal["auto", "deepspeed", "mpirun", "srun", "torchrun"] = shared_field(
         LaunchSettings, "launcher", "how the ranks are started, as for tiedlora run", group="run",
     )
     launcher_args: str | None = shared_field(

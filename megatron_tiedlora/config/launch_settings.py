@@ -42,8 +42,8 @@ class LaunchSettings(CommandSettings):
         "time limits": "how long to wait for the end of a job",
     }
 
-    launcher: Literal["auto", "local", "pdsh", "openmpi", "mpirun", "srun", "torchrun"] = setting_field(
-        "start", "auto: pdsh with --hostfile, srun in a Slurm allocation, else the local deepspeed", "auto",
+    launcher: Literal["auto", "deepspeed", "mpirun", "srun", "torchrun"] = setting_field(
+        "start", "auto: srun in a Slurm allocation, else deepspeed, here or with --hostfile", "auto",
     )
     hostfile: str | None = setting_field("start", "hosts of the job, one `NAME slots=N` line per host", None)
     num_gpus: int | None = setting_field(
@@ -55,7 +55,7 @@ class LaunchSettings(CommandSettings):
     master_port: int | None = setting_field("start", "port of the rendezvous (default: random)", None, ge=1, le=65535)
     ssh_port: int | None = setting_field("start", "port of the hosts' sshd", None, ge=1, le=65535)
     launcher_args: str | None = setting_field(
-        "start", 'arguments of pdsh, mpirun, srun or torchrun itself, e.g. "--cpu-bind=none"', None,
+        "start", 'arguments of deepspeed, mpirun, srun or torchrun itself, e.g. "--cpu-bind=none"', None,
     )
     max_restarts: int = setting_field(
         "start", "how often to restart after a failure, from the last checkpoint (--resume auto)", 0, ge=0,
@@ -78,11 +78,8 @@ class LaunchSettings(CommandSettings):
 def check_launcher(launcher: str, hostfile: str | None, launcher_args: str | None) -> None:
     """Raise ValueError if a launcher, the hosts and its arguments do not fit each other."""
     shell_words("launcher_args", launcher_args)
-    if launcher in ("local", "srun") and hostfile is not None:
-        where = "this machine only" if launcher == "local" else "the nodes of its Slurm allocation"
-        raise ValueError(f"--launcher {launcher} runs on {where}; remove --hostfile")
-    if launcher == "pdsh" and hostfile is None:
-        raise ValueError("--launcher pdsh needs --hostfile: one `NAME slots=N` line per host")
+    if launcher == "srun" and hostfile is not None:
+        raise ValueError("--launcher srun runs on the nodes of its Slurm allocation; remove --hostfile")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
+from megatron_tiedlora.runtime.machine import Finding
 
 FOLDER = Path(__file__).parent
 # What the command tells a part as --check-NAME, with the values for `pytest -m gpu`; the folder is for its output.
@@ -53,6 +54,16 @@ def warn_unless(good: bool, tell: Tell, fix: str) -> None:
     """Tell what to do unless the value that was told last is good."""
     if not good:
         tell(WARNING, fix)
+
+
+def report(findings: Iterable[Finding], tell: Tell) -> None:
+    """Tell what was found, with what to do about each warning; a first error fails the test."""
+    found = list(findings)
+    for finding in found:
+        tell(finding.code, finding.message)
+        warn_unless(finding.status == "error", tell, finding.fix)
+    wrong = [finding.fix for finding in found if finding.status == "error"]
+    assert not wrong, wrong[0]
 
 
 def why_no_gpu() -> str | None:
@@ -152,22 +163,26 @@ def _properties(case: Element) -> list[tuple[str, str]]:
     return [(each.get("name", ""), each.get("value", "")) for each in case.iter("property")]
 
 
-def problems(case: Element) -> Iterator[tuple[str, str, str]]:
-    """What is wrong in a test: (failed, warned or skipped; what to do, or why it was skipped; what was seen)."""
+def problems(case: Element) -> Iterator[Finding]:
+    """What is wrong in a test, or why it was skipped."""
     for problem in (each for each in case if each.tag in ("failure", "error", "skipped")):
         said, _, seen = (problem.get("message") or "").partition("\n")
         if problem.tag == "skipped":
-            yield "skipped", said, ""
+            yield Finding(status="skipped", value=said)
         elif said.startswith("AssertionError: ") or case.get("classname") is None:
-            yield "failed", said.removeprefix("AssertionError: "), seen.partition("\n")[0]
+            yield Finding(status="error", value=seen.partition("\n")[0], fix=said.removeprefix("AssertionError: "))
         else:
-            yield "failed", MEMORY_FIX if "OutOfMemory" in said else ERROR_FIX, said[:300]
-    yield from (("warned", value, "") for name, value in _properties(case) if name == WARNING)
+            yield Finding(status="error", value=said[:300], fix=MEMORY_FIX if "OutOfMemory" in said else ERROR_FIX)
+    yield from (Finding(status="warning", fix=value) for name, value in _properties(case) if name == WARNING)
+
+
+_ENDS = {"error": "failed", "warning": "warned", "skipped": "skipped"}  # the worst first
 
 
 def verdict(case: Element) -> str:
     """How a test ended: passed, warned, failed or skipped."""
-    return min((how for how, _, _ in problems(case)), default="passed", key=["failed", "warned", "skipped"].index)
+    found = {_ENDS[problem.status] for problem in problems(case)}
+    return next((how for how in _ENDS.values() if how in found), "passed")
 
 
 def verdicts(suites: Sequence[Element]) -> Counter[str]:
@@ -182,10 +197,10 @@ def part_lines(suite: Element) -> Iterator[str]:
     for case in suite.iter("testcase"):
         found = list(problems(case))
         if verdict(case) == "skipped":
-            skipped.update(why for _, why, _ in found)
+            skipped.update(problem.value for problem in found)
             continue
         figures = [f"{name} {_short(value)}" for name, value in _properties(case) if name != WARNING]
-        notes = "; ".join([*figures, *filter(None, (seen for _, _, seen in found))])
+        notes = "; ".join([*figures, *filter(None, (problem.value for problem in found))])
         yield f"- {verdict(case)} **{_name(case)}** {notes}".rstrip()
     yield from (f"- skipped {count} tests: {why}" for why, count in skipped.items())
 
@@ -207,7 +222,7 @@ def summary_lines(suites: Sequence[Element]) -> Iterator[str]:
     """How many tests ended in each way, and what to do about each failure and warning, in Markdown."""
     yield f"{', '.join(f'{count} {how}' for how, count in verdicts(suites).items())}."
     tests = [(f"**{suite.get('name')}: {_name(case)}**", case) for suite in suites for case in suite.iter("testcase")]
-    found = [(fix, name) for name, case in tests for how, fix, _ in problems(case) if how != "skipped"]
+    found = [(problem.fix, name) for name, case in tests for problem in problems(case) if problem.fix]
     for fix in dict.fromkeys(fix for fix, _ in found):
         names = list(dict.fromkeys(name for other, name in found if other == fix))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

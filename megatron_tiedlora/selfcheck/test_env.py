@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -15,27 +13,24 @@ import torch
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.model.fused_attention import choose_attention, one_by_one
 from megatron_tiedlora.planning.machines import listed_peak
+from megatron_tiedlora.runtime.machine import in_words, judge_machine, machine_record
 from megatron_tiedlora.runtime.process_group import gpu_name
-from megatron_tiedlora.selfcheck.parts import Tell, option, warn_unless, why_no_gpu
+from megatron_tiedlora.selfcheck.parts import Tell, option, report, warn_unless, why_no_gpu
 from megatron_tiedlora.selfcheck.running import compute_dtype, small_shape
 from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.throughput import matmul_rate, timed
 
 pytestmark = pytest.mark.gpu
 
-OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 SIZE, COPIED = 8192, 2**30  # size of the matmul, and bytes of the copy
 HEAD_DIM = 128
 # Shares of a data sheet's matmul FLOP/s, and bytes/s of a copy: a faster device has not computed anything.
 GOOD_SHARE, MOST_SHARE, MOST_COPIED = 0.6, 1.2, 40e12
 SMI_FIELDS = "driver_version,power.limit,clocks.max.sm,mig.mode.current,ecc.errors.uncorrected.volatile.total"
-TORCH_FIX = "install a later torch for the driver's CUDA version: https://pytorch.org/get-started/locally"
 TF32_FIX = (
     "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some containers set: runs with --dtype fp32 would round to TF32; the"
     " other parts do not"
 )
-OLD_FIX = "GPUs before Ampere have no fast bf16; give --dtype fp32, and expect a slow run"
-SHARED_FIX = "end other processes on the GPU (nvidia-smi); the figures below are from a shared GPU"
 ATTENTION_FIX = (
     "packed rows will be slow: correct what the reason names, upgrade torch, or install flash_attn (docs/gpu.md)"
 )
@@ -50,13 +45,13 @@ def test_gpu(pytestconfig: pytest.Config) -> None:
 
 
 def test_machine(tell: Tell) -> None:
-    """What `tiedlora env` says, with the variables of a run."""
-    command = [sys.executable, "-P", "-m", "megatron_tiedlora", "env", "--json=-"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=40)
-    for section in ("versions", "machine", "variables"):
-        for name, value in json.loads(done.stdout)[section].items():
-            tell(name, value)
-    assert tuple(map(int, torch.__version__.split(".")[:2])) >= OLDEST_TORCH, TORCH_FIX
+    """What `tiedlora env` says, with the variables of a run, and what is wrong with it."""
+    machine = machine_record()
+    for section, values in in_words(machine).items():
+        if section in ("versions", "machine", "variables"):
+            for name, value in values.items():
+                tell(name, value)
+    report(judge_machine(machine), tell)
 
 
 def test_fp32_matmuls(tell: Tell) -> None:
@@ -66,14 +61,9 @@ def test_fp32_matmuls(tell: Tell) -> None:
     warn_unless(precision == "highest", tell, TF32_FIX)
 
 
-def test_hardware(gpu: torch.device, tell: Tell) -> None:
-    """Driver, generation and free memory of each GPU."""
+def test_driver(gpu: torch.device, tell: Tell) -> None:
+    """What the driver says of the first GPU."""
     tell("driver, power limit, SM clock, MIG, ECC errors", _nvidia_smi(SMI_FIELDS) or "unknown")
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        tell(f"free memory of GPU {index}", free / total)
-        warn_unless(torch.cuda.get_device_capability(index) >= (8, 0), tell, OLD_FIX)
-        warn_unless(free / total >= 0.9, tell, SHARED_FIX)
 
 
 def _nvidia_smi(fields: str) -> str:

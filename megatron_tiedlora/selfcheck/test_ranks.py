@@ -25,8 +25,9 @@ from megatron_tiedlora.checkpoint.random_model import write_random_model
 from megatron_tiedlora.config.hosts import rank_variables
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.runtime.launch_env import free_port
+from megatron_tiedlora.runtime.machine import Finding
 from megatron_tiedlora.selfcheck import rank
-from megatron_tiedlora.selfcheck.parts import Tell, option, warn_unless
+from megatron_tiedlora.selfcheck.parts import Tell, option, report
 from megatron_tiedlora.selfcheck.rank import Case
 from megatron_tiedlora.selfcheck.test_attention import relative, worst_of
 
@@ -294,8 +295,5 @@ def test_doctor(ranks: Ranks, gpu: torch.device, tell: Tell) -> None:
         name = f"all-reduce over {len(group['ranks'])} GPUs ({group['kind']})"
         tell(f"{name} of 64 MB, GB/s of a link", group["bus_bytes_per_second"] / 1e9)
         tell(f"{name} of 4 kB, us", 1e6 * group["latency_seconds"])
-    for problem in found["findings"]:
-        tell(problem["code"], problem["message"])
-        warn_unless(problem["level"] == "error", tell, problem["fix"])
     assert all(group["correct"] for group in found["groups"]), DIFFERS_FIX
-    assert not (wrong := [each for each in found["findings"] if each["level"] == "error"]), wrong[0]["fix"]
+    report((Finding.model_validate(each) for each in found["findings"]), tell)

@@ -15,18 +15,16 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import CACHE_VARIABLE
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.cluster.doctor import probe as probe_module
-from megatron_tiedlora.cluster.doctor import rank
-from megatron_tiedlora.cluster.doctor.probe import job_content, job_files
-from megatron_tiedlora.cluster.doctor.records import HubRepo
+from megatron_tiedlora.cluster.doctor import files, rank
+from megatron_tiedlora.cluster.doctor.files import job_content, job_files
 from megatron_tiedlora.convert.export_peft import base_location
 from megatron_tiedlora.data.demo import demo_model_path
 
-MODEL = HubRepo(kind="model", id="meta-llama/Llama-2-7b-hf")
+MODEL = "meta-llama/Llama-2-7b-hf"
 
 # Values by flag; paths below the working folder, and ids on the hub, by flag.
 GIVEN: tuple[tuple[Mapping[str, str], Mapping[str, str], Mapping[str, str]], ...] = (
-    ({"model": "meta-llama/Llama-2-7b-hf"}, {"model": "meta-llama/Llama-2-7b-hf"}, {"model": MODEL.id}),
+    ({"model": "meta-llama/Llama-2-7b-hf"}, {"model": "meta-llama/Llama-2-7b-hf"}, {"model": MODEL}),
     ({"model": "llama"}, {"model": "llama"}, {}),
     ({"model": "a/b/c"}, {"model": "a/b/c"}, {}),
     ({"model": "./a/b"}, {"model": "a/b"}, {}),
@@ -56,8 +54,7 @@ def test_what_a_flag_names(
     Path("there.de,there.en").touch()
     found, repos = job_files(given)
     assert found == {flag: str(tmp_path / path) for flag, path in paths.items()}
-    assert {flag: repo.id for flag, repo in repos.items()} == hub
-    assert all((repo.kind == "model") == (flag == "model") for flag, repo in repos.items())
+    assert repos == hub
 
 
 @pytest.mark.parametrize("name", sorted({given["model"] for given, *_ in GIVEN if "model" in given} | {"demo"}))
@@ -110,21 +107,22 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_model_is_looked_for_in_the_cache(snapshot: Path, tmp_path: Path) -> None:
-    path = str(tmp_path / MODEL.id)
-    assert (content := job_content(path, MODEL)).kind == "not_cached" and content.path == MODEL.id  # without weights
+    path = str(tmp_path / MODEL)
+    content = job_content("model", path, MODEL)
+    assert (content.path, content.kind) == (MODEL, "not_cached")  # without weights
     (snapshot / "model.safetensors").write_bytes(bytes(2 << 20))
-    content = job_content(path, MODEL)
-    assert (content.path, content.kind) == (MODEL.id, "cached")
+    content = job_content("model", path, MODEL)
+    assert (content.path, content.kind) == (MODEL, "cached")
     assert sorted(content.files) == ["config.json", "model.safetensors"]
-    assert job_content(path, None).kind == "missing"
-    assert job_content(path, HubRepo(kind="model", id="nobody/nothing")).kind == "not_cached"
-    (tmp_path / MODEL.id).mkdir(parents=True)
-    assert job_content(path, MODEL).kind == "folder"  # as launch/train.py: what is there is not asked of the hub
+    assert job_content("model", path, None).kind == "missing"
+    assert job_content("model", path, "nobody/nothing").kind == "not_cached"
+    (tmp_path / MODEL).mkdir(parents=True)
+    assert job_content("model", path, MODEL).kind == "folder"  # as train: the hub is not asked for it
 
 
 def test_the_cache_is_the_one_that_the_host_names(snapshot: Path, tmp_path: Path) -> None:
     (snapshot / "model.safetensors").touch()
-    code = f"from {probe_module.__name__} import cached_model; print(cached_model({MODEL.id!r}))"
+    code = f"from {files.__name__} import cached_model; print(cached_model({MODEL!r}))"
     for home, expected in ((tmp_path, str(snapshot)), (tmp_path / "other", "None")):
         done = subprocess.run(
             ["env", "-u", "HF_HUB_CACHE", f"HF_HOME={home}", sys.executable, "-c", code],
@@ -137,7 +135,7 @@ def test_the_cache_is_the_one_that_the_host_names(snapshot: Path, tmp_path: Path
 
 
 def test_a_data_set_of_the_hub_is_not_looked_for(tmp_path: Path) -> None:
-    content = job_content(str(tmp_path / "gsm8k"), HubRepo(kind="dataset", id="gsm8k"))
+    content = job_content("train_file", str(tmp_path / "gsm8k"), "gsm8k")
     assert (content.path, content.kind, content.files) == ("gsm8k", "unchecked", {})
 
 

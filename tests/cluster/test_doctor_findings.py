@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.cluster.doctor.examine import compare_hosts
-from megatron_tiedlora.cluster.doctor.rank import group_members
+from megatron_tiedlora.cluster.doctor.compare import compare_hosts
 from megatron_tiedlora.cluster.doctor.records import (
     Clock,
-    Finding,
-    Gpu,
+    HostAnswer,
     HostReport,
     OutputFolder,
     ParallelConfig,
     PathContent,
-    Probe,
-    RankEvent,
+    Said,
 )
 from megatron_tiedlora.cluster.doctor.text import host_table
 from megatron_tiedlora.cluster.doctor.trial import Trial, explain_shared, explain_silence
+from megatron_tiedlora.runtime.machine import Finding, Gpu, MachineRecord
 
 NAMES = ("nodea", "nodeb", "nodec")
 SLOTS = 2
@@ -29,20 +27,18 @@ GIB = 1 << 30
 Changes = Mapping[str, Any]
 
 
-def probe(name: str, **changes: Any) -> Probe:
-    """A healthy host's answer, with GPUs if they are among the changes."""
+def answer(name: str, **changes: Any) -> HostAnswer:
+    """A healthy host's answer, with GPUs if they are among the changes, which are of the answer or its machine."""
     number = NAMES.index(name) + 1
-    versions = {"python": "3.11.7", "torch": "2.8.0", "deepspeed": "0.19.8", "transformers": "5.1.0"}
-    values: dict[str, Any] = {
-        "hostname": name,
-        "machine": f"{name} boot{number}",
-        "executable": "/env/bin/python",
+    versions = {"python": "3.11.7", "torch": "2.12.0", "deepspeed": "0.19.8", "transformers": "5.1.0"}
+    machine: dict[str, Any] = {
         "versions": {**versions, "megatron_tiedlora": "0.1.0", "safetensors": "0.6.0"},
+        "paths": {"python": "/env/bin/python"},
+        "extras": {},
+        "variables": {},
+        "host": name,
+        "id": f"{name} boot{number}",
         "source_hash": "0123456789ab",
-        "torch_error": None,
-        "cuda": None,
-        "nccl": None,
-        "gpus": [],
         "infiniband": [],
         "num_cores": 8,
         "memory_bytes": 64 * GIB,
@@ -51,14 +47,17 @@ def probe(name: str, **changes: Any) -> Probe:
         "nofile": 1024,
         "memlock": 8 << 20,
         "name_addresses": [f"10.0.0.{number}"],
+        "interfaces": {"lo": ["127.0.0.1"], "eth0": [f"10.0.0.{number}"]},
+    }
+    values: dict[str, Any] = {
         "master_addresses": ["10.0.0.1"],
         "peer_address": f"10.0.0.{number}",
-        "interfaces": {"lo": ["127.0.0.1"], "eth0": [f"10.0.0.{number}"]},
-        "socket_names": {},
         "paths": {"model": folder(), "train_file": PathContent(path="/d.jsonl", kind="file", files={"d.jsonl": "9 a"})},
         "output": OutputFolder(path="/runs/new", existing="/runs", writable=True, free_bytes=99 * GIB),
     }
-    return Probe(**{**values, **changes})
+    values |= {name: value for name, value in changes.items() if name in values}
+    machine |= {name: value for name, value in changes.items() if name not in values}
+    return HostAnswer(machine=MachineRecord(**machine), **values)
 
 
 def folder(kind: str = "folder", **files: str) -> PathContent:
@@ -75,7 +74,7 @@ def hosts(changes: Mapping[str, Changes] | None = None, *, names: tuple[str, ...
             name=name,
             slots=SLOTS,
             first_rank=index * SLOTS,
-            probe=probe(name, **changes.get(name, {})),
+            answer=answer(name, **changes.get(name, {})),
             clock=Clock(skew=0.001, margin=0.002),
         )
         for index, name in enumerate(names)
@@ -100,11 +99,12 @@ def examined(reports: list[HostReport], **shape: int) -> list[Finding]:
 
 
 def versions(**changes: str) -> Changes:
-    return {"versions": {**probe("nodea").versions, **changes}}
+    return {"versions": {**answer("nodea").machine.versions, **changes}}
 
 
 def h100s(*free: int, name: str = "H100") -> Changes:
-    return {"gpus": [Gpu(name=name, total_bytes=80 * GIB, free_bytes=each * GIB) for each in free or (79, 79)]}
+    same = {"name": name, "total_bytes": 80 * GIB, "capability": (9, 0)}
+    return {"gpus": [Gpu(free_bytes=each * GIB, **same) for each in free or (79, 79)]}
 
 
 def test_healthy_hosts_have_no_finding() -> None:
@@ -116,8 +116,8 @@ def test_healthy_hosts_have_no_finding() -> None:
 
 # (what changes on which hosts, code, level, the hosts named, words of the message)
 WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
-    "torch": ({"nodeb": versions(torch="2.7.1")}, "version", "error", ["nodeb"], "torch is 2.7.1 on nodeb, but 2.8.0"),
-    "first odd": ({"nodea": versions(torch="2.7.1")}, "version", "error", ["nodea"], "but 2.8.0 on nodeb and nodec"),
+    "torch": ({"nodeb": versions(torch="2.11.1")}, "version", "error", ["nodeb"], "is 2.11.1 on nodeb, but 2.12.0"),
+    "first odd": ({"nodea": versions(torch="2.11.1")}, "version", "error", ["nodea"], "but 2.12.0 on nodeb and nodec"),
     "two odd": (
         {"nodea": versions(deepspeed="1"), "nodec": versions(deepspeed="1")},
         "version",
@@ -163,13 +163,13 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
     "stranger": ({"nodeb": {"master_addresses": []}}, "name_unknown", "error", ["nodeb"], "first host's name, nodea"),
     "itself": ({"nodeb": {"master_addresses": ["127.0.0.1"]}}, "master_address", "error", ["nodeb"], "nodeb itself"),
     "interface": (
-        {"nodec": {"socket_names": {"GLOO_SOCKET_IFNAME": "ib0"}}},
+        {"nodec": {"variables": {"GLOO_SOCKET_IFNAME": "ib0"}}},
         "no_interface",
         "error",
         ["nodec"],
         "GLOO_SOCKET_IFNAME=ib0",
     ),
-    "twice": ({"nodeb": {"machine": "nodea boot1"}}, "same_machine", "error", ["nodea", "nodeb"], "one machine"),
+    "twice": ({"nodeb": {"id": "nodea boot1"}}, "same_machine", "error", ["nodea", "nodeb"], "one machine"),
     "shm": ({"nodeb": {"shm_bytes": 64 << 20}}, "shm", "warning", ["nodeb"], "67.11 MB"),
     "files": ({"nodeb": {"nofile": 256}}, "nofile", "warning", ["nodeb"], "may open 256 files"),
     "locked": ({"nodeb": {"infiniband": ["mlx5_0"]}}, "memlock", "warning", ["nodeb"], "mlx5_0"),
@@ -181,9 +181,9 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
 def test_each_wrong_thing_is_found_once(case: str) -> None:
     changes, code, level, named, words = WRONG[case]
     if code.startswith("path"):  # the other paths stay as they are
-        changes = {name: {"paths": {**probe("nodea").paths, **change["paths"]}} for name, change in changes.items()}
+        changes = {name: {"paths": {**answer("nodea").paths, **change["paths"]}} for name, change in changes.items()}
     (finding,) = examined(hosts(changes))
-    assert (finding.code, finding.level, finding.hosts) == (code, level, named)
+    assert (finding.code, finding.status, finding.hosts) == (code, level, named)
     assert words in finding.message and finding.fix
     assert all(name in finding.message for name in named)
 
@@ -225,7 +225,7 @@ def test_what_may_be_on_the_hub(case: str) -> None:
         for name, kind in kinds.items()
     }
     findings = examined(hosts(changes))
-    assert [(finding.code, finding.level, finding.hosts) for finding in findings] == expected
+    assert [(finding.code, finding.status, finding.hosts) for finding in findings] == expected
     for finding in findings:
         path = "/data/owner/name" if finding.code == "path_missing" else "owner/name"
         assert f"--model {path} is" in finding.message
@@ -236,7 +236,7 @@ def test_caches_of_the_hub_that_differ_are_warned_of() -> None:
         return {"paths": {"model": PathContent(path="owner/name", kind="cached", files={"config.json": config})}}
 
     (finding,) = examined(hosts({"nodea": cached("1 a"), "nodeb": cached("1 b"), "nodec": cached("1 a")}))
-    assert (finding.code, finding.level, finding.hosts) == ("path_differs", "warning", ["nodeb"])
+    assert (finding.code, finding.status, finding.hosts) == ("path_differs", "warning", ["nodeb"])
     assert "--model owner/name differs from the other hosts': config.json" in finding.message
 
 
@@ -257,13 +257,13 @@ def test_another_version_has_other_files_which_is_one_finding() -> None:
 def test_a_hosts_own_name_only_matters_among_several_and_where_gloo_listens_by_it() -> None:
     trap: Changes = {"name_addresses": ["127.0.1.1"], "master_addresses": ["127.0.1.1"]}
     assert examined(hosts({"nodea": trap}, names=NAMES[:1])) == []
-    named = {"nodea": {**trap, "socket_names": {"GLOO_SOCKET_IFNAME": "eth0"}}}
+    named = {"nodea": {**trap, "variables": {"GLOO_SOCKET_IFNAME": "eth0"}}}
     assert examined(hosts(named)) == []
     (finding,) = examined(hosts({"nodea": trap}))
     assert finding.code == "loopback_name" and "GLOO_SOCKET_IFNAME=eth0" in finding.fix
     on_gpus = {name: h100s() for name in NAMES}
     (finding,) = examined(hosts({**on_gpus, "nodea": {**on_gpus["nodea"], **trap}}))
-    assert (finding.code, finding.level) == ("loopback_name", "warning")
+    assert (finding.code, finding.status) == ("loopback_name", "warning")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_a_hosts_own_name_only_matters_among_several_and_where_gloo_listens_by_i
     [("eth", True), ("=eth0", True), ("=eth", False), ("^lo", True), ("^eth,lo", False), ("ib,eth0", True)],
 )
 def test_nccls_interface_names(value: str, known: bool) -> None:
-    findings = examined(hosts({"nodeb": {"socket_names": {"NCCL_SOCKET_IFNAME": value}}}))
+    findings = examined(hosts({"nodeb": {"variables": {"NCCL_SOCKET_IFNAME": value}}}))
     assert [finding.code for finding in findings] == ([] if known else ["no_interface"])
 
 
@@ -282,6 +282,7 @@ def test_nccls_interface_names(value: str, known: bool) -> None:
         (h100s(name="A100"), "gpus_differ", "warning"),
         (h100s(79), "too_few_gpus", "error"),
         (h100s(79, 20), "gpu_memory_used", "warning"),
+        ({"gpus": [h100s()["gpus"][0].model_copy(update={"capability": (7, 0)})] * 2}, "old_gpu", "warning"),
         ({**h100s(), "cuda": "12.6"}, "cuda_version", "error"),
         ({**h100s(), "nccl": "2.26.2"}, "nccl_version", "error"),
     ],
@@ -290,7 +291,13 @@ def test_gpus(change: Changes, code: str, level: str) -> None:
     changes = {name: {"cuda": "12.8", "nccl": "2.27.3", **h100s()} for name in NAMES}
     changes["nodeb"] = {**changes["nodeb"], **change}
     (finding,) = examined(hosts(changes))
-    assert (finding.code, finding.level, finding.hosts) == (code, level, ["nodeb"])
+    assert (finding.code, finding.status, finding.hosts) == (code, level, ["nodeb"])
+
+
+def test_a_torch_that_is_too_old() -> None:
+    (finding,) = examined(hosts({"nodea": versions(torch="2.9.1+cu128")}, names=NAMES[:1]))
+    assert (finding.code, finding.status) == ("old_torch", "error")
+    assert finding.message == "nodea: torch is 2.9.1+cu128, but this package needs 2.10 or later"
 
 
 def test_free_memory_of_gpus_is_in_the_table_and_makes_no_host_an_odd_one() -> None:
@@ -313,25 +320,25 @@ def test_clocks_count_only_beyond_their_margin() -> None:
 def test_tensor_parallel_groups_that_span_hosts() -> None:
     reports = hosts(names=NAMES[:2])
     (finding,) = examined(reports, tensor=4)
-    assert (finding.code, finding.level, finding.hosts) == (
+    assert (finding.code, finding.status, finding.hosts) == (
         "tensor_parallel_across_hosts", "warning", ["nodea", "nodeb"],
     )  # fmt: skip
     assert examined(reports, tensor=2, pipeline=2) == examined(reports, tensor=1, pipeline=4) == []
 
 
 def test_hosts_without_an_answer_are_no_odd_ones() -> None:
-    silent = [report.model_copy(update={"probe": None, "clock": None}) for report in hosts()]
+    silent = [report.model_copy(update={"answer": None, "clock": None}) for report in hosts()]
     assert examined(silent) == []
     assert examined([*hosts()[:2], silent[2]]) == []
 
 
 def test_a_group_is_where_the_grid_puts_it() -> None:
-    assert group_members(layout(8, tensor=2, pipeline=2)) == {
+    assert layout(8, tensor=2, pipeline=2).groups() == {
         "tensor": [[0, 1], [2, 3], [4, 5], [6, 7]],
         "pipeline": [[0, 4], [1, 5], [2, 6], [3, 7]],
         "data": [[0, 2], [1, 3], [4, 6], [5, 7]],
     }
-    assert group_members(layout(1, tensor=1)) == {}
+    assert layout(1, tensor=1).groups() == {}
 
 
 # Silence -------------------------------------------------------------------------------------------------------------
@@ -345,21 +352,19 @@ def test_a_group_is_where_the_grid_puts_it() -> None:
     ],
 )
 def test_why_a_host_is_silent(printed: list[str], said: str) -> None:
-    reports = [one.model_copy(update={"probe": None}) if one.name == "nodeb" else one for one in hosts()]
+    reports = [one.model_copy(update={"answer": None}) if one.name == "nodeb" else one for one in hosts()]
     for route, fix in (("ssh", "ssh nodeb true"), ("srun", "sinfo -R"), ("local", "same path there")):
         (finding,) = explain_silence(reports, Trial(printed=printed, status=1), route=route)
-        assert (finding.code, finding.level, finding.hosts) == ("no_answer", "error", ["nodeb"])
+        assert (finding.code, finding.status, finding.hosts) == ("no_answer", "error", ["nodeb"])
         assert said in finding.message and finding.message.startswith("nodeb: ") and fix in finding.fix
 
 
 def test_what_hosts_say_of_a_shared_folder() -> None:
     def codes(said: dict[str, str]) -> list[tuple[str, str, list[str]]]:
         ranks = {one.name: one.first_rank for one in hosts()}
-        events = {
-            ranks[name]: [RankEvent(rank=ranks[name], event="shared", reason=why)] for name, why in said.items()
-        }
-        findings = explain_shared(hosts(), Trial(events=events), "/runs/new")
-        return [(finding.code, finding.level, finding.hosts) for finding in findings]
+        news = {ranks[name]: [Said(rank=ranks[name], shared=why)] for name, why in said.items()}
+        findings = explain_shared(hosts(), Trial(news), "/runs/new")
+        return [(finding.code, finding.status, finding.hosts) for finding in findings]
 
     assert codes({"nodea": "", "nodeb": "", "nodec": ""}) == [] == codes({})
     assert codes({"nodea": "", "nodeb": "", "nodec": "not seen"}) == [("output_not_shared", "warning", ["nodec"])]

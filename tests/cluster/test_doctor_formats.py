@@ -6,19 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
-from test_doctor_findings import hosts, versions
+from test_doctor_findings import hosts, layout, versions
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.doctor import examine
-from megatron_tiedlora.cluster.doctor.compare import look_at_formats
-from megatron_tiedlora.cluster.doctor.records import Gpu, HostReport
+from megatron_tiedlora.cluster.doctor import trial
+from megatron_tiedlora.cluster.doctor.compare import compare_hosts
+from megatron_tiedlora.cluster.doctor.records import HostReport
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
+from megatron_tiedlora.runtime.machine import Finding, Gpu
 
 
 def test_what_a_base_of_fewer_bits_needs() -> None:
+    def findings(reports: list[HostReport], base: str | None, products: str | None) -> list[Finding]:
+        found = compare_hosts(reports, layout(), max_skew=1.0, base_format=base, products=products)
+        return [finding for finding in found if finding.code in ("bitsandbytes", "products")]
+
     def found(reports: list[HostReport], base: str | None, products: str | None) -> list[tuple[str, str, list[str]]]:
-        findings = look_at_formats(reports, base_format=base, products=products)
-        return [(finding.code, finding.level, finding.hosts) for finding in findings]
+        return [(one.code, one.status, one.hosts) for one in findings(reports, base, products)]
 
     reports = hosts({"nodea": versions(bitsandbytes="0.50.2"), "nodec": versions(bitsandbytes="0.50.2")})
     assert found(reports, "nf4", None) == [("bitsandbytes", "warning", ["nodeb"])]
@@ -27,7 +31,7 @@ def test_what_a_base_of_fewer_bits_needs() -> None:
     for name, capability in (("nodea", (9, 0)), ("nodeb", (8, 0)), ("nodec", (8, 9))):
         gpus[name] = {"gpus": [Gpu(name=f"GPU {name}", total_bytes=1, free_bytes=1, capability=capability)]}
     assert found(hosts(gpus), "fp8", "fp8") == [("products", "error", ["nodeb"])]
-    (finding,) = look_at_formats(hosts(gpus), base_format="fp8", products="fp8")
+    (finding,) = findings(hosts(gpus), "fp8", "fp8")
     assert "nodeb: GPU nodeb cannot multiply in fp8: it needs compute capability 8.9" in finding.message
     assert found(hosts(gpus), "fp8", None) == []
 
@@ -49,10 +53,10 @@ def test_the_folder_s_own_format_counts(quantised: bool, changes: dict[str, str]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     settings = DoctorSettings(model=str(tmp_path), **changes)
     elsewhere = DoctorSettings(model="OWNER/NAME", **changes)  # whatever is in its config, each rank looks
-    assert examine._base_format(elsewhere) == changes.get("base")
+    assert trial._base_format(elsewhere) == changes.get("base")
     if not wrong:
-        assert examine._base_format(settings) == "nf4"
+        assert trial._base_format(settings) == "nf4"
         return
     with pytest.raises(UserError) as raised:
-        examine._base_format(settings)
+        trial._base_format(settings)
     assert wrong in str(raised.value)

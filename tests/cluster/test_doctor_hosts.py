@@ -77,7 +77,7 @@ class Examined:
 
 def found(report: dict[str, Any], level: str = "error") -> list[tuple[str, list[str]]]:
     """(code, hosts) of the findings of a level."""
-    return [(finding["code"], finding["hosts"]) for finding in report["findings"] if finding["level"] == level]
+    return [(finding["code"], finding["hosts"]) for finding in report["findings"] if finding["status"] == level]
 
 
 def doctors_on(host: FakeHost) -> list[str]:
@@ -127,8 +127,8 @@ def test_a_healthy_pair_is_ready(
     assert (status, report["verdict"], report["findings"]) == (0, "ready", []), text
     assert f"verdict: ready, 2 hosts, {2 * slots} ranks" in text
     for host, row in zip(cluster.hosts.values(), report["hosts"], strict=True):
-        probe = row["probe"]
-        assert (row["name"], probe["hostname"], probe["peer_address"]) == (host.name, host.name, host.address)
+        answer = row["answer"]
+        assert (row["name"], answer["machine"]["host"], answer["peer_address"]) == (host.name, host.name, host.address)
         assert abs(row["clock"]["skew"]) <= row["clock"]["margin"] + 0.01  # one machine has one clock
     assert [(group["kind"], group["ranks"], group["hosts"]) for group in report["groups"]] == groups
     for group in report["groups"]:
@@ -142,14 +142,16 @@ def test_a_healthy_pair_is_ready(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["openmpi", "mpirun", "torchrun"])
-def test_by_the_launcher_that_the_job_will_have(cluster: FakeCluster, launcher: str) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "own"), [("deepspeed", {"launcher_args": "--launcher=openmpi"}), ("mpirun", {}), ("torchrun", {})]
+)
+def test_by_the_launcher_that_the_job_will_have(cluster: FakeCluster, launcher: str, own: dict[str, str]) -> None:
     if launcher != "torchrun" and why_not("openmpi"):
         pytest.skip(why_not("openmpi"))
-    doctor = Examined(cluster, hostfile=cluster.hostfile(), launcher=launcher, timeout_seconds=80)
+    doctor = Examined(cluster, hostfile=cluster.hostfile(), launcher=launcher, timeout_seconds=80, **own)
     status, report = doctor.wait(200.0)
     assert (status, report["launcher"], report["findings"]) == (0, launcher, []), doctor.started.output()
-    assert [row["probe"]["hostname"] for row in report["hosts"]] == BOTH
+    assert [row["answer"]["machine"]["host"] for row in report["hosts"]] == BOTH
     assert [group["hosts"] for group in report["groups"]] == [BOTH]
     assert_nothing_left(cluster)
 
@@ -192,11 +194,11 @@ def test_a_version_and_a_path_are_each_named(cluster: FakeCluster, model: Path) 
     given = {"hostfile": cluster.hostfile(), "model": model, "train_file": rows, "output_dir": runs}
     with private(second, data, runs), other_metadata(second, "deepspeed", "0.19.7"):
         status, report = Examined(cluster, **given).wait()
-    messages = {finding["code"]: finding["message"] for finding in report["findings"]}
+    messages = {finding["code"]: (finding["value"], finding["expected"]) for finding in report["findings"]}
     assert (status, report["verdict"]) == (1, "not ready")
     assert sorted(found(report)) == [("path_missing", ["nodeb"]), ("version", ["nodeb"])]
-    assert messages["version"] == f"deepspeed is 0.19.7 on nodeb, but {distribution('deepspeed').version} on nodea"
-    assert messages["path_missing"] == f"--train_file {rows} is missing on nodeb"
+    assert messages["version"] == ("deepspeed is 0.19.7 on nodeb", f"{distribution('deepspeed').version} on nodea")
+    assert messages["path_missing"] == (f"--train_file {rows} is missing on nodeb", "")
     assert found(report, "warning") == [("output_not_shared", ["nodeb"])]
     assert "1 error" in report["skipped"]  # a missing path is not in the ranks' way
     assert_nothing_left(cluster)
@@ -251,7 +253,7 @@ def test_a_host_that_is_down_is_named(tmp_path: Path) -> None:
         status, report = doctor.wait(limit=150)
         assert (status, found(report)) == (1, [("no_answer", ["nodeb"])])
         assert "verdict: not ready: 1 error" in doctor.started.output()
-        assert report["hosts"][1]["probe"] is None and report["groups"] == []
+        assert report["hosts"][1]["answer"] is None and report["groups"] == []
         assert_nothing_left(cluster)
 
 

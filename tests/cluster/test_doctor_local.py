@@ -1,4 +1,4 @@
-"""launch/doctor.py on this machine alone, the probe's own looks at a host, and wrong usage."""
+"""launch/doctor.py on this machine alone, what a rank sees of its host, and wrong usage."""
 
 from __future__ import annotations
 
@@ -17,20 +17,16 @@ from ranks import ENVIRONMENT
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.doctor.examine import find_job, place_ranks
-from megatron_tiedlora.cluster.doctor.probe import (
-    address_towards,
-    is_loopback,
-    output_folder,
-    path_content,
-    resolve,
-    source_hash,
-)
+from megatron_tiedlora.cluster.doctor.compare import is_loopback
+from megatron_tiedlora.cluster.doctor.files import output_folder, path_content
+from megatron_tiedlora.cluster.doctor.rank import address_towards
+from megatron_tiedlora.cluster.doctor.trial import find_job, place_ranks
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host
 from megatron_tiedlora.planning.machines import read_machine
 from megatron_tiedlora.runtime.launch_env import free_port
+from megatron_tiedlora.runtime.machine import resolve, source_hash
 
 DOCTOR = ROOT / "launch" / "doctor.py"
 
@@ -61,10 +57,10 @@ def test_this_machine_alone(tmp_path: Path) -> None:
     assert "verdict: ready, 1 host, 2 ranks" in done.stdout and "pipeline" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     (host,), (group,) = report["hosts"], report["groups"]
-    assert (report["route"], report["launcher"], host["slots"], host["name"]) == ("local", "local", 2, "localhost")
+    assert (report["route"], report["launcher"], host["slots"], host["name"]) == ("local", "deepspeed", 2, "localhost")
     assert (group["kind"], group["ranks"], group["correct"]) == ("pipeline", [0, 1], True)
-    assert host["probe"]["executable"] == sys.executable
-    assert host["probe"]["source_hash"] == source_hash(ROOT / "megatron_tiedlora")
+    assert host["answer"]["machine"]["paths"]["python"] == sys.executable
+    assert host["answer"]["machine"]["source_hash"] == source_hash(ROOT / "megatron_tiedlora")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new", "report.json"]
     machine = read_machine(tmp_path / "new" / "constants.json")
     assert machine.record() == report["machine"] | {"capability": None} and report["seconds"]["measure"] > 0
@@ -85,7 +81,7 @@ def test_a_rank_alone_that_cannot_measure(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     (finding,) = report["findings"]
     assert (done.returncode, finding["code"], report["machine"]) == (1, "not_measured", None)
-    assert "did not finish measuring (" in finding["message"] and "config.json" in finding["message"]
+    assert "did not finish measuring (" in finding["value"] and "config.json" in finding["value"]
     (tmp_path / "model" / "config.json").unlink()
     (tmp_path / "model").rmdir()
     done = doctor(*given, folder=tmp_path)
@@ -99,8 +95,8 @@ def test_json_alone_on_stdout_and_a_model_that_is_missing(tmp_path: Path) -> Non
     report = json.loads(done.stdout)
     assert done.returncode == 1 and report["skipped"].endswith("has no communication to test")
     (finding,) = report["findings"]
-    assert (finding["code"], finding["level"]) == ("path_missing", "error")
-    assert finding["message"] == f"--model {tmp_path / 'nowhere'} is missing on every host"
+    assert (finding["code"], finding["status"]) == ("path_missing", "error")
+    assert finding["value"] == f"--model {tmp_path / 'nowhere'} is missing on every host"
 
 
 def test_what_is_on_the_hub_is_no_missing_path(tmp_path: Path) -> None:
@@ -110,11 +106,11 @@ def test_what_is_on_the_hub_is_no_missing_path(tmp_path: Path) -> None:
     done = doctor(*given, folder=tmp_path)
     report = json.loads(done.stdout)
     assert (done.returncode, report["verdict"]) == (0, "ready"), done.stdout
-    found = {finding["code"]: finding["message"] for finding in report["findings"]}
+    found = {finding["code"]: finding["value"] for finding in report["findings"]}
     not_cached = "--model nobody/nothing-at-all is not a folder, and is not in the Hugging"
     assert found["hub_not_cached"].startswith(not_cached)
     assert found["hub_not_checked"].startswith("--test_file gsm8k is not a file on every host; whether")
-    paths = report["hosts"][0]["probe"]["paths"]
+    paths = report["hosts"][0]["answer"]["paths"]
     assert [paths[f"train_file:{number}"]["kind"] for number in (1, 2)] == ["file", "file"]
 
 
@@ -126,7 +122,7 @@ def test_what_is_on_the_hub_is_no_missing_path(tmp_path: Path) -> None:
         (["--hostfile=odd", "--tensor_parallel=2"], "3 ranks are not a multiple of --tensor_parallel 2"),
         (["--host_file=x"], "unknown argument --host_file (did you mean --hostfile?)"),
         (["--ssh_port=22"], "--ssh_port needs --hostfile"),
-        (["--launcher=pdsh"], "--launcher pdsh needs --hostfile"),
+        (["--launcher=pdsh"], "--launcher pdsh: input should be 'auto', 'deepspeed'"),
         (["--launcher=srun", "--hostfile=odd"], "remove --hostfile"),
         (["--master_port=70000"], "--master_port 70000: input should be less than or equal to 65535"),
         (["--model=llama2-7b"], "is a shape without files"),
@@ -175,10 +171,10 @@ def test_whom_to_examine(tmp_path: Path) -> None:
         job = find_job(DoctorSettings(**settings), environment, tmp_path)
         return job.launcher, job.route, job.hosts
 
-    assert found(allocation, hostfile=str(hostfile)) == ("pdsh", "ssh", (Host("a", 2), Host("b", 2)))
+    assert found(allocation, hostfile=str(hostfile)) == ("deepspeed", "ssh", (Host("a", 2), Host("b", 2)))
     assert found({}, hostfile=str(hostfile), launcher="mpirun")[:2] == ("mpirun", "ssh")
     assert found(allocation) == ("srun", "srun", (Host("n1", 4), Host("n2", 4)))
-    assert found({}, tensor_parallel=2, pipeline_parallel=2) == ("local", "local", (Host("localhost", 4),))
+    assert found({}, tensor_parallel=2, pipeline_parallel=2) == ("deepspeed", "local", (Host("localhost", 4),))
     step = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PER_NODE": "1"}
     interactive = {**allocation, **step, "SLURM_STEP_NUM_TASKS": "1"}
     assert found(interactive) == ("srun", "srun", (Host("n1", 4), Host("n2", 4)))
@@ -188,12 +184,12 @@ def test_whom_to_examine(tmp_path: Path) -> None:
 
 def test_ranks_are_where_the_launcher_starts_them(tmp_path: Path) -> None:
     hosts = (Host("node9", 2), Host("node10", 2))
-    for launcher, names in (("pdsh", ["node9", "node10"]), ("torchrun", ["node10", "node9"])):
+    for launcher, names in (("deepspeed", ["node9", "node10"]), ("torchrun", ["node10", "node9"])):
         placed = place_ranks(make_job(tmp_path, launcher=launcher, hosts=hosts))
         assert [(host.name, host.first_rank) for host in placed] == list(zip(names, (0, 2), strict=True))
 
 
-# The probe -----------------------------------------------------------------------------------------------------------
+# What a rank sees ----------------------------------------------------------------------------------------------------
 
 
 def test_what_a_path_holds(tmp_path: Path) -> None:

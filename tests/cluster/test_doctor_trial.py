@@ -13,30 +13,30 @@ import pytest
 import torch
 from launcher_jobs import make_job, write_program
 
-from megatron_tiedlora.cluster.doctor.examine import examine, make_report
-from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, SMALL_BYTES, TrialRank
+from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, TrialRank
 from megatron_tiedlora.cluster.doctor.records import (
     DoctorReport,
-    Finding,
     GroupResult,
+    HostAnswer,
     HostReport,
     Order,
     ParallelConfig,
-    Probe,
-    RankEvent,
+    PathContent,
+    Said,
 )
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.cluster.doctor.trial import (
     Trial,
+    examine,
     explain_trial,
     group_results,
     heard_hosts,
     judge_groups,
     measure_hosts,
 )
-from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.runtime.machine import Finding, machine_record
 
 LARGE = 64_000_000
 LAYOUT = ParallelConfig(
@@ -52,80 +52,25 @@ HOSTS = [HostReport(name="nodea", slots=2, first_rank=0), HostReport(name="nodeb
 GROUPS = (("tensor", (0, 1)), ("tensor", (2, 3)), ("data", (0, 2)), ("data", (1, 3)))
 
 
-def events_of(rank: int, *, until: str = "done", seconds: float = 0.1) -> list[RankEvent]:
-    """What a rank says up to and with its event `until`."""
-    measured = [
-        RankEvent(
-            rank=rank,
-            event="measured",
-            kind=kind,
-            ranks=list(ranks),
-            num_bytes=num_bytes,
-            seconds=seconds if num_bytes == LARGE else 1e-4,
-        )
-        for kind, ranks in GROUPS
-        if rank in ranks
-        for num_bytes in (SMALL_BYTES, LARGE)
-    ]
-    started, joined, done = (RankEvent(rank=rank, event=event) for event in ("started", "joined", "done"))
-    events = [started, joined, *measured, done]
-    names = [event.event for event in events]
-    return [] if until == "" else events[: names.index(until) + 1]
-
-
-def trial(until: dict[int, str] | None = None, *, failed: dict[int, str] | None = None, **kwargs: object) -> Trial:
-    """A trial whose ranks came to their end, but for those in `until` and those that said how they failed."""
-    until = until or {}
-    events = {rank: events_of(rank, until=until.get(rank, "done")) for rank in range(4)}
-    for rank, reason in (failed or {}).items():
-        events[rank].append(RankEvent(rank=rank, event="failed", reason=reason))
-    return Trial(events=events, **kwargs)  # type: ignore[arg-type]
-
-
-def explained(seen: Trial) -> list[tuple[str, list[str]]]:
-    return [(finding.code, finding.hosts) for finding in explain_trial(HOSTS, LAYOUT, seen, limit=60)]
-
-
-def test_figures_of_each_group() -> None:
-    seen = trial()
-    seen.events[3] = events_of(3, seconds=0.4)
-    results = group_results(HOSTS, LAYOUT, seen, large_bytes=LARGE)
-    assert [(group.kind, group.ranks, group.hosts) for group in results] == [
-        ("tensor", [0, 1], ["nodea"]),
-        ("tensor", [2, 3], ["nodeb"]),
-        ("data", [0, 2], ["nodea", "nodeb"]),
-        ("data", [1, 3], ["nodea", "nodeb"]),
-    ]
-    assert [group.seconds for group in results] == [0.1, 0.4, 0.1, 0.4]  # of the slowest rank
-    assert results[0].bus_bytes_per_second == pytest.approx(2 * (1 / 2) * LARGE / 0.1)
-    assert all(group.correct and group.latency_seconds == 1e-4 for group in results)
-    assert explained(seen) == [] and judge_groups(results) == []
-
-
-def test_bandwidth_is_of_a_link_and_one_rank_with_a_wrong_sum_spoils_it() -> None:
-    layout = LAYOUT.model_copy(update={"tensor_parallel": 1, "data_parallel": 4})
-    everyone = {"kind": "data", "ranks": [0, 1, 2, 3], "event": "measured"}
-    events = {
-        rank: [
-            RankEvent(rank=rank, num_bytes=SMALL_BYTES, seconds=1e-4, **everyone),
-            RankEvent(rank=rank, num_bytes=LARGE, seconds=0.1, correct=rank != 3, **everyone),
-        ]
-        for rank in range(4)
-    }
-    (group,) = group_results(HOSTS, layout, Trial(events=events), large_bytes=LARGE)
-    assert group.bus_bytes_per_second == pytest.approx(1.5 * LARGE / 0.1) and not group.correct
-
-
-def test_a_group_that_was_not_measured_has_no_figures() -> None:
-    assert len(group_results(HOSTS, LAYOUT, trial({3: "joined"}), large_bytes=LARGE)) == 2
+def news_of(rank: int, *, until: str = "done") -> list[Said]:
+    """What a rank says up to and with the stage `until`."""
+    groups = [Said(rank=rank, group=result(kind, ranks)) for kind, ranks in GROUPS if rank == ranks[0]]
+    started, joined, done = (Said(rank=rank, stage=stage) for stage in ("started", "joined", "done"))
+    news = [started, joined, *groups, done]
+    stages = [said.stage for said in news]
+    return [] if until == "" else news[: stages.index(until) + 1]
 
 
 def result(
-    kind: str = "data", hosts: Sequence[str] = ("nodea",), speed: float = 1e9, correct: bool = True
+    kind: str = "data",
+    ranks: Sequence[int] = (0, 1),
+    hosts: Sequence[str] = (),
+    speed: float = 1e9,
+    correct: bool = True,
 ) -> GroupResult:
     return GroupResult(
         kind=kind,
-        ranks=[0, 1],
+        ranks=list(ranks),
         hosts=list(hosts),
         num_bytes=LARGE,
         seconds=0.1,
@@ -135,13 +80,61 @@ def result(
     )
 
 
+def trial(until: dict[int, str] | None = None, *, failed: dict[int, str] | None = None, **kwargs: object) -> Trial:
+    """A trial whose ranks came to their end, but for those in `until` and those that said how they failed."""
+    until = until or {}
+    said = {rank: news_of(rank, until=until.get(rank, "done")) for rank in range(4)}
+    for rank, reason in (failed or {}).items():
+        said[rank].append(Said(rank=rank, failed=reason))
+    return Trial(said, **kwargs)  # type: ignore[arg-type]
+
+
+def explained(seen: Trial) -> list[tuple[str, list[str]]]:
+    return [(finding.code, finding.hosts) for finding in explain_trial(HOSTS, LAYOUT, seen, limit=60)]
+
+
+def test_figures_of_each_group_are_in_the_order_of_its_kind_with_its_hosts() -> None:
+    seen = trial()
+    results = group_results(HOSTS, seen)
+    assert [(group.kind, group.ranks, group.hosts) for group in results] == [
+        ("tensor", [0, 1], ["nodea"]),
+        ("tensor", [2, 3], ["nodeb"]),
+        ("data", [0, 2], ["nodea", "nodeb"]),
+        ("data", [1, 3], ["nodea", "nodeb"]),
+    ]
+    assert explained(seen) == [] and judge_groups(results) == []
+    assert len(group_results(HOSTS, trial({2: "joined", 0: "joined"}))) == 1  # the others were not measured
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_figures_are_of_the_slowest_rank_and_one_with_a_wrong_sum_spoils_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: bool
+) -> None:
+    """Bandwidth is that of a link; ranks 0, 1, 2 and 3 are one group, of which rank 2 is slow, or adds wrongly."""
+
+    def others_too(values: torch.Tensor, **_: object) -> None:
+        values.copy_(values.maximum(torch.tensor([2e-4, 0.1, float(wrong)])))
+
+    monkeypatch.setattr(TrialRank, "_reduce", lambda *_, turns, **__: (True, 1e-5))
+    monkeypatch.setattr(TrialRank, "_agreed_turns", lambda *_: 1)
+    monkeypatch.setattr("torch.distributed.all_reduce", others_too)
+    for rank in (0, 1):
+        TrialRank(make_order(LAYOUT), rank)._measure("data", [0, 1, 2, 3], None, torch.device("cpu"))
+    seen = Trial()
+    for line in capsys.readouterr().out.splitlines():
+        seen.hear(line)
+    (group,) = group_results(HOSTS, seen)
+    assert group.seconds == pytest.approx(0.1) and group.latency_seconds == pytest.approx(2e-4)
+    assert group.bus_bytes_per_second == pytest.approx(1.5 * LARGE / 0.1) and group.correct is not wrong
+
+
 def test_a_slow_group_and_a_wrong_sum_are_named_by_their_hosts() -> None:
     slow = [result(), result(), result(hosts=["nodeb", "nodec"], speed=3e8), result(kind="tensor", speed=1e8)]
-    assert [(finding.code, finding.level, finding.hosts) for finding in judge_groups(slow)] == [
+    assert [(finding.code, finding.status, finding.hosts) for finding in judge_groups(slow)] == [
         ("slow_group", "warning", ["nodeb", "nodec"])
     ]
     wrong = [result(), result(hosts=["nodec"], correct=False)]
-    assert [(finding.code, finding.level, finding.hosts) for finding in judge_groups(wrong)] == [
+    assert [(finding.code, finding.status, finding.hosts) for finding in judge_groups(wrong)] == [
         ("wrong_sum", "error", ["nodec"])
     ]
 
@@ -200,23 +193,18 @@ def test_ranks_that_do_not_start_meet_or_finish() -> None:
     assert "server nodeb not responding" in explain_trial(HOSTS, LAYOUT, lost, limit=60)[0].message
 
 
-def probe() -> Probe:
+def answer() -> HostAnswer:
     """With as much about files as makes its record longer than a line."""
     files = {f"{number:05}": os.urandom(6).hex() for number in range(900)}
-    paths = {"/model": {"path": "/model", "kind": "folder", "files": files}}
-    annotations = {name: str(field.annotation) for name, field in Probe.model_fields.items()}
-    values = {name: [] if text.startswith("list") else {} for name, text in annotations.items()}
-    plain = dict.fromkeys(("hostname", "machine", "executable", "source_hash"), "a")
-    plain |= dict.fromkeys(("torch_error", "cuda", "nccl", "nofile", "memlock", "peer_address", "output"))
-    numbers = dict.fromkeys(("num_cores", "memory_bytes", "free_memory_bytes", "shm_bytes"), 1)
-    return Probe(**{**values, **plain, **numbers, "paths": paths})  # type: ignore[arg-type]
+    paths = {"model": PathContent(path="/model", kind="folder", files=files)}
+    return HostAnswer(machine=machine_record(), master_addresses=[], peer_address=None, paths=paths, output=None)
 
 
 def test_what_ranks_say_is_found_in_what_launchers_print(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever stands before it or between its lines; lines that are not whole are not believed."""
-    asked = probe()
+    asked = answer()
     for rank in (0, 2):
-        TrialRank(make_order(LAYOUT), rank).say("probe", probe=asked)
+        TrialRank(make_order(LAYOUT), rank).say(answer=asked)
     lines = capsys.readouterr().out.splitlines()
     half = len(lines) // 2
     assert half > 2 and all(len(line) < 2100 for line in lines)
@@ -224,8 +212,8 @@ def test_what_ranks_say_is_found_in_what_launchers_print(capsys: pytest.CaptureF
     seen = Trial()
     for line in ["Welcome!", *(f"nodea: {line}" for line in mixed), f"{RANK_MARK}1.0 1/1 nonsense", "", "bye"]:
         seen.hear(line)
-    assert [event.probe for events in seen.events.values() for event in events] == [asked, asked]
-    assert [host.probe for host in heard_hosts(HOSTS, seen)] == [asked, asked]
+    assert [each.answer for said in seen.said.values() for each in said] == [asked, asked]
+    assert [host.answer for host in heard_hosts(HOSTS, seen)] == [asked, asked]
     assert seen.printed == ["Welcome!", "", "bye"]
 
 
@@ -264,17 +252,16 @@ def test_measuring_ranks_have_an_alarm() -> None:
 
 def examined(monkeypatch: pytest.MonkeyPatch, seen: Trial) -> DoctorReport:
     """What the doctor says of a single rank on this machine."""
-    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.examine.start_ranks", lambda *_: seen)
-    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.examine.compare_hosts", lambda *_, **__: [])
+    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial.start_ranks", lambda *_: seen)
+    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial.compare_hosts", lambda *_, **__: [])
     return examine(DoctorSettings(), {}, lambda line: None)
 
 
 def test_a_single_rank_that_fails_after_its_probe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = RankEvent(rank=0, event="probe", probe=probe())
-    fails = RankEvent(rank=0, event="failed", reason="CUDA error: out of memory")
-    bad = examined(monkeypatch, Trial({0: [told, *events_of(0, until="started"), fails]}, status=1))
+    told, fails = Said(rank=0, answer=answer()), Said(rank=0, failed="CUDA error: out of memory")
+    bad = examined(monkeypatch, Trial({0: [told, *news_of(0, until="started"), fails]}, status=1))
     assert bad.verdict == "not ready" and "CUDA error: out of memory" in bad.findings[0].message
-    good = examined(monkeypatch, Trial({0: [told, *events_of(0)]}, status=0))
+    good = examined(monkeypatch, Trial({0: [told, *news_of(0)]}, status=0))
     assert good.verdict == "ready" and good.skipped == "no all-reduce: a single rank has no communication to test"
 
 
@@ -294,14 +281,13 @@ def test_what_was_measured_is_read_from_the_line_of_rank_0(tmp_path: Path, monke
 
 
 def report(findings: Sequence[Finding]) -> DoctorReport:
-    results = group_results(HOSTS, LAYOUT, trial(), large_bytes=LARGE)
-    job = Job("pdsh", "ssh", (Host("nodea", 2),), ("x.py",), (), "python", Path(), Path(), "", 29500)
-    return make_report(job, LAYOUT, HOSTS, results, None, findings, {"ranks": 1.23456})
+    more = {"groups": group_results(HOSTS, trial()), "skipped": None, "seconds": {"ranks": 1.235}}
+    return DoctorReport.of(findings, route="ssh", launcher="deepspeed", layout=LAYOUT, hosts=HOSTS, **more)
 
 
 def test_the_verdict_counts_errors_and_puts_them_first() -> None:
-    warning = Finding(level="warning", code="clock", hosts=["nodeb"], message="nodeb: late", fix="set it")
-    error = Finding(level="error", code="no_answer", hosts=["nodeb"], message="nodeb: gone", fix="look")
+    warning = Finding(status="warning", code="clock", hosts=["nodeb"], value="nodeb: late", fix="set it")
+    error = Finding(status="error", code="no_answer", hosts=["nodeb"], value="nodeb: gone", fix="look")
     assert report_text(report([])).endswith("\n\nverdict: ready, 2 hosts, 4 ranks")
     assert report_text(report([warning])).endswith("\n\nverdict: ready, 2 hosts, 4 ranks (1 warning)")
     text = report_text(report([warning, error]))
@@ -320,8 +306,8 @@ def test_the_json_report_reads_back_and_keeps_its_names() -> None:
         "verdict", "num_errors", "num_warnings", "route", "launcher", "layout", "hosts", "groups", "skipped",
         "findings", "seconds", "machine",
     }  # fmt: skip
-    assert names["Finding"] == {"level", "code", "hosts", "message", "fix"}
-    assert names["HostReport"] == {"name", "slots", "first_rank", "probe", "clock"}
+    assert names["Finding"] == {"status", "value", "expected", "fix", "code", "hosts"}
+    assert names["HostReport"] == {"name", "slots", "first_rank", "answer", "clock"}
     assert names["GroupResult"] == {
         "kind", "ranks", "hosts", "num_bytes", "seconds", "bus_bytes_per_second", "latency_seconds", "correct",
     }  # fmt: skip

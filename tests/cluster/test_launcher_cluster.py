@@ -39,7 +39,7 @@ def start(site: Site, folder: Path, launcher: str, *flags: str, work: Path) -> S
 @pytest.mark.slow
 def test_a_job_is_stopped_under_one_launcher_and_finished_under_another(site: Site, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    job = start(site, folder, "pdsh", work=tmp_path)
+    job = start(site, folder, "deepspeed", work=tmp_path)
     wait_until(lambda: has_step(folder, 3) or job.poll() is not None, job.output, limit=240)
     job.signal(signal.SIGTERM)
     assert job.wait(120) == 0, job.output()
@@ -58,7 +58,7 @@ def test_a_job_is_stopped_under_one_launcher_and_finished_under_another(site: Si
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["pdsh", "torchrun", "mpirun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
 def test_a_job_goes_on_by_itself_when_a_rank_on_one_host_is_killed(site: Site, tmp_path: Path, launcher: str) -> None:
     folder = tmp_path / "run"
     job = start(site, folder, launcher, "--max_restarts=2", "--save_interval=5", work=tmp_path)

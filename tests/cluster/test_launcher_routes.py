@@ -6,7 +6,6 @@ The hosts are played by a program called `ssh`, which runs what it is given in a
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from launcher_jobs import given, hosts_here, make_job, start, write_program
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.launchers import Job, plan_start
-from megatron_tiedlora.cluster.launchers import _pdsh_word as pdsh_word
 from megatron_tiedlora.config.hosts import Host
 
 NASTY = (
@@ -62,24 +60,26 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 # Through shells ----------------------------------------------------------------------------------------------------
 
 
+PLAIN = ("plain", "--x=y,z", "/a-b/c.d:e@f+g", "1e-4", "déjà")
+
+
 @pytest.mark.distributed
 def test_words_and_variables_get_through_pdsh_and_deepspeed(tmp_path: Path, hosts: dict[str, str]) -> None:
     """DeepSpeed's own runner and launcher, which parse our file and put the words into a shell's command."""
     variables = {"NCCL_A": "1", "TORCH_B": "two words; #3 & (4)", "HF_HOME": "/data", "OMP_C": "it's=x"}
     lines = "".join(f"{name}={value}\n" for name, value in variables.items())
     (tmp_path / ".deepspeed_env").write_text(f"# mine\n\n{lines}")
-    secret = {"MLFLOW_TRACKING_PASSWORD": "s3cret"}
-    job = make_job(tmp_path / "job", arguments=NASTY)
-    plan = plan_start(job, {**hosts, **secret, "HF_TOKEN": "s3cret"})
-    assert "s3cret" not in "".join(plan.files.values())
-    assert [line.split()[0] for line in plan.notes] == ["MLFLOW_TRACKING_PASSWORD"]
+    secret = {"MLFLOW_TRACKING_PASSWORD": "s3cret", "HF_TOKEN": "s3cret"}
+    job = make_job(tmp_path / "job", arguments=PLAIN)
+    plan = plan_start(job, {**hosts, **secret})
+    assert "s3cret" not in "".join(plan.files.values()) and "MLFLOW_TRACKING_PASSWORD" not in plan.environment
     printed = start(plan, job.folder)
     assert "s3cret" not in printed
     for rank in (0, 1):
         found = given(job, rank)
-        assert found["argv"] == [*NASTY]
+        assert found["argv"] == [*PLAIN]
         assert {name: found["environment"].get(name) for name in variables} == variables
-        assert not {*secret, "HF_TOKEN"} & found["environment"].keys()
+        assert not secret.keys() & found["environment"].keys()
         assert found["environment"]["MEGATRON_TIEDLORA_EXPECTED_RANKS"] == "2" == found["environment"]["WORLD_SIZE"]
         assert found["environment"]["PYTHONSAFEPATH"] == "1"
         assert (found["environment"]["MASTER_ADDR"], found["environment"]["MASTER_PORT"]) == ("10.0.0.1", "29400")
@@ -110,42 +110,42 @@ def test_words_and_variables_get_through_pdsh_to_torchruns_agents(tmp_path: Path
 
 @pytest.mark.distributed
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
-@pytest.mark.parametrize("launcher", ["mpirun", "openmpi"])
+@pytest.mark.parametrize("launcher", ["mpirun", "deepspeed"])
 def test_words_and_variables_get_through_mpirun(tmp_path: Path, hosts: dict[str, str], launcher: str) -> None:
+    """By itself, and where DeepSpeed's own --launcher names it."""
     variables = {"NCCL_A": "=mlx5_0:1,mlx5_1:1", "HF_HOME": "/data"}
     (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    own = "--mca btl_tcp_if_include lo"
+    given_to = {"mpirun": tuple(own.split()), "deepspeed": ("--launcher=openmpi", f"--launcher_args={own}")}
+    words = NASTY[:-3] if launcher == "mpirun" else PLAIN
     job = make_job(
-        tmp_path / "job", launcher=launcher, route="local", hosts=(Host("localhost", 2),), arguments=NASTY[:-3],
-        launcher_args=("--mca", "btl_tcp_if_include", "lo"),
+        tmp_path / "job", launcher=launcher, hosts=(Host("localhost", 2),), arguments=words,
+        launcher_args=given_to[launcher],
     )  # fmt: skip
     around = {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "6"}  # the shell may be a rank of something itself
     plan = plan_start(job, {**hosts, **allowed, **around})
     start(plan, job.folder)
     for rank in (0, 1):
         found = given(job, rank)
-        assert found["argv"] == list(NASTY[:-3]) and not around.keys() & found["environment"].keys()
+        assert found["argv"] == list(words) and not around.keys() & found["environment"].keys()
         assert {name: found["environment"].get(name) for name in variables} == variables
         assert found["environment"]["MEGATRON_TIEDLORA_EXPECTED_RANKS"] == "2"
         assert found["environment"]["MASTER_ADDR"] == "10.0.0.1"
 
 
-@pytest.mark.parametrize("word", NASTY)
-def test_a_word_for_pdsh_survives_deepspeed_pdsh_and_the_shell(word: str) -> None:
-    quoted = pdsh_word(word)
-    if " " in quoted:  # PDSHRunner.parse_user_args
-        quoted = '"{}"'.format(quoted.replace('"', '\\"'))
-    expanded = quoted.replace("%%", "\0")
-    assert "%" not in expanded
-    text = f"printf %s {expanded}".replace("\0", "%")
-    done = subprocess.run(["sh", "-c", f"{text}; echo ."], capture_output=True, text=True, check=True, timeout=10)
-    assert done.stdout == f"{word}.\n"
+@pytest.mark.parametrize("word", [*NASTY[1:-1], "a\nb", "\x00"])
+def test_a_word_that_deepspeed_does_not_quote_belongs_into_a_file(tmp_path: Path, word: str) -> None:
+    with pytest.raises(UserError, match="a YAML file for --config"):
+        plan_start(make_job(tmp_path / "job", arguments=("--x=1", word)), {})
+    alone = make_job(tmp_path / "job", arguments=(word,), route="local", hosts=(Host("localhost", 1),))
+    assert plan_start(alone, {}).words[-1] == word  # no shell is between
 
 
 @pytest.mark.parametrize("word", ["a\nb", "a\rb", "\x00"])
-def test_a_word_with_a_line_break_belongs_into_a_file(word: str) -> None:
+def test_a_word_with_a_line_break_belongs_into_a_file(tmp_path: Path, word: str) -> None:
     with pytest.raises(UserError, match="a YAML file for --config"):
-        pdsh_word(word)
+        plan_start(make_job(tmp_path / "job", launcher="torchrun", arguments=(word,)), {})
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -156,42 +156,43 @@ def rank_of(job: Job) -> tuple[str, ...]:
 
 
 def test_local(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "job", launcher="local", route="local", hosts=(Host("localhost", 2),))
+    job = make_job(tmp_path / "job", route="local", hosts=(Host("localhost", 2),))
     plan = plan_start(job, {"HF_TOKEN": "mine", "A": "1"})
     command = list(plan.words)
     assert Path(command[0]).name == "deepspeed" and command[-3:] == [*job.program, *job.arguments]
     assert follows(command, "--hostfile", str(job.hostfile)) and plan.files == {job.hostfile: "localhost slots=2\n"}
     assert plan.environment["HF_TOKEN"] == "mine"  # this machine is the user's own
     assert "--include" not in command and "--no_ssh_check" in command
-    some = plan_start(make_job(tmp_path / "job", launcher="local", hosts=(Host("localhost", 2),), gpus=("3", "5")), {})
+    some = plan_start(make_job(tmp_path / "job", route="local", hosts=(Host("localhost", 2),), gpus=("3", "5")), {})
     assert follows(list(some.words), "--include", "localhost:3,5")
     assert list(some.files.values()) == ["localhost slots=6\n"]
 
 
 def test_a_module_is_started_as_one(tmp_path: Path) -> None:
     program = ("-m", "megatron_tiedlora.cluster.doctor.rank")
-    for launcher in ("pdsh", "openmpi", "mpirun", "torchrun"):
+    for launcher in ("deepspeed", "mpirun", "torchrun"):
         words = plan_start(make_job(tmp_path / "job", launcher=launcher, program=program), {}).words
-        by_deepspeed = launcher in ("pdsh", "openmpi")
-        given = ("--module", program[1], "--max_steps", "3") if by_deepspeed else (*program, "--max_steps", "3")
+        named = ("--module", program[1]) if launcher == "deepspeed" else program
         line = words[-1].split() if launcher == "torchrun" else list(words)
-        assert follows(line, *given)
+        assert follows(line, *named, "--max_steps", "3")
 
 
-def test_pdsh(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "job", ssh_port=2222, launcher_args=("-t", "5"))
+def test_deepspeed_on_hosts(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job", ssh_port=2222, launcher_args=("--launcher_args=-t 5",))
     plan = plan_start(job, {"PDSH_SSH_ARGS_APPEND": "-o ConnectTimeout=99 -i key", "PYTHONPATH": "/src"})
     command = list(plan.words)
-    assert follows(command, "--ssh_port", "2222") and "--launcher_args=-t 5" in command
+    assert "--launcher_args=-t 5" in command
     assert "--force_multi" in command  # also a single host of a hostfile is reached by ssh
     ssh = plan.environment["PDSH_SSH_ARGS_APPEND"]
-    assert ssh.startswith("-o ConnectTimeout=99 -i key -o ")  # ssh takes the first of two values
+    assert ssh.startswith("-o ConnectTimeout=99 -i key -o ") and ssh.endswith(" -p 2222")  # the first of two values
     for option in ("ServerAliveInterval=", "ServerAliveCountMax=", "ConnectTimeout=", "BatchMode=yes", "ControlPath="):
         assert f"-o {option}" in ssh
     assert plan.files[Path(plan.environment["DS_ENV_FILE"])].splitlines() == [
         "PYTHONPATH=/src",  # DeepSpeed would put the current folder before it
         "MEGATRON_TIEDLORA_EXPECTED_RANKS=2",
         "PYTHONSAFEPATH=1",
+        "MASTER_ADDR=10.0.0.1",
+        "MASTER_PORT=29400",
     ]
     assert plan.files[job.hostfile] == "node1 slots=1\nnode2 slots=1\n"
     # DeepSpeed would ask the host for its name and address, by an ssh without time limits.
@@ -213,35 +214,6 @@ def test_mpirun(tmp_path: Path) -> None:
     own = plan_start(job, {"OMPI_MCA_plm_rsh_agent": "mine"}).environment
     assert own["OMPI_MCA_plm_rsh_agent"] == "mine" and "PRTE_MCA_plm_ssh_agent" not in own
     assert "OMPI_ALLOW_RUN_AS_ROOT" not in own  # the user's decision
-
-
-def test_openmpi(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "job", launcher="openmpi", master_addr="node1")
-    plan = plan_start(job, {})
-    arguments = next(word for word in plan.words if word.startswith("--launcher_args="))
-    assert "--bind-to none --map-by slot" in arguments
-    assert plan.files[Path(plan.environment["DS_ENV_FILE"])].splitlines() == [
-        "PYTHONPATH=",
-        "MEGATRON_TIEDLORA_EXPECTED_RANKS=2",
-        "PYTHONSAFEPATH=1",
-        "MASTER_ADDR=node1",
-        "MASTER_PORT=29400",
-    ]
-
-
-@pytest.mark.parametrize("value", ["^lo,docker0", "a b", "a;b"])
-@pytest.mark.parametrize("given", ["shell", "file"])
-def test_deepspeed_puts_some_values_in_quotes_that_mpirun_keeps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, given: str
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    shell = {"NCCL_SOCKET_IFNAME": value} if given == "shell" else {}
-    if given == "file":
-        (tmp_path / ".deepspeed_env").write_text(f"NCCL_SOCKET_IFNAME={value}\n")
-    with pytest.raises(UserError, match=r"^NCCL_SOCKET_IFNAME: .*; use --launcher mpirun$"):
-        plan_start(make_job(tmp_path / "job", launcher="openmpi"), shell)
-    for launcher in ("pdsh", "mpirun"):
-        plan_start(make_job(tmp_path / "job", launcher=launcher), shell)
 
 
 def test_srun(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_a_signal_reaches_the_rank_once_and_a_run_that_saved_is_a_success(start:
 @pytest.mark.parametrize(("sent", "arrives"), [(signal.SIGINT, 2), (signal.SIGHUP, 15)])
 def test_a_signal_reaches_the_ranks_of_this_machine_itself(start: Launch, sent: int, arrives: int) -> None:
     """And not deepspeed, which would end at once."""
-    ended = start({"works": 30, "saves": 1.5}, signals=(sent,), by="local")
+    ended = start({"works": 30, "saves": 1.5}, signals=(sent,), by="deepspeed")
     assert ended.status == 0 and "stopped at step 3" in ended.said
     assert ended.signals == [arrives]
 
@@ -293,7 +293,7 @@ def test_a_rank_whose_deepspeed_was_killed_here_is_told_to_save(start: Launch) -
     folder = Path(os.environ["HOME"])
     killer = threading.Thread(target=kill)
     killer.start()
-    ended = start({"works": 50, "saves": 1.0}, by="local")
+    ended = start({"works": 50, "saves": 1.0}, by="deepspeed")
     killer.join()
     assert ended.status == 137 and ended.signals == [15]
     assert "it is told to save and to stop" in ended.said and "stopped at step 3" in ended.said

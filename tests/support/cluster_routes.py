@@ -189,12 +189,13 @@ def start_slurm(task: Task, name: str = "slurm.sbatch") -> Job:
 
 
 def start_watched(task: Task, launcher: str, *, in_batch: bool = False) -> Job:
-    """launch/run.py with one of its launchers: on the first host with a hostfile, or in a batch script of Slurm."""
+    """launch/run.py with a launcher of its own or of DeepSpeed: with a hostfile, or in a batch script of Slurm."""
     command = [sys.executable, str(RUN)]
     if task.prelude:
         write_script(task, task.folder)
         command = [sys.executable, "-c", RUN_WITH, str(task.folder)]
-    command += ["--launcher", launcher, *task.options]
+    command += ["--launcher", "deepspeed" if launcher in ("pdsh", "openmpi") else launcher, *task.options]
+    command += ["--launcher_args=--launcher=openmpi"] if launcher == "openmpi" else []
     if in_batch:
         assert task.slurm is not None
         wrapped = f"exec {shlex.join([*command, *task.arguments])}"

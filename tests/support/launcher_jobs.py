@@ -50,7 +50,7 @@ def make_job(place: Path, **changes: Any) -> Job:
     script = place / "dump.py"
     script.write_text(DUMP)
     values: dict[str, Any] = {
-        "launcher": "pdsh",
+        "launcher": "deepspeed",
         "route": "ssh",
         "hosts": (Host("node1", 1), Host("node2", 1)),
         "program": (str(script),),

@@ -1,4 +1,4 @@
-"""Find what is wrong with a set of hosts from their answers: one pure function per subject.
+"""Find what is wrong with a set of hosts from their answers; all functions are pure.
 
 A value is wrong if it differs from that of most hosts (the first host decides a tie). So the odd host is named, and
 not all the others.
@@ -6,6 +6,7 @@ not all the others.
 
 from __future__ import annotations
 
+import ipaddress
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,33 +14,74 @@ from typing import Generic, TypeVar
 
 from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
 from megatron_tiedlora.base.wording import bytes_in_words, count_text, enumerate_names
-from megatron_tiedlora.cluster.doctor.probe import is_loopback
-from megatron_tiedlora.cluster.doctor.rank import group_members, hosts_of_ranks
-from megatron_tiedlora.cluster.doctor.records import UNREADABLE, Finding, HostReport, ParallelConfig, PathContent, Probe
+from megatron_tiedlora.cluster.doctor.records import (
+    UNREADABLE,
+    HostAnswer,
+    HostReport,
+    ParallelConfig,
+    PathContent,
+    answering,
+    hosts_of_ranks,
+)
+from megatron_tiedlora.runtime.machine import Finding, MachineRecord, judge_machine
 
 Value = TypeVar("Value", bound=Hashable)
 
 _PACKAGE = "megatron_tiedlora"
-# A different version of these is an error, because every rank computes with them; of other packages it is a warning.
+# A different version of these is an error, because every rank computes with them; of the others it is a warning.
 _STRICT = ("python", "torch", "deepspeed", "transformers", _PACKAGE)
+_COMPARED = (*_STRICT, "safetensors", "numpy", "bitsandbytes")
 NO_GPU = "none"
 _LEAST_SHM = 1 << 30  # for NCCL and data loaders
 _FILES_PER_RANK, _FILES_BESIDE = 4, 256  # connections to every other rank in a few groups, and other files
+_LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs and an exported model are not
+_MOST_NAMED = 3  # of the files that differ
+_SOCKET_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
-def error(code: str, hosts: Sequence[str], message: str, fix: str) -> Finding:
+def error(code: str, hosts: Sequence[str], value: str, fix: str, expected: str = "") -> Finding:
     """A finding with which no job should start."""
-    return Finding(level="error", code=code, hosts=list(hosts), message=message, fix=fix)
+    return Finding(status="error", code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
 
 
-def warning(code: str, hosts: Sequence[str], message: str, fix: str) -> Finding:
+def warning(code: str, hosts: Sequence[str], value: str, fix: str, expected: str = "") -> Finding:
     """A finding that need not stop a job."""
-    return Finding(level="warning", code=code, hosts=list(hosts), message=message, fix=fix)
+    return Finding(status="warning", code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
 
 
-def answering(hosts: Sequence[HostReport]) -> list[tuple[HostReport, Probe]]:
-    """The hosts that answered, with their answers."""
-    return [(host, host.probe) for host in hosts if host.probe is not None]
+def compare_hosts(
+    hosts: Sequence[HostReport],
+    layout: ParallelConfig,
+    *,
+    max_skew: float,
+    base_format: str | None = None,
+    products: str | None = None,
+) -> list[Finding]:
+    """All findings about the answers.
+
+    Args:
+        max_skew: seconds that a clock may be off.
+        base_format, products: the storage format of the job's base, and the format in which it multiplies.
+    """
+    alone = [finding for host, answer in answering(hosts) for finding in _look_at(host, answer, hosts)]
+    formats = [
+        finding
+        for host, answer in answering(hosts)
+        for finding in _look_at_formats(host, answer.machine, base_format=base_format, products=products)
+    ]
+    return [
+        *compare_software(hosts),
+        *_same_machines(hosts),
+        *compare_paths(hosts),
+        *compare_gpus(hosts),
+        *alone,
+        *compare_clocks(hosts, max_skew=max_skew),
+        *look_at_layout(hosts, layout),
+        *formats,
+    ]
+
+
+# What most hosts have --------------------------------------------------------------------------------------------
 
 
 def usual_value(values: Sequence[Value]) -> Value:
@@ -57,164 +99,75 @@ class Odd(Generic[Value]):
     usual: Value
     others: list[str]
 
-    def text(self, title: str) -> str:
-        """Say which hosts have which value."""
+    def finding(self, kind: Callable[..., Finding], code: str, title: str, fix: str) -> Finding:
+        """A finding that says which hosts have which value."""
         here, there = enumerate_names(self.hosts), enumerate_names(self.others)
-        return f"{title} is {self.value} on {here}, but {self.usual} on {there}"
+        return kind(code, self.hosts, f"{title} is {self.value} on {here}", fix, f"{self.usual} on {there}")
 
 
-def odd_ones(hosts: Sequence[HostReport], value_of: Callable[[Probe], Value]) -> list[Odd[Value]]:
+def odd_ones(hosts: Sequence[HostReport], value_of: Callable[[MachineRecord], Value]) -> list[Odd[Value]]:
     """The hosts whose value differs from that of most hosts, grouped by value."""
     names: dict[Value, list[str]] = {}
-    for host, probe in answering(hosts):
-        names.setdefault(value_of(probe), []).append(host.name)
+    for host, answer in answering(hosts):
+        names.setdefault(value_of(answer.machine), []).append(host.name)
     if not names:
         return []
     usual = usual_value([value for value, where in names.items() for _ in where])
     return [Odd(value, where, usual, names[usual]) for value, where in names.items() if value != usual]
 
 
-# Software ----------------------------------------------------------------------------------------------------------
-
-
-def compare_versions(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Versions of Python and packages that differ between hosts."""
-    names = {name: None for _, probe in answering(hosts) for name in probe.versions}
-    for name in names:
-        for odd in odd_ones(hosts, lambda probe, name=name: probe.versions.get(name, "none")):  # type: ignore[misc]
+def compare_software(hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """Versions of Python, packages and torch's build that differ between hosts, and other code of the same version."""
+    other_versions: set[str] = set()
+    for name in _COMPARED:
+        for odd in odd_ones(hosts, lambda machine, name=name: machine.versions.get(name, "none")):  # type: ignore[misc]
             pip = "" if name == "python" or odd.usual == "none" else f": pip install {name}=={odd.usual}"
-            yield (error if name in _STRICT else warning)(
-                "version", odd.hosts, odd.text(name), f"install the same {name} on every host{pip}"
-            )
-    on_gpus = [host for host, probe in answering(hosts) if probe.gpus]
-    for code, title, odds in (
-        ("cuda_version", "torch's CUDA", odd_ones(on_gpus, lambda probe: probe.cuda)),
-        ("nccl_version", "NCCL", odd_ones(on_gpus, lambda probe: probe.nccl)),
-    ):
-        for build in odds:
-            yield error(code, build.hosts, build.text(title), "install the same build of torch on every host")
-
-
-def compare_sources(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Hosts with the same version of this package but different files: a checkout that was not updated."""
-    other_versions = {name for odd in odd_ones(hosts, lambda probe: probe.versions.get(_PACKAGE)) for name in odd.hosts}
+            kind, fix = error if name in _STRICT else warning, f"install the same {name} on every host{pip}"
+            yield odd.finding(kind, "version", name, fix)
+            other_versions |= set(odd.hosts) if name == _PACKAGE else set()
+    on_gpus = [host for host, answer in answering(hosts) if answer.machine.gpus]
     same_version = [host for host in hosts if host.name not in other_versions]
-    for odd in odd_ones(same_version, lambda probe: probe.source_hash):
-        yield error(
+    for code, title, odds, fix in (
+        (
             "source",
-            odd.hosts,
-            odd.text(f"the code of {_PACKAGE} (hash of its files)"),
+            f"the code of {_PACKAGE} (hash of its files)",
+            odd_ones(same_version, lambda machine: machine.source_hash),
             "update its checkout or installation there",
-        )
+        ),
+        ("cuda_version", "torch's CUDA", odd_ones(on_gpus, lambda machine: machine.cuda), _SAME_BUILD),
+        ("nccl_version", "NCCL", odd_ones(on_gpus, lambda machine: machine.nccl), _SAME_BUILD),
+    ):
+        yield from (one.finding(error, code, title, fix) for one in odds)
 
 
-def look_at_torch(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Hosts where torch cannot be imported, or is not installed."""
-    for host, probe in answering(hosts):
-        if probe.torch_error is not None:
-            yield error(
-                "torch_broken",
-                [host.name],
-                f"{host.name}: torch cannot be imported ({probe.torch_error})",
-                f"run `{probe.executable} -c 'import torch'` there and correct what it reports",
-            )
+_SAME_BUILD = "install the same build of torch on every host"
 
 
-# GPUs and other hardware -------------------------------------------------------------------------------------------
+def _same_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """Names of one machine, by which it would be used twice."""
+    names: dict[str, list[str]] = {}
+    for host, answer in answering(hosts):
+        names.setdefault(answer.machine.id, []).append(host.name)
+    for twice in (found for found in names.values() if len(found) > 1):
+        fix = "keep one line for it in the hostfile, with all its slots"
+        yield error("same_machine", twice, f"{enumerate_names(twice)} are one machine", fix)
 
 
 def compare_gpus(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """GPUs of another kind, too few GPUs, or GPU memory that is in use."""
-    if not any(probe.gpus for _, probe in answering(hosts)):
-        return
-    for odd in odd_ones(hosts, _kind_of_gpus):
+    """GPUs of another kind, or hosts without GPUs beside hosts with some."""
+    for odd in odd_ones(hosts, kind_of_gpus):
         without = NO_GPU in (odd.value, odd.usual)
-        yield (error if without else warning)(
-            "gpus_differ",
-            odd.hosts,
-            odd.text("the kind of GPU"),
+        fix = (
             "find out why torch sees no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES), or keep the hosts of one kind"
             if without
-            else "expect the speed of the slowest one, or keep the hosts of one kind",
+            else "expect the speed of the slowest one, or keep the hosts of one kind"
         )
-    for host, probe in answering(hosts):
-        if probe.gpus and host.slots > len(probe.gpus):
-            yield error(
-                "too_few_gpus",
-                [host.name],
-                f"{host.name}: {count_text(host.slots, 'rank')} for {count_text(len(probe.gpus), 'GPU')}",
-                f"write slots={len(probe.gpus)} for it",
-            )
-        used = [index for index, gpu in enumerate(probe.gpus) if gpu.free_bytes < 0.9 * gpu.total_bytes]
-        if used:
-            least = min(probe.gpus[index].free_bytes for index in used)
-            yield warning(
-                "gpu_memory_used",
-                [host.name],
-                f"{host.name}: memory of GPU {', '.join(map(str, used))} is in use, {bytes_in_words(least)} free",
-                "find the process with nvidia-smi",
-            )
+        yield odd.finding(error if without else warning, "gpus_differ", "the kind of GPU", fix)
 
 
-def _kind_of_gpus(probe: Probe) -> str:
-    return " and ".join(sorted({gpu.name for gpu in probe.gpus})) or NO_GPU
-
-
-def look_at_formats(hosts: Sequence[HostReport], *, base_format: str | None, products: str | None) -> Iterator[Finding]:
-    """What a base of fewer bits, or products in fp8, need and a host has not."""
-    for host, probe in answering(hosts):
-        if base_format == "nf4" and probe.torch_error is None and "bitsandbytes" not in probe.versions:
-            yield warning(
-                "bitsandbytes",
-                [host.name],
-                f"{host.name}: bitsandbytes is not installed, so --base nf4 is dequantised ten times as slowly",
-                "pip install 'megatron_tiedlora[quantised]'",
-            )
-        old = sorted({gpu.name for gpu in probe.gpus if gpu.capability < FP8_CAPABILITY})
-        if products is not None and old:
-            least = ".".join(map(str, FP8_CAPABILITY))
-            yield error(
-                "products",
-                [host.name],
-                f"{host.name}: {' and '.join(old)} cannot multiply in {products}: it needs compute capability {least}",
-                "leave --products out, or keep the hosts of newer GPUs",
-            )
-
-
-def look_at_limits(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Limits on shared memory, open files, locked memory and cores that may be too low."""
-    num_ranks = sum(host.slots for host in hosts)
-    wanted_files = _FILES_PER_RANK * num_ranks + _FILES_BESIDE
-    for host, probe in answering(hosts):
-        if host.slots > 1 and probe.shm_bytes < _LEAST_SHM:
-            yield warning(
-                "shm",
-                [host.name],
-                f"{host.name}: /dev/shm has {bytes_in_words(probe.shm_bytes)} free",
-                "ranks of one host share memory there; start a container with --shm-size=1g or --ipc=host",
-            )
-        if probe.nofile is not None and probe.nofile < wanted_files:
-            yield warning(
-                "nofile",
-                [host.name],
-                f"{host.name}: a process may open {probe.nofile} files, {num_ranks} ranks need {wanted_files}",
-                f"ulimit -n {wanted_files}, or nofile in /etc/security/limits.conf",
-            )
-        if probe.infiniband and probe.memlock is not None:
-            yield warning(
-                "memlock",
-                [host.name],
-                f"{host.name}: a process may lock only {bytes_in_words(probe.memlock)} of memory, but InfiniBand"
-                f" ({', '.join(probe.infiniband)}) locks its buffers",
-                "ulimit -l unlimited, or memlock in /etc/security/limits.conf",
-            )
-        if not probe.gpus and host.slots > probe.num_cores:
-            yield warning(
-                "cores",
-                [host.name],
-                f"{host.name}: {count_text(host.slots, 'rank')} on {count_text(probe.num_cores, 'core')}",
-                f"write slots={probe.num_cores} or less for it",
-            )
+def kind_of_gpus(machine: MachineRecord) -> str:
+    """The names of its kinds of GPUs."""
+    return " and ".join(sorted({gpu.name for gpu in machine.gpus})) or NO_GPU
 
 
 def compare_clocks(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[Finding]:
@@ -222,85 +175,110 @@ def compare_clocks(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[
     for host in hosts:
         if host.clock is not None and abs(host.clock.skew) - host.clock.margin > max_skew:
             direction = "ahead of" if host.clock.skew > 0 else "behind"
-            yield warning(
-                "clock",
-                [host.name],
-                f"{host.name}: its clock is {abs(host.clock.skew):.1f} s {direction} this machine's",
-                "let chrony or systemd-timesyncd set it; until then, times in logs and of files mislead",
-            )
+            value = f"{host.name}: its clock is {abs(host.clock.skew):.1f} s {direction} this machine's"
+            fix = "let chrony or systemd-timesyncd set it; until then, times in logs and of files mislead"
+            yield warning("clock", [host.name], value, fix)
 
 
-# The network ----------------------------------------------------------------------------------------------------------
+def look_at_layout(hosts: Sequence[HostReport], layout: ParallelConfig) -> Iterator[Finding]:
+    """Tensor parallel groups that span hosts: they send the most messages."""
+    groups = [hosts_of_ranks(hosts, ranks) for ranks in layout.groups().get("tensor", ())]
+    spread = [where for where in groups if len(where) > 1]
+    if spread:
+        yield warning(
+            "tensor_parallel_across_hosts",
+            list(dict.fromkeys(name for where in spread for name in where)),
+            f"{len(spread)} tensor parallel group(s) span hosts, the first {enumerate_names(spread[0])}; every layer"
+            " waits for their network",
+            "choose a --tensor_parallel that divides the slots of every host, and use --pipeline_parallel across hosts",
+        )
 
 
-_LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs and an exported model are not
-_MOST_NAMED = 3  # of the files that differ
-
-# Names, addresses -------------------------------------------------------------------------------------------------
+# One host ----------------------------------------------------------------------------------------------------------
 
 
-def look_at_names(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Names that do not resolve or resolve to the host itself, missing interfaces, a machine listed twice."""
-    first = hosts[0].name
-    names: dict[str, list[str]] = {}
-    for host, probe in answering(hosts):
-        names.setdefault(probe.machine, []).append(host.name)
-        for variable, value in probe.socket_names.items():
-            if not any(_matches(variable, value, name) for name in probe.interfaces):
-                yield error(
-                    "no_interface",
-                    [host.name],
-                    f"{host.name}: {variable}={value}, but its interfaces are {', '.join(probe.interfaces)}",
-                    f"set {variable} to an interface that every host has, or unset it",
-                )
-        if len(hosts) == 1:
-            continue
-        if "GLOO_SOCKET_IFNAME" not in probe.socket_names:
-            yield from _look_at_own_name(host, probe.hostname, probe.name_addresses, on_gpus=bool(probe.gpus))
-        if not probe.master_addresses:
-            yield error(
-                "name_unknown",
-                [host.name],
-                f"{host.name} does not know the first host's name, {first}",
-                f"add {first} to its /etc/hosts or name server",
-            )
-        elif host.name != first and all(map(is_loopback, probe.master_addresses)):
-            yield error(
-                "master_address",
-                [host.name],
-                f"on {host.name} the first host's name, {first}, resolves to {host.name} itself"
-                f" ({', '.join(probe.master_addresses)})",
-                f"correct {first} in its /etc/hosts",
-            )
-    for twice in names.values():
-        if len(twice) > 1:
-            yield error(
-                "same_machine",
-                twice,
-                f"{enumerate_names(twice)} are one machine",
-                "keep one line for it in the hostfile, with all its slots",
-            )
+def _look_at(host: HostReport, answer: HostAnswer, hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """What is wrong with a host by itself, or for the ranks that it runs."""
+    machine, name, ranks = answer.machine, host.name, count_text(host.slots, "rank")
+    num_ranks, here = sum(one.slots for one in hosts), [host.name]
+    for finding in judge_machine(machine):
+        yield finding.model_copy(update={"hosts": here, "value": f"{name}: {finding.value}"})
+    if machine.gpus and host.slots > len(machine.gpus):
+        value = f"{name}: {ranks} for {count_text(len(machine.gpus), 'GPU')}"
+        yield error("too_few_gpus", here, value, f"write slots={len(machine.gpus)} for it")
+    if not machine.gpus and host.slots > machine.num_cores:
+        value = f"{name}: {ranks} on {count_text(machine.num_cores, 'core')}"
+        yield warning("cores", here, value, f"write slots={machine.num_cores} or less for it")
+    if host.slots > 1 and machine.shm_bytes < _LEAST_SHM:
+        fix = "ranks of one host share memory there; start a container with --shm-size=1g or --ipc=host"
+        yield warning("shm", here, f"{name}: /dev/shm has {bytes_in_words(machine.shm_bytes)} free", fix)
+    wanted = _FILES_PER_RANK * num_ranks + _FILES_BESIDE
+    if machine.nofile is not None and machine.nofile < wanted:
+        value, expected = f"{name}: a process may open {machine.nofile} files", f"{num_ranks} ranks need {wanted}"
+        yield warning("nofile", here, value, f"ulimit -n {wanted}, or nofile in /etc/security/limits.conf", expected)
+    if machine.infiniband and machine.memlock is not None:
+        value = f"{name}: a process may lock only {bytes_in_words(machine.memlock)} of memory"
+        expected = f"InfiniBand ({', '.join(machine.infiniband)}) locks its buffers"
+        yield warning("memlock", here, value, "ulimit -l unlimited, or memlock in /etc/security/limits.conf", expected)
+    if answer.output is not None and not answer.output.writable:
+        value = f"{name}: --output_dir {answer.output.path}: no right to write in {answer.output.existing}"
+        yield error("output_not_writable", here, value, "choose another folder, or get the permission")
+    if answer.output is not None and answer.output.free_bytes < _LITTLE_SPACE:
+        value = f"{name}: --output_dir {answer.output.path}: {bytes_in_words(answer.output.free_bytes)} free"
+        yield warning("disk", here, value, "free some space: a save that does not fit ends the run")
+    yield from _look_at_names(host, answer, hosts)
 
 
-def _look_at_own_name(host: HostReport, name: str, addresses: Sequence[str], *, on_gpus: bool) -> Iterator[Finding]:
-    """gloo listens on the address that the host's own name resolves to. NCCL looks for an interface itself."""
-    if addresses and not all(map(is_loopback, addresses)):
+def _look_at_formats(
+    host: HostReport, machine: MachineRecord, *, base_format: str | None, products: str | None
+) -> Iterator[Finding]:
+    """What a base of fewer bits, or products in fp8, need and a host has not."""
+    if base_format == "nf4" and machine.torch_error is None and "bitsandbytes" not in machine.versions:
+        value = f"{host.name}: bitsandbytes is not installed, so --base nf4 is dequantised ten times as slowly"
+        yield warning("bitsandbytes", [host.name], value, "pip install 'megatron_tiedlora[quantised]'")
+    old = sorted({gpu.name for gpu in machine.gpus if gpu.capability < FP8_CAPABILITY})
+    if products is not None and old:
+        least = ".".join(map(str, FP8_CAPABILITY))
+        value = f"{host.name}: {' and '.join(old)} cannot multiply in {products}: it needs compute capability {least}"
+        yield error("products", [host.name], value, "leave --products out, or keep the hosts of newer GPUs")
+
+
+def _look_at_names(host: HostReport, answer: HostAnswer, hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """Names that do not resolve or resolve to the host itself, and missing interfaces."""
+    machine, name, here, first = answer.machine, host.name, [host.name], hosts[0].name
+    for variable in _SOCKET_NAMES:
+        value = machine.variables.get(variable)
+        if value and not any(_matches(variable, value, interface) for interface in machine.interfaces):
+            expected = f"its interfaces are {', '.join(machine.interfaces)}"
+            fix = f"set {variable} to an interface that every host has, or unset it"
+            yield error("no_interface", here, f"{name}: {variable}={value}", fix, expected)
+    if len(hosts) == 1:
         return
-    probe = host.probe
-    interface = None if probe is None else interface_in_use(probe.interfaces, probe.peer_address)
-    there = f"resolves to {', '.join(addresses)}, which other hosts cannot reach"
-    found = there if addresses else "does not resolve there"
-    yield (warning if on_gpus else error)(
-        "loopback_name",
-        [host.name],
-        f"{host.name}: its own name, {name}, {found}",
-        f"give {name} its real address in its /etc/hosts, or set GLOO_SOCKET_IFNAME={interface or 'INTERFACE'}",
-    )
+    # gloo listens on the address that the host's own name resolves to. NCCL looks for an interface itself.
+    if not machine.variables.get("GLOO_SOCKET_IFNAME") and all(map(is_loopback, machine.name_addresses)):
+        addresses, interface = ", ".join(machine.name_addresses), interface_in_use(answer) or "INTERFACE"
+        found = f"resolves to {addresses}, which other hosts cannot reach" if addresses else "does not resolve there"
+        fix = f"give {machine.host} its real address in its /etc/hosts, or set GLOO_SOCKET_IFNAME={interface}"
+        kind = warning if machine.gpus else error
+        yield kind("loopback_name", here, f"{name}: its own name, {machine.host}, {found}", fix)
+    if not answer.master_addresses:
+        value, fix = f"{name} does not know the first host's name, {first}", f"add {first} to its /etc/hosts"
+        yield error("name_unknown", here, value, f"{fix} or name server")
+    elif name != first and all(map(is_loopback, answer.master_addresses)):
+        itself = f"{name} itself ({', '.join(answer.master_addresses)})"
+        value = f"on {name} the first host's name, {first}, resolves to {itself}"
+        yield error("master_address", here, value, f"correct {first} in its /etc/hosts")
 
 
-def interface_in_use(interfaces: Mapping[str, Sequence[str]], address: str | None) -> str | None:
-    """The interface that has `address`."""
-    return next((name for name, addresses in interfaces.items() if address in addresses), None)
+def is_loopback(address: str) -> bool:
+    """Whether an address is only valid within its host, like Debian's 127.0.1.1 for the host's own name."""
+    return ipaddress.ip_address(address).is_loopback
+
+
+def interface_in_use(answer: HostAnswer) -> str | None:
+    """The interface with the address on the route to another host."""
+    interfaces = answer.machine.interfaces.items()
+    return next((name for name, addresses in interfaces if answer.peer_address in addresses), None)
 
 
 def _matches(variable: str, value: str, interface: str) -> bool:
@@ -313,31 +291,14 @@ def _matches(variable: str, value: str, interface: str) -> bool:
     return found != negated
 
 
-# Layout ------------------------------------------------------------------------------------------------------------
-
-
-def look_at_layout(hosts: Sequence[HostReport], layout: ParallelConfig) -> Iterator[Finding]:
-    """Tensor parallel groups that span hosts: they send the most messages."""
-    groups = [hosts_of_ranks(hosts, ranks) for ranks in group_members(layout).get("tensor", ())]
-    spread = [where for where in groups if len(where) > 1]
-    if spread:
-        yield warning(
-            "tensor_parallel_across_hosts",
-            list(dict.fromkeys(name for where in spread for name in where)),
-            f"{len(spread)} tensor parallel group(s) span hosts, the first {enumerate_names(spread[0])}; every layer"
-            " waits for their network",
-            "choose a --tensor_parallel that divides the slots of every host, and use --pipeline_parallel across hosts",
-        )
-
-
 # Files -------------------------------------------------------------------------------------------------------------
 
 
 def compare_paths(hosts: Sequence[HostReport]) -> Iterator[Finding]:
     """Input files of a job that are missing, cannot be read or differ."""
-    keys = {key: None for _, probe in answering(hosts) for key in probe.paths}
+    keys = {key: None for _, answer in answering(hosts) for key in answer.paths}
     for key in keys:
-        contents = {host.name: probe.paths[key] for host, probe in answering(hosts)}
+        contents = {host.name: answer.paths[key] for host, answer in answering(hosts)}
         flag = key.partition(":")[0]  # a flag that names two files has them as FLAG:1 and FLAG:2
         yield from _look_for_paths(flag, contents)
         there = {name: content for name, content in contents.items() if content.kind in ("file", "folder", "cached")}
@@ -394,24 +355,3 @@ def _compare_contents(flag: str, contents: Mapping[str, PathContent]) -> Iterato
             f"{name}: --{flag} {content.path} differs from the other hosts': {', '.join(other[:_MOST_NAMED])}{more}",
             "`hf download` it again" if content.kind == "cached" else copy,
         )
-
-
-def look_at_output(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Output folders that are not writable or have little space."""
-    for host, probe in answering(hosts):
-        if probe.output is None:
-            continue
-        if not probe.output.writable:
-            yield error(
-                "output_not_writable",
-                [host.name],
-                f"{host.name}: --output_dir {probe.output.path}: no right to write in {probe.output.existing}",
-                "choose another folder, or get the permission",
-            )
-        if probe.output.free_bytes < _LITTLE_SPACE:
-            yield warning(
-                "disk",
-                [host.name],
-                f"{host.name}: --output_dir {probe.output.path}: {bytes_in_words(probe.output.free_bytes)} free",
-                "free some space: a save that does not fit ends the run",
-            )

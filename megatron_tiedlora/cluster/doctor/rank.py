@@ -1,32 +1,39 @@
 """One rank of the doctor's job, which the launcher starts as it starts a job's ranks: it reports, meets, all-reduces.
 
-    python -m megatron_tiedlora.cluster.doctor.rank ORDER               (a record as JSON)
+    python -m megatron_tiedlora.cluster.doctor.rank ORDER               (a packed record)
     python -m megatron_tiedlora.cluster.doctor.rank SECONDS COMMAND...  (of tiedlora, ended after that time)
 
-The first rank of each host reports what the host has (probe.py), before anything can fail. Then all ranks meet as a
+The first rank of each host reports what the host has, before anything can fail. Then all ranks meet as a
 job's do, compare their clocks, try whether they share a folder, and all-reduce over each of their groups. Every wait,
 also in subgroups, has the order's time limit, and an alarm ends the process if everything else fails.
 """
 
 from __future__ import annotations
 
-import base64
 import math
 import os
 import secrets
 import signal
+import socket
 import sys
 import time
-import zlib
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.cluster.doctor.probe import examine
-from megatron_tiedlora.cluster.doctor.records import Clock, GroupKind, HostReport, Order, ParallelConfig, RankEvent
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.cluster.doctor.files import job_content, output_folder
+from megatron_tiedlora.cluster.doctor.records import (
+    Clock,
+    GroupKind,
+    GroupResult,
+    HostAnswer,
+    Order,
+    Said,
+    packed,
+    unpacked,
+)
+from megatron_tiedlora.runtime.machine import machine_record, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -47,17 +54,37 @@ def rank_number() -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
+def answer(order: Order, peer: str | None) -> HostAnswer:
+    """What this host has of all that the order asks for, and its address on the route to `peer`."""
+    return HostAnswer(
+        machine=machine_record(),
+        master_addresses=resolve(order.first_host),
+        peer_address=None if peer is None else address_towards(peer),
+        paths={flag: job_content(flag, path, order.hub.get(flag)) for flag, path in order.paths.items()},
+        output=None if order.output_dir is None else output_folder(order.output_dir),
+    )
+
+
+def address_towards(name: str) -> str | None:
+    """This host's own address on the route to another one; sends nothing."""
+    with suppress(OSError):
+        family, kind, protocol, _, address = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0]).partition("%")[0]
+    return None
+
+
 class TrialRank:
     """A rank's part of the job."""
 
     def __init__(self, order: Order, rank: int) -> None:
         self._order, self._rank, self._said = order, rank, 0
 
-    def say(self, event: Any, **more: Any) -> None:
-        """Send the doctor an event, in lines that a launcher may mix with those of other ranks."""
-        text = RankEvent(rank=self._rank, event=event, **more).model_dump_json(exclude_defaults=True)
-        packed = base64.b64encode(zlib.compress(text.encode())).decode()
-        pieces = [packed[start : start + _PIECE] for start in range(0, len(packed), _PIECE)]
+    def say(self, **news: Any) -> None:
+        """Send the doctor the fields of `Said`, in lines that a launcher may mix with those of other ranks."""
+        word = packed(Said(rank=self._rank, **news))
+        pieces = [word[start : start + _PIECE] for start in range(0, len(word), _PIECE)]
         for number, piece in enumerate(pieces, start=1):
             sys.stdout.write(f"{RANK_MARK}{self._rank}.{self._said} {number}/{len(pieces)} {piece}\n")
         sys.stdout.flush()
@@ -67,7 +94,7 @@ class TrialRank:
         """Report, meet, measure, leave."""
         order, timeout = self._order, timedelta(seconds=self._order.timeout)
         if self._rank in order.peers:
-            self.say("probe", probe=examine(order, order.peers[self._rank]))
+            self.say(answer=answer(order, order.peers[self._rank]))
 
         from torch import distributed
 
@@ -76,23 +103,23 @@ class TrialRank:
         from megatron_tiedlora.runtime.process_group import choose_device, group_backend, meet
 
         prepare_environment()
-        self.say("started")
+        self.say(stage="started")
         device = choose_device()
         meet(device, timeout)
         found = distributed.get_world_size()
         if found != order.layout.num_ranks:
             raise RuntimeError(f"{found} ranks have met, not {order.layout.num_ranks}")
-        self.say("joined")
+        self.say(stage="joined")
         self._compare_clocks()
         if order.output_dir is not None and len(order.peers) > 1:
-            self._share(is_first_of_host=self._rank in order.peers)
-        for kind, groups in group_members(order.layout).items():
+            self._share(order.output_dir)
+        for kind, groups in order.layout.groups().items():
             handles = [distributed.new_group(ranks, timeout=timeout, backend=group_backend(device)) for ranks in groups]
             for ranks, handle in zip(groups, handles, strict=True):
                 if self._rank in ranks:
                     self._measure(kind, ranks, handle, device)
         max_over_ranks([0.0])  # wait until all have measured
-        self.say("done")
+        self.say(stage="done")
         distributed.destroy_process_group()
 
     def _compare_clocks(self) -> None:
@@ -107,20 +134,18 @@ class TrialRank:
             (first,) = sum_over_ranks([now if self._rank == 0 else 0.0])
             looks.append(Clock(skew=now - first, margin=margin))
         if self._rank in self._order.peers:
-            self.say("clock", clock=min(looks, key=lambda look: look.margin))
+            self.say(clock=min(looks, key=lambda look: look.margin))
 
-    def _share(self, *, is_first_of_host: bool) -> None:
+    def _share(self, output_dir: str) -> None:
         """Look for a file that rank 0 writes where the job's output will be, and that it removes again."""
-        from megatron_tiedlora.cluster.doctor.probe import output_folder
         from megatron_tiedlora.parallel.agreement import decided_by_rank_0, max_over_ranks
 
         token = secrets.token_hex(8)
-        path = os.path.join(output_folder(str(self._order.output_dir)).existing, f".doctor-{token}")
+        path = os.path.join(output_folder(output_dir).existing, f".doctor-{token}")
         path, token, reason = decided_by_rank_0(lambda: (path, token, _write(path, token)), kind=tuple[str, str, str])
         try:
-            if is_first_of_host:
-                reason = reason or ("" if self._rank == 0 or _can_read(path, token) else "not seen")
-                self.say("shared", reason=reason)
+            if self._rank in self._order.peers:
+                self.say(shared=reason or ("" if self._rank == 0 or _can_read(path, token) else "not seen"))
             max_over_ranks([0.0])
         finally:
             if self._rank == 0:
@@ -129,12 +154,22 @@ class TrialRank:
 
     def _measure(self, kind: GroupKind, ranks: list[int], handle: Any, device: torch.device) -> None:
         """Measure both message sizes; groups of one kind run at the same time, as they do in a job."""
-        for num_bytes in (SMALL_BYTES, self._order.large_bytes):
-            part, whole = self._pattern(num_bytes, ranks, device)
+        import torch
+        from torch import distributed
+
+        seconds, wrong, num_bytes = [], False, self._order.large_bytes
+        for size in (SMALL_BYTES, num_bytes):
+            part, whole = self._pattern(size, ranks, device)
             correct, first = self._reduce(part, whole, handle, turns=1)
-            turns = self._agreed_turns(first)
-            _, seconds = self._reduce(part, whole, handle, turns=turns)
-            self.say("measured", kind=kind, ranks=ranks, num_bytes=num_bytes, seconds=seconds, correct=correct)
+            seconds.append(self._reduce(part, whole, handle, turns=self._agreed_turns(first))[1])
+            wrong = wrong or not correct
+        worst = torch.tensor([*seconds, float(wrong)], device=device)
+        distributed.all_reduce(worst, op=distributed.ReduceOp.MAX, group=handle)
+        latency, slowest, any_wrong = worst.tolist()
+        if self._rank == ranks[0]:
+            bandwidth = 2 * (len(ranks) - 1) / len(ranks) * num_bytes / slowest
+            figures = {"seconds": slowest, "latency_seconds": latency, "bus_bytes_per_second": bandwidth}
+            self.say(group=GroupResult(kind=kind, ranks=ranks, num_bytes=num_bytes, correct=not any_wrong, **figures))
 
     def _pattern(self, num_bytes: int, ranks: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(this rank's values, their sum over `ranks`): integers, which float32 adds exactly."""
@@ -148,13 +183,14 @@ class TrialRank:
         import torch
         from torch import distributed
 
+        wait = torch.cuda.synchronize if part.device.type == "cuda" else lambda: None
         seconds, sums = 0.0, torch.empty_like(part)
         for _ in range(turns):
             sums.copy_(part)
-            self._synchronize(part.device)
+            wait()
             begin = time.perf_counter()
             distributed.all_reduce(sums, group=handle)
-            self._synchronize(part.device)
+            wait()
             seconds += time.perf_counter() - begin
         return torch.equal(sums, whole), seconds / turns
 
@@ -164,12 +200,6 @@ class TrialRank:
 
         (longest,) = max_over_ranks([seconds])
         return max(1, min(_MOST_TURNS, int(_WANTED_SECONDS / max(longest, 1e-9))))
-
-    def _synchronize(self, device: torch.device) -> None:
-        if device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(device)
 
 
 def _write(path: str, token: str) -> str:
@@ -196,34 +226,18 @@ def _can_read(path: str, token: str) -> bool:
     return False
 
 
-def group_members(layout: ParallelConfig) -> dict[GroupKind, list[list[int]]]:
-    """The ranks of each tensor, pipeline and data parallel group, without kinds whose groups have one rank."""
-    grid = Grid(0, layout.num_ranks, layout.tensor_parallel, layout.pipeline_parallel)
-    members: dict[GroupKind, dict[tuple[int, int], list[int]]] = {"tensor": {}, "pipeline": {}, "data": {}}
-    for at in map(grid.at, range(grid.world_size)):
-        members["tensor"].setdefault((at.pp_rank, at.dp_rank), []).append(at.rank)
-        members["pipeline"].setdefault((at.dp_rank, at.tp_rank), []).append(at.rank)
-        members["data"].setdefault((at.pp_rank, at.tp_rank), []).append(at.rank)
-    return {kind: list(groups.values()) for kind, groups in members.items() if len(groups[0, 0]) > 1}
-
-
-def hosts_of_ranks(hosts: Sequence[HostReport], ranks: Sequence[int]) -> list[str]:
-    """The names of the hosts on which `ranks` run, each once."""
-    return [host.name for host in hosts if any(0 <= rank - host.first_rank < host.slots for rank in ranks)]
-
-
 def main() -> int:
     """Run the rank; report a failure in an event and in the exit status. Or run a command under an alarm."""
     if len(sys.argv) > 2:
         signal.alarm(math.ceil(float(sys.argv[1])))  # it stays over the exec
         os.execv(sys.executable, [sys.executable, "-m", "megatron_tiedlora", *sys.argv[2:]])
-    order = Order.model_validate_json(sys.argv[1])
+    order = unpacked(Order, sys.argv[1])
     signal.alarm(math.ceil(order.seconds))
     trial = TrialRank(order, rank_number())
     try:
         trial.run()
     except Exception as error:  # gloo and NCCL raise many kinds: each means that the ranks cannot communicate
-        trial.say("failed", reason=first_line(error)[:500])
+        trial.say(failed=first_line(error)[:500])
         os._exit(1)  # without waiting for the threads of a broken group
     return 0
 

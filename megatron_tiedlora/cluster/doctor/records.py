@@ -1,40 +1,26 @@
-"""The doctor's records: what a host is asked and answers, what was measured, found and concluded.
+"""The doctor's records: what ranks are asked and answer, what was measured, and what was concluded.
 
 The field names are those of the JSON report, so scripts rely on them.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import base64
+import zlib
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.runtime.machine import Finding, MachineRecord, Record
 
 UNREADABLE = "unreadable"
-
-
-class Record(BaseModel):
-    """A frozen record. A host with another version of this package may send fields that are unknown here."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+Backend = Literal["nccl", "gloo"]
+GroupKind = Literal["tensor", "pipeline", "data"]
 
 # Asked and answered ------------------------------------------------------------------------------------------------
-
-
-class HubRepo(Record):
-    """A repository on the Hugging Face hub."""
-
-    kind: Literal["model", "dataset"]
-    id: str
-
-
-class Gpu(Record):
-    """One GPU as torch sees it."""
-
-    name: str
-    total_bytes: int
-    free_bytes: int
-    capability: tuple[int, int] = (0, 0)
 
 
 class PathContent(Record):
@@ -61,47 +47,6 @@ class OutputFolder(Record):
     free_bytes: int
 
 
-class Probe(Record):
-    """What a host reports about itself.
-
-    Attributes:
-        machine: an id of the machine, the same for two names of one machine.
-        versions: of Python and packages, by name, without packages that are not installed.
-        source_hash: hash of this package's own files, because two checkouts may have the same version number.
-        torch_error: why torch cannot be imported; the fields about GPUs are then empty.
-        name_addresses: what the host's own name resolves to on the host itself.
-        master_addresses: what the first host's name resolves to.
-        peer_address: the host's own address on the route to another host.
-        interfaces: addresses by interface.
-        socket_names: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME if they are set.
-        nofile, memlock: limits of a process (open files, locked bytes); None for unlimited.
-    """
-
-    hostname: str
-    machine: str
-    executable: str
-    versions: dict[str, str]
-    source_hash: str
-    torch_error: str | None
-    cuda: str | None
-    nccl: str | None
-    gpus: list[Gpu]
-    infiniband: list[str]
-    num_cores: int
-    memory_bytes: int
-    free_memory_bytes: int
-    shm_bytes: int
-    nofile: int | None
-    memlock: int | None
-    name_addresses: list[str]
-    master_addresses: list[str]
-    peer_address: str | None
-    interfaces: dict[str, list[str]]
-    socket_names: dict[str, str]
-    paths: dict[str, PathContent]
-    output: OutputFolder | None
-
-
 class Clock(Record):
     """A host's clock compared with the first host's: it is ahead by `skew` +- `margin` seconds."""
 
@@ -109,21 +54,29 @@ class Clock(Record):
     margin: float
 
 
+class HostAnswer(Record):
+    """What a host's first rank reports about its host, before anything can fail.
+
+    Attributes:
+        master_addresses: what the first host's name resolves to.
+        peer_address: the host's own address on the route to another host.
+    """
+
+    machine: MachineRecord
+    master_addresses: list[str]
+    peer_address: str | None
+    paths: dict[str, PathContent]
+    output: OutputFolder | None
+
+
 class HostReport(Record):
-    """A host and its answers; `probe` is None if it gave none."""
+    """A host and what it answered; `answer` is None if nothing came."""
 
     name: str
     slots: int
     first_rank: int
-    probe: Probe | None = None
+    answer: HostAnswer | None = None
     clock: Clock | None = None
-
-
-# Measured ----------------------------------------------------------------------------------------------------------
-
-
-Backend = Literal["nccl", "gloo"]
-GroupKind = Literal["tensor", "pipeline", "data"]
 
 
 class ParallelConfig(Record):
@@ -137,6 +90,16 @@ class ParallelConfig(Record):
     master_port: int
     backend: Backend | None = None
 
+    def groups(self) -> dict[GroupKind, list[list[int]]]:
+        """The ranks of each tensor, pipeline and data parallel group, without kinds whose groups have one rank."""
+        grid = Grid(0, self.num_ranks, self.tensor_parallel, self.pipeline_parallel)
+        members: dict[GroupKind, dict[tuple[int, int], list[int]]] = {"tensor": {}, "pipeline": {}, "data": {}}
+        for at in map(grid.at, range(grid.world_size)):
+            members["tensor"].setdefault((at.pp_rank, at.dp_rank), []).append(at.rank)
+            members["pipeline"].setdefault((at.dp_rank, at.tp_rank), []).append(at.rank)
+            members["data"].setdefault((at.pp_rank, at.tp_rank), []).append(at.rank)
+        return {kind: list(groups.values()) for kind, groups in members.items() if len(groups[0, 0]) > 1}
+
 
 class Order(Record):
     """What the ranks are to do.
@@ -146,7 +109,7 @@ class Order(Record):
             on the route to that one; None if there is no other host.
         first_host: where the ranks meet.
         paths: what a job reads, by flag; `FLAG:1` and `FLAG:2` if one flag names two files.
-        hub: the repository that a flag means if its path does not exist.
+        hub: the id on the Hugging Face hub that a flag means if its path does not exist.
         output_dir: where the job writes.
         large_bytes: bytes per rank in the all-reduce that measures bandwidth.
         timeout: longest time in seconds that a rank waits for the others.
@@ -157,48 +120,25 @@ class Order(Record):
     peers: dict[int, str | None]
     first_host: str
     paths: dict[str, str]
-    hub: dict[str, HubRepo] = Field(default_factory=dict)
+    hub: dict[str, str] = Field(default_factory=dict)
     output_dir: str | None
     large_bytes: int
     timeout: float
     seconds: float
 
 
-class RankEvent(Record):
-    """What a rank reports.
-
-    Attributes:
-        event: `probe` and `clock` (of its host), `started` (torch is imported), `joined` (all ranks have met), `shared`
-            (whether its host sees the file in the output folder), `measured` (an all-reduce over one of its groups),
-            `done`, `failed`.
-        ranks: the ranks of the group.
-        seconds: duration of one all-reduce on this rank.
-        reason: why the rank failed, or what is wrong with the shared file.
-    """
-
-    rank: int
-    event: Literal["probe", "started", "joined", "clock", "shared", "measured", "done", "failed"]
-    probe: Probe | None = None
-    clock: Clock | None = None
-    kind: GroupKind | None = None
-    ranks: list[int] = Field(default_factory=list)
-    num_bytes: int = 0
-    seconds: float = 0.0
-    correct: bool = True
-    reason: str = ""
-
-
 class GroupResult(Record):
-    """An all-reduce over one group of ranks.
+    """An all-reduce over one group of ranks, as its slowest rank measured it.
 
     Attributes:
+        hosts: of the ranks, which do not know them.
         bus_bytes_per_second: 2 (n - 1) / n * bytes / seconds of the large all-reduce: bandwidth per link for any n.
         latency_seconds: duration of the small all-reduce.
     """
 
     kind: GroupKind
     ranks: list[int]
-    hosts: list[str]
+    hosts: list[str] = Field(default_factory=list)
     num_bytes: int
     seconds: float
     bus_bytes_per_second: float
@@ -206,22 +146,29 @@ class GroupResult(Record):
     correct: bool
 
 
-# Found and concluded -----------------------------------------------------------------------------------------------
+Stage = Literal["started", "joined", "done"]
 
 
-class Finding(Record):
-    """One thing that is wrong (`error`: no job should start) or may become so (`warning`).
+class Said(Record):
+    """What a rank says in one message: each field that is set is news.
 
     Attributes:
-        code: kind of the finding; scripts rely on it.
-        hosts: the hosts that it concerns.
+        stage: how far it is: torch is imported, all ranks have met, all has been measured.
+        group: result of a group, of which this is the first rank.
+        shared: what is wrong with the file that rank 0 wrote into the output folder, as this rank's host sees it.
+        failed: why the rank failed.
     """
 
-    level: Literal["error", "warning"]
-    code: str
-    hosts: list[str]
-    message: str
-    fix: str
+    rank: int
+    stage: Stage | None = None
+    answer: HostAnswer | None = None
+    clock: Clock | None = None
+    shared: str | None = None
+    group: GroupResult | None = None
+    failed: str | None = None
+
+
+# Measured and concluded --------------------------------------------------------------------------------------------
 
 
 class DoctorReport(Record):
@@ -245,3 +192,34 @@ class DoctorReport(Record):
     findings: list[Finding]
     seconds: dict[str, float]
     machine: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, findings: Sequence[Finding], **values: Any) -> DoctorReport:
+        """The report of these findings, counted and with the errors first."""
+        errors, warnings = ([one for one in findings if one.status == status] for status in ("error", "warning"))
+        values |= {"num_errors": len(errors), "num_warnings": len(warnings), "findings": [*errors, *warnings]}
+        return cls(verdict="not ready" if errors else "ready", **values)
+
+
+def answering(hosts: Sequence[HostReport]) -> list[tuple[HostReport, HostAnswer]]:
+    """The hosts that answered, with their answers."""
+    return [(host, host.answer) for host in hosts if host.answer is not None]
+
+
+def hosts_of_ranks(hosts: Sequence[HostReport], ranks: Sequence[int]) -> list[str]:
+    """The names of the hosts on which `ranks` run, each once."""
+    return [host.name for host in hosts if any(0 <= rank - host.first_rank < host.slots for rank in ranks)]
+
+
+def packed(record: Record) -> str:
+    """A record as one word that every shell passes on."""
+    return base64.b64encode(zlib.compress(record.model_dump_json(exclude_defaults=True).encode())).decode()
+
+
+def unpacked(kind: type[AnyRecord], word: str) -> AnyRecord:
+    """The record in a word of `packed`.
+
+    Raises:
+        ValueError, zlib.error: it is not one.
+    """
+    return kind.model_validate_json(zlib.decompress(base64.b64decode(word)))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import median
 
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, enumerate_names, time_text
-from megatron_tiedlora.cluster.doctor.compare import NO_GPU, answering, interface_in_use, usual_value
+from megatron_tiedlora.cluster.doctor.compare import NO_GPU, interface_in_use, usual_value
 from megatron_tiedlora.cluster.doctor.records import (
     DoctorReport,
-    Finding,
     GroupResult,
+    HostAnswer,
     HostReport,
-    ParallelConfig,
-    Probe,
+    answering,
 )
+from megatron_tiedlora.runtime.machine import Gpu, MachineRecord
 
 ODD_MARK = "*"
 
@@ -28,83 +29,72 @@ def report_text(report: DoctorReport) -> str:
     if report.skipped is not None:
         parts.append([report.skipped])
     if report.findings:
-        parts.append([line for finding in report.findings for line in finding_lines(finding)])
-    return "\n\n".join("\n".join(map(printable, lines)) for lines in [*parts, [verdict_line(report)]])
-
-
-def verdict_line(report: DoctorReport) -> str:
-    """The conclusion in one line."""
+        pairs = ((f"{one.status}: {one.message}", f"  fix: {one.fix}") for one in report.findings)
+        parts.append([line for pair in pairs for line in pair])
     warnings = count_text(report.num_warnings, "warning") if report.num_warnings else ""
     if report.verdict == "ready":
         hosts, ranks = count_text(len(report.hosts), "host"), count_text(report.layout.num_ranks, "rank")
-        return f"verdict: ready, {hosts}, {ranks}{f' ({warnings})' if warnings else ''}"
-    return f"verdict: not ready: {count_text(report.num_errors, 'error')}{f', {warnings}' if warnings else ''}"
-
-
-def finding_lines(finding: Finding) -> list[str]:
-    """The problem, and below it what to do."""
-    return [f"{finding.level}: {finding.message}", f"  fix: {finding.fix}"]
+        verdict = f"ready, {hosts}, {ranks}{f' ({warnings})' if warnings else ''}"
+    else:
+        verdict = f"not ready: {count_text(report.num_errors, 'error')}{f', {warnings}' if warnings else ''}"
+    return "\n\n".join("\n".join(map(printable, lines)) for lines in [*parts, [f"verdict: {verdict}"]])
 
 
 def _headline(report: DoctorReport) -> str:
-    hosts = count_text(len(report.hosts), "host")
-    return f"{hosts} (by {report.launcher}), {_layout_text(report.layout)}"
-
-
-def _layout_text(layout: ParallelConfig) -> str:
+    layout = report.layout
     parts = f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}"
-    meeting = f"meeting at {layout.master_host}:{layout.master_port}"
-    backend = f"{layout.backend}, " if layout.backend else ""
-    return f"{count_text(layout.num_ranks, 'rank')} = {parts}, {backend}{meeting}"
+    ranks = f"{count_text(layout.num_ranks, 'rank')} = {parts}"
+    meeting = f"{f'{layout.backend}, ' if layout.backend else ''}meeting at {layout.master_host}:{layout.master_port}"
+    return f"{count_text(len(report.hosts), 'host')} (by {report.launcher}), {ranks}, {meeting}"
 
 
 # Hosts ---------------------------------------------------------------------------------------------------------------
 
-_SAME: tuple[tuple[str, Callable[[Probe], str]], ...] = (  # values that should be the same on all hosts
-    ("python", lambda probe: probe.versions.get("python", "-")),
-    ("torch", lambda probe: "broken" if probe.torch_error else probe.versions.get("torch", "-")),
-    ("deepspeed", lambda probe: probe.versions.get("deepspeed", "-")),
-    ("transformers", lambda probe: probe.versions.get("transformers", "-")),
-    ("tiedlora", lambda probe: f"{probe.versions.get('megatron_tiedlora', '-')} {probe.source_hash[:6]}"),
-    ("GPUs", lambda probe: _gpus_text(probe)),
-    ("cores", lambda probe: str(probe.num_cores)),
+_SAME: tuple[tuple[str, Callable[[MachineRecord], str]], ...] = (  # values that should be the same on all hosts
+    ("python", lambda machine: machine.versions.get("python", "-")),
+    ("torch", lambda machine: "broken" if machine.torch_error else machine.versions.get("torch", "-")),
+    ("deepspeed", lambda machine: machine.versions.get("deepspeed", "-")),
+    ("transformers", lambda machine: machine.versions.get("transformers", "-")),
+    ("tiedlora", lambda machine: f"{machine.versions.get('megatron_tiedlora', '-')} {machine.source_hash[:6]}"),
+    ("GPUs", lambda machine: _gpus_text(machine.gpus)),
+    ("cores", lambda machine: str(machine.num_cores)),
 )
 
 
 def host_table(hosts: Sequence[HostReport]) -> list[str]:
     """A row for each host; a value that differs from that of most hosts is marked."""
-    on_gpus = any(probe.gpus for _, probe in answering(hosts))
+    machines = [answer.machine for _, answer in answering(hosts)]
+    on_gpus = any(machine.gpus for machine in machines)
     free = ["memory free", *(["GPU memory free"] if on_gpus else [])]
     header = ["host", "ranks", *(title for title, _ in _SAME), *free, "clock", "interface"]
-    usual = {title: usual_value([value(probe) for _, probe in answering(hosts)] or [""]) for title, value in _SAME}
+    usual = {title: usual_value([value(machine) for machine in machines] or [""]) for title, value in _SAME}
     rows, odd = [header], False
     for host in hosts:
         row = [host.name, str(host.slots)]
-        if host.probe is None:
+        if host.answer is None:
             rows.append([*row, "no answer"])
             continue
+        machine = host.answer.machine
         for title, value in _SAME:
-            differs = value(host.probe) != usual[title]
+            differs = value(machine) != usual[title]
             odd = odd or differs
-            row.append(value(host.probe) + (ODD_MARK if differs else ""))
-        memory = f"{bytes_in_words(host.probe.free_memory_bytes)} of {bytes_in_words(host.probe.memory_bytes)}"
-        row += [memory, *([_gpu_memory_text(host.probe)] if on_gpus else [])]
-        rows.append([*row, _clock_text(host), _interface_text(host.probe)])
+            row.append(value(machine) + (ODD_MARK if differs else ""))
+        memory = f"{bytes_in_words(machine.free_memory_bytes)} of {bytes_in_words(machine.memory_bytes)}"
+        row += [memory, *([_gpu_memory_text(machine.gpus)] if on_gpus else [])]
+        rows.append([*row, _clock_text(host), _interface_text(host.answer)])
     return [*aligned_lines(rows, align="<"), *([f"{ODD_MARK} differs from most hosts"] if odd else [])]
 
 
-def _gpus_text(probe: Probe) -> str:
-    if not probe.gpus:
-        return NO_GPU
-    kinds = {gpu.name: sum(other.name == gpu.name for other in probe.gpus) for gpu in probe.gpus}
-    return ", ".join(f"{number} x {name}" for name, number in kinds.items())
+def _gpus_text(gpus: Sequence[Gpu]) -> str:
+    kinds = Counter(gpu.name for gpu in gpus)
+    return ", ".join(f"{number} x {name}" for name, number in kinds.items()) or NO_GPU
 
 
-def _gpu_memory_text(probe: Probe) -> str:
+def _gpu_memory_text(gpus: Sequence[Gpu]) -> str:
     """The memory of the GPU with the least free memory: a job can use no more than that on each."""
-    if not probe.gpus:
+    if not gpus:
         return "-"
-    least = min(probe.gpus, key=lambda gpu: gpu.free_bytes)
+    least = min(gpus, key=lambda gpu: gpu.free_bytes)
     return f"{bytes_in_words(least.free_bytes)} of {bytes_in_words(least.total_bytes)}"
 
 
@@ -115,10 +105,8 @@ def _clock_text(host: HostReport) -> str:
     return f"{sign}{time_text(abs(host.clock.skew))} +-{time_text(host.clock.margin)}"
 
 
-def _interface_text(probe: Probe) -> str:
-    if probe.peer_address is None:
-        return "-"
-    return f"{interface_in_use(probe.interfaces, probe.peer_address) or '?'} {probe.peer_address}"
+def _interface_text(answer: HostAnswer) -> str:
+    return "-" if answer.peer_address is None else f"{interface_in_use(answer) or '?'} {answer.peer_address}"
 
 
 # Groups --------------------------------------------------------------------------------------------------------------

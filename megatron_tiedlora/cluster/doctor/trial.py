@@ -1,55 +1,199 @@
-"""Start the doctor's ranks by the job's own launcher, hear what they report, and judge the network by it.
+"""The doctor's trial: start ranks by the job's own launcher, hear what they report, compare and judge it.
 
 rank.py runs in each rank. What it prints is found in the launcher's output, whatever the launcher puts before it.
 """
 
 from __future__ import annotations
 
-import base64
 import json
+import os
 import subprocess
 import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError
-
-from megatron_tiedlora.base.wording import enumerate_names
-from megatron_tiedlora.cluster.doctor.compare import error, warning
-from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, SMALL_BYTES, group_members, hosts_of_ranks
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import count_text, enumerate_names
+from megatron_tiedlora.cluster.doctor.compare import compare_hosts, error, warning
+from megatron_tiedlora.cluster.doctor.files import absolute_path, job_files
+from megatron_tiedlora.cluster.doctor.rank import RANK_MARK
 from megatron_tiedlora.cluster.doctor.records import (
-    Finding,
+    DoctorReport,
+    GroupKind,
     GroupResult,
     HostReport,
     Order,
     ParallelConfig,
-    RankEvent,
+    Said,
+    Stage,
+    answering,
+    hosts_of_ranks,
+    packed,
+    unpacked,
 )
 from megatron_tiedlora.cluster.launchers import Job, StartPlan, plan_start
 from megatron_tiedlora.cluster.running import RunningJob, StopSignals
+from megatron_tiedlora.cluster.start import check_programs, choose_hosts, make_job
+from megatron_tiedlora.config.doctor_settings import DoctorSettings
+from megatron_tiedlora.config.launch_settings import LaunchSettings
+from megatron_tiedlora.model.stored_formats import format_in_use, stored_format
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.runtime.launch_env import visible_gpus
+from megatron_tiedlora.runtime.machine import Finding
 
 _PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor.rank")
 _START_SECONDS = 60.0  # for launchers, beside the time that the ranks have
 _SLOW = 0.5  # of the median bandwidth of its kind
 _MEASURED, _ERROR = '{"name": ', "error: "
+# These errors explain no failure of the ranks, and so are no reason to leave that out.
+_NOT_IN_THE_WAY = frozenset({"path_missing", "path_unreadable", "path_differs", "output_not_writable"})
+
+Say = Callable[[str], None]
+
+
+def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) -> DoctorReport:
+    """Examine the hosts that the settings or the allocation name.
+
+    Args:
+        environment: variables of this shell: they describe the allocation, and launchers send some to the hosts.
+        say: called with a line of progress at each step.
+
+    Raises:
+        UserError: a hostfile that names no host, a layout that does not divide the ranks, a storage format that a run
+            would reject, an invalid path, or a launcher that is not installed.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatron_tiedlora-") as private:
+        return _examine(settings, environment, say, find_job(settings, environment, Path(private)))
+
+
+def _examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say, job: Job) -> DoctorReport:
+    hosts = place_ranks(job)
+    layout = _make_layout(hosts, settings, job)
+    base_format = _base_format(settings)
+    paths, hub = job_files(settings.paths())
+    output_dir = None if settings.output_dir is None else absolute_path(settings.output_dir, flag="output_dir")
+    check_programs(job)
+    seconds: dict[str, float] = {}
+
+    begin = time.monotonic()
+    say(f"starting {count_text(job.size, 'rank')} on {count_text(len(hosts), 'host')} by {job.launcher} ...")
+    order = Order(
+        layout=layout,
+        peers={one.first_rank: next((two.name for two in hosts if two is not one), None) for one in hosts},
+        first_host=hosts[0].name,
+        paths=paths,
+        hub=hub,
+        output_dir=output_dir,
+        large_bytes=max(4, round(settings.allreduce_mb * 1e6) // 4 * 4),
+        timeout=settings.timeout_seconds,
+        seconds=2 * settings.timeout_seconds,
+    )
+    trial = start_ranks(job, order, environment, say)
+    seconds["ranks"] = time.monotonic() - begin
+    hosts = heard_hosts(hosts, trial)
+    gpus = [answer.machine.gpus for _, answer in answering(hosts)]
+    layout = layout.model_copy(update={"backend": None if not gpus else "nccl" if all(gpus) else "gloo"})
+    say(f"{len(answering(hosts))} of {len(hosts)} hosts answered ({seconds['ranks']:.1f} s)")
+
+    findings = explain_silence(hosts, trial, route=job.route)
+    wanted = {"base_format": base_format, "products": settings.products}
+    findings += compare_hosts(hosts, layout, max_skew=settings.max_clock_skew, **wanted)
+    if output_dir is not None:
+        findings += explain_shared(hosts, trial, output_dir)
+    groups, skipped = group_results(hosts, trial), None
+    if in_the_way := [one for one in findings if one.status == "error" and one.code not in _NOT_IN_THE_WAY]:
+        skipped = f"the ranks' trial does not count: correct {count_text(len(in_the_way), 'error')} first"
+    else:
+        findings += [*explain_trial(hosts, layout, trial, limit=order.seconds), *judge_groups(groups)]
+        skipped = "no all-reduce: a single rank has no communication to test" if layout.num_ranks == 1 else None
+    machine = None
+    if settings.measure is not None and not any(finding.status == "error" for finding in findings):
+        begin = time.monotonic()
+        model = str(settings.model) if "model" in hub else paths["model"]
+        say(f"measuring with {count_text(layout.num_ranks, 'rank')}, for about {settings.measure_seconds:g} s ...")
+        limit = 2 * settings.timeout_seconds + 4 * settings.measure_seconds
+        machine, more = measure_hosts(job, environment, model=model, seconds=settings.measure_seconds, limit=limit)
+        findings += more
+        seconds["measure"] = time.monotonic() - begin
+    return DoctorReport.of(
+        findings,
+        route=job.route,
+        launcher=job.launcher,
+        layout=layout,
+        hosts=hosts,
+        groups=groups,
+        skipped=skipped,
+        seconds={phase: round(value, 3) for phase, value in seconds.items()},
+        machine=machine,
+    )
+
+
+def _base_format(settings: DoctorSettings) -> str | None:
+    """The storage format of the base in the job: --base, or that of the folder if this machine can read it."""
+    config = None if settings.model is None else user_path(settings.model, flag="--model") / "config.json"
+    if config is None or not os.path.isfile(config):  # so too for a name that no file can have
+        return settings.base
+    stored = stored_format(read_json_object(config, kind="a Hugging Face model folder"), source=str(config))
+    return format_in_use(stored, settings.base, settings.products, source=str(settings.model))
+
+
+def find_job(settings: DoctorSettings, environment: Mapping[str, str], private: Path) -> Job:
+    """A job on the hosts to examine, by the launcher that `tiedlora run` would use: those of the hostfile, else all of
+    the allocation, else this machine, with a rank for each GPU, or without GPUs one for each part of the model."""
+    of_job = ("launcher", "hostfile", "ssh_port", "launcher_args", "master_port")
+    launch = LaunchSettings(**{name: getattr(settings, name) for name in of_job})
+    # An interactive step of Slurm has one node: use the whole allocation.
+    outside = {name: value for name, value in environment.items() if "_STEP_" not in name or name.endswith("NUM_TASKS")}
+    if settings.hostfile is None and "SLURM_JOB_ID" not in environment:
+        ranks = len(visible_gpus()) or settings.tensor_parallel * settings.pipeline_parallel
+        launch = launch.model_copy(update={"num_gpus": ranks})
+    launcher, route, hosts = choose_hosts(launch, outside)
+    return make_job(launch, launcher, route, hosts, program=(), arguments=(), private=private)
+
+
+def place_ranks(job: Job) -> list[HostReport]:
+    """The hosts with the number of each one's first rank. torchrun sorts the hosts' names as text."""
+    hosts = sorted(job.hosts, key=lambda host: host.name) if job.launcher == "torchrun" else job.hosts
+    firsts = accumulate((host.slots for host in hosts), initial=0)
+    return [HostReport(name=one.name, slots=one.slots, first_rank=at) for one, at in zip(hosts, firsts, strict=False)]
+
+
+def _make_layout(hosts: Sequence[HostReport], settings: DoctorSettings, job: Job) -> ParallelConfig:
+    num_ranks = sum(host.slots for host in hosts)
+    grid = Grid(0, num_ranks, settings.tensor_parallel, settings.pipeline_parallel)
+    return ParallelConfig(
+        num_ranks=num_ranks,
+        tensor_parallel=grid.tp_size,
+        pipeline_parallel=grid.pp_size,
+        data_parallel=grid.dp_size,
+        master_host="127.0.0.1" if len(hosts) == 1 else hosts[0].name,
+        master_port=job.master_port,
+    )
+
+
+# The ranks --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Trial:
-    """What the ranks reported, and what else was printed; filled while they run.
+    """What the ranks said, and what else was printed; filled while they run.
 
     Attributes:
+        said: the messages of each rank.
         status: the launcher's exit status; None if the time limit ended it.
         printed: all other lines.
     """
 
-    events: dict[int, list[RankEvent]] = field(default_factory=dict)
+    said: dict[int, list[Said]] = field(default_factory=dict)
     status: int | None = None
     printed: list[str] = field(default_factory=list)
     _pieces: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -66,24 +210,24 @@ class Trial:
         pieces = self._pieces.setdefault(name, {})
         pieces[number] = piece.strip()
         if len(pieces) == int(count):
-            with suppress(ValueError, KeyError, zlib.error, ValidationError):  # another version's, or mixed lines
-                packed = "".join(pieces[str(index)] for index in range(1, int(count) + 1))
-                event = RankEvent.model_validate_json(zlib.decompress(base64.b64decode(packed)))
-                self.events.setdefault(event.rank, []).append(event)
+            with suppress(ValueError, KeyError, zlib.error):  # another version's, or mixed lines
+                said = unpacked(Said, "".join(pieces[str(index)] for index in range(1, int(count) + 1)))
+                self.said.setdefault(said.rank, []).append(said)
 
-    def event(self, rank: int, name: str) -> RankEvent | None:
-        """A rank's event of this name, if it has reported it."""
-        return next((event for event in self.events.get(rank, ()) if event.event == name), None)
+    def news(self, rank: int, field: str) -> list[Any]:
+        """The values that a rank has given to a field of `Said`."""
+        values = (getattr(said, field) for said in self.said.get(rank, ()))
+        return [value for value in values if value is not None]
 
-    def reached(self, ranks: Sequence[int], name: str) -> bool:
-        """Whether all of the ranks have reported an event."""
-        return all(self.event(rank, name) for rank in ranks)
+    def reached(self, ranks: Iterable[int], stage: Stage) -> bool:
+        """Whether all of the ranks have come to a stage."""
+        return all(stage in self.news(rank, "stage") for rank in ranks)
 
 
-def start_ranks(job: Job, order: Order, environment: Mapping[str, str], say: Callable[[str], None]) -> Trial:
+def start_ranks(job: Job, order: Order, environment: Mapping[str, str], say: Say) -> Trial:
     """Run the trial to its end, or until its time is over."""
     trial, has_met = Trial(), False
-    for line in _lines(trial, job, (order.model_dump_json(),), environment, order.seconds):
+    for line in _lines(trial, job, (packed(order),), environment, order.seconds):
         trial.hear(line)
         if not has_met and trial.reached(range(order.layout.num_ranks), "joined"):
             has_met = True
@@ -164,25 +308,20 @@ def last_words(trial: Trial, names: Sequence[str]) -> str:
 
 
 def heard_hosts(hosts: Sequence[HostReport], trial: Trial) -> list[HostReport]:
-    """The hosts with what their first ranks have reported."""
-    probes = {host.name: trial.event(host.first_rank, "probe") for host in hosts}
-    clocks = {host.name: trial.event(host.first_rank, "clock") for host in hosts}
-    return [
-        host.model_copy(
-            update={
-                "probe": None if (probe := probes[host.name]) is None else probe.probe,
-                "clock": None if (clock := clocks[host.name]) is None else clock.clock,
-            }
-        )
-        for host in hosts
-    ]
+    """The hosts with what their first ranks have said."""
+
+    def first(host: HostReport, name: str) -> Any:
+        return next(iter(trial.news(host.first_rank, name)), None)
+
+    fields = ("answer", "clock")
+    return [host.model_copy(update={name: first(host, name) for name in fields}) for host in hosts]
 
 
 def explain_silence(hosts: Sequence[HostReport], trial: Trial, *, route: str) -> list[Finding]:
     """An error for each host that has reported nothing, with what the launcher says of it."""
     findings = []
     for host in hosts:
-        if host.probe is None:
+        if host.answer is None:
             said = last_words(trial, [host.name])
             check = {"ssh": f"`ssh {host.name} true` must work without a question", "srun": "see `sinfo -R`"}
             fix = f"{check.get(route, 'see what it printed')}; Python and this package must be at the same path there"
@@ -192,12 +331,12 @@ def explain_silence(hosts: Sequence[HostReport], trial: Trial, *, route: str) ->
 
 def explain_shared(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -> list[Finding]:
     """What the first ranks of the hosts say about the file in the output folder."""
-    seen = {host.name: event for host in hosts if (event := trial.event(host.first_rank, "shared")) is not None}
+    seen = {host.name: said[0] for host in hosts if (said := trial.news(host.first_rank, "shared"))}
     first, flag = hosts[0].name, f"--output_dir {output_dir}"
-    if first in seen and seen[first].reason:
-        message = f"{first}: {flag}: no file can be written there ({seen[first].reason})"
+    if seen.get(first):
+        message = f"{first}: {flag}: no file can be written there ({seen[first]})"
         return [error("output_not_writable", [first], message, "choose another folder, or make it writable")]
-    blind = [name for name, event in seen.items() if event.reason]
+    blind = [name for name, wrong in seen.items() if wrong]
     if not blind:
         return []
     message = f"{flag} is not shared: {enumerate_names(blind)} cannot read what {first} writes there"
@@ -205,50 +344,30 @@ def explain_shared(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -
     return [warning("output_not_shared", blind, message, fix)]
 
 
-def group_results(
-    hosts: Sequence[HostReport], layout: ParallelConfig, trial: Trial, *, large_bytes: int
-) -> list[GroupResult]:
-    """Results of every group whose ranks have all measured both sizes; the slowest rank's time counts."""
-    results = []
-    for kind, groups in group_members(layout).items():
-        for ranks in groups:
-            seen = [event for rank in ranks for event in trial.events.get(rank, ()) if event.kind == kind]
-            small = [event for event in seen if event.num_bytes == SMALL_BYTES]
-            large = [event for event in seen if event.num_bytes == large_bytes]
-            if len(small) < len(ranks) or len(large) < len(ranks):
-                continue
-            seconds, size = max(event.seconds for event in large), len(ranks)
-            results.append(
-                GroupResult(
-                    kind=kind,
-                    ranks=ranks,
-                    hosts=hosts_of_ranks(hosts, ranks),
-                    num_bytes=large_bytes,
-                    seconds=seconds,
-                    bus_bytes_per_second=2 * (size - 1) / size * large_bytes / seconds,
-                    latency_seconds=max(event.seconds for event in small),
-                    correct=all(event.correct for event in seen),
-                )
-            )
-    return results
+def group_results(hosts: Sequence[HostReport], trial: Trial) -> list[GroupResult]:
+    """Results of every group whose ranks have all measured, by kind, with the hosts of each."""
+    found = [group for rank in sorted(trial.said) for group in trial.news(rank, "group")]
+    found.sort(key=lambda group: get_args(GroupKind).index(group.kind))
+    return [group.model_copy(update={"hosts": hosts_of_ranks(hosts, group.ranks)}) for group in found]
 
 
 def explain_trial(hosts: Sequence[HostReport], layout: ParallelConfig, trial: Trial, *, limit: float) -> list[Finding]:
     """Why ranks did not finish; empty if all did."""
     ranks_of = {host.name: range(host.first_rank, host.first_rank + host.slots) for host in hosts}
-    failed = [event for events in trial.events.values() for event in events if event.event == "failed"]
-    reason = failed[0].reason if failed else f"not finished in {limit:.0f} s" if trial.status is None else ""
+    failed = [reason for rank in trial.said for reason in trial.news(rank, "failed")]
+    reason = failed[0] if failed else f"not finished in {limit:.0f} s" if trial.status is None else ""
     network = (
         f"open the hosts' firewalls to each other, for port {layout.master_port} of {layout.master_host} and for the"
         " ports that ranks choose; or name the network in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
     )
     slow = "check the hosts' network, or raise --timeout_seconds if it is slow"
-    for event, code, what, fix in (
+    stages: tuple[tuple[Stage, str, str, str], ...] = (
         ("started", "not_started", "did not start", "run `python -c 'import torch'` there, see how long it takes"),
         ("joined", "not_joined", f"could not meet at {layout.master_host}", network),
         ("done", "allreduce_failed", "did not finish their all-reduces", slow),
-    ):
-        late = [name for name, ranks in ranks_of.items() if not trial.reached(ranks, event)]
+    )
+    for stage, code, what, fix in stages:
+        late = [name for name, ranks in ranks_of.items() if not trial.reached(ranks, stage)]
         if late:
             why = reason or last_words(trial, late)
             return [error(code, late, f"the ranks on {enumerate_names(late)} {what} ({why})", fix)]
@@ -258,19 +377,15 @@ def explain_trial(hosts: Sequence[HostReport], layout: ParallelConfig, trial: Tr
 def judge_groups(results: Sequence[GroupResult]) -> list[Finding]:
     """Wrong sums, and groups that are much slower than the others of their kind."""
     findings = []
-    speeds: Mapping[str, list[float]] = {
-        kind: [other.bus_bytes_per_second for other in results if other.kind == kind]
-        for kind in ("tensor", "pipeline", "data")
-    }
     for result in results:
+        speeds = [other.bus_bytes_per_second for other in results if other.kind == result.kind]
         name = f"the {result.kind} parallel group of ranks {', '.join(map(str, result.ranks))}"
         where = enumerate_names(result.hosts)
         if not result.correct:
             fix = "leave out one of its hosts at a time to find the cause; then test its memory and network card"
             findings.append(error("wrong_sum", result.hosts, f"{name} ({where}) computes wrong sums", fix))
-        usual = median(speeds[result.kind])
-        if len(speeds[result.kind]) > 2 and result.bus_bytes_per_second < _SLOW * usual:
-            share = result.bus_bytes_per_second / usual
+        share = result.bus_bytes_per_second / median(speeds)
+        if len(speeds) > 2 and share < _SLOW:
             message = f"{name} ({where}) has {share:.0%} of the bandwidth of the others"
             findings.append(warning("slow_group", result.hosts, message, "compare the hosts' links and cards"))
     return findings

@@ -19,11 +19,12 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import printable, show
 from megatron_tiedlora.cluster import running
-from megatron_tiedlora.cluster.doctor.records import DoctorReport, Finding, HostReport, ParallelConfig
+from megatron_tiedlora.cluster.doctor.records import DoctorReport, HostReport, ParallelConfig
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.cluster.running import StopSignals
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
+from megatron_tiedlora.runtime.machine import Finding
 from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.study.record import StudyFolder
 from megatron_tiedlora.study.scores import read_study
@@ -153,7 +154,7 @@ def test_reasons_of_hosts_and_ranks(capsys: pytest.CaptureFixture[str], tmp_path
         "Traceback",
         f"  {printable(FOREIGN)}",
     ]
-    findings = [Finding(level="error", code="no_answer", hosts=["a"], message=FOREIGN, fix=f"look\nverdict: {FOREIGN}")]
+    findings = [Finding(status="error", code="no_answer", hosts=["a"], value=FOREIGN, fix=f"look\nverdict: {FOREIGN}")]
     layout = ParallelConfig(
         num_ranks=1, tensor_parallel=1, pipeline_parallel=1, data_parallel=1, master_host=FOREIGN, master_port=1
     )

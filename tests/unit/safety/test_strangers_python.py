@@ -59,13 +59,13 @@ def test_the_trap_works(trap: Path) -> None:
     assert (trap.parent / "sprung").exists()
 
 
-@pytest.mark.parametrize("launcher", ["local", "pdsh", "torchrun"])
-def test_by_what_run_py_starts(trap: Path, launcher: str) -> None:
+@pytest.mark.parametrize(("launcher", "by_ssh"), [("deepspeed", False), ("deepspeed", True), ("torchrun", True)])
+def test_by_what_run_py_starts(trap: Path, launcher: str, by_ssh: bool) -> None:
     """The ranks find no model, after they have imported all that they use."""
     hosts = trap.parent / "hosts"
     # run.py starts all hosts by the same words; torchrun's ranks look for the first one by its name
     hosts.write_text("localhost slots=1\n")
-    where = ["--num_gpus=1"] if launcher == "local" else [f"--hostfile={hosts}"]
+    where = [f"--hostfile={hosts}"] if by_ssh else ["--num_gpus=1"]
     settings = ["--model=./none", "--task=gsm8k", "--global_batch_size=2"]
     done = command(trap, "run.py", f"--launcher={launcher}", *where, *settings)
     assert done.returncode != 0 and "--model ./none: no such folder" in done.stdout + done.stderr
@@ -87,7 +87,8 @@ os.execvp(sys.executable, words[words.index("-u") - 1 :])
     for name in ("mpirun", "ompi_info"):
         (trap.parent / "programs" / name).write_text(mpirun)
         (trap.parent / "programs" / name).chmod(0o755)
-    job = make_job(trap.parent / "job", launcher="openmpi", folder=trap, hosts=(Host("node1", 1),))
+    own = {"launcher_args": ("--launcher=openmpi",), "hosts": (Host("node1", 1),)}
+    job = make_job(trap.parent / "job", folder=trap, **own)
     Path(job.program[-1]).write_text(f"import sys\nassert {str(trap)!r} not in sys.path, sys.path\n{IMPORTS}")
     start(plan_start(job, environment), trap)
     check(trap)

@@ -92,7 +92,7 @@ def run(code: str, tmp_path: Path, *, seconds: float = 20.0, **limits: float) ->
     suite = parts.run_part("p", command, environment=os.environ, folder=tmp_path, seconds=seconds, **limits)
     (case,) = suite.iter("testcase")
     (problem,) = parts.problems(case)
-    return problem
+    return parts.verdict(case), problem.fix, problem.value
 
 
 def test_a_part_that_dies_is_a_failure(tmp_path: Path) -> None:

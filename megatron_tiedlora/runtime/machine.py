@@ -1,0 +1,280 @@
+"""The record of a machine: `tiedlora env` prints it, the doctor compares it over hosts, and check-gpu judges it.
+
+Values of variables are recorded only for the names and prefixes listed here, none of which holds a secret. Nothing is
+written to a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_tiedlora.base.extras import EXTRAS, missing_modules
+from megatron_tiedlora.base.paths import user_cache
+from megatron_tiedlora.base.version import PACKAGE_FOLDER, installed_versions
+from megatron_tiedlora.base.wording import bytes_in_words, first_line
+
+LIBRARIES = (
+    *("torch", "deepspeed", "transformers", "tokenizers", "peft", "datasets", "accelerate", "safetensors"),
+    *("huggingface_hub", "numpy", "bitsandbytes", "pydantic", "triton", "flash_attn", "flash_attn_3", "mpi4py"),
+    *("rouge-score", "sacrebleu"),
+)
+# Variables that change what runs: names, and prefixes that end with an underscore.
+VARIABLES = (
+    *("CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "NCCL_", "PYTORCH_", "TRITON_", "DS_ACCELERATOR", "DS_ENV_FILE"),
+    *("GLOO_", "TORCH_NCCL_", "TORCH_CUDNN_", "TORCH_ALLOW_TF32_", "TORCH_LOGS", "TORCH_EXTENSIONS_DIR"),
+    *("TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_", "TORCHELASTIC_"),
+    *("OMP_NUM_THREADS", "LD_PRELOAD", "PYTHONPATH", "PYTHONSAFEPATH", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_CACHE"),
+    *("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    *("SLURM_JOB_", "SLURM_STEP_", "SLURM_PROCID", "SLURM_LOCALID"),
+    *("OMPI_COMM_WORLD_", "PMI_RANK", "PMI_SIZE", "MEGATRON_TIEDLORA_"),
+)
+_PREFIXES = tuple(name for name in VARIABLES if name.endswith("_"))
+_LONGEST = 200  # characters of a value
+OLDEST_TORCH = (2, 10)  # as in pyproject.toml
+_BF16_CAPABILITY = (8, 0)
+_FREE_SHARE = 0.9  # of a GPU's memory; with less of it another process uses the GPU
+
+
+class Record(BaseModel):
+    """A frozen record. A host with another version of this package may send fields that are unknown here."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class Finding(Record):
+    """One thing that a check found.
+
+    Attributes:
+        status: `error` (no job should start), `warning` (a job may start), or `skipped` (it was not looked at).
+        value: what was found, or why it was skipped.
+        expected: what it should be, or what it does not fit; '' if `value` says so.
+        fix: what to do.
+        code: kind of the doctor's finding; scripts rely on it.
+        hosts: the hosts that it concerns; empty for this machine.
+    """
+
+    status: Literal["error", "warning", "skipped"]
+    value: str = ""
+    expected: str = ""
+    fix: str = ""
+    code: str = ""
+    hosts: list[str] = Field(default_factory=list)
+
+    @property
+    def message(self) -> str:
+        """What was found, beside what was expected."""
+        return f"{self.value}, but {self.expected}" if self.expected else self.value
+
+
+class Gpu(Record):
+    """One GPU as torch sees it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: tuple[int, int] = (0, 0)
+
+
+class MachineRecord(Record):
+    """What a machine has, and what is installed on it.
+
+    Attributes:
+        versions: of Python, packages and the system, by name, without packages that are not installed.
+        extras: of this package: `installed`, or which modules each lacks.
+        variables: those of this process that change what runs.
+        id: the same for two names of one machine.
+        source_hash: hash of this package's own files, because two checkouts may have the same version number.
+        torch_error: why torch cannot be imported; the fields about CUDA and GPUs are then empty.
+        nofile, memlock: limits of a process (open files, locked bytes); None for unlimited.
+        name_addresses: what the machine's own name resolves to on itself.
+        interfaces: addresses by interface.
+    """
+
+    versions: dict[str, str]
+    paths: dict[str, str]
+    extras: dict[str, str]
+    variables: dict[str, str]
+    host: str
+    id: str
+    source_hash: str
+    torch_error: str | None = None
+    cuda: str | None = None
+    nccl: str | None = None
+    cudnn: int | None = None
+    gpus: list[Gpu] = Field(default_factory=list)
+    infiniband: list[str]
+    num_cores: int
+    memory_bytes: int
+    free_memory_bytes: int
+    shm_bytes: int
+    nofile: int | None
+    memlock: int | None
+    name_addresses: list[str]
+    interfaces: dict[str, list[str]]
+
+
+def machine_record() -> MachineRecord:
+    """The record of this machine."""
+    memory, host, shm = psutil.virtual_memory(), socket.gethostname(), Path("/dev/shm")
+    boot, infiniband = Path("/proc/sys/kernel/random/boot_id"), Path("/sys/class/infiniband")
+    return MachineRecord(
+        versions={**installed_versions(*LIBRARIES), "system": platform.platform()},
+        paths={"package": str(PACKAGE_FOLDER), "python": sys.executable, "cache": str(user_cache())},
+        extras={name: _extra(name) for name in EXTRAS},
+        variables={
+            name: value[:_LONGEST]
+            for name, value in sorted(os.environ.items())
+            if name in VARIABLES or name.startswith(_PREFIXES)
+        },
+        host=host,
+        id=f"{host} {boot.read_text().strip() if boot.exists() else ''}",
+        source_hash=source_hash(PACKAGE_FOLDER),
+        **_devices(),
+        infiniband=sorted(path.name for path in infiniband.iterdir()) if infiniband.is_dir() else [],
+        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=memory.total,
+        free_memory_bytes=memory.available,
+        shm_bytes=shutil.disk_usage(shm).free if shm.is_dir() else 0,
+        nofile=_limit("RLIMIT_NOFILE"),
+        memlock=_limit("RLIMIT_MEMLOCK"),
+        name_addresses=resolve(host),
+        interfaces=_addresses_by_interface(),
+    )
+
+
+def _extra(name: str) -> str:
+    missing = missing_modules(*(("train", "eval") if name == "demo" else ()), name)
+    return f"lacks {', '.join(missing)}" if missing else "installed"
+
+
+def source_hash(folder: Path) -> str:
+    """A hash of the names and contents of the Python files below `folder`."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _devices() -> dict[str, Any]:
+    """What torch is built with and the GPUs that it sees, as fields of the record."""
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return {"cuda": torch.version.cuda}
+        gpus = []
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+            gpus.append(Gpu(name=name, total_bytes=total, free_bytes=free, capability=capability))
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        return {"cuda": torch.version.cuda, "nccl": nccl, "cudnn": torch.backends.cudnn.version(), "gpus": gpus}
+    except Exception as error:  # a missing library, a driver that is too old: the record holds any reason
+        return {"torch_error": f"{type(error).__name__}: {first_line(error)}"}
+
+
+def _limit(name: str) -> int | None:
+    soft = resource.getrlimit(getattr(resource, name))[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _addresses_by_interface() -> dict[str, list[str]]:
+    """The IP addresses of each interface that has any."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    found = {
+        name: [address.address.partition("%")[0] for address in addresses if address.family in families]
+        for name, addresses in sorted(psutil.net_if_addrs().items())
+    }
+    return {name: addresses for name, addresses in found.items() if addresses}
+
+
+def resolve(name: str) -> list[str]:
+    """The addresses that a host's name resolves to here, in the resolver's order; empty if it does not resolve."""
+    try:
+        answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return list(dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in answers))
+
+
+def in_words(machine: MachineRecord) -> dict[str, dict[str, str]]:
+    """The record's values by section and name, to print."""
+    limits = {"open files": machine.nofile, "locked bytes": machine.memlock}
+    hardware = {
+        "host": machine.host,
+        "CPU cores": str(machine.num_cores),
+        "memory": bytes_in_words(machine.memory_bytes),
+        "free memory": bytes_in_words(machine.free_memory_bytes),
+        "free in /dev/shm": bytes_in_words(machine.shm_bytes),
+        **{name: "unlimited" if limit is None else f"{limit:,}" for name, limit in limits.items()},
+        "interfaces": "; ".join(f"{name} {', '.join(found)}" for name, found in machine.interfaces.items()),
+        "InfiniBand": ", ".join(machine.infiniband) or "none",
+        "hash of the package": machine.source_hash,
+    }
+    if machine.torch_error is not None:
+        hardware["torch"] = machine.torch_error
+    else:
+        hardware["CUDA of torch"] = machine.cuda or "none"
+        hardware |= {"NCCL of torch": str(machine.nccl), "cuDNN": str(machine.cudnn)} if machine.gpus else {}
+        hardware |= {} if machine.gpus else {"GPUs": "none that torch sees"}
+    for index, gpu in enumerate(machine.gpus):
+        generation, memory = "".join(map(str, gpu.capability)), bytes_in_words(gpu.total_bytes)
+        hardware[f"GPU {index}"] = f"{gpu.name}, sm_{generation}, {memory}, {bytes_in_words(gpu.free_bytes)} free"
+    return {
+        "versions": machine.versions,
+        "paths": machine.paths,
+        "extras": machine.extras,
+        "machine": hardware,
+        "variables": machine.variables,
+    }
+
+
+def judge_machine(machine: MachineRecord) -> Iterator[Finding]:
+    """What is wrong with a machine by itself, whatever runs on it."""
+    if machine.torch_error is not None:
+        yield Finding(
+            status="error",
+            code="torch_broken",
+            value=f"torch cannot be imported ({machine.torch_error})",
+            fix=f"run `{machine.paths['python']} -c 'import torch'` there and correct what it reports",
+        )
+    used = [index for index, gpu in enumerate(machine.gpus) if gpu.free_bytes < _FREE_SHARE * gpu.total_bytes]
+    if used:
+        least = bytes_in_words(min(machine.gpus[index].free_bytes for index in used))
+        yield Finding(
+            status="warning",
+            code="gpu_memory_used",
+            value=f"memory of GPU {', '.join(map(str, used))} is in use, {least} free",
+            fix="find the process with nvidia-smi and end it; speeds of a shared GPU mislead",
+        )
+    if old := sorted({gpu.name for gpu in machine.gpus if gpu.capability < _BF16_CAPABILITY}):
+        yield Finding(
+            status="warning",
+            code="old_gpu",
+            value=f"{' and '.join(old)}: GPUs before Ampere have no fast bf16",
+            fix="give --dtype fp32, and expect a slow run",
+        )
+    torch = machine.versions.get("torch", "")
+    number = re.match(r"(\d+)\.(\d+)", torch)
+    if number and tuple(map(int, number.groups())) < OLDEST_TORCH:
+        yield Finding(
+            status="error",
+            code="old_torch",
+            value=f"torch is {torch}",
+            expected=f"this package needs {'.'.join(map(str, OLDEST_TORCH))} or later",
+            fix="install a later torch for the driver's CUDA version: https://pytorch.org/get-started/locally",
+        )
