@@ -92,12 +92,15 @@ def encode_dataset(
 def joined(samples: Sequence[EncodedExample]) -> dict[str, NDArray[Any]]:
     """The arrays of samples, as `TokenDataset` has them."""
     lengths = np.asarray([len(sample.tokens) for sample in samples], dtype=np.int64)
-    facts = [(int(sample.supervised.sum()), sample.truncated, sample.lost_turns, False, False) for sample in samples]
+    facts = np.zeros(len(samples), FACTS)
+    facts["supervised"] = [sample.supervised.sum() for sample in samples]
+    facts["cut"] = [sample.truncated for sample in samples]
+    facts["lost_turns"] = [sample.lost_turns for sample in samples]
     return {
         "tokens": np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]),
         "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         "supervised": np.concatenate([np.empty(0, np.bool_), *(sample.supervised for sample in samples)]),
-        "facts": np.array(facts, dtype=FACTS),
+        "facts": facts,
     }
 
 
