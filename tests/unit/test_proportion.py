@@ -34,7 +34,7 @@ LINES: Table = {
     "commands": (1239, ""),
     "config": (3318, "the settings of the eleven commands that parsed by hand, from commands/"),
     "convert": (3324, ""),
-    "data": (5263, ""),
+    "data": (5261, ""),
     "engine": (1149, "the two ways to step adapters, from training/"),
     "evaluation": (1732, ""),
     "hf": (193, ""),
