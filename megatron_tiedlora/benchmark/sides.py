@@ -22,8 +22,7 @@ from megatron_tiedlora.checkpoint.base_weights import RandomWeights, load_base_w
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
-from megatron_tiedlora.data.loader import collate
-from megatron_tiedlora.data.shared import shared_micro_batch, shared_rounds
+from megatron_tiedlora.data.loader import collate, shared_micro_batch, shared_rounds
 from megatron_tiedlora.engine.runner import Losses
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs

@@ -24,7 +24,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
+from megatron_tiedlora.data.tokenizer import tokenizer_hash
 from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes
 
 MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it

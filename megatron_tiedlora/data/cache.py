@@ -32,10 +32,9 @@ from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_wo
 from megatron_tiedlora.base.paths import CACHE_VARIABLE, make_own_folder, user_cache
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.data.encode_rows import Encoding, encoded_rows
+from megatron_tiedlora.data.encode_rows import Encoding, NumberedRow, encoded_rows
 from megatron_tiedlora.data.sources import Files, RowStream, mixed, row_stream, source_kind
 from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows
-from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import Split
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
@@ -44,11 +43,7 @@ from megatron_tiedlora.runtime.launch_env import local_rank
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS = np.dtype([("row", np.int64), ("number", np.int64), ("source", np.int32)])
-"""Where a sample is from: its row, the number of that by `SampleNumbers` (rows of one number are held out together),
-and the number of its source."""
-
-_STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "facts": FACTS, "rows": ROWS}
+_STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "facts": FACTS}
 _SPLITS = {"train": np.int64, "validation": np.int64}
 
 _BLOCK = 2**14  # rows
@@ -103,16 +98,14 @@ def tokenised_once(
         make_own_folder(folder.parent)
         make_own_folder(folder, mode=0o700)  # private, since it contains the texts of data sets
         remove_abandoned_outputs(folder)
-        return _training_data(folder, encoding, files=files, seed=seed, timeout_minutes=timeout_minutes)
+        return _training_data(partial(_once, folder, timeout_minutes), encoding, files=files, seed=seed)
     except OSError as error:
         raise UserError(
             f"{folder}: the cache of tokenised data cannot be written ({error}); free space there"
         ) from error
 
 
-def _training_data(
-    folder: Path, encoding: Encoding, *, files: Files, seed: int, timeout_minutes: float
-) -> TrainingData:
+def _training_data(once: Callable[..., _Found], encoding: Encoding, *, files: Files, seed: int) -> TrainingData:
     carves = source_kind(encoding.task, "validation", files) == "carve"
     stored: dict[Split, _Found] = {}
     keys: dict[Split, str] = {}
@@ -123,20 +116,23 @@ def _training_data(
         first_only = split != "train" and encoding.task.merge_by is not None
         keys[split] = cache_key(encoding, content, first_only=first_only)
         rows = partial(_write_rows, stream=stream, content=content, encoding=encoding, first_only=first_only)
-        waits = _waits(folder / keys[split], stream.names, timeout_minutes)
-        stored[split] = _once(folder / keys[split], _STORE, partial(rows, name=split), waits)
+        stored[split] = once(keys[split], _STORE, partial(rows, name=split), stream.names)
     shares = [[source.name, source.weight] for source in streams["train"].sources if source.weight is not None]
     choice = hashlib.sha256(json.dumps([keys, seed, shares, _code()]).encode()).hexdigest()
     write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed, encoding=encoding)
-    waits = _waits(folder / choice, streams["train"].names, timeout_minutes)
-    order, facts = _once(folder / choice, _SPLITS, write_splits, waits)
-    train, held_out = stored["train"][0], stored["train" if carves else "validation"][0]
+    order, facts = once(choice, _SPLITS, write_splits, streams["train"].names)
     facts["mix"] = tuple(facts["mix"])
-    return TrainingData(_dataset(train, order["train"]), _dataset(held_out, order["validation"]), **facts)
+    train = TokenDataset(**stored["train"][0], order=order["train"])
+    validation = TokenDataset(**stored[parts[-1]][0], order=order["validation"])
+    return TrainingData(train, validation, **facts)
 
 
-def _once(path: Path, dtypes: Mapping[str, Any], write: Callable[[Path], None], waits: Iterator[None]) -> _Found:
-    """What the folder `path` holds. `write` is called for it if no process has written it, or is writing it."""
+def _once(
+    folder: Path, timeout_minutes: float, key: str, dtypes: Mapping[str, Any], write: Callable[[Path], None], names: str
+) -> _Found:
+    """What the folder `key` holds. `write` is called for it if no process has written it, or is writing it."""
+    path = folder / key
+    waits = _waits(path, names, timeout_minutes)
 
     def reject_whole(_: Path) -> None:
         if mapped_arrays(path, dtypes) is not None:  # other processes may have mapped it
@@ -191,10 +187,6 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
         yield
 
 
-def _dataset(arrays: Mapping[str, NDArray[Any]], order: NDArray[np.int64]) -> TokenDataset:
-    return TokenDataset(arrays["tokens"], arrays["offsets"], arrays["supervised"], arrays["facts"], order)
-
-
 # All rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -206,31 +198,23 @@ def _write_rows(
     Args:
         first_only: leave out rows that belong to the sample of an earlier row.
     """
-    unwritten: list[tuple[int, int, int]] = []  # `ROWS` of rows that are read
 
-    def read() -> Iterator[Row]:
-        sample_numbers, count, seen = SampleNumbers(encoding.task), 0, 0
+    def read() -> Iterator[NumberedRow]:
+        sample_numbers, seen = SampleNumbers(encoding.task), 0
         for source, row in stream:
             number = sample_numbers.of(row[0])
-            if first_only and number < seen:
-                continue
+            if not first_only or number >= seen:
+                yield source, number, row
             seen = max(seen, number + 1)
-            unwritten.append((count, number, source))
-            count += 1
-            yield row
 
     with written_arrays(path, _STORE) as append:
         append(offsets=np.zeros(1, np.int64))
         num_tokens, total = 0, stream.about_num_rows()
         with progress_bar(f"tokenising {name}", " rows", total=total, leave=True, delay=2, mininterval=1) as bar:
             for arrays in encoded_rows(read(), encoding):
-                of_chunk = arrays.pop("row")
-                num_rows = int(of_chunk[-1]) + 1
-                rows = np.array(unwritten[:num_rows], ROWS)[of_chunk]
-                del unwritten[:num_rows]
-                append(**{**arrays, "offsets": num_tokens + arrays["offsets"][1:]}, rows=rows)
+                append(**{**arrays, "offsets": num_tokens + arrays["offsets"][1:]})
                 num_tokens += len(arrays["tokens"])
-                bar.update(num_rows)
+                bar.update(int(arrays["facts"]["first"].sum()))
         if stream.sha256() != content:
             raise UserError(f"{stream.names}: changed while it was read; start again when it is complete")
 
@@ -243,24 +227,24 @@ def _write_splits(
 ) -> None:
     """Write which samples are trained on and which are held out, with what `TrainingData` says of them."""
     train, stream = stored["train"][0], streams["train"]
-    first_samples = np.flatnonzero(np.diff(train["rows"]["row"], prepend=-1))  # of each row; a long text has several
-    numbers, sources = (train["rows"][name][first_samples] for name in ("number", "source"))
+    num_samples, first_samples = len(train["facts"]), np.flatnonzero(train["facts"]["first"])
+    numbers, sources = (train["facts"][name][first_samples] for name in ("number", "source"))
     held_out = np.zeros(len(numbers), np.bool_)
     if "validation" in stored:
         other, other_stream = stored["validation"][0], streams["validation"]
-        validation = np.arange(len(other["rows"]))  # all: only the first row of a sample was stored
+        validation = np.arange(len(other["facts"]))  # all: only the first row of a sample was stored
     else:
         other, other_stream = train, stream
         held_out = check_held_out(held_out_rows(stream.task, numbers, seed=seed), stream)
         taken = np.flatnonzero(held_out)
         _, first = np.unique(numbers[taken], return_index=True)
-        validation = _samples_of(taken[np.sort(first)], first_samples, len(train["rows"]))
+        validation = _samples_of(taken[np.sort(first)], first_samples, num_samples)
     sizes = np.bincount(sources, minlength=len(stream.sources)).tolist()
     mix = mixed(stream.sources, sizes, held_out, seed=seed)
-    order = {"train": _samples_of(mix.rows, first_samples, len(train["rows"])), "validation": validation}
+    order = {"train": _samples_of(mix.rows, first_samples, num_samples), "validation": validation}
     digest = hashlib.sha256()
     for name, arrays, rows in (("train", train, stream), ("validation", other, other_stream)):
-        dataset = _dataset(arrays, order[name])
+        dataset = TokenDataset(**arrays, order=order[name])
         check_supervised(dataset, f"{rows.sources[0].name}, {name} part")
         dataset.update_digest(digest)
     chats = bool(train["facts"]["chat"].any())

@@ -4,9 +4,10 @@ tokens = start + segments, each with EOS where its sample says so. `start` is wh
 text, usually BOS or nothing. Segments are tokenised separately, so that the ids a model sees before it answers do not
 depend on the answer. What is supervised is known by position, never by id (padding may equal EOS). A prompt that does
 not fit loses its middle, and a chat its first exchanges; an answer is never cut. A text without a prompt becomes
-several samples.
+several samples. A text after another one gets no space that it does not have.
 
-Owns samples, labels and what they lost. Leaves batches to `loader`, storage to `cache`, and a chat's text to `chat`.
+Owns samples, labels, what they lost, and the calls of a tokenizer, each of whose errors becomes one line. Leaves
+batches to `loader`, storage to `cache`, and a chat's text to `chat`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.chat import Chat
 from megatron_tiedlora.data.examples import Example, Segment
 from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.text_ids import segment_ids
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
-from megatron_tiedlora.data.tokenizer import start_ids
+from megatron_tiedlora.data.tokenizer import library_errors, start_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,12 +92,15 @@ def encode_dataset(
 def joined(samples: Sequence[EncodedExample]) -> dict[str, NDArray[Any]]:
     """The arrays of samples, as `TokenDataset` has them."""
     lengths = np.asarray([len(sample.tokens) for sample in samples], dtype=np.int64)
-    facts = [(int(sample.supervised.sum()), sample.truncated, sample.lost_turns, False, False) for sample in samples]
+    facts = np.zeros(len(samples), FACTS)
+    facts["supervised"] = [sample.supervised.sum() for sample in samples]
+    facts["cut"] = [sample.truncated for sample in samples]
+    facts["lost_turns"] = [sample.lost_turns for sample in samples]
     return {
         "tokens": np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]),
         "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         "supervised": np.concatenate([np.empty(0, np.bool_), *(sample.supervised for sample in samples)]),
-        "facts": np.array(facts, dtype=FACTS),
+        "facts": facts,
     }
 
 
@@ -212,3 +215,79 @@ class Encoder:
 
 def _num_turns(example: Example) -> int:
     return 0 if example.conversation is None else len(example.conversation.messages)
+
+
+# Ids of texts, and texts of ids --------------------------------------------------------------------------------------
+
+
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    """Decode ids to text. Raises UserError naming the tokenizer if its library fails."""
+    with library_errors(tokenizer.name_or_path, "cannot decode some ids"):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+
+
+def adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a space before any text (SentencePiece's dummy prefix, `add_prefix_space`)."""
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))
+    return bool(tokens) and tokens[0].startswith(("▁", "Ġ"))
+
+
+def segment_ids(
+    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sequence[Segment]]
+) -> list[list[list[int]]]:
+    """The ids of each segment of each sample, without any token that ends a sample."""
+    found: list[list[list[int]]] = [[[] for _ in segments] for segments in samples]
+    for follows in (False, True):
+        for plain in (False, True):
+            positions = [
+                (number, index)
+                for number, segments in enumerate(samples)
+                for index, segment in enumerate(segments)
+                if segment.plain == plain and (index > 0 and any(s.text for s in segments[:index])) == follows
+            ]
+            texts = [samples[number][index].text for number, index in positions]
+            encode = continuation_ids if follows else _ids
+            for (number, index), ids in zip(positions, encode(tokenizer, texts, plain=plain), strict=True):
+                found[number][index] = ids
+    return found
+
+
+def continuation_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, plain: bool = False
+) -> list[list[int]]:
+    """Tokenise texts that follow a prompt, so that decoding prompt and continuation gives the joined text.
+
+    A tokenizer that prefixes a space would add one to " 42" and to "42". So a leading space is removed, and the
+    tokenizer adds it again. A text without one is tokenised after a newline, whose ids are then dropped. If the
+    newline merges with the text into one token, the extra space stays.
+
+    Args:
+        plain: whether control tokens in the texts are read as plain text.
+    """
+    if not texts or not adds_prefix_space(tokenizer):
+        return _ids(tokenizer, texts, plain=plain)
+    newline = _ids(tokenizer, ["\n"])[0]
+    guarded = [text[1:] if text.startswith(" ") else "\n" + text for text in texts]
+    encoded = _ids(tokenizer, guarded, plain=plain)
+    for index, text in enumerate(texts):
+        if not text.startswith(" "):
+            ids = encoded[index]
+            whole = newline and ids[: len(newline)] == newline
+            encoded[index] = ids[len(newline) :] if whole else _ids(tokenizer, [text], plain=plain)[0]
+    return encoded
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
+    if not texts:
+        return []
+    more = {"split_special_tokens": True} if plain else {}
+    with library_errors(tokenizer.name_or_path, "cannot encode a text"):
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **more,
+        )
+    return [list(ids) for ids in encoded["input_ids"]]

@@ -57,9 +57,12 @@ class Encoding:
     end_ids: frozenset[int]
 
 
+NumberedRow = tuple[int, int, Row]
+"""The number of a row's source, the row's number by `SampleNumbers`, and the row."""
+
 Arrays = dict[str, NDArray[Any]]
 Shapes = list[tuple[str, str]]
-"""(shape, source) of the first of some rows, and of each whose shape or file differs from the row before."""
+"""(shape, source) of each of some rows."""
 
 
 class RowEncoder:
@@ -71,35 +74,31 @@ class RowEncoder:
         self._maker = ExampleMaker(encoding.task, template=encoding.template, chat=self._chat)
         self._encoder = Encoder(encoding.tokenizer, self._chat, encoding.max_length)
 
-    def encode(self, rows: Sequence[Row]) -> tuple[Arrays, Shapes]:
+    def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, Shapes]:
         """The samples of rows, as `encoded_rows` yields them, and the rows' shapes.
 
         Raises UserError as `ExampleMaker.example` and `Encoder.samples` do.
         """
-        made = [self._maker.example([row]) for row in rows]
-        shapes: Shapes = []
-        for example, shape in made:
-            if not shapes or (shape, _file(example.source)) != (shapes[-1][0], _file(shapes[-1][1])):
-                shapes.append((shape, example.source))
+        made = [self._maker.example([row]) for _, _, row in rows]
         of_rows = list(self._encoder.samples([example for example, _ in made]))
         samples = [sample for parts in of_rows for sample in parts]
         arrays = joined(samples)
-        arrays["row"] = np.repeat(np.arange(len(rows)), [len(parts) for parts in of_rows])
-        chats = arrays["facts"]["chat"]
-        chats[:] = np.array([example.conversation is not None for example, _ in made])[arrays["row"]]
-        for index in np.flatnonzero(chats):
+        facts, counts = arrays["facts"], [len(parts) for parts in of_rows]
+        facts["chat"] = np.repeat([example.conversation is not None for example, _ in made], counts)
+        facts["first"][np.cumsum([0, *counts[:-1]])] = True
+        facts["source"], facts["number"] = (np.repeat([row[index] for row in rows], counts) for index in (0, 1))
+        for index in np.flatnonzero(facts["chat"]):
             learned = samples[index].tokens[samples[index].supervised]
-            arrays["facts"]["ended"][index] = np.isin(learned, self._ends).any()
-        return arrays, shapes
+            facts["ended"][index] = np.isin(learned, self._ends).any()
+        return arrays, [(shape, example.source) for example, shape in made]
 
     def close(self) -> None:
         """End the template's process."""
         self._chat.close()
 
 
-def encoded_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[Arrays]:
-    """Yield the samples of rows, chunk by chunk in order: arrays as `encode.joined` returns them, and `row`, the number
-    of each sample's row in the chunk.
+def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Arrays]:
+    """Yield the samples of rows, chunk by chunk in order: arrays as `encode.joined` returns them, with all facts.
 
     Raises:
         UserError: as `RowEncoder.encode`, or if rows of a file have several shapes.
@@ -115,12 +114,12 @@ def encoded_rows(rows: Iterable[Row], encoding: Encoding) -> Iterator[Arrays]:
         yield arrays
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
+def _chunks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
+    chunk: list[NumberedRow] = []
     size = 0
     for row in rows:
         chunk.append(row)
-        size += num_bytes(row[0])
+        size += num_bytes(row[-1][0])
         if len(chunk) == CHUNK or size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -128,7 +127,7 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _in_this_process(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[tuple[Arrays, Shapes]]:
+def _in_this_process(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> Iterator[tuple[Arrays, Shapes]]:
     with closing(RowEncoder(encoding)) as encoder:
         yield from map(encoder.encode, chunks)
 
@@ -138,12 +137,12 @@ def _in_this_process(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterato
 _ENCODER: ContextVar[RowEncoder] = ContextVar("the encoder of a process that tokenises rows")
 
 
-def _in_processes(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[tuple[Arrays, Shapes]]:
+def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> Iterator[tuple[Arrays, Shapes]]:
     """Chunks are given out and come back in order, and one for each process is in memory."""
     count = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
     begin = partial(_begin, encoding, os.getpid())
     pool = ProcessPoolExecutor(count, get_context("fork"), initializer=begin)
-    others, waiting = set(active_children()), deque[tuple[list[Row], Future[tuple[Arrays, Shapes]]]]()
+    others, waiting = set(active_children()), deque[tuple[list[NumberedRow], Future[tuple[Arrays, Shapes]]]]()
     try:
         for chunk in chunks:
             if len(waiting) == count:
@@ -162,11 +161,11 @@ def _in_processes(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[t
         pool.shutdown(cancel_futures=True)
 
 
-def _result(chunk: list[Row], future: Future[tuple[Arrays, Shapes]]) -> tuple[Arrays, Shapes]:
+def _result(chunk: list[NumberedRow], future: Future[tuple[Arrays, Shapes]]) -> tuple[Arrays, Shapes]:
     try:
         return future.result()
     except RecursionError:  # of pickle, which passes the chunk
-        first, last = chunk[0][1], chunk[-1][1]
+        first, last = (source for _, _, (_, source) in (chunk[0], chunk[-1]))
         raise UserError(f"{first} to {last}: a row has values that are nested too deeply; remove it") from None
 
 
@@ -178,9 +177,5 @@ def _begin(encoding: Encoding, parent: int) -> None:
     _ENCODER.set(RowEncoder(encoding))
 
 
-def _encode(rows: list[Row]) -> tuple[Arrays, Shapes]:
+def _encode(rows: list[NumberedRow]) -> tuple[Arrays, Shapes]:
     return _ENCODER.get().encode(rows)
-
-
-def _file(source: str) -> str:
-    return source.rpartition(":")[0]

@@ -33,10 +33,9 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a parquet file. Raises UserError if it is broken, or much larger as rows than as a file."""
     import pyarrow.parquet
 
-    def batches() -> Iterator[list[dict[str, Any]]]:
+    def batches() -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
-            for batch in file.iter_batches(batch_size=_ROWS, use_threads=False):
-                yield batch.to_pylist()
+            yield from file.iter_batches(batch_size=_ROWS, use_threads=False)
 
     return _bounded(batches(), path, "parquet")
 
@@ -45,23 +44,22 @@ def arrow_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of an Arrow file, of its stream or its file format. Raises UserError as `parquet_rows` does."""
     import pyarrow
 
-    def parts() -> Iterator[list[dict[str, Any]]]:
+    def batches() -> Iterator[Any]:
         with pyarrow.OSFile(str(path)) as file:
             is_file_format = file.read(len(_ARROW_FILE)) == _ARROW_FILE
             file.seek(0)
             if is_file_format:
                 whole = pyarrow.ipc.open_file(file)
-                batches: Iterable[Any] = map(whole.get_batch, range(whole.num_record_batches))
+                yield from map(whole.get_batch, range(whole.num_record_batches))
             else:
-                batches = pyarrow.ipc.open_stream(file)
-            for batch in batches:
-                for start in range(0, batch.num_rows, _ROWS):
-                    yield batch.slice(start, _ROWS).to_pylist()
+                yield from pyarrow.ipc.open_stream(file)
 
-    return _bounded(parts(), path, "arrow")
+    return _bounded(batches(), path, "arrow")
 
 
-def _bounded(parts: Iterator[list[dict[str, Any]]], path: Path, kind: str) -> Iterator[Row]:
+def _bounded(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row]:
+    starts = ((batch, start) for batch in batches for start in range(0, batch.num_rows, _ROWS))
+    parts = (batch.slice(start, _ROWS).to_pylist() for batch, start in starts)
     memory = _MEMORY + _RATIO * path.stat().st_size
     too_large = f"{path}: its rows need more than {memory:,} bytes; write it as .jsonl, or give a smaller part of it"
     number = size = 0

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +19,17 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
 
 FACTS = np.dtype(
-    [("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np.int32), ("chat", np.bool_), ("ended", np.bool_)]
+    [("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np.int32)]
+    + [("chat", np.bool_), ("ended", np.bool_), ("first", np.bool_), ("number", np.int64), ("source", np.int32)]
 )
 """What is known of a stored sample: number of supervised tokens, whether its prompt lost its middle, and how many turns
-a chat lost. In the cache also: whether it is a chat, and whether a supervised token of a chat ends an answer."""
+a chat lost. In the cache also: whether it is a chat, whether a supervised token of a chat ends an answer, whether it is
+the first sample of its row, the row's number by `SampleNumbers` (rows of one number are held out together), and the
+number of its source."""
+
+_ALL = np.empty(0, np.int64)  # stands for the order in which samples are stored
+
+Indices = Sequence[int] | NDArray[np.int64] | slice
 
 _BLOCK, _BLOCK_TOKENS = 2**11, 2**18  # the most samples and tokens of a block, or one sample
 
@@ -34,16 +42,18 @@ class TokenDataset:
     offsets: (m + 1,) int64; stored sample i is tokens[offsets[i]:offsets[i + 1]].
     supervised: (N,) bool, which tokens are learned; never the first of a sample.
     facts: (m,) of `FACTS`; by default counted, of samples that lost nothing.
-    order: (n,) int64, which stored samples these are, possibly several times; None: all, once.
+    order: (n,) int64, which stored samples these are, possibly several times; by default all, once.
     """
 
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
     supervised: NDArray[np.bool_]
     facts: NDArray[np.void] = field(default_factory=lambda: np.empty(0, FACTS))
-    order: NDArray[np.int64] | None = None
+    order: NDArray[np.int64] = field(default_factory=lambda: _ALL)
 
     def __post_init__(self) -> None:
+        if self.order is _ALL:
+            object.__setattr__(self, "order", np.arange(len(self.offsets) - 1))
         if len(self.facts) != len(self.offsets) - 1:
             facts = np.zeros(len(self.offsets) - 1, FACTS)
             before = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.supervised, dtype=np.int64)])
@@ -58,24 +68,19 @@ class TokenDataset:
         return cls(tokens, offsets, _from(offsets[:-1] + np.maximum(prompt_lengths, 1), offsets))
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1 if self.order is None else len(self.order)
+        return len(self.order)
 
-    def _stored(self, indices: Sequence[int] | NDArray[np.int64] | slice) -> NDArray[np.int64]:
-        """Which stored samples the given ones are."""
-        if self.order is not None:
-            return self.order[indices]
-        if isinstance(indices, slice):
-            return np.arange(*indices.indices(len(self)))
-        return np.asarray(indices, dtype=np.int64)
-
-    def lengths_of(self, indices: Sequence[int] | NDArray[np.int64] | slice) -> NDArray[np.int64]:
+    def lengths_of(self, indices: Indices) -> NDArray[np.int64]:
         """Number of tokens of the given samples, (number of samples,) int64."""
-        stored = self._stored(indices)
+        stored = self.order[indices]
         return self.offsets[stored + 1] - self.offsets[stored]
 
-    def num_supervised_of(self, indices: Sequence[int] | NDArray[np.int64] | slice) -> NDArray[np.int64]:
+    def num_supervised_of(self, indices: Indices) -> NDArray[np.int64]:
         """Number of supervised tokens of the given samples, (number of samples,) int64."""
-        return self.facts["supervised"][self._stored(indices)].astype(np.int64)
+        return self._facts("supervised", indices).astype(np.int64)
+
+    def _facts(self, name: str, indices: Indices) -> NDArray[Any]:
+        return self.facts[name][self.order[indices]]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -100,17 +105,17 @@ class TokenDataset:
     @cached_property
     def truncated_prompts(self) -> int:
         """How many prompts lost their middle."""
-        return sum(int(self.facts["cut"][self._stored(block)].sum()) for block in self._blocks())
+        return sum(int(self._facts("cut", block).sum()) for block in self._blocks())
 
     @cached_property
     def shortened_chats(self) -> int:
         """How many chats lost turns."""
-        return sum(int((self.facts["lost_turns"][self._stored(block)] > 0).sum()) for block in self._blocks())
+        return sum(int((self._facts("lost_turns", block) > 0).sum()) for block in self._blocks())
 
     @cached_property
     def lost_turns(self) -> int:
         """How many turns those are."""
-        return sum(int(self.facts["lost_turns"][self._stored(block)].sum()) for block in self._blocks())
+        return sum(int(self._facts("lost_turns", block).sum()) for block in self._blocks())
 
     @property
     def prompt_lengths(self) -> NDArray[np.int32] | None:
@@ -123,13 +128,15 @@ class TokenDataset:
 
     def sample(self, index: int) -> NDArray[np.int32]:
         """Return the ids of one sample, (length,) int32."""
-        stored = index if self.order is None else self.order[index]
-        return self.tokens[self.offsets[stored] : self.offsets[stored + 1]]
+        return self.tokens[self._span(index)]
 
     def supervised_of(self, index: int) -> NDArray[np.bool_]:
         """Return which tokens of one sample are supervised, (length,) bool."""
-        stored = index if self.order is None else self.order[index]
-        return self.supervised[self.offsets[stored] : self.offsets[stored + 1]]
+        return self.supervised[self._span(index)]
+
+    def _span(self, index: int) -> slice:
+        stored = self.order[index]
+        return slice(self.offsets[stored], self.offsets[stored + 1])
 
     def update_digest(self, digest: hashlib._Hash) -> None:
         """Add ids, offsets and what is supervised to a hash, in the order of the arrays, which checkpoints keep."""
@@ -157,7 +164,7 @@ class TokenDataset:
 
     def _gathered(self, block: slice) -> TokenDataset:
         """The samples of a block, in arrays of their own."""
-        stored = self._stored(block)
+        stored = self.order[block]
         starts, lengths = self.offsets[stored], self.lengths_of(block)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])

@@ -1,4 +1,5 @@
-"""Loads tokenizers from an HF folder, a hub id or a bare SentencePiece file, and saves them to a folder.
+"""Loads tokenizers from an HF folder, a hub id or a bare SentencePiece file, saves them to a folder, and identifies one
+by a hash of its files. Only what loads or saves one imports transformers.
 
 If there is a `tokenizer.json`, the model was trained with it, so it is read unchanged. The class names in
 tokenizer_config.json would make transformers 5 rebuild the pre-tokenizer and lose parts of it: GPT2Tokenizer drops
@@ -10,17 +11,19 @@ that spells a control piece ("</s>") is plain text. BOS and EOS are never added 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.base.wording import first_line
 
 if TYPE_CHECKING:
@@ -272,3 +275,76 @@ def _named(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizer
 
 def _rejection(source: str, reason: str) -> UserError:
     return UserError(f"{source}: {reason}; give --tokenizer a HF tokenizer folder or a SentencePiece tokenizer.model")
+
+
+# What identifies a tokenizer ------------------------------------------------------------------------------------------
+#
+# Copies have the same hash, whoever wrote their configs.
+
+# The ids come from the first of these that a folder has; see `load_tokenizer`.
+_VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("*.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+
+
+def tokenizer_hash(source: str | Path) -> str | None:
+    """Hash of the vocabulary, BOS, EOS, added tokens and the chat template; None without a vocabulary.
+
+    Args:
+        source: a folder, a SentencePiece file, or a hub id.
+
+    Raises:
+        UserError: a file cannot be read or downloaded.
+    """
+    path = user_path(str(source))
+    if path.is_file():
+        return _hash([path], {})
+    if not path.is_dir():
+        path = download_tokenizer(str(source))
+    for names in _VOCABULARIES:
+        if files := sorted({file for name in names for file in path.glob(name) if file.is_file()}):
+            return _hash(files, _id_settings(path))
+    return None
+
+
+def _id_settings(folder: Path) -> dict[str, Any]:
+    """The other settings that ids depend on. Special tokens are reduced to their texts, since versions differ."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found |= read_json_object(folder / name, kind="a tokenizer's config")
+    template = folder / "chat_template.jinja"
+    chat = read_small_text(template) if template.is_file() else found.get("chat_template")
+    tokens = {role: found.get(role) for role in ("bos_token", "eos_token")}
+    texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
+    return {**texts, "chat_template": chat, "added": _added(folder, found)}
+
+
+def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:
+    """Tokens that the configs add to the vocabulary, which change how text is tokenised; None if there are none."""
+    file, known = folder / "tokenizer.json", set[str]()
+    with suppress(UserError):  # the file does not exist, or its library will report the error
+        listed = read_json_object(file, kind="a tokenizer", largest=LARGEST_TOKENIZER).get("added_tokens")
+        known = {str(token.get("content")) for token in listed or () if isinstance(token, dict)}
+    entries: list[Any] = []
+    for name in ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"):
+        value = found.get(name)
+        entries += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    more = folder / "added_tokens.json"
+    entries += read_json_object(more, kind="added tokens") if more.is_file() else ()
+    texts = {str(entry.get("content") if isinstance(entry, dict) else entry) for entry in entries}
+    return sorted(texts - known) or None
+
+
+def _hash(files: list[Path], settings: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            if file.stat().st_size > LARGEST_TOKENIZER:
+                size = f"{LARGEST_TOKENIZER:,} bytes"
+                raise UserError(f"{file}: is larger than {size}, too large for a tokenizer; give another one")
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror or error}); give another tokenizer") from None
+    known = {name: value for name, value in settings.items() if value is not None}
+    digest.update(json.dumps(known, sort_keys=True).encode())
+    return digest.hexdigest()

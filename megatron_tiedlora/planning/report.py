@@ -15,8 +15,8 @@ import numpy as np
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, time_text
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions
-from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD

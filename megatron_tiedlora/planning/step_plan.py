@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.data.loader import GlobalBatch, largest_positions, num_positions
-from megatron_tiedlora.data.shared import fill_rounds
+from megatron_tiedlora.data.loader import GlobalBatch, fill_rounds, largest_positions, num_positions
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan

@@ -19,8 +19,7 @@ import torch
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.benchmark.timing import profiled
-from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.data.shared import shared_micro_batch
+from megatron_tiedlora.data.loader import TrainingStep, shared_micro_batch
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.running import MOST_LAYERS, layers_that_fit, loader_of, started, step_settings
 

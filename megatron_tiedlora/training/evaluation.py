@@ -13,8 +13,7 @@ from itertools import islice
 from typing import TypeVar
 
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.data.loader import evaluation_sizes
-from megatron_tiedlora.data.shared import Owned, fill_rounds, shared_micro_batch
+from megatron_tiedlora.data.loader import Owned, evaluation_sizes, fill_rounds, shared_micro_batch
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.evaluation.answering import Questions, ScoredSet, answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder

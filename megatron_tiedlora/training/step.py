@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.data.shared import shared_micro_batch, shared_rounds
+from megatron_tiedlora.data.loader import TrainingStep, shared_micro_batch, shared_rounds
 from megatron_tiedlora.engine.optimizers import Missing
 from megatron_tiedlora.engine.runner import Divisors, Runner
 from megatron_tiedlora.parallel.agreement import raise_on_every_rank, sum_over_ranks

@@ -24,8 +24,7 @@ from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS, 
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
+from megatron_tiedlora.data.tokenizer import load_tokenizer, tokenizer_hash
 from megatron_tiedlora.model.weights import weight_rules
 
 NORM = "model.norm.weight"

@@ -34,7 +34,7 @@ LINES: Table = {
     "commands": (1236, ""),
     "config": (3338, "which adapters differ only in the learning rate, from training/"),
     "convert": (3206, "a merge names a base that becomes shorter before it reads on"),
-    "data": (5305, ""),
+    "data": (5261, ""),
     "engine": (1149, "the two ways to step adapters, from training/"),
     "evaluation": (1702, ""),
     "model": (3794, "how a model is cut, from planning/; norms behind linears and of all heads, rotations by layer"),

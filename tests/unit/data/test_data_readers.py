@@ -56,6 +56,21 @@ def test_json_and_parquet(tmp_path):
     assert "row 2" in read_rows(table)[1][1]
 
 
+def test_tables_of_many_rows_are_read_in_order(tmp_path):
+    """One row group or record batch holds more rows than are decoded at a time."""
+    import pyarrow
+
+    rows = [{"prompt": f"{number}", "completion": "b"} for number in range(150)]
+    table = pyarrow.Table.from_pylist(rows)
+    paths = [write_rows(tmp_path / "a.parquet", rows)]
+    for kind in ("file", "stream"):
+        paths.append(str(tmp_path / f"{kind}.arrow"))
+        with getattr(pyarrow.ipc, f"new_{kind}")(paths[-1], table.schema) as writer:
+            writer.write_table(table)
+    for path in paths:
+        assert read_rows(path) == [(row, f"{path}: row {number}") for number, row in enumerate(rows, start=1)]
+
+
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.json", "list.json"])
 def test_empty_file(tmp_path, name):
     path = write(tmp_path / name, "[]" if name == "list.json" else "\n\n" if name.endswith("l") else "")

@@ -131,7 +131,7 @@ def test_damaged_files_are_written_again(tokenizer: Any, tmp_path: Path) -> None
 
     first = tokens()
     paths = sorted((tmp_path / "tokens").glob("*/*"))
-    assert len(paths) == 5 + 1 + 2 + 1
+    assert len(paths) == 4 + 1 + 2 + 1
     for path in paths:
         whole = path.read_bytes()
         for damaged in (whole[: len(whole) // 2], b"", whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]):

@@ -110,7 +110,7 @@ def test_chunks_of_long_rows_are_small(tokenizer: Any, tmp_path: Path, monkeypat
 
     def counted(*arguments: Any) -> Iterator[Any]:
         for part in original(*arguments):
-            sizes.append(int(part["row"][-1]) + 1)
+            sizes.append(int(part["facts"]["first"].sum()))
             yield part
 
     monkeypatch.setattr(cache, "encoded_rows", counted)
@@ -142,7 +142,7 @@ def test_rows_that_cannot_be_passed_to_a_process(tokenizer: Any) -> None:
     deep: Any = []
     for _ in range(5000):
         deep = [deep]
-    rows = [({"x": 1}, "a.jsonl:1"), ({"x": deep}, "a.jsonl:3")]
+    rows = [(0, 0, ({"x": 1}, "a.jsonl:1")), (0, 1, ({"x": deep}, "a.jsonl:3"))]
     message = refusal(lambda: list(encode_rows._in_processes([rows], encoding(tokenizer))))
     assert message == "a.jsonl:1 to a.jsonl:3: a row has values that are nested too deeply; remove it"
 

@@ -217,7 +217,7 @@ def test_facts_have_a_checksum(tokenizer: Any, tmp_path: Path, files: tuple[str,
         assert getattr(again, name) == getattr(first, name)
 
 
-@pytest.mark.parametrize("name", ["tokens", "rows", "train", "content.json"])
+@pytest.mark.parametrize("name", ["tokens", "facts", "train", "content.json"])
 def test_sizes_are_compared_before_anything_is_read(
     tokenizer: Any, tmp_path: Path, files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
