@@ -9,8 +9,10 @@ at each moment is affine too: the peak is the largest of these moments.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -185,7 +187,7 @@ class Tracer:
 
     def _once(self, key: Hashable, compute: Callable[[], _Found]) -> _Found:
         if key not in self._known:
-            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has
+            with torch.inference_mode(False), torch.enable_grad(), _no_collection():  # whatever the caller has
                 self._known[key] = compute()
         found: _Found = self._known[key]
         return found
@@ -376,6 +378,18 @@ def _supervised(sizes: Sizes) -> Supervised:
     edges = [len(chosen) * sum(sizes.after[:number]) // len(rows) for number in range(len(pieces) + 1)]
     labelled = tuple(Piece(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
     return Supervised(rows, rows, chosen, chosen, pieces, labelled)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector: objects that it ends may run operations, as DeepSpeed's engines do."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _keys(counts: Iterable[Mapping[Hashable, float]]) -> list[Hashable]:

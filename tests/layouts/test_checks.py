@@ -261,11 +261,18 @@ def three_layers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def answer(base: dict[str, Any], three_layers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answer:
     """From a case to what it gave; all cases of a list and of as many ranks run in one start, when the first of them is
     asked for."""
-    starts = {name: SharedStarts() for name in ("norms", "other norms", "checks")}
+    # One start of all would take minutes where cores are shared, and a start has a time limit.
+    lists = {
+        "healthy": HEALTHY,
+        "changed": [*CHANGED, *MORE_CHANGED],
+        "gradients": GRADIENTS,
+        "norms": NORMS,
+        "other norms": OTHER_NORMS,
+    }
+    starts = {name: SharedStarts() for name in lists}
     folder = tmp_path_factory.mktemp("checks")
 
     def find(wanted: Case) -> EngineRun:
-        lists = {"norms": NORMS, "other norms": OTHER_NORMS, "checks": CASES}
         name, of_list = next((name, of_list) for name, of_list in lists.items() if wanted in of_list)
         cases = [case for case in of_list if case.ranks == wanted.ranks]
         work = folder / f"{name}{wanted.ranks}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import OUTPUT, QKV, TARGET_NAMES
@@ -98,6 +100,34 @@ def test_a_kernel_counts_as_one_operation() -> None:
     beside = 2 * (4 * 256 + 2 * d) + 2 * 2 * 256 * SHAPE.heads.dim // 2
     assert found.forward["moved"] == 256 * 2 * (2 * 2 * d + 2 * o + 2 * 3 * d + 1.5 * g) + beside
     assert "messages" not in {key[0] for key in found.forward if isinstance(key, tuple)}
+
+
+def test_what_the_garbage_collector_ends_is_not_counted() -> None:
+    """An engine of DeepSpeed runs operations when it is deleted, and the collector may delete it at any moment."""
+
+    class Ending:
+        def __init__(self) -> None:
+            self.itself, self.tensor = self, torch.zeros(1)
+
+        def __del__(self) -> None:
+            self.tensor.add_(1)
+
+    class Leaving(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Ending()
+            return func(*args, **(kwargs or {}))
+
+    kind, sizes = Kind((ADAPTERS["qkv"].of_one_layer,), earlier=True), Sizes((256,), (8,), 8, 8)  # type: ignore[union-attr]
+    wanted = Tracer(SHAPE, dtype=torch.float32).trace(kind, sizes)
+    tracer = Tracer(SHAPE, dtype=torch.float32)
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        with Leaving():
+            assert tracer.trace(kind, sizes) == wanted
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_the_last_rows_of_logits_need_no_more_than_the_first() -> None:
