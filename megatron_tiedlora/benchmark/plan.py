@@ -27,7 +27,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.planning.layout import ShareShape
+from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.passes import saved_bytes
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.training.throughput import matmul_rate
@@ -145,7 +145,7 @@ def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
     """The bytes that a rank saves for the backward pass of all its micro-batches, computed from shapes alone."""
     parts = plan.layout.sequence_parts
     sizes = ((batch.labels.numel(), len(batch.supervised(parts).rows)) for batch in batches)
-    return sum(saved_bytes(plan.stage, [ShareShape(0, tokens, after)]) for tokens, after in sizes)
+    return sum(saved_bytes(plan.stage, MicroBatchShape((0,), (tokens,), (after,), after)) for tokens, after in sizes)
 
 
 def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], device: torch.device) -> float:

@@ -62,18 +62,20 @@ def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Te
 
 class _WithAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, function: Function, adjoint: Function) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, function: Function, adjoint: Any) -> torch.Tensor:
         ctx.adjoint = adjoint
         return function(tensor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         return ctx.adjoint(gradient), None, None
 
 
-def _with_adjoint(tensor: torch.Tensor, function: Function, adjoint: Function) -> torch.Tensor:
-    """`function(tensor)`, whose gradient becomes that of the tensor by `adjoint`."""
+def with_adjoint(
+    tensor: torch.Tensor, function: Function, adjoint: Callable[[torch.Tensor], torch.Tensor | None]
+) -> torch.Tensor:
+    """`function(tensor)`, whose gradient becomes that of the tensor by `adjoint`; None is no gradient."""
     found: torch.Tensor = _WithAdjoint.apply(tensor, function, adjoint)
     return found
 
@@ -115,14 +117,14 @@ def copy_to_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -> to
     """The tensor itself. Each rank has an addend of its gradient; these are summed over the group."""
     if group.size == 1:
         return tensor
-    return _with_adjoint(tensor, _itself, partial(all_reduce, group=group))
+    return with_adjoint(tensor, _itself, partial(all_reduce, group=group))
 
 
 def reduce_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
     """The sum over the group. Its gradient, the same on every rank, is passed on unchanged."""
     if group.size == 1:
         return tensor
-    return _with_adjoint(tensor, partial(all_reduce, group=group), _itself)
+    return with_adjoint(tensor, partial(all_reduce, group=group), _itself)
 
 
 def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
@@ -130,7 +132,7 @@ def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, d
     if group.size == 1:
         return tensor
     gathers, scatters = (partial(function, group=group, dim=dim) for function in (all_gather, reduce_scatter))
-    return _with_adjoint(tensor, gathers, scatters)
+    return with_adjoint(tensor, gathers, scatters)
 
 
 def gather_together(tensors: Sequence[torch.Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
@@ -159,7 +161,7 @@ def reduce_scatter_to_sequence_parallel_region(hidden: torch.Tensor, group: Rank
     if group.size == 1:
         return hidden
     gathers, scatters = (partial(function, group=group, dim=SEQUENCE_DIM) for function in (all_gather, reduce_scatter))
-    return _with_adjoint(end_to_end(hidden), scatters, gathers)
+    return with_adjoint(end_to_end(hidden), scatters, gathers)
 
 
 def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
@@ -201,7 +203,7 @@ class StepSum:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself, with its gradient summed. All ranks of the group run equally many backward passes."""
-        return _with_adjoint(tensor, _itself, self.take)
+        return with_adjoint(tensor, _itself, self.take)
 
     def take(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient that a backward pass returns, from this rank's addend; the same shape and dtype."""

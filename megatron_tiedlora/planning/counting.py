@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.kernels import Kernels, has_rows
+from megatron_tiedlora.parallel.traffic import TENSOR
 
 META = "meta"
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -173,8 +174,8 @@ class CountingGroup(RankGroup):
     counts: Counts = field(default_factory=Counts)
 
     def _sent(self, kind: str, tensor: torch.Tensor) -> None:
-        self.counts.found["messages", kind] += 1
-        self.counts.found["bytes", kind] += tensor.nbytes
+        self.counts.found["messages", TENSOR, kind] += 1
+        self.counts.found["bytes", TENSOR, kind] += tensor.nbytes
 
     def all_reduce_(self, tensor: torch.Tensor, op: Any = None) -> None:
         """Count it."""

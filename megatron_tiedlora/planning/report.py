@@ -22,6 +22,7 @@ from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.adapter_plans import choose_folder, plan_adapters
 from megatron_tiedlora.planning.init_from import start_lines
+from megatron_tiedlora.planning.layout import StagePlan
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import (
     StageMemory,
@@ -36,7 +37,6 @@ from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_bytes, sa
 from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_data import Data, RunData, counted, first_source, prepare_all_data
 from megatron_tiedlora.planning.run_plan import RunPlan, epochs_of
-from megatron_tiedlora.planning.stages import StagePlan
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Term
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
@@ -179,7 +179,7 @@ def _batches(step: StepPlan, data: Data) -> Section:
             )
     if step.layout.named:
         shapes = step.batches.shapes
-        apart, positions = sum(len(shape.shares) for shape in shapes), sum(shape.num_tokens for shape in shapes)
+        apart, positions = sum(len(shape.adapters) for shape in shapes), sum(shape.num_tokens for shape in shapes)
         lines.append(
             f"  step 1: {len(shapes):,} micro-batches on a data-parallel rank, which hold {apart:,} of single"
             f" adapters; {positions / len(shapes):,.0f} positions each"

@@ -37,9 +37,8 @@ from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.planning.init_from import with_start
-from megatron_tiedlora.planning.layout import Layout, SampleRow, pays_to_compile
+from megatron_tiedlora.planning.layout import Layout, SampleRow, StagePlan, pays_to_compile, plan_stages
 from megatron_tiedlora.planning.machines import GPUS, Machine, default_machine
-from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
 from megatron_tiedlora.runtime.trackers import check_installed

@@ -16,13 +16,21 @@ from megatron_tiedlora.data.loader import GlobalBatch, fill_rounds, largest_posi
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
-from megatron_tiedlora.planning.layout import Batches, Layout, MicroBatchShape, SampleRow, assumed_row, shared_shape
+from megatron_tiedlora.planning.layout import (
+    Batches,
+    Layout,
+    MicroBatchShape,
+    SampleRow,
+    StagePlan,
+    assumed_row,
+    plan_stages,
+    shared_shape,
+)
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.passes import SampleCounts, training_flops
 from megatron_tiedlora.planning.run_data import Data
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 
 Samples = Mapping[str, tuple[TokenDataset, GlobalBatch]]  # of each adapter's step, and where its samples are
 

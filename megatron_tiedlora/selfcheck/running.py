@@ -23,8 +23,8 @@ from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.planning.step_plan import LargestMicroBatch
 
 MOST_LAYERS = 8  # of the runs of parts host and memory
 # The config.json of a small LLaMA whose heads have sizes that kernels support.
@@ -62,7 +62,8 @@ def step_settings(model: str, *flags: str) -> BenchSettings:
 
 def planned_bytes(plan: RunPlan) -> float:
     """The bytes that the dry run plans for this rank's tensors: at most what torch's allocator holds."""
-    return stage_memory(plan.stage, tokens=plan.layout.rows * plan.layout.length).allocated
+    tokens = plan.layout.rows * plan.layout.length
+    return LargestMicroBatch(tokens, 1, tokens).memory(plan.stage, plan.machine).allocated
 
 
 def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:

@@ -196,9 +196,9 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
 
 
 def _planned(plan: Any, **largest: int) -> float:
-    from megatron_tiedlora.planning.memory import stage_memory
+    from megatron_tiedlora.planning.step_plan import LargestMicroBatch
 
-    return stage_memory(plan.stages[0], **largest).allocated
+    return LargestMicroBatch(**largest).memory(plan.stages[0], plan.machine).allocated
 
 
 def _compiling(order: Order, take: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:

@@ -13,13 +13,24 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import find_machine
-from megatron_tiedlora.planning.layout import Batches
-from megatron_tiedlora.planning.machines import GPUS, Constant, Machine
+from megatron_tiedlora.planning.layout import Batches, MicroBatchShape, StagePlan
+from megatron_tiedlora.planning.machines import GPUS, Constant, Machine, default_machine
+from megatron_tiedlora.planning.memory import StageMemory
 from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.planned import Cluster
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
-from megatron_tiedlora.planning.stages import StagePlan
-from megatron_tiedlora.planning.step_time import Links, Order, Pass, StepParts, simulate, stage_seconds, sum_terms
+from megatron_tiedlora.planning.step_plan import LargestMicroBatch
+from megatron_tiedlora.planning.step_time import (
+    Links,
+    Order,
+    Pass,
+    Seconds,
+    StageSeconds,
+    StepParts,
+    simulate,
+    stage_terms,
+    sum_terms,
+)
 
 H100 = GPUS["h100"]
 
@@ -74,6 +85,20 @@ def words_of_a_plan(flags: list[str]) -> str:
     return ""
 
 
+def stage_memory(
+    stage: StagePlan,
+    *,
+    tokens: int,
+    documents: int = 1,
+    longest: int | None = None,
+    adapters: Sequence[int] = (0,),
+    machine: Machine | None = None,
+) -> StageMemory:
+    """The bytes that a rank of a stage needs, if its largest micro-batch is this one."""
+    largest = LargestMicroBatch(tokens, documents, longest or tokens, (tuple(adapters),))
+    return largest.memory(stage, machine or default_machine(on_gpu=stage.layout.on_gpu))
+
+
 def idle_shares(order: Order, cost: Callable[[int, Pass], Any]) -> list[Any]:
     """By rank, the share of a simulated step in which it waits."""
     seconds = simulate(order, cost)
@@ -82,8 +107,10 @@ def idle_shares(order: Order, cost: Callable[[int, Pass], Any]) -> list[Any]:
 
 def step_parts(stages: Sequence[StagePlan], batches: Batches, links: Links, machine: Machine) -> StepParts:
     """The time of a layout's stages on these micro-batches, each stage by itself."""
-    by_stage = [
-        [stage_seconds(stage_work(stage, batch), stage, links, machine) for batch in batches.kinds] for stage in stages
-    ]
+
+    def seconds_of(stage: StagePlan, batch: MicroBatchShape) -> StageSeconds:
+        return StageSeconds(*map(Seconds.of, stage_terms(stage_work(stage, batch), stage, links, machine)))
+
+    by_stage = [[seconds_of(stage, batch) for batch in batches.kinds] for stage in stages]
     sums = max(sum(term.seconds for term in sum_terms(stage, batches, links, machine)) for stage in stages)
     return StepParts(batches, by_stage, sums, machine["step"])

@@ -321,5 +321,5 @@ def test_the_messages_of_scattered_answers_are_those_that_are_planned():
         batch = collate(dataset, rows, pad_id=0, pad_multiple=8, packed=True)
         masks = [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows]
         shape, found = shared_shape(layout, [(0, masks)]), find_supervised(batch.labels, parts)
-        assert (shape.num_rows, shape.length) == tuple(batch.labels.shape)
-        assert (shape.num_supervised, shape.shares[0].num_after) == (len(found.labels), len(found.rows))
+        assert shape.num_tokens == batch.labels.numel()
+        assert (shape.num_supervised, shape.after[0]) == (len(found.labels), len(found.rows))

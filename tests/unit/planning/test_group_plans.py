@@ -22,11 +22,10 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import plan_cluster
-from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.layout import Layout, plan_stages
 from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.search import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
-from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, step_seconds
 
@@ -232,7 +231,7 @@ def test_plans_with_data_have_the_numbers_of_the_dry_run(
             assert memory[column] == bytes_in_words(size), part
     assert memory["sum"] == bytes_in_words(row["bytes"]["needed"])
     candidate = plan_cluster(parse_plan([*flags, "--formats=none"])).row(layout, flag="why")
-    most = max(len(batch.shares) for batch in candidate.step.batches.kinds)
+    most = max(len(batch.adapters) for batch in candidate.step.batches.kinds)
     assert (most > 1) == (layout == SHARED)
     stages = plan_stages(candidate.step.shape, candidate.layout)
     for stage, sent in zip(stages, stage_table(report, "messages and bytes"), strict=True):
