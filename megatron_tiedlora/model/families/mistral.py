@@ -8,15 +8,9 @@ from megatron_tiedlora.model.hf_config import HfConfig
 from megatron_tiedlora.model.hf_rope import read_rope
 
 DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
     "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "hidden_act": "silu",
     "max_position_embeddings": 4096 * 32,
-    "rms_norm_eps": 1e-6,
     "sliding_window": 4096,
 }
 
