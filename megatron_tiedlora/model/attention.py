@@ -17,9 +17,9 @@ from megatron_tiedlora.base.shapes import QKV, RopeShape
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_in_parts, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import documents_end_to_end, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import AttentionRoute, attend_within, choose_attention
+from megatron_tiedlora.model.linears import RowParallelLinear
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.model.rope import rotation_table
-from megatron_tiedlora.model.row_parallel import RowParallelLinear
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
 from megatron_tiedlora.parallel.layers import padded

@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP
-from megatron_tiedlora.model.normed_linear import Factors, Needs, NormedLinear, Parameters, Projection, gradient_dtype
-from megatron_tiedlora.model.row_parallel import RowParallelLinear, addend, addend_gradients
+from megatron_tiedlora.model.linears import (
+    NO_PARAMETERS,
+    Factors,
+    Needs,
+    NormedLinear,
+    Parameters,
+    Projection,
+    RowParallelLinear,
+    gradient_dtype,
+)
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
 
@@ -49,7 +55,7 @@ class SwiGlu(nn.Module):
         """
         gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
         projection = self.gate_up.projection(tensor_parallel, num_rows=len(hidden), rows=gate_up.rows)
-        step = _Step(projection, self.down.frozen, self.kernels, recomputes, down.rows)
+        step = _Step(projection, Projection(self.down.frozen, down.rows), self.kernels, recomputes)
         result: torch.Tensor = _SwiGlu.apply(
             *(hidden, gate_up.grad_a, gate_up.grad_f, down.grad_a, down.grad_f),
             *(Factors(gate_up.a, gate_up.f), Factors(down.a, down.f), self.gate_up.tensors, step),
@@ -60,10 +66,9 @@ class SwiGlu(nn.Module):
 @dataclass(frozen=True)
 class _Step:
     gate_up: Projection
-    down: FrozenWeight
+    down: Projection
     kernels: Kernels
     recomputes: bool
-    rows: AllRows  # of down
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -88,7 +93,7 @@ class _SwiGlu(torch.autograd.Function):
         gated, shape = step.kernels.gate(as_rows(gate_up)), gate_up.shape[:-1]
         saved_gate_up = gate_up if reads_gate_up and not step.recomputes else None
         del gate_up  # before the matmul, if it is not saved
-        z, down_ax = addend(gated, step.down, down_factors, step.rows)
+        z, _, down_ax = step.down.forward(gated, NO_PARAMETERS, down_factors)
         reads_norm = step.gate_up.reads_input(needs)
         ctx.step = step
         ctx.wide = gradient_dtype(grad_a, grad_f, down_grad_a, down_grad_f)
@@ -113,8 +118,8 @@ class _SwiGlu(torch.autograd.Function):
         if step.recomputes and hidden is not None:
             gate_up, root, _ = step.gate_up.forward(hidden, parameters, factors, ax=ax)
         gated = step.kernels.gate(as_rows(gate_up)) if of_down.a else None
-        grad_gated, *of_down_factors = addend_gradients(
-            grad_z.flatten(0, -2), gated, down_ax, step.down, down_factors, of_down, ctx.wide, step.rows
+        grad_gated, *of_down_factors = step.down.backward(
+            grad_z.flatten(0, -2), gated, None, down_ax, NO_PARAMETERS, down_factors, of_down, ctx.wide
         )
         del gated
         if step.gate_up.tensor_parallel.sequence_parts > 1:

@@ -1,5 +1,4 @@
-"""Matmuls with a frozen weight, and the embedding. Linears with an adapter are in model/ (`normed_linear`,
-`row_parallel`).
+"""Matmuls with a frozen weight, and the embedding. Linears with an adapter are in `model/linears.py`.
 
 Y = X W^T with W (out, in). The weight is never trained: dX = dY W does not need X, so X is not saved.
 """

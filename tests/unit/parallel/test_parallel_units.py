@@ -13,9 +13,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.base.shapes import NormShape
+from megatron_tiedlora.model.linears import NormedLinear, RowParallelLinear
 from megatron_tiedlora.model.mlp import SwiGlu
-from megatron_tiedlora.model.normed_linear import NormedLinear
-from megatron_tiedlora.model.row_parallel import RowParallelLinear
 from megatron_tiedlora.parallel import collectives
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel
