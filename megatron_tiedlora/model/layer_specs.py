@@ -18,10 +18,16 @@ from megatron_tiedlora.model.linears import Norm, NormedLinear, RowParallelLinea
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_parameter, register
+from megatron_tiedlora.parallel.frozen_weight import (
+    FrozenWeight,
+    VocabularyParallelEmbedding,
+    WeightMaker,
+    frozen_linear,
+    frozen_parameter,
+    register,
+)
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_linear
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 

@@ -154,13 +154,12 @@ class RotatedNormedHeads(RotatedHeads):
         """The gradient of [Q | K | V] from the gradients of the rotated heads."""
         rotated, root, cos, sin, *norms = saved
         (batch, _, length, _), (query, key, value) = gradients[0].shape, _by_token(gradients)
-        rotated, others = rotated.detach(), (cos, sin, self._weight(norms))
+        rotated, mean = rotated.detach(), None
         if self.heads.norms[0].sharded:
-            mean = self._over_ranks(self.kernels.product_means(query, key, rotated))
-            numbers = self._by_head(root), self._by_head(mean)
-            found = self.kernels.rotate_with_root_gradient(query, key, value, rotated, *numbers, *others)
-        else:
-            found = self.kernels.rotate_normed_gradient(query, key, value, rotated, root, *others)
+            means = self._over_ranks(self.kernels.product_means(query, key, rotated))
+            root, mean = self._by_head(root), self._by_head(means)
+        numbers = rotated, root, mean, cos, sin, self._weight(norms)
+        found = self.kernels.rotate_normed_gradient(query, key, value, *numbers)
         return found.view(batch, length, -1)
 
     def _weight(self, norms: Sequence[torch.Tensor]) -> torch.Tensor:

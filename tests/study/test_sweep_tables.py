@@ -16,7 +16,7 @@ from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.study import paper, sweep
+from megatron_tiedlora.study import sweep, tables
 from megatron_tiedlora.study.figures import lines
 from megatron_tiedlora.study.grid import Point, rate_text, single_layers
 from megatron_tiedlora.study.plan import plan_sweep
@@ -31,7 +31,7 @@ from megatron_tiedlora.study.tables import (
     tensors_text,
 )
 
-DATA = Path(paper.__file__).parent / "data"
+DATA = Path(tables.__file__).parent / "data"
 RANKS = [2, 4, 8, 16, 32, 64, 128]
 # Cells of P% that the paper printed wrongly: (model, section, method, task).
 SLIPS = {
@@ -185,16 +185,16 @@ def test_gaps(tmp_path: Path) -> None:
 
 def test_papers_numbers_stand_beside_the_same_model_and_task_only(tmp_path: Path) -> None:
     shape = shape_from_hf(PRESETS["llama2-7b"], source="x")
-    assert paper.paper_model("any/name", shape) == "llama2-7b"
+    assert tables.paper_model("any/name", shape) == "llama2-7b"
     other = shape_from_hf({**PRESETS["llama2-7b"], "num_hidden_layers": 31}, source="x")
-    assert paper.paper_model("llama2-7b", other) is None
-    assert paper.paper_model("/models/GPT-2B-001", other) == "gpt-2b-001"
-    assert paper.paper_model("nvidia/gpt-2b-001/", other) == "gpt-2b-001"
-    assert paper.paper_model("gpt-2b-001-chat", other) is None and paper.paper_model("gpt-2b-001/x", other) is None
-    cell = paper.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad")
-    assert cell == paper.PaperCell(88.49, 4, 43.8)
-    assert paper.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad_f1") is None
-    assert paper.table2_cell(None, "best_rank", "tl6", "squad", "squad") is None
+    assert tables.paper_model("llama2-7b", other) is None
+    assert tables.paper_model("/models/GPT-2B-001", other) == "gpt-2b-001"
+    assert tables.paper_model("nvidia/gpt-2b-001/", other) == "gpt-2b-001"
+    assert tables.paper_model("gpt-2b-001-chat", other) is None and tables.paper_model("gpt-2b-001/x", other) is None
+    cell = tables.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad")
+    assert cell == tables.PaperCell(88.49, 4, 43.8)
+    assert tables.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad_f1") is None
+    assert tables.table2_cell(None, "best_rank", "tl6", "squad", "squad") is None
     study = write_study(tmp_path / "study", known=False)
     write_scored(study, "lora-r8-lr1e-4", 80.0)
     assert "paper" not in table2_markdown([read_study(study)]).replace("as in the paper", "")
