@@ -22,7 +22,7 @@ from typing import Any
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.base.wording import csv_text, markdown_lines
+from megatron_tiedlora.base.wording import markdown_lines
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.families import shape_from_hf
@@ -243,11 +243,6 @@ def tensors_text(method: str) -> str:
     return "; ".join(parts + ([", ".join(scales)] if scales else []))
 
 
-def table2_csv(studies: Sequence[Study]) -> str:
-    """Table 2 as CSV."""
-    return csv_text(TABLE2_COLUMNS, table2(studies))
-
-
 def table2_markdown(studies: Sequence[Study]) -> str:
     """Table 2 as Markdown."""
     records, several = table2(studies), len(studies) > 1
@@ -333,11 +328,6 @@ def table3(studies: Sequence[Study]) -> list[Record]:
             result, own = study.result(point), {"rank": point.rank, "adapter": column, "paper_score": paper}
             found.append(_record(study, result.score, **own, **_of_result(result)))
     return found
-
-
-def table3_csv(studies: Sequence[Study]) -> str:
-    """Table 3 as CSV."""
-    return csv_text(TABLE3_COLUMNS, table3(studies))
 
 
 def table3_markdown(studies: Sequence[Study]) -> str:

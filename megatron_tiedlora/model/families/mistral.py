@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig
-from megatron_tiedlora.model.hf_rope import read_rope
 
 DEFAULTS = {
     "intermediate_size": 14336,
@@ -17,4 +16,4 @@ DEFAULTS = {
 
 def read(config: HfConfig) -> ModelShape:
     """The shape of a `MistralForCausalLM`. Raises UserError for features that are not implemented."""
-    return gated_decoder(config, rope=read_rope(config), window=config.window())
+    return gated_decoder(config, window=config.window())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig, window_of_last_layers
-from megatron_tiedlora.model.hf_rope import read_rope
 
 DEFAULTS = {
     "vocab_size": 151936,
@@ -19,5 +18,4 @@ DEFAULTS = {
 
 def read(config: HfConfig) -> ModelShape:
     """The shape of a `Qwen2ForCausalLM`. Raises UserError for features that are not implemented."""
-    window = window_of_last_layers(config)
-    return gated_decoder(config, rope=read_rope(config), window=window, qkv_bias=True)
+    return gated_decoder(config, window=window_of_last_layers(config), qkv_bias=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig, window_of_last_layers
-from megatron_tiedlora.model.hf_rope import read_rope
 
 DEFAULTS = {
     "vocab_size": 151936,
@@ -22,6 +21,4 @@ def read(config: HfConfig) -> ModelShape:
     """The shape of a `Qwen3ForCausalLM`. Raises UserError for features that are not implemented."""
     bias = config.flag("attention_bias")
     window = window_of_last_layers(config)
-    return gated_decoder(
-        config, rope=read_rope(config), window=window, qkv_bias=bias, output_bias=bias, head_norms="each"
-    )
+    return gated_decoder(config, window=window, qkv_bias=bias, output_bias=bias, head_norms="each")
