@@ -116,7 +116,7 @@ class NormedLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def projection(self, tensor_parallel: TensorParallel, *, num_rows: int, rows: AllRows) -> Projection:
-        """The linear for one call. Its parameters go to autograd beside, see `tensors`.
+        """The linear for one call. What goes to autograd beside is `operands`.
 
         Args:
             num_rows: b of the call's (b, s) tokens.
@@ -124,28 +124,25 @@ class NormedLinear(nn.Module):
         """
         return Projection(self.frozen, rows, self.eps, num_rows, tensor_parallel, self.kernels)
 
-    @property
-    def tensors(self) -> Parameters:
+    def operands(self, update: LinearUpdate) -> Operands:
         """What `Projection` needs beside W."""
-        return Parameters(self.norm, self.norm_bias, self.bias)
+        return Operands(update.a, update.f, self.norm, self.norm_bias, self.bias)
 
 
-class Parameters(NamedTuple):
-    """The norm's weight and bias, and the linear's bias."""
+class Operands(NamedTuple):
+    """What a projection needs beside W; None is what there is not.
 
+    Attributes:
+        a, f: the factors of the update, A (r, local in) and F (local out, r).
+        norm, norm_bias: the norm's weight and bias.
+        bias: the linear's.
+    """
+
+    a: torch.Tensor | None = None
+    f: torch.Tensor | None = None
     norm: torch.Tensor | None = None
     norm_bias: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-
-
-NO_PARAMETERS = Parameters()
-
-
-class Factors(NamedTuple):
-    """The factors of an update: A (r, local in) and F (local out, r); None if there is no update."""
-
-    a: torch.Tensor | None
-    f: torch.Tensor | None
 
 
 class Needs(NamedTuple):
@@ -194,7 +191,7 @@ class Projection:
         return needs.a or (needs.x and self.eps is not None)
 
     def forward(
-        self, hidden: torch.Tensor, parameters: Parameters, factors: Factors, *, ax: torch.Tensor | None = None
+        self, hidden: torch.Tensor, operands: Operands, *, ax: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """z (b, s, local out), the norm's root (..., 1), and A x (b, s, r).
 
@@ -202,7 +199,7 @@ class Projection:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d); or a rank's own features, (..., local in).
             ax: A x, if it is known from an earlier call.
         """
-        (norm, norm_bias, bias), (a, f) = parameters, factors
+        a, f, norm, norm_bias, bias = operands
         normed, root = hidden, None
         if norm is not None:
             normed, root = self.kernels.normalise(as_rows(hidden), norm.detach(), detached(norm_bias), self.eps)
@@ -223,8 +220,7 @@ class Projection:
         hidden: torch.Tensor | None,
         root: torch.Tensor | None,
         ax: torch.Tensor | None,
-        parameters: Parameters,
-        factors: Factors,
+        operands: Operands,
         needs: Needs,
         wide: torch.dtype | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -235,7 +231,7 @@ class Projection:
             ax: needed for that of F.
             wide: dtype of the gradients of A and F.
         """
-        (norm, norm_bias, _), (a, f) = parameters, factors
+        a, f, norm, norm_bias, _ = operands
         rows = grad_projected.flatten(0, -2)
         grad_a = grad_f = grad_ax = None
         if needs.f:
@@ -322,13 +318,12 @@ def project(
     hidden: torch.Tensor,
     update: LinearUpdate,
     projection: Projection,
-    parameters: Parameters = NO_PARAMETERS,
+    operands: Operands,
     epilogue: Epilogue = _NOTHING,
 ) -> tuple[torch.Tensor, ...]:
     """The projection of the hidden states and what follows it, as one step of autograd with one backward pass."""
-    factors = Factors(update.a, update.f)
     results: tuple[torch.Tensor, ...] = _Projected.apply(
-        hidden, update.grad_a, update.grad_f, factors, parameters, projection, epilogue
+        hidden, update.grad_a, update.grad_f, operands, projection, epilogue
     )
     return results
 
@@ -340,12 +335,11 @@ class _Projected(torch.autograd.Function):
         hidden: torch.Tensor,
         grad_a: torch.Tensor | None,
         grad_f: torch.Tensor | None,
-        factors: Factors,
-        parameters: Parameters,
+        operands: Operands,
         projection: Projection,
         epilogue: Epilogue,
     ) -> tuple[torch.Tensor, ...]:
-        projected, root, ax = projection.forward(hidden, parameters, factors)
+        projected, root, ax = projection.forward(hidden, operands)
         results, saved = epilogue.forward(projected)
         needs = Needs(*ctx.needs_input_grad[:3])
         ctx.projection, ctx.epilogue = projection, epilogue
@@ -353,7 +347,7 @@ class _Projected(torch.autograd.Function):
         ctx.save_for_backward(
             *((hidden, root) if projection.reads_input(needs) else (None, None)),
             ax if needs.f else None,
-            *(*factors, *parameters[:2], *saved),
+            *(*operands[:4], *saved),
         )
         return results
 
@@ -361,11 +355,10 @@ class _Projected(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, root, ax, a, f, norm, norm_bias, *saved = ctx.saved_tensors
-        needs, factors = Needs(*ctx.needs_input_grad[:3]), Factors(a, f)
+        needs, operands = Needs(*ctx.needs_input_grad[:3]), Operands(a, f, norm, norm_bias)
         grad_projected = ctx.epilogue.backward(gradients, *saved)
-        parameters = Parameters(norm, norm_bias)
-        found = ctx.projection.backward(grad_projected, hidden, root, ax, parameters, factors, needs, ctx.wide)
-        return *found, *(None,) * 4
+        found = ctx.projection.backward(grad_projected, hidden, root, ax, operands, needs, ctx.wide)
+        return *found, *(None,) * 3
 
 
 class RowParallelLinear(nn.Module):
@@ -387,7 +380,7 @@ class RowParallelLinear(nn.Module):
     ) -> torch.Tensor:
         """(..., local_in) -> activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
         update = update or LinearUpdate()
-        (addend,) = project(local_hidden, update, Projection(self.frozen, update.rows))
+        (addend,) = project(local_hidden, update, Projection(self.frozen, update.rows), Operands(update.a, update.f))
         return self.total(addend, tensor_parallel)
 
     def total(self, addend: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:

@@ -58,7 +58,7 @@ class QkvLinear(NormedLinear):
         """
         update = update or LinearUpdate()
         projection = self.projection(tensor_parallel, num_rows=num_rows, rows=update.rows)
-        return project(hidden, update, projection, self.tensors, self.epilogue(table, tensor_parallel.group))
+        return project(hidden, update, projection, self.operands(update), self.epilogue(table, tensor_parallel.group))
 
     def epilogue(self, table: tuple[torch.Tensor, ...], group: RankGroup) -> PlainHeads:
         """The heads as they are, rotated, or if they have norms normalised and rotated."""
