@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 _LONGEST_NAME, _MOST_NAMES = 200, 8
 _LIKENESS = 0.6  # of a name that is suggested; below it most suggestions mislead
@@ -77,3 +80,12 @@ def aligned_lines(rows: Sequence[Sequence[str]], *, align: str = "<>", indent: s
 def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV below the names of the columns; what a row does not have is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -37,8 +37,8 @@ from megatron_tiedlora.benchmark.layout import MeasuredStep, measured_step
 from megatron_tiedlora.benchmark.timing import idle_bytes
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.presets import PRESETS, is_preset
-from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
-from megatron_tiedlora.model.documents import whole_rows
+from megatron_tiedlora.model.batch import whole_rows
+from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.fused_attention import attend_within, choose_attention
 from megatron_tiedlora.parallel.fp8_products import weight_maker
@@ -242,9 +242,10 @@ class _Measure:
         )
         if self.device.type == "cpu":
             tiles = find_query_tiles(None, tokens, size=tile_size(heads.num, heads.num_kv))
+            parts = [TiledRows(1, tokens, tiles)]
 
             def forward() -> torch.Tensor:
-                return attend_by_tiles(query, key, value, tiles, EAGER)
+                return attend_by_tiles(query, key, value, parts, EAGER)
         else:
             documents = whole_rows(1, tokens, self.device)
             attend = choose_attention(self.device, dtype, heads.dim).attend

@@ -24,8 +24,7 @@ from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.data.demo import prepared_model
 from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.hf_config import read_hf_config
-from megatron_tiedlora.model.stored_formats import StoredFormat, format_in_use, stored_format
+from megatron_tiedlora.model.hf_config import StoredFormat, format_in_use, read_hf_config, stored_format
 
 _SCALINGS = {LinearScaling: "linear", YarnScaling: "yarn", LongRopeScaling: "longrope"}  # as hashes have them
 _SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, padded_positions
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.layers import padded
 
 # On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
 # are off (docs/performance.md).

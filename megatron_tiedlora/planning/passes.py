@@ -19,7 +19,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
-from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.counting import Moment
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, ShareShape

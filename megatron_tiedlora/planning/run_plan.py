@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config, targets_of
+from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.load_model import resolve_dtype

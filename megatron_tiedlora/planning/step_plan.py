@@ -14,7 +14,7 @@ from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import GlobalBatch, fill_rounds, largest_positions, num_positions
 from megatron_tiedlora.data.token_dataset import TokenDataset
-from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.planning.layout import Batches, Layout, MicroBatchShape, SampleRow, assumed_row, shared_shape
 from megatron_tiedlora.planning.machines import Machine

@@ -27,7 +27,7 @@ REFUSED_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marsha
 # Calls, by the end of their dotted name.
 REFUSED_CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
                  "pandas.read_pickle", "read_pickle", "os.system", "listen"}  # fmt: skip
-# torch sends objects pickled: whoever joins as a rank would run code on the others. Values travel as JSON (`messages`).
+# torch sends objects pickled: whoever joins as a rank would run code on the others. Values travel as JSON.
 SENDS_OBJECTS = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "rpc",
                  "send_object_list", "recv_object_list", "_object_to_tensor", "_tensor_to_object"}  # fmt: skip
 # Probes of a port, which never listen and are closed at once.
