@@ -32,7 +32,7 @@ from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_wo
 from megatron_tiedlora.base.paths import CACHE_VARIABLE, make_own_folder, user_cache
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.data.encode_rows import Encoding, NumberedRow, encoded_rows
+from megatron_tiedlora.data.encode import Encoding, NumberedRow, encoded_rows
 from megatron_tiedlora.data.sources import Files, RowStream, mixed, row_stream, source_kind
 from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows
 from megatron_tiedlora.data.task import Split

@@ -1,8 +1,8 @@
 """What a data flag names, and its rows: files, folders, patterns and hub data sets, one or several, with or without
 weights, or the task's own source.
 
-Owns the syntax NAME[:WEIGHT][,NAME[:WEIGHT]...], how often rows of each source are used, and the hash of what is read.
-Leaves formats to `readers`.
+Owns the syntax NAME[:WEIGHT][,NAME[:WEIGHT]...], how often rows of each source are used, --columns, and the hash of
+what is read. Leaves formats to `readers`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,33 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from glob import has_magic
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.data.order import permutation
-from megatron_tiedlora.data.readers import about_num_rows, checked_files, hub_data, iter_rows, named_files
-from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.shapes import OUR_FIELDS, renamed
+from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.data.readers import (
+    about_num_rows,
+    checked_files,
+    describe_fields,
+    hub_data,
+    is_empty,
+    iter_rows,
+    named_files,
+)
 from megatron_tiedlora.data.tables import HubData, Row, files_sha256, is_saved_folder, rows_sha256
-from megatron_tiedlora.data.task import Split, Task
+from megatron_tiedlora.data.task import Reading, Split, Task
+from megatron_tiedlora.data.token_dataset import permutation
 
 Files = Mapping[str, str | Path | None]
 """Split name -> the value of its data flag. A missing key or None means that none was given."""
@@ -236,10 +243,41 @@ class RowStream:
 
     def _flat(self, rows: Iterable[Row]) -> Iterator[Row]:
         task, columns = self.task, self.reading.columns
-        known = frozenset() if task.fields else OUR_FIELDS
         for row, source in rows:
-            ours = row if columns is None else renamed(row, columns, source, known=known)
+            ours = row if columns is None else _renamed(row, columns, source, known=task.known_fields)
             yield from ((ours, source),) if task.unfold is None else task.unfold(ours, source)
+
+
+def _renamed(
+    row: Mapping[str, Any], columns: Mapping[str, str], source: str, *, known: Collection[str]
+) -> dict[str, Any]:
+    """The row with the fields that --columns names under our names. Its other fields keep theirs.
+
+    Args:
+        known: our fields; empty for a task with fields of its own, which any name may be.
+
+    Raises:
+        UserError: the row lacks a field, a name of ours is unknown, or another field of the row has it.
+    """
+    for ours, theirs in columns.items():
+        if known and ours not in known:
+            turned = f"; did you mean {theirs}={ours}?" if theirs in known else ""
+            raise UserError(
+                f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}{turned}; ours"
+                f" are {', '.join(sorted(known))}"
+            )
+        if theirs not in row:
+            raise UserError(
+                f"{source}: --columns {ours}={theirs}: there is no field {theirs!r}; the row has"
+                f" {describe_fields(row)}; name one of these, or write {theirs!r}: null in rows without it"
+            )
+        if ours not in columns.values() and not is_empty(row.get(ours)):
+            raise UserError(
+                f"{source}: --columns {ours}={theirs}: the row has a field {ours!r} too ({shown(row[ours])}); rename"
+                " it in the file, or read it under another name with --columns"
+            )
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**others, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
 def source_kind(task: Task, split: Split, files: Files) -> Literal["file", "own", "carve"] | None:

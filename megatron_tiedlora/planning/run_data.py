@@ -13,14 +13,12 @@ from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
 from megatron_tiedlora.data.chat import chat_note, chat_writer, set_chat_template
-from megatron_tiedlora.data.encode_rows import Encoding
-from megatron_tiedlora.data.example_maker import with_template
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.order import permutation
-from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.encode import Encoding
 from megatron_tiedlora.data.sources import row_stream
-from megatron_tiedlora.data.splits import files_of, read_split
+from megatron_tiedlora.data.splits import files_of, read_split, with_template
+from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.data.token_dataset import permutation
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.planning.adapter_plans import Plans

@@ -15,11 +15,9 @@ from zoo_oracle import TOOLS
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.cache import tokenised_once
-from megatron_tiedlora.data.encode import encode_examples
-from megatron_tiedlora.data.encode_rows import Encoding
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.encode import Encoding, encode_examples
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.metrics import Answer

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
-from megatron_tiedlora.data.encode import encode_dataset
-from megatron_tiedlora.data.encode_rows import Encoding
-from megatron_tiedlora.data.example_maker import with_template
-from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.encode import Encoding, encode_dataset
+from megatron_tiedlora.data.splits import load_split, with_template
+from megatron_tiedlora.data.task import Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset
 

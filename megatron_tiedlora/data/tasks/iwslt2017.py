@@ -16,11 +16,18 @@ from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.data.fields import required_text, without, without_line_breaks
-from megatron_tiedlora.data.readers import SUFFIXES, Row, is_rows_file, may_be_hub_id, read_lines
-from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.readers import (
+    SUFFIXES,
+    Row,
+    is_rows_file,
+    may_be_hub_id,
+    read_lines,
+    required_text,
+    without,
+    without_line_breaks,
+)
 from megatron_tiedlora.data.sources import without_weight
-from megatron_tiedlora.data.task import HubSource, Parts, Task
+from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
 
 _LANGUAGES = ("de", "en")
 _SEGMENT = re.compile(r"<seg\b[^>]*>([^<]*)</seg>")  # with its entities, as the hub's rows have them

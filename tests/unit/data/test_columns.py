@@ -11,9 +11,8 @@ from zoo_oracle import TOOLS, write_zoo_tokenizer
 
 from megatron_tiedlora.config.data_fields import parse_columns
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 Row = dict[str, Any]

@@ -7,10 +7,11 @@ import pytest
 from folders import SHARED_DATA
 from task_files import refusal, write, write_rows
 
-from megatron_tiedlora.data import demo, readers
-from megatron_tiedlora.data.examples import join_answer
+from megatron_tiedlora.data import readers
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import join_answer
+from megatron_tiedlora.data.tasks import demo
 
 
 def custom(path: str, **options) -> list:

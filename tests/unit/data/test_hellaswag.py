@@ -9,8 +9,8 @@ from typing import Any
 
 from task_files import HUB_ROWS, refusal, write_rows
 
-from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 
 

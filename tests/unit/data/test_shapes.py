@@ -12,9 +12,8 @@ from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, write_zoo_tokenizer
 
 from megatron_tiedlora.data.chat import Chat, set_chat_template
 from megatron_tiedlora.data.encode import encode_examples
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 Row = dict[str, Any]

@@ -14,9 +14,8 @@ from task_files import HUB_ROWS, refusal, write, write_rows
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.tasks import TASK_NAMES
-from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
-from megatron_tiedlora.data.task import Parts
+from megatron_tiedlora.data.task import Example, Parts
 from megatron_tiedlora.data.tasks import TASKS, get_task
 
 EXPECTED = {

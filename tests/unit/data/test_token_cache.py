@@ -17,8 +17,8 @@ from zoo_oracle import CHATML, write_zoo_tokenizer
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data import cache
 from megatron_tiedlora.data.cache import TrainingData, cache_key, tokenised_once
-from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
