@@ -35,7 +35,7 @@ from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.data.encode import Encoding, NumberedRow, encoded_rows
 from megatron_tiedlora.data.sources import Files, RowStream, mixed, row_stream, source_kind
 from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows
-from megatron_tiedlora.data.task import Split
+from megatron_tiedlora.data.task import Split, template_fields
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
 from megatron_tiedlora.runtime.launch_env import local_rank
@@ -283,11 +283,11 @@ def cache_key(encoding: Encoding, content: str, *, first_only: bool = False) -> 
     reading = encoding.reading
     choices = [
         encoding.task.name,
-        encoding.template,
+        reading.template,
         encoding.max_length,
         sorted(encoding.end_ids),
         *(list((reading.columns or {}).items()), reading.train_on, reading.add_bos, reading.special_tokens),
-        *(reading.template_fields, content, first_only, _code()),
+        *(template_fields(reading.template), content, first_only, _code()),
     ]
     return hashlib.sha256(json.dumps(choices).encode() + _tokenizer_content(encoding.tokenizer)).hexdigest()
 

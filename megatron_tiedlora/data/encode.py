@@ -322,15 +322,12 @@ _MOST_PROCESSES = 32
 class Encoding:
     """Everything that decides which ids a row becomes.
 
-    template: the checked --prompt_template.
-    reading: what the user decided, with the fields of the template.
     end_ids: tokens that end an answer.
     """
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     reading: Reading
-    template: str | None
     max_length: int
     end_ids: frozenset[int]
 
@@ -349,7 +346,7 @@ class RowEncoder:
     def __init__(self, encoding: Encoding) -> None:
         self._ends = np.array(sorted(encoding.end_ids), dtype=np.int32)
         self._chat = Chat(encoding.tokenizer, encoding.reading)
-        self._maker = ExampleMaker(encoding.task, template=encoding.template, chat=self._chat)
+        self._maker = ExampleMaker(encoding.task, self._chat)
         self._encoder = Encoder(encoding.tokenizer, self._chat, encoding.max_length)
 
     def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, Shapes]:
@@ -358,17 +355,17 @@ class RowEncoder:
         Raises UserError as `ExampleMaker.example` and `Encoder.samples` do.
         """
         made = [self._maker.example([row]) for _, _, row in rows]
-        of_rows = list(self._encoder.samples([example for example, _ in made]))
+        of_rows = list(self._encoder.samples(made))
         samples = [sample for parts in of_rows for sample in parts]
         arrays = joined(samples)
         facts, counts = arrays["facts"], [len(parts) for parts in of_rows]
-        facts["chat"] = np.repeat([example.conversation is not None for example, _ in made], counts)
+        facts["chat"] = np.repeat([example.conversation is not None for example in made], counts)
         facts["first"][np.cumsum([0, *counts[:-1]])] = True
         facts["source"], facts["number"] = (np.repeat([row[index] for row in rows], counts) for index in (0, 1))
         for index in np.flatnonzero(facts["chat"]):
             learned = samples[index].tokens[samples[index].supervised]
             facts["ended"][index] = np.isin(learned, self._ends).any()
-        return arrays, [(shape, example.source) for example, shape in made]
+        return arrays, [(example.shape, example.source) for example in made]
 
     def close(self) -> None:
         """End the template's process."""

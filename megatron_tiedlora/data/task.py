@@ -7,14 +7,16 @@ to `readers`, tokens to `encode`, and the metrics, which are only named here, to
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.data_fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.readers import Row
+from megatron_tiedlora.data.readers import Row, is_text
 from megatron_tiedlora.data.turns import Conversation
 
 
@@ -27,7 +29,7 @@ class Reading:
     chat_template: the file given in place of the tokenizer's template, for messages.
     add_bos: whether the beginning-of-sequence token is put in front.
     special_tokens: what control tokens in a row's texts mean.
-    template_fields: the fields of a row that the user's prompt template names.
+    template: --prompt_template, in which each typed \\n becomes a newline: a shell's quotes hold none.
     trains: whether rows are trained on; else their last answers are scored, also those that are not to be trained.
     """
 
@@ -36,8 +38,12 @@ class Reading:
     chat_template: str | None = None
     add_bos: AddBos = "auto"
     special_tokens: SpecialTokensInText = "refuse"
-    template_fields: tuple[str, ...] = ()
+    template: str | None = None
     trains: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the template. Raises UserError if it is not text with {field} names."""
+        object.__setattr__(self, "template", _check_template(self.template) if self.template else None)
 
     @classmethod
     def of(cls, settings: Settings | EvaluateSettings) -> Reading:
@@ -48,8 +54,29 @@ class Reading:
             chat_template=settings.chat_template,
             add_bos=settings.add_bos or cls.add_bos,
             special_tokens=settings.special_tokens_in_text or cls.special_tokens,
+            template=settings.prompt_template,
             trains=isinstance(settings, Settings),
         )
+
+
+def template_fields(template: str | None) -> tuple[str, ...]:
+    """The fields that a checked template names; none without one."""
+    return tuple(name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None)
+
+
+def _check_template(template: str) -> str:
+    r"""Return the checked template, with each typed \n (a shell's quotes hold no newline) replaced by a newline."""
+    try:
+        names = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"--prompt_template {template!r}: {error}; write {{field}}, or {{{{ for a brace") from error
+    if not is_text(template):
+        raise UserError(f"--prompt_template {template!r}: holds half of a surrogate pair, which is not text; remove it")
+    for name, spec, conversion in names:
+        if not name.isidentifier() or spec or conversion:
+            found = f"--prompt_template {template!r}: {{{name}}} is not a plain {{field}} name"
+            raise UserError(f"{found}; write {{{{ for a brace")
+    return template.replace("\\n", "\n")
 
 
 Split = Literal["train", "validation", "test"]
@@ -172,6 +199,7 @@ class Example:
     num_prompt: number of segments before the last answer.
     conversation: the turns that the segments were made of; None if it is no chat.
     templated: whether a chat template wrote the text, which then has its own beginning and end.
+    shape: the name of its row's shape, as in `Parts`.
     """
 
     prompt: str
@@ -184,6 +212,7 @@ class Example:
     num_prompt: int = 1
     conversation: Conversation | None = None
     templated: bool = False
+    shape: str = ""
 
     def __post_init__(self) -> None:
         if not self.references:

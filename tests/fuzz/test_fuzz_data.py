@@ -105,7 +105,12 @@ def test_broken_rows(tokenizer: Any, area: Path, examples: int) -> None:
         names = (str(file), "--prompt_template")
         found = outcome(
             lambda: load_split(
-                task, "test", files={"test": file}, seed=0, prompt_template=template, tokenizer=draw.pick(tokenizers)
+                task,
+                "test",
+                files={"test": file},
+                seed=0,
+                reading=Reading(template=template),
+                tokenizer=draw.pick(tokenizers),
             ),
             unchanged=area,
             names=names,
@@ -175,7 +180,7 @@ def test_a_broken_parquet_file(tokenizer: Any, area: Path, examples: int) -> Non
 @cases("cache")
 def test_a_broken_cache_file_is_made_again(tokenizer: Any, area: Path, examples: int) -> None:
     rows = write_rows(area / "rows.jsonl", [{"prompt": f"{number} + 2 =", "completion": "4"} for number in range(5)])
-    how = Encoding(get_task("custom"), tokenizer, Reading(), None, 64, frozenset([tokenizer.eos_token_id]))
+    how = Encoding(get_task("custom"), tokenizer, Reading(), 64, frozenset([tokenizer.eos_token_id]))
 
     def tokens() -> Any:
         return tokenised_once(how, files={"train": rows}, seed=0, cache_dir=area / "cache").train

@@ -21,7 +21,7 @@ from megatron_tiedlora.data.readers import (
     required_texts,
     without,
 )
-from megatron_tiedlora.data.task import Parts, Reading, Task
+from megatron_tiedlora.data.task import Parts, Reading, Task, template_fields
 from megatron_tiedlora.data.turns import ASSISTANT, USER, Conversation, Turn, make_conversation, read_turns
 
 Fields = Mapping[str, Any]
@@ -253,7 +253,7 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
 
     Raises UserError naming the source with its fields and the shapes, or the field that is empty.
     """
-    shape = find_shape(row, source, named=reading.template_fields, columns=reading.columns)
+    shape = find_shape(row, source, named=template_fields(reading.template), columns=reading.columns)
     content = shape.read(row, source)
     references = row.get(REFERENCES)
     more = () if references is None else required_texts(references, REFERENCES, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,7 @@ def test_a_template_that_writes_calls_may_write_every_role_alike(tmp_path: Path,
 
 def test_a_prompt_template_may_write_control_tokens(tmp_path: Path, folder: Path) -> None:
     tokenizer, path = load_tokenizer(folder), write_rows(tmp_path / "data.jsonl", [PLAIN])
-    (example,) = custom(path, tokenizer=tokenizer, prompt_template="<|im_start|>{prompt}<|im_end|>")
+    (example,) = custom(path, tokenizer=tokenizer, reading=Reading(template="<|im_start|>{prompt}<|im_end|>"))
     (sample,) = encode_examples(tokenizer, [example], max_length=99)
     assert sample.tokens.tolist().count(tokenizer.eos_token_id) == 2
 
@@ -288,9 +289,9 @@ def test_a_prompt_template_may_write_control_tokens(tmp_path: Path, folder: Path
 def test_a_prompt_template_and_a_chat(tmp_path: Path, folder: Path) -> None:
     tokenizer, rows = load_tokenizer(folder), [{"messages": [user(), answer("one"), user(), answer("two")]}]
     path = write_rows(tmp_path / "data.jsonl", rows)
-    options: dict[str, Any] = {"tokenizer": tokenizer, "prompt_template": "Chat: {prompt}"}
-    assert "--train_on last_turn" in refusal(lambda: custom(path, **options))
-    (example,) = custom(path, reading=Reading(train_on="last_turn"), **options)
+    reading = Reading(template="Chat: {prompt}")
+    assert "--train_on last_turn" in refusal(lambda: custom(path, tokenizer=tokenizer, reading=reading))
+    (example,) = custom(path, tokenizer=tokenizer, reading=replace(reading, train_on="last_turn"))
     assert example.prompt.startswith("Chat: <|im_start|>user\nHi") and example.completion == "two"
 
 
