@@ -364,12 +364,10 @@ def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Found | None:
             return None
         if any(file_sha256(file) != sums[name] for name, file in files.items()):
             return None
-        return {name: _mapped(file, np.dtype(dtypes[name])) for name, file in files.items()}, dict(meta["facts"])
+        arrays = {name: np.empty(0, dtype) for name, dtype in dtypes.items()}  # nothing of an empty file can be mapped
+        for name, file in files.items():
+            if meta["sizes"][name]:
+                arrays[name] = np.memmap(file, dtypes[name], "r").view(np.ndarray)
+        return arrays, dict(meta["facts"])
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _mapped(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    if not file.stat().st_size:  # nothing can be mapped
-        return np.empty(0, dtype)
-    return np.memmap(file, dtype, "r").view(np.ndarray)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ class Chat:
         self.reading = reading
         self.control = ControlTokens(tokenizer, reading.special_tokens)
         self.templated = bool(getattr(tokenizer, "chat_template", None))
-        self._tokenizer = tokenizer
+        self._tokenizer, self._name = tokenizer, chat_writer(tokenizer, reading)
         self._template = ChatTemplate(tokenizer, reading.chat_template) if self.templated else None
         self._names: dict[bool, TemplateNames] = {}  # by whether there are tools, as some have a template for these
 
@@ -133,20 +132,20 @@ class Chat:
         """Raise UserError for what the template, or lines without one, would drop or not know."""
         names = self._template_names(bool(conversation.tools), source)
         if conversation.tools and "tools" not in names.variables:
-            raise UserError(f"{source}: 'tools' is not read by {self.name}; {self._fix}, or remove the field")
+            raise UserError(f"{source}: 'tools' is not read by {self._name}; {self._fix}, or remove the field")
         for turn in conversation.turns:
             message, where = turn.message, f"{source}, {turn.name}"
             for field in ("tool_calls", *REASONING):
                 if field in message and field not in names.fields:
-                    raise UserError(
-                        f"{where}: {field!r} is not read by {self.name}; {self._fix},"
-                        f" {self._other_name(field, names)}or remove the field"
-                    )
+                    other = next((name for name in REASONING if field in REASONING and name in names.fields), None)
+                    rename = "" if other is None else f"rename it {other!r}, "  # a thought by another name
+                    said = f"{where}: {field!r} is not read by {self._name}"
+                    raise UserError(f"{said}; {self._fix}, {rename}or remove the field")
             role, calls = message["role"], "tool_calls" in names.fields  # such a template writes what tools answer too
             known = role in _PLAIN_ROLES or role in names.constants or (role == TOOL and calls)
             if not known and self.reading.special_tokens == "refuse":
                 raise UserError(
-                    f"{where}: role {shown(role)} is not known to {self.name}; {self._fix}, or"
+                    f"{where}: role {shown(role)} is not known to {self._name}; {self._fix}, or"
                     " --special_tokens_in_text plain to write it as it is"
                 )
 
@@ -159,58 +158,43 @@ class Chat:
             calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
             for dropped, what in ((word, f"its text ({shown(content)})"), *((name, "a tool call") for name in calls)):
                 if dropped not in text:
-                    said = f"{source}, {turn.name}: {self.name} does not write {what}"
+                    said = f"{source}, {turn.name}: {self._name} does not write {what}"
                     raise UserError(f"{said}; give another --chat_template, or remove it")
-
-    def _other_name(self, field: str, names: TemplateNames) -> str:
-        """The advice to rename a thought where the template reads one by another name."""
-        other = next((name for name in REASONING if field in REASONING and name in names.fields), None)
-        return "" if other is None else f"rename it {other!r}, "
 
     def _template_names(self, has_tools: bool, source: str) -> TemplateNames:
         if self._template is None:
             return TemplateNames()
         if has_tools not in self._names:
-            self._names[has_tools] = self._template.names(self._template_text([] if has_tools else None), source)
+            text = _template_text(self._tokenizer, self.reading, tools=[] if has_tools else None)
+            self._names[has_tools] = self._template.names(text, source)
         return self._names[has_tools]
-
-    @property
-    def name(self) -> str:
-        """What writes the text of conversations, in words."""
-        if not self.templated:
-            return "lines of User: and Assistant: (the tokenizer has no chat template)"
-        given = self.reading.chat_template
-        return f"the chat template of {given or getattr(self._tokenizer, 'name_or_path', 'the tokenizer')}"
 
     @property
     def _fix(self) -> str:
         return f"give {'another' if self.templated else 'a'} --chat_template"
 
-    def _template_text(self, tools: Any) -> str:
-        try:
-            return str(self._tokenizer.get_chat_template(tools=tools))
-        except ValueError as error:  # several templates, none of which is the default
-            raise UserError(f"{self.name}: {error}; give one with --chat_template") from None
-
-    def note(self) -> str:
-        """How conversations are read, for the first lines of a run."""
-        what = "every answer" if self.reading.train_on == "all_turns" else "the last answer"
-        if not self.templated:
-            return f"{self.name}; {what} is supervised"
-        how = "its generation marks" if has_marks(self._template_text(None)) else "comparing its renderings"
-        return f"{self.name}; {what} is supervised, found by {how}"
-
 
 def chat_writer(tokenizer: Any, reading: Reading) -> str:
     """What writes the text of conversations with a tokenizer, in words."""
-    with closing(Chat(tokenizer, reading)) as chat:
-        return chat.name
+    if not getattr(tokenizer, "chat_template", None):
+        return "lines of User: and Assistant: (the tokenizer has no chat template)"
+    return f"the chat template of {reading.chat_template or getattr(tokenizer, 'name_or_path', 'the tokenizer')}"
 
 
 def chat_note(tokenizer: Any, reading: Reading) -> str:
-    """How conversations are read with a tokenizer."""
-    with closing(Chat(tokenizer, reading)) as chat:
-        return chat.note()
+    """How conversations are read with a tokenizer, for the first lines of a run."""
+    said = f"{chat_writer(tokenizer, reading)}; {'every' if reading.train_on == 'all_turns' else 'the last'} answer"
+    if not tokenizer.chat_template:
+        return f"{said} is supervised"
+    how = "its generation marks" if has_marks(_template_text(tokenizer, reading)) else "comparing its renderings"
+    return f"{said} is supervised, found by {how}"
+
+
+def _template_text(tokenizer: Any, reading: Reading, *, tools: Any = None) -> str:
+    try:
+        return str(tokenizer.get_chat_template(tools=tools))
+    except ValueError as error:  # several templates, none of which is the default
+        raise UserError(f"{chat_writer(tokenizer, reading)}: {error}; give one with --chat_template") from None
 
 
 def set_chat_template(tokenizer: Any, file: str | Path | None) -> None:

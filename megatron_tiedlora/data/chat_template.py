@@ -298,27 +298,30 @@ def render_with_spans(
     Raises:
         TurnsChange: a span cannot be found. Whatever the template raises.
     """
-    if marked := _by_marks(tokenizer, messages, tools):
-        return Rendered(marked.text, tuple(marked.answers[_number(messages, index)] for index in answers))
+    if found := _by_marks(tokenizer, messages, tools):
+        return Rendered(found[0], tuple(found[1][index] for index in answers))
     names = names or [f"message {number}" for number in range(1, len(messages) + 1)]
     whole = _render(tokenizer, messages, tools)
     return Rendered(whole, tuple(_span(tokenizer, messages, tools, whole, index, names) for index in answers))
 
 
-def _by_marks(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None) -> Rendered | None:
-    """The spans of all answers by the template's generation marks; None unless each answer is one piece of them."""
+def _by_marks(
+    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None
+) -> tuple[str, dict[int, tuple[int, int]]] | None:
+    """The text, and the span of each answer by the template's generation marks; None unless each is one piece of them.
+    """
     if not has_marks(tokenizer.get_chat_template(tools=tools)):
         return None
     text, marks = _marked(tokenizer, messages, tools)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if len(marks) == len(answers):
-        return Rendered(text, tuple(marks))
+        return text, dict(zip(answers, marks, strict=True))
     # Some templates mark the end of the whole as well. The marks before an answer are those of the turns before it.
     before = [len(_marked(tokenizer, messages[:index], tools, starts_answer=True)[1]) for index in answers]
     pieces = [marks[first:last] for first, last in pairwise([*before, len(marks)])]
     if not all(pieces) or any(one[1] != other[0] for piece in pieces for one, other in pairwise(piece)):
         return None
-    return Rendered(text, tuple((piece[0][0], piece[-1][1]) for piece in pieces))
+    return text, {index: (piece[0][0], piece[-1][1]) for index, piece in zip(answers, pieces, strict=True)}
 
 
 def _marked(
@@ -338,11 +341,6 @@ def _marked(
     )
     (text,), (spans,) = found
     return text, [(start, end) for start, end in spans]
-
-
-def _number(messages: Sequence[Any], index: int) -> int:
-    """How many answers there are before the message `index`."""
-    return sum(message["role"] == "assistant" for message in messages[:index])
 
 
 def _span(
@@ -377,14 +375,10 @@ def _span(
     longest_extra = until.find(text, start) if text else until.find(_THOUGHT_END, start) + len(_THOUGHT_END) + 2
     for extra in range(start, max(longest_extra, 0) + 1):
         added = until[start:extra]
-        if (not added or _is_empty_thought(added)) and whole.startswith(until[extra:], start):
+        thought = added.rstrip().endswith(_THOUGHT_END) and not re.sub("</?think>", "", added).strip()
+        if (not added or thought) and whole.startswith(until[extra:], start):
             return start, start + len(until) - extra
     raise TurnsChange(f"writes {names[index]} ({shown(text[:40])}) in another way once others follow")
-
-
-def _is_empty_thought(text: str) -> bool:
-    """Whether a text is the end of a thought in which nothing is thought, with or without its start."""
-    return text.rstrip().endswith(_THOUGHT_END) and not re.sub("</?think>", "", text).strip()
 
 
 _OTHER = "\ue000\ue001"  # an answer that begins like no other text: two characters for private use

@@ -55,10 +55,6 @@ class GlobalBatch:
             raise ValueError(f"{len(self.micro_batches)} micro-batches do not divide over {dp_size} ranks")
         return self.micro_batches[dp_rank::dp_size]
 
-    def places_on_rank(self, dp_rank: int, *, dp_size: int) -> Sequence[Rows]:
-        """`places` of the micro-batches that `on_rank` returns."""
-        return self.places[dp_rank::dp_size]
-
 
 @dataclass(frozen=True)
 class TrainingStep:
@@ -159,7 +155,7 @@ def training_steps(
                 " no loss; raise --global_batch_size, or remove samples that are a single token"
             )
         consumed_samples = plan.consumed_samples
-        positions = [num_positions(dataset, [rows], pad_multiple=pad_multiple) for rows in plan.micro_batches]
+        positions = num_positions(dataset, plan.micro_batches, pad_multiple=pad_multiple)
         yield TrainingStep(
             micro_batches=tuple(
                 collate(
@@ -171,9 +167,7 @@ def training_steps(
                     places=places if numbered else None,
                 )
                 for rows, places in zip(
-                    plan.on_rank(dp_rank, dp_size=shape.dp_size),
-                    plan.places_on_rank(dp_rank, dp_size=shape.dp_size),
-                    strict=True,
+                    plan.on_rank(dp_rank, dp_size=shape.dp_size), plan.places[dp_rank :: shape.dp_size], strict=True
                 )
             ),
             num_supervised=plan.num_supervised,
@@ -192,8 +186,16 @@ def largest_positions(positions: Sequence[int], *, dp_size: int) -> tuple[int, .
 
 def num_evaluation_batches(dataset: TokenDataset, *, micro_batch_size: int, dp_size: int) -> int:
     """Return how many batches `evaluation_batches` yields on each rank."""
-    total = -(-len(dataset) // micro_batch_size)
-    return -(-total // dp_size)
+    return -(-len(dataset) // (micro_batch_size * dp_size))
+
+
+def _evaluation_rows(dataset: TokenDataset, micro_batch_size: int, dp_size: int) -> Iterator[list[Rows]]:
+    """Yield the rows of each rank's batch, batch by batch: all samples, sorted by length, each on one rank."""
+    order = np.argsort(dataset.lengths, kind="stable")
+    whole = micro_batch_size * dp_size
+    for first in range(0, len(order), whole):
+        starts = range(first, first + whole, micro_batch_size)
+        yield [[[index] for index in order[start : start + micro_batch_size].tolist()] for start in starts]
 
 
 def evaluation_batches(
@@ -210,23 +212,16 @@ def evaluation_batches(
     Every rank gets the same number of batches, so that collectives match. When the samples run out, a batch is one
     padded row without labels.
     """
-    order = np.argsort(dataset.lengths, kind="stable")
-    for step in range(num_evaluation_batches(dataset, micro_batch_size=micro_batch_size, dp_size=dp_size)):
-        start = (step * dp_size + dp_rank) * micro_batch_size
-        indices = order[start : start + micro_batch_size]
-        yield collate(dataset, [[index] for index in indices.tolist()], pad_id=pad_id, pad_multiple=pad_multiple)
+    for of_ranks in _evaluation_rows(dataset, micro_batch_size, dp_size):
+        yield collate(dataset, of_ranks[dp_rank], pad_id=pad_id, pad_multiple=pad_multiple)
 
 
 def evaluation_sizes(
     dataset: TokenDataset, *, micro_batch_size: int, dp_size: int, pad_multiple: int = PAD_MULTIPLE
 ) -> Iterator[int]:
     """Yield the positions of each of the batches of `evaluation_batches`, on the rank where it has most."""
-    order = np.argsort(dataset.lengths, kind="stable")
-    whole = micro_batch_size * dp_size
-    for first in range(0, len(dataset), whole):
-        of_ranks = [order[start : start + micro_batch_size] for start in range(first, first + whole, micro_batch_size)]
-        shapes = ([[index] for index in indices.tolist()] for indices in of_ranks)
-        yield max(num_positions(dataset, [rows], pad_multiple=pad_multiple) for rows in shapes)
+    for of_ranks in _evaluation_rows(dataset, micro_batch_size, dp_size):
+        yield max(num_positions(dataset, of_ranks, pad_multiple=pad_multiple))
 
 
 def collate(
@@ -279,9 +274,9 @@ def collate(
     )
 
 
-def num_positions(dataset: TokenDataset, micro_batches: Iterable[Rows], *, pad_multiple: int) -> int:
-    """Number of positions of micro-batches as `collate` pads them."""
-    return sum(math.prod(_padded_shape(_row_lengths(dataset, rows), pad_multiple)) for rows in micro_batches)
+def num_positions(dataset: TokenDataset, micro_batches: Iterable[Rows], *, pad_multiple: int) -> list[int]:
+    """Number of positions of each of some micro-batches as `collate` pads them."""
+    return [math.prod(_padded_shape(_row_lengths(dataset, rows), pad_multiple)) for rows in micro_batches]
 
 
 def _row_lengths(dataset: TokenDataset, rows: Rows) -> list[int]:
@@ -414,19 +409,16 @@ def shared_micro_batch(parts: Sequence[Owned]) -> MicroBatch:
         return replace(batches[0], shares=shares)
     documents = [batch.documents for batch in batches if batch.documents is not None]
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
+    # An adapter without dropout has no numbers, and uses none.
+    numbers = [torch.zeros_like(batch.tokens) if batch.numbers is None else batch.numbers for batch in batches]
     numbered = any(batch.numbers is not None for batch in batches)
     return MicroBatch(
         tokens=concatenated([batch.tokens for batch in batches])[None],
         positions=concatenated([batch.positions for batch in batches])[None],
         labels=concatenated([batch.labels for batch in batches])[None],
         documents=concatenated(documents)[None] if documents else None,
-        numbers=concatenated([_numbers(batch) for batch in batches])[None] if numbered else None,
+        numbers=concatenated(numbers)[None] if numbered else None,
         shares=shares,
         lengths=concatenated([batch.lengths for batch in batches]),
         num_samples=sum(batch.num_samples for batch in batches),
     )
-
-
-def _numbers(batch: MicroBatch) -> torch.Tensor:
-    """The numbers of its tokens; zeros if its adapter has no dropout, for which they are not used."""
-    return torch.zeros_like(batch.tokens) if batch.numbers is None else batch.numbers

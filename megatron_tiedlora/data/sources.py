@@ -27,14 +27,12 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.data.readers import (
     about_num_rows,
-    checked_files,
     describe_fields,
-    hub_data,
     is_empty,
-    iter_rows,
     named_files,
+    row_data,
 )
-from megatron_tiedlora.data.tables import HubData, Row, files_sha256, is_saved_folder, rows_sha256
+from megatron_tiedlora.data.tables import HubData, Row, names_and_contents, rows_sha256
 from megatron_tiedlora.data.task import Reading, Split, Task
 from megatron_tiedlora.data.token_dataset import permutation
 
@@ -102,8 +100,8 @@ def _exists(name: str) -> bool:
 
 def hub_ids(*given: str | None) -> list[str]:
     """The ids, without config and split, of the hub data sets among what these values of data flags name here."""
-    found = (hub_data(name, split="") for value in given if value is not None for name in _names(value))
-    return sorted({data.hub_id for data in found if data is not None})
+    found = (row_data(name, split="") for value in given if value is not None for name in _names(value))
+    return sorted({data.hub_id for data in found if isinstance(data, HubData)})
 
 
 def _names(given: str) -> list[str]:
@@ -307,7 +305,7 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
         pair = task.read_files(given, flag) if given and task.read_files else None
     parts: tuple[_SourceRows, ...]
     if pair is not None:
-        parts = (_SourceRows(Source(given), pair, lambda: _names_and_contents(local_files(given).values())),)
+        parts = (_SourceRows(Source(given), pair, lambda: names_and_contents(local_files(given).values())),)
     elif given and not own_id:
         parts = tuple(_part_of(source, split) for source in parse_sources(given, flag))
     elif task.generate is not None:
@@ -322,24 +320,8 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
 
 def _part_of(source: Source, split: Split) -> _SourceRows:
     with _readable(source.name):
-        hub = hub_data(source.name, split=split)
-    if hub is not None:
-        return _SourceRows(source, hub.rows, hub.sha256)
-    return _SourceRows(source, partial(iter_rows, source.name, split=split), partial(_files_sha256, source.name, split))
-
-
-def _files_sha256(name: str, split: Split) -> str:
-    """Hash of the files that a name stands for."""
-    path = user_path(name)
-    if path.is_dir() and is_saved_folder(path):  # which of its files have the split's rows, the library knows
-        return split + _names_and_contents(sorted(file for file in path.rglob("*") if file.is_file()))
-    return _names_and_contents(checked_files(path, name))
-
-
-def _names_and_contents(files: Iterable[Path]) -> str:
-    """Names decide how a file is read, so they are in the hash; folders do not."""
-    files = list(files)
-    return " ".join([*(file.name for file in files), files_sha256(files)])
+        data = row_data(source.name, split=split)
+    return _SourceRows(source, data.rows, data.sha256)
 
 
 @contextmanager

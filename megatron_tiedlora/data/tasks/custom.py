@@ -180,12 +180,6 @@ _LOOKS_LIKE_DATA = OUR_FIELDS | {
 }
 
 
-def shape_names() -> str:
-    """The shapes with their fields, for messages."""
-    listed = ["{" + ", ".join(f'"{name}"' for name in shape.needs) + "}" for shape in SHAPES]
-    return f"{', '.join(listed[:-1])} or {listed[-1]}"
-
-
 def find_shape(
     row: Fields, source: str, *, named: Collection[str] = (), columns: Mapping[str, str] | None = None
 ) -> RowShape:
@@ -211,7 +205,9 @@ def find_shape(
         if preference:
             chosen = "--columns prompt=prompt,completion=chosen or --columns messages=chosen"
             way = f"{preference}; to train on its chosen answers alone, use {chosen}"
-        raise UserError(f"{source}: the row has {describe_fields(row)}{after}; expected {shape_names()}{way}")
+        *listed, last = ("{" + ", ".join(f'"{name}"' for name in shape.needs) + "}" for shape in SHAPES)
+        expected = f"{', '.join(listed)} or {last}"
+        raise UserError(f"{source}: the row has {describe_fields(row)}{after}; expected {expected}{way}")
     found.sort(key=lambda shape: len(_unread_by(shape, columns)))
     shape = found[0]
     for name in _unread_by(shape, columns):

@@ -10,7 +10,8 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,42 +92,39 @@ def _fresh_rows(dataset: Any, block: range, seen: set[str], wanted: int) -> Iter
 
 def _dataset(seed: int) -> Any:
     """reasoning-gym's `gsm_symbolic`, with one item per index of `_BLOCKS`."""
-    if importlib.util.find_spec(_PACKAGE) is None:
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None:
         raise UserError(
             "the demo task needs the package reasoning-gym; install it with: pip install 'megatron_tiedlora[demo]'"
         )
-    if _PACKAGE in sys.modules:
-        return _build(importlib.import_module(_MODULE), seed)
-    try:
-        return _build_alone(seed)
-    except ImportError:  # another version with other modules: import the whole package
-        return _build(importlib.import_module(_MODULE), seed)
+    if _PACKAGE not in sys.modules:
+        with suppress(ImportError), _empty_parents(spec.submodule_search_locations or ()):
+            return _built(seed)
+    return _built(seed)  # in another version, with other modules, the whole package is needed
 
 
-def _build(module: ModuleType, seed: int) -> Any:
-    first = seed * _ROWS_PER_SEED  # the stride prevents that neighbouring seeds share rows
+def _built(seed: int) -> Any:
+    module, first = importlib.import_module(_MODULE), seed * _ROWS_PER_SEED  # so neighbouring seeds share no rows
     dataset = module.GSMSymbolicDataset(module.GSMSymbolicDatasetConfig(seed=first, size=_ROWS_PER_SEED))
     _ = dataset.generators  # imports the templates now, while their parent modules are in place
     return dataset
 
 
-def _build_alone(seed: int) -> Any:
-    """`_build` with only the modules of this one data set.
+@contextmanager
+def _empty_parents(roots: Sequence[str]) -> Iterator[None]:
+    """Only the modules of this one data set are imported in the block, and they are gone after it.
 
     reasoning-gym's `__init__` imports all of its hundred data sets, which takes a second and needs pycosat. That has no
     wheel, so the import fails if there was no C compiler to build it. Empty parents with the right `__path__` let the
     submodules load on their own. They are removed afterwards, so a later `import reasoning_gym` gets the real one.
     This can go when all requirements of reasoning-gym have wheels.
     """
-    parents = (_PACKAGE, f"{_PACKAGE}.arithmetic", f"{_PACKAGE}.coaching")
-    spec = importlib.util.find_spec(_PACKAGE)
-    roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
     try:
-        for name in parents:
+        for name in (_PACKAGE, f"{_PACKAGE}.arithmetic", f"{_PACKAGE}.coaching"):
             parent = ModuleType(name)
-            parent.__path__ = [str(root.joinpath(*name.split(".")[1:])) for root in roots]
+            parent.__path__ = [str(Path(root, *name.split(".")[1:])) for root in roots]
             sys.modules[name] = parent
-        return _build(importlib.import_module(_MODULE), seed)
+        yield
     finally:
         for name in [name for name in sys.modules if name == _PACKAGE or name.startswith(_PACKAGE + ".")]:
             del sys.modules[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from task_files import refusal, write, write_rows
 from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, write_zoo_tokenizer
 
-from megatron_tiedlora.data.chat import Chat, set_chat_template
+from megatron_tiedlora.data.chat import chat_note, set_chat_template
 from megatron_tiedlora.data.encode import encode_examples
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Example, Reading
@@ -301,11 +300,10 @@ def test_a_chat_template_of_the_user(tmp_path: Path, folder: Path) -> None:
     reading = Reading(chat_template=str(tmp_path / "mine.jinja"))
     (example,) = custom(write_rows(tmp_path / "a.jsonl", [ONE]), tokenizer=tokenizer, reading=reading)
     assert [segment.text for segment in example.segments] == ["[Hi]", "[Yo]"] and example.templated
-    with closing(Chat(tokenizer, reading)) as chat:
-        assert f"{tmp_path}/mine.jinja; every answer is supervised, found by comparing" in chat.note()
+    assert f"{tmp_path}/mine.jinja; every answer is supervised, found by comparing" in chat_note(tokenizer, reading)
     tokenizer.chat_template = None
-    with closing(Chat(tokenizer, Reading(train_on="last_turn"))) as chat:
-        assert chat.note().startswith("lines of User: and Assistant:") and "the last answer" in chat.note()
+    note = chat_note(tokenizer, Reading(train_on="last_turn"))
+    assert note.startswith("lines of User: and Assistant:") and "the last answer" in note
     for content, words in ((None, "no such file"), (b"", "is empty"), (b"\xff", "not UTF-8")):
         file = tmp_path / "other.jinja"
         if content is not None:

@@ -17,7 +17,7 @@ from task_files import refusal, write_rows
 from token_rows import WORDS, chats, check, check_same, encoding, rows
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
-from megatron_tiedlora.data import cache, encode, sources
+from megatron_tiedlora.data import cache, encode, readers, sources
 from megatron_tiedlora.data.cache import tokenised_once
 from megatron_tiedlora.data.encode import Encoding
 from megatron_tiedlora.data.tasks import get_task
@@ -153,9 +153,9 @@ def test_a_file_that_cannot_be_read_is_named(tokenizer: Any, tmp_path: Path, mon
     def forbidden(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied", file)
 
-    for name in ("files_sha256", "hub_data"):
+    for module, name in ((readers, "names_and_contents"), (sources, "row_data")):
         with monkeypatch.context() as patch:
-            patch.setattr(sources, name, forbidden)
+            patch.setattr(module, name, forbidden)
             message = refusal(
                 lambda: tokenised_once(encoding(tokenizer), files={"train": file}, seed=0, cache_dir=tmp_path)
             )
