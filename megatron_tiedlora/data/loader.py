@@ -5,8 +5,7 @@ several packed samples, or one sample; unpacked samples are sorted by length. Mi
 j // dp on data-parallel rank j % dp. The number of supervised tokens of the whole step follows from lengths alone, so
 every rank knows the loss's denominator without a message. Micro-batches of several adapters go into shared ones.
 
-Owns labels, padding, and resuming by a count of consumed samples. Leaves the choice of samples for a row to `packing`,
-and devices to the engine.
+Owns labels, padding, packing, and resuming by a count of consumed samples. Leaves devices to the engine.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.adapters.adapter_bank import Share, filled
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.data.token_dataset import TokenDataset, sample_indices
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, MicroBatch
 from megatron_tiedlora.parallel.collectives import concatenated
@@ -75,25 +75,16 @@ class TrainingStep:
 
 
 @dataclass(frozen=True)
-class BatchShape:
-    """How a global batch is divided, the same on every rank.
+class BatchShape(BatchPlan):
+    """How a global batch is divided, the same on every rank; with packing, `micro_batch_size` is the maximum.
 
     Attributes:
-        micro_batch_size: rows of a micro-batch; with packing, the maximum.
         packed_length: tokens of a packed row; None: one sample per row.
         min_micro_batches: minimum micro-batches per rank with packing, capped at the unpacked number.
     """
 
-    global_batch_size: int
-    micro_batch_size: int
-    dp_size: int
     packed_length: int | None = None
     min_micro_batches: int = 1
-
-    @property
-    def max_micro_batches(self) -> int:
-        """Micro-batches per rank and step with one sample per row."""
-        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
 
 
 def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, consumed_samples: int) -> GlobalBatch:
@@ -114,8 +105,8 @@ def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, co
             lengths,
             shape.packed_length,
             group_size=micro,
-            multiple=shape.dp_size,
-            min_groups=shape.dp_size * min(shape.min_micro_batches, shape.max_micro_batches),
+            multiple=shape.data_parallel,
+            min_groups=shape.data_parallel * min(shape.min_micro_batches, shape.accumulation_steps),
         )
     return GlobalBatch(
         micro_batches=[[[int(indices[index]) for index in row] for row in rows] for rows in micro_batches],
@@ -146,7 +137,7 @@ def training_steps(
     Raises:
         UserError: a global batch has no supervised token; on every rank, for the same step.
     """
-    packed = shape.packed_length is not None
+    packed, dp_size = shape.packed_length is not None, shape.data_parallel
     while True:
         plan = plan_global_batch(dataset, shape, seed=seed, consumed_samples=consumed_samples)
         if not plan.num_supervised:
@@ -167,14 +158,14 @@ def training_steps(
                     places=places if numbered else None,
                 )
                 for rows, places in zip(
-                    plan.on_rank(dp_rank, dp_size=shape.dp_size), plan.places[dp_rank :: shape.dp_size], strict=True
+                    plan.on_rank(dp_rank, dp_size=dp_size), plan.places[dp_rank::dp_size], strict=True
                 )
             ),
             num_supervised=plan.num_supervised,
             num_tokens=plan.num_tokens,
             squared_lengths=plan.squared_lengths,
             num_positions=sum(positions),
-            largest=largest_positions(positions, dp_size=shape.dp_size),
+            largest=largest_positions(positions, dp_size=dp_size),
             consumed_samples=consumed_samples,
         )
 
