@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.child_process import end_with_parent, leave_signals_to_parent
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.chat import Chat
-from megatron_tiedlora.data.splits import ExampleMaker, OneShape
+from megatron_tiedlora.data.splits import ExampleMaker, check_shape
 from megatron_tiedlora.data.tables import Row, num_bytes
 from megatron_tiedlora.data.task import Example, Reading, Segment, Task
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
@@ -142,12 +142,12 @@ class Encoder:
         ids = segment_ids(self._tokenizer, [segments_of(example) for example in examples])
         for example, parts in zip(examples, ids, strict=True):
             tokens, supervised = self._put_together(example, segments_of(example), parts)
-            shorter, lost = example, 0
+            shorter = example
             while len(tokens) > self._max_length and (next_one := self._without_exchange(shorter)) is not None:
-                shorter, lost = next_one, lost + _num_turns(shorter) - _num_turns(next_one)
+                shorter = next_one
                 (parts,) = segment_ids(self._tokenizer, [segments_of(shorter)])
                 tokens, supervised = self._put_together(example, segments_of(shorter), parts)
-            yield example, tokens, supervised, lost
+            yield example, tokens, supervised, _num_turns(example) - _num_turns(shorter)
 
     def _put_together(
         self, example: Example, segments: Sequence[Segment], parts: Sequence[list[int]]
@@ -382,10 +382,10 @@ def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Ar
     first = list(islice(chunks, _FEW_CHUNKS + 1))
     # A process of multiprocessing's pool, or another daemonic one, may not start processes.
     several = len(first) > _FEW_CHUNKS and not current_process().daemon
-    one_shape = OneShape()
+    first_rows: dict[str, tuple[str, str]] = {}
     for arrays, shapes in (_in_processes if several else _in_this_process)(chain(first, chunks), encoding):
         for shape, source in shapes:
-            one_shape.check(shape, source)
+            check_shape(shape, source, first_rows)
         yield arrays
 
 

@@ -59,12 +59,9 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
         UserError: a name is empty, only some have a weight, the weights do not sum to 1, or it is not the training
             part that has them.
     """
-    if _exists(given):
-        return (Source(given),)
-    names = [name.strip() for name in given.split(",")]
-    if not all(names):
+    sources = _sources(given)
+    if not all(source.name for source in sources):
         raise UserError(f"{flag} {given}: one of the names between the commas is empty; remove a comma")
-    sources = tuple(map(_parse_source, names))
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return sources
@@ -79,6 +76,11 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
             f" {sum(weights):g}; give weights above 0 that sum to 1"
         )
     return sources
+
+
+def _sources(given: str) -> tuple[Source, ...]:
+    """The sources that a value names, unchecked. A path that exists is one, whatever its name looks like."""
+    return (Source(given),) if _exists(given) else tuple(_parse_source(name.strip()) for name in given.split(","))
 
 
 def _parse_source(name: str) -> Source:
@@ -100,18 +102,15 @@ def _exists(name: str) -> bool:
 
 def hub_ids(*given: str | None) -> list[str]:
     """The ids, without config and split, of the hub data sets among what these values of data flags name here."""
-    found = (row_data(name, split="") for value in given if value is not None for name in _names(value))
+    sources = (source for value in given if value is not None for source in _sources(value))
+    found = (row_data(source.name, split="") for source in sources)
     return sorted({data.hub_id for data in found if isinstance(data, HubData)})
-
-
-def _names(given: str) -> list[str]:
-    return [_parse_source(name.strip()).name for name in ([given] if _exists(given) else given.split(","))]
 
 
 def local_files(given: str) -> dict[str, Path]:
     """The files that a data flag's value names on this host, by name; those of folders and patterns too."""
     found: dict[str, Path] = {}
-    for name in _names(given):
+    for name in (source.name for source in _sources(given)):
         path = user_path(name)
         if path.is_file():
             found[name] = path

@@ -55,12 +55,12 @@ def load_split(
         samples: Iterable[list[Row]] = ([row] for row in _train_rows(entry, files=files, seed=seed, reading=reading))
     else:
         samples = _held_out_samples(entry, split, files=files, seed=seed, reading=reading)
-    one_shape, examples = OneShape(), []
+    first_rows, examples = dict[str, tuple[str, str]](), []
     with closing(Chat(tokenizer, reading)) as chat:
         maker = ExampleMaker(entry, chat)
         for sample in islice(samples, limit):
             examples.append(example := maker.example(sample))
-            one_shape.check(example.shape, example.source)
+            check_shape(example.shape, example.source, first_rows)
     return examples
 
 
@@ -177,20 +177,18 @@ class SampleNumbers:
 # From rows to examples ------------------------------------------------------------------------------------------------
 
 
-class OneShape:
-    """Checks that all rows of a file have one shape."""
+def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]]) -> None:
+    """Raise UserError if the first row of the file of `source` had another shape.
 
-    def __init__(self) -> None:
-        self._first: dict[str, tuple[str, str]] = {}
-
-    def check(self, shape: str, source: str) -> None:
-        """Raise UserError if the first row of the file of `source` had another shape."""
-        expected, first = self._first.setdefault(source.rpartition(":")[0], (shape, source))
-        if shape != expected:
-            raise UserError(
-                f"{source}: a row of shape {shape} in a file whose first row ({first}) has shape {expected}; give each"
-                " shape a file of its own"
-            )
+    Args:
+        first_rows: shape and source of the first row of each file so far; that of a new file is added.
+    """
+    expected, first = first_rows.setdefault(source.rpartition(":")[0], (shape, source))
+    if shape != expected:
+        raise UserError(
+            f"{source}: a row of shape {shape} in a file whose first row ({first}) has shape {expected}; give each"
+            " shape a file of its own"
+        )
 
 
 class ExampleMaker:

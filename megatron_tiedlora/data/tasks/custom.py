@@ -9,7 +9,7 @@ Owns the table, which shape a row has, and the rejection of fields that look lik
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
@@ -36,17 +36,15 @@ class RowShape:
     """One shape of rows.
 
     name: for messages and documents.
-    needs: the fields by which it is recognised.
+    needs: the fields by which it is recognised. The last has the answer, which a prompt template must not see.
     read: (row, source) -> what the row holds.
     may: further fields that it reads.
-    answer_fields: the fields with the answer, which a prompt template must not see.
     """
 
     name: str
     needs: tuple[str, ...]
     read: Callable[[Fields, str], Content]
-    answer_fields: tuple[str, ...]
-    may: tuple[str, ...] = field(default=())
+    may: tuple[str, ...] = ()
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -94,10 +92,6 @@ def _query_response(row: Fields, source: str) -> Content:
     return _after_history(row, turns, source)
 
 
-def _input_output(row: Fields, source: str) -> Content:
-    return required_text(row, "input", source), required_text(row, "output", source)
-
-
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -119,10 +113,6 @@ def _alpaca(row: Fields, source: str) -> Content:
         return _after_history(row, turns, source)
     template = _ALPACA_INPUT if context.strip() else _ALPACA
     return template.format(instruction=instruction, input=context), answer
-
-
-def _text(row: Fields, source: str) -> Content:
-    return "", required_text(row, "text", source)
 
 
 def _after_history(row: Fields, turns: list[Turn], source: str) -> Content:
@@ -159,15 +149,17 @@ def _optional_text(row: Fields, name: str, source: str) -> str:
 # The table --------------------------------------------------------------------------------------------------
 
 SHAPES = (
-    RowShape("messages", ("messages",), _messages, ("messages",), may=("tools", "functions")),
-    RowShape("ShareGPT", ("conversations",), _sharegpt, ("conversations",), may=("system", "tools")),
-    RowShape("prompt/completion", ("prompt", "completion"), _prompt_completion, ("completion",), may=("tools",)),
+    RowShape("messages", ("messages",), _messages, ("tools", "functions")),
+    RowShape("ShareGPT", ("conversations",), _sharegpt, ("system", "tools")),
+    RowShape("prompt/completion", ("prompt", "completion"), _prompt_completion, ("tools",)),
+    RowShape("query/response", ("query", "response"), _query_response, ("system", "history", "tools")),
+    RowShape("alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
     RowShape(
-        "query/response", ("query", "response"), _query_response, ("response",), may=("system", "history", "tools")
+        "input/output",
+        ("input", "output"),
+        lambda row, source: (required_text(row, "input", source), required_text(row, "output", source)),
     ),
-    RowShape("alpaca", ("instruction", "output"), _alpaca, ("output",), may=("input", "system", "history")),
-    RowShape("input/output", ("input", "output"), _input_output, ("output",)),
-    RowShape("text", ("text",), _text, ("text",)),
+    RowShape("text", ("text",), lambda row, source: ("", required_text(row, "text", source))),
 )
 REFERENCES = "references"  # more accepted answers, in a row of any shape
 OUR_FIELDS = frozenset((*(name for shape in SHAPES for name in shape.fields), REFERENCES))
@@ -253,7 +245,7 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
     content = shape.read(row, source)
     references = row.get(REFERENCES)
     more = () if references is None else required_texts(references, REFERENCES, source)
-    fields = without(row, *shape.answer_fields, REFERENCES)
+    fields = without(row, shape.needs[-1], REFERENCES)
     if isinstance(content, tuple):
         prompt, answer = content
         return Parts({**fields, "prompt": prompt}, prompt, (answer, *more), shape=shape.name)
