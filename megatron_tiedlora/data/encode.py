@@ -307,10 +307,6 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, plain: boo
 # They are encoded in this process, or in several for a data set of many chunks. What comes out does not depend on the
 # number of processes, since chunks are returned in order.
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 # The most rows of a chunk, or bytes of long rows: enough for a tokenizer's threads. Ids as Python objects and what the
 # tokenizer knows of each need a hundred times a row's bytes.
 CHUNK, CHUNK_BYTES = 500, 2**18

@@ -1,8 +1,8 @@
 """The samples of a split: a task's record turns rows from files, the hub or a generator into examples.
 
-Owns how validation rows are taken from training rows, how rows of one sample are merged, and the checks
-that all tasks share. Leaves names of files and reading to `sources`, the meaning of a row to
-its task, the text of chats to `chat`, and the answer's leading space to `task.join_answer`.
+Owns how validation rows are taken from training rows, how rows of one sample are merged, and the checks that all tasks
+share. Leaves names of files and reading to `sources`, the meaning of a row to its task, the text of chats to `chat`,
+and the answer's leading space to `task.join_answer`.
 """
 
 from __future__ import annotations
@@ -257,16 +257,16 @@ class ExampleMaker:
         if self._reading.template is None and parts.prompt is not None:
             prompt = guard(parts.prompt, "field 'prompt'", source)
         else:
-            names, own, chat = template_fields(template), dict[str, str](), parts.conversation
+            names, chat, written = template_fields(template), parts.conversation, dict[str, str]()
             if chat is not None:
                 if len(chat.answers) > 1 and self._reading.train_on != "last_turn":
                     said = f"{source}: --prompt_template makes one answer of a chat"
                     raise UserError(f"{said}; give --train_on last_turn too")
                 segments, num_prompt = self._chat.segments(chat, source)
-                own["prompt"] = marked(segments[:num_prompt])
-            read = ((name, value, isinstance(value, str) and name in names) for name, value in parts.fields.items())
-            fields = {name: guard(value, f"field {name!r}", source) if text else value for name, value, text in read}
-            fields |= own
+                written["prompt"] = marked(segments[:num_prompt])
+            texts = {name: value for name, value in parts.fields.items() if name in names and isinstance(value, str)}
+            guarded = {name: guard(value, f"field {name!r}", source) for name, value in texts.items()}
+            fields = {**parts.fields, **guarded, **written}
             if self._reading.template is not None:
                 _check_fields(names, fields, source)
             prompt = template.format_map(fields)
