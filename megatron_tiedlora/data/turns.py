@@ -114,16 +114,14 @@ def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list
     return turns
 
 
-def make_conversation(
-    turns: Sequence[Turn], source: str, *, tools: Any = None, tools_field: str = "tools"
-) -> Conversation:
-    """The conversation of a row's turns, with the value of its field for tools.
+def make_conversation(turns: Sequence[Turn], row: Mapping[str, Any], source: str) -> Conversation:
+    """The conversation of a row's turns, with the tools of its field `tools` or `functions`.
 
     Raises:
         UserError: the turns are out of order, or the schemas of tools are broken; names the source and the turn.
     """
     _check_order(turns, source)
-    return Conversation(tuple(turns), _tools(tools, tools_field, source))
+    return Conversation(tuple(turns), _tools(row, source))
 
 
 def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -210,8 +208,12 @@ def _check_order(turns: Sequence[Turn], source: str) -> None:
 # Tools ------------------------------------------------------------------------------------------------------
 
 
-def _tools(value: Any, field: str, source: str) -> tuple[Mapping[str, Any], ...] | None:
+def _tools(row: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], ...] | None:
     """Schemas of functions, each as {"type": "function", "function": ...}; a text is read as JSON."""
+    if row.get("tools") and row.get("functions"):
+        raise UserError(f"{source}: the row has both 'tools' and 'functions'; remove one of them")
+    field = "functions" if row.get("functions") else "tools"
+    value = row.get(field)
     if value is None or value in ("", [], ()):
         return None
     found = _parsed(value, field, source) if isinstance(value, str) else plain_json(value, field, source)

@@ -25,9 +25,7 @@ from megatron_tiedlora.data.task import Parts, Reading, Task, template_fields
 from megatron_tiedlora.data.turns import ASSISTANT, USER, Conversation, Turn, make_conversation, read_turns
 
 Fields = Mapping[str, Any]
-
-
-Content = tuple[str, str] | Conversation
+Content = tuple[str, str] | list[Turn]
 """What a row holds: a prompt and its answer, a text after the prompt '', or the turns of a chat."""
 
 
@@ -55,19 +53,6 @@ class RowShape:
 # Readers ----------------------------------------------------------------------------------------------------
 
 
-def _messages(row: Fields, source: str) -> Content:
-    if row.get("tools") and row.get("functions"):
-        raise UserError(f"{source}: the row has both 'tools' and 'functions'; remove one of them")
-    field = "functions" if row.get("functions") else "tools"
-    turns = read_turns(row["messages"], "messages", source)
-    return make_conversation(turns, source, tools=row.get(field), tools_field=field)
-
-
-def _sharegpt(row: Fields, source: str) -> Content:
-    turns = [*_system_turn(row, source), *read_turns(row["conversations"], "conversations", source)]
-    return make_conversation(turns, source, tools=row.get("tools"))
-
-
 def _prompt_completion(row: Fields, source: str) -> Content:
     prompt, completion = row["prompt"], row["completion"]
     lists = [isinstance(value, list | tuple) for value in (prompt, completion)]
@@ -82,8 +67,7 @@ def _prompt_completion(row: Fields, source: str) -> Content:
         raise UserError(f"{said}; give two lists of messages, or two texts")
     before = read_turns(prompt, "prompt", source, prefix="field 'prompt', ") if prompt else []
     after = read_turns(completion, "completion", source, prefix="field 'completion', ")
-    turns = [*(replace(turn, trained=False) for turn in before), *after]
-    return make_conversation(turns, source, tools=row.get("tools"))
+    return [*(replace(turn, trained=False) for turn in before), *after]
 
 
 def _query_response(row: Fields, source: str) -> Content:
@@ -115,8 +99,8 @@ def _alpaca(row: Fields, source: str) -> Content:
     return template.format(instruction=instruction, input=context), answer
 
 
-def _after_history(row: Fields, turns: list[Turn], source: str) -> Content:
-    """A conversation of `turns` after those of the fields `system` and `history`."""
+def _after_history(row: Fields, turns: list[Turn], source: str) -> list[Turn]:
+    """`turns` after those of the fields `system` and `history`."""
     history = row.get("history") or []
     if not isinstance(history, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
         said = f"{source}: field 'history' is {shown(history)}, not a list of [question, answer] pairs"
@@ -126,8 +110,7 @@ def _after_history(row: Fields, turns: list[Turn], source: str) -> Content:
         for role, text in zip((USER, ASSISTANT), pair, strict=True):
             part = f"{'question' if role == USER else 'answer'} of pair {number}"
             before.append(_turn(role, checked_text(text, "history", f"{source}, {part}"), "history", part))
-    turns = [*_system_turn(row, source), *before, *turns]
-    return make_conversation(turns, source, tools=row.get("tools"))
+    return [*_system_turn(row, source), *before, *turns]
 
 
 def _system_turn(row: Fields, source: str) -> list[Turn]:
@@ -149,8 +132,18 @@ def _optional_text(row: Fields, name: str, source: str) -> str:
 # The table --------------------------------------------------------------------------------------------------
 
 SHAPES = (
-    RowShape("messages", ("messages",), _messages, ("tools", "functions")),
-    RowShape("ShareGPT", ("conversations",), _sharegpt, ("system", "tools")),
+    RowShape(
+        "messages",
+        ("messages",),
+        lambda row, source: read_turns(row["messages"], "messages", source),
+        ("tools", "functions"),
+    ),
+    RowShape(
+        "ShareGPT",
+        ("conversations",),
+        lambda row, source: _system_turn(row, source) + read_turns(row["conversations"], "conversations", source),
+        ("system", "tools"),
+    ),
     RowShape("prompt/completion", ("prompt", "completion"), _prompt_completion, ("tools",)),
     RowShape("query/response", ("query", "response"), _query_response, ("system", "history", "tools")),
     RowShape("alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
@@ -249,7 +242,8 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
     if isinstance(content, tuple):
         prompt, answer = content
         return Parts({**fields, "prompt": prompt}, prompt, (answer, *more), shape=shape.name)
-    chat = _chat(content, source, reading)
+    read = row if "functions" in shape.may else without(row, "functions")
+    chat = _chat(make_conversation(content, read, source), source, reading)
     return Parts(fields, None, (chat.answer, *more), conversation=chat, shape=shape.name)
 
 
