@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tiedlora.base.errors import as_given
@@ -46,34 +45,3 @@ def checked_columns(text: str | None) -> str | None:
     """The value of --columns as it was given. Raises ValueError as `parse_columns`."""
     parse_columns(text)
     return text
-
-
-# Tasks ----------------------------------------------------------------------------------------------------------------
-
-
-_FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
-
-TASK_NAMES: tuple[str, ...] = tuple(sorted(file.stem for file in _FOLDER.glob("[!_]*.py")))
-
-# For a command that is given neither a model nor a task.
-DEFAULT_MODEL, DEFAULT_TASK = "demo", "demo"
-
-PAPER_DEFAULTS: Mapping[str, Any] = {
-    "global_batch_size": 256,
-    "max_steps": 2000,
-    "learning_rate": 1e-4,
-    "warmup_steps": 50,
-    "eval_interval": 30,
-    "max_length": 4096,
-}
-# Defaults of tasks that do not use the paper's.
-TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "demo": {
-        "global_batch_size": 24,
-        "max_steps": 20,
-        "learning_rate": 3e-2,
-        "warmup_steps": 2,
-        "eval_interval": 10,
-        "max_length": 512,
-    },
-}

@@ -10,8 +10,6 @@ from pydantic import field_validator, model_validator
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.config.data_fields import (
-    DEFAULT_MODEL,
-    DEFAULT_TASK,
     FILES_HELP,
     AddBos,
     SpecialTokensInText,
@@ -20,6 +18,7 @@ from megatron_tiedlora.config.data_fields import (
 )
 from megatron_tiedlora.config.fields import CommandSettings, marked, setting_field, shared_field
 from megatron_tiedlora.config.other_names import ADAPTER_NAMES
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK
 from megatron_tiedlora.config.train_fields import TrainFields
 
 GROUPS = {

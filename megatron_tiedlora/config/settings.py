@@ -16,16 +16,10 @@ from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic
 from megatron_tiedlora.base.errors import as_given, shown
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import nearest_name
-from megatron_tiedlora.config.data_fields import (
-    DEFAULT_MODEL,
-    DEFAULT_TASK,
-    PAPER_DEFAULTS,
-    TASK_DEFAULTS,
-    boolean_word,
-    checked_columns,
-)
+from megatron_tiedlora.config.data_fields import boolean_word, checked_columns
 from megatron_tiedlora.config.fields import comma_separated, flag_value, marked, parse_targets, validate_settings
 from megatron_tiedlora.config.presets import is_preset
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, PAPER_DEFAULTS, TASK_DEFAULTS
 from megatron_tiedlora.config.train_fields import TRACKER_NAMES, TrainFields
 
 NO_TRAIN_FILE = "--task custom needs --train_file (JSONL with prompt and completion, or a hub id)"

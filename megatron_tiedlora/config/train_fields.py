@@ -13,14 +13,7 @@ from typing import ClassVar, Literal
 from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.config.data_fields import (
-    DEFAULT_MODEL,
-    FILES_HELP,
-    TASK_NAMES,
-    AddBos,
-    SpecialTokensInText,
-    TrainOn,
-)
+from megatron_tiedlora.config.data_fields import FILES_HELP, AddBos, SpecialTokensInText, TrainOn
 from megatron_tiedlora.config.fields import LONGEST_WAIT_MINUTES, TARGETS_HELP, CommandSettings, setting_field
 from megatron_tiedlora.config.other_names import (
     OTHER_DTYPES,
@@ -30,6 +23,7 @@ from megatron_tiedlora.config.other_names import (
     OTHER_SCHEDULES,
 )
 from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL, TASK_NAMES
 
 TENSORBOARD = "tensorboard"
 # TensorBoard is written here; the others are those of accelerate.tracking, each named like its package.

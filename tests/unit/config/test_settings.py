@@ -16,9 +16,9 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.config.batch import BatchPlan, plan_batches
 from megatron_tiedlora.config.cli import build_parser, parse_settings
-from megatron_tiedlora.config.data_fields import PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.tasks import PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
 from megatron_tiedlora.engine.engine_json import REJECTED_SECTIONS, SHIPPED_CONFIGS, load_engine_config
 
 # interface.md, "Settings of launch/train.py": scripts rely on these names.
