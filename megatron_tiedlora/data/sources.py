@@ -60,7 +60,7 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
             part that has them.
     """
     sources = _sources(given)
-    if not all(source.name for source in sources):
+    if len(sources) > 1 and not all(source.name for source in sources):
         raise UserError(f"{flag} {given}: one of the names between the commas is empty; remove a comma")
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
