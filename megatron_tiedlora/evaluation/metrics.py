@@ -25,7 +25,7 @@ from importlib.metadata import version
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.task import Example
 
 _FINAL_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

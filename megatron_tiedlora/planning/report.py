@@ -195,7 +195,7 @@ def _fill(step: StepPlan, name: str, data: RunData) -> str:
     """A line on how many positions of an adapter's first step hold a token."""
     batch = step.batch(name)
     assert batch is not None, "there is data"
-    positions = num_positions(data.train, batch.micro_batches, pad_multiple=step.layout.pad_multiple)
+    positions = sum(num_positions(data.train, batch.micro_batches, pad_multiple=step.layout.pad_multiple))
     rows = count_text(sum(map(len, batch.micro_batches)), "row")
     return (
         f"  step 1: {batch.num_tokens:,} tokens in {rows} of {count_text(len(batch.micro_batches), 'micro-batch')},"

@@ -115,9 +115,7 @@ class RunPlan:
     def batch_shape(self) -> BatchShape:
         """How a global batch is split into rows and micro-batches."""
         return BatchShape(
-            self.batches.global_batch_size,
-            self.batches.micro_batch_size,
-            self.grid.dp_size,
+            **vars(self.batches),
             packed_length=self.settings.max_length if self.settings.packing else None,
             min_micro_batches=inputs_to_fill(self.grid.pp_size),
         )

@@ -224,8 +224,7 @@ class StepPlan:
         if self.samples is None:
             return [layout.rows * padded(layout.length, layout.pad_multiple)] * layout.micro_batches
         dataset, batch = self.samples[name]
-        multiple = layout.pad_multiple
-        positions = [num_positions(dataset, [rows], pad_multiple=multiple) for rows in batch.micro_batches]
+        positions = num_positions(dataset, batch.micro_batches, pad_multiple=layout.pad_multiple)
         return largest_positions(positions, dp_size=plan.grid.dp_size)
 
     def _rows(self, name: str) -> list[list[SampleRow]]:

@@ -18,7 +18,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.data.order import sample_indices
+from megatron_tiedlora.data.token_dataset import sample_indices
 from megatron_tiedlora.planning.run_plan import (
     RunPlan,
     length_warnings,
