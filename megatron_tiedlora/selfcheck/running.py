@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.benchmark.layout import Started, start
-from megatron_tiedlora.benchmark.plan import made_up, plan_benchmark
+from megatron_tiedlora.benchmark.layout import Started, made_up, plan_benchmark, start
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS

@@ -15,10 +15,12 @@ from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import find_machine
 from megatron_tiedlora.planning.layout import Batches
 from megatron_tiedlora.planning.machines import GPUS, Constant, Machine
+from megatron_tiedlora.planning.memory import StageMemory, held_memory, with_reserves
 from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.planned import Cluster
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 from megatron_tiedlora.planning.stages import StagePlan
+from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, Order, Pass, StepParts, simulate, stage_seconds, sum_terms
 
 H100 = GPUS["h100"]
@@ -35,6 +37,11 @@ def short(model: str, num_layers: int) -> ModelSource:
     source = find_model(model)
     limit = replace(source.shape.limit, tokens=8192)
     return replace(source, shape=replace(source.shape, num_layers=num_layers, limit=limit))
+
+
+def largest_memory(step: StepPlan, stage: StagePlan, machine: Machine) -> StageMemory:
+    """All that a rank of a stage needs for the largest micro-batch of a step."""
+    return with_reserves(stage, held_memory(stage).plus(step.largest.step_memory(stage)), machine)
 
 
 def searched(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100) -> ClusterPlan:
