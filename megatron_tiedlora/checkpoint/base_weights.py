@@ -29,7 +29,7 @@ from megatron_tiedlora.checkpoint.tensor_files import (
     read_header,
     read_runs,
 )
-from megatron_tiedlora.model.stored_formats import StoredFormat
+from megatron_tiedlora.model.hf_config import StoredFormat
 from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight

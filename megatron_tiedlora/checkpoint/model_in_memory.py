@@ -37,7 +37,7 @@ from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, changed_t
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import run_starts
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.stored_formats import stored_format
+from megatron_tiedlora.model.hf_config import stored_format
 from megatron_tiedlora.model.weights import WeightRule, stored_shapes, weight_rules
 
 

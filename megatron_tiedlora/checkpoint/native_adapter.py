@@ -29,7 +29,7 @@ from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIE
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.train_fields import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
-from megatron_tiedlora.parallel.messages import SentTensor
+from megatron_tiedlora.parallel.agreement import SentTensor
 
 FORMAT_VERSION = 2
 PEFT_TYPE = "TIED_LORA"  # what peft_type is in a native adapter

@@ -53,7 +53,7 @@ from megatron_tiedlora.convert.inputs import (
     is_peft,
 )
 from megatron_tiedlora.convert.peft_methods import Lora, native_lora, read_alpha, read_lora, read_vera, trains_apart
-from megatron_tiedlora.parallel.messages import SentTensor
+from megatron_tiedlora.parallel.agreement import SentTensor
 
 Kind = Literal["native", "peft"]
 _BASE_NAME = "base_model_name_or_path"  # in PEFT's config

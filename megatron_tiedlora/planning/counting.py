@@ -270,7 +270,7 @@ def counted_kernels(counts: Counts) -> Kernels:
         def call(*arguments: Any) -> Any:
             with counts.as_one():
                 # The results have as many rows as the arguments; their other sizes do not depend on that.
-                few = [a[:1] if rows else a for a, rows in zip(arguments, by_rows, strict=True)]
+                few = [a[:1] if rows and a is not None else a for a, rows in zip(arguments, by_rows, strict=True)]
                 key = (name, *(tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in few), few[0].dtype)
                 if key not in known:
                     known[key] = _traced_kernel(name, kernel, few)

@@ -19,8 +19,8 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.batch import PAD_MULTIPLE
 from megatron_tiedlora.model.cpu_attention import tile_size
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.kernels import COPIES_ON_CPU, NUMBERS_AT_ONCE
-from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.counting import ATTENTION, Moment
 from megatron_tiedlora.planning.layout import Layout, StagePlan, frozen_tensors, gathered_numbers, trained_tensors
 from megatron_tiedlora.planning.machines import Machine

@@ -24,8 +24,7 @@ from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import AttentionContext
-from megatron_tiedlora.model.batch import Supervised
-from megatron_tiedlora.model.documents import Documents
+from megatron_tiedlora.model.batch import Documents, Supervised
 from megatron_tiedlora.model.fused_attention import attend_within
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS, layer_specs
 from megatron_tiedlora.model.rope import rotation_table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import time
@@ -30,6 +28,7 @@ from megatron_tiedlora.base.output_folder import check_writable, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.paths import PathIn, last_name, numbered, user_path
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
+from megatron_tiedlora.base.wording import csv_text
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.train_fields import TENSORBOARD
@@ -126,11 +125,7 @@ class GroupFolder(RunFolder):
 
     def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace table.csv. Raises UserError if it cannot be written."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.table, text.getvalue(), guard=self.guard)
+        write_text(self.table, csv_text(list(rows[0]), rows), guard=self.guard)
 
 
 def run_name(settings: Settings) -> str:

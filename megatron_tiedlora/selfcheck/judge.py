@@ -11,7 +11,7 @@ import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
-from megatron_tiedlora.benchmark.sides import random_stage, recompute
+from megatron_tiedlora.benchmark.compare import random_stage, recompute
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients

@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.benchmark.layout import Started, start
-from megatron_tiedlora.benchmark.plan import made_up, plan_benchmark
+from megatron_tiedlora.benchmark.layout import Started, made_up, plan_benchmark, start
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.planning.memory import held_memory, step_memory
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.planning.step_plan import LargestMicroBatch
 
 MOST_LAYERS = 8  # of the runs of parts host and memory
 # The config.json of a small LLaMA whose heads have sizes that kernels support.
@@ -63,7 +62,8 @@ def step_settings(model: str, *flags: str) -> BenchSettings:
 def planned_bytes(plan: RunPlan) -> float:
     """The bytes that the dry run plans for this rank's tensors: at most what torch's allocator holds."""
     tokens = plan.layout.rows * plan.layout.length
-    return LargestMicroBatch(tokens, 1, tokens).memory(plan.stage, plan.machine).allocated
+    step = step_memory(plan.stage, tokens=tokens, documents=1, longest=tokens)
+    return held_memory(plan.stage).plus(step).total
 
 
 def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:

@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
-from megatron_tiedlora.model.documents import find_documents, whole_rows
+from megatron_tiedlora.model.batch import find_documents, whole_rows
+from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.fused_attention import (
     CANDIDATES,
     Attend,
@@ -249,13 +249,13 @@ def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int)
 
 def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     blocks = find_query_tiles(ids, query.shape[2], size=tile_size(query.shape[1], key.shape[1]))
-    return attend_by_tiles(query, key, value, blocks, EAGER)
+    return attend_by_tiles(query, key, value, [TiledRows(len(query), query.shape[2], blocks)], EAGER)
 
 
 def _within(attend: Attend) -> Route:
     def route(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
         size, _, length, _ = query.shape
-        documents = whole_rows(size, length, query.device) if ids is None else find_documents(ids, query.device)
+        documents = whole_rows(size, length, query.device) if ids is None else find_documents([ids], query.device)
         return attend_within(query, key, value, documents, attend)
 
     return route

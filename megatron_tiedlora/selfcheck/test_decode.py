@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.benchmark.sides import random_stage
+from megatron_tiedlora.benchmark.compare import random_stage
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Prompts, generate

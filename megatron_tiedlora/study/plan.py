@@ -36,9 +36,9 @@ from megatron_tiedlora.planning.memory import StageMemory, held_memory, with_res
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.study.grid import Run, SweepGrid, make_grid
-from megatron_tiedlora.study.paper import paper_model
 from megatron_tiedlora.study.record import BaseRecord, StudyFolder, check_folder, check_resumable, hash_files
 from megatron_tiedlora.study.scores import read_run
+from megatron_tiedlora.study.tables import paper_model
 
 _SHARE = 0.8  # of the free memory; the rest is for what the planner does not know
 

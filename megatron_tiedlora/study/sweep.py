@@ -24,6 +24,7 @@ from megatron_tiedlora.base.errors import UserError, printable, show
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.progress import progress_bar
+from megatron_tiedlora.base.wording import csv_text
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.cluster.launchers import Job, plan_start
 from megatron_tiedlora.cluster.running import RunningJob, StopSignals, Times, Watch
@@ -40,7 +41,14 @@ from megatron_tiedlora.study.grid import Run
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import LOGS, SCORES, StudyFolder, write_record
 from megatron_tiedlora.study.scores import BASE_NAME, Study, best_run, read_run, read_score, read_study
-from megatron_tiedlora.study.tables import table2_csv, table2_markdown, table3_csv, table3_markdown
+from megatron_tiedlora.study.tables import (
+    TABLE2_COLUMNS,
+    TABLE3_COLUMNS,
+    table2,
+    table2_markdown,
+    table3,
+    table3_markdown,
+)
 
 LOG_MARK = "$ "  # precedes the command line of each start in a log
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
@@ -398,9 +406,9 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
 
 def write_tables(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures. Returns the files."""
-    texts = {"table2.md": table2_markdown(studies), "table2.csv": table2_csv(studies)}
+    texts = {"table2.md": table2_markdown(studies), "table2.csv": csv_text(TABLE2_COLUMNS, table2(studies))}
     if any(study.grid.table3 for study in studies):
-        texts |= {"table3.md": table3_markdown(studies), "table3.csv": table3_csv(studies)}
+        texts |= {"table3.md": table3_markdown(studies), "table3.csv": csv_text(TABLE3_COLUMNS, table3(studies))}
     for name, text in texts.items():
         write_text(folder / name, text, guard=guard)
     draw_figure2(studies, folder / "figure2.png", guard=guard)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
+from megatron_tiedlora.adapters.tying import AdapterLayout, gather_full
 from megatron_tiedlora.base.errors import UserError, named, printable
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter

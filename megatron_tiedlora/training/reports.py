@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import first_free
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text
+from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, range_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint
@@ -194,13 +194,9 @@ def _layout(plan: RunPlan) -> list[str]:
 
 
 def _read(plan: RunPlan, built: BuiltModel) -> list[str]:
-    read, kept = map(_range, (built.bytes_read, built.bytes_kept))
+    read, kept = (range_text(sizes, bytes_in_words) for sizes in (built.bytes_read, built.bytes_kept))
     stored = "" if plan.settings.base is None else f", stored as {kept}"
     return [f"read       {read} of base weights per rank{stored}"]
-
-
-def _range(sizes: Sequence[int]) -> str:
-    return " to ".join(dict.fromkeys(map(bytes_in_words, (min(sizes), max(sizes)))))
 
 
 def _resumed(plan: RunPlan, checkpoint: Checkpoint | None) -> str:

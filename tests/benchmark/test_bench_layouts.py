@@ -20,7 +20,7 @@ from run_helpers import Ended, run_ranks, start_command
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.plan import plan_benchmark
+from megatron_tiedlora.benchmark.layout import plan_benchmark
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import CLASSES, describe_allocator, kernel_class, kernel_seconds
 from megatron_tiedlora.config.bench_settings import BenchSettings

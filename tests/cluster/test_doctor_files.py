@@ -14,11 +14,10 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import CACHE_VARIABLE
-from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.checkpoint.sources import demo_model_path, find_model
 from megatron_tiedlora.cluster.doctor import files, rank
 from megatron_tiedlora.cluster.doctor.files import job_content, job_files
 from megatron_tiedlora.convert.export_peft import base_location
-from megatron_tiedlora.data.demo import demo_model_path
 
 MODEL = "meta-llama/Llama-2-7b-hf"
 

@@ -15,11 +15,11 @@ from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import find_machine
 from megatron_tiedlora.planning.layout import Batches, MicroBatchShape, StagePlan
 from megatron_tiedlora.planning.machines import GPUS, Constant, Machine, default_machine
-from megatron_tiedlora.planning.memory import StageMemory
+from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.planned import Cluster
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
-from megatron_tiedlora.planning.step_plan import LargestMicroBatch
+from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import (
     Links,
     Order,
@@ -46,6 +46,11 @@ def short(model: str, num_layers: int) -> ModelSource:
     source = find_model(model)
     limit = replace(source.shape.limit, tokens=8192)
     return replace(source, shape=replace(source.shape, num_layers=num_layers, limit=limit))
+
+
+def largest_memory(step: StepPlan, stage: StagePlan, machine: Machine) -> StageMemory:
+    """All that a rank of a stage needs for the largest micro-batch of a step."""
+    return with_reserves(stage, held_memory(stage).plus(step.largest.step_memory(stage)), machine)
 
 
 def searched(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100) -> ClusterPlan:
@@ -95,8 +100,9 @@ def stage_memory(
     machine: Machine | None = None,
 ) -> StageMemory:
     """The bytes that a rank of a stage needs, if its largest micro-batch is this one."""
-    largest = LargestMicroBatch(tokens, documents, longest or tokens, (tuple(adapters),))
-    return largest.memory(stage, machine or default_machine(on_gpu=stage.layout.on_gpu))
+    step = step_memory(stage, tokens=tokens, documents=documents, longest=longest or tokens, adapters=adapters)
+    machine = machine or default_machine(on_gpu=stage.layout.on_gpu)
+    return with_reserves(stage, held_memory(stage).plus(step), machine)
 
 
 def idle_shares(order: Order, cost: Callable[[int, Pass], Any]) -> list[Any]:

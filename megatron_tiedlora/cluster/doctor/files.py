@@ -11,9 +11,8 @@ from glob import has_magic
 from pathlib import Path
 
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.checkpoint.sources import is_model_on_hub
+from megatron_tiedlora.checkpoint.sources import is_model_on_hub, prepared_model
 from megatron_tiedlora.cluster.doctor.records import UNREADABLE, OutputFolder, PathContent
-from megatron_tiedlora.data.demo import prepared_model
 from megatron_tiedlora.data.readers import is_rows_file, may_be_hub_id, split_hub_name
 from megatron_tiedlora.data.sources import parse_sources, without_weight
 

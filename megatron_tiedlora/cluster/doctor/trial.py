@@ -45,7 +45,7 @@ from megatron_tiedlora.cluster.running import RunningJob, StopSignals
 from megatron_tiedlora.cluster.start import check_programs, choose_hosts, make_job
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.launch_settings import LaunchSettings
-from megatron_tiedlora.model.stored_formats import format_in_use, stored_format
+from megatron_tiedlora.model.hf_config import format_in_use, stored_format
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.machine import Finding

@@ -17,8 +17,7 @@ from megatron_tiedlora.data.loader import (
     plan_global_batch,
     training_steps,
 )
-from megatron_tiedlora.data.order import permutation, sample_indices
-from megatron_tiedlora.data.token_dataset import TokenDataset
+from megatron_tiedlora.data.token_dataset import TokenDataset, permutation, sample_indices
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 from megatron_tiedlora.planning.layout import shared_shape

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import H100, searched, short, step_parts, words_of_a_plan, words_of_a_run
+from planned import H100, largest_memory, searched, short, step_parts, words_of_a_plan, words_of_a_run
 from report_tables import stage_table
 from run_helpers import Base, run_ranks, write_base
 
@@ -115,7 +115,7 @@ def test_each_layout_has_the_price_of_its_dry_run(three: str, shares: bool) -> N
     for one in rows[:: max(1, len(rows) // 100)]:
         group = group_of(three, 8, **given, **one.flags)
         assert one.layout == group.layout
-        memories = [group.largest.memory(stage, one.machine) for stage in group.stages]
+        memories = [largest_memory(group, stage, one.machine) for stage in group.stages]
         assert one.needed == max(memory.total for memory in memories), one.name
         parts = step_parts(group.stages, group.batches, Links(group.layout, 4), one.machine)
         assert one.seconds.total == pytest.approx(step_seconds([parts])[0].total, rel=1e-12), one.name
@@ -154,7 +154,7 @@ def test_stages_share_what_they_do_alike(tmp_path: Path, flag: str, of_stage: in
     step, layout = one.step, one.layout
     stages = plan_stages(source.shape, layout)
     assert [len(stage.blocks) for stage in stages] == [of_stage] * ranks
-    assert one.needed == max(step.largest.memory(stage, one.machine).total for stage in stages)
+    assert one.needed == max(largest_memory(step, stage, one.machine).total for stage in stages)
     assert one.parts.stages == step_parts(stages, step.batches, Links(layout, 8), one.machine).stages
 
 

@@ -24,7 +24,7 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.tail import SupervisedTail
-from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.planning.passes import step_flops
 
 RANK = 16

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import H100, changed, searched, short, stage_memory, step_parts, the_only
+from planned import H100, changed, largest_memory, searched, short, stage_memory, step_parts, the_only
 from run_helpers import write_base
 
 from megatron_tiedlora.config.cli import parse_settings
@@ -265,7 +265,7 @@ def test_real_samples_are_planned_for_every_layout(tmp_path: Path, monkeypatch: 
         first = StepPlan.first({"": plan}, {"": data}, shares=True)
         assert row.layout == first.layout and first.steps == 4 == row.step.steps
         assert row.step.batches == first.batches
-        memories = [first.largest.memory(stage, row.machine) for stage in first.stages]
+        memories = [largest_memory(first, stage, row.machine) for stage in first.stages]
         assert row.needed == max(memory.total for memory in memories), row.name
 
 

@@ -17,7 +17,7 @@ from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, plan_stages
 from megatron_tiedlora.planning.passes import saved_bytes, saved_per_token, step_flops
 

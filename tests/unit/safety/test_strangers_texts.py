@@ -23,10 +23,9 @@ from megatron_tiedlora.config.hosts import slurm_hosts
 from megatron_tiedlora.convert.peft_files import name_matcher, pattern_finder
 from megatron_tiedlora.data import readers
 from megatron_tiedlora.data.encode import decode_ids, encode_prompts
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.fields import without_line_breaks
-from megatron_tiedlora.data.readers import read_lines, read_rows
+from megatron_tiedlora.data.readers import read_lines, read_rows, without_line_breaks
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.data.tasks.hellaswag import clean
 from megatron_tiedlora.data.tokenizer import end_ids, library_errors, load_tokenizer
 from megatron_tiedlora.evaluation.answering import _cut
