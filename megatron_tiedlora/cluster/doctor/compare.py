@@ -95,8 +95,10 @@ class Odd(Generic[Value]):
 
 def odd_ones(names: Mapping[Value, list[str]]) -> list[Odd[Value]]:
     """The values that are not that of most hosts; of two that are equally frequent the first one is usual."""
-    usual = max(names, key=lambda value: len(names[value]), default=None)
-    return [Odd(value, where, usual, names[usual]) for value, where in names.items() if value != usual]  # type: ignore
+    if not names:
+        return []
+    usual = max(names, key=lambda value: len(names[value]))
+    return [Odd(value, where, usual, names[usual]) for value, where in names.items() if value != usual]
 
 
 def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
@@ -299,7 +301,7 @@ def _look_for_paths(flag: str, contents: Mapping[str, PathContent]) -> Iterator[
 def _compare_contents(flag: str, contents: Mapping[str, PathContent]) -> Iterator[Finding]:
     """Files that cannot be read, or are not as on most hosts."""
     counts = Counter(tuple(sorted(content.files.items())) for content in contents.values())
-    usual = dict(max(counts, key=lambda files: counts[files], default=()))
+    usual = dict(counts.most_common(1)[0][0]) if counts else {}
     for name, content in contents.items():
         closed = [file for file, value in content.files.items() if value == UNREADABLE]
         other = [file for file in sorted({*content.files, *usual}) if content.files.get(file) != usual.get(file)]

@@ -98,7 +98,7 @@ class ParallelConfig(Record):
     def groups(self) -> dict[GroupKind, list[list[int]]]:
         """The ranks of each tensor, pipeline and data parallel group, without kinds whose groups have one rank."""
         grid = Grid(0, self.num_ranks, self.tensor_parallel, self.pipeline_parallel)
-        found = {
+        found: dict[GroupKind, dict[tuple[int, int], list[int]]] = {
             "tensor": grid.groups(lambda at: (at.pp_rank, at.dp_rank)),
             "pipeline": grid.groups(lambda at: (at.dp_rank, at.tp_rank)),
             "data": grid.groups(lambda at: (at.pp_rank, at.tp_rank)),
