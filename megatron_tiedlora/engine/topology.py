@@ -74,10 +74,8 @@ def _new_groups(grid: Grid, key: Callable[[Grid], Any]) -> Any:
     """Make a group of the ranks with the same `key`, for each value of it; returns this rank's group."""
     import deepspeed
 
-    members: dict[Any, list[int]] = {}
-    for rank in range(grid.world_size):
-        members.setdefault(key(grid.at(rank)), []).append(rank)
-    handles = {value: deepspeed.comm.new_group(ranks) for value, ranks in members.items()}  # with the run's time limit
+    made = grid.groups(key).items()
+    handles = {value: deepspeed.comm.new_group(ranks) for value, ranks in made}  # with the run's time limit
     return handles[key(grid)]
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -57,3 +61,10 @@ class Grid:
     def at(self, rank: int) -> Grid:
         """The same grid for another rank."""
         return replace(self, rank=rank)
+
+    def groups(self, key: Callable[[Grid], Key]) -> dict[Key, list[int]]:
+        """The ranks whose coordinates have the same `key`, by its value."""
+        members: dict[Key, list[int]] = {}
+        for rank in range(self.world_size):
+            members.setdefault(key(self.at(rank)), []).append(rank)
+        return members

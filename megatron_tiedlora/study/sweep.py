@@ -27,9 +27,8 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.wording import csv_text
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.cluster.launchers import Job, plan_start
-from megatron_tiedlora.cluster.running import RunningJob, StopSignals, Times, Watch
-from megatron_tiedlora.cluster.start import check_programs, make_job
-from megatron_tiedlora.cluster.verdict import StatusFile
+from megatron_tiedlora.cluster.running import RunningJob, StatusFile, StopSignals, Times, Watch
+from megatron_tiedlora.cluster.start import check_programs, new_port
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.sweep_settings import SweepCommand
@@ -108,7 +107,7 @@ def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> 
         return 0
     plan.source.weights_folder()  # rejects a preset, which has no weights
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
-        check_programs(make_job(command.launcher, *plan.where, program=(), arguments=(), private=Path(private)))
+        check_programs(plan.job)
         with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
             plan = replace(plan, folder=StudyFolder(plan.folder.path, lock.owner))
             write_record(plan.folder, command, plan.base)
@@ -282,8 +281,8 @@ class Sweep:
         flags = {flag: value for flag, value in {**settings, **take_over}.items() if value is not None}
         arguments = (*(f"--{flag}={flag_value(value)}" for flag, value in flags.items()), *words)
         program, private = (str(self.scripts / f"{script}.py"),), self.private
-        job = make_job(self.command.launcher, *self.plan.where, program=program, arguments=arguments, private=private)
-        job = replace(job, start=secrets.token_hex(8))
+        job = replace(self.plan.job, program=program, arguments=arguments, private=private)
+        job = replace(job, master_port=new_port(self.command.launcher), start=secrets.token_hex(8))
         status = StatusFile(RunFolder(Path(settings["output_dir"])), job.start)
         self._log, self._began = self.folder.log(name), time.monotonic()
         running = self.begin(job, self._log, self.lock)

@@ -26,7 +26,7 @@ from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.planning.adapter_plans import shared_plan
 from megatron_tiedlora.planning.run_plan import RunPlan, steps_in_words
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
-from megatron_tiedlora.runtime.run_folder import GroupFolder, RunFolder, read_metrics
+from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
 from megatron_tiedlora.training.adapter_run import AdapterRun
 from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.compiling import ChosenKernels
@@ -170,7 +170,7 @@ class FullReport(RunReport):
 
 def report_of(start: Start, trainer: Trainer, built: BuiltModel) -> RunReport:
     """The report of a run, whose folder tells whether it has a row for each adapter."""
-    return (RunReport if isinstance(start.folder, GroupFolder) else FullReport)(start, trainer, built)
+    return (RunReport if start.folder.of_several else FullReport)(start, trainer, built)
 
 
 def _model(plan: RunPlan) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from megatron_tiedlora.planning.adapter_plans import (
     Plans,
     adapter_folders,
     check_run_folders,
-    folder_kind,
     in_folder,
     shared_plan,
 )
@@ -115,7 +114,7 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
     folder = _take_folder(
         settings,
         name=run_name(settings),
-        kind=folder_kind(plans),
+        of_several=settings.adapters is not None,
         end=end,
         before=reject_other_runs,
         after=partial(check_run_folders, settings, plans),
@@ -136,7 +135,7 @@ def _take_folder(
     settings: Settings,
     *,
     name: str,
-    kind: type[RunFolder] = RunFolder,
+    of_several: bool = False,
     end: End,
     before: Callable[[RunFolder], None],
     after: Callable[[RunFolder], None] = lambda folder: None,
@@ -150,7 +149,7 @@ def _take_folder(
             resume=settings.resume,
             take_over=settings.take_over,
             before=before,
-            kind=kind,
+            of_several=of_several,
         )
         end.held.callback(lock.release)
         after(folder)
@@ -159,7 +158,7 @@ def _take_folder(
     path, start = decided_by_rank_0(take, kind=tuple[str, str])
     owner = Owner(Path(path), start, is_main=rank_and_world_size()[0] == 0)
     end.owners.append(owner)
-    return kind(Path(path), owner)
+    return RunFolder(Path(path), owner, of_several)
 
 
 def _open_run_folders(start: Start) -> None:
@@ -219,7 +218,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         UserError: a folder cannot be written; on every rank. The status of each that was occupied says so.
     """
     settings, left, end, adapters = start.settings, start.left, start.end, dict[str, AdapterRun]()
-    folder_of_run = start.folder.with_running(partial(unrecorded, adapters))
+    folder_of_run = replace(start.folder, running=partial(unrecorded, adapters))
     progress = {name: found.progress if (found := start.checkpoints[name]) else Progress() for name in left}
     end.first_step = max(own.step for own in progress.values())
     end.finished_step = lambda: end.first_step

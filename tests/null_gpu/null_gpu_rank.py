@@ -29,9 +29,8 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.batch import find_documents, whole_rows
-from megatron_tiedlora.runtime.determinism import make_deterministic
 from megatron_tiedlora.runtime.launch_env import prepare_environment
-from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.runtime.process_group import join_process_group, make_deterministic
 from megatron_tiedlora.runtime.stopping import StopRequests
 
 WARM_UP = 3  # steps

@@ -8,11 +8,10 @@ from statistics import median
 
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, enumerate_names, time_text
-from megatron_tiedlora.cluster.doctor.compare import NO_GPU, interface_in_use, usual_value
+from megatron_tiedlora.cluster.doctor.compare import NO_GPU, hosts_by, interface_in_use, odd_ones
 from megatron_tiedlora.cluster.doctor.records import (
     DoctorReport,
     GroupResult,
-    HostAnswer,
     HostReport,
     answering,
 )
@@ -23,7 +22,11 @@ ODD_MARK = "*"
 
 def report_text(report: DoctorReport) -> str:
     """The whole report, to print."""
-    parts = [[_headline(report)], host_table(report.hosts)]
+    layout, num_hosts = report.layout, count_text(len(report.hosts), "host")
+    sizes = f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}"
+    ranks = f"{count_text(layout.num_ranks, 'rank')} = {sizes}"
+    meeting = f"{f'{layout.backend}, ' if layout.backend else ''}meeting at {layout.master_host}:{layout.master_port}"
+    parts = [[f"{num_hosts} (by {report.launcher}), {ranks}, {meeting}"], host_table(report.hosts)]
     if report.groups:
         parts.append(group_table(report.groups))
     if report.skipped is not None:
@@ -33,19 +36,10 @@ def report_text(report: DoctorReport) -> str:
         parts.append([line for pair in pairs for line in pair])
     warnings = count_text(report.num_warnings, "warning") if report.num_warnings else ""
     if report.verdict == "ready":
-        hosts, ranks = count_text(len(report.hosts), "host"), count_text(report.layout.num_ranks, "rank")
-        verdict = f"ready, {hosts}, {ranks}{f' ({warnings})' if warnings else ''}"
+        verdict = f"ready, {num_hosts}, {count_text(layout.num_ranks, 'rank')}{f' ({warnings})' if warnings else ''}"
     else:
         verdict = f"not ready: {count_text(report.num_errors, 'error')}{f', {warnings}' if warnings else ''}"
     return "\n\n".join("\n".join(map(printable, lines)) for lines in [*parts, [f"verdict: {verdict}"]])
-
-
-def _headline(report: DoctorReport) -> str:
-    layout = report.layout
-    parts = f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}"
-    ranks = f"{count_text(layout.num_ranks, 'rank')} = {parts}"
-    meeting = f"{f'{layout.backend}, ' if layout.backend else ''}meeting at {layout.master_host}:{layout.master_port}"
-    return f"{count_text(len(report.hosts), 'host')} (by {report.launcher}), {ranks}, {meeting}"
 
 
 # Hosts ---------------------------------------------------------------------------------------------------------------
@@ -63,26 +57,24 @@ _SAME: tuple[tuple[str, Callable[[MachineRecord], str]], ...] = (  # values that
 
 def host_table(hosts: Sequence[HostReport]) -> list[str]:
     """A row for each host; a value that differs from that of most hosts is marked."""
-    machines = [answer.machine for _, answer in answering(hosts)]
-    on_gpus = any(machine.gpus for machine in machines)
+    odd = {title: {name for one in odd_ones(hosts_by(hosts, value)) for name in one.hosts} for title, value in _SAME}
+    on_gpus = any(answer.machine.gpus for _, answer in answering(hosts))
     free = ["memory free", *(["GPU memory free"] if on_gpus else [])]
-    header = ["host", "ranks", *(title for title, _ in _SAME), *free, "clock", "interface"]
-    usual = {title: usual_value([value(machine) for machine in machines] or [""]) for title, value in _SAME}
-    rows, odd = [header], False
+    rows = [["host", "ranks", *odd, *free, "clock", "interface"]]
     for host in hosts:
         row = [host.name, str(host.slots)]
         if host.answer is None:
             rows.append([*row, "no answer"])
             continue
-        machine = host.answer.machine
-        for title, value in _SAME:
-            differs = value(machine) != usual[title]
-            odd = odd or differs
-            row.append(value(machine) + (ODD_MARK if differs else ""))
-        memory = f"{bytes_in_words(machine.free_memory_bytes)} of {bytes_in_words(machine.memory_bytes)}"
-        row += [memory, *([_gpu_memory_text(machine.gpus)] if on_gpus else [])]
-        rows.append([*row, _clock_text(host), _interface_text(host.answer)])
-    return [*aligned_lines(rows, align="<"), *([f"{ODD_MARK} differs from most hosts"] if odd else [])]
+        machine, clock, address = host.answer.machine, "-", host.answer.peer_address
+        row += [value(machine) + (ODD_MARK if host.name in odd[title] else "") for title, value in _SAME]
+        row.append(f"{bytes_in_words(machine.free_memory_bytes)} of {bytes_in_words(machine.memory_bytes)}")
+        row += [_gpu_memory_text(machine.gpus)] if on_gpus else []
+        if host.clock is not None:
+            sign = "-" if host.clock.skew < 0 else "+"
+            clock = f"{sign}{time_text(abs(host.clock.skew))} +-{time_text(host.clock.margin)}"
+        rows.append([*row, clock, "-" if address is None else f"{interface_in_use(host.answer) or '?'} {address}"])
+    return [*aligned_lines(rows, align="<"), *([f"{ODD_MARK} differs from most hosts"] if any(odd.values()) else [])]
 
 
 def _gpus_text(gpus: Sequence[Gpu]) -> str:
@@ -96,17 +88,6 @@ def _gpu_memory_text(gpus: Sequence[Gpu]) -> str:
         return "-"
     least = min(gpus, key=lambda gpu: gpu.free_bytes)
     return f"{bytes_in_words(least.free_bytes)} of {bytes_in_words(least.total_bytes)}"
-
-
-def _clock_text(host: HostReport) -> str:
-    if host.clock is None:
-        return "-"
-    sign = "-" if host.clock.skew < 0 else "+"
-    return f"{sign}{time_text(abs(host.clock.skew))} +-{time_text(host.clock.margin)}"
-
-
-def _interface_text(answer: HostAnswer) -> str:
-    return "-" if answer.peer_address is None else f"{interface_in_use(answer) or '?'} {answer.peer_address}"
 
 
 # Groups --------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from megatron_tiedlora.planning import run_plan as plan
 from megatron_tiedlora.planning.machines import CPU, GPUS
 from megatron_tiedlora.planning.passes import saved_per_token
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.runtime.determinism import VARIABLES, make_deterministic
+from megatron_tiedlora.runtime.process_group import VARIABLES, make_deterministic
 
 H100 = GPUS["h100"]
 
