@@ -140,12 +140,13 @@ class Attention(nn.Module):
             return replace(context, of_shares=of_shares)
         if cache is not None and cache.filled:
             return replace(context, mask=self._cache_mask(positions, cache))
-        device, shares = positions.device, shares or (Share(ONLY, *positions.shape),)
+        device, (num_rows, length) = positions.device, positions.shape
+        shares = shares or (Share(ONLY, num_rows, length),)
         if device.type == "cpu":
             parts = _tiled_shares(shares, documents, tile_size(heads.num, heads.num_kv))
             return replace(context, attend=partial(attend_by_tiles, parts=parts, kernels=self.kernels))
         if len(shares) == 1 and documents is None:
-            found = whole_rows(*positions.shape, device)
+            found = whole_rows(num_rows, length, device)
         else:
             ids = torch.zeros(positions.shape) if documents is None else documents
             found = find_documents(_by_share(ids, shares), device)

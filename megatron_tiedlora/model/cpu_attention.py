@@ -13,7 +13,6 @@ a key head are stacked as queries of one head, so that no key is copied for them
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -183,7 +182,8 @@ def split_rows(
     if len(shapes) == 1 and len(tensors[0]) == shapes[0][0]:
         yield tuple(tensors)
         return
-    by_tensor = [tensor.transpose(1, 2).flatten(0, 1).split([*map(prod, shapes)]) for tensor in tensors]
+    sizes = [rows * length for rows, length in shapes]
+    by_tensor = [tensor.transpose(1, 2).flatten(0, 1).split(sizes) for tensor in tensors]
     for shape, views in zip(shapes, zip(*by_tensor, strict=True), strict=True):
         yield tuple(view.unflatten(0, shape).transpose(1, 2) for view in views)
 

@@ -154,7 +154,8 @@ class RotatedNormedHeads(RotatedHeads):
         """The gradient of [Q | K | V] from the gradients of the rotated heads."""
         rotated, root, cos, sin, *norms = saved
         (batch, _, length, _), (query, key, value) = gradients[0].shape, _by_token(gradients)
-        rotated, mean = rotated.detach(), None
+        rotated = rotated.detach()
+        mean: torch.Tensor | None = None
         if self.heads.norms[0].sharded:
             means = self._over_ranks(self.kernels.product_means(query, key, rotated))
             root, mean = self._by_head(root), self._by_head(means)

@@ -198,9 +198,11 @@ def weight_maker(name: str | None, *, products: str | None = None, keep_transpos
     """
     if name is None:
         return FrozenWeight.empty
-    memory = {"storage": BASE_FORMATS[name], "workspace": Workspace()}
+    storage, workspace = BASE_FORMATS[name], Workspace()
     if products is not None:
         assert (name, products) == ("fp8", "fp8")
-        return partial(Fp8ProductWeight.of_format, keep_transposed=keep_transposed, **memory)
-    kind = RowScaledWeight if BASE_FORMATS[name].block is None else BlockScaledWeight
-    return partial(kind.of_format, **memory)
+        return partial(
+            Fp8ProductWeight.of_format, storage=storage, workspace=workspace, keep_transposed=keep_transposed
+        )
+    kind = RowScaledWeight if storage.block is None else BlockScaledWeight
+    return partial(kind.of_format, storage=storage, workspace=workspace)
