@@ -16,8 +16,7 @@ from torch import distributed, nn
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter
 from megatron_tiedlora.parallel.collectives import StepSum, all_gather
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup
 
 
 def sum_gradients_(

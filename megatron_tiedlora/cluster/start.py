@@ -25,7 +25,7 @@ from megatron_tiedlora.config.batch import plan_batches
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, read_hostfile, slurm_hosts
 from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, run_name
 

@@ -27,8 +27,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ALONE, TensorParallel
+from megatron_tiedlora.parallel.groups import ALONE, Grid, TensorParallel
 
 _HEAD_ELEMENTS = 2**24  # of the head at a time, for logits; 64 MiB in fp32
 _SHARE = 0.25  # of the host's free memory, for activations that wait

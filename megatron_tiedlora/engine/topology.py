@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import distributed
 
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ALONE, ParallelGroups, RankGroup
+from megatron_tiedlora.parallel.groups import ALONE, Grid, ParallelGroups, RankGroup
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.model.partition import check_layout
 from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.planning.init_from import with_start
 from megatron_tiedlora.planning.layout import Layout, StagePlan, pays_to_compile, plan_stages
 from megatron_tiedlora.planning.machines import GPUS, Machine, default_machine

@@ -43,7 +43,7 @@ from megatron_tiedlora.cluster.start import check_programs, make_job
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.launch_settings import LaunchSettings
 from megatron_tiedlora.model.hf_config import format_in_use, stored_format
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.machine import Finding, error, warning
 

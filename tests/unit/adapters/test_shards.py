@@ -29,8 +29,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import layer_costs, partition
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
+from megatron_tiedlora.parallel.groups import Grid, RankGroup, TensorParallel
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 
 # ------------------------------------------------------------------------------------------- declarations

@@ -20,7 +20,7 @@ from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.answering import Questions, ScoredSet, _stop_test, _text, answer_all, encode_scored
 from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.evaluation.metrics import Answer
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 
 NEW_TOKENS = 20
 SIZE = {"vocab_size": 320}  # of the tiny model

@@ -14,7 +14,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.partition import check_layout
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.traffic import WORLD
 from megatron_tiedlora.planning.layout import (
     Layout,
