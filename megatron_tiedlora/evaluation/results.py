@@ -228,10 +228,9 @@ def _table(evaluations: Mapping[str, Evaluation]) -> str:
     """The scores of all adapters as CSV, a row for each."""
     rows: list[dict[str, Any]] = []
     for name, (plan, answers, scores) in evaluations.items():
-        row = {"name": name, "adapter": plan.settings.adapter, "kind": plan.adapter_name, "n": len(answers)}
+        rows.append({"name": name, "adapter": plan.settings.adapter, "kind": plan.adapter_name, "n": len(answers)})
         for metric, score in scores.items():
-            row |= {metric: score.value, f"{metric}_low": score.low, f"{metric}_high": score.high}
-        rows.append(row)
+            rows[-1] |= {metric: score.value, f"{metric}_low": score.low, f"{metric}_high": score.high}
     return csv_text(list(rows[0]), rows)
 
 
