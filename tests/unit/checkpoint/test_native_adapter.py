@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_state
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
+from megatron_tiedlora.checkpoint.base_identity import check_same_base
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
@@ -63,6 +65,14 @@ def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: 
     full = gather_state(local, AdapterLayout(loaded.config, whole, (loaded.config.layers,)))
     for name, tensor in full.items():  # what a run would save again
         assert torch.equal(tensor, oracle.tensors[name]), name
+
+
+def test_only_a_model_in_memory_may_have_another_tokenizer(base: Path) -> None:
+    trained = native_adapter(find_model(str(base)), values(base, "tl6")).base
+    found = replace(trained, tokenizer_hash="another")
+    assert check_same_base(replace(trained, tokenizer_hash="its"), found, source="x", in_memory=True) == ()
+    with pytest.raises(UserError, match="x: trained with another tokenizer"):
+        check_same_base(replace(trained, tokenizer_hash="its"), found, source="x")
 
 
 @pytest.mark.parametrize("method", METHODS)
