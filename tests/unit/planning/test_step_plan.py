@@ -54,3 +54,10 @@ def test_the_largest_packed_micro_batch_is_that_of_any_rank() -> None:
     dataset = cast(TokenDataset, Lengths([40, 20, 20, 20]))
     largest = StepPlan({"": plan}, samples={"": (dataset, batch)}).largest
     assert largest.tokens == 64 and largest.documents == 4 and largest.longest == 40
+
+
+def test_the_longest_document_is_that_of_any_adapter() -> None:
+    plan = plan_of(packing=True, micro_batch_size=1, max_length=64)
+    batch = GlobalBatch([[[0]]], [[[0]]], num_supervised=8, num_tokens=9, squared_lengths=0, consumed_samples=1)
+    samples = {name: (cast(TokenDataset, Lengths([size])), batch) for name, size in (("a", 24), ("b", 40), ("c", 8))}
+    assert StepPlan(dict.fromkeys(samples, plan), samples=samples).largest.longest == 40
