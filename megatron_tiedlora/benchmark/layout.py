@@ -47,9 +47,8 @@ from megatron_tiedlora.planning.step_time import Seconds
 from megatron_tiedlora.runtime.process_group import join_process_group, ranks_here
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model, build_random_model
-from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
-from megatron_tiedlora.training.step import AdapterStep, TrainStep
+from megatron_tiedlora.training.step import GUARDED_STEPS, AdapterStep, TrainStep
 from megatron_tiedlora.training.throughput import find_peak, timed
 
 

@@ -15,7 +15,7 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.config.tasks import DEFAULT_TASK
+from megatron_tiedlora.config.train_fields import DEFAULT_TASK
 from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.token_dataset import TokenDataset

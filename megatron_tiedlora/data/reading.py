@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_tiedlora.config.data_fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
 from megatron_tiedlora.config.settings import Settings
 
 

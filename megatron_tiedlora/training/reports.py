@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,8 @@ from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.compiling import ChosenKernels
 from megatron_tiedlora.training.finish import SAMPLES
 from megatron_tiedlora.training.loop import Finished, Trainer
-from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.start import Start
-from megatron_tiedlora.training.throughput import peak_memory_bytes
+from megatron_tiedlora.training.throughput import peak_memory_bytes, steps_over
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class RunReport:
             notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *self.built.notes[name])
             lines += [f"note       {name}: {note}" for note in notes]
             lines += [f"warning    {name}: {warning}" for warning in run.data.warnings(run.plan)]
-            if trainer.rivals.get(name) and run.num_evaluation_batches < 2:
+            if trainer.rivals.get(name) and len(run.evaluation_sizes) < 2:
                 lines.append(f"warning    {name}: --halving cannot tell noise, as the validation set is one batch")
         return lines
 
@@ -194,13 +193,12 @@ def _layout(plan: RunPlan) -> list[str]:
 
 
 def _read(plan: RunPlan, built: BuiltModel) -> list[str]:
-    read, kept = map(_range, (built.bytes_read, built.bytes_kept))
+    read, kept = (
+        " to ".join(dict.fromkeys(map(bytes_in_words, (min(sizes), max(sizes)))))
+        for sizes in (built.bytes_read, built.bytes_kept)
+    )
     stored = "" if plan.settings.base is None else f", stored as {kept}"
     return [f"read       {read} of base weights per rank{stored}"]
-
-
-def _range(sizes: Sequence[int]) -> str:
-    return " to ".join(dict.fromkeys(map(bytes_in_words, (min(sizes), max(sizes)))))
 
 
 def _resumed(plan: RunPlan, checkpoint: Checkpoint | None) -> str:

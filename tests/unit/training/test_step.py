@@ -13,8 +13,7 @@ import pytest
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.training import step as module
-from megatron_tiedlora.training.checks import RunFailed
-from megatron_tiedlora.training.step import TrainStep
+from megatron_tiedlora.training.step import RunFailed, TrainStep
 
 SUPERVISED, MICRO_BATCHES = {"": 40, "a": 40, "b": 10}, 3
 PLAN: Any = SimpleNamespace(

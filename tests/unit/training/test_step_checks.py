@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.training.checks import StepChecks, before_steps
+from megatron_tiedlora.training.step import StepChecks, before_steps
 
 
 def checks(largest: list[float], *, of_values: float) -> StepChecks:
