@@ -273,6 +273,9 @@ scores, the training command and versions, and the plot of the losses. No folder
         return self
 
 
+CHECK_PARTS = ("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks")  # in their order
+
+
 class CheckGpuSettings(CommandSettings):
     """Which checks of a machine's GPUs are run, validated and frozen."""
 
@@ -299,8 +302,10 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
 """
     examples: ClassVar[str] = ""
 
-    parts: str | None = _flag("parts to run, in order [all]", None, metavar="P,P")
-    minutes: float | None = _flag("time for the given parts together [8; on several GPUs 12]", None)
+    parts: tuple[str, ...] | None = _flag(
+        "parts to run, in order [all]", None, metavar="P,P", choices=CHECK_PARTS, min_length=1,
+    )
+    minutes: float | None = _flag("time for the given parts together [8; on several GPUs 12]", None, gt=0)
     model: str = _flag(
         "whose widths are used; as many layers as fit",
         "llama2-7b",
@@ -308,13 +313,6 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
     )
     output: FilePath = _output("folder", Path("runs/check_gpu"))
     device: Literal["cuda", "cpu"] = _flag("cpu: test the checks' own logic without a GPU", "cuda")
-
-    @field_validator("minutes")
-    @classmethod
-    def _is_positive(cls, value: float) -> float:
-        if value <= 0:
-            raise ValueError(f"--minutes {value}: give more than 0")
-        return value
 
 
 class ConvertNemoSettings(CommandSettings):

@@ -172,11 +172,6 @@ class Finished:
     failure = None
 
 
-def unrecorded(adapters: Mapping[str, AdapterRun]) -> list[tuple[RunFolder, int]]:
-    """The folders of adapters whose end is not recorded, each with its last step."""
-    return [(run.folder, run.progress.step) for run in adapters.values() if not run.recorded]
-
-
 @dataclass
 class Trainer:
     """A run on one rank, from a ready engine to the end of the training of its adapters.

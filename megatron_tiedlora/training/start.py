@@ -64,9 +64,9 @@ from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.adapter_run import AdapterRun, is_trained
 from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
 from megatron_tiedlora.training.halving import REASON
-from megatron_tiedlora.training.loop import Finished, Trainer, unrecorded
+from megatron_tiedlora.training.loop import Finished, Trainer
 from megatron_tiedlora.training.step import TrainStep
-from megatron_tiedlora.training.throughput import Meter, start_meter, steps_over
+from megatron_tiedlora.training.throughput import Meter, peak_of_all, steps_over
 
 
 @dataclass
@@ -225,7 +225,9 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         UserError: a folder cannot be written; on every rank. The status of each that was occupied says so.
     """
     settings, left, end, adapters = start.settings, start.left, start.end, dict[str, AdapterRun]()
-    folder_of_run = start.folder.with_running(partial(unrecorded, adapters))
+    folder_of_run = start.folder.with_running(
+        lambda: [(run.folder, run.progress.step) for run in adapters.values() if not run.recorded]
+    )
     progress = {name: found.progress if (found := start.checkpoints[name]) else Progress() for name in left}
     end.first_step = max(own.step for own in progress.values())
     end.finished_step = lambda: end.first_step
@@ -234,7 +236,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         end.enter(folder_of_run)
     rivals = rivals_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
     shared = shared_plan(left)
-    meter = start_meter(shared, device)
+    peak = peak_of_all(shared, device)
     capacity = micro_batch_capacity(left, shares=settings.share_micro_batches)
     step = TrainStep(left, built.runner, stop, {name: own.step for name, own in progress.items()}, capacity)
     for name, plan in left.items():
@@ -250,7 +252,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
             layout=shared.layout_of(plan.adapter),
             folder=folder,
             log=occupy_run_folder(plan, folder, start.checkpoints[name]),
-            meter=Meter(plan.source.shape, plan.adapter, meter.peak),
+            meter=Meter(plan.source.shape, plan.adapter, peak),
             checks=step.checks[name],
             progress=progress[name],
             ends_apart=start.folders[name] is not start.folder,

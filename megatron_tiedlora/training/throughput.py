@@ -105,15 +105,14 @@ class Meter:
         }
 
 
-def start_meter(plan: RunPlan, device: torch.device) -> Meter:
-    """A meter for the run. All ranks call it, each with its own device's peak.
+def peak_of_all(plan: RunPlan, device: torch.device) -> Peak:
+    """The peak of all ranks together. All ranks call it, each with its own device.
 
     Ranks that share a processor measure at the same time, so each measures about its share.
     """
     sum_over_ranks([0.0])  # start together
     mine = find_peak(device, plan.dtype)
-    total = sum_over_ranks([mine.flops_per_second])[0]
-    return Meter(plan.source.shape, plan.adapter, Peak(total, mine.source))
+    return Peak(sum_over_ranks([mine.flops_per_second])[0], mine.source)
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
