@@ -14,8 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.input_dropout import InputDropout, dropout_salt, token_keys
-from megatron_tiedlora.adapters.rows import AllRows, SharedRows
+from megatron_tiedlora.adapters.rows import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel

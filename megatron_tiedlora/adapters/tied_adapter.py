@@ -77,11 +77,6 @@ def sized_targets(
     return tuple(Target(name, *sizes) for name, sizes in known.items() if name in names)
 
 
-def qkv_target(hidden_size: int, qkv_rows: tuple[int, int, int]) -> Target:
-    """The fused query, key and value projection alone."""
-    return Target(QKV, hidden_size, qkv_rows, "column")
-
-
 @dataclass(frozen=True)
 class AdapterConfig:
     """The description of an adapter, without its values.

@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.checkpoint.base_identity import check_same_base
 from megatron_tiedlora.checkpoint.model_in_memory import (
     base_layer_of,
-    check_model,
     check_whole,
     find_places,
     identify_in_memory,
@@ -168,7 +168,7 @@ def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
             else "the model has an adapter already; detach(model) first"
         )
     found = identify_in_memory(model, model_source(model))
-    for note in check_model(adapter.base, found, differs=base_differs):
+    for note in check_same_base(adapter.base, found, source="the adapter", differs=base_differs, in_memory=True):
         warnings.warn(note, stacklevel=3)  # of the caller of attach or merge
 
 

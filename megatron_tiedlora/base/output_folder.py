@@ -19,9 +19,14 @@ from megatron_tiedlora.base.paths import numbered, user_path
 from megatron_tiedlora.base.wording import bytes_in_words
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest of its parents that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
 def check_writable(path: Path, *, given: str, flag: str = "--output_dir") -> None:
     """Raise UserError if the folder `path` cannot be created or written. `given` is the value of the flag."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    existing = nearest_existing(path)
     if not existing.is_dir():
         raise UserError(f"{flag} {given}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK):

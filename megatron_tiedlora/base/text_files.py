@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_tiedlora.base.errors import UserError
 
+Value = TypeVar("Value")
 LARGEST_TEXT = 2**24  # bytes; the weight index of the largest models has a tenth of that
 
 
@@ -24,3 +30,13 @@ def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TE
     except UnicodeDecodeError as error:
         where = f"byte {raw[error.start]:#04x} at byte {error.start + 1}"
         raise UserError(f"{file}: not valid {kind} (not UTF-8: {where})") from None
+
+
+def seen_late(read: Callable[[], Value | None], folder: Path, *, seconds: float) -> Value | None:
+    """What `read` finds in `folder`, awaited for at most `seconds`: NFS caches for a while that a file was missing."""
+    limit = time.monotonic() + seconds
+    while (found := read()) is None and time.monotonic() < limit and folder.is_dir():
+        time.sleep(seconds / 10)
+        with suppress(OSError):
+            os.listdir(folder)  # makes NFS look again
+    return found

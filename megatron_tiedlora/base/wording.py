@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import zip_longest
+from typing import Any, TypeVar
 
+Number = TypeVar("Number", int, float)
+
+_SCALES = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 _LONGEST_NAME, _MOST_NAMES = 200, 8
 _LIKENESS = 0.6  # of a name that is suggested; below it most suggestions mislead
 
 
 def bytes_in_words(size: float) -> str:
-    """A number of bytes with a decimal unit: `1.50 GB`, `640 B`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:,.2f} {unit}"
-    return f"{size:,.0f} B"
+    """A number of bytes with a decimal unit, of GB at most: `1.50 GB`, `640 B`."""
+    return amount_text(size, "B", prefixes="GMk")
+
+
+def amount_text(value: float, unit: str, *, prefixes: str = "PTGMk") -> str:
+    """A number with the largest of these decimal prefixes that leaves at least 1: `1.50 TFLOP`, `640 B`."""
+    for prefix in prefixes:
+        if value >= _SCALES[prefix]:
+            return f"{value / _SCALES[prefix]:,.2f} {prefix}{unit}"
+    return f"{value:,.0f} {unit}"
 
 
 def first_line(error: BaseException) -> str:
@@ -52,6 +63,11 @@ def count_text(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
 
 
+def range_text(values: Collection[Number], words: Callable[[Number], str] = "{:,}".format) -> str:
+    """`7`, `1 to 7`: the least and the most, or one of them if both are worded alike."""
+    return " to ".join(dict.fromkeys(map(words, (min(values), max(values)))))
+
+
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
@@ -77,3 +93,12 @@ def aligned_lines(rows: Sequence[Sequence[str]], *, align: str = "<>", indent: s
 def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV below the names of the columns; what a row does not have is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

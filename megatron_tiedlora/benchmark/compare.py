@@ -1,49 +1,283 @@
 """Compares sides in one process: they take turns, and what needs much memory is measured in a process of its own.
 
-`measure_sides` has the report of --what step, scaling and decoding; `report` makes it text.
+A side of a step is ours, Hugging Face + PEFT LoRA, or one of several adapters of one base: these take their steps one
+after another, and together in shared micro-batches. A third side is one adapter with as many tokens in as many
+micro-batches. No sharing can be faster. `measure_sides` has the report of --what step, scaling and decoding; `report`
+makes it text.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from statistics import median
 from typing import Any
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Share
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.plan import base_matmul_rate, plan_benchmark, saved_formula
-from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, OURS, TOGETHER, make_sides
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.benchmark.layout import (
+    LEARNING_RATE,
+    base_matmul_rate,
+    plan_benchmark,
+    random_config,
+    read_samples,
+    saved_formula,
+)
 from megatron_tiedlora.benchmark.timing import (
     about,
     default_device,
     in_own_process,
     kernel_seconds,
-    peak_of,
+    peak_bytes,
+    restart_peak,
+    saved_by_autograd,
+    storage_bytes,
     take_turns,
 )
+from megatron_tiedlora.checkpoint.base_weights import RandomWeights, load_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.train_fields import DEFAULT_TASK
+from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data.encode import encode_prompts
+from megatron_tiedlora.data.loader import collate, shared_micro_batch, shared_rounds
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.engine.runner import Losses
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.model.batch import MicroBatch
+from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.weights import weight_rules
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.planning.passes import training_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.training.compiling import choose_kernels
+from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.throughput import find_peak, timed
 
+OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
+IN_TURN, TOGETHER, ONE = "in turn", "together", "one adapter, all tokens"
+# The micro-batches of a step, and the optimizers that take it.
+StepParts = tuple[Sequence[MicroBatch], Sequence[torch.optim.Optimizer]]
+TokenRows = list[list[int]]
 # The setting of a step that each flag of --what scaling gives values for.
 AXES = {"layers": "num_layers", "lengths": "length", "ranks": "rank", "shares": "supervised"}
 _STEP = ("model", "method", "targets", "rank", "recompute")  # settings that the report of a step shows
-TokenRows = list[list[int]]
+
+
+@dataclass
+class Side:
+    """One side: a model, and the steps that it takes at each of its turns.
+
+    Attributes:
+        steps: one, or several that are taken one after another.
+        forward: the loss of a micro-batch, divided by the supervised tokens of its step.
+        flops: the FLOPs of the step's samples on our side; None on others.
+        kernels: how our kernels were made, in a few words; None on others.
+    """
+
+    model: torch.nn.Module
+    steps: Sequence[StepParts]
+    forward: Callable[[MicroBatch], torch.Tensor]
+    device: torch.device
+    flops: int | None = None
+    kernels: str | None = None
+
+    def __post_init__(self) -> None:
+        self.batches = [batch for batches, _ in self.steps for batch in batches]
+        self.num_tokens = sum(batch.num_tokens for batch in self.batches)
+        self.num_supervised = sum(batch.num_supervised for batch in self.batches)
+        self.num_positions = sum(batch.tokens.numel() for batch in self.batches)
+
+    def step(self) -> None:
+        """Take a turn: run forward and backward over the micro-batches of a step, then AdamW."""
+        for batches, optimizers in self.steps:
+            for batch in batches:
+                self.forward(batch).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def saved_bytes(self) -> int:
+        """The total bytes that autograd saves for the micro-batches of a turn, without parameters."""
+        total = 0
+        for batch in self.batches:
+            with saved_by_autograd(self.model) as saved:
+                self.forward(batch)
+            total += storage_bytes(saved)
+        return total
+
+
+def _optimizer(module: torch.nn.Module) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=LEARNING_RATE)
+
+
+def make_sides(
+    plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None = None
+) -> dict[str, Callable[[], Side]]:
+    """The functions that build the sides, by name. All have the same samples.
+
+    Args:
+        chosen: our kernels; None: they are chosen by --compile when a side is built.
+    """
+    ours = cache(partial(_our_sides, plan, settings, chosen))
+    names = (OURS,) if settings.adapters is None else (IN_TURN, TOGETHER, ONE)
+    sides: dict[str, Callable[[], Side]] = {name: partial(lambda name: ours()[name], name) for name in names}
+    if settings.against is not None:
+        sides[PADDED] = partial(_peft, plan, settings, packed=False)
+        if settings.task is not None:
+            sides[PACKED] = partial(_peft, plan, settings, packed=True)
+    return sides
+
+
+def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> dict[str, Side]:
+    """Our side with one adapter; or the sides of several adapters, which differ in their seeds and share a model."""
+    device, source = default_device(), plan.source
+    chosen = chosen or choose_kernels(plan, device)
+    given: dict[str, Any] = {"dtype": plan.dtype, "make_weight": plan.weight_maker(device), "device": device}
+    if source.folder is None:
+        stage = random_stage(source.shape, plan.adapter, kernels=chosen.kernels, **given)
+    else:
+        stage = load_model(source, None, kernels=chosen.kernels, **given)
+    names = [ONLY] if settings.adapters is None else [f"adapter {number}" for number in range(settings.adapters)]
+    adapters = {name: whole_adapter(replace(plan.adapter, seed=seed), device) for seed, name in enumerate(names)}
+    stage.hold(AdapterBank(adapters), is_engines=settings.adapters is None)
+    recompute(stage, settings.recompute)
+    stage.train()
+    dataset, pad_id = read_samples(plan, settings)
+    taken = dict(zip(names, plan.training_loader(dataset, pad_id=pad_id), strict=False))
+    first, *_ = taken.values()
+
+    def forward(batch: MicroBatch) -> torch.Tensor:
+        supervised = batch.supervised().moved(lambda tensor: tensor.to(device))
+        tokens, positions = batch.tokens.to(device), batch.positions.to(device)
+        losses: torch.Tensor = stage(tokens, positions, supervised, documents=batch.documents, shares=batch.shares)
+        divisors = {share.adapter: (first.num_supervised,) for share in batch.shares}  # every step has as many
+        return Losses(divisors).weighted(losses, batch.shares)
+
+    optimizers = {name: _optimizer(adapter) for name, adapter in adapters.items()}
+    in_turn: list[StepParts] = [
+        ([shared_micro_batch([(name, batch)]) for batch in step.micro_batches], [optimizers[name]])
+        for name, step in taken.items()
+    ]
+    if settings.adapters is None:
+        flops = training_flops(source.shape, plan.adapter, first)
+        return {OURS: Side(stage, in_turn, forward, device, flops, chosen.description)}
+    rounds = shared_rounds(taken, capacity=settings.shared_tokens or settings.adapters * settings.adapter_tokens)
+    only, *_ = adapters
+    by_side: dict[str, list[StepParts]] = {
+        IN_TURN: in_turn,
+        TOGETHER: [([shared_micro_batch(parts) for parts in rounds], list(optimizers.values()))],
+        ONE: [([_stacked(only, [batch for _, batch in parts]) for parts in rounds], [optimizers[only]])],
+    }
+    return {side: Side(stage, steps, forward, device, None, chosen.description) for side, steps in by_side.items()}
+
+
+def _stacked(name: str, batches: Sequence[MicroBatch]) -> MicroBatch:
+    """The rows of several micro-batches, all of one length and not packed, as those of one adapter."""
+    tokens = torch.cat([batch.tokens for batch in batches])
+    return MicroBatch(
+        tokens=tokens,
+        positions=torch.cat([batch.positions for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        shares=(Share(name, *tokens.shape),),
+        lengths=torch.cat([batch.lengths for batch in batches]),
+        num_samples=sum(batch.num_samples for batch in batches),
+    )
+
+
+def random_stage(
+    shape: ModelShape,
+    adapter: AdapterConfig,
+    *,
+    dtype: torch.dtype,
+    make_weight: WeightMaker = FrozenWeight.empty,
+    device: torch.device,
+    kernels: Kernels = EAGER,
+) -> Stage:
+    """The whole model with random weights, which are drawn in place, and the adapter with its initial values."""
+    with device:
+        stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make_weight), None)
+    load_base_weights(RandomWeights(weight_rules(shape)), frozen_weights(stage))
+    stage.hold(whole_adapter(adapter, device))
+    return stage
+
+
+def whole_adapter(config: AdapterConfig, device: torch.device) -> TiedAdapter:
+    """An adapter of the whole model with its initial values."""
+    adapter = TiedAdapter(AdapterPart.whole(config)).to(device)
+    adapter.load_full(initial_values(config))
+    return adapter
+
+
+def recompute(stage: Stage, how: str) -> None:
+    """Set what the stage recomputes from its next call on: `none`, `selective` or `full`."""
+    stage.recompute = how
+    for index in stage.blocks:
+        block: Any = stage.layers[str(index)]
+        block.recomputes_gate = how == "selective"
+
+
+def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    device, values = default_device(), random_config(settings)
+    base: Any
+    if values is not None:
+        with device:  # no copy of another dtype or device, whose freed pages the step would use
+            base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=plan.dtype)
+    else:
+        folder = plan.source.weights_folder()
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=plan.dtype, trust_remote_code=False)
+    targets = target_modules(plan.source.shape.block, settings.targets)
+    lora = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
+    model: Any = get_peft_model(base.to(device), lora)
+    model.train()
+    dataset, pad_id = read_samples(plan, settings)
+    step = next(plan.training_loader(dataset, pad_id=pad_id))
+    batches = list(step.micro_batches)
+    if settings.task is not None and not packed:
+        size = settings.padded_rows  # the samples come in their order, as a trainer takes them that does not sort
+        starts = range(0, len(dataset), size)
+        batches = [collate(dataset, [[start + row] for row in range(size)], pad_id=pad_id) for start in starts]
+
+    def forward(batch: MicroBatch) -> torch.Tensor:
+        # transformers shifts the labels itself.
+        labels = torch.full_like(batch.labels, -100)
+        labels[:, 1:] = batch.labels[:, :-1]
+        mask = torch.arange(batch.tokens.shape[1])[None] < batch.lengths[:, None]
+        if batch.documents is not None:
+            ids, length = batch.documents, batch.documents.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool).tril()
+            mask = (ids[:, None, :, None] == ids[:, None, None, :]) & causal
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.dtype == torch.bfloat16):
+            loss: torch.Tensor = model(
+                input_ids=batch.tokens.to(device),
+                attention_mask=mask.to(device),
+                position_ids=batch.positions.to(device),
+                labels=labels.to(device),
+                use_cache=False,
+            ).loss
+        return loss * (batch.num_supervised / step.num_supervised)
+
+    return Side(model, [(batches, [_optimizer(model)])], forward, device)
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
 
 
 def measure_sides(settings: BenchSettings) -> dict[str, Any]:
@@ -70,9 +304,10 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
     memory = {name: in_own_process(name, _step_memory, plan, settings, name) for name in makers}
     sides = {name: make() for name, make in makers.items()}
     first, *_ = sides.values()
-    before = _load()
+    before = os.getloadavg()[0]  # of the last minute; figures on a shared machine depend on it
     seconds = _seconds({name: side.step for name, side in sides.items()}, first.device, settings)
-    load, figures = [before, _load()], {name: {"seconds": seconds[name], **memory[name]} for name in sides}
+    load = [before, os.getloadavg()[0]]
+    figures = {name: {"seconds": seconds[name], **memory[name]} for name in sides}
     several = () if settings.adapters is None else ("adapters", "rows", "length")
     report = about(settings, plan.settings.base, first.device, *_STEP, *several, kernels=first.kernels)
     if settings.adapters is not None:
@@ -90,6 +325,7 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
     figures[OURS] |= {"saved_formula": formula, "saved_ratio": figures[OURS]["saved"] / formula}
     assert isinstance(first.model, Stage)
     rate = base_matmul_rate(plan, first.model, first.batches, first.device)
+    peak = find_peak(first.device, plan.dtype).flops_per_second if first.device.type == "cuda" else None
     for name, side in sides.items():
         figures[name] |= {
             "tokens": side.num_tokens,
@@ -97,24 +333,23 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
             "positions": side.num_positions,
             "model_flops": side.flops,
         }
-    if first.device.type == "cuda":
-        peak = find_peak(first.device, plan.dtype).flops_per_second
-        for name, side in sides.items():
+        if peak is not None:
             mfu = None if side.flops is None else side.flops / median(seconds[name]) / peak
             figures[name] |= {"mfu": mfu, "kernel_seconds": kernel_seconds(side.step)}
     return {**report, "matmul_flops_per_second": rate, "sides": figures}
 
 
 def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
-    """The bytes `peak`, and without --adapters `saved`, of a side's turn. Call it in a fresh process."""
+    """The bytes `peak` of a side's first turn beside those held before it, and without --adapters those `saved` in it.
+
+    Call it in a fresh process, because an allocator other than glibc's may reuse memory of earlier turns.
+    """
     side = make_sides(plan, settings)[name]()
-    peak = {"peak": peak_of(side.step, side.device)}
+    held = restart_peak(side.device)
+    side.step()
+    most = peak_bytes(side.device)
+    peak = {"peak": None if held is None or most is None else most - held}
     return peak if settings.adapters is not None else {**peak, "saved": side.saved_bytes()}
-
-
-def _load() -> float | None:
-    """The machine's load average of the last minute, which a figure on a shared machine depends on."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 # Values of a quantity ------------------------------------------------------------------------------------------------

@@ -20,10 +20,9 @@ A tiny layer is so narrow that its matmuls and messages of bytes take nearly no 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from statistics import median
 from typing import Any
 
@@ -37,8 +36,8 @@ from megatron_tiedlora.benchmark.layout import MeasuredStep, measured_step
 from megatron_tiedlora.benchmark.timing import idle_bytes
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.presets import PRESETS, is_preset
-from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
-from megatron_tiedlora.model.documents import whole_rows
+from megatron_tiedlora.model.batch import whole_rows
+from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.fused_attention import attend_within, choose_attention
 from megatron_tiedlora.parallel.fp8_products import weight_maker
@@ -79,7 +78,7 @@ def measure_machine(source: ModelSource, device: torch.device, *, seconds: float
         tokens: of a matmul and of an attention.
     """
     measure = _Measure(source, device, tokens or min(TOKENS[device.type], source.shape.limit.tokens), seconds)
-    start = _start(device)
+    start = measure.start
     if device.type == "cuda":  # before there is a communicator, which a plan counts too
         start = start.changed({"context": measure.context()})
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -89,21 +88,6 @@ def measure_machine(source: ModelSource, device: torch.device, *, seconds: float
 
 def _title(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def _start(device: torch.device) -> Machine:
-    """What keeps its values where nothing is measured."""
-    if device.type == "cpu":
-        return CPU
-    return _preset(device) or GPUS[DEFAULT_GPU]
-
-
-def _preset(device: torch.device) -> Machine | None:
-    """The preset of a card whose data sheet is known."""
-    name = torch.cuda.get_device_name(device)
-    words, peak = set(name.replace("-", " ").split()), listed_peak(name)
-    alike = (card for card in GPUS.values() if set(card.title.split()) <= words and card["peak.bf16"] == peak)
-    return next(alike, None)
 
 
 @dataclass(frozen=True)
@@ -117,24 +101,41 @@ class _Measure:
     def shape(self) -> ModelShape:
         return self.source.shape
 
+    @cached_property
+    def preset(self) -> Machine | None:
+        """The preset of a card whose data sheet is known; None for other cards and for CPUs."""
+        if self.device.type == "cpu":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        words, peak = set(name.replace("-", " ").split()), listed_peak(name)
+        alike = (card for card in GPUS.values() if set(card.title.split()) <= words and card["peak.bf16"] == peak)
+        return next(alike, None)
+
     @property
-    def knows_card(self) -> bool:
-        return self.device.type == "cuda" and _preset(self.device) is not None
+    def start(self) -> Machine:
+        """The machine that keeps its values where nothing is measured."""
+        return CPU if self.device.type == "cpu" else self.preset or GPUS[DEFAULT_GPU]
 
     def constants(self) -> Iterator[tuple[str, Constant]]:
         """Each constant that can be measured, with how it was."""
         on_gpu = self.device.type == "cuda"
-        yield "memory", self._memory()
+        size, words = psutil.virtual_memory().total, "memory of the machine"
+        if on_gpu:
+            size, words = torch.cuda.get_device_properties(self.device).total_memory, "as PyTorch reports it"
+        yield "memory", self._constant(float(size), words)
         has_fp8 = not on_gpu or torch.cuda.get_device_capability(self.device) >= FP8_CAPABILITY
         share = self.seconds / (4 + has_fp8 + 1 + len(BASE_NAMES) + 2)  # of the time, for each of the following
         for name in _DTYPES:
-            peak = self._peak(name)
+            if self.preset is not None:
+                peak = self.preset.constants[f"peak.{name}"]
+            else:
+                peak = self._constant(measured_peak(self.device, _DTYPES[name]), "the fastest square matmul")
             yield f"peak.{name}", peak
             yield from self._matmul_line(name, peak, share)
             yield from self._attention_line(name, peak, share)
         if has_fp8:
             yield from self._fp8(share)
-        if not self.knows_card:
+        if self.preset is None:
             yield "bandwidth", self._copies(share)
         for name in BASE_NAMES:
             yield f"dequantise.{name}", self._dequantised(name, share)
@@ -146,23 +147,17 @@ class _Measure:
     def _share(self, rate: float, peak: Constant, what: str) -> Constant:
         return self._constant(rate / peak.value, f"{what} of {self.source.name} over {self.tokens:,} tokens")
 
-    def _time(self, step: Callable[[], object], seconds: float) -> float:
-        """The median of what one call takes; at least one call is counted, after one that is not."""
+    def _time(self, step: Callable[[], object], seconds: float, group: Any = None) -> float:
+        """The median of what one call takes, of as many as fit in `seconds`. All ranks of a group make as many."""
         step()
-        taken: list[float] = []
-        started = time.perf_counter()
-        while not taken or (len(taken) < _MOST and time.perf_counter() - started < seconds):
-            taken.append(timed(step, self.device))
-        return median(taken)
+        first = torch.tensor([timed(step, self.device)], device=self.device)
+        if group is not None:
+            distributed.all_reduce(first, op=distributed.ReduceOp.MAX, group=group)
+        number = max(1, min(_MOST, int(seconds / max(float(first), 1e-9))))
+        return median(timed(step, self.device) for _ in range(number))
 
     def _numbers(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(*shape, device=self.device).to(dtype)
-
-    def _memory(self) -> Constant:
-        if self.device.type == "cpu":
-            return self._constant(float(psutil.virtual_memory().total), "memory of the machine")
-        properties = torch.cuda.get_device_properties(self.device)
-        return self._constant(float(properties.total_memory), "as PyTorch reports it")
 
     def context(self) -> Constant:
         """What a process holds on a GPU beside PyTorch's allocator."""
@@ -170,11 +165,6 @@ class _Measure:
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free - torch.cuda.memory_reserved(self.device)
         return self._constant(float(used), "used beside PyTorch's allocator, of other processes too")
-
-    def _peak(self, name: str) -> Constant:
-        if self.knows_card:
-            return _start(self.device).constants[f"peak.{name}"]
-        return self._constant(measured_peak(self.device, _DTYPES[name]), "the fastest square matmul")
 
     def _matmul_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
         """The share of the peak, and on a CPU the weights that are read each second beside that."""
@@ -229,7 +219,7 @@ class _Measure:
                 weight = made(linear.out_size, linear.in_size, dtype=dtype)
             weight.load(self._numbers(linear.out_size, linear.in_size, dtype=dtype))
             x, grad_y = (self._numbers(tokens, size, dtype=dtype) for size in (linear.in_size, linear.out_size))
-            for step in (lambda: weight.times_transposed(x), lambda: weight.times(grad_y)):  # noqa: B023
+            for step in (partial(weight.times_transposed, x), partial(weight.times, grad_y)):
                 taken += self._time(step, seconds / len(linears) / 2)
         return taken
 
@@ -240,26 +230,22 @@ class _Measure:
             self._numbers(1, num, tokens, heads.dim, dtype=dtype).requires_grad_()
             for num in (heads.num, heads.num_kv, heads.num_kv)
         )
+        forward: Callable[[], torch.Tensor]
         if self.device.type == "cpu":
             tiles = find_query_tiles(None, tokens, size=tile_size(heads.num, heads.num_kv))
-
-            def forward() -> torch.Tensor:
-                return attend_by_tiles(query, key, value, tiles, EAGER)
+            forward = partial(attend_by_tiles, query, key, value, [TiledRows(1, tokens, tiles)], EAGER)
         else:
             documents = whole_rows(1, tokens, self.device)
             attend = choose_attention(self.device, dtype, heads.dim).attend
             assert attend is not None, "a GPU has a kernel"
-
-            def forward() -> torch.Tensor:
-                return attend_within(query, key, value, documents, attend)
-
+            forward = partial(attend_within, query, key, value, documents, attend)
         grad = torch.ones_like(forward())
         return self._time(lambda: forward().backward(grad), seconds)
 
     def _fp8(self, seconds: float) -> Iterator[tuple[str, Constant]]:
         taken = self._matmuls(torch.bfloat16, self.tokens, seconds, "fp8", "fp8")
         rate = 4 * self.tokens * self.shape.block.num_weights / taken
-        peak = _start(self.device).constants["peak.fp8"] if self.knows_card else self._constant(rate, "fp8 matmuls")
+        peak = self._constant(rate, "fp8 matmuls") if self.preset is None else self.preset.constants["peak.fp8"]
         yield "peak.fp8", peak
         yield "matmul.fp8", self._share(rate, peak, "fp8 matmuls, with rounding")
         for name in ("round.forward", "round.backward"):
@@ -302,8 +288,8 @@ class _Measure:
 
     def _link(self, name: str, message: float, bandwidth: float, words: str) -> Iterator[tuple[str, Constant]]:
         what = f"all-reduces and gathers of {words}"
-        if self.knows_card:
-            yield f"{name}_link", self._constant(bandwidth / _start(self.device)[f"{name}_bandwidth"], what)
+        if self.preset is not None:
+            yield f"{name}_link", self._constant(bandwidth / self.preset[f"{name}_bandwidth"], what)
         else:
             yield f"{name}_bandwidth", self._constant(bandwidth, what)
             yield f"{name}_link", self._constant(1.0, "the measured bandwidth is that of collectives")
@@ -315,22 +301,12 @@ class _Measure:
         for length in _MESSAGES[self.device.type]:
             part = torch.zeros(length // 4, device=self.device)
             whole = torch.zeros(size * (length // 4), device=self.device)
-            steps = (
-                lambda: distributed.all_reduce(whole, group=group),  # noqa: B023
-                lambda: distributed.all_gather_into_tensor(whole, part, group=group),  # noqa: B023
-            )
-            taken.append(sum(self._together(step, group, seconds / 4) for step in steps))
+            gather = partial(distributed.all_gather_into_tensor, whole, part, group=group)
+            steps = (partial(distributed.all_reduce, whole, group=group), gather)
+            taken.append(sum(self._time(step, seconds / 4, group) for step in steps))
         small, large = taken
         carried = 3 * (size - 1) * length  # over a ring: twice for the all-reduce
         return small / 2, carried / max(large - small, 1e-9)
-
-    def _together(self, step: Callable[[], object], group: Any, seconds: float) -> float:
-        """The median of calls that every rank of the group makes equally often."""
-        step()
-        first = torch.tensor([timed(step, self.device)], device=self.device)
-        distributed.all_reduce(first, op=distributed.ReduceOp.MAX, group=group)
-        number = max(1, min(_MOST, int(seconds / max(float(first), 1e-9))))
-        return median(timed(step, self.device) for _ in range(number))
 
     # Steps of an engine ----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -39,15 +40,17 @@ def _matmul(report: Figures) -> str:
     return f"a bare matmul does {report['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"
 
 
-def _sides(name: str, sides: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
-    """The table of the sides, each with its cells; the header `name` is over the names of the sides."""
-    return aligned_lines([(name, *sides[0][1]), *((side, *cells.values()) for side, cells in sides)])
+def _sides(name: str, report: Figures, sides: Iterable[tuple[str, Figures]]) -> list[str]:
+    """The table of the sides, each with its figures and those of the report; `name` is over their names."""
+    cells = [(side, _cells({**report, **own})) for side, own in sides]
+    return aligned_lines([(name, *cells[0][1]), *((side, *own.values()) for side, own in cells)])
 
 
 def _cells(figures: Figures) -> dict[str, str]:
     """The cells of a side by their headers. Columns whose figures are not there are left out."""
     middle = median(figures["seconds"])
-    cells = {
+    cells = {"tokens": str(figures["tokens"])} if "value" in figures else {}
+    cells |= {
         "seconds": f"{middle:.3f}",
         " least": f"{min(figures['seconds']):.3f}",
         "  most": f"{max(figures['seconds']):.3f}",
@@ -61,7 +64,7 @@ def _cells(figures: Figures) -> dict[str, str]:
         cells |= {"saved MB": _megabytes(figures["saved"]), "formula": _megabytes(figures.get("saved_formula"))}
     if "peak" in figures:
         cells["peak MB"] = _megabytes(figures["peak"])
-    return cells
+    return cells | ({"more, for 1 more": figures["more"]} if "value" in figures else {})
 
 
 def _step(report: Figures) -> list[str]:
@@ -71,28 +74,28 @@ def _step(report: Figures) -> list[str]:
     lines = [
         *_head(report, _matmul(report)),
         f"{ours}: recompute {report['recompute']}; kernels {report['kernels']}",
-        *_sides(f"{'':<20}", [(name, _cells({**report, **side})) for name, side in sides.items()]),
+        *_sides(f"{'':<20}", report, sides.items()),
         f"saved bytes are {sides[ours]['saved_ratio']:.3f} of the formula's",
     ]
     for name, side in sides.items():
         lines += _gpu_lines(side, f"{name}: ")
     for name in others:
-        speed = _tokens_per_second(sides[ours]) / _tokens_per_second(sides[name])
+        one, other = (side["tokens"] / median(side["seconds"]) for side in (sides[ours], sides[name]))
         ratios = [_ratio(sides[ours][key], sides[name][key]) for key in ("saved", "peak")]
-        lines.append(f"against {name}: speed {speed:.2f}, saved bytes {ratios[0]}, peak {ratios[1]}")
+        lines.append(f"against {name}: speed {one / other:.2f}, saved bytes {ratios[0]}, peak {ratios[1]}")
     return lines
 
 
 def _adapters(report: Figures) -> list[str]:
     """Of several adapters, in turn and together."""
+    before, after = report["load"]
     first, setup = _head(report, f"recompute {report['recompute']}; kernels {report['kernels']}")
-    load = " to ".join("unknown" if value is None else f"{value:.1f}" for value in report["load"])
     return [
         first,
-        f"{setup}, load {load}",
+        f"{setup}, load {before:.1f} to {after:.1f}",
         f"{report['rows']} x {report['length']} tokens an adapter and step; together in {report['micro_batches']}"
         f" micro-batch{'es' if report['micro_batches'] > 1 else ''}",
-        *_sides(f"{'':<26}", [(name, _cells({**report, **side})) for name, side in report["sides"].items()]),
+        *_sides(f"{'':<26}", report, report["sides"].items()),
         f"together against in turn {report['ratio']:.2f}, against one adapter with all tokens"
         f" {report['of_one_adapter']:.2f}",
     ]
@@ -102,17 +105,13 @@ def _scaling(report: Figures) -> list[str]:
     """Of several values. The last column has the additional seconds per unit, compared with the value before."""
     lines = _head(report, f"kernels {report['kernels']}")
     for name, measured in report["axes"].items():
-        sides = []
-        for before, own in zip([None, *measured], measured, strict=False):
-            slope = "" if before is None else f"{_slope(before, own):.4f}"
-            cells = {"tokens": str(own["tokens"]), **_cells(own), "more, for 1 more": slope}
-            sides.append((str(own["value"]), cells))
-        lines += _sides(f"{name:<12}", sides)
+        slopes = [""]
+        for before, own in itertools.pairwise(measured):
+            more = median(own["seconds"]) - median(before["seconds"])
+            slopes.append(f"{more / (own['value'] - before['value']):.4f}")
+        sides = [(str(own["value"]), {**own, "more": slope}) for own, slope in zip(measured, slopes, strict=True)]
+        lines += _sides(f"{name:<12}", {}, sides)
     return lines
-
-
-def _slope(before: Figures, own: Figures) -> float:
-    return float((median(own["seconds"]) - median(before["seconds"])) / (own["value"] - before["value"]))
 
 
 def _decoding(report: Figures) -> list[str]:
@@ -124,10 +123,7 @@ def _decoding(report: Figures) -> list[str]:
         f" {report['prompt_tokens']} tokens together, {report['new_tokens']} new tokens each,"
         f" {report['equal_tokens']:.1%} of them equal",
         _setup(report),
-        *_sides(
-            f"{'':<20}",
-            [(name, _cells({"seconds": taken, "tokens": tokens})) for name, taken in report["seconds"].items()],
-        ),
+        *_sides(f"{'':<20}", {"tokens": tokens}, [(name, {"seconds": own}) for name, own in report["seconds"].items()]),
         f"ratio of the medians {theirs / ours:.2f}",
     ]
 
@@ -144,7 +140,7 @@ def _layout(report: Figures) -> list[str]:
         f" recompute {layout['recompute']}; {report['kernels']}",
         f"{report['tokens']:,} tokens per step, {report['supervised']:,} with a label; micro-batches per rank:"
         f" {report['micro_batches']}, up to {rows} each; weights {report['weights']}",
-        *_sides("", [("", _cells(report))]),
+        *_sides("", report, [("", {})]),
         *_gpu_lines(report, ""),
         *_planned(report),
         *_memory(report["ranks"]),
@@ -238,11 +234,6 @@ def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> di
             "verdict": "as predicted" if equal else f"differs: {difference}",
         }
     return compared
-
-
-def _tokens_per_second(side: Figures) -> float:
-    """The tokens per second at the median, without padding."""
-    return float(side["tokens"] / median(side["seconds"]))
 
 
 def _by_stage(ranks: Sequence[Figures]) -> dict[int, list[Figures]]:

@@ -190,14 +190,3 @@ def peak_bytes(device: torch.device) -> int | None:
         return None
     most, *others = (part or 0 for part in parts)
     return most - sum(others)
-
-
-def peak_of(step: Callable[[], object], device: torch.device) -> int | None:
-    """The peak bytes of a first step minus those held before it (CUDA: allocated; CPU: anonymous); None if unknown.
-
-    Call it in a fresh process, because an allocator other than glibc's may reuse memory of earlier steps.
-    """
-    before = restart_peak(device)
-    step()
-    most = peak_bytes(device)
-    return None if before is None or most is None else most - before

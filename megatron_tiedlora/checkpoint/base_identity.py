@@ -221,23 +221,25 @@ def _differ(one: str | int | None, other: str | int | None) -> bool:
 
 
 def check_same_base(
-    trained: BaseIdentity, found: BaseIdentity, *, source: str, differs: bool = False
+    trained: BaseIdentity, found: BaseIdentity, *, source: str, differs: bool = False, in_memory: bool = False
 ) -> tuple[str, ...]:
     """Compare the base in use with the one that an adapter was trained on; returns notes for the user.
 
     Args:
         source: the adapter's name in messages.
         differs: value of --base_differs; if true, only the shape must be the same.
+        in_memory: the base in use is a model in memory, which has no tokenizer and no flags.
 
     Raises:
         UserError: it is another base, or has another tokenizer.
     """
+    own = "use its own base" if in_memory else "give its own base with --model"
     for field in SHAPE_FIELDS:
         value, other = getattr(trained, field), getattr(found, field)
         if value != other:
             raise UserError(
                 f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other};"
-                " give its own base with --model"
+                f" {own}"
             )
     notes: tuple[str, ...] = ()
     if trained.base_sample is None and found.base_sample is not None:
@@ -246,15 +248,14 @@ def check_same_base(
     if trained.base_format != found.base_format:
         kinds = f"in {trained.precision}, but this uses it in {found.precision}; its losses differ between them"
         notes += (f"{source}: trained on its base {kinds}",)
-    differences = base_differences(trained, found)
+    differences = base_differences(replace(trained, tokenizer_hash=None) if in_memory else trained, found)
     if "weights" not in differences and (otherwise := quantised_otherwise(trained, found)):
         notes += (f"{source}: {otherwise}; its losses differ between them",)
     if not differences:
         return notes
-    what = " and ".join(differences)
+    what = f"trained on {trained.base_model}, whose {' and '.join(differences)} differ from {found.base_model}'s"
     if differs:
-        note = f"{source}: trained on {trained.base_model}, whose {what} differ from {found.base_model}'s"
-        return (*notes, f"{note} (--base_differs)")
+        return (*notes, f"{source}: {what}{'' if in_memory else ' (--base_differs)'}")
     if differences == ("tokenizer",):
         own = "its base's own" if trained.tokenizer is None else trained.tokenizer
         used = f"the one of {found.base_model}" if found.tokenizer is None else found.tokenizer
@@ -262,7 +263,5 @@ def check_same_base(
             f"{source}: trained with another tokenizer ({own}) than {used}; give that one with --tokenizer or with its"
             " model, or --base_differs to use this one anyway"
         )
-    raise UserError(
-        f"{source}: trained on {trained.base_model}, whose {what} differ from {found.base_model}'s; give its own base"
-        " with --model, or --base_differs to use this one anyway"
-    )
+    anyway = "base_differs=True" if in_memory else "--base_differs"
+    raise UserError(f"{source}: {what}; {own}, or {anyway} to use this one anyway")

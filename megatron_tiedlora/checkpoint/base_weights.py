@@ -29,7 +29,7 @@ from megatron_tiedlora.checkpoint.tensor_files import (
     read_header,
     read_runs,
 )
-from megatron_tiedlora.model.stored_formats import StoredFormat
+from megatron_tiedlora.model.hf_config import StoredFormat
 from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
@@ -265,10 +265,10 @@ class BaseWeights(WeightFiles):
         assert self._stored is not None and target.storage.name == self._stored.kind.base_format
         shape = self._quantised[name]
         rows, read = (part, slice(0, shape[1])) if dim == 0 else (slice(0, shape[0]), part)
-        found = self._stored.read(name, shape, rows, read)
-        self.bytes_read += found.num_bytes
+        codes, scales, num_bytes = self._stored.read(name, shape, rows, read)
+        self.bytes_read += num_bytes
         try:
-            target.load_stored(found.codes, found.scales, start=start, columns=columns)
+            target.load_stored(codes, scales, start=start, columns=columns)
         except ValueError as error:
             raise UserError(f"{self.file_of[name]}: {name} has {error}; download the model again") from None
 

@@ -1,5 +1,5 @@
-"""A transformers model in memory as the base of adapters: its shape, its identity, whether an adapter is for it; and
-the update of one of its linear modules, unexpanded: A and B stay one pair for all adapted layers.
+"""A transformers model in memory as the base of adapters: its shape and its identity; and the update of one of its
+linear modules, unexpanded: A and B stay one pair for all adapted layers.
 
     z = W x + B' A' x    with    A' = diag(u) A,    B' = the module's rows of (alpha / r) diag(v) B
 
@@ -24,9 +24,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_identity import (
-    SHAPE_FIELDS,
     BaseIdentity,
-    base_differences,
     identify_base,
     identify_shape,
     weights_hash,
@@ -37,7 +35,7 @@ from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, changed_t
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import run_starts
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.stored_formats import stored_format
+from megatron_tiedlora.model.hf_config import stored_format
 from megatron_tiedlora.model.weights import WeightRule, stored_shapes, weight_rules
 
 
@@ -127,38 +125,6 @@ def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
         return identify_base(source, weights, dtype)
     found = identify_shape(source, dtype, weights_hash=weights_hash(source, weights))
     return replace(found, base_format=source.stored_base)
-
-
-def check_model(trained: BaseIdentity, found: BaseIdentity, *, differs: bool = False) -> tuple[str, ...]:
-    """Compare a model with the one that an adapter was trained on; returns notes for the user.
-
-    Args:
-        differs: whether only the shape must be the same.
-
-    Raises:
-        UserError: it is another model.
-    """
-    for field in SHAPE_FIELDS:
-        value, other = getattr(trained, field), getattr(found, field)
-        if value is not None and value != other:
-            raise UserError(
-                f"the adapter was trained on {trained.base_model} with {field} {value}, but {found.base_model} has"
-                f" {other}; use its own base"
-            )
-    notes: tuple[str, ...] = ()
-    if trained.base_format != found.base_format:
-        here = f"are not in {trained.base_format}" if found.base_format is None else f"are in {found.base_format}"
-        notes += (
-            f"the adapter was trained on {trained.base_model} in {trained.precision}, but the linears of this model"
-            f" {here}; its losses differ between them",
-        )
-    differences = base_differences(replace(trained, tokenizer_hash=None), found)
-    if not differences:
-        return notes
-    what = f"the adapter was trained on {trained.base_model}, whose {' and '.join(differences)} differ from those of"
-    if not differs:
-        raise UserError(f"{what} {found.base_model}; use its own base, or base_differs=True to use this one anyway")
-    return (*notes, f"{what} {found.base_model}")
 
 
 def find_places(shape: ModelShape, config: AdapterConfig) -> Mapping[str, AdaptedTensor]:

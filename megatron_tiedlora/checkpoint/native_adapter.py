@@ -29,14 +29,14 @@ from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIE
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.train_fields import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
-from megatron_tiedlora.parallel.messages import SentTensor
+from megatron_tiedlora.parallel.agreement import SentTensor
 
 FORMAT_VERSION = 2
 PEFT_TYPE = "TIED_LORA"  # what peft_type is in a native adapter
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _LARGEST_UPDATE = 1e30  # of an entry; beyond it the update, and sums with it, may not be finite in fp32
-LARGEST_STD = 1e3  # of the initial values
+_LARGEST_STD = 1e3  # of the initial values
 
 
 @dataclass(frozen=True)
@@ -195,24 +195,35 @@ class StoredAdapter(BaseIdentity):
 
     def check(self, file: Path) -> None:
         """Raise UserError, naming `file`, for invalid values."""
-        if not SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA:
-            raise UserError(f"{file}: alpha = {self.alpha:g} is not between {SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}")
-        for name in ("init_std_a", "init_std_b"):
-            if not 0 <= getattr(self, name) <= LARGEST_STD:
-                raise UserError(f"{file}: {name} = {getattr(self, name):g} is not between 0 and {LARGEST_STD:g}")
+        check_ranges(self, source=f"{file}: ")
         for name in ("base_model", "base_hash", "base_weights_hash", *OPTIONAL_FIELDS):
             if not (getattr(self, name) or "").isprintable():
                 raise UserError(f"{file}: {name} = {shown(getattr(self, name))} holds control characters")
         self.check_formats(file)
         if self.method not in METHODS or self.qkv_layout != _LAYOUT:
             raise UserError(f"{file}: method {self.method!r} with layout {self.qkv_layout!r} is unknown")
-        if not self.layers or any(type(layer) is not int or not 1 <= layer <= self.num_layers for layer in self.layers):
-            raise UserError(f"{file}: layers {shown(self.layers)} are not among 1 to {self.num_layers}")
-        if self.layers != sorted(set(self.layers)):
-            raise UserError(f"{file}: layers {shown(self.layers)} are not in ascending order")
+        check_layers(self.layers, self.num_layers, source=f"{file}: ")
         if not self.targets or self.targets != [name for name in TARGET_NAMES if name in self.targets]:
             known = ", ".join(TARGET_NAMES)
             raise UserError(f"{file}: targets {shown(self.targets)} are not some of {known}, in this order")
+
+
+def check_layers(layers: list[Any], num_layers: int, *, source: str = "") -> None:
+    """Raise UserError, which begins with `source`, unless `layers` are some layers of a model, in ascending order."""
+    numbers = all(type(layer) is int and 1 <= layer <= num_layers for layer in layers)
+    if not layers or not numbers or layers != sorted({*layers}):
+        raise UserError(f"{source}layers {shown(layers)} are not ascending numbers from 1 to {num_layers}")
+
+
+def check_ranges(values: Any, *, source: str = "") -> None:
+    """Raise UserError, which begins with `source`, if alpha or an init std in the fields of `values` is not in its
+    range. None is in each."""
+    std = (0, _LARGEST_STD)
+    bounds = {"alpha": (SMALLEST_ALPHA, LARGEST_ALPHA), "init_std_a": std, "init_std_b": std}
+    for name, (smallest, largest) in bounds.items():
+        value = getattr(values, name)
+        if value is not None and not smallest <= value <= largest:
+            raise UserError(f"{source}{name} = {value:g} is not between {smallest:g} and {largest:g}")
 
 
 _SHARED = {field.name for field in fields(StoredAdapter)} & {field.name for field in fields(AdapterConfig)}

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_tiedlora.adapters.gathering import MOMENTS
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.adapters.tying import MOMENTS
 from megatron_tiedlora.base.atomic import Guard, discard, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.checksums import check_file, check_seal, sealed
 from megatron_tiedlora.base.errors import UserError, shown
@@ -33,7 +33,7 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     write_adapter_files,
 )
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
-from megatron_tiedlora.parallel.messages import SentTensor
+from megatron_tiedlora.parallel.agreement import SentTensor
 
 STATE_FILE = "trainer_state.safetensors"
 PROGRESS_FILE = "trainer_state.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.paths import user_cache, user_path
 from megatron_tiedlora.base.shapes import (
     LinearScaling,
     Llama3Scaling,
@@ -21,11 +21,9 @@ from megatron_tiedlora.base.shapes import (
 )
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.config.presets import PRESETS, is_preset
-from megatron_tiedlora.data.demo import prepared_model
 from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.hf_config import read_hf_config
-from megatron_tiedlora.model.stored_formats import StoredFormat, format_in_use, stored_format
+from megatron_tiedlora.model.hf_config import StoredFormat, format_in_use, read_hf_config, stored_format
 
 _SCALINGS = {LinearScaling: "linear", YarnScaling: "yarn", LongRopeScaling: "longrope"}  # as hashes have them
 _SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
@@ -148,6 +146,16 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
 def is_model_on_hub(name: str) -> bool:
     """Whether --model NAME means OWNER/MODEL on the hub if there is no such folder."""
     return "/" in name and may_be_hub_id(name)
+
+
+def demo_model_path() -> Path:
+    """The Hugging Face folder that `tiedlora prepare-demo` writes and `--model demo` reads. It may not exist yet."""
+    return user_cache() / "demo_model"
+
+
+def prepared_model(name: str) -> Path | None:
+    """`demo_model_path` if `name`, the value of --model, means that model; else None."""
+    return demo_model_path() if name == "demo" else None
 
 
 def local_folder(name: str) -> Path | None:

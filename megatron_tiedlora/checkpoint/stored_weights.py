@@ -16,7 +16,7 @@ import torch
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
-from megatron_tiedlora.model.stored_formats import BITSANDBYTES, StoredFormat
+from megatron_tiedlora.model.hf_config import BITSANDBYTES, StoredFormat
 from megatron_tiedlora.parallel.quantise import NF4_LEVELS, dequantise_blocks, dequantise_rows, fp8_numbers, has_nan
 
 # The tensors beside X.weight, in which X.weight is the start of every name.
@@ -28,18 +28,7 @@ _LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # that it may give
 
 SliceOf = Callable[[str], Any]  # a stored tensor by its name, from which slices are read; None if there is none
 TensorShape = tuple[int, ...]
-
-
-class QuantisedRows(NamedTuple):
-    """Rows of a linear, in the arguments of `QuantisedWeight.load_stored`.
-
-    Attributes:
-        num_bytes: the bytes that were read.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    num_bytes: int
+QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, and the bytes that were read
 
 
 class _Nf4State(NamedTuple):
@@ -89,7 +78,7 @@ class StoredWeights:
         whole = stored[...] if len(stored.get_shape()) == 0 else stored[:]
         scales = whole.float().view(-1, 1)
         scales = scales.expand(codes.shape[0], 1) if len(scales) == 1 and shape[0] != 1 else scales[rows]
-        return QuantisedRows(codes, scales.contiguous(), codes.nbytes + scales.shape[0] * whole.element_size())
+        return codes, scales.contiguous(), codes.nbytes + scales.shape[0] * whole.element_size()
 
     def values(self, name: str, shape: TensorShape, rows: slice) -> tuple[torch.Tensor, int]:
         """(whole rows in fp32, the bytes that were read)."""
@@ -177,7 +166,7 @@ class StoredWeights:
         scales = scales.repeat_interleave(state.block // block, dim=1)
         num_bytes = codes.nbytes + more
         own = codes[:, columns.start // 2 : columns.stop // 2]
-        return QuantisedRows(own, scales[:, columns.start // block : columns.stop // block], num_bytes)
+        return own, scales[:, columns.start // block : columns.stop // block], num_bytes
 
     def _scales(self, name: str, state: _Nf4State, blocks: slice) -> tuple[torch.Tensor, int]:
         """(plain scales of a range of blocks, fp32; the bytes that were read)."""

@@ -83,7 +83,7 @@ def check_tensors(
     source: Path | str,
     found: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, tuple[int, ...]],
-    check: Callable[[str], object],
+    check: Callable[[str], object] = str,
 ) -> None:
     """Raise UserError, naming `source`, unless tensors have the names and the shapes `wanted`; `check` checks one more
     thing of each."""

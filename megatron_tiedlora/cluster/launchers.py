@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -48,13 +48,13 @@ class Job:
     launcher: str
     route: Route
     hosts: tuple[Host, ...]
-    program: tuple[str, ...]
-    arguments: tuple[str, ...]
-    python: str
-    folder: Path
-    private: Path
     master_addr: str
     master_port: int
+    python: str
+    folder: Path
+    program: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    private: Path = Path()
     ssh_port: int | None = None
     gpus: tuple[str, ...] = ()
     launcher_args: tuple[str, ...] = ()
@@ -110,12 +110,7 @@ def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
         UserError: the launcher cannot pass on an argument, a file of variables cannot be read, or torchrun on several
             hosts would have a different number of ranks on each.
     """
-    by_launcher: Mapping[str, Callable[[Job, Mapping[str, str]], StartPlan]] = {
-        "deepspeed": _deepspeed,
-        "mpirun": _mpirun,
-        "srun": _srun,
-        "torchrun": _torchrun,
-    }
+    by_launcher = {"deepspeed": _deepspeed, "mpirun": _mpirun, "srun": _srun, "torchrun": _torchrun}
     kept = {name: value for name, value in environment.items() if name not in RANK_VARIABLES[:3]}
     if job.route == "ssh":
         kept = _for_ssh(kept, job.ssh_port)

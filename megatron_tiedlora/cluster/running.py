@@ -10,18 +10,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.errors import UserError, one_line, show
+from megatron_tiedlora.base.json_files import read_json_or_none
+from megatron_tiedlora.base.ownership import OWNER_FILE, Token, owner_in_words, read_token
+from megatron_tiedlora.base.text_files import seen_late
 from megatron_tiedlora.cluster.launchers import Job, StartPlan
-from megatron_tiedlora.cluster.verdict import StatusFile
 from megatron_tiedlora.config.hosts import started_program
+from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import alive
 
 POLL_SECONDS, _LOOK_SECONDS = 0.2, 5.0
@@ -36,15 +40,6 @@ class Times:
     linger: float = 30.0  # for a launcher to end after the run has
     notice: float = 0.5  # for what it started here to end by itself then
     helper: float = 10.0  # for the processes on this machine after the run has ended, and after SIGTERM
-
-
-@dataclass
-class Ended:
-    """How the launcher ended."""
-
-    status: int  # its exit status; -N if signal N killed it
-    passed_on: int  # the first signal that was passed on, 0 for none
-    killed: bool  # whether it, or what it had started here, was killed when its time was over
 
 
 def say(line: str) -> None:
@@ -149,6 +144,7 @@ class Watch:
     Attributes:
         status: of the run; a job that writes none ends with its launcher, and with what that has started here.
         show, say: called again and again, to show how far the job is; and with a line of this command's own.
+        killed: whether the launcher, or what it had started here, was killed when its time was over.
     """
 
     running: RunningJob
@@ -157,14 +153,15 @@ class Watch:
     times: Times
     show: Callable[[], None] = lambda: None
     say: Callable[[str], None] = say
+    killed: bool = False
 
     def __post_init__(self) -> None:
         self._said: set[str] = set()
         self._run_ended = self._launcher_ended = float("inf")  # when, by the monotonic clock
-        self._looked, self._killed = 0.0, False
+        self._looked = 0.0
 
-    def until_end(self) -> Ended:
-        """Wait, and return how it ended."""
+    def until_end(self) -> None:
+        """Wait."""
         received = self.signals.received
         while not self._is_over():
             if received:
@@ -175,7 +172,6 @@ class Watch:
                 self._kill("killing all")
             self.show()
             time.sleep(POLL_SECONDS)
-        return Ended(self.running.process.returncode, received[0] if received else 0, self._killed)
 
     def _is_over(self) -> bool:
         now, times = time.monotonic(), self.times
@@ -209,7 +205,7 @@ class Watch:
 
     def _kill(self, line: str, number: int = signal.SIGKILL) -> None:
         self._say_once(line)
-        self._killed = True
+        self.killed = True
         self.running.kill(number)
 
     def _say_once(self, line: str) -> None:
@@ -255,3 +251,105 @@ class StopSignals:
         for descriptor in self._terminals:
             os.dup2(nowhere, descriptor)
         os.close(nowhere)
+
+
+# How it ended ---------------------------------------------------------------------------------------------------------
+
+
+Stamp = tuple[int, int, int]
+LATE_SECONDS = 3.0  # until a status that was written on another host is visible here
+_SILENT_SECONDS = 25.0  # an owner that has not renewed its token for so long is dead; it does so every 10 seconds
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The exit status of tiedlora run and the line that explains it.
+
+    Attributes:
+        state: of the run, as its status file says; '' if there is none of this start.
+    """
+
+    status: int
+    line: str
+    state: str = ""
+
+
+class StatusFile:
+    """run_status.json of this start; ranks remove an earlier one when they take the folder.
+
+    Args:
+        start: the START_ID of its ranks. What is written while the folder has another owner is not theirs.
+    """
+
+    def __init__(self, folder: RunFolder, start: str = "") -> None:
+        self.folder, self._start = folder, start
+        self._before, self.is_of_another = stamp(folder.status), False
+        self._renewed: tuple[Stamp | None, float] = (None, 0.0)  # the owner's token, and when it was seen to change
+        self._token()
+
+    def _token(self) -> Token | None:
+        """The owner's token if it is of this start."""
+        token = read_token(self.folder.path / OWNER_FILE)
+        if token is not None:  # of two owners the last one counts: this start takes a folder over, or loses it
+            self.is_of_another = token.job != self._start
+        return None if self.is_of_another else token
+
+    def is_new(self) -> bool:
+        """Whether this start has written the file."""
+        self._token()
+        return not self.is_of_another and stamp(self.folder.status) not in (None, self._before)
+
+    def has_begun(self) -> bool:
+        """Whether a rank of this start has taken the folder: the settings, the hosts and the model were right."""
+        return self.is_new() or self._token() is not None
+
+    def is_awaited(self) -> bool:
+        """Whether a rank may still write it: it owns the folder, and is not known to be dead and not silent."""
+        seen, now = stamp(self.folder.path / OWNER_FILE), time.monotonic()
+        if seen != self._renewed[0]:
+            self._renewed = seen, now
+        is_owned = self._token() is not None and owner_in_words(self.folder.path) is not None
+        return is_owned and now - self._renewed[1] < _SILENT_SECONDS
+
+    def read(self) -> Mapping[str, Any] | None:
+        """The file's content if this start has written it; None otherwise."""
+        return read_json_or_none(self.folder.status) if self.is_new() else None
+
+
+def stamp(file: Path) -> Stamp | None:
+    """What changes when a file is written or replaced; None if it is not there."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def judge(
+    file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int, late_seconds: float = LATE_SECONDS
+) -> Verdict:
+    """Status 0 if the run finished or was stopped by the signal that was passed on; else the launcher's status, or 1.
+
+    Args:
+        launcher_status: the launcher's exit status; -N if signal N killed it.
+        passed_on: the signal that this command received, 0 for none.
+        late_seconds: how long a status that is missing is waited for.
+    """
+    path = file.folder.path
+    signals = {-number: number.name for number in signal.Signals}
+    ended = f"{launcher} ended with {signals.get(launcher_status, f'status {launcher_status}')}"
+    failed = launcher_status if launcher_status > 0 else 128 - launcher_status if launcher_status else 1
+    content = file.read() if launcher_status else seen_late(file.read, path, seconds=late_seconds)
+    if content is None:
+        if not path.is_dir():
+            why = f"{path} is not visible on this host: it was rejected, as the ranks say above, or is elsewhere"
+        elif file.is_of_another:
+            why = f"{path} belongs to another start"
+        else:
+            why = f"{path} does not say how this start ended"
+        return Verdict(failed, f"{why}; {ended}")
+    state, step, reason = content.get("state"), content.get("step"), content.get("reason")
+    line = one_line(f"{path}: {state} at step {step} ({reason})")
+    if state == "finished" or (state == "stopped" and passed_on):
+        return Verdict(0, line, str(state))
+    return Verdict(failed, f"{line}; {ended}", str(state))

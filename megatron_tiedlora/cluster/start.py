@@ -20,13 +20,12 @@ from megatron_tiedlora.base.ownership import owner_in_words
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.cluster.launchers import Job, Route, StartPlan, plan_start
-from megatron_tiedlora.cluster.running import RunningJob, StopSignals, Times, Watch, say
-from megatron_tiedlora.cluster.verdict import StatusFile, judge, stamp
+from megatron_tiedlora.cluster.running import RunningJob, StatusFile, StopSignals, Times, Watch, judge, say, stamp
 from megatron_tiedlora.config.batch import plan_batches
-from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, read_hostfile, slurm_hosts
+from megatron_tiedlora.config.hosts import Host, expand_nodelist, read_hostfile, slurm_hosts
 from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, run_name
 
@@ -45,15 +44,15 @@ def launch(command: LaunchCommand, *, scripts: Path, times: Times = _TIMES) -> i
         UserError: settings, hosts, layout, batch or folder do not fit; nothing has been started then.
     """
     settings = command.settings
-    launcher, route, hosts = choose_hosts(settings, os.environ)
-    check_num_ranks(command.train, num_ranks(hosts))
-    chosen = choose_run_folder(command.train.output_dir, name=run_name(command.train), resume=command.train.resume)
+    job = make_job(settings, os.environ)
+    check_num_ranks(command.train, job.size)
+    train, several = command.train, command.train.adapters is not None
+    chosen = choose_run_folder(train.output_dir, name=run_name(train), resume=train.resume, of_several=several)
     folder = RunFolder(chosen.path.absolute())
-    private = Path(tempfile.mkdtemp(prefix="megatron_tiedlora-"))  # only this user can read it
-    try:
-        program = (str(scripts / "train.py"),)
-        arguments = (*_without(command.arguments, "--output_dir"), f"--output_dir={folder.path}")
-        job = make_job(settings, launcher, route, hosts, program=program, arguments=arguments, private=private)
+    arguments = (*_without(command.arguments, "--output_dir"), f"--output_dir={folder.path}")
+    # Only this user can read it.
+    with tempfile.TemporaryDirectory(prefix="megatron_tiedlora-", ignore_cleanup_errors=True) as private:
+        job = replace(job, program=(str(scripts / "train.py"),), arguments=arguments, private=Path(private))
         if settings.show_command:
             lines = command_lines(plan_start(job, os.environ), job, folder, os.environ)
             show(*(part for line in lines for part in line.split("\n")))
@@ -62,8 +61,6 @@ def launch(command: LaunchCommand, *, scripts: Path, times: Times = _TIMES) -> i
         times = replace(times, grace=settings.grace_seconds)
         with StopSignals(more=(signal.SIGUSR1,)) as signals:
             return _run(job, command, folder, signals, times)
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
 
 
 def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSignals, times: Times) -> int:
@@ -74,19 +71,21 @@ def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSigna
             say(f"restart {restart} of {settings.max_restarts}, from the last checkpoint")
             resume = "auto" if resume == "none" or stamp(latest) != before else resume
             kept = _without(_without(job.arguments, "--resume"), "--take_over", is_flag=True)
-            job = replace(job, arguments=(*kept, f"--resume={resume}"), master_port=_port(settings))
+            job = replace(job, arguments=(*kept, f"--resume={resume}"), master_port=new_port(settings))
         job = replace(job, start=secrets.token_hex(8))
         plan, status = plan_start(job, os.environ), StatusFile(folder, job.start)
         if signals.received:
             return 128 + signals.received[0]
         say(f"{count_text(job.size, 'rank')} on {where} by {job.launcher}, into {folder.path}")
-        ended = Watch(RunningJob(job, plan), status, signals, times).until_end()
-        verdict = judge(status, launcher=job.launcher, launcher_status=ended.status, passed_on=ended.passed_on)
+        watch = Watch(RunningJob(job, plan), status, signals, times)
+        watch.until_end()
+        ended, passed_on = watch.running.process.returncode, next(iter(signals.received), 0)
+        verdict = judge(status, launcher=job.launcher, launcher_status=ended, passed_on=passed_on)
         say(verdict.line)
-        if not status.is_of_another and (ended.killed or not verdict.state):
+        if not status.is_of_another and (watch.killed or not verdict.state):
             _say_what_may_be_left(job, folder)
         # A run that was stopped may not go on; one that has not begun would fail again.
-        if verdict.status == 0 or ended.passed_on or verdict.state == "stopped" or not status.has_begun():
+        if verdict.status == 0 or passed_on or verdict.state == "stopped" or not status.has_begun():
             break
         if not verdict.state and status.is_awaited():
             say(f"no restart: {owner_in_words(folder.path)} still has {folder.path}")
@@ -128,14 +127,11 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
     if launcher == "srun" or (in_slurm and launcher != "deepspeed"):
         if not in_slurm:
             raise UserError("--launcher srun: not in a Slurm allocation; start with sbatch or salloc")
-        return launcher, "srun", _allocation(settings, environment)
+        if settings.num_gpus is not None and (nodes := environment.get("SLURM_JOB_NODELIST")):
+            return launcher, "srun", tuple(Host(name, settings.num_gpus) for name in expand_nodelist(nodes))
+        own = {name: value for name, value in environment.items() if name != "SLURM_PROCID"}
+        return launcher, "srun", slurm_hosts(own)
     return launcher, "local", (Host("localhost", settings.num_gpus or len(visible_gpus()) or 1),)
-
-
-def _allocation(settings: LaunchSettings, environment: Mapping[str, str]) -> tuple[Host, ...]:
-    if settings.num_gpus is not None and (nodes := environment.get("SLURM_JOB_NODELIST")):
-        return tuple(Host(name, settings.num_gpus) for name in expand_nodelist(nodes))
-    return slurm_hosts({name: value for name, value in environment.items() if name != "SLURM_PROCID"})
 
 
 def check_num_ranks(train: Settings, ranks: int) -> None:
@@ -144,17 +140,10 @@ def check_num_ranks(train: Settings, ranks: int) -> None:
     plan_batches(train.global_batch_size, train.micro_batch_size, grid.dp_size)
 
 
-def make_job(
-    settings: LaunchSettings,
-    launcher: str,
-    route: Route,
-    hosts: tuple[Host, ...],
-    *,
-    program: tuple[str, ...],
-    arguments: tuple[str, ...],
-    private: Path,
-) -> Job:
-    """The job that the settings describe, on a new port."""
+def make_job(settings: LaunchSettings, environment: Mapping[str, str]) -> Job:
+    """The job that the settings describe, without its program, on a new port. Raises UserError as `choose_hosts`, or if
+    this machine has fewer GPUs than --num_gpus."""
+    launcher, route, hosts = choose_hosts(settings, environment)
     gpus = visible_gpus() if (launcher, route) == ("deepspeed", "local") else ()
     if gpus and hosts[0].slots > len(gpus):
         raise UserError(f"--num_gpus {hosts[0].slots}: this machine has only {count_text(len(gpus), 'visible GPU')}")
@@ -162,13 +151,10 @@ def make_job(
         launcher=launcher,
         route=route,
         hosts=hosts,
-        program=program,
-        arguments=arguments,
         python=sys.executable,
         folder=Path.cwd(),
-        private=private,
         master_addr=settings.master_addr or ("127.0.0.1" if route == "local" else hosts[0].name),
-        master_port=_port(settings),
+        master_port=new_port(settings),
         ssh_port=settings.ssh_port,
         gpus=gpus[: hosts[0].slots],
         launcher_args=tuple(shlex.split(settings.launcher_args or "")),
@@ -176,7 +162,8 @@ def make_job(
     )
 
 
-def _port(settings: LaunchSettings) -> int:
+def new_port(settings: LaunchSettings) -> int:
+    """Where the ranks of the next start meet: --master_port, or a random one, as the last one may still be in use."""
     return settings.master_port or _FIRST_PORT + secrets.randbelow(_NUM_PORTS)
 
 

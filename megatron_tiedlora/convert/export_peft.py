@@ -13,6 +13,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,14 @@ _UNNAMED = ("adapter", NATIVE_FOLDER)  # folders of adapters that are named afte
 # The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LARGEST_BATCH = 8  # adapters in one batch of vLLM: each takes a slot of GPU memory
+
+
+class Export(NamedTuple):
+    """An exported adapter: its folder and rank, and the names of the adapted linears."""
+
+    folder: Path
+    rank: int
+    targets: Sequence[str]
 
 
 def peft_tensors(
@@ -122,8 +131,8 @@ def export_peft(
     say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
     identify: Identify = identify_model,
-) -> int:
-    """Write a PEFT adapter folder atomically, and return its rank.
+) -> Export:
+    """Write a PEFT adapter folder atomically.
 
     Args:
         dtype: of the tensors. Other programs compute the adapter's values exactly in fp32 only.
@@ -164,7 +173,7 @@ def export_peft(
         if native is not None:
             (temporary / NATIVE_FOLDER).mkdir()
             copy_adapter_files(native, temporary / NATIVE_FOLDER, adapter)
-    return rank
+    return Export(output, rank, [target.name for target in adapter.config.targets])
 
 
 def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool = False) -> list[Path]:
@@ -247,21 +256,16 @@ def export_all(
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}; give a folder that can be written") from None
 
-    @cache
-    def base_of(named: str, *hashes: str | None) -> ModelSource:
-        kinds = ("base_hash", "base_weights_hash", "base_sample")
-        return find_base(output, model, named, dict(zip(kinds, hashes, strict=True)))
-
+    base_of = cache(lambda base: find_base(output, model, base.base_model, asdict(base)))
     identify, of_bases = cache(identify_model), dict[str, tuple[ModelSource, dict[str, Export]]]()
     for name, adapter in progress_bar("export", "adapter", folders.items()):
         try:
             if adapter_kind(adapter) != "native":
                 raise UserError(f"{adapter}: this is a PEFT adapter already")
             native = load_native_adapter(adapter)
-            base = native.base
-            source = base_of(base.base_model, base.base_hash, base.base_weights_hash, base.base_sample)
+            source = base_of(native.base)
             notes: list[str] = []
-            rank = export_peft(
+            exported = export_peft(
                 source, native, output / name, native=adapter, say=notes.append, identify=identify, **options
             )
         except UserError as error:
@@ -269,17 +273,8 @@ def export_all(
             raise UserError(text if str(adapter) in text else f"{adapter}: {text}") from None
         for note in notes:
             say(note.replace("--adapter", str(adapter), 1))
-        exported = Export(output / name, rank, [target.name for target in native.config.targets])
         of_bases.setdefault(base_location(source), (source, {}))[1][name] = exported
     return list(of_bases.values())
-
-
-class Export(NamedTuple):
-    """An exported adapter: its folder and rank, and the names of the adapted linears."""
-
-    folder: Path
-    rank: int
-    targets: Sequence[str]
 
 
 def serve_hints(exports: Mapping[str, Export], base: str, shape: ModelShape, *, named: str | None = None) -> list[str]:

@@ -27,26 +27,15 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ALONE, TensorParallel
+from megatron_tiedlora.parallel.groups import ALONE, Grid, TensorParallel
 
 _HEAD_ELEMENTS = 2**24  # of the head at a time, for logits; 64 MiB in fp32
 _SHARE = 0.25  # of the host's free memory, for activations that wait
 _CPU = torch.device("cpu")
 Inputs = tuple[torch.Tensor, torch.Tensor]  # tokens (b, s) and position ids (b, s)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weights of a model, and the adapters with which it is computed.
-
-    Attributes:
-        read: reads rows of a stored tensor, in any float dtype.
-        adapters: by the names of the results; None for the weights alone.
-    """
-
-    read: ReadRows
-    adapters: Mapping[str, NativeAdapter | None]
+# What reads rows of a model's stored tensors, in any float dtype; and the adapters with which it is computed by the
+# names of the results, None for the weights alone.
+Weights = tuple[ReadRows, Mapping[str, NativeAdapter | None]]
 
 
 @torch.no_grad()
@@ -64,10 +53,10 @@ def layerwise_logits(
     logits: dict[str, list[torch.Tensor]] = {}
     with progress_bar("logits", "layer", total=shape.num_layers + 2, shows=progress) as bar:
         hidden = layers.hidden(models, [(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))], bar)
-        for model in models:
+        for read, adapters in models:
             for start in range(0, shape.vocab_size, size):
-                head = layers.head(model.read, start, min(start + size, shape.vocab_size))
-                for name in model.adapters:
+                head = layers.head(read, start, min(start + size, shape.vocab_size))
+                for name in adapters:
                     logits.setdefault(name, []).append(head(hidden[name][0], TensorParallel()).float())
         bar.update()
     return {name: torch.cat(parts, dim=-1) for name, parts in logits.items()}
@@ -97,7 +86,7 @@ def layerwise_loss(
     for group in _groups(batches, shape.hidden_size * dtype.itemsize):
         with progress_bar("loss", "layer", total=shape.num_layers + 2, shows=progress) as bar:
             inputs = [(batch.tokens, batch.positions) for batch in group]
-            hidden = layers.hidden([Weights(read, {"": adapter})], inputs, bar)[""]
+            hidden = layers.hidden([(read, {"": adapter})], inputs, bar)[""]
             head = layers.head(read, 0, shape.vocab_size)
             for batch, states in zip(group, hidden, strict=True):
                 supervised = batch.supervised()
@@ -137,18 +126,18 @@ class _Layers:
     def hidden(self, models: Sequence[Weights], inputs: Sequence[Inputs], bar: Any) -> dict[str, list[torch.Tensor]]:
         """Results (b, s, d) of the last block for each of `inputs`, in the host's memory, by the names in `models`."""
         hidden: dict[str, list[torch.Tensor]] = {}
-        for model in models:
-            embedded = self._embedded(model.read, inputs)
-            hidden |= {name: list(embedded) for name in model.adapters}
+        for read, adapters in models:
+            embedded = self._embedded(read, inputs)
+            hidden |= {name: list(embedded) for name in adapters}
         bar.update()
         rules = weight_rules(self.shape)
         for spec in layer_specs(self.shape, dtype=self.dtype)[1:-1]:
             self.between()
             with self.device:
                 stage = Stage([spec], None)
-            for model in models:
-                _fill(stage, (rule for rule in rules if rule.layer == spec.index), model.read)
-                for name, adapter in model.adapters.items():
+            for read, adapters in models:
+                _fill(stage, (rule for rule in rules if rule.layer == spec.index), read)
+                for name, adapter in adapters.items():
                     updates = self._updates(adapter, spec.index)
                     for index, (_, positions) in enumerate(inputs):
                         states = hidden[name][index].to(self.device)

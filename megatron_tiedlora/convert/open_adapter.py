@@ -52,8 +52,8 @@ from megatron_tiedlora.convert.inputs import (
     is_merged,
     is_peft,
 )
-from megatron_tiedlora.convert.peft_methods import Lora, native_lora, read_alpha, read_lora, read_vera, trains_apart
-from megatron_tiedlora.parallel.messages import SentTensor
+from megatron_tiedlora.convert.peft_methods import Lora, Native, native_lora, read_alpha, read_lora, read_vera
+from megatron_tiedlora.parallel.agreement import SentTensor
 
 Kind = Literal["native", "peft"]
 _BASE_NAME = "base_model_name_or_path"  # in PEFT's config
@@ -235,28 +235,22 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> Opened
     """
     file, content = folder / CONFIG_FILE, read_peft_config(folder)
     native: NativeAdapter | None = None
-    apart: str | None = None
     notes: tuple[str, ...] = ()
-    state: Mapping[str, torch.Tensor]
     match content["peft_type"]:
         case "LORA":
             lora, unused = read_lora(folder, content, source)
             native, notes = _travelled(folder, lora, source)
             notes += unused
             native = native if tied else None
-            config, state = native_lora(lora, source) if native is None else (native.config, native.state)
-            apart = trains_apart(lora, source) if native is None else None
+            found = native_lora(lora, source) if native is None else Native(native.config, dict(native.state))
         case "VERA":
-            config, state = read_vera(folder, content, source)
-            if config.method != "vera":
-                apart = "its vectors are a part of the A and B of a lora here"
+            found = read_vera(folder, content, source)
         case other:
             raise UserError(f"{file}: peft_type {as_given(other)} is not supported; only LORA and VERA are")
-    read_alpha(config.alpha, f"{file}: its native alpha")
-    check_update(config, state, source=folder / WEIGHTS_FILE)
-    if apart is not None:
-        apart = f"{folder}: {apart}, so training continues differently from PEFT's"
-    return OpenedAdapter(source, "peft", config, state, native, apart=apart, notes=notes)
+    read_alpha(found.config.alpha, f"{file}: its native alpha")
+    check_update(found.config, found.state, source=folder / WEIGHTS_FILE)
+    apart = found.apart and f"{folder}: {found.apart}, so training continues differently from PEFT's"
+    return OpenedAdapter(source, "peft", found.config, found.state, native, apart=apart, notes=notes)
 
 
 def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAdapter | None, tuple[str, ...]]:

@@ -4,10 +4,9 @@ What a kind of adapter adds to a module is left to `peft_methods`. `target_modul
 names or name endings, or a pattern for whole names. The patterns of `rank_pattern` and `alpha_pattern` match whole
 names or their endings after a dot.
 
-PEFT matches a pattern with `re`, which can take exponential time. Here a pattern is a sequence of a few kinds of
-pieces, none of which repeats a group. The state of a match is one integer, whose bit i says whether the pieces so
-far match the characters before the i-th. Nothing is compiled or backtracks: a name takes a few operations for each of
-at most 1,000 pieces. For one-line ASCII names the result is that of `re`.
+PEFT matches a pattern with `re`, which can take exponential time. Here the pattern engine of pydantic matches it, which
+never backtracks. Only pieces that mean the same there are accepted, and none of them repeats a group. For one-line
+ASCII names the result is that of `re`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from pydantic_core import SchemaValidator, core_schema
 
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.shapes import BlockShape, LinearShape
@@ -36,11 +36,12 @@ _HARMLESS = {
     "fan_in_fan_out",  # PEFT itself drops it for linear layers
 }
 _LONGEST_PATTERN = 1000
+_DEEPEST = 50  # of the groups in a pattern
 _LONGEST_PATTERNS = 50_000  # all patterns of a field together; 126 layers of 7 whole names have 30,000
-_PIECE = re.compile(r"[A-Za-z0-9_|)^$]|\(\?:|\(|\\\.|(?:\.|\\d)[*+]?")
+_PIECE = re.compile(r"[A-Za-z0-9_|)^$]|\(\?:|\(|\\\.|(?:\.|\[0-9\])[*+]?")
 _ACCEPTED = (
-    rf"letters, digits, _, \., ., .*, .+, \d+, [0-9]+, |, ^, $ and groups without repetition, at most"
-    rf" {_LONGEST_PATTERN:,} characters"
+    rf"letters, digits, _, \., ., .*, .+, \d+, [0-9]+, |, ^, $ and groups without repetition, {_DEEPEST}"
+    rf" deep, at most {_LONGEST_PATTERN:,} characters"
 )
 
 
@@ -54,6 +55,9 @@ class Module(NamedTuple):
 
     layer: int
     name: str
+
+
+Shapes = Mapping[str, Callable[[Module], tuple[int, ...]]]  # of a module's tensors, by their names below it
 
 
 def modules_of(block: BlockShape) -> dict[str, tuple[int, int]]:
@@ -166,70 +170,66 @@ def chosen_modules(file: Path, content: Mapping[str, Any], source: ModelSource) 
     return found
 
 
-class StoredTensors(NamedTuple):
-    """What a file stores for a kind of adapter.
-
-    Attributes:
-        kind: the kind's name, for messages.
-        shared: shapes of the tensors that all modules share, by name.
-        of_module: names below a module, each with a function that gives the shape for the module.
-    """
-
-    kind: str
-    shared: Mapping[str, tuple[int, ...]]
-    of_module: Mapping[str, Callable[[Module], tuple[int, ...]]]
-
-
 def read_factors(
-    folder: Path, chosen: Mapping[str, Module], stored: StoredTensors, source: ModelSource
+    folder: Path,
+    chosen: Mapping[str, Module],
+    of_module: Shapes,
+    source: ModelSource,
+    *,
+    kind: str,
+    shared: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[dict[Module, tuple[torch.Tensor, ...]], list[torch.Tensor]]:
-    """The fp32 tensors of each chosen module and the shared ones, in the order of `stored`.
+    """The fp32 tensors of each chosen module and the shared ones, in the order of `of_module` and `shared`.
+
+    Args:
+        kind: the name of the kind of adapter, for messages.
+        shared: shapes of the tensors that all modules share, by name.
 
     Raises:
         UserError: a tensor is missing, does not belong to a chosen module, or has another shape than `source` needs.
     """
-    file = folder / WEIGHTS_FILE
+    file, shared = folder / WEIGHTS_FILE, shared or {}
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
-    num_layers, block, shapes = source.shape.num_layers, source.shape.block, {}
-    modules = modules_of(block)
-    layers = re.escape(block.source).replace(re.escape("{index}"), r"(\d+)")
-    names, factors = ("|".join(map(re.escape, words)) for words in (modules, stored.of_module))
-    pattern = re.compile(rf"base_model\.model\.({layers}\.({names}))\.({factors})")
-    for key, found in read_header(file).shapes.items():
-        if key in stored.shared:
-            shapes[key] = stored.shared[key]
-        else:
-            match = pattern.fullmatch(key)
-            if match is None:
-                words = ", ".join(target_modules(block, block.adaptable))
-                raise UserError(
-                    f"{file}: {as_given(key)} is not a {stored.kind} factor of {words}; only these are supported"
-                )
-            name, layer, _, factor = match.groups()
-            if int(layer) >= num_layers:
-                raise UserError(
-                    f"{file}: {key} is for layer {int(layer)}, but {source.name} has layers 0 to {num_layers - 1};"
-                    " give the adapter's own base with --model"
-                )
-            if name not in chosen:
-                raise UserError(f"{file}: {key} is present, but {CONFIG_FILE} does not target its module")
-            shapes[key] = stored.of_module[factor](chosen[name])
-        if found != shapes[key]:
+    keys = {module: [f"base_model.model.{name}.{factor}" for factor in of_module] for name, module in chosen.items()}
+    shapes = dict(shared)
+    for module, names in keys.items():
+        shapes |= zip(names, (shape(module) for shape in of_module.values()), strict=True)
+    found = read_header(file).shapes
+    for key, shape in found.items():
+        if key not in shapes:
+            raise UserError(f"{file}: {_why_not_read(key, of_module, source, kind=kind)}")
+        if shape != shapes[key]:
             raise UserError(
-                f"{file}: {key} has shape {shown(found)}, but with its rank in {CONFIG_FILE} and {source.name} it must"
+                f"{file}: {key} has shape {shown(shape)}, but with its rank in {CONFIG_FILE} and {source.name} it must"
                 f" be {shapes[key]}; give the adapter's own base with --model"
             )
-    values = read_tensors(file, shapes)
-    keys = {name: [f"base_model.model.{name}.{factor}" for factor in stored.of_module] for name in chosen}
-    for key in (*stored.shared, *(key for of_module in keys.values() for key in of_module)):
-        if key not in values:
-            user = "every module uses it" if key in stored.shared else f"{CONFIG_FILE} targets its module"
+    for key in shapes:
+        if key not in found:
+            user = "every module uses it" if key in shared else f"{CONFIG_FILE} targets its module"
             raise UserError(
                 f"{file}: {key} is missing, but {user}; copy the adapter again, or give its own base with --model"
             )
-    of_modules = {module: tuple(values[key] for key in keys[name]) for name, module in chosen.items()}
-    return of_modules, [values[key] for key in stored.shared]
+    values = read_tensors(file, shapes)
+    of_modules = {module: tuple(values[key] for key in names) for module, names in keys.items()}
+    return of_modules, [values[key] for key in shared]
+
+
+def _why_not_read(key: str, factors: Collection[str], source: ModelSource, *, kind: str) -> str:
+    """Why the tensor `key` belongs to no chosen module."""
+    block, num_layers = source.shape.block, source.shape.num_layers
+    layers = re.escape(block.source).replace(re.escape("{index}"), r"(\d+)")
+    names, ends = ("|".join(map(re.escape, words)) for words in (modules_of(block), factors))
+    match = re.fullmatch(rf"base_model\.model\.{layers}\.(?:{names})\.(?:{ends})", key)
+    if match is None:
+        words = ", ".join(target_modules(block, block.adaptable))
+        return f"{as_given(key)} is not a {kind} factor of {words}; only these are supported"
+    if (layer := int(match[1])) < num_layers:
+        return f"{key} is present, but {CONFIG_FILE} does not target its module"
+    return (
+        f"{key} is for layer {layer}, but {source.name} has layers 0 to {num_layers - 1}; give the adapter's own base"
+        " with --model"
+    )
 
 
 def name_matcher(modules: Any, *, what: str) -> Callable[[str], bool]:
@@ -243,12 +243,16 @@ def name_matcher(modules: Any, *, what: str) -> Callable[[str], bool]:
         UserError: the pattern has other pieces or is too long, or it is not a list of strings.
     """
     if isinstance(modules, str):
-        pieces = _split(modules, what, "Write a list of names")
-        return lambda name: _matches(pieces, _positions(name), starts=1, end=len(name))
+        return _matcher(modules, what, "Write a list of names", start="^")
     if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
         raise UserError(f"{what} = {shown(modules)} is neither a pattern nor a list of names. Write a list of names")
     names = frozenset(modules)
-    return lambda name: any(end in names for end in _ends(name))
+
+    def matches(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[first:]) in names for first in range(len(parts)))
+
+    return matches
 
 
 def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], str | None]:
@@ -264,66 +268,19 @@ def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], s
     if (length := sum(map(len, patterns))) > _LONGEST_PATTERNS:
         too_long = f"its patterns have {length:,} characters; at most {_LONGEST_PATTERNS:,} are read"
         raise UserError(f"{what}: {too_long}. Write endings of names")
-    split = {pattern: _split(pattern, what, "Write endings of names") for pattern in patterns}
-
-    def find(name: str) -> str | None:
-        positions = _positions(name)
-        starts = 1 | positions.get(r"\.", 0) << 1
-        found = (key for key, pieces in split.items() if _matches(pieces, positions, starts=starts, end=len(name)))
-        return next(found, None)
-
-    return find
+    matchers = {pattern: _matcher(pattern, what, "Write endings of names", start=r"^(?:.*\.)?") for pattern in patterns}
+    return lambda name: next((pattern for pattern, matches in matchers.items() if matches(name)), None)
 
 
-def _ends(name: str) -> list[str]:
-    """The name, and its endings after each dot."""
-    parts = name.split(".")
-    return [".".join(parts[first:]) for first in range(len(parts))]
+def _matcher(pattern: str, what: str, instead: str, *, start: str) -> Callable[[str], bool]:
+    """A function that tells whether a name is something that `start` matches, and then the pattern.
 
-
-def _split(pattern: str, what: str, instead: str) -> list[str]:
-    r"""The pieces of a pattern, with `[0-9]` replaced by `\d`. `instead` says what to write if it is rejected."""
-    short = pattern.replace("[0-9]", r"\d") if len(pattern) <= _LONGEST_PATTERN else ""
-    pieces = _PIECE.findall(short)
+    `instead` says what to write if the pattern is rejected.
+    """
+    plain = pattern.replace(r"\d", "[0-9]") if len(pattern) <= _LONGEST_PATTERN else ""
+    pieces = _PIECE.findall(plain)
     depths = list(accumulate(piece.startswith("(") - (piece == ")") for piece in pieces))
-    if not pieces or "".join(pieces) != short or min(depths) < 0 or depths[-1]:
+    if not pieces or "".join(pieces) != plain or min(depths) < 0 or depths[-1] or max(depths) > _DEEPEST:
         raise UserError(f"{what}: the pattern {shown(pattern)} is not read; {_ACCEPTED} are. {instead}")
-    return pieces
-
-
-def _positions(name: str) -> dict[str, int]:
-    """The characters of a name that a piece matches, as bits, by piece."""
-    positions: dict[str, int] = {}
-    for position, letter in enumerate(name):
-        for key in (r"\." if letter == "." else letter, ".", r"\d" if letter.isdigit() else "."):
-            positions[key] = positions.get(key, 0) | 1 << position
-    return positions
-
-
-def _matches(pieces: list[str], positions: dict[str, int], *, starts: int, end: int) -> bool:
-    """Whether the pieces match all characters from one of the positions `starts` (bits) to `end`."""
-    start = here = starts  # states at the start of the current group, and in its current alternative
-    ended = 0  # states at the ends of the group's earlier alternatives
-    outer: list[tuple[int, int]] = []  # start and ended of the enclosing groups
-    for piece in pieces:
-        if piece in ("(", "(?:"):
-            outer.append((start, ended))
-            start, ended = here, 0
-        elif piece == ")":
-            here |= ended
-            start, ended = outer.pop()
-        elif piece == "|":
-            here, ended = start, ended | here
-        elif piece == "^":
-            here &= 1
-        elif piece == "$":
-            here &= 1 << end
-        else:
-            taken = positions.get(piece.rstrip("*+"), 0)
-            if not piece.endswith("*"):
-                here = (here & taken) << 1
-            if piece.endswith(("*", "+")):
-                # Match any number more: the sum carries each bit to the end of its run of ones in `taken`, and changes
-                # the bits on the way (MatchStar of Cameron et al. 2014, doi:10.1145/2628071.2628079).
-                here |= ((here & taken) + taken) ^ taken
-    return bool((here | ended) >> end & 1)
+    schema = core_schema.str_schema(pattern=f"{start}(?:{plain})$", regex_engine="rust-regex")
+    return SchemaValidator(schema).isinstance_python

@@ -10,7 +10,7 @@ largest one of a linear and layer; others are padded with zeros. Modules and lay
 
 Zero rows of A that meet zero columns of B have no gradient, so padding stays zero in training. But a zero row of B
 beside a non-zero A is trained, and so are the zero blocks of a block-diagonal B; and a step of AdamW is larger relative
-to a B that was made smaller. `trains_apart` tells.
+to a B that was made smaller. `Native.apart` tells.
 
 PEFT's VeRA adds diag(v_p) B[:out_p] diag(u_p) A[:, :in_p] to module p. Its vectors lambda_b and lambda_d are v and u;
 all modules share A and B. If each adapted linear is one module here, that is the native `vera`, tensor by tensor. If
@@ -38,7 +38,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.train_fields import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.peft_files import (
     Module,
-    StoredTensors,
+    Shapes,
     adapted_linears,
     chosen_modules,
     modules_of,
@@ -86,51 +86,49 @@ def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     chosen, sizes = chosen_modules(file, content, source), modules_of(source.shape.block)
     ranks, rank_notes = read_by_pattern(file, content, ("r", "rank_pattern"), chosen, read_rank)
     alphas, alpha_notes = read_by_pattern(file, content, ("lora_alpha", "alpha_pattern"), chosen, read_alpha)
-    stored = StoredTensors(
-        "LoRA",
-        shared={},
-        of_module={
-            "lora_A.weight": lambda module: (ranks[module], sizes[module.name][0]),
-            "lora_B.weight": lambda module: (sizes[module.name][1], ranks[module]),
-        },
-    )
-    factors, _ = read_factors(folder, chosen, stored, source)
+    stored: Shapes = {
+        "lora_A.weight": lambda module: (ranks[module], sizes[module.name][0]),
+        "lora_B.weight": lambda module: (sizes[module.name][1], ranks[module]),
+    }
+    factors, _ = read_factors(folder, chosen, stored, source, kind="LoRA")
     divisor = math.sqrt if content.get("use_rslora") else float
     lora = {key: Pair(a, b, alphas[key] / divisor(ranks[key])) for key, (a, b) in factors.items()}
     return lora, (*rank_notes, *alpha_notes)
 
 
-def native_lora(lora: Lora, source: ModelSource) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-    """Config and full fp32 tensors of the native `lora` that is equal to a PEFT LoRA of `source`. Its targets are the
-    linears of which a module is adapted in some layer."""
+class Native(NamedTuple):
+    """Config and full fp32 tensors of a native adapter that is equal to one of PEFT.
+
+    Attributes:
+        apart: why training continues differently from PEFT's; None if it does not.
+    """
+
+    config: AdapterConfig
+    state: dict[str, torch.Tensor]
+    apart: str | None = None
+
+
+def native_lora(lora: Lora, source: ModelSource) -> Native:
+    """The native `lora` that is equal to a PEFT LoRA of `source`, with one A for all modules that are fused in a linear
+    here, and one scale. Its targets are the linears of which a module is adapted in some layer."""
     layers = tuple(sorted({layer for layer, _ in lora}))
     scale = max(pair.scale for pair in lora.values())
     adapted, joined = adapted_linears(lora, source), {}
     for target in targets_of(source.shape, tuple(adapted)):
         joined[target] = _joined(lora, layers, scale=scale, linear=adapted[target.name])
-    full_rank = max(a.shape[1] for a, _ in joined.values())
+    full_rank = max(a.shape[1] for a, _, _ in joined.values())
     config = make_adapter_config(
         "lora", rank=full_rank, alpha=scale * full_rank, layers=layers, targets=tuple(joined), seed=0
     )
     state = {name: torch.ones(config.shape(name)) for name in config.tensors}
-    for target, (a, b) in joined.items():
+    for target, (a, b, _) in joined.items():
         state[f"{target.prefix}A"] = pad(a, (0, 0, 0, full_rank - a.shape[1]))
         state[f"{target.prefix}B"] = pad(b, (0, full_rank - a.shape[1]))
-    return config, state
-
-
-def trains_apart(lora: Lora, source: ModelSource) -> str | None:
-    """Why training continues differently from PEFT's with one A for all modules that are fused in a linear here, and
-    one scale; None if it does not."""
-    layers = {layer for layer, _ in lora}
-    for linear in adapted_linears(lora, source).values():
-        modules = {stored.module for stored in linear.sources}
-        for layer in layers:
-            here = [lora[key].a for module in modules if (key := Module(layer, module)) in lora]
-            if here and not (len(here) == len(modules) and all(torch.equal(a, here[0]) for a in here)):
-                return "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter"
-    same_scale = len({pair.scale for pair in lora.values()}) == 1
-    return None if same_scale else "its modules have several scales alpha / r, and one here"
+    if not all(together for _, _, together in joined.values()):
+        apart = "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter"
+        return Native(config, state, apart)
+    one_scale = len({pair.scale for pair in lora.values()}) == 1
+    return Native(config, state, None if one_scale else "its modules have several scales alpha / r, and one here")
 
 
 def read_alpha(alpha: Any, what: str) -> float:
@@ -145,9 +143,10 @@ def read_alpha(alpha: Any, what: str) -> float:
 
 def _joined(
     lora: Lora, layers: tuple[int, ...], *, scale: float, linear: LinearShape
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The native A (n, R, in) and B (n, out, R) of a fused linear. A layer needs the rank of its modules if they have
-    one A, else the sum of their ranks; R is the largest of these."""
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """The native A (n, R, in) and B (n, out, R) of a fused linear, and whether in each layer either none of its modules
+    has an adapter, or all have one with the same A. A layer needs the rank of its modules if they have one A, else the
+    sum of their ranks; R is the largest of these."""
     modules = list(dict.fromkeys(stored.module for stored in linear.sources))
     by_layer = [{name: lora[Module(layer, name)] for name in modules if (layer, name) in lora} for layer in layers]
     shared = [all(torch.equal(pair.a, next(iter(here.values())).a) for pair in here.values()) for here in by_layer]
@@ -166,13 +165,12 @@ def _joined(
                 if stored.module == module:
                     b[index, start : start + size, columns] = scaled[stored.start : stored.start + size]
             column = 0 if shared[index] else columns.stop
-    return a, b
+    together = all(one and len(here) in (0, len(modules)) for one, here in zip(shared, by_layer, strict=True))
+    return a, b, together
 
 
-def read_vera(
-    folder: Path, content: Mapping[str, Any], source: ModelSource
-) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-    """Config and full fp32 tensors of the native `vera` or `lora` that equals a PEFT VeRA of `source`.
+def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> Native:
+    """The native `vera` or `lora` that equals a PEFT VeRA of `source`.
 
     Raises:
         UserError: its A and B are not saved, it has a feature beyond plain VeRA, adapts other modules, or its tensors
@@ -189,18 +187,12 @@ def read_vera(
     chosen = chosen_modules(file, content, source)
     sizes = modules_of(source.shape.block)
     used = [sizes[module.name] for module in chosen.values()]
-    stored = StoredTensors(
-        "VeRA",
-        shared={
-            "base_model.vera_A": (rank, max(in_size for in_size, _ in used)),
-            "base_model.vera_B": (max(out_size for _, out_size in used), rank),
-        },
-        of_module={
-            "vera_lambda_b": lambda module: (sizes[module.name][1],),
-            "vera_lambda_d": lambda _: (rank,),
-        },
-    )
-    vectors, (a, b) = read_factors(folder, chosen, stored, source)
+    stored: Shapes = {"vera_lambda_b": lambda module: (sizes[module.name][1],), "vera_lambda_d": lambda _: (rank,)}
+    shared = {
+        "base_model.vera_A": (rank, max(in_size for in_size, _ in used)),
+        "base_model.vera_B": (max(out_size for _, out_size in used), rank),
+    }
+    vectors, (a, b) = read_factors(folder, chosen, stored, source, kind="VeRA", shared=shared)
     layers, adapted = tuple(sorted({layer for layer, _ in vectors})), adapted_linears(vectors, source)
     if all(_is_one_module(linear, layers, vectors) for linear in adapted.values()):
         targets = targets_of(source.shape, tuple(adapted))
@@ -209,12 +201,12 @@ def read_vera(
         for target in targets:
             tensors = _native_tensors(adapted[target.name], layers, vectors, a, b)
             state |= {f"{target.prefix}{name}": tensor for name, tensor in tensors.items()}
-        return config, state
+        return Native(config, state)
     pairs = {}
     for module, (v, u) in vectors.items():
         in_size, out_size = sizes[module.name]
         pairs[module] = Pair(a[:, :in_size], (v.double()[:, None] * b[:out_size] * u.double()).float())
-    return native_lora(pairs, source)
+    return native_lora(pairs, source)._replace(apart="its vectors are a part of the A and B of a lora here")
 
 
 def _is_one_module(linear: LinearShape, layers: tuple[int, ...], adapted: Collection[Module]) -> bool:

@@ -3,7 +3,7 @@
 A merged folder in 16 bits cannot have the adapter's logits. So it is compared with base + adapter rounded to the same
 dtype, where the difference must vanish. The difference from the unrounded adapter is only shown.
 
-Bits are compared by `merged_bits`, and logits computed by `layerwise`, both in the memory of one layer. Where the whole
+Bits are compared, and logits computed by `layerwise`, in the memory of one layer. Where the whole
 model fits, they are also computed in the software that users load the exports with: transformers and PEFT, in fp32.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,18 +20,19 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_tiedlora.base.errors import UserError, printable, shown
+from megatron_tiedlora.base.errors import UserError, one_line, printable, shown
 from megatron_tiedlora.base.extras import install_hint
-from megatron_tiedlora.base.wording import bytes_in_words, first_line
+from megatron_tiedlora.base.progress import progress_bar
+from megatron_tiedlora.base.wording import bytes_in_words, count_text, first_line
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.merged_weights import MergedWeights
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles
+from megatron_tiedlora.checkpoint.merged_weights import MergedWeights, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.convert.inputs import trained_otherwise
 from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
 from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
-from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
@@ -41,8 +42,25 @@ _PROBED = (2, 48)  # rows and tokens of the input
 LARGEST_WHOLE = 8_000_000_000  # bytes of a model in fp32 that is loaded whole without being asked for
 RUNTIMES = {"transformers": "--merged", "peft": "--peft"}  # what --in names, and the flag of the export it loads
 TOLERANCE = 1e-4  # as a share of the largest logit
+_MOST_LINES = 8  # about tensors that differ
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 Wanted = Literal["equal", "different", "rounded"]
+
+
+@dataclass(frozen=True)
+class BitComparison:
+    """What was compared bit by bit, in words, and a sentence for each tensor that is wrong."""
+
+    compared: str
+    differences: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The result for a user: what was compared, with the verdict; and what differs."""
+        verdict = f"FAILED: {len(self.differences)} differ" if self.differences else "ok"
+        shown_first = [f"  {difference}" for difference in self.differences[:_MOST_LINES]]
+        left = len(self.differences) - len(shown_first)
+        return [f"{self.compared}  {verdict}", *shown_first, *([f"  and {left} more"] if left else [])]
 
 
 @dataclass(frozen=True)
@@ -87,28 +105,23 @@ class Verification:
     """The result of all checks.
 
     Attributes:
-        bits: of the merged folder, if there is one.
+        bits: of the files of the merged folder, and of those of a PEFT folder that this package exported.
         logits: the comparisons of logits.
-        exported: what differs between the PEFT folder and the adapter's export; None without an export of this package.
         notes: what a user should know about the checks.
     """
 
-    bits: MergedBits | None
+    bits: tuple[BitComparison, ...]
     logits: tuple[LogitComparison, ...]
-    exported: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether every check passed."""
-        same_bits = not (self.bits and self.bits.differences) and not self.exported
-        return same_bits and all(row.passed for row in self.logits)
+        return not any(bits.differences for bits in self.bits) and all(row.passed for row in self.logits)
 
     def report(self) -> str:
         """The result for a user: a line about the bits with what differs, the table of logits, and the notes."""
-        bits = [] if self.bits is None else self.bits.lines()
-        if self.exported is not None:
-            bits += bit_lines("PEFT files, bit by bit: the adapter's export", self.exported)
+        bits = [line for compared in self.bits for line in compared.lines()]
         return "\n".join([*bits, format_comparisons(self.logits), *(printable(f"note: {note}") for note in self.notes)])
 
 
@@ -192,7 +205,11 @@ def verify_export(
     exported = None if peft is None else compare_export(peft, source, adapter)
     if imported is not None and "peft" in runtimes and not has_peft():
         raise UserError(f"checking a PEFT adapter needs peft; {install_hint('peft')}")
-    bits = None if merged is None else compare_merged(source, adapter, merged, base_format=made_onto, progress=progress)
+    bits = []
+    if merged is not None:
+        bits.append(compare_merged(source, adapter, merged, base_format=made_onto, progress=progress))
+    if exported is not None:
+        bits.append(BitComparison("PEFT files, bit by bit: the adapter's export", exported))
     # Equality must hold for any input, so it need not be text.
     probed = (_PROBED[0], min(_PROBED[1], source.shape.limit.tokens))
     tokens = torch.randint(0, source.shape.vocab_size, probed, generator=torch.Generator().manual_seed(0))
@@ -200,16 +217,16 @@ def verify_export(
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         of_peft = {} if imported is None else {"peft": imported.adapter}
-        models = [Weights(base.read, {"native": adapter, "plain": None, **of_peft})]
+        models: list[Weights] = [(base.read, {"native": adapter, "plain": None, **of_peft})]
         for name in {str(known) for known in (trained, onto) if known not in (None, source.stored_base)}:
             quantised = opened.enter_context(MergedWeights(source, None, base_format=name))
-            models.append(Weights(quantised.read, {name: adapter}))
+            models.append((quantised.read, {name: adapter}))
         if merged is not None:
             if rounds:
                 once = opened.enter_context(MergedWeights(source, adapter, base_format=made_onto))
-                models.append(Weights(lambda name, rows: once.read(name, rows).to(stored[name]), {"rounded": None}))
+                models.append((lambda name, rows: once.read(name, rows).to(stored[name]), {"rounded": None}))
             written = opened.enter_context(BaseWeights(merged, source.shape))
-            models.append(Weights(written.read, {"merged": None}))
+            models.append((written.read, {"merged": None}))
         found = layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
     native, rounded = found["native"], found.get("rounded")
     rows = [compare_logits("base without adapter", native, found["plain"], "different")]
@@ -237,7 +254,7 @@ def verify_export(
             wrap = partial(PeftModel.from_pretrained, model_id=str(peft))
             logits = transformers_logits(source.weights_folder(), tokens, wrap)
             rows.append(compare_logits("PEFT adapter, in peft", native if exact else read, logits, "equal"))
-    return Verification(bits, tuple(rows), exported, tuple(notes))
+    return Verification(tuple(bits), tuple(rows), tuple(notes))
 
 
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
@@ -323,3 +340,135 @@ def _quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+# The bits of a merged folder ----------------------------------------------------------------------------------------
+
+
+def compare_merged(
+    source: ModelSource,
+    adapter: NativeAdapter,
+    merged: Path,
+    *,
+    base_format: str | None = None,
+    progress: bool = False,
+) -> BitComparison:
+    """Compare every tensor in the files of the folder `merged` with base and adapter, in the memory of some rows.
+
+    A merge writes what `MergedWeights` reads, and here the same blocks of rows are read again. Tensors that an adapter
+    does not change have the bytes that they have in the base, or their values cast once to the dtype of the merge.
+
+    Args:
+        base_format: of the base that it was merged onto; None for the stored one.
+
+    Raises:
+        UserError: a file is missing or not whole.
+    """
+    differences, counts = [], {True: 0, False: 0}
+    with ExitStack() as opened:
+        base = opened.enter_context(MergedWeights(source, adapter, base_format=base_format))
+        written = opened.enter_context(WeightFiles(merged))
+        names = stored_shapes(base.rules)
+        dtype = None if source.stored is not None else _merge_dtype(base, written, names)
+        tensors = [
+            (file, *item)
+            for file in sorted(set(written.file_of.values()))
+            for item in sorted(written.header(file).entries.items(), key=lambda item: item[1]["data_offsets"])
+        ]
+        total = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for _, _, entry in tensors)
+        bar = opened.enter_context(progress_bar("merged files", "B", total=total, shows=progress))
+        for file, name, entry in tensors:
+            counts[name in base.changed] += 1
+            if source.stored is None:
+                why = _why_unlike(entry, _entry(base, name), dtype, of_model=name in names)
+            else:  # its stored tensors have other sizes and dtypes than those of the merge
+                why = None if name in names else "is not in the base"
+            if why is None:
+                like = "base + adapter" if name in base.changed else "the base"
+                why = _compare_values(base, written.reader(file), name, entry, like, bar.update)
+            if why is not None:
+                differences.append(one_line(f"{file}: {name} {why}"))
+    compared = f"{count_text(counts[True], 'tensor')} with the adapter, {counts[False]} as in the base"
+    return BitComparison(f"merged files, bit by bit: {compared}", tuple(differences))
+
+
+def _entry(files: WeightFiles, name: str) -> Mapping[str, Any] | None:
+    """The tensor's entry in the header of its file; None if there is none."""
+    return files.header(files.file_of[name]).entries.get(name) if name in files.file_of else None
+
+
+def _merge_dtype(base: WeightFiles, written: WeightFiles, names: Collection[str]) -> str | None:
+    """The dtype of a merge to one dtype, or None if tensors keep their own: what fits most of the model's `names`."""
+    found = {name: entry["dtype"] for name in names if (entry := _entry(written, name)) is not None}
+    own = {name: entry["dtype"] for name in names if (entry := _entry(base, name)) is not None}
+
+    def misfits(dtype: str | None) -> int:
+        return sum(kind != (dtype or own.get(name)) for name, kind in found.items())
+
+    return min([None, *sorted(set(found.values()))], key=misfits)
+
+
+def _why_unlike(
+    entry: Mapping[str, Any], base: Mapping[str, Any] | None, dtype: str | None, *, of_model: bool
+) -> str | None:
+    """Why the values of a tensor cannot be compared with those of the base; None if they can.
+
+    Args:
+        dtype: the result of `_merge_dtype`.
+        of_model: False for a tensor that the model does not use, such as a copy of a tied head. It may also keep the
+            dtype that it has in the base.
+    """
+    if base is None:
+        return "is not in the base"
+    if entry["shape"] != base["shape"]:
+        return f"has shape {shown(entry['shape'])}, but {shown(base['shape'])} in the base"
+    allowed = {base["dtype"]} if dtype is None or base["dtype"] not in FLOAT_TYPES else {dtype}
+    if entry["dtype"] not in (allowed if of_model else allowed | {base["dtype"]}):
+        return f"is {entry['dtype']}, not {' '.join(allowed)}"
+    return None
+
+
+def _compare_values(
+    base: MergedWeights,
+    written: Any,
+    name: str,
+    entry: Mapping[str, Any],
+    like: str,
+    compared: Callable[[int], object],
+) -> str | None:
+    """How the values of a tensor differ from what they must be; None if they do not.
+
+    Args:
+        written: the opened file that has it.
+        like: what it must be, in words.
+        compared: called with numbers of bytes.
+    """
+    count, first_row, furthest = 0, 0, 0
+    stored = written.get_slice(name)
+    for rows in row_blocks(tuple(entry["shape"]) or (1,)):
+        part: Any = rows if entry["shape"] else ...  # a number has no rows
+        found = stored[part]
+        wanted = base.read(name, part).to(found.dtype)
+        compared(found.nbytes)
+        bits = (tensor.contiguous().view(_INTEGERS[tensor.itemsize]) for tensor in (found, wanted))
+        found, wanted = torch.atleast_1d(*bits)
+        if torch.equal(found, wanted):
+            continue
+        different = (found != wanted).flatten(1) if found.dim() > 1 else (found != wanted)[:, None]
+        if not count:
+            first_row = rows.start + int(different.any(1).nonzero()[0])
+        count += int(different.sum())
+        furthest = max(furthest, _steps(found, wanted))
+    if not count:
+        return None
+    where = f"in {count_text(count, 'value')}, first in row {first_row}"
+    return f"differs from {like} {where}, by up to {count_text(furthest, 'unit')} in the last place"
+
+
+def _steps(found: torch.Tensor, wanted: torch.Tensor) -> int:
+    """The largest difference of two float tensors, given by their bits, in units in the last place."""
+    # The bits of positive numbers grow with them, and those of negative ones have a sign bit.
+    lowest = torch.iinfo(found.dtype).min
+    ordered = (torch.where(bits < 0, lowest - bits, bits).double() for bits in (found, wanted))
+    first, second = ordered
+    return int((first - second).abs().max())

@@ -32,10 +32,10 @@ from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_wo
 from megatron_tiedlora.base.paths import CACHE_VARIABLE, make_own_folder, user_cache
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.data.encode_rows import Encoding, NumberedRow, encoded_rows
+from megatron_tiedlora.data.encode import Encoding, NumberedRow, encoded_rows
 from megatron_tiedlora.data.sources import Files, RowStream, mixed, row_stream, source_kind
 from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows
-from megatron_tiedlora.data.task import Split
+from megatron_tiedlora.data.task import Split, template_fields
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
 from megatron_tiedlora.runtime.launch_env import local_rank
@@ -283,11 +283,11 @@ def cache_key(encoding: Encoding, content: str, *, first_only: bool = False) -> 
     reading = encoding.reading
     choices = [
         encoding.task.name,
-        encoding.template,
+        reading.template,
         encoding.max_length,
         sorted(encoding.end_ids),
         *(list((reading.columns or {}).items()), reading.train_on, reading.add_bos, reading.special_tokens),
-        *(reading.template_fields, content, first_only, _code()),
+        *(template_fields(reading.template), content, first_only, _code()),
     ]
     return hashlib.sha256(json.dumps(choices).encode() + _tokenizer_content(encoding.tokenizer)).hexdigest()
 
@@ -364,12 +364,10 @@ def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Found | None:
             return None
         if any(file_sha256(file) != sums[name] for name, file in files.items()):
             return None
-        return {name: _mapped(file, np.dtype(dtypes[name])) for name, file in files.items()}, dict(meta["facts"])
+        arrays = {name: np.empty(0, dtype) for name, dtype in dtypes.items()}  # nothing of an empty file can be mapped
+        for name, file in files.items():
+            if meta["sizes"][name]:
+                arrays[name] = np.memmap(file, dtypes[name], "r").view(np.ndarray)
+        return arrays, dict(meta["facts"])
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _mapped(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    if not file.stat().st_size:  # nothing can be mapped
-        return np.empty(0, dtype)
-    return np.memmap(file, dtype, "r").view(np.ndarray)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ from typing import Any
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.text_files import read_small_text
-from megatron_tiedlora.data.chat_template import ChatTemplate
-from megatron_tiedlora.data.examples import Segment, join_answer
-from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.rendering import TemplateNames, has_marks
+from megatron_tiedlora.data.chat_template import ChatTemplate, TemplateNames, has_marks
+from megatron_tiedlora.data.task import Reading, Segment, join_answer
 from megatron_tiedlora.data.turns import ASSISTANT, REASONING, TOOL, Conversation
 
 _PLAIN_ROLES = ("system", "user", ASSISTANT)  # every template writes these, in one way or another
@@ -45,7 +42,7 @@ class Chat:
         self.reading = reading
         self.control = ControlTokens(tokenizer, reading.special_tokens)
         self.templated = bool(getattr(tokenizer, "chat_template", None))
-        self._tokenizer = tokenizer
+        self._tokenizer, self._name = tokenizer, chat_writer(tokenizer, reading)
         self._template = ChatTemplate(tokenizer, reading.chat_template) if self.templated else None
         self._names: dict[bool, TemplateNames] = {}  # by whether there are tools, as some have a template for these
 
@@ -56,7 +53,7 @@ class Chat:
             UserError: the template does not know a role, would drop a field, or fails.
         """
         if self.reading.train_on == "last_turn":
-            conversation = conversation.with_last_turn_trained()
+            conversation = conversation.with_last_turn_alone()
         self._check_known(conversation, source)
         conversation = self._guarded(conversation, source)
         parts = self._lines(conversation) if self._template is None else self._rendered(conversation, source)
@@ -73,25 +70,27 @@ class Chat:
 
     def _rendered(self, conversation: Conversation, source: str) -> list[tuple[str, bool | None]]:
         assert self._template is not None
-        trained = [index for index in conversation.answers if conversation.trained[index]]
-        wanted = sorted({*trained, conversation.answers[-1]})
+        turns, last = conversation.turns, conversation.answers[-1]
+        wanted = [index for index in conversation.answers if turns[index].trained or index == last]
+        names = [turn.name for turn in turns]
         found = self._template.render(
-            conversation.messages, source, answers=wanted, tools=conversation.tools, names=conversation.names
+            conversation.messages, source, answers=wanted, tools=conversation.tools, names=names
         )
         self._check_written(conversation, found.text, source)
         parts: list[tuple[str, bool | None]] = []
         position = 0
         for index, (start, end) in zip(wanted, found.answers, strict=True):
-            parts += [(found.text[position:start], None), (found.text[start:end], conversation.trained[index])]
+            parts += [(found.text[position:start], None), (found.text[start:end], turns[index].trained)]
             position = end
         return [*parts, (found.text[position:], None)]
 
     def _lines(self, conversation: Conversation) -> list[tuple[str, bool | None]]:
         parts: list[tuple[str, bool | None]] = []
-        for number, (message, trained) in enumerate(zip(conversation.messages, conversation.trained, strict=True)):
+        for number, turn in enumerate(conversation.turns):
+            message = turn.message
             head = f"{'' if number == 0 else chr(10)}{message['role'].capitalize()}:"
             if message["role"] == ASSISTANT:
-                parts += [(head, None), (join_answer(head, message["content"]), trained)]
+                parts += [(head, None), (join_answer(head, message["content"]), turn.trained)]
             else:
                 parts.append((f"{head} {message['content']}", None))
         return parts
@@ -117,101 +116,85 @@ class Chat:
 
     def _guarded(self, conversation: Conversation, source: str) -> Conversation:
         """The conversation with the control tokens of its texts marked, or rejected."""
-        messages = [
-            {
-                name: self.control.guard(value, _said_of(name), f"{source}, {turn}")
-                for name, value in message.items()
+        turns = []
+        for turn in conversation.turns:
+            message = {
+                name: self.control.guard(
+                    value, "the text" if name == "content" else f"field {name!r}", f"{source}, {turn.name}"
+                )
+                for name, value in turn.message.items()
             }
-            for turn, message in zip(conversation.names, conversation.messages, strict=True)
-        ]
+            turns.append(replace(turn, message=message))
         tools = self.control.guard(conversation.tools, "field 'tools'", source)
-        return replace(conversation, messages=tuple(messages), tools=tools)
+        return Conversation(tuple(turns), tools)
 
     def _check_known(self, conversation: Conversation, source: str) -> None:
         """Raise UserError for what the template, or lines without one, would drop or not know."""
         names = self._template_names(bool(conversation.tools), source)
         if conversation.tools and "tools" not in names.variables:
-            raise UserError(f"{source}: 'tools' is not read by {self.name}; {self._fix}, or remove the field")
-        for turn, message in zip(conversation.names, conversation.messages, strict=True):
+            raise UserError(f"{source}: 'tools' is not read by {self._name}; {self._fix}, or remove the field")
+        for turn in conversation.turns:
+            message, where = turn.message, f"{source}, {turn.name}"
             for field in ("tool_calls", *REASONING):
                 if field in message and field not in names.fields:
-                    raise UserError(
-                        f"{source}, {turn}: {field!r} is not read by {self.name}; {self._fix},"
-                        f" {self._other_name(field, names)}or remove the field"
-                    )
+                    other = next((name for name in REASONING if field in REASONING and name in names.fields), None)
+                    rename = "" if other is None else f"rename it {other!r}, "  # a thought by another name
+                    said = f"{where}: {field!r} is not read by {self._name}"
+                    raise UserError(f"{said}; {self._fix}, {rename}or remove the field")
             role, calls = message["role"], "tool_calls" in names.fields  # such a template writes what tools answer too
             known = role in _PLAIN_ROLES or role in names.constants or (role == TOOL and calls)
             if not known and self.reading.special_tokens == "refuse":
                 raise UserError(
-                    f"{source}, {turn}: role {shown(role)} is not known to {self.name}; {self._fix}, or"
+                    f"{where}: role {shown(role)} is not known to {self._name}; {self._fix}, or"
                     " --special_tokens_in_text plain to write it as it is"
                 )
 
     def _check_written(self, conversation: Conversation, text: str, source: str) -> None:
         """Raise UserError if the template drops the text of a turn, or a call; the longest word stands for a text."""
-        for turn, message in zip(conversation.names, conversation.messages, strict=True):
+        for turn in conversation.turns:
+            message = turn.message
             content = str(message["content"] or "").rpartition("</think>")[2]  # earlier thoughts may be left out
             word = max(_WORD.findall(content), key=len, default="")
             calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
             for dropped, what in ((word, f"its text ({shown(content)})"), *((name, "a tool call") for name in calls)):
                 if dropped not in text:
-                    said = f"{source}, {turn}: {self.name} does not write {what}"
+                    said = f"{source}, {turn.name}: {self._name} does not write {what}"
                     raise UserError(f"{said}; give another --chat_template, or remove it")
-
-    def _other_name(self, field: str, names: TemplateNames) -> str:
-        """The advice to rename a thought where the template reads one by another name."""
-        other = next((name for name in REASONING if field in REASONING and name in names.fields), None)
-        return "" if other is None else f"rename it {other!r}, "
 
     def _template_names(self, has_tools: bool, source: str) -> TemplateNames:
         if self._template is None:
             return TemplateNames()
         if has_tools not in self._names:
-            self._names[has_tools] = self._template.names(self._template_text([] if has_tools else None), source)
+            text = _template_text(self._tokenizer, self.reading, tools=[] if has_tools else None)
+            self._names[has_tools] = self._template.names(text, source)
         return self._names[has_tools]
-
-    @property
-    def name(self) -> str:
-        """What writes the text of conversations, in words."""
-        if not self.templated:
-            return "lines of User: and Assistant: (the tokenizer has no chat template)"
-        given = self.reading.chat_template
-        return f"the chat template of {given or getattr(self._tokenizer, 'name_or_path', 'the tokenizer')}"
 
     @property
     def _fix(self) -> str:
         return f"give {'another' if self.templated else 'a'} --chat_template"
 
-    def _template_text(self, tools: Any) -> str:
-        try:
-            return str(self._tokenizer.get_chat_template(tools=tools))
-        except ValueError as error:  # several templates, none of which is the default
-            raise UserError(f"{self.name}: {error}; give one with --chat_template") from None
-
-    def note(self) -> str:
-        """How conversations are read, for the first lines of a run."""
-        what = "every answer" if self.reading.train_on == "all_turns" else "the last answer"
-        if not self.templated:
-            return f"{self.name}; {what} is supervised"
-        how = "its generation marks" if has_marks(self._template_text(None)) else "comparing its renderings"
-        return f"{self.name}; {what} is supervised, found by {how}"
-
-
-def _said_of(name: str) -> str:
-    """How errors call a field of a turn, whose text has several names in users' files."""
-    return "the text" if name == "content" else f"field {name!r}"
-
 
 def chat_writer(tokenizer: Any, reading: Reading) -> str:
     """What writes the text of conversations with a tokenizer, in words."""
-    with closing(Chat(tokenizer, reading)) as chat:
-        return chat.name
+    if not getattr(tokenizer, "chat_template", None):
+        return "lines of User: and Assistant: (the tokenizer has no chat template)"
+    return f"the chat template of {reading.chat_template or getattr(tokenizer, 'name_or_path', 'the tokenizer')}"
 
 
 def chat_note(tokenizer: Any, reading: Reading) -> str:
-    """How conversations are read with a tokenizer."""
-    with closing(Chat(tokenizer, reading)) as chat:
-        return chat.note()
+    """How conversations are read with a tokenizer, for the first lines of a run."""
+    said = f"{chat_writer(tokenizer, reading)}; {'every' if reading.train_on == 'all_turns' else 'the last'} answer"
+    if not tokenizer.chat_template:
+        return f"{said} is supervised"
+    how = "its generation marks" if has_marks(_template_text(tokenizer, reading)) else "comparing its renderings"
+    return f"{said} is supervised, found by {how}"
+
+
+def _template_text(tokenizer: Any, reading: Reading, *, tools: Any = None) -> str:
+    try:
+        return str(tokenizer.get_chat_template(tools=tools))
+    except ValueError as error:  # several templates, none of which is the default
+        raise UserError(f"{chat_writer(tokenizer, reading)}: {error}; give one with --chat_template") from None
 
 
 def set_chat_template(tokenizer: Any, file: str | Path | None) -> None:

@@ -2,26 +2,32 @@
 
 transformers runs it in Jinja's sandbox. That blocks access to files and objects, but not unlimited time and memory,
 even within one call of a built-in function. So it runs in a forked process, which has the tokenizer in its present
-state. The kernel limits the memory of that process, and it is killed if it takes too long.
+state. The kernel limits the memory of that process, and it is killed if it takes too long. There a conversation becomes
+text, with the span of each answer in it, and the names that a template reads are found.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 import psutil
+from jinja2 import Environment, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 
 from megatron_tiedlora.base.child_process import end_with_parent, limited
-from megatron_tiedlora.base.errors import UserError, one_line
-from megatron_tiedlora.data.rendering import Rendered, TemplateNames, TurnsChange, render_with_spans, template_names
+from megatron_tiedlora.base.errors import UserError, one_line, shown
 
 # Templates take milliseconds; the first call, which loads Jinja, takes some tenths of a second. They need a few times
 # the memory of the text, and add some kB to it. A conversation is rendered up to six times for each of its answers.
@@ -147,13 +153,13 @@ def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
         end_with_parent(parent)
         with limited(memory=_MEMORY):
             while os.getppid() == parent and (request := _receive(connection)) is not None:
-                _send(connection, _render(tokenizer, request))
+                _send(connection, _answer(tokenizer, request))
         status = 0
     finally:
         os._exit(status)
 
 
-def _render(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     if "template" in request:
         return _names(request["template"])
     try:
@@ -203,3 +209,185 @@ def _receive(connection: Connection) -> dict[str, Any] | None:
     except (EOFError, ConnectionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+# What the process renders ---------------------------------------------------------------------------------------------
+#
+# Names are found by Jinja's syntax tree: a comment, or a part of another word, is no name. The span of answer i is
+# [common start of render(turns before i, with the start of an answer) and the whole, length of render(turns up to i)].
+
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_THOUGHT_END = "</think>"  # some templates write an empty thought before the last answer only
+
+
+@dataclass(frozen=True)
+class TemplateNames:
+    """The names in a template.
+
+    variables: names that it reads, such as tools in `{% if tools %}`.
+    fields: what it reads of an object, as message.tool_calls or message['tool_calls'], and all `constants`.
+    constants: texts in its code, such as those that it compares roles with; without those that it only writes.
+    """
+
+    variables: frozenset[str] = frozenset()
+    fields: frozenset[str] = frozenset()
+    constants: frozenset[str] = frozenset()
+
+
+class _Generation(Extension):
+    """Parses {% generation %}, the mark around what the assistant generates."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The nodes inside of it."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def template_names(text: str) -> TemplateNames:
+    """The names in a template's text. Raises whatever Jinja does for a broken one."""
+    tree = Environment(autoescape=False, extensions=[_Generation, "jinja2.ext.loopcontrols"]).parse(text)
+    writers = tree.find_all((nodes.Output, nodes.Add, nodes.Concat))
+    written = {id(child) for node in writers for child in node.iter_child_nodes()}
+    constants = frozenset(
+        node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str) and id(node) not in written
+    )
+    return TemplateNames(
+        frozenset(node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"),
+        frozenset(node.attr for node in tree.find_all(nodes.Getattr)) | constants,
+        constants,
+    )
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the template writes it.
+
+    text: all of it.
+    answers: (start, end) in the text of each answer that was asked for.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...] = ()
+
+
+class TurnsChange(ValueError):
+    """The template writes a turn in another way once others follow, so its span cannot be found."""
+
+
+def has_marks(template: str) -> bool:
+    """Whether a template marks what the assistant generates, with {% generation %}."""
+    return _GENERATION.search(template) is not None
+
+
+def render_with_spans(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    tools: Sequence[Any] | None,
+    answers: Sequence[int],
+    *,
+    names: Sequence[str] = (),
+) -> Rendered:
+    """The messages with the spans of those with the indices `answers`.
+
+    Args:
+        names: what each message is called in errors; by default "message 1" and so on.
+
+    Raises:
+        TurnsChange: a span cannot be found. Whatever the template raises.
+    """
+    if found := _by_marks(tokenizer, messages, tools):
+        return Rendered(found[0], tuple(found[1][index] for index in answers))
+    names = names or [f"message {number}" for number in range(1, len(messages) + 1)]
+    whole = _render(tokenizer, messages, tools)
+    return Rendered(whole, tuple(_span(tokenizer, messages, tools, whole, index, names) for index in answers))
+
+
+def _by_marks(
+    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None
+) -> tuple[str, dict[int, tuple[int, int]]] | None:
+    """The text, and the span of each answer by the template's generation marks; None unless each is one piece of them.
+    """
+    if not has_marks(tokenizer.get_chat_template(tools=tools)):
+        return None
+    text, marks = _marked(tokenizer, messages, tools)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(marks) == len(answers):
+        return text, dict(zip(answers, marks, strict=True))
+    # Some templates mark the end of the whole as well. The marks before an answer are those of the turns before it.
+    before = [len(_marked(tokenizer, messages[:index], tools, starts_answer=True)[1]) for index in answers]
+    pieces = [marks[first:last] for first, last in pairwise([*before, len(marks)])]
+    if not all(pieces) or any(one[1] != other[0] for piece in pieces for one, other in pairwise(piece)):
+        return None
+    return text, {index: (piece[0][0], piece[-1][1]) for index, piece in zip(answers, pieces, strict=True)}
+
+
+def _marked(
+    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, *, starts_answer: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of messages, and the spans that the template marks."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    # It returns (texts, spans by text), which its own annotation does not say.
+    found: Any = render_jinja_template(
+        conversations=[list(messages)],
+        tools=None if tools is None else list(tools),
+        chat_template=tokenizer.get_chat_template(tools=tools),
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=starts_answer,
+        **tokenizer.special_tokens_map,
+    )
+    (text,), (spans,) = found
+    return text, [(start, end) for start, end in spans]
+
+
+def _span(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    tools: Sequence[Any] | None,
+    whole: str,
+    index: int,
+    names: Sequence[str],
+) -> tuple[int, int]:
+    """The span of the answer `index` in the rendering of all messages."""
+    prompt = _render(tokenizer, messages[:index], tools, starts_answer=True)
+    start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - by characters: these are no paths
+    if start < len(prompt):  # the start of an answer may hold more than an answer has, such as an open thought
+        before = _render(tokenizer, messages[:index], tools)
+        if not whole.startswith(before):
+            raise TurnsChange(f"writes what comes before {names[index]} in another way once that follows")
+        # What the answer has in common with that start belongs to the answer, so look where another one would begin.
+        other = _render(tokenizer, [*messages[:index], {**messages[index], "content": _OTHER}], tools)
+        begins = other.find(_OTHER)
+        if begins >= 0 and whole.startswith(other[:begins]):
+            start = min(start, begins)
+    until = _render(tokenizer, messages[: index + 1], tools)
+    if whole.startswith(until):
+        return start, len(until)
+    end = getattr(tokenizer, "eos_token", None) or ""
+    ended = until.endswith(end) and _render(tokenizer, messages[:index], tools).endswith(end)
+    if ended and whole.startswith(until.removesuffix(end)):  # the template ends every text with it, whatever is last
+        return start, len(until) - len(end)
+    # As the last turn it may be written with an empty thought before its text: compare what comes after that.
+    text = str(messages[index].get("content") or "").strip()
+    longest_extra = until.find(text, start) if text else until.find(_THOUGHT_END, start) + len(_THOUGHT_END) + 2
+    for extra in range(start, max(longest_extra, 0) + 1):
+        added = until[start:extra]
+        thought = added.rstrip().endswith(_THOUGHT_END) and not re.sub("</?think>", "", added).strip()
+        if (not added or thought) and whole.startswith(until[extra:], start):
+            return start, start + len(until) - extra
+    raise TurnsChange(f"writes {names[index]} ({shown(text[:40])}) in another way once others follow")
+
+
+_OTHER = "\ue000\ue001"  # an answer that begins like no other text: two characters for private use
+
+
+def _render(
+    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, *, starts_answer: bool = False
+) -> str:
+    more: Mapping[str, Any] = {} if tools is None else {"tools": list(tools)}
+    return str(
+        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=starts_answer, **more)
+    )

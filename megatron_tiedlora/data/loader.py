@@ -5,8 +5,7 @@ several packed samples, or one sample; unpacked samples are sorted by length. Mi
 j // dp on data-parallel rank j % dp. The number of supervised tokens of the whole step follows from lengths alone, so
 every rank knows the loss's denominator without a message. Micro-batches of several adapters go into shared ones.
 
-Owns labels, padding, and resuming by a count of consumed samples. Leaves the choice of samples for a row to `packing`,
-and devices to the engine.
+Owns labels, padding, packing, and resuming by a count of consumed samples. Leaves devices to the engine.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from numpy.typing import NDArray
 from megatron_tiedlora.adapters.adapter_bank import Share, filled
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.data.order import sample_indices
-from megatron_tiedlora.data.token_dataset import TokenDataset
+from megatron_tiedlora.config.batch import BatchPlan
+from megatron_tiedlora.data.token_dataset import TokenDataset, sample_indices
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, MicroBatch
 from megatron_tiedlora.parallel.collectives import concatenated
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
@@ -56,10 +55,6 @@ class GlobalBatch:
             raise ValueError(f"{len(self.micro_batches)} micro-batches do not divide over {dp_size} ranks")
         return self.micro_batches[dp_rank::dp_size]
 
-    def places_on_rank(self, dp_rank: int, *, dp_size: int) -> Sequence[Rows]:
-        """`places` of the micro-batches that `on_rank` returns."""
-        return self.places[dp_rank::dp_size]
-
 
 @dataclass(frozen=True)
 class TrainingStep:
@@ -80,25 +75,16 @@ class TrainingStep:
 
 
 @dataclass(frozen=True)
-class BatchShape:
-    """How a global batch is divided, the same on every rank.
+class BatchShape(BatchPlan):
+    """How a global batch is divided, the same on every rank; with packing, `micro_batch_size` is the maximum.
 
     Attributes:
-        micro_batch_size: rows of a micro-batch; with packing, the maximum.
         packed_length: tokens of a packed row; None: one sample per row.
         min_micro_batches: minimum micro-batches per rank with packing, capped at the unpacked number.
     """
 
-    global_batch_size: int
-    micro_batch_size: int
-    dp_size: int
     packed_length: int | None = None
     min_micro_batches: int = 1
-
-    @property
-    def max_micro_batches(self) -> int:
-        """Micro-batches per rank and step with one sample per row."""
-        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
 
 
 def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, consumed_samples: int) -> GlobalBatch:
@@ -119,8 +105,8 @@ def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, co
             lengths,
             shape.packed_length,
             group_size=micro,
-            multiple=shape.dp_size,
-            min_groups=shape.dp_size * min(shape.min_micro_batches, shape.max_micro_batches),
+            multiple=shape.data_parallel,
+            min_groups=shape.data_parallel * min(shape.min_micro_batches, shape.accumulation_steps),
         )
     return GlobalBatch(
         micro_batches=[[[int(indices[index]) for index in row] for row in rows] for rows in micro_batches],
@@ -151,7 +137,7 @@ def training_steps(
     Raises:
         UserError: a global batch has no supervised token; on every rank, for the same step.
     """
-    packed = shape.packed_length is not None
+    packed, dp_size = shape.packed_length is not None, shape.data_parallel
     while True:
         plan = plan_global_batch(dataset, shape, seed=seed, consumed_samples=consumed_samples)
         if not plan.num_supervised:
@@ -160,7 +146,7 @@ def training_steps(
                 " no loss; raise --global_batch_size, or remove samples that are a single token"
             )
         consumed_samples = plan.consumed_samples
-        positions = [num_positions(dataset, [rows], pad_multiple=pad_multiple) for rows in plan.micro_batches]
+        positions = num_positions(dataset, plan.micro_batches, pad_multiple=pad_multiple)
         yield TrainingStep(
             micro_batches=tuple(
                 collate(
@@ -172,16 +158,14 @@ def training_steps(
                     places=places if numbered else None,
                 )
                 for rows, places in zip(
-                    plan.on_rank(dp_rank, dp_size=shape.dp_size),
-                    plan.places_on_rank(dp_rank, dp_size=shape.dp_size),
-                    strict=True,
+                    plan.on_rank(dp_rank, dp_size=dp_size), plan.places[dp_rank::dp_size], strict=True
                 )
             ),
             num_supervised=plan.num_supervised,
             num_tokens=plan.num_tokens,
             squared_lengths=plan.squared_lengths,
             num_positions=sum(positions),
-            largest=largest_positions(positions, dp_size=shape.dp_size),
+            largest=largest_positions(positions, dp_size=dp_size),
             consumed_samples=consumed_samples,
         )
 
@@ -193,8 +177,16 @@ def largest_positions(positions: Sequence[int], *, dp_size: int) -> tuple[int, .
 
 def num_evaluation_batches(dataset: TokenDataset, *, micro_batch_size: int, dp_size: int) -> int:
     """Return how many batches `evaluation_batches` yields on each rank."""
-    total = -(-len(dataset) // micro_batch_size)
-    return -(-total // dp_size)
+    return -(-len(dataset) // (micro_batch_size * dp_size))
+
+
+def _evaluation_rows(dataset: TokenDataset, micro_batch_size: int, dp_size: int) -> Iterator[list[Rows]]:
+    """Yield the rows of each rank's batch, batch by batch: all samples, sorted by length, each on one rank."""
+    order = np.argsort(dataset.lengths, kind="stable")
+    whole = micro_batch_size * dp_size
+    for first in range(0, len(order), whole):
+        starts = range(first, first + whole, micro_batch_size)
+        yield [[[index] for index in order[start : start + micro_batch_size].tolist()] for start in starts]
 
 
 def evaluation_batches(
@@ -211,23 +203,16 @@ def evaluation_batches(
     Every rank gets the same number of batches, so that collectives match. When the samples run out, a batch is one
     padded row without labels.
     """
-    order = np.argsort(dataset.lengths, kind="stable")
-    for step in range(num_evaluation_batches(dataset, micro_batch_size=micro_batch_size, dp_size=dp_size)):
-        start = (step * dp_size + dp_rank) * micro_batch_size
-        indices = order[start : start + micro_batch_size]
-        yield collate(dataset, [[index] for index in indices.tolist()], pad_id=pad_id, pad_multiple=pad_multiple)
+    for of_ranks in _evaluation_rows(dataset, micro_batch_size, dp_size):
+        yield collate(dataset, of_ranks[dp_rank], pad_id=pad_id, pad_multiple=pad_multiple)
 
 
 def evaluation_sizes(
     dataset: TokenDataset, *, micro_batch_size: int, dp_size: int, pad_multiple: int = PAD_MULTIPLE
 ) -> Iterator[int]:
     """Yield the positions of each of the batches of `evaluation_batches`, on the rank where it has most."""
-    order = np.argsort(dataset.lengths, kind="stable")
-    whole = micro_batch_size * dp_size
-    for first in range(0, len(dataset), whole):
-        of_ranks = [order[start : start + micro_batch_size] for start in range(first, first + whole, micro_batch_size)]
-        shapes = ([[index] for index in indices.tolist()] for indices in of_ranks)
-        yield max(num_positions(dataset, [rows], pad_multiple=pad_multiple) for rows in shapes)
+    for of_ranks in _evaluation_rows(dataset, micro_batch_size, dp_size):
+        yield max(num_positions(dataset, of_ranks, pad_multiple=pad_multiple))
 
 
 def collate(
@@ -280,9 +265,9 @@ def collate(
     )
 
 
-def num_positions(dataset: TokenDataset, micro_batches: Iterable[Rows], *, pad_multiple: int) -> int:
-    """Number of positions of micro-batches as `collate` pads them."""
-    return sum(math.prod(_padded_shape(_row_lengths(dataset, rows), pad_multiple)) for rows in micro_batches)
+def num_positions(dataset: TokenDataset, micro_batches: Iterable[Rows], *, pad_multiple: int) -> list[int]:
+    """Number of positions of each of some micro-batches as `collate` pads them."""
+    return [math.prod(_padded_shape(_row_lengths(dataset, rows), pad_multiple)) for rows in micro_batches]
 
 
 def _row_lengths(dataset: TokenDataset, rows: Rows) -> list[int]:
@@ -415,19 +400,16 @@ def shared_micro_batch(parts: Sequence[Owned]) -> MicroBatch:
         return replace(batches[0], shares=shares)
     documents = [batch.documents for batch in batches if batch.documents is not None]
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
+    # An adapter without dropout has no numbers, and uses none.
+    numbers = [torch.zeros_like(batch.tokens) if batch.numbers is None else batch.numbers for batch in batches]
     numbered = any(batch.numbers is not None for batch in batches)
     return MicroBatch(
         tokens=concatenated([batch.tokens for batch in batches])[None],
         positions=concatenated([batch.positions for batch in batches])[None],
         labels=concatenated([batch.labels for batch in batches])[None],
         documents=concatenated(documents)[None] if documents else None,
-        numbers=concatenated([_numbers(batch) for batch in batches])[None] if numbered else None,
+        numbers=concatenated(numbers)[None] if numbered else None,
         shares=shares,
         lengths=concatenated([batch.lengths for batch in batches]),
         num_samples=sum(batch.num_samples for batch in batches),
     )
-
-
-def _numbers(batch: MicroBatch) -> torch.Tensor:
-    """The numbers of its tokens; zeros if its adapter has no dropout, for which they are not used."""
-    return torch.zeros_like(batch.tokens) if batch.numbers is None else batch.numbers

@@ -1,7 +1,8 @@
 """Reads rows from files, folders and hub data sets. Each row comes with its source, for messages.
 
 Owns the formats of text (.jsonl, .json, .csv, each also as .gz, and lines of plain text), what a path, a pattern or a
-hub id names, and their errors. Leaves tables to `tables`, and the meaning of the fields to `tasks`.
+hub id names, and their errors. Owns also checked access to a row's fields.
+Leaves tables to `tables`, and the meaning of the fields to `tasks`.
 """
 
 from __future__ import annotations
@@ -10,19 +11,28 @@ import csv
 import gzip
 import json
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from glob import has_magic, iglob
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megatron_tiedlora.base.child_process import limited
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.data import tables
-from megatron_tiedlora.data.tables import HubData, Row
+from megatron_tiedlora.data.tables import (
+    HubData,
+    Row,
+    arrow_rows,
+    is_saved_folder,
+    names_and_contents,
+    parquet_rows,
+    saved_folder_rows,
+)
 
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
@@ -67,48 +77,61 @@ def split_hub_name(name: str) -> tuple[str, str | None, str | None]:
     return hub_id, config, split
 
 
-def hub_data(name: str, *, split: str) -> HubData | None:
-    """The hub data set that a name means; None if it means local files. `split`: where the name does not say it."""
+@dataclass(frozen=True)
+class LocalData:
+    """What a name means on this host: a file, all files of a folder or pattern, or a folder that `save_to_disk` wrote.
+
+    A .json file holds a list of objects, or an object whose `data` is such a list (nested SQuAD). The elements of the
+    list are the rows, and the task unfolds them.
+
+    split: which part of that, where there are several.
+    """
+
+    name: str
+    split: str
+
+    def rows(self) -> Iterator[Row]:
+        """Yield all rows. Only a .json file is held as a whole.
+
+        Raises UserError if a file is missing, unreadable, broken (naming file and line) or empty.
+        """
+        path = user_path(self.name)
+        if path.is_dir() and is_saved_folder(path):
+            rows = saved_folder_rows(path, split=self.split)
+        else:
+            rows = (row for file in named_files(path, self.name) for row in _file_rows(file))
+        first = next(rows, None)
+        if first is None:
+            raise UserError(f"{self.name}: holds no rows; give a file with at least one")
+        yield first
+        yield from rows
+
+    def sha256(self) -> str:
+        """Hash of the files. Raises UserError if one is missing or unreadable."""
+        path = user_path(self.name)
+        if path.is_dir() and is_saved_folder(path):  # which of its files have the split's rows, the library knows
+            return self.split + names_and_contents(sorted(file for file in path.rglob("*") if file.is_file()))
+        return names_and_contents(checked_files(path, self.name))
+
+
+def row_data(name: str, *, split: str) -> LocalData | HubData:
+    """What a name means: local data, or one split of a hub data set, `id[:config[:split]]`.
+
+    Args:
+        split: which part, where a name does not say it.
+    """
     if user_path(name).exists() or looks_like_path(name):
-        return None
+        return LocalData(name, split)
     hub_id, config_name, own_split = split_hub_name(name)
     return HubData(hub_id, own_split or split, config_name)
 
 
 def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | None = None) -> list[Row]:
-    """All rows of `iter_rows`, or the first `limit`. Raises UserError as it does, and if memory does not suffice."""
+    """All rows of `row_data`, or the first `limit`. Raises UserError as they do, and if memory does not suffice."""
     try:
-        return list(islice(iter_rows(path_or_hub, split=split), limit))
+        return list(islice(row_data(str(path_or_hub), split=split).rows(), limit))
     except MemoryError:
         raise UserError(f"{path_or_hub}: does not fit into memory; give a smaller part of it") from None
-
-
-def iter_rows(path_or_hub: str | Path, *, split: str = "train") -> Iterator[Row]:
-    """Yield the rows of a local file, of all files of a folder or pattern, or of one split of a hub data set,
-    `id[:config[:split]]`. Only a .json file is held as a whole.
-
-    A .json file holds a list of objects, or an object whose `data` is such a list (nested SQuAD). The elements of the
-    list are the rows, and the task unfolds them. A folder holds such files, or is one that `save_to_disk` wrote.
-
-    Args:
-        split: which part, where a name does not say it.
-
-    Raises UserError if the file or data set is missing, unreadable, broken (naming file and line) or empty.
-    """
-    name = str(path_or_hub)
-    path = user_path(name)
-    rows: Iterator[Row]
-    if (hub := hub_data(name, split=split)) is not None:
-        rows = hub.rows()
-    elif path.is_dir() and tables.is_saved_folder(path):
-        rows = tables.saved_folder_rows(path, split=split)
-    else:
-        rows = (row for file in named_files(path, name) for row in _file_rows(file))
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{name}: holds no rows; give a file with at least one")
-    yield first
-    yield from rows
 
 
 def about_num_rows(path_or_hub: str | Path) -> int | None:
@@ -175,12 +198,12 @@ def read_lines(name: str | Path) -> list[str]:
     return lines
 
 
-def _lines(file: BinaryIO, path: Path, *, most: int | None = None) -> Iterator[tuple[int, bytes]]:
+def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     r"""Yield number and bytes of each line. Only \n ends a line; `splitlines` would also split inside sentences.
 
-    Raises UserError if a line is too long, or if there are more than `most` bytes.
+    Raises UserError if a line is too long, or if there are more bytes than `_most`.
     """
-    number = total = 0
+    number, total, most = 0, 0, _most(path)
     while line := file.readline(_LONGEST_LINE + 1):
         number += 1
         total += len(line)
@@ -208,8 +231,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
         ".jsonl": _jsonl_rows,
         ".json": _json_rows,
         ".csv": _csv_rows,
-        ".parquet": tables.parquet_rows,
-        ".arrow": tables.arrow_rows,
+        ".parquet": parquet_rows,
+        ".arrow": arrow_rows,
     }
     if suffix not in readers or (packed and suffix not in _TEXT_SUFFIXES):
         names = f"{', '.join(SUFFIXES)}, and {', '.join(_TEXT_SUFFIXES)} with {_COMPRESSED}"
@@ -237,7 +260,7 @@ def _most(path: Path) -> int | None:
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     with _open(path) as file:  # as bytes, so that a message can name the line of a wrong encoding
-        for number, line in _lines(file, path, most=_most(path)):
+        for number, line in _lines(file, path):
             source = f"{path}:{number}"
             row = _parse_json(line.rstrip(b"\r\n"), source)  # a message counts columns of this line alone
             if row is not _BLANK:
@@ -248,7 +271,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     """Rows of a table with commas, whose first line names the fields. Every value is text."""
     csv.field_size_limit(_LONGEST_LINE)
     with _open(path) as file:
-        lines = (_decode(line, f"{path}:{number}") for number, line in _lines(file, path, most=_most(path)))
+        lines = (_decode(line, f"{path}:{number}") for number, line in _lines(file, path))
         reader = csv.reader((line.removeprefix("\ufeff") for line in lines), strict=True)
         header: list[str] = []
         first = 1  # the line on which a row begins
@@ -342,3 +365,72 @@ def _object(value: Any, source: str) -> dict[str, Any]:
 def _kind(value: Any) -> str:
     names = {list: "a list", dict: "an object", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+# Fields of rows -------------------------------------------------------------------------------------------------------
+#
+# Checked access to them, and small changes to them, shared by all tasks.
+
+
+# The lookbehind lets a match start only where white space starts; a search from every blank would be quadratic.
+_LINE_BREAK = re.compile(r"(?<!\s)\s*[\r\n]\s*")
+
+
+def required_text(row: Mapping[str, Any], name: str, source: str) -> str:
+    """Return the text of field `name`. Raises UserError naming source and field if it is missing or empty."""
+    value = row.get(name)
+    if value is None:
+        found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
+        raise UserError(f"{found}; fill the field, or remove the row")
+    return checked_text(value, name, source)
+
+
+def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = False) -> str:
+    """Return `value` if it is text that can be tokenised. Raises UserError naming source and field."""
+    if not isinstance(value, str):
+        fix = "put it in quotes" if isinstance(value, int | float) else "give a text, or remove the row"
+        raise UserError(f"{source}: field {name!r} is {shown(value)} ({type(value).__name__}), not text; {fix}")
+    if not allow_empty and not value.strip():
+        raise UserError(f"{source}: field {name!r} is empty; remove the row or fill it")
+    if not is_text(value):
+        raise UserError(f"{source}: field {name!r} holds half of a surrogate pair, which is not text; remove it")
+    return value
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be encoded as UTF-8. JSON and the command line can produce strings that cannot."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def required_texts(value: Any, name: str, source: str) -> tuple[str, ...]:
+    """Return the texts of the list in field `name`. Raises UserError if there is none, or one is empty."""
+    if not isinstance(value, list | tuple):
+        said = f"{source}: field {name!r} is {shown(value)}, not a list of texts"
+        raise UserError(f"{said}; give at least one text, as a list")
+    if not value:
+        raise UserError(f"{source}: field {name!r} is an empty list; every row needs at least one text in it")
+    return tuple(checked_text(text, name, source) for text in value)
+
+
+def without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return the row's fields without those named. A prompt may use all fields but the answer."""
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def without_line_breaks(text: str) -> str:
+    """Return the text with each line break and the white space around it replaced by one space."""
+    return _LINE_BREAK.sub(" ", text.strip())
+
+
+def describe_fields(row: Mapping[str, Any]) -> str:
+    """Return the names of a row's fields, for a message."""
+    return ", ".join(repr(str(name)) for name in row) or "no fields"
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field holds nothing; tables have every field in every row."""
+    return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)

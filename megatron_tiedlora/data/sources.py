@@ -1,8 +1,8 @@
 """What a data flag names, and its rows: files, folders, patterns and hub data sets, one or several, with or without
 weights, or the task's own source.
 
-Owns the syntax NAME[:WEIGHT][,NAME[:WEIGHT]...], how often rows of each source are used, and the hash of what is read.
-Leaves formats to `readers`.
+Owns the syntax NAME[:WEIGHT][,NAME[:WEIGHT]...], how often rows of each source are used, --columns, and the hash of
+what is read. Leaves formats to `readers`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,31 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from glob import has_magic
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.data.order import permutation
-from megatron_tiedlora.data.readers import about_num_rows, checked_files, hub_data, iter_rows, named_files
-from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.shapes import OUR_FIELDS, renamed
-from megatron_tiedlora.data.tables import HubData, Row, files_sha256, is_saved_folder, rows_sha256
-from megatron_tiedlora.data.task import Split, Task
+from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.data.readers import (
+    about_num_rows,
+    describe_fields,
+    is_empty,
+    named_files,
+    row_data,
+)
+from megatron_tiedlora.data.tables import HubData, Row, names_and_contents, rows_sha256
+from megatron_tiedlora.data.task import Reading, Split, Task
+from megatron_tiedlora.data.token_dataset import permutation
 
 Files = Mapping[str, str | Path | None]
 """Split name -> the value of its data flag. A missing key or None means that none was given."""
@@ -54,12 +59,9 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
         UserError: a name is empty, only some have a weight, the weights do not sum to 1, or it is not the training
             part that has them.
     """
-    if _exists(given):
-        return (Source(given),)
-    names = [name.strip() for name in given.split(",")]
-    if not all(names):
+    sources = _sources(given)
+    if len(sources) > 1 and not all(source.name for source in sources):
         raise UserError(f"{flag} {given}: one of the names between the commas is empty; remove a comma")
-    sources = tuple(map(_parse_source, names))
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return sources
@@ -74,6 +76,11 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
             f" {sum(weights):g}; give weights above 0 that sum to 1"
         )
     return sources
+
+
+def _sources(given: str) -> tuple[Source, ...]:
+    """The sources that a value names, unchecked. A path that exists is one, whatever its name looks like."""
+    return (Source(given),) if _exists(given) else tuple(_parse_source(name.strip()) for name in given.split(","))
 
 
 def _parse_source(name: str) -> Source:
@@ -95,18 +102,15 @@ def _exists(name: str) -> bool:
 
 def hub_ids(*given: str | None) -> list[str]:
     """The ids, without config and split, of the hub data sets among what these values of data flags name here."""
-    found = (hub_data(name, split="") for value in given if value is not None for name in _names(value))
-    return sorted({data.hub_id for data in found if data is not None})
-
-
-def _names(given: str) -> list[str]:
-    return [_parse_source(name.strip()).name for name in ([given] if _exists(given) else given.split(","))]
+    sources = (source for value in given if value is not None for source in _sources(value))
+    found = (row_data(source.name, split="") for source in sources)
+    return sorted({data.hub_id for data in found if isinstance(data, HubData)})
 
 
 def local_files(given: str) -> dict[str, Path]:
     """The files that a data flag's value names on this host, by name; those of folders and patterns too."""
     found: dict[str, Path] = {}
-    for name in _names(given):
+    for name in (source.name for source in _sources(given)):
         path = user_path(name)
         if path.is_file():
             found[name] = path
@@ -236,10 +240,41 @@ class RowStream:
 
     def _flat(self, rows: Iterable[Row]) -> Iterator[Row]:
         task, columns = self.task, self.reading.columns
-        known = frozenset() if task.fields else OUR_FIELDS
         for row, source in rows:
-            ours = row if columns is None else renamed(row, columns, source, known=known)
+            ours = row if columns is None else _renamed(row, columns, source, known=task.known_fields)
             yield from ((ours, source),) if task.unfold is None else task.unfold(ours, source)
+
+
+def _renamed(
+    row: Mapping[str, Any], columns: Mapping[str, str], source: str, *, known: Collection[str]
+) -> dict[str, Any]:
+    """The row with the fields that --columns names under our names. Its other fields keep theirs.
+
+    Args:
+        known: our fields; empty for a task with fields of its own, which any name may be.
+
+    Raises:
+        UserError: the row lacks a field, a name of ours is unknown, or another field of the row has it.
+    """
+    for ours, theirs in columns.items():
+        if known and ours not in known:
+            turned = f"; did you mean {theirs}={ours}?" if theirs in known else ""
+            raise UserError(
+                f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}{turned}; ours"
+                f" are {', '.join(sorted(known))}"
+            )
+        if theirs not in row:
+            raise UserError(
+                f"{source}: --columns {ours}={theirs}: there is no field {theirs!r}; the row has"
+                f" {describe_fields(row)}; name one of these, or write {theirs!r}: null in rows without it"
+            )
+        if ours not in columns.values() and not is_empty(row.get(ours)):
+            raise UserError(
+                f"{source}: --columns {ours}={theirs}: the row has a field {ours!r} too ({shown(row[ours])}); rename"
+                " it in the file, or read it under another name with --columns"
+            )
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**others, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
 def source_kind(task: Task, split: Split, files: Files) -> Literal["file", "own", "carve"] | None:
@@ -269,7 +304,7 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
         pair = task.read_files(given, flag) if given and task.read_files else None
     parts: tuple[_SourceRows, ...]
     if pair is not None:
-        parts = (_SourceRows(Source(given), pair, lambda: _names_and_contents(local_files(given).values())),)
+        parts = (_SourceRows(Source(given), pair, lambda: names_and_contents(local_files(given).values())),)
     elif given and not own_id:
         parts = tuple(_part_of(source, split) for source in parse_sources(given, flag))
     elif task.generate is not None:
@@ -284,24 +319,8 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
 
 def _part_of(source: Source, split: Split) -> _SourceRows:
     with _readable(source.name):
-        hub = hub_data(source.name, split=split)
-    if hub is not None:
-        return _SourceRows(source, hub.rows, hub.sha256)
-    return _SourceRows(source, partial(iter_rows, source.name, split=split), partial(_files_sha256, source.name, split))
-
-
-def _files_sha256(name: str, split: Split) -> str:
-    """Hash of the files that a name stands for."""
-    path = user_path(name)
-    if path.is_dir() and is_saved_folder(path):  # which of its files have the split's rows, the library knows
-        return split + _names_and_contents(sorted(file for file in path.rglob("*") if file.is_file()))
-    return _names_and_contents(checked_files(path, name))
-
-
-def _names_and_contents(files: Iterable[Path]) -> str:
-    """Names decide how a file is read, so they are in the hash; folders do not."""
-    files = list(files)
-    return " ".join([*(file.name for file in files), files_sha256(files)])
+        data = row_data(source.name, split=split)
+    return _SourceRows(source, data.rows, data.sha256)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """The samples of a split: a task's record turns rows from files, the hub or a generator into examples.
 
-Owns how validation rows are taken from training rows, and how rows of one sample are merged. Leaves names of files and
-reading to `sources`, and texts to `example_maker`.
+Owns how validation rows are taken from training rows, how rows of one sample are merged, and the checks that all tasks
+share. Leaves names of files and reading to `sources`, the meaning of a row to its task, the text of chats to `chat`,
+and the answer's leading space to `task.join_answer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -14,20 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.chat import Chat, read_chat_template
-from megatron_tiedlora.data.example_maker import ExampleMaker, OneShape, with_template
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.order import permutation
-from megatron_tiedlora.data.readers import checked_files, looks_like_path
-from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.chat import Chat, marked, read_chat_template, unmarked
+from megatron_tiedlora.data.readers import checked_files, checked_text, describe_fields, looks_like_path
 from megatron_tiedlora.data.sources import Files, RowStream, mixed, parse_sources, row_stream, source_kind
 from megatron_tiedlora.data.tables import Row
-from megatron_tiedlora.data.task import Split, Task
+from megatron_tiedlora.data.task import Example, Parts, Reading, Split, Task, join_answer, template_fields
 from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.data.token_dataset import permutation
 
 _CARVE_STREAM = 2**32  # epochs use the streams from 0 on, so held-out rows are drawn from a stream far above
 
@@ -38,7 +36,6 @@ def load_split(
     *,
     files: Files,
     seed: int,
-    prompt_template: str | None = None,
     tokenizer: Any = None,
     limit: int | None = None,
     reading: Reading | None = None,
@@ -53,32 +50,29 @@ def load_split(
     Raises UserError if the task is unknown, the split has no source, a file is unreadable, a field of a row is missing
     or empty (naming file and line), rows of a file have several shapes, or the template has an unknown field.
     """
-    entry = get_task(task) if isinstance(task, str) else task
-    reading, template = with_template(reading or Reading(), prompt_template)
+    entry, reading = get_task(task) if isinstance(task, str) else task, reading or Reading()
     if split == "train":
         samples: Iterable[list[Row]] = ([row] for row in _train_rows(entry, files=files, seed=seed, reading=reading))
     else:
         samples = _held_out_samples(entry, split, files=files, seed=seed, reading=reading)
-    one_shape, examples = OneShape(), []
+    first_rows, examples = dict[str, tuple[str, str]](), []
     with closing(Chat(tokenizer, reading)) as chat:
-        maker = ExampleMaker(entry, template=template, chat=chat)
+        maker = ExampleMaker(entry, chat)
         for sample in islice(samples, limit):
-            example, shape = maker.example(sample)
-            one_shape.check(shape, example.source)
-            examples.append(example)
+            examples.append(example := maker.example(sample))
+            check_shape(example.shape, example.source, first_rows)
     return examples
 
 
 def read_split(
     settings: Settings | EvaluateSettings, split: Split, *, tokenizer: Any, limit: int | None = None
 ) -> list[Example]:
-    """`load_split` with the task, files, seed and template of a command's settings."""
+    """`load_split` with the task, files, seed and choices of a command's settings."""
     return load_split(
         settings.task,
         split,
         files=files_of(settings),
         seed=settings.seed,
-        prompt_template=settings.prompt_template,
         tokenizer=tokenizer,
         limit=limit,
         reading=Reading.of(settings),
@@ -178,3 +172,116 @@ class SampleNumbers:
             return self._rows - 1
         key = row.get(self._field)
         return self._seen.setdefault(key if isinstance(key, str) else self._rows, len(self._seen))
+
+
+# From rows to examples ------------------------------------------------------------------------------------------------
+
+
+def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]]) -> None:
+    """Raise UserError if the first row of the file of `source` had another shape.
+
+    Args:
+        first_rows: shape and source of the first row of each file so far; that of a new file is added.
+    """
+    expected, first = first_rows.setdefault(source.rpartition(":")[0], (shape, source))
+    if shape != expected:
+        raise UserError(
+            f"{source}: a row of shape {shape} in a file whose first row ({first}) has shape {expected}; give each"
+            " shape a file of its own"
+        )
+
+
+class ExampleMaker:
+    """Turns the rows of a sample of a task into its example, as `chat` and its `reading` say."""
+
+    def __init__(self, task: Task, chat: Chat) -> None:
+        self._task, self._chat, self._reading = task, chat, chat.reading
+
+    def example(self, sample: Sequence[Row]) -> Example:
+        """The example of a sample's rows: prompt and answer are those of the first row, references those of all.
+
+        Raises:
+            UserError: a field is missing, empty or of another kind, or the template names one that is not there; the
+                message names file and line.
+        """
+        parts, source, chat = [self._parts(*row) for row in sample], sample[0][1], self._chat
+        first = parts[0]
+        references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))
+        if first.conversation is not None and self._reading.template is None:
+            segments, num_prompt = chat.segments(first.conversation, source)
+            return Example(
+                prompt="".join(segment.text for segment in segments[:num_prompt]),
+                completion=first.answers[0],
+                source=source,
+                references=references,
+                segments=segments,
+                num_prompt=num_prompt,
+                conversation=first.conversation,
+                templated=chat.templated,
+                shape=first.shape,
+            )
+        prompt = self._prompt(first, source)
+        follows = [chat.control.guard(ending, "the answer", source) for ending in first.endings]
+        answer = chat.control.guard(first.answers[0], "the answer", source)
+        right = first.choices.index(first.answers[0]) if follows else -1
+        completion = follows[right] if follows else join_answer(prompt, answer)
+        before, after = chat.cut(prompt, False), chat.cut(completion, True, ends=True)
+        return Example(
+            prompt=unmarked(prompt),
+            completion=unmarked(completion),
+            source=source,
+            references=references,
+            choices=first.choices,
+            endings=tuple(map(unmarked, follows)),
+            segments=(*before, *after),
+            num_prompt=len(before),
+            shape=first.shape,
+        )
+
+    def _parts(self, row: Mapping[str, Any], source: str) -> Parts:
+        task = self._task
+        for name in task.fields:
+            if row.get(name) is None:
+                expected = ", ".join(repr(field) for field in task.fields)
+                found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
+                fix = "name your fields with --columns OURS=YOURS[,...]"
+                raise UserError(f"{found}, and task {task.name} reads {expected}; {fix}")
+        parts = task.parts(row, source, self._reading)
+        if not parts.answers:
+            raise UserError(f"{source}: the row has no answer; give one, or remove the row")
+        return parts
+
+    def _prompt(self, parts: Parts, source: str) -> str:
+        """The prompt of a row that is no chat, with marks at control tokens that are plain text."""
+        template, guard = self._reading.template or self._task.template, self._chat.control.guard
+        if self._reading.template is None and parts.prompt is not None:
+            prompt = guard(parts.prompt, "field 'prompt'", source)
+        else:
+            names, chat, written = template_fields(template), parts.conversation, dict[str, str]()
+            if chat is not None:
+                if len(chat.answers) > 1 and self._reading.train_on != "last_turn":
+                    said = f"{source}: --prompt_template makes one answer of a chat"
+                    raise UserError(f"{said}; give --train_on last_turn too")
+                segments, num_prompt = self._chat.segments(chat, source)
+                written["prompt"] = marked(segments[:num_prompt])
+            texts = {name: value for name, value in parts.fields.items() if name in names and isinstance(value, str)}
+            guarded = {name: guard(value, f"field {name!r}", source) for name, value in texts.items()}
+            fields = {**parts.fields, **guarded, **written}
+            if self._reading.template is not None:
+                _check_fields(names, fields, source)
+            prompt = template.format_map(fields)
+        if not prompt and parts.shape != "text":
+            raise UserError(f"{source}: the prompt is empty; check the fields or --prompt_template")
+        return prompt
+
+
+def _check_fields(names: Iterable[str], fields: Mapping[str, Any], source: str) -> None:
+    """Raise UserError if a field that --prompt_template names is missing, or is no text."""
+    for name in names:
+        if name not in fields:
+            known = ", ".join(sorted(fields)) or "none"
+            raise UserError(f"--prompt_template: {source} has no field {name!r}; the fields for prompts are {known}")
+        if not isinstance(fields[name], str):
+            found = f"--prompt_template: {source}: field {name!r} is {shown(fields[name])}, not text"
+            raise UserError(f"{found}; use another field")
+        checked_text(fields[name], name, source, allow_empty=True)

@@ -169,6 +169,12 @@ def files_sha256(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def names_and_contents(files: Iterable[Path]) -> str:
+    """Names and hash of files. Names decide how a file is read, so they are in it; folders do not."""
+    files = list(files)
+    return " ".join([*(file.name for file in files), files_sha256(files)])
+
+
 def rows_sha256(rows: Iterable[Row]) -> str:
     """Hash of the fields of rows, in this order."""
     digest = hashlib.sha256()

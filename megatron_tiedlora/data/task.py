@@ -1,18 +1,83 @@
 """A task is one small record: where its rows are, how a prompt is built, and how answers are scored.
 
-Owns the record's class. The records are in `tasks`, one file each. Leaves reading splits to `splits`, file formats to
-`readers`, and the metrics, which are only named here, to the evaluation package.
+Owns the record's class, what users decide about rows, and the samples as text that come of both, with the one rule that
+joins an answer to its prompt. The tasks are in `tasks`, one file each. Leaves reading splits to `splits`, file formats
+to `readers`, tokens to `encode`, and the metrics, which are only named here, to the evaluation package.
 """
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_tiedlora.data.readers import Row
-from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.data.readers import Row, is_text
 from megatron_tiedlora.data.turns import Conversation
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What users decide about their rows. The defaults are those of the settings.
+
+    columns: our field -> the user's field; None if rows are read as they are.
+    train_on: which answers of a chat are supervised.
+    chat_template: the file given in place of the tokenizer's template, for messages.
+    add_bos: whether the beginning-of-sequence token is put in front.
+    special_tokens: what control tokens in a row's texts mean.
+    template: --prompt_template, in which each typed \\n becomes a newline: a shell's quotes hold none.
+    trains: whether rows are trained on; else their last answers are scored, also those that are not to be trained.
+    """
+
+    columns: Mapping[str, str] | None = None
+    train_on: TrainOn = "all_turns"
+    chat_template: str | None = None
+    add_bos: AddBos = "auto"
+    special_tokens: SpecialTokensInText = "refuse"
+    template: str | None = None
+    trains: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the template. Raises UserError if it is not text with {field} names."""
+        object.__setattr__(self, "template", _check_template(self.template) if self.template else None)
+
+    @classmethod
+    def of(cls, settings: Settings | EvaluateSettings) -> Reading:
+        """Those of a command. What it leaves to an adapter's run is the default if there is none."""
+        return cls(
+            columns=parse_columns(settings.columns),
+            train_on=settings.train_on if isinstance(settings, Settings) else "last_turn",
+            chat_template=settings.chat_template,
+            add_bos=settings.add_bos or cls.add_bos,
+            special_tokens=settings.special_tokens_in_text or cls.special_tokens,
+            template=settings.prompt_template,
+            trains=isinstance(settings, Settings),
+        )
+
+
+def template_fields(template: str | None) -> tuple[str, ...]:
+    """The fields that a checked template names; none without one."""
+    return tuple(name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None)
+
+
+def _check_template(template: str) -> str:
+    r"""Return the checked template, with each typed \n (a shell's quotes hold no newline) replaced by a newline."""
+    try:
+        names = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"--prompt_template {template!r}: {error}; write {{field}}, or {{{{ for a brace") from error
+    if not is_text(template):
+        raise UserError(f"--prompt_template {template!r}: holds half of a surrogate pair, which is not text; remove it")
+    for name, spec, conversion in names:
+        if not name.isidentifier() or spec or conversion:
+            found = f"--prompt_template {template!r}: {{{name}}} is not a plain {{field}} name"
+            raise UserError(f"{found}; write {{{{ for a brace")
+    return template.replace("\\n", "\n")
+
 
 Split = Literal["train", "validation", "test"]
 
@@ -76,6 +141,7 @@ class Task:
     micro_batch_rows: the default of --micro_batch_size, except with packing on a GPU (see `default_rows`).
     exports_merged: whether a run also merges its adapter at the end, and verifies its exports.
     fp32_on_slow_cpus: whether --dtype is fp32 by default on CPUs without instructions for bf16.
+    known_fields: every field of rows that have several shapes, which --columns must name; empty: it may name any.
     """
 
     name: str
@@ -95,3 +161,78 @@ class Task:
     micro_batch_rows: int = 1
     exports_merged: bool = False
     fp32_on_slow_cpus: bool = False
+    known_fields: frozenset[str] = frozenset()
+
+
+# Samples as text ------------------------------------------------------------------------------------------------------
+#
+# The full text of a sample is that of its segments: prompt + completion, where the completion carries its own leading
+# space, or the turns of a conversation.
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a sample's text that is tokenised on its own.
+
+    supervised: whether its tokens are learned.
+    plain: whether control tokens in it are read as plain text.
+    ends: whether an end-of-sequence token follows, which is supervised as the text is.
+    """
+
+    text: str
+    supervised: bool = False
+    plain: bool = False
+    ends: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample as text.
+
+    prompt: the model's input, without a trailing space; '' for text without a prompt.
+    completion: the expected continuation, with its leading space and without the end-of-sequence token.
+    source: where it was read, for messages ("train.jsonl:12").
+    references: stripped texts that a prediction is scored against; by default the stripped completion.
+    choices: texts of a multiple-choice question, including the answer, references[0]; else empty.
+    endings: the choices as they follow the prompt; by default each after one space.
+    segments: the whole text; by default prompt and completion.
+    num_prompt: number of segments before the last answer.
+    conversation: the turns that the segments were made of; None if it is no chat.
+    templated: whether a chat template wrote the text, which then has its own beginning and end.
+    shape: the name of its row's shape, as in `Parts`.
+    """
+
+    prompt: str
+    completion: str
+    source: str
+    references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    endings: tuple[str, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    num_prompt: int = 1
+    conversation: Conversation | None = None
+    templated: bool = False
+    shape: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.references:
+            object.__setattr__(self, "references", (self.completion.strip(),))
+        if not self.segments:
+            both = (Segment(self.prompt), Segment(self.completion, supervised=True, ends=True))
+            object.__setattr__(self, "segments", both)
+
+    @property
+    def prompt_segments(self) -> tuple[Segment, ...]:
+        """What a model sees before the last answer."""
+        return self.segments[: self.num_prompt]
+
+
+def join_answer(prompt: str, answer: str) -> str:
+    """Return the completion that follows `prompt`: the answer after one space.
+
+    Only this function knows the convention. It adds no space if the answer starts with white space, if the prompt
+    ends with it (a chat template's generation prompt does), or if the prompt is empty.
+    """
+    if not prompt or prompt[-1].isspace() or answer[:1].isspace():
+        return answer
+    return " " + answer

@@ -1,7 +1,7 @@
 """The samples of a split as ids: which of the stored samples they are, with their lengths and counts.
 
 The arrays may be mapped files that several splits and processes share. What is made here from all samples is made block
-by block, so that it needs the memory of a block.
+by block, so that it needs the memory of a block. Owns also the order in which samples are drawn.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -181,3 +181,46 @@ def check_supervised(dataset: TokenDataset, source: str) -> None:
 def _from(starts: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
     """(N,) bool: whether each token is at or after its sample's position in `starts`."""
     return np.arange(offsets[-1]) >= np.repeat(starts, np.diff(offsets))
+
+
+# The order of samples -------------------------------------------------------------------------------------------------
+#
+# A pure function of seed, epoch and number of consumed samples. It uses PCG64's raw stream and a stable sort. NumPy
+# promises that both stay the same between versions, unlike `Generator.permutation`, so a run can be resumed with a
+# newer NumPy.
+
+
+def permutation(num_items: int, *, seed: int, stream: int) -> NDArray[np.int64]:
+    """Return a permutation of range(num_items), (num_items,) int64, that depends only on (seed, stream)."""
+    words = [seed % 2**64, stream]
+    raw = np.random.PCG64(np.random.SeedSequence(words)).random_raw(num_items)
+    return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
+
+
+@lru_cache(maxsize=1)  # consecutive steps are in the same epoch, and sorting millions of numbers takes a second
+def _epoch(num_items: int, seed: int, epoch: int) -> NDArray[np.unsignedinteger[Any]]:
+    """`permutation` in the fewest bytes, since every rank holds it."""
+    order = permutation(num_items, seed=seed, stream=epoch).astype(np.min_scalar_type(num_items))
+    order.flags.writeable = False
+    return order
+
+
+def sample_indices(num_samples: int, *, seed: int, consumed: int, count: int) -> NDArray[np.int64]:
+    """Return the `count` sample indices after the first `consumed` ones, (count,) int64.
+
+    Each epoch is its own permutation of all samples. A request may span several epochs, so a global batch may be
+    larger than the data set.
+
+    Raises ValueError if there are no samples.
+    """
+    if num_samples < 1:
+        raise ValueError("cannot draw samples from an empty data set")
+    epoch, offset = divmod(consumed, num_samples)
+    parts: list[NDArray[np.int64]] = []
+    missing = count
+    while missing > 0:
+        part = _epoch(num_samples, seed, epoch)[offset : offset + missing]
+        parts.append(part.astype(np.int64))
+        missing -= len(part)
+        epoch, offset = epoch + 1, 0
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

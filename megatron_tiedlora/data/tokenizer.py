@@ -182,8 +182,7 @@ def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
     models = sorted(folder.glob("*.model"))
     preferred = [path for path in models if path.name == "tokenizer.model"] or models[:1]
     if preferred:
-        has_config = (folder / "tokenizer_config.json").is_file()
-        return _load_sentencepiece(preferred[0], config_folder=folder if has_config else None)
+        return _load_sentencepiece(preferred[0], config_folder=folder if settings.is_file() else None)
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "vocab.json", "vocab.txt")):
         raise _rejection(str(folder), "contains no tokenizer (no tokenizer.json and no tokenizer.model)")
     return _guarded(folder, lambda: AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
@@ -216,7 +215,9 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrained
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
             if config_folder is not None and (config_folder / name).is_file():
                 shutil.copyfile(config_folder / name, Path(scratch, name))
-        more: dict[str, Any] = {} if _says_bos(config_folder) else {"add_bos_token": True}  # as LlamaTokenizer
+        file = Path(scratch, "tokenizer_config.json")
+        config = read_json_object(file, kind="a tokenizer's config") if file.is_file() else {}
+        more: dict[str, Any] = {} if "add_bos_token" in config else {"add_bos_token": True}  # as LlamaTokenizer
         if config_folder is not None:
             return _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch, **more))
         more["split_special_tokens"] = True
@@ -225,12 +226,6 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrained
         if tokenizer.encode(text, add_special_tokens=False) != ids:
             raise _rejection(str(path), f"is a SentencePiece model that cannot be converted exactly (see {text!r})")
     return tokenizer
-
-
-def _says_bos(folder: Path | None) -> bool:
-    """Whether a folder's tokenizer_config.json says if BOS is added."""
-    file = None if folder is None else folder / "tokenizer_config.json"
-    return file is not None and "add_bos_token" in read_json_object(file, kind="a tokenizer's config")
 
 
 def download_tokenizer(hub_id: str) -> Path:

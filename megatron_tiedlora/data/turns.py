@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.data.fields import checked_text, describe_fields
+from megatron_tiedlora.data.readers import checked_text, describe_fields
 
 ASSISTANT, USER, TOOL = "assistant", "user", "tool"
 _OPENING = ("system", "developer")
@@ -48,50 +48,47 @@ class Turn:
 class Conversation:
     """The turns of a sample.
 
-    messages: each with `role`, `content` and what else a template reads; the last one is the assistant's.
-    trained: by message, whether it is supervised; only the assistant's are.
+    turns: the last one is the assistant's; only the assistant's are supervised.
     tools: JSON schemas of functions; None if there are none.
-    names: by message, which part of the row it is, as in `Turn`.
     """
 
-    messages: tuple[Mapping[str, Any], ...]
-    trained: tuple[bool, ...]
-    tools: tuple[Mapping[str, Any], ...] | None
-    names: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+    @property
+    def messages(self) -> list[Mapping[str, Any]]:
+        """The messages of the turns, as templates read them."""
+        return [turn.message for turn in self.turns]
 
     @property
     def answer(self) -> str:
         """Content of the last turn; '' if that only calls tools."""
-        return self.messages[-1].get("content") or ""
+        return self.turns[-1].message.get("content") or ""
 
     @property
     def answers(self) -> tuple[int, ...]:
         """The indices of the assistant's turns."""
-        return tuple(index for index, message in enumerate(self.messages) if message["role"] == ASSISTANT)
+        return tuple(index for index, turn in enumerate(self.turns) if turn.message["role"] == ASSISTANT)
 
-    def with_last_turn_trained(self) -> Conversation:
-        """The same turns, of which at most the last is supervised."""
-        return replace(self, trained=(False,) * (len(self.trained) - 1) + self.trained[-1:])
+    def with_last_turn_alone(self, *, scored: bool = False) -> Conversation:
+        """The same turns, of which at most the last is supervised.
 
-    def with_last_turn_scored(self) -> Conversation:
-        """The same turns, of which the last is the answer that a prediction is compared with, whatever its flags."""
-        return replace(self, trained=(False,) * (len(self.trained) - 1) + (True,))
+        Args:
+            scored: the last is the answer that a prediction is compared with, whatever its flags.
+        """
+        *before, last = self.turns
+        others = [replace(turn, trained=False) for turn in before]
+        return replace(self, turns=(*others, replace(last, trained=scored or last.trained)))
 
     def without_first_exchange(self) -> Conversation | None:
         """The turns without the first user turn and all up to the next one; None if no supervised turn would be left.
 
         System turns at the start stay.
         """
-        users = [index for index, message in enumerate(self.messages) if message["role"] == USER]
-        if len(users) < 2 or not any(self.trained[users[1] :]):
+        users = [index for index, turn in enumerate(self.turns) if turn.message["role"] == USER]
+        if len(users) < 2 or not any(turn.trained for turn in self.turns[users[1] :]):
             return None
-        keep = [*range(users[0]), *range(users[1], len(self.messages))]
-        return replace(
-            self,
-            messages=tuple(self.messages[index] for index in keep),
-            trained=tuple(self.trained[index] for index in keep),
-            names=tuple(self.names[index] for index in keep),
-        )
+        return replace(self, turns=(*self.turns[: users[0]], *self.turns[users[1] :]))
 
 
 def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list[Turn]:
@@ -117,21 +114,14 @@ def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list
     return turns
 
 
-def make_conversation(
-    turns: Sequence[Turn], source: str, *, tools: Any = None, tools_field: str = "tools"
-) -> Conversation:
-    """The conversation of a row's turns, with the value of its field for tools.
+def make_conversation(turns: Sequence[Turn], row: Mapping[str, Any], source: str) -> Conversation:
+    """The conversation of a row's turns, with the tools of its field `tools` or `functions`.
 
     Raises:
         UserError: the turns are out of order, or the schemas of tools are broken; names the source and the turn.
     """
     _check_order(turns, source)
-    return Conversation(
-        tuple(turn.message for turn in turns),
-        tuple(turn.trained for turn in turns),
-        _tools(tools, tools_field, source),
-        tuple(turn.name for turn in turns),
-    )
+    return Conversation(tuple(turns), _tools(row, source))
 
 
 def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -218,8 +208,12 @@ def _check_order(turns: Sequence[Turn], source: str) -> None:
 # Tools ------------------------------------------------------------------------------------------------------
 
 
-def _tools(value: Any, field: str, source: str) -> tuple[Mapping[str, Any], ...] | None:
+def _tools(row: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], ...] | None:
     """Schemas of functions, each as {"type": "function", "function": ...}; a text is read as JSON."""
+    if row.get("tools") and row.get("functions"):
+        raise UserError(f"{source}: the row has both 'tools' and 'functions'; remove one of them")
+    field = "functions" if row.get("functions") else "tools"
+    value = row.get(field)
     if value is None or value in ("", [], ()):
         return None
     found = _parsed(value, field, source) if isinstance(value, str) else plain_json(value, field, source)

@@ -22,8 +22,7 @@ from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import gradient_norm_counts
 from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.model.mlp import SwiGlu
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ALONE, ParallelGroups, RankGroup
+from megatron_tiedlora.parallel.groups import ALONE, Grid, ParallelGroups, RankGroup
 
 _LARGEST_SQUARE = torch.finfo(torch.float32).max
 
@@ -254,10 +253,8 @@ def _new_groups(grid: Grid, key: Callable[[Grid], Any]) -> Any:
     """Make a group of the ranks with the same `key`, for each value of it; returns this rank's group."""
     import deepspeed
 
-    members: dict[Any, list[int]] = {}
-    for rank in range(grid.world_size):
-        members.setdefault(key(grid.at(rank)), []).append(rank)
-    handles = {value: deepspeed.comm.new_group(ranks) for value, ranks in members.items()}  # with the run's time limit
+    made = grid.groups(key).items()
+    handles = {value: deepspeed.comm.new_group(ranks) for value, ranks in made}  # with the run's time limit
     return handles[key(grid)]
 
 

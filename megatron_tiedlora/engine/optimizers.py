@@ -5,7 +5,7 @@ single adapter; DeepSpeed then sums, clips and steps.
 
 The moments of an adapter are read by name from any ZeRO stage and written into any other: fp32 tensors of the rank's
 parameters, gathered over its data-parallel ranks. Without an engine's optimizer they are in torch's, else this module
-knows where DeepSpeed's stores them; adapters/gathering joins the shards of tensor and pipeline parallelism.
+knows where DeepSpeed's stores them; adapters/tying joins the shards of tensor and pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
-from megatron_tiedlora.adapters.gathering import MOMENTS
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.adapters.tying import sum_gradients_
+from megatron_tiedlora.adapters.tying import MOMENTS, sum_gradients_
 from megatron_tiedlora.engine.engine import (
     all_open,
     gradient_norms,

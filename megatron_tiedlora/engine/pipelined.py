@@ -20,8 +20,7 @@ from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.tail import Attended
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 BuildStage = Callable[[ParallelGroups, Sequence[LayerSpec]], Stage]
 

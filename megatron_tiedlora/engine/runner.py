@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import Shares
-from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
+from megatron_tiedlora.adapters.tying import AdapterLayout, gather_state
 from megatron_tiedlora.engine.optimizers import Optimizers
 from megatron_tiedlora.model.batch import MicroBatch, Supervised
 from megatron_tiedlora.model.stage import Stage

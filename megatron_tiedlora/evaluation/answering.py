@@ -21,16 +21,14 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.data.chat import chat_writer, set_chat_template
 from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
-from megatron_tiedlora.data.examples import Example, join_answer
-from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import read_split
-from megatron_tiedlora.data.task import Task
+from megatron_tiedlora.data.task import Example, Reading, Task, join_answer
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Agree, Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, num_differing
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.task import Example
 
 _FINAL_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -148,23 +148,6 @@ def squad_f1(answer: Answer) -> float:
     return 100.0 * max(token_f1(answer.prediction, reference) for reference in answer.references)
 
 
-_SQUAD_RULE = "lower case, no punctuation, no articles; best of the references of each sample"
-
-EXACT_MATCH = Metric(
-    "exact_match",
-    exact_match,
-    fixed("exact match, white space at the ends apart; any of the references of each sample"),
-)
-GSM8K = Metric(
-    "gsm8k",
-    gsm8k_exact_match,
-    fixed("GSM8K exact match: first number behind ####, commas dropped, compared as text; no number is wrong"),
-    check=has_final_number,
-)
-SQUAD = Metric("squad", squad_exact_match, fixed(f"SQuAD v1.1 exact match: {_SQUAD_RULE}"))
-SQUAD_F1 = Metric("squad_f1", squad_f1, fixed(f"SQuAD v1.1 F1 over bags of tokens: {_SQUAD_RULE}"))
-
-
 # Several endings ----------------------------------------------------------------------------------------------------
 
 
@@ -219,22 +202,6 @@ def accuracy_loglikelihood(answer: Answer) -> float:
     return 100.0 * (choices[scores.index(max(scores))].strip() == answer.references[0].strip())
 
 
-ACCURACY = Metric(
-    "accuracy",
-    accuracy,
-    fixed(
-        "accuracy of the generated ending: the one that equals the text but for case and white space, else the one of"
-        " highest SQuAD F1 to it; a tie is wrong"
-    ),
-)
-ACCURACY_LOGLIKELIHOOD = Metric(
-    "accuracy_loglikelihood",
-    accuracy_loglikelihood,
-    fixed("accuracy by log-likelihood per character of the ending (acc_norm of lm-evaluation-harness)"),
-    needs_choice_scores=True,
-)
-
-
 # BLEU ---------------------------------------------------------------------------------------------------------------
 
 
@@ -286,9 +253,6 @@ def bleu_signature(answers: Sequence[Answer]) -> str:
     return str(scorer.get_signature())
 
 
-BLEU_METRIC = Metric("bleu", sentence_bleu, bleu_signature, statistics=bleu_statistics, combine=corpus_bleu)
-
-
 # ROUGE-L ------------------------------------------------------------------------------------------------------------
 
 
@@ -337,11 +301,42 @@ def rouge_signature(_: Sequence[Answer]) -> str:
     return f"rouge-score {version('rouge-score')}, rougeL F, stemmer; best of the references of each sample"
 
 
-ROUGE_L = Metric("rougeL", rouge_l, rouge_signature)
+# All ----------------------------------------------------------------------------------------------------------------
 
+_SQUAD_RULE = "lower case, no punctuation, no articles; best of the references of each sample"
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
-    for metric in (EXACT_MATCH, GSM8K, SQUAD, SQUAD_F1, ROUGE_L, BLEU_METRIC, ACCURACY, ACCURACY_LOGLIKELIHOOD)
+    for metric in (
+        Metric(
+            "exact_match",
+            exact_match,
+            fixed("exact match, white space at the ends apart; any of the references of each sample"),
+        ),
+        Metric(
+            "gsm8k",
+            gsm8k_exact_match,
+            fixed("GSM8K exact match: first number behind ####, commas dropped, compared as text; no number is wrong"),
+            check=has_final_number,
+        ),
+        Metric("squad", squad_exact_match, fixed(f"SQuAD v1.1 exact match: {_SQUAD_RULE}")),
+        Metric("squad_f1", squad_f1, fixed(f"SQuAD v1.1 F1 over bags of tokens: {_SQUAD_RULE}")),
+        Metric("rougeL", rouge_l, rouge_signature),
+        Metric("bleu", sentence_bleu, bleu_signature, statistics=bleu_statistics, combine=corpus_bleu),
+        Metric(
+            "accuracy",
+            accuracy,
+            fixed(
+                "accuracy of the generated ending: the one that equals the text but for case and white space, else the"
+                " one of highest SQuAD F1 to it; a tie is wrong"
+            ),
+        ),
+        Metric(
+            "accuracy_loglikelihood",
+            accuracy_loglikelihood,
+            fixed("accuracy by log-likelihood per character of the ending (acc_norm of lm-evaluation-harness)"),
+            needs_choice_scores=True,
+        ),
+    )
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -34,7 +34,7 @@ from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.tasks import Task, get_task
 from megatron_tiedlora.model.partition import Stages, check_layout, layer_costs, partition
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 
 TABLE_FILE = "table.csv"  # of several adapters
@@ -174,7 +174,7 @@ def _check_same_base(first: tuple[str, EvaluationPlan], plan: EvaluationPlan) ->
 
 def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify) -> EvaluationPlan:
     """Find the model and adapter of one evaluation, and check that settings, model and ranks fit together."""
-    task, settings = get_task(settings.task), _as_trained(settings)
+    task, (settings, of_run) = get_task(settings.task), _as_trained(settings)
     try:
         grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     except UserError as error:
@@ -199,7 +199,7 @@ def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: I
         longest_prompt=prompt,
         max_new_tokens=max_new_tokens,
         limit=settings.limit or task.scored_rows,
-        notes=(*notes, *_notes(settings)),
+        notes=(*notes, *of_run),
     )
 
 
@@ -219,28 +219,31 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
     return source.base_format(given)
 
 
-def _trained_with(settings: EvaluateSettings) -> dict[str, Any]:
-    """The settings of the adapter's run and its `TEMPLATE_HASH`, in a file beside it; none without file or adapter."""
-    if settings.adapter is None:
-        return {}
-    run_file = user_path(settings.adapter).parent / "run.yaml"
-    with suppress(UserError):  # a file of another kind cannot be compared
-        if run_file.is_file():
-            return read_yaml_mapping(run_file)
-    return {}
-
-
-def _as_trained(settings: EvaluateSettings) -> EvaluateSettings:
-    """The settings, with the rules by which the adapter's run made tokens of rows where the user gives none.
+def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]]:
+    """The settings, with the rules by which the adapter's run made tokens of rows where the user gives none; and notes
+    if the run's settings, in a file beside the adapter, show that it was trained with other prompts.
 
     Raises:
         UserError: the user's contradict them, or the file of the run's chat template has changed.
     """
-    trained = _trained_with(settings)
+    trained: dict[str, Any] = {}
+    run_file = None if settings.adapter is None else user_path(settings.adapter).parent / "run.yaml"
+    if run_file is not None and run_file.is_file():
+        with suppress(UserError):  # a file of another kind cannot be compared
+            trained = read_yaml_mapping(run_file)
     rules = {name: trained[name] for name in _READING if trained.get(name) is not None}
     if "chat_template" in rules and settings.chat_template is None:
         _check_trained_template(str(rules["chat_template"]), trained.get(TEMPLATE_HASH))
-    return validate_settings({**rules, **settings.model_dump(exclude_none=True)}, EvaluateSettings)
+    found, notes = validate_settings({**rules, **settings.model_dump(exclude_none=True)}, EvaluateSettings), list[str]()
+    for name in ("task", "prompt_template", "tokenizer", *_READING):
+        if name == "chat_template" and found.chat_template is not None and TEMPLATE_HASH in trained:
+            if chat_template_sha256(found.chat_template) != trained[TEMPLATE_HASH]:
+                notes.append(f"--chat_template {found.chat_template} has other content than that of the adapter's run")
+        elif name in trained and trained[name] != getattr(found, name):
+            notes.append(f"the adapter's run had --{name} {trained[name]}, this has {getattr(found, name)}")
+    if trained.get("products") is not None:
+        notes.append(f"the adapter's run had --products {trained['products']}; an evaluation multiplies in --dtype")
+    return found, notes
 
 
 def _check_trained_template(file: str, trained: Any) -> None:
@@ -253,19 +256,6 @@ def _check_trained_template(file: str, trained: Any) -> None:
             f"{said} has changed since (sha256 {now[:12]}, then {as_given(trained)[:12]}); give the file with which it"
             " was trained with --chat_template, or this one to use it as it is"
         )
-
-
-def _notes(settings: EvaluateSettings) -> Iterator[str]:
-    """Notes if the files beside an adapter show that it was trained with other prompts."""
-    trained = _trained_with(settings)
-    for name in ("task", "prompt_template", "tokenizer", *_READING):
-        if name == "chat_template" and settings.chat_template is not None and TEMPLATE_HASH in trained:
-            if chat_template_sha256(settings.chat_template) != trained[TEMPLATE_HASH]:
-                yield f"--chat_template {settings.chat_template} has other content than that of the adapter's run"
-        elif name in trained and trained[name] != getattr(settings, name):
-            yield f"the adapter's run had --{name} {trained[name]}, this has {getattr(settings, name)}"
-    if trained.get("products") is not None:
-        yield f"the adapter's run had --products {trained['products']}; an evaluation multiplies in --dtype"
 
 
 def _find_model(

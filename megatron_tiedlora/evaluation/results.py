@@ -7,8 +7,6 @@ nothing else, so all metrics, and all models that are scored on one test set, us
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +18,10 @@ import numpy as np
 
 from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import Real, Size, Text
 from megatron_tiedlora.base.output_folder import NewOutput
 from megatron_tiedlora.base.version import installed_versions
-from megatron_tiedlora.base.wording import aligned_lines, count_text
+from megatron_tiedlora.base.wording import aligned_lines, count_text, csv_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.evaluation.answering import Questions
 from megatron_tiedlora.evaluation.metrics import Answer, Metric, find_metric
@@ -48,12 +47,12 @@ class Score:
         signature: the rule, library and version of the metric.
     """
 
-    metric: str
-    value: float
-    low: float
-    high: float
-    num_samples: int
-    signature: str
+    metric: Text
+    value: Real
+    low: Real
+    high: Real
+    num_samples: Size
+    signature: Text
 
     def plain(self) -> dict[str, Any]:
         """The score as it is written to files."""
@@ -227,15 +226,13 @@ def write_results(evaluations: Mapping[str, Evaluation], output: NewOutput) -> N
 
 def _table(evaluations: Mapping[str, Evaluation]) -> str:
     """The scores of all adapters as CSV, a row for each."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    _, _, first = next(iter(evaluations.values()))
-    metrics = [column for name in first for column in (name, f"{name}_low", f"{name}_high")]
-    writer.writerow(["name", "adapter", "kind", "n", *metrics])
+    rows: list[dict[str, Any]] = []
     for name, (plan, answers, scores) in evaluations.items():
-        values = [value for score in scores.values() for value in (score.value, score.low, score.high)]
-        writer.writerow([name, plan.settings.adapter, plan.adapter_name, len(answers), *values])
-    return text.getvalue()
+        row = {"name": name, "adapter": plan.settings.adapter, "kind": plan.adapter_name, "n": len(answers)}
+        for metric, score in scores.items():
+            row |= {metric: score.value, f"{metric}_low": score.low, f"{metric}_high": score.high}
+        rows.append(row)
+    return csv_text(list(rows[0]), rows)
 
 
 def score_table(evaluations: Mapping[str, Evaluation], folder: Path) -> list[str]:

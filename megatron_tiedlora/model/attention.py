@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -11,18 +11,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_tiedlora.adapters.adapter_bank import Share, Shares
+from megatron_tiedlora.adapters.adapter_bank import ONLY, Share, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import QKV, RopeShape
-from megatron_tiedlora.model.cpu_attention import TiledRows, attend_in_parts, find_query_tiles, tile_size
-from megatron_tiedlora.model.documents import documents_end_to_end, find_documents, whole_rows
+from megatron_tiedlora.model.batch import find_documents, whole_rows
+from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, split_rows, tile_size
 from megatron_tiedlora.model.fused_attention import AttentionRoute, attend_within, choose_attention
+from megatron_tiedlora.model.linears import RowParallelLinear
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.model.rope import rotation_table
-from megatron_tiedlora.model.row_parallel import RowParallelLinear
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
-from megatron_tiedlora.parallel.layers import padded
 
 
 @dataclass
@@ -89,7 +89,7 @@ class AttentionContext:
     tables: Mapping[RopeShape, tuple[torch.Tensor, torch.Tensor]]
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     mask: torch.Tensor | None = None
-    of_shares: tuple[tuple[Share, AttentionContext], ...] = ()
+    of_shares: tuple[AttentionContext, ...] = ()
 
 
 class Attention(nn.Module):
@@ -125,7 +125,7 @@ class Attention(nn.Module):
             positions: (b, s) int64.
             dtype: of the activations.
             documents: (b, s) int64, document ids; None: one document per row. Best on the host.
-            shares: of a shared micro-batch.
+            shares: whose tokens they are; if there are several, b is 1. By default all are one adapter's.
             cache: of any layer, as it is before the call. The first call fills it with whole prompts, padded on the
                 right; later tokens see its keys up to their own position. With shares there is one for each.
             ropes: the rotations of all layers, if that of this one is not the only one.
@@ -135,22 +135,21 @@ class Attention(nn.Module):
         tables = {rope: rotation_table(positions, replace(heads, rope=rope), dtype) for rope in rotations}
         context = AttentionContext(positions, tables)
         if isinstance(cache, tuple):
-            by_share = zip(shares, _by_share(positions, shares), cache, strict=True)
-            of_shares = [(share, self.context(ids, dtype, cache=own, ropes=())) for share, ids, own in by_share]
-            return replace(context, of_shares=tuple(of_shares))
+            by_share = zip(_by_share(positions, shares), cache, strict=True)
+            of_shares = tuple(self.context(ids, dtype, cache=own, ropes=()) for ids, own in by_share)
+            return replace(context, of_shares=of_shares)
         if cache is not None and cache.filled:
             return replace(context, mask=self._cache_mask(positions, cache))
         device, (num_rows, length) = positions.device, positions.shape
+        shares = shares or (Share(ONLY, num_rows, length),)
         if device.type == "cpu":
-            size = tile_size(heads.num, heads.num_kv)
-            whole = () if shares else (TiledRows(num_rows, length, find_query_tiles(documents, length, size=size)),)
-            parts = whole or _tiled_shares(shares, documents, size)
-            return replace(context, attend=partial(attend_in_parts, parts=parts, kernels=self.kernels))
-        if shares:
-            ids = torch.zeros(1, length) if documents is None else documents
-            found = documents_end_to_end(_by_share(ids, shares), device)
+            parts = _tiled_shares(shares, documents, tile_size(heads.num, heads.num_kv))
+            return replace(context, attend=partial(attend_by_tiles, parts=parts, kernels=self.kernels))
+        if len(shares) == 1 and documents is None:
+            found = whole_rows(num_rows, length, device)
         else:
-            found = whole_rows(num_rows, length, device) if documents is None else find_documents(documents, device)
+            ids = torch.zeros(positions.shape) if documents is None else documents
+            found = find_documents(_by_share(ids, shares), device)
         route = self.route(device, dtype)
         assert route.attend is not None, "only CPUs have none"
         return replace(context, attend=partial(attend_within, documents=found, attend=route.attend))
@@ -191,8 +190,9 @@ class Attention(nn.Module):
         num_rows = len(context.positions)
         query, key, value = self.qkv(hidden, tensor_parallel, qkv_update, num_rows=num_rows, table=table)
         if isinstance(cache, tuple):
-            by_share = zip(_heads_by_share(context, query, key, value), context.of_shares, cache, strict=True)
-            outputs = [self._attend(*heads, own, of_share) for heads, (_, own), of_share in by_share]
+            heads = split_rows((query, key, value), [own.positions.shape for own in context.of_shares])
+            by_share = zip(heads, context.of_shares, cache, strict=True)
+            outputs = [self._attend(q, k, v, own, of_share) for (q, k, v), own, of_share in by_share]
             return torch.cat([output.flatten(0, 1) for output in outputs])[None]
         return self._attend(query, key, value, context, cache)
 
@@ -215,21 +215,9 @@ class Attention(nn.Module):
 
 
 def _by_share(ids: torch.Tensor, shares: Shares) -> list[torch.Tensor]:
-    """(1, s) -> the (rows, length) of each share."""
-    parts = ids[0].split([share.num_tokens for share in shares])
+    """(1, s), or (rows, length) of the only share -> the (rows, length) of each share."""
+    parts = ids.flatten().split([share.num_tokens for share in shares])
     return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
-
-
-def _heads_by_share(
-    context: AttentionContext, *heads: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Queries, keys and values (1, heads, s, head_dim) -> the (rows, heads, length, head_dim) of each share."""
-    shares = [share for share, _ in context.of_shares]
-    sizes = [share.num_tokens for share in shares]
-    parts = zip(*(some.transpose(1, 2).flatten(0, 1).split(sizes) for some in heads), strict=True)
-    for share, of_share in zip(shares, parts, strict=True):
-        query, key, value = (part.unflatten(0, (share.num_rows, share.length)).transpose(1, 2) for part in of_share)
-        yield query, key, value
 
 
 def _tiled_shares(shares: Shares, documents: torch.Tensor | None, size: int) -> tuple[TiledRows, ...]:

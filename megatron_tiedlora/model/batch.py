@@ -1,4 +1,4 @@
-"""A micro-batch as the loader gives it to the engine, and its positions that have a label.
+"""A micro-batch as the loader gives it to the engine, its positions that have a label, and the documents packed in it.
 
 Its tensors keep their names from the loader to the loss: tokens, positions, labels, documents, numbers. The layers
 after the last attention compute only supervised positions. These are found on the host, so that no step waits for the
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
-from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of, starts_of
 
@@ -86,15 +87,6 @@ class Supervised(NamedTuple):
     pieces: Pieces = ()
     supervised_pieces: Pieces = ()
 
-    def of_part(self, part: int, num_parts: int) -> torch.Tensor:
-        """`local_rows` of one part, (m / p,)."""
-        return self.local_rows.chunk(num_parts)[part]
-
-    def pieces_of_part(self, part: int, num_parts: int) -> Pieces:
-        """`pieces` of one part."""
-        size = len(self.rows) // num_parts
-        return part_of(self.pieces, part * size, (part + 1) * size)
-
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Supervised:
         """The same with `move` applied to every tensor."""
         return self._replace(
@@ -148,3 +140,48 @@ def _by_piece(labels: torch.Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[i
     """(owner, its positions with a label, its first position) of each piece of labels (s / p,)."""
     for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
         yield owner, (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start, start
+
+
+# Documents ------------------------------------------------------------------------------------------------------------
+
+
+class Documents(NamedTuple):
+    """The n documents of concatenated rows (b s): document i is tokens bounds[i] to bounds[i + 1] - 1.
+
+    Attributes:
+        bounds: n + 1 numbers on the host, from 0 to b s.
+        offsets: the same numbers, (n + 1,) int32 on the device.
+        longest: the number of tokens in the longest document.
+    """
+
+    bounds: list[int]
+    offsets: torch.Tensor
+    longest: int
+
+
+def find_documents(ids: Sequence[torch.Tensor], device: torch.device) -> Documents:
+    """The documents of blocks of rows, which follow one another; a document begins with each new id and each new row.
+
+    It does not synchronise with the device if the ids are on the host.
+
+    Args:
+        ids: (b, s) int64, of each block.
+    """
+    begins = torch.cat([document_begins(block).flatten() for block in ids])
+    bounds = [*begins.nonzero()[:, 0].tolist(), len(begins)]
+    offsets = torch.tensor(bounds, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return Documents(bounds, offsets, max(stop - start for start, stop in pairwise(bounds)))
+
+
+def document_begins(ids: torch.Tensor) -> torch.Tensor:
+    """Whether a document begins at each token of (b, s) ids."""
+    begins = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return begins
+
+
+def whole_rows(size: int, length: int, device: torch.device) -> Documents:
+    """The documents of rows (size, length) that hold one document each."""
+    bounds = list(range(0, (size + 1) * length, length))
+    offsets = torch.arange(0, (size + 1) * length, length, dtype=torch.int32, device=device)
+    return Documents(bounds, offsets, length)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.model.documents import document_begins
+from megatron_tiedlora.model.batch import document_begins
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.kernels import Kernels, upcast
 
@@ -76,25 +76,18 @@ class TiledRows(NamedTuple):
 
 
 def attend_by_tiles(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Sequence[QueryTile], kernels: Kernels
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[TiledRows], kernels: Kernels
 ) -> torch.Tensor:
     """Attention of each token to the keys that its tile's mask shows it, scaled by 1 / sqrt(head_dim).
 
+    The result is written to one memory, so that it is saved once.
+
     Args:
         query: (b, heads, s, head_dim); key and value: (b, kv heads, s, head_dim).
+        parts: sets of rows, which follow each other in memory; the b s tokens are those of all parts.
 
     Returns:
         (b, s, heads * head_dim).
-    """
-    return attend_in_parts(query, key, value, [TiledRows(len(query), query.shape[2], tuple(tiles))], kernels)
-
-
-def attend_in_parts(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[TiledRows], kernels: Kernels
-) -> torch.Tensor:
-    """The same of several sets of rows, which follow each other in memory; the b s tokens are those of all parts.
-
-    The result is written to one memory, so that it is saved once.
     """
     output: torch.Tensor = _TiledAttention.apply(query, key, value, parts, kernels)
     return output.flatten(2)
@@ -154,7 +147,7 @@ class _TiledAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         heads = [tensor.detach() for tensor in (query, key, value)]
         output = _tokens_first(query)
-        by_part = _by_part((*heads, output), parts)
+        by_part = split_rows((*heads, output), [part[:2] for part in parts])
         pairs = zip(parts, by_part, strict=True)
         log_sums = [_attend_(*views, tiles=part.tiles, kernels=kernels) for part, views in pairs]
         result = output.transpose(1, 2)
@@ -169,7 +162,8 @@ class _TiledAttention(torch.autograd.Function):
         heads = query, key, value
         grad_heads = [_tokens_first(tensor) for tensor in heads]
         tensors = *heads, output.transpose(1, 2), gradient.transpose(1, 2), *grad_heads
-        by_part = zip(ctx.parts, _by_part(tensors, ctx.parts), log_sums, strict=True)
+        views_of_parts = split_rows(tensors, [part[:2] for part in ctx.parts])
+        by_part = zip(ctx.parts, views_of_parts, log_sums, strict=True)
         for part, views, of_part in by_part:
             _attention_gradients_(*views, log_sums=of_part, tiles=part.tiles, kernels=ctx.kernels)
         return *grad_heads, None, None
@@ -181,17 +175,17 @@ def _tokens_first(heads: torch.Tensor) -> torch.Tensor:
     return heads.new_empty(size, length, num_heads, head_dim).transpose(1, 2)
 
 
-def _by_part(
-    tensors: Sequence[torch.Tensor], parts: Sequence[TiledRows]
+def split_rows(
+    tensors: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """(b, heads, s, head_dim) each -> the (rows, heads, length, head_dim) of each part, as views."""
-    if len(parts) == 1 and len(tensors[0]) == parts[0].num_rows:
+    """(b, heads, s, head_dim) each -> the (rows, heads, length, head_dim) of each of (rows, length), as views."""
+    if len(shapes) == 1 and len(tensors[0]) == shapes[0][0]:
         yield tuple(tensors)
         return
-    sizes = [part.num_rows * part.length for part in parts]
+    sizes = [rows * length for rows, length in shapes]
     by_tensor = [tensor.transpose(1, 2).flatten(0, 1).split(sizes) for tensor in tensors]
-    for part, views in zip(parts, zip(*by_tensor, strict=True), strict=True):
-        yield tuple(view.unflatten(0, (part.num_rows, part.length)).transpose(1, 2) for view in views)
+    for shape, views in zip(shapes, zip(*by_tensor, strict=True), strict=True):
+        yield tuple(view.unflatten(0, shape).transpose(1, 2) for view in views)
 
 
 def _attend_(

@@ -28,8 +28,8 @@ import torch
 from torch.nn import functional
 
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.model.documents import Documents
-from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.model.batch import Documents
+from megatron_tiedlora.parallel.frozen_weight import padded
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, float], torch.Tensor]
 """(query, key, value, documents, scale of the scores) -> attention output, in the queries' shape.

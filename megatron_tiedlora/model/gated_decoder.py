@@ -27,6 +27,7 @@ from megatron_tiedlora.base.shapes import (
     linear_sizes,
 )
 from megatron_tiedlora.model.hf_config import HfConfig
+from megatron_tiedlora.model.hf_rope import read_rope
 
 
 class Norms(NamedTuple):
@@ -45,7 +46,7 @@ BEHIND = Norms(None, "post_attention_layernorm", None, "post_feedforward_layerno
 def gated_decoder(
     config: HfConfig,
     *,
-    rope: tuple[RopeShape, LengthLimit | None],
+    rope: tuple[RopeShape, LengthLimit | None] | None = None,
     window: LengthLimit | None = None,
     norm_eps: float | None = None,
     qkv_bias: bool = False,
@@ -58,7 +59,7 @@ def gated_decoder(
     """The shape that the fields common to these families describe.
 
     Args:
-        rope: see `read_rope`.
+        rope: what `read_rope` returns; by default for the config alone.
         window: the limit that a sliding window sets, see `HfConfig.window`.
         norm_eps: that of LayerNorms, which have biases; None for RMS norms, whose field is read here.
         head_norms: "each": each head of queries and keys has an RMS norm before the rotation; "together": all heads of
@@ -70,6 +71,7 @@ def gated_decoder(
     Raises:
         UserError: the name of a field that is missing or wrong.
     """
+    rope = read_rope(config) if rope is None else rope
     config.reject_other_layers("full_attention", *(() if window is None else ("sliding_attention",)))
     activation = config.get("hidden_act")
     if activation not in ("silu", "swish"):

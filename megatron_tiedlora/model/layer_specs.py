@@ -14,15 +14,20 @@ from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import OUTPUT, LinearShape, ModelShape, NormShape
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
+from megatron_tiedlora.model.linears import Norm, NormedLinear, RowParallelLinear
 from megatron_tiedlora.model.mlp import SwiGlu
-from megatron_tiedlora.model.normed_linear import Norm, NormedLinear
 from megatron_tiedlora.model.qkv import QkvLinear
-from megatron_tiedlora.model.row_parallel import RowParallelLinear
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_parameter, register
+from megatron_tiedlora.parallel.frozen_weight import (
+    FrozenWeight,
+    VocabularyParallelEmbedding,
+    WeightMaker,
+    frozen_linear,
+    frozen_parameter,
+    register,
+)
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_linear
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 

@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.rows import AllRows
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP
-from megatron_tiedlora.model.normed_linear import Factors, Needs, NormedLinear, Parameters, Projection, gradient_dtype
-from megatron_tiedlora.model.row_parallel import RowParallelLinear, addend, addend_gradients
+from megatron_tiedlora.model.linears import Needs, NormedLinear, Operands, Projection, RowParallelLinear, gradient_dtype
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
 
@@ -49,10 +46,10 @@ class SwiGlu(nn.Module):
         """
         gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
         projection = self.gate_up.projection(tensor_parallel, num_rows=len(hidden), rows=gate_up.rows)
-        step = _Step(projection, self.down.frozen, self.kernels, recomputes, down.rows)
+        step = _Step(projection, Projection(self.down.frozen, down.rows), self.kernels, recomputes)
         result: torch.Tensor = _SwiGlu.apply(
             *(hidden, gate_up.grad_a, gate_up.grad_f, down.grad_a, down.grad_f),
-            *(Factors(gate_up.a, gate_up.f), Factors(down.a, down.f), self.gate_up.tensors, step),
+            *(self.gate_up.operands(gate_up), Operands(down.a, down.f), step),
         )
         return self.down.total(result, tensor_parallel)
 
@@ -60,10 +57,9 @@ class SwiGlu(nn.Module):
 @dataclass(frozen=True)
 class _Step:
     gate_up: Projection
-    down: FrozenWeight
+    down: Projection
     kernels: Kernels
     recomputes: bool
-    rows: AllRows  # of down
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -77,18 +73,17 @@ class _SwiGlu(torch.autograd.Function):
         grad_f: torch.Tensor | None,
         down_grad_a: torch.Tensor | None,
         down_grad_f: torch.Tensor | None,
-        factors: Factors,
-        down_factors: Factors,
-        parameters: Parameters,
+        operands: Operands,
+        of_down: Operands,
         step: _Step,
     ) -> torch.Tensor:
-        gate_up, root, ax = step.gate_up.forward(hidden, parameters, factors)
-        needs, of_down = _needs(ctx)
-        reads_gate_up = of_down.x or of_down.a
+        gate_up, root, ax = step.gate_up.forward(hidden, operands)
+        needs, down_needs = _needs(ctx)
+        reads_gate_up = down_needs.x or down_needs.a
         gated, shape = step.kernels.gate(as_rows(gate_up)), gate_up.shape[:-1]
         saved_gate_up = gate_up if reads_gate_up and not step.recomputes else None
         del gate_up  # before the matmul, if it is not saved
-        z, down_ax = addend(gated, step.down, down_factors, step.rows)
+        z, _, down_ax = step.down.forward(gated, of_down)
         reads_norm = step.gate_up.reads_input(needs)
         ctx.step = step
         ctx.wide = gradient_dtype(grad_a, grad_f, down_grad_a, down_grad_f)
@@ -97,24 +92,24 @@ class _SwiGlu(torch.autograd.Function):
             root if reads_norm and not step.recomputes else None,
             saved_gate_up,
             ax if needs.f else None,
-            down_ax if of_down.f else None,
-            *(*factors, *down_factors, *parameters),
+            down_ax if down_needs.f else None,
+            *(*of_down[:2], *operands),
         )
         return z.view(*shape, -1)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, root, gate_up, ax, down_ax, a, f, down_a, down_f, *others = ctx.saved_tensors
+        hidden, root, gate_up, ax, down_ax, down_a, down_f, *others = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # so that gate and up are freed below; autograd holds them until this returns
-        needs, of_down = _needs(ctx)
+        needs, down_needs = _needs(ctx)
         step: _Step = ctx.step
-        factors, down_factors, parameters = Factors(a, f), Factors(down_a, down_f), Parameters(*others)
+        operands = Operands(*others)
         if step.recomputes and hidden is not None:
-            gate_up, root, _ = step.gate_up.forward(hidden, parameters, factors, ax=ax)
-        gated = step.kernels.gate(as_rows(gate_up)) if of_down.a else None
-        grad_gated, *of_down_factors = addend_gradients(
-            grad_z.flatten(0, -2), gated, down_ax, step.down, down_factors, of_down, ctx.wide, step.rows
+            gate_up, root, _ = step.gate_up.forward(hidden, operands, ax=ax)
+        gated = step.kernels.gate(as_rows(gate_up)) if down_needs.a else None
+        grad_gated, *of_down_factors = step.down.backward(
+            grad_z.flatten(0, -2), gated, None, down_ax, Operands(down_a, down_f), down_needs, ctx.wide
         )
         del gated
         if step.gate_up.tensor_parallel.sequence_parts > 1:
@@ -124,8 +119,8 @@ class _SwiGlu(torch.autograd.Function):
         if grad_gated is not None:
             grad_gate_up = step.kernels.gate_gradient(as_rows(grad_gated), as_rows(gate_up)).view(gate_up.shape)
             del grad_gated, gate_up
-            found = step.gate_up.backward(grad_gate_up, hidden, root, ax, parameters, factors, needs, ctx.wide)
-        return *found, *of_down_factors, *(None,) * 4
+            found = step.gate_up.backward(grad_gate_up, hidden, root, ax, operands, needs, ctx.wide)
+        return *found, *of_down_factors, *(None,) * 3
 
 
 def _needs(ctx: Any) -> tuple[Needs, Needs]:

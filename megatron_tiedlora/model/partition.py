@@ -8,7 +8,7 @@ from functools import cache
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.shard_spec import weight_spec
 
 Stages = tuple[range, ...]

@@ -12,8 +12,7 @@ from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape, RopeShape
-from megatron_tiedlora.model.normed_linear import Factors, Needs, NormedLinear, Parameters, Projection, gradient_dtype
-from megatron_tiedlora.parallel.backward import first_derivative_only
+from megatron_tiedlora.model.linears import Epilogue, NormedLinear, project
 from megatron_tiedlora.parallel.collectives import all_reduce
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
@@ -57,12 +56,9 @@ class QkvLinear(NormedLinear):
             num_rows: b.
             table: cos and sin of the tokens' positions, if it rotates; see `rotation_table`.
         """
-        a, f, grad_a, grad_f, rows = update or LinearUpdate()
-        projection = self.projection(tensor_parallel, num_rows=num_rows, rows=rows)
-        results: tuple[torch.Tensor, ...] = _Qkv.apply(
-            hidden, grad_a, grad_f, Factors(a, f), self.tensors, projection, self.epilogue(table, tensor_parallel.group)
-        )
-        return results
+        update = update or LinearUpdate()
+        projection = self.projection(tensor_parallel, num_rows=num_rows, rows=update.rows)
+        return project(hidden, update, projection, self.operands(update), self.epilogue(table, tensor_parallel.group))
 
     def epilogue(self, table: tuple[torch.Tensor, ...], group: RankGroup) -> PlainHeads:
         """The heads as they are, rotated, or if they have norms normalised and rotated."""
@@ -73,44 +69,9 @@ class QkvLinear(NormedLinear):
         return RotatedNormedHeads(self.heads, self.kernels, table, (self.query_norm, self.key_norm), group)
 
 
-class _Qkv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        grad_a: torch.Tensor | None,
-        grad_f: torch.Tensor | None,
-        factors: Factors,
-        parameters: Parameters,
-        projection: Projection,
-        heads: PlainHeads,
-    ) -> tuple[torch.Tensor, ...]:
-        projected, root, ax = projection.forward(hidden, parameters, factors)
-        results, saved = heads.forward(projected)
-        needs = Needs(*ctx.needs_input_grad[:3])
-        ctx.projection, ctx.heads = projection, heads
-        ctx.wide = gradient_dtype(grad_a, grad_f)
-        ctx.save_for_backward(
-            *((hidden, root) if projection.reads_input(needs) else (None, None)),
-            ax if needs.f else None,
-            *(*factors, *parameters[:2], *saved),
-        )
-        return results
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, root, ax, a, f, norm, norm_bias, *saved = ctx.saved_tensors
-        needs, factors = Needs(*ctx.needs_input_grad[:3]), Factors(a, f)
-        grad_projected = ctx.heads.backward(gradients, *saved)
-        parameters = Parameters(norm, norm_bias, None)
-        found = ctx.projection.backward(grad_projected, hidden, root, ax, parameters, factors, needs, ctx.wide)
-        return *found, *(None,) * 4
-
-
 @dataclass(frozen=True)
-class PlainHeads:
-    """An epilogue: [Q | K | V], (b, s, o) -> queries, keys and values, (b, heads, s, head_dim), in one storage.
+class PlainHeads(Epilogue):
+    """[Q | K | V], (b, s, o) -> queries, keys and values, (b, heads, s, head_dim), in one storage.
 
     Attributes:
         heads: of this rank.
@@ -193,13 +154,13 @@ class RotatedNormedHeads(RotatedHeads):
         """The gradient of [Q | K | V] from the gradients of the rotated heads."""
         rotated, root, cos, sin, *norms = saved
         (batch, _, length, _), (query, key, value) = gradients[0].shape, _by_token(gradients)
-        rotated, others = rotated.detach(), (cos, sin, self._weight(norms))
+        rotated = rotated.detach()
+        mean: torch.Tensor | None = None
         if self.heads.norms[0].sharded:
-            mean = self._over_ranks(self.kernels.product_means(query, key, rotated))
-            numbers = self._by_head(root), self._by_head(mean)
-            found = self.kernels.rotate_with_root_gradient(query, key, value, rotated, *numbers, *others)
-        else:
-            found = self.kernels.rotate_normed_gradient(query, key, value, rotated, root, *others)
+            means = self._over_ranks(self.kernels.product_means(query, key, rotated))
+            root, mean = self._by_head(root), self._by_head(means)
+        numbers = rotated, root, mean, cos, sin, self._weight(norms)
+        found = self.kernels.rotate_normed_gradient(query, key, value, *numbers)
         return found.view(batch, length, -1)
 
     def _weight(self, norms: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -251,12 +251,9 @@ class Stage(nn.Module):
     ) -> AttentionContext:
         """What the attention of every block needs to know about the tokens; see `Attention.context`."""
         cache = caches[0] if caches else None
-        several = shares if len(shares) > 1 else ()
         blocks: list[Any] = [self.layers[str(index)] for index in self.blocks]
         ropes = dict.fromkeys(block.attention.qkv.rope for block in blocks)
-        return self.attention.context(
-            positions, dtype, documents=documents, cache=cache, shares=several, ropes=ropes
-        )
+        return self.attention.context(positions, dtype, documents=documents, cache=cache, shares=shares, ropes=ropes)
 
     def run_blocks(
         self,

@@ -19,7 +19,7 @@ from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.layer_specs import Block, Head
 from megatron_tiedlora.parallel.backward import run_with_early_backward
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.pieces import Piece, Pieces
+from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of
 
 
 class Attended(NamedTuple):
@@ -95,7 +95,7 @@ class SupervisedTail:
 
         If they belong to several owners, there is one for each, (owners,).
         """
-        supervised, some, joined = self._supervised(attended, self._found(labels, tensor_parallel), tensor_parallel)
+        supervised, some, joined = self._supervised(attended, labels, tensor_parallel)
         update = some.of(attended.mlp_update)
         pairs = [(linear, tensor) for linear in update.values() for tensor in (linear.grad_a, linear.grad_f)]
         stand_ins = [tensor for _, tensor in pairs]
@@ -122,26 +122,23 @@ class SupervisedTail:
         self, attended: Attended, labels: torch.Tensor, tensor_parallel: TensorParallel, shares: Shares = ()
     ) -> torch.Tensor:
         """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
-        supervised, some, joined = self._supervised(
-            attended, self._found(labels, tensor_parallel, shares), tensor_parallel
-        )
+        supervised, some, joined = self._supervised(attended, labels, tensor_parallel, shares)
         update = some.of(attended.mlp_update)
         losses = self._losses(joined, update, supervised, tensor_parallel, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
-    def _found(
-        self, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel, shares: Shares = ()
-    ) -> Supervised:
-        if isinstance(labels, Supervised):
-            return labels
-        return find_supervised(labels, tensor_parallel.sequence_parts, shares)
-
     def _supervised(
-        self, attended: Attended, supervised: Supervised, tensor_parallel: TensorParallel
+        self,
+        attended: Attended,
+        labels: torch.Tensor | Supervised,
+        tensor_parallel: TensorParallel,
+        shares: Shares = (),
     ) -> tuple[Supervised, _Some, torch.Tensor]:
         """The supervised positions, those of this rank, and the last block's result there, up to its MLP."""
-        num_parts = tensor_parallel.sequence_parts
+        num_parts, supervised = tensor_parallel.sequence_parts, labels
+        if not isinstance(supervised, Supervised):
+            supervised = find_supervised(supervised, num_parts, shares)
         some = _Some.of_rank(supervised, tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
         return supervised, some, self._join(attended, tensor_parallel, some)
 
@@ -194,12 +191,10 @@ class _Some:
     @staticmethod
     def of_rank(supervised: Supervised, part: int, num_parts: int) -> _Some:
         """The supervised positions, on the rank with one part of the sequence."""
-        return _Some(
-            supervised.rows,
-            supervised.of_part(part, num_parts),
-            supervised.pieces,
-            supervised.pieces_of_part(part, num_parts),
-        )
+        size = len(supervised.rows) // num_parts
+        local_rows = supervised.local_rows[part * size : (part + 1) * size]
+        local_pieces = part_of(supervised.pieces, part * size, (part + 1) * size)
+        return _Some(supervised.rows, local_rows, supervised.pieces, local_pieces)
 
     def of(self, update: LayerUpdate) -> LayerUpdate:
         """The update for these tokens only."""

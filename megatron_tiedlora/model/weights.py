@@ -52,11 +52,6 @@ class WeightRule:
         """The names of the Hugging Face tensors that store it, one for each part."""
         return tuple(part.name for part in self.parts)
 
-    @property
-    def num_elements(self) -> int:
-        """The number of elements in the full tensor."""
-        return math.prod(self.shape)
-
     def is_quantised(self, shape: ModelShape) -> bool:
         """Whether it is quantised in a base of fewer bits: the matrix of a block's linear is."""
         return self.linear is not None and 1 <= self.layer <= shape.num_layers
@@ -112,7 +107,7 @@ def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[Weigh
 
 def num_base_parameters(shape: ModelShape) -> int:
     """The number of parameters of the base model; a tied embedding counts once."""
-    return sum(weight.num_elements for weight in weight_rules(shape))
+    return sum(math.prod(weight.shape) for weight in weight_rules(shape))
 
 
 def _weights_of(part: NormShape | LinearShape, *, layer: int, stored: str) -> Iterator[WeightRule]:

@@ -1,9 +1,9 @@
 """Collectives of tensor parallelism, as functions that autograd can differentiate.
 
-Each region function is the adjoint of its partner: copy_to (identity; backward all-reduce) and reduce_from (all-reduce;
-backward identity), gather_from (all-gather; backward reduce-scatter) and reduce_scatter_to (reduce-scatter; backward
-all-gather). The gradients that arrive in the backward pass of a gather are partial sums, one per rank, so they are
-summed and never just sliced. No function changes its input. In a group of one rank none sends anything.
+Entering a region and leaving it are adjoint: identity (backward all-reduce) and all-reduce (backward identity), or with
+sequence parallelism all-gather (backward reduce-scatter) and reduce-scatter (backward all-gather). The gradients that
+arrive in the backward pass of a gather are partial sums, one per rank, so they are summed and never just sliced. No
+function changes its input. In a group of one rank none sends anything.
 """
 
 from __future__ import annotations
@@ -62,18 +62,20 @@ def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Te
 
 class _WithAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, function: Function, adjoint: Function) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, function: Function, adjoint: Any) -> torch.Tensor:
         ctx.adjoint = adjoint
         return function(tensor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         return ctx.adjoint(gradient), None, None
 
 
-def _with_adjoint(tensor: torch.Tensor, function: Function, adjoint: Function) -> torch.Tensor:
-    """`function(tensor)`, whose gradient becomes that of the tensor by `adjoint`."""
+def with_adjoint(
+    tensor: torch.Tensor, function: Function, adjoint: Callable[[torch.Tensor], torch.Tensor | None]
+) -> torch.Tensor:
+    """`function(tensor)`, whose gradient becomes that of the tensor by `adjoint`; None is no gradient."""
     found: torch.Tensor = _WithAdjoint.apply(tensor, function, adjoint)
     return found
 
@@ -111,26 +113,12 @@ def concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def copy_to_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
-    """The tensor itself. Each rank has an addend of its gradient; these are summed over the group."""
-    if group.size == 1:
-        return tensor
-    return _with_adjoint(tensor, _itself, partial(all_reduce, group=group))
-
-
-def reduce_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
-    """The sum over the group. Its gradient, the same on every rank, is passed on unchanged."""
-    if group.size == 1:
-        return tensor
-    return _with_adjoint(tensor, partial(all_reduce, group=group), _itself)
-
-
 def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
     """The ranks' parts, concatenated along `dim`. The gradient is summed over the group; each rank gets its part."""
     if group.size == 1:
         return tensor
     gathers, scatters = (partial(function, group=group, dim=dim) for function in (all_gather, reduce_scatter))
-    return _with_adjoint(tensor, gathers, scatters)
+    return with_adjoint(tensor, gathers, scatters)
 
 
 def gather_together(tensors: Sequence[torch.Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
@@ -149,31 +137,29 @@ def end_to_end(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.flatten(0, 1)[None]
 
 
-def gather_from_sequence_parallel_region(hidden: torch.Tensor, group: RankGroup) -> torch.Tensor:
-    """(1, b s / size, d) -> (1, b s, d)."""
-    return gather_from_tensor_parallel_region(hidden, group, SEQUENCE_DIM)
-
-
-def reduce_scatter_to_sequence_parallel_region(hidden: torch.Tensor, group: RankGroup) -> torch.Tensor:
-    """Addends (b, s, d) of the ranks -> this rank's part of their sum, (1, b s / size, d)."""
-    if group.size == 1:
-        return hidden
-    gathers, scatters = (partial(function, group=group, dim=SEQUENCE_DIM) for function in (all_gather, reduce_scatter))
-    return _with_adjoint(end_to_end(hidden), scatters, gathers)
-
-
 def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-    """Activations between layers -> (b, s, d) or (1, b s, d) on every rank, for column-parallel layers."""
+    """Activations between layers -> (b, s, d) or (1, b s, d) on every rank, for column-parallel layers.
+
+    Each rank has an addend of the result's gradient; these are summed over the group.
+    """
+    group = tensor_parallel.group
     if tensor_parallel.sequence_parallel:
-        return gather_from_sequence_parallel_region(hidden, tensor_parallel.group)
-    return copy_to_tensor_parallel_region(hidden, tensor_parallel.group)
+        return gather_from_tensor_parallel_region(hidden, group, SEQUENCE_DIM)
+    return hidden if group.size == 1 else with_adjoint(hidden, _itself, partial(all_reduce, group=group))
 
 
 def leave_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-    """Addends (b, s, d) of the ranks -> their sum, in the shape of activations between layers."""
-    if tensor_parallel.sequence_parallel:
-        return reduce_scatter_to_sequence_parallel_region(hidden, tensor_parallel.group)
-    return reduce_from_tensor_parallel_region(hidden, tensor_parallel.group)
+    """Addends (b, s, d) of the ranks -> their sum, in the shape of activations between layers.
+
+    The gradient of the sum is that of each addend; of a part of the sequence it is gathered.
+    """
+    group = tensor_parallel.group
+    if group.size == 1:
+        return hidden
+    if not tensor_parallel.sequence_parallel:
+        return with_adjoint(hidden, partial(all_reduce, group=group), _itself)
+    gathers, scatters = (partial(function, group=group, dim=SEQUENCE_DIM) for function in (all_gather, reduce_scatter))
+    return with_adjoint(end_to_end(hidden), scatters, gathers)
 
 
 class StepSum:
@@ -201,7 +187,7 @@ class StepSum:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself, with its gradient summed. All ranks of the group run equally many backward passes."""
-        return _with_adjoint(tensor, _itself, self.take)
+        return with_adjoint(tensor, _itself, self.take)
 
     def take(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient that a backward pass returns, from this rank's addend; the same shape and dtype."""

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS, FP8_CAPABILITY, BaseFormat
+from megatron_tiedlora.base.base_formats import BASE_FORMATS, FP8_CAPABILITY
 from megatron_tiedlora.base.errors import UserError, one_line
 from megatron_tiedlora.base.shapes import LinearShape
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_parameter
@@ -89,21 +90,10 @@ class Fp8ProductWeight(RowScaledWeight):
     transposed: torch.Tensor | None = None
 
     @classmethod
-    def of_products(
-        cls,
-        *local_shape: int,
-        dtype: torch.dtype,
-        shards_rows: bool = False,
-        storage: BaseFormat,
-        workspace: Workspace,
-        keep_transposed: bool = False,
-    ) -> FrozenWeight:
+    def of_format(cls, *local_shape: int, keep_transposed: bool = False, **others: Any) -> Self:
         """Uninitialised memory; see `QuantisedWeight.of_format`."""
-        found = cls.of_format(
-            *local_shape, dtype=dtype, shards_rows=shards_rows, storage=storage, workspace=workspace
-        )
+        found = super().of_format(*local_shape, **others)
         if keep_transposed:
-            assert isinstance(found, Fp8ProductWeight)
             found.transposed = frozen_parameter(*reversed(local_shape), dtype=torch.uint8)
         return found
 
@@ -120,11 +110,10 @@ class Fp8ProductWeight(RowScaledWeight):
         if self.transposed is not None:
             self.transposed.data[:, rows].copy_(codes.t())
 
-    def first_rows(self, num_rows: int) -> FrozenWeight:
+    def first_rows(self, num_rows: int) -> Self:
         """The first rows of W, in the same memory."""
         found = super().first_rows(num_rows)
         if self.transposed is not None:
-            assert isinstance(found, Fp8ProductWeight)
             found.transposed = self.transposed.detach()[:, :num_rows]
         return found
 
@@ -209,11 +198,11 @@ def weight_maker(name: str | None, *, products: str | None = None, keep_transpos
     """
     if name is None:
         return FrozenWeight.empty
-    storage = BASE_FORMATS[name]
+    storage, workspace = BASE_FORMATS[name], Workspace()
     if products is not None:
         assert (name, products) == ("fp8", "fp8")
         return partial(
-            Fp8ProductWeight.of_products, storage=storage, workspace=Workspace(), keep_transposed=keep_transposed
+            Fp8ProductWeight.of_format, storage=storage, workspace=workspace, keep_transposed=keep_transposed
         )
     kind = RowScaledWeight if storage.block is None else BlockScaledWeight
-    return partial(kind.of_format, storage=storage, workspace=Workspace())
+    return partial(kind.of_format, storage=storage, workspace=workspace)

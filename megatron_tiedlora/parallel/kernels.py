@@ -78,9 +78,14 @@ def norm_gradient(
 
 
 def _norm_gradient(
-    weighted: torch.Tensor, normed: torch.Tensor, root: torch.Tensor, bias: torch.Tensor | None
+    weighted: torch.Tensor,
+    normed: torch.Tensor,
+    root: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    found = (weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * root
+    mean = (weighted * normed).mean(-1, keepdim=True) if mean is None else mean
+    found = (weighted - normed * mean) * root
     return found if bias is None else found - found.mean(-1, keepdim=True)
 
 
@@ -170,6 +175,7 @@ def rotate_normed_gradient(
     value: torch.Tensor,
     rotated: torch.Tensor,
     root: torch.Tensor,
+    mean: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     weight: torch.Tensor,
@@ -182,40 +188,13 @@ def rotate_normed_gradient(
     Args:
         query, key, value: gradients, each (T, heads, head_dim).
         rotated, root: the results of `rotate_normed`.
+        mean: that of g n in `norm_gradient`'s words, if it is not each head's own, (T, m, 1); see `product_means`.
     """
-    weighted, normed = _turned_back(query, key, rotated, cos, sin, weight)
-    return torch.cat((_norm_gradient(weighted, normed, root, None).to(value.dtype), value), dim=1)
-
-
-def rotate_with_root_gradient(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rotated: torch.Tensor,
-    root: torch.Tensor,
-    mean: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    weight: torch.Tensor,
-) -> torch.Tensor:
-    """The same for `rotate_with_root`, if the mean of g n is known for each head, (T, m, 1); see `product_means`."""
-    weighted, normed = _turned_back(query, key, rotated, cos, sin, weight)
-    return torch.cat((((weighted - normed * mean) * root).to(value.dtype), value), dim=1)
-
-
-def _turned_back(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    rotated: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    weight: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """g and n of queries and keys, (T, m, head_dim); see `norm_gradient`."""
     weighted = upcast(torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin)), dim=1)) * weight
     wide_cos, wide_sin = upcast(cos), upcast(sin)
     squared = wide_cos.square() + wide_sin.square()
-    return weighted, _rotated(upcast(rotated[:, : len(weight)]), wide_cos / squared, -wide_sin / squared) / weight
+    normed = _rotated(upcast(rotated[:, : len(weight)]), wide_cos / squared, -wide_sin / squared) / weight
+    return torch.cat((_norm_gradient(weighted, normed, root, None, mean).to(value.dtype), value), dim=1)
 
 
 def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -292,7 +271,6 @@ class Kernels:
     rotate_normed: Callable[..., tuple[torch.Tensor, torch.Tensor]] = rotate_normed
     rotate_normed_gradient: Callable[..., torch.Tensor] = rotate_normed_gradient
     rotate_with_root: Callable[..., torch.Tensor] = rotate_with_root
-    rotate_with_root_gradient: Callable[..., torch.Tensor] = rotate_with_root_gradient
     square_means: Callable[[torch.Tensor, int, int], torch.Tensor] = square_means
     product_means: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = product_means
     exp_scores_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = exp_scores_
@@ -328,9 +306,9 @@ class Kernels:
 
 
 def has_rows(function: Callable[..., Any]) -> list[bool]:
-    """For each argument of a kernel: whether its first dimension is the rows."""
+    """For each argument of a kernel: whether its first dimension is the rows, if it is a tensor."""
     parameters = inspect.signature(function).parameters.values()
-    return [p.annotation == "torch.Tensor" and p.name != "weight" for p in parameters]
+    return [p.annotation.startswith("torch.Tensor") and p.name not in ("weight", "bias") for p in parameters]
 
 
 def _in_parts(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
@@ -346,6 +324,7 @@ def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_row
 
     A part has as many rows as hold NUMBERS_AT_ONCE elements of the widest argument.
     """
+    has_rows = [mine and argument is not None for argument, mine in zip(arguments, has_rows, strict=True)]
     wide = [argument for argument, mine in zip(arguments, has_rows, strict=True) if mine]
     num_rows, width = len(wide[0]), max(tensor[:1].numel() for tensor in wide)
     size = max(NUMBERS_AT_ONCE // max(width, 1), 1)
@@ -378,7 +357,7 @@ def _scaled(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 def _marking(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
     def marking(*arguments: Any) -> Any:
         for argument, mine in zip(arguments, has_rows, strict=True):
-            if mine:
+            if mine and argument is not None:
                 torch._dynamo.mark_dynamic(argument, 0)
         return kernel(*arguments)
 

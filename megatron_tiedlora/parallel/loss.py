@@ -13,10 +13,9 @@ from torch.nn import functional
 
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import all_gather
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, upcast
-from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.pieces import Pieces, scaled_by_owner, sums_by_owner
 
 IGNORED_LABEL = -100
@@ -28,7 +27,7 @@ class VocabularyShard(NamedTuple):
     weight: FrozenWeight  # (V_local, d), the rows of ids first_id to first_id + V_local - 1, without padding
     first_id: int
     group: RankGroup
-    rows_at_once: int  # rows whose logits are in memory at one time, a multiple of `layers.SIZE_MULTIPLE`
+    rows_at_once: int  # rows whose logits are in memory at one time, a multiple of `SIZE_MULTIPLE`
     kernels: Kernels = EAGER
 
 

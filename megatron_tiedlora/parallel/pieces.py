@@ -29,11 +29,6 @@ class Piece(NamedTuple):
 Pieces = tuple[Piece, ...]
 
 
-def num_owners(pieces: Sequence[Piece]) -> int:
-    """One more than the largest number of an owner."""
-    return 1 + max(piece.owner for piece in pieces)
-
-
 def starts_of(pieces: Sequence[Piece]) -> list[int]:
     """The first row of each piece."""
     return [0, *accumulate(piece.size for piece in pieces)][: len(pieces)]
@@ -49,11 +44,6 @@ def part_of(pieces: Sequence[Piece], start: int, stop: int) -> Pieces:
     return tuple(found)
 
 
-def split_by(rows: torch.Tensor, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
-    """The rows of each piece, as views."""
-    return rows.split([piece.size for piece in pieces])
-
-
 def scaled_by_owner(tensor: torch.Tensor, factors: torch.Tensor, pieces: Sequence[Piece]) -> torch.Tensor:
     """`scaled`, with each owner's own factor.
 
@@ -62,7 +52,7 @@ def scaled_by_owner(tensor: torch.Tensor, factors: torch.Tensor, pieces: Sequenc
         factors: (owners,).
     """
     rows = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor
-    parts = zip(split_by(rows, pieces), pieces, strict=True)
+    parts = zip(rows.split([piece.size for piece in pieces]), pieces, strict=True)
     return torch.cat([scaled(part, factors[piece.owner]) for part, piece in parts]).view(tensor.shape)
 
 
@@ -72,8 +62,8 @@ def sums_by_owner(numbers: torch.Tensor, pieces: Sequence[Piece], *, at_once: in
     Args:
         numbers: (n,).
     """
-    totals = [numbers.new_zeros(()) for _ in range(num_owners(pieces))]
-    for part, piece in zip(split_by(numbers, pieces), pieces, strict=True):
+    totals = [numbers.new_zeros(()) for _ in range(1 + max(piece.owner for piece in pieces))]
+    for part, piece in zip(numbers.split([piece.size for piece in pieces]), pieces, strict=True):
         for chunk in part.split(at_once):
             totals[piece.owner] += chunk.sum()
     return torch.stack(totals)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
+from typing import Self
 
 import torch
 from torch import nn
@@ -19,12 +20,12 @@ from torch import nn
 from megatron_tiedlora.base.base_formats import BaseFormat
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
-from megatron_tiedlora.parallel.nf4_kernels import nf4_kernel
 from megatron_tiedlora.parallel.quantise import (
     CODE_TYPE,
     dequantise_blocks,
     dequantise_rows,
     has_nan,
+    nf4_kernel,
     pack_codes,
     quantise_blocks,
     quantise_rows,
@@ -94,7 +95,7 @@ class QuantisedWeight(FrozenWeight):
     @classmethod
     def of_format(
         cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False, storage: BaseFormat, workspace: Workspace
-    ) -> QuantisedWeight:
+    ) -> Self:
         """Uninitialised memory on the current default device. For the arguments see `FrozenWeight.empty`."""
         rows, width = local_shape
         codes = frozen_parameter(rows, storage.row_bytes(width), dtype=torch.uint8)
@@ -119,7 +120,7 @@ class QuantisedWeight(FrozenWeight):
         """(out, n) fp32, in the memory of the parameter."""
         return self.scale_bits.detach().view(torch.float32)
 
-    def first_rows(self, num_rows: int) -> FrozenWeight:
+    def first_rows(self, num_rows: int) -> Self:
         """The first rows of W, in the same memory."""
         return type(self)(
             *(self.tensor.detach()[:num_rows], self.scale_bits.detach()[:num_rows]),

@@ -11,7 +11,6 @@ from megatron_tiedlora.peft.registration import register
 register()
 
 from megatron_tiedlora.peft.config import TiedLoraConfig  # noqa: E402 (PEFT must know the type first)
-from megatron_tiedlora.peft.layer import TiedLoraLinear  # noqa: E402
-from megatron_tiedlora.peft.tuner import TiedLoraModel  # noqa: E402
+from megatron_tiedlora.peft.tuner import TiedLoraLinear, TiedLoraModel  # noqa: E402
 
 __all__ = ["TiedLoraConfig", "TiedLoraLinear", "TiedLoraModel"]

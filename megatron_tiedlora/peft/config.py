@@ -18,14 +18,18 @@ from megatron_tiedlora.base.version import __version__
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
-    LARGEST_STD,
     PEFT_TYPE,
     WEIGHTS_FILE,
     StoredAdapter,
+    check_layers,
+    check_ranges,
     read_config,
 )
 from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
-from megatron_tiedlora.config.train_fields import LARGEST_ALPHA, SMALLEST_ALPHA
+
+# Fields that have one name in PEFT's config and in ours, which has some for PEFT alone.
+_SAME_NAMES = ("method", "alpha", "layers", "targets", "seed", "init_std_a", "init_std_b")
+_FOR_PEFT = ("peft_type", "task_type", "base_model_name_or_path", "inference_mode")
 
 
 @dataclass
@@ -58,14 +62,9 @@ class TiedLoraConfig(PeftConfig):
         find_method(self.method)
         if type(self.r) is not int or self.r < 1:
             raise UserError(f"r = {shown(self.r)} is not a positive integer")
-        if self.alpha is not None and not SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA:
-            raise UserError(f"alpha = {shown(self.alpha)} is not between {SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}")
+        check_ranges(self)
         if type(self.seed) is not int or self.seed < 0:
             raise UserError(f"seed = {shown(self.seed)} is not an integer from 0 on")
-        for name in ("init_std_a", "init_std_b"):
-            std = getattr(self, name)
-            if std is not None and not 0 <= std <= LARGEST_STD:
-                raise UserError(f"{name} = {shown(std)} is not between 0 and {LARGEST_STD:g}")
         if self.task_type != "CAUSAL_LM":
             raise UserError(f"task_type {self.task_type} is not implemented; only CAUSAL_LM is")
         try:
@@ -75,21 +74,19 @@ class TiedLoraConfig(PeftConfig):
 
     def resolve(self, shape: ModelShape, base: BaseIdentity) -> AdapterConfig:
         """Fill in what was left out, for a model of this shape and identity. Raises UserError if they do not fit."""
-        layers = tuple(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
-        numbers = all(type(layer) is int and 1 <= layer <= shape.num_layers for layer in layers)
-        if not layers or not numbers or list(layers) != sorted({*layers}):
-            raise UserError(f"layers {shown(list(layers))} are not ascending numbers from 1 to {shape.num_layers}")
+        layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
+        check_layers(layers, shape.num_layers)
         config = make_adapter_config(
             self.method,
             rank=self.r,
-            layers=layers,
+            layers=tuple(layers),
             targets=targets_of(shape, self.targets),
             seed=self.seed,
             alpha=self.alpha,
             init_std_a=self.init_std_a,
             init_std_b=self.init_std_b,
         )
-        self.alpha, self.layers = config.alpha, list(layers)
+        self.alpha, self.layers = config.alpha, layers
         self.init_std_a, self.init_std_b = config.init_std_a, config.init_std_b
         self.base = self.base or asdict(base)
         self.base_model_name_or_path = self.base_model_name_or_path or base.base_model
@@ -99,10 +96,8 @@ class TiedLoraConfig(PeftConfig):
         """Write the adapter_config.json of a native folder, without checksums."""
         if self.base is None or self.layers is None:
             raise UserError("the adapter is on no model yet, so its layers and its base are not known")
-        names = ("method", "alpha", "layers", "targets", "seed", "init_std_a", "init_std_b")
-        stored = StoredAdapter(
-            **{**self.base, **{name: getattr(self, name) for name in names}}, rank=self.r, qkv_layout="q|k|v"
-        )
+        own = {name: getattr(self, name) for name in _SAME_NAMES}
+        stored = StoredAdapter(**{**self.base, **own}, rank=self.r, qkv_layout="q|k|v")
         content = {**stored.fields(), "base_model_name_or_path": self.base_model_name_or_path, "version": __version__}
         write_json(Path(save_directory) / CONFIG_FILE, content)
 
@@ -114,19 +109,10 @@ def native_arguments(folder: Path) -> dict[str, Any]:
         UserError: its config is not valid, or a checksum does not match.
     """
     config, base, _ = read_config(folder)
-    names = ("method", "alpha", "seed", "init_std_a", "init_std_b")
-    return {
-        **{name: getattr(config, name) for name in names},
-        "r": config.rank,
-        "layers": list(config.layers),
-        "targets": [target.name for target in config.targets],
-        "base": asdict(base),
-        "peft_type": PEFT_TYPE,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.base_model,
-        "inference_mode": True,
-        "unchecked": None if weights_match(folder) else str(folder),
-    }
+    content = StoredAdapter.of(config, base).fields()
+    same = {name: content[name] for name in (*_SAME_NAMES, *_FOR_PEFT)}
+    unchecked = None if weights_match(folder) else str(folder)
+    return {**same, "r": config.rank, "base": asdict(base), "unchecked": unchecked}
 
 
 def weights_match(folder: Path) -> bool:

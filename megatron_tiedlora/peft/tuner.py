@@ -1,26 +1,118 @@
-"""Tied-LoRA on a transformers model in PEFT. It owns the adapters, each a `TiedAdapter`, and how they are saved."""
+"""Tied-LoRA on a transformers model in PEFT: the adapters, each a `TiedAdapter`, how they are saved, and the linear
+modules with the updates of the adapters that change them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.base.shapes import TARGET_NAMES
-from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
-from megatron_tiedlora.checkpoint.model_in_memory import check_model, find_places, identify_in_memory, model_source
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base
+from megatron_tiedlora.checkpoint.model_in_memory import (
+    find_places,
+    identify_in_memory,
+    merge_,
+    model_source,
+    with_update,
+)
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, check_values
 from megatron_tiedlora.checkpoint.tensor_files import check_finite, check_tensors
 from megatron_tiedlora.peft.config import TiedLoraConfig, weights_match
-from megatron_tiedlora.peft.layer import TiedLoraLinear
+
+
+class TiedLoraLinear(nn.Module, BaseTunerLayer):
+    """z = W x + sum over active adapters of B' A' x, see `model_in_memory`. The adapters belong to the `TiedLoraModel`.
+
+    Attributes:
+        places: this module's place in each adapter that changes it.
+    """
+
+    adapter_layer_names = ("tied_lora_adapters",)
+
+    def __init__(self, base_layer: nn.Module, adapters: nn.ModuleDict) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.places: dict[str, AdaptedTensor] = {}
+        self.merged_adapters: list[str] = []
+        self._shared = (adapters,)  # in a tuple, so that they are not this module's own parameters
+
+    @property
+    def tied_lora_adapters(self) -> nn.ModuleDict:
+        """All adapters of the model by name."""
+        return self._shared[0]
+
+    def forward(self, x: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
+        """The module's result with the updates of the active adapters, in the result's dtype."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        z: torch.Tensor = self.base_layer(x, *args, **keywords)
+        if self.disable_adapters or self.merged:
+            return z
+        for name in self.active_adapters:
+            if name in self.places:
+                z = with_update(z, x, self._adapter(name), self.places[name])
+        return z
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of adapters (default: the active ones) to the weight.
+
+        Args:
+            safe_merge: raise UserError, and change nothing, if the sum is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.places:
+                self._add(name, safe=safe_merge)
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract what was merged; this may change the last bits of the weight."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self._add(self.merged_adapters.pop(), sign=-1)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        self.places.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def _adapter(self, name: str) -> TiedAdapter:
+        adapter = self.tied_lora_adapters[name]
+        assert isinstance(adapter, TiedAdapter)
+        return adapter
+
+    def _add(self, name: str, *, sign: int = 1, safe: bool = False) -> None:
+        base: Any = self.get_base_layer()
+        weight: torch.Tensor = base.weight.data
+        merged = weight.clone() if safe else weight
+        merge_(merged, self._adapter(name), self.places[name], sign=sign)
+        if safe and not merged.isfinite().all():
+            raise UserError(f"adapter {name}: merged, {self.places[name].stored} holds numbers that are not finite")
+        weight.copy_(merged)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
+        # PEFT has set requires_grad of whole adapters; the table of methods says which tensors are trained.
+        for adapter in map(self._adapter, self.tied_lora_adapters):
+            for name, parameter in adapter.named_parameters():
+                if not adapter.config.factor(name).trained:
+                    parameter.requires_grad_(False)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would cast to the base's dtype too; adapters stay in fp32.
+        adapter, base = self._adapter(adapter_name), self.get_base_layer()
+        target = device or next(base.parameters()).device
+        if not next(adapter.parameters()).is_meta and target.type != "meta":  # meta: an offloaded module
+            adapter.to(target)
+
 
 _NAMES = frozenset(f"{prefix}{factor}" for prefix in ("", *(f"{name}." for name in TARGET_NAMES)) for factor in FACTORS)
 
@@ -68,8 +160,10 @@ class TiedLoraModel(BaseTuner):
 
     def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, AdaptedTensor]]:
         """An adapter with the initial values of its config, and its places in the model."""
-        for note in check_model(BaseIdentity(**config.base), self._found, differs=True) if config.base else ():
-            warnings.warn(note, stacklevel=4)
+        if config.base:
+            trained = BaseIdentity(**config.base)
+            for note in check_same_base(trained, self._found, source="the adapter", differs=True, in_memory=True):
+                warnings.warn(note, stacklevel=4)
         described = config.resolve(self._source.shape, self._found)
         adapter = TiedAdapter(AdapterPart.whole(described))
         if not any(weight.is_meta for weight in adapter.parameters()):  # low_cpu_mem_usage

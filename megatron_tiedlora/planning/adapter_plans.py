@@ -16,7 +16,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapters_file import RUN_OF_ALL, check_folders, check_halving, read_adapters
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.runtime.run_folder import GroupFolder, RunFolder, choose_run_folder, last_run_folder, run_name
+from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder, run_name
 
 DS_CONFIG = "zero0.json"  # of --adapters by default, as others would clip all together, or shard the base
 
@@ -86,14 +86,9 @@ def check_clipping(plan: RunPlan) -> None:
 # Folders -------------------------------------------------------------------------------------------------------------
 
 
-def folder_kind(plans: Plans) -> type[RunFolder]:
-    """What the folder of a run of these adapters is."""
-    return RunFolder if set(plans) == {ONLY} else GroupFolder
-
-
 def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
     """The run folder of each adapter: the run's own if it is the only one, else RUN/NAME, or what its entry says."""
-    if folder_kind(plans) is RunFolder:
+    if set(plans) == {ONLY}:
         return {ONLY: folder}
     given = {name: plan.settings.output_dir or str(folder.path / name) for name, plan in plans.items()}
     return {name: RunFolder(user_path(output_dir)) for name, output_dir in given.items()}
@@ -114,8 +109,8 @@ def choose_folder(settings: Settings, plans: Plans) -> RunFolder:
     Raises:
         UserError: it cannot be used, or that of an adapter.
     """
-    name = run_name(settings)
-    folder = choose_run_folder(settings.output_dir, name=name, resume=settings.resume, kind=folder_kind(plans))
+    name, of_several = run_name(settings), settings.adapters is not None
+    folder = choose_run_folder(settings.output_dir, name=name, resume=settings.resume, of_several=of_several)
     check_run_folders(settings, plans, folder)
     return folder
 

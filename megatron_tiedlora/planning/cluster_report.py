@@ -4,14 +4,14 @@ in full; and the command that starts a layout."""
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import aligned_lines, count_text
+from megatron_tiedlora.base.wording import aligned_lines, count_text, range_text
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand, PlanSettings
@@ -135,7 +135,7 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     means = {name: own.train.num_tokens / len(own.train) for name, own in run.data.items()}
     length = sum(number * means.get(name, train.max_length) for name, number in samples.items()) / sum(samples.values())
     lines = [
-        f"{train.model} on {where}; {who}{_range(steps)} steps of {_range(sizes)} samples ="
+        f"{train.model} on {where}; {who}{range_text(steps)} steps of {range_text(sizes)} samples ="
         f" {sum(samples.values()):,} samples of {length:,.0f} tokens {'on average' if means else 'each'}"
     ]
     assumed = [f"--{name} {getattr(train, name)}" for name in PLAN_DEFAULTS if run.assumes(name)]
@@ -143,7 +143,7 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
         assumed.insert(0, f"--gpu {DEFAULT_GPU}")
     given = {"max_steps", "epochs"}
     if left := [own.max_steps for own in run.adapters.values() if given.isdisjoint(own.model_fields_set)]:
-        assumed.append(f"--max_steps {_range(left)}".replace(",", ""))
+        assumed.append(f"--max_steps {range_text(left)}".replace(",", ""))
     lines += [f"left out, so assumed: {', '.join(assumed)}"] if assumed else []
     if not run.data and any(own.epochs is not None for own in run.adapters.values()):
         lines.append("the steps of --epochs are counted from data, and none is read")
@@ -151,12 +151,6 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
         needs = "one" if run.source.folder is not None else "one, and --model with weights: a folder or hub id"
         lines.append(f"no data is read: every sample has the full length. To train, the command below needs {needs}")
     return lines
-
-
-def _range(values: Collection[int]) -> str:
-    """`7`, `1 to 7`."""
-    least, most = min(values), max(values)
-    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _refused_lines(plan: ClusterPlan) -> list[str]:
@@ -357,43 +351,42 @@ _CHANGES_NUMBERS = "changes the base that is trained on (docs/quantised.md has w
 def hint_lines(plan: ClusterPlan) -> list[str]:
     """Hints on the fastest layout and on those that a user may have had in mind."""
     if not plan.rows:
-        return _formats(plan)
+        return [*_formats(plan)]
     best, shown = plan.rows[0], plan.best_of_each()
     found = [*_storage(best, plan), *_formats(plan), *_tensor(shown), *_bubble(best), *_gathers(shown)]
     return [*found, *_recompute(best, plan), *_attention(best), *_nf4(best)]
 
 
-def _storage(best: Candidate, plan: ClusterPlan) -> list[str]:
+def _storage(best: Candidate, plan: ClusterPlan) -> Iterator[str]:
     if best.storage == Storage() or plan.run.source.stored is not None:
-        return []
+        return
     plain = next((row for row in plan.rows if row.storage == Storage()), None)
     words = f"{best.name}: {best.storage.name} {_CHANGES_NUMBERS}"
-    if plain is None:
-        is_compared = any(row.storage == Storage() for row in plan.others)
-        return [f"{words}; in 16 bits nothing fits" if is_compared else words]
-    return [f"{words}; the fastest in {plain.dtype} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"]
+    if plain is not None:
+        words += f"; the fastest in {plain.dtype} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"
+    elif any(row.storage == Storage() for row in plan.others):
+        words += "; in 16 bits nothing fits"
+    yield words
 
 
-def _formats(plan: ClusterPlan) -> list[str]:
+def _formats(plan: ClusterPlan) -> Iterator[str]:
     """What the fastest layout of each format that was not asked for would gain."""
     fastest: dict[str, Candidate] = {}
     for row in plan.elsewhere:
         fastest.setdefault(row.storage.name, row)
-    lines = []
     for name, row in fastest.items():
         gain = _ratio(row, plan.rows[0]) - 1 if plan.rows else None
         if gain is None or gain >= _GAIN:
             words = "would fit" if gain is None else f"would gain {gain:.0%}"
             words = f"{name} {words} ({row.name}, {_rate(row)})"
-            lines.append(f"{words}, but {_CHANGES_NUMBERS}; --formats {name} takes it")
-    return lines
+            yield f"{words}, but {_CHANGES_NUMBERS}; --formats {name} takes it"
 
 
-def _attention(best: Candidate) -> list[str]:
+def _attention(best: Candidate) -> Iterator[str]:
     """The kernel that is planned with, and what the fastest one on such a card would give."""
     machine, kernel = best.machine, attention_of(best.machine)
     if kernel is None or best.dtype != "bf16":
-        return []
+        return
     assert machine.capability is not None, "it has a kernel of a card"
     words = f"attention is planned by {kernel}, which a run takes where no other is installed"
     known = ATTENTION[machine.capability]
@@ -401,16 +394,15 @@ def _attention(best: Candidate) -> list[str]:
     faster = best.changed({"attention.bf16": known[name]})
     if _ratio(faster, best) >= 1 + _GAIN:
         words += f"; with {name} (docs/gpu.md) {best.name} would do {_rate(faster)}"
-    return [words]
+    yield words
 
 
-def _nf4(best: Candidate) -> list[str]:
+def _nf4(best: Candidate) -> Iterator[str]:
     machine = best.machine
-    if best.storage.base != "nf4" or not machine.on_gpu or machine["dequantise.nf4"]:
-        return []
-    weights = machine["bandwidth"] * machine["elementwise"] / NF4_WITHOUT_LIBRARY
-    slower = best.changed({"dequantise.nf4": Constant(weights, "of eager kernels")})
-    return [f"nf4 is planned with bitsandbytes' kernel; without it {best.name} would do {_rate(slower)}"]
+    if best.storage.base == "nf4" and machine.on_gpu and not machine["dequantise.nf4"]:
+        weights = machine["bandwidth"] * machine["elementwise"] / NF4_WITHOUT_LIBRARY
+        slower = best.changed({"dequantise.nf4": Constant(weights, "of eager kernels")})
+        yield f"nf4 is planned with bitsandbytes' kernel; without it {best.name} would do {_rate(slower)}"
 
 
 def _rate(row: Planned) -> str:
@@ -421,49 +413,43 @@ def _ratio(faster: Planned, slower: Planned) -> float:
     return faster.tokens_per_second / slower.tokens_per_second
 
 
-def _tensor(shown: Sequence[Candidate]) -> list[str]:
+def _tensor(shown: Sequence[Candidate]) -> Iterator[str]:
     """The layout with most tensor parallelism, if its messages take much of the step."""
     wide = max(shown, key=lambda row: (row.layout.tp_size, row.tokens_per_second))
-    alike = [row for row in shown if row.storage == wide.storage]
+    alike = (row for row in shown if row.storage == wide.storage)
     fastest = max(alike, key=lambda row: row.tokens_per_second)
-    share = wide.seconds.tensor / wide.seconds.total
-    if share < _LARGE or _ratio(fastest, wide) < _FASTER:
-        return []
-    layout = fastest.layout
-    sizes = f"{layout.tp_size} x {layout.pp_size} x {layout.dp_size}"
-    return [
-        f"{wide.name}: tensor messages take {share:.0%}; {sizes} is {_ratio(fastest, wide):.1f} x as fast"
-        f" ({fastest.name})"
-    ]
+    share, layout = wide.seconds.tensor / wide.seconds.total, fastest.layout
+    if share >= _LARGE and _ratio(fastest, wide) >= _FASTER:
+        sizes = f"{layout.tp_size} x {layout.pp_size} x {layout.dp_size}"
+        yield (
+            f"{wide.name}: tensor messages take {share:.0%}; {sizes} is {_ratio(fastest, wide):.1f} x as fast"
+            f" ({fastest.name})"
+        )
 
 
-def _bubble(best: Candidate) -> list[str]:
-    layout, share = best.layout, best.seconds.bubble / best.seconds.total
-    if share < _LARGE:
-        return []
-    return [
-        f"{best.name}: stages wait {share:.0%} of the time; a larger --global_batch_size gives more than"
-        f" {count_text(layout.micro_batches, 'micro-batch')} per rank"
-    ]
+def _bubble(best: Candidate) -> Iterator[str]:
+    number, share = best.layout.micro_batches, best.seconds.bubble / best.seconds.total
+    if share >= _LARGE:
+        yield (
+            f"{best.name}: stages wait {share:.0%} of the time; a larger --global_batch_size gives more than"
+            f" {count_text(number, 'micro-batch')} per rank"
+        )
 
 
-def _gathers(shown: Sequence[Candidate]) -> list[str]:
+def _gathers(shown: Sequence[Candidate]) -> Iterator[str]:
     row = max(shown, key=lambda row: row.seconds.gathers / row.seconds.total)
-    share = row.seconds.gathers / row.seconds.total
-    if share < _LARGE:
-        return []
-    file = row.engine_file
-    hides = row.layout.overlaps_gathers
-    why = f"beyond what {file} hides behind computation" if hides else f"as nothing hides it in {file}"
-    return [f"{row.name}: ZeRO-3 gathers weights for {share:.0%} of the time, {why}"]
+    share, file = row.seconds.gathers / row.seconds.total, row.engine_file
+    if share >= _LARGE:
+        hides = row.layout.overlaps_gathers
+        why = f"beyond what {file} hides behind computation" if hides else f"as nothing hides it in {file}"
+        yield f"{row.name}: ZeRO-3 gathers weights for {share:.0%} of the time, {why}"
 
 
-def _recompute(best: Candidate, plan: ClusterPlan) -> list[str]:
-    layout = best.layout
-    if layout.recompute == "none":
-        return []
-    others = [row for row in plan.rows if row.layout.recompute == "none"]
-    if not others:
-        return [f"{best.name}: every layout that fits recomputes; more cards or a smaller storage format would not"]
-    speed = f"{1 / _ratio(best, others[0]):.0%}"
-    return [f"{best.name} recomputes; {others[0].name} does not, at {speed} of its speed"] if speed != "100%" else []
+def _recompute(best: Candidate, plan: ClusterPlan) -> Iterator[str]:
+    if best.layout.recompute == "none":
+        return
+    other = next((row for row in plan.rows if row.layout.recompute == "none"), None)
+    if other is None:
+        yield f"{best.name}: every layout that fits recomputes; more cards or a smaller storage format would not"
+    elif (speed := f"{1 / _ratio(best, other):.0%}") != "100%":
+        yield f"{best.name} recomputes; {other.name} does not, at {speed} of its speed"

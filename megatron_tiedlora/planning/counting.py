@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.kernels import Kernels, has_rows
+from megatron_tiedlora.parallel.traffic import TENSOR
 
 META = "meta"
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -173,8 +174,8 @@ class CountingGroup(RankGroup):
     counts: Counts = field(default_factory=Counts)
 
     def _sent(self, kind: str, tensor: torch.Tensor) -> None:
-        self.counts.found["messages", kind] += 1
-        self.counts.found["bytes", kind] += tensor.nbytes
+        self.counts.found["messages", TENSOR, kind] += 1
+        self.counts.found["bytes", TENSOR, kind] += tensor.nbytes
 
     def all_reduce_(self, tensor: torch.Tensor, op: Any = None) -> None:
         """Count it."""
@@ -269,7 +270,7 @@ def counted_kernels(counts: Counts) -> Kernels:
         def call(*arguments: Any) -> Any:
             with counts.as_one():
                 # The results have as many rows as the arguments; their other sizes do not depend on that.
-                few = [a[:1] if rows else a for a, rows in zip(arguments, by_rows, strict=True)]
+                few = [a[:1] if rows and a is not None else a for a, rows in zip(arguments, by_rows, strict=True)]
                 key = (name, *(tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in few), few[0].dtype)
                 if key not in known:
                     known[key] = _traced_kernel(name, kernel, few)

@@ -21,8 +21,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.convert.open_adapter import open_adapter
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
-from megatron_tiedlora.parallel.messages import SentTensor
+from megatron_tiedlora.parallel.agreement import SentTensor, decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.runtime.run_folder import RunFolder, last_run_folder, run_name
 
 _TAKEN_OVER = marked(Settings, decides="adapter")

@@ -1,28 +1,36 @@
-"""The layout of a run over its ranks and the micro-batches of its step, as plain data.
+"""The layout of a run over its ranks: the micro-batches of a step, and what each pipeline stage holds, as plain data.
 
-Planners read nothing beside them and a ModelShape. A run makes one `Layout` from its settings (`RunPlan.layout`), a
+Planners read nothing beside it and a ModelShape. A run makes one `Layout` from its settings (`RunPlan.layout`), a
 comparison of layouts makes one for each. A micro-batch has tokens of one adapter, or of several, whose rows are then
 end to end.
+
+The ranks of a stage hold equal amounts, so one `StagePlan` describes all of them. `memory` predicts the bytes that they
+need, and `passes` what they compute and send.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, padded_positions
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.partition import layer_costs, partition
+from megatron_tiedlora.parallel.fp8_products import weight_maker
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights, padded
+from megatron_tiedlora.parallel.groups import Grid
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.planning.trace import Kind
 
 # On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
 # are off (docs/performance.md).
@@ -129,45 +137,27 @@ SampleRow = NDArray[np.bool_]
 """Whether each token of a row's samples, end to end, is supervised; never the first of a sample."""
 
 
-class ShareShape(NamedTuple):
-    """The part of a micro-batch that one adapter owns.
-
-    Attributes:
-        adapter: its number in the layout.
-        num_tokens: its positions, padding included.
-        num_after: those of them that are computed after the last attention; see `Supervised`.
-    """
-
-    adapter: int
-    num_tokens: int
-    num_after: int
-
-
 @dataclass(frozen=True)
 class MicroBatchShape:
     """The sizes of a micro-batch that its messages and its work depend on.
 
     Attributes:
-        num_rows, length: of its tokens; those of a bank's micro-batch are one row.
-        shares: one for each adapter that it has tokens of.
+        adapters: the numbers in the layout of those that it has tokens of.
+        tokens: of each of them, its positions, padding included.
+        after: of each of them, those that are computed after the last attention; see `Supervised`.
         squared_lengths: the sum of s^2 over its documents of s tokens, for attention.
     """
 
-    num_rows: int
-    length: int
+    adapters: tuple[int, ...]
+    tokens: tuple[int, ...]
+    after: tuple[int, ...]
     num_supervised: int
-    shares: tuple[ShareShape, ...]
     squared_lengths: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """The positions, padding included."""
-        return self.num_rows * self.length
-
-    @property
-    def adapters(self) -> tuple[int, ...]:
-        """The numbers of the adapters that it has tokens of."""
-        return tuple(share.adapter for share in self.shares)
+        """All positions."""
+        return sum(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -177,20 +167,17 @@ class Batches:
     Attributes:
         kinds: the different ones.
         order: by micro-batch in the order in which they run, its index in `kinds`.
-        numbers: by kind, how many there are.
     """
 
     kinds: tuple[MicroBatchShape, ...]
     order: tuple[int, ...]
-    numbers: tuple[int, ...]
 
     @classmethod
     def of(cls, shapes: Iterable[MicroBatchShape]) -> Batches:
         """Micro-batches in their order."""
         indices: dict[MicroBatchShape, int] = {}
         order = tuple(indices.setdefault(batch, len(indices)) for batch in shapes)
-        numbers = Counter(order)
-        return cls(tuple(indices), order, tuple(numbers[index] for index in range(len(indices))))
+        return cls(tuple(indices), order)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -218,19 +205,11 @@ def assumed_row(layout: Layout) -> SampleRow:
 def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> MicroBatchShape:
     """The shape of a micro-batch of rows of several adapters. The position before a token predicts it.
 
-    Args:
-        parts: the number of each adapter in the layout, and its rows.
-    """
-    shares, num_supervised = _shares(layout, parts)
-    num_tokens, num_rows = sum(share.num_tokens for share in shares), len(parts[0][1]) if len(parts) == 1 else 1
-    return MicroBatchShape(num_rows, num_tokens // num_rows, num_supervised, shares)
-
-
-def _shares(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> tuple[tuple[ShareShape, ...], int]:
-    """The shares, and the number of supervised positions.
-
     In each part of the sequence an adapter's supervised positions are padded, and then all of them, up to as many as
     the part with most has, with positions of the part's last adapter.
+
+    Args:
+        parts: the number of each adapter in the layout, and its rows.
     """
     lengths = [padded(max(1, *map(len, rows)), layout.pad_multiple) for _, rows in parts]
     sizes = [length * len(rows) for length, (_, rows) in zip(lengths, parts, strict=True)]
@@ -246,5 +225,222 @@ def _shares(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) ->
         last[here], total = index, total + int(counts.sum())
     by_part = after.sum(axis=1)
     after[np.arange(len(last)), last] += by_part.max() - by_part
-    found = zip(parts, sizes, after.sum(axis=0).tolist(), strict=True)
-    return tuple(ShareShape(adapter, size, num_after) for (adapter, _), size, num_after in found), total
+    adapters = tuple(adapter for adapter, _ in parts)
+    return MicroBatchShape(adapters, tuple(sizes), tuple(after.sum(axis=0).tolist()), total)
+
+
+# The stages -----------------------------------------------------------------------------------------------------------
+
+
+class StoredTensor(NamedTuple):
+    """A parameter of a base: its elements, the bytes of each, and whether it belongs to a quantised weight."""
+
+    size: int
+    itemsize: int
+    quantised: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """All of its bytes."""
+        return self.size * self.itemsize
+
+
+@cache
+def stored_tensors(
+    shape: ModelShape, dtype: torch.dtype, tp_size: int, base_format: str | None, products: str | None, transposed: bool
+) -> Mapping[str, Counter[StoredTensor]]:
+    """The parameters that a rank holds of the embedding, of a block and of the head: how many of each size.
+
+    They are those of the modules, which are built without memory. All blocks have the same.
+    """
+    with torch.device("meta"):
+        maker = weight_maker(base_format, products=products, keep_transposed=transposed)
+        specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, make_weight=maker)
+        modules = {spec.kind: spec.build() for spec in (specs[0], specs[1], specs[-1])}
+    found = {}
+    for kind, module in modules.items():
+        quantised = {
+            id(parameter)
+            for weight in frozen_weights(module).values()
+            if isinstance(weight, QuantisedWeight)
+            for parameter in weight.parameters.values()
+        }
+        found[kind] = Counter(
+            StoredTensor(parameter.numel(), parameter.itemsize, id(parameter) in quantised)
+            for parameter in module.parameters()
+        )
+    return found
+
+
+class BlockKind(NamedTuple):
+    """The blocks of a stage that do the same work.
+
+    Attributes:
+        traced: what they do.
+        goes_back: whether they have a backward pass.
+    """
+
+    traced: Kind
+    blocks: tuple[int, ...]
+    goes_back: bool
+
+    @property
+    def number(self) -> int:
+        """How many they are."""
+        return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a model under a layout.
+
+    Attributes:
+        layers: the stage's entries of the flat list (embedding 0, blocks from 1, head last).
+        parts: the part of each adapter that tensor-parallel rank 0 holds; the others hold as many numbers.
+        local_base: the base parameters of a rank, with padding of the vocabulary and a copied head: how many there are
+            of each size.
+        full_base_bytes: the bytes of the base parameters of all ranks of the stage together, without padding.
+        cost_share: the stage's share of the work of all stages.
+    """
+
+    shape: ModelShape
+    layout: Layout
+    index: int
+    layers: range
+    parts: tuple[AdapterPart, ...]
+    local_base: Mapping[StoredTensor, int]
+    full_base_bytes: int
+    cost_share: float
+
+    @property
+    def adapted(self) -> tuple[int, ...]:
+        """The layers that an adapter adapts."""
+        return tuple(layer for layer in self.layers if any(layer in part.layers for part in self.parts))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it has the embedding."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it has the head."""
+        return self.index == self.layout.pp_size - 1
+
+    @cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks among its layers."""
+        return tuple(layer for layer in self.layers if 1 <= layer <= self.shape.num_layers)
+
+    @cached_property
+    def base_bytes(self) -> int:
+        """The bytes of a rank's base parameters."""
+        return sum(number * tensor.num_bytes for tensor, number in self.local_base.items())
+
+    @property
+    def quantised_bytes(self) -> int:
+        """Those of them that store quantised weights."""
+        return sum(number * tensor.num_bytes for tensor, number in self.local_base.items() if tensor.quantised)
+
+    @property
+    def dequantised_bytes(self) -> int:
+        """The bytes of the memory into which a rank dequantises one weight after another; 0 for a plain base.
+
+        GPUs that multiply in fp8 transpose codes there, unless transposed copies are kept.
+        """
+        layout = self.layout
+        if layout.base_format is None:
+            return 0
+        largest = max(linear.num_weights for linear in self.shape.block.linears) // layout.tp_size
+        if layout.products is None or not layout.on_gpu:
+            return largest * layout.dtype.itemsize
+        return 0 if layout.keep_transposed else largest
+
+    @cached_property
+    def trained(self) -> tuple[int, ...]:
+        """The numbers in each trained tensor of a rank.
+
+        A stage has an anchor of one number too, unless an engine finds adapted layers in it.
+        """
+        anchor = () if self.layout.engine_steps and self.parts[0].layers else (1,)
+        return (*anchor, *(part.local_size(name) for part in self.parts for name in trained_tensors(part)))
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The numbers in each tensor of a rank outside the base: trained ones, then frozen factors."""
+        return (*self.trained, *(part.local_size(name) for part in self.parts for name in frozen_tensors(part)))
+
+    def owned_by(self, adapters: Sequence[int]) -> StagePlan:
+        """The stage for a micro-batch whose tokens belong to these adapters of the layout."""
+        return replace(self, parts=tuple(self.parts[number] for number in adapters))
+
+    @cached_property
+    def kinds(self) -> tuple[BlockKind, ...]:
+        """The blocks by what they do for tokens of all parts, in the order of their first ones.
+
+        Blocks below the first adapted layer have no backward pass.
+        """
+        everywhere = self.layout.first_adapted < self.blocks[0]  # an earlier stage has an adapted layer
+        adapters = [(frozenset(part.layers), part.config.of_one_layer) for part in self.parts]
+        first = min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
+        found: dict[Kind, list[int]] = {}
+        for block in self.blocks:
+            owners = tuple(config if block in layers else None for layers, config in adapters)
+            kind = Kind(
+                owners,
+                earlier=everywhere or first < block,
+                ends=self.is_last and block == self.blocks[-1],
+                rotates=self.shape.rope_of(block) is not None,
+            )
+            found.setdefault(kind, []).append(block)
+        return tuple(
+            BlockKind(kind, tuple(blocks), goes_back=kind.earlier or any(kind.owners)) for kind, blocks in found.items()
+        )
+
+
+def trained_tensors(part: AdapterPart) -> list[str]:
+    """The trained tensors of a rank's part."""
+    return [name for name in part.config.num_trained() if part.exists(name)]
+
+
+def frozen_tensors(part: AdapterPart) -> list[str]:
+    """Its frozen factors."""
+    return [name for name in part.config.tensors if part.exists(name) and not part.config.factor(name).trained]
+
+
+def gathered_numbers(part: AdapterPart) -> int:
+    """The numbers of a rank's part that it gathers for each micro-batch."""
+    return sum(part.local_size(name) for name in part.config.tensors if part.is_gathered(name))
+
+
+def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
+    """All stages of the model, in order. The layout must fit the model (see `check_layout`)."""
+    costs = layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
+    storage = layout.base_format, layout.products, layout.keep_transposed
+    local, full = (stored_tensors(shape, layout.dtype, size, *storage) for size in (layout.tp_size, 1))
+    stages = []
+    for index, layers in enumerate(partition(costs, layout.pp_size)):
+        is_first, is_last = index == 0, index == layout.pp_size - 1
+        # With tied embeddings a head without the embedding has its own copy.
+        parts = {"embedding": is_first + (is_last and not is_first and shape.tied_embeddings), "head": int(is_last)}
+        parts["block"] = len(layers) - is_first - is_last
+        local_base, full_base = Counter[StoredTensor](), Counter[StoredTensor]()
+        for kind, number in parts.items():
+            for tensors, base in ((local, local_base), (full, full_base)):
+                base.update({tensor: number * count for tensor, count in tensors[kind].items() if number})
+        stages.append(
+            StagePlan(
+                shape,
+                layout,
+                index,
+                layers,
+                parts=tuple(
+                    AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, layout.tp_size)
+                    for adapter in layout.adapters
+                ),
+                local_base=local_base,
+                full_base_bytes=sum(number * tensor.num_bytes for tensor, number in full_base.items()),
+                cost_share=sum(costs[layer] for layer in layers) / sum(costs),
+            )
+        )
+    return tuple(stages)

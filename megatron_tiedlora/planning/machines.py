@@ -1,7 +1,8 @@
 """What a cluster's cards, links and libraries do, as a few named constants, each with its source.
 
-A `Machine` is one kind of card with its node. Planners multiply the counts of a layout (`passes`, `memory`,
-`traffic`) by these constants and by nothing else. `tiedlora plan --measure` writes a file of them.
+A `Machine` is one kind of card with its node; `machines.yaml` has all that are known. Planners multiply the counts of a
+layout (`passes`, `memory`, `traffic`) by these constants and by nothing else. `tiedlora plan --measure` writes a file
+of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.base.base_formats import BASE_NAMES, FP8_CAPABILITY
+from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import aligned_lines, nearest_name
@@ -22,47 +23,8 @@ from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.config.train_fields import GPU_NAMES
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 
-# Every constant: its unit, and what it is.
-CONSTANTS: Mapping[str, tuple[str, str]] = {
-    "memory": ("bytes", "of a card, as PyTorch reports it; on CPUs the memory of the machine"),
-    "peak.bf16": ("FLOP/s", "dense peak of matmuls in bf16"),
-    "peak.fp8": ("FLOP/s", "the same in fp8"),
-    "peak.fp32": ("FLOP/s", "the same in fp32"),
-    "matmul.bf16": ("share", "of that peak which matmuls of a model's widths reach"),
-    "matmul.fp8": ("share", "the same in fp8, with the part of rounding to fp8 that is not in round.*"),
-    "matmul.fp32": ("share", "the same in fp32"),
-    "attention.bf16": ("share", "of the peak in bf16 which attention reaches, by its necessary FLOPs"),
-    "attention.fp32": ("share", "the same in fp32"),
-    "weights.bf16": ("weights/s", "that a matmul reads beside its FLOPs; 0: while it computes"),
-    "weights.fp32": ("weights/s", "the same in fp32"),
-    "queries.bf16": ("numbers/s", "of queries that attention reads beside its FLOPs; 0: while it computes"),
-    "queries.fp32": ("numbers/s", "the same in fp32"),
-    "bandwidth": ("bytes/s", "of the memory, by the data sheet"),
-    "elementwise": ("share", "of it which elementwise kernels reach"),
-    **{
-        f"dequantise.{name}": ("weights/s", "that are dequantised; 0: as fast as their bytes are read and written")
-        for name in BASE_NAMES
-    },
-    "round.forward": ("bytes", "that rounding to fp8 moves for a number of an activation; 0: it is in matmul.fp8"),
-    "round.backward": ("bytes", "the same of a gradient"),
-    "node_bandwidth": ("bytes/s", "of a rank's link to the others of its node, in one direction"),
-    "node_link": ("share", "of it which collectives reach"),
-    "network_bandwidth": ("bytes/s", "of a rank's link to other nodes, in one direction"),
-    "network_link": ("share", "of it which collectives reach"),
-    "message": ("seconds", "of a message without its bytes"),
-    "instruction": ("seconds", "that DeepSpeed's pipeline adds to a pass"),
-    "block": ("seconds", "that the host needs to launch a pass through a block"),
-    "hides_launches": ("0 or 1", "1: the device works while the host launches, so only the longer of both counts"),
-    "step": ("seconds", "of a step beside its passes and messages: loader, agreements, optimizer"),
-    "context": ("bytes", "of a process outside PyTorch's allocator: CUDA, libraries"),
-    "communicator": ("bytes", "of a communicator's buffers"),
-    "slack": ("share", "of the allocated bytes which the allocator reserves beyond them"),
-}
-
-_ABOVE_ZERO = (
-    *("memory", "bandwidth", "elementwise", "node_bandwidth", "node_link", "network_bandwidth", "network_link"),
-    *(name for name in CONSTANTS if name.startswith(("peak.bf16", "peak.fp32", "matmul.", "attention."))),
-)
+_KNOWN = read_yaml_mapping(Path(__file__).with_suffix(".yaml"))
+CONSTANTS: Mapping[str, tuple[str, str]] = _KNOWN["constants"]  # by name the unit of each, and what it is
 _MOST = 1e30
 _MOST_SHARE = 2.0  # measured ones can be a little more than 1
 
@@ -76,7 +38,7 @@ class Constant(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of card, in nodes of `cards` of them.
+    """A kind of card, with the links of its node.
 
     Attributes:
         title: for tables.
@@ -140,7 +102,7 @@ def read_machine(path: Path) -> Machine:
             raise UserError(f"{path}: {name} is {shown(value)}, expected a number in {unit}")
         if unit == "share" and value > _MOST_SHARE:
             raise UserError(f"{path}: {name} is {shown(value)}, expected a share, where 1 is all of it")
-        if value == 0 and name in _ABOVE_ZERO:
+        if value == 0 and name in _KNOWN["above_zero"]:
             raise UserError(f"{path}: {name} is 0; a machine without it computes nothing")
         source = entry.get("source", path.name) if isinstance(entry, dict) else path.name
         found[name] = Constant(float(value), str(source))
@@ -154,17 +116,14 @@ def read_machine(path: Path) -> Machine:
         raise UserError(f"{path}: capability is {shown(capability)}, expected two numbers such as [9, 0]")
     if content["on_gpu"] and capability is None:
         raise UserError(f"{path}: capability is missing, CUDA's compute capability of the card such as [9, 0]")
-    has_fp8 = capability is None or capability >= FP8_CAPABILITY
-    for needed in ("peak.fp8", "matmul.fp8"):
-        if has_fp8 and found[needed].value == 0:
-            raise UserError(f"{path}: {needed} is 0; a card of capability 8.9 or more, and a CPU, multiplies in fp8")
+    if found["peak.fp8"].value == 0 and (capability is None or capability >= FP8_CAPABILITY):
+        raise UserError(f"{path}: peak.fp8 is 0; a card of capability 8.9 or more, and a CPU, multiplies in fp8")
     return Machine(name, str(content.get("title", name)), content["on_gpu"], found, capability)
 
 
 # Machines by name -----------------------------------------------------------------------------------------------------
 
 
-_KNOWN = read_yaml_mapping(Path(__file__).with_suffix(".yaml"))
 # By compute capability and by the names of CANDIDATES, the share of the peak in bf16 that attention reaches.
 ATTENTION: Mapping[tuple[int, ...], Mapping[str, Constant]] = {
     tuple(map(int, capability.split("."))): {name: Constant(*share) for name, share in kernels.items()}
@@ -197,17 +156,9 @@ def _card(name: str, facts: Mapping[str, Any]) -> Machine:
     major, minor = map(int, facts["capability"].split("."))
     peak = listed_peak(facts["title"])
     assert peak is not None, "a card of the table has a data sheet"
-    of_sheet = {
-        "peak.bf16": peak,
-        "peak.fp8": facts["fp8"] * 1e12,
-        "peak.fp32": facts["fp32"] * 1e12,
-        "bandwidth": facts["memory"] * 1e9,
-        "node_bandwidth": facts["node"] * 1e9,
-        "network_bandwidth": facts["network"] * 1e9,
-    }
-    constants = {f"dequantise.{base}": Constant(0.0, "by its bytes") for base in BASE_NAMES}
-    constants |= {key: Constant(float(value), source) for key, (value, source) in _KNOWN["card"].items()}
-    constants |= {key: Constant(value, "data sheet") for key, value in of_sheet.items()}
+    of_sheet = {"peak.bf16": peak, **facts["sheet"]}
+    constants = {key: Constant(float(value), source) for key, (value, source) in _KNOWN["card"].items()}
+    constants |= {key: Constant(float(value), "data sheet") for key, value in of_sheet.items()}
     constants["memory"] = Constant(facts["gib"] * 2**30, "total capacity in PyTorch's messages on this card")
     constants["attention.bf16"] = ATTENTION[major, minor][default_attention((major, minor))]
     return Machine(name, facts["title"], True, {key: constants[key] for key in CONSTANTS}, (major, minor))
@@ -216,21 +167,11 @@ def _card(name: str, facts: Mapping[str, Any]) -> Machine:
 GPUS: Mapping[str, Machine] = {name: _card(name, facts) for name, facts in _KNOWN["cards"].items()}
 assert tuple(GPUS) == GPU_NAMES, "--gpu offers the cards of this table"
 DEFAULT_GPU = "h100"
-_CPU_SOURCES = {
-    "measured": "measured by 2 ranks with a core each of a server CPU with bf16 instructions, at SmolLM2's widths",
-    "guessed": "a guess, not measured",
-}
 CPU = Machine(
     "cpu",
     "CPU",
     False,
-    {f"dequantise.{base}": Constant(0.0, "by its bytes") for base in BASE_NAMES}
-    | {
-        name: Constant(float(value), source)
-        for how, source in _CPU_SOURCES.items()
-        for name, value in _KNOWN["cpu"][how].items()
-    }
-    | {"hides_launches": Constant(0.0, "the thread that launches computes, too")},
+    {key: Constant(float(value), of["source"]) for of in _KNOWN["cpu"] for key, value in of["constants"].items()},
 )
 assert set(CPU.constants) == set(CONSTANTS), "a machine has every constant"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,14 +19,12 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.batch import PAD_MULTIPLE
 from megatron_tiedlora.model.cpu_attention import tile_size
-from megatron_tiedlora.model.layer_specs import HEAD_ROWS
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.kernels import COPIES_ON_CPU, NUMBERS_AT_ONCE
-from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.counting import ATTENTION, Moment
-from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.machines import Machine, default_machine
-from megatron_tiedlora.planning.passes import FP32, Beside, moments_of, peak_bytes
-from megatron_tiedlora.planning.stages import StagePlan, frozen_tensors, gathered_numbers, trained_tensors
+from megatron_tiedlora.planning.layout import Layout, StagePlan, frozen_tensors, gathered_numbers, trained_tensors
+from megatron_tiedlora.planning.machines import Machine
+from megatron_tiedlora.planning.passes import FP32, factor_bytes, traces
 from megatron_tiedlora.planning.trace import Sizes
 
 # cuBLAS allocates 32 MiB on an H100 for each of the two threads that run forward and backward passes.
@@ -78,37 +75,14 @@ class StageMemory(NamedTuple):
         return StageMemory(*map(operator.add, self, other))
 
 
-def stage_memory(
-    stage: StagePlan,
-    *,
-    tokens: int,
-    documents: int = 1,
-    longest: int | None = None,
-    adapters: Sequence[int] = (0,),
-    machine: Machine | None = None,
-) -> StageMemory:
-    """The bytes that a rank of `stage` needs.
-
-    Args:
-        tokens: the tokens of its largest micro-batch, padding included.
-        documents: the documents in that micro-batch.
-        longest: the tokens of the longest document; None means all.
-        adapters: the numbers of those that own its tokens; all tokens count as those of the one that needs most.
-        machine: whose reserves count; None for those of `default_machine`.
-    """
-    step = step_memory(stage, tokens=tokens, documents=documents, longest=longest, adapters=adapters)
-    return with_reserves(stage, held_memory(stage).plus(step), machine)
-
-
-def with_reserves(stage: StagePlan, memory: StageMemory, machine: Machine | None = None) -> StageMemory:
+def with_reserves(stage: StagePlan, memory: StageMemory, machine: Machine) -> StageMemory:
     """The memory with the reserves of a machine."""
-    machine = machine or default_machine(on_gpu=stage.layout.on_gpu)
     libraries = machine["context"] + machine["communicator"] * num_communicators(stage)
     return memory._replace(libraries=libraries, slack=machine["slack"] * memory.allocated)
 
 
 def held_memory(stage: StagePlan) -> StageMemory:
-    """The part of `stage_memory` that no micro-batch changes."""
+    """What no micro-batch changes."""
     layout, trained = stage.layout, sum(stage.trained)
     of_weights = layout.dp_size if layout.zero_stage == 3 else 1
     stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards or copies it
@@ -126,32 +100,59 @@ def held_memory(stage: StagePlan) -> StageMemory:
 
 
 def step_memory(
-    stage: StagePlan,
-    *,
-    tokens: int,
-    documents: int = 1,
-    longest: int | None = None,
-    adapters: Sequence[int] = (0,),
+    stage: StagePlan, *, tokens: int, documents: int, longest: int, adapters: Sequence[int] = (0,)
 ) -> StageMemory:
-    """The part of `stage_memory` that follows from its micro-batches, whatever the storage of the base and ZeRO are."""
-    layout = stage.layout
-    attention = attention_memory(stage.shape, layout, tokens=tokens, documents=documents, longest=longest or tokens)
-    beside = Beside(partial(_temporary_bytes, layout, attention), attention.saved)
-    peak = peak_bytes(stage.owned_by(adapters), _most_of_widest(stage, adapters, tokens), beside)
+    """What follows from the micro-batches of a step, whatever the storage of the base and ZeRO are.
+
+    Args:
+        tokens: the tokens of its largest micro-batch, padding included.
+        documents: the documents in that micro-batch.
+        longest: the tokens of the longest document.
+        adapters: the numbers of those that own its tokens; all tokens count as those of the one that needs most.
+    """
+    layout, owned = stage.layout, stage.owned_by(adapters)
+    attention = attention_memory(stage.shape, layout, tokens=tokens, documents=documents, longest=longest)
+    kept, moment = _pass_bytes(owned, _most_of_widest(owned, tokens), attention)
     workspaces = WORKSPACE_BYTES if layout.on_gpu else 0.0
-    activations = micro_batches_in_flight(stage) * peak.kept + peak.moment + workspaces
+    activations = micro_batches_in_flight(stage) * kept + moment + workspaces
     return StageMemory(activations=activations, engine=_pipeline_bytes(stage, tokens=tokens))
 
 
-def _most_of_widest(stage: StagePlan, adapters: Sequence[int], tokens: int) -> Sizes:
+def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
     """Almost all tokens as those of the adapter that saves most for one: only A x depends on whose it is."""
-    configs = [stage.layout.adapters[number] for number in adapters]
+    configs = [part.config for part in stage.parts]
     widest = max(range(len(configs)), key=lambda number: configs[number].rank * len(configs[number].targets))
     least = PAD_MULTIPLE * stage.layout.sequence_parts
     tokens = padded(tokens, least)
     most = max(tokens - least * (len(configs) - 1), least)
     sizes = tuple(most if number == widest else least for number in range(len(configs)))
-    return Sizes(sizes, sizes, padded(tokens), HEAD_ROWS)
+    return Sizes(sizes, sizes, padded(tokens))
+
+
+def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: AttentionMemory) -> tuple[float, float]:
+    """What is kept of a micro-batch between its passes, and what a pass needs beyond that at most."""
+
+    def most(moments: Sequence[Moment]) -> float:
+        return max((one.alive + _temporary_bytes(stage.layout, attention, one) for one in moments), default=0.0)
+
+    found = traces(stage, sizes)
+    by_kind = (
+        (*map(most, trace.moments), trace.kept + attention.saved * trace.saves_attention, trace.gradients)
+        for trace in found
+    )
+    blocks = {block: parts for kind, parts in zip(stage.kinds, by_kind, strict=True) for block in kind.blocks}
+    held, peak, gradients = float(factor_bytes(stage, [trace.kept_factors for trace in found])), 0.0, 0.0
+    for block in stage.blocks:
+        highest, _, keeps, _ = blocks[block]
+        peak = max(peak, held + highest)
+        held += keeps
+    all_kept = held
+    for block in reversed(stage.blocks):
+        _, highest, keeps, of_factors = blocks[block]
+        held -= keeps
+        peak = max(peak, held + gradients + highest)
+        gradients += of_factors
+    return all_kept, peak - all_kept
 
 
 def _temporary_bytes(layout: Layout, attention: AttentionMemory, moment: Moment) -> float:
@@ -262,8 +263,9 @@ def eager_bytes(stage: StagePlan, tokens: int) -> float:
     """The most temporary bytes that a kernel needs in a pass of so many tokens of one adapter if it is not compiled."""
     if stage.layout.compiled:
         return 0.0
-    moments = moments_of(stage.owned_by((0,)), _most_of_widest(stage, (0,), tokens))
-    return max((_temporary_bytes(stage.layout, AttentionMemory(0, 0.0), moment) for moment in moments), default=0.0)
+    owned, nothing = stage.owned_by((0,)), AttentionMemory(0, 0.0)
+    passes = (moments for trace in traces(owned, _most_of_widest(owned, tokens)) for moments in trace.moments)
+    return max((_temporary_bytes(stage.layout, nothing, one) for moments in passes for one in moments), default=0.0)
 
 
 def hidden_bytes(stage: StagePlan) -> float:

@@ -1,15 +1,8 @@
 """A layout of a run on a cluster, and what it costs: memory, messages and time, each counted when it is asked for.
 
-A dry run has one such layout, a search has thousands. Those of a search share what does not depend on a choice:
-
-| computed once for each | what |
-|---|---|
-| tensor, pipeline, storage | stages |
-| the same, ZeRO | what ranks hold (`held_memory`), messages once a step |
-| tensor, pipeline, sequences, micro-batch, recompute | activations (`step_memory`), counts of passes (`stage_work`) |
-| number of stages and micro-batches | a simulation of the schedule, for all layouts together (`time_together`) |
-
-Stages that do the same share these too: the first of them has most micro-batches in flight.
+A dry run has one such layout, a search has thousands. Those of a search share what does not depend on a choice
+(`_DEPENDS`), and the schedules of those with as many stages and micro-batches are simulated together (`time_together`).
+Stages that do the same share all of it: the first of them has most micro-batches in flight.
 """
 
 from __future__ import annotations
@@ -21,11 +14,10 @@ from typing import Any, TypeVar
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.parallel.traffic import Traffic
-from megatron_tiedlora.planning.layout import Layout, MicroBatchShape
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages
 from megatron_tiedlora.planning.machines import Constant, Machine
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, with_reserves
 from megatron_tiedlora.planning.passes import StageWork, engine_traffic, stage_work, step_traffic
-from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.step_plan import StepPlan, Work
 from megatron_tiedlora.planning.step_time import (
     RANKS_PER_NODE,
@@ -34,13 +26,30 @@ from megatron_tiedlora.planning.step_time import (
     StageSeconds,
     StepParts,
     Term,
-    stage_seconds,
     stage_terms,
     step_seconds,
     sum_terms,
 )
 
 _Part = TypeVar("_Part")
+
+_GRID = ("tp_size", "pp_size", "dp_size")
+_STORAGE = ("base_format", "products", "keep_transposed")
+_ENGINE = ("zero_stage", "live_parameters", "overlaps_gathers")
+_CHOICES = (*_GRID, "rows", "shards_sequences", "recompute")
+# What is computed once for all layouts with the same values of these fields, beside the model and the data.
+_DEPENDS = {
+    "stages": (*_GRID, *_STORAGE),
+    "links": _GRID,
+    "first_of": _GRID,
+    "held_memory": (*_GRID, *_STORAGE, *_ENGINE),
+    "step_memory": _CHOICES,
+    "stage_work": _CHOICES,
+    "stage_seconds": (*_CHOICES, *_STORAGE),
+    "sums": (*_GRID, *_ENGINE),
+    "work": (),
+    "steps": (),
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Planned:
 
     def stage(self, index: int) -> StagePlan:
         """A stage. Layouts with the same partition and storage share all of it but the layout."""
-        found = self._once(("stages", *self._grid, *self._storage), lambda: plan_stages(self.step.shape, self.layout))
+        found = self._once("stages", lambda: plan_stages(self.step.shape, self.layout))
         return replace(found[index], layout=self.layout)
 
     @cached_property
@@ -94,7 +103,7 @@ class Planned:
     @cached_property
     def links(self) -> Links:
         """The links that carry the messages of each group of ranks."""
-        return self._once(("links", *self._grid), lambda: Links(self.layout, self.cluster.per_node))
+        return self._once("links", lambda: Links(self.layout, self.cluster.per_node))
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
@@ -111,7 +120,7 @@ class Planned:
     def memory(self, index: int) -> StageMemory:
         """The bytes of a rank of a stage."""
         stage = self.stage(index)
-        step = self._once(("step", *self._choices, index), lambda: self.step.largest.step_memory(stage))
+        step = self._once("step_memory", lambda: self.step.largest.step_memory(stage), index)
         return with_reserves(stage, self._held(index).plus(step), self.machine)
 
     @cached_property
@@ -198,10 +207,9 @@ class Planned:
         """What the time of a step follows from."""
         batches, first_of = self.step.batches, self._first_of
         passes = {index: [self._seconds(index, batch) for batch in batches.kinds] for index in self._first_stages}
-        shards = (*self._storage, len(batches)) if self.layout.zero_stage >= 2 else ()
+        shards = (*self._values(_STORAGE), len(batches)) if self.layout.zero_stage >= 2 else ()
         sums = self._once(
-            ("sums", *self._grid, *self._engine, *shards),
-            lambda: max(sum(term.seconds for term in self.sum_terms(index)) for index in passes),
+            "sums", lambda: max(sum(term.seconds for term in self.sum_terms(index)) for index in passes), *shards
         )
         return StepParts(batches, [passes[first] for first in first_of], sums, self.machine["step"])
 
@@ -215,28 +223,16 @@ class Planned:
 
     # Parts that several layouts share ---------------------------------------------------------------------------------
 
-    def _once(self, key: Hashable, compute: Callable[[], _Part]) -> _Part:
+    def _values(self, fields: Sequence[str]) -> tuple[Hashable, ...]:
+        return tuple(getattr(self.layout, name) for name in fields)
+
+    def _once(self, part: str, compute: Callable[[], _Part], *beside: Hashable) -> _Part:
+        """A part of `_DEPENDS`, of a stage, or by whatever else it depends on."""
+        key = (part, *self._values(_DEPENDS[part]), *beside)
         if key not in self.known:
             self.known[key] = compute()
         found: _Part = self.known[key]
         return found
-
-    @cached_property
-    def _grid(self) -> tuple[int, int, int]:
-        return self.layout.tp_size, self.layout.pp_size, self.layout.dp_size
-
-    @cached_property
-    def _storage(self) -> tuple[Hashable, ...]:
-        return self.layout.base_format, self.layout.products, self.layout.keep_transposed
-
-    @cached_property
-    def _engine(self) -> tuple[Hashable, ...]:
-        return self.layout.zero_stage, self.layout.live_parameters, self.layout.overlaps_gathers
-
-    @cached_property
-    def _choices(self) -> tuple[Hashable, ...]:
-        """What activations and passes depend on, beside the model and the data."""
-        return (*self._grid, self.layout.rows, self.layout.shards_sequences, self.layout.recompute)
 
     @cached_property
     def _first_of(self) -> list[int]:
@@ -247,29 +243,29 @@ class Planned:
             found = []
             for stage in self.stages:
                 crosses = [self.links.to_next(near).num_nodes for near in (stage.index - 1, stage.index)]
-                kinds = tuple((kind.traced, kind.number) for kind in stage.owned_by(range(len(stage.parts))).kinds)
+                kinds = tuple((kind.traced, kind.number) for kind in stage.kinds)
                 found.append(firsts.setdefault((stage.is_first, stage.is_last, kinds, *crosses), stage.index))
             return found
 
-        return self._once(("first", *self._grid), find)
+        return self._once("first_of", find)
 
     @property
     def _first_stages(self) -> list[int]:
         return list(dict.fromkeys(self._first_of))
 
     def _held(self, index: int) -> StageMemory:
-        key = ("held", *self._grid, *self._storage, *self._engine, index)
-        return self._once(key, lambda: held_memory(self.stage(index)))
+        return self._once("held_memory", lambda: held_memory(self.stage(index)), index)
 
     def _passes(self, index: int, batch: MicroBatchShape) -> StageWork:
-        return self._once(("passes", *self._choices, index, batch), lambda: stage_work(self.stage(index), batch))
+        return self._once("stage_work", lambda: stage_work(self.stage(index), batch), index, batch)
 
     def _seconds(self, index: int, batch: MicroBatchShape) -> StageSeconds:
-        gathers = self._engine if self.layout.zero_stage == 3 else ()
-        return self._once(
-            ("seconds", *self._choices, *self._storage, *gathers, index, batch),
-            lambda: stage_seconds(self._passes(index, batch), self.stage(index), self.links, self.machine),
-        )
+        gathers = self._values(_ENGINE) if self.layout.zero_stage == 3 else ()
+
+        def find() -> StageSeconds:
+            return StageSeconds(*map(Seconds.of, self.pass_terms(index, batch)))
+
+        return self._once("stage_seconds", find, index, batch, gathers)
 
 
 def time_together(layouts: Iterable[Planned]) -> None:

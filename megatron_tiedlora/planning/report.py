@@ -6,23 +6,21 @@ A dry run needs no weights and no data; presets need no files at all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, time_text
+from megatron_tiedlora.base.wording import aligned_lines, amount_text, bytes_in_words, count_text, range_text, time_text
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions
-from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.adapter_plans import choose_folder, plan_adapters
 from megatron_tiedlora.planning.init_from import start_lines
-from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.memory import (
     StageMemory,
     bank_bytes,
@@ -36,12 +34,9 @@ from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_bytes, sa
 from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_data import Data, RunData, counted, first_source, prepare_all_data
 from megatron_tiedlora.planning.run_plan import RunPlan, epochs_of
-from megatron_tiedlora.planning.stages import StagePlan
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Term
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
-
-Section = list[str]
 
 
 class DryRunReport(NamedTuple):
@@ -68,18 +63,18 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
     partition, memory, *others = layout_sections(planned, on_card=on_card)
     memory += [] if step.layout.named else _decoding(step, data)
     sections = [_adapters(step), partition, memory, *_one_more(planned), *others, _batches(step, data)]
-    sections += [_data(step, data), *_samples(step, data)] if data else [no_data_lines(step.shared)]
+    sections += [_data(step, data), *_samples(step, data)]
     text = "\n\n".join("\n".join(map(printable, section)) for section in sections)
     return DryRunReport(text, planned.fits or not on_card)
 
 
-def layout_sections(planned: Planned, *, on_card: bool = True) -> list[Section]:
+def layout_sections(planned: Planned, *, on_card: bool = True) -> list[list[str]]:
     """Everything about a layout: its stages, memory, messages, and time.
 
     Args:
         on_card: whether the user named the machine; else nothing is said of what depends on it alone.
     """
-    sections = [partition_lines(planned.stages), memory_lines(planned, judged=on_card), message_lines(planned)]
+    sections = [partition_lines(planned), memory_lines(planned, judged=on_card), message_lines(planned)]
     return [*sections, *([time_lines(planned)] if on_card else [])]
 
 
@@ -103,15 +98,11 @@ def _sample_lines(plan: RunPlan, data: RunData) -> list[str]:
     for start, stop in itertools.pairwise(edges):
         name = "supervised" if supervised[start] else "not supervised"
         lines.append(f"  [{name}, {stop - start} tokens]")
-        lines += _indented(decode_ids(data.tokenizer, ids[start:stop].tolist()))
+        lines += (f"    {line}" for line in decode_ids(data.tokenizer, ids[start:stop].tolist()).splitlines())
     return lines
 
 
-def _indented(text: str) -> Iterable[str]:
-    return (f"    {line}" for line in text.splitlines())
-
-
-def _adapters(step: StepPlan) -> Section:
+def _adapters(step: StepPlan) -> list[str]:
     """The tensors of a single adapter, or a row for each of several."""
     base = f"{num_base_parameters(step.shape):,}"
     if not step.layout.named:
@@ -162,7 +153,7 @@ def _decoding(step: StepPlan, data: Data) -> list[str]:
     ]
 
 
-def _batches(step: StepPlan, data: Data) -> Section:
+def _batches(step: StepPlan, data: Data) -> list[str]:
     lines, counts_epochs = ["batches"], any(plan.settings.epochs is not None for plan in step.plans.values())
     for name, plan in () if step.layout.named else step.plans.items():
         number, steps = plan.batches.global_batch_size, plan.settings.max_steps
@@ -179,7 +170,7 @@ def _batches(step: StepPlan, data: Data) -> Section:
             )
     if step.layout.named:
         shapes = step.batches.shapes
-        apart, positions = sum(len(shape.shares) for shape in shapes), sum(shape.num_tokens for shape in shapes)
+        apart, positions = sum(len(shape.adapters) for shape in shapes), sum(shape.num_tokens for shape in shapes)
         lines.append(
             f"  step 1: {len(shapes):,} micro-batches on a data-parallel rank, which hold {apart:,} of single"
             f" adapters; {positions / len(shapes):,.0f} positions each"
@@ -193,9 +184,9 @@ def _batches(step: StepPlan, data: Data) -> Section:
 
 def _fill(step: StepPlan, name: str, data: RunData) -> str:
     """A line on how many positions of an adapter's first step hold a token."""
-    batch = step.batch(name)
-    assert batch is not None, "there is data"
-    positions = num_positions(data.train, batch.micro_batches, pad_multiple=step.layout.pad_multiple)
+    assert step.samples is not None, "there is data"
+    _, batch = step.samples[name]
+    positions = sum(num_positions(data.train, batch.micro_batches, pad_multiple=step.layout.pad_multiple))
     rows = count_text(sum(map(len, batch.micro_batches)), "row")
     return (
         f"  step 1: {batch.num_tokens:,} tokens in {rows} of {count_text(len(batch.micro_batches), 'micro-batch')},"
@@ -203,14 +194,22 @@ def _fill(step: StepPlan, name: str, data: RunData) -> str:
     )
 
 
-def _data(step: StepPlan, data: Data) -> Section:
-    """The parts of each adapter's data, and how often a run sees its training part."""
+def _data(step: StepPlan, data: Data) -> list[str]:
+    """The parts of each adapter's data, and how often a run sees its training part; or that none is read."""
+    if not data:
+        shared = step.shared
+        needed = "a model folder" if shared.source.folder is None else "--train_file or --task"
+        length = shared.settings.max_length
+        none = f"  (none is read, so every row has {length:,} tokens; give {needed} to count them)"
+        return ["data", none, *(f"  warning: {excess}" for excess in shared.rank_excess)]
     rows, notes = [], []
     for name, own in data.items():
         plan, label = step.plans[name], name and f"{name}: "
         passes = f"{epochs_of(plan.settings, len(own.train)):.2f}"
-        rows.append([name, plan.settings.task, "train", *_counts(own.train), passes])
-        rows.append(["", "", "validation", *_counts(own.validation), ""])
+        parts = ((name, plan.settings.task, "train"), own.train, passes), (("", "", "validation"), own.validation, "")
+        for labels, part, seen in parts:
+            numbers = (len(part), part.num_tokens, part.num_supervised, part.longest, part.truncated_prompts)
+            rows.append([*labels, *(f"{number:,}" for number in numbers), seen])
         notes += [f"  {label}{note}" for note in own.notes]
         notes += [f"  warning: {label}{warning}" for warning in own.warnings(plan)]
     header = ("adapter", "task", "part", "samples", "tokens", "supervised", "longest", "cut", "passes")
@@ -219,17 +218,11 @@ def _data(step: StepPlan, data: Data) -> Section:
     return ["data, and how often a run sees its training part", *table, *notes]
 
 
-def _counts(part: TokenDataset) -> list[str]:
-    """Samples, tokens, supervised tokens, the longest sample, and prompts that are cut."""
-    numbers = (len(part), part.num_tokens, part.num_supervised, part.longest, part.truncated_prompts)
-    return [f"{number:,}" for number in numbers]
-
-
 def _own_bytes(step: StepPlan, adapter: int) -> int:
     return max(bank_bytes(stage.parts[adapter]) for stage in step.stages)
 
 
-def _one_more(planned: Planned) -> list[Section]:
+def _one_more(planned: Planned) -> list[list[str]]:
     """The memory that one more copy of the largest adapter needs, if there are several."""
     step = planned.step
     if not step.layout.named:
@@ -253,24 +246,15 @@ def _one_more(planned: Planned) -> list[Section]:
 # The layout ----------------------------------------------------------------------------------------------------------
 
 
-Stages = Sequence[StagePlan]
-
-
-def partition_lines(stages: Stages) -> list[str]:
+def partition_lines(planned: Planned) -> list[str]:
     """The layers, work and base weights of each stage."""
-    shape, layout = stages[0].shape, stages[0].layout
+    shape, layout = planned.step.shape, planned.layout
     cut = "" if layout.tp_size == 1 else f", {'' if layout.sequence_parallel else 'no '}sequence parallelism"
     rows = []
-    for stage in stages:
+    for stage in planned.stages:
         names = ["embedding"] * stage.is_first + [ranges(stage.blocks)] + ["head"] * stage.is_last
-        rows.append(
-            [
-                " + ".join(names),
-                f"{stage.cost_share:.1%}",
-                ranges(stage.adapted) or "none",
-                bytes_in_words(stage.full_base_bytes),
-            ]
-        )
+        size = bytes_in_words(stage.full_base_bytes)
+        rows.append([" + ".join(names), f"{stage.cost_share:.1%}", ranges(stage.adapted) or "none", size])
     return [
         f"layout: {count_text(layout.world_size, 'rank')} = tensor {layout.tp_size}{cut} x pipeline {layout.pp_size}"
         f" x data {layout.dp_size}, {count_text(shape.num_layers, 'layer')}",
@@ -278,13 +262,13 @@ def partition_lines(stages: Stages) -> list[str]:
     ]
 
 
-def memory_lines(planned: Planned, *, judged: bool) -> Section:
+def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
     """The bytes of a rank of each stage, by purpose, with notes.
 
     Args:
         judged: whether the last line says if the fullest rank fits in its card.
     """
-    step, layout, stages, largest = planned.step, planned.layout, planned.stages, planned.step.largest
+    layout, stages, largest = planned.layout, planned.stages, planned.step.largest
     micro_batches = f"{layout.rows} x {largest.tokens // layout.rows} tokens"
     if layout.named:
         most = count_text(max(map(len, largest.owners)), "adapter")
@@ -305,19 +289,53 @@ def memory_lines(planned: Planned, *, judged: bool) -> Section:
         + [str(micro_batches_in_flight(stage))]
         for stage, memory in zip(stages, memories, strict=True)
     ]
-    saved = saved_per_token(step.shape, layout)
     return [
         f"bytes per rank, ZeRO-{layout.zero_stage}, {count_text(layout.dp_size, 'data-parallel rank')}, micro-batches"
         f" of up to {micro_batches}, on {'GPUs' if layout.on_gpu else 'CPUs'}",
         *stage_table([*(names.get(name, name) for name in shown), "sum", "in flight"], cells),
-        f"  (a block saves {saved / 1e3:,.1f} kB per token of each micro-batch"
-        " in flight; the last block saves less, as its MLP runs its backward pass at once)",
-        *_base_line(stages),
-        _kernels_line(stages[0], tokens=largest.tokens),
-        *_engine_line(stages[0]),
-        *_reserves_lines(stages, planned.machine),
+        *(f"  ({note})" for note in _memory_notes(planned)),
         *([_verdict(planned)] if judged else []),
     ]
+
+
+def _memory_notes(planned: Planned) -> Iterator[str]:
+    """What is behind the columns of the table of memory; the last ones are no counts but reserves of a machine."""
+    layout, stages, machine = planned.layout, planned.stages, planned.machine
+    saved = saved_per_token(planned.step.shape, layout)
+    yield (
+        f"a block saves {saved / 1e3:,.1f} kB per token of each micro-batch in flight; the last block saves less, as"
+        " its MLP runs its backward pass at once"
+    )
+    if layout.base_format is not None:
+        sizes = range_text([stage.quantised_bytes for stage in stages], bytes_in_words)
+        kept = " with transposed copies" if layout.keep_transposed else ""
+        how = "each is dequantised just before its matmul, in memory that all of them share"
+        if layout.products and layout.on_gpu:
+            how = "they are multiplied in fp8"
+            how += "" if kept else ", in the backward pass by a transposed copy, in memory that all of them share"
+        yield (
+            f"base weights: {sizes} of them before ZeRO are the linears of the blocks in {layout.base_format}{kept};"
+            f" {how}"
+        )
+    if eager := eager_bytes(stages[0], planned.step.largest.tokens):
+        yield f"kernels that are not compiled need {bytes_in_words(eager)} of the activations for a moment"
+    else:
+        yield "compiled kernels are assumed; --compile false shows the activations of a node without a compiler"
+    if layout.zero_stage == 3 and layout.dp_size > 1:
+        more = "more with a larger stage3_max_live_parameters in --ds_config"
+        yield f"engine: base weights that ZeRO-3 holds gathered, {more}"
+    elif layout.pp_size > 1:
+        hidden = f"{2 * hidden_bytes(stages[0]) / 1e3:,.1f} kB per token of each micro-batch in flight"
+        yield f"engine: hidden states that DeepSpeed's pipeline holds, up to {hidden}"
+    context, each = bytes_in_words(machine["context"]), bytes_in_words(machine["communicator"])
+    reserve = f"process: a reserve of {context} for Python and its libraries"
+    if layout.on_gpu:
+        number = range_text([num_communicators(stage) for stage in stages])
+        reserve = f"CUDA, NCCL: a reserve outside PyTorch, {context} of context and {each} for each of {number}"
+        reserve += " communicators"
+    yield (
+        f"{reserve}; allocator: a reserve of {machine['slack']:.0%} for what it cannot use; constants of {machine.name}"
+    )
 
 
 def _verdict(planned: Planned) -> str:
@@ -331,61 +349,13 @@ def _verdict(planned: Planned) -> str:
     return f"{words}: IT DOES NOT FIT; {name} {bytes_in_words(size)}"
 
 
-def _base_line(stages: Stages) -> list[str]:
-    """The note on the base weights if they are quantised."""
-    layout = stages[0].layout
-    if layout.base_format is None:
-        return []
-    sizes = sorted({stage.quantised_bytes for stage in stages})
-    words = " to ".join(bytes_in_words(size) for size in sizes[:: max(1, len(sizes) - 1)])
-    kept = " with transposed copies" if layout.keep_transposed else ""
-    how = "each is dequantised just before its matmul, in memory that all of them share"
-    if layout.products and layout.on_gpu:
-        how = "they are multiplied in fp8"
-        how += "" if kept else ", in the backward pass by a transposed copy, in memory that all of them share"
-    return [
-        f"  (base weights: {words} of them before ZeRO are the linears of the blocks in {layout.base_format}{kept};"
-        f" {how})"
-    ]
-
-
-def _kernels_line(stage: StagePlan, *, tokens: int) -> str:
-    """A line on the temporary bytes of kernels that are not compiled."""
-    size = eager_bytes(stage, tokens)
-    if not size:
-        return "  (compiled kernels are assumed; --compile false shows the activations of a node without a compiler)"
-    return f"  (kernels that are not compiled need {bytes_in_words(size)} of the activations for a moment)"
-
-
-def _reserves_lines(stages: Stages, machine: Machine) -> list[str]:
-    """The notes on the columns that are no counts but reserves of a machine."""
-    counts = sorted({num_communicators(stage) for stage in stages})
-    context, each = bytes_in_words(machine["context"]), bytes_in_words(machine["communicator"])
-    words = f"process: a reserve of {context} for Python and its libraries"
-    if stages[0].layout.on_gpu:
-        number = " to ".join(map(str, counts[:: max(1, len(counts) - 1)]))
-        words = f"CUDA, NCCL: a reserve outside PyTorch, {context} of context and {each} for each of {number}"
-        words += " communicators"
-    slack = f"allocator: a reserve of {machine['slack']:.0%} for what it cannot use"
-    return [f"  ({words}; {slack}; constants of {machine.name})"]
-
-
-def no_data_lines(plan: RunPlan) -> list[str]:
-    """The section on data of a dry run that reads none."""
-    needed = "a model folder" if plan.source.folder is None else "--train_file or --task"
-    length = plan.settings.max_length
-    none = f"  (none is read, so every row has {length:,} tokens; give {needed} to count them)"
-    return ["data", none, *(f"  warning: {excess}" for excess in plan.rank_excess)]
-
-
-def time_lines(planned: Planned) -> Section:
+def time_lines(planned: Planned) -> list[str]:
     """The planned time of a step: by what it is spent on, then term by term on the stage that works longest."""
     spent, work, batches, parts = planned.seconds, planned.work, planned.step.batches, planned.parts
-    index, _ = parts.busiest()
+    index, passes = parts.busiest()
     batch = max(batches.kinds, key=lambda one: one.num_tokens)
     forward, backward = planned.pass_terms(index, batch)
     number, stages = count_text(len(batches), "micro-batch"), count_text(len(parts.stages), "stage")
-    busy = spent.total - spent.bubble - spent.sums - spent.outside
     return [
         f"speed on {planned.machine.name}, planned and not measured, {planned.cluster.per_node} ranks in a node",
         f"  a step of {work.tokens:,} tokens takes {time_text(spent.total)}: {planned.tokens_per_second:,.0f} tokens/s"
@@ -395,7 +365,7 @@ def time_lines(planned: Planned) -> Section:
         *_terms(forward),
         "  its backward pass",
         *_terms(backward),
-        f"  {time_text(busy):>10}  both passes of {number}",
+        f"  {time_text(passes.total):>10}  both passes of {number}",
         f"  {time_text(spent.bubble):>10}  waiting: the schedule of {stages} and {number}, simulated",
         "  once a step",
         *_terms(planned.sum_terms(index)),
@@ -404,21 +374,12 @@ def time_lines(planned: Planned) -> Section:
 
 
 def _terms(terms: Iterable[Term]) -> list[str]:
-    return [f"    {time_text(term.seconds):>10}  {term.label}{_arithmetic(term)}" for term in terms if term.seconds]
-
-
-def _arithmetic(term: Term) -> str:
-    if not term.rate:
-        return ""
-    fixed = f" + {time_text(term.fixed)}" if term.fixed else ""
-    return f": {_amount(term.amount, term.unit)} / {_amount(term.rate, term.unit)}/s{fixed}"
-
-
-def _amount(value: float, unit: str) -> str:
-    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:,.2f} {prefix}{unit}"
-    return f"{value:,.0f} {unit}"
+    lines = []
+    for term in (term for term in terms if term.seconds):
+        rate = f": {amount_text(term.amount, term.unit)} / {amount_text(term.rate, term.unit)}/s" if term.rate else ""
+        fixed = f" + {time_text(term.fixed)}" if term.rate and term.fixed else ""
+        lines.append(f"    {time_text(term.seconds):>10}  {term.label}{rate}{fixed}")
+    return lines
 
 
 def shares_text(spent: Mapping[str, float]) -> str:
@@ -427,24 +388,7 @@ def shares_text(spent: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in spent.items() if seconds)
 
 
-def _engine_line(stage: StagePlan) -> list[str]:
-    """The note on the table's column `engine`."""
-    layout = stage.layout
-    if layout.zero_stage == 3 and layout.dp_size > 1:
-        return [
-            "  (engine: base weights that ZeRO-3 holds gathered, more with a larger stage3_max_live_parameters in"
-            " --ds_config)"
-        ]
-    if layout.pp_size == 1:
-        return []
-    kilobytes = 2 * hidden_bytes(stage) / 1e3
-    return [
-        f"  (engine: hidden states that DeepSpeed's pipeline holds, up to {kilobytes:,.1f} kB per token of each"
-        " micro-batch in flight)"
-    ]
-
-
-def message_lines(planned: Planned) -> Section:
+def message_lines(planned: Planned) -> list[str]:
     """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.traffic counts."""
     step, stages, layout, number = planned.step, planned.stages, planned.layout, len(planned.step.batches)
     of = "step 1's samples on data-parallel rank 0"
@@ -478,13 +422,8 @@ def message_lines(planned: Planned) -> Section:
 
 def stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """One line for each stage; neighbours with equal cells share a line."""
-    labels: list[tuple[int, int]] = []
-    for index, row in enumerate(rows):
-        if index and list(row) == list(rows[index - 1]):
-            labels[-1] = (labels[-1][0], index)
-        else:
-            labels.append((index, index))
-    stages = [[str(a) if a == b else f"{a}-{b}", *rows[a]] for a, b in labels]
+    alike = itertools.groupby(enumerate(rows), key=lambda row: tuple(row[1]))
+    stages = [[ranges([index for index, _ in some]), *cells] for cells, some in alike]
     return aligned_lines([("stage", *header), *stages], indent="  ")
 
 

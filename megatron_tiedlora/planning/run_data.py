@@ -13,14 +13,12 @@ from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
 from megatron_tiedlora.data.chat import chat_note, chat_writer, set_chat_template
-from megatron_tiedlora.data.encode_rows import Encoding
-from megatron_tiedlora.data.example_maker import with_template
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.order import permutation
-from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.encode import Encoding
 from megatron_tiedlora.data.sources import row_stream
 from megatron_tiedlora.data.splits import files_of, read_split
+from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.data.token_dataset import permutation
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.planning.adapter_plans import Plans
@@ -123,12 +121,10 @@ def prepare_data(plan: RunPlan) -> RunData:
     tokenizer, reading = load_tokenizer(settings.tokenizer or model_folder), Reading.of(settings)
     set_chat_template(tokenizer, settings.chat_template)
     check_vocabulary(tokenizer, vocab_size)
-    with_fields, template = with_template(reading, settings.prompt_template)
     encoding = Encoding(
         task=get_task(settings.task),
         tokenizer=tokenizer,
-        reading=with_fields,
-        template=template,
+        reading=reading,
         max_length=settings.max_length,
         end_ids=end_ids(tokenizer, model_folder, vocab_size=vocab_size),
     )
@@ -146,8 +142,7 @@ def prepare_data(plan: RunPlan) -> RunData:
 
 def first_source(settings: Settings, data: RunData) -> str:
     """Where the first training sample was read, for messages."""
-    reading, _ = with_template(data.reading, settings.prompt_template)
-    rows = row_stream(get_task(settings.task), "train", files=files_of(settings), reading=reading)
+    rows = row_stream(get_task(settings.task), "train", files=files_of(settings), reading=data.reading)
     _, (_, source) = next(islice(rows, data.first_row, None))
     return source
 

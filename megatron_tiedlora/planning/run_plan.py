@@ -9,11 +9,10 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 
-from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config, targets_of
+from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.load_model import resolve_dtype
@@ -35,11 +34,10 @@ from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.model.partition import check_layout
 from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.planning.init_from import with_start
-from megatron_tiedlora.planning.layout import Layout, SampleRow, pays_to_compile
+from megatron_tiedlora.planning.layout import Layout, StagePlan, pays_to_compile, plan_stages
 from megatron_tiedlora.planning.machines import GPUS, Machine, default_machine
-from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
 from megatron_tiedlora.runtime.trackers import check_installed
@@ -64,10 +62,9 @@ class RunPlan:
     def layout(self) -> Layout:
         """The record that the planners read, beside the model's shape."""
         settings, grid, engine = self.settings, self.grid, self.engine
-        num_tokens = settings.max_steps * settings.global_batch_size * settings.max_length
         compiled = settings.compile == "true"
         if settings.compile == "auto":
-            compiled = pays_to_compile(self.source.shape, grid, num_tokens=num_tokens)
+            compiled = pays_to_compile(self.source.shape, grid, num_tokens=self.num_tokens)
         return Layout(
             adapters=(self.adapter,),
             length=settings.max_length,
@@ -89,6 +86,11 @@ class RunPlan:
             compiled=compiled,
             deterministic=settings.deterministic,
         )
+
+    @property
+    def num_tokens(self) -> int:
+        """The most tokens that the run may train on."""
+        return self.settings.max_steps * self.settings.global_batch_size * self.settings.max_length
 
     @property
     def reads_data(self) -> bool:
@@ -115,9 +117,7 @@ class RunPlan:
     def batch_shape(self) -> BatchShape:
         """How a global batch is split into rows and micro-batches."""
         return BatchShape(
-            self.batches.global_batch_size,
-            self.batches.micro_batch_size,
-            self.grid.dp_size,
+            **vars(self.batches),
             packed_length=self.settings.max_length if self.settings.packing else None,
             min_micro_batches=inputs_to_fill(self.grid.pp_size),
         )
@@ -126,11 +126,6 @@ class RunPlan:
         """The plan of the step that follows `consumed_samples`."""
         seed = self.settings.seed
         return plan_global_batch(dataset, self.batch_shape, seed=seed, consumed_samples=consumed_samples)
-
-    def sample_rows(self, dataset: TokenDataset, batch: GlobalBatch) -> Iterator[list[SampleRow]]:
-        """The rows of each of this rank's micro-batches of a step."""
-        for rows in batch.on_rank(self.grid.dp_rank, dp_size=self.grid.dp_size):
-            yield [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows]
 
     def training_loader(
         self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0
@@ -157,16 +152,12 @@ class RunPlan:
         rows = "one row" if batches.micro_batch_size == 1 else f"up to {batches.micro_batch_size} rows"
         packed = f"packed into rows of up to {self.settings.max_length:,} tokens: micro-batches of {rows}"
         if self.on_gpu and self.settings.micro_batch_size is None:
-            packed += f" ({self._why_rows()})"
+            why = "; --micro_batch_size changes it"
+            if batches.micro_batch_size < GPU_MICRO_BATCH_TOKENS // self.settings.max_length:
+                share = batches.global_batch_size // batches.data_parallel
+                why = f" more are needed, but a rank's share of {share} allows no more; see --global_batch_size"
+            packed += f" (for {GPU_MICRO_BATCH_TOKENS:,} tokens on a GPU{why})"
         return f"{packed}, {ranks}"
-
-    def _why_rows(self) -> str:
-        """Why packed micro-batches on a GPU have so many rows if --micro_batch_size is not given."""
-        wanted = f"for {GPU_MICRO_BATCH_TOKENS:,} tokens on a GPU"
-        if self.batches.micro_batch_size >= GPU_MICRO_BATCH_TOKENS // self.settings.max_length:
-            return f"{wanted}; --micro_batch_size changes it"
-        share = self.batches.global_batch_size // self.batches.data_parallel
-        return f"{wanted} more are needed, but a rank's share of {share} allows no more; see --global_batch_size"
 
     @property
     def rank_excess(self) -> list[str]:
@@ -331,26 +322,21 @@ def with_models_length(settings: Settings, source: ModelSource) -> Settings:
     return settings.completed(max_length=limit)
 
 
-def steps_of_epochs(epochs: float, *, num_samples: int, global_batch_size: int) -> int:
-    """The number of steps in which each sample is seen `epochs` times on average, rounded up. Exact for any decimal.
-
-    A step takes the next --global_batch_size samples, whatever the parallel layout and however packing puts them into
-    rows. So an epoch has ceil(samples / --global_batch_size) steps, and its last step may begin the next epoch:
-
-        max_steps = ceil(epochs * training samples / global_batch_size)
-    """
-    return max(1, math.ceil(Fraction(str(epochs)) * num_samples / global_batch_size))
-
-
 def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
     """The settings with the number of steps of --epochs, if that is given. The default warm-up is shortened to it.
+
+    A step takes the next --global_batch_size samples, whatever the parallel layout and however packing puts them into
+    rows. So an epoch has ceil(samples / --global_batch_size) steps, and its last step may begin the next epoch. Each
+    sample is seen `epochs` times on average, rounded up, which is exact for any decimal:
+
+        max_steps = ceil(epochs * training samples / global_batch_size)
 
     Raises:
         UserError: --warmup_steps is more than that, or --profile begins after it.
     """
     if settings.epochs is None:
         return settings
-    steps = steps_of_epochs(settings.epochs, num_samples=num_samples, global_batch_size=settings.global_batch_size)
+    steps = max(1, math.ceil(Fraction(str(settings.epochs)) * num_samples / settings.global_batch_size))
     warmup = settings.warmup_steps
     if settings.profile is not None and profiled_steps(settings.profile)[0] > steps:
         raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -25,7 +25,6 @@ from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
 from megatron_tiedlora.planning.adapter_plans import Plans, adapter_settings, plan_adapters
 from megatron_tiedlora.planning.planned import Cluster, Planned, time_together
 from megatron_tiedlora.planning.run_data import Data, counted, prepare_all_data
-from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_plan import StepPlan
 
 RECOMPUTES = ("none", "selective", "full")
@@ -185,20 +184,22 @@ def search(
     Raises:
         UserError: no layout is accepted, or the data cannot be read; the words are those of a run.
     """
-    run, refused = PlannedRun(settings, source, cluster.machine.on_gpu), Counter[str]()
+    run, refused = PlannedRun(settings, source, cluster), Counter[str]()
     storages, accepted = _storages(run, formats), []
     engine_files, recomputes = run.choices("ds_config", ENGINE_FILES), run.choices("recompute", RECOMPUTES)
     for (tp_size, pp_size), engine_file, storage in product(run.grids(cluster.world_size), engine_files, storages):
         variants = run.rows(cluster.world_size // (tp_size * pp_size)), run.sequences(tp_size), recomputes
         try:
-            plans = _plans(run, cluster, tp_size, pp_size, engine_file, storage)
+            plans = run.plans(tp_size, pp_size, engine_file, storage)
         except UserError as error:
             refused[str(error)] += math.prod(map(len, variants))
         else:
             accepted.append((plans, variants, engine_file, storage))
     if not accepted:
         raise UserError(refused.most_common(1)[0][0])
-    run.read_data(accepted[0][0])
+    first, *_ = accepted[0]
+    if any(plan.reads_data for plan in first.values()):
+        run.data = prepare_all_data(first)  # it is the same for all layouts
     known: dict[Hashable, Any] = {}
     found = (
         Candidate(**variant, cluster=cluster, known=known, engine_file=engine_file, storage=storage)
@@ -238,24 +239,6 @@ def _storages(run: PlannedRun, formats: tuple[str, ...] | None) -> tuple[Storage
     return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
 
 
-def _plans(
-    run: PlannedRun, cluster: Cluster, tp_size: int, pp_size: int, engine_file: str, storage: Storage
-) -> Mapping[str, RunPlan]:
-    """What `plan_run` says of a layout, by adapter."""
-    machine = cluster.machine
-    if cluster.per_node % tp_size and not run.given("tensor_parallel"):
-        raise UserError(
-            f"--tensor_parallel {tp_size}: a group would span nodes of {cluster.per_node}, whose network is too slow"
-            f" for it; give --tensor_parallel {tp_size} to plan it"
-        )
-    if storage.products is not None and machine.on_gpu:
-        assert machine.capability is not None, "a GPU has a capability"
-        check_fp8_capability(machine.title, machine.capability)
-    sizes = {"tensor_parallel": tp_size, "pipeline_parallel": pp_size}
-    chosen = {**sizes, "ds_config": engine_file, **storage._asdict()}
-    return run.plans(chosen, world_size=cluster.world_size)
-
-
 # The runs that are asked ----------------------------------------------------------------------------------------------
 
 
@@ -265,13 +248,12 @@ class PlannedRun:
 
     Attributes:
         settings: tiedlora train's, with the defaults of a plan.
-        on_gpu: whether its ranks run on GPUs.
-        data: of each adapter, once `read_data` was called; empty for a preset, or if no rows are named.
+        data: of each adapter, once it is read; empty for a preset, or if no rows are named.
     """
 
     settings: Settings
     source: ModelSource
-    on_gpu: bool
+    cluster: Cluster
     data: Data = field(default_factory=dict)
     _steps: dict[Hashable, StepPlan] = field(default_factory=dict)
 
@@ -280,7 +262,7 @@ class PlannedRun:
         """The settings that were given, and those that a plan gives."""
         return {
             **{name: getattr(self.settings, name) for name in self.settings.model_fields_set},
-            **planned_values(self.settings, self.on_gpu),
+            **planned_values(self.settings, self.cluster.machine.on_gpu),
         }
 
     @cached_property
@@ -332,19 +314,24 @@ class PlannedRun:
         """The plan of each adapter in one of the layouts, for what is the same in all."""
         return next(iter(self._steps.values())).plans
 
-    def plans(self, choices: Mapping[str, Any], *, world_size: int) -> dict[str, RunPlan]:
-        """The plan of each adapter with these settings of a layout.
+    def plans(self, tp_size: int, pp_size: int, engine_file: str, storage: Storage) -> Plans:
+        """What `plan_run` says of a layout, by adapter.
 
         Raises:
-            UserError: as a run does.
+            UserError: as a run does, or the cluster is not made for it.
         """
-        settings = make_settings({**self.values, **choices, "world_size": world_size})
-        return plan_adapters(settings, rank=0, world_size=world_size, weights=False, source=self.source)
-
-    def read_data(self, plans: Plans) -> None:
-        """Read the data, which is the same for all layouts. Raises UserError as a run does."""
-        if any(plan.reads_data for plan in plans.values()):
-            self.data = prepare_all_data(plans)
+        cluster, machine = self.cluster, self.cluster.machine
+        if cluster.per_node % tp_size and not self.given("tensor_parallel"):
+            raise UserError(
+                f"--tensor_parallel {tp_size}: a group would span nodes of {cluster.per_node}, whose network is too"
+                f" slow for it; give --tensor_parallel {tp_size} to plan it"
+            )
+        if storage.products is not None and machine.on_gpu:
+            assert machine.capability is not None, "a GPU has a capability"
+            check_fp8_capability(machine.title, machine.capability)
+        sizes = {"tensor_parallel": tp_size, "pipeline_parallel": pp_size, "world_size": cluster.world_size}
+        settings = make_settings({**self.values, **sizes, "ds_config": engine_file, **storage._asdict()})
+        return plan_adapters(settings, rank=0, world_size=cluster.world_size, weights=False, source=self.source)
 
     def variants(
         self, plans: Plans, rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
@@ -356,19 +343,20 @@ class PlannedRun:
         for size, shards in product(rows, sequences):
             key = (base.tp_size, base.pp_size, base.dp_size, size, shards)
             if key not in self._steps:
-                varied = {name: _varied(plan, size, shards) for name, plan in plans.items()}
+                varied = {
+                    name: replace(
+                        plan,
+                        settings=plan.settings.completed(sequence_parallel=shards),
+                        batches=replace(plan.batches, micro_batch_size=size),
+                    )
+                    for name, plan in plans.items()
+                }
                 self._steps[key] = StepPlan.first(varied, self.data, shares=shares)
             step = self._steps[key]
             shared = replace(base, rows=size, micro_batches=step.layout.micro_batches, shards_sequences=shards)
             for recompute in recomputes:
                 is_default = (size, shards, recompute) == (base.rows, base.shards_sequences, base.recompute)
                 yield {"step": step, "layout": replace(shared, recompute=recompute), "is_default": is_default}
-
-
-def _varied(plan: RunPlan, rows: int, shards_sequences: bool) -> RunPlan:
-    """The plan of a run with these choices."""
-    settings = plan.settings.completed(sequence_parallel=shards_sequences)
-    return replace(plan, settings=settings, batches=replace(plan.batches, micro_batch_size=rows))
 
 
 def planned_values(settings: Settings, on_gpu: bool) -> dict[str, Any]:

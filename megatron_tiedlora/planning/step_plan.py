@@ -10,19 +10,28 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import GlobalBatch, fill_rounds, largest_positions, num_positions
 from megatron_tiedlora.data.token_dataset import TokenDataset
-from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
-from megatron_tiedlora.planning.layout import Batches, Layout, MicroBatchShape, SampleRow, assumed_row, shared_shape
-from megatron_tiedlora.planning.machines import Machine
-from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
+from megatron_tiedlora.planning.layout import (
+    Batches,
+    Layout,
+    MicroBatchShape,
+    SampleRow,
+    StagePlan,
+    assumed_row,
+    plan_stages,
+    shared_shape,
+)
+from megatron_tiedlora.planning.memory import StageMemory, step_memory
 from megatron_tiedlora.planning.passes import SampleCounts, training_flops
 from megatron_tiedlora.planning.run_data import Data
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 
 Samples = Mapping[str, tuple[TokenDataset, GlobalBatch]]  # of each adapter's step, and where its samples are
 
@@ -44,10 +53,6 @@ class LargestMicroBatch(NamedTuple):
         tokens, documents, longest, owners = self
         sizes = {"tokens": tokens, "documents": documents, "longest": longest}
         return max((step_memory(stage, adapters=adapters, **sizes) for adapters in owners), key=sum)
-
-    def memory(self, stage: StagePlan, machine: Machine) -> StageMemory:
-        """All that such a rank needs."""
-        return with_reserves(stage, held_memory(stage).plus(self.step_memory(stage)), machine)
 
 
 class FullSamples(NamedTuple):
@@ -75,11 +80,7 @@ def micro_batch_capacity(plans: Plans, *, shares: bool) -> int:
 
 def longest_run(plans: Plans) -> RunPlan:
     """The plan that trains on most tokens, which decides on kernels for all."""
-
-    def num_tokens(plan: RunPlan) -> int:
-        return plan.settings.max_steps * plan.settings.global_batch_size * plan.settings.max_length
-
-    return max(plans.values(), key=num_tokens)
+    return max(plans.values(), key=lambda plan: plan.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -155,17 +156,27 @@ class StepPlan:
     @cached_property
     def largest(self) -> LargestMicroBatch:
         """The largest micro-batch that any step may have, if it has the adapters of one of this step."""
-        longest = {name: self._longest_row(name) for name in self.plans}
-        multiple = self.layout.pad_multiple
-        own = [plan.layout.rows * padded(longest[name], multiple) for name, plan in self.plans.items()]
+        longest = {name: padded(self._longest_row(name), self.layout.pad_multiple) for name in self.plans}
+        own = [plan.layout.rows * longest[name] for name, plan in self.plans.items()]
         tokens = max(*own, min(sum(own), micro_batch_capacity(self.plans, shares=self.shares_micro_batches)))
         owners = dict.fromkeys(tuple(self._numbers[name] for name, _ in some) for some in self.rounds)
-        return LargestMicroBatch(tokens, self._most_documents(), self._longest_document(), tuple(owners))
+        document = max(longest.values())
+        if self.samples is not None and self.shared.settings.packing:
+            document = max(dataset.longest for dataset, _ in self.samples.values())
+        return LargestMicroBatch(tokens, self._most_documents(), document, tuple(owners))
 
     @cached_property
     def works(self) -> dict[str, Work]:
         """The work of each adapter that takes the step."""
-        return {name: self._work(name) for name in self._taking}
+        found = {}
+        for name in self._taking:
+            plan = self.plans[name]
+            length, number = plan.settings.max_length, plan.batches.global_batch_size
+            counts: SampleCounts = FullSamples(number * length, number * length**2, number * (length - 1))
+            if self.samples is not None:
+                _, counts = self.samples[name]
+            found[name] = Work(counts.num_tokens, training_flops(self.shape, plan.adapter, counts))
+        return found
 
     @property
     def work(self) -> Work:
@@ -178,10 +189,6 @@ class StepPlan:
         tokens = sum(work.tokens * self.plans[name].settings.max_steps for name, work in self.works.items())
         whole, rest = divmod(tokens, self.work.tokens)
         return tokens / self.work.tokens if rest else whole
-
-    def batch(self, name: str) -> GlobalBatch | None:
-        """An adapter's samples, if there is data."""
-        return None if self.samples is None else self.samples[name][1]
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -198,12 +205,6 @@ class StepPlan:
         if self.samples is None or name not in self.samples or self.shared.settings.packing:
             return self.layout.length
         return self.samples[name][0].longest
-
-    def _longest_document(self) -> int:
-        """The tokens of the longest document."""
-        if self.samples is not None and self.shared.settings.packing:
-            return max(dataset.longest for dataset, _ in self.samples.values())
-        return max(padded(self._longest_row(name), self.layout.pad_multiple) for name in self.plans)
 
     def _most_documents(self) -> int:
         """The most documents in a micro-batch of the step; the padding of a packed row is one too."""
@@ -224,8 +225,7 @@ class StepPlan:
         if self.samples is None:
             return [layout.rows * padded(layout.length, layout.pad_multiple)] * layout.micro_batches
         dataset, batch = self.samples[name]
-        multiple = layout.pad_multiple
-        positions = [num_positions(dataset, [rows], pad_multiple=multiple) for rows in batch.micro_batches]
+        positions = num_positions(dataset, batch.micro_batches, pad_multiple=layout.pad_multiple)
         return largest_positions(positions, dp_size=plan.grid.dp_size)
 
     def _rows(self, name: str) -> list[list[SampleRow]]:
@@ -233,7 +233,9 @@ class StepPlan:
         plan = self.plans[name]
         if self.samples is None:
             return [[assumed_row(plan.layout)] * plan.layout.rows] * plan.layout.micro_batches
-        return list(plan.sample_rows(*self.samples[name]))
+        dataset, batch = self.samples[name]
+        ours = batch.on_rank(plan.grid.dp_rank, dp_size=plan.grid.dp_size)
+        return [[np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows] for rows in ours]
 
     def _squared(self, name: str) -> list[int]:
         """The sum of s^2 over the samples of each of these micro-batches."""
@@ -244,13 +246,3 @@ class StepPlan:
         ours = batch.on_rank(grid.dp_rank, dp_size=grid.dp_size)
         lengths = (dataset.lengths_of([index for row in rows for index in row]) for rows in ours)
         return [int((each**2).sum()) for each in lengths]
-
-    def _work(self, name: str) -> Work:
-        """The work of an adapter's step."""
-        plan, samples = self.plans[name], self.batch(name)
-        if samples is None:
-            length, number = plan.settings.max_length, plan.batches.global_batch_size
-            counts: SampleCounts = FullSamples(number * length, number * length**2, number * (length - 1))
-        else:
-            counts = samples
-        return Work(counts.num_tokens, training_flops(plan.source.shape, plan.adapter, counts))

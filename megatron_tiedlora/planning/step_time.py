@@ -16,23 +16,21 @@ bandwidth inside a node. Each message takes `message` seconds beside its bytes.
 from __future__ import annotations
 
 import functools
-import operator
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
-from megatron_tiedlora.planning.layout import Batches, Layout
+from megatron_tiedlora.planning.layout import Batches, Layout, StagePlan
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.passes import PassWork, StageWork, engine_traffic, once_traffic
-from megatron_tiedlora.planning.stages import StagePlan
 
 # Links between ranks --------------------------------------------------------------------------------------------------
 
@@ -102,26 +100,20 @@ class Links:
     @cached_property
     def _by_group(self) -> dict[str, Link]:
         layout = self.layout
-        tp, pp, dp = layout.tp_size, layout.pp_size, layout.dp_size
-        grid = Grid(0, layout.world_size, tp_size=tp, pp_size=pp)
-        sizes = {
-            TENSOR: (1, 1, tp),
-            DATA: (1, dp, 1),
-            TIED: (pp, dp, 1),
-            STAGE: (1, dp, tp),
-            MODEL: (pp, 1, tp),
-            WORLD: (pp, dp, tp),
+        ranks = np.arange(layout.world_size).reshape(layout.pp_size, layout.dp_size, layout.tp_size)  # see `Grid`
+        groups = {
+            TENSOR: ranks[0, 0],
+            DATA: ranks[0, :, 0],
+            TIED: ranks[:, :, 0],
+            STAGE: ranks[0],
+            MODEL: ranks[:, 0],
+            WORLD: ranks,
         }
-        return {
-            group: self._link(
-                grid.rank_of(pp_rank=p, dp_rank=d, tp_rank=t) for p in range(a) for d in range(b) for t in range(c)
-            )
-            for group, (a, b, c) in sizes.items()
-        }
+        return {group: self._link(members) for group, members in groups.items()}
 
-    def _link(self, ranks: Iterable[int]) -> Link:
-        nodes = [rank // self.ranks_per_node for rank in ranks]
-        return Link(len(nodes), len(set(nodes)), max(map(nodes.count, set(nodes))))
+    def _link(self, ranks: NDArray[np.int64]) -> Link:
+        _, in_nodes = np.unique(ranks // self.ranks_per_node, return_counts=True)
+        return Link(ranks.size, len(in_nodes), int(in_nodes.max()))
 
     def __getitem__(self, group: str) -> Link:
         """The link of a group, but of the pipeline."""
@@ -181,13 +173,13 @@ class Seconds(NamedTuple):
         """The sum."""
         return sum(self)
 
-    def plus(self, other: Seconds) -> Seconds:
-        """Each of them with that of another."""
-        return Seconds(*map(operator.add, self, other))
-
-    def times(self, number: int) -> Seconds:
-        """Each of them `number` times."""
-        return Seconds(*(number * seconds for seconds in self))
+    @classmethod
+    def of(cls, terms: Iterable[Term]) -> Seconds:
+        """The terms by purpose."""
+        found = dict.fromkeys(cls._fields, 0.0)
+        for term in terms:
+            found[term.purpose] += term.seconds
+        return cls(**found)
 
 
 class StageSeconds(NamedTuple):
@@ -218,20 +210,11 @@ class StepParts:
         firsts: dict[int, int] = {}
         for index, passes in enumerate(self.stages):  # stages that do the same are one object
             firsts.setdefault(id(passes), index)
-        spent = {index: self._together(self.stages[index]) for index in firsts.values()}
-        longest = max(spent, key=lambda index: sum(spent[index]))
-        return longest, spent[longest]
-
-    def _together(self, passes: Sequence[StageSeconds]) -> Seconds:
-        found = Seconds()
-        for each, number in zip(passes, self.batches.numbers, strict=True):
-            found = found.plus(each.forward.plus(each.backward).times(number))
-        return found
-
-
-def stage_seconds(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> StageSeconds:
-    """The passes of a micro-batch of this work on a rank of the stage."""
-    return StageSeconds(*(_sum(terms) for terms in stage_terms(work, stage, links, machine)))
+        spent = {
+            index: Seconds(*np.dot(np.bincount(self.batches.order), np.sum(self.stages[index], axis=1)).tolist())
+            for index in firsts.values()
+        }
+        return max(spent.items(), key=lambda item: item[1].total)
 
 
 def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> tuple[list[Term], list[Term]]:
@@ -244,7 +227,7 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
     for terms, goes_back in ((forward, False), (backward, True)):
         gathers = _gather_terms(stage, links, machine)
         if layout.overlaps_gathers and gathers:  # hidden behind the pass, as far as that is long enough
-            hidden = min(_sum(terms).total, sum(term.seconds for term in gathers))
+            hidden = min(Seconds.of(terms).total, sum(term.seconds for term in gathers))
             gathers.append(Term("gathers", "hidden behind the pass", 0.0, 0.0, "s", fixed=-hidden))
         terms += gathers
         terms += _sending(stage, work.backward if goes_back else work.forward, links, machine, goes_back=goes_back)
@@ -255,40 +238,35 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
     """A pass without gathers and sends to other stages."""
     dtype = DTYPES[layout.dtype.itemsize]
     of_linears, moved = dtype if layout.products is None else DTYPES[1], machine["bandwidth"] * machine["elementwise"]
+    of_blocks, in_dtype = machine.rate("matmul", of_linears), machine.rate("matmul", dtype)
     found = [
-        Term(
-            "matmuls", f"matmuls of blocks in {of_linears}", work.linears, machine.rate("matmul", of_linears), "FLOP"
-        ),
-        Term("matmuls", f"head, adapter in {dtype}", work.head + work.low_rank, machine.rate("matmul", dtype), "FLOP"),
-        Term("attention", "attention", work.attention, machine.rate("attention", dtype), "FLOP"),
-        *_beside("attention", f"queries in {dtype}", work.queries, machine[f"queries.{dtype}"], "numbers"),
-        Term("elementwise", "norms, gate, rotation, residuals, loss", work.moved, moved, "B"),
+        Term("matmuls", f"matmuls of blocks in {of_linears}", work["linears"], of_blocks, "FLOP"),
+        Term("matmuls", f"head, adapter in {dtype}", work["head"] + work["low_rank"], in_dtype, "FLOP"),
+        Term("attention", "attention", work["attention"], machine.rate("attention", dtype), "FLOP"),
+        # Reading inputs, if that is not hidden behind computing.
+        Term("attention", f"queries in {dtype} read", work["queries"], machine[f"queries.{dtype}"], "numbers"),
+        Term("elementwise", "norms, gate, rotation, residuals, loss", work["moved"], moved, "B"),
     ]
-    read = work.head_weights
+    read = work["head_weights"]
     if layout.base_format is None:
-        read += work.weights + work.weights_back
+        read += work["weights"] + work["weights_back"]
     else:
         found += _dequantised(work, layout, machine)
-    found += _beside("matmuls", f"weights in {dtype}", read, machine[f"weights.{dtype}"], "weights")
-    launches = work.blocks * machine["block"]
+    found.append(Term("matmuls", f"weights in {dtype} read", read, machine[f"weights.{dtype}"], "weights"))
+    launches = work["blocks"] * machine["block"]
     if machine["hides_launches"]:
         launches -= sum(term.seconds for term in found)
-    found.append(Term("launches", "the host launches kernels", work.blocks, 0.0, "blocks", fixed=max(0.0, launches)))
+    found.append(Term("launches", "the host launches kernels", work["blocks"], 0.0, "blocks", fixed=max(0.0, launches)))
     return found + links.terms(work.sent, machine, purpose="tensor")
-
-
-def _beside(purpose: str, what: str, amount: float, rate: float, unit: str) -> list[Term]:
-    """Reading inputs, if that is not hidden behind computing."""
-    return [Term(purpose, f"{what} read", amount, rate, unit)] if rate else []
 
 
 def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> list[Term]:
     """Making weights ready for a matmul: dequantised, or for FP8 matmuls transposed, whose activations are rounded."""
     assert layout.base_format is not None
-    moved, weights = machine["bandwidth"] * machine["elementwise"], work.weights + work.weights_back
+    moved, weights = machine["bandwidth"] * machine["elementwise"], work["weights"] + work["weights_back"]
     if layout.products is not None:  # one byte read and one written; on a CPU in the time of the emulated matmul
-        transposed = 0.0 if layout.keep_transposed or not layout.on_gpu else work.weights_back
-        rounded = machine["round.forward"] * work.rounded + machine["round.backward"] * work.rounded_back
+        transposed = 0.0 if layout.keep_transposed or not layout.on_gpu else work["weights_back"]
+        rounded = machine["round.forward"] * work["rounded"] + machine["round.backward"] * work["rounded_back"]
         return [
             Term("dequantised", f"weights in {layout.base_format} transposed", 2 * transposed, moved, "B"),
             Term("dequantised", "activations and gradients rounded to fp8", rounded, moved, "B"),
@@ -330,14 +308,6 @@ def sum_terms(stage: StagePlan, batches: Batches, links: Links, machine: Machine
     if stage.layout.zero_stage == 3:
         del sent.bytes[DATA, "all-gather"]
     return links.terms(once, machine, purpose="sums") + links.terms(sent, machine, purpose="sums")
-
-
-def _sum(terms: Iterable[Term]) -> Seconds:
-    """The terms by purpose."""
-    found = dict.fromkeys(Seconds._fields, 0.0)
-    for term in terms:
-        found[term.purpose] += term.seconds
-    return Seconds(**found)
 
 
 # The passes of a pipeline -------------------------------------------------------------------------------------------
@@ -420,38 +390,30 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, step in enumerate(steps):
         alike[len(step.stages), len(step.batches)].append(index)
-    for (num_stages, num_micro_batches), indices in alike.items():
-        order = one_f_one_b(num_stages, num_micro_batches)
-        spans = simulate(order, _costs([steps[index] for index in indices]))
+    for sizes, indices in alike.items():
+        spans = simulate(one_f_one_b(*sizes), _costs([steps[index] for index in indices]))
         for index, span in zip(indices, spans.tolist(), strict=True):
-            found[index] = _by_purpose(steps[index], span)
+            step = steps[index]
+            _, spent = step.busiest()
+            waits = span - spent.total
+            # Another order of the same sum is no waiting.
+            bubble = waits if waits > 1e-9 * span else 0.0
+            found[index] = spent._replace(bubble=bubble, sums=step.sums, outside=step.outside)
     return found
 
 
 def _costs(steps: Sequence[StepParts]) -> Callable[[int, Pass], Any]:
     """By rank and pass, the cost in each of the steps."""
-    known: dict[Hashable, Any] = {}
     # by micro-batch a number, which it shares with those that are of the same kind in each of the steps
     alike: dict[tuple[int, ...], int] = {}
     numbers = [
         alike.setdefault(kinds, len(alike)) for kinds in zip(*(step.batches.order for step in steps), strict=True)
     ]
+    by_number = list(alike)
 
-    def cost(rank: int, one: Pass) -> Any:
-        key = (rank, one.kind, numbers[one.micro_batch])
-        if key not in known:
-            passes = [step.stages[rank][step.batches.order[one.micro_batch]] for step in steps]
-            chosen = (each.forward if one.kind == FORWARD else each.backward for each in passes)
-            known[key] = np.array([seconds.total for seconds in chosen])
-        return known[key]
+    @functools.cache
+    def costs(rank: int, number: int, *, back: bool) -> Any:
+        chosen = zip(steps, by_number[number], strict=True)
+        return np.array([step.stages[rank][kind][back].total for step, kind in chosen])
 
-    return cost
-
-
-def _by_purpose(step: StepParts, span: float) -> Seconds:
-    """The seconds of the stage that works longest, and what it waits for."""
-    _, spent = step.busiest()
-    waits = span - spent.total
-    # Another order of the same sum is no waiting.
-    bubble = waits if waits > 1e-9 * span else 0.0
-    return spent._replace(bubble=bubble, sums=step.sums, outside=step.outside)
+    return lambda rank, one: costs(rank, numbers[one.micro_batch], back=one.kind == BACKWARD)

@@ -3,20 +3,19 @@
 A trace is of one unit: the embedding, a block, or the last block with the head and the loss. The modules, their
 autograd functions and recompute are the real ones, but for the parts that `counting` exchanges.
 
-Counts are affine in the sizes of a micro-batch, so that a few traces give those of all sizes (`Unit`). What is alive
-at each moment is affine too: the peak is the largest of these moments.
+Counts are affine in the sizes of a micro-batch, so that a few traces give those of all sizes (`Tracer.at`). What is
+alive at each moment is affine too: the peak is the largest of these moments.
 """
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, partial, wraps
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,13 +24,13 @@ from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import AttentionContext
-from megatron_tiedlora.model.batch import Supervised
-from megatron_tiedlora.model.documents import Documents
+from megatron_tiedlora.model.batch import Documents, Supervised
 from megatron_tiedlora.model.fused_attention import attend_within
-from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.layer_specs import HEAD_ROWS, layer_specs
 from megatron_tiedlora.model.rope import rotation_table
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.tail import Attended
+from megatron_tiedlora.parallel.collectives import with_adjoint
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.pieces import Piece
@@ -45,46 +44,28 @@ from megatron_tiedlora.planning.counting import (
     counted_kernels,
 )
 
-_Found = TypeVar("_Found")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-class _Begin(torch.autograd.Function):
-    """What a unit gets from the one before: its gradient is not kept."""
+def _remembers(method: _Method) -> _Method:
+    """The method, which computes once what its arguments say.
 
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        return anchor.new_empty(shape)
+    The caller's gradient mode changes nothing, and neither does the garbage collector: objects that it ends may run
+    operations, as DeepSpeed's engines do.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, _gradient: torch.Tensor) -> Any:
-        return None, None
+    @wraps(method)
+    def compute(*arguments: Any, **keywords: Any) -> Any:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                return method(*arguments, **keywords)
+        finally:
+            if collects:
+                gc.enable()
 
-
-class _StandIn(torch.autograd.Function):
-    """A stand-in of a factor, whose gradient is kept until the backward pass of the adapter."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, like: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
-        ctx.kept = kept
-        return anchor.new_empty(1, dtype=like.dtype).expand(like.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        ctx.kept.append(gradient)
-        return None, None, None
-
-
-class _End(torch.autograd.Function):
-    """Begins a backward pass with a gradient that nothing else holds."""
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
-        ctx.shape = output.shape
-        return output.new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient.new_empty(ctx.shape)
+    return cast("_Method", cache(compute))
 
 
 class Sizes(NamedTuple):
@@ -97,7 +78,7 @@ class Sizes(NamedTuple):
     tokens: tuple[int, ...]
     after: tuple[int, ...]
     supervised: int
-    at_once: int
+    at_once: int = HEAD_ROWS
 
 
 class Trace(NamedTuple):
@@ -123,14 +104,11 @@ class Trace(NamedTuple):
     saved_factors: frozenset[tuple[str, str]]
     kept_factors: frozenset[tuple[str, str]]
 
-    def values(self, keys: Sequence[Sequence[Hashable]]) -> Iterator[float]:
-        """Its numbers: the counts with these keys, then those of the moments, then the other bytes."""
-        for counts, some in zip((self.forward, self.backward), keys, strict=True):
-            yield from (counts.get(key, 0) for key in some)
-        for moments in self.moments:
-            for moment in moments:
-                yield from (moment.alive, moment.numbers)
-        yield from (self.saved, self.kept, self.gradients)
+    @property
+    def numbers(self) -> list[float]:
+        """Its numbers: the counts, then those of the moments, then the other bytes."""
+        of_moments = (number for moments in self.moments for one in moments for number in (one.alive, one.numbers))
+        return [*self.forward.values(), *self.backward.values(), *of_moments, self.saved, self.kept, self.gradients]
 
 
 @dataclass(frozen=True)
@@ -178,61 +156,65 @@ class Tracer:
         """`on_gpu` decides how attention is computed."""
         self.shape, self.dtype, self._on_gpu = shape, dtype, on_gpu
         self._counts = Counts()
-        self._known: dict[Hashable, Any] = {}
         group = CountingGroup(None, 0, tp_size, self._counts) if tp_size > 1 else RankGroup()
         self.tensor_parallel = TensorParallel(group, sequence_parallel and tp_size > 1)
         with torch.device(META):
             kernels = counted_kernels(self._counts)
             self._specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, kernels=kernels)
 
-    def _once(self, key: Hashable, compute: Callable[[], _Found]) -> _Found:
-        if key not in self._known:
-            with torch.inference_mode(False), torch.enable_grad(), _no_collection():  # whatever the caller has
-                self._known[key] = compute()
-        found: _Found = self._known[key]
-        return found
-
-    def _stage(self, kind: str) -> Stage:
-        """A stage of one block that rotates or does not, of the last block and the head, or of the embedding."""
-        last = self.shape.num_layers
-        blocks = {self.shape.rope_of(index) is None: index for index in range(1, last + 1)}
-        specs = {
-            "embedding": [self._specs[0]],
-            "block": [self._specs[blocks.get(False, 1)]],
-            "unrotated": [self._specs[blocks.get(True, 1)]],
-            "tail": list(self._specs[last:]),
-        }[kind]
+    @_remembers
+    def _stage(self, first: int, stop: int | None) -> Stage:
+        """A stage of some entries of the flat list of layers."""
         with torch.device(META):
-            stage = Stage(specs, None, tensor_parallel=self.tensor_parallel)
+            stage = Stage(list(self._specs[first:stop]), None, tensor_parallel=self.tensor_parallel)
         for name, module in stage.named_modules():
             if isinstance(weight := getattr(module, "frozen", None), FrozenWeight):
-                module.frozen = CountedWeight(weight.tensor, self._counts, is_head=name.endswith(str(last + 1)))
+                module.frozen = CountedWeight(weight.tensor, self._counts, is_head=name.endswith(str(stage.head)))
         return stage
 
-    def unit(self, kind: Kind, recompute: str) -> Unit:
-        """The block of a kind, for micro-batches of all sizes."""
-        return self._once((kind, recompute), lambda: Unit(self, kind, recompute))
+    def at(self, kind: Kind, sizes: Sizes, *, recompute: str) -> Trace:
+        """What a block does for a micro-batch of these sizes.
 
-    def trace(self, kind: Kind, sizes: Sizes, *, recompute: str = "none") -> Trace:
-        """One block; with `kind.ends` the last one, head and loss too."""
-        return self._once((kind, sizes, recompute), lambda: self._traced(kind, sizes, recompute))
+        With one owner of tokens everything about it is affine in `_features`, so that as many traces as there are
+        features give all sizes. With several owners each size is traced.
+        """
+        if len(sizes.tokens) > 1:
+            return self.trace(kind, sizes, recompute=recompute)
+        first, coefficients = self._solved(kind, recompute)
+        values = iter((_features(kind, sizes) @ coefficients).tolist())
+        forward, backward = ({key: next(values) for key in counts} for counts in (first.forward, first.backward))
+        moments = tuple(
+            [Moment(next(values), moment.kernel, next(values)) for moment in some] for some in first.moments
+        )
+        saved, kept, gradients = values
+        return first._replace(
+            forward=forward, backward=backward, moments=moments, saved=saved, kept=kept, gradients=gradients
+        )
 
+    @_remembers
+    def _solved(self, kind: Kind, recompute: str) -> tuple[Trace, Any]:
+        """The first trace, and the coefficients (features, numbers of a trace)."""
+        one = 8 * self.tensor_parallel.group.size
+        given = [(2, 1, 8, 8), (4, 1, 8, 8)]
+        if kind.ends:
+            given = [(4, 4, 16, 8), (8, 4, 16, 8), (4, 8, 16, 8), (4, 4, 24, 8), (4, 4, 32, 16), (4, 4, 16, 16)]
+        sizes = [Sizes((tokens * one,), (after * one,), rows, at_once) for tokens, after, rows, at_once in given]
+        traces = [self.trace(kind, some, recompute=recompute) for some in sizes]
+        features = np.array([_features(kind, some) for some in sizes])
+        return traces[0], np.linalg.solve(features, np.array([trace.numbers for trace in traces], dtype=float))
+
+    @_remembers
     def embedding(self, tokens: int) -> dict[Hashable, float]:
         """The counts of the embedding."""
-        return self._once(("embedding", tokens), lambda: self._embedded(tokens))
-
-    def _embedded(self, tokens: int) -> dict[Hashable, float]:
-        stage = self._once("embedding", lambda: self._stage("embedding"))
+        stage = self._stage(0, 1)
         self._counts.restart()
         with self._counts:
             stage.embed(torch.empty(1, tokens, dtype=torch.int64, device=META), self.tensor_parallel)
         return dict(self._counts.found)
 
+    @_remembers
     def reading(self, parts: tuple[AdapterPart, ...]) -> AdapterReading:
         """What it takes to read the adapters of a micro-batch, once for all layers of a stage."""
-        return self._once(parts, lambda: self._reading(parts))
-
-    def _reading(self, parts: tuple[AdapterPart, ...]) -> AdapterReading:
         with torch.device(META):
             bank = AdapterBank({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
         kept = {parameter.untyped_storage()._cdata for _, parameter in bank.named_parameters()}
@@ -255,10 +237,14 @@ class Tracer:
             torch.autograd.backward(stand_ins, [torch.empty_like(tensor) for tensor in stand_ins])
         return AdapterReading(forward, dict(counts.found), factors)
 
-    def _traced(self, kind: Kind, sizes: Sizes, recompute: str) -> Trace:
-        name = "tail" if kind.ends else "block" if kind.rotates else "unrotated"
-        stage = self._once(name, lambda: self._stage(name))
-        stage.recompute, (index,) = recompute, stage.blocks
+    @_remembers
+    def trace(self, kind: Kind, sizes: Sizes, *, recompute: str = "none") -> Trace:
+        """One block; with `kind.ends` the last one, head and loss too."""
+        last = self.shape.num_layers
+        alike = (block for block in range(1, last) if (self.shape.rope_of(block) is not None) == kind.rotates)
+        index = last if kind.ends else next(alike, last)
+        stage = self._stage(index, None if kind.ends else index + 1)
+        stage.recompute = recompute
         block: Any = stage.layers[str(index)]
         block.recomputes_gate = recompute == "selective"
         gradients, saved = list[torch.Tensor](), dict[int, int]()
@@ -285,7 +271,7 @@ class Tracer:
             forward, middle = dict(counts.found), len(counts.moments)
             counts.found.clear()
             if output.requires_grad:
-                end = output.sum() if kind.ends else _End.apply(output)
+                end = output.sum() if kind.ends else _end(output)
                 del output
                 end.backward()
         moments, of_factors = (counts.moments[:middle], counts.moments[middle:]), sum(one.nbytes for one in gradients)
@@ -302,7 +288,9 @@ class Tracer:
         anchor: torch.Tensor,
     ) -> torch.Tensor:
         shape = (1, sum(sizes.tokens) // self.tensor_parallel.sequence_parts, self.shape.hidden_size)
-        hidden = _Begin.apply(anchor if kind.earlier else anchor.detach(), shape)
+        # What the block gets from the one before: its gradient is not kept.
+        begin = anchor if kind.earlier else anchor.detach()
+        hidden = with_adjoint(begin, lambda one: one.new_empty(shape), lambda _gradient: None)
         output = stage.run_blocks(hidden, context, self.tensor_parallel, updates)
         del hidden
         if not isinstance(output, Attended):
@@ -315,35 +303,33 @@ class Tracer:
         self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
     ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
         """The updates of the block, with stand-ins that keep their gradients; and its factors."""
-        found: dict[str, LinearUpdate] = {}
-        factors = {}
-        key = kind.owners, index, sizes.tokens if len(sizes.tokens) > 1 else ()
-        read = self._once(key, lambda: self._read(kind.owners, index, sizes.tokens))
-        for name, linear in read.items():
+
+        def stand_in(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+            return with_adjoint(anchor, lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append)
+
+        found, factors = dict[str, LinearUpdate](), {}
+        for name, linear in self._read(kind.owners, index, sizes.tokens).items():
             assert linear.a is not None and linear.f is not None, "an adapted linear has factors"
             a, f = linear.a.detach().clone(), linear.f.detach().clone()
             for letter, factor in (("A", a), ("F", f)):
                 factors[name, letter] = weakref.ref(factor.untyped_storage())
-            grad_a, grad_f = (
-                None if t is None else _StandIn.apply(anchor, t.detach(), kept) for t in (linear.grad_a, linear.grad_f)
-            )
+            grad_a, grad_f = (t if t is None else stand_in(t.shape, t.dtype) for t in (linear.grad_a, linear.grad_f))
             found[name] = linear._replace(a=a, f=f, grad_a=grad_a, grad_f=grad_f)
         return {index: found} if found else {}, factors
 
     def _read(self, owners: tuple[AdapterConfig | None, ...], index: int, tokens: tuple[int, ...]) -> LayerUpdate:
         """The updates of a block's linears."""
+        like = next(filter(None, owners), None)  # of those that do not adapt the block
+        if like is None:
+            return {}
         bank, group = {}, self.tensor_parallel.group
         with torch.device(META):
             for number, config in enumerate(owners):
                 layers = () if config is None else (index,)
-                own = config or next(filter(None, owners), None)
-                if own is None:
-                    return {}
-                part = AdapterPart(replace(own, layers=(index,)), layers, group.rank, group.size)
+                part = AdapterPart(replace(config or like, layers=(index,)), layers, group.rank, group.size)
                 bank[str(number)] = TiedAdapter(part)
-            shares = tuple(Share(str(number), 1, some) for number, some in enumerate(tokens))
-            read = AdapterBank(bank).updates(shares if len(shares) > 1 else (), self.tensor_parallel, dtype=self.dtype)
-        return read.get(index, {})
+            shares = [Share(name, 1, some) for name, some in zip(bank, tokens, strict=True)]
+            return AdapterBank(bank).updates(shares, self.tensor_parallel, dtype=self.dtype)[index]
 
     def _context(self, stage: Stage, tokens: int) -> AttentionContext:
         positions = torch.empty(1, tokens, dtype=torch.int64, device=META)
@@ -367,6 +353,12 @@ class Tracer:
         return AttentionContext(positions, tables, attend=on_gpu if self._on_gpu else by_tiles)
 
 
+def _end(output: torch.Tensor) -> torch.Tensor:
+    """Begins a backward pass with a gradient that nothing else holds."""
+    shape = output.shape
+    return with_adjoint(output, lambda one: one.new_empty(()), lambda gradient: gradient.new_empty(shape))
+
+
 def _supervised(sizes: Sizes) -> Supervised:
     rows, chosen = (
         torch.empty(size, dtype=torch.int64, device=META) for size in (sum(sizes.after), sizes.supervised)
@@ -380,66 +372,10 @@ def _supervised(sizes: Sizes) -> Supervised:
     return Supervised(rows, rows, chosen, chosen, pieces, labelled)
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the garbage collector: objects that it ends may run operations, as DeepSpeed's engines do."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _keys(counts: Iterable[Mapping[Hashable, float]]) -> list[Hashable]:
-    return list(dict.fromkeys(key for some in counts for key in some))
-
-
-class Unit:
-    """A block for micro-batches of all sizes.
-
-    With one owner of tokens everything about it is affine in `_features`, so that as many traces as there are features
-    give all sizes. With several owners each size is traced.
-    """
-
-    def __init__(self, tracer: Tracer, kind: Kind, recompute: str) -> None:
-        self._kind, self._size = kind, tracer.tensor_parallel.group.size
-        self._trace = partial(tracer.trace, kind, recompute=recompute)
-
-    def at(self, sizes: Sizes) -> Trace:
-        """What it does for a micro-batch of these sizes."""
-        if len(sizes.tokens) > 1:
-            return self._trace(sizes)
-        first, keys, coefficients = self._solved
-        values = iter((self._features(sizes) @ coefficients).tolist())
-        forward, backward = ({key: next(values) for key in some} for some in keys)
-        moments = tuple(
-            [Moment(next(values), moment.kernel, next(values)) for moment in some] for some in first.moments
-        )
-        saved, kept, gradients = values
-        return first._replace(
-            forward=forward, backward=backward, moments=moments, saved=saved, kept=kept, gradients=gradients
-        )
-
-    def _features(self, sizes: Sizes) -> list[float]:
-        """What counts are affine in: tokens, those after the last attention, rows of logits, the parts in which these
-        are computed, and the rows of the first part."""
-        (tokens,), (after,), rows, at_once = sizes
-        if not self._kind.ends:
-            return [1.0, tokens]
-        return [1.0, tokens, after, rows, -(-rows // at_once), min(rows, at_once)]
-
-    @cached_property
-    def _solved(self) -> tuple[Trace, tuple[list[Hashable], list[Hashable]], Any]:
-        """The first trace, the keys of both passes, and the coefficients (features, values)."""
-        one = 8 * self._size
-        given = [(2, 1, 8, 8), (4, 1, 8, 8)]
-        if self._kind.ends:
-            given = [(4, 4, 16, 8), (8, 4, 16, 8), (4, 8, 16, 8), (4, 4, 24, 8), (4, 4, 32, 16), (4, 4, 16, 16)]
-        sizes = [Sizes((tokens * one,), (after * one,), rows, at_once) for tokens, after, rows, at_once in given]
-        traces = [self._trace(some) for some in sizes]
-        keys = _keys(one.forward for one in traces), _keys(one.backward for one in traces)
-        values = [[*one.values(keys)] for one in traces]
-        solved = np.linalg.solve(np.array([self._features(some) for some in sizes]), np.array(values, dtype=float))
-        return traces[0], keys, solved
+def _features(kind: Kind, sizes: Sizes) -> list[float]:
+    """What counts are affine in: tokens, those after the last attention, rows of logits, the parts in which these are
+    computed, and the rows of the first part."""
+    (tokens,), (after,), rows, at_once = sizes
+    if not kind.ends:
+        return [1.0, tokens]
+    return [1.0, tokens, after, rows, -(-rows // at_once), min(rows, at_once)]

@@ -94,9 +94,14 @@ class Heartbeat:
             self.store.set(_LOST, "[]")
             self.store.set(_REASON, "")
         self.store.set(_key(self.rank), "0")
-        self.store.set(f"host/{self.rank}", f"{socket.gethostname()} {_own_address()}")  # last: peers wait for it
+        host = socket.gethostname()
+        try:
+            address = socket.gethostbyname(host)  # on which gloo listens
+        except OSError:
+            address = ""
+        self.store.set(f"host/{self.rank}", f"{host} {address}")  # last: peers wait for it
         found = self.store.multi_get([f"host/{rank}" for rank in range(self.world_size)])
-        self._hosts, self._addresses = zip(*map(_host_and_address, found), strict=True)
+        self._hosts, _, self._addresses = zip(*(one_line(_text(each)).partition(" ") for each in found), strict=True)
         self._threads = tuple(
             threading.Thread(target=target, name=f"heartbeat{target.__name__}", daemon=True)
             for target in (self._beat_on, self._watch)
@@ -338,23 +343,9 @@ def gpu_failure_line(error: BaseException) -> str:
     return found[1] if found else ""
 
 
-def _own_address() -> str:
-    """The address that this host's name resolves to, on which gloo listens; '' if it does not resolve."""
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return ""
-
-
 def _text(value: bytes) -> str:
     """A value of the store as text; anyone can write anything there, but not more than some MB."""
     return value.decode(errors="replace")
-
-
-def _host_and_address(value: bytes) -> tuple[str, str]:
-    """Name and address of a host, as its rank has written them (`Heartbeat.start`)."""
-    host, _, address = one_line(_text(value)).partition(" ")
-    return host, address
 
 
 def _ranks(value: bytes, world_size: int) -> frozenset[int]:

@@ -174,7 +174,8 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
         words, folder = runner.cmdline(), Path(runner.cwd())
     except psutil.Error:
         return
-    words = list(takewhile(lambda word: not _is_script(word), words))  # what follows the script belongs to it
+    started = ("megatron_tiedlora", "tiedlora")  # what follows the script, this package or its command belongs to it
+    words = list(takewhile(lambda word: not (word.endswith(".py") or Path(word).name in started), words))
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, _, value = word.partition("=")
         if name in ("-H", "--hostfile"):
@@ -182,11 +183,6 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
             slots = hosts.num_ranks(hosts.read_hostfile(folder / user_path(given, flag="--hostfile")))
             if slots != world_size and not any(word.startswith(_CHOOSING) for word in words):
                 raise UserError(f"--hostfile {given} has {slots} slots, but {world_size} ranks started; correct it")
-
-
-def _is_script(word: str) -> bool:
-    """Whether a word of a launcher's command line is what it starts: a script, this package, or its command."""
-    return word.endswith(".py") or Path(word).name in ("megatron_tiedlora", "tiedlora")
 
 
 def first_to_fail() -> bool:

@@ -14,7 +14,7 @@ import resource
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -243,38 +243,33 @@ def in_words(machine: MachineRecord) -> dict[str, dict[str, str]]:
     }
 
 
+def error(code: str, hosts: Sequence[str], value: str, fix: str, expected: str = "") -> Finding:
+    """A finding with which no job should start."""
+    return Finding(status="error", code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
+
+
+def warning(code: str, hosts: Sequence[str], value: str, fix: str, expected: str = "") -> Finding:
+    """A finding that need not stop a job."""
+    return Finding(status="warning", code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
+
+
 def judge_machine(machine: MachineRecord) -> Iterator[Finding]:
     """What is wrong with a machine by itself, whatever runs on it."""
     if machine.torch_error is not None:
-        yield Finding(
-            status="error",
-            code="torch_broken",
-            value=f"torch cannot be imported ({machine.torch_error})",
-            fix=f"run `{machine.paths['python']} -c 'import torch'` there and correct what it reports",
-        )
+        fix = f"run `{machine.paths['python']} -c 'import torch'` there and correct what it reports"
+        yield error("torch_broken", [], f"torch cannot be imported ({machine.torch_error})", fix)
     used = [index for index, gpu in enumerate(machine.gpus) if gpu.free_bytes < _FREE_SHARE * gpu.total_bytes]
     if used:
         least = bytes_in_words(min(machine.gpus[index].free_bytes for index in used))
-        yield Finding(
-            status="warning",
-            code="gpu_memory_used",
-            value=f"memory of GPU {', '.join(map(str, used))} is in use, {least} free",
-            fix="find the process with nvidia-smi and end it; speeds of a shared GPU mislead",
-        )
+        value = f"memory of GPU {', '.join(map(str, used))} is in use, {least} free"
+        fix = "find the process with nvidia-smi and end it; speeds of a shared GPU mislead"
+        yield warning("gpu_memory_used", [], value, fix)
     if old := sorted({gpu.name for gpu in machine.gpus if gpu.capability < _BF16_CAPABILITY}):
-        yield Finding(
-            status="warning",
-            code="old_gpu",
-            value=f"{' and '.join(old)}: GPUs before Ampere have no fast bf16",
-            fix="give --dtype fp32, and expect a slow run",
-        )
+        value = f"{' and '.join(old)}: GPUs before Ampere have no fast bf16"
+        yield warning("old_gpu", [], value, "give --dtype fp32, and expect a slow run")
     torch = machine.versions.get("torch", "")
     number = re.match(r"(\d+)\.(\d+)", torch)
     if number and tuple(map(int, number.groups())) < OLDEST_TORCH:
-        yield Finding(
-            status="error",
-            code="old_torch",
-            value=f"torch is {torch}",
-            expected=f"this package needs {'.'.join(map(str, OLDEST_TORCH))} or later",
-            fix="install a later torch for the driver's CUDA version: https://pytorch.org/get-started/locally",
-        )
+        expected = f"this package needs {'.'.join(map(str, OLDEST_TORCH))} or later"
+        fix = "install a later torch for the driver's CUDA version: https://pytorch.org/get-started/locally"
+        yield error("old_torch", [], f"torch is {torch}", fix, expected)

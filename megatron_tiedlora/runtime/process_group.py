@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.parallel.agreement import first_message, gather_numbers, gather_on_rank_0
 from megatron_tiedlora.runtime.heartbeat import is_lost_exchange
@@ -197,3 +197,36 @@ def leave_process_group() -> None:
     """Destroy the process group if there is one."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+# --deterministic ------------------------------------------------------------------------------------------------------
+
+
+# The values with which sums are deterministic, by variable; the first one is the default.
+VARIABLES = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    # In this mode PyTorch sets NCCL_ALGO=^NVLS, which leaves NVLSTree; this disables both (since NCCL 2.17).
+    "NCCL_NVLS_ENABLE": ("0",),
+    "NCCL_COLLNET_ENABLE": ("0",),
+}
+
+
+def make_deterministic(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Make every operation of this process deterministic, or let it raise; call this before CUDA starts.
+
+    PyTorch's attention kernels obey this; flash_attn's get an argument in `choose_attention`.
+
+    Raises:
+        UserError: an environment variable contradicts the setting; the message has its name and value.
+    """
+    for name, values in VARIABLES.items():
+        given = environment.setdefault(name, values[0])
+        if given not in values:
+            raise UserError(
+                f"--deterministic: {name} is {shown(given)}, so sums would change from run to run; unset it, or set"
+                f" it to {' or '.join(values)}"
+            )
+    torch.use_deterministic_algorithms(True)
+    # No value is read before it is written, so filling memory would only cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False

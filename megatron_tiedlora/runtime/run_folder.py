@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import time
@@ -30,6 +28,7 @@ from megatron_tiedlora.base.output_folder import check_writable, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.paths import PathIn, last_name, numbered, user_path
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
+from megatron_tiedlora.base.wording import csv_text
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.train_fields import TENSORBOARD
@@ -45,12 +44,18 @@ _BOUND = 1e300  # of numbers in a log: excludes NaN and infinity, and values tha
 class RunFolder:
     """The paths of one run, and functions that write some of them.
 
+    A run of several adapters (--adapters) has this folder and RUN/NAME, the run folder of the adapter NAME.
+
     Attributes:
         owner: the start that writes; None to read only.
+        of_several: whether it is that of a run of several adapters.
+        running: the folders of the adapters that have not ended, each with its last step. They end as the run does.
     """
 
     path: Path
     owner: Owner | None = field(default=None, compare=False)
+    of_several: bool = False
+    running: Callable[[], Iterable[tuple[RunFolder, int]]] = field(default=tuple, compare=False)
 
     checkpoints = PathIn("checkpoints")  # resumable ones, and `latest`
     logs = PathIn(LOGS_FOLDER)  # the output of each rank
@@ -58,9 +63,14 @@ class RunFolder:
     profile = PathIn("profile")  # the trace of each rank, with --profile
     adapter = PathIn("adapter")  # the best adapter so far, native format
     status = PathIn("run_status.json")  # how the run ended; absent while it runs
-    settings = PathIn("run.yaml")  # every setting as resolved, versions and seed
+    table = PathIn("table.csv")  # one row per adapter, of a run of several
     metrics = PathIn("metrics.jsonl")  # one JSON object per line
     scores = PathIn("scores.json")  # of greedy decoding before and after training
+
+    @property
+    def settings(self) -> Path:
+        """Every setting as resolved, versions and seed; of several adapters those of all and of each."""
+        return self.path / ("adapters.yaml" if self.of_several else "run.yaml")
 
     @property
     def guard(self) -> Guard:
@@ -83,54 +93,22 @@ class RunFolder:
         discard(self.status, guard=self.guard)
 
     def write_status(self, state: State, *, step: int, reason: str) -> None:
-        """Write run_status.json."""
+        """Write run_status.json, and that of each of several adapters that has not ended."""
         write_json(self.status, {"state": state, "step": step, "reason": reason}, guard=self.guard)
-
-    def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a table of adapters where a run has several (`GroupFolder`)."""
-
-    def with_running(self, running: Callable[[], Iterable[tuple[RunFolder, int]]]) -> RunFolder:
-        """The folder that also writes the status of those that are running, where they are others (`GroupFolder`)."""
-        return self
-
-    def new_folder(self, path: Path) -> AbstractContextManager[Path]:
-        """`atomic.new_folder` for a folder of the run."""
-        return new_folder(path, guard=self.guard)
-
-
-@dataclass(frozen=True)
-class GroupFolder(RunFolder):
-    """The paths of a run of several adapters; RUN/NAME is the run folder of the adapter NAME.
-
-    Attributes:
-        running: the folders of the adapters that have not ended, each with its last step. They end as the run does.
-    """
-
-    running: Callable[[], Iterable[tuple[RunFolder, int]]] = field(default=tuple, compare=False)
-
-    settings = PathIn("adapters.yaml")  # every setting as resolved, of all and of each
-    table = PathIn("table.csv")  # one row per adapter
-
-    def write_status(self, state: State, *, step: int, reason: str) -> None:
-        """Write run_status.json, and that of each adapter that has not ended."""
-        super().write_status(state, step=step, reason=reason)
-        for folder, own_step in self.running():
+        for folder, own_step in self.running() if self.of_several else ():
             if not folder.is_of_main and folder.status.exists():
                 continue  # only rank 0 knows which ones it has finished by now
             with suppress(UserError):  # another start may have one of them by now
                 folder.write_status(state, step=own_step, reason=reason)
 
-    def with_running(self, running: Callable[[], Iterable[tuple[RunFolder, int]]]) -> GroupFolder:
-        """The folder with `running`."""
-        return replace(self, running=running)
-
     def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace table.csv. Raises UserError if it cannot be written."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.table, text.getvalue(), guard=self.guard)
+        """Replace table.csv of a run of several adapters. Raises UserError if it cannot be written."""
+        if self.of_several:
+            write_text(self.table, csv_text(list(rows[0]), rows), guard=self.guard)
+
+    def new_folder(self, path: Path) -> AbstractContextManager[Path]:
+        """`atomic.new_folder` for a folder of the run."""
+        return new_folder(path, guard=self.guard)
 
 
 def run_name(settings: Settings) -> str:
@@ -149,7 +127,7 @@ def take_run_folder(
     resume: str,
     take_over: bool = False,
     before: Callable[[RunFolder], None] = lambda folder: None,
-    kind: type[RunFolder] = RunFolder,
+    of_several: bool = False,
 ) -> tuple[RunFolder, FolderLock]:
     """Choose the folder of a run and become its owner; make it if it is new. Arguments as in `choose_run_folder`.
 
@@ -157,13 +135,13 @@ def take_run_folder(
 
     Args:
         before: called before an existing folder is taken from another start; if it raises, the folder is unchanged.
-        kind: what the folder is, if it is not that of one run.
+        of_several: whether the run has several adapters.
 
     Raises:
         UserError: as there; or another start owns the folder and `take_over` was not given.
     """
     while True:
-        folder = choose_run_folder(output_dir, name=name, resume=resume, kind=kind)
+        folder = choose_run_folder(output_dir, name=name, resume=resume, of_several=of_several)
         force = "--take_over" if resume != "none" else "--resume auto --take_over"
         try:
             lock = take_folder(
@@ -178,14 +156,14 @@ def take_run_folder(
             if not folder.path.exists():
                 raise UserError(f"{folder.path}: is a broken link; give another --output_dir") from None
             continue
-        taken = kind(folder.path, lock.owner)
+        taken = replace(folder, owner=lock.owner)
         for path in (taken.path, taken.checkpoints, taken.logs, taken.profile):
             remove_leftovers(path, guard=taken.guard)
         return taken, lock
 
 
 def choose_run_folder(
-    output_dir: str | None, *, name: str, resume: str, kind: type[RunFolder] = RunFolder
+    output_dir: str | None, *, name: str, resume: str, of_several: bool = False
 ) -> RunFolder:
     """Choose the folder of a run. The folder may be a link, but the folders in it that the run writes to may not.
 
@@ -193,19 +171,13 @@ def choose_run_folder(
         output_dir: as given, or None for runs/NAME: the first free one of NAME, NAME-2, NAME-3, ...; to resume, the
             last of these, or the run of the checkpoint given to --resume.
         resume: value of --resume.
-        kind: what the folder is, if it is not that of one run.
+        of_several: whether the run has several adapters.
 
     Raises:
         UserError: the folder holds a run and --resume was not given, or holds other files or links, or is not writable.
     """
-    folder = _named_or_next(output_dir, name=name, resume=resume, kind=kind)
-    reject_links(folder.checkpoints, folder.logs, folder.tensorboard, folder.profile)
-    return folder
-
-
-def _named_or_next(output_dir: str | None, *, name: str, resume: str, kind: type[RunFolder]) -> RunFolder:
     if output_dir is not None:
-        folder = kind(user_path(output_dir))
+        folder = RunFolder(user_path(output_dir), of_several=of_several)
         check_writable(folder.path, given=output_dir)
         files = folder.path.iterdir() if folder.path.is_dir() else ()
         foreign = not folder.is_run and not all(is_of_owner(item.name) for item in files)
@@ -214,27 +186,24 @@ def _named_or_next(output_dir: str | None, *, name: str, resume: str, kind: type
             what = f"the run of {owner or 'an earlier start'}" if folder.is_run else "other files"
             advice = "" if resume != "none" else ", or --resume auto to continue a run"
             raise UserError(f"--output_dir {output_dir} holds {what}; give a new folder{advice}")
-        return folder
-    if resume not in ("none", "auto"):
-        folder = kind(user_path(resume).parent.parent)
-        if folder.is_run:
-            return folder
-    last, following = (kind(folder.path) for folder in _last_and_next(name))
-    if resume == "none" and last.path.exists():
-        return following
-    return last
+    else:
+        last, following = _last_and_next(name)
+        folder = RunFolder(last if resume != "none" or not last.exists() else following, of_several=of_several)
+        if resume not in ("none", "auto"):
+            named = replace(folder, path=user_path(resume).parent.parent)
+            folder = named if named.is_run else folder
+    reject_links(folder.checkpoints, folder.logs, folder.tensorboard, folder.profile)
+    return folder
 
 
 def last_run_folder(name: str) -> RunFolder:
     """The folder that --resume auto continues without --output_dir: the last of runs/NAME, NAME-2, NAME-3, ..."""
-    return _last_and_next(name)[0]
+    return RunFolder(_last_and_next(name)[0])
 
 
-def _last_and_next(name: str) -> tuple[RunFolder, RunFolder]:
+def _last_and_next(name: str) -> tuple[Path, Path]:
     """The last of these folders, or runs/NAME if there is none; and the one that follows it."""
-    pairs = pairwise(numbered(Path("runs") / name))
-    last, following = next(pair for pair in pairs if not pair[1].exists())
-    return RunFolder(last), RunFolder(following)
+    return next(pair for pair in pairwise(numbered(Path("runs") / name)) if not pair[1].exists())
 
 
 class MetricsLog:

@@ -109,7 +109,7 @@ def run_part(
 
     Args:
         command: starts the part, which writes its tests to PART.xml in the folder.
-        end_seconds: how long a process may take to end after SIGTERM, and again after SIGKILL.
+        end_seconds: how long a process may take to end after SIGKILL.
     """
     file, log = folder / f"{part}.xml", folder / f"{part}.log"
     file.unlink(missing_ok=True)
@@ -128,32 +128,22 @@ def run_part(
         except subprocess.TimeoutExpired:
             hangs = True
         finally:
-            is_gone = _end_session(process, end_seconds)
+            with suppress(ProcessLookupError, PermissionError):  # all that it has started, too
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver does not end
+                process.wait(end_seconds)
     suite = Element("testsuite")
     with suppress(OSError, ElementTree.ParseError):
         suite = next(ElementTree.parse(file).getroot().iter("testsuite"))
     suite.set("name", part)
     if hangs or process.returncode not in (0, 1) or suite.find("testcase") is None:  # 1: tests failed
-        fix = ERROR_FIX if not hangs else HANG_FIX if is_gone else STUCK_FIX
+        fix = ERROR_FIX if not hangs else STUCK_FIX if process.poll() is None else HANG_FIX
         how = f"not over after {seconds:.0f} s" if hangs else f"ended with status {process.returncode}"
         lines = [line.strip() for line in log.read_text(errors="replace")[-2000:].splitlines() if line.strip()]
         case = SubElement(suite, "testcase", name="the part's process", time=f"{time.monotonic() - started:.1f}")
         said = f"{fix}\n{how}; its last line: {lines[-1] if lines else 'nothing'}"
         SubElement(case, "failure", message=said)
     return suite
-
-
-def _end_session(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """End the process and all that it has started, first with SIGTERM; returns whether it has ended."""
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver does not end
-        process.wait(seconds)
-    return process.poll() is not None
 
 
 # The page -------------------------------------------------------------------------------------------------------------

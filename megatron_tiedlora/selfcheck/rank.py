@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.layout import Started, start
-from megatron_tiedlora.benchmark.plan import plan_benchmark
+from megatron_tiedlora.benchmark.layout import Started, plan_benchmark, start
 from megatron_tiedlora.runtime.ending import reported_end
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.process_group import leave_process_group
@@ -84,7 +83,7 @@ def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> in
     with reported_end(rank, world_size, StopRequests()) as end:
         run = started(case, folder, rank, world_size)
         end.watch_peers(1.0)
-        end.finished_step = lambda: run.finished
+        end.finished_step = lambda: run.train_step.finished[ONLY]
         for number in count():
             run.take(next(run.loader))
             if number == STEPS and rank == world_size - 1:

@@ -6,6 +6,7 @@ max(fp32, dtype), angles in fp32, as in transformers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -97,13 +98,30 @@ def _attention(shape: ModelShape, linear: Linear, normed: torch.Tensor) -> torch
     rows = (heads.num * width, heads.num_kv * width, heads.num_kv * width)
     query, key, value = (part.view(length, -1, width).transpose(0, 1) for part in fused.split(rows, dim=-1))
     query, key = (_rotate(part, heads.rope.theta) for part in (query, key))
-    groups = heads.num // heads.num_kv
-    key, value = (part.repeat_interleave(groups, dim=0) for part in (key, value))
-    scores = _wide(query @ key.transpose(1, 2)) / width**0.5
-    hidden_keys = torch.ones(length, length, dtype=torch.bool, device=normed.device).triu(1)
-    probs = scores.masked_fill(hidden_keys, float("-inf")).softmax(-1).to(normed.dtype)
-    output = (probs @ value).transpose(0, 1).reshape(length, -1)
+    output = plain_attention(query[None], key[None], value[None], torch.zeros(1, length, dtype=torch.int64))[0]
     return linear("attention.output", "o_proj.", output)
+
+
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Causal attention within documents, written out.
+
+    Args:
+        query, key, value: (b, heads or kv heads, s, head_dim).
+        ids: the document of each token, (b, s) int64.
+
+    Returns:
+        (b, s, heads * head_dim).
+    """
+    assert ids is not None
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    positions = torch.arange(length)
+    sees = (ids[:, :, None] == ids[:, None, :]) & (positions[:, None] >= positions)
+    scores = _wide(query @ key.transpose(-1, -2)) / query.shape[-1] ** 0.5
+    probs = scores.masked_fill(~sees[:, None].to(scores.device), float("-inf")).softmax(-1).to(query.dtype)
+    return (probs @ value).transpose(1, 2).flatten(2)
 
 
 def _rotate(heads: torch.Tensor, theta: float) -> torch.Tensor:
@@ -123,3 +141,20 @@ def _norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||, nan if `expected` is zero.
+
+    Computed on the CPU, because the device under test may compute nothing.
+    """
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def worst_of(errors: Mapping[str, float]) -> str:
+    """The name with the largest error; nan counts as the largest."""
+    return max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])

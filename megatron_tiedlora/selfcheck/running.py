@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.benchmark.layout import Started, start
-from megatron_tiedlora.benchmark.plan import made_up, plan_benchmark
+from megatron_tiedlora.benchmark.compare import random_stage, recompute
+from megatron_tiedlora.benchmark.layout import Started, made_up, plan_benchmark, start
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.planning.memory import held_memory, step_memory
 from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative
 
 MOST_LAYERS = 8  # of the runs of parts host and memory
 # The config.json of a small LLaMA whose heads have sizes that kernels support.
@@ -62,7 +68,9 @@ def step_settings(model: str, *flags: str) -> BenchSettings:
 
 def planned_bytes(plan: RunPlan) -> float:
     """The bytes that the dry run plans for this rank's tensors: at most what torch's allocator holds."""
-    return stage_memory(plan.stage, tokens=plan.layout.rows * plan.layout.length).allocated
+    tokens = plan.layout.rows * plan.layout.length
+    step = step_memory(plan.stage, tokens=tokens, documents=1, longest=tokens)
+    return held_memory(plan.stage).plus(step).total
 
 
 def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
@@ -102,3 +110,139 @@ def release() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+# A model with an adapter, and what plain PyTorch says of it -----------------------------------------------------------
+
+
+RANK = 8
+SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: the update is visible but does not dominate the base
+LENGTHS = ((100, 31, 69), (140, 60))  # of the documents of two packed rows, 200 tokens each
+
+
+class Computed(NamedTuple):
+    """A loss and the gradients of the trained factors."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+class Judge:
+    """One model with an adapter, and plain PyTorch's result for it."""
+
+    def __init__(self, shape: ModelShape, method: str, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.adapter = adapter_of(shape, method)
+        self.stage = random_stage(shape, self.adapter, dtype=dtype, device=device)
+        unsettle(self.stage)
+        self.documents = random_documents(shape.vocab_size, device)
+        self.expected = self.plain(torch.float64)
+
+    @cached_property
+    def plain_errors(self) -> dict[str, float]:
+        """Plain PyTorch's own errors in bf16."""
+        return self.errors(self.plain(torch.bfloat16))
+
+    def plain(self, dtype: torch.dtype) -> Computed:
+        """Plain PyTorch's result in this dtype, from the stage's own weights."""
+        trained = list(self.adapter.num_trained())
+        weights, factors = plain_tensors(self.stage, dtype)
+        flat = [document for row in self.documents for document in row]
+        return Computed(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
+
+    def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Computed:
+        """The package's result, with packed rows or one document per row."""
+        stage, adapter = self.stage, self.stage.adapter
+        assert adapter is not None
+        give_kernels(stage, kernels)
+        recompute(stage, how)
+        tokens, positions, labels, ids = rows_of(self.documents, packed=packed)
+        stage.zero_grad()
+        loss = stage(tokens, positions, labels, documents=ids)
+        loss.backward()
+        gradients = {name: value.grad.clone() for name, value in adapter.named_parameters() if value.grad is not None}
+        return Computed(float(loss.detach()), gradients)
+
+    def errors(self, answer: Computed) -> dict[str, float]:
+        """Relative errors of loss and gradients; the error of a missing gradient is infinite."""
+        losses = (torch.tensor(loss, dtype=torch.float64) for loss in (answer.loss, self.expected.loss))
+        errors = {"loss": relative(*losses)}
+        for name, expected in self.expected.gradients.items():
+            found = answer.gradients.get(name)
+            errors[f"d{name}"] = math.inf if found is None else relative(found, expected)
+        return errors
+
+
+def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The stage's weights in `dtype`, and its adapter's factors in at least fp32, by name."""
+    weights = {name: weight.detach().to(dtype) for name, weight in stage.named_parameters() if "layers" in name}
+    assert stage.adapter is not None
+    wide = torch.promote_types(dtype, torch.float32)
+    return weights, {name: value.detach().to(wide) for name, value in stage.adapter.named_parameters()}
+
+
+def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:
+    """An adapter of all linears of all layers, whose alpha is not its rank."""
+    return make_adapter_config(
+        method,
+        rank=RANK,
+        alpha=1.5 * RANK,
+        layers=tuple(range(1, shape.num_layers + 1)),
+        targets=targets_of(shape, TARGET_NAMES),
+        seed=0,
+    )
+
+
+def unsettle(stage: Stage) -> None:
+    """Move norms away from one and the adapter from its initial values, so that a missing term is detected."""
+    draw = torch.Generator().manual_seed(1)
+    adapter = stage.adapter
+    assert adapter is not None
+    with torch.no_grad():
+        for name, parameter in stage.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw).to(parameter))
+        for name, factor in adapter.named_parameters():
+            drawn = torch.randn(factor.shape, generator=draw)
+            scale = SCALES.get(name[-1])
+            factor.copy_(1 + 0.3 * drawn if scale is None else drawn * scale)
+
+
+def random_documents(vocab_size: int, device: torch.device) -> list[list[Document]]:
+    """Rows of documents with random tokens; the first third of each and its last token have no labels."""
+    draw, rows = torch.Generator().manual_seed(2), []
+    for lengths in LENGTHS:
+        row = []
+        for length in lengths:
+            tokens = torch.randint(3, vocab_size, (length,), generator=draw)
+            labels = torch.cat((tokens[1:], torch.tensor([-100])))
+            labels[: length // 3] = -100
+            row.append(Document(tokens.to(device), labels.to(device)))
+        rows.append(row)
+    return rows
+
+
+def rows_of(
+    documents: Sequence[Sequence[Document]], *, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Tokens, position ids, labels and, if packed, document ids on the host, each (b, s); unpacked rows are padded."""
+    rows = documents if packed else [[document] for row in documents for document in row]
+    longest = max(sum(len(document.tokens) for document in row) for row in rows)
+    device = rows[0][0].tokens.device
+    tokens, labels = (torch.full((len(rows), longest), fill, device=device) for fill in (0, -100))
+    positions, ids = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(2))
+    for number, row in enumerate(rows):
+        start = 0
+        for document_id, document in enumerate(row):
+            part = slice(start, start + len(document.tokens))
+            tokens[number, part], labels[number, part] = document
+            positions[number, part], ids[number, part] = torch.arange(len(document.tokens)), document_id
+            start = part.stop
+    return tokens, positions.to(device), labels, ids if packed else None
+
+
+def give_kernels(stage: Stage, kernels: Kernels) -> None:
+    """Let every layer use these kernels."""
+    for module in stage.modules():
+        if hasattr(module, "kernels"):
+            module.kernels = kernels  # type: ignore[assignment]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import NamedTuple
@@ -15,8 +14,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
-from megatron_tiedlora.model.documents import find_documents, whole_rows
+from megatron_tiedlora.model.batch import find_documents, whole_rows
+from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.fused_attention import (
     CANDIDATES,
     Attend,
@@ -27,6 +26,7 @@ from megatron_tiedlora.model.fused_attention import (
 )
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
+from megatron_tiedlora.selfcheck.reference import plain_attention, relative, worst_of
 from megatron_tiedlora.selfcheck.running import compute_dtype
 from megatron_tiedlora.training.throughput import timed
 
@@ -130,11 +130,6 @@ def compare(
     assert good or name != CHOSEN, WRONG_FIX
 
 
-def worst_of(errors: Mapping[str, float]) -> str:
-    """The name with the largest error; nan counts as the largest."""
-    return max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
-
-
 @contextmanager
 def optional(tell: Tell, name: str, device: torch.device) -> Iterator[None]:
     """A kernel that the package does not use may not support these shapes, or fail: that is only told."""
@@ -164,29 +159,6 @@ def results(
     query, key, value = heads
     output = route(query, key, value, ids)
     return [output.detach(), *torch.autograd.grad(output, (query, key, value), weight)]
-
-
-def plain_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None
-) -> torch.Tensor:
-    """Causal attention within documents, written out; a `Route`."""
-    assert ids is not None
-    length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    positions = torch.arange(length)
-    sees = (ids[:, :, None] == ids[:, None, :]) & (positions[:, None] >= positions)
-    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    scores = scores.masked_fill(~sees[:, None].to(scores.device), float("-inf"))
-    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """||found - expected|| / ||expected||, nan if `expected` is zero.
-
-    Computed on the CPU, because the device under test may compute nothing.
-    """
-    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "documents of 200"])
@@ -249,13 +221,13 @@ def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int)
 
 def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     blocks = find_query_tiles(ids, query.shape[2], size=tile_size(query.shape[1], key.shape[1]))
-    return attend_by_tiles(query, key, value, blocks, EAGER)
+    return attend_by_tiles(query, key, value, [TiledRows(len(query), query.shape[2], blocks)], EAGER)
 
 
 def _within(attend: Attend) -> Route:
     def route(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
         size, _, length, _ = query.shape
-        documents = whole_rows(size, length, query.device) if ids is None else find_documents(ids, query.device)
+        documents = whole_rows(size, length, query.device) if ids is None else find_documents([ids], query.device)
         return attend_within(query, key, value, documents, attend)
 
     return route

@@ -22,11 +22,17 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.selfcheck.judge import Computed, Judge
 from megatron_tiedlora.selfcheck.parts import Tell
-from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients
-from megatron_tiedlora.selfcheck.running import release, small_shape, started, step_settings, write_small
-from megatron_tiedlora.selfcheck.test_attention import relative, worst_of
+from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative, worst_of
+from megatron_tiedlora.selfcheck.running import (
+    Computed,
+    Judge,
+    release,
+    small_shape,
+    started,
+    step_settings,
+    write_small,
+)
 from megatron_tiedlora.training.compiling import compiled_kernels
 
 pytestmark = pytest.mark.gpu

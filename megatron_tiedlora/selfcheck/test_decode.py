@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.benchmark.sides import random_stage
+from megatron_tiedlora.benchmark.compare import random_stage
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.selfcheck.judge import adapter_of, plain_tensors, unsettle
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.reference import document_logits
-from megatron_tiedlora.selfcheck.running import compute_dtype, layers_that_fit, small_shape
+from megatron_tiedlora.selfcheck.running import (
+    adapter_of,
+    compute_dtype,
+    layers_that_fit,
+    plain_tensors,
+    small_shape,
+    unsettle,
+)
+from megatron_tiedlora.training.throughput import timed
 
 pytestmark = pytest.mark.gpu
 
@@ -80,18 +87,11 @@ def test_time(joined: torch.device, gpu: torch.device, model: str, tell: Tell) -
         ratios = []
         for length in PROMPTS:
             prompts = prompts_of([length] * batch, shape.vocab_size)
-            first, again = (_seconds(stage, shape, prompts) for _ in range(2))
+            answer = partial(answers, stage, shape, prompts, TIMED_TOKENS)
+            first, again = timed(answer, gpu), timed(answer, gpu)
             ratios.append(first / again)
         tell(f"batch {batch}: ms per token of all answers, prompts included", 1e3 * again / TIMED_TOKENS)
         tell(f"batch {batch}: tokens/s", batch * TIMED_TOKENS / again)
         tell(f"batch {batch}: first answer per second one", min(ratios))
         # A plan costs time at every length, other work of the host does not.
         warn_unless(min(ratios) <= MOST_REPEATED, tell, PLAN_FIX)
-
-
-def _seconds(stage: Stage, shape: ModelShape, prompts: list[list[int]]) -> float:
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    answers(stage, shape, prompts, TIMED_TOKENS)
-    torch.cuda.synchronize()
-    return time.perf_counter() - began

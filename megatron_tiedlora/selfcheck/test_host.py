@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from megatron_tiedlora.benchmark.timing import profiled
 from megatron_tiedlora.data.loader import TrainingStep, shared_micro_batch
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.running import MOST_LAYERS, layers_that_fit, loader_of, started, step_settings
+from megatron_tiedlora.training.throughput import timed
 
 pytestmark = pytest.mark.gpu
 
@@ -63,10 +63,7 @@ def _seconds(run: Started, loader: Iterator[TrainingStep]) -> float:
     step = next(loader)
     work = micro_batches(run, step)
     torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    taken = (time.perf_counter() - began) / len(step.micro_batches)
+    taken = timed(work, run.runner.device) / len(step.micro_batches)
     use_up(run)
     return taken
 

@@ -29,7 +29,7 @@ from megatron_tiedlora.runtime.machine import Finding
 from megatron_tiedlora.selfcheck import rank
 from megatron_tiedlora.selfcheck.parts import Tell, option, report
 from megatron_tiedlora.selfcheck.rank import Case
-from megatron_tiedlora.selfcheck.test_attention import relative, worst_of
+from megatron_tiedlora.selfcheck.reference import relative, worst_of
 
 pytestmark = pytest.mark.gpu
 

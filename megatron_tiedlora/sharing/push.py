@@ -100,16 +100,13 @@ def write_published(
         inside = nullcontext(temporary)
         export_peft(source, adapter, output, named=name, base_differs=base_differs, say=say, new=lambda _: inside)
         _hide_paths(temporary, facts)
-        (temporary / "README.md").write_text(_card(facts, run), encoding="utf-8")
+        try:
+            card = model_card(facts)
+        except (AttributeError, KeyError, TypeError, ValueError):  # the files of a run may be anybody's
+            raise UserError(f"{run.scores}: is not a file of scores that a run writes; move it away") from None
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         if run.is_run and plot.is_file() and not plot.is_symlink():
             shutil.copyfile(plot, temporary / plot.name)
-
-
-def _card(facts: CardFacts, run: RunFolder) -> str:
-    try:
-        return model_card(facts)
-    except (AttributeError, KeyError, TypeError, ValueError):  # the files of a run may be anybody's
-        raise UserError(f"{run.scores}: is not a file of scores that a run writes; move it away") from None
 
 
 def _hide_paths(folder: Path, facts: CardFacts) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, unguarded
 from megatron_tiedlora.base.methods import METHOD_NAMES
+from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
-from megatron_tiedlora.study.paper import table2_points
-from megatron_tiedlora.study.scores import Study, TestScore
-from megatron_tiedlora.study.tables import mean_base, metric_title, model_title, title
+from megatron_tiedlora.study.scores import Study
+from megatron_tiedlora.study.tables import mean_base, metric_title, model_title, table2_points, title
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")
 # Colours that red-green colour-blind readers can distinguish, with different marks.
@@ -61,7 +61,7 @@ def lines(studies: Sequence[Study]) -> dict[str, list[PlotPoint]]:
     return found
 
 
-def _mean(rank: int, scores: Sequence[TestScore]) -> PlotPoint:
+def _mean(rank: int, scores: Sequence[Score]) -> PlotPoint:
     count = len(scores)
     below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / count
     above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / count

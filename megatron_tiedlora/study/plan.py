@@ -21,11 +21,10 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.cluster.launchers import Route
-from megatron_tiedlora.cluster.start import check_num_ranks, choose_hosts
+from megatron_tiedlora.cluster.launchers import Job
+from megatron_tiedlora.cluster.start import check_num_ranks, make_job
 from megatron_tiedlora.config.adapters_file import check_halving, check_together
 from megatron_tiedlora.config.fields import marked
-from megatron_tiedlora.config.hosts import Host, num_ranks
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.sweep_settings import MOST_TOGETHER, SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import read_rows
@@ -36,9 +35,9 @@ from megatron_tiedlora.planning.memory import StageMemory, held_memory, with_res
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.study.grid import Run, SweepGrid, make_grid
-from megatron_tiedlora.study.paper import paper_model
 from megatron_tiedlora.study.record import BaseRecord, StudyFolder, check_folder, check_resumable, hash_files
 from megatron_tiedlora.study.scores import read_run
+from megatron_tiedlora.study.tables import paper_model
 
 _SHARE = 0.8  # of the free memory; the rest is for what the planner does not know
 
@@ -51,7 +50,7 @@ class SweepPlan:
 
     Attributes:
         runs: the plan of each run, in training order.
-        where: launcher, route and hosts of each start.
+        job: how and where each start is made, without its program.
         test_limit: how many test rows are scored, from the first on; None: all.
     """
 
@@ -60,7 +59,7 @@ class SweepPlan:
     base: BaseRecord
     grid: SweepGrid
     runs: Mapping[Run, RunPlan]
-    where: tuple[str, Route, tuple[Host, ...]]
+    job: Job
     test_limit: int | None
 
     @property
@@ -122,8 +121,7 @@ class SweepPlan:
         """The bytes for each rank that a group of --together auto may need. Ranks on CPUs share their machine's."""
         if next(iter(self.runs.values())).on_gpu:
             return _SHARE * _free_gpu_bytes()
-        _, _, hosts = self.where
-        return _SHARE * psutil.virtual_memory().available / hosts[0].slots
+        return _SHARE * psutil.virtual_memory().available / self.job.hosts[0].slots
 
     def dry_run_lines(self) -> list[str]:
         """Tables of all runs with their states and trained parameters, and of the groups with their memory."""
@@ -210,8 +208,8 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
     settings, train = command.settings, command.train
     folder = StudyFolder(user_path(settings.output_dir))
     check_folder(folder)
-    task, where = get_task(train.task), choose_hosts(command.launcher, os.environ)
-    ranks = num_ranks(where[2])
+    task, job = get_task(train.task), make_job(command.launcher, os.environ)
+    ranks = job.size
     with naming("--launcher_args"):
         check_num_ranks(train, ranks)
     check_together(train)
@@ -241,7 +239,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
     for name in local_names(train):
         read_rows(name, limit=1)
-    return SweepPlan(command, folder, base, grid, runs, where, _test_limit(command))
+    return SweepPlan(command, folder, base, grid, runs, job, _test_limit(command))
 
 
 def _test_limit(command: SweepCommand) -> int | None:

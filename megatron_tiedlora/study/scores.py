@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, as_given
-from megatron_tiedlora.base.json_files import Real, Size, read_fields, read_json_object, read_json_or_none
+from megatron_tiedlora.base.json_files import read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.evaluation.results import RESULTS_FILE
+from megatron_tiedlora.evaluation.results import RESULTS_FILE, Score
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
 from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, read_command
@@ -50,16 +50,6 @@ class RunEnd:
 
 
 @dataclass(frozen=True)
-class TestScore:
-    """A score on the test set with its 95 % confidence interval, in per cent."""
-
-    value: Real
-    low: Real
-    high: Real
-    num_samples: Size
-
-
-@dataclass(frozen=True)
 class Result:
     """The result of a point of a study.
 
@@ -73,7 +63,7 @@ class Result:
     num_trained: int
     run: Run | None = None
     missing: tuple[Run, ...] = ()
-    score: TestScore | None = None
+    score: Score | None = None
     stopped: tuple[tuple[Run, str], ...] = ()
 
 
@@ -89,7 +79,7 @@ class Study:
     folder: Path
     base: BaseRecord
     grid: SweepGrid
-    base_score: TestScore | None
+    base_score: Score | None
     results: tuple[Result, ...]
     own_rows: tuple[str, ...] = ()
 
@@ -141,7 +131,7 @@ def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | 
     return min(finished, key=lambda run: finished[run]) if finished else None
 
 
-def read_score(folder: Path) -> TestScore | None:
+def read_score(folder: Path) -> Score | None:
     """The score that tiedlora evaluate wrote to `folder`, or None if there is none yet.
 
     Raises:
@@ -153,7 +143,9 @@ def read_score(folder: Path) -> TestScore | None:
     try:
         content = read_json_object(file, kind="results")
         (low, high), value, count = (content[name] for name in ("confidence_interval", "score", "n"))
-        return read_fields(file, {"value": value, "low": low, "high": high, "num_samples": count}, TestScore)
+        numbers = {"value": value, "low": low, "high": high, "num_samples": count}
+        texts = {name: content.get(name, "") for name in ("metric", "signature")}
+        return read_fields(file, {**texts, **numbers}, Score)
     except (UserError, KeyError, TypeError, ValueError):
         raise UserError(f"{file}: was not written by tiedlora evaluate; remove the folder and start again") from None
 

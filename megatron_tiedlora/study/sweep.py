@@ -24,11 +24,11 @@ from megatron_tiedlora.base.errors import UserError, printable, show
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.progress import progress_bar
+from megatron_tiedlora.base.wording import csv_text
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.cluster.launchers import Job, plan_start
-from megatron_tiedlora.cluster.running import RunningJob, StopSignals, Times, Watch
-from megatron_tiedlora.cluster.start import check_programs, make_job
-from megatron_tiedlora.cluster.verdict import StatusFile
+from megatron_tiedlora.cluster.running import RunningJob, StatusFile, StopSignals, Times, Watch
+from megatron_tiedlora.cluster.start import check_programs, new_port
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.sweep_settings import SweepCommand
@@ -40,7 +40,14 @@ from megatron_tiedlora.study.grid import Run
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import LOGS, SCORES, StudyFolder, write_record
 from megatron_tiedlora.study.scores import BASE_NAME, Study, best_run, read_run, read_score, read_study
-from megatron_tiedlora.study.tables import table2_csv, table2_markdown, table3_csv, table3_markdown
+from megatron_tiedlora.study.tables import (
+    TABLE2_COLUMNS,
+    TABLE3_COLUMNS,
+    table2,
+    table2_markdown,
+    table3,
+    table3_markdown,
+)
 
 LOG_MARK = "$ "  # precedes the command line of each start in a log
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
@@ -100,7 +107,7 @@ def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> 
         return 0
     plan.source.weights_folder()  # rejects a preset, which has no weights
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
-        check_programs(make_job(command.launcher, *plan.where, program=(), arguments=(), private=Path(private)))
+        check_programs(plan.job)
         with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
             plan = replace(plan, folder=StudyFolder(plan.folder.path, lock.owner))
             write_record(plan.folder, command, plan.base)
@@ -274,8 +281,8 @@ class Sweep:
         flags = {flag: value for flag, value in {**settings, **take_over}.items() if value is not None}
         arguments = (*(f"--{flag}={flag_value(value)}" for flag, value in flags.items()), *words)
         program, private = (str(self.scripts / f"{script}.py"),), self.private
-        job = make_job(self.command.launcher, *self.plan.where, program=program, arguments=arguments, private=private)
-        job = replace(job, start=secrets.token_hex(8))
+        job = replace(self.plan.job, program=program, arguments=arguments, private=private)
+        job = replace(job, master_port=new_port(self.command.launcher), start=secrets.token_hex(8))
         status = StatusFile(RunFolder(Path(settings["output_dir"])), job.start)
         self._log, self._began = self.folder.log(name), time.monotonic()
         running = self.begin(job, self._log, self.lock)
@@ -398,9 +405,9 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
 
 def write_tables(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures. Returns the files."""
-    texts = {"table2.md": table2_markdown(studies), "table2.csv": table2_csv(studies)}
+    texts = {"table2.md": table2_markdown(studies), "table2.csv": csv_text(TABLE2_COLUMNS, table2(studies))}
     if any(study.grid.table3 for study in studies):
-        texts |= {"table3.md": table3_markdown(studies), "table3.csv": table3_csv(studies)}
+        texts |= {"table3.md": table3_markdown(studies), "table3.csv": csv_text(TABLE3_COLUMNS, table3(studies))}
     for name, text in texts.items():
         write_text(folder / name, text, guard=guard)
     draw_figure2(studies, folder / "figure2.png", guard=guard)

@@ -6,23 +6,101 @@ rank. Among the possible definitions only this one matches the paper's figures f
 GPT-2B-001 (the cells of its Table 2 give 1.956) and nearly 1.36 % with LLaMA-2 7B (they give 1.300). The mean of the
 tasks' declines would be 5.07 and 1.63. For one task it is the decline in per cent of LoRA's score.
 
-The CSV files have unrounded numbers, a cell per line, and begin with the columns of the package's files of the paper's
-numbers.
+The CSV files have unrounded numbers, a cell per line, and begin with the columns of the package's files of the numbers
+that the paper published, which a study of the same model, task and metric is shown beside.
 """
 
 from __future__ import annotations
 
 import csv
-import io
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.wording import markdown_lines
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.evaluation.results import Score
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study.grid import Point, rate_text
-from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, MODEL_TITLES, TABLE3_RANK, table2_cell, table3_scores
-from megatron_tiedlora.study.scores import BASE_NAME, Result, Study, TestScore
+from megatron_tiedlora.study.scores import BASE_NAME, Result, Study
+
+# The paper's numbers --------------------------------------------------------------------------------------------------
+
+LORA_RANK, BEST_RANK = "rank_of_best_lora", "best_rank"
+TABLE3_MODEL, TABLE3_RANK = "llama2-7b", 16
+MODEL_TITLES = {"llama2-7b": "LLaMA-2 7B", "gpt-2b-001": "GPT-2B-001"}
+# The paper's name of a metric -> our metrics that measure the same.
+METRICS = {
+    "em": frozenset({"squad", "gsm8k", "exact_match"}),
+    "rougeL": frozenset({"rougeL"}),
+    "accuracy": frozenset({"accuracy"}),
+    "bleu": frozenset({"bleu"}),
+}
+
+
+@dataclass(frozen=True)
+class PaperCell:
+    """A cell of Table 2: score in per cent, rank, and parameters in per cent of LoRA's at LoRA's best rank."""
+
+    score: float
+    rank: int
+    params_percent: float
+
+
+def paper_model(name: str, shape: ModelShape) -> str | None:
+    """The paper's model that a base is, if any: by its shape, or GPT-2B-001 by its name without folders."""
+    for title in MODEL_TITLES:
+        if shape == shape_from_hf(PRESETS[title], source=title):
+            return title
+    return "gpt-2b-001" if name.rstrip("/").rpartition("/")[2].lower() == "gpt-2b-001" else None
+
+
+def table2_cell(model: str | None, section: str, method: str, task: str, metric: str) -> PaperCell | None:
+    """The paper's cell for a method, or None if it has none. LoRA is in the first section only."""
+    found = _table2().get((model or "", section, method, task))
+    return found[1] if found is not None and metric in METRICS[found[0]] else None
+
+
+def table2_points(model: str | None, method: str, task: str, metric: str) -> dict[int, float]:
+    """All scores of a method on a task in the paper's Table 2, by rank."""
+    cells = (table2_cell(model, section, method, task, metric) for section in (LORA_RANK, BEST_RANK))
+    return dict(sorted((cell.rank, cell.score) for cell in cells if cell is not None))
+
+
+def table3_scores(model: str | None, task: str, metric: str) -> dict[str, float]:
+    """The paper's row of Table 3, by column (`layer_8`, `tl5`); {} if it has none."""
+    found = _table3().get(task) if model == TABLE3_MODEL else None
+    return found[1] if found is not None and metric in METRICS[found[0]] else {}
+
+
+@functools.cache
+def _table2() -> Mapping[tuple[str, str, str, str], tuple[str, PaperCell]]:
+    return {
+        (row["model"], row["section"], row["method"], row["task"]): (
+            row["metric"],
+            PaperCell(float(row["score"]), int(row["rank"]), float(row["params_percent_of_best_lora"])),
+        )
+        for row in _rows("table2.csv")
+    }
+
+
+@functools.cache
+def _table3() -> Mapping[str, tuple[str, dict[str, float]]]:
+    return {
+        row["task"]: (row["metric"], {k: float(v) for k, v in row.items() if k not in ("task", "metric")})
+        for row in _rows("table3.csv")
+    }
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    text = resources.files("megatron_tiedlora.study").joinpath("data", name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
 
 LORA, AVERAGE = "lora", "average"
 SECTION_TITLES = {LORA_RANK: "All methods at LoRA's best rank", BEST_RANK: "Each method at its own best rank"}
@@ -65,7 +143,7 @@ def model_title(study: Study) -> str:
     return study.base.model.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _record(study: Study, score: TestScore | None, **more: Any) -> Record:
+def _record(study: Study, score: Score | None, **more: Any) -> Record:
     found = {"model": study.base.model, "task": study.base.task, "metric": study.base.metric, **more}
     if score is not None:
         found |= {"score": score.value, "low": score.low, "high": score.high, "samples": score.num_samples}
@@ -165,11 +243,6 @@ def tensors_text(method: str) -> str:
     return "; ".join(parts + ([", ".join(scales)] if scales else []))
 
 
-def table2_csv(studies: Sequence[Study]) -> str:
-    """Table 2 as CSV."""
-    return _csv(TABLE2_COLUMNS, table2(studies))
-
-
 def table2_markdown(studies: Sequence[Study]) -> str:
     """Table 2 as Markdown."""
     records, several = table2(studies), len(studies) > 1
@@ -257,11 +330,6 @@ def table3(studies: Sequence[Study]) -> list[Record]:
     return found
 
 
-def table3_csv(studies: Sequence[Study]) -> str:
-    """Table 3 as CSV."""
-    return _csv(TABLE3_COLUMNS, table3(studies))
-
-
 def table3_markdown(studies: Sequence[Study]) -> str:
     """Table 3 as Markdown: a row per task, with the paper's row below it if there is one."""
     records = table3(studies)
@@ -316,11 +384,3 @@ def _text(lines: Iterable[str]) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
-
-
-def _csv(columns: Sequence[str], records: Iterable[Record]) -> str:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return stream.getvalue()

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_full
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
+from megatron_tiedlora.adapters.tying import AdapterLayout, gather_full
 from megatron_tiedlora.base.errors import UserError, named, printable
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
@@ -28,7 +28,7 @@ from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.planning.run_data import RunData
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.heartbeat import rank_line

@@ -31,7 +31,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.parallel.nf4_kernels import slow_nf4
+from megatron_tiedlora.parallel.quantise import slow_nf4
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.launch_env import local_rank
 

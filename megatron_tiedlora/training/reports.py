@@ -16,7 +16,7 @@ import torch
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import first_free
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text
+from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, range_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint
@@ -26,7 +26,7 @@ from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.planning.adapter_plans import shared_plan
 from megatron_tiedlora.planning.run_plan import RunPlan, steps_in_words
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
-from megatron_tiedlora.runtime.run_folder import GroupFolder, RunFolder, read_metrics
+from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
 from megatron_tiedlora.training.adapter_run import AdapterRun
 from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.compiling import ChosenKernels
@@ -169,7 +169,7 @@ class FullReport(RunReport):
 
 def report_of(start: Start, trainer: Trainer, built: BuiltModel) -> RunReport:
     """The report of a run, whose folder tells whether it has a row for each adapter."""
-    return (RunReport if isinstance(start.folder, GroupFolder) else FullReport)(start, trainer, built)
+    return (RunReport if start.folder.of_several else FullReport)(start, trainer, built)
 
 
 def _model(plan: RunPlan) -> list[str]:
@@ -193,10 +193,7 @@ def _layout(plan: RunPlan) -> list[str]:
 
 
 def _read(plan: RunPlan, built: BuiltModel) -> list[str]:
-    read, kept = (
-        " to ".join(dict.fromkeys(map(bytes_in_words, (min(sizes), max(sizes)))))
-        for sizes in (built.bytes_read, built.bytes_kept)
-    )
+    read, kept = (range_text(sizes, bytes_in_words) for sizes in (built.bytes_read, built.bytes_kept))
     stored = "" if plan.settings.base is None else f", stored as {kept}"
     return [f"read       {read} of base weights per rank{stored}"]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.runtime.determinism import make_deterministic
 from megatron_tiedlora.runtime.ending import End, reported_end
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size
-from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.runtime.process_group import join_process_group, make_deterministic
 from megatron_tiedlora.runtime.stopping import StopRequests
 
 

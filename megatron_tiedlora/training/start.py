@@ -43,7 +43,6 @@ from megatron_tiedlora.planning.adapter_plans import (
     Plans,
     adapter_folders,
     check_run_folders,
-    folder_kind,
     in_folder,
     shared_plan,
 )
@@ -130,7 +129,7 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
     folder = _take_folder(
         settings,
         name=run_name(settings),
-        kind=folder_kind(plans),
+        of_several=settings.adapters is not None,
         end=end,
         before=reject_other_runs,
         after=partial(check_run_folders, settings, plans),
@@ -156,7 +155,7 @@ def _take_folder(
     settings: Settings,
     *,
     name: str,
-    kind: type[RunFolder] = RunFolder,
+    of_several: bool = False,
     end: End,
     before: Callable[[RunFolder], None],
     after: Callable[[RunFolder], None] = lambda folder: None,
@@ -170,7 +169,7 @@ def _take_folder(
             resume=settings.resume,
             take_over=settings.take_over,
             before=before,
-            kind=kind,
+            of_several=of_several,
         )
         end.held.callback(lock.release)
         after(folder)
@@ -179,7 +178,7 @@ def _take_folder(
     path, start = decided_by_rank_0(take, kind=tuple[str, str])
     owner = Owner(Path(path), start, is_main=rank_and_world_size()[0] == 0)
     end.owners.append(owner)
-    return kind(Path(path), owner)
+    return RunFolder(Path(path), owner, of_several)
 
 
 def _open_run_folder(name: str, start: Start) -> RunFolder:
@@ -225,8 +224,9 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         UserError: a folder cannot be written; on every rank. The status of each that was occupied says so.
     """
     settings, left, end, adapters = start.settings, start.left, start.end, dict[str, AdapterRun]()
-    folder_of_run = start.folder.with_running(
-        lambda: [(run.folder, run.progress.step) for run in adapters.values() if not run.recorded]
+    folder_of_run = replace(
+        start.folder,
+        running=lambda: [(run.folder, run.progress.step) for run in adapters.values() if not run.recorded],
     )
     progress = {name: found.progress if (found := start.checkpoints[name]) else Progress() for name in left}
     end.first_step = max(own.step for own in progress.values())

@@ -11,8 +11,8 @@ import torch
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.plan import plan_benchmark
-from megatron_tiedlora.benchmark.sides import IN_TURN, ONE, TOGETHER, Side, make_sides
+from megatron_tiedlora.benchmark.compare import IN_TURN, ONE, TOGETHER, Side, make_sides
+from megatron_tiedlora.benchmark.layout import plan_benchmark
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings

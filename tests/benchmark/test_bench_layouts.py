@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from engine_runs import write_uneven_data
 from folders import ROOT
-from planned import step_parts
+from planned import stage_memory, step_parts
 from ranks import ENVIRONMENT, free_port
 from run_helpers import Ended, run_ranks, start_command
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.benchmark.plan import plan_benchmark
+from megatron_tiedlora.benchmark.layout import plan_benchmark
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import CLASSES, describe_allocator, kernel_class, kernel_seconds
 from megatron_tiedlora.config.bench_settings import BenchSettings
@@ -29,7 +29,6 @@ from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
 from megatron_tiedlora.planning.layout import Batches, shared_shape
 from megatron_tiedlora.planning.machines import CPU, Constant
-from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_time import Links, step_seconds
 

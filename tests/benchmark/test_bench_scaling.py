@@ -56,11 +56,11 @@ def test_tables_of_sides_by_hand() -> None:
         "saved bytes are 1.250 of the formula's",
         "against theirs: speed 2.00, saved bytes 0.250, peak ",
     ]
-    about |= {"adapters": 2, "rows": 2, "length": 16, "micro_batches": 1, "tokens": 64, "load": [1.0, None]}
+    about |= {"adapters": 2, "rows": 2, "length": 16, "micro_batches": 1, "tokens": 64, "load": [1.0, 2.0]}
     sides = {"in turn": {"seconds": [2.0], "peak": 7e6}, "together": {"seconds": [1.0], "peak": None}}
     assert report_lines({**about, "ratio": 2.0, "of_one_adapter": 0.5, "sides": sides}) == [
         "m, 2 adapters, tl6 r 8 of qkv, o_proj, bf16 on CPU; recompute none; kernels not compiled",
-        "threads a process: 2, default malloc, torch 2, deepspeed not installed, load 1.0 to unknown",
+        "threads a process: 2, default malloc, torch 2, deepspeed not installed, load 1.0 to 2.0",
         "2 x 16 tokens an adapter and step; together in 1 micro-batch",
         "                            seconds   least    most  tokens/s  peak MB",
         "in turn                       2.000   2.000   2.000      32.0      7.0",

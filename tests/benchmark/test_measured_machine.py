@@ -104,13 +104,13 @@ def test_the_arithmetic_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_arithmetic_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """4 ranks, 1 ms a message and 2 GB/s over a ring: an all-reduce of 4 parts carries 6 of them, a gather 3."""
 
-    def together(self: object, step: Callable[[], object], group: object, seconds: float) -> float:
+    def together(self: object, step: Callable[[], object], seconds: float, group: object) -> float:
         found.append(step)
         length = measuring._MESSAGES["cpu"][(len(found) - 1) // 2]
         return 1e-3 + (6 if len(found) % 2 else 3) * length / 2e9
 
     found: list[object] = []
-    monkeypatch.setattr(measuring._Measure, "_together", together)
+    monkeypatch.setattr(measuring._Measure, "_time", together)
     one = measuring._Measure(find_model("demo", weights=False), DEVICE, 16, 0.1)
     message, bandwidth = one._links(None, 4, 0.1)
     assert message == pytest.approx(1e-3, rel=0.01) and bandwidth == pytest.approx(2e9, rel=0.01)

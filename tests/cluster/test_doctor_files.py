@@ -14,11 +14,10 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import CACHE_VARIABLE
-from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.cluster.doctor import files, rank
-from megatron_tiedlora.cluster.doctor.files import job_content, job_files
+from megatron_tiedlora.checkpoint.sources import demo_model_path, find_model
+from megatron_tiedlora.cluster.doctor import rank
+from megatron_tiedlora.cluster.doctor.rank import job_content, job_files
 from megatron_tiedlora.convert.export_peft import base_location
-from megatron_tiedlora.data.demo import demo_model_path
 
 MODEL = "meta-llama/Llama-2-7b-hf"
 
@@ -122,7 +121,7 @@ def test_a_model_is_looked_for_in_the_cache(snapshot: Path, tmp_path: Path) -> N
 
 def test_the_cache_is_the_one_that_the_host_names(snapshot: Path, tmp_path: Path) -> None:
     (snapshot / "model.safetensors").touch()
-    code = f"from {files.__name__} import cached_model; print(cached_model({MODEL!r}))"
+    code = f"from {rank.__name__} import cached_model; print(cached_model({MODEL!r}))"
     for home, expected in ((tmp_path, str(snapshot)), (tmp_path / "other", "None")):
         done = subprocess.run(
             ["env", "-u", "HF_HUB_CACHE", f"HF_HOME={home}", sys.executable, "-c", code],

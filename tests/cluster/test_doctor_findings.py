@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.cluster.doctor.compare import compare_hosts
+from megatron_tiedlora.cluster.doctor.compare import compare_hosts, host_table
 from megatron_tiedlora.cluster.doctor.records import (
     Clock,
     HostAnswer,
@@ -17,7 +17,6 @@ from megatron_tiedlora.cluster.doctor.records import (
     PathContent,
     Said,
 )
-from megatron_tiedlora.cluster.doctor.text import host_table
 from megatron_tiedlora.cluster.doctor.trial import Trial, explain_shared, explain_silence
 from megatron_tiedlora.runtime.machine import Finding, Gpu, MachineRecord
 

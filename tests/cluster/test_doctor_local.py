@@ -18,8 +18,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.doctor.compare import is_loopback
-from megatron_tiedlora.cluster.doctor.files import output_folder, path_content
-from megatron_tiedlora.cluster.doctor.rank import address_towards
+from megatron_tiedlora.cluster.doctor.rank import address_towards, output_folder, path_content
 from megatron_tiedlora.cluster.doctor.trial import find_job, place_ranks
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.doctor_settings import DoctorSettings

@@ -13,6 +13,7 @@ import pytest
 import torch
 from launcher_jobs import make_job, write_program
 
+from megatron_tiedlora.cluster.doctor.compare import report_text
 from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, TrialRank
 from megatron_tiedlora.cluster.doctor.records import (
     DoctorReport,
@@ -24,7 +25,6 @@ from megatron_tiedlora.cluster.doctor.records import (
     PathContent,
     Said,
 )
-from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.cluster.doctor.trial import (
     Trial,
     examine,

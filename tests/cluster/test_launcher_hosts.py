@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,11 +210,7 @@ def test_in_an_allocation_the_ranks_meet_where_run_py_says(tmp_path: Path, launc
     """Not where this shell, Slurm's numbers or the library's one port would have it, whichever launcher starts them."""
     shell = {**ALLOCATION, "MASTER_ADDR": "old", "MASTER_PORT": "29500"}
     command = parse_launch([f"--launcher={launcher}", *given])
-    chosen = choose_hosts(command.settings, shell)
-    jobs = [
-        make_job(command.settings, *chosen, program=("train.py",), arguments=(), private=tmp_path)
-        for _ in range(4)
-    ]
+    jobs = [replace(make_job(command.settings, shell), program=("train.py",), private=tmp_path) for _ in range(4)]
     ports = {job.master_port for job in jobs}
     assert ports == {12345} if given else len(ports) > 1 and ports <= set(range(20_000, 30_000))
     tried = find_job(DoctorSettings(), shell, tmp_path)

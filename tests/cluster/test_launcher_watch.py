@@ -480,3 +480,14 @@ def test_the_run_folder_is_named_before_the_start(
         assert command.endswith(f" --output_dir={tmp_path / name}") and command.count("--output_dir") == 1
         if more:  # the name is taken from here on
             earlier_run(tmp_path / "runs" / "demo-demo-tl6-r4")
+
+
+def test_a_run_of_several_adapters_is_continued(start: Launch, tmp_path: Path) -> None:
+    """Its folder has adapters.yaml and no run.yaml."""
+    (tmp_path / "two.yaml").write_text("- {name: a, rank: 2}\n- {name: b, rank: 4}\n")
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    (folder / "adapters.yaml").touch()
+    flags = ["--launcher=mpirun", "--num_gpus=1", "--show_command", f"--output_dir={folder}"]
+    command = parse_launch([*flags, f"--adapters={tmp_path / 'two.yaml'}", "--resume=auto"])
+    assert launch(command, scripts=tmp_path / "scripts") == 0

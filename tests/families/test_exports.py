@@ -31,7 +31,8 @@ def test_exports_compute_what_the_adapter_computes(tmp_path: Path, name: str) ->
     merge_adapter(source, adapter, tmp_path / "merged")
     export_peft(source, adapter, tmp_path / "peft")
     found = verify_export(source, adapter, merged=tmp_path / "merged", peft=tmp_path / "peft")
-    assert TOLERANCE == 1e-4 and len(found.logits) == 5 and found.bits is not None and found.bits.touched >= 3
+    assert TOLERANCE == 1e-4 and len(found.logits) == 5 and found.bits[0].compared.count("with the adapter") == 1
+    assert int(found.bits[0].compared.split()[5]) >= 3
     assert found.passed and found.logits[0].largest > 0.02, found.report()
     assert json.loads((tmp_path / "merged/config.json").read_text()) == json.loads((base / "config.json").read_text())
 

@@ -23,7 +23,7 @@ def _found_and_true(dtype: torch.dtype) -> tuple[float, float]:
 
     rotated, root = rotate_normed(heads, cos, sin, weight, 1e-6)
     parts = gradient.split((2, 1, 2), dim=1)
-    found = rotate_normed_gradient(*parts, rotated, root, cos, sin, weight).double()
+    found = rotate_normed_gradient(*parts, rotated, root, None, cos, sin, weight).double()
     true = by_autograd(torch.float64)
     return float((found - true).norm() / true.norm()), float((by_autograd(dtype) - true).norm() / true.norm())
 

@@ -19,8 +19,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.fp8_products import weight_maker
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, TensorParallel
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.passes import saved_per_token
 

@@ -13,8 +13,8 @@ from tiny_models import write_tiny_tokenizer
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.encode import encode_prompts
-from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 
 

@@ -15,11 +15,9 @@ from zoo_oracle import TOOLS
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.cache import tokenised_once
-from megatron_tiedlora.data.encode import encode_examples
-from megatron_tiedlora.data.encode_rows import Encoding
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.encode import Encoding, encode_examples
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.metrics import Answer
@@ -107,7 +105,12 @@ def test_broken_rows(tokenizer: Any, area: Path, examples: int) -> None:
         names = (str(file), "--prompt_template")
         found = outcome(
             lambda: load_split(
-                task, "test", files={"test": file}, seed=0, prompt_template=template, tokenizer=draw.pick(tokenizers)
+                task,
+                "test",
+                files={"test": file},
+                seed=0,
+                reading=Reading(template=template),
+                tokenizer=draw.pick(tokenizers),
             ),
             unchanged=area,
             names=names,
@@ -177,7 +180,7 @@ def test_a_broken_parquet_file(tokenizer: Any, area: Path, examples: int) -> Non
 @cases("cache")
 def test_a_broken_cache_file_is_made_again(tokenizer: Any, area: Path, examples: int) -> None:
     rows = write_rows(area / "rows.jsonl", [{"prompt": f"{number} + 2 =", "completion": "4"} for number in range(5)])
-    how = Encoding(get_task("custom"), tokenizer, Reading(), None, 64, frozenset([tokenizer.eos_token_id]))
+    how = Encoding(get_task("custom"), tokenizer, Reading(), 64, frozenset([tokenizer.eos_token_id]))
 
     def tokens() -> Any:
         return tokenised_once(how, files={"train": rows}, seed=0, cache_dir=area / "cache").train

@@ -12,7 +12,7 @@ from study_files import write_scored, write_study
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.launchers import read_user_file
-from megatron_tiedlora.cluster.verdict import StatusFile, judge
+from megatron_tiedlora.cluster.running import StatusFile, judge
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
 from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
 from megatron_tiedlora.study.record import StudyFolder, read_base

@@ -20,7 +20,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.data.encode import encode_prompts
-from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.model.families import FAMILIES
 from megatron_tiedlora.model.rope import inverse_frequencies

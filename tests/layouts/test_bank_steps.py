@@ -16,7 +16,7 @@ from forked_ranks import run_on_ranks
 from tiny_decoders import build, rows_keep_bits
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 
 pytestmark = pytest.mark.distributed
 

@@ -25,7 +25,7 @@ from tiny_models import random_adapter, write_tiny_model
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.weights import weight_rules
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 

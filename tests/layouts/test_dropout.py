@@ -19,7 +19,7 @@ from oracle_dropout import dropout
 from oracle_training import oracle_gradients
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 

@@ -21,7 +21,7 @@ from oracle_training import oracle_gradients
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 
 pytestmark = pytest.mark.distributed
 

@@ -19,13 +19,13 @@ import pytest
 from all_cuts import all_cuts, cost_key
 from forked_ranks import run_on_ranks
 from pipeline_worker import Case, Event, Traced, trace_steps
-from planned import idle_shares
+from planned import idle_shares, stage_memory
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.partition import layer_costs
-from megatron_tiedlora.planning.memory import engine_bytes_in_flight, micro_batches_in_flight, stage_memory
+from megatron_tiedlora.planning.memory import engine_bytes_in_flight, micro_batches_in_flight
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_time import Order, Pass, one_f_one_b, simulate
 

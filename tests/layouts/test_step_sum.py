@@ -12,7 +12,7 @@ from torch import distributed
 
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.parallel.collectives import StepSum
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
 
 pytestmark = pytest.mark.distributed

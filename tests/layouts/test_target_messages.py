@@ -81,7 +81,7 @@ def test_bytes_of_row_parallel_targets_are_those_of_their_factors(ran: Mapping[s
         most[TENSOR, "all-reduce"] -= 4 * 3 * 3 * 3
         if parts == "sharded":
             columns = sum(4 * 8 * rows * length for rows, length, _ in one.shapes)
-            after = sum(4 * 8 * share.num_after for shape in _shapes(ran, parts, rank) for share in shape.shares)
+            after = sum(4 * 8 * sum(shape.after) for shape in _shapes(ran, parts, rank))
             for kind in ("all-gather", "reduce-scatter"):
                 most[TENSOR, kind] -= 2 * columns + after  # layers 1 and 2, and supervised positions of the last
         assert more == one.traffic.bytes and most == one.traffic.bytes

@@ -26,11 +26,9 @@ from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
-from megatron_tiedlora.planning.layout import Layout, ShareShape
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, TensorParallel
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages
 from megatron_tiedlora.planning.passes import saved_bytes
-from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 
 pytestmark = pytest.mark.distributed
 
@@ -96,7 +94,7 @@ def run_case(case: Case, groups: ParallelGroups) -> float:
         for tensor in saved.values()
         if tensor.is_floating_point() and tensor.shape[-2:] != (1, SHAPE.heads.dim // 2)
     )
-    return counted - wide_factors(plan) - saved_bytes(plan, [ShareShape(0, ROWS * LENGTH, after)])
+    return counted - wide_factors(plan) - saved_bytes(plan, MicroBatchShape((0,), (ROWS * LENGTH,), (after,), after))
 
 
 def build(case: Case, config: AdapterConfig, plan: StagePlan, groups: ParallelGroups) -> Stage:

@@ -33,10 +33,9 @@ from megatron_tiedlora.parallel.traffic import (
     named_handles,
 )
 from megatron_tiedlora.planning import passes
-from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.layout import Layout, StoredTensor
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_bytes, saved_per_token
 from megatron_tiedlora.planning.report import bytes_in_words, dry_run_report
-from megatron_tiedlora.planning.stages import StoredTensor
 
 pytestmark = [
     pytest.mark.distributed,

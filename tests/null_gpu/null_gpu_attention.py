@@ -19,7 +19,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, ma
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.attention import Attention, KeyValueCache
-from megatron_tiedlora.model.documents import Documents, whole_rows
+from megatron_tiedlora.model.batch import Documents, whole_rows
 from megatron_tiedlora.model.fused_attention import Attend, attend_within, choose_attention
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage

@@ -28,10 +28,9 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.token_dataset import TokenDataset
-from megatron_tiedlora.model.documents import find_documents, whole_rows
-from megatron_tiedlora.runtime.determinism import make_deterministic
+from megatron_tiedlora.model.batch import find_documents, whole_rows
 from megatron_tiedlora.runtime.launch_env import prepare_environment
-from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.runtime.process_group import join_process_group, make_deterministic
 from megatron_tiedlora.runtime.stopping import StopRequests
 
 WARM_UP = 3  # steps
@@ -99,7 +98,7 @@ def main(order: Order) -> dict[str, Any]:
         step = next(steps)
         for batch in step.micro_batches:
             rows, length = batch.labels.shape
-            within = find_documents(batch.documents, device) if order.packing else whole_rows(rows, length, device)
+            within = find_documents([batch.documents], device) if order.packing else whole_rows(rows, length, device)
             largest, documents = max(largest, rows * length), max(documents, len(within.bounds) - 1)
             longest = max(longest, within.longest)
         nullgpu.reset()
@@ -196,9 +195,9 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
 
 
 def _planned(plan: Any, **largest: int) -> float:
-    from megatron_tiedlora.planning.memory import stage_memory
+    from megatron_tiedlora.planning.memory import held_memory, step_memory
 
-    return stage_memory(plan.stages[0], **largest).allocated
+    return held_memory(plan.stages[0]).plus(step_memory(plan.stages[0], **largest)).total
 
 
 def _compiling(order: Order, take: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:

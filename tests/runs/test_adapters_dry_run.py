@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from planned import stage_memory
 from report_tables import stage_table
 from run_files import files_of
 from run_helpers import Base, run_ranks, write_base
@@ -20,7 +21,7 @@ from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.layout import MicroBatchShape
-from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
+from megatron_tiedlora.planning.memory import bank_bytes
 from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_data import counted, prepare_all_data
@@ -73,7 +74,7 @@ def test_each_adapter_has_a_row(base: Base, tmp_path: Path) -> None:
     for name, plan in plans.items():
         trained = sum(plan.adapter.num_trained().values())
         assert rows[name]["trained"] == f"{trained:,}"
-        assert rows[name]["bytes per rank"] == bytes_in_words(bank_bytes(plan.stage.part))
+        assert rows[name]["bytes per rank"] == bytes_in_words(bank_bytes(plan.stage.parts[0]))
     data = {row["adapter"]: row for row in table(text, "data, and how often a run sees its training part")}
     assert list(data) == list(OWN) and data["more"]["passes"] == "2.00"
     parts = prepare_all_data(plans).values()
@@ -90,7 +91,7 @@ def test_the_tables_are_those_of_all(base: Base, tmp_path: Path) -> None:
     text = dry_run_report(make_settings(settings)).text
     messages, memory = stage_table(text, "messages and bytes"), stage_table(text, "bytes per rank")
     group = grouped(settings)
-    assert max(len(shape.shares) for shape in group.batches.shapes) > 1
+    assert max(len(shape.adapters) for shape in group.batches.shapes) > 1
     for stage, sent, needed in zip(group.stages, messages, memory, strict=True):
         traffic = step_traffic(stage, group.batches.shapes)
         for name, cell in sent.items():

@@ -141,11 +141,12 @@ def _save_and_die(folder: Path, event: int) -> None:
 
 def save_a_checkpoint(folder: Path, step: int) -> None:
     """Save small values that depend on `step`; the best is that of step 2."""
-    from megatron_tiedlora.adapters.tied_adapter import initial_values, make_adapter_config, qkv_target
+    from megatron_tiedlora.adapters.tied_adapter import Target, initial_values, make_adapter_config
     from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
     from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 
-    config = make_adapter_config("tl6", rank=2, layers=(1, 2), targets=(qkv_target(8, (8, 4, 4)),), seed=step)
+    target = Target("qkv", 8, (8, 4, 4), "column")
+    config = make_adapter_config("tl6", rank=2, layers=(1, 2), targets=(target,), seed=step)
     shape = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
     shape["intermediate_size"] = 16
     state = initial_values(config)

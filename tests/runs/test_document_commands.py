@@ -188,7 +188,7 @@ def make_newcomer(folder: Path, document: Document, start: Start, *, demo: bool 
     """The folder of one who reads `document`."""
     shared = folder / "shared"
     if demo:
-        from megatron_tiedlora.data.demo import demo_model_path
+        from megatron_tiedlora.checkpoint.sources import demo_model_path
 
         shutil.copytree(demo_model_path(), shared / "llama2-7b")
     else:

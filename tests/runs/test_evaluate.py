@@ -27,8 +27,8 @@ from tiny_models import random_adapter, write_tiny_model
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.evaluation.results import _json_line, prediction_row
 

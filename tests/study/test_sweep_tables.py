@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,27 @@ from study_files import SCORED, write_run, write_score, write_scored, write_stud
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
+from megatron_tiedlora.base.wording import csv_text
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.study import paper, sweep
+from megatron_tiedlora.study import sweep, tables
 from megatron_tiedlora.study.figures import lines
 from megatron_tiedlora.study.grid import Point, rate_text, single_layers
 from megatron_tiedlora.study.plan import plan_sweep
 from megatron_tiedlora.study.record import StudyFolder
 from megatron_tiedlora.study.scores import Study, best_run, read_run, read_study
 from megatron_tiedlora.study.tables import (
+    TABLE2_COLUMNS,
+    TABLE3_COLUMNS,
     table2,
-    table2_csv,
     table2_markdown,
-    table3_csv,
+    table3,
     table3_markdown,
     tensors_text,
 )
 
-DATA = Path(paper.__file__).parent / "data"
+DATA = Path(tables.__file__).parent / "data"
 RANKS = [2, 4, 8, 16, 32, 64, 128]
 # Cells of P% that the paper printed wrongly: (model, section, method, task).
 SLIPS = {
@@ -40,6 +43,12 @@ SLIPS = {
     ("gpt-2b-001", "best_rank", "tl2", "dialogsum"),
     ("gpt-2b-001", "best_rank", "tl6", "squad"),
 }
+
+
+def csv_rows(table: Callable[[Sequence[Study]], list[Any]], studies: Sequence[Study]) -> list[dict[str, str]]:
+    """The lines of the CSV file of a table."""
+    columns = TABLE2_COLUMNS if table is table2 else TABLE3_COLUMNS
+    return list(csv.DictReader(csv_text(columns, table(studies)).splitlines()))
 
 
 def paper_rows(name: str = "table2.csv", **chosen: str) -> list[dict[str, str]]:
@@ -61,7 +70,7 @@ def paper_studies(folder: Path, model: str) -> list[Study]:
 
 @pytest.mark.parametrize("model", ["llama2-7b", "gpt-2b-001"])
 def test_the_papers_scores_give_the_papers_table(tmp_path: Path, model: str) -> None:
-    rows = list(csv.DictReader(table2_csv(paper_studies(tmp_path, model)).splitlines()))
+    rows = csv_rows(table2, paper_studies(tmp_path, model))
     found = {(row["section"], row["method"], row["task"]): row for row in rows if row["task"] != "average"}
     expected = paper_rows(model=model)
     assert len(found) == len(expected) == 75
@@ -185,16 +194,16 @@ def test_gaps(tmp_path: Path) -> None:
 
 def test_papers_numbers_stand_beside_the_same_model_and_task_only(tmp_path: Path) -> None:
     shape = shape_from_hf(PRESETS["llama2-7b"], source="x")
-    assert paper.paper_model("any/name", shape) == "llama2-7b"
+    assert tables.paper_model("any/name", shape) == "llama2-7b"
     other = shape_from_hf({**PRESETS["llama2-7b"], "num_hidden_layers": 31}, source="x")
-    assert paper.paper_model("llama2-7b", other) is None
-    assert paper.paper_model("/models/GPT-2B-001", other) == "gpt-2b-001"
-    assert paper.paper_model("nvidia/gpt-2b-001/", other) == "gpt-2b-001"
-    assert paper.paper_model("gpt-2b-001-chat", other) is None and paper.paper_model("gpt-2b-001/x", other) is None
-    cell = paper.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad")
-    assert cell == paper.PaperCell(88.49, 4, 43.8)
-    assert paper.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad_f1") is None
-    assert paper.table2_cell(None, "best_rank", "tl6", "squad", "squad") is None
+    assert tables.paper_model("llama2-7b", other) is None
+    assert tables.paper_model("/models/GPT-2B-001", other) == "gpt-2b-001"
+    assert tables.paper_model("nvidia/gpt-2b-001/", other) == "gpt-2b-001"
+    assert tables.paper_model("gpt-2b-001-chat", other) is None and tables.paper_model("gpt-2b-001/x", other) is None
+    cell = tables.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad")
+    assert cell == tables.PaperCell(88.49, 4, 43.8)
+    assert tables.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad_f1") is None
+    assert tables.table2_cell(None, "best_rank", "tl6", "squad", "squad") is None
     study = write_study(tmp_path / "study", known=False)
     write_scored(study, "lora-r8-lr1e-4", 80.0)
     assert "paper" not in table2_markdown([read_study(study)]).replace("as in the paper", "")
@@ -214,8 +223,8 @@ def test_other_rows_or_prompts_than_the_papers_are_noted(tmp_path: Path, setting
         assert line in table([study]) and "its own rows and prompts" not in table([whole])
         for text in (table([study]), table([whole])):
             assert "| the paper |" in text if table is table3_markdown else "told by shape or name" in text
-    for csv_table in (table2_csv, table3_csv):
-        assert {row["paper_score"] for row in csv.DictReader(csv_table([study]).splitlines())} != {""}
+    for records in (table2, table3):
+        assert {row["paper_score"] for row in csv_rows(records, [study])} != {""}
 
 
 # Table 3 ------------------------------------------------------------------------------------------------------------
@@ -234,7 +243,7 @@ def single_layer_study(folder: Path, rank: int = 16, **settings: Any) -> Path:
 
 def test_table3_as_the_paper_lays_it_out(tmp_path: Path) -> None:
     studies = [read_study(single_layer_study(tmp_path / "study"))]
-    rows = list(csv.DictReader(table3_csv(studies).splitlines()))
+    rows = csv_rows(table3, studies)
     assert [row["adapter"] for row in rows] == [f"layer_{i}" for i in (1, 4, 8, 12, 16, 20, 24, 28, 32)] + ["tl5"]
     assert {row["trained_parameters"] for row in rows} == {str(4 * 4096 * 16)}  # 4 d r: one layer's is the tied pair's
     assert all(row["score"] == row["paper_score"] for row in rows)
@@ -246,7 +255,7 @@ def test_table3_as_the_paper_lays_it_out(tmp_path: Path) -> None:
 
 
 def test_table3_at_another_rank_is_not_the_papers(tmp_path: Path) -> None:
-    rows = csv.DictReader(table3_csv([read_study(single_layer_study(tmp_path / "study", 4))]).splitlines())
+    rows = csv_rows(table3, [read_study(single_layer_study(tmp_path / "study", 4))])
     assert {row["paper_score"] for row in rows} == {""}
 
 
@@ -262,10 +271,10 @@ def test_every_table_names_the_rates_that_halving_stopped(tmp_path: Path) -> Non
         notes[table] = [line for line in table(studies).splitlines() if "it was behind" in line]
     assert notes[table2_markdown] == ["  - lora-r8-lr1e-5: at step 4 it was behind"]
     assert notes[table3_markdown] == ["  - lora-r16-lr1e-5-layer8: at step 4 it was behind"]
-    rows = list(csv.DictReader(table3_csv(studies).splitlines()))
+    rows = csv_rows(table3, studies)
     assert {row["adapter"]: row["stopped_rates"] for row in rows if row["stopped_rates"]} == {"layer_8": "1e-5"}
     assert [row["adapter"] for row in rows if row["all_rates_finished"] == "true"] == ["layer_8", "tl5"]
-    row = next(row for row in csv.DictReader(table2_csv(studies).splitlines()) if row["method"] == "lora")
+    row = next(row for row in csv_rows(table2, studies) if row["method"] == "lora")
     assert (row["stopped_rates"], row["all_rates_finished"]) == ("1e-5", "true")
     write_run(folder, "tl6-r2-lr1e-4", best=2.0)
     write_run(folder, "tl6-r2-lr1e-5", best=1.0, reason=why)

@@ -11,8 +11,8 @@ from forked_ranks import join_as_launched
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
+from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.runner import Runner

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, qkv_target
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, Target, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
@@ -123,5 +123,5 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
 def _config(shape: QkvShape, method: str, rank: int, num_layers: int) -> Any:
     layers = tuple(range(1, num_layers + 1))
     return make_adapter_config(
-        method, rank=rank, layers=layers, targets=(qkv_target(shape.hidden_size, shape.rows),), seed=0
+        method, rank=rank, layers=layers, targets=(Target("qkv", shape.hidden_size, shape.rows, "column"),), seed=0
     )

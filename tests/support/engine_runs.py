@@ -106,8 +106,8 @@ def oracle_run(settings: dict[str, Any], start: OracleAdapter, *, optimizer: str
     over sequences and heads in Python, one after another, and would take three times as long for each sample alone.
     """
     from megatron_tiedlora.data.encode import encode_dataset
-    from megatron_tiedlora.data.order import sample_indices
     from megatron_tiedlora.data.splits import load_split
+    from megatron_tiedlora.data.token_dataset import sample_indices
     from megatron_tiedlora.data.tokenizer import load_tokenizer
 
     model = Path(settings["model"])

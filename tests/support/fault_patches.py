@@ -21,7 +21,7 @@ OPTIMIZERS = "megatron_tiedlora.engine.optimizers"
 BUILD = "megatron_tiedlora.training.build"
 ENGINE = "megatron_tiedlora.engine.engine"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
-NORMED_LINEAR = "megatron_tiedlora.model.normed_linear"
+NORMED_LINEAR = "megatron_tiedlora.model.linears"
 STEP = "megatron_tiedlora.training.step"
 
 

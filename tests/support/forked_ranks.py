@@ -18,8 +18,7 @@ import torch
 from ranks import fork_server, redirect_output, start_and_join
 from torch import distributed
 
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup
 
 
 def run_on_ranks(work: Callable[..., Any], *arguments: Any, ranks: int, folder: Path) -> list[Any]:

@@ -39,8 +39,7 @@ from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 
 DTYPE = torch.float64

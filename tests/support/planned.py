@@ -13,13 +13,24 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import find_machine
-from megatron_tiedlora.planning.layout import Batches
-from megatron_tiedlora.planning.machines import GPUS, Constant, Machine
+from megatron_tiedlora.planning.layout import Batches, MicroBatchShape, StagePlan
+from megatron_tiedlora.planning.machines import GPUS, Constant, Machine, default_machine
+from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.planned import Cluster
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
-from megatron_tiedlora.planning.stages import StagePlan
-from megatron_tiedlora.planning.step_time import Links, Order, Pass, StepParts, simulate, stage_seconds, sum_terms
+from megatron_tiedlora.planning.step_plan import StepPlan
+from megatron_tiedlora.planning.step_time import (
+    Links,
+    Order,
+    Pass,
+    Seconds,
+    StageSeconds,
+    StepParts,
+    simulate,
+    stage_terms,
+    sum_terms,
+)
 
 H100 = GPUS["h100"]
 
@@ -35,6 +46,11 @@ def short(model: str, num_layers: int) -> ModelSource:
     source = find_model(model)
     limit = replace(source.shape.limit, tokens=8192)
     return replace(source, shape=replace(source.shape, num_layers=num_layers, limit=limit))
+
+
+def largest_memory(step: StepPlan, stage: StagePlan, machine: Machine) -> StageMemory:
+    """All that a rank of a stage needs for the largest micro-batch of a step."""
+    return with_reserves(stage, held_memory(stage).plus(step.largest.step_memory(stage)), machine)
 
 
 def searched(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100) -> ClusterPlan:
@@ -74,6 +90,21 @@ def words_of_a_plan(flags: list[str]) -> str:
     return ""
 
 
+def stage_memory(
+    stage: StagePlan,
+    *,
+    tokens: int,
+    documents: int = 1,
+    longest: int | None = None,
+    adapters: Sequence[int] = (0,),
+    machine: Machine | None = None,
+) -> StageMemory:
+    """The bytes that a rank of a stage needs, if its largest micro-batch is this one."""
+    step = step_memory(stage, tokens=tokens, documents=documents, longest=longest or tokens, adapters=adapters)
+    machine = machine or default_machine(on_gpu=stage.layout.on_gpu)
+    return with_reserves(stage, held_memory(stage).plus(step), machine)
+
+
 def idle_shares(order: Order, cost: Callable[[int, Pass], Any]) -> list[Any]:
     """By rank, the share of a simulated step in which it waits."""
     seconds = simulate(order, cost)
@@ -82,8 +113,10 @@ def idle_shares(order: Order, cost: Callable[[int, Pass], Any]) -> list[Any]:
 
 def step_parts(stages: Sequence[StagePlan], batches: Batches, links: Links, machine: Machine) -> StepParts:
     """The time of a layout's stages on these micro-batches, each stage by itself."""
-    by_stage = [
-        [stage_seconds(stage_work(stage, batch), stage, links, machine) for batch in batches.kinds] for stage in stages
-    ]
+
+    def seconds_of(stage: StagePlan, batch: MicroBatchShape) -> StageSeconds:
+        return StageSeconds(*map(Seconds.of, stage_terms(stage_work(stage, batch), stage, links, machine)))
+
+    by_stage = [[seconds_of(stage, batch) for batch in batches.kinds] for stage in stages]
     sums = max(sum(term.seconds for term in sum_terms(stage, batches, links, machine)) for stage in stages)
     return StepParts(batches, by_stage, sums, machine["step"])

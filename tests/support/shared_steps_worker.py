@@ -18,7 +18,7 @@ from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import find_mismatches, sum_gradients_
 from megatron_tiedlora.engine.engine import gradient_norms, scale_gradients_, trained_parameters
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 
 STEPS, LEARNING_RATE, MAX_NORM = 3, 0.5, 0.05
 

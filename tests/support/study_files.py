@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, qkv_target
+from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.study.grid import Point, make_grid
 
@@ -33,7 +33,7 @@ def write_study(
     (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
     layers, hidden = SHAPES[model]
     command = parse_sweep([f"--config={folder / 'sweep.yaml'}", f"--output_dir={folder}"])
-    target = qkv_target(hidden, (hidden,) * 3)
+    target = Target("qkv", hidden, (hidden,) * 3, "column")
 
     def num_trained(point: Point) -> int:
         adapted = tuple(range(1, layers + 1)) if point.layer is None else (point.layer,)

@@ -24,7 +24,7 @@ from run_helpers import Base, Ended, World, _be_rank, write_base
 from run_preludes import before_call
 
 from megatron_tiedlora.cluster.launchers import Job
-from megatron_tiedlora.cluster.start import choose_hosts, make_job
+from megatron_tiedlora.cluster.start import make_job
 from megatron_tiedlora.config.sweep_settings import parse_launcher
 
 LAUNCH = ROOT / "launch"
@@ -64,8 +64,7 @@ def study_arguments(base: Base, test: Path, folder: Path, **changes: Any) -> lis
 def a_job(folder: Path, *words: str, python: Path = Path(sys.executable), port: int = 1) -> Job:
     """A job of launch/train.py on this machine, whose files are written to `folder`."""
     settings = parse_launcher(["--num_gpus=1", "--master_port", str(port)])
-    where, program = choose_hosts(settings, {}), (str(LAUNCH / "train.py"),)
-    job = make_job(settings, *where, program=program, arguments=words, private=folder)
+    job = replace(make_job(settings, {}), program=(str(LAUNCH / "train.py"),), arguments=words, private=folder)
     return replace(job, python=str(python), gpus=())
 
 

@@ -17,8 +17,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.model.partition import layer_costs, partition
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 
 def decoded_adapter(folder: Path) -> OracleAdapter:

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
-from megatron_tiedlora.data.encode import encode_dataset
-from megatron_tiedlora.data.encode_rows import Encoding
-from megatron_tiedlora.data.example_maker import with_template
-from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.encode import Encoding, encode_dataset
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset
 
@@ -40,9 +38,8 @@ def chats(count: int) -> list[dict[str, Any]]:
 
 
 def encoding(tokenizer: Any, task: str = "custom", *, max_length: int = 40, template: str | None = None) -> Encoding:
-    reading, checked = with_template(Reading(), template)
     ends = frozenset([tokenizer.eos_token_id])
-    return Encoding(get_task(task), tokenizer, reading, checked, max_length, ends)
+    return Encoding(get_task(task), tokenizer, Reading(template=template), max_length, ends)
 
 
 def expected(how: Encoding, files: Mapping[str, str], seed: int) -> dict[str, TokenDataset]:

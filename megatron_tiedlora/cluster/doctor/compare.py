@@ -10,12 +10,15 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Generic, TypeVar
 
-from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
-from megatron_tiedlora.base.wording import bytes_in_words, count_text, enumerate_names
+from megatron_tiedlora.base.errors import UserError, printable
+from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, enumerate_names, time_text
 from megatron_tiedlora.cluster.doctor.records import (
     UNREADABLE,
+    DoctorReport,
+    GroupResult,
     HostAnswer,
     HostReport,
     ParallelConfig,
@@ -23,7 +26,8 @@ from megatron_tiedlora.cluster.doctor.records import (
     answering,
     hosts_of_ranks,
 )
-from megatron_tiedlora.runtime.machine import Finding, MachineRecord, judge_machine
+from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
+from megatron_tiedlora.runtime.machine import Finding, Gpu, MachineRecord, error, judge_machine, warning
 
 Value = TypeVar("Value", bound=Hashable)
 
@@ -37,16 +41,6 @@ _FILES_PER_RANK, _FILES_BESIDE = 4, 256  # connections to every other rank in a 
 _LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs and an exported model are not
 _MOST_NAMED = 3  # of the files that differ
 _SOCKET_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-
-
-def error(code: str, hosts: Sequence[str], value: str, fix: str, expected: str = "") -> Finding:
-    """A finding with which no job should start."""
-    return Finding(status="error", code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
-
-
-def warning(code: str, hosts: Sequence[str], value: str, fix: str, expected: str = "") -> Finding:
-    """A finding that need not stop a job."""
-    return Finding(status="warning", code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
 
 
 def compare_hosts(
@@ -63,31 +57,28 @@ def compare_hosts(
         max_skew: seconds that a clock may be off.
         base_format, products: the storage format of the job's base, and the format in which it multiplies.
     """
-    alone = [finding for host, answer in answering(hosts) for finding in _look_at(host, answer, hosts)]
-    formats = [
-        finding
+    alone = (
+        [*_look_at(host, answer, hosts), *_look_at_formats(host, answer.machine, base_format, products)]
         for host, answer in answering(hosts)
-        for finding in _look_at_formats(host, answer.machine, base_format=base_format, products=products)
-    ]
+    )
     return [
-        *compare_software(hosts),
-        *_same_machines(hosts),
+        *compare_machines(hosts),
         *compare_paths(hosts),
-        *compare_gpus(hosts),
-        *alone,
+        *(finding for findings in alone for finding in findings),
         *compare_clocks(hosts, max_skew=max_skew),
         *look_at_layout(hosts, layout),
-        *formats,
     ]
 
 
 # What most hosts have --------------------------------------------------------------------------------------------
 
 
-def usual_value(values: Sequence[Value]) -> Value:
-    """The most frequent value; the first one decides a tie."""
-    counts = Counter(values)
-    return max(values, key=lambda value: counts[value])
+def hosts_by(hosts: Sequence[HostReport], value_of: Callable[[MachineRecord], Value]) -> dict[Value, list[str]]:
+    """The names of the hosts that answered, by a value of their machines."""
+    names: dict[Value, list[str]] = {}
+    for host, answer in answering(hosts):
+        names.setdefault(value_of(answer.machine), []).append(host.name)
+    return names
 
 
 @dataclass(frozen=True)
@@ -105,64 +96,44 @@ class Odd(Generic[Value]):
         return kind(code, self.hosts, f"{title} is {self.value} on {here}", fix, f"{self.usual} on {there}")
 
 
-def odd_ones(hosts: Sequence[HostReport], value_of: Callable[[MachineRecord], Value]) -> list[Odd[Value]]:
-    """The hosts whose value differs from that of most hosts, grouped by value."""
-    names: dict[Value, list[str]] = {}
-    for host, answer in answering(hosts):
-        names.setdefault(value_of(answer.machine), []).append(host.name)
+def odd_ones(names: Mapping[Value, list[str]]) -> list[Odd[Value]]:
+    """The values that are not that of most hosts; of two that are equally frequent the first one is usual."""
     if not names:
         return []
-    usual = usual_value([value for value, where in names.items() for _ in where])
+    usual = max(names, key=lambda value: len(names[value]))
     return [Odd(value, where, usual, names[usual]) for value, where in names.items() if value != usual]
 
 
-def compare_software(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Versions of Python, packages and torch's build that differ between hosts, and other code of the same version."""
+def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """What differs between hosts: versions of Python, packages and torch's build, other code of the same version, the
+    kind of GPU; and names of one machine, by which it would be used twice."""
     other_versions: set[str] = set()
     for name in _COMPARED:
-        for odd in odd_ones(hosts, lambda machine, name=name: machine.versions.get(name, "none")):  # type: ignore[misc]
+        for odd in odd_ones(hosts_by(hosts, lambda machine, name=name: machine.versions.get(name, "none"))):  # type: ignore[misc]
             pip = "" if name == "python" or odd.usual == "none" else f": pip install {name}=={odd.usual}"
             kind, fix = error if name in _STRICT else warning, f"install the same {name} on every host{pip}"
             yield odd.finding(kind, "version", name, fix)
             other_versions |= set(odd.hosts) if name == _PACKAGE else set()
     on_gpus = [host for host, answer in answering(hosts) if answer.machine.gpus]
     same_version = [host for host in hosts if host.name not in other_versions]
-    for code, title, odds, fix in (
-        (
-            "source",
-            f"the code of {_PACKAGE} (hash of its files)",
-            odd_ones(same_version, lambda machine: machine.source_hash),
-            "update its checkout or installation there",
-        ),
-        ("cuda_version", "torch's CUDA", odd_ones(on_gpus, lambda machine: machine.cuda), _SAME_BUILD),
-        ("nccl_version", "NCCL", odd_ones(on_gpus, lambda machine: machine.nccl), _SAME_BUILD),
-    ):
-        yield from (one.finding(error, code, title, fix) for one in odds)
-
-
-_SAME_BUILD = "install the same build of torch on every host"
-
-
-def _same_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Names of one machine, by which it would be used twice."""
-    names: dict[str, list[str]] = {}
-    for host, answer in answering(hosts):
-        names.setdefault(answer.machine.id, []).append(host.name)
-    for twice in (found for found in names.values() if len(found) > 1):
-        fix = "keep one line for it in the hostfile, with all its slots"
-        yield error("same_machine", twice, f"{enumerate_names(twice)} are one machine", fix)
-
-
-def compare_gpus(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """GPUs of another kind, or hosts without GPUs beside hosts with some."""
-    for odd in odd_ones(hosts, kind_of_gpus):
-        without = NO_GPU in (odd.value, odd.usual)
-        fix = (
-            "find out why torch sees no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES), or keep the hosts of one kind"
-            if without
-            else "expect the speed of the slowest one, or keep the hosts of one kind"
-        )
-        yield odd.finding(error if without else warning, "gpus_differ", "the kind of GPU", fix)
+    code, build = f"the code of {_PACKAGE} (hash of its files)", "install the same build of torch on every host"
+    for other in odd_ones(hosts_by(same_version, lambda machine: machine.source_hash)):
+        yield other.finding(error, "source", code, "update its checkout or installation there")
+    for cuda in odd_ones(hosts_by(on_gpus, lambda machine: machine.cuda)):
+        yield cuda.finding(error, "cuda_version", "torch's CUDA", build)
+    for nccl in odd_ones(hosts_by(on_gpus, lambda machine: machine.nccl)):
+        yield nccl.finding(error, "nccl_version", "NCCL", build)
+    for twice in hosts_by(hosts, lambda machine: machine.id).values():
+        if len(twice) > 1:
+            fix = "keep one line for it in the hostfile, with all its slots"
+            yield error("same_machine", twice, f"{enumerate_names(twice)} are one machine", fix)
+    for gpus in odd_ones(hosts_by(hosts, kind_of_gpus)):
+        if NO_GPU in (gpus.value, gpus.usual):
+            fix = "find out why torch sees no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES), or keep the hosts of one kind"
+            yield gpus.finding(error, "gpus_differ", "the kind of GPU", fix)
+        else:
+            fix = "expect the speed of the slowest one, or keep the hosts of one kind"
+            yield gpus.finding(warning, "gpus_differ", "the kind of GPU", fix)
 
 
 def kind_of_gpus(machine: MachineRecord) -> str:
@@ -230,17 +201,18 @@ def _look_at(host: HostReport, answer: HostAnswer, hosts: Sequence[HostReport]) 
 
 
 def _look_at_formats(
-    host: HostReport, machine: MachineRecord, *, base_format: str | None, products: str | None
+    host: HostReport, machine: MachineRecord, base_format: str | None, products: str | None
 ) -> Iterator[Finding]:
     """What a base of fewer bits, or products in fp8, need and a host has not."""
     if base_format == "nf4" and machine.torch_error is None and "bitsandbytes" not in machine.versions:
         value = f"{host.name}: bitsandbytes is not installed, so --base nf4 is dequantised ten times as slowly"
         yield warning("bitsandbytes", [host.name], value, "pip install 'megatron_tiedlora[quantised]'")
-    old = sorted({gpu.name for gpu in machine.gpus if gpu.capability < FP8_CAPABILITY})
-    if products is not None and old:
-        least = ".".join(map(str, FP8_CAPABILITY))
-        value = f"{host.name}: {' and '.join(old)} cannot multiply in {products}: it needs compute capability {least}"
-        yield error("products", [host.name], value, "leave --products out, or keep the hosts of newer GPUs")
+    fix = "leave --products out, or keep the hosts of newer GPUs"
+    for gpu in {gpu.name: gpu for gpu in machine.gpus if products is not None}.values():
+        try:
+            check_fp8_capability(gpu.name, gpu.capability)
+        except UserError as wrong:
+            yield error("products", [host.name], f"{host.name}: {wrong}", fix)
 
 
 def _look_at_names(host: HostReport, answer: HostAnswer, hosts: Sequence[HostReport]) -> Iterator[Finding]:
@@ -301,15 +273,7 @@ def compare_paths(hosts: Sequence[HostReport]) -> Iterator[Finding]:
         contents = {host.name: answer.paths[key] for host, answer in answering(hosts)}
         flag = key.partition(":")[0]  # a flag that names two files has them as FLAG:1 and FLAG:2
         yield from _look_for_paths(flag, contents)
-        there = {name: content for name, content in contents.items() if content.kind in ("file", "folder", "cached")}
-        for name, content in there.items():
-            path = content.path
-            closed = [file for file, value in content.files.items() if value == UNREADABLE]
-            if closed:
-                yield error(
-                    "path_unreadable", [name], f"{name}: --{flag} {path}: {closed[0]} cannot be read", "chmod a+r it"
-                )
-        yield from _compare_contents(flag, there)
+        yield from _compare_contents(flag, {name: one for name, one in contents.items() if one.is_there})
 
 
 def _look_for_paths(flag: str, contents: Mapping[str, PathContent]) -> Iterator[Finding]:
@@ -338,20 +302,121 @@ def _look_for_paths(flag: str, contents: Mapping[str, PathContent]) -> Iterator[
 
 
 def _compare_contents(flag: str, contents: Mapping[str, PathContent]) -> Iterator[Finding]:
-    if not contents:
-        return
-    keys = {name: tuple(sorted(content.files.items())) for name, content in contents.items()}
-    usual = dict(usual_value(list(keys.values())))
-    copy = "copy it again from a host where it is right"
+    """Files that cannot be read, or are not as on most hosts."""
+    counts = Counter(tuple(sorted(content.files.items())) for content in contents.values())
+    usual = dict(counts.most_common(1)[0][0]) if counts else {}
     for name, content in contents.items():
-        if content.files == usual or UNREADABLE in content.files.values():
-            continue
+        closed = [file for file, value in content.files.items() if value == UNREADABLE]
         other = [file for file in sorted({*content.files, *usual}) if content.files.get(file) != usual.get(file)]
         more = f" and {len(other) - _MOST_NAMED} more" if len(other) > _MOST_NAMED else ""
-        # The hub's client updates its cache itself if it has a network.
-        yield (warning if content.kind == "cached" else error)(
-            "path_differs",
-            [name],
-            f"{name}: --{flag} {content.path} differs from the other hosts': {', '.join(other[:_MOST_NAMED])}{more}",
-            "`hf download` it again" if content.kind == "cached" else copy,
+        given = f"{name}: --{flag} {content.path}"
+        if closed:
+            yield error("path_unreadable", [name], f"{given}: {closed[0]} cannot be read", "chmod a+r it")
+        elif other:
+            message = f"{given} differs from the other hosts': {', '.join(other[:_MOST_NAMED])}{more}"
+            if content.kind == "cached":  # the hub's client updates its cache itself if it has a network
+                yield warning("path_differs", [name], message, "`hf download` it again")
+            else:
+                yield error("path_differs", [name], message, "copy it again from a host where it is right")
+
+
+# As text --------------------------------------------------------------------------------------------------------------
+
+
+ODD_MARK = "*"
+
+
+def report_text(report: DoctorReport) -> str:
+    """The whole report, to print."""
+    layout, num_hosts = report.layout, count_text(len(report.hosts), "host")
+    sizes = f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}"
+    ranks = f"{count_text(layout.num_ranks, 'rank')} = {sizes}"
+    meeting = f"{f'{layout.backend}, ' if layout.backend else ''}meeting at {layout.master_host}:{layout.master_port}"
+    parts = [[f"{num_hosts} (by {report.launcher}), {ranks}, {meeting}"], host_table(report.hosts)]
+    if report.groups:
+        parts.append(group_table(report.groups))
+    if report.skipped is not None:
+        parts.append([report.skipped])
+    if report.findings:
+        pairs = ((f"{one.status}: {one.message}", f"  fix: {one.fix}") for one in report.findings)
+        parts.append([line for pair in pairs for line in pair])
+    warnings = count_text(report.num_warnings, "warning") if report.num_warnings else ""
+    if report.verdict == "ready":
+        verdict = f"ready, {num_hosts}, {count_text(layout.num_ranks, 'rank')}{f' ({warnings})' if warnings else ''}"
+    else:
+        verdict = f"not ready: {count_text(report.num_errors, 'error')}{f', {warnings}' if warnings else ''}"
+    return "\n\n".join("\n".join(map(printable, lines)) for lines in [*parts, [f"verdict: {verdict}"]])
+
+
+# Hosts ---------------------------------------------------------------------------------------------------------------
+
+_SAME: tuple[tuple[str, Callable[[MachineRecord], str]], ...] = (  # values that should be the same on all hosts
+    ("python", lambda machine: machine.versions.get("python", "-")),
+    ("torch", lambda machine: "broken" if machine.torch_error else machine.versions.get("torch", "-")),
+    ("deepspeed", lambda machine: machine.versions.get("deepspeed", "-")),
+    ("transformers", lambda machine: machine.versions.get("transformers", "-")),
+    ("tiedlora", lambda machine: f"{machine.versions.get('megatron_tiedlora', '-')} {machine.source_hash[:6]}"),
+    ("GPUs", lambda machine: _gpus_text(machine.gpus)),
+    ("cores", lambda machine: str(machine.num_cores)),
+)
+
+
+def host_table(hosts: Sequence[HostReport]) -> list[str]:
+    """A row for each host; a value that differs from that of most hosts is marked."""
+    odd = {title: {name for one in odd_ones(hosts_by(hosts, value)) for name in one.hosts} for title, value in _SAME}
+    on_gpus = any(answer.machine.gpus for _, answer in answering(hosts))
+    free = ["memory free", *(["GPU memory free"] if on_gpus else [])]
+    rows = [["host", "ranks", *odd, *free, "clock", "interface"]]
+    for host in hosts:
+        row = [host.name, str(host.slots)]
+        if host.answer is None:
+            rows.append([*row, "no answer"])
+            continue
+        machine, clock, address = host.answer.machine, "-", host.answer.peer_address
+        row += [value(machine) + (ODD_MARK if host.name in odd[title] else "") for title, value in _SAME]
+        row.append(f"{bytes_in_words(machine.free_memory_bytes)} of {bytes_in_words(machine.memory_bytes)}")
+        row += [_gpu_memory_text(machine.gpus)] if on_gpus else []
+        if host.clock is not None:
+            sign = "-" if host.clock.skew < 0 else "+"
+            clock = f"{sign}{time_text(abs(host.clock.skew))} +-{time_text(host.clock.margin)}"
+        rows.append([*row, clock, "-" if address is None else f"{interface_in_use(host.answer) or '?'} {address}"])
+    return [*aligned_lines(rows, align="<"), *([f"{ODD_MARK} differs from most hosts"] if any(odd.values()) else [])]
+
+
+def _gpus_text(gpus: Sequence[Gpu]) -> str:
+    kinds = Counter(gpu.name for gpu in gpus)
+    return ", ".join(f"{number} x {name}" for name, number in kinds.items()) or NO_GPU
+
+
+def _gpu_memory_text(gpus: Sequence[Gpu]) -> str:
+    """The memory of the GPU with the least free memory: a job can use no more than that on each."""
+    if not gpus:
+        return "-"
+    least = min(gpus, key=lambda gpu: gpu.free_bytes)
+    return f"{bytes_in_words(least.free_bytes)} of {bytes_in_words(least.total_bytes)}"
+
+
+# Groups --------------------------------------------------------------------------------------------------------------
+
+
+def group_table(groups: Sequence[GroupResult]) -> list[str]:
+    """A row for each kind of group, with its slowest group and that group's hosts."""
+    rows = [["all-reduce", "groups x ranks", "latency", "bytes", "time", "bus bandwidth", "median", "slowest group"]]
+    for kind in dict.fromkeys(group.kind for group in groups):
+        of_kind = [group for group in groups if group.kind == kind]
+        slowest = min(of_kind, key=lambda group: group.bus_bytes_per_second)
+        usual = median(group.bus_bytes_per_second for group in of_kind)
+        ranks = ", ".join(map(str, slowest.ranks[:8])) + (" ..." if len(slowest.ranks) > 8 else "")
+        rows.append(
+            [
+                kind,
+                f"{len(of_kind)} x {len(slowest.ranks)}",
+                time_text(max(group.latency_seconds for group in of_kind)),
+                f"{slowest.num_bytes / 1e6:.3g} MB",
+                time_text(slowest.seconds),
+                f"{slowest.bus_bytes_per_second / 1e9:.3g} GB/s",
+                f"{usual / 1e9:.3g} GB/s",
+                f"ranks {ranks} on {enumerate_names(slowest.hosts)}",
+            ]
         )
+    return aligned_lines(rows, align="<")

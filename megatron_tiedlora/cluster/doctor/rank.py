@@ -10,29 +10,42 @@ also in subgroups, has the order's time limit, and an alarm ends the process if 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
+from glob import has_magic
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tiedlora.base.output_folder import nearest_existing
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.text_files import seen_late
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.cluster.doctor.files import job_content, output_folder
+from megatron_tiedlora.checkpoint.sources import is_model_on_hub, prepared_model
 from megatron_tiedlora.cluster.doctor.records import (
+    UNREADABLE,
     Clock,
     GroupKind,
     GroupResult,
     HostAnswer,
     Order,
+    OutputFolder,
+    PathContent,
     Said,
     packed,
     unpacked,
 )
+from megatron_tiedlora.data.readers import is_rows_file, may_be_hub_id, split_hub_name
+from megatron_tiedlora.data.sources import parse_sources, without_weight
 from megatron_tiedlora.runtime.machine import machine_record, resolve
 
 if TYPE_CHECKING:
@@ -183,15 +196,12 @@ class TrialRank:
         import torch
         from torch import distributed
 
-        wait = torch.cuda.synchronize if part.device.type == "cuda" else lambda: None
+        from megatron_tiedlora.training.throughput import timed
+
         seconds, sums = 0.0, torch.empty_like(part)
         for _ in range(turns):
-            sums.copy_(part)
-            wait()
-            begin = time.perf_counter()
-            distributed.all_reduce(sums, group=handle)
-            wait()
-            seconds += time.perf_counter() - begin
+            timed(lambda: sums.copy_(part), part.device)
+            seconds += timed(lambda: distributed.all_reduce(sums, group=handle), part.device)
         return torch.equal(sums, whole), seconds / turns
 
     def _agreed_turns(self, seconds: float) -> int:
@@ -215,15 +225,122 @@ def _write(path: str, token: str) -> str:
 
 def _can_read(path: str, token: str) -> bool:
     """Whether the token can be read there; a network file system may show it late."""
-    limit = time.monotonic() + _SHARED_SECONDS
-    while time.monotonic() < limit:
+
+    def read() -> bool | None:
         with suppress(OSError), open(path, "rb") as file:
-            if file.read(len(token) + 1) == token.encode():
-                return True
-        with suppress(OSError):
-            os.listdir(os.path.dirname(path))  # asks the server again
-        time.sleep(0.2)
-    return False
+            return file.read(len(token) + 1) == token.encode() or None
+        return None
+
+    return seen_late(read, Path(path).parent, seconds=_SHARED_SECONDS) is not None
+
+
+# The files of a job ---------------------------------------------------------------------------------------------------
+
+
+_SMALL_FILE = 1 << 20  # bytes; smaller files are compared by content: configs and tokenizers
+_MOST_FILES = 10_000
+_READ_OF_A_MODEL = (".json", ".jinja", ".safetensors", "tokenizer.model")  # the rest of a repository is not downloaded
+_WEIGHTS = ".safetensors"
+
+
+def job_files(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """(absolute paths, the id on the hub that a path means if no host has it), both by flag.
+
+    Two aligned texts, `A.de,A.en`, are two paths, under `FLAG:1` and `FLAG:2`, and so are several files.
+
+    Args:
+        given: the values by flag, as the user gave them.
+
+    Raises:
+        UserError: a value is not a valid path, or not a valid list of files.
+    """
+    paths: dict[str, str] = {}
+    hub: dict[str, str] = {}
+    for flag, value in given.items():
+        if flag == "model":
+            paths[flag] = absolute_path(prepared_model(value) or value, flag=flag)
+            if is_model_on_hub(value):
+                hub[flag] = value
+            continue
+        names = [name.strip() for name in value.split(",")]
+        is_pair = len(names) == 2 and all(names) and not any(is_rows_file(without_weight(name)) for name in names)
+        if not is_pair or os.path.exists(absolute_path(value, flag=flag)):
+            names, is_pair = [source.name for source in parse_sources(value, f"--{flag}")], False
+        for number, name in enumerate(names, start=1):
+            key = flag if len(names) == 1 else f"{flag}:{number}"
+            if not has_magic(name):  # only a job's own start knows what a pattern stands for
+                paths[key] = absolute_path(name, flag=flag)
+            if not is_pair and may_be_hub_id(hub_id := split_hub_name(name)[0]):
+                hub[key] = hub_id
+    return paths, hub
+
+
+def absolute_path(path: str | Path, *, flag: str) -> str:
+    """The absolute path that the hosts are asked for, from this folder and this user's home.
+
+    Raises:
+        UserError: it is not a valid path; the message names the flag.
+    """
+    return os.path.abspath(user_path(path, flag=f"--{flag}"))
+
+
+def cached_model(hub_id: str) -> str | None:
+    """The folder of a model in this host's hub cache (under HF_HOME); None if its weights are not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json")
+    folder = os.path.dirname(config) if isinstance(config, str) else None
+    return folder if folder and any(name.endswith(_WEIGHTS) for name in os.listdir(folder)) else None
+
+
+def job_content(flag: str, path: str, hub_id: str | None) -> PathContent:
+    """What the path of a flag holds; if it does not exist, what this host has of the hub's repository. A data set of
+    the hub is not looked for: its library stores it in a form that depends on how it was loaded."""
+    content = path_content(path)
+    if content.kind != "missing" or hub_id is None:
+        return content
+    if flag != "model":
+        return PathContent(path=hub_id, kind="unchecked")
+    folder = cached_model(hub_id)
+    if folder is None:
+        return PathContent(path=hub_id, kind="not_cached")
+    files = {name: value for name, value in path_content(folder).files.items() if name.endswith(_READ_OF_A_MODEL)}
+    return PathContent(path=hub_id, kind="cached", files=files)
+
+
+def path_content(path: str) -> PathContent:
+    """The names and sizes of the files at a path, with hashes of the small ones."""
+    if os.path.isfile(path):
+        return PathContent(path=path, kind="file", files={os.path.basename(path): _file_content(path)})
+    if not os.path.isdir(path):
+        return PathContent(path=path, kind="missing")
+    if not os.access(path, os.R_OK | os.X_OK):
+        return PathContent(path=path, kind="folder", files={".": UNREADABLE})
+    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)[:_MOST_FILES]
+    contents = {os.path.relpath(file, path): _file_content(file) for file in files}
+    return PathContent(path=path, kind="folder", files=contents)
+
+
+def _file_content(path: str) -> str:
+    """`SIZE`, or `SIZE HASH` for a small file."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = f" {hashlib.sha256(file.read()).hexdigest()[:12]}" if size <= _SMALL_FILE else ""
+        return f"{size}{digest}"
+    except OSError:
+        return UNREADABLE
+
+
+def output_folder(path: str) -> OutputFolder:
+    """Where a run folder would be made: the nearest existing folder and the free space of its file system."""
+    existing = nearest_existing(Path(path))
+    return OutputFolder(
+        path=path,
+        existing=str(existing),
+        writable=os.access(existing, os.W_OK | os.X_OK),
+        free_bytes=shutil.disk_usage(existing).free,
+    )
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.machine import Finding, MachineRecord, Record
 
 UNREADABLE = "unreadable"
@@ -36,6 +36,11 @@ class PathContent(Record):
     path: str
     kind: Literal["file", "folder", "missing", "cached", "not_cached", "unchecked"]
     files: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the host has it."""
+        return self.kind in ("file", "folder", "cached")
 
 
 class OutputFolder(Record):
@@ -93,12 +98,12 @@ class ParallelConfig(Record):
     def groups(self) -> dict[GroupKind, list[list[int]]]:
         """The ranks of each tensor, pipeline and data parallel group, without kinds whose groups have one rank."""
         grid = Grid(0, self.num_ranks, self.tensor_parallel, self.pipeline_parallel)
-        members: dict[GroupKind, dict[tuple[int, int], list[int]]] = {"tensor": {}, "pipeline": {}, "data": {}}
-        for at in map(grid.at, range(grid.world_size)):
-            members["tensor"].setdefault((at.pp_rank, at.dp_rank), []).append(at.rank)
-            members["pipeline"].setdefault((at.dp_rank, at.tp_rank), []).append(at.rank)
-            members["data"].setdefault((at.pp_rank, at.tp_rank), []).append(at.rank)
-        return {kind: list(groups.values()) for kind, groups in members.items() if len(groups[0, 0]) > 1}
+        found: dict[GroupKind, dict[tuple[int, int], list[int]]] = {
+            "tensor": grid.groups(lambda at: (at.pp_rank, at.dp_rank)),
+            "pipeline": grid.groups(lambda at: (at.dp_rank, at.tp_rank)),
+            "data": grid.groups(lambda at: (at.pp_rank, at.tp_rank)),
+        }
+        return {kind: list(groups.values()) for kind, groups in found.items() if len(groups[0, 0]) > 1}
 
 
 class Order(Record):

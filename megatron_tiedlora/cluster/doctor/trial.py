@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import tempfile
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,9 +21,8 @@ from typing import Any, get_args
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text, enumerate_names
-from megatron_tiedlora.cluster.doctor.compare import compare_hosts, error, warning
-from megatron_tiedlora.cluster.doctor.files import absolute_path, job_files
-from megatron_tiedlora.cluster.doctor.rank import RANK_MARK
+from megatron_tiedlora.cluster.doctor.compare import compare_hosts
+from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, absolute_path, job_files
 from megatron_tiedlora.cluster.doctor.records import (
     DoctorReport,
     GroupKind,
@@ -41,14 +38,14 @@ from megatron_tiedlora.cluster.doctor.records import (
     unpacked,
 )
 from megatron_tiedlora.cluster.launchers import Job, StartPlan, plan_start
-from megatron_tiedlora.cluster.running import RunningJob, StopSignals
-from megatron_tiedlora.cluster.start import check_programs, choose_hosts, make_job
+from megatron_tiedlora.cluster.running import POLL_SECONDS, RunningJob, StopSignals
+from megatron_tiedlora.cluster.start import check_programs, make_job
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.launch_settings import LaunchSettings
-from megatron_tiedlora.model.stored_formats import format_in_use, stored_format
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.model.hf_config import format_in_use, stored_format
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
-from megatron_tiedlora.runtime.machine import Finding
+from megatron_tiedlora.runtime.machine import Finding, error, warning
 
 _PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor.rank")
 _START_SECONDS = 60.0  # for launchers, beside the time that the ranks have
@@ -77,7 +74,15 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
 
 def _examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say, job: Job) -> DoctorReport:
     hosts = place_ranks(job)
-    layout = _make_layout(hosts, settings, job)
+    grid = Grid(0, job.size, settings.tensor_parallel, settings.pipeline_parallel)
+    layout = ParallelConfig(
+        num_ranks=job.size,
+        tensor_parallel=grid.tp_size,
+        pipeline_parallel=grid.pp_size,
+        data_parallel=grid.dp_size,
+        master_host="127.0.0.1" if len(hosts) == 1 else hosts[0].name,
+        master_port=job.master_port,
+    )
     base_format = _base_format(settings)
     paths, hub = job_files(settings.paths())
     output_dir = None if settings.output_dir is None else absolute_path(settings.output_dir, flag="output_dir")
@@ -156,8 +161,7 @@ def find_job(settings: DoctorSettings, environment: Mapping[str, str], private: 
     if settings.hostfile is None and "SLURM_JOB_ID" not in environment:
         ranks = len(visible_gpus()) or settings.tensor_parallel * settings.pipeline_parallel
         launch = launch.model_copy(update={"num_gpus": ranks})
-    launcher, route, hosts = choose_hosts(launch, outside)
-    return make_job(launch, launcher, route, hosts, program=(), arguments=(), private=private)
+    return replace(make_job(launch, outside), private=private)
 
 
 def place_ranks(job: Job) -> list[HostReport]:
@@ -165,19 +169,6 @@ def place_ranks(job: Job) -> list[HostReport]:
     hosts = sorted(job.hosts, key=lambda host: host.name) if job.launcher == "torchrun" else job.hosts
     firsts = accumulate((host.slots for host in hosts), initial=0)
     return [HostReport(name=one.name, slots=one.slots, first_rank=at) for one, at in zip(hosts, firsts, strict=False)]
-
-
-def _make_layout(hosts: Sequence[HostReport], settings: DoctorSettings, job: Job) -> ParallelConfig:
-    num_ranks = sum(host.slots for host in hosts)
-    grid = Grid(0, num_ranks, settings.tensor_parallel, settings.pipeline_parallel)
-    return ParallelConfig(
-        num_ranks=num_ranks,
-        tensor_parallel=grid.tp_size,
-        pipeline_parallel=grid.pp_size,
-        data_parallel=grid.dp_size,
-        master_host="127.0.0.1" if len(hosts) == 1 else hosts[0].name,
-        master_port=job.master_port,
-    )
 
 
 # The ranks --------------------------------------------------------------------------------------------------------
@@ -262,39 +253,27 @@ def _lines(
     trial: Trial, job: Job, arguments: tuple[str, ...], environment: Mapping[str, str], seconds: float
 ) -> Iterator[str]:
     """Start a job and yield what it prints, first its output and at its end its errors. Nothing of it is left here."""
-    job, limit = replace(job, program=_PROGRAM, arguments=arguments), threading.Event()
-    with tempfile.TemporaryFile() as errors, StopSignals() as signals:
-        # One rank of this machine needs no launcher; a plain job starts so, too.
-        alone = StartPlan(tuple(job.command), {**environment, "PYTHONSAFEPATH": "1"})
-        plan = alone if job.route == "local" and job.size == 1 else plan_start(job, environment)
-        running = RunningJob(job, plan, stdout=subprocess.PIPE, stderr=errors.fileno())
-
-        def watch() -> None:
-            end = time.monotonic() + seconds + _START_SECONDS
-            while not over.wait(0.2):  # also after the launcher's end: what it has started may hold the output
-                running.here()  # so that it is known then
-                if time.monotonic() > end or signals.received:
-                    limit.set()
-                    running.kill()
-
-        over = threading.Event()
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
+    job, end = replace(job, program=_PROGRAM, arguments=arguments), time.monotonic() + seconds + _START_SECONDS
+    # One rank of this machine needs no launcher; a plain job starts so, too.
+    alone = StartPlan(tuple(job.command), {**environment, "PYTHONSAFEPATH": "1"})
+    plan = alone if job.route == "local" and job.size == 1 else plan_start(job, environment)
+    files = job.private / "output", job.private / "errors"
+    with files[0].open("wb") as output, files[1].open("wb") as errors, StopSignals() as signals:
+        running, text, is_over = RunningJob(job, plan, stdout=output, stderr=errors), "", False
         try:
-            assert running.process.stdout is not None
-            for line in running.process.stdout:
-                yield line.decode(errors="replace").rstrip("\n")
-            status = running.process.wait()
-            trial.status = None if limit.is_set() else status
+            with files[0].open(encoding="utf-8", errors="replace", newline="\n") as reader:
+                while not is_over:  # also after the launcher's end: what it has started may still print
+                    time.sleep(POLL_SECONDS)
+                    is_over = not running.here() or time.monotonic() > end or bool(signals.received)
+                    *lines, text = (text + reader.read()).split("\n")
+                    yield from lines
+            trial.status = None if running.here() else running.process.wait()
         finally:
-            over.set()
-            watcher.join()
             running.kill()
             running.process.wait()
-        if signals.received:
-            raise KeyboardInterrupt
-        errors.seek(0)
-        yield from errors.read().decode(errors="replace").splitlines()
+    if signals.received:
+        raise KeyboardInterrupt
+    yield from [*([text] if text else []), *files[1].read_text("utf-8", "replace").splitlines()]
 
 
 def last_words(trial: Trial, names: Sequence[str]) -> str:

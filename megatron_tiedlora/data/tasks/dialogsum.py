@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.data.fields import required_text, without, without_line_breaks
-from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.task import HubSource, Parts, Task
+from megatron_tiedlora.data.readers import required_text, without, without_line_breaks
+from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
 
 _ANSWERS = ("summary", "summary1", "summary2", "summary3")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.data.fields import required_text, without
-from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.task import HubSource, Parts, Task
+from megatron_tiedlora.data.readers import required_text, without
+from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
 
 
 def question_parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.data.fields import checked_text, required_text, required_texts, without
-from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.task import HubSource, Parts, Task
+from megatron_tiedlora.data.readers import checked_text, required_text, required_texts, without
+from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
 
 # Headings and steps of the WikiHow articles that half of the rows come from. If a bracket is not closed on its line, no
 # later one is either. The rest of the line is then one match, which stays: a search from each would be quadratic.

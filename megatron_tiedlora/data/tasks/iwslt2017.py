@@ -16,11 +16,18 @@ from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.data.fields import required_text, without, without_line_breaks
-from megatron_tiedlora.data.readers import SUFFIXES, Row, is_rows_file, may_be_hub_id, read_lines
-from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.readers import (
+    SUFFIXES,
+    Row,
+    is_rows_file,
+    may_be_hub_id,
+    read_lines,
+    required_text,
+    without,
+    without_line_breaks,
+)
 from megatron_tiedlora.data.sources import without_weight
-from megatron_tiedlora.data.task import HubSource, Parts, Task
+from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
 
 _LANGUAGES = ("de", "en")
 _SEGMENT = re.compile(r"<seg\b[^>]*>([^<]*)</seg>")  # with its entities, as the hub's rows have them
@@ -39,13 +46,7 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
 
 
 def _aligned_files(argument: str, flag: str) -> Callable[[], list[Row]] | None:
-    """What reads the rows of two text files "GERMAN,ENGLISH", or None if the argument names files or data sets."""
-    pair = _pair(argument, flag)
-    return None if pair is None else partial(_read_aligned, *pair)
-
-
-def _pair(argument: str, flag: str) -> tuple[str, str] | None:
-    """The names of a German and an English text file, or None if the argument names files or data sets of rows.
+    """What reads the rows of two text files, German and English, or None if the argument names files of rows.
 
     The last suffix that is .de or .en tells the language of a file; without one, the order does.
     """
@@ -67,7 +68,7 @@ def _pair(argument: str, flag: str) -> tuple[str, str] | None:
     first, second = (_language(name) for name in names)
     if first is not None and first == second:
         raise UserError(f"{flag} {argument}: both files end in .{first}; give the German and the English one")
-    return (names[1], names[0]) if first == "en" or second == "de" else (names[0], names[1])
+    return partial(_read_aligned, *(reversed(names) if first == "en" or second == "de" else names))
 
 
 def _read_aligned(german_name: str, english_name: str) -> list[Row]:

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.data.fields import required_text, required_texts, without
-from megatron_tiedlora.data.readers import Row
-from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.task import HubSource, Parts, Task
+from megatron_tiedlora.data.readers import Row, required_text, required_texts, without
+from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
 
 
 def _parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:

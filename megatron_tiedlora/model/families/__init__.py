@@ -1,6 +1,7 @@
 """Families of models, one per module. The module has the name of the family's `model_type` in `config.json`.
 
-It has `DEFAULTS`, what an absent field means, and `read`, which makes a `ModelShape` of an `HfConfig`.
+It has `DEFAULTS`, what an absent field means where that is not what it means to LLaMA, and `read`, which makes a
+`ModelShape` of an `HfConfig`.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
         known, reason = ", ".join(FAMILIES), _reason(values)
         because = "" if reason is None else f", as {reason}"
         raise UserError(f"{source}: model_type {shown(kind)} is not implemented{because}. This version trains {known}")
-    family = import_module(f"{__name__}.{kind}")
-    config = HfConfig(values, source, family.DEFAULTS)
+    llama, family = (import_module(f"{__name__}.{name}") for name in ("llama", kind))
+    config = HfConfig(values, source, {**llama.DEFAULTS, **family.DEFAULTS})
     shape: ModelShape = family.read(config)
     config.reject_unread()
     return shape

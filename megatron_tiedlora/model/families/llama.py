@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig
-from megatron_tiedlora.model.hf_rope import read_rope
 
 DEFAULTS = {
     "vocab_size": 32000,
@@ -22,4 +21,4 @@ DEFAULTS = {
 def read(config: HfConfig) -> ModelShape:
     """The shape of a `LlamaForCausalLM`. Raises UserError for features that are not implemented."""
     bias = config.flag("attention_bias")
-    return gated_decoder(config, rope=read_rope(config), qkv_bias=bias, output_bias=bias)
+    return gated_decoder(config, qkv_bias=bias, output_bias=bias)

@@ -5,23 +5,11 @@ from __future__ import annotations
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import BEHIND, gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig
-from megatron_tiedlora.model.hf_rope import read_rope
 
-DEFAULTS = {
-    "vocab_size": 50304,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-}
+DEFAULTS = {"vocab_size": 50304, "rms_norm_eps": 1e-5}
 
 
 def read(config: HfConfig) -> ModelShape:
     """The shape of an `Olmo2ForCausalLM`. Raises UserError for features that are not implemented."""
     bias = config.flag("attention_bias")
-    return gated_decoder(
-        config, rope=read_rope(config), qkv_bias=bias, output_bias=bias, norms=BEHIND, head_norms="together"
-    )
+    return gated_decoder(config, qkv_bias=bias, output_bias=bias, norms=BEHIND, head_norms="together")

@@ -8,17 +8,7 @@ from megatron_tiedlora.model.gated_decoder import BEHIND, gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig
 from megatron_tiedlora.model.hf_rope import FULL, SLIDING, read_ropes_by_kind
 
-DEFAULTS = {
-    "vocab_size": 50304,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "sliding_window": 4096,
-}
+DEFAULTS = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "sliding_window": 4096}
 
 
 def read(config: HfConfig) -> ModelShape:

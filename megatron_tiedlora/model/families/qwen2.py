@@ -5,18 +5,12 @@ from __future__ import annotations
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig, window_of_last_layers
-from megatron_tiedlora.model.hf_rope import read_rope
 
 DEFAULTS = {
     "vocab_size": 151936,
-    "hidden_size": 4096,
     "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
     "num_key_value_heads": 32,
-    "hidden_act": "silu",
     "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
@@ -24,5 +18,4 @@ DEFAULTS = {
 
 def read(config: HfConfig) -> ModelShape:
     """The shape of a `Qwen2ForCausalLM`. Raises UserError for features that are not implemented."""
-    window = window_of_last_layers(config)
-    return gated_decoder(config, rope=read_rope(config), window=window, qkv_bias=True)
+    return gated_decoder(config, window=window_of_last_layers(config), qkv_bias=True)

@@ -5,19 +5,13 @@ from __future__ import annotations
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig, window_of_last_layers
-from megatron_tiedlora.model.hf_rope import read_rope
 
 DEFAULTS = {
     "vocab_size": 151936,
-    "hidden_size": 4096,
     "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
     "num_key_value_heads": 32,
     "head_dim": 128,
-    "hidden_act": "silu",
     "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
@@ -27,6 +21,4 @@ def read(config: HfConfig) -> ModelShape:
     """The shape of a `Qwen3ForCausalLM`. Raises UserError for features that are not implemented."""
     bias = config.flag("attention_bias")
     window = window_of_last_layers(config)
-    return gated_decoder(
-        config, rope=read_rope(config), window=window, qkv_bias=bias, output_bias=bias, head_norms="each"
-    )
+    return gated_decoder(config, window=window, qkv_bias=bias, output_bias=bias, head_norms="each")

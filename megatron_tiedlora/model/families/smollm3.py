@@ -11,13 +11,10 @@ from megatron_tiedlora.model.hf_rope import read_rope
 DEFAULTS = {
     "vocab_size": 128256,
     "hidden_size": 2048,
-    "intermediate_size": 11008,
     "num_hidden_layers": 36,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
-    "hidden_act": "silu",
     "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
     "rope_theta": 2000000.0,
     "no_rope_layer_interval": 4,
     "tie_word_embeddings": True,

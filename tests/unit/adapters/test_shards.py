@@ -12,7 +12,6 @@ from gradient_worker import fill_stage
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
@@ -21,8 +20,8 @@ from megatron_tiedlora.adapters.tied_adapter import (
     initial_values,
     lora_factors,
     make_adapter_config,
-    qkv_target,
 )
+from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
@@ -30,8 +29,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import layer_costs, partition
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
+from megatron_tiedlora.parallel.groups import Grid, RankGroup, TensorParallel
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 
 # ------------------------------------------------------------------------------------------- declarations
@@ -99,7 +97,7 @@ LAYOUTS: dict[str, tuple[int, tuple[range, ...]]] = {
 }
 
 
-QKV = qkv_target(WIDTH, (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM))
+QKV = Target("qkv", WIDTH, (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM), "column")
 TARGETS = (QKV, Target("gate_up", WIDTH, (40, 40), "column"), Target("down_proj", 40, (WIDTH,), "row"))
 
 

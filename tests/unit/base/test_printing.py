@@ -19,8 +19,8 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import printable, show
 from megatron_tiedlora.cluster import running
+from megatron_tiedlora.cluster.doctor.compare import report_text
 from megatron_tiedlora.cluster.doctor.records import DoctorReport, HostReport, ParallelConfig
-from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.cluster.running import StopSignals
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons

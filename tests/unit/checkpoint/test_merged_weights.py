@@ -15,7 +15,7 @@ from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.merged_weights import MergedWeights
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 
 
 @pytest.fixture(scope="module")

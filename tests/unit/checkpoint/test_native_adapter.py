@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
-from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.adapters.tying import AdapterLayout, gather_state
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.inputs import check_base
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +216,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no targets": (edit(targets=None), CONFIG, "targets is missing"),
     "no width": (edit(intermediate_size=None), CONFIG, "intermediate_size is missing"),
     "layers": (edit(layers=7), CONFIG, "wrong type"),
-    "layer 0": (edit(layers=[0, 3]), CONFIG, "[0, 3] are not among 1 to 3"),
-    "layer 4": (edit(layers=[1, 4]), CONFIG, "[1, 4] are not among 1 to 3"),
-    "layer order": (edit(layers=[3, 1]), CONFIG, "not in ascending order"),
+    "layer 0": (edit(layers=[0, 3]), CONFIG, "[0, 3] are not ascending numbers from 1 to 3"),
+    "layer 4": (edit(layers=[1, 4]), CONFIG, "[1, 4] are not ascending numbers from 1 to 3"),
+    "layer order": (edit(layers=[3, 1]), CONFIG, "[3, 1] are not ascending numbers"),
     "no u": (retensor(lambda tensors: tensors.pop("u")), WEIGHTS, "tensor u is missing"),
     "shape": (retensor(lambda t: t.update(B=t["B"].T.contiguous())), WEIGHTS, "B has shape (4, 64), expected (64, 4)"),
     "whole numbers": (retensor(lambda t: t.update(u=t["u"].to(torch.int8))), WEIGHTS, "u is I8, not floating point"),

@@ -287,7 +287,7 @@ def test_an_adapter_that_was_trained_on_a_merged_model_is_merged_into_it(
 def test_peft_files_are_as_documented(bases: dict[str, Path], tmp_path: Path, layers: tuple[int, ...] | None) -> None:
     base = bases["gqa"]
     source, adapter, oracle = with_adapter(base, "tl6", layers)
-    assert export_peft(source, adapter, tmp_path / "peft") == 4
+    assert export_peft(source, adapter, tmp_path / "peft").rank == 4
     files = {"adapter_config.json", "adapter_model.safetensors", "tiedlora_export.json"}
     assert {f.name for f in (tmp_path / "peft").iterdir()} == files
     content = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -332,7 +332,7 @@ def test_padding_the_rank_changes_nothing(
 ) -> None:
     source, adapter, _ = gqa
     export_peft(source, adapter, tmp_path / "plain")
-    assert export_peft(source, adapter, tmp_path / "padded", pad_rank_to=16) == 16
+    assert export_peft(source, adapter, tmp_path / "padded", pad_rank_to=16).rank == 16
     content = json.loads((tmp_path / "padded" / "adapter_config.json").read_text())
     assert content["r"] == content["lora_alpha"] == 16
     plain, padded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "padded"))

@@ -43,9 +43,8 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.convert.nemo import convert_nemo
+from megatron_tiedlora.convert.nemo import convert_nemo, nemo_model
 from megatron_tiedlora.convert.nemo_archive import NemoArchive
-from megatron_tiedlora.convert.nemo_config import nemo_model
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
 from megatron_tiedlora.model.families import shape_from_hf

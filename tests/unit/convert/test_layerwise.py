@@ -31,7 +31,7 @@ def logits(base: Path, dtype: torch.dtype, **adapter_fields: object) -> dict[str
     source, adapter, _ = with_adapter(base, "tl6", **adapter_fields)
     tokens = torch.randint(0, source.shape.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
     with BaseWeights(base, source.shape) as weights:
-        models = [Weights(weights.read, {"native": adapter}), Weights(weights.read, {"plain": None})]
+        models: list[Weights] = [(weights.read, {"native": adapter}), (weights.read, {"plain": None})]
         found = layerwise_logits(source.shape, models, tokens, dtype=dtype)
     positions = torch.arange(17).expand_as(tokens)
     whole = {"native": load_model(source, adapter, dtype=dtype), "plain": load_model(source, None, dtype=dtype)}

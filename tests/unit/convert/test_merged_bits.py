@@ -22,7 +22,7 @@ from megatron_tiedlora.checkpoint.merged_weights import row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.convert.merged_bits import compare_merged
+from megatron_tiedlora.convert.verify import compare_merged
 
 ALL = ("qkv", "o_proj", "gate_up", "down_proj")
 WITH_ZERO = "model.layers.1.mlp.gate_proj.weight"
@@ -80,7 +80,6 @@ def test_a_merge_has_the_bits_that_it_must_have(
     inputs: tuple[ModelSource, NativeAdapter], exported: Path, kind: str
 ) -> None:
     found = compare_merged(*inputs, exported / kind)
-    assert (found.touched, found.untouched, found.differences) == (2 * 7, 3 * 9 + 3 - 2 * 7, ())
     assert found.lines() == ["merged files, bit by bit: 14 tensors with the adapter, 16 as in the base  ok"]
 
 
@@ -207,7 +206,8 @@ def test_a_fused_stored_tensor(tmp_path: Path) -> None:
     base = write_tiny_model(tmp_path / "base", family="phi3", tokenizer=False)
     inputs = with_adapter(base, "lora", targets=("qkv", "gate_up"))[:2]
     merge_adapter(*inputs, tmp_path / "merged")
-    assert compare_merged(*inputs, tmp_path / "merged").touched == 6 and not differences(inputs, tmp_path / "merged")
+    found = compare_merged(*inputs, tmp_path / "merged")
+    assert ": 6 tensors with the adapter" in found.compared and not found.differences
     name = "model.layers.1.self_attn.qkv_proj.weight"
     flip_bit(tmp_path / "merged/model.safetensors", name, row=50)
     (found,) = differences(inputs, tmp_path / "merged")
@@ -256,7 +256,7 @@ def test_a_merge_onto_a_folder_that_is_quantised(tmp_path: Path, kind: str) -> N
     merge_adapter(*inputs, merged, onto_trained=True)
     assert find_model(str(merged)).stored is None
     found = compare_merged(*inputs, merged)
-    assert (found.touched, found.differences) == (2 * 7, ())
+    assert ": 14 tensors with the adapter" in found.compared and not found.differences
     (file,) = merged.glob("*.safetensors")
     rewrite(file, "model.layers.0.other.weight", torch.ones(2))
     assert [line.partition(": ")[2] for line in differences(inputs, merged)] == [

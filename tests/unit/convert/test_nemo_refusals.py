@@ -18,8 +18,7 @@ import torch
 from nemo_files import TOKENIZER, Sizes, ckpt, draw_tensors, nemo_members, pieces, rank_member, state_dict, write_nemo
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.convert.nemo import convert_nemo
-from megatron_tiedlora.convert.nemo_config import nemo_model
+from megatron_tiedlora.convert.nemo import convert_nemo, nemo_model
 
 SMALL = Sizes(layers=2, hidden=16, ffn=24, heads=2)
 
@@ -140,8 +139,8 @@ BROKEN_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "no table": (lambda: ckpt((1, 2)), "is not a table"),
     "transposed": (lambda: weights(lambda t: t.update({_QKV: t[_QKV].T})), "is not stored row by row"),
     "missing": (lambda: weights(lambda t: t.pop(_QKV)), f"{_QKV} is missing"),
-    "unknown": (lambda: weights(lambda t: t.update({"encoder.x.bias": t[_NORM]})), "holds 'encoder.x.bias'"),
-    "shape": (lambda: weights(lambda t: t.update({_QKV: t[_QKV][1:].clone()})), "(47, 16), but (48, 16) is expected"),
+    "unknown": (lambda: weights(lambda t: t.update({"encoder.x.bias": t[_NORM]})), "a tensor 'encoder.x.bias'"),
+    "shape": (lambda: weights(lambda t: t.update({_QKV: t[_QKV][1:].clone()})), "(47, 16), expected (48, 16)"),
     "width": (lambda: weights(lambda t: t.update({"output_layer.weight": t[_QKV].view(96, 8)})), "shape (96, 8)"),
     "few pieces": (lambda: weights(lambda t: t.update({"output_layer.weight": t[_QKV]})), "48 rows, but the tokenizer"),
     "base": (lambda: weights(lambda t: t["rotary_pos_emb.inv_freq"].mul_(0.9)), "inv_freq is not that of base 10000"),
@@ -165,7 +164,7 @@ BROKEN_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "two pickles": (lambda: twice(weights(str)), "holds a file twice"),
     "pickle cut": (lambda: zipped({"data.pkl": b"\x80\x02}"}), "pickle exhausted before seeing STOP"),
     "memo": (lambda: zipped({"data.pkl": b"\x80\x02}r\xff\xff\xff\xff."}), "is missing"),
-    "many axes": (lambda: weights(lambda t: t.update(x=torch.ones([1] * 9))), "holds 'x', which is not converted"),
+    "many axes": (lambda: weights(lambda t: t.update(x=torch.ones([1] * 9))), "tensor 'x' that does not belong there"),
     "huge pickle": (lambda: zipped({"data.pkl": b"\x80\x02}" + b"0" * 2**24}), "bytes where at most"),
 }  # fmt: skip
 

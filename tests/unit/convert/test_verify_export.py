@@ -38,7 +38,7 @@ def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_help_says_what_is_compared_bit_by_bit() -> None:
-    """See `bit_lines` in the report: merged files, and PEFT files of this package."""
+    """See `BitComparison` in the report: merged files, and PEFT files of this package."""
     help_text = " ".join(build_parser(VerifySettings).format_help().split())
     assert "Every tensor of the merged files is compared bit by bit" in help_text
     assert "A PEFT folder that this package exported is compared bit by bit with the adapter's export" in help_text
@@ -59,7 +59,8 @@ def test_the_check_passes_what_is_right(base: Path, exported: Path) -> None:
     source, adapter, _ = with_adapter(base, "tl6")
     found = verify_export(source, adapter, merged=exported / "merged", peft=exported / "peft")
     rows = by_name(found)
-    assert found.passed and found.bits is not None and not found.bits.differences and not found.notes
+    assert found.passed and not any(bits.differences for bits in found.bits) and not found.notes
+    assert len(found.bits) == 2
     assert tuple(rows) == ("base without adapter", *MERGED, *PEFT)
     plain = rows["base without adapter"]
     assert plain.largest > 0.02 and plain.agreement < 1 and plain.divergence > 1e-3
@@ -104,7 +105,8 @@ def test_the_check_fails_a_merge_that_is_wrong(
     judged = [rows[name if which == "merged" else f"{name}, rounded"] for name in MERGED]
     assert not found.passed and not any(row.passed for row in judged)  # each alone would have been enough
     named = value if damage == "swapped" else key
-    assert found.bits is not None and len(found.bits.differences) == 1 and named in found.bits.differences[0]
+    (bits,) = found.bits
+    assert len(bits.differences) == 1 and named in bits.differences[0]
 
 
 def test_the_check_fails_a_peft_adapter_that_is_wrong(base: Path, exported: Path, tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_the_check_fails_a_peft_adapter_that_is_wrong(base: Path, exported: Path
     found = verify_export(source, adapter, peft=broken)
     rows = by_name(found)
     assert [rows[name].passed for name in PEFT] == [False, False] and not found.passed
-    assert found.bits is None and found.report().count("FAILED") == 3
+    assert len(found.bits) == 1 and found.report().count("FAILED") == 3
 
 
 def test_one_flipped_bit_of_an_exported_peft_folder_fails(base: Path, exported: Path, tmp_path: Path) -> None:
@@ -126,7 +128,8 @@ def test_one_flipped_bit_of_an_exported_peft_folder_fails(base: Path, exported: 
     flip_bit(copy / "adapter_model.safetensors", name)
     found = verify_export(source, adapter, peft=copy, inside="none")
     assert not found.passed and all(row.passed for row in found.logits)
-    assert found.exported == (f"{copy / 'adapter_model.safetensors'}: {name} differs from the adapter's export",)
+    (bits,) = found.bits
+    assert bits.differences == (f"{copy / 'adapter_model.safetensors'}: {name} differs from the adapter's export",)
     assert found.report().startswith("PEFT files, bit by bit: the adapter's export  FAILED: 1 differ\n  ")
     assert len(found.notes) == 1 and "they are not what the adapter in native/ gives" in found.notes[0]
     (copy / EXPORT_RECORD).unlink()
@@ -136,8 +139,9 @@ def test_one_flipped_bit_of_an_exported_peft_folder_fails(base: Path, exported: 
 def test_the_export_of_another_adapter_fails(base: Path, exported: Path) -> None:
     source, adapter, _ = with_adapter(base, "tl6", layers=(2,))
     found = verify_export(source, adapter, peft=exported / "peft", inside="none")
-    assert not found.passed and found.exported is not None
-    unknown = [difference for difference in found.exported if difference.endswith("is not in the adapter's export")]
+    (bits,) = found.bits
+    assert not found.passed
+    unknown = [difference for difference in bits.differences if difference.endswith("is not in the adapter's export")]
     assert len(unknown) == 2 * 3 * 2  # two layers' q, k and v
 
 
@@ -166,7 +170,7 @@ def test_all_targets(base: Path, tmp_path: Path, method: str) -> None:
     source, adapter, _ = with_adapter(base, method, targets=ALL)
     merge_adapter(source, adapter, tmp_path / "merged", dtype=torch.bfloat16)
     found = verify_export(source, adapter, merged=tmp_path / "merged")
-    assert found.passed and found.bits is not None and found.bits.touched == 21
+    assert found.passed and ": 21 tensors with the adapter" in found.bits[0].compared
     rows = by_name(found)
     assert all(rows[f"{name}, rounded"].largest < 1e-5 for name in MERGED)
 
@@ -232,7 +236,7 @@ def test_transformers_computes_in_fp32_only(base: Path, exported: Path) -> None:
 
 def test_the_table_of_nan_fails() -> None:
     row = LogitComparison("merged", float("nan"), 0.0, 0.0, 1.0, "equal")
-    assert not row.passed and "FAILED" in format_comparisons([row]) and not Verification(None, (row,)).passed
+    assert not row.passed and "FAILED" in format_comparisons([row]) and not Verification((), (row,)).passed
 
 
 def test_the_command_takes_a_peft_folder_as_the_adapter(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
-from megatron_tiedlora.data import cache, encode_rows, token_dataset
+from megatron_tiedlora.data import cache, encode, token_dataset
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 
@@ -22,6 +22,6 @@ def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Chunks of three rows, encoded by this process or by others; totals and hashes by blocks of seven samples."""
     monkeypatch.setattr(token_dataset, "_BLOCK", 7)
     monkeypatch.setattr(cache, "_BLOCK", 5)
-    monkeypatch.setattr(encode_rows, "CHUNK", 3)
-    monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 10**6 if request.param == "one process" else 0)
+    monkeypatch.setattr(encode, "CHUNK", 3)
+    monkeypatch.setattr(encode, "_FEW_CHUNKS", 10**6 if request.param == "one process" else 0)
     return str(request.param)

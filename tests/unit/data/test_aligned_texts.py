@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from task_files import refusal, write, write_rows
 
-from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.data.tasks.iwslt2017 import TASK
 
 

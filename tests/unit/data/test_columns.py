@@ -11,9 +11,8 @@ from zoo_oracle import TOOLS, write_zoo_tokenizer
 
 from megatron_tiedlora.config.fields import parse_columns
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 Row = dict[str, Any]
@@ -21,9 +20,9 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo
 PLAIN = {"prompt": "a", "completion": "b"}
 
 
-def custom(tmp_path: Path, row: Row, columns: str, **options: Any) -> Example:
+def custom(tmp_path: Path, row: Row, columns: str, *, template: str | None = None, **options: Any) -> Example:
     path = write_rows(tmp_path / "data.jsonl", [row])
-    reading = Reading(columns=parse_columns(columns))
+    reading = Reading(columns=parse_columns(columns), template=template)
     (example,) = load_split("custom", "test", files={"test": path}, seed=0, reading=reading, **options)
     return example
 
@@ -99,8 +98,7 @@ def test_columns_that_do_not_fit(tmp_path: Path, row: Row, columns: str, words: 
 
 def test_columns_of_a_task_and_of_a_prompt_template(tmp_path: Path) -> None:
     row = {"q": "Hi", "a": "Yo", "level": "easy"}
-    template = {"prompt_template": "{level} {prompt}"}
-    assert custom(tmp_path, row, "prompt=q,completion=a", **template).prompt == "easy Hi"
+    assert custom(tmp_path, row, "prompt=q,completion=a", template="{level} {prompt}").prompt == "easy Hi"
     squad = [{"passage": "C.", "question": "Q?", "answers": {"text": ["x"]}}]
     path, reading = write_rows(tmp_path / "squad.jsonl", squad), Reading(columns={"context": "passage"})
     (example,) = load_split("squad", "test", files={"test": path}, seed=0, reading=reading)

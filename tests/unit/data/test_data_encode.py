@@ -12,9 +12,8 @@ from versions import require_exact_sentencepiece
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.encode import adds_prefix_space, encode_dataset, encode_examples, encode_prompts
-from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.loader import collate
-from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.token_dataset import TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer, padding_id, save_tokenizer
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL

@@ -17,8 +17,7 @@ from megatron_tiedlora.data.loader import (
     plan_global_batch,
     training_steps,
 )
-from megatron_tiedlora.data.order import permutation, sample_indices
-from megatron_tiedlora.data.token_dataset import TokenDataset
+from megatron_tiedlora.data.token_dataset import TokenDataset, permutation, sample_indices
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 from megatron_tiedlora.planning.layout import shared_shape
@@ -321,5 +320,5 @@ def test_the_messages_of_scattered_answers_are_those_that_are_planned():
         batch = collate(dataset, rows, pad_id=0, pad_multiple=8, packed=True)
         masks = [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows]
         shape, found = shared_shape(layout, [(0, masks)]), find_supervised(batch.labels, parts)
-        assert (shape.num_rows, shape.length) == tuple(batch.labels.shape)
-        assert (shape.num_supervised, shape.shares[0].num_after) == (len(found.labels), len(found.rows))
+        assert shape.num_tokens == batch.labels.numel()
+        assert (shape.num_supervised, shape.after[0]) == (len(found.labels), len(found.rows))

@@ -7,10 +7,11 @@ import pytest
 from folders import SHARED_DATA
 from task_files import refusal, write, write_rows
 
-from megatron_tiedlora.data import demo, readers
-from megatron_tiedlora.data.examples import join_answer
+from megatron_tiedlora.data import readers
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Reading, join_answer
+from megatron_tiedlora.data.tasks import demo
 
 
 def custom(path: str, **options) -> list:
@@ -130,13 +131,14 @@ def test_hub_rows(monkeypatch):
 
 def test_prompt_template(tmp_path):
     path = write_rows(tmp_path / "data.jsonl", [{"prompt": "2+2", "completion": "4", "level": "easy", "id": 7}])
-    (sample,) = custom(path, prompt_template=r"{level}\n{prompt} {{=}}")
+    (sample,) = custom(path, reading=Reading(template=r"{level}\n{prompt} {{=}}"))
     assert (sample.prompt, sample.completion) == ("easy\n2+2 {=}", " 4")
-    assert "id, level, prompt" in refusal(lambda: custom(path, prompt_template="{question}"))
-    assert "'completion'" in refusal(lambda: custom(path, prompt_template="{completion}"))  # would leak the answer
-    assert "'id'" in refusal(lambda: custom(path, prompt_template="{id}"))
+    assert "id, level, prompt" in refusal(lambda: custom(path, reading=Reading(template="{question}")))
+    leaks = Reading(template="{completion}")
+    assert "'completion'" in refusal(lambda: custom(path, reading=leaks))
+    assert "'id'" in refusal(lambda: custom(path, reading=Reading(template="{id}")))
     for broken in ("{prompt", "{prompt.x}", "{}", "{prompt!r}", "{prompt:>9}"):
-        assert "--prompt_template" in refusal(lambda broken=broken: custom(path, prompt_template=broken))
+        assert "--prompt_template" in refusal(lambda broken=broken: custom(path, reading=Reading(template=broken)))
 
 
 def test_join_answer():

@@ -9,8 +9,8 @@ from typing import Any
 
 from task_files import HUB_ROWS, refusal, write_rows
 
-from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 
 
@@ -41,13 +41,14 @@ def test_hellaswag_is_cleaned_as_its_public_definition_says(tmp_path: Path) -> N
 
 def test_a_template_can_show_hellaswag_s_endings(tmp_path: Path) -> None:
     row = HUB_ROWS["hellaswag"]
-    sample = read_one("hellaswag", tmp_path, row, prompt_template=r"{split_type}: {context}\n{endings}\nRight:")
+    shows = Reading(template=r"{split_type}: {context}\n{endings}\nRight:")
+    sample = read_one("hellaswag", tmp_path, row, reading=shows)
     assert sample.prompt == (
         "indomain: Roof shingle removal: A man is sitting on a roof. He\n"
         "1. is ripping level tiles off.\n2. is holding a cube.\n3. sleeps.\n4. starts pulling up roofing.\nRight:"
     )
     assert sample.completion == " starts pulling up roofing."
-    message = refusal(lambda: read_one("hellaswag", tmp_path, row, prompt_template="{label}"))  # would leak the answer
+    message = refusal(lambda: read_one("hellaswag", tmp_path, row, reading=Reading(template="{label}")))
     assert "no field 'label'" in message
     assert "activity_label, context, ctx, ctx_a, ctx_b, endings, ind, source_id, split, split_type" in message
 

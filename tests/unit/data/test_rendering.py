@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from zoo_oracle import write_zoo_tokenizer
 
-from megatron_tiedlora.data.rendering import TurnsChange, render_with_spans
+from megatron_tiedlora.data.chat_template import TurnsChange, render_with_spans
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,10 @@ import pytest
 from task_files import refusal, write, write_rows
 from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, write_zoo_tokenizer
 
-from megatron_tiedlora.data.chat import Chat, set_chat_template
+from megatron_tiedlora.data.chat import chat_note, set_chat_template
 from megatron_tiedlora.data.encode import encode_examples
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 Row = dict[str, Any]
@@ -278,7 +277,7 @@ def test_a_template_that_writes_calls_may_write_every_role_alike(tmp_path: Path,
 
 def test_a_prompt_template_may_write_control_tokens(tmp_path: Path, folder: Path) -> None:
     tokenizer, path = load_tokenizer(folder), write_rows(tmp_path / "data.jsonl", [PLAIN])
-    (example,) = custom(path, tokenizer=tokenizer, prompt_template="<|im_start|>{prompt}<|im_end|>")
+    (example,) = custom(path, tokenizer=tokenizer, reading=Reading(template="<|im_start|>{prompt}<|im_end|>"))
     (sample,) = encode_examples(tokenizer, [example], max_length=99)
     assert sample.tokens.tolist().count(tokenizer.eos_token_id) == 2
 
@@ -289,9 +288,9 @@ def test_a_prompt_template_may_write_control_tokens(tmp_path: Path, folder: Path
 def test_a_prompt_template_and_a_chat(tmp_path: Path, folder: Path) -> None:
     tokenizer, rows = load_tokenizer(folder), [{"messages": [user(), answer("one"), user(), answer("two")]}]
     path = write_rows(tmp_path / "data.jsonl", rows)
-    options: dict[str, Any] = {"tokenizer": tokenizer, "prompt_template": "Chat: {prompt}"}
-    assert "--train_on last_turn" in refusal(lambda: custom(path, **options))
-    (example,) = custom(path, reading=Reading(train_on="last_turn"), **options)
+    reading = Reading(template="Chat: {prompt}")
+    assert "--train_on last_turn" in refusal(lambda: custom(path, tokenizer=tokenizer, reading=reading))
+    (example,) = custom(path, tokenizer=tokenizer, reading=replace(reading, train_on="last_turn"))
     assert example.prompt.startswith("Chat: <|im_start|>user\nHi") and example.completion == "two"
 
 
@@ -301,11 +300,10 @@ def test_a_chat_template_of_the_user(tmp_path: Path, folder: Path) -> None:
     reading = Reading(chat_template=str(tmp_path / "mine.jinja"))
     (example,) = custom(write_rows(tmp_path / "a.jsonl", [ONE]), tokenizer=tokenizer, reading=reading)
     assert [segment.text for segment in example.segments] == ["[Hi]", "[Yo]"] and example.templated
-    with closing(Chat(tokenizer, reading)) as chat:
-        assert f"{tmp_path}/mine.jinja; every answer is supervised, found by comparing" in chat.note()
+    assert f"{tmp_path}/mine.jinja; every answer is supervised, found by comparing" in chat_note(tokenizer, reading)
     tokenizer.chat_template = None
-    with closing(Chat(tokenizer, Reading(train_on="last_turn"))) as chat:
-        assert chat.note().startswith("lines of User: and Assistant:") and "the last answer" in chat.note()
+    note = chat_note(tokenizer, Reading(train_on="last_turn"))
+    assert note.startswith("lines of User: and Assistant:") and "the last answer" in note
     for content, words in ((None, "no such file"), (b"", "is empty"), (b"\xff", "not UTF-8")):
         file = tmp_path / "other.jinja"
         if content is not None:

@@ -14,9 +14,8 @@ from task_files import HUB_ROWS, refusal, write, write_rows
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.train_fields import TASK_NAMES
-from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
-from megatron_tiedlora.data.task import Parts
+from megatron_tiedlora.data.task import Example, Parts, Reading
 from megatron_tiedlora.data.tasks import TASKS, get_task
 
 EXPECTED = {
@@ -143,8 +142,8 @@ def test_squad_repeats_no_reference(tmp_path: Path) -> None:
 )
 def test_templates_name_fields_but_not_the_answer(task: str, answer_field: str, known: str, tmp_path: Path) -> None:
     name = known.split(",")[0].removeprefix("are ")
-    assert read_one(task, tmp_path, HUB_ROWS[task], prompt_template=f"<{{{name}}}>").prompt.startswith("<")
-    message = refusal(lambda: read_one(task, tmp_path, HUB_ROWS[task], prompt_template=f"{{{answer_field}}}"))
+    assert read_one(task, tmp_path, HUB_ROWS[task], reading=Reading(template=f"<{{{name}}}>")).prompt.startswith("<")
+    message = refusal(lambda: read_one(task, tmp_path, HUB_ROWS[task], reading=Reading(template=f"{{{answer_field}}}")))
     assert f"no field {answer_field!r}" in message and message.endswith(known)
 
 
@@ -169,7 +168,7 @@ def test_custom_rows_may_list_more_answers(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     assert read_one("custom", tmp_path, {**chat, "references": ["Hey"]}).references == ("Hello", "Hey")
     assert "no field 'references'" in refusal(
-        lambda: read_one("custom", tmp_path, row, prompt_template="{references}")  # would leak the answers
+        lambda: read_one("custom", tmp_path, row, reading=Reading(template="{references}"))  # would leak the answers
     )
 
 
@@ -194,7 +193,7 @@ def test_dialogsum_merges_held_out_rows_of_a_dialogue(tmp_path: Path) -> None:
         assert [sample.source for sample in samples] == [f"{path}:1", f"{path}:2", f"{path}:4"]
     # A limit counts samples, not rows; rows are merged by the dialogue, whatever else the prompt shows.
     assert read("dialogsum", path, limit=2) == read("dialogsum", path)[:2]
-    by_topic = read("dialogsum", path, prompt_template="{topic}: {dialogue}")
+    by_topic = read("dialogsum", path, reading=Reading(template="{topic}: {dialogue}"))
     assert [(sample.prompt, len(sample.references)) for sample in by_topic] == [
         ("topic 0: A", 3),
         ("topic 1: B", 1),
@@ -214,7 +213,7 @@ def test_dialogsum_of_the_original_release_gives_the_same(tmp_path: Path) -> Non
             (sample,) = read("dialogsum", path, split)
             assert (sample.prompt, sample.completion) == ("A\nSummary:", " a1")
             assert sample.references == ("a1", "a2", "a3")
-    message = refusal(lambda: read_one("dialogsum", tmp_path, original, prompt_template="{summary2}"))
+    message = refusal(lambda: read_one("dialogsum", tmp_path, original, reading=Reading(template="{summary2}")))
     assert message.endswith("are dialogue, fname, topic1")
 
 

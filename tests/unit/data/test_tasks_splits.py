@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from task_files import HUB_ROWS, refusal, write_rows
 
-from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example
 
 IWSLT = "hf://datasets/IWSLT/iwslt2017@refs%2Fconvert%2Fparquet/iwslt2017-de-en"
 

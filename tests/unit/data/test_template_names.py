@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from zoo_oracle import MARKED, TOOLS
 
-from megatron_tiedlora.data.rendering import template_names
+from megatron_tiedlora.data.chat_template import template_names
 
 
 @pytest.mark.parametrize(

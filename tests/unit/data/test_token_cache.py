@@ -17,8 +17,8 @@ from zoo_oracle import CHATML, write_zoo_tokenizer
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data import cache
 from megatron_tiedlora.data.cache import TrainingData, cache_key, tokenised_once
-from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
@@ -80,7 +80,7 @@ def test_aligned_texts_and_a_prompt_template(tokenizer: Any, tmp_path: Path, pro
     check(encoding(tokenizer, "iwslt2017", max_length=200), files, tmp_path)
     with_own = encoding(tokenizer, template="Q: {prompt}", max_length=400)
     files = {"train": write_rows(tmp_path / "c.jsonl", rows(9))}
-    samples = load_split("custom", "train", files=files, seed=3, prompt_template="Q: {prompt}")
+    samples = load_split("custom", "train", files=files, seed=3, reading=Reading(template="Q: {prompt}"))
     found = tokenised_once(with_own, files=files, seed=3, cache_dir=tmp_path)
     texts = [tokenizer.decode(found.train.sample(index), skip_special_tokens=True) for index in range(len(found.train))]
     assert all(text.startswith(sample.prompt) for text, sample in zip(texts, samples, strict=True))
@@ -171,6 +171,6 @@ CHANGES: list[dict[str, Any]] = [
 
 def test_every_choice_of_the_user_is_in_the_key() -> None:
     names = {name for change in CHANGES for name in change}
-    # The template's text is a part of the tokenizer's, the fields it names are those of --prompt_template, and only
+    # The chat template's text is a part of the tokenizer's, another --prompt_template is another key (above), and only
     # what is trained on is stored.
-    assert names | {"chat_template", "template_fields", "trains"} == set(Reading.__dataclass_fields__)
+    assert names | {"chat_template", "template", "trains"} == set(Reading.__dataclass_fields__)

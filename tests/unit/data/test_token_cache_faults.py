@@ -17,9 +17,9 @@ from task_files import refusal, write_rows
 from token_rows import WORDS, chats, check, check_same, encoding, rows
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
-from megatron_tiedlora.data import cache, encode_rows, sources
+from megatron_tiedlora.data import cache, encode, readers, sources
 from megatron_tiedlora.data.cache import tokenised_once
-from megatron_tiedlora.data.encode_rows import Encoding
+from megatron_tiedlora.data.encode import Encoding
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
@@ -105,7 +105,7 @@ def test_later_references_of_a_held_out_sample_may_be_long(tokenizer: Any, tmp_p
 
 
 def test_chunks_of_long_rows_are_small(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode_rows, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 3000)
     sizes, original = [], cache.encoded_rows
 
     def counted(*arguments: Any) -> Iterator[Any]:
@@ -143,7 +143,7 @@ def test_rows_that_cannot_be_passed_to_a_process(tokenizer: Any) -> None:
     for _ in range(5000):
         deep = [deep]
     rows = [(0, 0, ({"x": 1}, "a.jsonl:1")), (0, 1, ({"x": deep}, "a.jsonl:3"))]
-    message = refusal(lambda: list(encode_rows._in_processes([rows], encoding(tokenizer))))
+    message = refusal(lambda: list(encode._in_processes([rows], encoding(tokenizer))))
     assert message == "a.jsonl:1 to a.jsonl:3: a row has values that are nested too deeply; remove it"
 
 
@@ -153,9 +153,9 @@ def test_a_file_that_cannot_be_read_is_named(tokenizer: Any, tmp_path: Path, mon
     def forbidden(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied", file)
 
-    for name in ("files_sha256", "hub_data"):
+    for module, name in ((readers, "names_and_contents"), (sources, "row_data")):
         with monkeypatch.context() as patch:
-            patch.setattr(sources, name, forbidden)
+            patch.setattr(module, name, forbidden)
             message = refusal(
                 lambda: tokenised_once(encoding(tokenizer), files={"train": file}, seed=0, cache_dir=tmp_path)
             )
@@ -211,8 +211,8 @@ def test_parts_without_a_supervised_token_are_named(tokenizer: Any, tmp_path: Pa
 def test_a_process_that_is_killed_is_one_line(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode_rows, "CHUNK", 3)
-    monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 0)
+    monkeypatch.setattr(encode, "CHUNK", 3)
+    monkeypatch.setattr(encode, "_FEW_CHUNKS", 0)
     files = {"train": write_rows(tmp_path / "a.jsonl", rows(40))}
     parent = os.getpid()
 
@@ -220,13 +220,13 @@ def test_a_process_that_is_killed_is_one_line(
         assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(encode_rows.RowEncoder, "encode", killed)
+    monkeypatch.setattr(encode.RowEncoder, "encode", killed)
     message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
     assert message == "a process that tokenises rows was ended; start again with more memory"
-    monkeypatch.setattr(encode_rows.RowEncoder, "encode", lambda *_: 1 / 0)
+    monkeypatch.setattr(encode.RowEncoder, "encode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as error:  # a bug, with the place where it was found
         tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path)
-    assert "encode_rows.py" in str(error.value.__cause__)
+    assert "encode.py" in str(error.value.__cause__)
     assert not multiprocessing.active_children()
 
 
@@ -234,7 +234,7 @@ def test_processes_that_cannot_be_started_are_one_line(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first is started, and the second is not."""
-    monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 0)
+    monkeypatch.setattr(encode, "_FEW_CHUNKS", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
     fork, started = os.fork, []
 

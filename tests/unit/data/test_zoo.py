@@ -14,8 +14,8 @@ from task_files import refusal, write_rows
 from zoo_oracle import CHATML, LLAMA2, MARKED, THINKING, TOOLS, Sample, ZooOracle, write_zoo_tokenizer
 
 from megatron_tiedlora.data.encode import encode_dataset, encode_examples
-from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Reading
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 Row = dict[str, Any]

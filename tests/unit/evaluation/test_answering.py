@@ -14,14 +14,13 @@ from tiny_decoders import build
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.task import Task
+from megatron_tiedlora.data.task import Example, Task
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.answering import Questions, ScoredSet, _stop_test, _text, answer_all, encode_scored
 from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.evaluation.metrics import Answer
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 
 NEW_TOKENS = 20
 SIZE = {"vocab_size": 320}  # of the tiny model

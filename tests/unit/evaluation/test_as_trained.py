@@ -18,8 +18,8 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.data.encode import encode_prompts
-from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Reading
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.plan import plan_evaluations
 from megatron_tiedlora.planning.run_plan import plan_run

@@ -21,8 +21,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
 from megatron_tiedlora.evaluation.generate import Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.model.partition import layer_costs, partition
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a": {"method": "tl6", "rank": 8},

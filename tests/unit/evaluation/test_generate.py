@@ -24,8 +24,7 @@ from megatron_tiedlora.evaluation.generate import (
     generate,
     similar_lengths,
 )
-from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},

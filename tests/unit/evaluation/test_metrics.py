@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.evaluation.metrics import (
     METRICS,
     Answer,
@@ -310,7 +310,7 @@ socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
 from megatron_tiedlora.evaluation.results import score_answers
 from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 assert not {"nltk", "rouge_score", "sacrebleu"} & sys.modules.keys()
-from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.task import Example
 example = Example("p", " Running dogs", "here", choices=("Running dogs", "No cats"))
 scores = score_answers(list(METRICS), [Answer("runs dog", example, (-1.0, -2.0))])
 print(*(f"{name}={score.value:.1f}" for name, score in scores.items()))

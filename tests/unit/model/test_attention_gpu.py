@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_oracle import attended, heads
 
-from megatron_tiedlora.model.documents import find_documents, whole_rows
+from megatron_tiedlora.model.batch import find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import (
     CANDIDATES,
     Attend,
@@ -54,7 +54,7 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 def test_every_route_against_fp64(dtype: torch.dtype, packed: bool, counts: tuple[int, int], head_dim: int) -> None:
     parts = heads(dtype, device="cuda", shape=SHAPE, counts=counts, head_dim=head_dim)
-    documents = find_documents(ids(True), parts[0].device) if packed else whole_rows(*SHAPE, parts[0].device)
+    documents = find_documents([ids(True)], parts[0].device) if packed else whole_rows(*SHAPE, parts[0].device)
     wanted = attended(*parts, ids(packed).cuda())
     gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2)).cuda().to(dtype)
     wanted_gradients = torch.autograd.grad(wanted, parts, gradient.double())
@@ -92,7 +92,7 @@ def test_the_choice_waits_for_nothing_later() -> None:
     parts = heads(torch.bfloat16, device="cuda", shape=SHAPE, counts=(8, 2), head_dim=128)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for documents in (find_documents(ids(True), parts[0].device), whole_rows(*SHAPE, parts[0].device)):
+        for documents in (find_documents([ids(True)], parts[0].device), whole_rows(*SHAPE, parts[0].device)):
             attend_within(*parts, documents, route.attend).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

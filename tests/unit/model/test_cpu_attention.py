@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles
+from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles
 from megatron_tiedlora.parallel.kernels import EAGER
 
 # heads, key-value heads, head_dim, rows, tokens: shared keys or not, lengths that blocks of 64 divide or not
@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_a_mask(shape: str, packed: bool, size
     _, _, _, rows, length = SHAPES[shape]
     ids = document_ids(rows, length) if packed else None
     wanted = by_mask(parts, ids)
-    found = attend_by_tiles(*parts, find_query_tiles(ids, length, size=size), EAGER)
+    found = attend_by_tiles(*parts, [TiledRows(rows, length, find_query_tiles(ids, length, size=size))], EAGER)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     gradient = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for mine, other in zip(*(torch.autograd.grad(x, parts, gradient) for x in (found, wanted)), strict=True):
@@ -77,7 +77,7 @@ def test_bf16_rounds_no_worse_than_pytorchs_kernel() -> None:
     gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(4)).bfloat16()
     truth = (wanted.detach(), *torch.autograd.grad(wanted, wide, gradient.double()))
     blocks = find_query_tiles(None, 200, size=64)
-    mine, theirs = attend_by_tiles(*parts, blocks, EAGER), by_mask(parts, None)
+    mine, theirs = attend_by_tiles(*parts, [TiledRows(len(parts[0]), 200, blocks)], EAGER), by_mask(parts, None)
     errors = []
     for found in (mine, theirs):
         values = (found.detach(), *torch.autograd.grad(found, parts, gradient))

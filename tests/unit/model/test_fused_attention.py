@@ -18,7 +18,7 @@ from attention_layers import attention_layer
 from attention_oracle import IDS, attended, heads
 
 from megatron_tiedlora.model import fused_attention
-from megatron_tiedlora.model.documents import Documents, find_documents, whole_rows
+from megatron_tiedlora.model.batch import Documents, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import CANDIDATES, attend_within, choose_attention, one_by_one
 from megatron_tiedlora.parallel.groups import TensorParallel
 
@@ -236,7 +236,7 @@ def test_every_route_is_attention(
     attend = one_by_one if route == LOOP else makers[route.removesuffix(", an early one")](False)
     parts = heads(torch.float64, counts=counts, head_dim=head_dim)
     ids = IDS if packed else torch.zeros_like(IDS)
-    documents = find_documents(IDS, HOST) if packed else whole_rows(*IDS.shape, HOST)
+    documents = find_documents([IDS], HOST) if packed else whole_rows(*IDS.shape, HOST)
     found, wanted = attend_within(*parts, documents, attend), attended(*parts, ids)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     gradient = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -257,7 +257,7 @@ def test_documents_of_one_length_are_one_call(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     attend_within(*heads(torch.float64), whole_rows(2, 16, HOST), one_by_one)
     assert lengths == [16]
-    attend_within(*heads(torch.float64), find_documents(IDS, HOST), one_by_one)
+    attend_within(*heads(torch.float64), find_documents([IDS], HOST), one_by_one)
     assert lengths == [16, 5, 3, 8, 1, 15]
 
 
@@ -273,7 +273,7 @@ def test_a_layer_gives_what_it_gives_on_a_cpu(
         torch.nn.init.normal_(parameter)
     ids = IDS if packed else None
     context = layer.context(torch.arange(16).expand(2, 16), torch.float64, documents=ids)
-    documents: Documents = find_documents(IDS, HOST) if packed else whole_rows(2, 16, HOST)
+    documents: Documents = find_documents([IDS], HOST) if packed else whole_rows(2, 16, HOST)
     attend = partial(attend_within, documents=documents, attend=fused_attention._torch_flash)
     on_gpu = replace(context, attend=attend)
     hidden = torch.randn(2, 16, 48, dtype=torch.float64)

@@ -13,10 +13,10 @@ from tiny_models import LLAMA3_ROPE, tiny_config, write_tiny_model
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
+    Target,
     TiedAdapter,
     initial_values,
     make_adapter_config,
-    qkv_target,
     targets_of,
 )
 from megatron_tiedlora.base.errors import UserError
@@ -337,8 +337,11 @@ STARTS = {
 }
 
 
+TARGET = Target("qkv", 256, (256, 64, 64), "column")
+
+
 def small_config(method: str, *, layers: tuple[int, ...] = (1, 2, 3, 4), seed: int = 7) -> AdapterConfig:
-    return make_adapter_config(method, rank=8, layers=layers, targets=(qkv_target(256, (256, 64, 64)),), seed=seed)
+    return make_adapter_config(method, rank=8, layers=layers, targets=(TARGET,), seed=seed)
 
 
 @pytest.mark.parametrize("method", STARTS)
@@ -357,7 +360,7 @@ def test_initial_values_are_the_table(method: str) -> None:
 
 def test_start_widths_can_be_set() -> None:
     config = make_adapter_config(
-        "vera", rank=8, layers=(1,), targets=(qkv_target(256, (256, 64, 64)),), seed=0, init_std_a=0.5, init_std_b=2.0
+        "vera", rank=8, layers=(1,), targets=(TARGET,), seed=0, init_std_a=0.5, init_std_b=2.0
     )
     values = initial_values(config)
     assert values["A"].std().item() == pytest.approx(0.5, rel=0.1)

@@ -18,7 +18,7 @@ from forked_ranks import run_on_ranks
 from safetensors.torch import save
 from torch import distributed
 
-from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, qkv_target
+from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
@@ -26,13 +26,15 @@ from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.parallel import agreement
 from megatron_tiedlora.parallel.agreement import (
+    SentTensor,
     decided_by_rank_0,
     first_message,
     gather_on_rank_0,
     num_differing,
+    packed,
     raise_on_every_rank,
+    unpacked,
 )
-from megatron_tiedlora.parallel.messages import SentTensor, packed, unpacked
 from megatron_tiedlora.parallel.traffic import WORLD, Traffic, TrafficCounter
 
 TEXT = 'Grüße, 日本 \U0001f600, line\nbreak, quote " back\\slash, \x00 and \x1b[2J'
@@ -53,7 +55,7 @@ def bits(values: list[float]) -> list[bytes]:
 def checkpoint() -> Checkpoint:
     """With every kind of field: texts, numbers, None, tuples, mappings, tensors of several shapes and dtypes."""
     draw = torch.Generator().manual_seed(5)
-    config = make_adapter_config("tl6", rank=3, layers=(1, 3), targets=(qkv_target(8, (8, 4, 4)),), seed=5)
+    config = make_adapter_config("tl6", rank=3, layers=(1, 3), targets=(Target("qkv", 8, (8, 4, 4), "column"),), seed=5)
     base = BaseIdentity(
         **dict.fromkeys(SHAPE_FIELDS, 2), base_model=TEXT, base_hash="c" * 64, base_weights_hash="w" * 64, dtype="bf16"
     )

@@ -25,8 +25,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import fp8_products
 from megatron_tiedlora.parallel.fp8_products import Fp8ProductWeight, check_fp8_device, weight_maker
-from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
-from megatron_tiedlora.parallel.layers import frozen_linear
+from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_linear, frozen_weights
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import plan_run
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.engine.engine import make_topology
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 
 
 def grids() -> Iterator[Grid]:

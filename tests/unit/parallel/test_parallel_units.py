@@ -13,14 +13,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.base.shapes import NormShape
+from megatron_tiedlora.model.linears import NormedLinear, RowParallelLinear
 from megatron_tiedlora.model.mlp import SwiGlu
-from megatron_tiedlora.model.normed_linear import NormedLinear
-from megatron_tiedlora.model.row_parallel import RowParallelLinear
 from megatron_tiedlora.parallel import collectives
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, VocabularyParallelEmbedding, frozen_parameter
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER
-from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 from megatron_tiedlora.parallel.traffic import TrafficCounter
@@ -47,12 +45,7 @@ def regions() -> dict[str, tuple[Region, bool, bool]]:
 
     What every rank has alike is one vector, and counts once in a scalar product; else each rank's is its own.
     """
-    found: dict[str, tuple[Region, bool, bool]] = {
-        "copy_to": (collectives.copy_to_tensor_parallel_region, True, False),
-        "reduce_from": (collectives.reduce_from_tensor_parallel_region, False, True),
-        "gather_from_sequence": (collectives.gather_from_sequence_parallel_region, False, False),
-        "reduce_scatter_to_sequence": (collectives.reduce_scatter_to_sequence_parallel_region, False, False),
-    }
+    found: dict[str, tuple[Region, bool, bool]] = {}
     for dim in (0, 1, 2, -1):
         found[f"gather_from {dim}"] = (
             lambda tensor, group, dim=dim: collectives.gather_from_tensor_parallel_region(tensor, group, dim),
@@ -283,17 +276,13 @@ def test_regions_do_what_their_names_say(of_groups: dict[int, Any], size: int) -
         whole = torch.cat(parts, dim), torch.cat([2 * part[0] for part in parts], 1)
         return torch.cat([tensor.flatten() for tensor in whole])
 
-    check("copy_to", lambda parts: parts)
     check("enter False", lambda parts: parts)
-    check("reduce_from", lambda parts: [sum(parts)] * size)
     check("leave False", lambda parts: [sum(parts)] * size)
     for dim in (0, 1, 2, -1):
         check(f"gather_from {dim}", lambda parts, dim=dim: [torch.cat(parts, dim=dim)] * size)
     for dim in (0, 1):
         check(f"gather_together {dim}", lambda parts, dim=dim: [together(parts, dim)] * size)
-    check("gather_from_sequence", lambda parts: [torch.cat(parts, dim=1)] * size)
     check("enter True", lambda parts: [torch.cat(parts, dim=1)] * size)
-    check("reduce_scatter_to_sequence", scattered)
     check("leave True", scattered)
 
 

@@ -28,11 +28,10 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel import nf4_kernels
+from megatron_tiedlora.parallel import quantise
 from megatron_tiedlora.parallel.fp8_products import weight_maker
-from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
+from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_linear, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER
-from megatron_tiedlora.parallel.layers import frozen_linear
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.training import compiling
@@ -141,12 +140,12 @@ def test_numbers_that_are_not_finite_are_rejected_by_name(tmp_path: Path) -> Non
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """With bitsandbytes' kernels and without."""
     if request.param == "torch":
-        monkeypatch.setattr(nf4_kernels, "PACKAGE", "a_package_that_is_not_there")
-    elif nf4_kernels.find_spec(nf4_kernels.PACKAGE) is None:
+        monkeypatch.setattr(quantise, "PACKAGE", "a_package_that_is_not_there")
+    elif quantise.find_spec(quantise.PACKAGE) is None:
         pytest.skip("bitsandbytes is not installed: pip install 'megatron_tiedlora[quantised]'")
-    nf4_kernels._checked_kernel.cache_clear()
+    quantise._checked_kernel.cache_clear()
     yield request.param
-    nf4_kernels._checked_kernel.cache_clear()
+    quantise._checked_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -159,7 +158,7 @@ def test_both_kernels_give_the_same_bits(kernels: str, dtype: torch.dtype) -> No
         local = weight.local_shape[1]
         empty = torch.empty(rows, local, dtype=dtype)
         expects = kernels == "bitsandbytes" and local % weight.block == 0
-        assert (nf4_kernels.nf4_kernel(empty, weight.block) is not None) == expects, (width, size)
+        assert (quantise.nf4_kernel(empty, weight.block) is not None) == expects, (width, size)
         found = weight.times_transposed(identity[:local, :local].contiguous()).t()
         own = expected_values("nf4", values)[:, (size - 1) * local :]
         assert torch.equal(found, own.to(dtype)), (width, size)
@@ -186,16 +185,16 @@ def test_a_run_says_that_nf4_is_slow_without_a_kernel(
 
 def test_a_kernel_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(codes: torch.Tensor, scales: torch.Tensor, block: int, out: torch.Tensor) -> None:
-        out.copy_(nf4_kernels.dequantise_blocks(codes, scales, out.shape[1], block, "nf4"))
+        out.copy_(quantise.dequantise_blocks(codes, scales, out.shape[1], block, "nf4"))
         out[-1, -1] += 1e-3
 
-    nf4_kernels._checked_kernel.cache_clear()
-    monkeypatch.setattr(nf4_kernels, "_cpu_kernel", lambda dtype: wrong)
-    assert nf4_kernels.nf4_kernel(torch.empty(4, 64), 64) is None
-    monkeypatch.setattr(nf4_kernels, "PACKAGE", "torch")  # one that is installed
-    said = nf4_kernels.slow_nf4(torch.device("cpu"), torch.float32)
+    quantise._checked_kernel.cache_clear()
+    monkeypatch.setattr(quantise, "_cpu_kernel", lambda dtype: wrong)
+    assert quantise.nf4_kernel(torch.empty(4, 64), 64) is None
+    monkeypatch.setattr(quantise, "PACKAGE", "torch")  # one that is installed
+    said = quantise.slow_nf4(torch.device("cpu"), torch.float32)
     assert said.endswith("ten times as slowly: the kernel of torch is not right here for float32")
-    nf4_kernels._checked_kernel.cache_clear()
+    quantise._checked_kernel.cache_clear()
 
 
 def build(folder: Path, base: str | None, dtype: torch.dtype, recompute: str = "none") -> Stage:

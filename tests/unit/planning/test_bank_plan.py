@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from planned import stage_memory
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share
 from megatron_tiedlora.adapters.tied_adapter import (
@@ -23,10 +24,9 @@ from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.planning.layout import Layout, ShareShape, shared_shape
-from megatron_tiedlora.planning.memory import bank_bytes, stage_memory
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, plan_stages, shared_shape
+from megatron_tiedlora.planning.memory import bank_bytes
 from megatron_tiedlora.planning.passes import saved_bytes, saved_per_token, stage_work
-from megatron_tiedlora.planning.stages import plan_stages
 
 LAST = 4
 SHAPE: ModelShape = shape_from_hf(
@@ -95,8 +95,8 @@ def test_saved_bytes_of_a_shared_micro_batch(name: str, recompute: str, dtype: t
         and tensor.is_floating_point()
         and tensor.shape[-2:] != (1, SHAPE.heads.dim // 2)  # cos and sin
     }
-    after = positions_after(supervised, len(shares))
-    planned = [ShareShape(number, share.num_tokens, after[number]) for number, share in enumerate(shares)]
+    after, sizes = positions_after(supervised, len(shares)), tuple(share.num_tokens for share in shares)
+    planned = MicroBatchShape(tuple(range(len(shares))), sizes, tuple(after), sum(after))
     stage_plan = plan_stages(SHAPE, layout_of(adapters, dtype=dtype, recompute=recompute))[0]
     assert storage_bytes(counted) == saved_bytes(stage_plan, planned)
 
@@ -122,17 +122,17 @@ def test_a_token_s_bytes_are_those_of_its_own_adapter() -> None:
     """
     layout = layout_of(MIXED["methods"])
     d, k, f = SHAPE.hidden_size, SHAPE.heads.rows[1], SHAPE.intermediate_size
-    for number, own in enumerate(layout.adapters):
+    for own in layout.adapters:
         ax = own.rank * trains_f(own)
         expected = 2 * (4 * d + 2 * k + 2 * f + ax) + 4 * (2 + SHAPE.heads.num)
-        assert saved_per_token(SHAPE, layout, number) == expected
+        assert saved_per_token(SHAPE, replace(layout, adapters=(own,))) == expected
     stage = plan_stages(SHAPE, layout)[0]
-    before = [ShareShape(number, 64, 16) for number in range(4)]
+    before = MicroBatchShape(tuple(range(4)), (64,) * 4, (16,) * 4, 64)
     for number, own in enumerate(layout.adapters):
-        more = [share._replace(num_tokens=72) if share.adapter == number else share for share in before]
+        more = replace(before, tokens=tuple(72 if number == other else 64 for other in range(4)))
         grown = saved_bytes(stage, more) - saved_bytes(stage, before)
         of_last = 2 * (3 * d + 2 * k + own.rank) + 4 * (1 + SHAPE.heads.num)  # what follows its attention is not saved
-        of_others = saved_per_token(SHAPE, layout, number) + 2 * own.rank * (not trains_f(own))
+        of_others = saved_per_token(SHAPE, replace(layout, adapters=(own,))) + 2 * own.rank * (not trains_f(own))
         assert grown == 8 * ((LAST - 1) * of_others + of_last)
 
 
@@ -156,8 +156,8 @@ def test_the_shares_of_a_micro_batch_are_those_that_are_computed() -> None:
         found = find_supervised(torch.cat(labels)[None], parts, shares)
         shape = shared_shape(layout, owned)
         assert shape.num_supervised == len(found.labels)
-        assert [share.num_tokens for share in shape.shares] == [share.num_tokens for share in shares]
-        assert [share.num_after for share in shape.shares] == positions_after(found, len(shares))
+        assert list(shape.tokens) == [share.num_tokens for share in shares]
+        assert list(shape.after) == positions_after(found, len(shares))
 
 
 @pytest.mark.parametrize("changes", [{}, {"dp_size": 2, "zero_stage": 3}], ids=["ZeRO-0", "ZeRO-3"])
@@ -225,11 +225,12 @@ def test_the_work_of_a_shared_micro_batch_is_that_of_its_parts(recompute: str) -
     for index, whole in enumerate(together):
         singles = [work[index] for work in apart]
         for name in ("linears", "head", "attention"):
-            expected = sum(getattr(single, name) for single in singles)
-            assert getattr(whole, name) == pytest.approx(expected, rel=1e-9), (index, name)
+            expected = sum(single[name] for single in singles)
+            assert whole[name] == pytest.approx(expected, rel=1e-9), (index, name)
         # Where one of them needs the gradient of A x, it is computed for all.
-        low_rank = whole.low_rank / max(1, sum(single.low_rank for single in singles))
-        assert low_rank == pytest.approx(1.03 if index == 1 else 1.0, abs=0.01) or not whole.low_rank
-        assert whole.moved >= 0.999 * sum(single.moved for single in singles)  # a norm's weight is read once for all
-        assert whole.blocks == singles[0].blocks and whole.weights <= sum(single.weights for single in singles)
-    assert together.forward.low_rank > apart[1].forward.low_rank > apart[2].forward.low_rank > 0
+        low_rank = whole["low_rank"] / max(1, sum(single["low_rank"] for single in singles))
+        assert low_rank == pytest.approx(1.03 if index == 1 else 1.0, abs=0.01) or not whole["low_rank"]
+        added = {name: sum(single[name] for single in singles) for name in ("moved", "weights")}
+        assert whole["moved"] >= 0.999 * added["moved"]  # a norm's weight is read once for all
+        assert whole["blocks"] == singles[0]["blocks"] and whole["weights"] <= added["weights"]
+    assert together.forward["low_rank"] > apart[1].forward["low_rank"] > apart[2].forward["low_rank"] > 0

@@ -13,7 +13,7 @@ from planned import H100, searched, short, words_of_a_plan, words_of_a_run
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.model.stored_formats import BITSANDBYTES, FBGEMM, StoredFormat
+from megatron_tiedlora.model.hf_config import BITSANDBYTES, FBGEMM, StoredFormat
 from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster, report_lines
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import GPUS

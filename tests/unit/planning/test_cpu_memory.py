@@ -9,8 +9,8 @@ import pytest
 from tiny_models import write_tiny_model
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_tiedlora.benchmark.plan import plan_benchmark
-from megatron_tiedlora.benchmark.sides import OURS, make_sides
+from megatron_tiedlora.benchmark.compare import OURS, make_sides
+from megatron_tiedlora.benchmark.layout import plan_benchmark
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.parallel.kernels import EAGER

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from planned import stage_memory
 from run_files import assert_same_run
 from run_helpers import Base, run, write_base
 
@@ -21,7 +22,7 @@ from megatron_tiedlora.planning import run_plan as plan
 from megatron_tiedlora.planning.machines import CPU, GPUS
 from megatron_tiedlora.planning.passes import saved_per_token
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.runtime.determinism import VARIABLES, make_deterministic
+from megatron_tiedlora.runtime.process_group import VARIABLES, make_deterministic
 
 H100 = GPUS["h100"]
 
@@ -135,7 +136,7 @@ def test_planned_memory_is_what_a_step_allocates(
 ) -> None:
     for compile_, measured in (("true", compiled), ("false", eager)):
         found = planned("--plan_for=gpu", f"--recompute={recompute}", f"--compile={compile_}", "--ds_config=zero1.json")
-        needed = memory.stage_memory(found.stage, tokens=rows * length)
+        needed = stage_memory(found.stage, tokens=rows * length)
         assert needed.allocated / 1e9 == pytest.approx(measured, rel=0.012)
         assert needed.libraries == H100["context"]  # one rank sends nothing
         assert needed.total - needed.allocated == pytest.approx(needed.libraries + H100["slack"] * needed.allocated)
@@ -165,7 +166,7 @@ def test_planned_memory_of_many_documents(
 ) -> None:
     """Attention's workspace is what a step needs most of from documents of about 20 tokens on."""
     found = blocks_of_7b(num_blocks, "--ds_config=zero1.json", *flags)
-    needed = memory.stage_memory(found.stage, tokens=4096, documents=documents, longest=4096 // documents)
+    needed = stage_memory(found.stage, tokens=4096, documents=documents, longest=4096 // documents)
     assert needed.allocated / 1e9 == pytest.approx(measured, rel=0.016)
 
 
@@ -193,13 +194,13 @@ def test_weights_that_zero_3_gathers_are_planned() -> None:
     """GB, as above: 4 blocks are gathered whole, of 12 a thousand million numbers and a weight."""
     for num_blocks, measured in ((4, 3.420), (12, 5.328)):
         found = blocks_of_7b(num_blocks, "--ds_config=zero3.json", ranks=8)
-        needed = memory.stage_memory(found.stage, tokens=2048)
+        needed = stage_memory(found.stage, tokens=2048)
         assert needed.allocated / 1e9 == pytest.approx(measured, rel=0.03)
     # An MLP reads the weights of its linears itself, so it is gathered at once.
     mlp, most = 3 * 4096 * 11008, needed.engine / 2 - found.layout.live_parameters
     assert most == mlp
     alone = blocks_of_7b(4, "--ds_config=zero3.json")
-    assert memory.stage_memory(alone.stage, tokens=2048).engine == 0  # measured: 3.137, planned 3.148
+    assert stage_memory(alone.stage, tokens=2048).engine == 0  # measured: 3.137, planned 3.148
 
 
 @pytest.mark.parametrize(
@@ -211,9 +212,9 @@ def test_communicators(tp: int, pp: int, dp: int, counts: list[int]) -> None:
     on_gpu, on_cpu = (planned(f"--plan_for={kind}", *layout, ranks=tp * pp * dp) for kind in ("gpu", "cpu"))
     assert [memory.num_communicators(stage) for stage in on_gpu.stages] == counts
     for stage, other, count in zip(on_gpu.stages, on_cpu.stages, counts, strict=True):
-        found = memory.stage_memory(stage, tokens=4096).libraries
+        found = stage_memory(stage, tokens=4096).libraries
         assert found == H100["context"] + count * H100["communicator"]
-        assert memory.stage_memory(other, tokens=4096).libraries == CPU["context"], "what an idle process holds"
+        assert stage_memory(other, tokens=4096).libraries == CPU["context"], "what an idle process holds"
 
 
 # --deterministic ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import H100, searched, short, step_parts, words_of_a_plan, words_of_a_run
+from planned import H100, largest_memory, searched, short, step_parts, words_of_a_plan, words_of_a_run
 from report_tables import stage_table
 from run_helpers import Base, run_ranks, write_base
 
@@ -22,11 +22,10 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import plan_cluster
-from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.layout import Layout, plan_stages
 from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.search import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
-from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, step_seconds
 
@@ -116,7 +115,7 @@ def test_each_layout_has_the_price_of_its_dry_run(three: str, shares: bool) -> N
     for one in rows[:: max(1, len(rows) // 100)]:
         group = group_of(three, 8, **given, **one.flags)
         assert one.layout == group.layout
-        memories = [group.largest.memory(stage, one.machine) for stage in group.stages]
+        memories = [largest_memory(group, stage, one.machine) for stage in group.stages]
         assert one.needed == max(memory.total for memory in memories), one.name
         parts = step_parts(group.stages, group.batches, Links(group.layout, 4), one.machine)
         assert one.seconds.total == pytest.approx(step_seconds([parts])[0].total, rel=1e-12), one.name
@@ -155,7 +154,7 @@ def test_stages_share_what_they_do_alike(tmp_path: Path, flag: str, of_stage: in
     step, layout = one.step, one.layout
     stages = plan_stages(source.shape, layout)
     assert [len(stage.blocks) for stage in stages] == [of_stage] * ranks
-    assert one.needed == max(step.largest.memory(stage, one.machine).total for stage in stages)
+    assert one.needed == max(largest_memory(step, stage, one.machine).total for stage in stages)
     assert one.parts.stages == step_parts(stages, step.batches, Links(layout, 8), one.machine).stages
 
 
@@ -232,7 +231,7 @@ def test_plans_with_data_have_the_numbers_of_the_dry_run(
             assert memory[column] == bytes_in_words(size), part
     assert memory["sum"] == bytes_in_words(row["bytes"]["needed"])
     candidate = plan_cluster(parse_plan([*flags, "--formats=none"])).row(layout, flag="why")
-    most = max(len(batch.shares) for batch in candidate.step.batches.kinds)
+    most = max(len(batch.adapters) for batch in candidate.step.batches.kinds)
     assert (most > 1) == (layout == SHARED)
     stages = plan_stages(candidate.step.shape, candidate.layout)
     for stage, sent in zip(stages, stage_table(report, "messages and bytes"), strict=True):

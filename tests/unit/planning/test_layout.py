@@ -7,18 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+from planned import stage_memory
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.partition import check_layout
-from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.traffic import WORLD
-from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, assumed_row, pays_to_compile, shared_shape
-from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.planning.layout import (
+    Layout,
+    MicroBatchShape,
+    StagePlan,
+    assumed_row,
+    pays_to_compile,
+    plan_stages,
+    shared_shape,
+)
 from megatron_tiedlora.planning.passes import engine_bytes, saved_per_token, step_flops, step_traffic
-from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 
 SHAPE = find_model("llama2-70b", weights=False).shape
 ADAPTER = make_adapter_config("tl6", rank=8, layers=tuple(range(1, 81)), targets=targets_of(SHAPE), seed=0)
@@ -92,7 +99,7 @@ def test_every_target_is_planned() -> None:
     u = 4 * 3 * layers * r
     assert added == {("tensor", "all-gather"): sent, ("tensor", "reduce-scatter"): sent, (WORLD, "all-reduce"): u}
     counts = {"num_tokens": rows, "squared_lengths": rows**2, "num_after": rows, "num_supervised": rows}
-    flops = [step_flops(SHAPE, stage.layout.adapters[0], **counts).total for stage in (one, four)]
+    flops = [step_flops(SHAPE, stage.layout.adapters[0], **counts).total() for stage in (one, four)]
     widths = (d + d) + (d + 2 * f) + (f + d)
     assert flops[1] - flops[0] == 6 * r * widths * layers * rows
     for method, qkv, everything in (("lora", 11_796_480, 87_818_240), ("tl5", 147_456, 1_097_728)):

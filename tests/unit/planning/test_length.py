@@ -18,13 +18,12 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.data.order import sample_indices
+from megatron_tiedlora.data.token_dataset import sample_indices
 from megatron_tiedlora.planning.run_plan import (
     RunPlan,
     length_warnings,
     plan_run,
     steps_in_words,
-    steps_of_epochs,
     with_counted_steps,
 )
 
@@ -57,7 +56,7 @@ def test_a_default_max_length_is_the_model_s_and_a_given_one_holds(tmp_path: Pat
 )
 def test_steps_of_epochs(epochs: float, samples: int, batch: int, steps: int) -> None:
     """1.1 * 50 is more than 55 in binary; and every sample is seen at least so often as whole epochs say."""
-    assert steps_of_epochs(epochs, num_samples=samples, global_batch_size=batch) == steps
+    assert with_counted_steps(settings_of(epochs=epochs, global_batch_size=batch), samples).max_steps == steps
     seen = np.bincount(sample_indices(samples, seed=1, consumed=0, count=steps * batch), minlength=samples)
     assert seen.min() >= int(epochs)
 

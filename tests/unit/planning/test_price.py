@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import H100, changed, searched, short, step_parts, the_only
+from planned import H100, changed, largest_memory, searched, short, stage_memory, step_parts, the_only
 from run_helpers import write_base
 
 from megatron_tiedlora.config.cli import parse_settings
@@ -17,14 +17,13 @@ from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.traffic import TENSOR
 from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster
+from megatron_tiedlora.planning.layout import plan_stages
 from megatron_tiedlora.planning.machines import CPU, Machine
-from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.passes import saved_per_token, step_flops, step_traffic
 from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_data import prepare_data
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.search import Candidate, Storage, planned_values
-from megatron_tiedlora.planning.stages import plan_stages
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, Seconds, step_seconds
 
@@ -127,9 +126,9 @@ def test_products_and_attention_are_those_of_the_samples() -> None:
         num_after=4 * 4096,
         num_supervised=4 * 4095,
     )
-    products = (flops.matmuls + flops.adapter + flops.head) / (989.4e12 * 0.72)
+    products = (flops["linears"] + flops["low_rank"] + flops["head"]) / (989.4e12 * 0.72)
     assert one.seconds.matmuls == pytest.approx(products, rel=1e-3)
-    assert one.seconds.attention == pytest.approx(flops.attention / (989.4e12 * 0.26), rel=1e-9)
+    assert one.seconds.attention == pytest.approx(flops["attention"] / (989.4e12 * 0.26), rel=1e-9)
     assert one.seconds.launches == 0, "4,096 tokens of 7B take a card longer than launching them"
     assert one.mfu == pytest.approx(one.work.flops / 989.4e12 / one.seconds.total)
 
@@ -266,7 +265,7 @@ def test_real_samples_are_planned_for_every_layout(tmp_path: Path, monkeypatch: 
         first = StepPlan.first({"": plan}, {"": data}, shares=True)
         assert row.layout == first.layout and first.steps == 4 == row.step.steps
         assert row.step.batches == first.batches
-        memories = [first.largest.memory(stage, row.machine) for stage in first.stages]
+        memories = [largest_memory(first, stage, row.machine) for stage in first.stages]
         assert row.needed == max(memory.total for memory in memories), row.name
 
 

@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 import pytest
+from planned import stage_memory
 
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import plan_run
 

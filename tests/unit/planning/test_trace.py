@@ -15,9 +15,8 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_
 from megatron_tiedlora.base.shapes import OUTPUT, QKV, TARGET_NAMES
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, ShareShape
-from megatron_tiedlora.planning.passes import PassWork, stage_work
-from megatron_tiedlora.planning.stages import plan_stages
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, plan_stages
+from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.trace import Kind, Sizes, Trace, Tracer
 
 SHAPE = shape_from_hf({**PRESETS["llama2-70b"], "num_hidden_layers": 4})
@@ -58,17 +57,16 @@ def test_a_few_traces_give_all_sizes(tp_size: int, sequence_parallel: bool, reco
         if not earlier and config is None:
             continue  # it has no backward pass
         kind = Kind((config and config.of_one_layer,), earlier, ends)
-        unit = tracer.unit(kind, recompute)
         for some in sizes:
             wanted = numbers(tracer.trace(kind, some, recompute=recompute))
-            assert numbers(unit.at(some)) == pytest.approx(wanted, rel=1e-9), (kind, some)
+            assert numbers(tracer.at(kind, some, recompute=recompute)) == pytest.approx(wanted, rel=1e-9), (kind, some)
 
 
 @pytest.mark.parametrize(("tp_size", "sequence_parallel"), PARALLEL)
 @pytest.mark.parametrize("name", [name for name, config in ADAPTERS.items() if config is not None])
 def test_recompute_adds_what_it_computes_again(name: str, tp_size: int, sequence_parallel: bool) -> None:
     """Nothing else: both passes without it are the same, and it never takes anything away."""
-    batch = MicroBatchShape(1, 512, 200, (ShareShape(0, 512, 224),), 512**2)
+    batch = MicroBatchShape((0,), (512,), (224,), 200, 512**2)
     config = ADAPTERS[name]
     assert config is not None
     layout = Layout((config,), length=512, tp_size=tp_size, shards_sequences=sequence_parallel)
@@ -76,19 +74,19 @@ def test_recompute_adds_what_it_computes_again(name: str, tp_size: int, sequence
     for recompute in RECOMPUTES:
         (stage,) = plan_stages(SHAPE, replace(layout, recompute=recompute))
         works[recompute] = stage_work(stage, batch)
-    assert works["none"].again == PassWork()
+    assert not any(works["none"].again.values())
     for recompute in RECOMPUTES:
         assert works[recompute].forward == works["none"].forward
         assert works[recompute].backward == works["none"].backward
         again = works[recompute].again
-        amounts = [count for key, count in vars(again).items() if key != "sent"]
-        assert min([*amounts, *again.sent.messages.values(), *again.sent.bytes.values(), 0]) >= 0
+        amounts = [count for key, count in again.items() if isinstance(key, str)]
+        assert min([*amounts, *again.sent.messages.values(), *again.sent.bytes.values()]) >= 0
     gate_up = 2 * 512 * SHAPE.block.gate_up.num_weights / tp_size
-    assert works["selective"].again.linears == pytest.approx(3 * gate_up)  # nothing behind the last attention
+    assert works["selective"].again["linears"] == pytest.approx(3 * gate_up)  # nothing behind the last attention
     in_blocks = 2 * 512 * SHAPE.block.num_weights / tp_size
     of_last = 2 * 512 * SHAPE.block.qkv.num_weights / tp_size
     # of the last block only its QKV, as nothing behind the last attention is recomputed
-    assert works["full"].again.linears == pytest.approx(3 * in_blocks + of_last)
+    assert works["full"].again["linears"] == pytest.approx(3 * in_blocks + of_last)
 
 
 def test_a_kernel_counts_as_one_operation() -> None:
@@ -133,10 +131,10 @@ def test_what_the_garbage_collector_ends_is_not_counted() -> None:
 def test_the_last_rows_of_logits_need_no_more_than_the_first() -> None:
     """At the loss rows of logits are in memory for some positions at a time; the peak is that of the first ones."""
     tracer = Tracer(SHAPE, dtype=torch.bfloat16)
-    unit = tracer.unit(Kind((ADAPTERS["qkv"].of_one_layer,), earlier=True, ends=True), "none")  # type: ignore[union-attr]
+    kind = Kind((ADAPTERS["qkv"].of_one_layer,), earlier=True, ends=True)  # type: ignore[union-attr]
     peaks = []
     for rows in (1024, 4096, 8192):
-        forward, _ = unit.at(Sizes((8192,), (8192,), rows, 1024)).moments
+        forward, _ = tracer.at(kind, Sizes((8192,), (8192,), rows, 1024), recompute="none").moments
         peaks.append(max(moment.alive for moment in forward if moment.kernel and moment.kernel.name == "exp_logits_"))
     grown = 4096 * SHAPE.hidden_size * 2 * 2 + 4096 * 8  # the rows, their gradient and their labels
     assert peaks[2] - peaks[1] == pytest.approx(grown)

@@ -18,6 +18,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import make_own_folder, make_private_folder
 from megatron_tiedlora.config.cli import keep_from_others
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Reading
 
 FILES = sorted(file for folder in ("megatron_tiedlora", "launch", "tools") for file in (ROOT / folder).rglob("*.py"))
 
@@ -27,7 +28,7 @@ REFUSED_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marsha
 # Calls, by the end of their dotted name.
 REFUSED_CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
                  "pandas.read_pickle", "read_pickle", "os.system", "listen"}  # fmt: skip
-# torch sends objects pickled: whoever joins as a rank would run code on the others. Values travel as JSON (`messages`).
+# torch sends objects pickled: whoever joins as a rank would run code on the others. Values travel as JSON.
 SENDS_OBJECTS = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "rpc",
                  "send_object_list", "recv_object_list", "_object_to_tensor", "_tensor_to_object"}  # fmt: skip
 # Probes of a port, which never listen and are closed at once.
@@ -110,7 +111,9 @@ def test_no_code_out_of_files_and_no_listener(file: Path) -> None:
 ])  # fmt: skip
 def test_a_template_reaches_nothing_but_fields(tmp_path: Path, template: str) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [HUB_ROWS["gsm8k"]])
-    message = refusal(lambda: load_split("gsm8k", "test", files={"test": file}, seed=0, prompt_template=template))
+    message = refusal(
+        lambda: load_split("gsm8k", "test", files={"test": file}, seed=0, reading=Reading(template=template))
+    )
     assert message.startswith("--prompt_template")
     reasons = ("is not a plain {field} name", "write {field}", "surrogate", "no field '__class__'")
     assert any(reason in message for reason in reasons), message
@@ -119,7 +122,8 @@ def test_a_template_reaches_nothing_but_fields(tmp_path: Path, template: str) ->
 def test_a_field_that_is_not_text_is_refused_in_a_template_too(tmp_path: Path) -> None:
     """A task checks the fields that it reads itself; a template may name any other."""
     file = write_rows(tmp_path / "rows.jsonl", [{**HUB_ROWS["gsm8k"], "note": "\ud800"}])
-    message = refusal(lambda: load_split("gsm8k", "test", files={"test": file}, seed=0, prompt_template="{note}"))
+    reading = Reading(template="{note}")
+    message = refusal(lambda: load_split("gsm8k", "test", files={"test": file}, seed=0, reading=reading))
     assert f"{file}:1: field 'note' holds half of a surrogate pair" in message
 
 
@@ -127,7 +131,7 @@ def test_a_row_s_own_braces_stay_text(tmp_path: Path) -> None:
     row = {"question": "{answer.__class__} {0} {{", "answer": "#### 1"}
     file = write_rows(tmp_path / "rows.jsonl", [row])
     for template in (None, "{question}"):
-        (example,) = load_split("gsm8k", "test", files={"test": file}, seed=0, prompt_template=template)
+        (example,) = load_split("gsm8k", "test", files={"test": file}, seed=0, reading=Reading(template=template))
         assert row["question"] in example.prompt
     rows = [{"instruction": "{input.__class__}", "input": "{0}", "output": "x"}]
     (example,) = load_split("custom", "test", files={"test": write_rows(tmp_path / "a.jsonl", rows)}, seed=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from ranks import ENVIRONMENT
 
 from megatron_tiedlora.base.ownership import take_folder
 from megatron_tiedlora.cluster.launchers import plan_start
-from megatron_tiedlora.cluster.start import choose_hosts
 from megatron_tiedlora.cluster.start import make_job as make_sweep_job
 from megatron_tiedlora.config.hosts import Host
 from megatron_tiedlora.config.sweep_settings import parse_launcher
@@ -107,8 +107,7 @@ def test_by_what_a_sweep_starts(trap: Path, monkeypatch: pytest.MonkeyPatch, hos
     nowhere = f"assert {str(trap)!r} not in sys.path, sys.path\n"
     (scripts / "train.py").write_text(f"{IMPORTS}{mine}{nowhere}print('all imported')\n")
     settings = parse_launcher(["--hostfile", str(trap.parent / "hosts")] if hosts else [])
-    where, program = choose_hosts(settings, {}), (str(scripts / "train.py"),)
-    job = make_sweep_job(settings, *where, program=program, arguments=(), private=trap.parent)
+    job = replace(make_sweep_job(settings, {}), program=(str(scripts / "train.py"),), private=trap.parent)
     with take_folder(trap.parent / "out", hint="") as lock:
         assert begin_job(job, log, lock.descriptor).process.wait(120) == 0, log.read_text()
     assert "all imported" in log.read_text(), log.read_text()

@@ -29,8 +29,8 @@ from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import verify_export
-from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.readers import read_rows
+from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 from megatron_tiedlora.runtime.run_folder import read_metrics
 

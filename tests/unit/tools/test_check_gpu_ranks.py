@@ -19,7 +19,7 @@ from folders import ROOT
 from ranks import ENVIRONMENT
 from safetensors.torch import save_file
 
-from megatron_tiedlora.benchmark.plan import plan_benchmark, read_samples
+from megatron_tiedlora.benchmark.layout import plan_benchmark, read_samples
 from megatron_tiedlora.selfcheck import rank, test_ranks
 from megatron_tiedlora.selfcheck.parts import verdict
 from megatron_tiedlora.selfcheck.rank import Case

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from megatron_tiedlora.parallel.fp8_products import Fp8ProductWeight
-from megatron_tiedlora.selfcheck import judge as judging
 from megatron_tiedlora.selfcheck import reference, test_attention, test_correct, test_env, test_host, test_memory
-from megatron_tiedlora.selfcheck.judge import Computed, Judge
+from megatron_tiedlora.selfcheck import running as judging
 from megatron_tiedlora.selfcheck.parts import WARNING
-from megatron_tiedlora.selfcheck.running import small_shape
+from megatron_tiedlora.selfcheck.running import Computed, Judge, small_shape
 
 CPU = torch.device("cpu")
 
@@ -56,13 +55,13 @@ def test_every_route_here_is_right_packed_or_not() -> None:
 
 def test_a_mask_that_is_off_is_seen() -> None:
     def one_document(query: Any, key: Any, value: Any, ids: Any) -> torch.Tensor:
-        return test_attention.plain_attention(query, key, value, torch.zeros(2, query.shape[2]))
+        return reference.plain_attention(query, key, value, torch.zeros(2, query.shape[2]))
 
     def shifted(query: Any, key: Any, value: Any, ids: Any) -> torch.Tensor:
-        return test_attention.plain_attention(query, key, value, ids.roll(1, dims=1))
+        return reference.plain_attention(query, key, value, ids.roll(1, dims=1))
 
     def wrong_scale(query: Any, key: Any, value: Any, ids: Any) -> torch.Tensor:
-        return test_attention.plain_attention(query * 1.01, key, value, ids)
+        return reference.plain_attention(query * 1.01, key, value, ids)
 
     for route in (one_document, shifted, wrong_scale):
         assert compared(route) == "failed", route.__name__
@@ -75,7 +74,7 @@ def test_where_nothing_is_computed_nothing_passes(monkeypatch: pytest.MonkeyPatc
     assert not test_attention.relative(zero, zero) <= 1.0
     assert test_attention.worst_of({"a": 1.0, "b": float("nan"), "c": 5.0}) == "b"
     monkeypatch.setattr(test_attention, "relative", lambda *_: float("nan"))
-    assert compared(test_attention.plain_attention) == verdict(test_attention.test_control, CPU) == "failed"
+    assert compared(reference.plain_attention) == verdict(test_attention.test_control, CPU) == "failed"
 
 
 def test_a_kernel_that_is_not_taken_may_fail() -> None:

@@ -16,8 +16,9 @@ from folders import ROOT
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import CACHE_VARIABLE, user_cache
+from megatron_tiedlora.checkpoint.sources import demo_model_path
 from megatron_tiedlora.commands.front import COMMANDS
-from megatron_tiedlora.data import demo
+from megatron_tiedlora.data.tasks import demo
 
 SCRIPT = ROOT / "tools" / "prepare_demo.py"
 PARTS = ("train", "validation", "test")
@@ -99,7 +100,7 @@ def test_only_clean_targets_are_usable(answer: str, worked: str, kept: bool) -> 
 def test_the_light_import_leaves_nothing_behind_and_equals_the_full_one() -> None:
     # In a process of its own: once the real package is imported, the light way is not taken any more.
     code = (
-        "import sys; from megatron_tiedlora.data.demo import demo_examples as rows\n"
+        "import sys; from megatron_tiedlora.data.tasks.demo import demo_examples as rows\n"
         "light = rows('test'); assert not [m for m in sys.modules if m.startswith('reasoning_gym')]\n"
         "assert 'sympy' not in sys.modules and 'pycosat' not in sys.modules\n"
         "try: import reasoning_gym\n"
@@ -135,7 +136,7 @@ def test_missing_reasoning_gym_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
 
 def test_cache_folder_follows_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    assert demo.demo_model_path() == tmp_path / "cache" / "demo_model"
+    assert demo_model_path() == tmp_path / "cache" / "demo_model"
     monkeypatch.delenv(CACHE_VARIABLE)
     assert user_cache() == Path.home() / ".cache" / "megatron_tiedlora"
 
@@ -211,7 +212,7 @@ def model_folder() -> Path:
         pytest.skip("the demo model could not be made within 120 s")
     if result.returncode != 0:
         pytest.skip(f"the demo model is not there and could not be made: {result.stderr.strip()[-300:]}")
-    return demo.demo_model_path()
+    return demo_model_path()
 
 
 @pytest.fixture(scope="module")

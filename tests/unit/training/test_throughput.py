@@ -19,7 +19,7 @@ from run_helpers import Base, Ended, run, write_base
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.data.order import sample_indices
+from megatron_tiedlora.data.token_dataset import sample_indices
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.planning.machines import listed_peak
 from megatron_tiedlora.training import throughput

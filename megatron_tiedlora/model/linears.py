@@ -1,30 +1,42 @@
-"""Norm and column-parallel frozen linear with its low-rank update, with a handwritten backward pass; and norms alone.
+"""Frozen linears with their low-rank update, with a handwritten backward pass; and norms alone.
 
-    z = W x + c + F A x        x = norm(hidden), or hidden where there is no norm
+    column-parallel, behind a norm    z = W x + c + F A x                x = norm(hidden), or hidden without a norm
+    row-parallel, before a norm       y = norm(sum_i z_i + c)            z_i = W_i x_i + F A_i x_i
 
-For the backward pass it needs the norm's input, one number per token for the norm, and A x, r numbers per token; x is
+For the backward pass they need the norm's input, one number per token for the norm, and A x, r numbers per token; x is
 computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/rows.py`;
 A and F come from the adapter. What follows in the same autograd step is in `qkv` and `mlp`.
 
-Under sequence parallelism each rank computes A x from its part of the sequence. A x is sent in the same message as x,
-and its gradient in the same message as the gradient of x.
+Under sequence parallelism each rank computes A x of a column-parallel linear from its part of the sequence. A x is sent
+in the same message as x, and its gradient in the same message as the gradient of x. In a row-parallel linear every rank
+has its own features x_i. The update is part of its addend of the sum, so it adds no message: A is sharded like the
+columns of W, and its gradient is complete on its rank; F is whole on every rank, which has an addend of its gradient.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.rows import AllRows, apart, beside, flat
+from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import NormShape
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
+from megatron_tiedlora.parallel.collectives import (
+    SEQUENCE_DIM,
+    all_gather,
+    all_reduce,
+    end_to_end,
+    leave_tensor_parallel_region,
+    reduce_scatter,
+)
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.kernels import Kernels, as_rows, detached
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, detached
 
 
 class Norm(nn.Module):
@@ -104,33 +116,33 @@ class NormedLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def projection(self, tensor_parallel: TensorParallel, *, num_rows: int, rows: AllRows) -> Projection:
-        """The linear for one call. Its parameters go to autograd beside, see `tensors`.
+        """The linear for one call. What goes to autograd beside is `operands`.
 
         Args:
             num_rows: b of the call's (b, s) tokens.
             rows: of the update.
         """
-        return Projection(self.frozen, self.eps, num_rows, tensor_parallel, self.kernels, rows)
+        return Projection(self.frozen, rows, self.eps, num_rows, tensor_parallel, self.kernels)
 
-    @property
-    def tensors(self) -> Parameters:
+    def operands(self, update: LinearUpdate) -> Operands:
         """What `Projection` needs beside W."""
-        return Parameters(self.norm, self.norm_bias, self.bias)
+        return Operands(update.a, update.f, self.norm, self.norm_bias, self.bias)
 
 
-class Parameters(NamedTuple):
-    """The norm's weight and bias, and the linear's bias."""
+class Operands(NamedTuple):
+    """What a projection needs beside W; None is what there is not.
 
-    norm: torch.Tensor | None
-    norm_bias: torch.Tensor | None
-    bias: torch.Tensor | None
+    Attributes:
+        a, f: the factors of the update, A (r, local in) and F (local out, r).
+        norm, norm_bias: the norm's weight and bias.
+        bias: the linear's.
+    """
 
-
-class Factors(NamedTuple):
-    """The factors of an update: A (r, local in) and F (local out, r); None if there is no update."""
-
-    a: torch.Tensor | None
-    f: torch.Tensor | None
+    a: torch.Tensor | None = None
+    f: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+    norm_bias: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 class Needs(NamedTuple):
@@ -156,41 +168,48 @@ class Projection:
     """z from the hidden states, and the gradients from dz, as functions that autograd does not record.
 
     Attributes:
-        eps: of the norm; None if there is none.
         rows: which tokens the factors of the update are for.
+        eps: of the norm; None if there is none.
+        num_rows: b of (b, s) tokens, for activations that are sharded along the sequence.
+        tensor_parallel: ranks that have the same hidden states, or parts of them; by default this rank has its own.
     """
 
     weight: FrozenWeight
-    eps: float | None
-    num_rows: int
-    tensor_parallel: TensorParallel
-    kernels: Kernels
     rows: AllRows
+    eps: float | None = None
+    num_rows: int = 0
+    tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
+    kernels: Kernels = EAGER
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether the hidden states are sharded along the sequence."""
+        return self.tensor_parallel.sequence_parts > 1
 
     def reads_input(self, needs: Needs) -> bool:
         """Whether `backward` needs the hidden states, and the norm's root if there is a norm."""
         return needs.a or (needs.x and self.eps is not None)
 
     def forward(
-        self, hidden: torch.Tensor, parameters: Parameters, factors: Factors, *, ax: torch.Tensor | None = None
+        self, hidden: torch.Tensor, operands: Operands, *, ax: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """z (b, s, local out), the norm's root (..., 1), and A x (b, s, r).
 
         Args:
-            hidden: activations between layers, (b, s, d) or (1, b s / p, d).
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d); or a rank's own features, (..., local in).
             ax: A x, if it is known from an earlier call.
         """
-        (norm, norm_bias, bias), (a, f) = parameters, factors
+        a, f, norm, norm_bias, bias = operands
         normed, root = hidden, None
         if norm is not None:
             normed, root = self.kernels.normalise(as_rows(hidden), norm.detach(), detached(norm_bias), self.eps)
             normed = normed.view(hidden.shape)
         known = ax is not None
         if a is not None and not known:
-            ax = self.rows.reduce_input(normed, a, local=True)
+            ax = self.rows.reduce_input(normed, a, local=self._in_parts)
         normed, gathered = self._enter(normed, None if known else ax)
         ax = ax if known else gathered
-        projected = self.weight.times_transposed(flat(normed), bias).view(*normed.shape[:-1], -1)
+        projected = self.weight.times_transposed(normed.flatten(0, -2), bias).view(*normed.shape[:-1], -1)
         if ax is not None and f is not None:
             self.rows.add_update_(flat(projected), ax, f)
         return projected, root, ax
@@ -201,8 +220,7 @@ class Projection:
         hidden: torch.Tensor | None,
         root: torch.Tensor | None,
         ax: torch.Tensor | None,
-        parameters: Parameters,
-        factors: Factors,
+        operands: Operands,
         needs: Needs,
         wide: torch.dtype | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -213,8 +231,8 @@ class Projection:
             ax: needed for that of F.
             wide: dtype of the gradients of A and F.
         """
-        (norm, norm_bias, _), (a, f) = parameters, factors
-        rows = flat(grad_projected)
+        a, f, norm, norm_bias, _ = operands
+        rows = grad_projected.flatten(0, -2)
         grad_a = grad_f = grad_ax = None
         if needs.f:
             assert ax is not None and wide is not None
@@ -228,7 +246,7 @@ class Projection:
             normed = as_rows(hidden)
             if norm is not None:
                 normed = self.kernels.apply_norm(normed, norm.detach(), detached(norm_bias), root)
-            grad_a = self.rows.gradient_of_a(grad_ax, normed, wide, local=True)
+            grad_a = self.rows.gradient_of_a(grad_ax, normed, wide, local=self._in_parts)
         if norm is None or grad_normed is None:
             return grad_normed, grad_a, grad_f
         assert hidden is not None
@@ -240,7 +258,7 @@ class Projection:
         self, normed: torch.Tensor, ax: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x and A x of whole sequences, (b, s, n), on every rank; gathered in one message if sequences are sharded."""
-        if self.tensor_parallel.sequence_parts == 1:
+        if not self._in_parts:
             return normed, ax
         narrow = None if ax is None else self.rows.columns(ax, local=True)
         joined = normed if narrow is None else beside(normed, narrow)
@@ -261,7 +279,7 @@ class Projection:
         parallelism A's gradient is this rank's addend, from all of x. In both cases it is summed over ranks where A was
         gathered.
         """
-        group, in_parts = self.tensor_parallel.group, self.tensor_parallel.sequence_parts > 1
+        group, in_parts = self.tensor_parallel.group, self._in_parts
         if in_parts and grad_normed is not None:
             grad_normed = end_to_end(grad_normed)
         if in_parts and needs_ax:
@@ -279,3 +297,97 @@ class Projection:
         if in_parts:
             return reduce_scatter(grad_normed, group, SEQUENCE_DIM), grad_ax
         return all_reduce(grad_normed, group), grad_ax
+
+
+class Epilogue:
+    """What follows z in the same autograd step: here nothing."""
+
+    def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """The results, and what `backward` needs. It may overwrite `projected`."""
+        return (projected,), ()
+
+    def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
+        """The gradient of z from those of the results."""
+        return gradients[0]
+
+
+_NOTHING = Epilogue()
+
+
+def project(
+    hidden: torch.Tensor,
+    update: LinearUpdate,
+    projection: Projection,
+    operands: Operands,
+    epilogue: Epilogue = _NOTHING,
+) -> tuple[torch.Tensor, ...]:
+    """The projection of the hidden states and what follows it, as one step of autograd with one backward pass."""
+    results: tuple[torch.Tensor, ...] = _Projected.apply(
+        hidden, update.grad_a, update.grad_f, operands, projection, epilogue
+    )
+    return results
+
+
+class _Projected(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        grad_a: torch.Tensor | None,
+        grad_f: torch.Tensor | None,
+        operands: Operands,
+        projection: Projection,
+        epilogue: Epilogue,
+    ) -> tuple[torch.Tensor, ...]:
+        projected, root, ax = projection.forward(hidden, operands)
+        results, saved = epilogue.forward(projected)
+        needs = Needs(*ctx.needs_input_grad[:3])
+        ctx.projection, ctx.epilogue = projection, epilogue
+        ctx.wide = gradient_dtype(grad_a, grad_f)
+        ctx.save_for_backward(
+            *((hidden, root) if projection.reads_input(needs) else (None, None)),
+            ax if needs.f else None,
+            *(*operands[:4], *saved),
+        )
+        return results
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, root, ax, a, f, norm, norm_bias, *saved = ctx.saved_tensors
+        needs, operands = Needs(*ctx.needs_input_grad[:3]), Operands(a, f, norm, norm_bias)
+        grad_projected = ctx.epilogue.backward(gradients, *saved)
+        found = ctx.projection.backward(grad_projected, hidden, root, ax, operands, needs, ctx.wide)
+        return *found, *(None,) * 3
+
+
+class RowParallelLinear(nn.Module):
+    """This rank's columns of W, the bias and the norm."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, weight: FrozenWeight, *, bias: nn.Parameter | None = None, norm: Norm | None = None
+    ) -> None:
+        """`weight` is W_i, (out, local in)."""
+        super().__init__()
+        self.frozen = register(self, weight)
+        self.register_parameter("bias", bias)
+        self.norm = norm
+
+    def forward(
+        self, local_hidden: torch.Tensor, tensor_parallel: TensorParallel, update: LinearUpdate | None = None
+    ) -> torch.Tensor:
+        """(..., local_in) -> activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
+        update = update or LinearUpdate()
+        (addend,) = project(local_hidden, update, Projection(self.frozen, update.rows), Operands(update.a, update.f))
+        return self.total(addend, tensor_parallel)
+
+    def total(self, addend: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """y from the ranks' addends (b, s, out), as activations between layers. The bias is added once.
+
+        Under sequence parallelism the norm is that of this rank's part of the sequence.
+        """
+        output = leave_tensor_parallel_region(addend, tensor_parallel)
+        output = output if self.bias is None else output + self.bias
+        return output if self.norm is None else self.norm(output)
