@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_tiedlora.base.atomic import write_text
-from megatron_tiedlora.base.command_names import COMMANDS, PROGRAM
+from megatron_tiedlora.commands.front import COMMANDS, PROGRAM
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "install.md"

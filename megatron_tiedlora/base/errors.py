@@ -58,11 +58,9 @@ def one_line(text: str) -> str:
 def printable(text: str) -> str:
     """`text` as one line that is safe to print, since names and contents of files may be another user's. New lines and
     control characters are escaped. Letters of every script stay."""
-    return text if text.isprintable() else "".join(map(_printable, text))
-
-
-def _printable(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def show(*lines: str, file: TextIO | None = None) -> None:

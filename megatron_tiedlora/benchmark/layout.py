@@ -39,7 +39,7 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import marked, validate_settings
 from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.config.tasks import DEFAULT_TASK
+from megatron_tiedlora.config.train_fields import DEFAULT_TASK
 from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.splits import load_split
@@ -65,9 +65,8 @@ from megatron_tiedlora.planning.step_time import Seconds
 from megatron_tiedlora.runtime.process_group import join_process_group, ranks_here
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model, build_random_model
-from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
-from megatron_tiedlora.training.step import AdapterStep, TrainStep
+from megatron_tiedlora.training.step import GUARDED_STEPS, AdapterStep, TrainStep
 from megatron_tiedlora.training.throughput import find_peak, matmul_rate, timed
 
 LEARNING_RATE = 1e-4

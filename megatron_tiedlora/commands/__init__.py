@@ -1,1 +1,1 @@
-"""The commands, one module each: they read settings, call the library and print their results."""
+"""The commands, in one module or a few together: they read settings, call the library and print their results."""

@@ -15,7 +15,7 @@ import torch
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.config.tool_settings import CheckGpuSettings
+from megatron_tiedlora.config.tool_settings import CHECK_PARTS, CheckGpuSettings
 from megatron_tiedlora.selfcheck.parts import (
     part_command,
     part_environment,
@@ -27,8 +27,7 @@ from megatron_tiedlora.selfcheck.parts import (
 )
 
 # Seconds of 8 minutes for each part; what a part does not use goes to the next one.
-_SECONDS = (50, 35, 85, 95, 50, 35, 30, 100)
-SHARES = dict(zip(("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks"), _SECONDS, strict=True))
+SHARES = dict(zip(CHECK_PARTS, (50, 35, 85, 95, 50, 35, 30, 100), strict=True))
 RANKS_OF_SEVERAL = 340  # seconds for part ranks on several GPUs; all parts then take 12 minutes
 NO_GPU_STATUS = 2
 
@@ -39,7 +38,7 @@ def main(settings: CheckGpuSettings) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _leave)
     require_extra("check")
-    parts = list(SHARES) if settings.parts is None else _parts(settings.parts)
+    parts = [part for part in SHARES if settings.parts is None or part in settings.parts]
     missing, num_gpus = None, 0
     if settings.device == "cuda":
         missing, num_gpus = why_no_gpu(), torch.cuda.device_count()
@@ -98,12 +97,3 @@ def _write(folder: Path, page: Sequence[str], suites: Sequence[Element]) -> None
 def _leave(number: int, _frame: object) -> NoReturn:
     """Exit with an exception, so that the running part is ended first."""
     sys.exit(128 + number)
-
-
-def _parts(given: str) -> list[str]:
-    """The named parts in the command's order. Raises UserError if one is unknown or none is given."""
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    unknown = [name for name in names if name not in SHARES]
-    if unknown or not names:
-        raise UserError(f"--parts {given}: give some of {','.join(SHARES)}")
-    return [part for part in SHARES if part in names]

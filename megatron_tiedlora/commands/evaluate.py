@@ -47,7 +47,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     from megatron_tiedlora.base.output_folder import NewOutput, take_output_folder
     from megatron_tiedlora.base.ownership import Owner
     from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
-    from megatron_tiedlora.engine.topology import make_groups, make_process_grid
+    from megatron_tiedlora.engine.engine import make_groups, make_process_grid
     from megatron_tiedlora.evaluation.answering import answer_all, check_same_rows, read_questions
     from megatron_tiedlora.evaluation.decoder import Decoder
     from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations

@@ -1,19 +1,103 @@
-"""`tiedlora NAME ...`: lists the commands, and runs one. It imports no command but that one, so its help is quick."""
+"""`tiedlora NAME ...`: the table of commands, their list, and the start of one. It imports no command but that one, so
+its help is quick.
+
+A new command is one row of the table, a class of settings and one function in commands/.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from megatron_tiedlora.base.command_names import COMMANDS, PROGRAM, find_command, other_command
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.version import __version__
 from megatron_tiedlora.base.wording import nearest_name
 
 _LOCAL_RANK = ("--local_rank", "--local-rank")
+PROGRAM = "tiedlora"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        main: its function of commands/, as MODULE:NAME, which takes the settings and returns the exit status.
+        settings: what of config/ reads its command line: a class of settings, or a function of the words.
+        about: the line in the list of `tiedlora --help`.
+        script: the script that does the same, or '' if there is none.
+        is_rank: whether a launcher starts it as several ranks, of which one reports an error for all.
+    """
+
+    name: str
+    main: str
+    settings: str
+    about: str
+    script: str = ""
+    is_rank: bool = False
+
+
+COMMANDS = (
+    Command("train", "train:main", "settings:Settings",
+            "fine-tune a model, as one process or a rank of many", "launch/train.py", is_rank=True),
+    Command("run", "run:main", "launch_settings:parse_launch",
+            "start `train` on GPUs and hosts, watch it, and say how it ended", "launch/run.py"),
+    Command("evaluate", "evaluate:main", "evaluate_settings:EvaluateSettings",
+            "answer a task's held-out rows and score them", "launch/evaluate.py", is_rank=True),
+    Command("sweep", "sweep:main", "sweep_settings:parse_sweep",
+            "train methods x ranks x learning rates, and write tables", "launch/sweep.py"),
+    Command("doctor", "doctor:main", "doctor_settings:DoctorSettings",
+            "examine the hosts of a job before it starts", "launch/doctor.py"),
+    Command("plan", "plan:main", "plan_settings:parse_plan",
+            "find the fastest layout of a cluster before it is booked", "tools/plan.py"),
+    Command("merge", "convert:merge", "tool_settings:MergeSettings",
+            "merge an adapter into its base model", "tools/merge_adapter.py"),
+    Command("export", "convert:export", "tool_settings:ExportSettings",
+            "write an adapter as LoRA for PEFT, vLLM and others", "tools/export_peft.py"),
+    Command("import", "convert:import_adapter", "tool_settings:ImportSettings",
+            "read a PEFT LoRA or VeRA as a native adapter", "tools/import_peft.py"),
+    Command("verify", "convert:verify", "tool_settings:VerifySettings",
+            "check a merged folder or an export", "tools/verify_export.py"),
+    Command("index", "sharing:index", "tool_settings:IndexSettings",
+            "index a folder of adapters; find, verify and compare them"),
+    Command("push", "sharing:push", "tool_settings:PushSettings", "publish a run's adapter on the Hugging Face hub"),
+    Command("convert-nemo", "convert:convert", "tool_settings:ConvertNemoSettings",
+            "convert GPT-2B-001 from its .nemo file", "tools/convert_nemo.py"),
+    Command("check-gpu", "check_gpu:main", "tool_settings:CheckGpuSettings",
+            "check what this machine's GPUs can do", "tools/check_gpu.py"),
+    Command("bench", "bench:main", "bench_settings:BenchSettings",
+            "measure a training step or decoding", "tools/bench_step.py", is_rank=True),
+    Command("prepare-demo", "prepare_demo:main", "tool_settings:PrepareDemoSettings",
+            "make the demo model (needs the extra demo)", "tools/prepare_demo.py"),
+    Command("random-model", "convert:make_random", "tool_settings:RandomModelSettings",
+            "write a random model, `tiny` for a try", "tools/write_random_model.py"),
+    Command("env", "env:main", "tool_settings:EnvSettings", "versions, devices and variables, for a bug report"),
+)
+
+# What other tools call a command; what is in no table is guessed by its spelling.
+_OTHER_NAMES = {
+    **dict.fromkeys(("finetune", "fine-tune", "sft", "tune", "pt", "pretrain", "fit"), "train"),
+    **dict.fromkeys(("launch", "torchrun", "deepspeed", "start"), "run"),
+    **dict.fromkeys(("eval", "infer", "inference", "generate", "predict", "test"), "evaluate"),
+    **dict.fromkeys(("merge-lora", "merge-adapter", "merge-peft"), "merge"),
+    **dict.fromkeys(("push-to-hub", "upload", "publish"), "push"),
+    **dict.fromkeys(("version", "info", "collect-env"), "env"),
+    "serve": "export, which prints the command of `vllm serve`",
+}
+
+
+def find_command(name: str) -> Command | None:
+    """The command called `name`; an underscore counts as a dash."""
+    return next((command for command in COMMANDS if command.name == name.replace("_", "-")), None)
+
+
+def other_command(name: str) -> str:
+    """The command of ours that other tools call `name`; '' if there is none."""
+    return _OTHER_NAMES.get(name.replace("_", "-").lower(), "")
 
 
 def help_text() -> str:
@@ -80,11 +164,16 @@ def call(name: str, argv: Sequence[str], **options: Any) -> int:
 
     command = find_command(name)
     assert command is not None
-    module, _, kind = command.settings.partition(":")
-    reader = getattr(importlib.import_module(f"megatron_tiedlora.config.{module}"), kind)
+    reader = _of_package(f"config.{command.settings}")
     settings = parse_settings(argv, reader) if isinstance(reader, type) else reader(argv)
-    status: int = importlib.import_module(f"megatron_tiedlora.commands.{command.module}").main(settings, **options)
+    status: int = _of_package(f"commands.{command.main}")(settings, **options)
     return status
+
+
+def _of_package(where: str) -> Any:
+    """What is called so in this package, as MODULE:NAME."""
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(f"megatron_tiedlora.{module}"), name)
 
 
 def _without_local_rank(words: Sequence[str]) -> list[str]:

@@ -6,21 +6,38 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.config.fields import (
     CommandSettings,
-    comma_separated,
+    Targets,
     declared,
-    parse_targets,
     setting_field,
     shared_field,
     validate_settings,
 )
 from megatron_tiedlora.config.train_fields import TrainFields
 
-ABOUT = """\
+GROUPS_OF = {
+    "step": ("run", "model", "step", "samples", "against", "adapters"),
+    "layout": ("run", "model", "step", "samples", "layout"),
+    "scaling": ("run", "model", "step", "scaling"),
+    "decoding": ("run", "model", "decoding"),
+}
+# Defaults of --what scaling that differ from the others'.
+SCALING_DEFAULTS: dict[str, Any] = {"model": "llama2-7b", "num_layers": 2, "rows": 1, "supervised": 1.0}
+_WITHOUT_TASK = ("supervised", "documents", "micro_batches")
+_WITH_TASK = ("samples", "train_file", "padded_rows", "packing")
+
+_train = partial(shared_field, TrainFields)  # of the run whose step is measured
+
+
+class BenchSettings(CommandSettings):
+    """The settings of one benchmark, validated and frozen."""
+
+    prog: ClassVar[str] = "tiedlora bench"
+    about: ClassVar[str] = """\
 Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samples, or at a layout of several ranks.
 
     tiedlora bench --against peft                                                    4 x 512 tokens, half of them
@@ -51,37 +68,17 @@ side stops early. Times are of a whole batch, prompts included.
 Seconds are medians over the repeats, after turns that are not counted. `of matmul` is the share of a bare matmul's
 speed in the same run, on all ranks at once. Saved bytes are what autograd saves of all micro-batches of a step, beside
 the formula of docs/performance.md. On a GPU the report also has MFU by the data sheet and the time by kernel class."""
-GROUPS = {
-    "run": "what is measured",
-    "model": "what takes the step, or generates",
-    "step": "what is trained, and the size of the step (--what step, layout and scaling)",
-    "samples": "real samples in place of made-up tokens (--what step and layout)",
-    "against": "what takes turns with our step (--what step)",
-    "adapters": "several adapters of one base, in turn and together (--what step)",
-    "layout": "a training run's step on all ranks, as in tiedlora train (--what layout)",
-    "scaling": "the values of each quantity, with commas between them, '' for none (--what scaling)",
-    "decoding": "what is generated (--what decoding)",
-}
-GROUPS_OF = {
-    "step": ("run", "model", "step", "samples", "against", "adapters"),
-    "layout": ("run", "model", "step", "samples", "layout"),
-    "scaling": ("run", "model", "step", "scaling"),
-    "decoding": ("run", "model", "decoding"),
-}
-# Defaults of --what scaling that differ from the others'.
-SCALING_DEFAULTS: dict[str, Any] = {"model": "llama2-7b", "num_layers": 2, "rows": 1, "supervised": 1.0}
-_WITHOUT_TASK = ("supervised", "documents", "micro_batches")
-_WITH_TASK = ("samples", "train_file", "padded_rows", "packing")
-
-_train = partial(shared_field, TrainFields)  # of the run whose step is measured
-
-
-class BenchSettings(CommandSettings):
-    """The settings of one benchmark, validated and frozen."""
-
-    prog: ClassVar[str] = "tiedlora bench"
-    about: ClassVar[str] = ABOUT
-    groups: ClassVar[Mapping[str, str]] = GROUPS
+    groups: ClassVar[Mapping[str, str]] = {
+        "run": "what is measured",
+        "model": "what takes the step, or generates",
+        "step": "what is trained, and the size of the step (--what step, layout and scaling)",
+        "samples": "real samples in place of made-up tokens (--what step and layout)",
+        "against": "what takes turns with our step (--what step)",
+        "adapters": "several adapters of one base, in turn and together (--what step)",
+        "layout": "a training run's step on all ranks, as in tiedlora train (--what layout)",
+        "scaling": "the values of each quantity, with commas between them, '' for none (--what scaling)",
+        "decoding": "what is generated (--what decoding)",
+    }
 
     what: Literal["step", "layout", "scaling", "decoding"] = setting_field(
         "run", "what to measure [step; layout with several ranks or a flag of a layout]",
@@ -98,7 +95,7 @@ class BenchSettings(CommandSettings):
     products: Literal["fp8"] | None = _train("products", group="step")
     keep_transposed: bool = _train("keep_transposed", group="step")
     method: str = _train("method", "what is trained here", group="step")
-    targets: tuple[str, ...] = _train("targets", group="step")
+    targets: Targets = _train("targets", group="step")
     rank: int = _train("rank", "rank r of both sides", group="step")
     compile: Literal["auto", "true", "false"] = _train("compile", "our kernels, where it can be done", group="step")
     recompute: Literal["none", "selective", "full"] = _train("recompute", "of layers, on our side", group="step")
@@ -141,9 +138,8 @@ class BenchSettings(CommandSettings):
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """The default as in every command, values with commas between them, and the default of scaling."""
-        default = cls.model_fields[name].default
-        text = ",".join(map(str, default)) if isinstance(default, tuple) else super().default_text(name)
+        """The default as in every command, and that of scaling."""
+        text = super().default_text(name)
         return f"{text or 'all'}; scaling {SCALING_DEFAULTS[name]}" if name in SCALING_DEFAULTS else text
 
     @model_validator(mode="before")
@@ -163,9 +159,6 @@ class BenchSettings(CommandSettings):
             if name in _WITHOUT_TASK and "task" in given:
                 raise ValueError(f"--{name} {value} is for made-up tokens, so not with --task")
         return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
-
-    _parse_targets = field_validator("targets", mode="before")(parse_targets)
-    _split_values = field_validator("layers", "lengths", "ranks", "shares", mode="before")(comma_separated)
 
     @model_validator(mode="after")
     def _check(self) -> BenchSettings:

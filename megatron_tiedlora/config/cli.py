@@ -14,14 +14,12 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from megatron_tiedlora.base.errors import UserError, show_messages
 from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
-from megatron_tiedlora.config.adapter_settings import MergeSettings, PushSettings
-from megatron_tiedlora.config.data_fields import HUB_NAMES, TEMPLATE_HASH
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import (
     AnySettings,
@@ -32,8 +30,11 @@ from megatron_tiedlora.config.fields import (
     validate_settings,
 )
 from megatron_tiedlora.config.other_names import unknown_names
+from megatron_tiedlora.config.tool_settings import MergeSettings, PushSettings
 from megatron_tiedlora.config.train_fields import TrainFields
 
+HUB_NAMES = "hub_names"  # in run.yaml: the ids of data and tokenizer that come from the hub
+TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_template
 # What a run's run.yaml has beside its settings. It is ignored, so that the file can be given to --config.
 RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH)
 RECORD_MARK = "versions"
@@ -65,6 +66,8 @@ def reject_unknown(words: Sequence[str], *kinds: type[CommandSettings], known: I
 def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
     """How the help shows the values of a type, or its choices: `N`, `X[,X...]`, `{a,b}`, `N|auto`."""
     arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        return _metavar(arguments[0], choices)
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # typing.Union if it has a Literal
         kinds = [kind for kind in arguments if kind is not type(None)]
         return "|".join(_metavar(kind, choices).strip("{}" if len(kinds) > 1 else "") for kind in kinds)
@@ -116,7 +119,8 @@ def parse_words(argv: Sequence[str], kind: type[CommandSettings]) -> dict[str, A
     parser = build_parser(kind)
     known = [option for action in parser._actions for option in action.option_strings]
     # Before argparse says which flag is missing: an unknown one may be what the user calls it.
-    flags = [word for word in itertools.takewhile(lambda word: word != "--", argv) if _is_flag(word)]
+    words = itertools.takewhile(lambda word: word != "--", argv)
+    flags = [word for word in words if word.startswith("--") and " " not in word]  # others argparse takes for values
     reject_unknown([word for word in flags if word.partition("=")[0] not in known], kind, known=known)
     values, others = parser.parse_known_args(list(argv))
     reject_unknown(others, kind, known=known)
@@ -146,11 +150,6 @@ def split_words(
 
 def _given(values: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
-
-
-def _is_flag(word: str) -> bool:
-    """Whether argparse takes a word for a flag, and not for a value."""
-    return word.startswith("--") and " " not in word
 
 
 def read_yaml(path: str, *kinds: type[CommandSettings]) -> dict[str, Any]:

@@ -6,27 +6,21 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
-from megatron_tiedlora.config.data_fields import (
+from megatron_tiedlora.config.fields import (
     FILES_HELP,
     AddBos,
+    Columns,
+    CommandSettings,
     SpecialTokensInText,
-    boolean_word,
-    checked_columns,
+    marked,
+    setting_field,
+    shared_field,
 )
-from megatron_tiedlora.config.fields import CommandSettings, marked, setting_field, shared_field
 from megatron_tiedlora.config.other_names import ADAPTER_NAMES
-from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK
-from megatron_tiedlora.config.train_fields import TrainFields
-
-GROUPS = {
-    "run": "where answers and scores go",
-    "model": "the model that generates the answers",
-    "parallel": "model sharding (data-parallel size = world size / (tensor x pipeline))",
-    "data": "the rows that are answered and scored",
-}
+from megatron_tiedlora.config.train_fields import DEFAULT_MODEL, DEFAULT_TASK, TrainFields
 
 _same = partial(shared_field, TrainFields, shared=False)  # a setting of the same name, with a value of its own
 _train = partial(shared_field, TrainFields)  # of a run that is evaluated, the run's
@@ -46,7 +40,12 @@ class EvaluateSettings(CommandSettings):
 
     prog: ClassVar[str] = "tiedlora evaluate"
     about: ClassVar[str] = "Answer a task's rows by greedy decoding and score them, with or without an adapter."
-    groups: ClassVar[Mapping[str, str]] = GROUPS
+    groups: ClassVar[Mapping[str, str]] = {
+        "run": "where answers and scores go",
+        "model": "the model that generates the answers",
+        "parallel": "model sharding (data-parallel size = world size / (tensor x pipeline))",
+        "data": "the rows that are answered and scored",
+    }
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model or --adapter, give --task or --test_file"}
     instead: ClassVar[Sequence[tuple[str, str]]] = (("adapter", "adapters"),)
 
@@ -111,7 +110,7 @@ class EvaluateSettings(CommandSettings):
     )
     train_file: str | None = _same("train_file", "training rows, to carve the validation split from")
     prompt_template: str | None = _train("prompt_template")
-    columns: str | None = _train("columns")
+    columns: Columns = _train("columns")
     chat_template: str | None = _as_trained("chat_template")
     add_bos: AddBos | None = _as_trained("add_bos")
     special_tokens_in_text: SpecialTokensInText | None = _as_trained("special_tokens_in_text")
@@ -126,13 +125,6 @@ class EvaluateSettings(CommandSettings):
         "data", "answer only the first N rows [all; demo 24]", None, ge=1,
         other_names="max_samples num_samples eval_samples",
     )
-
-    _one_adapter_as_list = field_validator("adapters", mode="before")(
-        lambda value: [value] if isinstance(value, str) else value
-    )
-    _add_bos_as_word = field_validator("add_bos", mode="before")(boolean_word)
-
-    _check_columns = field_validator("columns")(checked_columns)
 
     @model_validator(mode="before")
     @classmethod

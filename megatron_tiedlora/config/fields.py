@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -263,14 +264,19 @@ def _kinds_in(annotation: Any) -> set[Any]:
 
 
 def _as_meant(name: str, value: Any, kind: type[CommandSettings]) -> Any:
-    """A value as its field spells it: `nf4` for `NF4` or `4bit`, and the whole number 1000 for `1e3`."""
+    """A value as its field spells it: its parts if it is a list with commas, `nf4` for `NF4` or `4bit`, and the whole
+    number 1000 for `1e3`."""
     own, kinds = declared(kind)[name], _kinds_in(kind.model_fields[name].annotation)
-    if isinstance(value, list | tuple):
-        return [_as_meant(name, part, kind) if isinstance(part, str) else part for part in value]
+    meant = _part_as_meant(value, own, kinds)
+    if not any(typing.get_origin(one) is tuple for one in kinds) or meant in literal_values(kinds):
+        return meant
+    parts = [value] if own.words and isinstance(value, str) else comma_separated(value)
+    return [_part_as_meant(part, own, kinds) for part in parts] if isinstance(parts, list | tuple) else parts
+
+
+def _part_as_meant(value: Any, own: Declared, kinds: set[Any]) -> Any:
     if not isinstance(value, str):
         return value
-    if "," in value and any(typing.get_origin(one) is tuple for one in kinds):
-        return ",".join(str(_as_meant(name, part, kind)) for part in value.split(","))
     if _POWER_OF_TEN.fullmatch(value.strip()) and int in kinds and not kinds & {float, str}:
         return int(number) if (number := float(value)).is_integer() else value
     return value_meant(value, (*(own.choices or ()), *literal_values(kinds)), own.other_values)
@@ -326,12 +332,10 @@ def comma_separated(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-# A path, with ~ expanded. Raises UserError if it cannot name a file.
-FilePath = Annotated[Path, BeforeValidator(lambda value, info: user_path(value, flag=f"--{info.field_name}"))]
-
 # Names that PEFT's users know, and the target that they are part of.
 _FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), QKV), **dict.fromkeys(("gate_proj", "up_proj"), GATE_UP)}
 TARGETS_HELP = f"adapted linears of each adapted layer: all, or some of {', '.join(TARGET_NAMES)}"
+
 
 def parse_targets(value: Any) -> Any:
     """The names of `--targets` in the order of `TARGET_NAMES`. A value that is not a list of strings is unchanged.
@@ -374,3 +378,45 @@ def shell_words(name: str, text: str | None) -> list[str]:
         return shlex.split(text or "")
     except ValueError as error:
         raise ValueError(f"--{name} {text}: {str(error).lower()}") from None
+
+
+# Types of settings of several commands, which check their values themselves -------------------------------------------
+
+# A path, with ~ expanded. Raises UserError if it cannot name a file.
+FilePath = Annotated[Path, BeforeValidator(lambda value, info: user_path(value, flag=f"--{info.field_name}"))]
+Targets = Annotated[tuple[str, ...], BeforeValidator(parse_targets)]
+# A YAML file's true or false is the word.
+AddBos = Annotated[
+    Literal["auto", "true", "false"],
+    BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value),
+]
+SpecialTokensInText = Literal["refuse", "plain", "control"]
+TrainOn = Literal["all_turns", "last_turn"]
+FILES_HELP = (
+    ".jsonl, .json, .csv, .parquet, .arrow (also .gz), a folder, a pattern, a hub id (id:config:split), or several with"
+    " commas"
+)
+
+
+def parse_columns(text: str | None) -> Mapping[str, str] | None:
+    """Our field -> the user's field, of `--columns OURS=YOURS[,...]`; None if it is not given.
+
+    Raises:
+        ValueError: it has another form, or names one of our fields twice.
+    """
+    if text is None:
+        return None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    columns = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if not all(columns.values()) or not all(columns) or len(columns) < len(pairs):
+        said = f"--columns {as_given(text)}: expected OURS=YOURS[,...]"
+        raise ValueError(f"{said} with each of ours once, e.g. prompt=query,completion=response")
+    return columns
+
+
+def _checked_columns(text: str | None) -> str | None:
+    parse_columns(text)
+    return text
+
+
+Columns = Annotated[str | None, AfterValidator(_checked_columns)]  # as it was given

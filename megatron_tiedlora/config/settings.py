@@ -16,11 +16,16 @@ from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic
 from megatron_tiedlora.base.errors import as_given, shown
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import nearest_name
-from megatron_tiedlora.config.data_fields import boolean_word, checked_columns
-from megatron_tiedlora.config.fields import comma_separated, flag_value, marked, parse_targets, validate_settings
+from megatron_tiedlora.config.fields import flag_value, marked, validate_settings
 from megatron_tiedlora.config.presets import is_preset
-from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, PAPER_DEFAULTS, TASK_DEFAULTS
-from megatron_tiedlora.config.train_fields import TRACKER_NAMES, TrainFields
+from megatron_tiedlora.config.train_fields import (
+    DEFAULT_MODEL,
+    DEFAULT_TASK,
+    PAPER_DEFAULTS,
+    TASK_DEFAULTS,
+    TRACKER_NAMES,
+    TrainFields,
+)
 
 NO_TRAIN_FILE = "--task custom needs --train_file (JSONL with prompt and completion, or a hub id)"
 
@@ -31,10 +36,9 @@ def _parse_trackers(value: Any) -> Any:
     Raises:
         ValueError: a name is unknown.
     """
-    names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         return value
-    found = tuple(dict.fromkeys(name.strip().lower() for name in names if name.strip()))
+    found = tuple(dict.fromkeys(name.strip().lower() for name in value if name.strip()))
     if found == ("none",):
         return ()
     for name in found:
@@ -102,8 +106,8 @@ class Settings(TrainFields):
     @field_validator("layers", mode="before")
     @classmethod
     def _parse_layers(cls, value: Any) -> Any:
-        whole = isinstance(value, str) and value.strip().lower() in ("", "all", "none")
-        return None if whole else comma_separated(value)
+        whole = isinstance(value, list) and [str(part).lower() for part in value] in ([], ["all"], ["none"])
+        return None if whole else value
 
     @field_validator("profile", mode="before")
     @classmethod
@@ -115,11 +119,6 @@ class Settings(TrainFields):
         return value
 
     _split_trackers = field_validator("report_to", mode="before")(_parse_trackers)
-    _parse_targets = field_validator("targets", mode="before")(parse_targets)
-
-    _add_bos_as_word = field_validator("add_bos", mode="before")(boolean_word)
-
-    _check_columns = field_validator("columns")(checked_columns)
 
     @field_validator(*marked(TrainFields, holds="path"))
     @classmethod

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from megatron_tiedlora.base.errors import UserError, as_given, naming
 from megatron_tiedlora.base.methods import METHOD_NAMES
@@ -18,7 +18,6 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.cli import naming_file, parse_words, read_yaml, split_words
 from megatron_tiedlora.config.fields import (
     CommandSettings,
-    comma_separated,
     decided_by,
     setting_field,
     shared_field,
@@ -105,11 +104,6 @@ class SweepSettings(CommandSettings):
     def default_text(cls, name: str) -> str:
         """As for every command, but the help texts of the grid contain their defaults."""
         return "" if name in ("methods", "ranks", "learning_rates") else super().default_text(name)
-
-    @field_validator("methods", "ranks", "learning_rates", "single_layers", "tables_from", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return value if value == "paper" else comma_separated(value)
 
     @model_validator(mode="after")
     def _check(self) -> SweepSettings:

@@ -1,20 +1,32 @@
 """Every setting of a training run, declared once: type, default, help text, group, what it decides, and other names.
 
 Owns the declarations; `settings.py` has the checks of their values. `cli.py` turns them into flags, and a YAML file
-uses the same flat names. A new setting is one declaration here, and the place that uses it.
+uses the same flat names. A new setting is one declaration here, and the place that uses it. The defaults that differ by
+task are in two tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.config.data_fields import FILES_HELP, AddBos, SpecialTokensInText, TrainOn
-from megatron_tiedlora.config.fields import LONGEST_WAIT_MINUTES, TARGETS_HELP, CommandSettings, setting_field
+from megatron_tiedlora.config.fields import (
+    FILES_HELP,
+    LONGEST_WAIT_MINUTES,
+    TARGETS_HELP,
+    AddBos,
+    Columns,
+    CommandSettings,
+    SpecialTokensInText,
+    Targets,
+    TrainOn,
+    setting_field,
+)
 from megatron_tiedlora.config.other_names import (
     OTHER_DTYPES,
     OTHER_FORMATS,
@@ -23,7 +35,35 @@ from megatron_tiedlora.config.other_names import (
     OTHER_SCHEDULES,
 )
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.config.tasks import DEFAULT_MODEL, TASK_NAMES
+
+# The tasks are in data/, which config cannot import.
+_FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
+
+TASK_NAMES: tuple[str, ...] = tuple(sorted(file.stem for file in _FOLDER.glob("[!_]*.py")))
+
+# For a command that is given neither a model nor a task.
+DEFAULT_MODEL, DEFAULT_TASK = "demo", "demo"
+
+PAPER_DEFAULTS: Mapping[str, Any] = {
+    "global_batch_size": 256,
+    "max_steps": 2000,
+    "learning_rate": 1e-4,
+    "warmup_steps": 50,
+    "eval_interval": 30,
+    "max_length": 4096,
+}
+# Defaults of tasks that do not use the paper's.
+TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "demo": {
+        "global_batch_size": 24,
+        "max_steps": 20,
+        "learning_rate": 3e-2,
+        "warmup_steps": 2,
+        "eval_interval": 10,
+        "max_length": 512,
+    },
+}
+
 
 TENSORBOARD = "tensorboard"
 # TensorBoard is written here; the others are those of accelerate.tracking, each named like its package.
@@ -213,7 +253,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         other_names="layers_to_transform lora_layers num_lora_layers",
         decided_by={"sweep": "the sweep adapts all layers, and one at a time with --single_layers"},
     )
-    targets: tuple[str, ...] = _adapter(TARGETS_HELP, (QKV,))
+    targets: Targets = _adapter(TARGETS_HELP, (QKV,))
     init_std_a: float | None = _adapter("init std of A (default: by method)", None, gt=0, le=1e3, derived=True)
     init_std_b: float | None = _adapter(
         "init std of B, for methods that do not initialise B to zero (default: by method)", None, gt=0, le=1e3,
@@ -254,7 +294,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     prompt_template: str | None = _data(
         "override the task's prompt, with {field} names of its rows", None, by_content=True,
     )
-    columns: str | None = _data(
+    columns: Columns = _data(
         "which fields of your rows to read, as OURS=YOURS[,...], e.g. prompt=query,completion=response", None,
         by_content=True, other_names="column_mapping columns_mapping text_column dataset_text_field prompt_column",
     )

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.data_fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.readers import Row, is_text
 from megatron_tiedlora.data.turns import Conversation

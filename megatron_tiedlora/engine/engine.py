@@ -1,4 +1,5 @@
-"""The model as a DeepSpeed engine: built under ZeRO-3, marked for the gradient norm, initialised with our optimizer.
+"""The model as a DeepSpeed engine: built under ZeRO-3, marked for the gradient norm, initialised with our optimizer;
+and the process groups of the (pp, dp, tp) grid: DeepSpeed's topology makes most of them, this module a few more.
 
 The engine's JSON has no precision section, so DeepSpeed treats the model as fp32: the frozen base keeps its own dtype,
 and the adapter's gradients, their sums and the optimizer stay fp32 at every ZeRO stage.
@@ -7,20 +8,21 @@ and the adapter's gradients, their sums and the optimizer stay fp32 at every ZeR
 from __future__ import annotations
 
 import importlib
+import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import gradient_norm_counts
 from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.model.mlp import SwiGlu
-from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.parallel.groups import ALONE, Grid, ParallelGroups, RankGroup
 
 _LARGEST_SQUARE = torch.finfo(torch.float32).max
 
@@ -185,3 +187,77 @@ def scale_gradients_(adapter: TiedAdapter, norm: float, max_norm: float) -> None
         for parameter in trained_parameters(adapter).values():
             if parameter.grad is not None:
                 parameter.grad.mul_(max_norm / (norm + 1e-6))
+
+
+# Process groups -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress stdout: DeepSpeed prints its topology, seeds and partition on rank 0, which our own report replaces."""
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
+def make_topology(grid: Grid) -> Any:
+    """DeepSpeed's topology of the same axes and sizes: rank = (pp * dp_size + dp) * tp_size + tp in both."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    topology = PipeModelDataParallelTopology(num_pp=grid.pp_size, num_mp=grid.tp_size, num_dp=grid.dp_size)
+    here = topology.get_coord(grid.rank)
+    assert (here.pipe, here.data, here.model) == (grid.pp_rank, grid.dp_rank, grid.tp_rank), (here, grid)
+    return topology
+
+
+def make_process_grid(grid: Grid) -> Any:
+    """DeepSpeed's grid of process groups (its `mpu`); every rank calls it."""
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+    with quiet():
+        return PipelineParallelGrid(topology=make_topology(grid))
+
+
+def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
+    """The groups of this rank: those of DeepSpeed's grid, and those for tied sums and choices; every rank calls it.
+
+    A group is made only if no existing group has the same ranks.
+    """
+    choices = None
+    if grid.pp_size > 1:
+        tied = _new_groups(grid, lambda at: at.tp_rank)
+        choices = _new_groups(grid, lambda at: (at.dp_rank, at.tp_rank))
+    else:
+        tied = process_grid.get_data_parallel_group()
+    return ParallelGroups(
+        tensor=_group(process_grid.get_slice_parallel_group()),
+        pipeline=_group(process_grid.get_pipe_parallel_group()),
+        choices=ALONE if choices is None else _group(choices),
+        data=_group(process_grid.get_data_parallel_group()),
+        tied=_group(tied),
+        stage=_group(_stage_ranks(grid, process_grid)),
+        model=_group(process_grid.get_model_parallel_group()),
+    )
+
+
+def _stage_ranks(grid: Grid, process_grid: Any) -> Any:
+    if grid.tp_size == 1:
+        return process_grid.get_data_parallel_group()
+    if grid.dp_size == 1:
+        return process_grid.get_slice_parallel_group()
+    if grid.pp_size == 1:
+        return distributed.group.WORLD
+    return _new_groups(grid, lambda at: at.pp_rank)
+
+
+def _new_groups(grid: Grid, key: Callable[[Grid], Any]) -> Any:
+    """Make a group of the ranks with the same `key`, for each value of it; returns this rank's group."""
+    import deepspeed
+
+    made = grid.groups(key).items()
+    handles = {value: deepspeed.comm.new_group(ranks) for value, ranks in made}  # with the run's time limit
+    return handles[key(grid)]
+
+
+def _group(handle: Any) -> RankGroup:
+    size = distributed.get_world_size(handle)
+    return ALONE if size == 1 else RankGroup(handle, distributed.get_rank(handle), size)

@@ -37,26 +37,6 @@ REJECTED_SECTIONS = {
     "optimizer": "--learning_rate and --weight_decay",
     "scheduler": "--learning_rate, --schedule, --warmup_steps and --max_steps",
 }
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_SWITCH, _SECTION = ((bool,), "true or false"), ((dict,), "an object")
-_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(
-        (
-            "zero_allow_untested_optimizer",
-            "zero_force_ds_cpu_optimizer",
-            "wall_clock_breakdown",
-            "memory_breakdown",
-            "dump_state",
-            "disable_allgather",
-            "disable_python_gc",
-        ),
-        _SWITCH,
-    ),
-    **dict.fromkeys(("comms_logger", "flops_profiler", "aio", "timers"), _SECTION),
-    "steps_per_print": ((int, type(None)), "an integer"),
-    "log_level": ((str,), "a string"),
-}
-ENGINE_KEYS = frozenset({"zero_optimization", "gradient_clipping", *_KINDS})
 
 # What is read of DeepSpeed's section (0.19.8), with its types: all but deprecated and second names, `zenflow`, which
 # changes how AdamW steps, and `leaf_module`. It is written down here because a plan must not need DeepSpeed.
@@ -114,6 +94,29 @@ ZeroSection = _section(
 )
 
 
+# What is read beside it. The numbers of the batch and clipping are compared with the settings'.
+_ENGINE = _section(
+    "engine",
+    **dict.fromkeys(
+        (
+            *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+            *("gradient_clipping", "zero_optimization"),
+        ),
+        (Any, None),
+    ),
+    **dict.fromkeys(
+        (
+            *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown"),
+            *("memory_breakdown", "dump_state", "disable_allgather", "disable_python_gc"),
+        ),
+        (Annotated[bool, Field(strict=True)], False),
+    ),
+    **dict.fromkeys(("comms_logger", "flops_profiler", "aio", "timers"), (dict[str, Any], {})),
+    steps_per_print=(Annotated[int, Field(strict=True)] | None, None),
+    log_level=(str, ""),
+)
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """A checked DeepSpeed JSON.
@@ -164,12 +167,10 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
     """
     path = find_engine_json(name)
     content = read_json_object(path, kind="a DeepSpeed JSON")
-    known = ENGINE_KEYS.union(BATCH_KEYS)
     for key in content:
         if key in REJECTED_SECTIONS:
             raise UserError(f"{path}: section {key!r} is not read; use {REJECTED_SECTIONS[key]}")
-        if key not in known:
-            raise UserError(f"{path}: unknown key {shown(key)}{nearest_name(key, known)}")
+    kept = _checked(path, content, _ENGINE)
     ours: dict[str, float] = {
         "train_batch_size": batches.global_batch_size,
         "train_micro_batch_size_per_gpu": batches.micro_batch_size,
@@ -178,45 +179,22 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
     }
     flags = {"gradient_clipping": "--gradient_clipping", "train_batch_size": "--global_batch_size"}
     for key, value in ours.items():
-        if content.get(key, "auto") not in ("auto", value):
+        if kept.get(key, value) != value:
             flag = flags.get(key, "--micro_batch_size")
-            found = as_given(content[key])
+            found = as_given(kept[key])
             raise UserError(f'{path}: {key} is {found} but the settings make it {value:g}; write "auto" or set {flag}')
-    zero = content.get("zero_optimization", {})
+    if (profile := kept.get("flops_profiler", {}).get("output_file")) is not None:  # DeepSpeed overwrites what is there
+        raise UserError(
+            f"{path}: flops_profiler.output_file is {shown(profile)}; remove it: the profile is printed, and rank 0's"
+            " is also in the run's logs/"
+        )
+    zero = kept.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f'{path}: zero_optimization must be an object such as {{"stage": 2}}')
     if zero.get("compute_grad_norm") is False:
         raise UserError(
             f"{path}: zero_optimization.compute_grad_norm is false, but each step's gradient norm is logged; remove it"
         )
-    _check_switches(path, content)
-    zero = {key: value for key, value in zero.items() if value != "auto"}  # DeepSpeed's defaults
-    _check_zero_section(path, zero)
-    kept = {key: value for key, value in content.items() if value != "auto"}
-    # DeepSpeed's timer waits for the device twice per micro-batch (0.19.8); the run's log has the throughput.
-    timers = {"throughput": {"enabled": False}, **kept.get("timers", {})}
-    return EngineConfig(path, {**kept, "zero_optimization": zero, "timers": timers, **ours})
-
-
-def _check_switches(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise UserError for a value outside the ZeRO section on which DeepSpeed would fail much later."""
-    for key, (kinds, expected) in _KINDS.items():
-        value = content.get(key, "auto")
-        if value != "auto" and type(value) not in kinds:
-            raise UserError(f"{path}: {key} is {shown(value)}, expected {expected}")
-    profile = content.get("flops_profiler", {})
-    if profile != "auto" and profile.get("output_file") is not None:  # DeepSpeed overwrites whatever is there
-        raise UserError(
-            f"{path}: flops_profiler.output_file is {shown(profile['output_file'])}; remove it: the profile is printed,"
-            " and rank 0's is also in the run's logs/"
-        )
-
-
-def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
-    names = ZeroSection.model_fields
-    for key in zero:
-        if key not in names:
-            raise UserError(f"{path}: unknown key zero_optimization.{key}{nearest_name(key, names)}")
     for section in _OFFLOADS:
         offload = zero.get(section)
         if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("nvme_path") is not None):
@@ -225,9 +203,24 @@ def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
                 f'{path}: zero_optimization.{section} writes outside the run folder (device "nvme" or nvme_path); use'
                 ' "device": "cpu" without nvme_path'
             )
-    try:
-        ZeroSection(**zero)
-    except ValidationError as error:
-        raise UserError(f"{path}: zero_optimization.{first_problem(error)}") from None
+    zero = _checked(path, zero, ZeroSection, within="zero_optimization.")
     if zero.get("stage") != 3 and (zero.get("offload_optimizer") or {}).get("ratio", 1) != 1:
         raise UserError(f"{path}: zero_optimization.offload_optimizer.ratio is for stage 3; remove it")
+    # DeepSpeed's timer waits for the device twice per micro-batch (0.19.8); the run's log has the throughput.
+    timers = {"throughput": {"enabled": False}, **kept.get("timers", {})}
+    return EngineConfig(path, {**kept, "zero_optimization": zero, "timers": timers, **ours})
+
+
+def _checked(path: Path, content: Mapping[str, Any], kind: type[BaseModel], *, within: str = "") -> dict[str, Any]:
+    """The content of a section but for "auto", which is DeepSpeed's default. Raises UserError for an unknown key, or a
+    value on which DeepSpeed would fail much later."""
+    names = kind.model_fields
+    for key in content:
+        if key not in names:
+            raise UserError(f"{path}: unknown key {shown(within + key)}{nearest_name(key, names)}")
+    kept = {key: value for key, value in content.items() if value != "auto"}
+    try:
+        kind(**kept)
+    except ValidationError as error:
+        raise UserError(f"{path}: {within}{first_problem(error)}") from None
+    return kept

@@ -15,7 +15,7 @@ import torch
 from deepspeed.pipe import PipelineModule
 
 from megatron_tiedlora.adapters.adapter_bank import Shares
-from megatron_tiedlora.engine.topology import make_groups, make_topology, quiet
+from megatron_tiedlora.engine.engine import make_groups, make_topology, quiet
 from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.stage import Stage

@@ -24,10 +24,10 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.batch import longest_prompt, resolve_max_new_tokens
-from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
+from megatron_tiedlora.config.cli import TEMPLATE_HASH
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked, validate_settings
-from megatron_tiedlora.config.tasks import DEFAULT_MODEL
+from megatron_tiedlora.config.train_fields import DEFAULT_MODEL
 from megatron_tiedlora.convert.export_peft import adapter_name, find_adapters
 from megatron_tiedlora.convert.inputs import Identify, check_base, is_merged
 from megatron_tiedlora.convert.open_adapter import open_adapter

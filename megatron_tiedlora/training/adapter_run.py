@@ -1,6 +1,6 @@
 """One adapter of a run on one rank: its data, log, evaluations, checkpoints and early stopping, and how it ends.
 
-Its steps are taken with those of the others (`training/step.py`), and so are its evaluations (`evaluation.py`).
+Its steps are taken with those of the others (`training/step.py`), and so are its evaluations (`loop.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.loader import TrainingStep, evaluation_batches, num_evaluation_batches
+from megatron_tiedlora.data.loader import TrainingStep, evaluation_batches, evaluation_sizes
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.evaluation.results import Score
@@ -33,9 +33,8 @@ from megatron_tiedlora.planning.run_data import RunData
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.heartbeat import rank_line
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
-from megatron_tiedlora.training.checks import StepChecks, require_finite
 from megatron_tiedlora.training.halving import BatchLosses, read_record
-from megatron_tiedlora.training.step import StepReport
+from megatron_tiedlora.training.step import StepChecks, StepReport, require_finite
 from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
 
 
@@ -90,19 +89,16 @@ class AdapterRun:
         )
 
     @property
-    def is_main(self) -> bool:
-        """Whether this rank writes files and shows progress."""
-        return self.plan.grid.rank == 0
-
-    @property
     def adapter(self) -> TiedAdapter:
         """Its part on this rank."""
         return self.runner.adapters[self.name]
 
     @property
     def state(self) -> str:
-        """In a word, for the table."""
-        return "failed" if self.failure is not None else "ended" if self.reason else "running"
+        """In a word, for the table; "ended" until its end is recorded."""
+        if self.failure is not None:
+            return "failed"
+        return "finished" if self.recorded else "ended" if self.reason else "running"
 
     # Its end ---------------------------------------------------------------------------------------------------------
 
@@ -120,7 +116,7 @@ class AdapterRun:
         """End it, with the reason in its run_status.json; its last checkpoint is valid."""
         self.failure = why
         self.close_log()
-        if self.is_main:
+        if self.plan.grid.rank == 0:
             with suppress(UserError):  # its folder may be what failed
                 reason = rank_line(0, socket.gethostname(), self.progress.step, why)
                 self.folder.write_status("failed", step=self.progress.step, reason=reason)
@@ -199,7 +195,7 @@ class AdapterRun:
     def wants_save(self) -> bool:
         """Whether rank 0 wants a checkpoint by --save_interval_minutes."""
         minutes = self.plan.settings.save_interval_minutes
-        return self.is_main and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
+        return self.plan.grid.rank == 0 and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
 
     # Its evaluations -------------------------------------------------------------------------------------------------
 
@@ -211,10 +207,15 @@ class AdapterRun:
         return due and self.progress.evaluated_step != step
 
     @property
-    def num_evaluation_batches(self) -> int:
-        """How many batches each rank evaluates."""
-        size, dp_size = self.plan.batches.micro_batch_size, self.plan.grid.dp_size
-        return num_evaluation_batches(self.data.validation, micro_batch_size=size, dp_size=dp_size)
+    def evaluation_sizes(self) -> list[int]:
+        """The tokens of each of its validation batches, on the rank where it has most."""
+        sizes = evaluation_sizes(
+            self.data.validation,
+            micro_batch_size=self.plan.batches.micro_batch_size,
+            dp_size=self.plan.grid.dp_size,
+            pad_multiple=self.plan.layout.pad_multiple,
+        )
+        return list(sizes)
 
     def evaluation_batches(self, *, all_of_them: bool = False) -> Iterator[MicroBatch]:
         """This rank's batches of the validation split, or those of all ranks."""
@@ -244,7 +245,7 @@ class AdapterRun:
 
     def show_start(self, bar: Any, *, base: float, started: float) -> None:
         """Say how far its initial update, which is not zero, moves the validation loss of the base."""
-        if self.is_main:
+        if self.plan.grid.rank == 0:
             line = (
                 f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from"
                 f" {base:.4f} (base alone) to {started:.4f}; --init_std_b {self.plan.adapter.init_std_b:.3g} controls"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
@@ -35,6 +35,8 @@ from megatron_tiedlora.config.train_fields import Schedule
 from megatron_tiedlora.engine.engine import (
     base_construction,
     initialize_engine,
+    make_groups,
+    make_process_grid,
     mark_parameters,
     parameter_access,
     stored_bytes,
@@ -49,7 +51,6 @@ from megatron_tiedlora.engine.optimizers import (
     trained_or_stand_in,
 )
 from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, Runner
-from megatron_tiedlora.engine.topology import make_groups, make_process_grid
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
@@ -239,18 +240,19 @@ def _start_engine(
     """The engine around the model, with optimizers and schedules in the state of the checkpoints."""
     plan, bank = shared_plan(plans), model.stage.bank
     assert bank is not None
+    start = partial(initialize_engine, model.module, process_grid=model.process_grid)
     optimizers: Optimizers
     if steps_by_engine(plans):
         trained = [parameter for parameter in model.stage.parameters() if parameter.requires_grad]  # the anchor too
         optimizer, schedule = make_training(plan.settings, trained)
         schedules = dict.fromkeys(plans, schedule)
-        engine = _initialize(model, plan.engine, optimizer, schedule)
+        engine = start(plan.engine, optimizer=optimizer, scheduler=schedule)
         (adapter,) = bank.adapters.values()
         optimizers = EngineOptimizer(engine, adapter, model.groups, plan.engine)
     else:
         assert model.stage.anchor is not None
         of_nothing = make_optimizer([model.stage.anchor], learning_rate=0.0, weight_decay=0.0)  # an engine wants one
-        engine = _initialize(model, _without_steps(plan), of_nothing)
+        engine = start(_without_steps(plan), optimizer=of_nothing, scheduler=None)
         own = {}
         for name, its in plans.items():
             made = make_training(its.settings, trained_or_stand_in(bank.adapters[name]))
@@ -265,12 +267,6 @@ def _start_engine(
     return kind(engine, model.stage, model.groups, optimizers, device)
 
 
-def _initialize(model: _Model, config: EngineConfig, optimizer: Optimizer, scheduler: LambdaLR | None = None) -> Any:
-    return initialize_engine(
-        model.module, config, optimizer=optimizer, scheduler=scheduler, process_grid=model.process_grid
-    )
-
-
 def _without_steps(plan: RunPlan) -> EngineConfig:
     """The engine's JSON: it neither divides a loss nor clips a gradient, as each adapter has numbers of its own."""
     ours = {
@@ -283,15 +279,20 @@ def _without_steps(plan: RunPlan) -> EngineConfig:
 
 
 def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:
-    """The optimizer of these parameters, and its schedule, set to step 0."""
+    """The optimizer of these parameters, and its schedule at step 0; `resume_scheduler` sets it to a later step."""
     optimizer = make_optimizer(
         trained,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         betas=(settings.beta1, settings.beta2),
     )
-    steps = {"warmup_steps": settings.warmup_steps, "max_steps": settings.max_steps}
-    return optimizer, make_scheduler(optimizer, **steps, schedule=settings.schedule)
+    factor = partial(
+        learning_rate_factor,
+        warmup_steps=settings.warmup_steps,
+        max_steps=settings.max_steps,
+        schedule=settings.schedule,
+    )
+    return optimizer, LambdaLR(optimizer, factor)
 
 
 def _restore(optimizers: Optimizers, name: str, adapter: TiedAdapter, checkpoint: Checkpoint) -> None:
@@ -371,14 +372,6 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """torch's AdamW with one group: all trained tensors have weight decay, as in the paper."""
     return torch.optim.AdamW(list(parameters), lr=learning_rate, betas=betas, weight_decay=weight_decay)
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, *, warmup_steps: int, max_steps: int, schedule: Schedule = "cosine"
-) -> LambdaLR:
-    """The schedule, set to step 0; `resume_scheduler` sets it to a later step."""
-    factor = partial(learning_rate_factor, warmup_steps=warmup_steps, max_steps=max_steps, schedule=schedule)
-    return LambdaLR(optimizer, factor)
 
 
 def resume_scheduler(scheduler: LambdaLR, step: int) -> None:

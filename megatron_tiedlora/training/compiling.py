@@ -25,6 +25,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, ma
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import make_private_folder
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -100,8 +101,7 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
     except UserError:
         raise
     except Exception as error:  # compilers, or a missing one, can raise anything
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}") from error
+        raise UserError(f"{type(error).__name__}: {first_line(error)}") from error
     return kernels
 
 

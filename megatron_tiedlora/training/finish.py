@@ -24,11 +24,11 @@ from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
+from megatron_tiedlora.planning.adapter_plans import shared_plan
 from megatron_tiedlora.runtime.run_folder import plot_losses
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 from megatron_tiedlora.training.adapter_run import AdapterRun
-from megatron_tiedlora.training.evaluation import of_start
-from megatron_tiedlora.training.loop import Trainer, table_rows
+from megatron_tiedlora.training.loop import Trainer, of_start, table_row
 from megatron_tiedlora.training.start import Start
 
 _LOGGER = logging.getLogger(__name__)
@@ -97,8 +97,8 @@ def record_score(run: AdapterRun, moment: str, scores: Mapping[str, Score]) -> N
 def end_at_once(start: Start) -> str:
     """End a start that finds every adapter finished: rank 0 writes the table and the status. Returns the reason."""
     reason = f"{count_text(len(start.finished), 'adapter')} trained"
-    if start.is_main:
-        start.folder.write_table(table_rows(start.finished))
+    if shared_plan(start.plans).grid.rank == 0:
+        start.folder.write_table([table_row(adapter) for adapter in start.finished.values()])
         last = max(adapter.progress.step for adapter in start.finished.values())
         start.folder.write_status("finished", step=last, reason=reason)
     return reason
@@ -130,7 +130,7 @@ def export_all(trainer: Trainer, told: Callable[[AdapterRun, list[str]], list[st
 
 def original_losses(trainer: Trainer) -> list[str]:
     """The validation loss of each on the base as it is stored, if the run used another one. On rank 0."""
-    finished = [run for run in trainer.adapters.values() if run.recorded and run.failure is None]
+    finished = [run for run in trainer.adapters.values() if run.state == "finished"]
     lines = [named(run.name, line) for run in finished for line in original_loss(run, trainer.stop)]
     return ["", *lines] if lines else []
 

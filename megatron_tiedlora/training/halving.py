@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron_tiedlora.base.atomic import Guard, write_json
-from megatron_tiedlora.base.json_files import read_json_or_none
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import Count, Real, Text, read_fields, read_json_object
 
 REASON = "halving: "  # begins the reason for the end of what was stopped
 RECORD_FILE = "halving.json"  # in the run folder: the last evaluation, and why training was stopped after it
@@ -39,10 +41,10 @@ class BatchLosses:
         stopped: why training ended after it; "" if it did not.
     """
 
-    step: int
-    losses: tuple[float, ...]
-    tokens: tuple[int, ...]
-    stopped: str = ""
+    step: Count
+    losses: tuple[Real, ...]
+    tokens: tuple[Count, ...]
+    stopped: Text = ""
 
     @property
     def loss(self) -> float:
@@ -68,15 +70,12 @@ class BatchLosses:
 
 def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
     """The evaluation after `step` that a run folder records; None if it records another, or none that can be read."""
-    content: dict[str, Any] = read_json_or_none(folder / RECORD_FILE) or {}
-    losses, tokens, stopped = (content.get(name) for name in ("losses", "tokens", "stopped"))
-    if step is None or content.get("step") != step or not isinstance(losses, list) or not isinstance(tokens, list):
-        return None
-    numbers = [value for value in losses if type(value) in (int, float) and math.isfinite(value)]
-    counts = [value for value in tokens if type(value) is int and value >= 0]
-    if not 0 < len(losses) == len(tokens) == len(numbers) == len(counts) or not sum(counts):
-        return None
-    return BatchLosses(step, tuple(map(float, numbers)), tuple(counts), stopped if isinstance(stopped, str) else "")
+    file = folder / RECORD_FILE
+    with suppress(OSError, UserError):
+        found = read_fields(file, read_json_object(file, kind="an evaluation"), BatchLosses, optional=["stopped"])
+        if found.step == step and len(found.losses) == len(found.tokens) and any(found.tokens):
+            return found
+    return None
 
 
 def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple[str, ...]]) -> dict[str, str]:

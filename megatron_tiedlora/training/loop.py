@@ -1,27 +1,161 @@
 """The training loop: every step is one of each adapter that runs, and between steps come evaluations and saves.
 
 An adapter that has ended or failed leaves with its tokens. All ranks agree on stopping before weights move.
+
+Evaluations of adapters are made at one time: their validation losses, and scores of greedy decoding. Each has the
+batches that it has alone, and its tokens meet its own factors alone. Only the base's matmuls are over the tokens of
+several. So the numbers are those of an evaluation of its own, and one that fails fails alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
 
 from megatron_tiedlora.base.errors import UserError, named, printable
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
-from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.data.loader import Owned, TrainingStep, fill_rounds, shared_micro_batch
+from megatron_tiedlora.engine.runner import Runner
+from megatron_tiedlora.evaluation.answering import Questions, ScoredSet, answer_all
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.metrics import Answer
+from megatron_tiedlora.evaluation.results import Score, score_answers
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training.adapter_run import AdapterRun
-from megatron_tiedlora.training.evaluation import Evaluation, of_start
+from megatron_tiedlora.training.adapter_run import AdapterRun, Evaluated
 from megatron_tiedlora.training.halving import find_behind
-from megatron_tiedlora.training.profiling import StepProfiler
 from megatron_tiedlora.training.step import TrainStep
+from megatron_tiedlora.training.throughput import StepProfiler
+
+# Evaluations ----------------------------------------------------------------------------------------------------------
+
+
+Runs = Sequence[AdapterRun]
+Found = TypeVar("Found")
+
+# Tokens of a shared batch, in micro-batches of a training step. Without a backward pass a batch needs the memory of one
+# layer, where a step needs that of all layers, or with recomputation their inputs and one layer with its gradients.
+STEPS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluates adapters on one rank. All ranks make the same calls.
+
+    Attributes:
+        capacity: tokens of a shared micro-batch of a training step; 0: nothing is shared.
+    """
+
+    runner: Runner
+    capacity: int
+    stop: StopRequests
+
+    def evaluated(self, runs: Runs) -> dict[str, Evaluated]:
+        """What an evaluation of each finds, by name. One whose answers cannot be scored fails, and is left out.
+
+        Raises:
+            RunStopped: all ranks agreed to stop.
+        """
+        losses = self.losses(runs)
+        scores = self.scores(runs, lambda run: run.data.scored_validation)
+        return {name: Evaluated(losses[name], found) for name, found in scores.items()}
+
+    def losses(self, runs: Runs) -> dict[str, float]:
+        """The mean loss of each over all supervised tokens of its validation split, the same on every rank.
+
+        Raises:
+            RunStopped: all ranks agreed to stop before a batch (in a pipeline: before a few batches).
+        """
+        if not runs:
+            return {}
+        totals = dict.fromkeys((run.name for run in runs), 0.0)
+        of_batches: dict[str, list[tuple[float, int]]] = {run.name: [] for run in runs}
+        sizes = {run.name: run.evaluation_sizes for run in runs}
+        batches, total = self._shared_batches(runs, sizes), sum(map(len, sizes.values()))
+        with progress_bar("validation", "batch", total=total, shows=runs[0].plan.grid.rank == 0) as bar:
+            while some := list(islice(batches, self.runner.inputs_at_once)):
+                self.stop.agree(True)
+                found = self.runner.evaluate([shared_micro_batch(owned) for owned in some])
+                for owned, losses in zip(some, found, strict=True):
+                    for name, batch in owned:
+                        totals[name] += losses[name]
+                        of_batches[name].append((losses[name], batch.num_supervised))
+                bar.update(sum(map(len, some)))
+        summed = sum_over_ranks(list(totals.values()))
+        for run in runs:
+            with run.failing_alone():
+                run.keep_losses(of_batches[run.name])
+        pairs = zip(runs, summed, strict=True)
+        return {run.name: loss / run.data.validation.num_supervised for run, loss in pairs}
+
+    def _shared_batches(self, runs: Runs, sizes: Mapping[str, list[int]]) -> Iterator[list[Owned]]:
+        """The batches of all, in shared ones: the first of every adapter, then the second."""
+        batches = {run.name: run.evaluation_batches() for run in runs}
+        for some in fill_rounds(sizes, capacity=STEPS_AT_ONCE * self.capacity):
+            yield [(name, next(batches[name])) for name, _ in some]
+
+    def scores(self, runs: Runs, samples_of: Callable[[AdapterRun], ScoredSet | None]) -> dict[str, dict[str, Score]]:
+        """The scores of each on its own samples, by metric; one whose answers cannot be scored fails.
+
+        Raises:
+            RunStopped: all ranks agreed to stop.
+        """
+        asked = {run.name: scored for run in runs if (scored := samples_of(run)) is not None}
+        answers = self._answers([run for run in runs if run.name in asked], asked) if asked else {}
+        found: dict[str, dict[str, Score]] = {}
+        for run in runs:
+            with run.failing_alone():
+                found[run.name] = {}
+                if run.name in asked:
+                    names, own = asked[run.name].task.metrics, answers.get(run.name, [])
+                    score = partial(score_answers, names, own)
+                    found[run.name] = decided_by_rank_0(score, kind=dict[str, Score])
+        return {run.name: found[run.name] for run in runs if run.failure is None}
+
+    def _answers(self, runs: Runs, asked: dict[str, ScoredSet]) -> dict[str, list[Answer]]:
+        """The answers of each, on rank 0."""
+        runner, plan = self.runner, runs[0].plan
+        runner.engine.module.eval()
+        decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
+        questions = {}
+        for run in runs:
+            own, scored = run.plan, asked[run.name]
+            sizes = own.max_new_tokens, own.settings.eval_batch_size
+            questions[run.name] = Questions(scored, run.data.tokenizer, *sizes)
+        parts = [questions] if self.capacity else [{name: one} for name, one in questions.items()]
+        answers: dict[str, list[Answer]] = {}
+        for part in parts:
+            answers |= answer_all(decoder, part, grid=plan.grid, agree=self.stop.agree, progress=plan.grid.rank == 0)
+        return answers
+
+
+def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[str, Found]:
+    """What `evaluate` finds of each run that has taken no step.
+
+    As long as its update is zero, an adapter has the base's numbers. So of those with the same data one is evaluated.
+    """
+    first: dict[tuple[object, ...], AdapterRun] = {}
+    same = {run.name: first.setdefault(_start(run), run) for run in runs}
+    found = evaluate(list(first.values()))
+    left = [run for run in runs if run.failure is None]
+    found |= evaluate([run for run in left if same[run.name].failure is not None])
+    left = [run for run in left if run.failure is None]
+    return {run.name: found[(run if run.name in found else same[run.name]).name] for run in left}
+
+
+def _start(run: AdapterRun) -> tuple[object, ...]:
+    """What decides the numbers of an adapter before its first step."""
+    plan = run.plan
+    if plan.settings.init_from is not None or not plan.adapter.method_spec.starts_at_base:
+        return (run.name,)
+    return id(run.data), plan.batches.micro_batch_size, plan.max_new_tokens, plan.settings.eval_batch_size
 
 
 @dataclass(frozen=True)
@@ -36,12 +170,6 @@ class Finished:
 
     state = "finished"
     failure = None
-    recorded = True
-
-
-def unrecorded(adapters: Mapping[str, AdapterRun]) -> list[tuple[RunFolder, int]]:
-    """The folders of adapters whose end is not recorded, each with its last step."""
-    return [(run.folder, run.progress.step) for run in adapters.values() if not run.recorded]
 
 
 @dataclass
@@ -79,11 +207,6 @@ class Trainer:
         self._profiler = StepProfiler(self.profile, self.folder, rank=self.rank)
 
     @property
-    def is_main(self) -> bool:
-        """Whether this rank writes files and shows progress."""
-        return self.rank == 0
-
-    @property
     def failed(self) -> list[str]:
         """The adapters that failed."""
         return [name for name, run in self.adapters.items() if run.failure is not None]
@@ -101,7 +224,10 @@ class Trainer:
             RunFailed: the only adapter failed: its loss or gradient norm is not finite, a trained tensor gets no
                 gradient, or replicas differ. Nothing was saved after the last good step.
         """
-        with self.stop.deferred(), self._bar() as bar:
+        total = sum(run.plan.settings.max_steps for run in self.adapters.values())
+        done = sum(run.progress.step for run in self.adapters.values())
+        bar = progress_bar("training", "step", total=total, initial=done, shows=self.rank == 0, leave=True)
+        with self.stop.deferred(), bar:
             try:
                 self._begin(bar)
                 self._show(bar)
@@ -120,11 +246,6 @@ class Trainer:
 
     def _running(self) -> dict[str, AdapterRun]:
         return {name: run for name, run in self.adapters.items() if run.state == "running"}
-
-    def _bar(self) -> Any:
-        total = sum(run.plan.settings.max_steps for run in self.adapters.values())
-        done = sum(run.progress.step for run in self.adapters.values())
-        return progress_bar("training", "step", total=total, initial=done, shows=self.is_main, leave=True)
 
     def _begin(self, bar: Any) -> None:
         """Evaluate the adapters that begin, and what others had left to do after their last step."""
@@ -234,19 +355,15 @@ class Trainer:
 
     def write_table(self) -> None:
         """Write table.csv on rank 0, if more than steps have changed. Raises UserError if it cannot be written."""
-        rows = table_rows(self.everyone)
-        if not self.is_main or [{**row, "step": 0} for row in rows] == [{**row, "step": 0} for row in self._rows]:
+        rows = [table_row(run) for run in self.everyone.values()]
+        if self.rank or [{**row, "step": 0} for row in rows] == [{**row, "step": 0} for row in self._rows]:
             return
         self.folder.write_table(rows)
         self._rows = rows
 
 
-def table_rows(adapters: Mapping[str, AdapterRun | Finished]) -> list[dict[str, Any]]:
-    """The rows of table.csv."""
-    return [_row(run) for run in adapters.values()]
-
-
-def _row(run: AdapterRun | Finished) -> dict[str, Any]:
+def table_row(run: AdapterRun | Finished) -> dict[str, Any]:
+    """The row of an adapter in table.csv."""
     settings, progress = run.plan.settings, run.progress
     return {
         "name": run.name,
@@ -259,6 +376,6 @@ def _row(run: AdapterRun | Finished) -> dict[str, Any]:
         "best_step": progress.best_step,
         "best": progress.best_metric,
         "metric": settings.eval_metric,
-        "state": "finished" if run.recorded and run.failure is None else run.state,
+        "state": run.state,
         "reason": run.failure or run.reason,
     }

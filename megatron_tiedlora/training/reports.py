@@ -32,9 +32,8 @@ from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.compiling import ChosenKernels
 from megatron_tiedlora.training.finish import SAMPLES
 from megatron_tiedlora.training.loop import Finished, Trainer
-from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.start import Start
-from megatron_tiedlora.training.throughput import peak_memory_bytes
+from megatron_tiedlora.training.throughput import peak_memory_bytes, steps_over
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class RunReport:
             notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *self.built.notes[name])
             lines += [f"note       {name}: {note}" for note in notes]
             lines += [f"warning    {name}: {warning}" for warning in run.data.warnings(run.plan)]
-            if trainer.rivals.get(name) and run.num_evaluation_batches < 2:
+            if trainer.rivals.get(name) and len(run.evaluation_sizes) < 2:
                 lines.append(f"warning    {name}: --halving cannot tell noise, as the validation set is one batch")
         return lines
 

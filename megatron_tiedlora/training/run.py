@@ -39,7 +39,7 @@ def train_rank(settings: Settings) -> End:
         start = open_run(settings, plans, data, end)
         if not start.left:
             end.reason = finish.end_at_once(start)
-            if start.is_main:
+            if rank == 0:
                 show(*table_lines(start.finished, start.folder))
             return end
         chosen = choose_kernels(longest_run(start.left), device)
@@ -49,13 +49,13 @@ def train_rank(settings: Settings) -> End:
         trainer.progress = report.progress
         end.finished_step = lambda: trainer.last_step
         end.saved = report.saved
-        if start.is_main:
+        if rank == 0:
             show(*report.headline(chosen, device))
         finish.score_before(trainer, start.checkpoints)
         trainer.run()
         finish.score_after(trainer)
         report.set_end(end)
-        if start.is_main:
+        if rank == 0:
             show(*finish.export_all(trainer, report.exported), *report.last_lines())
             report.set_end(end)
             if lines := finish.original_losses(trainer):

@@ -5,22 +5,36 @@ The folder of a run of one adapter is the run's; of several each has its own in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError, naming
-from megatron_tiedlora.base.json_files import read_json_or_none
+from megatron_tiedlora.base.json_files import read_json_object, read_json_or_none
 from megatron_tiedlora.base.ownership import Owner
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.version import installed_versions
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, remove_superseded
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
+from megatron_tiedlora.checkpoint.resume import (
+    Checkpoint,
+    Progress,
+    copy_checkpoint,
+    find_newest_checkpoint,
+    load_checkpoint,
+    move_latest,
+    remove_superseded,
+)
 from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, rivals_of
-from megatron_tiedlora.config.data_fields import HUB_NAMES, TEMPLATE_HASH
+from megatron_tiedlora.config.cli import HUB_NAMES, TEMPLATE_HASH
+from megatron_tiedlora.config.fields import declared, flag_value
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
@@ -32,20 +46,26 @@ from megatron_tiedlora.planning.adapter_plans import (
     in_folder,
     shared_plan,
 )
-from megatron_tiedlora.planning.run_data import Data
+from megatron_tiedlora.planning.run_data import Data, RunData
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_plan import micro_batch_capacity
 from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size
-from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, run_name, take_run_folder
+from megatron_tiedlora.runtime.run_folder import (
+    MetricsLog,
+    RunFolder,
+    read_metrics,
+    run_name,
+    take_run_folder,
+    write_metrics,
+)
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.adapter_run import AdapterRun, is_trained
-from megatron_tiedlora.training.build import BuiltModel
+from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
 from megatron_tiedlora.training.halving import REASON
-from megatron_tiedlora.training.loop import Finished, Trainer, unrecorded
-from megatron_tiedlora.training.resumed import adopt_checkpoint, find_checkpoint, reject_another_run, with_kept_warmup
+from megatron_tiedlora.training.loop import Finished, Trainer
 from megatron_tiedlora.training.step import TrainStep
-from megatron_tiedlora.training.throughput import Meter, start_meter
+from megatron_tiedlora.training.throughput import Meter, peak_of_all, steps_over
 
 
 @dataclass
@@ -69,11 +89,6 @@ class Start:
     folders: dict[str, RunFolder] = field(default_factory=dict)
     checkpoints: dict[str, Checkpoint | None] = field(default_factory=dict)
     finished: dict[str, Finished] = field(default_factory=dict)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes files and shows progress."""
-        return next(iter(self.plans.values())).grid.rank == 0
 
     @property
     def own_folders(self) -> dict[str, RunFolder]:
@@ -121,7 +136,12 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
     )
     plans = in_folder(plans, folder)
     opened = Start(settings, plans, data, folder, end)
-    _open_run_folders(opened)
+    # The run folders of adapters that exist are taken before their checkpoints are looked for. New ones are made with
+    # the run's first files: a start that is killed before these leaves nothing that the next start would reject.
+    opened.folders = adapter_folders(plans, folder)
+    if folders := opened.own_folders:
+        there = decided_by_rank_0(lambda: [name for name, of in folders.items() if of.path.exists()], kind=list[str])
+        opened.folders |= {name: _open_run_folder(name, opened) for name in there}
     for name, plan in plans.items():
         with naming(name):
             opened.checkpoints[name] = find_checkpoint(plan, data[name], opened.folders[name])
@@ -159,20 +179,6 @@ def _take_folder(
     owner = Owner(Path(path), start, is_main=rank_and_world_size()[0] == 0)
     end.owners.append(owner)
     return RunFolder(Path(path), owner, of_several)
-
-
-def _open_run_folders(start: Start) -> None:
-    """Take the run folders of adapters that exist, before their checkpoints are looked for.
-
-    New ones are made with the run's first files: a start that is killed before these leaves nothing in the run's
-    folder, which the next start would reject.
-    """
-    start.folders = adapter_folders(start.plans, start.folder)
-    own = start.own_folders
-    if not own:
-        return
-    there = decided_by_rank_0(lambda: [name for name, of in own.items() if of.path.exists()], kind=list[str])
-    start.folders |= {name: _open_run_folder(name, start) for name in there}
 
 
 def _open_run_folder(name: str, start: Start) -> RunFolder:
@@ -218,7 +224,10 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         UserError: a folder cannot be written; on every rank. The status of each that was occupied says so.
     """
     settings, left, end, adapters = start.settings, start.left, start.end, dict[str, AdapterRun]()
-    folder_of_run = replace(start.folder, running=partial(unrecorded, adapters))
+    folder_of_run = replace(
+        start.folder,
+        running=lambda: [(run.folder, run.progress.step) for run in adapters.values() if not run.recorded],
+    )
     progress = {name: found.progress if (found := start.checkpoints[name]) else Progress() for name in left}
     end.first_step = max(own.step for own in progress.values())
     end.finished_step = lambda: end.first_step
@@ -227,7 +236,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         end.enter(folder_of_run)
     rivals = rivals_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
     shared = shared_plan(left)
-    meter = start_meter(shared, device)
+    peak = peak_of_all(shared, device)
     capacity = micro_batch_capacity(left, shares=settings.share_micro_batches)
     step = TrainStep(left, built.runner, stop, {name: own.step for name, own in progress.items()}, capacity)
     for name, plan in left.items():
@@ -243,7 +252,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
             layout=shared.layout_of(plan.adapter),
             folder=folder,
             log=occupy_run_folder(plan, folder, start.checkpoints[name]),
-            meter=Meter(plan.source.shape, plan.adapter, meter.peak),
+            meter=Meter(plan.source.shape, plan.adapter, peak),
             checks=step.checks[name],
             progress=progress[name],
             ends_apart=start.folders[name] is not start.folder,
@@ -275,35 +284,30 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint |
     Raises:
         UserError: the folder cannot be written; on every rank. Its status says so.
     """
-    logs: list[MetricsLog] = []
+    start, logs = checkpoint.progress if checkpoint is not None else Progress(), list[MetricsLog]()
 
-    def occupy_or_say_why() -> None:
+    def occupy() -> None:
         try:
-            occupy()
+            if checkpoint is not None:
+                adopt_checkpoint(folder, checkpoint)
+                keep = plan.settings.keep_checkpoints
+                remove_superseded(folder.checkpoints, checkpoint.progress, keep=keep, guard=folder.guard)
+            write_run_settings(plan, folder)
+            log = MetricsLog(
+                folder,
+                resumed_step=start.step,
+                evaluated_step=start.evaluated_step,
+                report_to=plan.settings.report_to,
+                settings=plan.resolved_settings(),
+            )
+            logs.append(log)
         except UserError as error:
             with suppress(UserError):  # the folder may be what failed
                 if folder.is_run and not folder.status.exists():
-                    step = 0 if checkpoint is None else checkpoint.progress.step
-                    folder.write_status("failed", step=step, reason=str(error))
+                    folder.write_status("failed", step=start.step, reason=str(error))
             raise
 
-    def occupy() -> None:
-        if checkpoint is not None:
-            adopt_checkpoint(folder, checkpoint)
-            keep = plan.settings.keep_checkpoints
-            remove_superseded(folder.checkpoints, checkpoint.progress, keep=keep, guard=folder.guard)
-        write_run_settings(plan, folder)
-        start = checkpoint.progress if checkpoint is not None else Progress()
-        log = MetricsLog(
-            folder,
-            resumed_step=start.step,
-            evaluated_step=start.evaluated_step,
-            report_to=plan.settings.report_to,
-            settings=plan.resolved_settings(),
-        )
-        logs.append(log)
-
-    decided_by_rank_0(occupy_or_say_why)
+    decided_by_rank_0(occupy)
     return logs[0] if logs else None
 
 
@@ -317,3 +321,171 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
     if plan.settings.chat_template is not None:
         settings[TEMPLATE_HASH] = chat_template_sha256(plan.settings.chat_template)
     folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
+
+
+# The checkpoint from which an adapter continues -----------------------------------------------------------------------
+
+# Settings that are not `compared` may differ from the checkpoint's, as they do not change what is computed. --epochs
+# may, since only the number of steps that follows from it counts. --max_steps may if the schedule does not depend on
+# it, which is so if it is constant. A warm-up that was not given is the checkpoint's.
+
+
+def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
+    """The checkpoint that --resume asks for, or None to start from the beginning.
+
+    Rank 0 reads it and sends it to the others, so only its host needs the run folder. With `auto`, a folder without a
+    checkpoint means a start from the beginning, so that one command serves the first and every later start of a job.
+
+    Raises:
+        UserError: the checkpoint does not exist, is broken, or contradicts the plan's settings or base.
+    """
+    return decided_by_rank_0(lambda: _read_checkpoint(plan, data, folder), kind=Checkpoint | None)
+
+
+def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
+    checkpoint = _find_checkpoint(plan.settings.resume, folder)
+    if checkpoint is None:
+        return None
+    step_folder = checkpoint.folder
+    check_resumed_settings(plan, checkpoint, data_sha256=data.sha256)
+    best = checkpoint.progress.best_step
+    if best in (None, checkpoint.progress.step):
+        return checkpoint
+    notes = checkpoint.notes
+    if (step_folder.parent / f"step_{best}").is_dir():
+        try:
+            load_native_adapter(step_folder.parent / f"step_{best}")
+            return checkpoint
+        except UserError as error:
+            notes = (*notes, f"the best checkpoint is broken, so the next evaluation writes a new one: {error}")
+    # The checkpoint was moved out of its run, without the best one. The next evaluation writes a new best one.
+    forgotten = replace(
+        checkpoint.progress, best_metric=None, best_step=None, evaluations_since_best=0, evaluated_step=None
+    )
+    return replace(checkpoint, progress=forgotten, notes=notes)
+
+
+def _find_checkpoint(resume: str, folder: RunFolder) -> Checkpoint | None:
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return find_newest_checkpoint(folder.checkpoints)
+    path = user_path(resume)
+    if not path.is_dir():
+        raise UserError(f"--resume {resume}: no such checkpoint folder. Give auto, or a checkpoints/step_N folder")
+    if folder.is_run and path.resolve().parent != folder.checkpoints.resolve():
+        raise UserError(f"--resume {resume}: {folder.path} holds another run. Give a new --output_dir")
+    return load_checkpoint(path)
+
+
+def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
+    """Make `checkpoint` the last one of the run folder, before training continues from it; on rank 0.
+
+    If it is in another folder, it is copied first, with the best checkpoint and the logs. Then `latest` names it, so
+    that a later start resumes this run, and adapter/ is written from the best one, since a kill between two saves may
+    have left an older one.
+
+    Raises:
+        UserError: the folder cannot be written, or a copied file is broken.
+    """
+    progress, source = checkpoint.progress, checkpoint.folder.resolve()
+    if source != folder.checkpoints.resolve() / f"step_{progress.step}":
+        copies = {source: folder.checkpoints / f"step_{progress.step}"}
+        if progress.best_step not in (None, progress.step):
+            copies[source.parent / f"step_{progress.best_step}"] = folder.checkpoints / f"step_{progress.best_step}"
+        for original, copy in copies.items():
+            if original != copy.parent.resolve() / copy.name:
+                copy_checkpoint(original, copy, guard=folder.guard)
+        run = RunFolder(source.parent.parent)
+        if run.is_run and run.path != folder.path.resolve():
+            write_metrics(folder.metrics, read_metrics(run.metrics), guard=folder.guard)
+            if run.scores.is_file():
+                scores = read_json_object(run.scores, kind="a run's scores")
+                write_json(folder.scores, scores, guard=folder.guard)
+    move_latest(folder.checkpoints, progress.step, guard=folder.guard)
+    if progress.best_step is not None:
+        best = load_native_adapter(folder.checkpoints / f"step_{progress.best_step}")
+        save_adapter(folder.adapter, best.config, best.base, best.state, guard=folder.guard)
+
+
+def reject_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None:
+    """Raise UserError if the run that --resume means cannot be continued with these settings, data or base."""
+    try:
+        checkpoint = _find_checkpoint(plan.settings.resume, folder)
+    except UserError:  # raised again once this start owns the folder and has renamed back what was moved aside
+        return
+    if checkpoint is not None:
+        check_resumed_settings(plan, checkpoint, data_sha256=data.sha256)
+        check_resumed_base(plan, checkpoint)
+
+
+def check_resumed_settings(plan: RunPlan, checkpoint: Checkpoint, *, data_sha256: str) -> None:
+    """Raise UserError if a checkpoint was trained with settings or data that contradict the plan's.
+
+    It names the setting and both values.
+    """
+    saved, step, source = checkpoint.settings, checkpoint.progress.step, str(checkpoint.folder)
+    settings, marks = plan.settings, declared(Settings)
+    for name, value in plan.resolved_settings().items():
+        if not marks[name].compared or name == "epochs":
+            continue
+        field = Settings.model_fields[name]
+        default = None if field.is_required() else field.default  # of a setting that came after the checkpoint
+        if name not in saved and default in (None, value):
+            continue
+        if name == "max_new_tokens" and settings.eval_metric == "loss":  # changes nothing in such a run
+            continue
+        before = saved.get(name, default)
+        if (list(before) if isinstance(before, (list, tuple)) else before) == value:
+            continue
+        if name == "max_steps" and saved.get("schedule") == settings.schedule == "constant":
+            if settings.max_steps < step:
+                raise UserError(f"{source}: is of step {step}, after {_steps_in_words(plan)}; give at least {step}")
+            continue
+        if name == "warmup_steps" and name not in settings.model_fields_set and (kept := _warmup(saved)) is not None:
+            if kept > settings.max_steps:
+                raise UserError(
+                    f"{source}: trained with a warm-up of {kept} steps, longer than {_steps_in_words(plan)}; give at"
+                    f" least {kept} steps"
+                )
+            continue  # see with_kept_warmup
+        was, now = ("left out" if given is None else flag_value(given) for given in (before, value))
+        found = f"{source}: trained with --{name} {was}, but now it is"
+        if name == "max_steps":
+            raise UserError(
+                f"{found} {_steps_in_words(plan)}, and --schedule {saved.get('schedule')} reaches 0 at --max_steps"
+                " (only --schedule constant, from the first step on, lets a run continue); resume with the same value,"
+                f" or start a new run with --init_from {shlex.quote(source)}"
+            )
+        same = f"leave it out, or give {was}" if name == "warmup_steps" else "resume with the same value"
+        raise UserError(f"{found} {now}; {same}")
+    if settings.resume != "auto" and (over := steps_over(settings.profile, step)):  # the headline notes it with auto
+        left = f"give steps from {step + 1} to {settings.max_steps}" if step < settings.max_steps else "leave it out"
+        raise UserError(f"{over}; {left}")
+    if saved.get("data_sha256") != data_sha256:
+        raise UserError(
+            f"{source}: trained on other data than --train_file and --validation_file now hold (or it is truncated or"
+            " tokenised differently). Resume with the same data"
+        )
+
+
+def with_kept_warmup(plan: RunPlan, saved: Mapping[str, Any] | None) -> RunPlan:
+    """The plan of a run that continues one of the settings `saved` (None: a new run), with the warm-up of that one.
+
+    The default warm-up is shortened to the number of steps, so that of a run which was made longer would differ.
+    """
+    if saved is None or "warmup_steps" in plan.settings.model_fields_set or (kept := _warmup(saved)) is None:
+        return plan
+    return replace(plan, settings=plan.settings.completed(warmup_steps=kept))
+
+
+def _warmup(saved: Mapping[str, Any]) -> int | None:
+    """The warm-up in a checkpoint's settings, which are anything that JSON can hold; None if it is no number."""
+    found = saved.get("warmup_steps")
+    return found if type(found) is int and found >= 0 else None
+
+
+def _steps_in_words(plan: RunPlan) -> str:
+    """The number of steps, and what it was counted from."""
+    epochs = plan.settings.epochs
+    return f"{plan.settings.max_steps}" + ("" if epochs is None else f" (--epochs {epochs:g})")

@@ -1,4 +1,4 @@
-"""The speed of a run: tokens per second, model FLOPs utilisation (MFU), padding and memory.
+"""The speed of a run: tokens per second, model FLOPs utilisation (MFU), padding, memory, and traces of steps.
 
     MFU = FLOPs for the samples of a step / (seconds of the step x peak FLOP/s of all ranks)
 
@@ -6,27 +6,40 @@
 therefore lower the MFU, and the FLOPs do not depend on the layout. Steps are timed from the first forward pass to the
 end of the optimizer step, without evaluations and saves. All amounts follow from the plan of the step, which every rank
 has, so nothing is sent and no rank waits for its device.
+
+--profile FIRST:LAST is torch's profiler over some steps of this start of a run, one trace per rank, in Chrome's format,
+for https://ui.perfetto.dev. It is written when LAST is done, or when the run ends before that. Recording makes the
+steps slower, so their speed in metrics.jsonl is not that of others.
 """
 
 from __future__ import annotations
 
+import gzip
 import resource
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.base.atomic import new_file
+from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.config.settings import profiled_steps
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
 from megatron_tiedlora.planning.machines import listed_peak
 from megatron_tiedlora.planning.passes import training_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.runtime.run_folder import RunFolder
 
 # Seconds for measuring a peak, approximately, and for a matmul that is long enough to be timed.
 _MEASURING, _LONG_MATMUL = 0.25, 0.02
@@ -41,16 +54,6 @@ class Peak(NamedTuple):
 
     flops_per_second: float
     source: str
-
-
-class _Work(NamedTuple):
-    """The amounts of work in some steps."""
-
-    tokens: float
-    supervised: float
-    positions: float
-    flops: float
-    seconds: float
 
 
 @dataclass
@@ -68,43 +71,48 @@ class Meter:
     adapter: AdapterConfig
     peak: Peak
     steps: tuple[int, int] | None = None
-    _is_warm: bool = False
-    _total: _Work | None = None
+    _total: dict[str, float] | None = None  # the work of the counted steps; None before the first step
 
     def add(self, number: int, step: TrainingStep, seconds: float) -> dict[str, float]:
         """Count step `number`, which took `seconds`; returns its rates by their keys in metrics.jsonl."""
         flops = training_flops(self.config, self.adapter, step)
         if flops > seconds * self.peak.flops_per_second and self.peak.source != DATA_SHEET:
             self.peak = Peak(flops / seconds, FASTEST_STEP)
-        work = _Work(step.num_tokens, step.num_supervised, step.num_positions, flops, seconds)
-        if self._is_warm:
-            self._total = work if self._total is None else _Work(*map(sum, zip(self._total, work, strict=True)))
+        work = {
+            "tokens": step.num_tokens,
+            "supervised": step.num_supervised,
+            "positions": step.num_positions,
+            "flops": flops,
+            "seconds": seconds,
+        }
+        if self._total is None:
+            self._total = dict.fromkeys(work, 0)
+        else:
+            self._total = {name: self._total[name] + amount for name, amount in work.items()}
             self.steps = (number if self.steps is None else self.steps[0], number)
-        self._is_warm = True
         return self._rates(work)
 
     def mean(self) -> dict[str, float] | None:
         """The mean rates of the counted steps; None if there are none."""
-        return None if self._total is None else self._rates(self._total)
+        return None if self._total is None or self.steps is None else self._rates(self._total)
 
-    def _rates(self, work: _Work) -> dict[str, float]:
+    def _rates(self, work: Mapping[str, float]) -> dict[str, float]:
         return {
-            "tokens_per_second": work.tokens / work.seconds,
-            "supervised_tokens_per_second": work.supervised / work.seconds,
-            "mfu": work.flops / work.seconds / self.peak.flops_per_second,
-            "padding": 1 - work.tokens / work.positions,
+            "tokens_per_second": work["tokens"] / work["seconds"],
+            "supervised_tokens_per_second": work["supervised"] / work["seconds"],
+            "mfu": work["flops"] / work["seconds"] / self.peak.flops_per_second,
+            "padding": 1 - work["tokens"] / work["positions"],
         }
 
 
-def start_meter(plan: RunPlan, device: torch.device) -> Meter:
-    """A meter for the run. All ranks call it, each with its own device's peak.
+def peak_of_all(plan: RunPlan, device: torch.device) -> Peak:
+    """The peak of all ranks together. All ranks call it, each with its own device.
 
     Ranks that share a processor measure at the same time, so each measures about its share.
     """
     sum_over_ranks([0.0])  # start together
     mine = find_peak(device, plan.dtype)
-    total = sum_over_ranks([mine.flops_per_second])[0]
-    return Meter(plan.source.shape, plan.adapter, Peak(total, mine.source))
+    return Peak(sum_over_ranks([mine.flops_per_second])[0], mine.source)
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
@@ -168,3 +176,64 @@ def resident_bytes(name: str) -> int | None:
     lines = status.read_text().splitlines() if status.exists() else []
     found = next((line.split()[1] for line in lines if line.startswith(name)), None)
     return None if found is None else int(found) * 1024
+
+
+# --profile ------------------------------------------------------------------------------------------------------------
+
+
+def steps_over(profile: str | None, step: int) -> str:
+    """Which steps of a --profile a run that continues after `step` does not record, in a line; '' if there are none."""
+    steps = profiled_steps(profile)
+    if not steps or steps[0] > step:
+        return ""
+    last = min(steps[-1], step)
+    which = f"step {last} is" if steps[0] == last else f"steps {steps[0]} to {last} are"
+    return f"--profile {profile}: the run continues after step {step}, so {which} not recorded"
+
+
+class StepProfiler:
+    """Records the steps of a --profile on one rank, and writes RUN/profile/rank_N.json.gz."""
+
+    def __init__(self, profile: str | None, folder: RunFolder, *, rank: int) -> None:
+        self._steps = profiled_steps(profile)
+        self._folder, self._rank = folder, rank
+        self._recording: Any = None
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Record what happens inside, if step `number` is one of those to record."""
+        if number not in self._steps:
+            yield
+            return
+        if self._recording is None:
+            kinds = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                kinds.append(torch.profiler.ProfilerActivity.CUDA)
+            self._recording = torch.profiler.profile(activities=kinds)
+            self._recording.start()
+        with torch.profiler.record_function(f"step {number}"):
+            yield
+        if number == self._steps[-1]:
+            self.finish(last_step=number)
+
+    def finish(self, *, last_step: int) -> None:
+        """Write what was recorded, if anything was; rank 0 says if the run ended after `last_step`, before the first
+        step to record. A trace that cannot be written is no reason to end a run: a run folder that only rank 0 sees may
+        be read-only elsewhere."""
+        if self._steps and last_step < self._steps[0] and self._rank == 0:
+            first = self._steps[0]
+            show(f"note: --profile: the run ended after step {last_step}, before step {first}", file=sys.stderr)
+        if self._recording is None:
+            return
+        recording, self._recording = self._recording, None
+        target = self._folder.profile / f"rank_{self._rank}.json.gz"
+        try:
+            recording.stop()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as scratch, new_file(target, guard=self._folder.guard) as unfinished:
+                plain = Path(scratch, "trace.json")
+                recording.export_chrome_trace(str(plain))
+                with plain.open("rb") as trace, gzip.open(unfinished, "wb") as compressed:
+                    shutil.copyfileobj(trace, compressed)
+        except (OSError, UserError, RuntimeError) as error:
+            show(f"note: --profile: {target} cannot be written ({first_line(error)})", file=sys.stderr)

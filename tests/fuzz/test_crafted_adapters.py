@@ -31,7 +31,7 @@ from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.open_adapter import read_peft
 from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder
-from megatron_tiedlora.training.resumed import adopt_checkpoint
+from megatron_tiedlora.training.start import adopt_checkpoint
 
 CONFIG, WEIGHTS, INDEX = "adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"
 

@@ -24,7 +24,7 @@ from megatron_tiedlora.checkpoint.resume import (
     load_checkpoint,
 )
 from megatron_tiedlora.runtime.run_folder import RunFolder
-from megatron_tiedlora.training.resumed import adopt_checkpoint
+from megatron_tiedlora.training.start import adopt_checkpoint
 
 METHODS = ("tl6", "tl5", "tl4", "lora", "vera")
 

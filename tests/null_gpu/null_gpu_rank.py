@@ -249,7 +249,7 @@ def _believe_all_numbers() -> None:
     """No check of a value ends the run: losses, norms and gradients are whatever was in memory."""
     from megatron_tiedlora.engine.optimizers import EngineOptimizer, OwnOptimizers
     from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
-    from megatron_tiedlora.training import checks, step
+    from megatron_tiedlora.training import step
 
     def store(self: QuantisedWeight, rows: slice, codes: torch.Tensor, scales: torch.Tensor) -> None:
         self.tensor.data[rows].copy_(codes)
@@ -262,7 +262,7 @@ def _believe_all_numbers() -> None:
     torch.Tensor.__repr__ = lambda self, **_: str(tuple(self.shape))  # type: ignore[assignment, method-assign]
     for kind in (EngineOptimizer, OwnOptimizers):
         kind.take = _finite(kind.take)  # type: ignore[method-assign]
-    checks.math = _FiniteMath()  # type: ignore[attr-defined]
+    step.math = _FiniteMath()  # type: ignore[attr-defined]
 
 
 def _finite(take: Any) -> Any:

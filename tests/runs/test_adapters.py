@@ -169,7 +169,7 @@ def _best_is_scored() -> None:
                 for name, parameter in member.adapter.named_parameters():
                     assert torch.equal(parameter.detach(), best[name]), name
 
-    before_call("megatron_tiedlora.training.evaluation", "Evaluation.scores", look)
+    before_call("megatron_tiedlora.training.loop", "Evaluation.scores", look)
 
 
 def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:

@@ -26,7 +26,7 @@ from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_data import counted, prepare_all_data
 from megatron_tiedlora.planning.step_plan import StepPlan
-from megatron_tiedlora.training import resumed, start
+from megatron_tiedlora.training import start
 
 OWN: dict[str, dict[str, Any]] = {
     "small": {},
@@ -195,8 +195,7 @@ def open_folders(settings: Settings) -> None:
     """The start of a run of one rank, as far as its folders."""
     held = ExitStack()
     with held, pytest.MonkeyPatch.context() as patch:
-        for module in (start, resumed):
-            patch.setattr(module, "decided_by_rank_0", lambda decide, kind: decide())
+        patch.setattr(start, "decided_by_rank_0", lambda decide, kind: decide())
         patch.setattr(start, "num_differing", lambda value: 0)
         plans = plan_adapters(settings, rank=0, world_size=1)
         data = prepare_all_data(plans)

@@ -96,7 +96,7 @@ def _spoil(name: str) -> None:
                 for parameter in member.adapter.parameters():
                     parameter.data.fill_(torch.nan)
 
-    before_call("megatron_tiedlora.training.evaluation", "Evaluation.losses", look)
+    before_call("megatron_tiedlora.training.loop", "Evaluation.losses", look)
 
 
 def test_one_that_fails_in_an_evaluation_fails_alone(base: Base, own: Own, alone: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from run_files import assert_same_run, losses, metrics, run_settings, status
 from run_helpers import Base, run, run_ranks, write_base
 
 from megatron_tiedlora.runtime.run_folder import RunFolder
-from megatron_tiedlora.training.profiling import StepProfiler
+from megatron_tiedlora.training.throughput import StepProfiler
 
 pytestmark = pytest.mark.distributed
 

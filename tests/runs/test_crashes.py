@@ -56,15 +56,15 @@ WORSE_AFTER_TWO = {2: 3.0, 4: 4.0, 6: 5.0, 8: 6.0, 10: 7.0}
 
 
 def _stop_in_second_evaluation() -> None:
-    from megatron_tiedlora.training import evaluation
+    from megatron_tiedlora.training import loop
 
-    def losses(self: evaluation.Evaluation, runs: evaluation.Runs) -> dict[str, float]:
+    def losses(self: loop.Evaluation, runs: loop.Runs) -> dict[str, float]:
         if any(run.progress.step == 4 for run in runs):
             os.kill(os.getpid(), signal.SIGTERM)
             self.stop.agree(True)
         return {run.name: WORSE_AFTER_TWO.get(run.progress.step, 10.0) for run in runs}
 
-    evaluation.Evaluation.losses = losses  # type: ignore[method-assign]
+    loop.Evaluation.losses = losses  # type: ignore[method-assign]
 
 
 def _killed_at_six() -> None:

@@ -29,7 +29,7 @@ from task_files import HUB_ROWS
 from tiny_models import write_tiny_model
 from wheel import Installed, install_wheel
 
-from megatron_tiedlora.base.command_names import find_command
+from megatron_tiedlora.commands.front import find_command
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -277,7 +277,7 @@ def test_a_rank_0_that_is_lost_while_it_reads_checkpoints(base: Base, tmp_path: 
     """Its peers give the folder up, whose owner they know by then: the next start need not wait for an old token."""
     folder = tmp_path / "run"
     run(base, folder, ranks=2, prelude=partial(kill_at_step, 4, signal.SIGTERM), expect=143)
-    reads = partial(stop_at_call, "megatron_tiedlora.training.resumed", "_read_checkpoint")
+    reads = partial(stop_at_call, "megatron_tiedlora.training.start", "_read_checkpoint")
     old = start(
         base, tmp_path / "old", ranks=2, output_dir=folder, resume="auto", prelude=partial(all_of, watched_steps, reads)
     )

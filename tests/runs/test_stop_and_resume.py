@@ -28,7 +28,7 @@ from run_helpers import Base, deepspeed_command, run, start_command, torchrun_co
 from run_preludes import kill_at_call, kill_at_step, scripted_validation
 
 LOOP = "megatron_tiedlora.training.loop"
-EVALUATION = "megatron_tiedlora.training.evaluation"
+EVALUATION = "megatron_tiedlora.training.loop"
 BUILD = "megatron_tiedlora.training.build"
 
 pytestmark = pytest.mark.distributed

@@ -22,8 +22,7 @@ from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan, micro_batch_capacity
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model
-from megatron_tiedlora.training.checks import StepChecks
-from megatron_tiedlora.training.step import TrainStep
+from megatron_tiedlora.training.step import StepChecks, TrainStep
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ BUILD = "megatron_tiedlora.training.build"
 ENGINE = "megatron_tiedlora.engine.engine"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
 NORMED_LINEAR = "megatron_tiedlora.model.linears"
-CHECKS = "megatron_tiedlora.training.checks"
 STEP = "megatron_tiedlora.training.step"
 
 
@@ -45,7 +44,7 @@ def put_in(faults: Sequence[dict[str, Any]]) -> None:
 
 def no_gradient_guard(patch: pytest.MonkeyPatch) -> None:
     """Not a fault: gradients are not looked at."""
-    checks = importlib.import_module(CHECKS).StepChecks
+    checks = importlib.import_module(STEP).StepChecks
     make = checks.__init__
 
     def without(made: Any, *positional: Any, **keywords: Any) -> None:
@@ -278,7 +277,7 @@ def change_copy(
     Args:
         before_save: only when the checkpoint of that step is about to be written.
     """
-    checks = importlib.import_module(CHECKS).StepChecks
+    checks = importlib.import_module(STEP).StepChecks
     check_before, check_after = checks.before_save, importlib.import_module(STEP).after_steps
 
     def change(made: Any, number: int) -> None:

@@ -213,7 +213,7 @@ def poison(step: int, what: str) -> None:
 
 def scripted_validation(losses: dict[int, float]) -> None:
     """The validation loss after each step is given, and is 10 elsewhere."""
-    module: Any = importlib.import_module("megatron_tiedlora.training.evaluation")
+    module: Any = importlib.import_module("megatron_tiedlora.training.loop")
     module.Evaluation.losses = lambda _, runs: {run.name: losses.get(run.progress.step, 10.0) for run in runs}
 
 

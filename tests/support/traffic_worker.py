@@ -76,8 +76,7 @@ def _count(case: Case, device: torch.device) -> Counted:
     from megatron_tiedlora.planning.run_plan import plan_run
     from megatron_tiedlora.runtime.stopping import StopRequests
     from megatron_tiedlora.training import build
-    from megatron_tiedlora.training.checks import GUARDED_STEPS, StepChecks
-    from megatron_tiedlora.training.step import TrainStep
+    from megatron_tiedlora.training.step import GUARDED_STEPS, StepChecks, TrainStep
 
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)

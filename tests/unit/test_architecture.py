@@ -36,7 +36,6 @@ PACKAGE = ROOT / "megatron_tiedlora"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ENGINE_FILES = {
     "runtime/process_group.py",
-    "engine/topology.py",  # DeepSpeed's topology and process groups
     "engine/pipelined.py",  # its PipelineModule
     "engine/runner.py",  # its schedules
     "engine/engine.py",

@@ -59,7 +59,7 @@ PRINT = {
     ("megatron_tiedlora/config/cli.py", "run_command"),  # a UserError
     ("megatron_tiedlora/commands/doctor.py", "main"),  # report_text, JSON
     ("megatron_tiedlora/commands/train.py", "main"),  # dry_run_report
-    ("megatron_tiedlora/commands/verify.py", "main"),  # Verification.report
+    ("megatron_tiedlora/commands/convert.py", "verify"),  # Verification.report
 }
 WRITE = {"megatron_tiedlora/training/loop.py"}  # numbers
 

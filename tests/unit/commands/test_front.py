@@ -18,16 +18,16 @@ import pytest
 from folders import ROOT
 
 import megatron_tiedlora
-from megatron_tiedlora.base.command_names import (
+from megatron_tiedlora.base.errors import UserError, show_messages
+from megatron_tiedlora.base.extras import EXTRAS, missing_module, require_extra
+from megatron_tiedlora.commands import front
+from megatron_tiedlora.commands.front import (
     _OTHER_NAMES,
     COMMANDS,
     Command,
     find_command,
     other_command,
 )
-from megatron_tiedlora.base.errors import UserError, show_messages
-from megatron_tiedlora.base.extras import EXTRAS, missing_module, require_extra
-from megatron_tiedlora.commands import front
 
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "matplotlib"}
 
@@ -46,14 +46,15 @@ def leave(argv: Sequence[str]) -> int:
     return int(end.value.code or 0)
 
 
-def test_every_command_is_a_module_and_every_script_runs_one() -> None:
+def test_every_command_is_a_function_and_every_script_runs_one() -> None:
     names = [command.name for command in COMMANDS]
     assert len(set(names)) == len(names) and all(name == name.lower() for name in names)
     modules = {file.stem for file in (ROOT / "megatron_tiedlora" / "commands").glob("*.py")} - {"__init__", "front"}
-    assert {command.module for command in COMMANDS} == modules
+    assert {command.main.partition(":")[0] for command in COMMANDS} == modules
     for command in COMMANDS:
-        module = importlib.import_module(f"megatron_tiedlora.commands.{command.module}")
-        (first, *_) = inspect.signature(module.main, eval_str=True).parameters.values()
+        module, _, main = command.main.partition(":")
+        function = getattr(importlib.import_module(f"megatron_tiedlora.commands.{module}"), main)
+        (first, *_) = inspect.signature(function, eval_str=True).parameters.values()
         settings, _, name = command.settings.partition(":")
         reader = getattr(importlib.import_module(f"megatron_tiedlora.config.{settings}"), name)
         made = reader if isinstance(reader, type) else inspect.signature(reader, eval_str=True).return_annotation
@@ -126,7 +127,7 @@ def test_texts_name_a_command_by_its_one_name() -> None:
         (str(file.relative_to(ROOT)), line.strip())
         for folder, kind in (("megatron_tiedlora", "*.py"), ("docs", "*.md"), ("launch", "*.md"), (".", "*.md"))
         for file in (ROOT / folder).glob(kind if folder == "." else f"**/{kind}")
-        if file.name != "command_names.py"
+        if file.name != "front.py"
         for line in file.read_text().splitlines()
         if scripts.search(line) and not line.startswith("| `tiedlora ")
     }

@@ -27,6 +27,12 @@ def test_flags_are_those_of_the_interface() -> None:
     assert positions == sorted(positions) and text.startswith("usage: tiedlora evaluate")
 
 
+def test_values_of_a_file_are_those_of_flags(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("adapters: runs/a,b\nadd_bos: true\nbase: NF4\n")
+    read = parse_settings([f"--config={tmp_path / 'a.yaml'}", "--task=squad"], EvaluateSettings)
+    assert (read.adapters, read.add_bos, read.base) == (("runs/a,b",), "true", "nf4")
+
+
 @pytest.mark.parametrize(
     ("argv", "task"),
     [([], "demo"), (["--model=demo"], "demo"), (["--model=x", "--test_file=f"], "custom"), (["--task=squad"], "squad")],

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.base.command_names import COMMANDS
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.commands.front import COMMANDS
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings

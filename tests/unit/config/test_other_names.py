@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.adapter_settings import ExportSettings, MergeSettings, PushSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings, names_elsewhere
@@ -30,7 +29,8 @@ from megatron_tiedlora.config.other_names import (
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import SweepSettings, parse_sweep
-from megatron_tiedlora.config.tasks import TASK_DEFAULTS
+from megatron_tiedlora.config.tool_settings import ExportSettings, MergeSettings, PushSettings
+from megatron_tiedlora.config.train_fields import TASK_DEFAULTS
 
 
 def refusal(*argv: str, kind: type[CommandSettings] = Settings) -> str:

@@ -16,15 +16,15 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.adapter_settings import (
+from megatron_tiedlora.config.cli import build_parser
+from megatron_tiedlora.config.fields import CommandSettings
+from megatron_tiedlora.config.tool_settings import (
     ExportSettings,
     ImportSettings,
     MergeSettings,
     PushSettings,
     VerifySettings,
 )
-from megatron_tiedlora.config.cli import build_parser
-from megatron_tiedlora.config.fields import CommandSettings
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
 from megatron_tiedlora.convert.verify import verify_export

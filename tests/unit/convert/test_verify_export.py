@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.adapter_settings import VerifySettings
 from megatron_tiedlora.config.cli import build_parser
+from megatron_tiedlora.config.tool_settings import VerifySettings
 from megatron_tiedlora.convert import verify
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.merge import merge_adapter

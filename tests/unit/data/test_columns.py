@@ -9,7 +9,7 @@ import pytest
 from task_files import refusal, write_rows
 from zoo_oracle import TOOLS, write_zoo_tokenizer
 
-from megatron_tiedlora.config.data_fields import parse_columns
+from megatron_tiedlora.config.fields import parse_columns
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Example, Reading

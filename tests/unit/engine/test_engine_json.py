@@ -82,8 +82,8 @@ def test_every_value_of_offloading_that_is_taken_deepspeed_takes_too(tmp_path: P
     [
         ({"stage3_max_liv_parameters": 1}, "did you mean stage3_max_live_parameters?"),
         ({"max_live_parameters": 1}, "did you mean stage3_max_live_parameters?"),
-        ({"cpu_offload": True}, "unknown key zero_optimization.cpu_offload"),
-        ({"zenflow": {}}, "unknown key zero_optimization.zenflow"),
+        ({"cpu_offload": True}, "unknown key 'zero_optimization.cpu_offload'"),
+        ({"zenflow": {}}, "unknown key 'zero_optimization.zenflow'"),
         ({"overlap_comm": "maybe"}, "zero_optimization.overlap_comm = 'maybe'"),
         ({"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio is for stage 3"),
         ({"offload_param": {"device": "disk"}}, "zero_optimization.offload_param.device = 'disk'"),

@@ -13,8 +13,7 @@ from task_files import refusal, write, write_rows
 from tiny_models import write_tiny_model
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
-from megatron_tiedlora.config.cli import read_yaml
-from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
+from megatron_tiedlora.config.cli import TEMPLATE_HASH, read_yaml
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import Settings, make_settings

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.engine.topology import make_topology
+from megatron_tiedlora.engine.engine import make_topology
 from megatron_tiedlora.parallel.groups import Grid
 
 

@@ -19,7 +19,7 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.adapter_settings import FILTERS
+from megatron_tiedlora.config.tool_settings import FILTERS
 from megatron_tiedlora.sharing.collection import build_index, verify_entries
 from megatron_tiedlora.sharing.index import INDEX_FILE, find_entries
 

@@ -222,10 +222,12 @@ def test_a_gpu_that_ranks_would_not_use_is_none(monkeypatch: pytest.MonkeyPatch)
     assert parts.why_no_gpu() is None
 
 
-@pytest.mark.parametrize(("flags", "said"), [(["--parts=speed,fast"], "fast"), (["--minutes=0"], "more than 0")])
-def test_wrong_flags_are_rejected(flags: list[str], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flag", "said"), [("--parts=speed,fast", "fast"), ("--parts=", "at least 1"), ("--minutes=0", "greater than 0")]
+)
+def test_wrong_flags_are_rejected(flag: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(check_gpu.UserError, match=said):
-        call("check-gpu", [f"--output={tmp_path}", *flags])
+        call("check-gpu", [f"--output={tmp_path}", flag])
     (tmp_path / "file").touch()
     with pytest.raises(check_gpu.UserError, match="give a writable folder"):
         call("check-gpu", [f"--output={tmp_path / 'file'}"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_tiedlora.training.evaluation import of_start
+from megatron_tiedlora.training.loop import of_start
 
 
 def member(name: str, data: object, *, starts_at_base: bool = True, init_from: str | None = None, rows: int = 2) -> Any:

@@ -9,13 +9,12 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.train_fields import Schedule
 from megatron_tiedlora.training.build import (
     SCHEDULES,
     learning_rate_factor,
-    make_optimizer,
-    make_scheduler,
+    make_training,
     resume_scheduler,
 )
 
@@ -63,8 +62,10 @@ def test_ends() -> None:
 
 def test_scheduler_resumes_at_any_step() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = make_optimizer([parameter], learning_rate=0.5, weight_decay=0.1, betas=(0.8, 0.95))
+    own = {"learning_rate": 0.5, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95}
+    optimizer, scheduler = make_training(
+        make_settings({**own, "warmup_steps": 2, "max_steps": 10, "schedule": "linear"}), [parameter]
+    )
     assert optimizer.defaults["betas"] == (0.8, 0.95) and optimizer.defaults["weight_decay"] == 0.1
-    scheduler = make_scheduler(optimizer, warmup_steps=2, max_steps=10, schedule="linear")
     resume_scheduler(scheduler, 6)
     assert optimizer.param_groups[0]["lr"] == 0.25

@@ -10,8 +10,8 @@ from checkpoints import checkpoint_of
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.training.profiling import steps_over
-from megatron_tiedlora.training.resumed import check_resumed_settings, with_kept_warmup
+from megatron_tiedlora.training.start import check_resumed_settings, with_kept_warmup
+from megatron_tiedlora.training.throughput import steps_over
 
 
 def plan_of(**values: Any) -> RunPlan:

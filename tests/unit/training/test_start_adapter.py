@@ -23,7 +23,7 @@ from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.planning.init_from import read_start
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.training.resumed import check_resumed_settings
+from megatron_tiedlora.training.start import check_resumed_settings
 
 TARGETS = ("o_proj", "gate_up")
 

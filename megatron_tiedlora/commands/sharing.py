@@ -1,21 +1,24 @@
-"""Index a folder of native adapters, and find, verify or compare them."""
+"""The commands that collect and publish adapters: index and push."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.output_folder import reject_existing
 from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text
-from megatron_tiedlora.config.adapter_settings import IndexSettings
+from megatron_tiedlora.config.tool_settings import IndexSettings, PushSettings
 from megatron_tiedlora.sharing.index import INDEX_FILE, Entry, entry_folder, find_entries, find_entry
 
 _HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "date", "path")
 
 
-def main(settings: IndexSettings) -> int:
+def index(settings: IndexSettings) -> int:
     """Build, search or check the index; returns the exit status."""
     root = settings.folder
     if settings.action == "find":
@@ -52,3 +55,30 @@ def _table(entries: Sequence[Entry]) -> list[str]:
         names = (entry.name, last_name(entry.base_model), entry.method)
         rows.append((*names, *numbers, entry.task or "-", entry.date, entry.path))
     return [*aligned_lines(rows, align="<"), "", count_text(len(entries), "adapter")]
+
+
+def push(settings: PushSettings) -> int:
+    """Publish the adapter; returns the exit status."""
+    from megatron_tiedlora.sharing.push import check_hub_id, upload, write_published
+
+    check_hub_id(settings.repo, flag="--repo", owned=True)
+    if settings.base_name is not None:
+        check_hub_id(settings.base_name, flag="--base_name")
+    if settings.output is not None:
+        reject_existing(settings.output, flag=f"--output {settings.output}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = settings.output or Path(temporary) / "published"
+        write_published(
+            settings.run,
+            settings.repo,
+            folder,
+            model=settings.model,
+            named=settings.base_name,
+            base_differs=settings.base_differs,
+            say=lambda note: show(f"note: {note}"),
+        )
+        if settings.dry_run:
+            show(f"wrote what {settings.repo} would hold: {folder}")
+            return 0
+        show(f"published: {upload(folder, settings.repo, private=settings.private)}")
+    return 0

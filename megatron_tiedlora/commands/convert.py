@@ -1,0 +1,177 @@
+"""The commands that read a model and write files: merge, export, import, verify, convert-nemo and random-model."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.output_folder import new_output, reject_existing
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.checkpoint.random_model import write_random_model
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.tensor_files import DTYPES
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.tool_settings import (
+    ConvertNemoSettings,
+    ExportSettings,
+    ImportSettings,
+    MergeSettings,
+    RandomModelSettings,
+    VerifySettings,
+    adapter_flags,
+)
+from megatron_tiedlora.convert.export_peft import (
+    Export,
+    base_location,
+    base_name,
+    export_all,
+    export_peft,
+    find_adapters,
+    serve_hints,
+)
+from megatron_tiedlora.convert.inputs import check_base
+from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.nemo import convert_nemo
+from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
+from megatron_tiedlora.convert.verify import verify_export
+from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
+
+
+def merge(settings: MergeSettings) -> int:
+    """Merge an adapter into its base model; returns the exit status."""
+    output, stop = settings.output, StopRequests(launchers=[])
+    reject_existing(output, flag=f"--output {output}")
+    try:
+        with stop.installed():
+            opened = open_adapter(
+                settings.adapter, settings.model, tokenizer=settings.tokenizer, differs=settings.base_differs
+            )
+            for note in opened.notes:
+                _show_note(note)
+            with stop.deferred():  # a signal ends the merge between two blocks, where it can clean up
+                merge_adapter(
+                    opened.source,
+                    opened.adapter,
+                    output,
+                    dtype=None if settings.dtype is None else DTYPES[settings.dtype],
+                    tokenizer=settings.tokenizer,
+                    base_differs=settings.base_differs,
+                    onto_trained=settings.onto == "trained",
+                    say=_show_note,
+                    new=partial(new_output, take_over=settings.take_over),
+                    between=stop.raise_if_requested,
+                    progress=True,
+                )
+    except RunStopped as stopped:
+        show(f"stopped by {stopped}: {output} was not written", file=sys.stderr)
+        return exit_status(stopped.signal_number)
+    show(f"merged {settings.adapter} into {opened.source.name}: {output}")
+    if not any(output.glob("tokenizer*")):
+        show(f"{opened.source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
+    flags = f"{adapter_flags(settings.adapter, settings)} --merged {shlex.quote(str(output))}"
+    show(f"check it with: tiedlora verify {flags}")
+    return 0
+
+
+def export(settings: ExportSettings) -> int:
+    """Export one or more adapters to PEFT; returns the exit status."""
+
+    def show_serving(source: ModelSource, exports: Mapping[str, Export]) -> None:
+        named = settings.base_name or base_name(source)
+        show(*serve_hints(exports, base_location(source), source.shape, named=named))
+
+    output, adapters = settings.output, find_adapters(settings.adapter)
+    chosen: dict[str, Any] = {
+        "pad_rank_to": settings.pad_rank_to,
+        "dtype": DTYPES[settings.dtype],
+        "named": settings.base_name,
+        "base_differs": settings.base_differs,
+        "new": partial(new_output, take_over=settings.take_over),
+    }
+    if len(settings.adapter) > 1 or adapters != [user_path(settings.adapter[0])]:
+        of_bases = export_all(adapters, settings.model, output, say=_show_note, options=chosen)
+        show(f"exported {count_text(len(adapters), 'adapter')}: {output}")
+        for source, exports in of_bases:
+            show_serving(source, exports)
+        return 0
+    reject_existing(output, flag=f"--output {output}")
+    (given,) = settings.adapter
+    opened = open_adapter(given, settings.model, kind="native")
+    source = opened.source
+    exported = export_peft(source, opened.adapter, output, native=user_path(given), say=_show_note, **chosen)
+    show(f"exported {given} as LoRA of rank {exported.rank} on {base_location(source)}: {output}")
+    show_serving(source, {"tied": exported})
+    show(f"check it with: tiedlora verify {adapter_flags(given, settings)} --peft {shlex.quote(str(output))}")
+    return 0
+
+
+def import_adapter(settings: ImportSettings) -> int:
+    """Write a PEFT adapter as a native one; returns the exit status."""
+    output = settings.output
+    opened = import_peft(
+        settings.model,
+        settings.peft,
+        output,
+        base_differs=settings.base_differs,
+        say=_show_note,
+        new=partial(new_output, take_over=settings.take_over),
+    )
+    config = opened.config
+    targets = ", ".join(target.name for target in config.targets)
+    what = f"{config.method} of rank {config.rank} on {targets} of {len(config.layers)} layers"
+    show(f"imported {settings.peft} as {what} of {opened.source.name}: {output}")
+    show(f"train it further with: --init_from {shlex.quote(str(output))}")
+    return 0
+
+
+def verify(settings: VerifySettings) -> int:
+    """Check exports of an adapter; returns the exit status: 1 if any differ."""
+    opened = open_adapter(settings.adapter, settings.model, differs=settings.base_differs)
+    base = check_base(opened.source, opened.adapter, uses_tokenizer=False, differs=settings.base_differs)
+    for note in (*opened.notes, *base.notes):
+        _show_note(note)
+    found = verify_export(
+        opened.source,
+        opened.adapter,
+        merged=settings.merged,
+        peft=settings.peft,
+        dtype=DTYPES[settings.dtype],
+        inside=settings.inside,
+        progress=True,
+    )
+    print(found.report())
+    return 0 if found.passed else 1
+
+
+def convert(settings: ConvertNemoSettings) -> int:
+    """Convert a .nemo file to a Hugging Face folder; returns the exit status."""
+    output = settings.output
+    if not settings.nemo.exists():
+        raise UserError(f"--nemo {settings.nemo}: no such file")
+    reject_existing(output, flag=f"--output {output}")
+    try:
+        new = partial(new_output, take_over=settings.take_over)
+        config = convert_nemo(settings.nemo, output, new=new, progress=True)
+    except UserError as error:
+        show(f"error: {error}", file=sys.stderr)
+        return 1
+    layers, rows = config["num_hidden_layers"], config["vocab_size"]
+    show(f"converted {settings.nemo} ({layers} layers, {rows:,} pieces, {config['dtype']}): {output}")
+    show(f"train it with: tiedlora run --model {shlex.quote(str(output))} --train_file data.jsonl")
+    return 0
+
+
+def make_random(settings: RandomModelSettings) -> int:
+    """Write a checkpoint of random weights in the shape of a preset; returns the exit status."""
+    write_random_model(PRESETS[settings.model], settings.output, name=settings.model, seed=settings.seed)
+    show(f"{settings.output}: random weights in the shape of {settings.model}")
+    return 0
+
+
+def _show_note(note: str) -> None:
+    show(f"note: {note}")
