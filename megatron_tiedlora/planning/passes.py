@@ -17,6 +17,7 @@ import torch
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE
+from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages, trained_tensors
@@ -89,7 +90,7 @@ def stage_work(stage: StagePlan, batch: MicroBatchShape) -> StageWork:
 
 
 def _sizes(batch: MicroBatchShape) -> Sizes:
-    return Sizes(batch.tokens, batch.after, padded(batch.num_supervised))
+    return Sizes(batch.tokens, batch.after, padded(batch.num_supervised), HEAD_ROWS)
 
 
 def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: int) -> StageWork:
