@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.cli import parse_settings, split_words
 from megatron_tiedlora.config.fields import (
     CommandSettings,
-    comma_separated,
     decided_by,
     setting_field,
     shared_field,
@@ -87,8 +86,6 @@ class PlanSettings(CommandSettings):
     json_file: str | None = setting_field(
         "shown", "write all layouts to this file; - prints them instead of the table", None, flag="json",
     )
-
-    _split_formats = field_validator("formats", mode="before")(comma_separated)
 
     @model_validator(mode="after")
     def _check(self) -> PlanSettings:

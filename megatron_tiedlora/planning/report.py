@@ -19,7 +19,15 @@ from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
-from megatron_tiedlora.planning.adapter_plans import choose_folder, plan_adapters
+from megatron_tiedlora.planning.adapter_plans import (
+    Data,
+    RunData,
+    choose_folder,
+    counted,
+    first_source,
+    plan_adapters,
+    prepare_all_data,
+)
 from megatron_tiedlora.planning.init_from import start_lines
 from megatron_tiedlora.planning.memory import (
     StageMemory,
@@ -32,7 +40,6 @@ from megatron_tiedlora.planning.memory import (
 )
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_bytes, saved_per_token
 from megatron_tiedlora.planning.planned import Planned
-from megatron_tiedlora.planning.run_data import Data, RunData, counted, first_source, prepare_all_data
 from megatron_tiedlora.planning.run_plan import RunPlan, epochs_of
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Term

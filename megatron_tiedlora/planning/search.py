@@ -22,9 +22,15 @@ from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
-from megatron_tiedlora.planning.adapter_plans import Plans, adapter_settings, plan_adapters
+from megatron_tiedlora.planning.adapter_plans import (
+    Data,
+    Plans,
+    adapter_settings,
+    counted,
+    plan_adapters,
+    prepare_all_data,
+)
 from megatron_tiedlora.planning.planned import Cluster, Planned, time_together
-from megatron_tiedlora.planning.run_data import Data, counted, prepare_all_data
 from megatron_tiedlora.planning.step_plan import StepPlan
 
 RECOMPUTES = ("none", "selective", "full")

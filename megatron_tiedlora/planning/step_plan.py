@@ -17,7 +17,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import GlobalBatch, fill_rounds, largest_positions, num_positions
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.frozen_weight import padded
-from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
+from megatron_tiedlora.planning.adapter_plans import Data, Plans, shared_plan
 from megatron_tiedlora.planning.layout import (
     Batches,
     Layout,
@@ -30,7 +30,6 @@ from megatron_tiedlora.planning.layout import (
 )
 from megatron_tiedlora.planning.memory import StageMemory, step_memory
 from megatron_tiedlora.planning.passes import SampleCounts, training_flops
-from megatron_tiedlora.planning.run_data import Data
 from megatron_tiedlora.planning.run_plan import RunPlan
 
 Samples = Mapping[str, tuple[TokenDataset, GlobalBatch]]  # of each adapter's step, and where its samples are

@@ -29,7 +29,7 @@ from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.planning.run_data import RunData
+from megatron_tiedlora.planning.adapter_plans import RunData
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.heartbeat import rank_line
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder

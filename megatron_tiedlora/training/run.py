@@ -22,8 +22,7 @@ def train_rank(settings: Settings) -> End:
     stop.install()
     with reported_end(rank, world_size, stop) as end:
         # These import DeepSpeed and transformers, which takes seconds; signals are handled already.
-        from megatron_tiedlora.planning.adapter_plans import plan_adapters
-        from megatron_tiedlora.planning.run_data import counted, prepare_all_data
+        from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
         from megatron_tiedlora.planning.step_plan import longest_run
         from megatron_tiedlora.training import finish
         from megatron_tiedlora.training.build import build_model

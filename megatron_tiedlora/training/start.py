@@ -40,13 +40,14 @@ from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
 from megatron_tiedlora.planning.adapter_plans import (
+    Data,
     Plans,
+    RunData,
     adapter_folders,
     check_run_folders,
     in_folder,
     shared_plan,
 )
-from megatron_tiedlora.planning.run_data import Data, RunData
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_plan import micro_batch_capacity
 from megatron_tiedlora.runtime.ending import End

@@ -14,7 +14,7 @@ from oracle_training import OracleRun
 
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.planning.run_data import prepare_data
+from megatron_tiedlora.planning.adapter_plans import prepare_data
 from megatron_tiedlora.planning.run_plan import plan_run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]

@@ -19,12 +19,11 @@ from run_helpers import Base, run_ranks, write_base
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.planning.adapter_plans import plan_adapters
+from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.memory import bank_bytes
 from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.report import dry_run_report
-from megatron_tiedlora.planning.run_data import counted, prepare_all_data
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.training import start
 

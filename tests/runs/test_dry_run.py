@@ -322,7 +322,7 @@ def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:
 def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
     """Rows, micro-batches and padding of the first step are those that a run's loader gives."""
     from megatron_tiedlora.config.settings import make_settings
-    from megatron_tiedlora.planning.run_data import prepare_data
+    from megatron_tiedlora.planning.adapter_plans import prepare_data
     from megatron_tiedlora.planning.run_plan import plan_run
 
     settings = base.settings(micro_batch_size=1, global_batch_size=8)

@@ -27,7 +27,7 @@ def other_data_on_rank_1(part: str) -> None:
     import os
 
     if os.environ["RANK"] == "1":
-        module: Any = importlib.import_module("megatron_tiedlora.planning.run_data")
+        module: Any = importlib.import_module("megatron_tiedlora.planning.adapter_plans")
         name = "tokenised_once" if part == "train" else "read_split"
         original = getattr(module, name)
 

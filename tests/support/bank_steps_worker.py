@@ -18,8 +18,7 @@ from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.planning.adapter_plans import shared_plan
-from megatron_tiedlora.planning.run_data import RunData, prepare_data
+from megatron_tiedlora.planning.adapter_plans import RunData, prepare_data, shared_plan
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import micro_batch_capacity
 from megatron_tiedlora.runtime.stopping import StopRequests

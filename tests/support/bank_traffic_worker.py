@@ -16,8 +16,8 @@ from torch import distributed
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.planning.adapter_plans import RunData, prepare_data
 from megatron_tiedlora.planning.passes import engine_bytes, step_traffic
-from megatron_tiedlora.planning.run_data import RunData, prepare_data
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan, micro_batch_capacity
 from megatron_tiedlora.runtime.stopping import StopRequests

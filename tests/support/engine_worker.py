@@ -34,7 +34,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
 
     from megatron_tiedlora.adapters.adapter_bank import ONLY
     from megatron_tiedlora.adapters.tied_adapter import initial_values
-    from megatron_tiedlora.planning.run_data import prepare_data
+    from megatron_tiedlora.planning.adapter_plans import prepare_data
     from megatron_tiedlora.planning.run_plan import plan_run
     from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
     from megatron_tiedlora.runtime.stopping import StopRequests

@@ -72,7 +72,7 @@ def _count(case: Case, device: torch.device) -> Counted:
     from megatron_tiedlora.adapters.adapter_bank import ONLY
     from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.data.tokenizer import padding_id
-    from megatron_tiedlora.planning.run_data import prepare_data
+    from megatron_tiedlora.planning.adapter_plans import prepare_data
     from megatron_tiedlora.planning.run_plan import plan_run
     from megatron_tiedlora.runtime.stopping import StopRequests
     from megatron_tiedlora.training import build

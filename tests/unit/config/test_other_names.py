@@ -198,7 +198,7 @@ def test_lists_of_other_commands_fold_too() -> None:
     assert (sweep.methods, sweep.single_layers, sweep.together) == (("tl5", "lora"), "paper", "auto")
     assert parse_settings(["--adapter=a", "--output=b", "--dtype=BFloat16"], MergeSettings).dtype == "bf16"
     plan = parse_plan(["--model=llama2-7b", "--gpu=H100-80GB", "--formats=4bit,NONE"]).settings
-    assert (plan.gpu, plan.formats) == ("h100", ("none", "nf4"))
+    assert (plan.gpu, plan.formats) == ("h100", ("nf4", "none"))
 
 
 @pytest.mark.parametrize(

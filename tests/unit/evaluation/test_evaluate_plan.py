@@ -24,7 +24,7 @@ from megatron_tiedlora.evaluation.answering import read_questions
 from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
 from megatron_tiedlora.evaluation.results import headline
 from megatron_tiedlora.model.fused_attention import choose_attention
-from megatron_tiedlora.planning.run_data import prepare_data
+from megatron_tiedlora.planning.adapter_plans import prepare_data
 from megatron_tiedlora.planning.run_plan import plan_run
 
 NUM_ROWS = 7

@@ -16,12 +16,12 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.traffic import TENSOR
+from megatron_tiedlora.planning.adapter_plans import prepare_data
 from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster
 from megatron_tiedlora.planning.layout import plan_stages
 from megatron_tiedlora.planning.machines import CPU, Machine
 from megatron_tiedlora.planning.passes import saved_per_token, step_flops, step_traffic
 from megatron_tiedlora.planning.planned import Planned
-from megatron_tiedlora.planning.run_data import prepare_data
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.search import Candidate, Storage, planned_values
 from megatron_tiedlora.planning.step_plan import StepPlan

@@ -11,7 +11,7 @@ import pytest
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.verify import Verification
 from megatron_tiedlora.model.hf_config import StoredFormat
-from megatron_tiedlora.planning.run_data import _test_examples
+from megatron_tiedlora.planning.adapter_plans import _test_examples
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import finish
