@@ -55,6 +55,14 @@ def test_the_chosen_answers_of_preference_data_can_be_trained(tmp_path: Path) ->
         assert found == custom(write_rows(tmp_path / "rows.jsonl", [same]))
 
 
+def test_a_held_out_answer_is_scored_whatever_its_flags(tmp_path: Path) -> None:
+    """A flag says what to train on; in held-out rows the last answer is what predictions are compared with."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [user(), answer("A"), user(), answer("B", train=False)]}])
+    (found,) = custom(path, reading=Reading(trains=False))
+    assert found.conversation is not None and found.references == ("B",)
+    assert [turn.trained for turn in found.conversation.turns] == [False, False, False, True]
+
+
 def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
     """What a file of these rows is rejected with, without the file's name."""
     path = write_rows(tmp_path / "data.jsonl", rows)

@@ -153,7 +153,7 @@ def test_the_key_covers_what_the_ids_depend_on(tokenizer: Any, tmp_path: Path) -
         cache_key(encoding(other_tokenizer), "x"),
         cache_key(encoding(tokenizer, "gsm8k"), "x"),
         cache_key(encoding(tokenizer, max_length=41), "x"),
-        cache_key(encoding(tokenizer, template="{prompt}"), "x"),
+        *(cache_key(encoding(tokenizer, template=template), "x") for template in ("{prompt}", "Q: {prompt}")),
         cache_key(replace(base, end_ids=frozenset([1, 2])), "x"),
         *(cache_key(replace(base, reading=replace(base.reading, **change)), "x") for change in CHANGES),
     ]
