@@ -102,7 +102,7 @@ def build(case: Case, config: AdapterConfig, plan: StagePlan, groups: ParallelGr
     first = plan.blocks[0] if case.index else 0
     last = plan.blocks[-1] + plan.is_last
     specs = layer_specs(SHAPE, dtype=torch.bfloat16, tp_size=TP, recomputes_gate=case.recompute == "selective")
-    adapter = TiedAdapter(AdapterPart(config, plan.part.layers, groups.tensor.rank, TP))
+    adapter = TiedAdapter(AdapterPart(config, plan.parts[0].layers, groups.tensor.rank, TP))
     adapter.u_sum = sum_of_u(groups)
     adapter.u_sum.start(1)
     tensor_parallel = TensorParallel(groups.tensor, case.shards_sequences)
@@ -120,7 +120,7 @@ def build(case: Case, config: AdapterConfig, plan: StagePlan, groups: ParallelGr
 
 def wide_factors(plan: StagePlan) -> int:
     """The fp32 factors that are gathered, once for all layers, and read by the gradients of others; and u's copy."""
-    part, method = plan.part, plan.part.config.method_spec
+    part, method = plan.parts[0], plan.parts[0].config.method_spec
     read = {"A": False, "B": method.u.trained or method.v.trained, "v": method.B.trained or method.u.trained}
     held = 0
     for name, (_, factor) in part.config.tensors.items() if part.layers else ():
