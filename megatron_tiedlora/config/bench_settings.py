@@ -13,6 +13,7 @@ from megatron_tiedlora.config.fields import (
     CommandSettings,
     Targets,
     declared,
+    flag_value,
     setting_field,
     shared_field,
     validate_settings,
@@ -151,7 +152,7 @@ the formula of docs/performance.md. On a GPU the report also has MFU by the data
         what = given.setdefault("what", "layout" if asks_for_layout else "step")
         for name, group in groups.items():
             fitting = [known for known, read in GROUPS_OF.items() if group in read]
-            value = as_given(given[name])
+            value = as_given(flag_value(given[name]))
             if what in GROUPS_OF and what not in fitting:
                 raise ValueError(f"--{name} {value} goes with --what {' or '.join(fitting)}, not {what}")
             if name in _WITH_TASK and "task" not in given:
