@@ -150,11 +150,12 @@ class _Measure:
     def _time(self, step: Callable[[], object], seconds: float, group: Any = None) -> float:
         """The median of what one call takes, of as many as fit in `seconds`. All ranks of a group make as many."""
         step()
-        first = torch.tensor([timed(step, self.device)], device=self.device)
+        taken = [timed(step, self.device)]
+        first = torch.tensor(taken, device=self.device)
         if group is not None:
             distributed.all_reduce(first, op=distributed.ReduceOp.MAX, group=group)
-        number = max(1, min(_MOST, int(seconds / max(float(first), 1e-9))))
-        return median(timed(step, self.device) for _ in range(number))
+        number = min(_MOST, int(seconds / max(float(first), 1e-9)))
+        return median([*taken, *(timed(step, self.device) for _ in range(number - 1))])
 
     def _numbers(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(*shape, device=self.device).to(dtype)
