@@ -15,10 +15,10 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
-from pydantic_core import SchemaValidator, core_schema
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.shapes import BlockShape, LinearShape
@@ -282,5 +282,5 @@ def _matcher(pattern: str, what: str, instead: str, *, start: str) -> Callable[[
     depths = list(accumulate(piece.startswith("(") - (piece == ")") for piece in pieces))
     if not pieces or "".join(pieces) != plain or min(depths) < 0 or depths[-1] or max(depths) > _DEEPEST:
         raise UserError(f"{what}: the pattern {shown(pattern)} is not read; {_ACCEPTED} are. {instead}")
-    schema = core_schema.str_schema(pattern=f"{start}(?:{plain})$", regex_engine="rust-regex")
-    return SchemaValidator(schema).isinstance_python
+    kind: Any = Annotated[str, Field(pattern=f"{start}(?:{plain})$")]
+    return TypeAdapter(kind, config=ConfigDict(regex_engine="rust-regex")).validator.isinstance_python
