@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from megatron_tiedlora.config.fields import CommandSettings, marked, setting_field, shared_field
-from megatron_tiedlora.config.launch_settings import LaunchSettings, check_launcher
+from megatron_tiedlora.config.launch_settings import LauncherName, LaunchSettings, check_launcher
 from megatron_tiedlora.config.presets import is_preset
 from megatron_tiedlora.config.train_fields import TrainFields
 
@@ -34,6 +34,7 @@ the constants that `tiedlora plan --constants` reads. No files are left on any h
 Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
 
 
+_launch = partial(shared_field, LaunchSettings, group="run")
 _train = partial(shared_field, TrainFields, group="job")
 
 
@@ -48,12 +49,8 @@ class DoctorSettings(CommandSettings):
         "run", "`NAME slots=N` lines, as for deepspeed (default: the hosts of the Slurm allocation, or this machine)",
         None,
     )
-    launcher: Literal["auto", "deepspeed", "mpirun", "srun", "torchrun"] = shared_field(
-        LaunchSettings, "launcher", "how the ranks are started, as for tiedlora run", group="run",
-    )
-    launcher_args: str | None = shared_field(
-        LaunchSettings, "launcher_args", 'arguments of the launcher itself, e.g. "--cpu-bind=none"', group="run",
-    )
+    launcher: LauncherName = _launch("launcher", "how the ranks are started, as for tiedlora run")
+    launcher_args: str | None = _launch("launcher_args", 'arguments of the launcher itself, e.g. "--cpu-bind=none"')
     ssh_port: int | None = setting_field(
         "run", "port of the hosts' ssh, as in `deepspeed --ssh_port`", None, ge=1, le=65535,
     )

@@ -19,6 +19,7 @@ from megatron_tiedlora.config.fields import (
 )
 from megatron_tiedlora.config.settings import Settings
 
+LauncherName = Literal["auto", "deepspeed", "mpirun", "srun", "torchrun"]
 _LONGEST_WAIT = 60 * LONGEST_WAIT_MINUTES  # seconds
 
 
@@ -42,7 +43,7 @@ class LaunchSettings(CommandSettings):
         "time limits": "how long to wait for the end of a job",
     }
 
-    launcher: Literal["auto", "deepspeed", "mpirun", "srun", "torchrun"] = setting_field(
+    launcher: LauncherName = setting_field(
         "start", "auto: srun in a Slurm allocation, else deepspeed, here or with --hostfile", "auto",
     )
     hostfile: str | None = setting_field("start", "hosts of the job, one `NAME slots=N` line per host", None)
