@@ -40,7 +40,7 @@ def test_a_run_merges_where_its_task_says_so(
     called: list[str] = []
     for name in ("plot_losses", "load_native_adapter", "export_peft", "merge_adapter"):
         monkeypatch.setattr(finish, name, lambda *_, name=name, **__: called.append(name))
-    monkeypatch.setattr(finish, "verify_export", lambda *_, **__: Verification(None, ()))
+    monkeypatch.setattr(finish, "verify_export", lambda *_, **__: Verification((), ()))
     trainer: Any = SimpleNamespace(
         folder=RunFolder(tmp_path),
         plan=SimpleNamespace(source=SimpleNamespace(stored=stored), settings=make_settings({"task": task})),
