@@ -44,13 +44,13 @@ class Command:
 COMMANDS = (
     Command("train", "train:main", "settings:Settings",
             "fine-tune a model, as one process or a rank of many", "launch/train.py", is_rank=True),
-    Command("run", "run:main", "launch_settings:parse_launch",
+    Command("run", "jobs:run", "launch_settings:parse_launch",
             "start `train` on GPUs and hosts, watch it, and say how it ended", "launch/run.py"),
     Command("evaluate", "evaluate:main", "evaluate_settings:EvaluateSettings",
             "answer a task's held-out rows and score them", "launch/evaluate.py", is_rank=True),
-    Command("sweep", "sweep:main", "sweep_settings:parse_sweep",
+    Command("sweep", "jobs:sweep", "sweep_settings:parse_sweep",
             "train methods x ranks x learning rates, and write tables", "launch/sweep.py"),
-    Command("doctor", "doctor:main", "doctor_settings:DoctorSettings",
+    Command("doctor", "jobs:doctor", "doctor_settings:DoctorSettings",
             "examine the hosts of a job before it starts", "launch/doctor.py"),
     Command("plan", "plan:main", "plan_settings:parse_plan",
             "find the fastest layout of a cluster before it is booked", "tools/plan.py"),
@@ -69,13 +69,13 @@ COMMANDS = (
             "convert GPT-2B-001 from its .nemo file", "tools/convert_nemo.py"),
     Command("check-gpu", "check_gpu:main", "tool_settings:CheckGpuSettings",
             "check what this machine's GPUs can do", "tools/check_gpu.py"),
-    Command("bench", "bench:main", "bench_settings:BenchSettings",
+    Command("bench", "jobs:bench", "bench_settings:BenchSettings",
             "measure a training step or decoding", "tools/bench_step.py", is_rank=True),
     Command("prepare-demo", "prepare_demo:main", "tool_settings:PrepareDemoSettings",
             "make the demo model (needs the extra demo)", "tools/prepare_demo.py"),
     Command("random-model", "convert:make_random", "tool_settings:RandomModelSettings",
             "write a random model, `tiny` for a try", "tools/write_random_model.py"),
-    Command("env", "env:main", "tool_settings:EnvSettings", "versions, devices and variables, for a bug report"),
+    Command("env", "jobs:env", "tool_settings:EnvSettings", "versions, devices and variables, for a bug report"),
 )
 
 # What other tools call a command; what is in no table is guessed by its spelling.
