@@ -52,7 +52,7 @@ COMMANDS = (
             "train methods x ranks x learning rates, and write tables", "launch/sweep.py"),
     Command("doctor", "jobs:doctor", "doctor_settings:DoctorSettings",
             "examine the hosts of a job before it starts", "launch/doctor.py"),
-    Command("plan", "plan:main", "plan_settings:parse_plan",
+    Command("plan", "jobs:plan", "plan_settings:parse_plan",
             "find the fastest layout of a cluster before it is booked", "tools/plan.py"),
     Command("merge", "convert:merge", "tool_settings:MergeSettings",
             "merge an adapter into its base model", "tools/merge_adapter.py"),

@@ -1,10 +1,11 @@
-"""The commands that start jobs and look at machines: run, sweep, doctor, env and bench.
+"""The commands that start jobs, plan them, and look at machines: run, sweep, plan, doctor, env and bench.
 
 What imports torch is imported by the command that needs it, so that `env` works where torch does not.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -13,18 +14,20 @@ from pathlib import Path
 from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.output_folder import output_files
+from megatron_tiedlora.base.output_folder import output_file, output_files
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import aligned_lines
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.launch_settings import LaunchCommand
+from megatron_tiedlora.config.plan_settings import PlanCommand
 from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.config.tool_settings import EnvSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.machine import in_words, machine_record
 
 HERE = Path(__file__).resolve().parent
+_MEETING_MINUTES = 10.0  # in which the ranks of plan --measure must meet
 
 
 def run(command: LaunchCommand, *, scripts: Path = HERE) -> int:
@@ -41,6 +44,59 @@ def sweep(command: SweepCommand, *, scripts: Path = HERE) -> int:
     from megatron_tiedlora.study.sweep import sweep as run_sweep
 
     return run_sweep(command, scripts=scripts)
+
+
+def plan(command: PlanCommand) -> int:
+    """Plan a cluster and print; returns 0 if a layout fits, else 1. With --measure it only measures this machine."""
+    settings = command.settings
+    if settings.measure is not None:
+        require_extra("train", only=["deepspeed"])
+        return _measure(command, settings.measure)
+    prints = settings.json_file == "-"
+    paths = output_files({"--json": None if prints else settings.json_file, "--yaml": settings.yaml})
+    gc.disable()  # what follows makes a million objects and frees few: looking for garbage takes half a second
+    try:
+        # These import torch, which takes a second: --help and a wrong flag do not wait for it.
+        from megatron_tiedlora.base.yaml_files import write_yaml
+        from megatron_tiedlora.planning import cluster_report as report
+
+        prepare_environment()
+        found = report.plan_cluster(command)
+        lines, chosen = report.report_lines(found, settings), report.chosen_layout(found, settings)
+    finally:
+        gc.enable()
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if "--json" in paths:
+        write_json(paths["--json"], report.report_record(found, settings))
+    if "--yaml" in paths and chosen is not None:
+        write_yaml(paths["--yaml"], report.chosen_settings(found, chosen))
+    show(*([json.dumps(report.report_record(found, settings))] if prints else lines))
+    if warnings := report.warning_lines(found, settings):
+        show(*warnings, file=sys.stderr)
+    return 0 if found.rows else 1
+
+
+def _measure(command: PlanCommand, file: str) -> int:
+    """Measure this machine, on all ranks of a launcher; rank 0 writes the file, or prints it for `-`."""
+    path = None if file == "-" else output_file(file, flag="--measure")  # before a minute of work
+    prepare_environment()
+    rank, world_size = rank_and_world_size()
+    from megatron_tiedlora.benchmark.machine import measure_machine
+    from megatron_tiedlora.checkpoint.sources import find_model
+    from megatron_tiedlora.runtime.process_group import join_process_group, leave_process_group
+
+    source = find_model(command.train.model, weights=False)
+    device = join_process_group(_MEETING_MINUTES, expected_ranks=world_size)
+    machine = measure_machine(source, device, seconds=command.settings.measure_seconds)
+    if rank == 0 and path is None:
+        show(json.dumps(machine.record()))
+    elif rank == 0 and path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, machine.record())
+        show(*machine.lines(), f"{path}: constants of {machine.title}, for --constants")
+    leave_process_group()
+    return 0
 
 
 def doctor(settings: DoctorSettings) -> int:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
@@ -332,14 +333,8 @@ def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:
 def _hash(files: list[Path], settings: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        try:
-            if file.stat().st_size > LARGEST_TOKENIZER:
-                size = f"{LARGEST_TOKENIZER:,} bytes"
-                raise UserError(f"{file}: is larger than {size}, too large for a tokenizer; give another one")
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror or error}); give another tokenizer") from None
+        _check_size(file)
+        digest.update(bytes.fromhex(file_sha256(file)))
     known = {name: value for name, value in settings.items() if value is not None}
     digest.update(json.dumps(known, sort_keys=True).encode())
     return digest.hexdigest()
