@@ -50,12 +50,15 @@ def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
         if path.suffix != ".model":
             raise _rejection(name, "is neither a folder nor a SentencePiece .model file")
         _check_size(path)
-        return _named(_load_sentencepiece(path, config_folder=None), name)
-    if path.is_dir():
-        return _named(_load_folder(path), name)
-    if name.startswith(("/", ".", "~")) or name.endswith(".model"):
+        tokenizer = _load_sentencepiece(path, config_folder=None)
+    elif path.is_dir():
+        tokenizer = _load_folder(path)
+    elif name.startswith(("/", ".", "~")) or name.endswith(".model"):
         raise _rejection(name, "does not exist")
-    return _named(_load_folder(download_tokenizer(name)), name)
+    else:
+        tokenizer = _load_folder(download_tokenizer(name))
+    tokenizer.name_or_path = name
+    return tokenizer
 
 
 @contextmanager
@@ -262,11 +265,6 @@ def _try_out(tokenizer: Any) -> None:
     for token_id in (*tokenizer.all_special_ids, *(token_id for token_id in named if token_id is not None)):
         if type(token_id) is not int:
             raise TypeError(f"the id of a special token is {shown(token_id)}")
-
-
-def _named(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    tokenizer.name_or_path = name
-    return tokenizer
 
 
 def _rejection(source: str, reason: str) -> UserError:
