@@ -20,7 +20,18 @@ def main(settings: Settings) -> int:
     """
     if not settings.dry_run:
         require_extra("train")
-    _check_files(settings)
+    # Whether the files that flags name exist is known before the imports below, which take seconds.
+    from megatron_tiedlora.checkpoint.sources import local_folder
+    from megatron_tiedlora.config.adapters_file import adapters_path
+    from megatron_tiedlora.data.splits import check_files_exist
+    from megatron_tiedlora.engine.engine_json import find_engine_json
+
+    if settings.adapters is not None:
+        adapters_path(settings.adapters)
+    if not is_preset(settings.model):
+        local_folder(settings.model)
+    find_engine_json(settings.ds_config)
+    check_files_exist(settings)
     prepare_environment()
     if settings.dry_run:
         rank, world_size = rank_and_world_size()
@@ -34,21 +45,6 @@ def main(settings: Settings) -> int:
     from megatron_tiedlora.training.run import train_rank  # imports torch: --help and a wrong flag do not wait for it
 
     return train_rank(settings).status
-
-
-def _check_files(settings: Settings) -> None:
-    """Raise UserError if something that a flag names does not exist. What is imported later takes seconds."""
-    from megatron_tiedlora.checkpoint.sources import local_folder
-    from megatron_tiedlora.config.adapters_file import adapters_path
-    from megatron_tiedlora.data.splits import check_files_exist
-    from megatron_tiedlora.engine.engine_json import find_engine_json
-
-    if settings.adapters is not None:
-        adapters_path(settings.adapters)
-    if not is_preset(settings.model):
-        local_folder(settings.model)
-    find_engine_json(settings.ds_config)
-    check_files_exist(settings)
 
 
 if __name__ == "__main__":

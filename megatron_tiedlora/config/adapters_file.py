@@ -151,10 +151,7 @@ def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
 def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
     """By each adapter's name the others that differ from it only in the learning rate, and in the folder."""
     same = {name: own.model_dump_json(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()}
-    alike = dict[str, list[str]]()
-    for name, values in same.items():
-        alike.setdefault(values, []).append(name)
-    return {name: tuple(other for other in alike[values] if other != name) for name, values in same.items()}
+    return {name: tuple(other for other in same if other != name and same[other] == same[name]) for name in same}
 
 
 def check_halving(settings: Mapping[str, Settings]) -> None:

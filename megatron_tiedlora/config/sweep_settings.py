@@ -173,7 +173,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     own, theirs, _ = split_words(argv, SweepSettings, without=decided)
     values = {**theirs, **own}
     config = values.pop("config", None)
-    read = read_sweep_yaml(config) if config else {}
+    read = read_yaml(config, Settings, SweepSettings) if config else {}
     merged = {**read, **values}
     for name, reason in decided.items():
         if name in merged:
@@ -185,7 +185,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     with naming_file(config, read.keys() - values.keys()):
         started = user_path(as_given(merged.get("output_dir", "")), flag="--output_dir") / SWEEP_FILE
     if "output_dir" in merged and "tables_from" not in merged and started.is_file():
-        before = read_sweep_yaml(str(started))
+        before = read_yaml(str(started), Settings, SweepSettings)
         source = source if "launcher_args" in merged else str(started)
         merged = {**before, **merged}
     with naming_file(config, read.keys() - values.keys()):
@@ -217,8 +217,3 @@ def resolve_train(settings: SweepSettings, given: Mapping[str, Any]) -> Settings
         "output_dir": settings.output_dir,
     }
     return make_settings({**given, **first})
-
-
-def read_sweep_yaml(path: str) -> dict[str, Any]:
-    """The values in a YAML file with names of both sets. Raises UserError."""
-    return read_yaml(path, Settings, SweepSettings)

@@ -175,11 +175,6 @@ def largest_positions(positions: Sequence[int], *, dp_size: int) -> tuple[int, .
     return tuple(max(positions[start : start + dp_size]) for start in range(0, len(positions), dp_size))
 
 
-def num_evaluation_batches(dataset: TokenDataset, *, micro_batch_size: int, dp_size: int) -> int:
-    """Return how many batches `evaluation_batches` yields on each rank."""
-    return -(-len(dataset) // (micro_batch_size * dp_size))
-
-
 def _evaluation_rows(dataset: TokenDataset, micro_batch_size: int, dp_size: int) -> Iterator[list[Rows]]:
     """Yield the rows of each rank's batch, batch by batch: all samples, sorted by length, each on one rank."""
     order = np.argsort(dataset.lengths, kind="stable")

@@ -306,7 +306,9 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
     if pair is not None:
         parts = (_SourceRows(Source(given), pair, lambda: names_and_contents(local_files(given).values())),)
     elif given and not own_id:
-        parts = tuple(_part_of(source, split) for source in parse_sources(given, flag))
+        with _readable(given):
+            named = [(source, row_data(source.name, split=split)) for source in parse_sources(given, flag)]
+        parts = tuple(_SourceRows(source, data.rows, data.sha256) for source, data in named)
     elif task.generate is not None:
         generated = partial(task.generate, split)
         parts = (_SourceRows(Source(task.name), generated, cache(lambda: rows_sha256(generated()))),)
@@ -315,12 +317,6 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
         hub = HubData(task.hub.id, task.hub.splits[split], task.hub.config, task.hub.parquet_branch)
         parts = (_SourceRows(Source(given or task.name), hub.rows, hub.sha256),)
     return RowStream(task, reading, parts)
-
-
-def _part_of(source: Source, split: Split) -> _SourceRows:
-    with _readable(source.name):
-        data = row_data(source.name, split=split)
-    return _SourceRows(source, data.rows, data.sha256)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
@@ -49,12 +50,15 @@ def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
         if path.suffix != ".model":
             raise _rejection(name, "is neither a folder nor a SentencePiece .model file")
         _check_size(path)
-        return _named(_load_sentencepiece(path, config_folder=None), name)
-    if path.is_dir():
-        return _named(_load_folder(path), name)
-    if name.startswith(("/", ".", "~")) or name.endswith(".model"):
+        tokenizer = _load_sentencepiece(path, config_folder=None)
+    elif path.is_dir():
+        tokenizer = _load_folder(path)
+    elif name.startswith(("/", ".", "~")) or name.endswith(".model"):
         raise _rejection(name, "does not exist")
-    return _named(_load_folder(download_tokenizer(name)), name)
+    else:
+        tokenizer = _load_folder(download_tokenizer(name))
+    tokenizer.name_or_path = name
+    return tokenizer
 
 
 @contextmanager
@@ -263,11 +267,6 @@ def _try_out(tokenizer: Any) -> None:
             raise TypeError(f"the id of a special token is {shown(token_id)}")
 
 
-def _named(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    tokenizer.name_or_path = name
-    return tokenizer
-
-
 def _rejection(source: str, reason: str) -> UserError:
     return UserError(f"{source}: {reason}; give --tokenizer a HF tokenizer folder or a SentencePiece tokenizer.model")
 
@@ -332,14 +331,8 @@ def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:
 def _hash(files: list[Path], settings: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        try:
-            if file.stat().st_size > LARGEST_TOKENIZER:
-                size = f"{LARGEST_TOKENIZER:,} bytes"
-                raise UserError(f"{file}: is larger than {size}, too large for a tokenizer; give another one")
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror or error}); give another tokenizer") from None
+        _check_size(file)
+        digest.update(bytes.fromhex(file_sha256(file)))
     known = {name: value for name, value in settings.items() if value is not None}
     digest.update(json.dumps(known, sort_keys=True).encode())
     return digest.hexdigest()

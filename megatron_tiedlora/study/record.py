@@ -19,7 +19,7 @@ from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.paths import PathIn
 from megatron_tiedlora.base.yaml_files import write_yaml
-from megatron_tiedlora.config.cli import naming_file
+from megatron_tiedlora.config.cli import naming_file, read_yaml
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import (
@@ -27,7 +27,6 @@ from megatron_tiedlora.config.sweep_settings import (
     SweepCommand,
     SweepSettings,
     make_command,
-    read_sweep_yaml,
     resolve_train,
 )
 from megatron_tiedlora.data.sources import local_files
@@ -177,7 +176,7 @@ def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -
 
 def read_command(folder: StudyFolder) -> SweepCommand:
     """The settings of the study in the folder. Raises UserError."""
-    values = read_sweep_yaml(str(folder.settings))
+    values = read_yaml(str(folder.settings), Settings, SweepSettings)
     with naming_file(folder.settings, values):
         return make_command({**values, "output_dir": str(folder.path)})
 

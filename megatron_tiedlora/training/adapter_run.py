@@ -84,7 +84,7 @@ class AdapterRun:
     def __post_init__(self) -> None:
         self.log_failure: UserError | None = None
         self.saved_step = self.progress.step or None  # of its last checkpoint; None if there is none
-        self._loader = self.plan.training_loader(
+        self.loader = self.plan.training_loader(
             self.data.train, pad_id=padding_id(self.data.tokenizer), consumed_samples=self.progress.consumed_samples
         )
 
@@ -152,10 +152,6 @@ class AdapterRun:
         self.close_log()
 
     # Its steps -------------------------------------------------------------------------------------------------------
-
-    def next_samples(self) -> TrainingStep:
-        """This rank's share of its next global batch."""
-        return next(self._loader)
 
     def took(self, samples: TrainingStep, report: StepReport) -> str:
         """Count and log the step that it took with the others; returns its loss and speed in words.

@@ -107,7 +107,10 @@ def build_model(
     with BaseWeights(shared.source.weights_folder(), shared.source.shape, shared.source.stored) as weights:
         base = checked_base(shared, weights)
         for name, plan in plans.items():
-            states[name], notes[name] = start_values(plan, base, resumed.get(name))
+            if (checkpoint := resumed.get(name)) is None:
+                states[name], notes[name] = load_start(plan.settings, plan.source, plan.adapter, base)
+            else:
+                states[name], notes[name] = checkpoint.adapter.state, _check_resumed(plan, base, checkpoint)
         model = _build_stage(plans, device, kernels, states)
         load_stage_weights(shared, weights, model.stage, model.groups)
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(model.stage.layers))
@@ -138,19 +141,6 @@ def checked_base(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
         )
     check_same_dtype(plan.dtype_name)
     return base
-
-
-def start_values(
-    plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint | None
-) -> tuple[Mapping[str, torch.Tensor] | None, tuple[str, ...]]:
-    """(the adapter's full tensors, notes): of the checkpoint or --init_from; None for the initial values.
-
-    Raises:
-        UserError: the adapter there is of another base.
-    """
-    if checkpoint is None:
-        return load_start(plan.settings, plan.source, plan.adapter, base)
-    return checkpoint.adapter.state, _check_resumed(plan, base, checkpoint)
 
 
 def load_stage_weights(
@@ -261,7 +251,15 @@ def _start_engine(
         optimizers = OwnOptimizers(bank, model.groups, own, device)
     for name, checkpoint in checkpoints.items():
         if checkpoint is not None and name in plans:
-            _restore(optimizers, name, bank.adapters[name], checkpoint)
+            adapter = bank.adapters[name]
+            moments = {
+                moment: {
+                    tensor: adapter.part.shard(tensor, checkpoint.moments[moment_name(moment, tensor)])
+                    for tensor in trained_parameters(adapter)
+                }
+                for moment in MOMENTS
+            }
+            optimizers.restore(name, moments, step=checkpoint.progress.step)
             resume_scheduler(schedules[name], checkpoint.progress.step)
     kind = PlainRunner if plan.grid.pp_size == 1 else PipelineRunner
     return kind(engine, model.stage, model.groups, optimizers, device)
@@ -293,18 +291,6 @@ def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[
         schedule=settings.schedule,
     )
     return optimizer, LambdaLR(optimizer, factor)
-
-
-def _restore(optimizers: Optimizers, name: str, adapter: TiedAdapter, checkpoint: Checkpoint) -> None:
-    """Bring the optimizer of an adapter into the state of its checkpoint."""
-    moments = {
-        moment: {
-            tensor: adapter.part.shard(tensor, checkpoint.moments[moment_name(moment, tensor)])
-            for tensor in trained_parameters(adapter)
-        }
-        for moment in MOMENTS
-    }
-    optimizers.restore(name, moments, step=checkpoint.progress.step)
 
 
 def _identify(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:

@@ -277,7 +277,7 @@ class Trainer:
         samples: dict[str, TrainingStep] = {}
         for name, run in running.items():
             with run.failing_alone():
-                samples[name] = run.next_samples()
+                samples[name] = next(run.loader)
         if not samples:
             self._show(bar)
             return

@@ -167,11 +167,6 @@ class FullReport(RunReport):
         return [*speed_lines(run), *next_steps(run)]
 
 
-def report_of(start: Start, trainer: Trainer, built: BuiltModel) -> RunReport:
-    """The report of a run, whose folder tells whether it has a row for each adapter."""
-    return (RunReport if start.folder.of_several else FullReport)(start, trainer, built)
-
-
 def _model(plan: RunPlan) -> list[str]:
     settings = plan.settings
     line = f"model      {settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"

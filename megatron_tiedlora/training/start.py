@@ -145,7 +145,8 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
         opened.folders |= {name: _open_run_folder(name, opened) for name in there}
     for name, plan in plans.items():
         with naming(name):
-            opened.checkpoints[name] = find_checkpoint(plan, data[name], opened.folders[name])
+            read = partial(_read_checkpoint, plan, data[name], opened.folders[name])
+            opened.checkpoints[name] = decided_by_rank_0(read, kind=Checkpoint | None)
     saved = {name: None if found is None else found.settings for name, found in opened.checkpoints.items()}
     opened.plans = {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
     opened.finished = _finished_before(opened)
@@ -331,7 +332,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
 # it, which is so if it is constant. A warm-up that was not given is the checkpoint's.
 
 
-def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
+def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
     """The checkpoint that --resume asks for, or None to start from the beginning.
 
     Rank 0 reads it and sends it to the others, so only its host needs the run folder. With `auto`, a folder without a
@@ -340,10 +341,6 @@ def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoi
     Raises:
         UserError: the checkpoint does not exist, is broken, or contradicts the plan's settings or base.
     """
-    return decided_by_rank_0(lambda: _read_checkpoint(plan, data, folder), kind=Checkpoint | None)
-
-
-def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
     checkpoint = _find_checkpoint(plan.settings.resume, folder)
     if checkpoint is None:
         return None

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,7 +68,7 @@ def demo_examples(split: str, *, seed: int = 0, size: int | None = None) -> list
         if part == split:
             break
         seen.update(dataset[index]["question"].strip() for index in block)
-    rows = list(_fresh_rows(dataset, _BLOCKS[split], seen, wanted))
+    rows = list(islice(_fresh_rows(dataset, _BLOCKS[split], seen), wanted))
     if len(rows) < wanted:
         raise UserError(
             f"the demo task has {len(rows):,} rows in its part {split!r}, but {wanted:,} were requested; "
@@ -76,8 +77,8 @@ def demo_examples(split: str, *, seed: int = 0, size: int | None = None) -> list
     return rows
 
 
-def _fresh_rows(dataset: Any, block: range, seen: set[str], wanted: int) -> Iterator[dict[str, str]]:
-    """Yield at most `wanted` usable rows of `block` whose questions are not in `seen`, and add these to `seen`."""
+def _fresh_rows(dataset: Any, block: range, seen: set[str]) -> Iterator[dict[str, str]]:
+    """Yield the usable rows of `block` whose questions are not in `seen`, and add these to `seen`."""
     for index in block:
         row = dataset[index]
         question = row["question"].strip()
@@ -85,9 +86,6 @@ def _fresh_rows(dataset: Any, block: range, seen: set[str], wanted: int) -> Iter
             continue
         seen.add(question)
         yield {"question": question, "answer": row["metadata"]["answer_cot"].strip()}
-        wanted -= 1
-        if wanted == 0:
-            return
 
 
 def _dataset(seed: int) -> Any:

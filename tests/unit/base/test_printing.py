@@ -57,7 +57,7 @@ def test_lines_that_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
 PRINT = {
     ("megatron_tiedlora/base/errors.py", "show"),
     ("megatron_tiedlora/config/cli.py", "run_command"),  # a UserError
-    ("megatron_tiedlora/commands/doctor.py", "main"),  # report_text, JSON
+    ("megatron_tiedlora/commands/jobs.py", "doctor"),  # report_text, JSON
     ("megatron_tiedlora/commands/train.py", "main"),  # dry_run_report
     ("megatron_tiedlora/commands/convert.py", "verify"),  # Verification.report
 }

@@ -1,0 +1,184 @@
+"""The commands that start jobs, plan them, and look at machines: run, sweep, plan, doctor, env and bench.
+
+What imports torch is imported by the command that needs it, so that `env` works where torch does not.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+from megatron_tiedlora.base.atomic import write_json, write_text
+from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.output_folder import output_file, output_files
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import aligned_lines
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.doctor_settings import DoctorSettings
+from megatron_tiedlora.config.launch_settings import LaunchCommand
+from megatron_tiedlora.config.plan_settings import PlanCommand
+from megatron_tiedlora.config.sweep_settings import SweepCommand
+from megatron_tiedlora.config.tool_settings import EnvSettings
+from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
+from megatron_tiedlora.runtime.machine import in_words, machine_record
+
+HERE = Path(__file__).resolve().parent
+_MEETING_MINUTES = 10.0  # in which the ranks of plan --measure must meet
+
+
+def run(command: LaunchCommand, *, scripts: Path = HERE) -> int:
+    """Start and watch a job; ranks run the train.py in the folder `scripts`. Returns the exit status."""
+    from megatron_tiedlora.cluster.start import launch
+
+    return launch(command, scripts=scripts)
+
+
+def sweep(command: SweepCommand, *, scripts: Path = HERE) -> int:
+    """Run the sweep, which starts the train.py and evaluate.py in the folder `scripts`. Returns the exit status."""
+    require_extra("train", "eval")
+    require_extra("train", only=["matplotlib"])  # for the figures at its end
+    from megatron_tiedlora.study.sweep import sweep as run_sweep
+
+    return run_sweep(command, scripts=scripts)
+
+
+def plan(command: PlanCommand) -> int:
+    """Plan a cluster and print; returns 0 if a layout fits, else 1. With --measure it only measures this machine."""
+    settings = command.settings
+    if settings.measure is not None:
+        require_extra("train", only=["deepspeed"])
+        return _measure(command, settings.measure)
+    prints = settings.json_file == "-"
+    paths = output_files({"--json": None if prints else settings.json_file, "--yaml": settings.yaml})
+    gc.disable()  # what follows makes a million objects and frees few: looking for garbage takes half a second
+    try:
+        # These import torch, which takes a second: --help and a wrong flag do not wait for it.
+        from megatron_tiedlora.base.yaml_files import write_yaml
+        from megatron_tiedlora.planning import cluster_report as report
+
+        prepare_environment()
+        found = report.plan_cluster(command)
+        lines, chosen = report.report_lines(found, settings), report.chosen_layout(found, settings)
+    finally:
+        gc.enable()
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if "--json" in paths:
+        write_json(paths["--json"], report.report_record(found, settings))
+    if "--yaml" in paths and chosen is not None:
+        write_yaml(paths["--yaml"], report.chosen_settings(found, chosen))
+    show(*([json.dumps(report.report_record(found, settings))] if prints else lines))
+    if warnings := report.warning_lines(found, settings):
+        show(*warnings, file=sys.stderr)
+    return 0 if found.rows else 1
+
+
+def _measure(command: PlanCommand, file: str) -> int:
+    """Measure this machine, on all ranks of a launcher; rank 0 writes the file, or prints it for `-`."""
+    path = None if file == "-" else output_file(file, flag="--measure")  # before a minute of work
+    prepare_environment()
+    rank, world_size = rank_and_world_size()
+    from megatron_tiedlora.benchmark.machine import measure_machine
+    from megatron_tiedlora.checkpoint.sources import find_model
+    from megatron_tiedlora.runtime.process_group import join_process_group, leave_process_group
+
+    source = find_model(command.train.model, weights=False)
+    device = join_process_group(_MEETING_MINUTES, expected_ranks=world_size)
+    machine = measure_machine(source, device, seconds=command.settings.measure_seconds)
+    if rank == 0 and path is None:
+        show(json.dumps(machine.record()))
+    elif rank == 0 and path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, machine.record())
+        show(*machine.lines(), f"{path}: constants of {machine.title}, for --constants")
+    leave_process_group()
+    return 0
+
+
+def doctor(settings: DoctorSettings) -> int:
+    """Examine the hosts of a job and report; returns 0 if a job can start, else 1.
+
+    It starts what it needs on the hosts and leaves nothing there. With --measure FILE it then measures what tiedlora
+    plan needs of these hosts.
+    """
+    from megatron_tiedlora.cluster.doctor.compare import report_text
+    from megatron_tiedlora.cluster.doctor.trial import examine
+
+    require_extra("train", only=["deepspeed"])
+    to_file = settings.json_file not in (None, "-")
+    file = user_path(str(settings.json_file), flag="--json")
+    if to_file and not file.absolute().parent.is_dir():
+        raise UserError(f"--json {settings.json_file}: its folder does not exist; make it or give another file")
+    written = output_files({"--measure": settings.measure, "--json": settings.json_file if to_file else None})
+    report = examine(settings, os.environ, lambda line: show(line, file=sys.stderr))
+    text = json.dumps(report.model_dump(mode="json"), indent=2)
+    if settings.json_file == "-":
+        print(text)
+    else:
+        print(report_text(report))
+    if to_file:
+        write_text(file, f"{text}\n")
+    ready, measured = report.verdict == "ready", written.get("--measure")
+    if measured is not None and ready and report.machine is not None:
+        measured.parent.mkdir(parents=True, exist_ok=True)
+        write_json(measured, report.machine)
+        show(f"{measured}: constants of {report.machine['title']}, for tiedlora plan --constants", file=sys.stderr)
+    elif measured is not None:
+        show("nothing was measured, as the hosts are not ready", file=sys.stderr)
+    return 0 if ready else 1
+
+
+def env(settings: EnvSettings) -> int:
+    """Print what a bug report needs, the record of this machine, as a table or JSON; returns the exit status."""
+    given = settings.json_file
+    file = None if given in (None, "-") else user_path(str(given), flag="--json")
+    machine = machine_record()
+    text = machine.model_dump_json(indent=2)
+    if file is not None:
+        write_text(file, f"{text}\n")
+    if given == "-":
+        show(*text.split("\n"))
+        return 0
+    sections = in_words(machine)
+    rows = [(name, value) for section in sections.values() for name, value in section.items()]
+    lines = iter(aligned_lines(rows, align="<", indent="  "))
+    for number, (title, section) in enumerate(sections.items()):
+        show(*([""] if number else []), title, *(next(lines) for _ in section))
+    return 0
+
+
+def bench(settings: BenchSettings) -> int:
+    """Measure a training step or decoding and print on one rank; returns its exit status."""
+    require_extra("train", only=["deepspeed"])
+    file = None if settings.json_file is None else user_path(settings.json_file, flag="--json")
+    prepare_environment()
+    rank, world_size = rank_and_world_size()
+    what = settings.measured_on(world_size)
+    # These import DeepSpeed and transformers, which takes seconds: a wrong path does not wait for it.
+    from megatron_tiedlora.benchmark import compare, layout
+    from megatron_tiedlora.benchmark.report import report_lines
+    from megatron_tiedlora.parallel.agreement import decided_by_rank_0
+    from megatron_tiedlora.runtime.process_group import leave_process_group
+    from megatron_tiedlora.runtime.stopping import RunStopped, exit_status
+
+    try:
+        if what == "layout":
+            found = layout.measure_layout(settings, rank=rank, world_size=world_size)
+        else:
+            found = compare.measure_sides(settings)
+    except RunStopped as stop:
+        return exit_status(stop.signal_number)
+
+    def publish() -> None:
+        assert found is not None, "rank 0 has the report"
+        show(*report_lines(found))
+        if file is not None:
+            write_json(file, found)
+
+    decided_by_rank_0(publish)
+    leave_process_group()
+    return 0
