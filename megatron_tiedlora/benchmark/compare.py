@@ -61,7 +61,7 @@ from megatron_tiedlora.model.weights import weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.planning.passes import training_flops
+from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.throughput import find_peak, timed
@@ -154,7 +154,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
     names = [ONLY] if settings.adapters is None else [f"adapter {number}" for number in range(settings.adapters)]
     adapters = {name: whole_adapter(replace(plan.adapter, seed=seed), device) for seed, name in enumerate(names)}
     stage.hold(AdapterBank(adapters), is_engines=settings.adapters is None)
-    recompute(stage, settings.recompute)
+    stage.set_recompute(settings.recompute)
     stage.train()
     dataset, pad_id = read_samples(plan, settings)
     taken = dict(zip(names, plan.training_loader(dataset, pad_id=pad_id), strict=False))
@@ -173,7 +173,8 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
         for name, step in taken.items()
     ]
     if settings.adapters is None:
-        flops = training_flops(source.shape, plan.adapter, first)
+        counts = first.num_tokens, first.squared_lengths, first.num_supervised
+        flops = step_flops(source.shape, plan.adapter, *counts).total()
         return {OURS: Side(stage, in_turn, forward, device, flops, chosen.description)}
     rounds = shared_rounds(taken, capacity=settings.shared_tokens or settings.adapters * settings.adapter_tokens)
     only, *_ = adapters
@@ -220,14 +221,6 @@ def whole_adapter(config: AdapterConfig, device: torch.device) -> TiedAdapter:
     adapter = TiedAdapter(AdapterPart.whole(config)).to(device)
     adapter.load_full(initial_values(config))
     return adapter
-
-
-def recompute(stage: Stage, how: str) -> None:
-    """Set what the stage recomputes from its next call on: `none`, `selective` or `full`."""
-    stage.recompute = how
-    for index in stage.blocks:
-        block: Any = stage.layers[str(index)]
-        block.recomputes_gate = how == "selective"
 
 
 def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:

@@ -54,10 +54,10 @@ from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
+from megatron_tiedlora.parallel.traffic import DATA, TrafficCounter, named_handles
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.machines import Machine, read_machine
-from megatron_tiedlora.planning.passes import engine_bytes, saved_bytes, step_traffic, training_flops
+from megatron_tiedlora.planning.passes import engine_traffic, saved_bytes, step_flops, step_traffic
 from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
@@ -290,7 +290,7 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
     run.train_step.long_seconds = math.inf  # the prediction leaves out what ranks send only in long steps
     with TrafficCounter(named_handles(runner.groups)) as counter:
         run.take(next(run.loader))
-    data_bytes = engine_bytes(plan.stage, num_micro_batches=len(shapes))
+    _, data_bytes = engine_traffic(plan.stage, num_micro_batches=len(shapes)).of_group(DATA)
     traffic = compare_traffic(counter.traffic, step_traffic(plan.stage, shapes), data_bytes)
     watched = next(run.loader)
     # Parameters are left out, and under ZeRO-3 they are other tensors in each pass.
@@ -335,7 +335,8 @@ def _report(
 ) -> dict[str, Any]:
     """The layout, and the figures of the step on all ranks together."""
     plan, settings, grid, device = run.plan, run.plan.settings, run.plan.grid, run.runner.device
-    flops, middle = training_flops(plan.source.shape, plan.adapter, step), median(seconds)
+    counts, middle = (step.num_tokens, step.squared_lengths, step.num_supervised), median(seconds)
+    flops = step_flops(plan.source.shape, plan.adapter, *counts).total()
     matmul, on_gpu = sum(member["matmul_flops_per_second"] for member in ranks), device.type == "cuda"
     return {
         "model": settings.model,

@@ -12,7 +12,7 @@ from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.checkpoint.random_model import write_random_model
+from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.presets import PRESETS

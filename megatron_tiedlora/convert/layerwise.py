@@ -156,7 +156,7 @@ class _Layers:
                 head.take_weight(FrozenWeight.empty(stop - start, self.shape.hidden_size, dtype=self.dtype))
         norms = (rule for rule in weight_rules(self.shape) if rule.layer == last and rule.linear is None)
         _fill(nn.ModuleDict({"layers": nn.ModuleDict({str(last): head})}), norms, read)
-        for rows in self._vocabulary_blocks(stop - start):
+        for rows in row_blocks((stop - start, self.shape.hidden_size)):
             values = read(self._stored_name(last), slice(start + rows.start, start + rows.stop))
             head.frozen.load(values, start=rows.start)
         return head
@@ -167,16 +167,13 @@ class _Layers:
         with self.device:
             embedding: Any = layer_specs(self._with_vocabulary(len(ids)), dtype=self.dtype)[0].build()
         offset = 0
-        for rows in self._vocabulary_blocks(self.shape.vocab_size):
+        for rows in row_blocks((self.shape.vocab_size, self.shape.hidden_size)):
             here = ids[(ids >= rows.start) & (ids < rows.stop)]
             if len(here):
                 embedding.frozen.load(read(self._stored_name(0), rows)[here - rows.start], start=offset)
                 offset += len(here)
         renumbered = (torch.searchsorted(ids, tokens).to(self.device) for tokens, _ in inputs)
         return [embedding(tokens, TensorParallel()).cpu() for tokens in renumbered]
-
-    def _vocabulary_blocks(self, size: int) -> Iterator[slice]:
-        return row_blocks((size, self.shape.hidden_size))
 
     def _with_vocabulary(self, size: int) -> ModelShape:
         """The same model with a vocabulary of `size` tokens."""

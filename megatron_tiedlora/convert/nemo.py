@@ -27,7 +27,6 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.yaml_files import LARGEST_YAML, parse_yaml_mapping
 from megatron_tiedlora.checkpoint.tensor_files import (
-    SHARD_BYTES,
     StreamedTensor,
     all_finite,
     check_tensors,
@@ -51,7 +50,6 @@ def convert_nemo(
     nemo: Path,
     output: Path,
     *,
-    shard_bytes: int = SHARD_BYTES,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -76,7 +74,7 @@ def convert_nemo(
         (temporary / "tokenizer.model").write_bytes(sentencepiece)
         write_json(temporary / "tokenizer_config.json", settings)
         write_json(temporary / "config.json", config)
-        write_files(temporary, sharded(tensors, shard_bytes), progress=progress)
+        write_files(temporary, sharded(tensors), progress=progress)
     return config
 
 
@@ -190,10 +188,9 @@ def _check_frequencies(stored: torch.Tensor | None, model: NemoModel, where: str
     if stored is None:
         return
     half = model.rotary_dim // 2
-    same = stored.shape == (half,)
-    if same:  # in 16 bits with megatron_amp_O2
-        same = torch.allclose(stored.float(), ROPE_BASE ** (-torch.arange(half) / half), rtol=1e-2)
-    if not same:
+    wanted = ROPE_BASE ** (-torch.arange(half) / half)
+    # In 16 bits with megatron_amp_O2.
+    if stored.shape != wanted.shape or not torch.allclose(stored.float(), wanted, rtol=1e-2):
         raise UserError(f"{where}: {_FREQUENCIES} is not that of base {ROPE_BASE:g} and {2 * half} rotated numbers")
 
 

@@ -292,10 +292,11 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
     """A table of comparisons, one per line under a heading."""
     heading = f"{'logits against base + adapter':<30}{'max diff':>10}{'mean diff':>11}{'KL':>10}{'top-1':>8}  verdict"
     lines = [
-        f"{row.name:<30}{row.largest:>10.1e}{row.mean:>11.1e}{row.divergence:>10.1e}{row.agreement:>8.1%}  "
+        f"{row.name:<30}{row.largest:>10.1e}{row.mean:>11.1e}{row.divergence:>10.1e}{row.agreement:>8.1%}"
+        f"  {row.verdict}"
         for row in results
     ]
-    return "\n".join([heading, *(printable(line + row.verdict) for line, row in zip(lines, results, strict=True))])
+    return "\n".join([heading, *map(printable, lines)])
 
 
 def has_peft() -> bool:

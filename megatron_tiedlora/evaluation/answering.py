@@ -77,7 +77,7 @@ def encode_scored(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    reading: Reading | None = None,
+    reading: Reading,
     longest_prompt: int,
     model_folder: Path,
     vocab_size: int,
@@ -85,7 +85,7 @@ def encode_scored(
     """Tokenise samples as training does, with prompts truncated to `longest_prompt` tokens.
 
     Args:
-        reading: what the user decided about rows; by default nothing.
+        reading: what the user decided about rows.
         model_folder: its files name tokens that end a sequence, in addition to the tokenizer's.
         vocab_size: rows of the model's embedding.
 
@@ -93,7 +93,6 @@ def encode_scored(
         UserError: the tokenizer has no end token, the task's metrics cannot score an example, or a choice has no
             token.
     """
-    reading = reading or Reading()
     ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
     metrics = [find_metric(name) for name in task.metrics]
     for metric in metrics:

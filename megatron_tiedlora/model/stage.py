@@ -93,6 +93,13 @@ class Stage(nn.Module):
         anchored = self.bank is not None and (self.adapter is None or not self.adapter.part.layers)
         self.register_parameter("anchor", nn.Parameter(torch.zeros(1)) if anchored else None)
 
+    def set_recompute(self, how: str) -> None:
+        """Recompute nothing (`none`), gate and up (`selective`) or whole blocks (`full`) from the next call on."""
+        self.recompute = how
+        for index in self.blocks:
+            block: Any = self.layers[str(index)]
+            block.recomputes_gate = how == "selective"
+
     def _give_head_its_weight(self) -> None:
         head: Any = self.layers[str(self.head)]
         if self.embedding is not None:

@@ -4,9 +4,82 @@
     model = PeftModel.from_pretrained(base, "RUN/adapter")
 
 A native adapter folder is this method's format, and its tensors A, B, u and v are the method's state dict.
+
+PEFT's `register_peft_method` accepts only names that its enumeration `PeftType` has, so the name is added there first.
+Native folders call the rank `rank`; PEFT's reader of `adapter_config.json` is therefore wrapped, so that it reads
+native folders as this package does. Other folders are read as before. Both can go when PEFT has the method, or lets
+packages add names.
 """
 
-from megatron_tiedlora.peft.registration import register
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_tiedlora.checkpoint.native_adapter import PEFT_TYPE
+
+_NEEDED = "_remap_adapter_state_dict_for_load"  # of tuners: how a method maps its own tensors
+_FIRST_RELEASE = "0.21"  # that has it
+
+
+def register() -> None:
+    """Register the method, once. Raises ImportError if PEFT is missing, too old, or does not allow it."""
+    try:
+        import peft
+        from peft.tuners.tuners_utils import BaseTuner
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"megatron_tiedlora.peft needs PEFT ({error}); run `pip install 'peft>={_FIRST_RELEASE}'`"
+        ) from None
+    if not hasattr(BaseTuner, _NEEDED):
+        raise ImportError(
+            f"megatron_tiedlora.peft needs PEFT {_FIRST_RELEASE} or later, and this is {peft.__version__}; run `pip"
+            " install -U peft`, or load an export (tiedlora export), which every PEFT reads"
+        )
+    if PEFT_TYPE in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+        return
+    _add_type(peft.PeftType, PEFT_TYPE, version=peft.__version__)
+    from megatron_tiedlora.peft.config import TiedLoraConfig
+    from megatron_tiedlora.peft.tuner import TiedLoraModel
+
+    name = PEFT_TYPE.lower()
+    peft.utils.register_peft_method(
+        name=name, config_cls=TiedLoraConfig, model_cls=TiedLoraModel, prefix=TiedLoraModel.prefix
+    )
+    _read_native_folders(peft.config.PeftConfigMixin)
+
+
+def _add_type(kind: Any, name: str, *, version: str) -> None:
+    """Add `name` to PEFT's enumeration of types. Raises ImportError if it does not behave as a member then."""
+    if name in kind.__members__:
+        return
+    try:
+        member = str.__new__(kind, name)
+        member._name_ = member._value_ = name
+        setattr(kind, name, member)
+        kind._member_names_.append(name)
+        kind._member_map_[name] = kind._value2member_map_[name] = member
+        is_member = kind(name) is kind[name] is getattr(kind, name) and name in list(kind)
+    except (AttributeError, TypeError, ValueError, KeyError):
+        is_member = False
+    if not is_member:
+        raise ImportError(f"megatron_tiedlora.peft: PEFT {version} does not allow a type of another package ({name})")
+
+
+def _read_native_folders(mixin: Any) -> None:
+    """Let PEFT's reader of `adapter_config.json` read native folders."""
+    from megatron_tiedlora.peft.config import native_arguments
+
+    read = mixin.from_json_file.__func__
+
+    def from_json_file(cls: Any, path_json_file: str, **keywords: Any) -> dict[str, Any]:
+        content: dict[str, Any] = read(cls, path_json_file, **keywords)
+        is_native = "format_version" in content and content.get("peft_type", PEFT_TYPE) == PEFT_TYPE
+        return native_arguments(Path(path_json_file).parent) if is_native else content
+
+    from_json_file.__doc__ = read.__doc__
+    mixin.from_json_file = classmethod(from_json_file)
+
 
 register()
 

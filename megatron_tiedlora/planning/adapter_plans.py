@@ -136,7 +136,7 @@ def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> No
     check_folders(str(settings.adapters), {RUN_OF_ALL: str(folder.path), **own})
     for name, output_dir in own.items():
         with naming(name):
-            choose_run_folder(output_dir, name=plans[name].name, resume=settings.resume)
+            choose_run_folder(output_dir, name=run_name(plans[name].settings), resume=settings.resume)
 
 
 if TYPE_CHECKING:

@@ -272,24 +272,6 @@ def stored_tensors(
     return found
 
 
-class BlockKind(NamedTuple):
-    """The blocks of a stage that do the same work.
-
-    Attributes:
-        traced: what they do.
-        goes_back: whether they have a backward pass.
-    """
-
-    traced: Kind
-    blocks: tuple[int, ...]
-    goes_back: bool
-
-    @property
-    def number(self) -> int:
-        """How many they are."""
-        return len(self.blocks)
-
-
 @dataclass(frozen=True)
 class StagePlan:
     """One stage of a model under a layout.
@@ -311,11 +293,6 @@ class StagePlan:
     local_base: Mapping[StoredTensor, int]
     full_base_bytes: int
     cost_share: float
-
-    @property
-    def adapted(self) -> tuple[int, ...]:
-        """The layers that an adapter adapts."""
-        return tuple(layer for layer in self.layers if any(layer in part.layers for part in self.parts))
 
     @property
     def is_first(self) -> bool:
@@ -375,11 +352,8 @@ class StagePlan:
         return replace(self, parts=tuple(self.parts[number] for number in adapters))
 
     @cached_property
-    def kinds(self) -> tuple[BlockKind, ...]:
-        """The blocks by what they do for tokens of all parts, in the order of their first ones.
-
-        Blocks below the first adapted layer have no backward pass.
-        """
+    def kinds(self) -> Mapping[Kind, Sequence[int]]:
+        """The blocks by what they do for tokens of all parts, in the order of their first ones."""
         everywhere = self.layout.first_adapted < self.blocks[0]  # an earlier stage has an adapted layer
         adapters = [(frozenset(part.layers), part.config.of_one_layer) for part in self.parts]
         first = min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
@@ -393,9 +367,7 @@ class StagePlan:
                 rotates=self.shape.rope_of(block) is not None,
             )
             found.setdefault(kind, []).append(block)
-        return tuple(
-            BlockKind(kind, tuple(blocks), goes_back=kind.earlier or any(kind.owners)) for kind, blocks in found.items()
-        )
+        return found
 
 
 def trained_tensors(part: AdapterPart) -> list[str]:
@@ -406,11 +378,6 @@ def trained_tensors(part: AdapterPart) -> list[str]:
 def frozen_tensors(part: AdapterPart) -> list[str]:
     """Its frozen factors."""
     return [name for name in part.config.tensors if part.exists(name) and not part.config.factor(name).trained]
-
-
-def gathered_numbers(part: AdapterPart) -> int:
-    """The numbers of a rank's part that it gathers for each micro-batch."""
-    return sum(part.local_size(name) for name in part.config.tensors if part.is_gathered(name))
 
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:

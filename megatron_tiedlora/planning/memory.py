@@ -22,7 +22,7 @@ from megatron_tiedlora.model.cpu_attention import tile_size
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.kernels import COPIES_ON_CPU, NUMBERS_AT_ONCE
 from megatron_tiedlora.planning.counting import ATTENTION, Moment
-from megatron_tiedlora.planning.layout import Layout, StagePlan, frozen_tensors, gathered_numbers, trained_tensors
+from megatron_tiedlora.planning.layout import Layout, StagePlan, frozen_tensors, trained_tensors
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.passes import FP32, factor_bytes, traces
 from megatron_tiedlora.planning.trace import Sizes
@@ -54,11 +54,6 @@ class StageMemory(NamedTuple):
     buffers: float = 0.0
     libraries: float = 0.0
     slack: float = 0.0
-
-    @property
-    def weights(self) -> float:
-        """What a rank cannot do without, whatever its micro-batches and schedule are."""
-        return self.base + self.dequantised
 
     @property
     def total(self) -> float:
@@ -140,7 +135,7 @@ def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: AttentionMemory) -> t
         (*map(most, trace.moments), trace.kept + attention.saved * trace.saves_attention, trace.gradients)
         for trace in found
     )
-    blocks = {block: parts for kind, parts in zip(stage.kinds, by_kind, strict=True) for block in kind.blocks}
+    blocks = {block: parts for some, parts in zip(stage.kinds.values(), by_kind, strict=True) for block in some}
     held, peak, gradients = float(factor_bytes(stage, [trace.kept_factors for trace in found])), 0.0, 0.0
     for block in stage.blocks:
         highest, _, keeps, _ = blocks[block]
@@ -177,7 +172,8 @@ def _buffer_bytes(stage: StagePlan) -> float:
     """
     layout, trained = stage.layout, sum(stage.trained)
     bucket = min(trained, BUCKET_NUMBERS) if layout.dp_size > 1 and layout.engine_steps else 0
-    gathered = 2 * layout.tp_size * sum(map(gathered_numbers, stage.parts)) if layout.tp_size > 1 else 0
+    shards = (part.local_size(name) for part in stage.parts for name in part.config.tensors if part.is_gathered(name))
+    gathered = 2 * layout.tp_size * sum(shards) if layout.tp_size > 1 else 0
     return float(FP32 * (bucket + gathered))
 
 

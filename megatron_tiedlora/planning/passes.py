@@ -2,7 +2,7 @@
 
 What follows the last attention runs its backward pass inside the forward pass, and is counted there. Blocks that do the
 same are traced once and multiplied. What DeepSpeed sends in the data-parallel group is counted apart, as it fills
-buckets and fetches ahead: `engine_bytes` is an upper bound of its bytes there.
+buckets and fetches ahead: `engine_traffic` has an upper bound of its bytes there.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple, Protocol
-
-import torch
+from typing import NamedTuple
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.shapes import ModelShape
@@ -96,14 +94,16 @@ def _sizes(batch: MicroBatchShape) -> Sizes:
 def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: int) -> StageWork:
     """The work of the blocks, and of the head if the stage has it."""
     found = forward, backward, again = StageWork(PassWork(), PassWork(), PassWork())
-    for kind, whole, plain in zip(stage.kinds, traces(stage, sizes), traces(stage, sizes, "none"), strict=True):
-        forward.add(whole.forward, times=kind.number)
-        backward.add(plain.backward, times=kind.number)
+    both = zip(traces(stage, sizes), traces(stage, sizes, "none"), strict=True)
+    for (kind, blocks), (whole, plain) in zip(stage.kinds.items(), both, strict=True):
+        number = len(blocks)
+        forward.add(whole.forward, times=number)
+        backward.add(plain.backward, times=number)
         more = {key: count - plain.backward.get(key, 0) for key, count in whole.backward.items()}
-        again.add(more, times=kind.number)
-        forward["blocks"] += kind.number
-        backward["blocks"] += kind.number * kind.goes_back
-        again["blocks"] += kind.number * round(more.get("attention", 0))
+        again.add(more, times=number)
+        forward["blocks"] += number
+        backward["blocks"] += number * kind.goes_back
+        again["blocks"] += number * round(more.get("attention", 0))
     for work in found:  # a trace counts attention in forward passes of a block
         work["attention"] *= 2 * squared_lengths * stage.shape.heads.rows[0] / stage.layout.tp_size
     return found
@@ -129,7 +129,7 @@ def saved_bytes(stage: StagePlan, batch: MicroBatchShape) -> float:
     """The bytes that autograd saves of a micro-batch on a rank of `stage`, without parameters and indices."""
     owned = stage.owned_by(batch.adapters)
     found = traces(owned, _sizes(batch))
-    saved = sum(kind.number * trace.saved for kind, trace in zip(owned.kinds, found, strict=True))
+    saved = sum(len(blocks) * trace.saved for blocks, trace in zip(owned.kinds.values(), found, strict=True))
     return saved + factor_bytes(owned, [trace.saved_factors for trace in found])
 
 
@@ -140,8 +140,8 @@ def factor_bytes(stage: StagePlan, by_kind: Sequence[Iterable[tuple[str, str]]])
         by_kind: which of them blocks of each kind have.
     """
     factors, held = _reading(stage).factors, dict[int, int]()
-    for kind, some in zip(stage.kinds, by_kind, strict=True):
-        for block in kind.blocks:
+    for blocks, some in zip(stage.kinds.values(), by_kind, strict=True):
+        for block in blocks:
             held.update(factors[block, *factor] for factor in some if (block, *factor) in factors)
     return sum(held.values())
 
@@ -164,15 +164,16 @@ def saved_per_token(shape: ModelShape, layout: Layout) -> float:
 def step_flops(
     shape: ModelShape,
     adapter: AdapterConfig,
-    *,
     num_tokens: int,
     squared_lengths: int,
     num_supervised: int,
+    *,
     num_after: int | None = None,
 ) -> Counter[str]:
     """The operations of the whole model by purpose, forward and backward, without recompute.
 
-    They have the names of `PassWork`. A multiplication with its addition counts as two.
+    They have the names of `PassWork`. A multiplication with its addition counts as two. Padding of samples does not
+    count, so packing and layouts change nothing.
 
     Args:
         squared_lengths: the sum of s^2 over sequences of s positions; causal attention needs half of that.
@@ -180,51 +181,28 @@ def step_flops(
         num_after: the positions that are computed after the last attention; None for these.
     """
     sizes = Sizes((num_tokens,), (num_supervised if num_after is None else num_after,), num_supervised)
-    passes = _block_work(_whole(shape, adapter), sizes, squared_lengths)
+    (whole,) = plan_stages(shape, Layout((adapter,), length=1))
+    passes = _block_work(whole, sizes, squared_lengths)
     names = ("linears", "attention", "low_rank", "head")
     return Counter({name: round(sum(work[name] for work in passes)) for name in names})
-
-
-class SampleCounts(Protocol):
-    """Totals of the samples of a step."""
-
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def squared_lengths(self) -> int: ...
-    @property
-    def num_supervised(self) -> int: ...
-
-
-def training_flops(shape: ModelShape, adapter: AdapterConfig, samples: SampleCounts) -> int:
-    """The operations of training on samples. Padding does not count, so packing and layouts change nothing."""
-    tokens, squared, supervised = samples.num_tokens, samples.squared_lengths, samples.num_supervised
-    flops = step_flops(shape, adapter, num_tokens=tokens, squared_lengths=squared, num_supervised=supervised)
-    return flops.total()
-
-
-@cache
-def _whole(shape: ModelShape, adapter: AdapterConfig) -> StagePlan:
-    return plan_stages(shape, Layout((adapter,), length=1))[0]
 
 
 # Traces ----------------------------------------------------------------------------------------------------------
 
 
+_tracer = cache(Tracer)
+
+
 def tracer_of(shape: ModelShape, layout: Layout) -> Tracer:
     """The traces of a model under a layout."""
-    return _tracer(shape, layout.dtype, layout.tp_size, layout.sequence_parallel, layout.on_gpu)
-
-
-@cache
-def _tracer(shape: ModelShape, dtype: torch.dtype, tp_size: int, sequence_parallel: bool, on_gpu: bool) -> Tracer:
-    return Tracer(shape, dtype=dtype, tp_size=tp_size, sequence_parallel=sequence_parallel, on_gpu=on_gpu)
+    of_group = {"tp_size": layout.tp_size, "sequence_parallel": layout.sequence_parallel}
+    return _tracer(shape, dtype=layout.dtype, on_gpu=layout.on_gpu, **of_group)
 
 
 def traces(stage: StagePlan, sizes: Sizes, recompute: str | None = None) -> list[Trace]:
     """What each kind of the stage's blocks does; with the layout's recompute if none is given."""
     tracer, recompute = tracer_of(stage.shape, stage.layout), recompute or stage.layout.recompute
-    return [tracer.at(kind.traced, sizes, recompute=recompute) for kind in stage.kinds]
+    return [tracer.at(kind, sizes, recompute=recompute) for kind in stage.kinds]
 
 
 def _reading(stage: StagePlan) -> AdapterReading:
@@ -270,11 +248,6 @@ def once_traffic(stage: StagePlan, taking: Sequence[int]) -> Traffic:
     if layout.world_size > 1:  # also the loss of each adapter, and whether it misses a gradient
         traffic.add(WORLD, "all-reduce", FP64 * (len(StepVotes._fields) + 2 * len(taking)))
     return traffic
-
-
-def engine_bytes(stage: StagePlan, *, num_micro_batches: int) -> int:
-    """The most bytes that DeepSpeed sends in the data-parallel group in one step; see `engine_traffic`."""
-    return engine_traffic(stage, num_micro_batches=num_micro_batches).of_group(DATA)[1]
 
 
 def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:

@@ -20,10 +20,10 @@ from megatron_tiedlora.planning.memory import StageMemory, held_memory, with_res
 from megatron_tiedlora.planning.passes import StageWork, engine_traffic, stage_work, step_traffic
 from megatron_tiedlora.planning.step_plan import StepPlan, Work
 from megatron_tiedlora.planning.step_time import (
+    DTYPES,
     RANKS_PER_NODE,
     Links,
     Seconds,
-    StageSeconds,
     StepParts,
     Term,
     stage_terms,
@@ -109,8 +109,8 @@ class Planned:
 
     @cached_property
     def weights(self) -> float:
-        """The most bytes of a rank for the base."""
-        return max(self._held(index).weights for index in self._first_stages)
+        """The most bytes of a rank for the base, whatever its micro-batches and schedule are."""
+        return max(held.base + held.dequantised for held in map(self._held, self._first_stages))
 
     @property
     def has_room_for_weights(self) -> bool:
@@ -173,7 +173,7 @@ class Planned:
     @property
     def dtype(self) -> str:
         """The name of the base's dtype."""
-        return "fp32" if self.layout.dtype.itemsize == 4 else "bf16"
+        return DTYPES[self.layout.dtype.itemsize]
 
     @property
     def mfu(self) -> float:
@@ -243,7 +243,7 @@ class Planned:
             found = []
             for stage in self.stages:
                 crosses = [self.links.to_next(near).num_nodes for near in (stage.index - 1, stage.index)]
-                kinds = tuple((kind.traced, kind.number) for kind in stage.kinds)
+                kinds = tuple((kind, len(blocks)) for kind, blocks in stage.kinds.items())
                 found.append(firsts.setdefault((stage.is_first, stage.is_last, kinds, *crosses), stage.index))
             return found
 
@@ -259,11 +259,12 @@ class Planned:
     def _passes(self, index: int, batch: MicroBatchShape) -> StageWork:
         return self._once("stage_work", lambda: stage_work(self.stage(index), batch), index, batch)
 
-    def _seconds(self, index: int, batch: MicroBatchShape) -> StageSeconds:
+    def _seconds(self, index: int, batch: MicroBatchShape) -> tuple[Seconds, Seconds]:
         gathers = self._values(_ENGINE) if self.layout.zero_stage == 3 else ()
 
-        def find() -> StageSeconds:
-            return StageSeconds(*map(Seconds.of, self.pass_terms(index, batch)))
+        def find() -> tuple[Seconds, Seconds]:
+            forward, backward = self.pass_terms(index, batch)
+            return Seconds.of(forward), Seconds.of(backward)
 
         return self._once("stage_seconds", find, index, batch, gathers)
 

@@ -38,7 +38,7 @@ from megatron_tiedlora.planning.memory import (
     micro_batches_in_flight,
     num_communicators,
 )
-from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_bytes, saved_per_token
+from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
 from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_plan import RunPlan, epochs_of
 from megatron_tiedlora.planning.step_plan import StepPlan
@@ -260,8 +260,8 @@ def partition_lines(planned: Planned) -> list[str]:
     rows = []
     for stage in planned.stages:
         names = ["embedding"] * stage.is_first + [ranges(stage.blocks)] + ["head"] * stage.is_last
-        size = bytes_in_words(stage.full_base_bytes)
-        rows.append([" + ".join(names), f"{stage.cost_share:.1%}", ranges(stage.adapted) or "none", size])
+        adapted = ranges(sorted({layer for part in stage.parts for layer in part.layers})) or "none"
+        rows.append([" + ".join(names), f"{stage.cost_share:.1%}", adapted, bytes_in_words(stage.full_base_bytes)])
     return [
         f"layout: {count_text(layout.world_size, 'rank')} = tensor {layout.tp_size}{cut} x pipeline {layout.pp_size}"
         f" x data {layout.dp_size}, {count_text(shape.num_layers, 'layer')}",
@@ -412,7 +412,8 @@ def message_lines(planned: Planned) -> list[str]:
         sent = [found.of_group(group) for group in groups]
         rows.append([f"{count:,} / {bytes_in_words(size)}" for count, size in sent])
         if of_engine:
-            rows[-1].append(f"at most {bytes_in_words(engine_bytes(stage, num_micro_batches=number))}")
+            _, most = engine_traffic(stage, num_micro_batches=number).of_group(DATA)
+            rows[-1].append(f"at most {bytes_in_words(most)}")
     lines += stage_table([*header, *([DATA if layout.engine_steps else "DeepSpeed"] * of_engine)], rows)
     lines.append("  (bytes are of whole tensors; the checks of the first steps send a little more)")
     if of_engine and not layout.engine_steps:

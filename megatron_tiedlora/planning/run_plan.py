@@ -39,7 +39,6 @@ from megatron_tiedlora.planning.init_from import with_start
 from megatron_tiedlora.planning.layout import Layout, StagePlan, pays_to_compile, plan_stages
 from megatron_tiedlora.planning.machines import GPUS, Machine, default_machine
 from megatron_tiedlora.runtime.launch_env import uses_gpu
-from megatron_tiedlora.runtime.run_folder import run_name
 from megatron_tiedlora.runtime.trackers import check_installed
 
 
@@ -203,11 +202,6 @@ class RunPlan:
         """The most tokens of a generated answer."""
         task = get_task(self.settings.task)
         return resolve_max_new_tokens(self.settings.max_new_tokens, self.source.shape.limit.tokens, task.max_new_tokens)
-
-    @property
-    def name(self) -> str:
-        """MODEL-TASK-METHOD-rRANK[-TARGETS], for the run folder."""
-        return run_name(self.settings)
 
     def counted(self, num_samples: int) -> RunPlan:
         """The plan whose --max_steps is counted for --epochs of `num_samples` training samples, if that is given."""

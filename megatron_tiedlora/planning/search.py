@@ -88,18 +88,15 @@ class Candidate(Planned):
     def flags(self) -> dict[str, Any]:
         """The settings of tiedlora train that choose it."""
         layout = self.layout
-        chosen = {
+        return {
             "tensor_parallel": layout.tp_size,
             "pipeline_parallel": layout.pp_size,
             "sequence_parallel": layout.shards_sequences,
             "micro_batch_size": layout.rows,
             "recompute": layout.recompute,
             "ds_config": self.engine_file,
-            "base": self.storage.base,
-            "products": self.storage.products,
-            "keep_transposed": self.storage.keep_transposed or None,
+            **{name: value for name, value in self.storage._asdict().items() if value},
         }
-        return {name: value for name, value in chosen.items() if value is not None}
 
     @property
     def alike(self) -> tuple[Hashable, ...]:
@@ -194,7 +191,9 @@ def search(
     storages, accepted = _storages(run, formats), []
     engine_files, recomputes = run.choices("ds_config", ENGINE_FILES), run.choices("recompute", RECOMPUTES)
     for (tp_size, pp_size), engine_file, storage in product(run.grids(cluster.world_size), engine_files, storages):
-        variants = run.rows(cluster.world_size // (tp_size * pp_size)), run.sequences(tp_size), recomputes
+        # Without tensor parallelism it is of no consequence whether sequences are sharded.
+        sequences = run.choices("sequence_parallel", [settings.sequence_parallel] if tp_size == 1 else [True, False])
+        variants = run.rows(cluster.world_size // (tp_size * pp_size)), sequences, recomputes
         try:
             plans = run.plans(tp_size, pp_size, engine_file, storage)
         except UserError as error:
@@ -268,7 +267,10 @@ class PlannedRun:
         """The settings that were given, and those that a plan gives."""
         return {
             **{name: getattr(self.settings, name) for name in self.settings.model_fields_set},
-            **planned_values(self.settings, self.cluster.machine.on_gpu),
+            "max_length": self.settings.max_length,
+            "global_batch_size": self.settings.global_batch_size,
+            "dry_run": True,
+            "plan_for": "gpu" if self.cluster.machine.on_gpu else "cpu",
         }
 
     @cached_property
@@ -303,10 +305,6 @@ class PlannedRun:
             return [self.settings.micro_batch_size]
         share, rest = divmod(self.common_batch, max(dp_size, 1))
         return [1] if rest else divisors(share)
-
-    def sequences(self, tp_size: int) -> Sequence[bool]:
-        """Whether sequences are sharded; of no consequence without tensor parallelism."""
-        return self.choices("sequence_parallel", [self.settings.sequence_parallel] if tp_size == 1 else [True, False])
 
     @cached_property
     def common_batch(self) -> int:
@@ -363,16 +361,6 @@ class PlannedRun:
             for recompute in recomputes:
                 is_default = (size, shards, recompute) == (base.rows, base.shards_sequences, base.recompute)
                 yield {"step": step, "layout": replace(shared, recompute=recompute), "is_default": is_default}
-
-
-def planned_values(settings: Settings, on_gpu: bool) -> dict[str, Any]:
-    """The settings of a plan that differ from a run's."""
-    return {
-        "max_length": settings.max_length,
-        "global_batch_size": settings.global_batch_size,
-        "dry_run": True,
-        "plan_for": "gpu" if on_gpu else "cpu",
-    }
 
 
 def divisors(number: int) -> list[int]:

@@ -5,9 +5,9 @@ A run of one adapter is a list of one, which shares its micro-batches with none.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ from megatron_tiedlora.planning.layout import (
     shared_shape,
 )
 from megatron_tiedlora.planning.memory import StageMemory, step_memory
-from megatron_tiedlora.planning.passes import SampleCounts, training_flops
+from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
 
 Samples = Mapping[str, tuple[TokenDataset, GlobalBatch]]  # of each adapter's step, and where its samples are
@@ -52,14 +52,6 @@ class LargestMicroBatch(NamedTuple):
         tokens, documents, longest, owners = self
         sizes = {"tokens": tokens, "documents": documents, "longest": longest}
         return max((step_memory(stage, adapters=adapters, **sizes) for adapters in owners), key=sum)
-
-
-class FullSamples(NamedTuple):
-    """Totals of a step without data, all of whose samples have the full length."""
-
-    num_tokens: int
-    squared_lengths: int
-    num_supervised: int
 
 
 class Work(NamedTuple):
@@ -138,19 +130,16 @@ class StepPlan:
     @cached_property
     def batches(self) -> Batches:
         """This rank's micro-batches of the step."""
-        numbers, found = self._numbers, dict[Hashable, MicroBatchShape]()
         rows = {name: self._rows(name) for name in self._taking}
         squared = {name: self._squared(name) for name in self._taking}
 
-        def batch_of(some: Sequence[tuple[str, int]]) -> MicroBatchShape:
-            # without data all micro-batches of an adapter are alike
-            key = tuple(some) if self.samples is not None else tuple(name for name, _ in some)
-            if key not in found:
-                shape = shared_shape(self.layout, [(numbers[name], rows[name][index]) for name, index in some])
-                found[key] = replace(shape, squared_lengths=sum(squared[name][index] for name, index in some))
-            return found[key]
+        @cache
+        def batch_of(*some: tuple[str, int]) -> MicroBatchShape:
+            shape = shared_shape(self.layout, [(self._numbers[name], rows[name][index]) for name, index in some])
+            return replace(shape, squared_lengths=sum(squared[name][index] for name, index in some))
 
-        return Batches.of(map(batch_of, self.rounds))
+        alike = self.samples is None  # all micro-batches of an adapter
+        return Batches.of(batch_of(*((name, 0 if alike else index) for name, index in some)) for some in self.rounds)
 
     @cached_property
     def largest(self) -> LargestMicroBatch:
@@ -171,10 +160,11 @@ class StepPlan:
         for name in self._taking:
             plan = self.plans[name]
             length, number = plan.settings.max_length, plan.batches.global_batch_size
-            counts: SampleCounts = FullSamples(number * length, number * length**2, number * (length - 1))
+            counts = number * length, number * length**2, number * (length - 1)  # all samples have the full length
             if self.samples is not None:
-                _, counts = self.samples[name]
-            found[name] = Work(counts.num_tokens, training_flops(self.shape, plan.adapter, counts))
+                _, batch = self.samples[name]
+                counts = batch.num_tokens, batch.squared_lengths, batch.num_supervised
+            found[name] = Work(counts[0], step_flops(self.shape, plan.adapter, *counts).total())
         return found
 
     @property

@@ -23,7 +23,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.wording import count_text
@@ -98,7 +97,8 @@ class Links:
     ranks_per_node: int
 
     @cached_property
-    def _by_group(self) -> dict[str, Link]:
+    def by_group(self) -> dict[str, Link]:
+        """The link of each group, but of the pipeline."""
         layout = self.layout
         ranks = np.arange(layout.world_size).reshape(layout.pp_size, layout.dp_size, layout.tp_size)  # see `Grid`
         groups = {
@@ -109,15 +109,11 @@ class Links:
             MODEL: ranks[:, 0],
             WORLD: ranks,
         }
-        return {group: self._link(members) for group, members in groups.items()}
-
-    def _link(self, ranks: NDArray[np.int64]) -> Link:
-        _, in_nodes = np.unique(ranks // self.ranks_per_node, return_counts=True)
-        return Link(ranks.size, len(in_nodes), int(in_nodes.max()))
-
-    def __getitem__(self, group: str) -> Link:
-        """The link of a group, but of the pipeline."""
-        return self._by_group[group]
+        found = {}
+        for group, members in groups.items():
+            _, in_nodes = np.unique(members // self.ranks_per_node, return_counts=True)
+            found[group] = Link(members.size, len(in_nodes), int(in_nodes.max()))
+        return found
 
     def to_next(self, stage: int) -> Link:
         """The link from a stage to the next one: over the network if one of its ranks sends to another node."""
@@ -129,9 +125,9 @@ class Links:
     def terms(self, traffic: Traffic, machine: Machine, *, purpose: str) -> list[Term]:
         """The time of all messages but those to other stages."""
         return [
-            self[group].term(kind, traffic.messages[group, kind], size, machine, purpose=purpose)
+            self.by_group[group].term(kind, traffic.messages[group, kind], size, machine, purpose=purpose)
             for (group, kind), size in traffic.bytes.items()
-            if group != PIPELINE and self[group].size > 1
+            if group != PIPELINE and self.by_group[group].size > 1
         ]
 
 
@@ -182,26 +178,19 @@ class Seconds(NamedTuple):
         return cls(**found)
 
 
-class StageSeconds(NamedTuple):
-    """The passes of a micro-batch on a rank of a stage."""
-
-    forward: Seconds
-    backward: Seconds
-
-
 @dataclass(frozen=True)
 class StepParts:
     """What the time of a step follows from.
 
     Attributes:
         batches: its micro-batches.
-        stages: by stage, by kind of micro-batch.
+        stages: by stage, by kind of micro-batch, of its forward and its backward pass.
         sums: of the messages once a step.
         outside: see `Seconds`.
     """
 
     batches: Batches
-    stages: Sequence[Sequence[StageSeconds]]
+    stages: Sequence[Sequence[tuple[Seconds, Seconds]]]
     sums: float
     outside: float
 
@@ -285,7 +274,7 @@ def _gather_terms(stage: StagePlan, links: Links, machine: Machine) -> list[Term
         return []
     gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # those of two passes
     count = sum(number for tensor, number in stage.local_base.items() if tensor.size > PERSISTENT)
-    return [links[DATA].term("all-gather", count, gathered, machine, purpose="gathers")]
+    return [links.by_group[DATA].term("all-gather", count, gathered, machine, purpose="gathers")]
 
 
 PERSISTENT = 100_000  # numbers of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold

@@ -140,6 +140,11 @@ class Kind:
     ends: bool = False
     rotates: bool = True
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether it has a backward pass; a block below the first adapted layer has none."""
+        return self.earlier or any(self.owners)
+
 
 class Tracer:
     """Traces of a model's layers on rank 0 of a tensor group."""
@@ -244,9 +249,7 @@ class Tracer:
         alike = (block for block in range(1, last) if (self.shape.rope_of(block) is not None) == kind.rotates)
         index = last if kind.ends else next(alike, last)
         stage = self._stage(index, None if kind.ends else index + 1)
-        stage.recompute = recompute
-        block: Any = stage.layers[str(index)]
-        block.recomputes_gate = recompute == "selective"
+        stage.set_recompute(recompute)
         gradients, saved = list[torch.Tensor](), dict[int, int]()
         anchor = torch.empty(1, dtype=self.dtype, requires_grad=True, device=META)
         updates, factors = self._updates(kind, index, sizes, anchor, gradients)

@@ -19,7 +19,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.benchmark.compare import random_stage, recompute
+from megatron_tiedlora.benchmark.compare import random_stage
 from megatron_tiedlora.benchmark.layout import Started, made_up, plan_benchmark, start
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
@@ -155,7 +155,7 @@ class Judge:
         stage, adapter = self.stage, self.stage.adapter
         assert adapter is not None
         give_kernels(stage, kernels)
-        recompute(stage, how)
+        stage.set_recompute(how)
         tokens, positions, labels, ids = rows_of(self.documents, packed=packed)
         stage.zero_grad()
         loss = stage(tokens, positions, labels, documents=ids)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_tiedlora.checkpoint.random_model import write_random_model
+from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.config.hosts import rank_variables
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.runtime.launch_env import free_port

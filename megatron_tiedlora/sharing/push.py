@@ -12,7 +12,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +156,8 @@ class CardFacts:
     source: ModelSource
     base: str
     base_on_hub: bool
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    scores: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    settings: Mapping[str, Any]
+    scores: Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def model_card(facts: CardFacts) -> str:

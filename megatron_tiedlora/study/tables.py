@@ -45,8 +45,10 @@ METRICS = {
 
 @dataclass(frozen=True)
 class PaperCell:
-    """A cell of Table 2: score in per cent, rank, and parameters in per cent of LoRA's at LoRA's best rank."""
+    """A cell of Table 2: the paper's name of the metric, score in per cent, rank, and parameters in per cent of LoRA's
+    at LoRA's best rank."""
 
+    metric: str
     score: float
     rank: int
     params_percent: float
@@ -63,7 +65,7 @@ def paper_model(name: str, shape: ModelShape) -> str | None:
 def table2_cell(model: str | None, section: str, method: str, task: str, metric: str) -> PaperCell | None:
     """The paper's cell for a method, or None if it has none. LoRA is in the first section only."""
     found = _table2().get((model or "", section, method, task))
-    return found[1] if found is not None and metric in METRICS[found[0]] else None
+    return found if found is not None and metric in METRICS[found.metric] else None
 
 
 def table2_points(model: str | None, method: str, task: str, metric: str) -> dict[int, float]:
@@ -79,11 +81,10 @@ def table3_scores(model: str | None, task: str, metric: str) -> dict[str, float]
 
 
 @functools.cache
-def _table2() -> Mapping[tuple[str, str, str, str], tuple[str, PaperCell]]:
+def _table2() -> Mapping[tuple[str, str, str, str], PaperCell]:
     return {
-        (row["model"], row["section"], row["method"], row["task"]): (
-            row["metric"],
-            PaperCell(float(row["score"]), int(row["rank"]), float(row["params_percent_of_best_lora"])),
+        (row["model"], row["section"], row["method"], row["task"]): PaperCell(
+            row["metric"], float(row["score"]), int(row["rank"]), float(row["params_percent_of_best_lora"])
         )
         for row in _rows("table2.csv")
     }

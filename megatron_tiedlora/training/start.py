@@ -187,7 +187,7 @@ def _open_run_folder(name: str, start: Start) -> RunFolder:
     """Take the run folder of one of several adapters on rank 0, as `open_run` takes the run's, and tell every rank."""
     plan, before = start.plans[name], partial(reject_another_run, start.plans[name], start.data[name])
     with naming(name):
-        return _take_folder(plan.settings, name=plan.name, end=start.end, before=before)
+        return _take_folder(plan.settings, name=run_name(plan.settings), end=start.end, before=before)
 
 
 def _finished_before(start: Start) -> dict[str, Finished]:

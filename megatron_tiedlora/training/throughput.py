@@ -37,7 +37,7 @@ from megatron_tiedlora.config.settings import profiled_steps
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
 from megatron_tiedlora.planning.machines import listed_peak
-from megatron_tiedlora.planning.passes import training_flops
+from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
@@ -75,7 +75,8 @@ class Meter:
 
     def add(self, number: int, step: TrainingStep, seconds: float) -> dict[str, float]:
         """Count step `number`, which took `seconds`; returns its rates by their keys in metrics.jsonl."""
-        flops = training_flops(self.config, self.adapter, step)
+        counts = step.num_tokens, step.squared_lengths, step.num_supervised
+        flops = step_flops(self.config, self.adapter, *counts).total()
         if flops > seconds * self.peak.flops_per_second and self.peak.source != DATA_SHEET:
             self.peak = Peak(flops / seconds, FASTEST_STEP)
         work = {

@@ -34,7 +34,7 @@ from megatron_tiedlora.parallel.traffic import (
 )
 from megatron_tiedlora.planning import passes
 from megatron_tiedlora.planning.layout import Layout, StoredTensor
-from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_bytes, saved_per_token
+from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
 from megatron_tiedlora.planning.report import bytes_in_words, dry_run_report
 
 pytestmark = [
@@ -236,7 +236,7 @@ def test_what_deepspeed_sends_at_each_zero_stage() -> None:
         layout = Layout((adapter,), length=8, dp_size=dp_size, zero_stage=zero_stage)
         base = {StoredTensor(5, 2): 1, StoredTensor(8, 2): 1}
         stage: Any = SimpleNamespace(layout=layout, trained=(20, 3), held=(20, 3), local_base=base)
-        bound[zero_stage, dp_size] = engine_bytes(stage, num_micro_batches=4)
+        bound[zero_stage, dp_size] = engine_traffic(stage, num_micro_batches=4).of_group(DATA)[1]
     assert bound == {
         (0, 3): 0,  # which we sum
         (1, 3): 4 * 23 + 4 * 24 + 4,

@@ -201,7 +201,7 @@ def test_papers_numbers_stand_beside_the_same_model_and_task_only(tmp_path: Path
     assert tables.paper_model("nvidia/gpt-2b-001/", other) == "gpt-2b-001"
     assert tables.paper_model("gpt-2b-001-chat", other) is None and tables.paper_model("gpt-2b-001/x", other) is None
     cell = tables.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad")
-    assert cell == tables.PaperCell(88.49, 4, 43.8)
+    assert cell == tables.PaperCell("em", 88.49, 4, 43.8)
     assert tables.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad_f1") is None
     assert tables.table2_cell(None, "best_rank", "tl6", "squad", "squad") is None
     study = write_study(tmp_path / "study", known=False)

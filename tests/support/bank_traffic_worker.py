@@ -15,9 +15,9 @@ from torch import distributed
 
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.traffic import DATA, Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.planning.adapter_plans import RunData, prepare_data
-from megatron_tiedlora.planning.passes import engine_bytes, step_traffic
+from megatron_tiedlora.planning.passes import engine_traffic, step_traffic
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan, micro_batch_capacity
 from megatron_tiedlora.runtime.stopping import StopRequests
@@ -123,7 +123,7 @@ class BankRan:
         """What the second step sends, and the most bytes that DeepSpeed sends beside it."""
         plan = self.plan(rank)
         stage = plan.stages[plan.shared.grid.pp_rank]
-        most = engine_bytes(stage, num_micro_batches=len(plan.batches))
+        _, most = engine_traffic(stage, num_micro_batches=len(plan.batches)).of_group(DATA)
         return step_traffic(stage, plan.batches.shapes), most
 
 

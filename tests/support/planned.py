@@ -25,7 +25,6 @@ from megatron_tiedlora.planning.step_time import (
     Order,
     Pass,
     Seconds,
-    StageSeconds,
     StepParts,
     simulate,
     stage_terms,
@@ -114,8 +113,9 @@ def idle_shares(order: Order, cost: Callable[[int, Pass], Any]) -> list[Any]:
 def step_parts(stages: Sequence[StagePlan], batches: Batches, links: Links, machine: Machine) -> StepParts:
     """The time of a layout's stages on these micro-batches, each stage by itself."""
 
-    def seconds_of(stage: StagePlan, batch: MicroBatchShape) -> StageSeconds:
-        return StageSeconds(*map(Seconds.of, stage_terms(stage_work(stage, batch), stage, links, machine)))
+    def seconds_of(stage: StagePlan, batch: MicroBatchShape) -> tuple[Seconds, Seconds]:
+        forward, backward = stage_terms(stage_work(stage, batch), stage, links, machine)
+        return Seconds.of(forward), Seconds.of(backward)
 
     by_stage = [[seconds_of(stage, batch) for batch in batches.kinds] for stage in stages]
     sums = max(sum(term.seconds for term in sum_terms(stage, batches, links, machine)) for stage in stages)

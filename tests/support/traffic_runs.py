@@ -19,7 +19,7 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.traffic import DATA, Traffic
 from megatron_tiedlora.planning.adapter_plans import prepare_data
 from megatron_tiedlora.planning.layout import MicroBatchShape
-from megatron_tiedlora.planning.passes import engine_bytes, step_traffic
+from megatron_tiedlora.planning.passes import engine_traffic, step_traffic
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
 
@@ -51,7 +51,8 @@ class Ran:
     def predicted(self, rank: int) -> tuple[Traffic, int]:
         """Of the counted step, from settings and data alone: our messages, and the most that DeepSpeed sends."""
         plan, shapes = self.plan(rank), self.micro_batches(rank)
-        return step_traffic(plan.stage, shapes), engine_bytes(plan.stage, num_micro_batches=len(shapes))
+        _, most = engine_traffic(plan.stage, num_micro_batches=len(shapes)).of_group(DATA)
+        return step_traffic(plan.stage, shapes), most
 
     def check(self, rank: int) -> None:
         """Our messages are those that are predicted; DeepSpeed's bytes are too, and at most those under ZeRO-3."""

@@ -40,6 +40,7 @@ from safetensors.torch import load_file
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.checkpoint.tensor_files import sharded
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.config.presets import PRESETS
@@ -120,9 +121,10 @@ def test_the_package_computes_what_the_plain_forward_pass_does(whole: Path) -> N
     assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
-def test_shards_hold_the_same_tensors(whole: Path, tmp_path: Path) -> None:
+def test_shards_hold_the_same_tensors(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_tiedlora.convert.nemo.sharded", partial(sharded, shard_bytes=40_000))
     nemo = write_nemo(tmp_path / "whole.nemo", nemo_members(draw_tensors()))
-    convert_nemo(nemo, tmp_path / "model", shard_bytes=40_000)
+    convert_nemo(nemo, tmp_path / "model")
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "model").glob("*.safetensors"))
     assert {file.name for file in files} == set(index["weight_map"].values()) and len(files) > 4

@@ -14,7 +14,7 @@ from tiny_decoders import build
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.task import Example, Task
+from megatron_tiedlora.data.task import Example, Reading, Task
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.answering import Questions, ScoredSet, _stop_test, _text, answer_all, encode_scored
@@ -23,7 +23,7 @@ from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.parallel.groups import Grid
 
 NEW_TOKENS = 20
-SIZE = {"vocab_size": 320}  # of the tiny model
+SIZE: dict[str, Any] = {"vocab_size": 320, "reading": Reading()}  # of the tiny model, and by no decision of a user
 STOP = "s"  # a letter that some of the answers below do hold
 LAYOUTS = ((2, 1, 1), (4, 2, 1), (4, 1, 2))  # ranks, tensor, pipeline: what is left is data parallel
 

@@ -12,8 +12,9 @@ import peft
 import pytest
 from peft.tuners.tuners_utils import BaseTuner
 
+from megatron_tiedlora import peft as tied_peft
 from megatron_tiedlora.checkpoint.native_adapter import PEFT_TYPE
-from megatron_tiedlora.peft import TiedLoraConfig, TiedLoraModel, registration
+from megatron_tiedlora.peft import TiedLoraConfig, TiedLoraModel
 
 
 def test_the_type_is_a_member_like_any_other() -> None:
@@ -27,7 +28,7 @@ def test_the_type_is_a_member_like_any_other() -> None:
 
 def test_registering_again_changes_nothing() -> None:
     before = list(peft.PeftType), peft.config.PeftConfigMixin.from_json_file.__func__
-    registration.register()
+    tied_peft.register()
     assert before == (list(peft.PeftType), peft.config.PeftConfigMixin.from_json_file.__func__)
 
 
@@ -35,13 +36,13 @@ def test_a_peft_that_is_too_old_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delattr(BaseTuner, "_remap_adapter_state_dict_for_load")
     monkeypatch.setattr(peft, "__version__", "0.20.0")
     with pytest.raises(ImportError, match=r"needs PEFT 0.21 or later, and this is 0.20.0; run `pip install -U peft`"):
-        registration.register()
+        tied_peft.register()
 
 
 def test_without_peft_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"megatron_tiedlora.peft needs PEFT .*; run `pip install 'peft>=0.21'`"):
-        registration.register()
+        tied_peft.register()
 
 
 class Refusing(enum.EnumMeta):
@@ -57,7 +58,7 @@ class Sealed(enum.StrEnum, metaclass=Refusing):
 
 def test_a_peft_that_does_not_allow_it_is_one_line() -> None:
     with pytest.raises(ImportError, match=r"PEFT 9.9 does not allow a type of another package \(TIED_LORA\)"):
-        registration._add_type(Sealed, PEFT_TYPE, version="9.9")
+        tied_peft._add_type(Sealed, PEFT_TYPE, version="9.9")
     assert PEFT_TYPE not in Sealed.__members__
 
 

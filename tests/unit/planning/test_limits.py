@@ -128,14 +128,8 @@ def test_operations_are_those_of_the_formula(method: str, layers: tuple[int, ...
     rows = find_supervised(labels)
     with FlopCounterMode(display=False) as counter:
         model(tokens, positions, labels).backward()
-    flops = step_flops(
-        config,
-        adapter,
-        num_tokens=tokens.numel(),
-        squared_lengths=ROWS * LENGTH**2,
-        num_after=len(rows.rows),
-        num_supervised=padded(len(rows.labels)),
-    )
+    counts = tokens.numel(), ROWS * LENGTH**2, padded(len(rows.labels))
+    flops = step_flops(config, adapter, *counts, num_after=len(rows.rows))
     counted = counter.get_flop_counts()["Global"]
     attention = sum(counted.pop(operation, 0) for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     assert sum(counted.values()) == pytest.approx(flops.total() - flops["attention"], rel=1e-3)

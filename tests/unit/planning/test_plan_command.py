@@ -100,7 +100,8 @@ def test_70b_on_32_h100_is_data_parallel_over_nodes(tmp_path: Path, capsys: pyte
             weights=False,
         ).layout
         assert found.rows()[0][0] == best["layout"] and layout.dp_size == best["data_parallel"] > 1
-        assert Links(layout, 8)["data"].num_nodes > 1 and Links(layout, 8)["tensor"].num_nodes == 1
+        links = Links(layout, 8).by_group
+        assert links["data"].num_nodes > 1 and links["tensor"].num_nodes == 1
         rates = [float(row[2].replace(",", "")) for row in found.rows()]
         assert rates == sorted(rates, reverse=True) and len(rates) > 15
     wide = [row for row in found.record["layouts"] if row["settings"]["tensor_parallel"] == 8 and row["fits"]]

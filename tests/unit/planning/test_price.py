@@ -23,7 +23,7 @@ from megatron_tiedlora.planning.machines import CPU, Machine
 from megatron_tiedlora.planning.passes import saved_per_token, step_flops, step_traffic
 from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.planning.search import Candidate, Storage, planned_values
+from megatron_tiedlora.planning.search import Candidate, Storage
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, Seconds, step_seconds
 
@@ -36,7 +36,7 @@ def run_plan(candidate: Candidate) -> RunPlan:
     (plan,) = candidate.step.plans.values()
     settings, ranks = plan.settings, candidate.layout.world_size
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    values = {**given, **planned_values(settings, True), **candidate.flags, "world_size": ranks}
+    values = {**given, **candidate.flags, "world_size": ranks}
     return plan_run(make_settings(values), rank=0, world_size=ranks, weights=False, source=plan.source)
 
 
@@ -118,14 +118,8 @@ def test_a_dry_run_of_a_layout_has_its_figures(name: str) -> None:
 def test_products_and_attention_are_those_of_the_samples() -> None:
     """Without recompute they are the FLOPs of MFU, divided by the rates."""
     one = priced(*ONE, "--global_batch_size=4")
-    flops = step_flops(
-        SOURCE.shape,
-        one.layout.adapters[0],
-        num_tokens=4 * 4096,
-        squared_lengths=4 * 4096**2,
-        num_after=4 * 4096,
-        num_supervised=4 * 4095,
-    )
+    adapter, tokens = one.layout.adapters[0], 4 * 4096
+    flops = step_flops(SOURCE.shape, adapter, tokens, 4 * 4096**2, 4 * 4095, num_after=tokens)
     products = (flops["linears"] + flops["low_rank"] + flops["head"]) / (989.4e12 * 0.72)
     assert one.seconds.matmuls == pytest.approx(products, rel=1e-3)
     assert one.seconds.attention == pytest.approx(flops["attention"] / (989.4e12 * 0.26), rel=1e-9)

@@ -103,14 +103,8 @@ def test_operations_are_those_of_the_formula(method: str, names: tuple[str, ...]
     rows = find_supervised(labels)
     with FlopCounterMode(display=False) as counter:
         stage(tokens, positions, labels).backward()
-    flops = step_flops(
-        SHAPE,
-        layout.adapters[0],
-        num_tokens=tokens.numel(),
-        squared_lengths=ROWS * LENGTH**2,
-        num_after=len(rows.rows),
-        num_supervised=padded(len(rows.labels)),
-    )
+    counts = tokens.numel(), ROWS * LENGTH**2, padded(len(rows.labels))
+    flops = step_flops(SHAPE, layout.adapters[0], *counts, num_after=len(rows.rows))
     counted = counter.get_flop_counts()["Global"]
     for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):  # attention's, which a CPU computes in tiles
         counted.pop(operation, None)
