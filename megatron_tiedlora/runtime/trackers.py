@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,6 @@ _PROJECT_VARIABLES = {
 }
 # The argument that names a run within its project, of trackers that have one.
 _RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
-# What accelerate takes for a launch on several ranks. Only rank 0 reports, so it must see none of it.
-_LAUNCH_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def check_installed(names: Sequence[str]) -> None:
@@ -92,9 +89,11 @@ class Trackers:
 def _started(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.utils import clear_environment
 
-    with _alone():
-        PartialState(cpu=True)  # accelerate's log messages ask for it; like this it is of one process, without messages
+    # accelerate's log messages ask for its state. Only rank 0 reports, so it must not see that several were launched.
+    with clear_environment():
+        PartialState(cpu=True)
     kind = LOGGER_TYPE_TO_CLASS[name]
     folders = (str(folder),) if kind.requires_logging_directory else ()
     keywords = {_RUN_NAMES[name]: folder.name} if name in _RUN_NAMES else {}
@@ -106,13 +105,3 @@ def _started(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
     plain = {key: value if isinstance(value, str | int | float) else str(value) for key, value in settings.items()}
     tracker.store_init_configuration(plain)
     return tracker
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Hide the launcher's environment variables inside the block."""
-    hidden = {name: os.environ.pop(name) for name in _LAUNCH_VARIABLES if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
