@@ -30,7 +30,7 @@ def main(command: PlanCommand) -> int:
     try:
         # These import torch, which takes a second: --help and a wrong flag do not wait for it.
         from megatron_tiedlora.base.atomic import write_json
-        from megatron_tiedlora.base.yaml_files import write_yaml
+        from megatron_tiedlora.base.text_files import write_yaml
         from megatron_tiedlora.planning import cluster_report as report
 
         prepare_environment()

@@ -21,9 +21,8 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_tiedlora.base.extras import EXTRAS, missing_modules
+from megatron_tiedlora.base.extras import EXTRAS, PACKAGE_FOLDER, installed_versions, missing_modules
 from megatron_tiedlora.base.paths import user_cache
-from megatron_tiedlora.base.version import PACKAGE_FOLDER, installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, first_line
 
 LIBRARIES = (

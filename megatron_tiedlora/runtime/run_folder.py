@@ -28,8 +28,8 @@ from megatron_tiedlora.base.output_folder import check_writable, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.paths import PathIn, last_name, numbered, user_path
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
+from megatron_tiedlora.base.text_files import write_yaml
 from megatron_tiedlora.base.wording import csv_text
-from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.train_fields import TENSORBOARD
 from megatron_tiedlora.runtime.rank_log import LOGS_FOLDER
