@@ -15,6 +15,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -242,14 +243,14 @@ def in_words(machine: MachineRecord) -> dict[str, dict[str, str]]:
     }
 
 
-def error(code: str, hosts: Sequence[str], value: str, fix: str, expected: str = "") -> Finding:
-    """A finding with which no job should start."""
-    return Finding(status="error", code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
+def _finding(
+    status: Literal["error", "warning"], code: str, hosts: Sequence[str], value: str, fix: str, expected: str = ""
+) -> Finding:
+    return Finding(status=status, code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
 
 
-def warning(code: str, hosts: Sequence[str], value: str, fix: str, expected: str = "") -> Finding:
-    """A finding that need not stop a job."""
-    return Finding(status="warning", code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
+error = partial(_finding, "error")  # a finding with which no job should start
+warning = partial(_finding, "warning")  # one that need not stop a job
 
 
 def judge_machine(machine: MachineRecord) -> Iterator[Finding]:

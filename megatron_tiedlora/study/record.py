@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.atomic import Guard, discard, is_temporary, remove_leftovers, unguarded, write_json
+from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, Guard, discard, remove_leftovers, unguarded, write_json
 from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import reject_links
@@ -105,7 +105,8 @@ def check_folder(folder: StudyFolder) -> None:
     path = folder.path
     folders = (RUNS, GROUPS, SCORES, LOGS)
     # Beside the lists of their adapters, of which a kill may leave a temporary file.
-    groups = (item for item in (path / GROUPS).glob("*") if item.suffix != ".yaml" and not is_temporary(item))
+    found = (item for item in (path / GROUPS).glob("*") if not item.name.startswith(TEMPORARY_PREFIX))
+    groups = (item for item in found if item.suffix != ".yaml")
     reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *groups)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")
