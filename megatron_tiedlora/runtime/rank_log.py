@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -105,8 +105,12 @@ class RankLog:
 
     @contextmanager
     def _teed(self, log: TextIO) -> Iterator[None]:
-        with redirect_stdout(_Tee(sys.stdout, log)), redirect_stderr(_Tee(sys.stderr, log)):
+        before = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+        try:
             yield
+        finally:
+            sys.stdout, sys.stderr = before
 
     @contextmanager
     def _moved(self, log: TextIO) -> Iterator[None]:
