@@ -28,11 +28,6 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 Guard = Callable[[], None]
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether a file or folder is one that a writer has not renamed yet."""
-    return path.name.startswith(TEMPORARY_PREFIX)
-
-
 def unguarded() -> None:
     """The guard of a folder that nobody else writes to."""
 

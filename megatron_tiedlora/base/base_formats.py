@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 FP8_CAPABILITY = (8, 9)  # the least compute capability of a GPU that multiplies in fp8
-SCALE_BYTES = 4  # a scale is an fp32 number
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,6 @@ class BaseFormat:
         if self.block is None:
             return width
         return math.gcd(self.block, width) if shards_rows else self.block
-
-    def num_bytes(self, rows: int, width: int, *, shards_rows: bool = False) -> int:
-        """The bytes of a weight (rows, width), or of a shard of one.
-
-        Args:
-            shards_rows: whether it has only some of the full tensor's columns.
-        """
-        return rows * (self.row_bytes(width) + SCALE_BYTES * self.row_scales(width, shards_rows=shards_rows))
 
 
 BASE_FORMATS: dict[str, BaseFormat] = {

@@ -1,16 +1,21 @@
-"""The extras of this package: what a command needs that loading, merging and exporting do not."""
+"""Versions of this package and of libraries, for output files that record them; and the extras of this package: what a
+command needs that loading, merging and exporting do not. Nothing is imported to find that out."""
 
 from __future__ import annotations
 
+import platform
 import shlex
 from collections.abc import Collection, Mapping
-from importlib.metadata import PackageNotFoundError, distribution
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.version import PACKAGE_FOLDER
 from megatron_tiedlora.base.wording import enumerate_names
 
+__version__ = "0.2.0.dev0"  # pyproject.toml reads it from here
+PACKAGE_FOLDER = Path(__file__).parents[1]  # of megatron_tiedlora
 # By extra: the modules that it brings, which pyproject.toml lists under their names as packages.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "train": ("deepspeed", "datasets", "pyarrow", "accelerate", "tensorboard", "matplotlib"),
@@ -23,6 +28,24 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
 }
 # A run does without these: they are asked for where they are used, by --report_to and for figures.
 _WHERE_USED = ("accelerate", "tensorboard", "matplotlib")
+
+
+def installed_versions(*libraries: str) -> dict[str, str]:
+    """Versions of this package, of Python and of those `libraries` that are installed."""
+    found = {"megatron_tiedlora": __version__, "python": platform.python_version()}
+    for library in libraries:
+        if number := _installed(library):  # the library of a metric that was not requested may be missing
+            found[library] = number
+    return found
+
+
+@cache
+def _installed(library: str) -> str | None:
+    """The version of an installed library; looking it up parses the library's whole metadata file."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def missing_modules(*names: str) -> list[str]:
@@ -52,9 +75,6 @@ def install_hint(*names: str) -> str:
     pip adds what they bring to the package that is installed. One that is not, but runs from a clone, is named by its
     folder, because a package of the same name in an index would be somebody else's.
     """
-    try:
-        distribution(what := "megatron_tiedlora")
-    except PackageNotFoundError:
-        what = str(PACKAGE_FOLDER.parent)
+    what = "megatron_tiedlora" if _installed("megatron_tiedlora") else str(PACKAGE_FOLDER.parent)
     extras = ",".join(names)
     return f"install it with: pip install {shlex.quote(f'{what}[{extras}]')}"

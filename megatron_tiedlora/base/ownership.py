@@ -29,7 +29,7 @@ from pydantic import Field
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.json_files import Count, Text, read_fields, read_json_object
+from megatron_tiedlora.base.text_files import Count, Text, read_fields, read_json_object
 
 OWNER_FILE = ".owner"
 START_ID = "MEGATRON_TIEDLORA_START"  # the variable by which `tiedlora run` recognises the tokens of its ranks

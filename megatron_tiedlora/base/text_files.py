@@ -1,15 +1,28 @@
-"""Reads small text files; every failure is a one-line UserError. It imports little, since host probes load it."""
+"""Reads small text files, JSON objects with strictly checked fields, and YAML files of settings. Every failure is a
+one-line UserError.
+
+Owns which part of YAML is read: one document without tags, duplicate names, anchors or aliases. Aliases can expand to
+more than a machine's memory.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
-from megatron_tiedlora.base.errors import UserError
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from megatron_tiedlora.base.atomic import Guard, unguarded, write_text
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.wording import first_line
 
 Value = TypeVar("Value")
 LARGEST_TEXT = 2**24  # bytes; the weight index of the largest models has a tenth of that
@@ -40,3 +53,147 @@ def seen_late(read: Callable[[], Value | None], folder: Path, *, seconds: float)
         with suppress(OSError):
             os.listdir(folder)  # makes NFS look again
     return found
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+# Field types for `read_fields`: no value is converted, and numbers are finite.
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+Size = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[str, Field(strict=True)]
+
+Fields = TypeVar("Fields")
+
+
+def read_json_object(file: Path, *, kind: str, largest: int = LARGEST_TEXT) -> dict[str, Any]:
+    """The object in `file`. Raises UserError naming the file, and `kind` (what was expected) if it does not exist."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; expected {kind}")
+    text = read_small_text(file, kind="JSON", largest=largest)
+    try:
+        content = json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise UserError(f"{file}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return content
+
+
+def read_json_or_none(file: Path) -> dict[str, Any] | None:
+    """The object in `file`, or None if there is none or a kill has truncated it."""
+    with suppress(OSError, UserError):
+        return read_json_object(file, kind="a JSON object")
+    return None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(name)} appears twice")
+    return found
+
+
+def read_fields(
+    file: Path, content: Mapping[str, Any], kind: type[Fields], *, optional: Collection[str] = ()
+) -> Fields:
+    """Build the dataclass `kind` from the content of `file`. Each field is checked against its type, and other keys
+    are ignored.
+
+    Args:
+        optional: fields that may be missing and then take their default.
+
+    Raises:
+        UserError: names the first field that is missing or of the wrong type.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in names:
+        if name not in content and name not in optional:
+            raise UserError(f"{file}: {name} is missing")
+    try:
+        return TypeAdapter(kind).validate_python({name: content[name] for name in names if name in content})
+    except ValidationError as error:
+        raise UserError(f"{file}: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem in a pydantic error: the field, its value and what is wrong with it."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    wrong_kind = " has the wrong type" if first["type"].endswith("_type") else ""
+    return f"{where} = {shown(first['input'])}{wrong_kind}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+# YAML -----------------------------------------------------------------------------------------------------------------
+
+
+LARGEST_YAML = 2**18  # bytes; PyYAML takes seconds for a megabyte
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader that rejects anchors, aliases and duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            raise yaml.MarkedYAMLError(problem="anchors and aliases are not supported", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if names and names.most_common(1)[0][1] > 1:
+            problem = f"{shown(names.most_common(1)[0][0])} appears twice"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def write_yaml(path: Path, content: Mapping[str, Any] | list[Any], *, guard: Guard = unguarded) -> None:
+    """Replace a YAML file atomically, keeping the order of names. Raises UserError naming the file."""
+    plain = content if isinstance(content, list) else dict(content)
+    write_text(path, yaml.safe_dump(plain, sort_keys=False), guard=guard)
+
+
+def read_yaml_mapping(file: Path) -> dict[str, Any]:
+    """The names and values of an existing file. The result is empty if the file is.
+
+    Raises:
+        UserError: the file is not valid; the message names it, and the line if known.
+    """
+    return parse_yaml_mapping(read_small_text(file, kind="YAML", largest=LARGEST_YAML), source=str(file))
+
+
+def read_yaml_list(file: Path) -> list[Any]:
+    """The entries of an existing file that holds a list; none if it is empty. Raises UserError naming the file."""
+    content = _parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), source=str(file))
+    if content is not None and not isinstance(content, list):
+        raise UserError(f"{file}: expected a list, whose entries begin with '- ', found a {type(content).__name__}")
+    return content or []
+
+
+def parse_yaml_mapping(text: str, *, source: str) -> dict[str, Any]:
+    """The names and values of a text, as `read_yaml_mapping`. Raises UserError naming the `source`."""
+    content = _parse_yaml(text, source=source)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: expected 'name: value' lines, found a {type(content).__name__}")
+    return content
+
+
+def _parse_yaml(text: str, *, source: str) -> Any:
+    try:
+        return _PlainLoader(text).get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{source}{where}: not valid YAML ({problem})") from None
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML (nested too deeply)") from None
+    # PyYAML converts text that looks like a date or carries a tag, whether or not it is valid.
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{source}: holds a value that cannot be read ({error}); put text in quotes") from None

@@ -19,9 +19,8 @@ import torch
 
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.json_files import Size, Text
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.base.text_files import read_small_text
+from megatron_tiedlora.base.text_files import Size, Text, read_small_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.data.tokenizer import tokenizer_hash

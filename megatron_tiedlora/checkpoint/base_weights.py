@@ -20,10 +20,10 @@ from torch import nn
 
 from megatron_tiedlora.base.atomic import new_folder, write_json
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.output_folder import reject_existing, require_room
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.text_files import read_json_object
 from megatron_tiedlora.checkpoint.stored_weights import StoredWeights
 from megatron_tiedlora.checkpoint.tensor_files import (
     FLOAT_TYPES,

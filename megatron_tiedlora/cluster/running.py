@@ -20,9 +20,8 @@ from typing import Any
 import psutil
 
 from megatron_tiedlora.base.errors import UserError, one_line, show
-from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.ownership import OWNER_FILE, Token, owner_in_words, read_token
-from megatron_tiedlora.base.text_files import seen_late
+from megatron_tiedlora.base.text_files import read_json_or_none, seen_late
 from megatron_tiedlora.cluster.launchers import Job, StartPlan
 from megatron_tiedlora.config.hosts import started_program
 from megatron_tiedlora.runtime.run_folder import RunFolder

@@ -57,7 +57,7 @@ def plan(command: PlanCommand) -> int:
     gc.disable()  # what follows makes a million objects and frees few: looking for garbage takes half a second
     try:
         # These import torch, which takes a second: --help and a wrong flag do not wait for it.
-        from megatron_tiedlora.base.yaml_files import write_yaml
+        from megatron_tiedlora.base.text_files import write_yaml
         from megatron_tiedlora.planning import cluster_report as report
 
         prepare_environment()

@@ -25,7 +25,7 @@ import torch
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.yaml_files import LARGEST_YAML, parse_yaml_mapping
+from megatron_tiedlora.base.text_files import LARGEST_YAML, parse_yaml_mapping
 from megatron_tiedlora.checkpoint.tensor_files import (
     StreamedTensor,
     all_finite,

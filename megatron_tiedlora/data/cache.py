@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, write_json
 from megatron_tiedlora.base.checksums import check_seal, file_sha256, sealed
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.output_folder import partial_folder, remove_abandoned_outputs, take_output
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
 from megatron_tiedlora.base.paths import CACHE_VARIABLE, make_own_folder, user_cache
 from megatron_tiedlora.base.progress import progress_bar
+from megatron_tiedlora.base.text_files import read_json_object
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.data.encode import Encoding, NumberedRow, encoded_rows
 from megatron_tiedlora.data.sources import Files, RowStream, mixed, row_stream, source_kind
@@ -38,7 +38,7 @@ from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_ou
 from megatron_tiedlora.data.task import Split, template_fields
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
-from megatron_tiedlora.runtime.launch_env import local_rank
+from megatron_tiedlora.runtime.launch_env import rank_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,7 +177,7 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
                 f" process, give a longer --timeout_minutes, or set {CACHE_VARIABLE} to another folder"
             )
         # One rank of each host speaks: they have not met yet.
-        if local_rank() == 0 and now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE):
+        if rank_number(local=True) == 0 and now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE):
             _LOGGER.info(
                 "waiting for %s, which tokenises %s: %s so far, %.0f s waited",
                 *(writer, names, bytes_in_words(size), now - started),

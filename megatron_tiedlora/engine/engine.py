@@ -74,13 +74,6 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)
 
 
-@contextmanager
-def all_open(module: nn.Module, config: EngineConfig) -> Iterator[None]:
-    """Gather every parameter of `module` inside the block, for reading or writing; all ranks must enter it."""
-    with parameter_access(config)(list(module.parameters())):
-        yield
-
-
 def mark_parameters(adapter: TiedAdapter, groups: ParallelGroups) -> None:
     """Mark for DeepSpeed's norm the parameters that are copies (on later stages) and those that are shards.
 
@@ -192,11 +185,9 @@ def scale_gradients_(adapter: TiedAdapter, norm: float, max_norm: float) -> None
 # Process groups -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[Any]:
     """Suppress stdout: DeepSpeed prints its topology, seeds and partition on rank 0, which our own report replaces."""
-    with redirect_stdout(io.StringIO()):
-        yield
+    return redirect_stdout(io.StringIO())
 
 
 def make_topology(grid: Grid) -> Any:
@@ -222,18 +213,15 @@ def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
 
     A group is made only if no existing group has the same ranks.
     """
-    choices = None
-    if grid.pp_size > 1:
-        tied = _new_groups(grid, lambda at: at.tp_rank)
-        choices = _new_groups(grid, lambda at: (at.dp_rank, at.tp_rank))
-    else:
-        tied = process_grid.get_data_parallel_group()
+    data, staged = _group(process_grid.get_data_parallel_group()), grid.pp_size > 1
+    tied = _group(_new_groups(grid, lambda at: at.tp_rank)) if staged else data
+    choices = _group(_new_groups(grid, lambda at: (at.dp_rank, at.tp_rank))) if staged else ALONE
     return ParallelGroups(
         tensor=_group(process_grid.get_slice_parallel_group()),
         pipeline=_group(process_grid.get_pipe_parallel_group()),
-        choices=ALONE if choices is None else _group(choices),
-        data=_group(process_grid.get_data_parallel_group()),
-        tied=_group(tied),
+        choices=choices,
+        data=data,
+        tied=tied,
         stage=_group(_stage_ranks(grid, process_grid)),
         model=_group(process_grid.get_model_parallel_group()),
     )

@@ -11,10 +11,10 @@ knows where DeepSpeed's stores them; adapters/tying joins the shards of tensor a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,8 +25,8 @@ from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import MOMENTS, sum_gradients_
 from megatron_tiedlora.engine.engine import (
-    all_open,
     gradient_norms,
+    parameter_access,
     reported_norm,
     scale_gradients_,
     trained_parameters,
@@ -38,22 +38,13 @@ Missing = Mapping[str, Sequence[str]]  # by adapter, the tensors whose gradient 
 Moments = Mapping[str, Mapping[str, torch.Tensor]]  # by moment and tensor, in the shapes of this rank's tensors
 
 
-class Held(NamedTuple):
-    """An optimizer, the tensors that it trains on this rank, by name, and the ZeRO stage that shards it."""
-
-    optimizer: Any
-    parameters: Mapping[str, nn.Parameter]
-    zero_stage: int
-
-
 class Optimizers(ABC):
     """The optimizers of a run's adapters on one rank. All ranks call each method together, for the same adapters."""
 
     engine_steps: bool  # whether the engine holds the optimizer
-    groups: ParallelGroups
 
     @abstractmethod
-    def held(self, name: str) -> Held:
+    def optimizer(self, name: str) -> Any:
         """The optimizer of an adapter."""
 
     def begin(self, num_micro_batches: int) -> None:  # noqa: B027
@@ -84,7 +75,7 @@ class Optimizers(ABC):
 
     def learning_rate(self, name: str) -> float:
         """The learning rate of the next step."""
-        rate: float = self.held(name).optimizer.param_groups[0]["lr"]
+        rate: float = self.optimizer(name).param_groups[0]["lr"]
         return rate
 
     @abstractmethod
@@ -95,13 +86,16 @@ class Optimizers(ABC):
     def opened(self, name: str) -> AbstractContextManager[None]:
         """Inside, the tensors of an adapter are whole on this rank, for reading or writing."""
 
+    @abstractmethod
     def moments(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
-        """The moments of an adapter that has taken a step, by moment and tensor: fp32, this rank's part."""
-        return _read_moments(self.held(name))
+        """The moments of an adapter that has taken a step, by moment and tensor: fp32 copies, this rank's part."""
 
+    @abstractmethod
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
-        """Set the optimizer of an adapter, which has taken no step yet, to its state after `step`."""
-        _write_moments(self.held(name), moments, step=step, dp_rank=self.groups.data.rank)
+        """Set the optimizer of an adapter, which has taken no step yet, to its state after `step`.
+
+        torch's AdamW creates its state at the first step, so it is created here, in the layout of its tensors.
+        """
 
 
 @dataclass(frozen=True)
@@ -133,9 +127,9 @@ class OwnOptimizers(Optimizers):
 
     engine_steps = False
 
-    def held(self, name: str) -> Held:
+    def optimizer(self, name: str) -> Optimizer:
         """See Optimizers."""
-        return Held(self.own[name].optimizer, trained_parameters(self.bank.adapters[name]), 0)
+        return self.own[name].optimizer
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
         """See Optimizers. Divided twice, as by DeepSpeed, which gives the same bits."""
@@ -170,6 +164,19 @@ class OwnOptimizers(Optimizers):
         """See Optimizers."""
         return nullcontext()
 
+    def moments(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
+        """See Optimizers."""
+        state, parameters = self.optimizer(name).state, trained_parameters(self.bank.adapters[name])
+        return _by_moment(parameters, lambda parameter, moment: state[parameter][moment])
+
+    def restore(self, name: str, moments: Moments, *, step: int) -> None:
+        """See Optimizers."""
+        state = self.optimizer(name).state
+        for tensor, parameter in trained_parameters(self.bank.adapters[name]).items():
+            state[parameter] = _fresh_state(parameter, step)
+            for moment in MOMENTS:
+                state[parameter][moment].copy_(moments[moment][tensor])
+
 
 class EngineOptimizer(Optimizers):
     """The sharded optimizer of ZeRO-1 to 3 for one adapter, which is a part of the engine's module."""
@@ -177,14 +184,14 @@ class EngineOptimizer(Optimizers):
     engine_steps = True
 
     def __init__(self, engine: Any, adapter: TiedAdapter, groups: ParallelGroups, config: EngineConfig) -> None:
-        self._engine, self._adapter, self.groups, self._config = engine, adapter, groups, config
+        self._engine, self._adapter, self._groups, self._config = engine, adapter, groups, config
         self._missing: Missing = {}
         pipelined = groups.pipeline.size > 1
         self._step = engine._exec_optimizer_step if pipelined else engine.step
 
-    def held(self, name: str) -> Held:
+    def optimizer(self, name: str) -> Any:
         """See Optimizers."""
-        return Held(self._engine.optimizer, trained_parameters(self._adapter), self._config.zero_stage)
+        return self._engine.optimizer
 
     def begin(self, num_micro_batches: int) -> None:
         """See Optimizers."""
@@ -193,7 +200,7 @@ class EngineOptimizer(Optimizers):
 
     def sum_tied(self) -> None:
         """Sum the tied gradients over stages and data-parallel ranks, before the engine averages over the latter."""
-        self._missing = sum_gradients_({ONLY: self._adapter}, self.groups, engine_averages=True)
+        self._missing = sum_gradients_({ONLY: self._adapter}, self._groups, engine_averages=True)
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
         """See Optimizers. DeepSpeed divides by the rest: accumulation steps x data-parallel ranks."""
@@ -217,7 +224,38 @@ class EngineOptimizer(Optimizers):
 
     def opened(self, name: str) -> AbstractContextManager[None]:
         """See Optimizers. Under ZeRO-3 data-parallel ranks hold shards."""
-        return all_open(self._adapter, self._config)
+        return parameter_access(self._config)(list(self._adapter.parameters()))
+
+    def moments(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
+        """See Optimizers."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return _by_moment(trained_parameters(self._adapter), safe_get_full_optimizer_state)
+
+    def restore(self, name: str, moments: Moments, *, step: int) -> None:
+        """See Optimizers."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        optimizer, sharded = self._engine.optimizer, self._config.zero_stage == 3
+        flat_masters = optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
+        for flat in flat_masters:
+            optimizer.optimizer.state[flat] = _fresh_state(flat, step)
+        if not sharded:
+            optimizer._lazy_init_hp_params_optimizer_state()
+        for tensor, parameter in trained_parameters(self._adapter).items():
+            for moment in MOMENTS:
+                value = moments[moment][tensor]
+                if not sharded:
+                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+                    continue
+                # DeepSpeed's setter fails if the ranks do not divide a parameter, whose last partition is then padded.
+                partition, _ = optimizer._get_fp32_opt_state_partition(
+                    parameter, release_swap_buffers=False, optim_state_key=moment
+                )
+                start = partition.numel() * self._groups.data.rank
+                piece = value.flatten()[start : start + partition.numel()]
+                partition.zero_()
+                partition[: piece.numel()].copy_(piece)
 
 
 def trained_or_stand_in(adapter: TiedAdapter) -> list[nn.Parameter]:
@@ -225,63 +263,16 @@ def trained_or_stand_in(adapter: TiedAdapter) -> list[nn.Parameter]:
     return list(trained_parameters(adapter).values()) or [nn.Parameter(torch.zeros(1))]
 
 
-def _read_moments(held: Held) -> dict[str, dict[str, torch.Tensor]]:
-    """The moments after at least one step, by moment and parameter name: fp32, in the parameters' shapes."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    state: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
-    for name, parameter in held.parameters.items():
-        for moment in MOMENTS:
-            if held.zero_stage == 0:
-                full = held.optimizer.state[parameter][moment]
-            else:
-                full = safe_get_full_optimizer_state(parameter, moment)
-            state[moment][name] = full.detach().to(torch.float32, copy=True)
-    return state
-
-
-def _write_moments(held: Held, moments: Moments, *, step: int, dp_rank: int) -> None:
-    """Write moments, by moment and parameter name, and the step count into an optimizer that has not stepped yet.
-
-    torch's AdamW creates its state at the first step, so it is created here, in the layout of the engine's partitions.
-    """
-    optimizer, parameters, zero_stage = held
-    if zero_stage == 0:
-        for name, parameter in parameters.items():
-            optimizer.state[parameter] = _fresh_state(parameter, step)
-            for moment in MOMENTS:
-                optimizer.state[parameter][moment].copy_(moments[moment][name])
-        return
-    flat_masters = (
-        optimizer.fp32_partitioned_groups_flat if zero_stage == 3 else optimizer.single_partition_of_fp32_groups
-    )
-    for flat in flat_masters:
-        optimizer.optimizer.state[flat] = _fresh_state(flat, step)
-    if zero_stage < 3:
-        optimizer._lazy_init_hp_params_optimizer_state()
-    for name, parameter in parameters.items():
-        for moment in MOMENTS:
-            _write_partition(optimizer, parameter, moment, moments[moment][name], zero_stage, dp_rank)
+def _by_moment(
+    parameters: Mapping[str, nn.Parameter], full: Callable[[nn.Parameter, str], torch.Tensor]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """fp32 copies of what `full` returns for each moment of each parameter."""
+    return {
+        moment: {name: full(one, moment).detach().to(torch.float32, copy=True) for name, one in parameters.items()}
+        for moment in MOMENTS
+    }
 
 
 def _fresh_state(parameter: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
     zeros = {moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS}
     return {"step": torch.tensor(float(step)), **zeros}
-
-
-def _write_partition(
-    optimizer: Any, parameter: nn.Parameter, moment: str, value: torch.Tensor, zero_stage: int, dp_rank: int
-) -> None:
-    if zero_stage < 3:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
-        return
-    # DeepSpeed's ZeRO-3 setter fails if the ranks do not divide a parameter, whose last partition is then padded.
-    partition, _ = optimizer._get_fp32_opt_state_partition(
-        parameter, release_swap_buffers=False, optim_state_key=moment
-    )
-    start = partition.numel() * dp_rank
-    piece = value.flatten()[start : start + partition.numel()]
-    partition.zero_()
-    partition[: piece.numel()].copy_(piece)

@@ -39,11 +39,6 @@ class Losses:
     divisors: Mapping[str, Divisors]  # of every adapter that has a loss
     found: list[tuple[str, torch.Tensor]] = field(default_factory=list)
 
-    @staticmethod
-    def undivided(batch: MicroBatch) -> Losses:
-        """For the losses of one micro-batch, which are not differentiated."""
-        return Losses({share.adapter: () for share in batch.shares})
-
     def weighted(self, losses: torch.Tensor, shares: Shares) -> torch.Tensor:
         """The scalar whose gradient is each loss's own weight; notes the losses, (shares,) or () of a single one."""
         total: torch.Tensor | None = None
@@ -109,10 +104,26 @@ class Runner:
         Returns:
             the summed loss of each adapter on this rank; 0 if another rank counts it.
         """
-        raise NotImplementedError
+        self.engine.train()
+        self.optimizers.begin(len(batches))
+        losses = Losses(divisors)
+        self._train(batches, losses, between)
+        return losses.sums(counted=self.counts_loss)
 
+    @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
         """The summed loss of each micro-batch's adapters without gradients; 0 if another rank counts it."""
+        self.engine.eval()
+        found = [Losses({share.adapter: () for share in batch.shares}) for batch in batches]  # not differentiated
+        self._score(batches, found)
+        return [losses.sums(counted=self.counts_loss) for losses in found]
+
+    def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
+        """The forward and backward passes of a step, which note their losses."""
+        raise NotImplementedError
+
+    def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
+        """Forward passes, each of which notes its losses in its own place."""
         raise NotImplementedError
 
     def _supervised(self, batch: MicroBatch) -> Supervised:
@@ -140,13 +151,7 @@ class PlainRunner(Runner):
             )
         return loss
 
-    def accumulate(
-        self, batches: Sequence[MicroBatch], divisors: Mapping[str, Divisors], between: Callable[[], None]
-    ) -> dict[str, float]:
-        """See Runner."""
-        self.engine.train()
-        self.optimizers.begin(len(batches))
-        losses = Losses(divisors)
+    def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
         for index, batch in enumerate(batches, start=1):
             # An engine that steps does so at the last micro-batch. Their number varies between packed steps, so
             # DeepSpeed cannot count them itself.
@@ -159,16 +164,10 @@ class PlainRunner(Runner):
                 between()
         if not self.optimizers.engine_steps:
             self.engine.global_steps += 1  # DeepSpeed's flops_profiler counts steps by it
-        return losses.sums(counted=self.counts_loss)
 
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
-        """See Runner."""
-        self.engine.eval()
-        found = [Losses.undivided(batch) for batch in batches]
-        for losses, batch in zip(found, batches, strict=True):
-            losses.weighted(self.forward(batch), batch.shares)
-        return [losses.sums(counted=self.counts_loss) for losses in found]
+    def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
+        for found, batch in zip(losses, batches, strict=True):
+            found.weighted(self.forward(batch), batch.shares)
 
 
 class PipelineRunner(Runner):
@@ -202,27 +201,16 @@ class PipelineRunner(Runner):
         """See Runner."""
         return inputs_to_fill(self.groups.pipeline.size)
 
-    def accumulate(
-        self, batches: Sequence[MicroBatch], divisors: Mapping[str, Divisors], between: Callable[[], None]
-    ) -> dict[str, float]:
+    def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
         """See Runner; stages run different micro-batches at a time, so `between` is never called."""
         from deepspeed.runtime.pipe.schedule import TrainSchedule
 
-        self.engine.module.train()
-        self.optimizers.begin(len(batches))
-        losses = Losses(divisors)
         self._run(TrainSchedule, batches, repeat(losses))
-        return losses.sums(counted=self.counts_loss)
 
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
-        """See Runner."""
+    def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
         from deepspeed.runtime.pipe.schedule import InferenceSchedule
 
-        self.engine.module.eval()
-        found = [Losses.undivided(batch) for batch in batches]
-        self._run(InferenceSchedule, batches, iter(found))
-        return [losses.sums(counted=self.counts_loss) for losses in found]
+        self._run(InferenceSchedule, batches, iter(losses))
 
     def _run(self, schedule: Any, batches: Sequence[MicroBatch], losses: Iterator[Losses]) -> None:
         self.engine.total_loss = None

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.shapes import LengthLimit
+from megatron_tiedlora.base.text_files import read_json_object
 
 # Fields that do not change the computation: transformers writes them, or they concern tokens, generation or training.
 _HARMLESS = frozenset(

@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from torch import distributed
 
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.json_files import first_problem
+from megatron_tiedlora.base.text_files import first_problem
 
 Value = TypeVar("Value")
 

@@ -39,7 +39,7 @@ from megatron_tiedlora.planning.init_from import with_start
 from megatron_tiedlora.planning.layout import Layout, StagePlan, pays_to_compile, plan_stages
 from megatron_tiedlora.planning.machines import GPUS, Machine, default_machine
 from megatron_tiedlora.runtime.launch_env import uses_gpu
-from megatron_tiedlora.runtime.trackers import check_installed
+from megatron_tiedlora.runtime.run_folder import check_trackers
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def plan_run(
             f" {' or '.join(task.metrics)}"
         )
     if rank == 0 and weights:  # rank 0 of a run reports; a plan may be made on another machine
-        check_installed(settings.report_to)
+        check_trackers(settings.report_to)
     try:
         grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     except UserError as error:

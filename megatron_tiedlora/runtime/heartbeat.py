@@ -11,7 +11,6 @@ them.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -91,7 +90,7 @@ class Heartbeat:
     def start(self) -> Heartbeat:
         """Exchange host names and start the heartbeat; all ranks take part."""
         if self.rank == 0:
-            self.store.set(_LOST, "[]")
+            self.store.set(_LOST, "")
             self.store.set(_REASON, "")
         self.store.set(_key(self.rank), "0")
         host = socket.gethostname()
@@ -261,11 +260,11 @@ class Heartbeat:
                 self.store.set(_key(self.rank), str(count))
                 if self.rank == 0:
                     self._lost = self._silent(heard, self._beats())
-                    self.store.set(_LOST, json.dumps(sorted(self._lost)))
+                    self.store.set(_LOST, " ".join(map(str, sorted(self._lost))))
                 lost, reason, main = self.store.multi_get([_LOST, _REASON, _key(0)])
                 if self.rank:
-                    known = self._silent(heard, {0: _text(main)})
-                    self._lost = known.union(_ranks(lost, self.world_size)) - {self.rank}
+                    known, named = self._silent(heard, {0: _text(main)}), set(_text(lost).split())
+                    self._lost = known | {rank for rank in heard if rank != self.rank and str(rank) in named}
                 self._unanswered = 0
                 self._main_left, self._reason = _text(main) == _LEFT, self._line(reason)
             except RuntimeError:  # no answer: `_watch` counts these
@@ -346,16 +345,6 @@ def gpu_failure_line(error: BaseException) -> str:
 def _text(value: bytes) -> str:
     """A value of the store as text; anyone can write anything there, but not more than some MB."""
     return value.decode(errors="replace")
-
-
-def _ranks(value: bytes, world_size: int) -> frozenset[int]:
-    """The ranks in a JSON list; empty if it is not a list."""
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        return frozenset()
-    named = found if isinstance(found, list) else []
-    return frozenset(rank for rank in named if type(rank) is int and 0 <= rank < world_size)
 
 
 def _ended(beat: str) -> bool:

@@ -209,12 +209,10 @@ def first_to_fail() -> bool:
     return True
 
 
-def local_rank() -> int:
-    """This process's local rank, from the launcher's variable that is set; 0 if none is."""
-    for name in ("LOCAL_RANK", _OPENMPI[2], _SLURM[2], _PMI[2]):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
+def rank_number(*, local: bool = False) -> int:
+    """This process's rank, of all or of its host's, from the launcher's variable that is set; 0 if none is."""
+    names = (each[2 if local else 0] for each in (hosts.RANK_VARIABLES, _OPENMPI, _SLURM, _PMI))
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 @cache

@@ -15,15 +15,15 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_tiedlora.base.extras import EXTRAS, missing_modules
+from megatron_tiedlora.base.extras import EXTRAS, PACKAGE_FOLDER, installed_versions, missing_modules
 from megatron_tiedlora.base.paths import user_cache
-from megatron_tiedlora.base.version import PACKAGE_FOLDER, installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words, first_line
 
 LIBRARIES = (
@@ -243,14 +243,14 @@ def in_words(machine: MachineRecord) -> dict[str, dict[str, str]]:
     }
 
 
-def error(code: str, hosts: Sequence[str], value: str, fix: str, expected: str = "") -> Finding:
-    """A finding with which no job should start."""
-    return Finding(status="error", code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
+def _finding(
+    status: Literal["error", "warning"], code: str, hosts: Sequence[str], value: str, fix: str, expected: str = ""
+) -> Finding:
+    return Finding(status=status, code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
 
 
-def warning(code: str, hosts: Sequence[str], value: str, fix: str, expected: str = "") -> Finding:
-    """A finding that need not stop a job."""
-    return Finding(status="warning", code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
+error = partial(_finding, "error")  # a finding with which no job should start
+warning = partial(_finding, "warning")  # one that need not stop a job
 
 
 def judge_machine(machine: MachineRecord) -> Iterator[Finding]:

@@ -25,7 +25,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.parallel.agreement import first_message, gather_numbers, gather_on_rank_0
 from megatron_tiedlora.runtime.heartbeat import is_lost_exchange
-from megatron_tiedlora.runtime.launch_env import local_rank, uses_gpu
+from megatron_tiedlora.runtime.launch_env import rank_number, uses_gpu
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _UNIQUE = ("GPU-", "MIG-")  # prefixes of globally unique names
@@ -36,7 +36,7 @@ def choose_device() -> torch.device:
     """This rank's GPU, or the CPU. Raises UserError if the host has fewer GPUs than ranks."""
     if not uses_gpu():
         return torch.device("cpu")
-    count, index = torch.cuda.device_count(), local_rank()
+    count, index = torch.cuda.device_count(), rank_number(local=True)
     if count == 1:  # `srun --gpus-per-task=1` and containers show each rank only its own GPU
         index = 0
     if index >= count:
@@ -128,7 +128,7 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
     import deepspeed
 
     device, timeout = choose_device(), timedelta(minutes=timeout_minutes)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank()))
+    os.environ.setdefault("LOCAL_RANK", str(rank_number(local=True)))
     if device.type == "cuda":
         # The adapter's gradients are matmuls over all tokens, whose partial sums cuBLAS must add in fp32, not in bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -143,7 +143,8 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
         if not is_lost_exchange(error):
             raise
         raise UserError(_no_meeting(error, expected_ranks, timeout_minutes)) from error
-    os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else local_rank())  # DeepSpeed's device
+    # DeepSpeed's device
+    os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else rank_number(local=True))
     deepspeed.init_distributed(dist_backend=group_backend(device), timeout=timeout, verbose=False)  # takes it over
     found = distributed.get_world_size()
     if found != expected_ranks:

@@ -13,9 +13,8 @@ from pydantic import ValidationError
 
 from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.json_files import first_problem, read_json_or_none
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.yaml_files import read_yaml_mapping
+from megatron_tiedlora.base.text_files import first_problem, read_json_or_none, read_yaml_mapping
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,

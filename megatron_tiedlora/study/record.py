@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.atomic import Guard, discard, is_temporary, remove_leftovers, unguarded, write_json
+from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, Guard, discard, remove_leftovers, unguarded, write_json
 from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.json_files import Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.paths import PathIn
-from megatron_tiedlora.base.yaml_files import write_yaml
+from megatron_tiedlora.base.text_files import Size, Text, read_fields, read_json_object, write_yaml
 from megatron_tiedlora.config.cli import naming_file, read_yaml
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
@@ -105,7 +104,8 @@ def check_folder(folder: StudyFolder) -> None:
     path = folder.path
     folders = (RUNS, GROUPS, SCORES, LOGS)
     # Beside the lists of their adapters, of which a kill may leave a temporary file.
-    groups = (item for item in (path / GROUPS).glob("*") if item.suffix != ".yaml" and not is_temporary(item))
+    found = (item for item in (path / GROUPS).glob("*") if not item.name.startswith(TEMPORARY_PREFIX))
+    groups = (item for item in found if item.suffix != ".yaml")
     reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *groups)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")

@@ -33,7 +33,7 @@ from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.quantise import slow_nf4
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.runtime.launch_env import local_rank
+from megatron_tiedlora.runtime.launch_env import rank_number
 
 _LOGGER = logging.getLogger(__name__)
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -68,7 +68,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     kernels, failure = EAGER, None
     # On a CPU one rank of each host compiles first and fills the cache for the others. With GPUs all compile at once.
     for turn in (True, False) if device.type == "cpu" else (None,):
-        if turn is None or (local_rank() == 0) == turn:
+        if turn is None or (rank_number(local=True) == 0) == turn:
             try:
                 kernels = compiled_kernels(
                     plan.source.shape, dtype=plan.dtype, device=device, tp_size=plan.grid.tp_size

@@ -255,8 +255,7 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(module.Runner, "_supervised", noted)
     patch.setattr(module.Losses, "weighted", divided)
-    for kind in (module.PlainRunner, module.PipelineRunner):
-        patch.setattr(kind, "accumulate", during_steps(kind.accumulate))
+    patch.setattr(module.Runner, "accumulate", during_steps(module.Runner.accumulate))
 
 
 # Copies and gradients, for the run's own checks -------------------------------------------------------------------

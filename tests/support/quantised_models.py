@@ -9,9 +9,16 @@ import quantised_oracle as oracle
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_tiedlora.base.base_formats import BaseFormat
+
 FORMATS = ("nf4", "int8", "fp8")
 # A tensor-parallel cut lies within a block of 64: at TP 2 it is at column 48 of the output's 96 and at 40 of down's 80.
 CROSSING: dict[str, Any] = {"hidden_size": 96, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 80}
+
+
+def bytes_of(row: BaseFormat, rows: int, width: int, *, shards_rows: bool = False) -> int:
+    """The bytes of a weight (rows, width), or of a shard with some of the columns: codes, and fp32 scales."""
+    return rows * (row.row_bytes(width) + 4 * row.row_scales(width, shards_rows=shards_rows))
 
 
 def expected_values(name: str, values: torch.Tensor) -> torch.Tensor:

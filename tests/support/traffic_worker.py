@@ -146,7 +146,7 @@ def _patched(case: Case) -> Iterator[None]:
 
 def _saved_bytes_per_token(stage: Any, plan: Any) -> float:
     """The stage's last block on a sequence of 256 tokens, with the adapter where it has one."""
-    from megatron_tiedlora.engine.engine import all_open
+    from megatron_tiedlora.engine.engine import parameter_access
 
-    with all_open(stage, plan.engine):
+    with parameter_access(plan.engine)(list(stage.parameters())):
         return saved_bytes_per_token(stage, plan.dtype)

@@ -10,6 +10,7 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from statistics import median
 from typing import Generic, TypeVar
 
@@ -116,13 +117,12 @@ def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             other_versions |= set(odd.hosts) if name == _PACKAGE else set()
     on_gpus = [host for host, answer in answering(hosts) if answer.machine.gpus]
     same_version = [host for host in hosts if host.name not in other_versions]
-    code, build = f"the code of {_PACKAGE} (hash of its files)", "install the same build of torch on every host"
     for other in odd_ones(hosts_by(same_version, lambda machine: machine.source_hash)):
+        code = f"the code of {_PACKAGE} (hash of its files)"
         yield other.finding(error, "source", code, "update its checkout or installation there")
-    for cuda in odd_ones(hosts_by(on_gpus, lambda machine: machine.cuda)):
-        yield cuda.finding(error, "cuda_version", "torch's CUDA", build)
-    for nccl in odd_ones(hosts_by(on_gpus, lambda machine: machine.nccl)):
-        yield nccl.finding(error, "nccl_version", "NCCL", build)
+    for field, title in (("cuda", "torch's CUDA"), ("nccl", "NCCL")):
+        for odd in odd_ones(hosts_by(on_gpus, attrgetter(field))):
+            yield odd.finding(error, f"{field}_version", title, "install the same build of torch on every host")
     for twice in hosts_by(hosts, lambda machine: machine.id).values():
         if len(twice) > 1:
             fix = "keep one line for it in the hostfile, with all its slots"

@@ -46,6 +46,7 @@ from megatron_tiedlora.cluster.doctor.records import (
 )
 from megatron_tiedlora.data.readers import is_rows_file, may_be_hub_id, split_hub_name
 from megatron_tiedlora.data.sources import parse_sources, without_weight
+from megatron_tiedlora.runtime.launch_env import rank_number
 from megatron_tiedlora.runtime.machine import machine_record, resolve
 
 if TYPE_CHECKING:
@@ -59,12 +60,6 @@ _SHARED_SECONDS = 5.0  # network file systems may cache a folder's content for s
 _ITEM = 4  # bytes of a float32
 _PERIOD = 251  # of the pattern that is summed: a prime, so that it is not aligned with the chunks of a message
 _MOST_TURNS, _WANTED_SECONDS = 20, 0.5
-
-
-def rank_number() -> int:
-    """This process's rank, before anything is imported that may fail."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def answer(order: Order, peer: str | None) -> HostAnswer:

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -164,10 +163,6 @@ def test_a_command_with_another_spelling() -> None:
 # Extras --------------------------------------------------------------------------------------------------------------
 
 
-def not_installed(name: str) -> None:
-    raise PackageNotFoundError(name)
-
-
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setitem(sys.modules, "rouge_score", None)
@@ -176,7 +171,7 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"this needs deepspeed and rouge_score; .*\[train,eval\]"):
         require_extra("train", "eval")
     require_extra("eval", only=["sacrebleu"])
-    monkeypatch.setattr("megatron_tiedlora.base.extras.distribution", not_installed)
+    monkeypatch.setattr("megatron_tiedlora.base.extras._installed", lambda name: None)
     with pytest.raises(UserError, match=r"pip install '?" + re.escape(f"{ROOT}[train]")):
         require_extra("train")
     assert "[eval]" in str(missing_module(ModuleNotFoundError(name="rouge_score.tokenizers")))

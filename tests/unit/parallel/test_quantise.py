@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import quantised_oracle as oracle
 import torch
+from quantised_models import bytes_of
 
 from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.parallel import quantise
@@ -72,9 +73,9 @@ def test_scales_depend_on_whole_blocks_alone() -> None:
 
 def test_bytes_of_the_table() -> None:
     nf4, int8 = BASE_FORMATS["nf4"], BASE_FORMATS["int8"]
-    assert nf4.num_bytes(10, 4096) * 8 == 10 * 4096 * 4.5 and int8.num_bytes(10, 4096) == 10 * (4096 + 4)
-    assert nf4.num_bytes(1, 1376, shards_rows=True) * 8 == 1376 * 5, "scales in parts of 32"
-    assert nf4.num_bytes(1, 1376) == 688 + 22 * 4 and nf4.num_bytes(1, 7) == 4 + 4, "a short last block"
+    assert bytes_of(nf4, 10, 4096) * 8 == 10 * 4096 * 4.5 and bytes_of(int8, 10, 4096) == 10 * (4096 + 4)
+    assert bytes_of(nf4, 1, 1376, shards_rows=True) * 8 == 1376 * 5, "scales in parts of 32"
+    assert bytes_of(nf4, 1, 1376) == 688 + 22 * 4 and bytes_of(nf4, 1, 7) == 4 + 4, "a short last block"
     assert nf4.stored_block(1376, shards_rows=True) == 32 and nf4.stored_block(1376) == 64
     assert set(BASE_FORMATS) == {"int8", "fp8", "nf4"} and all(key == row.name for key, row in BASE_FORMATS.items())
 

@@ -13,9 +13,9 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.runtime import launch_env
 from megatron_tiedlora.runtime.launch_env import (
     first_to_fail,
-    local_rank,
     prepare_environment,
     rank_and_world_size,
+    rank_number,
     slurm_port,
 )
 
@@ -51,7 +51,7 @@ def start(environment: pytest.MonkeyPatch, **variables: str) -> tuple[int, int]:
 
 def test_srun_without_any_wrapper(bare: pytest.MonkeyPatch) -> None:
     assert start(bare, **SLURM_STEP) == (3, 4)
-    assert [os.environ[name] for name in VARIABLES[2:4]] == ["1", "gpu7"] and local_rank() == 1
+    assert [os.environ[name] for name in VARIABLES[2:4]] == ["1", "gpu7"] and rank_number(local=True) == 1
     assert 15_000 <= int(os.environ["MASTER_PORT"]) < 30_000
     assert slurm_port({**os.environ, "SLURM_STEP_ID": "1"}) != int(os.environ["MASTER_PORT"]), "steps beside each other"
 
@@ -70,7 +70,7 @@ def test_mpirun_within_a_slurm_step(bare: pytest.MonkeyPatch) -> None:
     """Its daemons are the step's tasks, so the ranks inherit Slurm's variables of a daemon."""
     assert start(bare, **MPI, **SLURM_STEP) == (5, 8)
     assert "RANK" not in os.environ, "left for discovery"
-    assert local_rank() == 1
+    assert rank_number(local=True) == 1
 
 
 def test_mpirun_with_a_master_that_was_given(bare: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.train_fields import TENSORBOARD, TRACKER_NAMES
-from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
-from megatron_tiedlora.runtime.trackers import check_installed
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, check_trackers
 
 ROW = {"step": 1, "split": "train", "loss": 0.5}
 CALLS: list[Any] = []
@@ -131,16 +130,16 @@ def test_no_tensorboard_if_it_is_not_asked_for(tmp_path: Path) -> None:
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_installed(())
+    check_trackers(())
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    check_installed((TENSORBOARD,))
+    check_trackers((TENSORBOARD,))
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UserError, match="tensorboard is not installed; pip install tensorboard, or give"):
-        check_installed((TENSORBOARD,))
+        check_trackers((TENSORBOARD,))
     (tmp_path / "dvclive").mkdir()  # what a client leaves behind is no package
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match="--report_to dvclive: the package dvclive is not installed; pip install"):
-        check_installed(("dvclive",))
+        check_trackers(("dvclive",))
 
 
 def test_every_name_is_one_of_accelerate() -> None:
