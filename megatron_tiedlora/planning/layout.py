@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -137,8 +137,7 @@ SampleRow = NDArray[np.bool_]
 """Whether each token of a row's samples, end to end, is supervised; never the first of a sample."""
 
 
-@dataclass(frozen=True)
-class MicroBatchShape:
+class MicroBatchShape(NamedTuple):
     """The sizes of a micro-batch that its messages and its work depend on.
 
     Attributes:
@@ -158,39 +157,6 @@ class MicroBatchShape:
     def num_tokens(self) -> int:
         """All positions."""
         return sum(self.tokens)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The micro-batches of a step on a data-parallel rank.
-
-    Attributes:
-        kinds: the different ones.
-        order: by micro-batch in the order in which they run, its index in `kinds`.
-    """
-
-    kinds: tuple[MicroBatchShape, ...]
-    order: tuple[int, ...]
-
-    @classmethod
-    def of(cls, shapes: Iterable[MicroBatchShape]) -> Batches:
-        """Micro-batches in their order."""
-        indices: dict[MicroBatchShape, int] = {}
-        order = tuple(indices.setdefault(batch, len(indices)) for batch in shapes)
-        return cls(tuple(indices), order)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    @property
-    def shapes(self) -> tuple[MicroBatchShape, ...]:
-        """Their shapes, in order."""
-        return tuple(self.kinds[index] for index in self.order)
-
-    @property
-    def adapters(self) -> list[int]:
-        """The numbers of the adapters that take the step."""
-        return sorted({adapter for batch in self.kinds for adapter in batch.adapters})
 
 
 def assumed_row(layout: Layout) -> SampleRow:

@@ -110,12 +110,8 @@ def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: int) -> StageWo
 
 
 def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> Traffic:
-    """The messages that a rank of the stage sends in one step, without DeepSpeed's in the data-parallel group.
-
-    The adapters that own tokens in the micro-batches take the step.
-    """
-    taking = sorted({adapter for shape in micro_batches for adapter in shape.adapters})
-    traffic = once_traffic(stage, taking)
+    """The messages that a rank of the stage sends in one step, without DeepSpeed's in the data-parallel group."""
+    traffic = once_traffic(stage, micro_batches)
     for shape, number in Counter(micro_batches).items():
         for work in stage_work(stage, shape):
             traffic.include(work.sent, times=number)
@@ -216,18 +212,17 @@ def _reading(stage: StagePlan) -> AdapterReading:
 STOP_VOTES_BYTES = FP64 * len(StopVotes._fields)
 
 
-def once_traffic(stage: StagePlan, taking: Sequence[int]) -> Traffic:
+def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> Traffic:
     """The messages that a rank of the stage sends once in a step, without DeepSpeed's in the data-parallel group.
 
     u is the same on the ranks of a stage, a tied tensor on those of all stages, another one on data-parallel ranks. If
     DeepSpeed steps the adapter, it sums over data-parallel ranks, which is all that u needs without tensor parallelism,
     and a tied tensor without a pipeline. A tied u is summed over tensor-parallel ranks before.
 
-    Args:
-        taking: the numbers of the adapters that take the step.
+    The adapters that own tokens in the micro-batches take the step.
     """
     layout, traffic, summed = stage.layout, Traffic(), Counter[str]()  # by group, numbers of gradients
-    data = layout.dp_size > 1
+    data, taking = layout.dp_size > 1, sorted({adapter for shape in micro_batches for adapter in shape.adapters})
     for part in stage.owned_by(taking).parts:
         for name in trained_tensors(part):
             is_u, tied = part.config.tensors[name][1] == "u", part.config.is_tied(name)

@@ -147,7 +147,7 @@ class Planned:
         Args:
             of_engine: whether DeepSpeed's messages in the data-parallel group are counted, by their upper bounds.
         """
-        stage, shapes = self.stage(index), self.step.batches.shapes
+        stage, shapes = self.stage(index), self.step.batches
         sent = step_traffic(stage, shapes)
         if of_engine:
             sent.include(engine_traffic(stage, num_micro_batches=len(shapes)))
@@ -206,7 +206,8 @@ class Planned:
     def parts(self) -> StepParts:
         """What the time of a step follows from."""
         batches, first_of = self.step.batches, self._first_of
-        passes = {index: [self._seconds(index, batch) for batch in batches.kinds] for index in self._first_stages}
+        kinds = set(batches)
+        passes = {index: {batch: self._seconds(index, batch) for batch in kinds} for index in self._first_stages}
         shards = (*self._values(_STORAGE), len(batches)) if self.layout.zero_stage >= 2 else ()
         sums = self._once(
             "sums", lambda: max(sum(term.seconds for term in self.sum_terms(index)) for index in passes), *shards

@@ -176,7 +176,7 @@ def _batches(step: StepPlan, data: Data) -> list[str]:
                 " make fewer"
             )
     if step.layout.named:
-        shapes = step.batches.shapes
+        shapes = step.batches
         apart, positions = sum(len(shape.adapters) for shape in shapes), sum(shape.num_tokens for shape in shapes)
         lines.append(
             f"  step 1: {len(shapes):,} micro-batches on a data-parallel rank, which hold {apart:,} of single"
@@ -360,7 +360,7 @@ def time_lines(planned: Planned) -> list[str]:
     """The planned time of a step: by what it is spent on, then term by term on the stage that works longest."""
     spent, work, batches, parts = planned.seconds, planned.work, planned.step.batches, planned.parts
     index, passes = parts.busiest()
-    batch = max(batches.kinds, key=lambda one: one.num_tokens)
+    batch = max(batches, key=lambda one: one.num_tokens)
     forward, backward = planned.pass_terms(index, batch)
     number, stages = count_text(len(batches), "micro-batch"), count_text(len(parts.stages), "stage")
     return [

@@ -19,7 +19,6 @@ from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.planning.adapter_plans import Data, Plans, shared_plan
 from megatron_tiedlora.planning.layout import (
-    Batches,
     Layout,
     MicroBatchShape,
     SampleRow,
@@ -128,18 +127,18 @@ class StepPlan:
         return plan_stages(self.shape, self.layout)
 
     @cached_property
-    def batches(self) -> Batches:
-        """This rank's micro-batches of the step."""
+    def batches(self) -> tuple[MicroBatchShape, ...]:
+        """This rank's micro-batches of the step, in the order in which they run."""
         rows = {name: self._rows(name) for name in self._taking}
         squared = {name: self._squared(name) for name in self._taking}
 
         @cache
         def batch_of(*some: tuple[str, int]) -> MicroBatchShape:
             shape = shared_shape(self.layout, [(self._numbers[name], rows[name][index]) for name, index in some])
-            return replace(shape, squared_lengths=sum(squared[name][index] for name, index in some))
+            return shape._replace(squared_lengths=sum(squared[name][index] for name, index in some))
 
         alike = self.samples is None  # all micro-batches of an adapter
-        return Batches.of(batch_of(*((name, 0 if alike else index) for name, index in some)) for some in self.rounds)
+        return tuple(batch_of(*((name, 0 if alike else index) for name, index in some)) for some in self.rounds)
 
     @cached_property
     def largest(self) -> LargestMicroBatch:

@@ -129,7 +129,7 @@ def test_a_token_s_bytes_are_those_of_its_own_adapter() -> None:
     stage = plan_stages(SHAPE, layout)[0]
     before = MicroBatchShape(tuple(range(4)), (64,) * 4, (16,) * 4, 64)
     for number, own in enumerate(layout.adapters):
-        more = replace(before, tokens=tuple(72 if number == other else 64 for other in range(4)))
+        more = before._replace(tokens=tuple(72 if number == other else 64 for other in range(4)))
         grown = saved_bytes(stage, more) - saved_bytes(stage, before)
         of_last = 2 * (3 * d + 2 * k + own.rank) + 4 * (1 + SHAPE.heads.num)  # what follows its attention is not saved
         of_others = saved_per_token(SHAPE, replace(layout, adapters=(own,))) + 2 * own.rank * (not trains_f(own))
@@ -220,8 +220,8 @@ def test_the_work_of_a_shared_micro_batch_is_that_of_its_parts(recompute: str) -
     rows = [np.arange(96) % 3 > 0] * 2
     parts = [shared_shape(stage.layout, [(number, rows)]) for number in range(3)]
     shape = shared_shape(stage.layout, [(number, rows) for number in range(3)])
-    apart = [stage_work(stage, replace(part, squared_lengths=2 * 96**2)) for part in parts]
-    together = stage_work(stage, replace(shape, squared_lengths=3 * 2 * 96**2))
+    apart = [stage_work(stage, part._replace(squared_lengths=2 * 96**2)) for part in parts]
+    together = stage_work(stage, shape._replace(squared_lengths=3 * 2 * 96**2))
     for index, whole in enumerate(together):
         singles = [work[index] for work in apart]
         for name in ("linears", "head", "attention"):

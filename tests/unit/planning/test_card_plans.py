@@ -51,7 +51,7 @@ def test_a_layer_rounds_what_its_linears_multiply(model: str, tensor: int, forwa
     found = []
     for layers in (3, 4):
         candidate = the_only(*flags, "--layers=1", source=short(model, layers), ranks=tensor)
-        work = stage_work(candidate.stage(0), candidate.step.batches.kinds[0])
+        work = stage_work(candidate.stage(0), candidate.step.batches[0])
         found.append((work.forward["rounded"], work.backward["rounded_back"]))
     layer = [(many - few) / 1024 for few, many in zip(*found, strict=True)]
     assert layer == [forward, backward]
