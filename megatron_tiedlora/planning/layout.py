@@ -28,16 +28,12 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import layer_costs, partition
 from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights, padded
-from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.planning.trace import Kind
 
 # On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
 # are off (docs/performance.md).
 GPU_MULTIPLE = 128
-# The layers of a rank process so many numbers in a run before compiling pays: a CPU compiles for half a minute at
-# first, and saves about a quarter of each step.
-LEAST_WORK = 5e9
 
 
 @dataclass(frozen=True)
@@ -124,12 +120,6 @@ class Layout:
         return math.lcm(GPU_MULTIPLE if self.on_gpu else PAD_MULTIPLE, self.sequence_parts)
 
 
-def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
-    """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""
-    widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
-    return num_tokens / grid.dp_size * widths >= least_work
-
-
 # The micro-batches of a step ------------------------------------------------------------------------------------------
 
 
@@ -157,15 +147,6 @@ class MicroBatchShape(NamedTuple):
     def num_tokens(self) -> int:
         """All positions."""
         return sum(self.tokens)
-
-
-def assumed_row(layout: Layout) -> SampleRow:
-    """A row of a run without data: one full sample, of which all tokens are supervised.
-
-    No position predicts the first token of a sample.
-    """
-    row: SampleRow = np.arange(layout.length) > 0
-    return row
 
 
 def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> MicroBatchShape:

@@ -16,7 +16,7 @@ from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.parallel.traffic import Traffic
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages
 from megatron_tiedlora.planning.machines import Constant, Machine
-from megatron_tiedlora.planning.memory import StageMemory, held_memory, with_reserves
+from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.passes import StageWork, engine_traffic, stage_work, step_traffic
 from megatron_tiedlora.planning.step_plan import StepPlan, Work
 from megatron_tiedlora.planning.step_time import (
@@ -120,7 +120,7 @@ class Planned:
     def memory(self, index: int) -> StageMemory:
         """The bytes of a rank of a stage."""
         stage = self.stage(index)
-        step = self._once("step_memory", lambda: self.step.largest.step_memory(stage), index)
+        step = self._once("step_memory", lambda: step_memory(stage, self.step.largest), index)
         return with_reserves(stage, self._held(index).plus(step), self.machine)
 
     @cached_property

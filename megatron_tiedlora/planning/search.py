@@ -52,11 +52,6 @@ class Storage(NamedTuple):
             return self.base or UNQUANTISED
         return "fp8-transposed" if self.keep_transposed else "fp8-products"
 
-    @property
-    def num_changes(self) -> int:
-        """How many of the three flags differ from a run in 16 bits."""
-        return sum(map(bool, self))
-
 
 STORAGES = (Storage(), *map(Storage, BASE_NAMES), Storage("fp8", "fp8"), Storage("fp8", "fp8", True))
 
@@ -143,7 +138,7 @@ class ClusterPlan:
         """
         rows = [one for one in self._fitting if one.storage in self.ranked]
         ties = sum(one.seconds.total <= _TIE * rows[0].seconds.total for one in rows)
-        rows[:ties] = sorted(rows[:ties], key=lambda one: one.storage.num_changes)  # it is stable
+        rows[:ties] = sorted(rows[:ties], key=lambda one: sum(map(bool, one.storage)))  # it is stable
         return rows
 
     @cached_property

@@ -14,8 +14,8 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import find_machine
 from megatron_tiedlora.planning.layout import MicroBatchShape, StagePlan
-from megatron_tiedlora.planning.machines import GPUS, Constant, Machine, default_machine
-from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
+from megatron_tiedlora.planning.machines import CPU, GPUS, Constant, Machine
+from megatron_tiedlora.planning.memory import LargestMicroBatch, StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.planned import Cluster
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
@@ -40,7 +40,7 @@ def short(model: str, num_layers: int) -> ModelSource:
 
 def largest_memory(step: StepPlan, stage: StagePlan, machine: Machine) -> StageMemory:
     """All that a rank of a stage needs for the largest micro-batch of a step."""
-    return with_reserves(stage, held_memory(stage).plus(step.largest.step_memory(stage)), machine)
+    return with_reserves(stage, held_memory(stage).plus(step_memory(stage, step.largest)), machine)
 
 
 def searched(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100) -> ClusterPlan:
@@ -90,8 +90,8 @@ def stage_memory(
     machine: Machine | None = None,
 ) -> StageMemory:
     """The bytes that a rank of a stage needs, if its largest micro-batch is this one."""
-    step = step_memory(stage, tokens=tokens, documents=documents, longest=longest or tokens, adapters=adapters)
-    machine = machine or default_machine(on_gpu=stage.layout.on_gpu)
+    step = step_memory(stage, LargestMicroBatch(tokens, documents, longest or tokens, (tuple(adapters),)))
+    machine = machine or (H100 if stage.layout.on_gpu else CPU)
     return with_reserves(stage, held_memory(stage).plus(step), machine)
 
 
