@@ -223,13 +223,16 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
     """
     layout, traffic, summed = stage.layout, Traffic(), Counter[str]()  # by group, numbers of gradients
     data, taking = layout.dp_size > 1, sorted({adapter for shape in micro_batches for adapter in shape.adapters})
+    ranks_of_stage = STAGE if layout.pp_size > 1 else WORLD
+    if min(layout.tp_size, layout.dp_size) == 1:  # a group has one name; see `named_handles`
+        ranks_of_stage = DATA if layout.tp_size == 1 else TENSOR
     for part in stage.owned_by(taking).parts:
         for name in trained_tensors(part):
             is_u, tied = part.config.tensors[name][1] == "u", part.config.is_tied(name)
             if is_u and tied and layout.tp_size > 1 and (part.layers or not layout.engine_steps):
-                summed[_stage_group(layout) if layout.engine_steps else TENSOR] += part.local_size(name)
+                summed[ranks_of_stage if layout.engine_steps else TENSOR] += part.local_size(name)
             if is_u and not tied:
-                ours, group = layout.tp_size > 1, _stage_group(layout)
+                ours, group = layout.tp_size > 1, ranks_of_stage
             elif tied:
                 ours, group = layout.pp_size > 1, TIED if layout.pp_size > 1 else DATA
             else:
@@ -276,12 +279,3 @@ def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
 
 def _norm_bytes(layout: Layout) -> int:
     return FP32 if layout.engine_steps and layout.zero_stage < 3 else FP64
-
-
-def _stage_group(layout: Layout) -> str:
-    """The name of the group of a stage's ranks; see `named_handles`."""
-    if layout.tp_size == 1:
-        return DATA
-    if layout.dp_size == 1:
-        return TENSOR
-    return WORLD if layout.pp_size == 1 else STAGE

@@ -17,7 +17,7 @@ from megatron_tiedlora.parallel.traffic import Traffic
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages
 from megatron_tiedlora.planning.machines import Constant, Machine
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
-from megatron_tiedlora.planning.passes import StageWork, engine_traffic, stage_work, step_traffic
+from megatron_tiedlora.planning.passes import engine_traffic, stage_work, step_traffic
 from megatron_tiedlora.planning.step_plan import StepPlan, Work
 from megatron_tiedlora.planning.step_time import (
     DTYPES,
@@ -216,7 +216,8 @@ class Planned:
 
     def pass_terms(self, index: int, batch: MicroBatchShape) -> tuple[list[Term], list[Term]]:
         """What the passes of a micro-batch on a stage spend their time on."""
-        return stage_terms(self._passes(index, batch), self.stage(index), self.links, self.machine)
+        work = self._once("stage_work", lambda: stage_work(self.stage(index), batch), index, batch)
+        return stage_terms(work, self.stage(index), self.links, self.machine)
 
     def sum_terms(self, index: int) -> list[Term]:
         """The messages once a step of a stage's rank."""
@@ -256,9 +257,6 @@ class Planned:
 
     def _held(self, index: int) -> StageMemory:
         return self._once("held_memory", lambda: held_memory(self.stage(index)), index)
-
-    def _passes(self, index: int, batch: MicroBatchShape) -> StageWork:
-        return self._once("stage_work", lambda: stage_work(self.stage(index), batch), index, batch)
 
     def _seconds(self, index: int, batch: MicroBatchShape) -> tuple[Seconds, Seconds]:
         gathers = self._values(_ENGINE) if self.layout.zero_stage == 3 else ()

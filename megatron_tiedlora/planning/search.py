@@ -298,15 +298,10 @@ class PlannedRun:
         """Rows of a micro-batch: the divisors of a rank's part of the global batch, of each adapter's if several."""
         if self.settings.micro_batch_size is not None:
             return [self.settings.micro_batch_size]
-        share, rest = divmod(self.common_batch, max(dp_size, 1))
-        return [1] if rest else divisors(share)
-
-    @cached_property
-    def common_batch(self) -> int:
-        """The most samples that divide the global batch of each adapter."""
         given = (own for own in self.adapters.values() if "global_batch_size" in own.model_fields_set)
         assumed = [self.settings.global_batch_size] if self.assumes("global_batch_size") else []
-        return math.gcd(*(own.global_batch_size for own in given), *assumed)
+        share, rest = divmod(math.gcd(*(own.global_batch_size for own in given), *assumed), max(dp_size, 1))
+        return [1] if rest else divisors(share)
 
     @property
     def plans_of_step(self) -> Plans:
