@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +24,9 @@ from numpy.typing import NDArray
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, padded_positions
-from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.layer_specs import StoredTensor, stored_tensors
 from megatron_tiedlora.model.partition import layer_costs, partition
-from megatron_tiedlora.parallel.fp8_products import weight_maker
-from megatron_tiedlora.parallel.frozen_weight import frozen_weights, padded
-from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.planning.trace import Kind
 
 # On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
@@ -179,46 +177,6 @@ def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]
 # The stages -----------------------------------------------------------------------------------------------------------
 
 
-class StoredTensor(NamedTuple):
-    """A parameter of a base: its elements, the bytes of each, and whether it belongs to a quantised weight."""
-
-    size: int
-    itemsize: int
-    quantised: bool = False
-
-    @property
-    def num_bytes(self) -> int:
-        """All of its bytes."""
-        return self.size * self.itemsize
-
-
-@cache
-def stored_tensors(
-    shape: ModelShape, dtype: torch.dtype, tp_size: int, base_format: str | None, products: str | None, transposed: bool
-) -> Mapping[str, Counter[StoredTensor]]:
-    """The parameters that a rank holds of the embedding, of a block and of the head: how many of each size.
-
-    They are those of the modules, which are built without memory. All blocks have the same.
-    """
-    with torch.device("meta"):
-        maker = weight_maker(base_format, products=products, keep_transposed=transposed)
-        specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, make_weight=maker)
-        modules = {spec.kind: spec.build() for spec in (specs[0], specs[1], specs[-1])}
-    found = {}
-    for kind, module in modules.items():
-        quantised = {
-            id(parameter)
-            for weight in frozen_weights(module).values()
-            if isinstance(weight, QuantisedWeight)
-            for parameter in weight.parameters.values()
-        }
-        found[kind] = Counter(
-            StoredTensor(parameter.numel(), parameter.itemsize, id(parameter) in quantised)
-            for parameter in module.parameters()
-        )
-    return found
-
-
 @dataclass(frozen=True)
 class StagePlan:
     """One stage of a model under a layout.
@@ -287,12 +245,12 @@ class StagePlan:
         A stage has an anchor of one number too, unless an engine finds adapted layers in it.
         """
         anchor = () if self.layout.engine_steps and self.parts[0].layers else (1,)
-        return (*anchor, *(part.local_size(name) for part in self.parts for name in trained_tensors(part)))
+        return (*anchor, *(part.local_size(name) for part in self.parts for name in part.names(trained=True)))
 
     @property
     def held(self) -> tuple[int, ...]:
         """The numbers in each tensor of a rank outside the base: trained ones, then frozen factors."""
-        return (*self.trained, *(part.local_size(name) for part in self.parts for name in frozen_tensors(part)))
+        return (*self.trained, *(part.local_size(name) for part in self.parts for name in part.names(trained=False)))
 
     def owned_by(self, adapters: Sequence[int]) -> StagePlan:
         """The stage for a micro-batch whose tokens belong to these adapters of the layout."""
@@ -315,16 +273,6 @@ class StagePlan:
             )
             found.setdefault(kind, []).append(block)
         return found
-
-
-def trained_tensors(part: AdapterPart) -> list[str]:
-    """The trained tensors of a rank's part."""
-    return [name for name in part.config.num_trained() if part.exists(name)]
-
-
-def frozen_tensors(part: AdapterPart) -> list[str]:
-    """Its frozen factors."""
-    return [name for name in part.config.tensors if part.exists(name) and not part.config.factor(name).trained]
 
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:

@@ -20,7 +20,7 @@ from megatron_tiedlora.model.cpu_attention import tile_size
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.kernels import COPIES_ON_CPU, NUMBERS_AT_ONCE
 from megatron_tiedlora.planning.counting import ATTENTION, Moment
-from megatron_tiedlora.planning.layout import Layout, StagePlan, frozen_tensors, trained_tensors
+from megatron_tiedlora.planning.layout import Layout, StagePlan
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.passes import FP32, factor_bytes, traces
 from megatron_tiedlora.planning.trace import Sizes
@@ -185,7 +185,7 @@ def _buffer_bytes(stage: StagePlan) -> float:
 
 def bank_bytes(part: AdapterPart) -> int:
     """The bytes of one adapter of a bank on a rank, in every ZeRO stage: tensors, gradients and two moments."""
-    trained, frozen = (sum(map(part.local_size, names)) for names in (trained_tensors(part), frozen_tensors(part)))
+    trained, frozen = (sum(map(part.local_size, part.names(trained=trained))) for trained in (True, False))
     return FP32 * (4 * trained + frozen)
 
 

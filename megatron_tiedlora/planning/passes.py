@@ -18,7 +18,7 @@ from megatron_tiedlora.model.batch import PAD_MULTIPLE
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
-from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages, trained_tensors
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages
 from megatron_tiedlora.planning.trace import AdapterReading, Kind, Sizes, Trace, Tracer
 from megatron_tiedlora.runtime.stopping import StepVotes, StopVotes
 
@@ -227,7 +227,7 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
     if min(layout.tp_size, layout.dp_size) == 1:  # a group has one name; see `named_handles`
         ranks_of_stage = DATA if layout.tp_size == 1 else TENSOR
     for part in stage.owned_by(taking).parts:
-        for name in trained_tensors(part):
+        for name in part.names(trained=True):
             is_u, tied = part.config.tensors[name][1] == "u", part.config.is_tied(name)
             if is_u and tied and layout.tp_size > 1 and (part.layers or not layout.engine_steps):
                 summed[ranks_of_stage if layout.engine_steps else TENSOR] += part.local_size(name)
