@@ -62,8 +62,7 @@ class Term(NamedTuple):
         return (self.amount / self.rate if self.rate else 0.0) + self.fixed
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """What carries the messages of a group.
 
     Attributes:
@@ -76,18 +75,14 @@ class Link:
     num_nodes: int
     per_node: int
 
-    def bandwidth(self, machine: Machine) -> float:
-        """Bytes per second of each rank, in one direction."""
-        inside = machine["node_bandwidth"] * machine["node_link"]
-        if self.num_nodes == 1:
-            return inside
-        return min(inside, self.per_node * machine["network_bandwidth"] * machine["network_link"])
-
     def term(self, kind: str, count: int, num_bytes: float, machine: Machine, *, purpose: str) -> Term:
         """The time of `count` messages of `num_bytes` together, one after another."""
         carried = num_bytes * _RINGS[kind] * (self.size - 1) / self.size if kind in _RINGS else num_bytes
         label, fixed = f"{kind}, {count_text(int(count), 'message')}", count * machine["message"]
-        return Term(purpose, label, carried, self.bandwidth(machine), "B", fixed)
+        bandwidth = machine["node_bandwidth"] * machine["node_link"]  # of each rank, in one direction
+        if self.num_nodes > 1:
+            bandwidth = min(bandwidth, self.per_node * machine["network_bandwidth"] * machine["network_link"])
+        return Term(purpose, label, carried, bandwidth, "B", fixed)
 
 
 @dataclass(frozen=True)
@@ -133,6 +128,7 @@ class Links:
 
 
 DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes
+PERSISTENT = 100_000  # numbers of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
 
 
 class Seconds(NamedTuple):
@@ -213,13 +209,25 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
     backward = pass_terms(work.backward, layout, links, machine)
     again = pass_terms(work.again, layout, links, machine) if layout.recompute != "none" else []
     backward += [term._replace(label=f"{term.label}, recomputed") for term in again]
-    for terms, goes_back in ((forward, False), (backward, True)):
-        gathers = _gather_terms(stage, links, machine)
+    gathers = []
+    if layout.zero_stage == 3 and layout.dp_size > 1:  # a message for each parameter that not all ranks keep
+        gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # those of two passes
+        count = sum(number for tensor, number in stage.local_base.items() if tensor.size > PERSISTENT)
+        gathers.append(links.by_group[DATA].term("all-gather", count, gathered, machine, purpose="gathers"))
+    for terms, sent, neighbour in (
+        (forward, work.forward.sent, stage.index),
+        (backward, work.backward.sent, stage.index - 1),
+    ):
+        beside = []
         if layout.overlaps_gathers and gathers:  # hidden behind the pass, as far as that is long enough
             hidden = min(Seconds.of(terms).total, sum(term.seconds for term in gathers))
-            gathers.append(Term("gathers", "hidden behind the pass", 0.0, 0.0, "s", fixed=-hidden))
-        terms += gathers
-        terms += _sending(stage, work.backward if goes_back else work.forward, links, machine, goes_back=goes_back)
+            beside.append(Term("gathers", "hidden behind the pass", 0.0, 0.0, "s", fixed=-hidden))
+        terms += [*gathers, *beside]
+        if layout.pp_size > 1:
+            terms.append(Term("pipeline", "DeepSpeed's instructions", 0.0, 0.0, "", fixed=machine["instruction"]))
+        if count := sent.messages[PIPELINE, "send"]:
+            link, size = links.to_next(neighbour), sent.bytes[PIPELINE, "send"]
+            terms.append(link.term("send", count, size, machine, purpose="pipeline"))
     return forward, backward
 
 
@@ -265,30 +273,6 @@ def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> list[Term]
         return [Term("dequantised", label, weights, rate, "weights")]
     of_weight = BASE_FORMATS[layout.base_format].bits / 8 + layout.dtype.itemsize
     return [Term("dequantised", label, of_weight * weights, moved, "B")]
-
-
-def _gather_terms(stage: StagePlan, links: Links, machine: Machine) -> list[Term]:
-    """What ZeRO-3 gathers for one pass: a message for each parameter that is not so small that all ranks keep it."""
-    layout = stage.layout
-    if layout.zero_stage < 3 or layout.dp_size == 1:
-        return []
-    gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # those of two passes
-    count = sum(number for tensor, number in stage.local_base.items() if tensor.size > PERSISTENT)
-    return [links.by_group[DATA].term("all-gather", count, gathered, machine, purpose="gathers")]
-
-
-PERSISTENT = 100_000  # numbers of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
-
-
-def _sending(stage: StagePlan, work: PassWork, links: Links, machine: Machine, *, goes_back: bool) -> list[Term]:
-    """Sending a pass's result to the next stage, and what DeepSpeed's pipeline adds."""
-    if stage.layout.pp_size == 1:
-        return []
-    found = [Term("pipeline", "DeepSpeed's instructions", 0.0, 0.0, "", fixed=machine["instruction"])]
-    if count := work.sent.messages[PIPELINE, "send"]:
-        link, size = links.to_next(stage.index - 1 if goes_back else stage.index), work.sent.bytes[PIPELINE, "send"]
-        found.append(link.term("send", count, size, machine, purpose="pipeline"))
-    return found
 
 
 def sum_terms(stage: StagePlan, batches: Sequence[MicroBatchShape], links: Links, machine: Machine) -> list[Term]:
