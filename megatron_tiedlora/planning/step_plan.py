@@ -18,14 +18,7 @@ from megatron_tiedlora.data.loader import GlobalBatch, fill_rounds, largest_posi
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.planning.adapter_plans import Data, Plans, shared_plan
-from megatron_tiedlora.planning.layout import (
-    Layout,
-    MicroBatchShape,
-    SampleRow,
-    StagePlan,
-    plan_stages,
-    shared_shape,
-)
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, SampleRow, StagePlan, plan_stages, shared_shape
 from megatron_tiedlora.planning.memory import LargestMicroBatch
 from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
