@@ -338,4 +338,5 @@ def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
                 clocks[stage] = gradients[stage] = start + passes[back][1, stage]
             if turn < len(passes):
                 clocks[stage] = hidden = np.maximum(clocks[stage], hidden) + passes[turn][0, stage]
-    return clocks.max(axis=0)
+    spans: NDArray[np.float64] = clocks.max(axis=0)
+    return spans
