@@ -188,7 +188,7 @@ class StepPlan:
         return largest_positions(positions, dp_size=plan.grid.dp_size)
 
     def _own(self, name: str) -> list[tuple[list[SampleRow], int]]:
-        """Of each of an adapter's micro-batches on this rank its rows, and the sum of s^2 over its samples of s tokens.
+        """The rows of each of an adapter's micro-batches on this rank, and the sum of s^2 over samples of s tokens.
 
         Without data a row is one full sample. No position predicts the first token of a sample.
         """
