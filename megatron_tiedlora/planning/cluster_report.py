@@ -123,7 +123,7 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     run rejects layouts, the most frequent reason first."""
     cluster, run = plan.cluster, plan.run
     dropped, fitting = sum(not one.has_room_for_weights for one in plan.others), len(plan.rows) + len(plan.elsewhere)
-    train, plans = run.settings, run.plans_of_step
+    train, plans = run.settings, plan.candidates[0].step.plans  # what is said of them is the same in all layouts
     nodes = count_text(-(-cluster.world_size // cluster.per_node), "node")
     where = f"{nodes} of {cluster.per_node} x {cluster.machine.title}"
     who = "" if train.adapters is None else f"{count_text(len(plans), 'adapter')} of {train.adapters}: "
@@ -270,7 +270,7 @@ def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
         about = {
             "adapters": {
                 name: {"steps": own.settings.max_steps, "global_batch_size": own.settings.global_batch_size}
-                for name, own in plan.run.plans_of_step.items()
+                for name, own in plan.candidates[0].step.plans.items()
             },
             "in_turn": None if chosen is None else {"layout": chosen.name, "hours": hours},
         }

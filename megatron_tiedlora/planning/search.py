@@ -303,11 +303,6 @@ class PlannedRun:
         share, rest = divmod(math.gcd(*(own.global_batch_size for own in given), *assumed), max(dp_size, 1))
         return [1] if rest else divisors(share)
 
-    @property
-    def plans_of_step(self) -> Plans:
-        """The plan of each adapter in one of the layouts, for what is the same in all."""
-        return next(iter(self._steps.values())).plans
-
     def plans(self, tp_size: int, pp_size: int, engine_file: str, storage: Storage) -> Plans:
         """What `plan_run` says of a layout, by adapter.
 
