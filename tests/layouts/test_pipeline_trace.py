@@ -202,7 +202,11 @@ def test_several_layouts_are_simulated_at_once(num_stages: int, num_micro_batche
         def cost(rank: int, one: Pass, step: StepParts = step) -> float:
             return step.stages[rank][step.batches[one.micro_batch]][one.kind == "B"].total
 
-        assert span == simulate(one_f_one_b(num_stages, num_micro_batches), cost)
+        order = one_f_one_b(num_stages, num_micro_batches)
+        assert span == simulate(order, cost)
+        worked = [sum(cost(rank, one) for one in passes) for rank, passes in enumerate(order)]
+        index, spent = step.busiest()
+        assert index == worked.index(max(worked)) and spent.total == pytest.approx(max(worked))
 
 
 @pytest.mark.parametrize("key", CASES, ids=str)
