@@ -226,6 +226,11 @@ class AdapterPart:
         factor = self.config.factor(name)
         return (factor.trained or factor.start != "one") and len(self.slots(name)) > 0
 
+    def names(self, *, trained: bool) -> list[str]:
+        """The tensors that the rank has: trained ones, or frozen factors."""
+        config = self.config
+        return [name for name in config.tensors if self.exists(name) and config.factor(name).trained == trained]
+
     def local_shape(self, name: str) -> tuple[int, ...]:
         """The shape of this rank's part."""
         shape = self.config.shape(name)

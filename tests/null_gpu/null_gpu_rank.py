@@ -195,9 +195,9 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
 
 
 def _planned(plan: Any, **largest: int) -> float:
-    from megatron_tiedlora.planning.memory import held_memory, step_memory
+    from megatron_tiedlora.planning.memory import LargestMicroBatch, held_memory, step_memory
 
-    return held_memory(plan.stages[0]).plus(step_memory(plan.stages[0], **largest)).total
+    return held_memory(plan.stages[0]).plus(step_memory(plan.stages[0], LargestMicroBatch(**largest))).total
 
 
 def _compiling(order: Order, take: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:
