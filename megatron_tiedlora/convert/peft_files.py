@@ -461,10 +461,10 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
         state: dict[str, torch.Tensor] = {}
         for target in targets:
             linear = adapted[target.name]
-            (module,) = {part.module for part in linear.sources}
+            (name,) = {part.module for part in linear.sources}
             parts = zip(linear.sources, linear.blocks, strict=True)
             rows = torch.cat([torch.arange(part.start, part.start + size) for part, size in parts])
-            of_layers = [vectors[Module(layer, module)] for layer in layers]
+            of_layers = [vectors[Module(layer, name)] for layer in layers]
             state |= {
                 f"{target.prefix}A": a[:, : linear.in_size].clone(),  # a file holds no tensor twice
                 f"{target.prefix}B": b[rows],

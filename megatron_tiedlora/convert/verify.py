@@ -290,11 +290,12 @@ def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted:
 
 def format_comparisons(results: Sequence[LogitComparison]) -> str:
     """A table of comparisons, one per line under a heading."""
-    rows = [("logits against base + adapter", "max diff", "mean diff", "KL", "top-1", "verdict")]
+    heading = ("logits against base + adapter", "max diff", "mean diff", "KL", "top-1", "verdict")
+    rows = []
     for row in results:
-        numbers = (f"{number:.1e}" for number in (row.largest, row.mean, row.divergence))
-        rows.append((row.name, *numbers, f"{row.agreement:.1%}", row.verdict))
-    return "\n".join(map(printable, aligned_lines(rows, align="<>>>><")))
+        numbers = [f"{number:.1e}" for number in (row.largest, row.mean, row.divergence)]
+        rows.append([row.name, *numbers, f"{row.agreement:.1%}", row.verdict])
+    return "\n".join(map(printable, aligned_lines([heading, *rows], align="<>>>><")))
 
 
 def has_peft() -> bool:
