@@ -247,7 +247,7 @@ def _meet_nobody(world_size: int) -> None:
 
 def _believe_all_numbers() -> None:
     """No check of a value ends the run: losses, norms and gradients are whatever was in memory."""
-    from megatron_tiedlora.engine.optimizers import EngineOptimizer, OwnOptimizers
+    from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers
     from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
     from megatron_tiedlora.training import step
 
@@ -260,7 +260,7 @@ def _believe_all_numbers() -> None:
     step.after_steps = lambda *_: {}
     # DeepSpeed's ZeRO-3 prints its parameters, whose garbage takes printing many gigabytes.
     torch.Tensor.__repr__ = lambda self, **_: str(tuple(self.shape))  # type: ignore[assignment, method-assign]
-    for kind in (EngineOptimizer, OwnOptimizers):
+    for kind in (EngineOptimizer, Optimizers):
         kind.take = _finite(kind.take)  # type: ignore[method-assign]
     step.math = _FiniteMath()  # type: ignore[attr-defined]
 

@@ -46,8 +46,8 @@ def test_a_killed_rank_is_named(base: Base, tmp_path: Path, rank: int) -> None:
 POINTS = {  # of a step: (rank that is killed, function, at which call: all of them after the first step)
     "forward": (1, "megatron_tiedlora.model.linears", "Projection._enter", 80),
     "backward": (0, "megatron_tiedlora.model.linears", "Projection._leave", 22),
-    "sum": (1, "megatron_tiedlora.engine.optimizers", "sum_gradients_", 3),
-    "update": (0, "megatron_tiedlora.engine.optimizers", "EngineOptimizer.take", 3),
+    "sum": (1, "megatron_tiedlora.engine.runner", "sum_gradients_", 3),
+    "update": (0, "megatron_tiedlora.engine.runner", "EngineOptimizer.take", 3),
     "checks": (1, "megatron_tiedlora.training.step", "after_steps", 3),
 }
 
