@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import UserError, user_path
 from megatron_tiedlora.checkpoint.base_identity import check_same_base
 from megatron_tiedlora.checkpoint.model_in_memory import (
     base_layer_of,

@@ -11,8 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.base.errors import UserError, nearest_name
 
 Start = Literal["normal", "zero", "one"]
 Sharing = Literal["all", "one"] | int | tuple[tuple[int, ...], ...]

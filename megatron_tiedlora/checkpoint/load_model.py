@@ -9,8 +9,7 @@ import torch
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.errors import UserError, count_text
 from megatron_tiedlora.checkpoint.base_weights import load_base_weights
 from megatron_tiedlora.checkpoint.merged_weights import MergedWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter

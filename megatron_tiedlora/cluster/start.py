@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.errors import UserError, count_text, show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.ownership import owner_in_words
-from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.cluster.launchers import Job, Route, StartPlan, plan_start
 from megatron_tiedlora.cluster.running import RunningJob, StatusFile, StopSignals, Times, Watch, judge, say, stamp

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.errors import nearest_name, show
 from megatron_tiedlora.base.extras import __version__
-from megatron_tiedlora.base.wording import nearest_name
 
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 PROGRAM = "tiedlora"

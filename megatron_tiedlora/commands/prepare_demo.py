@@ -21,10 +21,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from megatron_tiedlora.base.checksums import file_sha256
-from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.errors import UserError, show, user_path
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.output_folder import require_room
-from megatron_tiedlora.base.paths import make_own_folder, user_cache, user_path
+from megatron_tiedlora.base.output_folder import make_own_folder, require_room, user_cache
 from megatron_tiedlora.checkpoint.sources import demo_model_path
 from megatron_tiedlora.config.tool_settings import PrepareDemoSettings
 

@@ -25,13 +25,18 @@ from numpy.typing import NDArray
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, write_json
 from megatron_tiedlora.base.checksums import check_seal, file_sha256, sealed
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.output_folder import partial_folder, remove_abandoned_outputs, take_output
+from megatron_tiedlora.base.errors import UserError, bytes_in_words
+from megatron_tiedlora.base.output_folder import (
+    CACHE_VARIABLE,
+    make_own_folder,
+    partial_folder,
+    remove_abandoned_outputs,
+    take_output,
+    user_cache,
+)
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
-from megatron_tiedlora.base.paths import CACHE_VARIABLE, make_own_folder, user_cache
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import read_json_object
-from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.data.encode import Encoding, NumberedRow, encoded_rows
 from megatron_tiedlora.data.sources import Files, RowStream, mixed, row_stream, source_kind
 from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows

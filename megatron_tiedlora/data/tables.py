@@ -13,8 +13,7 @@ from typing import Any
 
 from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.child_process import limited
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.base.errors import UserError, first_line
 
 _PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"
 

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.errors import UserError, count_text
 
 FACTS = np.dtype(
     [("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np.int32)]

@@ -10,8 +10,7 @@ import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.errors import UserError, count_text
 
 Key = TypeVar("Key")
 

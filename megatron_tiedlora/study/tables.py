@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.errors import markdown_lines, printable
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.base.wording import markdown_lines
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.families import shape_from_hf

@@ -22,10 +22,9 @@ from pathlib import Path
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import make_private_folder
+from megatron_tiedlora.base.errors import UserError, first_line
+from megatron_tiedlora.base.output_folder import make_private_folder
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage

@@ -13,7 +13,7 @@ import pytest
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import CACHE_VARIABLE
+from megatron_tiedlora.base.output_folder import CACHE_VARIABLE
 from megatron_tiedlora.checkpoint.sources import demo_model_path, find_model
 from megatron_tiedlora.cluster.doctor import rank
 from megatron_tiedlora.cluster.doctor.rank import job_content, job_files

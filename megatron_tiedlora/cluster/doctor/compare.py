@@ -14,8 +14,15 @@ from operator import attrgetter
 from statistics import median
 from typing import Generic, TypeVar
 
-from megatron_tiedlora.base.errors import UserError, printable
-from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, enumerate_names, time_text
+from megatron_tiedlora.base.errors import (
+    UserError,
+    aligned_lines,
+    bytes_in_words,
+    count_text,
+    enumerate_names,
+    printable,
+    time_text,
+)
 from megatron_tiedlora.cluster.doctor.records import (
     UNREADABLE,
     DoctorReport,

@@ -26,10 +26,9 @@ from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tiedlora.base.errors import first_line, user_path
 from megatron_tiedlora.base.output_folder import nearest_existing
-from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.text_files import seen_late
-from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.checkpoint.sources import is_model_on_hub, prepared_model
 from megatron_tiedlora.cluster.doctor.records import (
     UNREADABLE,

@@ -18,9 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import count_text, enumerate_names, user_path
 from megatron_tiedlora.base.text_files import read_json_object
-from megatron_tiedlora.base.wording import count_text, enumerate_names
 from megatron_tiedlora.cluster.doctor.compare import compare_hosts
 from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, absolute_path, job_files
 from megatron_tiedlora.cluster.doctor.records import (
