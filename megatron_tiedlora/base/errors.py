@@ -1,4 +1,4 @@
-"""What a user gives and is told: the one error type for a mistake, paths, how messages show values (short and on one line)
+"""What users give and are told: the one error type for a mistake, paths, how messages show values (short, on one line)
 and word sizes, times, counts, names and tables, and the screen.
 
 Each module of the library logs under the name `megatron_tiedlora`, and a command shows these messages on stderr. A

@@ -17,9 +17,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import BASE_FORMATS, ModelShape
 from megatron_tiedlora.base.text_files import Size, Text, read_small_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
+from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, changed_tensors
 from megatron_tiedlora.checkpoint.sources import ModelSource

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.model.hf_config import BITSANDBYTES, StoredFormat
 from megatron_tiedlora.parallel.quantise import NF4_LEVELS, dequantise_blocks, dequantise_rows, fp8_numbers, has_nan

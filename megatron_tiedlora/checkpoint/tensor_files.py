@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from megatron_tiedlora.base.atomic import sync_path, write_json
-from megatron_tiedlora.base.checksums import check_file
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.progress import progress_bar
+from megatron_tiedlora.base.text_files import check_file
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -20,10 +20,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError, show, user_path
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.output_folder import make_own_folder, require_room, user_cache
+from megatron_tiedlora.base.text_files import file_sha256
 from megatron_tiedlora.checkpoint.sources import demo_model_path
 from megatron_tiedlora.config.tool_settings import PrepareDemoSettings
 

@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, write_json
-from megatron_tiedlora.base.checksums import check_seal, file_sha256, sealed
 from megatron_tiedlora.base.errors import UserError, bytes_in_words
 from megatron_tiedlora.base.output_folder import (
     CACHE_VARIABLE,
@@ -36,7 +35,7 @@ from megatron_tiedlora.base.output_folder import (
 )
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.text_files import read_json_object
+from megatron_tiedlora.base.text_files import check_seal, file_sha256, read_json_object, sealed
 from megatron_tiedlora.data.encode import Encoding, NumberedRow, encoded_rows
 from megatron_tiedlora.data.sources import Files, RowStream, mixed, row_stream, source_kind
 from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows

@@ -23,7 +23,7 @@ from megatron_tiedlora.base.errors import UserError, count_text
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.data.token_dataset import TokenDataset, sample_indices
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, MicroBatch
-from megatron_tiedlora.parallel.collectives import concatenated
+from megatron_tiedlora.parallel.groups import concatenated
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 # Numbers of tokens that belong to one sample: token t of the run's sample i (in its order, from 0) has the number

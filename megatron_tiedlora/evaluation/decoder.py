@@ -21,8 +21,7 @@ from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.collectives import concatenated
-from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.parallel.groups import ParallelGroups, concatenated
 
 
 class AdapterRows(NamedTuple):

@@ -26,8 +26,7 @@ from megatron_tiedlora.base.shapes import (
     StoredRows,
     linear_sizes,
 )
-from megatron_tiedlora.model.hf_config import HfConfig
-from megatron_tiedlora.model.hf_rope import read_rope
+from megatron_tiedlora.model.hf_config import HfConfig, read_rope
 
 
 class Norms(NamedTuple):

@@ -26,16 +26,16 @@ from megatron_tiedlora.adapters.rows import AllRows, apart, beside, flat
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import NormShape
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.collectives import (
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
+from megatron_tiedlora.parallel.groups import (
     SEQUENCE_DIM,
+    TensorParallel,
     all_gather,
     all_reduce,
     end_to_end,
     leave_tensor_parallel_region,
     reduce_scatter,
 )
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
-from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, detached
 
 

@@ -13,9 +13,8 @@ from torch import nn
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape, RopeShape
 from megatron_tiedlora.model.linears import Epilogue, NormedLinear, project
-from megatron_tiedlora.parallel.collectives import all_reduce
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
-from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
+from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, all_reduce
 from megatron_tiedlora.parallel.kernels import Kernels
 
 

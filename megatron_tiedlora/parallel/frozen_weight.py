@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.collectives import leave_tensor_parallel_region
-from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.groups import TensorParallel, leave_tensor_parallel_region
 
 
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from megatron_tiedlora.base.base_formats import BaseFormat
 from megatron_tiedlora.base.extras import install_hint
+from megatron_tiedlora.base.shapes import BaseFormat
 
 # The quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E), as fp32 numbers of bitsandbytes.
 NF4_LEVELS = (

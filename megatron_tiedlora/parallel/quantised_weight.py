@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from megatron_tiedlora.base.base_formats import BaseFormat
+from megatron_tiedlora.base.shapes import BaseFormat
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.quantise import (

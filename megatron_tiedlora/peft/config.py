@@ -10,11 +10,11 @@ from peft import PeftConfig, PeftType
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.checksums import check_file
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.extras import __version__
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import QKV, ModelShape
+from megatron_tiedlora.base.text_files import check_file
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,

@@ -14,7 +14,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand, PlanSettings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.parallel.traffic import GROUPS
+from megatron_tiedlora.parallel.groups import GROUPS
 from megatron_tiedlora.planning.machines import (
     ATTENTION,
     CPU,

@@ -25,7 +25,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions
 from megatron_tiedlora.model.weights import num_base_parameters
-from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
+from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.adapter_plans import (
     Data,
     RunData,

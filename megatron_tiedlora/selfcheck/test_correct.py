@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS, FP8_CAPABILITY
 from megatron_tiedlora.base.methods import METHOD_NAMES
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, ModelShape
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.loader import TrainingStep
