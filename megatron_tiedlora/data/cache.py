@@ -36,9 +36,9 @@ from megatron_tiedlora.base.output_folder import (
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import check_seal, file_sha256, read_json_object, sealed
-from megatron_tiedlora.data.encode import Encoding, NumberedRow, encoded_rows
-from megatron_tiedlora.data.sources import Files, RowStream, mixed, row_stream, source_kind
-from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows
+from megatron_tiedlora.data.encode import Encoding, encoded_rows
+from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, row_stream, source_kind
+from megatron_tiedlora.data.splits import check_held_out, held_out_rows
 from megatron_tiedlora.data.task import Split, template_fields
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
@@ -204,12 +204,11 @@ def _write_rows(
     """
 
     def read() -> Iterator[NumberedRow]:
-        sample_numbers, seen = SampleNumbers(encoding.task), 0
-        for source, row in stream:
-            number = sample_numbers.of(row[0])
-            if not first_only or number >= seen:
-                yield source, number, row
-            seen = max(seen, number + 1)
+        seen = 0
+        for numbered in stream:
+            if not first_only or numbered[1] >= seen:
+                yield numbered
+            seen = max(seen, numbered[1] + 1)
 
     with written_arrays(path, _STORE) as append:
         append(offsets=np.zeros(1, np.int64))

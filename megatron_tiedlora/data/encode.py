@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.child_process import end_with_parent, leave_signals_to_parent
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.chat import Chat
+from megatron_tiedlora.data.sources import NumberedRow
 from megatron_tiedlora.data.splits import ExampleMaker, check_shape
-from megatron_tiedlora.data.tables import Row, num_bytes
+from megatron_tiedlora.data.tables import num_bytes
 from megatron_tiedlora.data.task import Example, Reading, Segment, Task
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import library_errors, start_ids
@@ -327,9 +328,6 @@ class Encoding:
     max_length: int
     end_ids: frozenset[int]
 
-
-NumberedRow = tuple[int, int, Row]
-"""The number of a row's source, the row's number by `SampleNumbers`, and the row."""
 
 Arrays = dict[str, NDArray[Any]]
 Shapes = list[tuple[str, str]]

@@ -7,7 +7,7 @@ and the answer's leading space to `task.join_answer`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -20,7 +20,7 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import Chat, marked, read_chat_template, unmarked
 from megatron_tiedlora.data.readers import checked_files, checked_text, describe_fields, looks_like_path
-from megatron_tiedlora.data.sources import Files, RowStream, mixed, parse_sources, row_stream, source_kind
+from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, parse_sources, row_stream, source_kind
 from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import Example, Parts, Reading, Split, Task, join_answer, template_fields
 from megatron_tiedlora.data.tasks import get_task
@@ -108,27 +108,24 @@ def check_files_exist(settings: Settings | EvaluateSettings) -> None:
 def _train_rows(task: Task, *, files: Files, seed: int, reading: Reading) -> list[Row]:
     stream = row_stream(task, "train", files=files, reading=reading)
     numbered = list(stream)
-    sizes = np.bincount([number for number, _ in numbered], minlength=len(stream.sources)).tolist()
+    sizes = np.bincount([source for source, _, _ in numbered], minlength=len(stream.sources)).tolist()
     held_out = np.zeros(len(numbered), dtype=bool)
     if source_kind(task, "validation", files) == "carve":
-        numbers = SampleNumbers(task)
-        held_out = held_out_rows(task, np.array([numbers.of(row) for _, (row, _) in numbered]), seed=seed)
-    return [numbered[row][1] for row in mixed(stream.sources, sizes, held_out, seed=seed).rows.tolist()]
+        held_out = held_out_rows(task, np.array([number for _, number, _ in numbered]), seed=seed)
+    return [numbered[row][-1] for row in mixed(stream.sources, sizes, held_out, seed=seed).rows.tolist()]
 
 
 def _held_out_samples(task: Task, split: Split, *, files: Files, seed: int, reading: Reading) -> list[list[Row]]:
     """The rows of each sample of a split that is not trained on, in file order of their first row."""
-    numbers, samples = SampleNumbers(task), dict[int, list[Row]]()
-    if source_kind(task, split, files) == "carve":
-        stream = row_stream(task, "train", files=files, reading=reading)
-        of_rows = np.array([numbers.of(row) for _, (row, _) in stream])
-        taken = check_held_out(held_out_rows(task, of_rows, seed=seed), stream)
-        pairs = ((number, row) for number, is_taken, (_, row) in zip(of_rows, taken, stream, strict=True) if is_taken)
-    else:
-        stream = row_stream(task, split, files=files, reading=reading)
-        pairs = ((numbers.of(row), (row, source)) for _, (row, source) in stream)
-    for number, row in pairs:
-        samples.setdefault(int(number), []).append(row)
+    samples, carves = dict[int, list[Row]](), source_kind(task, split, files) == "carve"
+    stream = row_stream(task, "train" if carves else split, files=files, reading=reading)
+    rows: Iterable[NumberedRow] = stream
+    if carves:
+        numbers = np.array([number for _, number, _ in stream])
+        taken = check_held_out(held_out_rows(task, numbers, seed=seed), stream)
+        rows = (row for is_taken, row in zip(taken, stream, strict=True) if is_taken)
+    for _, number, row in rows:
+        samples.setdefault(number, []).append(row)
     return list(samples.values())
 
 
@@ -138,7 +135,7 @@ def held_out_rows(task: Task, numbers: NDArray[np.int64], *, seed: int) -> NDArr
     Rows of one sample stay together: a model must not be evaluated on what it was trained on.
 
     Args:
-        numbers: (num_rows,) the number of each row's sample, as `SampleNumbers` gives it.
+        numbers: (num_rows,) the number of each row's sample, as `RowStream` gives it.
     """
     num_samples = int(numbers.max()) + 1
     large = num_samples >= 10 * task.validation_rows
@@ -154,23 +151,6 @@ def check_held_out(held_out: NDArray[np.bool_], stream: RowStream) -> NDArray[np
         name = stream.sources[0].name
         raise UserError(f"{name}: one sample cannot be split into train and validation; give --validation_file")
     return held_out
-
-
-class SampleNumbers:
-    """The 0-based number of each row's sample in file order. Rows with the same `merge_by` field share a number."""
-
-    def __init__(self, task: Task) -> None:
-        self._field = task.merge_by
-        self._rows = 0
-        self._seen: dict[Hashable, int] = {}
-
-    def of(self, row: Mapping[str, Any]) -> int:
-        """The number of the next row."""
-        self._rows += 1
-        if self._field is None:
-            return self._rows - 1
-        key = row.get(self._field)
-        return self._seen.setdefault(key if isinstance(key, str) else self._rows, len(self._seen))
 
 
 # From rows to examples ------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ FACTS = np.dtype(
 )
 """What is known of a stored sample: number of supervised tokens, whether its prompt lost its middle, and how many turns
 a chat lost. In the cache also: whether it is a chat, whether a supervised token of a chat ends an answer, whether it is
-the first sample of its row, the row's number by `SampleNumbers` (rows of one number are held out together), and the
+the first sample of its row, the row's number by `RowStream` (rows of one number are held out together), and the
 number of its source."""
 
 _ALL = np.empty(0, np.int64)  # stands for the order in which samples are stored

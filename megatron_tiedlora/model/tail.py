@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -79,14 +79,14 @@ class SupervisedTail:
         if wanted is None:
             joined = self._join(attended, tensor_parallel)
             hidden = self.block.add_mlp(joined, tensor_parallel, attended.mlp_update)
-            return self._head(hidden, tensor_parallel).view(size, length, -1)
+            return cast(torch.Tensor, self.head(hidden, tensor_parallel)).view(size, length, -1)
         assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
         rows = torch.arange(size, device=wanted.device) * length + wanted
         pieces = tuple(Piece(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
         some = _Some(rows, rows, pieces, pieces)
         joined = self._join(attended, tensor_parallel, some)
         hidden = self.block.add_mlp(joined, tensor_parallel, some.of(attended.mlp_update))
-        return self._head(hidden, tensor_parallel).transpose(0, 1)
+        return cast(torch.Tensor, self.head(hidden, tensor_parallel)).transpose(0, 1)
 
     def loss(
         self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
@@ -106,7 +106,9 @@ class SupervisedTail:
                 name: linear._replace(grad_a=grad_a, grad_f=grad_f)
                 for (name, linear), (grad_a, grad_f) in zip(update.items(), pairs, strict=True)
             }
-            return self._losses(joined, inner, supervised, tensor_parallel, summed=True)
+            hidden = self.block.add_mlp(joined, tensor_parallel, inner, recomputes=False)
+            loss: torch.Tensor = self.head(hidden, tensor_parallel, supervised)
+            return loss
 
         inputs = joined, *stand_ins
         needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
@@ -124,7 +126,8 @@ class SupervisedTail:
         """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
         supervised, some, joined = self._supervised(attended, labels, tensor_parallel, shares)
         update = some.of(attended.mlp_update)
-        losses = self._losses(joined, update, supervised, tensor_parallel, summed=False)
+        hidden = self.block.add_mlp(joined, tensor_parallel, update, recomputes=False)
+        losses = self.head(hidden, tensor_parallel, supervised, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
@@ -141,22 +144,6 @@ class SupervisedTail:
             supervised = find_supervised(supervised, num_parts, shares)
         some = _Some.of_rank(supervised, tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
         return supervised, some, self._join(attended, tensor_parallel, some)
-
-    def _losses(
-        self,
-        joined: torch.Tensor,
-        update: LayerUpdate,
-        supervised: Supervised,
-        tensor_parallel: TensorParallel,
-        *,
-        summed: bool,
-    ) -> torch.Tensor:
-        hidden = self.block.add_mlp(joined, tensor_parallel, update, recomputes=False)
-        return self._head(hidden, tensor_parallel, supervised, summed=summed)
-
-    def _head(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        found: torch.Tensor = self.head(*arguments, **keywords)
-        return found
 
     def _join(
         self,

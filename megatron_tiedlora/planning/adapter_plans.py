@@ -257,7 +257,7 @@ def prepare_data(plan: RunPlan) -> RunData:
 def first_source(settings: Settings, data: RunData) -> str:
     """Where the first training sample was read, for messages."""
     rows = row_stream(get_task(settings.task), "train", files=files_of(settings), reading=data.reading)
-    _, (_, source) = next(islice(rows, data.first_row, None))
+    *_, (_, source) = next(islice(rows, data.first_row, None))
     return source
 
 
