@@ -81,15 +81,6 @@ class ChatTemplate:
         found = self._answered({"template": text, "answers": ()}, source)
         return TemplateNames(**{name: frozenset(words) for name, words in found["found"].items()})
 
-    def _answered(self, request: Mapping[str, Any], source: str) -> dict[str, Any]:
-        """The answer of the process. Raises UserError with its reason if there is none."""
-        answer = self._ask(request)
-        if "reason" not in answer:
-            return answer
-        reason = one_line(str(answer.get("reason")))
-        fix = answer.get("fix", "give other rows, or another --chat_template")
-        raise UserError(f"{source}: the chat template of {self._name} {reason}; {fix}")
-
     def close(self) -> None:
         """End the process."""
         if self._connection is not None:
@@ -101,26 +92,27 @@ class ChatTemplate:
                 os.waitpid(self._process.pid, 0)
         self._connection = self._process = None
 
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer of the process, or a reason if it ends before it answers."""
+    def _answered(self, request: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """The answer of the process. Raises UserError with its reason if there is none, or if it ends before."""
         if self._process is None or self._connection is None:
             self._start()
         assert self._process is not None and self._connection is not None
         before, deadline = _seconds(self._process), time.monotonic() + _SILENCE
-        most = _SECONDS + _SECONDS_PER_ANSWER * len(request["answers"])
+        most, late = _SECONDS + _SECONDS_PER_ANSWER * len(request["answers"]), ""
         _send(self._connection, request)
-        while not self._connection.poll(0.05):
+        while not late and not self._connection.poll(0.05):
             if _seconds(self._process) - before > most:
-                self.close()
-                return {"reason": f"takes more than {_SECONDS:g} s for these messages"}
-            if time.monotonic() > deadline:
-                self.close()
-                return {"reason": f"gave no answer within {_SILENCE:g} s"}
-        answer = _receive(self._connection)
+                late = f"takes more than {_SECONDS:g} s for these messages"
+            elif time.monotonic() > deadline:
+                late = f"gave no answer within {_SILENCE:g} s"
+        answer = None if late else _receive(self._connection)
         if answer is None:
             self.close()
-            return {"reason": "ended its process"}
-        return answer
+            answer = {"reason": late or "ended its process"}
+        if "reason" not in answer:
+            return answer
+        reason, fix = one_line(str(answer["reason"])), answer.get("fix", "give other rows, or another --chat_template")
+        raise UserError(f"{source}: the chat template of {self._name} {reason}; {fix}")
 
     def _start(self) -> None:
         self._connection, theirs = Pipe()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -104,10 +104,8 @@ class FrozenWeight:
         self.tensor.data.narrow(dim, start, values.shape[dim]).copy_(values)
 
 
-class WeightMaker(Protocol):
-    """Makes an empty weight; see `FrozenWeight.empty`."""
-
-    def __call__(self, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> FrozenWeight: ...
+WeightMaker = Callable[..., FrozenWeight]
+"""Makes an empty weight; see `FrozenWeight.empty`."""
 
 
 def register(module: nn.Module, weight: FrozenWeight) -> FrozenWeight:
