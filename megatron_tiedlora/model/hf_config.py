@@ -205,13 +205,9 @@ def format_in_use(
         )
     found = given if stored is None else stored.base_format
     if products is not None and found != products:
-        raise UserError(f"--products {products} needs --base {products}; {_in_words(found)}")
+        base = "the linears of this base are not quantised" if found is None else f"this base is in {found}"
+        raise UserError(f"--products {products} needs --base {products}; {base}")
     return found
-
-
-def _in_words(base_format: str | None) -> str:
-    words = "the linears of this base are not quantised"
-    return words if base_format is None else f"this base is in {base_format}"
 
 
 def stored_format(values: Mapping[str, Any], *, source: str) -> StoredFormat | None:
@@ -271,12 +267,11 @@ def _compressed(config: Mapping[str, Any]) -> tuple[str, str]:
     return "fp8", ""
 
 
-def _fbgemm(config: Mapping[str, Any]) -> tuple[str, str]:
-    """(format, why it cannot be read): it has one scheme alone."""
-    return "fp8", ""
-
-
-_CHECKS = {BITSANDBYTES: _bitsandbytes, COMPRESSED: _compressed, FBGEMM: _fbgemm}
+_CHECKS: dict[str, Callable[[Mapping[str, Any]], tuple[str, str]]] = {
+    BITSANDBYTES: _bitsandbytes,
+    COMPRESSED: _compressed,
+    FBGEMM: lambda config: ("fp8", ""),  # it has one scheme alone
+}
 
 
 # Rotary embedding -----------------------------------------------------------------------------------------------------

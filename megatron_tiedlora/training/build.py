@@ -41,7 +41,6 @@ from megatron_tiedlora.engine.engine import (
     stored_bytes,
     trained_parameters,
 )
-from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.engine.optimizers import (
     EngineOptimizer,
     Optimizers,
@@ -240,7 +239,15 @@ def _start_engine(
     else:
         assert model.stage.anchor is not None
         of_nothing = make_optimizer([model.stage.anchor], learning_rate=0.0, weight_decay=0.0)  # an engine wants one
-        engine = start(_without_steps(plan), optimizer=of_nothing, scheduler=None)
+        # It neither divides a loss nor clips a gradient, as each adapter has numbers of its own.
+        ours = {
+            "train_batch_size": plan.grid.dp_size,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+        }
+        config = replace(plan.engine, values={**plan.engine.values, **ours})
+        engine = start(config, optimizer=of_nothing, scheduler=None)
         own = {}
         for name, its in plans.items():
             made = make_training(its.settings, trained_or_stand_in(bank.adapters[name]))
@@ -261,17 +268,6 @@ def _start_engine(
             resume_scheduler(schedules[name], checkpoint.progress.step)
     kind = PlainRunner if plan.grid.pp_size == 1 else PipelineRunner
     return kind(engine, model.stage, model.groups, optimizers, device)
-
-
-def _without_steps(plan: RunPlan) -> EngineConfig:
-    """The engine's JSON: it neither divides a loss nor clips a gradient, as each adapter has numbers of its own."""
-    ours = {
-        "train_batch_size": plan.grid.dp_size,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-    }
-    return replace(plan.engine, values={**plan.engine.values, **ours})
 
 
 def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:
