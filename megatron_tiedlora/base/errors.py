@@ -5,8 +5,6 @@ Each module of the library logs under the name `megatron_tiedlora`, and a comman
 program that uses the library as a package gets them by Python's `logging` alone, as it configures it.
 """
 
-from __future__ import annotations
-
 import csv
 import difflib
 import io

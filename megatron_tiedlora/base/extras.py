@@ -1,8 +1,6 @@
 """Versions of this package and of libraries, for output files that record them; and the extras of this package: what a
 command needs that loading, merging and exporting do not. Nothing is imported to find that out."""
 
-from __future__ import annotations
-
 import platform
 import shlex
 from collections.abc import Collection, Mapping

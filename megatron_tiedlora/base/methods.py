@@ -5,8 +5,6 @@ B (o, r), u (r), v (o). Layers may share each of these ("tied"). The paper's tie
 adapted layers; u and v are per layer.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

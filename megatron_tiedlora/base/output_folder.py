@@ -1,8 +1,6 @@
 """Folders and names in them: those of one user, and a command's output folder, which is checked to be free and writable
 before any work is done."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

@@ -6,8 +6,6 @@ configuration, stage costs, FLOPs, memory and messages, merging and export. A fa
 from a `config.json`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -146,11 +144,11 @@ class HeadShape:
         """How many elements of a head are rotated, the first ones."""
         return int(self.dim * self.rope.share)
 
-    def local(self, tp_size: int) -> HeadShape:
+    def local(self, tp_size: int) -> "HeadShape":
         """The heads of one of `tp_size` ranks."""
         return self._of_sizes(self.num // tp_size, self.num_kv // tp_size, self.dim, self.rope)
 
-    def resized(self, *, num: int, num_kv: int, dim: int) -> HeadShape:
+    def resized(self, *, num: int, num_kv: int, dim: int) -> "HeadShape":
         """The same kind of heads in other numbers and another size, for code that needs heads but no weights.
 
         If part of a head is rotated, it is half of it.
@@ -161,7 +159,7 @@ class HeadShape:
             rope = replace(rope, scaling=replace(rope.scaling, factors=(1.0,) * size))
         return self._of_sizes(num, num_kv, dim, rope)
 
-    def _of_sizes(self, num: int, num_kv: int, dim: int, rope: RopeShape) -> HeadShape:
+    def _of_sizes(self, num: int, num_kv: int, dim: int, rope: RopeShape) -> "HeadShape":
         counts = ((self.query_norm, num), (self.key_norm, num_kv))
         norms = (norm and replace(norm, size=dim * (count if norm.sharded else 1)) for norm, count in counts)
         return HeadShape(num, num_kv, dim, rope, *norms)
@@ -240,7 +238,7 @@ class BlockShape:
     down: LinearShape
     down_norm: NormShape | None
 
-    def resized(self, heads: HeadShape, intermediate_size: int) -> BlockShape:
+    def resized(self, heads: HeadShape, intermediate_size: int) -> "BlockShape":
         """The same block with other heads and another MLP width."""
         sizes = linear_sizes(self.qkv.in_size, heads.rows, intermediate_size)
         linears: dict[str, Any] = {
@@ -328,7 +326,7 @@ class ModelShape:
         """Width of the MLP."""
         return self.block.down.in_size
 
-    def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> ModelShape:
+    def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> "ModelShape":
         """The same kind of model in another size, for code that needs a model but no weights.
 
         It has tied embeddings, and the rotation of `heads` in each block.

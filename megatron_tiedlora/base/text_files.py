@@ -5,8 +5,6 @@ Owns which part of YAML is read: one document without tags, duplicate names, anc
 more than a machine's memory.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The commands that read a model and write files: merge, export, import, verify, convert-nemo and random-model."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ its help is quick.
 A new command is one row of the table, a class of settings and one function in commands/.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 What imports torch is imported by the command that needs it, so that `env` works where torch does not.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

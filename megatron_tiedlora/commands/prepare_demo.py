@@ -5,8 +5,6 @@ the tokenizer's repair. The folder gets its final name only when it is complete.
 bits: real, but not those of the original checkpoint.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The commands that collect and publish adapters: index and push."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Sequence

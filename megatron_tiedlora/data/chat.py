@@ -4,8 +4,6 @@ Owns what is supervised in it, and which roles and fields a template knows. Leav
 `chat_template`, and tokens to `encode`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable, Sequence

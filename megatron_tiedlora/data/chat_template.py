@@ -6,8 +6,6 @@ state. The kernel limits the memory of that process, and it is killed if it take
 text, with the span of each answer in it, and the names that a template reads are found.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -57,7 +55,7 @@ class ChatTemplate:
         answers: Sequence[int],
         tools: Sequence[Mapping[str, Any]] | None = None,
         names: Sequence[str] = (),
-    ) -> Rendered:
+    ) -> "Rendered":
         """Return the text of a conversation, with the spans of the assistant's turns whose indices are `answers`.
 
         The template's generation marks give a span, if there is one for each answer of the assistant. Otherwise a turn
@@ -76,7 +74,7 @@ class ChatTemplate:
         answer = self._answered({**turns, "answers": list(answers), "longest": longest}, source)
         return Rendered(answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"]))
 
-    def names(self, text: str, source: str) -> TemplateNames:
+    def names(self, text: str, source: str) -> "TemplateNames":
         """Return the names that a template's `text` reads. Raises UserError if it is broken, or takes too long."""
         found = self._answered({"template": text, "answers": ()}, source)
         return TemplateNames(**{name: frozenset(words) for name, words in found["found"].items()})

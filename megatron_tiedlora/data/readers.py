@@ -5,8 +5,6 @@ hub id names, and their errors. Owns also checked access to a row's fields.
 Leaves tables to `tables`, and the meaning of the fields to `tasks`.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

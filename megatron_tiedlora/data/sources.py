@@ -5,8 +5,6 @@ Owns the syntax NAME[:WEIGHT][,NAME[:WEIGHT]...], how often rows of each source 
 what is read. Leaves formats to `readers`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

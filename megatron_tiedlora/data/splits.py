@@ -5,8 +5,6 @@ share. Leaves names of files and reading to `sources`, the meaning of a row to i
 and the answer's leading space to `task.join_answer`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice

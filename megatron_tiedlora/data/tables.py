@@ -1,7 +1,5 @@
 """Reads rows from tables: parquet and arrow files, folders that `save_to_disk` wrote, and data sets of the hub."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

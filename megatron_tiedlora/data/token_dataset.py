@@ -4,8 +4,6 @@ The arrays may be mapped files that several splits and processes share. What is 
 by block, so that it needs the memory of a block. Owns also the order in which samples are drawn.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +60,7 @@ class TokenDataset:
     @classmethod
     def after_prompts(
         cls, tokens: NDArray[np.int32], offsets: NDArray[np.int64], prompt_lengths: NDArray[np.int32]
-    ) -> TokenDataset:
+    ) -> "TokenDataset":
         """Samples that are supervised from their prompts' ends on. prompt_lengths: (n,) tokens of the prompts."""
         return cls(tokens, offsets, _from(offsets[:-1] + np.maximum(prompt_lengths, 1), offsets))
 
@@ -137,7 +135,7 @@ class TokenDataset:
         stored = self.order[index]
         return slice(self.offsets[stored], self.offsets[stored + 1])
 
-    def update_digest(self, digest: hashlib._Hash) -> None:
+    def update_digest(self, digest: "hashlib._Hash") -> None:
         """Add ids, offsets and what is supervised to a hash, in the order of the arrays, which checkpoints keep."""
         for block in self._blocks():
             digest.update(self._gathered(block).tokens.data)
@@ -161,7 +159,7 @@ class TokenDataset:
             yield slice(start, start + count)
             start += count
 
-    def _gathered(self, block: slice) -> TokenDataset:
+    def _gathered(self, block: slice) -> "TokenDataset":
         """The samples of a block, in arrays of their own."""
         stored = self.order[block]
         starts, lengths = self.offsets[stored], self.lengths_of(block)

@@ -1,7 +1,5 @@
 """Causal self-attention with grouped queries: norm and QKV projection in one step, attention, output projection."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -47,7 +45,7 @@ class KeyValueCache:
     filled: int = 0
 
     @staticmethod
-    def empty(batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: torch.Tensor) -> KeyValueCache:
+    def empty(batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: torch.Tensor) -> "KeyValueCache":
         """An empty cache for `capacity` tokens per sequence, in the dtype and on the device of `like`."""
         shape = (batch, local_kv_heads, capacity, head_dim)
         return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
@@ -64,7 +62,7 @@ class KeyValueCache:
             self.values.scatter_(2, index, values.to(self.values.dtype))
         self.filled += length
 
-    def take(self, rows: torch.Tensor) -> KeyValueCache:
+    def take(self, rows: torch.Tensor) -> "KeyValueCache":
         """A copy of the sequences `rows` (n,); a sequence may occur several times, to be continued in several ways."""
         return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
 
@@ -98,7 +96,7 @@ class AttentionContext:
     tables: Mapping[RopeShape, tuple[torch.Tensor, torch.Tensor]]
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     mask: torch.Tensor | None = None
-    of_shares: tuple[AttentionContext, ...] = ()
+    of_shares: "tuple[AttentionContext, ...]" = ()
 
 
 class Attention(nn.Module):

@@ -15,8 +15,6 @@ PyTorch's two kernels are called as operators, whose first arguments are the sam
 for different lengths (2.10 on) differs between versions and may choose cuDNN. CPUs use `cpu_attention.py`.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass

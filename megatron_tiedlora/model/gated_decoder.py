@@ -3,8 +3,6 @@
 A family says what its layers have besides, and rejects features that are not implemented (`model/families/`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple

@@ -5,8 +5,6 @@ folders with a scale for each row or tensor (compressed-tensors and fbgemm_fp8).
 program rounds activations is no part of the model here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How a model is cut over ranks: which layers a pipeline stage has, and what tensor parallelism must divide."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import cache

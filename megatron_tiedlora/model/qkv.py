@@ -1,8 +1,6 @@
 """The fused QKV projection: norm, linear with its update, and an epilogue that splits the result into heads, normalises
 them if they have norms, and rotates queries and keys. All of it is one autograd step with one backward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +57,7 @@ class QkvLinear(NormedLinear):
         projection = self.projection(tensor_parallel, num_rows=num_rows, rows=update.rows)
         return project(hidden, update, projection, self.operands(update), self.epilogue(table, tensor_parallel.group))
 
-    def epilogue(self, table: tuple[torch.Tensor, ...], group: RankGroup) -> PlainHeads:
+    def epilogue(self, table: tuple[torch.Tensor, ...], group: RankGroup) -> "PlainHeads":
         """The heads as they are, rotated, or if they have norms normalised and rotated."""
         if self.rope is None:
             return PlainHeads(self.heads)

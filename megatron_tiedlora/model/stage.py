@@ -4,8 +4,6 @@ It owns the order of calls, recompute, and the zero gradients that DeepSpeed nee
 It leaves schedules and messages between stages to DeepSpeed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ Only supervised positions go through it. From the MLP on, the backward pass of t
 pass. So whatever is recomputed, only gradients are saved: d numbers per supervised position, and those of the factors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -40,7 +38,7 @@ class Attended(NamedTuple):
         """The part of the update that belongs to the MLP."""
         return {name: linear for name, linear in (self.update or {}).items() if name in MLP_TARGETS}
 
-    def with_function(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Attended:
+    def with_function(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Attended":
         """The same with `function`, which returns its input's values, applied to a tensor that needs a gradient."""
         if self.hidden.requires_grad:
             return self._replace(hidden=function(self.hidden))
@@ -137,7 +135,7 @@ class SupervisedTail:
         labels: torch.Tensor | Supervised,
         tensor_parallel: TensorParallel,
         shares: Shares = (),
-    ) -> tuple[Supervised, _Some, torch.Tensor]:
+    ) -> "tuple[Supervised, _Some, torch.Tensor]":
         """The supervised positions, those of this rank, and the last block's result there, up to its MLP."""
         num_parts, supervised = tensor_parallel.sequence_parts, labels
         if not isinstance(supervised, Supervised):
@@ -149,7 +147,7 @@ class SupervisedTail:
         self,
         attended: Attended,
         tensor_parallel: TensorParallel,
-        some: _Some | None = None,
+        some: "_Some | None" = None,
     ) -> torch.Tensor:
         """The last block's result up to its MLP, at all positions, or at some: then (1, m, d) or (1, m / p, d)."""
         hidden, attention_output, update = attended
@@ -176,7 +174,7 @@ class _Some:
     local_pieces: Pieces = ()
 
     @staticmethod
-    def of_rank(supervised: Supervised, part: int, num_parts: int) -> _Some:
+    def of_rank(supervised: Supervised, part: int, num_parts: int) -> "_Some":
         """The supervised positions, on the rank with one part of the sequence."""
         size = len(supervised.rows) // num_parts
         local_rows = supervised.local_rows[part * size : (part + 1) * size]

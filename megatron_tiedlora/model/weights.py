@@ -3,8 +3,6 @@
 It is derived from a `ModelShape`. Loading, merging, exporting and comparing all read it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace

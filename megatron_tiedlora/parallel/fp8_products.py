@@ -10,8 +10,6 @@ scale depends on the tensor-parallel size.
 `weight_maker` chooses the class of a rank's frozen weights: these, those that are dequantised, or plain ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Self

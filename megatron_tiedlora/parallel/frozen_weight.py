@@ -4,8 +4,6 @@ The forward pass computes x W^T + c, the backward pass dy W, which does not need
 `FrozenWeight`, so that another storage format is just a subclass. Linears with an adapter are in `model/linears.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +45,7 @@ class FrozenWeight:
         self.tensor = tensor
 
     @classmethod
-    def empty(cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> FrozenWeight:
+    def empty(cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> "FrozenWeight":
         """Uninitialised memory on the current default device.
 
         Args:
@@ -81,7 +79,7 @@ class FrozenWeight:
         """dy W, (tokens, in), from dy (tokens, out); written to `out` if given. Autograd does not record it."""
         return torch.mm(grad_y, self.tensor.detach(), out=out)
 
-    def first_rows(self, num_rows: int) -> FrozenWeight:
+    def first_rows(self, num_rows: int) -> "FrozenWeight":
         """The first rows of W, in the same memory."""
         return FrozenWeight(self.tensor.detach()[:num_rows])
 

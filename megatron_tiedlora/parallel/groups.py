@@ -7,8 +7,6 @@ gather are partial sums, one per rank, so they are summed and never just sliced.
 group of one rank none sends anything.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,11 +70,11 @@ class Grid:
         """The rank with these coordinates."""
         return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
 
-    def at(self, rank: int) -> Grid:
+    def at(self, rank: int) -> "Grid":
         """The same grid for another rank."""
         return replace(self, rank=rank)
 
-    def groups(self, key: Callable[[Grid], Key]) -> dict[Key, list[int]]:
+    def groups(self, key: "Callable[[Grid], Key]") -> dict[Key, list[int]]:
         """The ranks whose coordinates have the same `key`, by its value."""
         members: dict[Key, list[int]] = {}
         for rank in range(self.world_size):
@@ -135,7 +133,7 @@ class TensorParallel:
         """The number of parts into which activations between layers are sharded along the sequence."""
         return self.group.size if self.sequence_parallel else 1
 
-    def whole_sequences(self) -> TensorParallel:
+    def whole_sequences(self) -> "TensorParallel":
         """The same ranks without sequence parallelism: for decoding, where a step is one token long."""
         return replace(self, sequence_parallel=False)
 
@@ -396,7 +394,7 @@ class Traffic:
             self.messages[group, kind] += count
             self.bytes[group, kind] += count * size
 
-    def include(self, other: Traffic, *, times: int = 1) -> None:
+    def include(self, other: "Traffic", *, times: int = 1) -> None:
         """Count the messages of another, `times` times."""
         for key, count in other.messages.items():
             self.messages[key] += times * count

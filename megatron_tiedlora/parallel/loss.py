@@ -4,8 +4,6 @@
 logit if the rank has it, else 0. One message carries these two numbers per token.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

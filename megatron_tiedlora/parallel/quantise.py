@@ -7,8 +7,6 @@ A format with a scale for each block has up to 16 levels, in `LEVELS`, and two c
 half. int8 has the levels -127 to 127, fp8 those of float8_e4m3fn, of which the largest is 448.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress

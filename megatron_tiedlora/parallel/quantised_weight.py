@@ -7,8 +7,6 @@ D(W), the dequantised weight, exists during the matmul only, in memory that all 
 fp32 numbers, rounded once more to the activations' dtype.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod

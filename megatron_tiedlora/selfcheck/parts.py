@@ -3,8 +3,6 @@
 A part that hangs, crashes or breaks its device loses its own findings alone.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

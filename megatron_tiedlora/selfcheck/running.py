@@ -1,7 +1,5 @@
 """Runs for several parts, made as in tiedlora bench, whose steps the caller chooses."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math

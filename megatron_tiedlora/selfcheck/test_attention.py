@@ -1,7 +1,5 @@
 """Part attention: every route against plain attention in fp64, forward and backward; its time; its first call."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,8 +1,6 @@
 """Part correct: the model's losses and gradients against plain PyTorch in fp64, in all forms that training uses; the
 bits of quantised weights and products in fp8 against a CPU's; and the engine's steps against torch's AdamW."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Part memory: what steps allocate compared with the dry run's plan, and what rows of varying lengths reserve."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

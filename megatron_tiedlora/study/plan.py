@@ -3,8 +3,6 @@
 All runs of a study have one base, layout and data, so any of them may share a group. Memory decides how many do.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

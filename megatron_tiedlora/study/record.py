@@ -4,8 +4,6 @@
 that tables need neither, and has the hashes of the row files. `sweep_status.json` says how the last start ended.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ A start is tiedlora train or tiedlora evaluate by the launcher of tiedlora run. 
 it writes, not by its exit status, which a launcher may lose.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import secrets

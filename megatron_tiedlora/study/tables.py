@@ -10,8 +10,6 @@ The CSV files have unrounded numbers, a cell per line, and begin with the column
 that the paper published, which a study of the same model, task and metric is shown beside.
 """
 
-from __future__ import annotations
-
 import csv
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence

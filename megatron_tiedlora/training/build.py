@@ -1,7 +1,5 @@
 """From the plans to a running engine: process groups, this rank's stage, its base weights, adapters and optimizers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

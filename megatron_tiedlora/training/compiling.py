@@ -9,8 +9,6 @@ On a GPU every size except the number of tokens is a constant. The warm-up runs 
 enough tokens for Triton to time its variants, and then with one token, as in generation.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile

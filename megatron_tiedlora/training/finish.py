@@ -1,7 +1,5 @@
 """The end of a run: scores of the best adapters, their plots, exports and checks."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress

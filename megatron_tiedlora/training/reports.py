@@ -3,8 +3,6 @@
 A run of one adapter tells of it in full; a run of several has a row for each.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Mapping

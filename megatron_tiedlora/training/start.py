@@ -3,8 +3,6 @@
 The folder of a run of one adapter is the run's; of several each has its own in RUN/NAME, or where its entry says.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress

@@ -12,8 +12,6 @@ for https://ui.perfetto.dev. It is written when LAST is done, or when the run en
 steps slower, so their speed in metrics.jsonl is not that of others.
 """
 
-from __future__ import annotations
-
 import gzip
 import resource
 import shutil

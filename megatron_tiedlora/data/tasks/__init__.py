@@ -1,7 +1,5 @@
 """The tasks, one file each. Every module in this folder defines `TASK`, and is found under its file's name."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A row is used if its worked answer can be a target: it ends in `#### N`, N >= 0 
 in it has rounding errors.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import re

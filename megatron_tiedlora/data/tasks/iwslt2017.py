@@ -5,8 +5,6 @@ with aligned lines, given as `train.de,train.en`: plain sentences, or the files 
 `*.xml`, whose sentences are the lines without a tag at their start and the `<seg>` elements.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """OLMo 3: OLMo 2's layers, most of them with a sliding window and a rotation of their own."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import BEHIND, gated_decoder

@@ -1,7 +1,5 @@
 """StableLM 2, and NVIDIA's GPT-2B-001: LayerNorms with biases, and part of a head rotated."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig, read_rope
