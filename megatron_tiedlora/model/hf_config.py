@@ -55,6 +55,7 @@ _OFF: dict[str, Any] = {
 }
 # Larger than any model. The limits keep the name table and numbers of weights within bounds.
 _LARGEST_SIZE, _LARGEST = 2**28, {"num_hidden_layers": 4096}
+_LARGEST_NUMBER = 1e30  # fp32 can hold it
 
 
 class HfConfig:
@@ -64,9 +65,9 @@ class HfConfig:
         source: the name of the file in error messages.
     """
 
-    def __init__(self, values: Mapping[str, Any], source: str, defaults: Mapping[str, Any]) -> None:
-        """`defaults` are the family's values for absent fields."""
-        self.source = source
+    def __init__(self, values: Mapping[str, Any], source: str, defaults: Mapping[str, Any], of: str = "") -> None:
+        """`defaults` are the family's values for absent fields; `of` follows a field's name in error messages."""
+        self.source, self._of = source, of
         self._values = values
         self._defaults = defaults
         self._read = {"model_type"}
@@ -101,8 +102,31 @@ class HfConfig:
         """True or false; null is false. Raises UserError."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            raise UserError(f"{self.source}: {name} = {shown(value)} is neither true nor false")
+            raise UserError(f"{self.source}: {name} = {shown(value)}{self._of} is neither true nor false")
         return bool(value)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number; null is absent. Raises UserError for another one, or if it is absent without a default."""
+        value = self.get(name)
+        if value is None and default is None:
+            raise UserError(f"{self.source}: {name}{self._of} is missing")
+        return self._positive(name, default if value is None else value)
+
+    def optional(self, name: str) -> float | None:
+        """A positive number; None if it is absent, null or 0. Raises UserError."""
+        return self._positive(name, value) if (value := self.get(name)) else None
+
+    def row(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers. Raises UserError."""
+        values = self.get(name)
+        if not isinstance(values, list):
+            raise UserError(f"{self.source}: {name} = {shown(values)}{self._of} is not a list of numbers")
+        return tuple(self._positive(name, value) for value in values)
+
+    def _positive(self, name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not 0 < value < _LARGEST_NUMBER:
+            raise UserError(f"{self.source}: {name} = {shown(value)}{self._of} is not a positive number")
+        return float(value)
 
     def reject_other_layers(self, *known: str) -> None:
         """Reject layers with another kind of attention than the `known` ones. Raises UserError."""
@@ -280,7 +304,6 @@ _CHECKS: dict[str, Callable[[Mapping[str, Any]], tuple[str, str]]] = {
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
-_LARGEST_NUMBER = 1e30  # fp32 can hold it
 _KNOWN = frozenset(
     {
         "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor", "low_freq_factor",
@@ -288,47 +311,6 @@ _KNOWN = frozenset(
         "rope_type", "short_factor", "truncate", "type",
     }
 )  # fmt: skip
-
-
-class _Numbers:
-    """The numbers of one rotary embedding. Each is checked as it is read."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self._values = values
-        self.source = source
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive number; null is absent. Raises UserError for another one, or if it is absent without a default."""
-        value = self._values.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise UserError(f"{self.source}: {name} of the rotary embedding is missing")
-        return self.checked(name, value)
-
-    def checked(self, name: str, value: Any) -> float:
-        """`value` as a positive number. Raises UserError."""
-        if type(value) not in (int, float) or not 0 < value < _LARGEST_NUMBER:
-            raise UserError(f"{self.source}: {name} = {shown(value)} of the rotary embedding is not a positive number")
-        return float(value)
-
-    def optional(self, name: str) -> float | None:
-        """A positive number; None if it is absent, null or 0. Raises UserError."""
-        return self.checked(name, value) if (value := self._values.get(name)) else None
-
-    def row(self, name: str) -> tuple[float, ...]:
-        """A list of positive numbers. Raises UserError."""
-        values = self._values.get(name)
-        if not isinstance(values, list):
-            raise UserError(f"{self.source}: {name} = {shown(values)} of the rotary embedding is not a list of numbers")
-        return tuple(self.checked(name, value) for value in values)
-
-    def flag(self, name: str, default: bool) -> bool:
-        """True or false. Raises UserError."""
-        value = self._values.get(name, default)
-        if not isinstance(value, bool):
-            raise UserError(f"{self.source}: {name} = {shown(value)} of the rotary embedding is neither true nor false")
-        return value
 
 
 def read_ropes_by_kind(config: HfConfig, *, theta: float) -> dict[str, tuple[RopeShape, LengthLimit | None]]:
@@ -383,7 +365,7 @@ def read_rope(
     for name in values:
         if name not in _KNOWN:
             raise UserError(f"{config.source}: {shown(name)} of the rotary embedding is not implemented")
-    numbers = _Numbers(values, config.source)
+    numbers = HfConfig(values, config.source, {"truncate": True}, of=" of the rotary embedding")
     theta = numbers.number("rope_theta", config.get("rope_theta") or 10000.0)
     absent_share = config.get("partial_rotary_factor")
     share = numbers.number("partial_rotary_factor", 1.0 if absent_share is None else absent_share)
@@ -410,18 +392,18 @@ def read_rope(
     return RopeShape(theta, share, scaling), limit
 
 
-def _linear(numbers: _Numbers, max_positions: int, original: int) -> RopeScaling:
+def _linear(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
     return LinearScaling(numbers.number("factor"))
 
 
-def _llama3(numbers: _Numbers, max_positions: int, original: int) -> RopeScaling:
+def _llama3(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
     low, high = numbers.number("low_freq_factor"), numbers.number("high_freq_factor")
     if low >= high:
         raise UserError(f"{numbers.source}: low_freq_factor {low} is not below high_freq_factor {high}")
     return Llama3Scaling(numbers.number("factor"), low, high, original)
 
 
-def _yarn(numbers: _Numbers, max_positions: int, original: int) -> RopeScaling:
+def _yarn(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
     factor = numbers.number("factor", max_positions / original)
     scale, scale_all = numbers.optional("mscale"), numbers.optional("mscale_all_dim")
 
@@ -434,19 +416,19 @@ def _yarn(numbers: _Numbers, max_positions: int, original: int) -> RopeScaling:
         original,
         numbers.optional("beta_fast") or 32.0,
         numbers.optional("beta_slow") or 1.0,
-        numbers.flag("truncate", True),
+        numbers.flag("truncate"),
         numbers.number("attention_factor", derived),
     )
 
 
-def _longrope(numbers: _Numbers, max_positions: int, original: int) -> RopeScaling:
+def _longrope(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
     factor = numbers.number("factor", max_positions / original)
     numbers.row("long_factor")  # for rows beyond the original length, which are rejected
     derived = 1.0 if factor <= 1 or original == 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return LongRopeScaling(numbers.row("short_factor"), numbers.number("attention_factor", derived))
 
 
-_READERS: dict[str, Callable[[_Numbers, int, int], RopeScaling]] = {
+_READERS: dict[str, Callable[[HfConfig, int, int], RopeScaling]] = {
     "linear": _linear,
     "llama3": _llama3,
     "longrope": _longrope,
