@@ -32,7 +32,7 @@ from megatron_tiedlora.base.child_process import end_with_parent, leave_signals_
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.chat import Chat
 from megatron_tiedlora.data.sources import NumberedRow
-from megatron_tiedlora.data.splits import ExampleMaker, check_shape
+from megatron_tiedlora.data.splits import check_shape, make_example
 from megatron_tiedlora.data.tables import num_bytes
 from megatron_tiedlora.data.task import Example, Reading, Segment, Task
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
@@ -340,15 +340,15 @@ class RowEncoder:
     def __init__(self, encoding: Encoding) -> None:
         self._ends = np.array(sorted(encoding.end_ids), dtype=np.int32)
         self._chat = Chat(encoding.tokenizer, encoding.reading)
-        self._maker = ExampleMaker(encoding.task, self._chat)
+        self._task = encoding.task
         self._encoder = Encoder(encoding.tokenizer, self._chat, encoding.max_length)
 
     def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, Shapes]:
         """The samples of rows, as `encoded_rows` yields them, and the rows' shapes.
 
-        Raises UserError as `ExampleMaker.example` and `Encoder.samples` do.
+        Raises UserError as `make_example` and `Encoder.samples` do.
         """
-        made = [self._maker.example([row]) for _, _, row in rows]
+        made = [make_example(self._task, self._chat, [row]) for _, _, row in rows]
         of_rows = list(self._encoder.samples(made))
         samples = [sample for parts in of_rows for sample in parts]
         arrays = joined(samples)

@@ -54,9 +54,8 @@ def load_split(
         samples = _held_out_samples(entry, split, files=files, seed=seed, reading=reading)
     first_rows, examples = dict[str, tuple[str, str]](), []
     with closing(Chat(tokenizer, reading)) as chat:
-        maker = ExampleMaker(entry, chat)
         for sample in islice(samples, limit):
-            examples.append(example := maker.example(sample))
+            examples.append(example := make_example(entry, chat, sample))
             check_shape(example.shape, example.source, first_rows)
     return examples
 
@@ -168,88 +167,84 @@ def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]])
         )
 
 
-class ExampleMaker:
-    """Turns the rows of a sample of a task into its example, as `chat` and its `reading` say."""
+def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
+    """The example of a sample's rows: prompt and answer are those of the first row, references those of all.
 
-    def __init__(self, task: Task, chat: Chat) -> None:
-        self._task, self._chat, self._reading = task, chat, chat.reading
-
-    def example(self, sample: Sequence[Row]) -> Example:
-        """The example of a sample's rows: prompt and answer are those of the first row, references those of all.
-
-        Raises:
-            UserError: a field is missing, empty or of another kind, or the template names one that is not there; the
-                message names file and line.
-        """
-        parts, source, chat = [self._parts(*row) for row in sample], sample[0][1], self._chat
-        first = parts[0]
-        references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))
-        if first.conversation is not None and self._reading.template is None:
-            segments, num_prompt = chat.segments(first.conversation, source)
-            return Example(
-                prompt="".join(segment.text for segment in segments[:num_prompt]),
-                completion=first.answers[0],
-                source=source,
-                references=references,
-                segments=segments,
-                num_prompt=num_prompt,
-                conversation=first.conversation,
-                templated=chat.templated,
-                shape=first.shape,
-            )
-        prompt = self._prompt(first, source)
-        follows = [chat.control.guard(ending, "the answer", source) for ending in first.endings]
-        answer = chat.control.guard(first.answers[0], "the answer", source)
-        right = first.choices.index(first.answers[0]) if follows else -1
-        completion = follows[right] if follows else join_answer(prompt, answer)
-        before, after = chat.cut(prompt, False), chat.cut(completion, True, ends=True)
+    Raises:
+        UserError: a field is missing, empty or of another kind, or the template names one that is not there; the
+            message names file and line.
+    """
+    parts, source = [_parts(task, chat.reading, *row) for row in sample], sample[0][1]
+    first = parts[0]
+    references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))
+    if first.conversation is not None and chat.reading.template is None:
+        segments, num_prompt = chat.segments(first.conversation, source)
         return Example(
-            prompt=unmarked(prompt),
-            completion=unmarked(completion),
+            prompt="".join(segment.text for segment in segments[:num_prompt]),
+            completion=first.answers[0],
             source=source,
             references=references,
-            choices=first.choices,
-            endings=tuple(map(unmarked, follows)),
-            segments=(*before, *after),
-            num_prompt=len(before),
+            segments=segments,
+            num_prompt=num_prompt,
+            conversation=first.conversation,
+            templated=chat.templated,
             shape=first.shape,
         )
+    prompt = _prompt(task, chat, first, source)
+    follows = [chat.control.guard(ending, "the answer", source) for ending in first.endings]
+    answer = chat.control.guard(first.answers[0], "the answer", source)
+    right = first.choices.index(first.answers[0]) if follows else -1
+    completion = follows[right] if follows else join_answer(prompt, answer)
+    before, after = chat.cut(prompt, False), chat.cut(completion, True, ends=True)
+    return Example(
+        prompt=unmarked(prompt),
+        completion=unmarked(completion),
+        source=source,
+        references=references,
+        choices=first.choices,
+        endings=tuple(map(unmarked, follows)),
+        segments=(*before, *after),
+        num_prompt=len(before),
+        shape=first.shape,
+    )
 
-    def _parts(self, row: Mapping[str, Any], source: str) -> Parts:
-        task = self._task
-        for name in task.fields:
-            if row.get(name) is None:
-                expected = ", ".join(repr(field) for field in task.fields)
-                found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
-                fix = "name your fields with --columns OURS=YOURS[,...]"
-                raise UserError(f"{found}, and task {task.name} reads {expected}; {fix}")
-        parts = task.parts(row, source, self._reading)
-        if not parts.answers:
-            raise UserError(f"{source}: the row has no answer; give one, or remove the row")
-        return parts
 
-    def _prompt(self, parts: Parts, source: str) -> str:
-        """The prompt of a row that is no chat, with marks at control tokens that are plain text."""
-        template, guard = self._reading.template or self._task.template, self._chat.control.guard
-        if self._reading.template is None and parts.prompt is not None:
-            prompt = guard(parts.prompt, "field 'prompt'", source)
-        else:
-            names, chat, written = template_fields(template), parts.conversation, dict[str, str]()
-            if chat is not None:
-                if len(chat.answers) > 1 and self._reading.train_on != "last_turn":
-                    said = f"{source}: --prompt_template makes one answer of a chat"
-                    raise UserError(f"{said}; give --train_on last_turn too")
-                segments, num_prompt = self._chat.segments(chat, source)
-                written["prompt"] = marked(segments[:num_prompt])
-            texts = {name: value for name, value in parts.fields.items() if name in names and isinstance(value, str)}
-            guarded = {name: guard(value, f"field {name!r}", source) for name, value in texts.items()}
-            fields = {**parts.fields, **guarded, **written}
-            if self._reading.template is not None:
-                _check_fields(names, fields, source)
-            prompt = template.format_map(fields)
-        if not prompt and parts.shape != "text":
-            raise UserError(f"{source}: the prompt is empty; check the fields or --prompt_template")
-        return prompt
+def _parts(task: Task, reading: Reading, row: Mapping[str, Any], source: str) -> Parts:
+    for name in task.fields:
+        if row.get(name) is None:
+            expected = ", ".join(repr(field) for field in task.fields)
+            found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
+            fix = "name your fields with --columns OURS=YOURS[,...]"
+            raise UserError(f"{found}, and task {task.name} reads {expected}; {fix}")
+    parts = task.parts(row, source, reading)
+    if not parts.answers:
+        raise UserError(f"{source}: the row has no answer; give one, or remove the row")
+    return parts
+
+
+def _prompt(task: Task, chat: Chat, parts: Parts, source: str) -> str:
+    """The prompt of a row that is no chat, with marks at control tokens that are plain text."""
+    reading, guard = chat.reading, chat.control.guard
+    template = reading.template or task.template
+    if reading.template is None and parts.prompt is not None:
+        prompt = guard(parts.prompt, "field 'prompt'", source)
+    else:
+        names, written, conversation = template_fields(template), dict[str, str](), parts.conversation
+        if conversation is not None:
+            if len(conversation.answers) > 1 and reading.train_on != "last_turn":
+                said = f"{source}: --prompt_template makes one answer of a chat"
+                raise UserError(f"{said}; give --train_on last_turn too")
+            segments, num_prompt = chat.segments(conversation, source)
+            written["prompt"] = marked(segments[:num_prompt])
+        texts = {name: value for name, value in parts.fields.items() if name in names and isinstance(value, str)}
+        guarded = {name: guard(value, f"field {name!r}", source) for name, value in texts.items()}
+        fields = {**parts.fields, **guarded, **written}
+        if reading.template is not None:
+            _check_fields(names, fields, source)
+        prompt = template.format_map(fields)
+    if not prompt and parts.shape != "text":
+        raise UserError(f"{source}: the prompt is empty; check the fields or --prompt_template")
+    return prompt
 
 
 def _check_fields(names: Iterable[str], fields: Mapping[str, Any], source: str) -> None:
