@@ -7,8 +7,6 @@ process group exists yet, so no collective can time out while a large data set i
 writer has written nothing for a while.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -18,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,11 +39,8 @@ from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed,
 from megatron_tiedlora.data.splits import check_held_out, held_out_rows
 from megatron_tiedlora.data.task import Split, template_fields
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
-from megatron_tiedlora.data.tokenizer import start_ids
+from megatron_tiedlora.data.tokenizer import Tokenizer, start_ids
 from megatron_tiedlora.runtime.launch_env import rank_number
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "facts": FACTS}
 _SPLITS = {"train": np.int64, "validation": np.int64}
@@ -303,7 +298,7 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
+def _tokenizer_content(tokenizer: Tokenizer) -> bytes:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocab_file = getattr(tokenizer, "vocab_file", None)
     if backend is not None:

@@ -10,8 +10,6 @@ Owns samples, labels, what they lost, and the calls of a tokenizer, each of whos
 batches to `loader`, storage to `cache`, and a chat's text to `chat`.
 """
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, pairwise
 from multiprocessing import active_children, current_process, get_context
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +34,7 @@ from megatron_tiedlora.data.splits import check_shape, make_example
 from megatron_tiedlora.data.tables import num_bytes
 from megatron_tiedlora.data.task import Example, Reading, Segment, Task
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
-from megatron_tiedlora.data.tokenizer import library_errors, start_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_ids
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class EncodedExample:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
+    tokenizer: Tokenizer, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
 ) -> tuple[list[NDArray[np.int32]], int]:
     """The ids of the examples' prompts, (length,) int32, and the number of those that lost something to `max_length`.
 
@@ -71,7 +66,7 @@ def encode_prompts(
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
+    tokenizer: Tokenizer, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
 ) -> list[EncodedExample]:
     """Return samples as ids, each of at most `max_length` tokens. A text without a prompt may become several.
 
@@ -84,7 +79,7 @@ def encode_examples(
 
 def encode_dataset(
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     max_length: int,
     reading: Reading | None = None,
@@ -117,7 +112,7 @@ def joined(samples: Sequence[EncodedExample]) -> dict[str, NDArray[Any]]:
 class Encoder:
     """Ids of samples with one tokenizer, of at most `max_length` tokens. `chat` writes shorter chats."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: Chat, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, chat: Chat, max_length: int) -> None:
         self._tokenizer, self._chat, self._max_length = tokenizer, chat, max_length
         self._add_bos = chat.reading.add_bos
         self._start = start_ids(tokenizer, self._add_bos)
@@ -230,20 +225,20 @@ def _num_turns(example: Example) -> int:
 # Ids of texts, and texts of ids --------------------------------------------------------------------------------------
 
 
-def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special: bool = False) -> str:
+def decode_ids(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special: bool = False) -> str:
     """Decode ids to text. Raises UserError naming the tokenizer if its library fails."""
     with library_errors(tokenizer.name_or_path, "cannot decode some ids"):
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
 
-def adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_prefix_space(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer puts a space before any text (SentencePiece's dummy prefix, `add_prefix_space`)."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))
     return bool(tokens) and tokens[0].startswith(("▁", "Ġ"))
 
 
 def segment_ids(
-    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sequence[Segment]]
+    tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]
 ) -> list[list[list[int]]]:
     """The ids of each segment of each sample, without any token that ends a sample."""
     found: list[list[list[int]]] = [[[] for _ in segments] for segments in samples]
@@ -263,7 +258,7 @@ def segment_ids(
 
 
 def continuation_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, plain: bool = False
+    tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False
 ) -> list[list[int]]:
     """Tokenise texts that follow a prompt, so that decoding prompt and continuation gives the joined text.
 
@@ -287,7 +282,7 @@ def continuation_ids(
     return encoded
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
+def _ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
     if not texts:
         return []
     more = {"split_special_tokens": True} if plain else {}
@@ -323,7 +318,7 @@ class Encoding:
     """
 
     task: Task
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     reading: Reading
     max_length: int
     end_ids: frozenset[int]
