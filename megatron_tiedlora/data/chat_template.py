@@ -11,9 +11,10 @@ import os
 import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -291,8 +292,9 @@ def render_with_spans(
     if found := _by_marks(tokenizer, messages, tools):
         return Rendered(found[0], tuple(found[1][index] for index in answers))
     names = names or [f"message {number}" for number in range(1, len(messages) + 1)]
-    whole = _render(tokenizer, messages, tools)
-    return Rendered(whole, tuple(_span(tokenizer, messages, tools, whole, index, names) for index in answers))
+    render, eos = partial(_render, tokenizer, tools=tools), getattr(tokenizer, "eos_token", None) or ""
+    whole = render(messages)
+    return Rendered(whole, tuple(_span(render, messages, whole, index, names[index], eos) for index in answers))
 
 
 def _by_marks(
@@ -334,32 +336,26 @@ def _marked(
 
 
 def _span(
-    tokenizer: Any,
-    messages: Sequence[Any],
-    tools: Sequence[Any] | None,
-    whole: str,
-    index: int,
-    names: Sequence[str],
+    render: Callable[..., str], messages: Sequence[Any], whole: str, index: int, name: str, eos: str
 ) -> tuple[int, int]:
-    """The span of the answer `index` in the rendering of all messages."""
-    prompt = _render(tokenizer, messages[:index], tools, starts_answer=True)
+    """The span of the answer `index`, called `name`, in the rendering of all messages."""
+    prompt = render(messages[:index], starts_answer=True)
     start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - by characters: these are no paths
     if start < len(prompt):  # the start of an answer may hold more than an answer has, such as an open thought
-        before = _render(tokenizer, messages[:index], tools)
+        before = render(messages[:index])
         if not whole.startswith(before):
-            raise TurnsChange(f"writes what comes before {names[index]} in another way once that follows")
+            raise TurnsChange(f"writes what comes before {name} in another way once that follows")
         # What the answer has in common with that start belongs to the answer, so look where another one would begin.
-        other = _render(tokenizer, [*messages[:index], {**messages[index], "content": _OTHER}], tools)
+        other = render([*messages[:index], {**messages[index], "content": _OTHER}])
         begins = other.find(_OTHER)
         if begins >= 0 and whole.startswith(other[:begins]):
             start = min(start, begins)
-    until = _render(tokenizer, messages[: index + 1], tools)
+    until = render(messages[: index + 1])
     if whole.startswith(until):
         return start, len(until)
-    end = getattr(tokenizer, "eos_token", None) or ""
-    ended = until.endswith(end) and _render(tokenizer, messages[:index], tools).endswith(end)
-    if ended and whole.startswith(until.removesuffix(end)):  # the template ends every text with it, whatever is last
-        return start, len(until) - len(end)
+    ended = until.endswith(eos) and render(messages[:index]).endswith(eos)
+    if ended and whole.startswith(until.removesuffix(eos)):  # the template ends every text with it, whatever is last
+        return start, len(until) - len(eos)
     # As the last turn it may be written with an empty thought before its text: compare what comes after that.
     text = str(messages[index].get("content") or "").strip()
     longest_extra = until.find(text, start) if text else until.find(_THOUGHT_END, start) + len(_THOUGHT_END) + 2
@@ -368,7 +364,7 @@ def _span(
         thought = added.rstrip().endswith(_THOUGHT_END) and not re.sub("</?think>", "", added).strip()
         if (not added or thought) and whole.startswith(until[extra:], start):
             return start, start + len(until) - extra
-    raise TurnsChange(f"writes {names[index]} ({shown(text[:40])}) in another way once others follow")
+    raise TurnsChange(f"writes {name} ({shown(text[:40])}) in another way once others follow")
 
 
 _OTHER = "\ue000\ue001"  # an answer that begins like no other text: two characters for private use
