@@ -245,23 +245,19 @@ def _guarded(source: Path, load: Callable[[], object]) -> Tokenizer:
 
     with library_errors(source, "cannot be read as a tokenizer"):
         tokenizer = load()
-        _try_out(tokenizer)
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        # It is used as a run will, since files with values of wrong types load, and fail only in use.
+        tokenizer(list(_PROBES), add_special_tokens=False)
+        named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        for token_id in (*tokenizer.all_special_ids, *(token_id for token_id in named if token_id is not None)):
+            if type(token_id) is not int:
+                raise TypeError(f"the id of a special token is {shown(token_id)}")
     return tokenizer
 
 
 def _check_size(file: Path) -> None:
     if file.is_file() and file.stat().st_size > LARGEST_TOKENIZER:
         raise _rejection(str(file), f"is larger than {LARGEST_TOKENIZER:,} bytes, too large for a tokenizer")
-
-
-def _try_out(tokenizer: Any) -> None:
-    """Use a tokenizer as a run will, since files with values of wrong types load, and fail only in use."""
-    tokenizer(list(_PROBES), add_special_tokens=False)
-    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    for token_id in (*tokenizer.all_special_ids, *(token_id for token_id in named if token_id is not None)):
-        if type(token_id) is not int:
-            raise TypeError(f"the id of a special token is {shown(token_id)}")
 
 
 def _rejection(source: str, reason: str) -> UserError:
