@@ -19,8 +19,7 @@ from torch import nn
 from megatron_tiedlora.adapters.low_rank import AllRows, LinearFactors, Slots, fold, layer_slots
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.base.shapes import QKV, Cut, ModelShape, linear_sizes
-from megatron_tiedlora.parallel.collectives import StepSum, gather_together
-from megatron_tiedlora.parallel.groups import ALONE, RankGroup
+from megatron_tiedlora.parallel.groups import ALONE, RankGroup, StepSum, gather_together
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, draw_normal
 
 # Targets --------------------------------------------------------------------------------------------------------------

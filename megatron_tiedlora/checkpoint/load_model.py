@@ -24,10 +24,8 @@ from torch.nn.functional import linear
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.errors import UserError, count_text
+from megatron_tiedlora.base.shapes import BASE_FORMATS, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import is_plain
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, changed_tensors
@@ -37,10 +35,9 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import quantised_rules, stage_weight_rules, stored_shapes
 from megatron_tiedlora.parallel.agreement import num_differing
-from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker, frozen_weights
-from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, TensorParallel
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, TensorParallel, largest_of_all
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.quantise import quantised_rows
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions

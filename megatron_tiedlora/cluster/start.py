@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from megatron_tiedlora.base.errors import UserError, one_line, show
+from megatron_tiedlora.base.errors import UserError, count_text, one_line, show
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.ownership import OWNER_FILE, Token, owner_in_words, read_token
 from megatron_tiedlora.base.text_files import read_json_or_none, seen_late
-from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.cluster.launchers import Job, Route, StartPlan, plan_start
 from megatron_tiedlora.config.batch import plan_batches

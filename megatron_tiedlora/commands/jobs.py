@@ -3,8 +3,6 @@
 What imports torch is imported by the command that needs it, so that `env` works where torch does not.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -12,11 +10,9 @@ import sys
 from pathlib import Path
 
 from megatron_tiedlora.base.atomic import write_json, write_text
-from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.errors import UserError, aligned_lines, show, user_path
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.output_folder import output_file, output_files
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import aligned_lines
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.launch_settings import LaunchCommand

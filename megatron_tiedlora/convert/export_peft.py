@@ -22,9 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.paths import last_name, user_path
+from megatron_tiedlora.base.errors import UserError, user_path
+from megatron_tiedlora.base.output_folder import last_name, new_output, reject_existing
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import TARGET_NAMES, BlockShape, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import FORMAT_FIELDS, identify_model

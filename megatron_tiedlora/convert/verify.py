@@ -20,10 +20,18 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_tiedlora.base.errors import UserError, one_line, printable, shown
+from megatron_tiedlora.base.errors import (
+    UserError,
+    aligned_lines,
+    bytes_in_words,
+    count_text,
+    first_line,
+    one_line,
+    printable,
+    shown,
+)
 from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, first_line
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles
 from megatron_tiedlora.checkpoint.load_model import MergedWeights, row_blocks

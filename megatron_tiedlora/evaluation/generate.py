@@ -29,8 +29,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.collectives import concatenated
-from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.parallel.groups import ParallelGroups, concatenated
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 

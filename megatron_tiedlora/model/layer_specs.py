@@ -18,7 +18,6 @@ from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.linears import Norm, NormedLinear, RowParallelLinear
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.qkv import QkvLinear
-from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import (
     FrozenWeight,
@@ -29,7 +28,11 @@ from megatron_tiedlora.parallel.frozen_weight import (
     frozen_weights,
     register,
 )
-from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.groups import (
+    TensorParallel,
+    enter_tensor_parallel_region,
+    gather_from_tensor_parallel_region,
+)
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight

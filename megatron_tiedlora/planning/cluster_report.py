@@ -9,14 +9,12 @@ from typing import Any
 
 import psutil
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import aligned_lines, count_text, range_text
+from megatron_tiedlora.base.errors import UserError, aligned_lines, count_text, range_text, user_path
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand, PlanSettings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.parallel.traffic import GROUPS
+from megatron_tiedlora.parallel.groups import GROUPS
 from megatron_tiedlora.planning.machines import (
     ATTENTION,
     CPU,
@@ -152,8 +150,8 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
         lines.append(f"no data is read: every sample has the full length. To train, the command below needs {needs}")
     counts = plan.refused.most_common()
     lines += [f"  {number:,} x {reason}" for reason, number in counts[:_REASONS]]
-    if left := sum(number for _, number in counts[_REASONS:]):
-        lines.append(f"  {left:,} x {count_text(len(counts) - _REASONS, 'more reason')}")
+    if rest := sum(number for _, number in counts[_REASONS:]):
+        lines.append(f"  {rest:,} x {count_text(len(counts) - _REASONS, 'more reason')}")
     return lines
 
 

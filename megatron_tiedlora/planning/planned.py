@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.parallel.traffic import Traffic
+from megatron_tiedlora.parallel.groups import Traffic
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages
 from megatron_tiedlora.planning.machines import Constant, Machine
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves

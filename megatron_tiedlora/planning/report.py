@@ -12,13 +12,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.base.wording import aligned_lines, amount_text, bytes_in_words, count_text, range_text, time_text
+from megatron_tiedlora.base.errors import (
+    aligned_lines,
+    amount_text,
+    bytes_in_words,
+    count_text,
+    printable,
+    range_text,
+    time_text,
+)
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions
 from megatron_tiedlora.model.weights import num_base_parameters
-from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
+from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.adapter_plans import (
     Data,
     choose_folder,

@@ -13,9 +13,8 @@ import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, count_text
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.load_model import resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES

@@ -14,9 +14,8 @@ from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
-from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.base.errors import UserError, nearest_name
+from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings

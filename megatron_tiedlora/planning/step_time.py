@@ -25,9 +25,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
-from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
+from megatron_tiedlora.base.errors import count_text
+from megatron_tiedlora.base.shapes import BASE_FORMATS
+from megatron_tiedlora.parallel.groups import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.passes import PassWork, StageWork, engine_traffic, once_traffic

@@ -1,7 +1,5 @@
 """Runs for several parts, made as in tiedlora bench, whose steps the caller chooses."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math
@@ -16,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, bytes_in_words
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
-from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.benchmark.compare import random_stage
 from megatron_tiedlora.benchmark.layout import Started, made_up, plan_benchmark, start
 from megatron_tiedlora.config.bench_settings import BenchSettings

@@ -1,7 +1,5 @@
 """Part decode: greedy decoding with a cache gives the same tokens as without one, and its time per token."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from functools import partial

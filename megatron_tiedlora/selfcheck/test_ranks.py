@@ -1,7 +1,5 @@
 """Part ranks: every layout that fits on this host against one rank, the network, and a killed rank."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

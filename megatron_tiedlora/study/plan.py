@@ -3,8 +3,6 @@
 All runs of a study have one base, layout and data, so any of them may share a group. Memory decides how many do.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -16,10 +14,8 @@ from functools import cached_property
 import psutil
 import torch
 
-from megatron_tiedlora.base.errors import UserError, naming
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import UserError, aligned_lines, bytes_in_words, naming, user_path
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import check_num_ranks, make_job

@@ -4,8 +4,6 @@ A start is tiedlora train or tiedlora evaluate by the launcher of tiedlora run. 
 it writes, not by its exit status, which a launcher may lose.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import secrets
@@ -20,12 +18,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, discard, make_way_for_log, unguarded, write_json, write_text
-from megatron_tiedlora.base.errors import UserError, printable, show
+from megatron_tiedlora.base.errors import UserError, csv_text, printable, show, user_path
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
-from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import write_yaml
-from megatron_tiedlora.base.wording import csv_text
 from megatron_tiedlora.cluster.launchers import Job, plan_start
 from megatron_tiedlora.cluster.start import (
     RunningJob,

@@ -7,8 +7,6 @@ batches that it has alone, and its tokens meet its own factors alone. Only the b
 several. So the numbers are those of an evaluation of its own, and one that fails fails alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -192,7 +190,7 @@ class Trainer:
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
     rates: list[str] = field(default_factory=list)
-    progress: Callable[[Trainer], str] = lambda trainer: ""
+    progress: "Callable[[Trainer], str]" = lambda trainer: ""
     _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:

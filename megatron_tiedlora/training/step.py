@@ -9,8 +9,6 @@ The checks: trained tensors must get gradients, and the replicas of a tensor mus
     loss = (sum over all ranks of the losses of supervised tokens) / (supervised tokens of the global batch)
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -25,7 +25,7 @@ from megatron_tiedlora.benchmark.timing import CLASSES, describe_allocator, kern
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.fields import validate_settings
-from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
+from megatron_tiedlora.parallel.groups import DATA, TENSOR, Traffic
 from megatron_tiedlora.planning.layout import shared_shape
 from megatron_tiedlora.planning.machines import CPU, Constant
 from megatron_tiedlora.planning.run_plan import RunPlan

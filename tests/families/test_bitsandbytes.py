@@ -13,7 +13,7 @@ from native_files import with_adapter
 from tiny_models import write_tiny_model
 
 import megatron_tiedlora as tiedlora
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
+from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.checkpoint.base_identity import check_same_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model

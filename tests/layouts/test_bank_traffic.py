@@ -10,7 +10,7 @@ import pytest
 from bank_traffic_worker import BankCase, BankCounted, BankRan, run_bank_cases
 from traffic_runs import ours, write_inputs
 
-from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
+from megatron_tiedlora.parallel.groups import DATA, TENSOR, Traffic
 
 pytestmark = [
     pytest.mark.distributed,

@@ -20,8 +20,7 @@ from traffic_runs import Ran, ours, run_cases, write_inputs
 from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.layer_specs import StoredTensor
-from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
-from megatron_tiedlora.parallel.traffic import (
+from megatron_tiedlora.parallel.groups import (
     DATA,
     GROUPS,
     MODEL,
@@ -29,6 +28,8 @@ from megatron_tiedlora.parallel.traffic import (
     TENSOR,
     TIED,
     WORLD,
+    ParallelGroups,
+    RankGroup,
     Traffic,
     TrafficCounter,
     named_handles,

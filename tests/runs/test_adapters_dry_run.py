@@ -16,8 +16,7 @@ from report_tables import stage_table
 from run_files import files_of
 from run_helpers import Base, run_ranks, write_base
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.errors import UserError, bytes_in_words
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
 from megatron_tiedlora.planning.layout import MicroBatchShape

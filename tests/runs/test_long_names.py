@@ -12,7 +12,7 @@ import pytest
 from folders import ROOT
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import last_name
+from megatron_tiedlora.base.output_folder import last_name
 from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.launch_settings import parse_launch

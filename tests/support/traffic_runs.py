@@ -16,7 +16,7 @@ from traffic_worker import Case, Counted, count_steps
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.parallel.traffic import DATA, Traffic
+from megatron_tiedlora.parallel.groups import DATA, Traffic
 from megatron_tiedlora.planning.adapter_plans import prepare_data
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.passes import engine_traffic, step_traffic

@@ -9,8 +9,14 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Iterator, Sequence
 
-from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, enumerate_names, time_text
+from megatron_tiedlora.base.errors import (
+    aligned_lines,
+    bytes_in_words,
+    count_text,
+    enumerate_names,
+    printable,
+    time_text,
+)
 from megatron_tiedlora.cluster.doctor.rank import (
     DoctorReport,
     GroupResult,

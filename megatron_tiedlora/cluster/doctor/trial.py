@@ -17,8 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import count_text, enumerate_names
+from megatron_tiedlora.base.errors import count_text, enumerate_names, user_path
 from megatron_tiedlora.cluster.doctor.compare import compare_hosts
 from megatron_tiedlora.cluster.doctor.rank import (
     NOT_SEEN,

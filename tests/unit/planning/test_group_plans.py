@@ -14,8 +14,7 @@ from planned import H100, largest_memory, searched, short, step_parts, words_of_
 from report_tables import stage_table
 from run_helpers import Base, run_ranks, write_base
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.errors import UserError, bytes_in_words
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan

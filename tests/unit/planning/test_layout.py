@@ -15,8 +15,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.partition import check_layout
-from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.parallel.traffic import DATA, WORLD
+from megatron_tiedlora.parallel.groups import DATA, WORLD, Grid
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages, shared_shape
 from megatron_tiedlora.planning.passes import engine_traffic, saved_per_token, step_flops, step_traffic
 from megatron_tiedlora.planning.run_plan import pays_to_compile

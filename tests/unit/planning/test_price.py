@@ -15,7 +15,7 @@ from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
-from megatron_tiedlora.parallel.traffic import TENSOR
+from megatron_tiedlora.parallel.groups import TENSOR
 from megatron_tiedlora.planning.adapter_plans import prepare_data
 from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster
 from megatron_tiedlora.planning.layout import plan_stages
