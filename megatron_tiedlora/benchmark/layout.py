@@ -284,7 +284,7 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
     plan, runner, device = run.plan, run.runner, run.runner.device
     run.train_step.stop.agree(True)  # start together, so that ranks that share a processor measure their share of it
     rate = base_matmul_rate(plan, runner.stage, step.micro_batches, device)
-    shapes = run.step_plan(step).batches.shapes
+    shapes = run.step_plan(step).batches
     run.train_step.long_seconds = math.inf  # the prediction leaves out what ranks send only in long steps
     with TrafficCounter(named_handles(runner.groups)) as counter:
         run.take(next(run.loader))

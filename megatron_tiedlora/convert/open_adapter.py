@@ -1,7 +1,7 @@
 """Opens what a user names as an adapter, with its base: a native adapter, a checkpoint of a run, or a PEFT folder; and
 writes the last as a native adapter.
 
-A PEFT folder is read as the exactly equal native adapter by `peft_methods`. In our own exports the native adapter
+A PEFT folder is read as the exactly equal native adapter by `peft_files`. In our own exports the native adapter
 travels along.
 """
 
@@ -51,7 +51,7 @@ from megatron_tiedlora.convert.inputs import (
     is_merged,
     is_peft,
 )
-from megatron_tiedlora.convert.peft_methods import Lora, Native, native_lora, read_alpha, read_lora, read_vera
+from megatron_tiedlora.convert.peft_files import Lora, Native, native_lora, read_alpha, read_lora, read_vera
 from megatron_tiedlora.parallel.agreement import SentTensor
 
 Kind = Literal["native", "peft"]

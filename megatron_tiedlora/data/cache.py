@@ -41,10 +41,12 @@ from megatron_tiedlora.data.task import Split, template_fields
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import Tokenizer, start_ids
 from megatron_tiedlora.runtime.launch_env import rank_number
+from megatron_tiedlora.runtime.machine import source_hash
 
 _STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "facts": FACTS}
 _SPLITS = {"train": np.int64, "validation": np.int64}
 
+_CODE = Path(__file__).parent  # its modules make ids of rows; another version of them tokenises again
 _BLOCK = 2**14  # rows
 _SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # of a process that waits: how long before its first line, between two
 
@@ -117,7 +119,7 @@ def _training_data(once: Callable[..., _Found], encoding: Encoding, *, files: Fi
         rows = partial(_write_rows, stream=stream, content=content, encoding=encoding, first_only=first_only)
         stored[split] = once(keys[split], _STORE, partial(rows, name=split), stream.names)
     shares = [[source.name, source.weight] for source in streams["train"].sources if source.weight is not None]
-    choice = hashlib.sha256(json.dumps([keys, seed, shares, _code()]).encode()).hexdigest()
+    choice = hashlib.sha256(json.dumps([keys, seed, shares, source_hash(_CODE)]).encode()).hexdigest()
     write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed, encoding=encoding)
     order, facts = once(choice, _SPLITS, write_splits, streams["train"].names)
     facts["mix"] = tuple(facts["mix"])
@@ -285,17 +287,9 @@ def cache_key(encoding: Encoding, content: str, *, first_only: bool = False) -> 
         encoding.max_length,
         sorted(encoding.end_ids),
         *(list((reading.columns or {}).items()), reading.train_on, reading.add_bos, reading.special_tokens),
-        *(template_fields(reading.template), content, first_only, _code()),
+        *(template_fields(reading.template), content, first_only, source_hash(_CODE)),
     ]
     return hashlib.sha256(json.dumps(choices).encode() + _tokenizer_content(encoding.tokenizer)).hexdigest()
-
-
-def _code() -> str:
-    """Hash of the modules that make ids of rows, so that another version of them tokenises again."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _tokenizer_content(tokenizer: Tokenizer) -> bytes:

@@ -4,7 +4,7 @@
     row-parallel, before a norm       y = norm(sum_i z_i + c)            z_i = W_i x_i + F A_i x_i
 
 For the backward pass they need the norm's input, one number per token for the norm, and A x, r numbers per token; x is
-computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/rows.py`;
+computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`;
 A and F come from the adapter. What follows in the same autograd step is in `qkv` and `mlp`.
 
 Under sequence parallelism each rank computes A x of a column-parallel linear from its part of the sequence. A x is sent
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.rows import AllRows, apart, beside, flat
+from megatron_tiedlora.adapters.low_rank import AllRows, apart, beside, flat
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import NormShape
 from megatron_tiedlora.parallel.backward import first_derivative_only

@@ -285,6 +285,8 @@ def _encode(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
         tokenizer,
         reading=Reading.of(plan.settings),
         longest_prompt=longest_prompt(plan.settings.max_length, plan.source.shape.limit.tokens, plan.max_new_tokens),
+        max_new_tokens=plan.max_new_tokens,
+        batch_size=plan.settings.eval_batch_size,
         model_folder=plan.source.weights_folder(),
         vocab_size=plan.source.shape.vocab_size,
     )

@@ -172,8 +172,3 @@ CPU = Machine(
     {key: Constant(float(value), of["source"]) for of in _KNOWN["cpu"] for key, value in of["constants"].items()},
 )
 assert set(CPU.constants) == set(CONSTANTS), "a machine has every constant"
-
-
-def default_machine(*, on_gpu: bool) -> Machine:
-    """The machine of a plan that names none."""
-    return GPUS[DEFAULT_GPU] if on_gpu else CPU

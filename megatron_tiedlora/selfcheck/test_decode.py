@@ -10,8 +10,7 @@ import torch
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.compare import random_stage
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups

@@ -39,14 +39,14 @@ from megatron_tiedlora.engine.engine import (
     stored_bytes,
     trained_parameters,
 )
-from megatron_tiedlora.engine.optimizers import (
+from megatron_tiedlora.engine.runner import (
     EngineOptimizer,
     Optimizers,
     OwnOptimizer,
-    OwnOptimizers,
+    PipelineRunner,
+    Runner,
     trained_or_stand_in,
 )
-from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, Runner
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
@@ -232,8 +232,7 @@ def _start_engine(
         optimizer, schedule = make_training(plan.settings, trained)
         schedules = dict.fromkeys(plans, schedule)
         engine = start(plan.engine, optimizer=optimizer, scheduler=schedule)
-        (adapter,) = bank.adapters.values()
-        optimizers = EngineOptimizer(engine, adapter, model.groups, plan.engine)
+        optimizers = EngineOptimizer(engine, bank, model.groups, plan.engine)
     else:
         assert model.stage.anchor is not None
         of_nothing = make_optimizer([model.stage.anchor], learning_rate=0.0, weight_decay=0.0)  # an engine wants one
@@ -251,7 +250,7 @@ def _start_engine(
             made = make_training(its.settings, trained_or_stand_in(bank.adapters[name]))
             own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
-        optimizers = OwnOptimizers(bank, model.groups, own, device)
+        optimizers = Optimizers(bank, model.groups, own, device)
     for name, checkpoint in checkpoints.items():
         if checkpoint is not None and name in plans:
             adapter = bank.adapters[name]
@@ -264,7 +263,7 @@ def _start_engine(
             }
             optimizers.restore(name, moments, step=checkpoint.progress.step)
             resume_scheduler(schedules[name], checkpoint.progress.step)
-    kind = PlainRunner if plan.grid.pp_size == 1 else PipelineRunner
+    kind = Runner if plan.grid.pp_size == 1 else PipelineRunner
     return kind(engine, model.stage, model.groups, optimizers, device)
 
 

@@ -115,7 +115,7 @@ def test_prediction_is_what_is_counted_elsewhere(all_ran: Mapping[str, BankRan],
 def check_prediction(found: BankRan) -> None:
     for rank, counted in enumerate(found.counted):
         plan = found.plan(rank)
-        shapes = [(shape.num_tokens, len(shape.adapters)) for shape in plan.batches.shapes]
+        shapes = [(shape.num_tokens, len(shape.adapters)) for shape in plan.batches]
         assert shapes == counted.shapes and len(shapes) > 1
         predicted, most = found.predicted(rank)
         if plan.layout.zero_stage < 3:

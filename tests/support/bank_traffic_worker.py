@@ -124,7 +124,7 @@ class BankRan:
         plan = self.plan(rank)
         stage = plan.stages[plan.shared.grid.pp_rank]
         _, most = engine_traffic(stage, num_micro_batches=len(plan.batches)).of_group(DATA)
-        return step_traffic(stage, plan.batches.shapes), most
+        return step_traffic(stage, plan.batches), most
 
 
 def run_bank_cases(cases: Mapping[str, BankCase], folder: Path, *, ranks: int) -> dict[str, BankRan]:

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 RUNNING = "megatron_tiedlora.engine.runner"
-OPTIMIZERS = "megatron_tiedlora.engine.optimizers"
+OPTIMIZERS = "megatron_tiedlora.engine.runner"
 BUILD = "megatron_tiedlora.training.build"
 ENGINE = "megatron_tiedlora.engine.engine"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"

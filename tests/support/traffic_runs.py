@@ -46,7 +46,7 @@ class Ran:
         plan = self.plan(rank)
         data = prepare_data(plan).train
         batch = plan.global_batch(data, consumed_samples=self.case.steps_before * plan.batches.global_batch_size)
-        return StepPlan({ONLY: plan}, samples={ONLY: (data, batch)}).batches.shapes
+        return StepPlan({ONLY: plan}, samples={ONLY: (data, batch)}).batches
 
     def predicted(self, rank: int) -> tuple[Traffic, int]:
         """Of the counted step, from settings and data alone: our messages, and the most that DeepSpeed sends."""
