@@ -5,8 +5,6 @@ adapter's part of every tensor has the shape and memory that it has alone, and n
 The bank is no module: engines neither move nor sum nor step its tensors, unless a stage registers one (`Stage`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple

@@ -20,8 +20,6 @@ their gradients, and A x: that of the first piece of tokens, (tokens, r_i), then
 tensors have the shape and memory that they have when it is alone, and a token saves as many numbers as its own rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -161,7 +159,7 @@ class AllRows:
         dropout: of the update's input, in a training step with --dropout.
     """
 
-    dropout: InputDropout | None = None
+    dropout: "InputDropout | None" = None
 
     def _dropped(self, rows: torch.Tensor, *, local: bool) -> torch.Tensor:
         """D of rows (tokens, in)."""
@@ -216,7 +214,7 @@ class AllRows:
         """A x, or its gradient, from columns (..., r)."""
         return columns
 
-    def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> AllRows:
+    def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> "AllRows":
         """The same for some tokens only.
 
         Args:
@@ -244,7 +242,7 @@ class SharedRows(AllRows):
     ranks: Mapping[int, int] = field(default_factory=dict)
     pieces: Pieces = ()
     local_pieces: Pieces = ()
-    dropouts: Mapping[int, InputDropout] = field(default_factory=dict)
+    dropouts: "Mapping[int, InputDropout]" = field(default_factory=dict)
 
     def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
         """As in AllRows."""
@@ -302,7 +300,7 @@ class SharedRows(AllRows):
         rows = self._rows(columns.flatten(0, -2), local)
         return _end_to_end([own[:, : self.ranks[owner]] for owner, own, _ in rows], columns)
 
-    def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> SharedRows:
+    def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> "SharedRows":
         """As in AllRows."""
         dropouts = {owner: dropout.at(rows, local_rows) for owner, dropout in self.dropouts.items()}
         return replace(self, pieces=pieces, local_pieces=local_pieces, dropouts=dropouts)
@@ -420,7 +418,7 @@ class InputDropout:
     first: int
     probability: float
 
-    def at(self, rows: torch.Tensor | slice, local_rows: torch.Tensor | slice) -> InputDropout:
+    def at(self, rows: torch.Tensor | slice, local_rows: torch.Tensor | slice) -> "InputDropout":
         """The same for some tokens only: `rows` are indices into `keys`, `local_rows` into `local_keys`."""
         return replace(self, keys=self.keys[rows], local_keys=self.local_keys[local_rows])
 

@@ -5,8 +5,6 @@ has a slot for each group of layers that share it; which one a layer uses is `Ad
 z = W x + F A x and the gradients of A and F to `low_rank`, files to checkpoint/, and sums between stages to `tying`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -100,7 +98,7 @@ class AdapterConfig:
         return self.alpha / self.rank
 
     @cached_property
-    def of_one_layer(self) -> AdapterConfig:
+    def of_one_layer(self) -> "AdapterConfig":
         """What decides what a layer does: without layers, seed and stds, and of alpha only whether it is the rank."""
         alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
         return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
@@ -202,7 +200,7 @@ class AdapterPart:
     tp_size: int = 1
 
     @staticmethod
-    def whole(config: AdapterConfig) -> AdapterPart:
+    def whole(config: AdapterConfig) -> "AdapterPart":
         """The whole adapter."""
         return AdapterPart(config, config.layers)
 

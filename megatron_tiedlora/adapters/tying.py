@@ -6,8 +6,6 @@ addend of its gradient from its own layers, so the gradient is summed once per s
 fp32 message. u is replicated on the tensor-parallel ranks too, and its gradient is summed over these as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

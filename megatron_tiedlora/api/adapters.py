@@ -1,7 +1,5 @@
 """Native adapters on transformers' models from Python: load, attach, detach, merge, generate."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Training from Python, in this process."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ micro-batches. No sharing can be faster. `measure_sides` has the report of --wha
 makes it text.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

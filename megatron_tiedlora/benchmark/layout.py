@@ -6,8 +6,6 @@ counted. Timed steps follow, then a step that counts messages, one that counts s
 torch's profiler.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

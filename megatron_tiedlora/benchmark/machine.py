@@ -18,8 +18,6 @@ Some constants only a step of a run's own engine shows:
 A tiny layer is so narrow that its matmuls and messages of bytes take nearly no time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial

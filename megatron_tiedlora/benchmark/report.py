@@ -1,7 +1,5 @@
 """Makes the text of every report from the figures that also go into the JSON: one table of sides, and what is below."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median

@@ -1,7 +1,5 @@
 """Measures the times of steps that take turns, of their kernels by class, and the memory of a step that runs alone."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import multiprocessing

@@ -8,8 +8,6 @@ Such a copy quantises to other values, though. So the identity of a base that wa
 the precision of the weights from which it was. A model of transformers in memory is identified in the same way.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import suppress
@@ -93,7 +91,7 @@ class BaseIdentity:
 
 
 def identify_base(
-    source: ModelSource, weights: BaseWeights | WeightsInMemory, dtype: str, *, tokenizer: str | None = None
+    source: ModelSource, weights: "BaseWeights | WeightsInMemory", dtype: str, *, tokenizer: str | None = None
 ) -> BaseIdentity:
     """The identity of a base model; reads some KB of every tensor.
 
@@ -112,7 +110,7 @@ def identify_base(
     )
 
 
-def weights_hash(source: ModelSource, weights: BaseWeights | WeightsInMemory) -> str:
+def weights_hash(source: ModelSource, weights: "BaseWeights | WeightsInMemory") -> str:
     """Hash of the final norm's weight in bf16 and of a merge's record."""
     # The same model is stored in fp32, fp16 and bf16; rounding to bf16 makes those copies equal.
     digest = hashlib.sha256(_bits(weights.read(f"{source.shape.final_norm.source}.weight")))
@@ -133,7 +131,7 @@ def identify_model(source: ModelSource, dtype: str, tokenizer: str | None = None
     return replace(found, base_format=source.stored_base)
 
 
-def sample_hash(weights: BaseWeights | WeightsInMemory) -> str:
+def sample_hash(weights: "BaseWeights | WeightsInMemory") -> str:
     """Hash of the names, the shapes and the sampled values of all tensors that the name table of `weights` lists."""
     digest = hashlib.sha256()
     shapes = stored_shapes(weights.rules)
@@ -144,7 +142,7 @@ def sample_hash(weights: BaseWeights | WeightsInMemory) -> str:
     return digest.hexdigest()
 
 
-def linears_dtype(weights: BaseWeights | WeightsInMemory, shape: ModelShape) -> str:
+def linears_dtype(weights: "BaseWeights | WeightsInMemory", shape: ModelShape) -> str:
     """The narrowest of bf16, fp16 and fp32 that holds the sampled values of the blocks' linears exactly.
 
     So a copy in a wider precision, whose values and codes are the same, has that of the original. Of a folder with

@@ -4,8 +4,6 @@ Files are memory-mapped, so reading uses the page cache and no anonymous memory.
 and checkpoints of such weights are written, to test memory and speed without a model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -288,7 +286,7 @@ class BaseWeights(WeightFiles):
 
 
 def load_base_weights(
-    weights: BaseWeights | RandomWeights,
+    weights: "BaseWeights | RandomWeights",
     targets: Mapping[str, FrozenWeight],
     rules: Sequence[WeightRule] | None = None,
     *,

@@ -14,8 +14,6 @@ A module of a fused target (q, k and v; gate and up) uses its own rows of B and 
 forward pass, in the adapter's dtype, and so is the update: the numbers are those of the exported PEFT LoRA.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 

@@ -4,8 +4,6 @@ It is also the format of the PEFT method TIED_LORA (`megatron_tiedlora.peft`), s
 ask of every method.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import shutil
@@ -56,7 +54,7 @@ class NativeAdapter:
         for rule, target in changed_weights(self.config, shape):
             yield rule, *lora_factors(self.config, self.state, target, rule.layer)
 
-    def equals(self, other: NativeAdapter) -> bool:
+    def equals(self, other: "NativeAdapter") -> bool:
         """Whether both have the same config, base and values."""
         same = (self.config, self.base) == (other.config, other.base)
         return same and all(torch.equal(self.state[name], other.state[name]) for name in self.config.tensors)
@@ -162,7 +160,7 @@ class StoredAdapter(BaseIdentity):
     targets: list[Text]
 
     @staticmethod
-    def of(config: AdapterConfig, base_identity: BaseIdentity) -> StoredAdapter:
+    def of(config: AdapterConfig, base_identity: BaseIdentity) -> "StoredAdapter":
         """The record of an adapter."""
         shared: dict[str, Any] = {name: getattr(config, name) for name in _SHARED - {"targets"}}
         lists = {"layers": list(config.layers), "targets": [target.name for target in config.targets]}

@@ -4,8 +4,6 @@
 its checksum in a JSON beside it, and a checkpoint that does not match is skipped for the one before it.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 import shutil

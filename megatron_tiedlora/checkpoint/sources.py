@@ -1,7 +1,5 @@
 """What --model means: a folder on disk, the demo model, a hub id, or a preset shape without weights."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass

@@ -10,8 +10,6 @@ one run of bytes. Scales that are quantised themselves (bitsandbytes' double qua
 values are those of the file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

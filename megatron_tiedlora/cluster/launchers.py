@@ -8,8 +8,6 @@
 | srun | srun | all |
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

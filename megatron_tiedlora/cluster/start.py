@@ -1,7 +1,5 @@
 """tiedlora run: starts the launcher that was asked for, waits, reads run_status.json, and restarts after a failure."""
 
-from __future__ import annotations
-
 import os
 import re
 import secrets
@@ -73,7 +71,7 @@ def launch(command: LaunchCommand, *, scripts: Path) -> int:
             return _run(job, command, folder, signals)
 
 
-def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSignals) -> int:
+def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: "StopSignals") -> int:
     settings, resume, arguments = command.settings, command.train.resume, job.arguments
     latest = folder.checkpoints / LATEST_FILE
     where, before = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts), stamp(latest)
@@ -283,8 +281,8 @@ def _read(process: psutil.Process, name: str) -> Any:
 
 def wait_for_end(
     running: RunningJob,
-    status: StatusFile,
-    signals: StopSignals,
+    status: "StatusFile",
+    signals: "StopSignals",
     *,
     grace: float,
     show: Callable[[], None] = lambda: None,
@@ -351,7 +349,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
         self._terminals: list[int] = []
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> "StopSignals":
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in (*STOP_SIGNALS, *(() if ignored else (signal.SIGHUP,))):

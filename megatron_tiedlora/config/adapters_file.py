@@ -11,8 +11,6 @@ What an entry leaves out is what the command line says. Settings that are not in
 An entry's `output_dir` is its run folder, in place of RUN/NAME.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Nothing else sets batch sizes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar

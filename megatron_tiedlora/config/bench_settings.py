@@ -1,7 +1,5 @@
 """Every setting of tiedlora bench: what is measured, of which model, and on which samples."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -162,7 +160,7 @@ the formula of docs/performance.md. On a GPU the report also has MFU by the data
         return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
 
     @model_validator(mode="after")
-    def _check(self) -> BenchSettings:
+    def _check(self) -> "BenchSettings":
         if self.labels < 1:
             raise ValueError(
                 f"--supervised {self.supervised} with --length {self.length}: no token has a label; give more of one"
@@ -219,7 +217,7 @@ the formula of docs/performance.md. On a GPU the report also has MFU by the data
             raise UserError(f"{flag} is for one process, so not for {world_size} ranks; start it without a launcher")
         return "layout"
 
-    def one_step(self, **changes: Any) -> BenchSettings:
+    def one_step(self, **changes: Any) -> "BenchSettings":
         """The step that `--what scaling` measures, with `changes`. Raises UserError for values that do not fit."""
         names = (name for name, own in declared(BenchSettings).items() if own.group in ("model", "step"))
         return validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)

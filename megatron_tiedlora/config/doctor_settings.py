@@ -1,7 +1,5 @@
 """Every setting of tiedlora doctor: the hosts, the folder that a job writes, and its parallel sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
@@ -65,6 +63,6 @@ class DoctorSettings(CommandSettings):
     max_clock_skew: float = setting_field("limits", "seconds that a host's clock may differ from this one's", 1.0, ge=0)
 
     @model_validator(mode="after")
-    def _check(self) -> DoctorSettings:
+    def _check(self) -> "DoctorSettings":
         check_launcher(self.launcher, self.hostfile, self.launcher_args)
         return self

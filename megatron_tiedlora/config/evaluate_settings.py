@@ -1,7 +1,5 @@
 """Every setting of tiedlora evaluate: the model and its sharding, the rows to answer, and the output folder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -137,7 +135,7 @@ class EvaluateSettings(CommandSettings):
         return filled
 
     @model_validator(mode="after")
-    def _check(self) -> EvaluateSettings:
+    def _check(self) -> "EvaluateSettings":
         if self.adapter is not None and self.adapters is not None:
             raise ValueError("give either --adapter or --adapters")
         if self.adapters == ():

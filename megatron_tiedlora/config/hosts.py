@@ -1,7 +1,5 @@
 """The hosts of a job from a hostfile or a Slurm allocation: names and slots. Nothing here contacts a host."""
 
-from __future__ import annotations
-
 import re
 import stat
 import subprocess

@@ -1,7 +1,5 @@
 """Settings of tiedlora run: a few flags of its own. All other flags on its command line belong to tiedlora train."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -72,7 +70,7 @@ class LaunchSettings(CommandSettings):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> LaunchSettings:
+    def _check(self) -> "LaunchSettings":
         check_launcher(self.launcher, self.hostfile, self.launcher_args)
         return self
 

@@ -5,8 +5,6 @@ settings, and is written as a flag or as a key. An answer is only given by a com
 names. For a name that has no answer the nearest spelling is guessed.
 """
 
-from __future__ import annotations
-
 import string
 from collections.abc import Collection, Iterable, Mapping, Sequence
 

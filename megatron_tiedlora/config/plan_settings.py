@@ -3,8 +3,6 @@
 A training flag that chooses a layout limits the search to that value.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -88,7 +86,7 @@ class PlanSettings(CommandSettings):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> PlanSettings:
+    def _check(self) -> "PlanSettings":
         given = self.model_fields_set
         if self.formats == ():
             raise ValueError(f"--formats is empty; give some of {', '.join(FORMAT_NAMES)}")

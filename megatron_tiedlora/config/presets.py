@@ -1,7 +1,5 @@
 """Shapes of well-known models, as the fields of a Hugging Face `config.json`. For dry runs and random weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, user_path

@@ -4,8 +4,6 @@ The declarations are in `train_fields.py`. Checks that need the model, the world
 known.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -65,13 +63,13 @@ class Settings(TrainFields):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _with_defaults(cls, values: dict[str, Any], check: ModelWrapValidatorHandler[Settings]) -> Settings:
+    def _with_defaults(cls, values: dict[str, Any], check: "ModelWrapValidatorHandler[Settings]") -> "Settings":
         """Fill in the defaults. `model_fields_set` holds only what was given."""
         made = check(cls._filled(values))
         object.__setattr__(made, "__pydantic_fields_set__", set(values))
         return made
 
-    def completed(self, **values: Any) -> Settings:
+    def completed(self, **values: Any) -> "Settings":
         """A copy with other defaults: `model_fields_set` still holds only what was given."""
         made = self.model_copy(update=values)
         object.__setattr__(made, "__pydantic_fields_set__", set(self.model_fields_set))
@@ -126,7 +124,7 @@ class Settings(TrainFields):
         return value
 
     @model_validator(mode="after")
-    def _check(self) -> Settings:
+    def _check(self) -> "Settings":
         if self.layers is not None and (min(self.layers) < 1 or list(self.layers) != sorted(set(self.layers))):
             raise ValueError(f"--layers {flag_value(self.layers)}: they count from 1, once each, in ascending order")
         if self.epochs is not None and "max_steps" in self.model_fields_set:

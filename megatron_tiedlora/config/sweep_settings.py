@@ -3,8 +3,6 @@
 Owns how both sets of names share a command line and a YAML file, and which training settings the sweep decides.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +103,7 @@ class SweepSettings(CommandSettings):
         return "" if name in ("methods", "ranks", "learning_rates") else super().default_text(name)
 
     @model_validator(mode="after")
-    def _check(self) -> SweepSettings:
+    def _check(self) -> "SweepSettings":
         for name in ("methods", "ranks", "learning_rates", "single_layers", "tables_from"):
             values = getattr(self, name)
             if values == ():

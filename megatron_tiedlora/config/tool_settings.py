@@ -4,8 +4,6 @@ They are those for adapters (merge, export, import, verify, index, push), and th
 (check-gpu, convert-nemo, random-model, prepare-demo, env).
 """
 
-from __future__ import annotations
-
 import shlex
 from functools import partial
 from pathlib import Path
@@ -49,7 +47,7 @@ _dtype = partial(_flag, other_values=OTHER_DTYPES)
 _NEW_FOLDER = "folder to write; must not exist"
 
 
-def adapter_flags(adapter: str, settings: MergeSettings | ExportSettings) -> str:
+def adapter_flags(adapter: str, settings: "MergeSettings | ExportSettings") -> str:
     """The flags that name an adapter and its base, as they were given, for a command that may follow."""
     words = ["--adapter", adapter, *(["--model", settings.model] if settings.model else [])]
     return shlex.join([*words, *(["--base_differs"] if settings.base_differs else [])])
@@ -175,7 +173,7 @@ the most likely token is the same, over random tokens.
     base_differs: bool = _base_differs(help_text="compare even if the base differs from the one in training")
 
     @model_validator(mode="after")
-    def _check(self) -> VerifySettings:
+    def _check(self) -> "VerifySettings":
         if self.merged is None and self.peft is None:
             raise ValueError("there is nothing to check; give --merged DIR, --peft DIR or both")
         return self
@@ -226,7 +224,7 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
         return {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
 
     @model_validator(mode="after")
-    def _check(self) -> IndexSettings:
+    def _check(self) -> "IndexSettings":
         action = self.action
         if self.wanted and action not in ("find", "verify"):
             raise ValueError(f"--{next(iter(self.wanted))} is for find and verify, not for {action}")
@@ -267,7 +265,7 @@ scores, the training command and versions, and the plot of the losses. No folder
     base_differs: bool = _base_differs(help_text="continue although the base differs")
 
     @model_validator(mode="after")
-    def _check(self) -> PushSettings:
+    def _check(self) -> "PushSettings":
         if self.dry_run and self.output is None:
             raise ValueError("--dry_run writes the folder; give it with --output DIR")
         return self

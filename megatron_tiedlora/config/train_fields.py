@@ -5,8 +5,6 @@ uses the same flat names. A new setting is one declaration here, and the place t
 task are in two tables.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path

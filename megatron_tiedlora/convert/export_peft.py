@@ -6,8 +6,6 @@ diag(v) B diag(u) A is a rank-r LoRA per layer and linear, so the export is exac
 so the native ones travel along. PEFT's config names the base without a path of this host, which the record has.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import shlex

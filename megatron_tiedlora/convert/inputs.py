@@ -1,8 +1,6 @@
 """The inputs of every conversion: which kind of adapter a folder holds, its base, which is found by name or by hash
 among the models in a folder, and whether a model is that base."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace

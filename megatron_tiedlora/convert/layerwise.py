@@ -6,8 +6,6 @@ a time. For a loss, rows are processed in groups whose activations fit into the 
 for each group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

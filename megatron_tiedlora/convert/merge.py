@@ -9,8 +9,6 @@ shared with others. Links of the hub's cache, from `models--X/snapshots/REVISION
 own files.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator

@@ -5,8 +5,6 @@ that describes a state dict, and the uncompressed values. A copy of it is checke
 `weights_only`, whose tensors are mapped.
 """
 
-from __future__ import annotations
-
 import io
 import pickletools
 import tarfile

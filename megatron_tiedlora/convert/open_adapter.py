@@ -5,8 +5,6 @@ A PEFT folder is read as the exactly equal native adapter by `peft_files`. In ou
 travels along.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress

@@ -25,8 +25,6 @@ pydantic matches it, which never backtracks. Only pieces that mean the same ther
 a group. For one-line ASCII names the result is that of `re`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Collection, Mapping

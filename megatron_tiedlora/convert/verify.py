@@ -7,8 +7,6 @@ Bits are compared, and logits computed by `layerwise`, in the memory of one laye
 model fits, they are also computed in the software that users load the exports with: transformers and PEFT, in fp32.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ The engine's JSON has no precision section, so DeepSpeed treats the model as fp3
 and the adapter's gradients, their sums and the optimizer stay fp32 at every ZeRO stage.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import math

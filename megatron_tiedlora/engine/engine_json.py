@@ -4,8 +4,6 @@ DeepSpeed ignores unknown keys at its top level, clips at 1.0 when `gradient_cli
 when a precision section is present, so every key is checked here before an engine sees it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ each other, and the last stage's loss is the summed loss of its supervised token
 weighted sum of the losses of several adapters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

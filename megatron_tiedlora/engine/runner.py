@@ -13,8 +13,6 @@ parameters, gathered over its data-parallel ranks. Without an engine's optimizer
 knows where DeepSpeed's stores them; adapters/tying joins the shards of tensor and pipeline parallelism.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field

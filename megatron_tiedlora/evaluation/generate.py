@@ -10,8 +10,6 @@ Prompts are padded on the right, and every sequence writes its next token at its
 padding. Prompts of similar length are computed together, so that little padding is computed.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -13,8 +13,6 @@ ROUGE-L is that of Google's rouge-score: F of the longest common subsequence of 
 and 0-9 in lower case. So text in another script has none and scores 0. The library and its stemmer read no data files.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import string

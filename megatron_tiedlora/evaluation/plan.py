@@ -1,7 +1,5 @@
 """The plan of an evaluation, of one model or of several adapters of it: decided and checked before weights are read."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress

@@ -5,8 +5,6 @@ Resample i of n answers is row i of `numpy.random.default_rng(seed).integers(n, 
 nothing else, so all metrics, and all models that are scored on one test set, use the same resamples.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The model as ONE flat list of layers: embedding, L blocks, head. Everything that builds a model builds this list."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ native folders as this package does. Other folders are read as before. Both can 
 packages add names.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

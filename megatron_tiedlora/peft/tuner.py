@@ -2,8 +2,6 @@
 adapter folder; the adapters, each a `TiedAdapter`, and how they are saved; and the linear modules with the updates of
 the adapters that change them."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

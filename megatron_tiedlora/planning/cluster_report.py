@@ -1,8 +1,6 @@
 """Every layout of a cluster as text and as JSON: how many there are, the fastest, the nearest that do not fit, and one
 in full; and the command that starts a layout."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ tensor group, which sends nothing, and attention, whose cost depends on the docu
 counts as the one operation that it is when it is compiled.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence

@@ -4,8 +4,6 @@ Owns what is read of the adapter, when the run is planned and when its model is 
 checkpoint, and the record in it, instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -8,8 +8,6 @@ The ranks of a stage hold equal amounts, so one `StagePlan` describes all of the
 need, and `passes` what they compute and send.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -252,7 +250,7 @@ class StagePlan:
         """The numbers in each tensor of a rank outside the base: trained ones, then frozen factors."""
         return (*self.trained, *(part.local_size(name) for part in self.parts for name in part.names(trained=False)))
 
-    def owned_by(self, adapters: Sequence[int]) -> StagePlan:
+    def owned_by(self, adapters: Sequence[int]) -> "StagePlan":
         """The stage for a micro-batch whose tokens belong to these adapters of the layout."""
         return replace(self, parts=tuple(self.parts[number] for number in adapters))
 

@@ -5,8 +5,6 @@ layout (`passes`, `memory`, `traffic`) by these constants and by nothing else. `
 of them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -76,7 +74,7 @@ class Machine:
         ]
         return aligned_lines(rows, align="<", indent="  ")
 
-    def changed(self, constants: Mapping[str, Constant], **changes: Any) -> Machine:
+    def changed(self, constants: Mapping[str, Constant], **changes: Any) -> "Machine":
         """The machine with other values of some constants, and with `changes` of its other fields."""
         return replace(self, constants={**self.constants, **constants}, **changes)
 

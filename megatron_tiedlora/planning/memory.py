@@ -5,8 +5,6 @@ moment of a pass. Two more figures stand apart: what DeepSpeed's engines hold (h
 weights of ZeRO-3), and what a GPU's libraries allocate outside PyTorch.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -63,7 +61,7 @@ class StageMemory(NamedTuple):
         """The bytes that PyTorch allocates at the peak of a step."""
         return self.total - self.libraries - self.slack
 
-    def plus(self, other: StageMemory) -> StageMemory:
+    def plus(self, other: "StageMemory") -> "StageMemory":
         """The sum of two records, field by field."""
         return StageMemory(*map(operator.add, self, other))
 
@@ -130,7 +128,7 @@ def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
     return Sizes(sizes, sizes, padded(tokens))
 
 
-def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: AttentionMemory) -> tuple[float, float]:
+def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: "AttentionMemory") -> tuple[float, float]:
     """What is kept of a micro-batch between its passes, and what a pass needs beyond that at most."""
 
     def most(moments: Sequence[Moment]) -> float:
@@ -156,7 +154,7 @@ def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: AttentionMemory) -> t
     return all_kept, peak - all_kept
 
 
-def _temporary_bytes(layout: Layout, attention: AttentionMemory, moment: Moment) -> float:
+def _temporary_bytes(layout: Layout, attention: "AttentionMemory", moment: Moment) -> float:
     """What a kernel needs at a moment beside its arguments and results."""
     kernel = moment.kernel
     if kernel is None:

@@ -5,8 +5,6 @@ same are traced once and multiplied. What DeepSpeed sends in the data-parallel g
 buckets and fetches ahead: `engine_traffic` has an upper bound of its bytes there.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cache

@@ -5,8 +5,6 @@ A dry run has one such layout, a search has thousands. Those of a search share w
 Stages that do the same share all of it: the first of them has most micro-batches in flight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -81,7 +79,7 @@ class Planned:
     known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def alone(cls, step: StepPlan, machine: Machine, *, per_node: int = RANKS_PER_NODE) -> Planned:
+    def alone(cls, step: StepPlan, machine: Machine, *, per_node: int = RANKS_PER_NODE) -> "Planned":
         """The layout of a run, which shares nothing."""
         return Planned(step=step, layout=step.layout, cluster=Cluster(step.layout.world_size, per_node, machine))
 
@@ -197,7 +195,7 @@ class Planned:
         time_together(alone)
         return sum(one.hours for one in alone)
 
-    def changed(self, constants: dict[str, Constant]) -> Planned:
+    def changed(self, constants: dict[str, Constant]) -> "Planned":
         """The same layout on a machine with other constants."""
         cluster = replace(self.cluster, machine=self.machine.changed(constants))
         return Planned(step=self.step, layout=self.layout, cluster=cluster)

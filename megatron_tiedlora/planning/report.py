@@ -3,8 +3,6 @@
 A dry run needs no weights and no data; presets need no files at all.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

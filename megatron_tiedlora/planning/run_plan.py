@@ -1,7 +1,5 @@
 """The plan of a run: everything is decided and checked before weights are read or ranks wait for each other."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -202,7 +200,7 @@ class RunPlan:
         task = get_task(self.settings.task)
         return resolve_max_new_tokens(self.settings.max_new_tokens, self.source.shape.limit.tokens, task.max_new_tokens)
 
-    def counted(self, num_samples: int) -> RunPlan:
+    def counted(self, num_samples: int) -> "RunPlan":
         """The plan whose --max_steps is counted for --epochs of `num_samples` training samples, if that is given."""
         return replace(self, settings=with_counted_steps(self.settings, num_samples))
 

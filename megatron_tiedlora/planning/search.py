@@ -4,8 +4,6 @@ Micro-batch, sequence parallelism and recompute are in no check, so `plan_run` i
 choices and each adapter. `variants` changes what it returns in these three.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
@@ -111,7 +109,7 @@ class ClusterPlan:
         ranked: the storage formats to choose from; candidates in others only show what these would gain.
     """
 
-    run: PlannedRun
+    run: "PlannedRun"
     cluster: Cluster
     candidates: tuple[Candidate, ...]
     refused: Counter[str]
@@ -208,7 +206,7 @@ def search(
     return ClusterPlan(run, cluster, tuple(found), refused, storages if formats is not None else storages[:1])
 
 
-def _storages(run: PlannedRun, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
+def _storages(run: "PlannedRun", formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
     """Values of --base, --products and --keep_transposed together, of those with a name in `formats`.
 
     A model that is stored quantised has those of its own format.

@@ -3,8 +3,6 @@
 A run of one adapter is a list of one, which shares its micro-batches with none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -59,7 +57,7 @@ class StepPlan:
     samples: Samples | None = None
 
     @classmethod
-    def first(cls, plans: Plans, data: Data, *, shares: bool) -> StepPlan:
+    def first(cls, plans: Plans, data: Data, *, shares: bool) -> "StepPlan":
         """The first step of all adapters; without data if `data` has none."""
         if not data:
             return cls(plans, shares)

@@ -13,8 +13,6 @@ all-reduce twice that. A group that spans nodes has the network cards of its ran
 bandwidth inside a node. Each message takes `message` seconds beside its bytes.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -166,7 +164,7 @@ class Seconds(NamedTuple):
         return sum(self)
 
     @classmethod
-    def of(cls, terms: Iterable[Term]) -> Seconds:
+    def of(cls, terms: Iterable[Term]) -> "Seconds":
         """The terms by purpose."""
         found = dict.fromkeys(cls._fields, 0.0)
         for term in terms:

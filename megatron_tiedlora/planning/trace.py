@@ -7,8 +7,6 @@ Counts are affine in the sizes of a micro-batch, so that a few traces give those
 alive at each moment is affine too: the peak is the largest of these moments.
 """
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence

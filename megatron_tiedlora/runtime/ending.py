@@ -4,8 +4,6 @@ The first rank to know why a run fails reports it, once. Its peers give the same
 sees the run folder writes it down.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import signal

@@ -9,8 +9,6 @@ Torch's store does not authenticate its clients. So values that cannot be parsed
 them.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -87,7 +85,7 @@ class Heartbeat:
     _main_left: bool = False
     _main_gone: bool = False
 
-    def start(self) -> Heartbeat:
+    def start(self) -> "Heartbeat":
         """Exchange host names and start the heartbeat; all ranks take part."""
         if self.rank == 0:
             self.store.set(_LOST, "")

@@ -3,8 +3,6 @@
 torch is imported where it is asked for GPUs: that takes a second, for which --help and a wrong flag do not wait.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import socket

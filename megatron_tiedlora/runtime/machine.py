@@ -4,8 +4,6 @@ Values of variables are recorded only for the names and prefixes listed here, no
 written to a file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

@@ -8,8 +8,6 @@ only one GPU. With a bound device torch would also split the world's communicato
 rank: 633 times at 512 ranks. Without it each group's own ranks make its communicator at their first message.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import zlib

@@ -1,7 +1,5 @@
 """Each rank's log file in the run folder. Rank 0 also prints to the screen, the others only what they must report."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

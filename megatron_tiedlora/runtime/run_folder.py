@@ -1,7 +1,5 @@
 """The run folder: its files, its owner, and the logs that rank 0 writes there."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -54,7 +52,7 @@ class RunFolder:
     path: Path
     owner: Owner | None = field(default=None, compare=False)
     of_several: bool = False
-    running: Callable[[], Iterable[tuple[RunFolder, int]]] = field(default=tuple, compare=False)
+    running: "Callable[[], Iterable[tuple[RunFolder, int]]]" = field(default=tuple, compare=False)
 
     checkpoints = PathIn("checkpoints")  # resumable ones, and `latest`
     logs = PathIn(LOGS_FOLDER)  # the output of each rank

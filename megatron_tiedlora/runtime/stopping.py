@@ -4,8 +4,6 @@ A rank that should stop must not leave while its peers wait for it in a collecti
 here, and the ranks act on it after they have agreed in a reduction.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Reads the native adapters of a folder: makes the rows of their index, verifies and compares them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace

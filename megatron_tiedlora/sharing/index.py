@@ -4,8 +4,6 @@ It may come from a stranger, so it is read only if its schema is the one written
 limits, and every row is checked. SQLite's own check of a file is not used: it overflows the stack on deep trees.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sqlite3

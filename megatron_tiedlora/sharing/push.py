@@ -4,8 +4,6 @@ its base, method, scores, the command that trained it, and versions.
 The folder has no path of this host: the base and the tokenizer are named, and files by the last part of their names.
 """
 
-from __future__ import annotations
-
 import html
 import re
 import shlex
@@ -106,7 +104,7 @@ def write_published(
             shutil.copyfile(plot, temporary / plot.name)
 
 
-def _hide_paths(folder: Path, facts: CardFacts) -> None:
+def _hide_paths(folder: Path, facts: "CardFacts") -> None:
     """Add the native adapter to an export, and name the base and the tokenizer in both without their paths."""
     adapter, given = facts.adapter, facts.adapter.base.tokenizer
     tokenizer = None if given is None else without_folders(given, facts.settings)

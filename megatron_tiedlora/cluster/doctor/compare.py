@@ -4,8 +4,6 @@ A value is wrong if it differs from that of most hosts (the first host decides a
 not all the others.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Callable, Iterator, Sequence
 

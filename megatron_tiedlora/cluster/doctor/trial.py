@@ -3,8 +3,6 @@
 rank.py runs in each rank. What it prints is found in the launcher's output, whatever the launcher puts before it.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

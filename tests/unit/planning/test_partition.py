@@ -51,15 +51,15 @@ def test_costs_are_multiplications_per_token() -> None:
     """LLaMA-2-7B by hand: 4 d^2 + 3 d f for a block's products, s d for causal attention; 70B has an eighth of keys."""
     d, f, length = 4096, 11008, 1024
     products, attention = 4 * d * d + 3 * d * f, length * d
-    costs = layer_costs(model("llama2-7b"), length=length, first_adapted=3)
+    costs = list(layer_costs(model("llama2-7b"), length=length, first_adapted=3))
     assert costs[0] == 0 and costs[-1] == 2 * 32000 * d and len(costs) == 34
     assert costs[1:3] == [products + attention] * 2
     assert costs[3:-1] == [2 * products + 3 * attention] * 30
     d, f = 8192, 28672
-    costs = layer_costs(model("llama2-70b"), length=length, first_adapted=1)
+    costs = list(layer_costs(model("llama2-70b"), length=length, first_adapted=1))
     assert costs[1] == 2 * (2 * d * d + 2 * d * 1024 + 3 * d * f) + 3 * length * d
     # Where nothing is trained, nothing has a backward pass: neither a block nor the head.
-    costs = layer_costs(model("llama2-70b"), length=length, first_adapted=None)
+    costs = list(layer_costs(model("llama2-70b"), length=length, first_adapted=None))
     assert costs[1:-1] == [2 * d * d + 2 * d * 1024 + 3 * d * f + length * d] * 80 and costs[-1] == 32000 * d
 
 
