@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.loader import GlobalBatch
 from megatron_tiedlora.data.token_dataset import TokenDataset
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
 
@@ -28,7 +29,7 @@ def test_one_adapter_is_a_list_of_one() -> None:
     assert one.layout == plan.layout and not one.layout.named and named.layout.named
     assert one.rounds == [[("", number)] for number in range(4)]
     assert one.steps == plan.settings.max_steps and isinstance(one.steps, int)
-    assert set(one.batches) == set(named.batches)
+    assert one.batches == named.batches
     assert (one.work, one.largest.tokens) == (named.work, named.largest.tokens)
 
 
@@ -61,3 +62,18 @@ def test_the_longest_document_is_that_of_any_adapter() -> None:
     batch = GlobalBatch([[[0]]], [[[0]]], num_supervised=8, num_tokens=9, squared_lengths=0, consumed_samples=1)
     samples = {name: (cast(TokenDataset, Lengths([size])), batch) for name, size in (("a", 24), ("b", 40), ("c", 8))}
     assert StepPlan(dict.fromkeys(samples, plan), samples=samples).largest.longest == 40
+
+
+def test_the_micro_batches_of_all_ranks_have_the_samples_of_the_step() -> None:
+    """Packed rows of several samples: attention is within each of them."""
+    plan, lengths = plan_of(2, packing=True, micro_batch_size=2, max_length=64), np.array([40, 9, 20, 17, 31, 5, 12, 8])
+    prompts = np.full(8, 3, np.int32)
+    dataset = TokenDataset.after_prompts(
+        tokens=np.ones(lengths.sum(), np.int32), offsets=np.cumsum([0, *lengths]), prompt_lengths=prompts
+    )
+    batch, shapes = plan.global_batch(dataset), []
+    for rank in range(2):
+        own = replace(plan, grid=Grid(rank, 2))
+        shapes += StepPlan({"": own}, samples={"": (dataset, batch)}).batches
+    assert sum(shape.squared_lengths for shape in shapes) == batch.squared_lengths == (lengths**2).sum()
+    assert sum(shape.num_supervised for shape in shapes) == batch.num_supervised
