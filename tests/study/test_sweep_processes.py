@@ -25,7 +25,7 @@ from sweep_runs import LAUNCH, a_job, study_arguments, write_study_base
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE, take_folder
 from megatron_tiedlora.cluster.launchers import plan_start
-from megatron_tiedlora.cluster.running import StopSignals
+from megatron_tiedlora.cluster.start import StopSignals
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import take_run_folder
@@ -57,7 +57,7 @@ class World:
 
 
 class _Child:
-    """What `Watch` asks of a launcher that was started."""
+    """What `wait_for_end` asks of a launcher that was started."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name, self.left, self.told = world, name, world.ticks, False
@@ -308,7 +308,7 @@ def test_a_start_is_found_in_a_log_that_a_kill_cut_off(tmp_path: Path) -> None:
 LISTENER = """
 import sys, time
 from pathlib import Path
-from megatron_tiedlora.cluster.running import StopSignals
+from megatron_tiedlora.cluster.start import StopSignals
 with StopSignals() as stop:
     Path(sys.argv[1]).write_text("listens")
     deadline = time.monotonic() + 30

@@ -18,8 +18,7 @@ from megatron_tiedlora.adapters.tying import sum_gradients_
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.partition import Stages
-from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
-from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, Traffic, TrafficCounter, named_handles
 
 
 @dataclass(frozen=True)

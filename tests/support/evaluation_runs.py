@@ -32,7 +32,7 @@ def begin(settings: Mapping[str, Any], *, ranks: int = 1) -> None:
     from megatron_tiedlora.config.cli import parse_settings
     from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
     from megatron_tiedlora.data.splits import check_files_exist
-    from megatron_tiedlora.evaluation.answering import read_questions
+    from megatron_tiedlora.evaluation.answering import read_scored
     from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
 
     words = [f"--{name}={value}" for name, value in settings.items() if value is not None and name != "adapters"]
@@ -41,7 +41,7 @@ def begin(settings: Mapping[str, Any], *, ranks: int = 1) -> None:
     made = parse_settings(words, EvaluateSettings)
     check_files_exist(made)
     plans = plan_evaluations(made, rank=0, world_size=ranks)
-    read_questions(plans)
+    read_scored(plans)
     take_output_folder(made.output_dir, parent="evaluations", name=output_name(plans)).release()
 
 

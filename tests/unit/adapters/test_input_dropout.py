@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle_dropout import dropout, kept
 
-from megatron_tiedlora.adapters.rows import InputDropout, dropout_salt, token_keys
+from megatron_tiedlora.adapters.low_rank import InputDropout, dropout_salt, token_keys
 
 NUMBERS = [0, 1, 2**24, 2**24 + 1, 2**32 - 1, 2**32, 7 * 2**40 + 5]
 
@@ -34,7 +34,7 @@ def test_parts_of_tokens_and_features_are_parts_of_the_whole(monkeypatch: pytest
     some, local = torch.tensor([4, 0, 4]), torch.tensor([1])
     assert of(NUMBERS).at(some, local).dropped(x[some], local=False).equal(whole[some])
     assert of(NUMBERS).at(some, local).dropped(x[2:3], local=True).equal(whole[2:3])
-    monkeypatch.setattr("megatron_tiedlora.adapters.rows._HOST_NUMBERS_AT_ONCE", 100)  # two tokens at a time
+    monkeypatch.setattr("megatron_tiedlora.adapters.low_rank._HOST_NUMBERS_AT_ONCE", 100)  # two tokens at a time
     assert of(NUMBERS).dropped(x, local=False).equal(whole)
 
 

@@ -15,13 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_tiedlora.base.shapes import NormShape
 from megatron_tiedlora.model.linears import NormedLinear, RowParallelLinear
 from megatron_tiedlora.model.mlp import SwiGlu
-from megatron_tiedlora.parallel import collectives
+from megatron_tiedlora.parallel import groups as collectives
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, VocabularyParallelEmbedding, frozen_parameter
-from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel
+from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel, TrafficCounter
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
-from megatron_tiedlora.parallel.traffic import TrafficCounter
 
 SIZES = (2, 3, 4)
 RANKS = 4

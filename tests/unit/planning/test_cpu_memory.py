@@ -14,7 +14,7 @@ from megatron_tiedlora.benchmark.layout import plan_benchmark
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.parallel.kernels import EAGER
-from megatron_tiedlora.planning.memory import step_memory
+from megatron_tiedlora.planning.memory import LargestMicroBatch, step_memory
 from megatron_tiedlora.training.compiling import ChosenKernels
 
 
@@ -52,6 +52,6 @@ def test_a_step_allocates_what_is_planned(flags: dict[str, Any], tmp_path: Path)
     side.step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         side.step()
-    planned = step_memory(plan.stage, tokens=8 * settings.length, documents=8, longest=settings.length).activations
+    planned = step_memory(plan.stage, LargestMicroBatch(8 * settings.length, 8, settings.length)).activations
     # Masks, labels and copies of a tile are not planned.
     assert planned == pytest.approx(most_allocated(profiled), rel=0.04)

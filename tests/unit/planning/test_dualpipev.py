@@ -10,11 +10,10 @@ from __future__ import annotations
 import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, DualPipeVSchedule, ForwardPass
 from folders import ROOT
-from planned import H100, idle_shares, the_only
+from planned import BACKWARD, FORWARD, H100, Order, Pass, idle_shares, one_f_one_b, simulate, the_only
 
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.planning.machines import GPUS, Machine
-from megatron_tiedlora.planning.step_time import BACKWARD, FORWARD, Order, Pass, one_f_one_b, simulate
 
 TEXT = (ROOT / "docs" / "planning.md").read_text()
 
@@ -80,7 +79,7 @@ def test_layouts_of_70b_on_32_gpus(machine: Machine, tensor: int, pipeline: int,
     order = dualpipev(pipeline, len(parts.batches))
     cost = {}
     for kind in (FORWARD, BACKWARD):
-        passes = [stage[0].forward if kind == FORWARD else stage[0].backward for stage in parts.stages]
+        passes = [stage[parts.batches[0]][kind == BACKWARD] for stage in parts.stages]
         cost[kind] = sum(each.total - each.pipeline for each in passes) / len(passes) / 2
         cost[kind] += max(each.pipeline for each in passes)
     seconds = float(simulate(order, lambda _, passed: cost[passed.kind])) + parts.sums + parts.outside

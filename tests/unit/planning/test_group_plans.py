@@ -14,8 +14,7 @@ from planned import H100, largest_memory, searched, short, step_parts, words_of_
 from report_tables import stage_table
 from run_helpers import Base, run_ranks, write_base
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.errors import UserError, bytes_in_words
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
@@ -231,11 +230,11 @@ def test_plans_with_data_have_the_numbers_of_the_dry_run(
             assert memory[column] == bytes_in_words(size), part
     assert memory["sum"] == bytes_in_words(row["bytes"]["needed"])
     candidate = plan_cluster(parse_plan([*flags, "--formats=none"])).row(layout, flag="why")
-    most = max(len(batch.adapters) for batch in candidate.step.batches.kinds)
+    most = max(len(batch.adapters) for batch in candidate.step.batches)
     assert (most > 1) == (layout == SHARED)
     stages = plan_stages(candidate.step.shape, candidate.layout)
     for stage, sent in zip(stages, stage_table(report, "messages and bytes"), strict=True):
-        traffic = step_traffic(stage, candidate.step.batches.shapes)
+        traffic = step_traffic(stage, candidate.step.batches)
         for name, cell in sent.items():
             if name != "DeepSpeed":
                 count, size = traffic.of_group(name.replace("all ranks", "world"))

@@ -18,8 +18,7 @@ from report_tables import stage_table
 from run_helpers import write_rows
 from tiny_models import write_tiny_model, write_tiny_tokenizer
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.errors import UserError, bytes_in_words
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.errors import UserError, count_text
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.adapter_plans import check_clipping, shared_plan
 from megatron_tiedlora.planning.report import dry_run_report

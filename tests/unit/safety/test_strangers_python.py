@@ -59,11 +59,10 @@ def test_the_trap_works(trap: Path) -> None:
     assert (trap.parent / "sprung").exists()
 
 
-@pytest.mark.parametrize(("launcher", "by_ssh"), [("deepspeed", False), ("deepspeed", True), ("torchrun", True)])
+@pytest.mark.parametrize(("launcher", "by_ssh"), [("deepspeed", False), ("deepspeed", True), ("torchrun", False)])
 def test_by_what_run_py_starts(trap: Path, launcher: str, by_ssh: bool) -> None:
     """The ranks find no model, after they have imported all that they use."""
     hosts = trap.parent / "hosts"
-    # run.py starts all hosts by the same words; torchrun's ranks look for the first one by its name
     hosts.write_text("localhost slots=1\n")
     where = [f"--hostfile={hosts}"] if by_ssh else ["--num_gpus=1"]
     settings = ["--model=./none", "--task=gsm8k", "--global_batch_size=2"]
