@@ -18,17 +18,14 @@ from ranks import ENVIRONMENT, free_port
 from run_helpers import Ended, run_ranks, start_command
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.benchmark.layout import plan_benchmark
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import CLASSES, describe_allocator, kernel_class, kernel_seconds
 from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.parallel.groups import DATA, TENSOR, Traffic
 from megatron_tiedlora.planning.layout import shared_shape
 from megatron_tiedlora.planning.machines import CPU, Constant
-from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_time import Links, step_seconds
 
 TOOL = ROOT / "tools" / "bench_step.py"
@@ -143,90 +140,10 @@ def test_one_rank_with_an_engine(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--against=peft",), "--against peft is for one process, so not for 2 ranks; start it without a launcher"),
-        (("--tensor_parallel=3",), "2 ranks are not a multiple of --tensor_parallel 3"),
-        (("--constants=none.json",), "none.json: no such file; expected a file of constants"),
-        (("--pipeline_parallel=2", "--ds_config=zero2.json"), "ZeRO-2 does not go with --pipeline_parallel 2"),
-    ],
-)
-def test_every_rank_refuses_in_one_line(folder: Path, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
-    assert message in bench(folder, tmp_path, *flags, ranks=2).expect(2).error_line()
+def test_every_rank_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
+    line = bench(folder, tmp_path, "--constants=none.json", ranks=2).expect(2).error_line()
+    assert "none.json: no such file; expected a file of constants" in line
     assert not (tmp_path / "bench.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--against=peft", "--tensor_parallel=2"), "--tensor_parallel 2 goes with --what layout, not step"),
-        (("--what=layout", "--against=peft"), "--against peft goes with --what step, not layout"),
-        (("--what=scaling", "--packing=true"), "--packing true goes with --what layout, not scaling"),
-        (("--what=decoding", "--rank=2"), "--rank 2 goes with --what step or layout or scaling, not decoding"),
-        (("--shares=1",), "--shares 1 goes with --what scaling, not step"),
-        (("--what=all",), "--what all: input should be 'step', 'layout', 'scaling' or 'decoding'"),
-        (("--micro_batches=0",), "--micro_batches 0: input should be greater than or equal to 1"),
-        (("--micro_batches=2", "--task=gsm8k"), "--micro_batches 2 is for made-up tokens, so not with --task"),
-        (("--packing=true",), "--packing true goes with --task"),
-        (("--random_weights", "--task=gsm8k"), "has random weights"),
-        (("--model=llama2-7b", "--task=gsm8k"), "has random weights"),
-        (("--recompute=some",), "--recompute some: input should be 'none', 'selective' or 'full'"),
-        (("--tensor_paralel=2",), "did you mean --tensor_parallel"),
-    ],
-)
-def test_bad_input_is_one_line(folder: Path, flags: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        plan_of(folder, *flags)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("layout", [(), ("--micro_batches=1",)])
-def test_rows_longer_than_the_model_has_positions(folder: Path, layout: tuple[str, ...]) -> None:
-    """Its 256 are the most, with and without an engine."""
-    with pytest.raises(UserError, match=r"^--length 257: .* was trained for 256 positions. Give at most 256$"):
-        plan_of(folder, "--length=257", *layout)
-    assert plan_of(folder, "--length=256", *layout).settings.max_length == 256
-
-
-def test_rows_shorter_than_a_training_run_takes(folder: Path) -> None:
-    """A layout refuses them in the words of its own flag; one process without an engine does not mind."""
-    with pytest.raises(UserError, match=r"^--length 7: a training run's rows have at least 8 tokens"):
-        plan_of(folder, "--length=7", "--micro_batches=1")
-    assert plan_of(folder, "--length=8", "--micro_batches=1").settings.max_length == 8
-    plan_of(folder, "--length=7")
-
-
-def plan_of(folder: Path, *flags: str) -> RunPlan:
-    """What the command plans on one rank."""
-    return plan_benchmark(parse_settings([f"--model={folder / 'model'}", *flags], BenchSettings))
-
-
-@pytest.mark.parametrize(
-    ("flags", "ranks", "measured", "packs", "micro_batches"),
-    [
-        ((), 1, "step", False, 1),
-        (("--local_rank=0", "--task=gsm8k"), 1, "step", True, 1),
-        ((), 2, "layout", False, 1),
-        (("--sequence_parallel=true",), 1, "layout", False, 1),
-        (("--documents=1",), 1, "layout", True, 1),
-        (("--task=gsm8k", "--packing=false"), 1, "layout", False, 1),
-        (("--pipeline_parallel=3",), 3, "layout", False, 6),
-        (("--pipeline_parallel=3", "--micro_batches=2"), 3, "layout", False, 2),
-    ],
-)
-def test_what_is_measured(flags: tuple[str, ...], ranks: int, measured: str, packs: bool, micro_batches: int) -> None:
-    settings = parse_settings(flags, BenchSettings)
-    assert settings.measured_on(ranks) == measured
-    assert (settings.packs, settings.step_micro_batches) == (packs, micro_batches)
-
-
-@pytest.mark.parametrize("what", ["scaling", "decoding"])
-def test_what_is_for_one_process(what: str) -> None:
-    settings = parse_settings([f"--what={what}"], BenchSettings)
-    assert settings.measured_on(1) == what
-    with pytest.raises(UserError, match=f"^--what {what} is for one process, so not for 2 ranks"):
-        settings.measured_on(2)
 
 
 def test_a_difference_of_kinds_is_seen() -> None:

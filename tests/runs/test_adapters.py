@@ -7,8 +7,6 @@ import gzip
 import json
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_helpers import Base, World, run, start_ranks, write_base
-from run_preludes import before_call, kill_at_call, kill_at_step, slow_turns
+from ranks import wait_for
+from run_files import assert_close_run
+from run_helpers import FOUR, Base, run, start_ranks, write_adapters
+from run_preludes import before_call, kill_at_call, kill_at_step, slow_steps
 from safetensors.torch import load_file
 
 from megatron_tiedlora.base.ownership import take_folder
 
-_FOUR: dict[str, dict[str, Any]] = {
-    "a": {"method": "tl6", "rank": 8, "max_steps": 6},
-    "b": {"method": "lora", "layers": [2, 3], "global_batch_size": 8, "max_steps": 4, "learning_rate": 1e-2},
-    "c": {"method": "vera", "rank": 16, "targets": "all", "seed": 3, "max_steps": 6, "save_interval": 3},
-    "d": {"method": "tl2", "rank": 1, "targets": "o_proj,gate_up", "gradient_clipping": 0.01, "max_steps": 6},
-}
 Four = dict[str, dict[str, Any]]
 LOOP = "megatron_tiedlora.training.loop"
 _TIMES = {"tokens_per_second", "supervised_tokens_per_second", "mfu", "peak_memory_bytes"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +32,7 @@ def four(base: Base) -> Four:
     """Four adapters that differ in what can differ; b is scored before and after training, c at each evaluation too."""
     scored = {"test_file": str(base.validation), "max_new_tokens": 8}
     answered = {"eval_metric": "exact_match", "eval_samples": 4, "max_new_tokens": 8}
-    return _FOUR | {"b": {**_FOUR["b"], **scored}, "c": {**_FOUR["c"], **answered}}
-
-
-def written(file: Path, own: dict[str, dict[str, Any]]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump([{"name": name, **settings} for name, settings in own.items()], sort_keys=False))
-    return file
+    return FOUR | {"b": {**FOUR["b"], **scored}, "c": {**FOUR["c"], **answered}}
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -136,23 +119,6 @@ def alone(base: Base, four: Four, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def test_folders_are_those_of_single_runs(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
-    file = written(tmp_path / "adapters.yaml", four)
-    ended = run(base, tmp_path / "run", adapters=file)
-    for name in four:
-        same_folders(tmp_path / "run" / name, alone / name)
-    served = " ".join(f"{name}={tmp_path}/run/{name}/peft" for name in four)
-    (command,) = (line for line in ended.outputs[0].split("\n") if "vllm serve" in line)
-    modules = "qkv_proj o_proj gate_up_proj down_proj"
-    assert f"--enable-lora --max-lora-rank 16 --lora-target-modules {modules} " in command
-    assert command.endswith(f" --max-loras 4 --max-cpu-loras 4 --lora-modules {served}")
-    found = table(tmp_path / "run")
-    assert {name: (row["state"], row["reason"]) for name, row in found.items()} == {
-        name: ("finished", "max_steps") for name in four
-    }
-    assert json.loads((tmp_path / "run" / "run_status.json").read_text())["state"] == "finished"
-
-
 def state(folder: Path) -> tuple[str, int, str]:
     """(state, step, reason) of a run_status.json."""
     found = json.loads((folder / "run_status.json").read_text())
@@ -181,7 +147,7 @@ def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, f
     for name, own in others.items():
         run(base, tmp_path / name, ds_config="zero0.json", expect=2 if name == "sick" else 0, **own)
     (first, own), *rest = four.items()
-    file = written(tmp_path / "adapters.yaml", {first: own, **others, **dict(rest)})
+    file = write_adapters(tmp_path / "adapters.yaml", {first: own, **others, **dict(rest)})
     ended = run(base, tmp_path / "run", adapters=file, expect=1, prelude=_best_is_scored)
     assert "Traceback" not in ended.tail()
     for name in others:
@@ -198,11 +164,11 @@ def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, f
 def test_a_killed_run_is_resumed(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     """Killed twice: in a turn, and while the first of its exports is written. One more adapter joins at a resume."""
     folder, joins = tmp_path / "run", dict(list(four.items())[:3])
-    file = written(tmp_path / "adapters.yaml", joins)
+    file = write_adapters(tmp_path / "adapters.yaml", joins)
     kill = partial(kill_at_call, LOOP, "Trainer._train_step", call=4)
     run(base, folder, adapters=file, prelude=kill, expect=-signal.SIGKILL)
     assert {row["state"] for row in table(folder).values()} == {"running"}
-    written(file, four)
+    write_adapters(file, four)
     kill = partial(kill_at_call, "megatron_tiedlora.training.finish", "export")
     run(base, folder, adapters=file, prelude=kill, expect=-signal.SIGKILL, resume="auto")
     assert {row["state"] for row in table(folder).values()} == {"ended"}
@@ -228,7 +194,7 @@ def times(folder: Path) -> dict[Path, int]:
 def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     """Nothing of them is built, scored or exported again; one with more steps by now, and a new one, are."""
     longer = {**four["b"], "schedule": "constant"}
-    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", {"a": four["a"], "b": longer})
+    folder, file = tmp_path / "run", write_adapters(tmp_path / "adapters.yaml", {"a": four["a"], "b": longer})
     run(base, folder, adapters=file)
     before, rows_before = {name: times(folder / name) for name in ("a", "b")}, table(folder)
     ended = run(base, folder, adapters=file, resume="auto", prelude=builds_only)
@@ -236,7 +202,7 @@ def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, fou
     assert " --enable-lora " in ended.outputs[0] and " --lora-modules a=" in ended.outputs[0]
     assert state(folder) == ("finished", 6, "2 adapters trained")
 
-    written(file, {"a": four["a"], "b": {**longer, "max_steps": 5}, "d": four["d"]})
+    write_adapters(file, {"a": four["a"], "b": {**longer, "max_steps": 5}, "d": four["d"]})
     ended = run(base, folder, adapters=file, resume="auto", prelude=partial(builds_only, "b", "d"))
     assert times(folder / "a") == before["a"] and state(folder / "b")[1] == 5
     same_folders(folder / "d", alone / "d")
@@ -251,7 +217,7 @@ def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, fou
 
 
 def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
-    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", four)
+    folder, file = tmp_path / "run", write_adapters(tmp_path / "adapters.yaml", four)
     stop = partial(kill_at_call, LOOP, "Trainer._train_step", call=3, number=signal.SIGTERM)
     ended = run(base, folder, adapters=file, prelude=stop, expect=143)
     assert "stopped by SIGTERM" in ended.tail() and "--resume auto" in ended.tail()
@@ -261,9 +227,17 @@ def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Pat
         assert (folder / name / "checkpoints" / "latest").read_text() == "step_3\n"
     run(base, folder / "b", ds_config="zero0.json", resume="auto", **four["b"])
     same_folders(folder / "b", alone / "b", stopped=True)
-    run(base, folder, adapters=file, resume="auto")
+    ended = run(base, folder, adapters=file, resume="auto")
     for name in four:
         same_folders(folder / name, alone / name, stopped=True)
+    served = " ".join(f"{name}={folder}/{name}/peft" for name in four)
+    (command,) = (line for line in ended.outputs[0].split("\n") if "vllm serve" in line)
+    modules = "qkv_proj o_proj gate_up_proj down_proj"
+    assert f"--enable-lora --max-lora-rank 16 --lora-target-modules {modules} " in command
+    assert command.endswith(f" --max-loras 4 --max-cpu-loras 4 --lora-modules {served}")
+    ends = {name: (row["state"], row["reason"]) for name, row in table(folder).items()}
+    assert ends == {name: ("finished", "max_steps") for name in four}
+    assert state(folder)[0] == "finished"
 
 
 def test_a_start_from_another_adapter(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
@@ -271,7 +245,7 @@ def test_a_start_from_another_adapter(base: Base, tmp_path: Path, alone: Path, f
     shutil.copytree(alone / "c" / "adapter", start := tmp_path / "start")
     own = {"init_from": str(start), "max_steps": 4}
     run(base, tmp_path / "alone", ds_config="zero0.json", rank=None, **own)
-    file, folder = written(tmp_path / "adapters.yaml", {"from_c": own}), tmp_path / "run"
+    file, folder = write_adapters(tmp_path / "adapters.yaml", {"from_c": own}), tmp_path / "run"
     kill = partial(kill_at_call, LOOP, "Trainer._train_step", call=4)
     run(base, folder, adapters=file, rank=None, prelude=kill, expect=-signal.SIGKILL)
     shutil.rmtree(start)
@@ -284,51 +258,12 @@ def test_a_start_from_another_adapter(base: Base, tmp_path: Path, alone: Path, f
 def test_two_ranks(base: Base, tmp_path: Path, alone: Path, four: Four, layout: dict[str, Any]) -> None:
     """Every rank leaves the one that fails out, and they end with the same status; others train as alone."""
     sick = {"sick": {"learning_rate": 1e9, "gradient_clipping": 0.0, "warmup_steps": 0, "max_steps": 6}}
-    file = written(tmp_path / "adapters.yaml", {**sick, **four})
+    file = write_adapters(tmp_path / "adapters.yaml", {**sick, **four})
     run(base, tmp_path / "run", adapters=file, expect=1, ranks=2, **layout)
     assert state(tmp_path / "run" / "sick")[0] == "failed"
     for name in four:
-        found, expected = rows(tmp_path / "run" / name), rows(alone / name)
-        assert [(row["step"], row["split"]) for row in found] == [(row["step"], row["split"]) for row in expected]
-        assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+        assert_close_run(tmp_path / "run" / name, alone / name, rel=1e-4)
         assert state(tmp_path / "run" / name) == state(alone / name)
-
-
-@pytest.mark.parametrize(
-    ("own", "changes", "message"),
-    [
-        ({"a": {"dtype": "fp32"}}, {}, "entry 1 (a): dtype cannot differ between the adapters of a run"),
-        ({"a": {"layers": [9]}}, {}, "adapters.yaml: a: --layers 9: "),
-        ({"a": {}, "b": {"train_file": "missing.jsonl"}}, {}, "b: "),
-        ({"logs": {}}, {}, "the run itself has a file 'logs'"),
-        ({"adapter": {}}, {}, "the run itself has a file 'adapter'"),
-        ({"a": {}}, {"ds_config": "zero2.json"}, "ZeRO-2 clips the gradients of all adapters together"),
-        ({"profile": {}}, {}, "the run itself has a file 'profile'"),
-        ({"a": {"profile": "1:2"}}, {}, "entry 1 (a): profile cannot differ between the adapters of a run"),
-        ({"a": {}}, {"resume": "somewhere"}, "each adapter has checkpoints of its own; give auto"),
-        ({"a": {}}, {"adapters": "nowhere.yaml"}, "--adapters nowhere.yaml: no such file"),
-        ({"a": {}}, {"adapters": None, "share_micro_batches": False}, "--share_micro_batches needs --adapters"),
-        ({"a": {"output_dir": "one"}, "b": {"output_dir": "./one"}}, {}, "b: output_dir is that of a; give each"),
-        ({"a": {"output_dir": "{run}/b"}, "b": {}}, {}, "b: output_dir is that of a; give each"),
-        ({"a": {}, "b": {"output_dir": "{run}"}}, {}, "b: output_dir is that of the run of all; give each"),
-        ({"a": {"output_dir": "{run}/b/adapter"}, "b": {}}, {}, "a: output_dir lies in that of b; give each"),
-        ({"a": {"output_dir": "{run}/profile"}}, {}, "a: output_dir lies in 'profile', where the run itself has files"),
-        ({"a": {}}, {"adapters": None, "halving": True}, "--halving needs --adapters"),
-        ({"a": {"rank": 2}, "b": {"rank": 3}}, {"halving": True}, "no two adapters differ only in the learning rate"),
-        (
-            {"a": {"eval_metric": "exact_match"}, "b": {"eval_metric": "exact_match", "learning_rate": 1.0}},
-            {"halving": True},
-            "a: --halving compares validation losses; remove --eval_metric exact_match",
-        ),
-    ],
-)
-def test_bad_inputs(base: Base, tmp_path: Path, own: Any, changes: dict[str, Any], message: str) -> None:
-    """One line, status 2, and nothing is written."""
-    file = written(tmp_path / "adapters.yaml", own)
-    file.write_text(file.read_text().replace("{run}", str(tmp_path / "run")))
-    ended = run(base, tmp_path / "run", expect=2, **{"adapters": file, **changes})
-    assert message in ended.error_line()
-    assert not (tmp_path / "run").exists()
 
 
 def test_an_entry_names_a_run_folder(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
@@ -337,7 +272,7 @@ def test_an_entry_names_a_run_folder(base: Base, tmp_path: Path, alone: Path, fo
     kill = partial(kill_at_call, LOOP, "Trainer._train_step", call=4)
     run(base, begun, prelude=kill, expect=-signal.SIGKILL, ds_config="zero0.json", **four["a"])
     own = {"a": {**four["a"], "output_dir": str(begun)}, "b": {**four["b"], "output_dir": str(new)}, "d": four["d"]}
-    file = written(tmp_path / "adapters.yaml", own)
+    file = write_adapters(tmp_path / "adapters.yaml", own)
     run(base, tmp_path / "run", adapters=file, resume="auto")
     for name, folder in {"a": begun, "b": new, "d": tmp_path / "run" / "d"}.items():
         same_folders(folder, alone / name)
@@ -354,13 +289,13 @@ def test_an_entry_names_a_run_folder(base: Base, tmp_path: Path, alone: Path, fo
 def test_a_profile_records_turns_of_all(base: Base, tmp_path: Path) -> None:
     """In the folder of the run, also when one adapter has ended; a resume says which turns it is too late for."""
     folder, constant = tmp_path / "run", {"schedule": "constant"}
-    file = written(tmp_path / "adapters.yaml", {"a": {"max_steps": 2}, "b": {"max_steps": 4}})
+    file = write_adapters(tmp_path / "adapters.yaml", {"a": {"max_steps": 2}, "b": {"max_steps": 4}})
     run(base, folder, adapters=file, profile="2:3", **constant)
     events = json.loads(gzip.decompress((folder / "profile" / "rank_0.json.gz").read_bytes()))["traceEvents"]
     names = {event.get("name") for event in events}
     assert {"step 2", "step 3", "aten::mm"} <= names and not {"step 1", "step 4"} & names
     assert not (folder / "a" / "profile").exists()
-    written(file, {"a": {"max_steps": 2}, "b": {"max_steps": 6}})
+    write_adapters(file, {"a": {"max_steps": 2}, "b": {"max_steps": 6}})
     ended = run(base, folder, adapters=file, profile="2:5", resume="auto", **constant)
     note = "note       --profile 2:5: the run continues after step 4, so steps 2 to 4 are not recorded"
     assert note in ended.outputs[0].splitlines()
@@ -368,14 +303,14 @@ def test_a_profile_records_turns_of_all(base: Base, tmp_path: Path) -> None:
 
 def test_a_folder_of_another_kind(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
     """A single run's folder is no folder of several, and the other way round; a finished run is not begun again."""
-    file = written(tmp_path / "adapters.yaml", {"a": four["a"]})
+    file = write_adapters(tmp_path / "adapters.yaml", {"a": four["a"]})
     line = run(base, alone / "a", adapters=file, resume="auto", expect=2).error_line()
     assert "holds other files" in line
     run(base, tmp_path / "run", adapters=file)
     before = sorted(tmp_path.joinpath("run").rglob("*"))
     assert "holds other files" in run(base, tmp_path / "run", resume="auto", expect=2, **four["a"]).error_line()
     assert "--resume auto to continue a run" in run(base, tmp_path / "run", adapters=file, expect=2).error_line()
-    written(file, {"a": {**four["a"], "rank": 2}})
+    write_adapters(file, {"a": {**four["a"], "rank": 2}})
     line = run(base, tmp_path / "run", adapters=file, resume="auto", expect=2).error_line()
     assert "a: " in line and "trained with --rank 8, but now it is 2" in line
     assert sorted(tmp_path.joinpath("run").rglob("*")) == before
@@ -384,12 +319,12 @@ def test_a_folder_of_another_kind(base: Base, tmp_path: Path, alone: Path, four:
 def test_the_folder_of_each_has_one_writer(base: Base, tmp_path: Path) -> None:
     """While all train, one of them cannot be continued alone; one whose folder is taken over fails alone."""
     folder, own = tmp_path / "run", {"max_steps": 16}
-    file = written(tmp_path / "adapters.yaml", {"a": own, "b": own})
-    other = written(tmp_path / "other.yaml", {"a": own, "b": {**own, "rank": 4}})
-    together = start_ranks(
-        base.arguments(output_dir=folder, adapters=file), folder=tmp_path / "w", cache=base.cache, prelude=slow_turns
-    )
-    wait_until(lambda: (folder / "b" / "checkpoints" / "latest").is_file(), together)
+    file = write_adapters(tmp_path / "adapters.yaml", {"a": own, "b": own})
+    other = write_adapters(tmp_path / "other.yaml", {"a": own, "b": {**own, "rank": 4}})
+    arguments, slow = base.arguments(output_dir=folder, adapters=file), partial(slow_steps, 0.5)
+    together = start_ranks(arguments, folder=tmp_path / "w", cache=base.cache, prelude=slow)
+    latest, rank = folder / "b" / "checkpoints" / "latest", together.processes[0]
+    wait_for(lambda: latest.is_file() or rank.exitcode is not None, "a checkpoint")
     line = run(base, folder, adapters=other, resume="auto", take_over=True, expect=2).error_line()
     assert line.startswith("error: b: ") and "but now it is 4" in line, "the run is not taken over"
     line = run(base, folder / "b", resume="auto", expect=2, **own).error_line()
@@ -402,21 +337,13 @@ def test_the_folder_of_each_has_one_writer(base: Base, tmp_path: Path) -> None:
     assert "changed nothing more there" in found["b"]["reason"]
 
 
-def wait_until(condition: Callable[[], bool], world: World) -> None:
-    """Wait for something that ranks do; they must not end before it."""
-    while not condition():
-        assert world.processes[0].exitcode is None, world.wait().tail()
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_an_adapter_without_a_log_takes_no_further_step(base: Base, tmp_path: Path, ranks: int | None) -> None:
-    """Long before its next save, and whichever rank has the log. The other one does not see it."""
-    own = {"a": {**_FOUR["a"], "save_interval": 6}, "b": {**_FOUR["b"], "max_steps": 6, "save_interval": 6}}
-    file = written(tmp_path / "adapters.yaml", own)
-    run(base, tmp_path / "whole", adapters=file, ranks=ranks, eval_interval=6)
+def test_an_adapter_without_a_log_takes_no_further_step(base: Base, tmp_path: Path) -> None:
+    """Long before its next save, on the rank that has the log and on the other one. The other adapter trains on."""
+    own = {"a": {**FOUR["a"], "save_interval": 6}, "b": {**FOUR["b"], "max_steps": 6, "save_interval": 6}}
+    file = write_adapters(tmp_path / "adapters.yaml", own)
+    run(base, tmp_path / "whole", adapters=file, ranks=2, eval_interval=6)
     lost = partial(_lose_the_log, "b", 3)
-    run(base, tmp_path / "run", adapters=file, ranks=ranks, eval_interval=6, expect=1, prelude=lost)
+    run(base, tmp_path / "run", adapters=file, ranks=2, eval_interval=6, expect=1, prelude=lost)
     found = state(tmp_path / "run" / "b")
     assert found[:2] == ("failed", 3) and "No space left on device" in found[2]
     assert [row["step"] for row in rows(tmp_path / "run" / "b") if row["split"] == "train"] == [1, 2]
@@ -425,7 +352,7 @@ def test_an_adapter_without_a_log_takes_no_further_step(base: Base, tmp_path: Pa
 
 def test_a_start_that_fails_at_its_second_folder_says_so(base: Base, tmp_path: Path) -> None:
     """What it has taken does not look as if it ran."""
-    folder, file = tmp_path / "run", written(tmp_path / "adapters.yaml", {name: _FOUR[name] for name in "ab"})
+    folder, file = tmp_path / "run", write_adapters(tmp_path / "adapters.yaml", {name: FOUR[name] for name in "ab"})
     run(base, folder, adapters=file, prelude=partial(kill_at_step, 3), expect=143)
     assert state(folder)[0] == state(folder / "a")[0] == "stopped"
     ended = run(base, folder, adapters=file, prelude=_cannot_write_the_settings_of_b, expect=2, resume="auto")
@@ -448,6 +375,6 @@ def _sees_no_folder() -> None:
 
 def test_a_rank_that_does_not_see_the_folders(base: Base, tmp_path: Path) -> None:
     """It enters the run's folder as often as the others do, so none waits for it."""
-    file = written(tmp_path / "adapters.yaml", {name: _FOUR[name] for name in "ab"})
+    file = write_adapters(tmp_path / "adapters.yaml", {name: FOUR[name] for name in "ab"})
     run(base, tmp_path / "run", adapters=file, ranks=2, prelude=_sees_no_folder)
     assert {state(own)[0] for own in (tmp_path / "run", tmp_path / "run" / "a")} == {"finished"}

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import re
 import time
-from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from planned import stage_memory
 from report_tables import stage_table
 from run_files import files_of
-from run_helpers import Base, run_ranks, write_base
+from run_helpers import Base, begin, run_ranks, write_adapters
+from task_files import refusal
 
-from megatron_tiedlora.base.errors import UserError, bytes_in_words
-from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.base.errors import bytes_in_words
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.memory import bank_bytes
 from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.step_plan import StepPlan
-from megatron_tiedlora.training import start
 
 OWN: dict[str, dict[str, Any]] = {
     "small": {},
@@ -34,20 +31,14 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture(autouse=True)
-def _cache(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(base.cache))
+def _cache(own_cache: None) -> None:
+    """Tokens are kept where runs keep them."""
 
 
 def settings_of(base: Base, folder: Path, own: dict[str, dict[str, Any]], **changes: Any) -> dict[str, Any]:
     """The settings of a run of these adapters, whose file is written to `folder`."""
-    file = folder / "adapters.yaml"
-    file.write_text(yaml.safe_dump([{"name": name, **entry} for name, entry in own.items()], sort_keys=False))
+    file = write_adapters(folder / "adapters.yaml", own)
     shared = {name: str(value) if isinstance(value, Path) else value for name, value in base.settings().items()}
     for name in ("rank", "ds_config"):
         shared.pop(name, None)
@@ -152,53 +143,54 @@ def test_presets_need_no_files(tmp_path: Path) -> None:
     assert "counted from data" in text and "give a model folder to count them" in text
 
 
-@pytest.mark.parametrize(
-    ("own", "changes", "message"),
-    [
-        ({"a": {"layers": [9]}}, {}, "adapters.yaml: a: --layers 9: "),
-        ({"a": {}}, {"ds_config": "zero2.json"}, "ZeRO-2 clips the gradients of all adapters together"),
-        ({"a": {}}, {"world_size": 3, "tensor_parallel": 2}, "--tensor_parallel 2"),
-        ({"a": {"train_file": "missing.jsonl"}}, {}, "a: "),
-        ({"a": {}}, {"output_dir": "/etc/passwd"}, "--output_dir /etc/passwd: /etc/passwd is a file"),
-        ({"a": {}}, {"output_dir": "/proc/self"}, "--output_dir /proc/self"),
-        ({"a": {}, "b": {"output_dir": "/dev/null"}}, {}, "b: --output_dir /dev/null: /dev/null is a file"),
-        ({"a": {}, "b": {"output_dir": "{run}"}}, {}, "b: output_dir is that of the run of all"),
-        ({"a": {}, "b": {"output_dir": "{run}/a"}}, {}, "b: output_dir is that of a"),
-        ({"a": {"output_dir": "{run}/b/adapter"}, "b": {}}, {}, "a: output_dir lies in that of b"),
-        ({"a": {"output_dir": "{run}/logs/a"}, "b": {}}, {}, "a: output_dir lies in 'logs', where the run itself has"),
-    ],
-)
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"a": {"layers": [9]}}, {}, "adapters.yaml: a: --layers 9: "),
+    ({"a": {}}, {"ds_config": "zero2.json"}, "ZeRO-2 clips the gradients of all adapters together"),
+    ({"a": {}}, {"world_size": 3, "tensor_parallel": 2}, "--tensor_parallel 2"),
+    ({"a": {}, "b": {"train_file": "missing.jsonl"}}, {}, "b: "),
+    ({"logs": {}}, {}, "the run itself has a file 'logs'"),
+    ({"adapter": {}}, {}, "the run itself has a file 'adapter'"),
+    ({"profile": {}}, {}, "the run itself has a file 'profile'"),
+    ({"a": {"profile": "1:2"}}, {}, "entry 1 (a): profile cannot differ between the adapters of a run"),
+    ({"a": {}}, {"resume": "somewhere"}, "each adapter has checkpoints of its own; give auto"),
+    ({"a": {}}, {"adapters": "nowhere.yaml"}, "--adapters nowhere.yaml: no such file"),
+    ({"a": {}}, {"adapters": None, "share_micro_batches": False}, "--share_micro_batches needs --adapters"),
+    ({}, {"adapters": None, "output_dir": __file__}, "is a file; give a folder"),
+    ({"a": {}}, {"output_dir": "/etc/passwd"}, "--output_dir /etc/passwd: /etc/passwd is a file"),
+    ({"a": {}}, {"output_dir": "/proc/self"}, "--output_dir /proc/self"),
+    ({"a": {}, "b": {"output_dir": "/dev/null"}}, {}, "b: --output_dir /dev/null: /dev/null is a file"),
+    ({"a": {"output_dir": "one"}, "b": {"output_dir": "./one"}}, {}, "b: output_dir is that of a; give each"),
+    ({"a": {}, "b": {"output_dir": "{run}"}}, {}, "b: output_dir is that of the run of all; give each"),
+    ({"a": {}, "b": {"output_dir": "{run}/a"}}, {}, "b: output_dir is that of a; give each"),
+    ({"a": {"output_dir": "{run}/b"}, "b": {}}, {}, "b: output_dir is that of a; give each"),
+    ({"a": {"output_dir": "{run}/b/adapter"}, "b": {}}, {}, "a: output_dir lies in that of b; give each"),
+    ({"a": {"output_dir": "{run}/logs/a"}, "b": {}}, {}, "a: output_dir lies in 'logs', where the run itself has"),
+    ({"a": {"output_dir": "{run}/profile"}}, {}, "a: output_dir lies in 'profile', where the run itself has files"),
+    ({"a": {}}, {"adapters": None, "halving": True}, "--halving needs --adapters"),
+    ({"a": {"rank": 2}, "b": {"rank": 3}}, {"halving": True}, "no two adapters differ only in the learning rate"),
+    (
+        {"a": {"eval_metric": "exact_match"}, "b": {"eval_metric": "exact_match", "learning_rate": 1.0}},
+        {"halving": True},
+        "a: --halving compares validation losses; remove --eval_metric exact_match",
+    ),
+]
+
+
+@pytest.mark.parametrize(("own", "changes", "message"), REFUSED)
 def test_what_a_run_refuses_is_refused(
     base: Base, tmp_path: Path, own: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    """With the words of a run, and nothing is made."""
+    """A dry run and the start of a run say the same line, and nothing is made."""
     run = tmp_path / "run"
-    own = {
-        name: {key: value.replace("{run}", str(run)) if key == "output_dir" else value for key, value in entry.items()}
-        for name, entry in own.items()
-    }
     settings = settings_of(base, tmp_path, own, **{"output_dir": str(run), **changes})
-    with pytest.raises(UserError) as refused:
-        dry_run_report(make_settings(settings))
-    assert message in str(refused.value) and "\n" not in str(refused.value)
+    file = tmp_path / "adapters.yaml"
+    file.write_text(file.read_text().replace("{run}", str(run)))
+    line = refusal(lambda: dry_run_report(make_settings(settings)))
+    assert message in line
     if "world_size" not in changes:
         settings.pop("dry_run")
-        with pytest.raises(UserError) as of_run:
-            open_folders(make_settings(settings))
-        assert str(of_run.value) == str(refused.value)
+        assert refusal(lambda: begin(make_settings(settings))) == line
     assert not run.exists()
-
-
-def open_folders(settings: Settings) -> None:
-    """The start of a run of one rank, as far as its folders."""
-    held = ExitStack()
-    with held, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start, "decided_by_rank_0", lambda decide, kind: decide())
-        patch.setattr(start, "num_differing", lambda value: 0)
-        plans = plan_adapters(settings, rank=0, world_size=1)
-        data = prepare_all_data(plans)
-        end: Any = SimpleNamespace(held=held, owners=[])
-        start.open_run(settings, plans, data, end)
 
 
 def test_thousands_of_adapters_are_planned_in_seconds(
@@ -214,11 +206,3 @@ def test_thousands_of_adapters_are_planned_in_seconds(
     assert time.process_time() - started < 20
     assert text.startswith("4,000 adapters: ")
     assert "planning: 100%| 4000/4000" in capsys.readouterr().err
-
-
-def test_a_run_folder_that_a_run_refuses(base: Base, tmp_path: Path) -> None:
-    """Of one adapter, too."""
-    (tmp_path / "file").touch()
-    given = {**settings_of(base, tmp_path, {}), "adapters": None, "output_dir": str(tmp_path / "file")}
-    with pytest.raises(UserError, match="is a file; give a folder"):
-        dry_run_report(make_settings(given))

@@ -1,25 +1,25 @@
-"""Evaluations of the adapters of one run: in shared batches and decoded together, with the numbers of single runs."""
+"""Evaluations of the adapters of one run: in shared batches and decoded together, with the numbers of single runs.
+
+With --halving every rank stops what is behind by them, and later starts leave it so.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from run_helpers import Base, run, write_base, write_rows
-from run_preludes import before_call
-from test_adapters import rows, same_folders, state, table, written
+from run_files import assert_close_run
+from run_helpers import Base, run, write_adapters, write_rows
+from run_preludes import before_call, kill_at_call
+from test_adapters import builds_only, rows, same_folders, state, table, times
 
 Own = dict[str, dict[str, Any]]
 _SHARES = "shares of an evaluation:"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def _tell_shares() -> None:
 
 @pytest.mark.parametrize("shares", [True, False])
 def test_different_sets_share_batches(base: Base, own: Own, alone: Path, tmp_path: Path, shares: bool) -> None:
-    file = written(tmp_path / "adapters.yaml", own)
+    file = write_adapters(tmp_path / "adapters.yaml", own)
     ended = run(base, tmp_path / "run", adapters=file, share_micro_batches=shares, prelude=_tell_shares)
     for name in own:
         same_folders(tmp_path / "run" / name, alone / name)
@@ -81,7 +81,7 @@ def _start_lines(text: str) -> list[str]:
 
 def test_how_far_a_start_moves_the_base(base: Base, own: Own, alone: Path, tmp_path: Path) -> None:
     """The losses of the base are those that single runs say, to the digit."""
-    ended = run(base, tmp_path / "run", adapters=written(tmp_path / "adapters.yaml", own))
+    ended = run(base, tmp_path / "run", adapters=write_adapters(tmp_path / "adapters.yaml", own))
     expected = [line for name in own for line in _start_lines((alone / f"{name}.txt").read_text())]
     assert len(expected) == 2 and len(set(expected)) == 2
     assert _start_lines("".join([*ended.outputs, *ended.errors])) == expected
@@ -100,7 +100,7 @@ def _spoil(name: str) -> None:
 
 
 def test_one_that_fails_in_an_evaluation_fails_alone(base: Base, own: Own, alone: Path, tmp_path: Path) -> None:
-    file = written(tmp_path / "adapters.yaml", {"sick": {"max_steps": 3, "eval_interval": 1}, **own})
+    file = write_adapters(tmp_path / "adapters.yaml", {"sick": {"max_steps": 3, "eval_interval": 1}, **own})
     run(base, tmp_path / "run", adapters=file, prelude=partial(_spoil, "sick"), expect=1)
     assert "validation loss" in state(tmp_path / "run" / "sick")[2]
     assert table(tmp_path / "run")["sick"]["state"] == "failed"
@@ -111,11 +111,62 @@ def test_one_that_fails_in_an_evaluation_fails_alone(base: Base, own: Own, alone
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 2}, {}, {"ds_config": "zero3.json"}])
 def test_two_ranks(base: Base, own: Own, alone: Path, tmp_path: Path, layout: dict[str, Any]) -> None:
-    file = written(tmp_path / "adapters.yaml", own)
+    file = write_adapters(tmp_path / "adapters.yaml", own)
     run(base, tmp_path / "run", adapters=file, ranks=2, **layout)
     for name in own:
         found, expected = (
             [row for row in rows(folder / name) if row["split"] == "validation"] for folder in (tmp_path / "run", alone)
         )
-        assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+        assert_close_run(tmp_path / "run" / name, alone / name, rel=1e-4)
         assert [row.get("exact_match") for row in found] == [row.get("exact_match") for row in expected]
+        if name != "b":  # which has no test set
+            scores = [json.loads((some / name / "scores.json").read_text()) for some in (tmp_path / "run", alone)]
+            assert scores[0] == scores[1]
+
+
+# Halving -------------------------------------------------------------------------------------------------------------
+
+_SLOW = {"learning_rate": 1e-7}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "shares"),
+    [({"pipeline_parallel": 2}, True), ({"tensor_parallel": 2}, True), ({}, True), ({}, False)],
+)
+def test_two_ranks_stop_what_is_behind(base: Base, tmp_path: Path, layout: dict[str, Any], shares: bool) -> None:
+    """The noise is that of one rank's batches or of pairs of them; of three adapters two are compared."""
+    own = {"a": {}, "beside": {"rank": 3, "max_steps": 4}, "b": _SLOW}
+    file = write_adapters(tmp_path / "adapters.yaml", own)
+    layout = {"micro_batch_size": 1, "validation_file": base.train, "max_steps": 6, **layout}  # 24 batches
+    run(base, tmp_path / "run", adapters=file, ranks=2, halving=True, share_micro_batches=shares, **layout)
+    assert state(tmp_path / "run" / "a") == ("finished", 6, "max_steps")
+    assert state(tmp_path / "run" / "b")[0] == "finished" and state(tmp_path / "run" / "b")[1] < 6
+    record = json.loads((tmp_path / "run" / "b" / "halving.json").read_text())
+    assert len(record["losses"]) == (24 if layout.keys() & {"pipeline_parallel", "tensor_parallel"} else 12)
+    assert sum(record["losses"]) / sum(record["tokens"]) == pytest.approx(
+        next(row["loss"] for row in rows(tmp_path / "run" / "b")[::-1] if row["split"] == "validation"), rel=1e-6
+    )
+    assert table(tmp_path / "run")["b"]["reason"] == record["stopped"] == state(tmp_path / "run" / "b")[2]
+
+
+def test_what_was_stopped_stays_so(base: Base, tmp_path: Path) -> None:
+    """Also if its rival has finished, and it has not: a kill between their exports. Without --halving it continues."""
+    folder, file = tmp_path / "run", write_adapters(tmp_path / "adapters.yaml", {"a": {}, "b": _SLOW})
+    settings = {"adapters": file, "micro_batch_size": 1, "validation_file": base.train, "max_steps": 6}
+    kill = partial(kill_at_call, "megatron_tiedlora.training.finish", "export", call=2)
+    run(base, folder, halving=True, prelude=kill, expect=-signal.SIGKILL, **settings)
+    assert state(folder / "a") == ("finished", 6, "max_steps") and not (folder / "b" / "run_status.json").exists()
+    stopped = json.loads((folder / "b" / "halving.json").read_text())["stopped"]
+    assert stopped.startswith("halving: ")
+    assert "\nhalving: true\n" in (folder / "adapters.yaml").read_text()
+    run(base, folder, halving=True, resume="auto", prelude=partial(builds_only, "b"), **settings)
+    ended = state(folder / "b")
+    assert ended[0] == "finished" and ended[1] < 6 and ended[2] == stopped
+
+    before = {name: times(folder / name) for name in ("a", "b")}
+    run(base, folder, halving=True, resume="auto", prelude=builds_only, **settings)
+    assert {name: times(folder / name) for name in ("a", "b")} == before
+    assert table(folder)["b"]["reason"] == stopped
+    run(base, folder, resume="auto", prelude=partial(builds_only, "b"), **settings)
+    assert state(folder / "b") == ("finished", 6, "max_steps")

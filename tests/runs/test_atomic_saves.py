@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from native_files import moments_of, with_adapter, write_native
+from ownership_files import names
 from run_helpers import Ended, run_ranks
 from tiny_models import write_tiny_model
 
@@ -35,10 +36,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # --------------------------------------------------------------------------------------------- whole or not at all
-
-
-def names(folder: Path) -> set[str]:
-    return {item.name for item in folder.iterdir()}
 
 
 @pytest.mark.parametrize("swaps", [True, False], ids=["swap", "two renames"])
@@ -324,22 +321,23 @@ def test_a_checkpoint_comes_back_and_is_an_adapter(base: Path, tmp_path: Path) -
         assert all(torch.equal(loaded.state[name], adapter.state[name]) for name in "ABuv")
 
 
-def test_the_best_and_the_last_checkpoint_are_kept(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        ({}, [(2, None, {2}), (4, 4, {4}), (6, 4, {4, 6}), (8, 4, {4, 8}), (10, 10, {10}), (100, 10, {10, 100})]),
+        (
+            {"keep": 3},  # the run that goes back to before step 8 leaves none of the later ones
+            [(2, 2, {2}), (4, 2, {2, 4}), (6, 2, {2, 4, 6}), (8, 2, {2, 4, 6, 8}), (10, 10, {6, 8, 10})]
+            + [(12, 10, {8, 10, 12}), (8, 8, {8}), (9, 8, {8, 9})],
+        ),
+    ],
+)
+def test_the_best_and_the_newest_checkpoints_are_kept(base: Path, tmp_path: Path, keep: Any, expected: Any) -> None:
     adapter = with_adapter(base, "tl6", (1, 3))[1]
-    expected = [(2, None, {2}), (4, 4, {4}), (6, 4, {4, 6}), (8, 4, {4, 8}), (10, 10, {10}), (100, 10, {10, 100})]
     for step, best, kept in expected:
-        save(tmp_path, adapter, step, best)
+        save(tmp_path, adapter, step, best, **keep)
         assert names(tmp_path) == {f"step_{number}" for number in kept} | {"latest"}
         assert (tmp_path / "latest").read_text() == f"step_{step}\n"
-
-
-def test_the_newest_and_the_best_checkpoints_are_kept(base: Path, tmp_path: Path) -> None:
-    adapter = with_adapter(base, "tl6", (1, 3))[1]
-    expected = [(2, 2, {2}), (4, 2, {2, 4}), (6, 2, {2, 4, 6}), (8, 2, {2, 4, 6, 8}), (10, 10, {6, 8, 10}),
-                (12, 10, {8, 10, 12}), (8, 8, {8}), (9, 8, {8, 9})]  # fmt: skip
-    for step, best, kept in expected:  # the run that goes back to before step 8 leaves none of the later ones
-        save(tmp_path, adapter, step, best, keep=3)
-        assert names(tmp_path) == {f"step_{number}" for number in kept} | {"latest"}
 
 
 def test_latest_moves_after_the_new_one_is_whole_and_before_the_old_one_goes(
@@ -366,24 +364,3 @@ def test_a_latest_that_names_nothing_is_one_line(base: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match="which is not a checkpoint in") as error:
             find_newest_checkpoint(tmp_path)
         assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("trainer_state.json", None, "expected a checkpoint of a run"),
-        ("trainer_state.json", b"{}", "step is missing"),
-        ("trainer_state.safetensors", None, "not a whole safetensors file"),
-        ("trainer_state.safetensors", b"cut", "not a whole safetensors file"),
-    ],
-)
-def test_a_damaged_checkpoint_is_one_line(
-    base: Path, tmp_path: Path, file: str, content: bytes | None, message: str
-) -> None:
-    folder = save(tmp_path, with_adapter(base, "tl6", (1, 3))[1], 4, 4)
-    (folder / file).unlink()
-    if content is not None:
-        (folder / file).write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        load_checkpoint(folder)
-    assert str(folder / file) in str(error.value) and "\n" not in str(error.value)

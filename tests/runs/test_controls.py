@@ -1,25 +1,26 @@
-"""The controls of a run: --epochs, a longer --max_steps, --schedule, --profile and --report_to, on whole runs."""
+"""The controls of a run, on whole runs: --epochs, --max_steps, --schedule, --profile, --report_to and --init_from."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from run_files import assert_same_run, losses, metrics, run_settings, status
+from native_files import with_adapter
+from run_files import assert_close_run, assert_same_run, files_of, losses, metrics, run_settings, status
 from run_helpers import Base, run, run_ranks, write_base
+from run_preludes import kill_at_step
+from safetensors.torch import load_file
 
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.training.throughput import StepProfiler
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def test_epochs_are_counted_and_may_be_given_as_steps(base: Base, tmp_path: Path) -> None:
@@ -30,41 +31,25 @@ def test_epochs_are_counted_and_may_be_given_as_steps(base: Base, tmp_path: Path
     assert (settings["epochs"], settings["max_steps"], settings["warmup_steps"]) == (1.5, 9, 9)
     assert "9 steps, for --epochs 1.5 of 24 training samples at 4 per step" in ended.outputs[0]
     run(base, tmp_path / "steps", ranks=2, max_steps=9, warmup_steps=9, packing=False)
-    for split in ("train", "validation"):
-        found, expected = losses(tmp_path / "steps", split), losses(tmp_path / "run", split)
-        assert [step for step, _ in found] == [step for step, _ in expected]
-        assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-5)
+    assert_close_run(tmp_path / "steps", tmp_path / "run")
     again = ["--config", str(tmp_path / "run" / "run.yaml"), "--output_dir", str(tmp_path / "again"), "--dry_run"]
     assert "  9 steps, 36 samples" in run_ranks(again, folder=tmp_path).expect(0).outputs[0]
 
 
 def test_a_constant_schedule_continues_where_it_ended(base: Base, tmp_path: Path) -> None:
-    """A finished run of 4 steps, continued to 10, is the run of 10 steps, bit for bit."""
+    """A finished run of 4 steps, continued to 10, is the run of 10 steps, bit for bit.
+
+    4 steps have 4 of warm-up by default; of the 10 they stay 4, in the rates and in the record.
+    """
     constant = {"schedule": "constant", "beta2": 0.99}
-    run(base, tmp_path / "long", **constant)
-    run(base, tmp_path / "short", max_steps=4, **constant)
+    run(base, tmp_path / "long", warmup_steps=4, **constant)
+    run(base, tmp_path / "short", max_steps=4, warmup_steps=None, **constant)
     assert status(tmp_path / "short")["step"] == 4
-    run(base, tmp_path / "short", max_steps=10, resume="auto", **constant)
+    run(base, tmp_path / "short", max_steps=10, warmup_steps=None, resume="auto", **constant)
     assert_same_run(tmp_path / "short", tmp_path / "long")
     rates = [row["learning_rate"] for row in metrics(tmp_path / "short")]
-    assert rates == [1e-2, *[2e-2] * 9]
-
-
-def test_a_longer_run_keeps_the_default_warm_up(base: Base, tmp_path: Path) -> None:
-    """4 steps have 4 of warm-up by default; continued to 6 on two ranks they stay 4, in the rates and the record."""
-    constant = {"schedule": "constant", "warmup_steps": None}
-    run(base, tmp_path / "run", max_steps=4, **constant)
-    run(base, tmp_path / "run", ranks=2, max_steps=6, resume="auto", **constant)
-    assert [row["learning_rate"] for row in metrics(tmp_path / "run")] == [5e-3, 1e-2, 1.5e-2, 2e-2, 2e-2, 2e-2]
-    assert run_settings(tmp_path / "run")["warmup_steps"] == 4
-
-
-def test_a_cosine_run_says_how_it_could(base: Base, tmp_path: Path) -> None:
-    run(base, tmp_path / "run", max_steps=2)
-    ended = run_ranks(base.arguments(output_dir=tmp_path / "run", max_steps=4, resume="auto"), folder=tmp_path).expect(
-        2
-    )
-    assert "only --schedule constant" in ended.errors[0] and "--init_from" in ended.errors[0]
+    assert rates == [5e-3, 1e-2, 1.5e-2, *[2e-2] * 7]
+    assert run_settings(tmp_path / "short")["warmup_steps"] == 4
 
 
 def test_profile_writes_a_trace_of_each_rank(base: Base, tmp_path: Path) -> None:
@@ -101,12 +86,6 @@ def test_a_run_that_ends_before_the_profiled_steps_says_so(tmp_path: Path, capsy
     assert capsys.readouterr().err == "note: --profile: the run ended after step 4, before step 5\n"
 
 
-def test_a_tracker_without_its_package_is_named_before_anything_is_read(base: Base, tmp_path: Path) -> None:
-    ended = run_ranks(base.arguments(output_dir=tmp_path / "run", report_to="aim"), folder=tmp_path).expect(2)
-    assert "--report_to aim: the package aim is not installed; pip install aim" in ended.errors[0]
-    assert not (tmp_path / "run").exists()
-
-
 def test_dropout_is_for_training_steps_and_resumes_anywhere(base: Base, tmp_path: Path) -> None:
     """tl1 begins with an update that is not zero, so its first evaluation would show dropout."""
     settings = {"method": "tl1", "targets": "qkv,down_proj", "max_steps": 4, "save_interval": 2}
@@ -117,14 +96,65 @@ def test_dropout_is_for_training_steps_and_resumes_anywhere(base: Base, tmp_path
     assert losses(tmp_path / "run")[0] != losses(tmp_path / "plain")[0]
     middle = tmp_path / "run" / "checkpoints" / "step_2"
     run(base, tmp_path / "on", ranks=2, resume=middle, tensor_parallel=2, packing=False, dropout=0.3, **settings)
-    expected = [loss for _, loss in losses(tmp_path / "run")]
-    assert [loss for _, loss in losses(tmp_path / "on")] == pytest.approx(expected, rel=1e-5)
+    assert_close_run(tmp_path / "on", tmp_path / "run")
 
 
-def test_betas_reach_the_optimizer(base: Base, tmp_path: Path) -> None:
-    """AdamW's first step depends on no beta."""
-    for name, betas in (("plain", {}), ("first", {"beta1": 0.5}), ("second", {"beta2": 0.9})):
-        run(base, tmp_path / name, max_steps=4, **betas)
-    plain, *others = ([loss for _, loss in losses(tmp_path / name)] for name in ("plain", "first", "second"))
-    for other in others:
-        assert other[:2] == pytest.approx(plain[:2], rel=1e-6) and abs(other[3] / plain[3] - 1) > 1e-5
+# --init_from: what a run starts with, what it records, and that it resumes without that folder ------------------------
+
+
+@pytest.fixture(scope="module")
+def started(base: Base) -> Path:
+    """Four steps from a `vera` in base.folder/start; the run's settings name none of its facts."""
+    _, native, _ = with_adapter(base.model, "vera", (2, 3), targets=("qkv", "down_proj"))
+    save_adapter(base.folder / "start", native.config, native.base, native.state)
+    run(base, base.folder / "started", rank=None, max_steps=4, init_from=base.folder / "start")
+    return base.folder / "started"
+
+
+def test_a_run_starts_with_the_adapter_at_step_0(base: Base, started: Path) -> None:
+    settings, start = run_settings(started), load_native_adapter(base.folder / "start")
+    assert settings["init_from"] == str(base.folder / "start")
+    facts = start.config.facts
+    assert {name: settings[name] for name in facts} == facts
+    trained = load_native_adapter(started / "adapter")
+    assert trained.config.facts == facts
+    for name, tensor in trained.state.items():
+        assert tensor.equal(start.state[name]) == (name[-1] in "AB"), name
+        assert (tensor - start.state[name]).abs().max() < 0.1, name  # four steps of at most 0.02
+    assert metrics(started, "validation")[0]["step"] == 0
+    (line,) = [line for line in (started / "logs/rank_0.log").read_text().splitlines() if line.startswith("start  ")]
+    assert line.split() == ["start", "values", "of", str(base.folder / "start")]
+
+
+def test_the_export_of_a_run_holds_the_native_adapter(started: Path) -> None:
+    assert files_of(started / "peft/native") == files_of(started / "adapter")
+
+
+def test_it_resumes_without_the_folder_that_it_started_from(base: Base, started: Path, tmp_path: Path) -> None:
+    """Stopped after two steps; by then the folder holds another adapter, which a resumed run must not read."""
+    start, again = tmp_path / "start", partial(run, base, tmp_path / "run", rank=None, max_steps=4)
+    shutil.copytree(base.folder / "start", start)
+    again(init_from=start, prelude=partial(kill_at_step, 2), expect=143)
+    shutil.rmtree(start)
+    _, other, _ = with_adapter(base.model, "lora", seed=9)
+    save_adapter(start, other.config, other.base, other.state)
+    again(init_from=start, resume="auto")
+    assert_same_run(tmp_path / "run", started)
+    shutil.rmtree(start)
+    ended = again(init_from=start, resume="auto")  # a finished run ends at once
+    assert "resumed from step 4" in ended.outputs[0]
+
+
+def test_another_base_needs_a_flag(base: Base, started: Path, tmp_path: Path) -> None:
+    other = write_base(tmp_path, seed=3)
+    ended = run(other, tmp_path / "run", rank=None, max_steps=2, init_from=base.folder / "start", expect=2)
+    said = ended.error_line()
+    assert said.startswith(f"error: --init_from {base.folder / 'start'}: trained on {base.model}, whose weights differ")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    options = {"init_from": base.folder / "start", "base_differs": True, "output_dir": tmp_path / "again"}
+    ended = run(other, tmp_path / "again", rank=None, max_steps=2, **options)
+    assert "note       --init_from" in ended.outputs[0]
+    stored = load_native_adapter(tmp_path / "again" / "adapter")
+    start = load_native_adapter(base.folder / "start")
+    assert stored.base.base_weights_hash != start.base.base_weights_hash
+    assert load_file(tmp_path / "again/peft/native/adapter_model.safetensors").keys() == stored.state.keys()

@@ -2,7 +2,7 @@
 
 `ROWS` of tests/support/document_rows.py says how each is checked in this process, and a command without a row fails.
 The walks then run the commands one after another, with a small model in place of the large: the guide's from the source
-tree, and with `-m slow` those of both documents from a wheel. What differs there from the text is in `HERE`, `MORE` and
+tree, and with `-m slow` the README's from a wheel. What differs there from the text is in `HERE`, `MORE` and
 `STARTS`: fewer steps and shorter rows, two ranks on this machine's CPUs in the place of cards and hosts. /shared is a
 folder of the test, in which all models are the small one.
 """
@@ -13,14 +13,13 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-from document_commands import GUIDE, README, Document, words_of
-from document_rows import DOCUMENTS, PRESETS, ROWS, Reader, row_of
+from document_rows import DOCUMENTS, GUIDE, PRESETS, README, ROWS, Document, Reader, row_of, words_of
 from folders import ROOT
 from ranks import ENVIRONMENT, free_port
 from run_files import files_of, losses, status
@@ -112,12 +111,10 @@ class Newcomer:
     """A folder with what the documents expect to be there, in which their commands are run.
 
     Attributes:
-        parts: by how many ranks the evaluation divides each layer.
         start: runs a command of this package on so many ranks, None for no launcher, and returns what rank 0 printed.
     """
 
     folder: Path
-    parts: int
     start: Start
 
     @property
@@ -134,7 +131,7 @@ class Newcomer:
                 if found := re.match(start, command):
                     command, ranks = f"tiedlora {ours} {command[found.end() :]}", 2
             if "--tensor_parallel 8" in command:
-                command, ranks = command.replace("--tensor_parallel 8", f"--tensor_parallel {self.parts}"), self.parts
+                command, ranks = command.replace("--tensor_parallel 8", "--tensor_parallel 2"), 2
         _, *words = words_of(command, {"/shared": str(self.shared)})
         if "--gpu" not in words:
             words += MORE.get(words[0], ())
@@ -173,55 +170,28 @@ def from_the_wheel(folder: Path, installed: Installed) -> Start:
     return start
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Installed]:
-    """Builds and installs it on the first call."""
-    made: list[Installed] = []
-
-    def get() -> Installed:
-        made[:] = made or [install_wheel(tmp_path_factory.mktemp("wheel"))]
-        return made[0]
-
-    return get
-
-
-def make_newcomer(folder: Path, document: Document, start: Start, *, demo: bool = False) -> Newcomer:
+def make_newcomer(folder: Path, document: Document, start: Start) -> Newcomer:
     """The folder of one who reads `document`."""
     shared = folder / "shared"
-    if demo:
-        from megatron_tiedlora.checkpoint.sources import demo_model_path
-
-        shutil.copytree(demo_model_path(), shared / "llama2-7b")
-    else:
-        write_tiny_model(shared / "llama2-7b", hidden_size=64, intermediate_size=128, num_layers=2, max_positions=4096)
+    write_tiny_model(shared / "llama2-7b", hidden_size=64, intermediate_size=128, num_layers=2, max_positions=4096)
     (shared / "llama2-70b").symlink_to("llama2-7b")
     for place in (shared, folder):
         for name in ("data", "dev", "other"):
             write_rows(place / f"{name}.jsonl", 24)
     for entry in yaml.safe_load(document.adapters):
-        write_rows(words_place(entry["train_file"], folder), 16)
+        write_rows(folder / entry["train_file"].removeprefix("/"), 16)  # in the folder, or in its `shared`
     for file in re.findall(r"--adapters (\S+\.yaml)", document.text):
         (folder / file).write_text(re.sub("[12]00", "1", document.adapters.replace("/shared/", f"{shared}/")))
     for task in ("gsm8k", "squad"):
         (folder / f"{task}.jsonl").write_text(2 * f"{json.dumps(HUB_ROWS[task])}\n")
-    return Newcomer(folder, 3 if demo else 2, start)
-
-
-def words_place(name: str, folder: Path) -> Path:
-    """Where a file that a document names is: in the folder, or in its `shared`."""
-    return folder / name.removeprefix("/")
-
-
-@pytest.fixture(params=["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("demo", "wheel"))])
-def newcomer(request: pytest.FixtureRequest, tmp_path: Path, wheel: Callable[[], Installed]) -> Iterator[Newcomer]:
-    start = from_the_wheel(tmp_path, wheel()) if request.param == "wheel" else from_the_source(tmp_path)
-    yield make_newcomer(tmp_path, GUIDE, start, demo=request.param == "demo")
+    return Newcomer(folder, start)
 
 
 @pytest.mark.cpu_seconds(60, reason="nothing else runs the guide's commands one after another, which need each other")
 @pytest.mark.distributed
 @pytest.mark.timeout(1200)
-def test_the_guide_from_weights_to_a_served_model(newcomer: Newcomer) -> None:
+def test_the_guide_from_weights_to_a_served_model(tmp_path: Path) -> None:
+    newcomer = make_newcomer(tmp_path, GUIDE, from_the_source(tmp_path))
     outputs: dict[str, str] = {}
     for command in GUIDE.commands:
         whole = lose_the_last_step(newcomer.shared / "runs" / "four") if "--resume auto" in command else None
@@ -272,8 +242,9 @@ def lose_the_last_step(run: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(1200)
-def test_the_readme_from_the_wheel(tmp_path: Path, wheel: Callable[[], Installed]) -> None:
-    newcomer = make_newcomer(tmp_path, README, from_the_wheel(tmp_path, wheel()))
+def test_the_readme_from_the_wheel(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    installed = install_wheel(tmp_path_factory.mktemp("wheel"))
+    newcomer = make_newcomer(tmp_path, README, from_the_wheel(tmp_path, installed))
     outputs = {command: newcomer.run(command) for command in README.commands if row_of(command).runs}
 
     def output(words: str) -> str:
@@ -295,6 +266,5 @@ def test_the_readme_from_the_wheel(tmp_path: Path, wheel: Callable[[], Installed
     assert "indexed" in output("tiedlora index") and "95 % interval" in output("tiedlora evaluate")
     code = "\n".join(block for block in README.others if block.startswith(("from megatron_tiedlora", "adapter = ")))
     (tmp_path / "use.py").write_text(code.replace("RUN/", f"{run}/"))
-    installed = wheel()
     done = installed.run(sys.executable, "use.py", folder=tmp_path, **ENVIRONMENT)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from report_tables import stage_table
 from run_files import edit_json, files_of
-from run_helpers import Base, Ended, plain_command, run_ranks, start_command, write_base
+from run_helpers import Base, plain_command, run_ranks, start_command
+from task_files import refusal
 
-pytestmark = pytest.mark.distributed
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.evaluation.generate import Decoder
+from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.planning.adapter_plans import prepare_data
+from megatron_tiedlora.planning.memory import cache_bytes
+from megatron_tiedlora.planning.report import dry_run_report
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 
 # (base parameters, d, o, layers): from the published shapes.
 SHAPES = {
@@ -24,17 +32,24 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
+@pytest.fixture(autouse=True)
+def _work(own_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty working directory, in which nothing is written."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    yield
+    assert files_of(tmp_path / "work") == {}
 
 
-def report(folder: Path, arguments: list[str], **keywords: Any) -> str:
-    """The report; nothing else may be printed but bars, and nothing written beside the cache."""
-    ended = run_ranks(arguments, folder=folder, **keywords).expect(0)
-    written = {name for name in files_of(folder) if ".rank" not in name and not name.startswith("cache/")}
-    assert written == set()
-    return ended.outputs[0]
+def report(arguments: list[str]) -> str:
+    """The report, made in this process."""
+    return dry_run_report(parse_settings(arguments, Settings)).text
+
+
+def plan_of(settings: dict[str, object]) -> RunPlan:
+    """The plan of the same settings on one rank."""
+    texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    return plan_run(make_settings(texts), rank=0, world_size=1)
 
 
 def number(text: str, label: str) -> int:
@@ -75,10 +90,9 @@ ROUNDED = 5e-3
         ("llama2-70b", 64, "zero3.json"),
     ],
 )
-def test_presets_need_no_files(tmp_path: Path, preset: str, world: int, ds_config: str) -> None:
+def test_presets_need_no_files(preset: str, world: int, ds_config: str) -> None:
     arguments = [f"--model={preset}", "--dry_run", f"--world_size={world}", f"--ds_config={ds_config}"]
-    text = report(tmp_path / "work", arguments)
-    assert not (tmp_path / "work" / "cache").exists()
+    text = report(arguments)
     parameters, d, o, layers = SHAPES[preset]
     r = 8
     tl6 = r * d + o * r + layers * (r + o)
@@ -123,13 +137,13 @@ def test_presets_need_no_files(tmp_path: Path, preset: str, world: int, ds_confi
         ("llama2-70b", 64, 8, 8, False),
     ],
 )
-def test_layouts_of_presets(tmp_path: Path, preset: str, world: int, tp: int, pp: int, sequence_parallel: bool) -> None:
+def test_layouts_of_presets(preset: str, world: int, tp: int, pp: int, sequence_parallel: bool) -> None:
     """Figures worked out by hand from the shapes, for every stage of a layout that nobody starts."""
     arguments = [
         *(f"--model={preset}", "--dry_run", f"--world_size={world}", "--ds_config=zero1.json"),
         *(f"--tensor_parallel={tp}", f"--pipeline_parallel={pp}", f"--sequence_parallel={sequence_parallel}"),
     ]
-    text = report(tmp_path / "work", arguments)
+    text = report(arguments)
     parameters, d, o, layers = SHAPES[preset]
     dp, r, length = world // (tp * pp), 8, 4096
     steps = 256 // dp
@@ -187,10 +201,10 @@ def numbers(cell: str) -> list[int]:
     return found
 
 
-def test_a_layer_that_few_stages_need(tmp_path: Path) -> None:
+def test_a_layer_that_few_stages_need() -> None:
     """LoRA on one layer: stages before it keep nothing and send no backward messages; those after it do both."""
     arguments = ["--model=llama2-7b", "--dry_run", "--world_size=8", "--ds_config=zero1.json", "--method=lora"]
-    text = report(tmp_path, [*arguments, "--layers=20", "--tensor_parallel=2", "--pipeline_parallel=4"])
+    text = report([*arguments, "--layers=20", "--tensor_parallel=2", "--pipeline_parallel=4"])
     partition, memory, messages = (
         stage_table(text, title) for title in ("layout", "bytes per rank", "messages and bytes")
     )
@@ -212,12 +226,6 @@ def test_a_layer_that_few_stages_need(tmp_path: Path) -> None:
     assert size(memory[0]["engine"]) == pytest.approx((4 + 1) * 2 * 4096 * 4096 / 2, rel=ROUNDED)
 
 
-def test_a_world_that_does_not_divide(tmp_path: Path) -> None:
-    arguments = ["--model=llama2-7b", "--dry_run", "--world_size=48"]
-    line = run_ranks(arguments, folder=tmp_path).expect(2).error_line()
-    assert "--global_batch_size 256" in line and "data parallel 48" in line and "240 or 288" in line
-
-
 def test_a_model_folder_with_data(base: Base, tmp_path: Path) -> None:
     """Counts of tokens, how many prompts are cut, and one sample split where supervision starts."""
     train = tmp_path / "train.jsonl"
@@ -228,7 +236,7 @@ def test_a_model_folder_with_data(base: Base, tmp_path: Path) -> None:
     ]
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = base.arguments(train_file=train, dry_run=True, world_size=2, max_length=64)
-    text = report(tmp_path / "work", arguments, cache=base.cache)
+    text = report(arguments)
     # <s>, a token a byte, and </s>; an answer is joined by a space. The cut one has max_length tokens.
     first, third = 1 + len(rows[0]["prompt"]) + 3 + 1, 1 + 2 + 2 + 1
     (cells,) = [line.split() for line in text.splitlines() if line.split()[1:2] == ["train"]]
@@ -245,7 +253,7 @@ def test_a_model_folder_with_data(base: Base, tmp_path: Path) -> None:
     ]
     cut = "micro-batches of up to 2 rows, 2 data-parallel ranks"
     assert f"global batch 4 samples, packed into rows of up to 64 tokens: {cut}" in text
-    text = report(tmp_path / "work", [*arguments, "--packing=false"], cache=base.cache)
+    text = report([*arguments, "--packing=false"])
     assert "global batch 4 samples, one per row: micro-batch 2 x 1 step x 2 data-parallel ranks" in text
 
 
@@ -256,102 +264,58 @@ def test_needs_no_weights(base: Base, tmp_path: Path) -> None:
     for file in base.model.iterdir():
         if file.suffix != ".safetensors":
             (model / file.name).write_bytes(file.read_bytes())
-    text = report(tmp_path / "work", base.arguments(model=model, dry_run=True), cache=base.cache)
+    text = report(base.arguments(model=model, dry_run=True))
     assert number(text, "all") == 3 * 32 + 64 * 3 + 3 * (3 + 64)
     edit_json(model / "config.json", num_hidden_layers=2)
-    line = run_ranks(base.arguments(model=model, layers="3", dry_run=True), folder=tmp_path / "bad").expect(2)
-    assert "--layers 3" in line.error_line()
+    assert "--layers 3" in refusal(lambda: report(base.arguments(model=model, layers="3", dry_run=True)))
+    uneven = ["--model=llama2-7b", "--dry_run", "--world_size=48"]
+    line = refusal(lambda: report(uneven))
+    assert "--global_batch_size 256" in line and "data parallel 48" in line and "240 or 288" in line
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> None:
-    """What the report counts on tensors without data equals a count on real ones."""
-    from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, initial_values
-    from megatron_tiedlora.config.settings import make_settings
-    from megatron_tiedlora.model.layer_specs import layer_specs
-    from megatron_tiedlora.parallel.groups import TensorParallel
-    from megatron_tiedlora.planning.passes import saved_per_token
-    from megatron_tiedlora.planning.run_plan import plan_run
-
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in base.settings().items()}
-    plan = plan_run(make_settings({**settings, "recompute": recompute}), rank=0, world_size=1)
-    length = 256
-    specs = layer_specs(plan.source.shape, dtype=plan.dtype, recomputes_gate=recompute == "selective")
-    block = specs[1].build()
-    adapter = TiedAdapter(plan.part_of(plan.adapter))
-    adapter.load_full(initial_values(plan.adapter))
-    context = block.attention.context(torch.arange(length)[None], plan.dtype)
-    update = adapter(dtype=plan.dtype)[0]
-    factors = (factor for found in update.values() for factor in (found.a, found.f) if factor is not None)
-    own = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *factors, *chain(*context.tables.values()))}
-    saved: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    hidden = torch.randn(1, length, plan.source.shape.hidden_size, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = block(hidden, context, TensorParallel(), update=update)
-    counted = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
-    assert output.shape == hidden.shape
-    assert saved_per_token(plan.source.shape, plan.layout) == counted / length
-
-
-def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:
+def test_keys_and_values_of_a_decoded_batch(base: Base) -> None:
     """The report's bytes are those of the decoder's own caches."""
-    from megatron_tiedlora.checkpoint.load_model import load_model
-    from megatron_tiedlora.config.settings import make_settings
-    from megatron_tiedlora.evaluation.generate import Decoder
-    from megatron_tiedlora.parallel.groups import ParallelGroups
-    from megatron_tiedlora.planning.memory import cache_bytes
-    from megatron_tiedlora.planning.run_plan import plan_run
 
     settings = base.settings(test_file=base.validation, eval_batch_size=5, max_new_tokens=11, dtype="bf16")
-    texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    plan = plan_run(make_settings(texts), rank=0, world_size=1)
+    plan = plan_of(settings)
     decoder = Decoder(load_model(plan.source, None, dtype=torch.bfloat16), ParallelGroups(), plan.source.shape)
     caches = decoder.new_caches(5, 30 + 11)
     found = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
     assert found == cache_bytes(plan.stage, sequences=5, tokens=30 + 11) > 0
-    text = report(tmp_path / "work", [*base.arguments(**{**settings, "dry_run": True})])
+    text = report(base.arguments(**{**settings, "dry_run": True}))
     assert "for 5 prompts of up to" in text and "with 11 new ones" in text
-    assert "of keys and values" not in report(tmp_path / "none", [*base.arguments(dry_run=True)])
+    assert "of keys and values" not in report(base.arguments(dry_run=True))
 
 
-def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
+def test_packed_rows_are_counted(base: Base) -> None:
     """Rows, micro-batches and padding of the first step are those that a run's loader gives."""
-    from megatron_tiedlora.config.settings import make_settings
-    from megatron_tiedlora.planning.adapter_plans import prepare_data
-    from megatron_tiedlora.planning.run_plan import plan_run
 
     settings = base.settings(micro_batch_size=1, global_batch_size=8)
-    texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    plan = plan_run(make_settings(texts), rank=0, world_size=1)
+    plan = plan_of(settings)
     data = prepare_data(plan)
     step = next(plan.training_loader(data.train, pad_id=0))
     positions = sum(batch.tokens.numel() for batch in step.micro_batches)
     rows = sum(len(batch.tokens) for batch in step.micro_batches)
     assert rows < 8 and step.num_tokens < positions
-    text = report(tmp_path / "work", base.arguments(**{**settings, "dry_run": True}), cache=base.cache)
+    text = report(base.arguments(**{**settings, "dry_run": True}))
     assert f"{step.num_tokens:,} tokens in {rows} rows of {len(step.micro_batches)} micro-batches" in text
     assert f"{1 - step.num_tokens / positions:.1%} of the {positions:,} positions are padding" in text
     assert f"global batch 8 samples, packed into rows of up to {plan.settings.max_length} tokens" in text
     assert f"micro-batches of up to 1 x {plan.settings.max_length} tokens" in text
     plain = base.arguments(**settings, packing=False, dry_run=True)
-    text = report(tmp_path / "plain", plain, cache=base.cache)
+    text = report(plain)
     longest = -(-int(data.train.lengths.max()) // 8) * 8
     assert "8 rows of 8 micro-batches" in text and f"micro-batches of up to 1 x {longest} tokens" in text
     assert longest < plan.settings.max_length
 
 
-def test_packing_leaves_a_pipeline_enough_micro_batches(base: Base, tmp_path: Path) -> None:
+def test_packing_leaves_a_pipeline_enough_micro_batches(base: Base) -> None:
     """Four to a stage, where the rows that hold the step's samples would be fewer."""
     found = {}
     for stages in (1, 2):
         layout = {"pipeline_parallel": stages, "world_size": stages, "ds_config": "zero1.json"}
         arguments = base.arguments(**layout, global_batch_size=16, micro_batch_size=1, dry_run=True)
-        text = report(tmp_path / f"work{stages}", arguments, cache=base.cache)
+        text = report(arguments)
         ((rows, batches),) = re.findall(r"tokens in (\d+) rows of (\d+) micro-batches", text)
         assert rows == batches
         found[stages] = int(rows)
@@ -359,13 +323,17 @@ def test_packing_leaves_a_pipeline_enough_micro_batches(base: Base, tmp_path: Pa
     assert found[1] < 8 and found[2] == 8
 
 
+@pytest.mark.distributed
 def test_several_ranks_print_one_report(base: Base, tmp_path: Path) -> None:
-    ended: Ended = run_ranks(base.arguments(dry_run=True), folder=tmp_path, cache=base.cache, ranks=2).expect(0)
+    ended = run_ranks(base.arguments(dry_run=True), folder=tmp_path / "ranks", cache=base.cache, ranks=2).expect(0)
     assert "2 data-parallel ranks" in ended.outputs[0] and ended.outputs[1] == ""
+    assert all(".rank" in name for name in files_of(tmp_path / "ranks"))
 
 
+@pytest.mark.distributed
 def test_the_real_command(tmp_path: Path) -> None:
     arguments = ["--model", "llama2-70b", "--dry_run", "--world_size", "32"]
-    ended = start_command(plain_command(arguments), folder=tmp_path).wait().expect(0)
+    folder = tmp_path / "command"
+    ended = start_command(plain_command(arguments), folder=folder).wait().expect(0)
     assert "32 data-parallel ranks" in ended.outputs[0]
-    assert ended.errors[0] == "" and set(files_of(tmp_path)) == {"command.out", "command.err"}
+    assert ended.errors[0] == "" and set(files_of(folder)) == {"command.out", "command.err"}

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from folders import ROOT
 from native_files import with_adapter, write_native
-from run_helpers import Ended, World, run_ranks, start_ranks
+from run_helpers import Ended, World, start_ranks
 from run_preludes import before_call, kill_at_call
 from tiny_models import write_tiny_model
 from wide_models import write_wide_adapter, write_wide_model
@@ -95,8 +95,9 @@ WITHIN = {  # where the signal comes: (module, name, call)
 }
 
 
-@pytest.mark.parametrize("moment", WITHIN)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "moment"), [*((signal.SIGTERM, moment) for moment in WITHIN), (signal.SIGINT, "in the second file")]
+)
 def test_a_signal_leaves_nothing(case: Case, moment: str, number: signal.Signals) -> None:
     module, name, call = WITHIN[moment]
     ended = case.merge(prelude=partial(kill_at_call, module, name, call=call, number=number))
@@ -124,23 +125,6 @@ def test_after_a_kill_the_same_command_starts_again(case: Case, moment: str) -> 
     case.merge(prelude=partial(kill_at_call, module, name, call=call)).expect(-signal.SIGKILL)
     assert not case.output.exists() and [path.name for path in case.hidden()] == [".merged.partial"]
     case.merge().expect(0)
-    case.check_output()
-
-
-def test_the_files_of_a_merge_that_was_taken_over_while_it_slept(case: Case) -> None:
-    """It is suspended in a file, and another starts again. What it writes when it wakes up is lost."""
-    old = case.start(prelude=partial(kill_at_call, COMMAND, "all_finite", call=12, number=signal.SIGSTOP))
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{old.processes[0].pid}/stat").read_text().split(")")[1].split()[0] != "T":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    words = [f"--adapter={case.folder / 'adapter'}", f"--output={case.output}"]
-    refused = run_ranks(words, folder=case.folder / "work", script=MERGE).expect(2).error_line()
-    assert f"(process {old.processes[0].pid}) since" in refused
-    run_ranks([*words, "--take_over"], folder=case.folder / "work", script=MERGE).expect(0)
-    old.signal(signal.SIGCONT)
-    line = old.wait().expect(2).error_line()
-    assert "was removed" in line or "cannot be written" in line
     case.check_output()
 
 

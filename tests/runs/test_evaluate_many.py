@@ -6,18 +6,20 @@ import csv
 import json
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_runs import results, texts
+from evaluation_runs import begin, results, texts
 from native_files import with_adapter, write_native
 from run_helpers import EVALUATE, Ended, run_ranks, write_rows
-from run_preludes import before_call
+from task_files import refusal
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.evaluation.plan import plan_evaluations
 
 pytestmark = pytest.mark.distributed
 
@@ -128,13 +130,6 @@ def test_two_ranks(many: Many, tmp_path: Path, layout: dict[str, int]) -> None:
         _same(tmp_path / "out" / name, expected, but=("settings", "ranks", "layout"))
 
 
-def _rejects_loads() -> None:
-    def look(*_: Any) -> None:
-        raise AssertionError("the base is loaded")
-
-    before_call("megatron_tiedlora.checkpoint.load_model", "load_model", look)
-
-
 @pytest.fixture(scope="module")
 def other(many: Many) -> Path:
     """An adapter of another base."""
@@ -150,7 +145,7 @@ def _broken(many: Many, folder: Path) -> Path:
 
 
 def test_bad_inputs_are_said_before_the_base_is_loaded(many: Many, other: Path, tmp_path: Path) -> None:
-    """One line, status 2, and nothing is written."""
+    """One line, and nothing is written."""
     shutil.copytree(many.runs / "a", tmp_path / "copies" / "a")
     (tmp_path / "empty").mkdir()
     a = str(many.runs / "a")
@@ -167,16 +162,15 @@ def test_bad_inputs_are_said_before_the_base_is_loaded(many: Many, other: Path, 
         ([a], "give either --adapter or --adapters", {"adapter": a}),
         ([a], "--merge_adapter needs --adapter", {"merge_adapter": "true"}),
     ):
-        ended = evaluate_many(many, tmp_path / "out", *given, prelude=partial(_rejects_loads), **settings)
-        assert message in ended.expect(2).error_line(), (given, ended.tail())
+        chosen = {"test_file": many.rows, "output_dir": tmp_path / "out", "adapters": given, **settings}
+        assert message in refusal(lambda: begin(chosen)), given  # noqa: B023
         assert not (tmp_path / "out").exists()
 
 
 def test_a_yaml_file(many: Many, tmp_path: Path) -> None:
     """The flag's words are a list there; one text is one adapter."""
+    file = tmp_path / "set.yaml"
     for given in ([str(many.runs / "a")], str(many.runs / "a")):
-        (tmp_path / "set.yaml").write_text(json.dumps({"adapters": given}))
-        folder = tmp_path / f"out{len(given)}"
-        settings = {"test_file": many.rows, "max_new_tokens": 12, "batch_size": 3, "config": tmp_path / "set.yaml"}
-        _start(folder, work=tmp_path / "work", **settings).expect(0)
-        _same(folder / "a", many.alone["a"])
+        file.write_text(json.dumps({"adapters": given, "test_file": str(many.rows)}))
+        settings = parse_settings([f"--config={file}"], EvaluateSettings)
+        assert list(plan_evaluations(settings, rank=0, world_size=1)) == ["a"]

@@ -1,24 +1,27 @@
-"""A run that fails half-way: nan, a full disk, a dead rank. The last good checkpoint stands, one line says why."""
+"""A run that fails half-way: nan, a full disk, other data on one host. One line says why, the last checkpoint stands.
+A run that is killed loses nothing but the steps since its last checkpoint.
+
+What one rank finds or suffers is every rank's. test_lost_ranks.py has ranks that die.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
+import re
+import resource
 import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_files import checkpoint_names, edit_tensors, files_of, losses, metrics, status
-from run_helpers import Base, Ended, run, run_ranks, write_base
-from run_preludes import before_call, kill_at_call, kill_at_step, limit_files, poison
+from kill_series import Layout, kill_series
+from run_files import assert_same_run, checkpoint_names, edit_tensors, files_of, losses, metrics, status
+from run_helpers import Base, run, run_ranks, write_base
+from run_preludes import all_of, kill_at_call, kill_at_step, limit_files, poison, scripted_validation
 
 pytestmark = pytest.mark.distributed
-LOOP = "megatron_tiedlora.training.loop"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize(
@@ -36,16 +39,8 @@ def test_nan(base: Base, tmp_path: Path, ds_config: str, what: str, ranks: int |
     """At step 5: the run fails, the checkpoint of step 4 stands, no row of step 5 is logged."""
     folder = tmp_path / "run"
     changes = {"ds_config": ds_config, "save_interval": 1}
-    ended = run(base, folder, ranks=ranks, prelude=partial(poison, 5, what), expect=2, **changes)
-    _failed_at_five(ended, folder, "the loss is nan" if what == "loss" else "the gradient norm is")
-    # It can be gone on with, here without what made it fail.
-    run(base, folder, ranks=ranks, resume="auto", **changes)
-    assert status(folder)["state"] == "finished"
-    assert [step for step, _ in losses(folder)] == list(range(1, 11))
-
-
-def _failed_at_five(ended: Ended, folder: Path, message: str) -> None:
-    line, end = ended.error_line(), status(folder)
+    line = run(base, folder, ranks=ranks, prelude=partial(poison, 5, what), expect=2, **changes).error_line()
+    message, end = "the loss is nan" if what == "loss" else "the gradient norm is", status(folder)
     assert message in line and "at step 5; the last checkpoint is of step 4" in line
     assert (end["state"], end["step"]) == ("failed", 4) and message in end["reason"]
     assert [step for step, _ in losses(folder)] == [1, 2, 3, 4]
@@ -78,52 +73,26 @@ def test_a_step_so_large_that_no_gradient_is_left(base: Base, tmp_path: Path, ra
     assert line.endswith("Lower --learning_rate")
 
 
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_disk_full_at_a_save(base: Base, tmp_path: Path, ranks: int | None) -> None:
-    """The save of step 4: that of step 2 stays whole, and the run can go on from it."""
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    run(base, whole, max_steps=4, rank=16, ranks=ranks)
+def test_disk_full_at_a_save(base: Base, tmp_path: Path) -> None:
+    """The save of step 4: that of step 2 stays whole, the run can go on from it, the reason says whose disk it is."""
+    whole, folder, settings = tmp_path / "whole", tmp_path / "run", {"max_steps": 4, "rank": 16, "ranks": 2}
+    run(base, whole, **settings)
     prelude = partial(limit_files, "megatron_tiedlora.training.adapter_run", "save_checkpoint", 6000, call=2)
-    ended = run(base, folder, max_steps=4, rank=16, ranks=ranks, prelude=prelude, expect=2)
-    line = ended.error_line()
+    line = run(base, folder, **settings, prelude=prelude, expect=2).error_line()
     assert "step_4: cannot be written" in line and "nothing was changed" in line
     assert checkpoint_names(folder) == {"step_2"} and (folder / "checkpoints" / "latest").read_text() == "step_2\n"
     assert status(folder)["state"] == "failed" and "step_4" in status(folder)["reason"]
-    if ranks:
-        assert status(folder)["reason"].startswith("rank 0 on "), "whose disk it is"
+    assert status(folder)["reason"].startswith("rank 0 on ")
     assert not list(folder.rglob(".writing*"))
-    run(base, folder, max_steps=4, rank=16, ranks=ranks, resume="auto")
+    run(base, folder, **settings, resume="auto")
     assert losses(folder) == losses(whole)
     assert files_of(folder / "adapter") == files_of(whole / "adapter")
 
 
-def test_files_that_cannot_be_written(base: Base, tmp_path: Path) -> None:
-    """Where it is the first file nothing is left; where it is a log the run fails in one line."""
-    folder = tmp_path / "run"
+def test_a_first_file_that_cannot_be_written_leaves_nothing(base: Base, tmp_path: Path) -> None:
     full = partial(limit_files, "megatron_tiedlora.training.start", "write_run_settings", 600)
-    assert "run.yaml: cannot be written" in run(base, folder, prelude=full, expect=2).error_line()
-    assert not folder.exists()
-    assert "logs cannot be written" in run(base, folder, prelude=_lose_the_log, expect=2).error_line()
-    assert status(folder)["state"] == "failed"
-
-
-def _lose_the_log() -> None:
-    def lose(trainer: Any, *_: Any) -> None:
-        if trainer.last_step == 1:
-            trainer.folder.metrics.unlink()
-            trainer.folder.metrics.mkdir()
-
-    before_call(LOOP, "Trainer._train_step", lose)
-
-
-def test_a_failure_of_one_rank_ends_all(base: Base, tmp_path: Path) -> None:
-    """Rank 1 dies: rank 0 does not hang, and says that the run failed."""
-    folder = tmp_path / "run"
-    arguments = base.arguments(output_dir=folder)
-    prelude = partial(kill_at_step, 3, 9, rank=1)
-    ended = run_ranks(arguments, folder=tmp_path / "work", cache=base.cache, ranks=2, prelude=prelude)
-    assert ended.statuses[1] == -9 and ended.statuses[0] not in (0, -9)
-    assert status(folder)["state"] == "failed" and checkpoint_names(folder) == {"step_2"}
+    assert "run.yaml: cannot be written" in run(base, tmp_path / "run", prelude=full, expect=2).error_line()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_while_a_rank_says_why_it_fails(base: Base, tmp_path: Path) -> None:
@@ -137,3 +106,153 @@ def test_a_signal_while_a_rank_says_why_it_fails(base: Base, tmp_path: Path) -> 
 def _fail_and_be_stopped() -> None:
     poison(3, "loss")
     kill_at_call("megatron_tiedlora.runtime.ending", "End._record_failure", number=signal.SIGTERM)
+
+
+def other_data_on_rank_1(part: str) -> None:
+    """Rank 1 reads one row less than its peer."""
+    if os.environ["RANK"] == "1":
+        module: Any = importlib.import_module("megatron_tiedlora.planning.adapter_plans")
+        name = "tokenised_once" if part == "train" else "read_split"
+        original = getattr(module, name)
+
+        def other_file(encoding: Any, *, files: Any, **keywords: Any) -> Any:
+            shorter = Path("shorter.jsonl")
+            shorter.write_text("".join(Path(files["train"]).read_text().splitlines(keepends=True)[1:]))
+            return original(encoding, files={**files, "train": shorter}, **keywords)
+
+        def one_less(settings: Any, split: str, **keywords: Any) -> Any:
+            return original(settings, split, **keywords)[1:]
+
+        setattr(module, name, other_file if part == "train" else one_less)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_ranks_that_read_other_data_are_refused(base: Base, tmp_path: Path, part: str) -> None:
+    arguments = base.arguments(output_dir=tmp_path / "run", test_file=base.validation)
+    prelude = partial(other_data_on_rank_1, part)
+    ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude).expect(2)
+    assert "1 rank read other training, validation or test data than rank 0" in ended.error_line()
+    assert not (tmp_path / "run").exists()
+
+
+def full_disk_at(file: Path, split: str, step: int) -> None:
+    """There is room for a part of one row of metrics.jsonl; for what is said of it there is room again."""
+    module: Any = importlib.import_module("megatron_tiedlora.runtime.run_folder")
+    write = module.MetricsLog.write
+
+    def limited(log: Any, row: dict[str, Any]) -> None:
+        here = (row["split"], row["step"]) == (split, step)
+        limit = file.stat().st_size + 40 if here else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            write(log, row)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    module.MetricsLog.write = limited
+
+
+@pytest.mark.parametrize(
+    ("split", "step", "saved"),
+    [("train", 4, "step_2"), ("validation", 4, "step_2"), ("train", 10, "step_8")],
+)
+def test_no_checkpoint_is_saved_without_its_rows(
+    base: Base, whole_of_two: Path, tmp_path: Path, split: str, step: int, saved: str
+) -> None:
+    """Also where a checkpoint is due at that step: the reason names rank 0, and the resumed run writes the row."""
+    folder = tmp_path / "run"
+    prelude = partial(full_disk_at, folder / "metrics.jsonl", split, step)
+    line = run(base, folder, ranks=2, prelude=prelude, expect=2).error_line()
+    assert "logs cannot be written (File too large)" in line
+    end = status(folder)
+    assert end["state"] == "failed" and re.match(r"rank 0 on \S+, after step \d+: .*File too large", end["reason"]), end
+    assert (folder / "checkpoints" / "latest").read_text() == f"{saved}\n"
+    assert f"step_{step}" not in checkpoint_names(folder)
+    run(base, folder, ranks=2, resume="auto")
+    assert [number for number, _ in losses(folder)] == list(range(1, 11))
+    assert_same_run(folder, whole_of_two)
+
+
+# Killed: nothing is lost but the steps since the last checkpoint ------------------------------------------------------
+
+
+def test_a_crash_that_lost_steps_leaves_each_row_once(base: Base, tmp_path: Path) -> None:
+    """SIGKILL at step 7, the last checkpoint at step 4; a last line cut short is overlooked."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    run(base, whole, eval_interval=4)
+    killed = partial(kill_at_step, 7, signal.SIGKILL)
+    run(base, folder, eval_interval=4, prelude=killed, expect=-signal.SIGKILL)
+    assert [step for step, _ in losses(folder)] == [1, 2, 3, 4, 5, 6] and checkpoint_names(folder) == {"step_4"}
+    assert not (folder / "run_status.json").exists()
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 7, "split": "tr')
+    run(base, folder, eval_interval=4, resume="auto")
+    assert_same_run(folder, whole)
+
+
+def test_an_evaluation_done_again_is_logged_once(base: Base, tmp_path: Path) -> None:
+    """Stopped while step 4 is evaluated; evaluated after the resume, no improvement; then killed before a save."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    script = partial(scripted_validation, WORSE_AFTER_TWO)
+    few = {"save_interval": 100, "keep_checkpoints": 1}
+    run(base, whole, **few, prelude=script)
+    run(base, folder, **few, prelude=_stop_in_second_evaluation, expect=143)
+    assert losses(folder, "validation") == [(0, 10.0), (2, 3.0)] and checkpoint_names(folder) == {"step_2", "step_4"}
+    run(base, folder, **few, resume="auto", prelude=_killed_at_six, expect=-signal.SIGKILL)
+    assert [step for step, _ in losses(folder, "validation")] == [0, 2, 4]
+    run(base, folder, **few, resume="auto", prelude=script)
+    assert_same_run(folder, whole)
+
+
+WORSE_AFTER_TWO = {2: 3.0, 4: 4.0, 6: 5.0, 8: 6.0, 10: 7.0}
+
+
+def _stop_in_second_evaluation() -> None:
+    from megatron_tiedlora.training import loop
+
+    def losses(self: loop.Evaluation, runs: loop.Runs) -> dict[str, float]:
+        if any(run.progress.step == 4 for run in runs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.stop.agree(True)
+        return {run.name: WORSE_AFTER_TWO.get(run.progress.step, 10.0) for run in runs}
+
+    loop.Evaluation.losses = losses  # type: ignore[method-assign]
+
+
+def _killed_at_six() -> None:
+    scripted_validation(WORSE_AFTER_TWO)
+    kill_at_step(6, signal.SIGKILL)
+
+
+SAVE_POINTS = {
+    "before `latest`": ("megatron_tiedlora.checkpoint.resume", "write_text"),
+    "before the adapter": ("megatron_tiedlora.training.adapter_run", "save_adapter"),
+}
+BEST_AT_FOUR = {2: 5.0, 4: 3.0, 6: 4.0}
+
+
+@pytest.mark.parametrize("point", SAVE_POINTS)
+def test_killed_in_a_save(base: Base, tmp_path: Path, point: str) -> None:
+    """SIGKILL within the save of step 4, the best: that of step 2 or 4 stands, and the rest equals the whole run.
+
+    test_atomic_saves.py kills at every line of a save.
+    """
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    script = partial(scripted_validation, BEST_AT_FOUR)
+    run(base, whole, max_steps=6, prelude=script)
+    module, name = SAVE_POINTS[point]
+    killed = partial(all_of, script, partial(kill_at_call, module, name, call=2))
+    run(base, folder, max_steps=6, prelude=killed, expect=-signal.SIGKILL)
+    latest = (folder / "checkpoints" / "latest").read_text().strip()
+    assert latest == ("step_4" if point == "before the adapter" else "step_2")
+    run(base, folder, max_steps=6, resume="auto", prelude=script)
+    assert_same_run(folder, whole)
+    assert files_of(folder / "adapter") == files_of(whole / "adapter")
+    assert not list(folder.rglob(".writing*"))
+
+
+def test_a_run_that_is_killed_twice_ends_like_an_undisturbed_one(base: Base, tmp_path: Path) -> None:
+    """Once within a save and once after the last step, two tensor-parallel ranks; test_slow_kills.py has 72 kills."""
+    layout = Layout(2, {"tensor_parallel": 2, "ds_config": "zero1.json"})
+    figures = kill_series(base, tmp_path, layout, kinds=["save", "end"], seed=7)
+    assert figures.kills.total() == 2

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from folders import ROOT
+from study_files import no_start
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import last_name
@@ -25,10 +26,6 @@ from megatron_tiedlora.study.sweep import sweep
 def command(name: str) -> Callable[[Sequence[str]], Any]:
     """The command, of its words."""
     return partial(call, name)
-
-
-def no_start(*_: Any) -> Any:
-    raise AssertionError("nothing is to be started")
 
 
 def no_sweep(argv: Sequence[str]) -> int:
@@ -85,3 +82,12 @@ def test_a_tensorboard_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("")
     with pytest.raises(UserError, match=r"tensorboard: cannot be written .*make it a folder that you own"):
         MetricsLog(RunFolder(tmp_path), resumed_step=0)
+
+
+def test_a_log_that_was_replaced_is_not_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    log = MetricsLog(folder, resumed_step=0, report_to=())
+    folder.metrics.unlink()
+    folder.metrics.mkdir()
+    with pytest.raises(UserError, match=r"logs cannot be written .*was replaced"):
+        log.write({"step": 1, "split": "train", "loss": 0.5})

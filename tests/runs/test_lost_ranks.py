@@ -15,55 +15,43 @@ from typing import Any
 import pytest
 from folders import ROOT
 from ranks import wait_for
-from run_files import assert_same_run, files_of, has_step, metrics, status
-from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_ranks, write_base
+from run_files import assert_same_run, checkpoint_names, files_of, has_step, metrics, status
+from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_ranks
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, kill_rank_at_call, short_silence, slow_steps
 
 pytestmark = pytest.mark.distributed
 LOOP = "megatron_tiedlora.training.loop"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_named(base: Base, tmp_path: Path, rank: int) -> None:
-    folder = tmp_path / "run"
-    prelude = partial(kill_at_step, 3, signal.SIGKILL, rank=rank)
-    ended = run_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
-    assert ended.statuses[rank] == -9 and ended.statuses[1 - rank] == 1
-    assert f"rank {rank} on {os.uname().nodename} stopped responding after step 2" in status(folder)["reason"]
-    shown = ended.errors[1 - rank]
-    assert shown.count("error: ") == 1 and f"error: {status(folder)['reason']}\n" in shown
-    assert "Traceback" not in shown
-    row, reason = ((folder / name).stat().st_mtime for name in ("metrics.jsonl", "run_status.json"))
-    print(f"\nrank {rank} was killed: its peer wrote the reason {reason - row:.1f} s after the last row")
-    assert reason - row < 15  # SILENCE_SECONDS is for links that are cut
-
-
-POINTS = {  # of a step: (rank that is killed, function, at which call: all of them after the first step)
-    "forward": (1, "megatron_tiedlora.model.linears", "Projection._enter", 80),
-    "backward": (0, "megatron_tiedlora.model.linears", "Projection._leave", 22),
-    "sum": (1, "megatron_tiedlora.engine.runner", "sum_gradients_", 3),
-    "update": (0, "megatron_tiedlora.engine.runner", "EngineOptimizer.take", 3),
-    "checks": (1, "megatron_tiedlora.training.step", "after_steps", 3),
+TP2, PP2 = {"tensor_parallel": 2}, {"pipeline_parallel": 2, "ds_config": "zero1.json"}
+POINTS: dict[str, tuple[int, dict[str, Any], str, str, int]] = {
+    # of a step: (rank that is killed, layout, function, at which call: all of them after the first step)
+    "beginning": (1, {}, LOOP, "Trainer._train_step", 3),
+    "beginning of rank 0": (0, {}, LOOP, "Trainer._train_step", 3),
+    "forward": (1, TP2, "megatron_tiedlora.model.linears", "Projection._enter", 80),
+    "backward": (0, TP2, "megatron_tiedlora.model.linears", "Projection._leave", 22),
+    "sum": (1, PP2, "megatron_tiedlora.engine.runner", "sum_gradients_", 3),
+    "update": (0, TP2, "megatron_tiedlora.engine.runner", "EngineOptimizer.take", 3),
+    "checks": (1, TP2, "megatron_tiedlora.training.step", "after_steps", 3),
 }
 
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_rank_that_is_killed_in_a_step_is_named_in_time(base: Base, tmp_path: Path, point: str) -> None:
     """docs/clusters.md promises half a second where it was rank 0, else about 5 s; here on a loaded machine."""
-    rank, module, name, call = POINTS[point]
+    rank, layout, module, name, call = POINTS[point]
     folder, mark = tmp_path / "run", tmp_path / "killed"
     prelude = partial(kill_rank_at_call, rank, module, name, mark, call=call)
-    parts = {"pipeline_parallel": 2, "ds_config": "zero1.json"} if point == "sum" else {"tensor_parallel": 2}
-    arguments = base.arguments(output_dir=folder, **parts)
+    arguments = base.arguments(output_dir=folder, **layout)
     ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
     assert ended.statuses[rank] == -9 and ended.statuses[1 - rank] == 1
-    assert f"rank {rank} on {os.uname().nodename} stopped responding after step" in status(folder)["reason"]
-    assert "after step 0" not in status(folder)["reason"], "killed in the first step"
+    reason, shown = status(folder)["reason"], ended.errors[1 - rank]
+    assert f"rank {rank} on {os.uname().nodename} stopped responding after step" in reason
+    assert "after step 0" not in reason, "killed in the first step"
+    assert shown.count("error: ") == 1 and f"error: {reason}\n" in shown and "Traceback" not in shown
+    if not layout:
+        assert "after step 2" in reason and checkpoint_names(folder) == {"step_2"}
+    assert status(folder)["state"] == "failed"
     seconds = (folder / "run_status.json").stat().st_mtime - mark.stat().st_mtime
     print(f"\nrank {rank} was killed in {point}: its peer wrote the reason {seconds:.1f} s later")
     assert seconds < (5 if rank == 0 else 12)
@@ -106,15 +94,14 @@ def in_own_folder() -> None:
     os.chdir(folder)
 
 
-def test_a_run_folder_that_only_rank_0_sees(base: Base, tmp_path: Path) -> None:
+def test_a_run_folder_that_only_rank_0_sees(base: Base, whole_of_two: Path, tmp_path: Path) -> None:
     """Stopped and resumed, it ends as an undisturbed run; the other disk holds that rank's log alone."""
-    run(base, tmp_path / "whole", ranks=2)
     arguments = partial(base.arguments, output_dir="run")
     start = partial(run_ranks, folder=tmp_path, cache=base.cache, ranks=2)
     start(arguments(), prelude=partial(all_of, in_own_folder, partial(kill_at_step, 5))).expect(143)
     assert files_of(tmp_path / "disk1").keys() == {"run/logs/rank_1.log"}
     start(arguments(resume="auto"), prelude=in_own_folder).expect(0)
-    assert_same_run(tmp_path / "disk0" / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "disk0" / "run", whole_of_two)
     assert files_of(tmp_path / "disk1").keys() == {"run/logs/rank_1.log"}
 
 

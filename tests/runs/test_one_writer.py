@@ -21,33 +21,26 @@ from native_files import with_adapter, write_native
 from ownership_files import grow_old
 from ranks import wait_for
 from run_files import assert_same_run, edit_tensors, files_of, has_step, run_settings, status
-from run_helpers import EVALUATE, Base, World, run, run_ranks, start_ranks, write_base, write_rows
+from run_helpers import EVALUATE, Base, World, begin, run, run_ranks, start_ranks, write_rows
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps, watched_steps
+from task_files import refusal
 
 from megatron_tiedlora.base.ownership import STALE_SECONDS
 
 RESUME, TOOLS = "megatron_tiedlora.checkpoint.resume", ROOT / "tools"
 HELD = "is at work here (last seen"
 
-pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def whole(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was alone."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    run(base, folder)
-    return folder
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("own_cache")]
 
 
 def start(base: Base, work: Path, *, ranks: int | None = None, prelude: Any = None, **changes: Any) -> World:
     """A start in the folder `work`."""
     return start_ranks(base.arguments(**changes), folder=work, cache=base.cache, ranks=ranks, prelude=prelude)
+
+
+def refused(base: Base, folder: Path, **changes: Any) -> str:
+    """The line with which a start in this process is refused."""
+    return refusal(lambda: begin(base.arguments(**{"output_dir": folder, **changes})))
 
 
 def is_free(folder: Path) -> bool:
@@ -95,17 +88,18 @@ def test_two_starts_without_a_folder(base: Base, whole: Path, tmp_path: Path, re
         assert is_free(folder)
 
 
-@pytest.mark.parametrize("machine", ["this", "another"])
-def test_a_resume_beside_a_live_run(base: Base, whole: Path, tmp_path: Path, machine: str) -> None:
-    """On its host, or on another one that sees the same folder."""
+def test_a_resume_beside_a_live_run(base: Base, whole: Path, tmp_path: Path) -> None:
+    """On its host, and on another one that sees the same folder."""
     folder = tmp_path / "run"
     world = start(base, tmp_path / "work", output_dir=folder, prelude=slow_steps)
     wait_for(lambda: has_step(folder, 3), "step 3")
-    prelude = None if machine == "this" else another_machine
-    line = run(base, folder, resume="auto", prelude=prelude, expect=2).error_line()
-    assert f"(process {world.processes[0].pid})" in line and "--take_over" in line
-    line = run(base, folder, prelude=prelude, expect=2).error_line()
-    assert f"holds the run of a start on {socket.gethostname()} (process {world.processes[0].pid}) since" in line
+    owner = f"(process {world.processes[0].pid})"
+    elsewhere = [
+        run(base, folder, prelude=another_machine, expect=2, resume=how).error_line() for how in ("auto", "none")
+    ]
+    for resumed, new in (elsewhere, [refused(base, folder, resume=how) for how in ("auto", "none")]):
+        assert owner in resumed and "--take_over" in resumed
+        assert f"holds the run of a start on {socket.gethostname()} {owner} since" in new
     assert world.wait().status == 0
     assert_same_run(folder, whole)
 
@@ -180,8 +174,7 @@ def test_a_start_that_cannot_continue_a_run_takes_it_from_nobody(base: Base, who
     other = Path(shutil.copytree(base.model, tmp_path / "other"))
     edit_tensors(other / "model.safetensors", lambda tensors: tensors["lm_head.weight"].mul_(2))
     for changes, words in (({"rank": 4}, "with --rank 3, but now it is 4"), ({"model": other}, "whose weights differ")):
-        line = run(base, folder, resume="auto", take_over=True, expect=2, **changes).error_line()
-        assert words in line
+        assert words in refused(base, folder, resume="auto", take_over=True, **changes)
     assert world.wait().status == 0
     assert_same_run(folder, whole)
 
@@ -224,7 +217,7 @@ def test_a_run_that_was_replaced_changes_nothing(base: Base, whole: Path, tmp_pa
     module, name, call = MOMENTS[moment]
     world = start(base, tmp_path / "old", output_dir=folder, prelude=partial(stop_at_call, module, name, call=call))
     wait_for(is_stopped(world), "the stop")
-    assert HELD in run(base, folder, resume="auto", expect=2).error_line()
+    assert HELD in refused(base, folder, resume="auto")
     run(base, folder, resume="auto", take_over=True)
     assert_same_run(folder, whole)
     line = wake(world, folder)
@@ -372,14 +365,3 @@ def test_an_output_has_one_maker(base: Base, adapter: Path, tmp_path: Path, comm
     if command == "evaluate":  # its results hold its settings
         found["results.json"] = found["results.json"].replace(b'"take_over": true', b'"take_over": false')
     assert found == alone and not list(tmp_path.glob(".*"))
-
-
-@pytest.mark.parametrize("command", ["merge", "export"])
-def test_what_a_killed_one_has_left_goes_with_the_next(base: Base, adapter: Path, tmp_path: Path, command: str) -> None:
-    output = tmp_path / "out"
-    script, words, (module, name) = output_commands(base, adapter, output)[command]
-    prelude = partial(kill_at_call, module, name)
-    run_ranks(words, folder=tmp_path / "old", script=script, prelude=prelude).expect(-signal.SIGKILL)
-    assert [path.name for path in tmp_path.glob(".*")] == [".out.partial"] and not output.exists()
-    run_ranks(words, folder=tmp_path / "new", script=script).expect(0)
-    assert not list(tmp_path.glob(".*")) and output.is_dir()

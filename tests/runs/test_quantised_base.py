@@ -13,8 +13,9 @@ from evaluation_runs import evaluate, results
 from quantised_folders import SHAPE, quantised_folder
 from quantised_models import CROSSING
 from run_files import run_settings
-from run_helpers import Base, run, write_base
+from run_helpers import Base, Ended, begin, run, write_base
 from safetensors.torch import load_file, save_file
+from task_files import refusal
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
@@ -23,7 +24,7 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.evaluation.plan import plan_evaluations
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("own_cache")]
 
 UP, QUERY = (f"model.layers.0.{name}.weight" for name in ("mlp.up_proj", "self_attn.q_proj"))
 TRAINED_ON = "trained on its base in nf4, but this uses it in"
@@ -72,23 +73,33 @@ def test_the_end_says_the_loss_on_the_stored_base(base: Base, trained: Path, tmp
     assert abs(last - start) > 1e-3, "nf4 and the stored weights differ"
 
 
-def test_a_plain_run_records_nothing(base: Base, tmp_path: Path) -> None:
-    ended = run(base, tmp_path / "run", max_steps=2)
+@pytest.fixture(scope="module")
+def plain(base: Base) -> tuple[Path, Ended]:
+    """Two steps on the base as it is stored, and what they printed."""
+    folder = base.folder / "plain"
+    return folder, run(base, folder, max_steps=2)
+
+
+def test_a_plain_run_records_nothing(plain: tuple[Path, Ended]) -> None:
+    folder, ended = plain
     for file in ("adapter/adapter_config.json", "peft/tiedlora_export.json"):
-        assert not {"base_format", "base_stored"} & json.loads((tmp_path / "run" / file).read_text()).keys()
+        assert not {"base_format", "base_stored"} & json.loads((folder / file).read_text()).keys()
     assert "as it is stored" not in ended.outputs[0] and "--onto" not in ended.outputs[0]
     assert "stored as" not in ended.outputs[0] and "linears of its blocks" not in ended.outputs[0]
 
 
-def test_it_resumes_on_the_same_format_alone(base: Base, trained: Path, tmp_path: Path) -> None:
+def refused(base: Base, folder: Path, **changes: Any) -> str:
+    """The line with which another start of a run is refused."""
+    return refusal(lambda: begin(base.arguments(output_dir=folder, max_steps=2, resume="auto", **changes)))
+
+
+def test_it_resumes_on_the_same_format_alone(base: Base, trained: Path, plain: tuple[Path, Ended]) -> None:
     for given, text in (("int8", "now it is int8"), (None, "now it is left out")):
-        ended = run(base, trained, max_steps=2, resume="auto", base=given, expect=2)
-        assert f"trained with --base nf4, but {text}; resume with the same value" in ended.error_line()
+        line = refused(base, trained, base=given)
+        assert f"trained with --base nf4, but {text}; resume with the same value" in line
     ended = run(base, trained, max_steps=2, resume="auto", base="nf4")  # at another layout
     assert "resumed from step 2" in ended.outputs[0]
-    run(base, tmp_path / "plain", max_steps=2)
-    ended = run(base, tmp_path / "plain", max_steps=2, base="nf4", resume="auto", expect=2)
-    assert "trained with --base left out, but now it is nf4" in ended.error_line()
+    assert "trained with --base left out, but now it is nf4" in refused(base, plain[0], base="nf4")
 
 
 def test_a_start_on_another_format_is_said(base: Base, trained: Path, tmp_path: Path) -> None:
@@ -128,12 +139,14 @@ def narrow(base: Base) -> Path:
 OTHER_VALUES = "has its linears in bf16, which is quantised to other values"
 
 
-def test_a_copy_in_another_precision(base: Base, trained: Path, narrow: Path, tmp_path: Path) -> None:
+def test_a_copy_in_another_precision(
+    base: Base, trained: Path, plain: tuple[Path, Ended], narrow: Path, tmp_path: Path
+) -> None:
     """It has other values in nf4 than training saw: no run continues on it unless that is asked for."""
     shutil.copytree(trained, tmp_path / "run")
+    line = refused(base, tmp_path / "run", base="nf4", model=narrow)
+    assert f"quantised to nf4 from fp32, but {narrow} {OTHER_VALUES}; give the model in fp32" in line
     resumed = {"max_steps": 2, "resume": "auto", "base": "nf4", "model": narrow}
-    ended = run(base, tmp_path / "run", **resumed, expect=2)
-    assert f"quantised to nf4 from fp32, but {narrow} {OTHER_VALUES}; give the model in fp32" in ended.error_line()
     ended = run(base, tmp_path / "run", **resumed, base_differs=True)
     assert "resumed from step 2" in ended.outputs[0] and OTHER_VALUES in ended.outputs[0]
     start = {"init_from": trained / "adapter", "rank": None, "max_steps": 2, "base": "nf4"}
@@ -141,7 +154,7 @@ def test_a_copy_in_another_precision(base: Base, trained: Path, narrow: Path, tm
         ended = run(base, tmp_path / f"from {said}", model=model, **start)
         assert (OTHER_VALUES in ended.outputs[0]) == said
     assert load_native_adapter(tmp_path / "from True/adapter").base.base_stored == "bf16"
-    run(base, tmp_path / "plain", max_steps=2, model=base.model)
+    shutil.copytree(plain[0], tmp_path / "plain")
     ended = run(base, tmp_path / "plain", max_steps=2, model=narrow, resume="auto")
     assert "resumed from step 2" in ended.outputs[0], "weights that are not quantised are the same base"
     words = ["--adapter", str(trained / "adapter"), "--model", str(narrow)]
@@ -188,8 +201,8 @@ def test_a_folder_that_is_quantised_already(
     assert plain.outputs[0] != started.outputs[0]
     ended = run(original, tmp_path / "run", max_steps=2, model=quantised, resume="auto")
     assert "resumed from step 2" in ended.outputs[0]
-    ended = run(original, tmp_path / "int8", max_steps=2, model=quantised, base="int8", expect=2)
-    assert "has its weights in nf4 (by bitsandbytes) already" in ended.error_line()
+    line = refused(original, tmp_path / "int8", model=quantised, base="int8")
+    assert "has its weights in nf4 (by bitsandbytes) already" in line
     words = ["--adapter", str(tmp_path / "run/adapter"), "--output", str(tmp_path / "merged")]
     with pytest.raises(UserError, match=r"into so few bits: rounding .* or --onto trained to write"):
         call("merge", words)
@@ -229,7 +242,6 @@ def test_products_in_fp8(base: Base, tmp_path: Path) -> None:
         losses[products] = [row["loss"] for row in rows if "loss" in row]
     assert len(losses["fp8"]) == len(losses[None]) and losses["fp8"] != losses[None]
     assert losses["fp8"] == pytest.approx(losses[None], rel=0.02)
-    ended = run(base, tmp_path / "fp8", max_steps=2, resume="auto", base="fp8", expect=2)
-    assert "trained with --products fp8, but now it is left out" in ended.error_line()
+    assert "trained with --products fp8, but now it is left out" in refused(base, tmp_path / "fp8", base="fp8")
     ended = run(base, tmp_path / "fp8", max_steps=2, resume="auto", base="fp8", products="fp8", keep_transposed=True)
     assert "resumed from step 2" in ended.outputs[0]

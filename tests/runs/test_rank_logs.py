@@ -13,17 +13,12 @@ from typing import Any
 import pytest
 from folders import ROOT
 from run_files import status
-from run_helpers import Base, run, run_ranks, write_base
+from run_helpers import Base, run, run_ranks
 from run_preludes import before_call, kill_at_step
 
 from megatron_tiedlora.runtime.rank_log import _Tee
 
 LOOP = "megatron_tiedlora.training.loop"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def log_of(folder: Path, rank: int) -> str:

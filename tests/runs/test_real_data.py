@@ -1,4 +1,4 @@
-"""GSM8K and SQuAD-format files as they are published, through the whole command, for 20 steps."""
+"""GSM8K and SQuAD-format files as they are published: 20 steps of training, and the scores of 64 rows."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ import math
 from pathlib import Path
 
 import pytest
+from evaluation_runs import answering_model, evaluate, predictions, results, score_again
 from folders import SHARED_DATA
+from native_files import with_adapter, write_native
 from run_files import metrics, status
 from run_helpers import run_ranks
 from tiny_models import write_tiny_model
 
+pytestmark = pytest.mark.distributed
 FILES = {
     "gsm8k": {"train_file": SHARED_DATA / "gsm8k/train.jsonl", "test_file": SHARED_DATA / "gsm8k/test.jsonl"},
     "squad": {"train_file": SHARED_DATA / "xquad/xquad.en.json"},
 }
 
 
-@pytest.mark.distributed
+def skip_without(*files: Path) -> None:
+    if not all(file.is_file() for file in files):
+        pytest.skip(f"{SHARED_DATA} is not there: it is kept beside the project, not in it")
+
+
 @pytest.mark.cpu_seconds(20, reason="20 steps on rows as they are published, up to 2,048 tokens long")
 @pytest.mark.parametrize("task", FILES)
 def test_twenty_steps(task: str, tmp_path: Path) -> None:
     files = FILES[task].copy()
-    if not all(file.is_file() for file in files.values()):
-        pytest.skip(f"{SHARED_DATA} is not there: it is kept beside the project, not in it")
+    skip_without(*files.values())
     if "test_file" in files:  # decoding all 1,319 questions takes minutes; the first ones are the same fields
         short = tmp_path / "test.jsonl"
         short.write_text("".join(files["test_file"].read_text().splitlines(keepends=True)[:4]))
@@ -50,3 +56,37 @@ def test_twenty_steps(task: str, tmp_path: Path) -> None:
     first, last = (row["loss"] for row in metrics(run, "validation"))
     assert last < first
     assert (run / "scores.json").is_file() == ("test_file" in files)
+
+
+# The test rows, and an answer that is right for a few of the first 64.
+TASKS = {
+    "gsm8k": (SHARED_DATA / "gsm8k/test.jsonl", " #### 18", {"gsm8k": 3}),
+    "squad": (SHARED_DATA / "xquad/xquad.en.json", " Manning", {"squad": 1, "squad_f1": 3}),
+}
+NUM_ROWS = 64
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_scores_of_a_base_and_an_adapter(task: str, tmp_path: Path) -> None:
+    test, answer, least = TASKS[task]
+    skip_without(test)
+    model = answering_model(write_tiny_model(tmp_path / "model", num_layers=2, max_positions=2048), answer)
+    write_native(tmp_path / "adapter", model, with_adapter(model, "tl6")[2])
+    common = {"task": task, "test_file": test, "limit": NUM_ROWS, "max_new_tokens": 16, "work": tmp_path}
+    models = {"alone": {"model": model}, "adapted": {"adapter": tmp_path / "adapter"}}
+    for name, chosen in models.items():
+        folder = tmp_path / name
+        evaluate(folder, **common, **chosen)
+        rows, found = predictions(folder), results(folder)
+        assert len(rows) == found["n"] == NUM_ROWS
+        again = [score_again(task, row) for row in rows]
+        assert list(found["scores"]) == list(again[0])
+        assert found["metric"] == next(iter(again[0])) and found["score"] == found["scores"][found["metric"]]["score"]
+        for metric, score in found["scores"].items():
+            per_row = [scores[metric] for scores in again]
+            stored = [row["score" if metric == found["metric"] else metric] for row in rows]
+            assert stored == pytest.approx(per_row, abs=1e-12)
+            assert score["score"] == pytest.approx(math.fsum(per_row) / NUM_ROWS, abs=1e-12)
+            assert sum(value > 0 for value in per_row) >= least[metric], "the test sees no score that is not zero"
+            low, high = score["confidence_interval"]
+            assert 0 <= low <= score["score"] <= high <= 100 and low < high

@@ -22,16 +22,7 @@ from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.training.reports import score_rows
 
-pytestmark = pytest.mark.cpu_seconds(20, reason="the first test makes the runs at all layouts, which all share")
-
-ONE_RANK = {"ds_config": "zero1.json"}
-# Ranks and settings that change where a run computes and not what.
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "alone": (1, ONE_RANK),
-    "pp2": (2, {"pipeline_parallel": 2, **ONE_RANK}),
-    "tp2_dp2": (4, {"tensor_parallel": 2, **ONE_RANK}),
-    "zero3_dp2": (2, {"ds_config": "zero3.json"}),
-}
+pytestmark = pytest.mark.distributed
 
 JUDGED: dict[str, Any] = {"eval_metric": "exact_match", "eval_samples": 17, "eval_interval": 4}
 
@@ -64,49 +55,35 @@ def start(base: Base, folder: Path, ranks: int = 1, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run at every layout, judged by its metric on some of the validation rows."""
-    root = tmp_path_factory.mktemp("runs")
-    return {name: start(base, root / name, ranks, **JUDGED, **changes) for name, (ranks, changes) in LAYOUTS.items()}
+def judged(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is judged by its metric on some of the validation rows; test_adapters_evaluated.py has layouts."""
+    return start(base, tmp_path_factory.mktemp("judged"), ds_config="zero1.json", **JUDGED)
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_metric_chooses_the_best_checkpoint(runs: dict[str, Path], layout: str) -> None:
+def test_the_metric_chooses_the_best_checkpoint(judged: Path) -> None:
     """The first step with the highest score, although the loss went on falling."""
-    rows = metrics(runs[layout], "validation")
+    rows = metrics(judged, "validation")
     by_loss = min(rows, key=lambda row: row["loss"])["step"]
     by_metric = max(rows, key=lambda row: (row["exact_match"], -row["step"]))["step"]
     assert 0 < by_metric < by_loss
-    best = load_native_adapter(runs[layout] / "adapter").state
-    kept = load_native_adapter(runs[layout] / "checkpoints" / f"step_{by_metric}").state
-    last = load_native_adapter(runs[layout] / "checkpoints" / f"step_{by_loss}").state
+    folders = [judged / "adapter", *(judged / "checkpoints" / f"step_{step}" for step in (by_metric, by_loss))]
+    best, kept, last = (load_native_adapter(folder).state for folder in folders)
     assert all((best[name] == kept[name]).all() for name in best)
     assert any((best[name] != last[name]).any() for name in best)
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "alone"])
-def test_scores_do_not_depend_on_the_layout(runs: dict[str, Path], layout: str) -> None:
-    alone, here = runs["alone"], runs[layout]
-    assert [(row["step"], row["exact_match"]) for row in metrics(here, "validation")] == [
-        (row["step"], row["exact_match"]) for row in metrics(alone, "validation")
-    ]
-    assert json.loads((here / "scores.json").read_text()) == json.loads((alone / "scores.json").read_text())
-
-
-def test_validation_samples_are_as_many_as_asked_for_and_test_samples_all(runs: dict[str, Path]) -> None:
-    scores = json.loads((runs["alone"] / "scores.json").read_text())
+def test_validation_samples_are_as_many_as_asked_for_and_test_samples_all(judged: Path) -> None:
+    scores = json.loads((judged / "scores.json").read_text())
     assert scores["before"]["exact_match"]["n"] == scores["after"]["exact_match"]["n"] == len(LETTERS)
     assert scores["before"]["exact_match"]["score"] == 0 < scores["after"]["exact_match"]["score"] < 100
-    shares = {row["exact_match"] for row in metrics(runs["alone"], "validation")}
+    shares = {row["exact_match"] for row in metrics(judged, "validation")}
     assert all(share * 17 % 100 == pytest.approx(0, abs=1e-9) for share in shares) and len(shares) > 1
 
 
-def test_ranks_of_zero_3_call_the_model_until_all_are_done(base: Base, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_ranks_of_zero_3_call_the_model_until_all_are_done(base: Base, judged: Path, tmp_path: Path) -> None:
     """One of the first two rows is ended at once by the trained model, and the others' prompts differ much in length:
     each rank calls as often as the other all the same, or one would wait. Every weight is gathered in each call."""
-    adapter, source = load_native_adapter(runs["alone"] / "adapter"), find_model(str(base.model))
+    adapter, source = load_native_adapter(judged / "adapter"), find_model(str(base.model))
     tokenizer = load_tokenizer(base.model)
     decoder = Decoder(load_model(source, adapter, dtype=torch.float32), ParallelGroups(), source.shape)
     rows = [json.loads(line) for line in base.train.read_text().splitlines()]
@@ -122,8 +99,8 @@ def test_ranks_of_zero_3_call_the_model_until_all_are_done(base: Base, runs: dic
     (tmp_path / "zero3.json").write_text(json.dumps(config))
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     # The trained run at its end: nothing is left to do but to score.
-    judged = {**JUDGED, "resume": runs["alone"] / "checkpoints" / "step_16"}
-    run = start(base, tmp_path, 2, ds_config=tmp_path / "zero3.json", test_file=tmp_path / "test.jsonl", **judged)
+    resumed = {**JUDGED, "resume": judged / "checkpoints" / "step_16"}
+    run = start(base, tmp_path, 2, ds_config=tmp_path / "zero3.json", test_file=tmp_path / "test.jsonl", **resumed)
     assert json.loads((run / "scores.json").read_text())["after"]["exact_match"]["n"] == 4
 
 
@@ -170,19 +147,3 @@ def test_patience_counts_evaluations_of_the_metric(base: Base, tmp_path: Path) -
     assert [loss for _, loss in losses(run, "validation")] == sorted(
         (loss for _, loss in losses(run, "validation")), reverse=True
     )
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"eval_metric": "bleu"}, ("--eval_metric bleu", "custom", "loss or exact_match")),
-        ({"max_new_tokens": 256}, ("--max_new_tokens 256", "at most 256 tokens")),
-    ],
-)
-def test_what_cannot_be_scored_is_refused(
-    base: Base, tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]
-) -> None:
-    ended = run_ranks(base.arguments(output_dir=tmp_path / "run", **changes), folder=tmp_path)
-    assert ended.statuses == [2] and not (tmp_path / "run").exists()
-    (line,) = [line for line in ended.errors[0].splitlines() if line.startswith("error:")]
-    assert all(word in line for word in words), line

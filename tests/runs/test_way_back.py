@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from native_files import moments_of, reseal, with_adapter
-from run_files import assert_same_run, checkpoint_names, edit_json, edit_tensors, files_of, status
-from run_helpers import Base, run, write_base
+from run_files import assert_same_run, checkpoint_names, edit_json, edit_tensors, files_of, status, truncate
+from run_helpers import Base, begin, run
 from run_preludes import kill_at_step, scripted_validation
+from task_files import refusal
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
@@ -47,64 +48,6 @@ def edit_plainly(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def cut(checkpoints: Path) -> None:
-    file = checkpoints / "step_6" / STATE
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def zeroed(checkpoints: Path) -> None:
-    file = checkpoints / "step_6" / ADAPTER
-    file.write_bytes(bytes(file.stat().st_size))
-
-
-def a_flip_in_a_factor(checkpoints: Path) -> None:
-    flip(checkpoints / "step_6" / ADAPTER, -5)
-
-
-def a_flip_in_a_moment(checkpoints: Path) -> None:
-    flip(checkpoints / "step_6" / STATE, -1, bit=6)
-
-
-def an_edit_of_the_progress(checkpoints: Path) -> None:
-    edit_plainly(checkpoints / "step_6" / PROGRESS, best_metric=0.25)
-
-
-def an_edit_of_the_config(checkpoints: Path) -> None:
-    edit_plainly(checkpoints / "step_6" / CONFIG, alpha=4.0)
-
-
-def swapped_adapters(checkpoints: Path) -> None:
-    """Both files of the adapter are those of step 4: whole in themselves."""
-    for name in (ADAPTER, CONFIG):
-        shutil.copy(checkpoints / "step_4" / name, checkpoints / "step_6" / name)
-
-
-def swapped_moments(checkpoints: Path) -> None:
-    shutil.copy(checkpoints / "step_4" / STATE, checkpoints / "step_6" / STATE)
-
-
-def gone(checkpoints: Path) -> None:
-    shutil.rmtree(checkpoints / "step_6")
-
-
-DAMAGE: dict[Callable[[Path], None], str] = {
-    cut: "not a whole safetensors file",
-    zeroed: "not a whole safetensors file",
-    a_flip_in_a_factor: "does not match its checksum",
-    a_flip_in_a_moment: "does not match its checksum",
-    an_edit_of_the_progress: "does not match its own checksum",
-    an_edit_of_the_config: "does not match its own checksum",
-    swapped_adapters: "does not match its checksum",
-    swapped_moments: "does not match its checksum",
-    gone: "names 'step_6', which is not a checkpoint",
-}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture(scope="module")
 def stopped(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 2, 4 and 6, killed in step 7."""
@@ -114,28 +57,65 @@ def stopped(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def from_four(base: Base, stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That run, resumed at step 4."""
-    folder = tmp_path_factory.mktemp("from_four") / "run"
-    shutil.copytree(stopped, folder)
-    run(base, folder, resume=folder / "checkpoints" / "step_4")
-    return folder
+def copy(checkpoints: Path, *names: str) -> None:
+    """Files of step 4, which are whole in themselves, in the place of those of step 6."""
+    for name in names:
+        shutil.copy(checkpoints / "step_4" / name, checkpoints / "step_6" / name)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {  # to the checkpoints, and what is said of it
+    "cut": (lambda c: truncate(c / "step_6" / STATE), "not a whole safetensors file"),
+    "zeroed": (lambda c: (c / "step_6" / ADAPTER).write_bytes(bytes(1000)), "not a whole safetensors file"),
+    "a flip in a factor": (lambda c: flip(c / "step_6" / ADAPTER, -5), "does not match its checksum"),
+    "a flip in a moment": (lambda c: flip(c / "step_6" / STATE, -1, bit=6), "does not match its checksum"),
+    "the progress": (lambda c: edit_plainly(c / "step_6" / PROGRESS, best_metric=0.25), "not match its own checksum"),
+    "the config": (lambda c: edit_plainly(c / "step_6" / CONFIG, alpha=4.0), "does not match its own checksum"),
+    "another adapter": (lambda c: copy(c, ADAPTER, CONFIG), "does not match its checksum"),
+    "other moments": (lambda c: copy(c, STATE), "does not match its checksum"),
+    "gone": (lambda c: shutil.rmtree(c / "step_6"), "names 'step_6', which is not a checkpoint"),
+}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_a_resume_continues_from_the_one_before(
-    base: Base, stopped: Path, from_four: Path, tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_the_one_before_is_found(stopped: Path, tmp_path: Path, kind: str) -> None:
+    folder, (damage, said) = Path(shutil.copytree(stopped, tmp_path / "run")), DAMAGE[kind]
+    damage(folder / "checkpoints")
+    found = find_newest_checkpoint(folder / "checkpoints")
+    assert found is not None and found.folder.name == "step_4"
+    assert said in found.notes[0] and "step_6" in found.notes[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["another adapter", "gone"])
+def test_a_resume_continues_from_the_one_before(base: Base, stopped: Path, tmp_path: Path, kind: str) -> None:
+    """It says so, and ends as a run that was told to resume there."""
+    folder, expected = (Path(shutil.copytree(stopped, tmp_path / name)) for name in ("run", "from_four"))
+    run(base, expected, resume=expected / "checkpoints" / "step_4")
+    damage, said = DAMAGE[kind]
     damage(folder / "checkpoints")
     ended = run(base, folder, resume="auto")
     note = next(line for line in ended.outputs[0].splitlines() if line.startswith("note "))
-    assert DAMAGE[damage] in note and "step_6" in note and "resumed from step 4" in ended.outputs[0]
-    assert_same_run(folder, from_four)
+    assert said in note and "step_6" in note and "resumed from step 4" in ended.outputs[0]
+    assert_same_run(folder, expected)
     assert checkpoint_names(folder) == {"step_6", "step_8", "step_10"}, "step 6 was made anew"
     load_checkpoint(folder / "checkpoints" / "step_6")
+
+
+@pytest.mark.distributed
+def test_nothing_whole_is_left(base: Base, stopped: Path, tmp_path: Path, own_cache: None) -> None:
+    """One line that names each, and nothing is changed."""
+    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    for step in (2, 4, 6):
+        flip(folder / "checkpoints" / f"step_{step}" / ADAPTER, -5)
+    before = files_of(folder / "checkpoints")
+    line = refusal(lambda: begin(base.arguments(output_dir=folder, resume="auto")))
+    assert all(f"skipped step_{step}" in line for step in (4, 6)) and "no checkpoint is intact" in line, line
+    assert files_of(folder / "checkpoints") == before
+    for step in (2, 4, 6):
+        shutil.rmtree(folder / "checkpoints" / f"step_{step}")
+    line = refusal(lambda: begin(base.arguments(output_dir=folder, resume="auto")))
+    assert "names 'step_6', which is not a checkpoint" in line and "remove it to start from the beginning" in line
 
 
 @pytest.mark.distributed
@@ -166,22 +146,6 @@ def test_a_latest_that_is_gone_is_rebuilt(base: Base, stopped: Path, tmp_path: P
     whole = Path(shutil.copytree(stopped, tmp_path / "whole"))
     run(base, whole, resume="auto")
     assert_same_run(folder, whole)
-
-
-@pytest.mark.distributed
-def test_nothing_whole_is_left(base: Base, stopped: Path, tmp_path: Path) -> None:
-    """One line that names each, and nothing is changed."""
-    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
-    for step in (2, 4, 6):
-        flip(folder / "checkpoints" / f"step_{step}" / ADAPTER, -5)
-    before = files_of(folder / "checkpoints")
-    line = run(base, folder, resume="auto", expect=2).error_line()
-    assert all(f"skipped step_{step}" in line for step in (4, 6)) and "no checkpoint is intact" in line
-    assert files_of(folder / "checkpoints") == before
-    for step in (2, 4, 6):
-        shutil.rmtree(folder / "checkpoints" / f"step_{step}")
-    line = run(base, folder, resume="auto", expect=2).error_line()
-    assert "names 'step_6', which is not a checkpoint" in line and "remove it to start from the beginning" in line
 
 
 def test_a_checkpoint_that_is_a_link_is_passed_over(native: NativeAdapter, tmp_path: Path) -> None:
@@ -223,19 +187,6 @@ def test_a_broken_best_one_is_said_and_made_anew(base: Base, tmp_path: Path) -> 
     ended = run(base, folder, max_steps=10, resume="auto", prelude=script)
     assert "the best checkpoint is broken, so the next evaluation writes a new one" in ended.outputs[0]
     assert status(folder)["state"] == "finished"
-
-
-@pytest.mark.distributed
-def test_a_run_that_went_back_continues_from_there(base: Base, stopped: Path, from_four: Path, tmp_path: Path) -> None:
-    """Killed before its first save, with the later checkpoints still there: they are of the way that was left."""
-    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
-    four = folder / "checkpoints" / "step_4"
-    run(base, folder, resume=four, prelude=partial(kill_at_step, 5, 9), expect=-9)
-    assert checkpoint_names(folder) == {"step_2", "step_4", "step_6"}
-    ended = run(base, folder, resume="auto")
-    assert "resumed from step 4" in ended.outputs[0]
-    assert "note       skipped step_6: is later than what latest names" in ended.outputs[0]
-    assert_same_run(folder, from_four)
 
 
 # Values ---------------------------------------------------------------------------------------------------------------

@@ -65,39 +65,6 @@ def go_on(study: tuple[Base, Path], folder: Path, *more: str, expect: int = 0, p
     return run_sweep(arguments, work=work(folder), cache=study[0].cache, preludes=preludes).expect(expect)
 
 
-@pytest.mark.cpu_seconds(20, reason="a study in four starts, and a whole one beside it")
-def test_killed_twice_and_started_again(study: tuple[Base, Path], whole: Path, tmp_path: Path) -> None:
-    folder, cut = tmp_path / "out", f"group {RUNS[4]}"
-    step = functools.partial(kill_all_at_step, step=7)
-    run(study, folder, expect=-signal.SIGKILL, preludes={cut: step}, together=1)
-    begun = order(RUNS)[: order(RUNS).index(cut) + 1]
-    assert starts(work(folder)) == begun
-    assert [step for step, _ in losses(folder / "runs" / RUNS[4])] == [1, 2, 3, 4, 5, 6]
-    before = {name: files_of(folder / "runs" / name) for name in RUNS[:4]}
-    stamps = {path: path.stat().st_mtime_ns for name in RUNS[:4] for path in (folder / "runs" / name).rglob("*")}
-
-    died = kill_all_at_call
-    died = functools.partial(died, module="megatron_tiedlora.evaluation.results", name="results_content")
-    go_on(study, folder, expect=-signal.SIGKILL, preludes={"scores": died})
-    assert starts(work(folder)) == [cut, *order(RUNS[5:])[1:]]
-    log = (folder / "logs" / f"{cut}.log").read_text()
-    assert "resumed from step 4" in log
-
-    go_on(study, folder)
-    assert starts(work(folder)) == ["scores"]
-    for name in TABLES:
-        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    assert before == {name: files_of(folder / "runs" / name) for name in RUNS[:4]}
-    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    for name in RUNS:
-        assert losses(folder / "runs" / name) == losses(whole / "runs" / name)
-    status = json.loads((folder / "sweep_status.json").read_text())
-    assert status == {"state": "finished", "failed": []}
-
-    go_on(study, folder)  # nothing is left to do
-    assert starts(work(folder)) == []
-
-
 def test_what_a_sweep_leaves(study: tuple[Base, Path], whole: Path) -> None:
     results = {path.parent.name: json.loads(path.read_text()) for path in (whole / "scores").glob("*/results.json")}
     assert results["base"]["score"] == 0.0 and results["base"]["adapter"] is None
@@ -181,20 +148,27 @@ def test_runs_that_fail(study: tuple[Base, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("killed", [False, True])
 def test_runs_that_train_together(study: tuple[Base, Path], whole: Path, tmp_path: Path, killed: bool) -> None:
     """Tables, answers and runs are those of runs one after another; also if all is killed while they train."""
-    folder, group = tmp_path / "out", f"group {RUNS[0]}"
+    folder = tmp_path / "out"
     if killed:
+        # In groups of four: in the seventh step of the second group, when the first has finished.
+        cut, four = f"group {RUNS[4]}", RUNS[:4]
         die = functools.partial(kill_all_at_call, module=LOOP, name="Trainer._train_step", call=7)
-        run(study, folder, expect=-signal.SIGKILL, preludes={group: die})
-        assert starts(work(folder)) == ["score base", group]
-        assert {losses(folder / "runs" / name)[-1][0] for name in RUNS} == {6}
+        run(study, folder, expect=-signal.SIGKILL, preludes={cut: die}, together=4)
+        assert starts(work(folder)) == ["score base", f"group {RUNS[0]}", cut]
+        assert {losses(folder / "runs" / name)[-1][0] for name in RUNS[4:]} == {6}
+        before = {name: files_of(folder / "runs" / name) for name in four}
+        stamps = {path: path.stat().st_mtime_ns for name in four for path in (folder / "runs" / name).rglob("*")}
         # Once more, after the scores were written, and before the sweep has seen it.
         die = functools.partial(kill_all_at_call, module="megatron_tiedlora.evaluation.results", name="score_table")
         go_on(study, folder, expect=-signal.SIGKILL, preludes={"scores": die})
-        assert starts(work(folder)) == [group, "scores"]
+        assert starts(work(folder)) == [cut, "scores"]
+        assert "resumed from step 4" in (folder / "logs" / f"{cut}.log").read_text()
         go_on(study, folder)
+        assert before == {name: files_of(folder / "runs" / name) for name in four}
+        assert stamps == {path: path.stat().st_mtime_ns for path in stamps}, "what was finished is left alone"
     else:
         run(study, folder)
-    assert starts(work(folder)) == ([] if killed else ["score base", group, "scores"])
+    assert starts(work(folder)) == ([] if killed else ["score base", f"group {RUNS[0]}", "scores"])
     for name in TABLES:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     for name in RUNS:
@@ -205,6 +179,7 @@ def test_runs_that_train_together(study: tuple[Base, Path], whole: Path, tmp_pat
     assert {path.name for path in (folder / "scores").iterdir()} == {path.name for path in (whole / "scores").iterdir()}
     for answers in (folder / "scores").glob("*/predictions.jsonl"):
         assert answers.read_bytes() == (whole / "scores" / answers.parent.name / answers.name).read_bytes()
+    assert json.loads((folder / "sweep_status.json").read_text()) == {"state": "finished", "failed": []}
     go_on(study, folder, "--together=1")  # nothing is left to do
     assert starts(work(folder)) == []
 
@@ -229,7 +204,7 @@ def test_a_run_that_fails_beside_others(study: tuple[Base, Path], whole: Path, t
 
 def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) -> None:
     """A clear loser stops at the first evaluation after its warm-up, a near tie goes on, and tables say which stopped;
-    the same if all is killed and started again: when only the first was evaluated, before one stops, and afterwards."""
+    the same if all is killed and started again: as only the first was evaluated, before one stops, between exports."""
     # At every evaluation the tie's rates are apart by at most 0.64 of the noise, and at step 4 1e-6 is behind by 6.0
     # times the noise. Kernels that round otherwise (MKL_CBWR, ATEN_CPU_CAPABILITY) change that by 0.001. Higher rates
     # blow roundings up: 2e-1 was behind 1.9e-1 by 0.5, 0.9 or 2.5 times the noise after 12 steps.
@@ -251,7 +226,6 @@ def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) 
     assert {row["stopped_rates"] for row in rows if row["method"] == "tl6"} == {"1e-6"}
     assert why in run(study, whole, dry_run=True, halving=True, **changes).outputs[0]
 
-    turn = functools.partial(kill_all_at_call, module=LOOP, name="Trainer._train_step")
     stop = functools.partial(kill_all_at_call, module=ADAPTER_RUN, name="AdapterRun.end_behind")
     # Three turns of three, and the first of the fourth; the others begin anew, and the first waits for them.
     uneven = functools.partial(kill_all_at_call, module=ADAPTER_RUN, name="AdapterRun.after_step")
@@ -260,11 +234,10 @@ def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) 
     latest = {rate: folder / "runs" / f"tl6-r2-lr{rate}" / "checkpoints" / "latest" for rate in ends}
     assert [rate for rate in ends if latest[rate].is_file()] == ["1.5e-1"]
     go_on(study, folder, expect=-signal.SIGKILL, preludes={group: stop})
-    go_on(study, folder, expect=-signal.SIGKILL, preludes={group: functools.partial(turn, call=7)})
     last = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.finish", name="export", call=3)
     go_on(study, folder, expect=-signal.SIGKILL, preludes={group: last})  # its rivals have finished, and it has not
     go_on(study, folder)
-    assert starts(work(folder)) == ["score base", *[group] * 5, "scores"]
+    assert starts(work(folder)) == ["score base", *[group] * 4, "scores"]
     for name in TABLES:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     for rate in ends:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from run_helpers import Base, write_base
-from study_files import write_run, write_study
+from study_files import no_start, write_run, write_study
 from sweep_runs import LAUNCH, study_arguments
 
 from megatron_tiedlora.base.errors import UserError
@@ -34,10 +34,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 class Started(Exception):
     """What a sweep starts first."""
-
-
-def no_start(*_: Any) -> Any:
-    raise AssertionError("nothing is to be started")
 
 
 def sweep(command: Any, begin: Any = no_start) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_files import SCORED, write_run, write_score, write_scored, write_study
+from study_files import SCORED, no_start, write_run, write_score, write_scored, write_study
 
 from megatron_tiedlora.base.errors import UserError, csv_text
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
@@ -372,10 +372,6 @@ def test_ties_on_validation_go_to_the_first(tmp_path: Path) -> None:
         write_run(path, run.name, best=0.5)
     chosen = best_run(StudyFolder(path), study.grid.runs(Point("lora", 2)), metric="loss")
     assert chosen is not None and chosen.learning_rate == 1e-5
-
-
-def no_start(*_: Any) -> Any:
-    raise AssertionError("nothing is to be started")
 
 
 def test_a_record_without_a_point_of_the_grid_is_named(tmp_path: Path) -> None:

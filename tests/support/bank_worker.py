@@ -8,34 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-from forked_ranks import groups_of
-from gradient_worker import ALPHA, DTYPE, fill_stage
-from oracle import OracleConfig
+from gradient_worker import DTYPE, Case, Walk, at_layouts, loaded_adapter, stage_of
 from shared_batches import Member, SharedBatch, rounds
-from tiny_models import random_adapter
-from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.adapters.tying import sum_gradients_
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.model.partition import Stages, layer_costs, partition
-from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.groups import (
-    Grid,
-    ParallelGroups,
-    TensorParallel,
-    Traffic,
-    TrafficCounter,
-    named_handles,
-)
+from megatron_tiedlora.model.partition import Stages
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, Traffic, TrafficCounter, named_handles
 
 
 @dataclass(frozen=True)
@@ -60,30 +43,19 @@ class BankCase:
         return rounds(self.members, shared=self.shared)
 
     @cached_property
+    def first_adapted(self) -> int:
+        """The first layer that has an adapter."""
+        return min(Case(self.folder, self.layout, **member.adapter).adapter.layers[0] for member in self.members)
+
+    @property
     def stages(self) -> Stages:
         """Which layers of the flat list stand in which stage."""
-        first = min(self.of(member).adapter.layers[0] for member in self.members)
-        return partition(layer_costs(self.shape, length=24, first_adapted=first), self.layout[1])
+        return self.of(self.members[0]).stages
 
-    def of(self, member: Member) -> Any:
-        """What `gradient_worker.joined_gradients` asks of the case of one adapter."""
-        adapter = random_adapter(
-            config=OracleConfig.from_folder(self.folder), alpha=ALPHA, seed=member.seed, dtype=DTYPE, **member.adapter
-        )
-        config = make_adapter_config(
-            adapter.method,
-            rank=adapter.rank,
-            alpha=ALPHA,
-            layers=adapter.layers,
-            targets=targets_of(self.shape, adapter.targets),
-            seed=0,
-        )
-
-        def part(grid: Grid) -> AdapterPart:
-            layers = tuple(layer for layer in config.layers if layer in self.stages[grid.pp_rank])
-            return AdapterPart(config, layers, grid.tp_rank, grid.tp_size)
-
-        return SimpleNamespace(layout=self.layout, adapter=adapter, adapter_config=config, part=part)
+    def of(self, member: Member) -> Case:
+        """The case of one adapter."""
+        adapted = {"seed": member.seed, "first_adapted": self.first_adapted, **member.adapter}
+        return Case(self.folder, self.layout, **adapted)
 
 
 @dataclass(frozen=True)
@@ -105,27 +77,21 @@ class BankOutcome:
 
 def run_bank_cases(cases: list[BankCase]) -> list[BankOutcome]:
     """Every case on this rank, one after another."""
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    layouts: dict[tuple[int, int, int], tuple[Grid, ParallelGroups]] = {}
-    outcomes = []
-    for case in cases:
-        if case.layout not in layouts:
-            grid = Grid(rank, world_size, tp_size=case.layout[0], pp_size=case.layout[1])
-            layouts[case.layout] = grid, groups_of(grid)
-        outcomes.append(run_bank_case(case, *layouts[case.layout]))
-    return outcomes
+    return at_layouts(cases, run_bank_case)
 
 
 def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOutcome:
     """Forward and backward passes over this rank's micro-batches, then the sums over ranks."""
-    bank, stage = _build(case, grid, groups)
+    bank = AdapterBank({member.name: loaded_adapter(case.of(member), grid) for member in case.members})
+    stage = stage_of(case, bank, grid, groups, is_engines=False)
+    walk = Walk(case, stage, grid, groups)
     weights = {member.name: sum(s.num_supervised for s in member.samples) for member in case.members}
     losses = dict.fromkeys(weights, 0.0)
     counter, sum_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))
     batches = case.batches[grid.dp_rank :: grid.dp_size]
     with counter:
         for batch in batches:
-            for name, loss in _train(case, stage, grid, batch, weights).items():
+            for name, loss in _train(walk, batch, weights).items():
                 losses[name] += loss
     assert stage.anchor is not None and stage.anchor.grad is not None and not stage.anchor.grad.any()
     present = {share.adapter for batch in batches for share in batch.shares}
@@ -143,53 +109,16 @@ def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOut
     return BankOutcome(losses, gradients, counter.traffic, sum_counter.traffic)
 
 
-def _build(case: BankCase, grid: Grid, groups: ParallelGroups) -> tuple[AdapterBank, Stage]:
-    adapters = {}
-    for member in case.members:
-        of_member = case.of(member)
-        adapters[member.name] = TiedAdapter(of_member.part(grid), dtype=DTYPE)
-        adapters[member.name].load_full(of_member.adapter.tensors)
-    bank = AdapterBank(adapters)
-    specs = layer_specs(
-        case.shape, dtype=DTYPE, tp_size=grid.tp_size, recomputes_gate=case.recompute == "selective"
-    )
-    stage = Stage(
-        [specs[index] for index in case.stages[grid.pp_rank]],
-        bank,
-        tensor_parallel=TensorParallel(groups.tensor, case.sequence_parallel),
-        recompute=case.recompute,
-    )
-    with BaseWeights(case.folder, case.shape) as weights:
-        fill_stage(stage, weights, case.shape, grid, groups)
-    return bank, stage
-
-
-def _train(
-    case: BankCase, stage: Stage, grid: Grid, batch: SharedBatch, weights: dict[str, int]
-) -> dict[str, float]:
+def _train(walk: Walk, batch: SharedBatch, weights: dict[str, int]) -> dict[str, float]:
     """A micro-batch through the stages, one at a time; the losses by adapter, on the last stage."""
-    before, after = (
-        grid.rank_of(pp_rank=grid.pp_rank + step, dp_rank=grid.dp_rank, tp_rank=grid.tp_rank) for step in (-1, 1)
-    )
-    inputs = batch.tokens
-    if grid.pp_rank:
-        inputs = stage.empty_hidden(*batch.tokens.shape)
-        distributed.recv(inputs, src=before)
-        inputs.requires_grad_()
+    inputs, stage = walk.inputs(batch.tokens), walk.stage
     output = stage(inputs, batch.positions, documents=batch.documents, shares=batch.shares)
-    found: dict[str, float] = {}
-    if grid.pp_rank == grid.pp_size - 1:
-        losses = stage.tail.loss(output, batch.supervised(stage.tensor_parallel.sequence_parts), stage.tensor_parallel)
-        names = [share.adapter for share in batch.shares]
-        losses = losses / torch.tensor([weights[name] for name in names], dtype=DTYPE)
-        losses.sum().backward()
-        found = dict(zip(names, losses.tolist(), strict=True))
-    else:
-        distributed.send(output.detach().contiguous(), dst=after)
-        gradient = torch.empty_like(output)
-        distributed.recv(gradient, src=after)
-        output.backward(gradient)
-    if grid.pp_rank:
-        assert inputs.grad is not None
-        distributed.send(inputs.grad.contiguous(), dst=before)
-    return found
+    if not walk.is_last:
+        walk.hand_on(output, inputs)
+        return {}
+    losses = stage.tail.loss(output, batch.supervised(stage.tensor_parallel.sequence_parts), stage.tensor_parallel)
+    names = [share.adapter for share in batch.shares]
+    losses = losses / torch.tensor([weights[name] for name in names], dtype=DTYPE)
+    losses.sum().backward()
+    walk.send_back(inputs)
+    return dict(zip(names, losses.tolist(), strict=True))

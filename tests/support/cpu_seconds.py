@@ -4,7 +4,7 @@ Wall seconds say little on a busy machine, and `--durations` sees no child. A te
 all below it have used since the test before it ended. So a process that a test leaves running is charged to the tests
 that run beside it, and at its end to the test in which it is reaped. A fixture of a module, or an import, is charged to
 the test that needs it first. No test is charged with a process that has lost its parents before it ends, with
-collection, or with the imports of the server that ranks are forked from; the table's last line has the last two.
+collection, or with the imports of the server that ranks are forked from.
 """
 
 from __future__ import annotations
@@ -45,16 +45,6 @@ def cpu_seconds_here() -> float:
     return total
 
 
-def server_seconds() -> float:
-    """CPU seconds of the server that ranks are forked from, without its ranks; 0 where it does not run."""
-    pid = fork_server_pid()
-    if pid is not None:
-        with suppress(psutil.NoSuchProcess):
-            times = psutil.Process(pid).cpu_times()
-            return times.user + times.system
-    return 0.0
-
-
 def limit_of(item: pytest.Item) -> float | None:
     """CPU seconds that a test may use; None where there is no limit.
 
@@ -90,10 +80,7 @@ class CpuSeconds:
     in_ci: bool
     files: dict[str, FileCost] = field(default_factory=dict)
     over: list[tuple[float, float, str]] = field(default_factory=list)  # CPU seconds, the limit, the test
-    outside: float = 0.0  # CPU seconds of all processes, until what the tests used is taken off
-    processes: int = 0
     _before: float = 0.0
-    _lost: float = 0.0  # CPU seconds that were counted, of processes that nobody reaped
 
     # Where tests run
 
@@ -114,7 +101,6 @@ class CpuSeconds:
             now = cpu_seconds_here()
             # Less than before: a process that was counted is gone, and no parent has its seconds.
             report.cpu_seconds, report.cpu_limit = max(0.0, now - self._before), limit_of(item)
-            self._lost += max(0.0, self._before - now)
             self._before = now
         return report
 
@@ -131,21 +117,11 @@ class CpuSeconds:
             if limit is not None and cpu > limit:
                 self.over.append((cpu, limit, report.nodeid))
 
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any) -> None:
-        """A worker has ended, which has said what it used."""
-        self._add_process(getattr(node, "workeroutput", {}).get("cpu_seconds", 0.0))
-
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """A worker says what its process used; the process that reports fails the run in CI for a test far over."""
-        own = cpu_seconds_here() + server_seconds() + self._lost
-        if hasattr(session.config, "workeroutput"):
-            session.config.workeroutput["cpu_seconds"] = own
-            return
-        self._add_process(own if not self.processes else sum(os.times()[:2]))
-        self.outside -= sum(cost.cpu for cost in self.files.values())
-        if self.in_ci and self._far_over() and session.exitstatus == pytest.ExitCode.OK:
+        """The process that reports, which is no worker, fails the run in CI for a test far over."""
+        is_worker = hasattr(session.config, "workeroutput")
+        if self.in_ci and not is_worker and self._far_over() and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
@@ -164,7 +140,7 @@ class CpuSeconds:
                 write(f"CI is set, and a test used over {MARGIN:g} times its number: the run fails.", red=True)
 
     def table(self) -> list[str]:
-        """The dearest files, the sum of all, and what no test is charged with."""
+        """The dearest files, and the sum of all."""
         dearest = sorted(self.files.items(), key=lambda entry: -entry[1].cpu)
         rows = [(cost, file) for file, cost in dearest[:FILES]]
         total = FileCost(
@@ -173,13 +149,8 @@ class CpuSeconds:
             sum(cost.tests for cost in self.files.values()),
         )
         rows.append((total, f"all {len(self.files)} files"))
-        lines = [f"{'CPU s':>8} {'wall s':>8} {'tests':>6}  file"]
-        lines += [f"{cost.cpu:8.1f} {cost.wall:8.1f} {cost.tests:6}  {name}" for cost, name in rows]
-        return [*lines, f"{self.outside:8.1f} {'':15}  outside of tests: collection, imports of the servers of ranks"]
-
-    def _add_process(self, cpu: float) -> None:
-        self.outside += cpu
-        self.processes += 1
+        head = f"{'CPU s':>8} {'wall s':>8} {'tests':>6}  file"
+        return [head, *(f"{cost.cpu:8.1f} {cost.wall:8.1f} {cost.tests:6}  {name}" for cost, name in rows)]
 
     def _far_over(self) -> bool:
         return any(cpu > MARGIN * limit for cpu, limit, _ in self.over)

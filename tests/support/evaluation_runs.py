@@ -7,6 +7,7 @@ import json
 import re
 import string
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,25 @@ def evaluate(folder: Path, *, work: Path, ranks: int | None = None, prelude: Any
     ended = run_ranks(arguments, folder=work, ranks=ranks, prelude=prelude, script=EVALUATE).expect(0)
     assert {item.name for item in folder.iterdir()} == {"predictions.jsonl", "results.json"}
     return ended
+
+
+def begin(settings: Mapping[str, Any], *, ranks: int = 1) -> None:
+    """Rank 0's start of an evaluation in this process, until it would load the model; then it gives its folder back."""
+    from megatron_tiedlora.base.output_folder import take_output_folder
+    from megatron_tiedlora.config.cli import parse_settings
+    from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+    from megatron_tiedlora.data.splits import check_files_exist
+    from megatron_tiedlora.evaluation.answering import read_scored
+    from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
+
+    words = [f"--{name}={value}" for name, value in settings.items() if value is not None and name != "adapters"]
+    if adapters := settings.get("adapters"):
+        words += ["--adapters", *map(str, adapters)]
+    made = parse_settings(words, EvaluateSettings)
+    check_files_exist(made)
+    plans = plan_evaluations(made, rank=0, world_size=ranks)
+    read_scored(plans)
+    take_output_folder(made.output_dir, parent="evaluations", name=output_name(plans)).release()
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:

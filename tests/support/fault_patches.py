@@ -29,17 +29,16 @@ STEP = "megatron_tiedlora.training.step"
 def apply_faults(faults: Sequence[dict[str, Any]]) -> Iterator[None]:
     """The package with the faults in it, inside the block."""
     with pytest.MonkeyPatch.context() as patch:
-        for fault in faults:
-            arguments = {name: value for name, value in fault.items() if name != "name"}
-            globals()[fault["name"]](patch, **arguments)
+        put_in(faults, patch)
         yield
 
 
-def put_in(faults: Sequence[dict[str, Any]]) -> None:
+def put_in(faults: Sequence[dict[str, Any]], patch: pytest.MonkeyPatch | None = None) -> None:
     """`apply_faults` for good: a prelude of launch/train.py."""
+    patch = patch or pytest.MonkeyPatch()
     for fault in faults:
         arguments = {name: value for name, value in fault.items() if name != "name"}
-        globals()[fault["name"]](pytest.MonkeyPatch(), **arguments)
+        globals()[fault["name"]](patch, **arguments)
 
 
 def no_gradient_guard(patch: pytest.MonkeyPatch) -> None:

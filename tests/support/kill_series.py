@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from run_files import assert_same_run, files_of, status
-from run_helpers import Base, World, run, start_ranks
+from run_helpers import Base, World, run, start_ranks, write_adapters
 from run_preludes import quick_start
 
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
@@ -70,9 +69,7 @@ def kill_series(base: Base, folder: Path, layout: Layout, *, kinds: list[str], s
         "max_new_tokens": 12,
     }
     if layout.adapters:
-        settings["adapters"] = folder / "adapters.yaml"
-        entries = [{"name": name, **own} for name, own in layout.adapters.items()]
-        settings["adapters"].write_text(yaml.safe_dump(entries, sort_keys=False))
+        settings["adapters"] = write_adapters(folder / "adapters.yaml", layout.adapters)
     whole, killed = folder / "whole", folder / "killed"
     runs = layout.run_folders(killed)
     run(base, whole, ranks=layout.ranks, prelude=quick_start, **settings)

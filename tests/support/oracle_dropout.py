@@ -14,17 +14,8 @@ import torch
 from torch import Tensor
 
 
-def _hash(word: int) -> int:
-    """A 32-bit value's hash, by C. Wellons' constants."""
-    word ^= word >> 15
-    word = word * 0x2C1B3C6D % 2**32
-    word ^= word >> 12
-    word = word * 0x297A2D39 % 2**32
-    return word ^ word >> 15
-
-
-def _hashes(words: np.ndarray) -> np.ndarray:
-    """The same for an array of uint32, whose products wrap."""
+def _hash(words: np.ndarray) -> np.ndarray:
+    """The hashes of 32-bit values by C. Wellons' constants; products wrap."""
     words = words ^ words >> np.uint32(15)
     words = words * np.uint32(0x2C1B3C6D)
     words = words ^ words >> np.uint32(12)
@@ -40,10 +31,10 @@ def _drawn(seed: int, name: str) -> int:
 def kept(numbers: Sequence[int], *, seed: int, layer: int, target: str, width: int, probability: float) -> np.ndarray:
     """(tokens, width) bool."""
     run, salt = _drawn(seed, "dropout"), _drawn(seed, f"dropout.{layer}.{target}") % 2**32
-    columns = np.array([_hash(j ^ salt) for j in range(width)], dtype=np.uint32)
-    keys = [_hash(_hash(n % 2**32 ^ run % 2**32) ^ n // 2**32 ^ run // 2**32) for n in numbers]
-    least = round(probability * 2**32)
-    return np.stack([_hashes(np.uint32(key) ^ columns) >= least for key in keys])
+    columns = _hash(np.arange(width, dtype=np.uint32) ^ np.uint32(salt))
+    low, high = (np.array([part(n) for n in numbers], np.uint32) for part in (lambda n: n % 2**32, lambda n: n >> 32))
+    keys = _hash(_hash(low ^ np.uint32(run % 2**32)) ^ high ^ np.uint32(run >> 32))
+    return _hash(keys[:, None] ^ columns) >= round(probability * 2**32)
 
 
 def dropout(numbers: Sequence[int], *, seed: int, probability: float) -> Callable[[Tensor, int, str], Tensor]:

@@ -42,7 +42,7 @@ def fork_server() -> Any:
     context.set_forkserver_preload(["preloaded"])
     paths = os.pathsep.join([str(SUPPORT), *sys.path])
     own = {"PYTHONPATH": paths, "OWN_PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    with _changed_environment({**ENVIRONMENT, **own}):
+    with changed_environment({**ENVIRONMENT, **own}):
         from multiprocessing import forkserver
 
         forkserver.ensure_running()
@@ -57,7 +57,8 @@ def fork_server_pid() -> int | None:
 
 
 @contextmanager
-def _changed_environment(changes: dict[str, str]) -> Iterator[None]:
+def changed_environment(changes: dict[str, str]) -> Iterator[None]:
+    """Inside, the environment has these changes, and nothing else of a launcher."""
     before = os.environ.copy()
     try:
         for name in LAUNCHER_VARIABLES:

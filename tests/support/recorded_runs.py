@@ -20,14 +20,12 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from run_helpers import LAUNCHER_VARIABLES, Base, run_ranks, start_ranks, write_base
+from run_helpers import FOUR, LAUNCHER_VARIABLES, Base, run_ranks, start_ranks, write_adapters, write_base
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,12 +37,6 @@ _COUNTED = (
     *("all_reduce", "broadcast", "send", "recv", "isend", "irecv", "reduce", "gather", "barrier"),
     *("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "all_gather", "reduce_scatter"),
 )
-FOUR: dict[str, dict[str, Any]] = {
-    "a": {"method": "tl6", "rank": 8, "max_steps": 6},
-    "b": {"method": "lora", "layers": [2, 3], "global_batch_size": 8, "max_steps": 4, "learning_rate": 1e-2},
-    "c": {"method": "vera", "rank": 16, "targets": "all", "seed": 3, "max_steps": 6, "save_interval": 3},
-    "d": {"method": "tl2", "rank": 1, "targets": "o_proj,gate_up", "gradient_clipping": 0.01, "max_steps": 6},
-}
 SICK = {"learning_rate": 1e9, "gradient_clipping": 0.0, "warmup_steps": 0, "max_steps": 6, "method": "tl5"}
 
 Start = tuple[dict[str, Any], int, int]  # changed settings, ranks, exit status
@@ -118,9 +110,7 @@ def start(base: Base, folder: Path, changes: dict[str, Any], ranks: int, status:
     changes = dict(changes)
     if entries := changes.pop("adapters", None):
         text = json.dumps(entries).replace("{validation}", str(base.validation))
-        file = folder.parent / "adapters.yaml"
-        file.write_text(yaml.safe_dump([{"name": n, **own} for n, own in json.loads(text).items()], sort_keys=False))
-        changes["adapters"] = file
+        changes["adapters"] = write_adapters(folder.parent / "adapters.yaml", json.loads(text))
     arguments = base.arguments(output_dir=folder, **changes)
     run_ranks(arguments, folder=folder.parent, cache=base.cache, ranks=ranks, prelude=count_messages).expect(status)
 
@@ -145,23 +135,9 @@ def start_sweep(base_folder: Path, folder: Path) -> None:
 
 
 def tensors(file: Path) -> dict[str, str]:
-    """Name -> sha256 of each tensor of a file of safetensors or of torch."""
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as opened:
-            return {name: _sha256(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
-    content = torch.load(file, weights_only=True, map_location="cpu")
-    return {name: _sha256(tensor) for name, tensor in _flat(content, "") if isinstance(tensor, torch.Tensor)}
-
-
-def _flat(content: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from _flat(value, f"{name}/{key}")
-    elif isinstance(content, list | tuple):
-        for index, value in enumerate(content):
-            yield from _flat(value, f"{name}/{index}")
-    else:
-        yield name, content
+    """Name -> sha256 of each tensor of a file."""
+    with safe_open(file, "pt") as opened:
+        return {name: _sha256(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
 
 
 def _sha256(tensor: torch.Tensor) -> str:
@@ -181,9 +157,8 @@ def recorded(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
-        if file.suffix in (".safetensors", ".pt", ".bin"):
-            with suppress(ValueError):
-                found[name] = tensors(file)
+        if file.suffix == ".safetensors":
+            found[name] = tensors(file)
         elif file.name == "metrics.jsonl":
             found[name] = [_without(json.loads(line)) for line in file.read_text().splitlines()]
         elif file.name in ("run_status.json", "scores.json", "results.json") or file.name.startswith("messages."):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from native_files import reseal
@@ -71,6 +72,14 @@ def assert_same_run(folder: Path, whole: Path) -> None:
         assert set(found) == set(expected)
         assert all(found[name] == expected[name] for name in found if name.endswith(".safetensors")), part
     assert status(folder) == status(whole)
+
+
+def assert_close_run(folder: Path, whole: Path, *, rel: float = 1e-5) -> None:
+    """Both runs have rows of the same steps, and losses that differ by their rounding alone."""
+    for split in ("train", "validation"):
+        found, expected = losses(folder, split), losses(whole, split)
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=rel)
 
 
 def truncate(file: Path) -> None:

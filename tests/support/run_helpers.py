@@ -16,21 +16,43 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import psutil
+import yaml
 from folders import ROOT, SUPPORT
-from ranks import ENVIRONMENT, LAUNCHER_VARIABLES, TIME_LIMIT, fork_server, free_port, redirect_output
+from ranks import (
+    ENVIRONMENT,
+    LAUNCHER_VARIABLES,
+    TIME_LIMIT,
+    changed_environment,
+    fork_server,
+    free_port,
+    redirect_output,
+)
+
+if TYPE_CHECKING:
+    from megatron_tiedlora.config.settings import Settings
 
 TRAIN = ROOT / "launch" / "train.py"
 EVALUATE = ROOT / "launch" / "evaluate.py"
 PRELUDES = SUPPORT / "run_preludes.py"
 
 Prelude = Callable[[], None]
+
+
+# Four adapters that differ in what can differ, by the settings of each.
+FOUR: dict[str, dict[str, Any]] = {
+    "a": {"method": "tl6", "rank": 8, "max_steps": 6},
+    "b": {"method": "lora", "layers": [2, 3], "global_batch_size": 8, "max_steps": 4, "learning_rate": 1e-2},
+    "c": {"method": "vera", "rank": 16, "targets": "all", "seed": 3, "max_steps": 6, "save_interval": 3},
+    "d": {"method": "tl2", "rank": 1, "targets": "o_proj,gate_up", "gradient_clipping": 0.01, "max_steps": 6},
+}
 
 
 # A tiny model and data ------------------------------------------------------------------------------------------
@@ -104,6 +126,13 @@ def write_rows(path: Path, count: int, *, seed: int = 0) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_adapters(file: Path, own: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write a file of --adapters, from the settings of each adapter by its name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump([{"name": name, **settings} for name, settings in own.items()], sort_keys=False))
+    return file
 
 
 # Ranks ----------------------------------------------------------------------------------------------------------
@@ -237,6 +266,33 @@ def run(
     arguments = base.arguments(**{"output_dir": folder, **changes})
     work = folder.parent / f"{folder.name}-work"
     return run_ranks(arguments, folder=work, cache=base.cache, ranks=ranks, prelude=prelude).expect(expect)
+
+
+def begin(given: Settings | Sequence[str]) -> None:
+    """The start of a run of one rank in this process, as far as it writes nothing: from the flags or the settings, over
+    model, data, folders and checkpoints, to the files of the base. Then it gives all back.
+
+    A start that is refused ends here with its UserError, a second before a rank would.
+    """
+    from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+    from megatron_tiedlora.config.cli import parse_settings
+    from megatron_tiedlora.config.settings import Settings
+    from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data, shared_plan
+    from megatron_tiedlora.training.build import check_resumed_base, checked_base
+    from megatron_tiedlora.training.start import open_run
+
+    settings = given if isinstance(given, Settings) else parse_settings(list(given), Settings)
+    plans = plan_adapters(settings, rank=0, world_size=1)
+    data = prepare_all_data(plans)
+    with changed_environment({"RANK": "0", "WORLD_SIZE": "1"}), ExitStack() as held:
+        end: Any = SimpleNamespace(held=held, owners=[])
+        start = open_run(settings, counted(plans, data), data, end)
+        for name, checkpoint in start.checkpoints.items():
+            if checkpoint is not None:
+                check_resumed_base(start.plans[name], checkpoint)
+        shared = shared_plan(start.left or plans)
+        with BaseWeights(shared.source.weights_folder(), shared.source.shape, shared.source.stored) as weights:
+            checked_base(shared, weights)
 
 
 def _be_rank(

@@ -38,11 +38,6 @@ def late_rank_0(seconds: float = 60.0) -> None:
     before_call("megatron_tiedlora.planning.run_plan", "plan_run", lambda *_: time.sleep(late))
 
 
-def slow_turns(seconds: float = 0.5) -> None:
-    """Every turn of a run of several adapters takes so many seconds longer."""
-    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: time.sleep(seconds))
-
-
 def quick_start() -> None:
     """Nothing is compiled, and what compiles is not imported, which costs a third of a rank's start.
 
@@ -152,40 +147,14 @@ def without_compiler() -> None:
 
 def kill_at_call(module: str, name: str, *, call: int = 1, number: int = signal.SIGKILL) -> None:
     """The rank sends itself a signal when `module.name` is called for the `call`-th time, before it does anything."""
-    calls = iter(range(1, call + 1))
-
-    def look(*_: Any) -> None:
-        if next(calls, None) == call:
-            os.kill(os.getpid(), number)
-
-    before_call(module, name, look)
+    at_call(module, name, lambda: os.kill(os.getpid(), number), call=call)
 
 
 def kill_rank_at_call(rank: int, module: str, name: str, mark: Path, *, call: int) -> None:
     """SIGKILL of one rank at a call of `module.name`, at the time that `mark` then has."""
     if os.environ["RANK"] == str(rank):
-        calls = iter(range(1, call + 1))
-
-        def look(*_: Any) -> None:
-            if next(calls, None) == call:
-                mark.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        before_call(module, name, look)
-
-
-def die_at_event(event: int, folder: Path) -> None:
-    """SIGKILL before the `event`-th look at or change of a file in `folder` (open, mkdir, rename, remove ...)."""
-    count = 0
-
-    def look(name: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
-        if name.startswith(("open", "os.", "shutil.", "ctypes.")) and _names(arguments, folder):
-            count += 1
-            if count == event:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(look)
+        kill_at_call(module, name, call=call)
+        at_call(module, name, mark.touch, call=call)  # what is put in last comes first
 
 
 def _names(arguments: tuple[Any, ...], folder: Path) -> bool:
@@ -219,19 +188,25 @@ def scripted_validation(losses: dict[int, float]) -> None:
 
 def limit_files(module: str, name: str, size: int, *, call: int = 1) -> None:
     """From the `call`-th call of `module.name` on no file can grow beyond `size` bytes, as on a disk that is full."""
-    calls = iter(range(1, call + 1))
-
-    def look(*_: Any) -> None:
-        if next(calls, None) == call:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-    before_call(module, name, look)
+    limits = (size, resource.RLIM_INFINITY)
+    at_call(module, name, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits), call=call)
 
 
 def all_of(*preludes: Callable[[], None]) -> None:
     """One prelude after the other."""
     for prelude in preludes:
         prelude()
+
+
+def at_call(module: str, name: str, act: Callable[[], object], *, call: int = 1) -> None:
+    """`act` is called before the `call`-th call of `module.name`."""
+    calls = iter(range(1, call + 1))
+
+    def look(*_: Any) -> None:
+        if next(calls, None) == call:
+            act()
+
+    before_call(module, name, look)
 
 
 def before_call(module: str, name: str, look: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from oracle_training import OracleBatch
-from tiny_models import pack_samples, pad_samples, random_batches
+from tiny_models import pack_samples, pad_packs, pad_samples, random_batches
 
 from megatron_tiedlora.adapters.adapter_bank import Share
 from megatron_tiedlora.model.batch import Supervised, find_supervised
@@ -54,14 +54,7 @@ class Member:
             batch = pad_samples([row[0] for row in rows], multiple=8)
             positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids).contiguous()
             return OracleBatch(batch.input_ids, batch.labels, positions=positions)
-        packs = [pack_samples(row) for row in rows]
-        batch = pad_samples(packs, multiple=8)
-        positions, documents = torch.zeros_like(batch.input_ids), torch.full_like(batch.input_ids, 99)
-        for number, pack in enumerate(packs):
-            width = pack.input_ids.shape[1]
-            assert pack.positions is not None and pack.documents is not None
-            positions[number, :width], documents[number, :width] = pack.positions[0], pack.documents[0]
-        return OracleBatch(batch.input_ids, batch.labels, positions=positions, documents=documents)
+        return pad_packs([pack_samples(row) for row in rows], multiple=8)
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,15 @@ import os
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from folders import ROOT
-from ranks import ENVIRONMENT, fork_server
+from ranks import ENVIRONMENT, fork_server, redirect_output
 from run_helpers import Base, Ended, World, _be_rank, write_base
-from run_preludes import before_call
+from run_preludes import at_call, kill_at_call, poison, slow_steps
 
 from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import make_job
@@ -139,10 +138,7 @@ def forked_start(job: Any, log: Path, lock: int, *, work: Path, cache: Path, pre
 
 def _be_sweep(arguments: list[str], work: str, cache: str, preludes: Preludes, out: str, err: str) -> None:
     os.setsid()
-    for path, number in ((out, 1), (err, 2)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, number)
-        os.close(descriptor)
+    redirect_output(Path(out), Path(err))
     os.environ.update(ENVIRONMENT)
     from tqdm import tqdm
 
@@ -186,14 +182,8 @@ def starts(work: Path) -> list[str]:
 
 def kill_all_at_call(sweep: int, *, module: str, name: str, call: int = 1) -> None:
     """SIGKILL to the sweep and to this rank when `module.name` is called for the `call`-th time."""
-    calls = iter(range(1, call + 1))
-
-    def look(*_: Any) -> None:
-        if next(calls, None) == call:
-            os.kill(sweep, signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    before_call(module, name, look)
+    kill_at_call(module, name, call=call)
+    at_call(module, name, lambda: os.kill(sweep, signal.SIGKILL), call=call)  # what is put in last comes first
 
 
 def kill_all_at_step(sweep: int, *, step: int) -> None:
@@ -203,18 +193,10 @@ def kill_all_at_step(sweep: int, *, step: int) -> None:
 
 def signal_sweep_at_step(sweep: int, *, step: int, number: int) -> None:
     """A signal to the sweep at the start of training step `step`; every step takes 0.3 s longer."""
-    calls = iter(range(1, step + 1))
-
-    def look(*_: Any) -> None:
-        if next(calls, None) == step:
-            os.kill(sweep, number)
-        time.sleep(0.3)
-
-    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", look)
+    slow_steps()
+    at_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda: os.kill(sweep, number), call=step)
 
 
 def lose_the_loss(_sweep: int) -> None:
     """The loss is nan at step 2."""
-    from run_preludes import poison
-
     poison(2, "loss")

@@ -251,3 +251,14 @@ def pack_samples(samples: list[OracleBatch]) -> OracleBatch:
         positions=torch.cat([torch.arange(n) for n in lengths])[None],
         documents=torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None],
     )
+
+
+def pad_packs(packs: list[OracleBatch], *, multiple: int = 1) -> OracleBatch:
+    """One batch of rows of `pack_samples`, padded on the right with one more document."""
+    batch = pad_samples(packs, multiple=multiple)
+    positions, documents = torch.zeros_like(batch.input_ids), torch.full_like(batch.input_ids, 99)
+    for row, pack in enumerate(packs):
+        width = pack.input_ids.shape[1]
+        assert pack.positions is not None and pack.documents is not None
+        positions[row, :width], documents[row, :width] = pack.positions[0], pack.documents[0]
+    return OracleBatch(batch.input_ids, batch.labels, positions=positions, documents=documents)

@@ -77,8 +77,6 @@ def test_the_table_and_the_names_of_dear_tests(tmp_path: Path) -> None:
         cpu, wall, number = rows[name]
         assert burnt <= cpu < burnt + 2 * tests  # a busy machine counts more
         assert number == tests and wall > 0, ended.stdout
-    outside = float(re.findall(r"(-?[\d.]+) +outside of tests", ended.stdout)[0])
-    assert 0.3 < outside < 20, f"three processes\n{ended.stdout}"
     named = re.findall(r"([\d.]+) of ([\d.]+)  (.*)", ended.stdout)
     assert [(limit, test) for _, limit, test in named] == [("0.2", "test_dear.py::test_dear")]
     assert ended.returncode == 1 and "the run fails" in ended.stdout, ended.stdout
@@ -105,9 +103,8 @@ def test_only_ci_fails_and_only_far_over(cpu: float, ci: bool, status: int) -> N
 
 def test_a_process_that_nobody_reaps_has_used_what_it_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts of the tests die with all that runs on them: their seconds stay with the test, and once."""
-    seen = iter([1.0, 6.0, 2.0, 3.0, 4.0])
+    seen = iter([1.0, 6.0, 2.0, 3.0])
     monkeypatch.setattr(cpu_seconds, "cpu_seconds_here", lambda: next(seen))
-    monkeypatch.setattr(cpu_seconds, "server_seconds", lambda: 0.5)
     measured = CpuSeconds(in_ci=False)
     measured.pytest_collection_finish()
     for _ in range(3):
@@ -117,9 +114,7 @@ def test_a_process_that_nobody_reaps_has_used_what_it_used(monkeypatch: pytest.M
         with pytest.raises(StopIteration):
             hook.send(report)
         measured.pytest_runtest_logreport(report)
-    measured.pytest_sessionfinish(SimpleNamespace(config=SimpleNamespace(), exitstatus=pytest.ExitCode.OK))
     assert measured.files["test_a.py"].cpu == 6.0, "5, then 0 and not -4, then 1"
-    assert measured.outside == 1.0 + 0.5 + 1.0, "before the first test, the server, after the last"
 
 
 MARK = pytest.mark.cpu_seconds

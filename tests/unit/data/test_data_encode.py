@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from nemo_files import require_exact_sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from versions import require_exact_sentencepiece
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.encode import adds_prefix_space, encode_dataset, encode_examples, encode_prompts

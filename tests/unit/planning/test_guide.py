@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from document_commands import GUIDE, words_of
+from document_rows import GUIDE, words_of
 from folders import ROOT
 
 from megatron_tiedlora.config.plan_settings import FORMAT_NAMES, parse_plan
