@@ -306,7 +306,7 @@ def test_gpus_compile_in_one_turn(device: str, rank: int, waits: bool, monkeypat
         source=SimpleNamespace(shape=None),
         dtype=torch.bfloat16,
     )
-    monkeypatch.setattr(compiling, "local_rank", lambda: rank)
+    monkeypatch.setattr(compiling, "rank_number", lambda *, local: rank)
     monkeypatch.setattr(compiling, "compiled_kernels", lambda *_, **__: seen.append("compiles") or EAGER)
     monkeypatch.setattr(compiling, "sum_over_ranks", lambda _: seen.append("meets"))
     monkeypatch.setattr(compiling, "first_message", lambda message: message)
