@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.rows import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
+from megatron_tiedlora.adapters.low_rank import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of
 
-Part = TypeVar("Part")
-
-
+Flat = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 ONLY = ""  # the name of an adapter that is the only one
 
 
@@ -51,23 +49,6 @@ def pieces_of(shares: Shares) -> Pieces:
     if len(shares) == 1:
         return ()
     return tuple(Piece(number, share.num_tokens) for number, share in enumerate(shares))
-
-
-def filled(parts: Sequence[Part], sizes: Sequence[int], rooms: Sequence[int]) -> list[list[Part]]:
-    """Which of several adapters' parts are computed together, in their order: each joins the last ones if it fits.
-
-    Args:
-        rooms: the most that a part may have together with those that join it; a larger one is alone.
-    """
-    found: list[list[Part]] = []
-    left = 0
-    for part, size, room in zip(parts, sizes, rooms, strict=True):
-        if not found or size > left:
-            found.append([])
-            left = room
-        found[-1].append(part)
-        left -= size
-    return found
 
 
 class Dropout(NamedTuple):
@@ -147,7 +128,17 @@ class AdapterBank:
             size = sum(piece.size for piece in pieces) // group.size
             local_pieces = part_of(pieces, group.rank * size, (group.rank + 1) * size)
         found: dict[int, LayerUpdate] = {}
-        flat = _Flat()
+        memory: dict[Hashable, torch.Tensor] = {}
+
+        def flat(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+            """The factors end to end, in one memory for all layers that share them; their own if there is only one."""
+            # not by address, as tensors without data have none
+            key = tuple((factor.untyped_storage()._cdata, factor.storage_offset()) for factor in factors)
+            if key not in memory:
+                parts = [factor.flatten() for factor in factors]
+                memory[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return memory[key]
+
         for layer in sorted({layer for updates in by_owner for layer in updates}):
             of_layer = {number: updates[layer] for number, updates in enumerate(by_owner) if layer in updates}
             targets = dict.fromkeys(name for update in of_layer.values() for name in update)
@@ -203,30 +194,14 @@ def _read(adapters: Sequence[TiedAdapter], group: RankGroup, *, dtype: torch.dty
 
 
 def _joined(
-    updates: Mapping[int, LinearUpdate], ranks: Mapping[int, int], pieces: tuple[Pieces, Pieces], flat: _Flat
+    updates: Mapping[int, LinearUpdate], ranks: Mapping[int, int], pieces: tuple[Pieces, Pieces], flat: Flat
 ) -> LinearUpdate:
     """One update of a linear for the tokens of all owners: their factors and stand-ins, flat and end to end."""
     of_adapted = {number: ranks[number] for number in updates}
     rows = SharedRows(ranks=of_adapted, pieces=pieces[0], local_pieces=pieces[1])
     a, f = ([getattr(update, name) for update in updates.values()] for name in ("a", "f"))
     grad_a, grad_f = ([getattr(update, name) for update in updates.values()] for name in ("grad_a", "grad_f"))
-    return LinearUpdate(flat.of(a), flat.of(f), _join_stand_ins(a, grad_a), _join_stand_ins(f, grad_f), rows)
-
-
-class _Flat:
-    """Factors end to end, in one memory for all layers that share them."""
-
-    def __init__(self) -> None:
-        self._found: dict[Hashable, torch.Tensor] = {}
-
-    def of(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """All numbers of the factors; their own memory if there is only one."""
-        # not by address, as tensors without data have none
-        key = tuple((factor.untyped_storage()._cdata, factor.storage_offset()) for factor in factors)
-        if key not in self._found:
-            parts = [factor.flatten() for factor in factors]
-            self._found[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._found[key]
+    return LinearUpdate(flat(a), flat(f), _join_stand_ins(a, grad_a), _join_stand_ins(f, grad_f), rows)
 
 
 def _join_stand_ins(factors: Sequence[torch.Tensor], stand_ins: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -2,7 +2,7 @@
 
 It owns shapes, sharding, initial values and what layers get from it: A and F = (alpha / r) diag(v) B diag(u). A tensor
 has a slot for each group of layers that share it; which one a layer uses is `AdapterConfig.slot`. It leaves
-z = W x + F A x and the gradients of A and F to `rows`, files to checkpoint/, and sums between stages to `tying`.
+z = W x + F A x and the gradients of A and F to `low_rank`, files to checkpoint/, and sums between stages to `tying`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.factors import LinearFactors, Slots, fold, layer_slots
-from megatron_tiedlora.adapters.rows import AllRows
+from megatron_tiedlora.adapters.low_rank import AllRows, LinearFactors, Slots, fold, layer_slots
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.base.shapes import QKV, Cut, ModelShape, linear_sizes
-from megatron_tiedlora.parallel.collectives import StepSum, gather_together
-from megatron_tiedlora.parallel.groups import ALONE, RankGroup
+from megatron_tiedlora.parallel.groups import ALONE, RankGroup, StepSum, gather_together
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, draw_normal
 
 # Targets --------------------------------------------------------------------------------------------------------------
@@ -225,6 +223,11 @@ class AdapterPart:
         """Whether the rank has the tensor: it is not frozen at one, and it is tied or the stage has adapted layers."""
         factor = self.config.factor(name)
         return (factor.trained or factor.start != "one") and len(self.slots(name)) > 0
+
+    def names(self, *, trained: bool) -> list[str]:
+        """The tensors that the rank has: trained ones, or frozen factors."""
+        config = self.config
+        return [name for name in config.tensors if self.exists(name) and config.factor(name).trained == trained]
 
     def local_shape(self, name: str) -> tuple[int, ...]:
         """The shape of this rank's part."""

@@ -15,8 +15,7 @@ import torch
 from torch import distributed, nn
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter
-from megatron_tiedlora.parallel.collectives import StepSum, all_gather
-from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup, StepSum, all_gather
 
 
 def sum_gradients_(

@@ -14,18 +14,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.checkpoint.base_identity import check_same_base
-from megatron_tiedlora.checkpoint.model_in_memory import (
-    base_layer_of,
-    check_whole,
-    find_places,
-    identify_in_memory,
-    merge_,
-    model_source,
-    with_update,
-)
+from megatron_tiedlora.base.errors import UserError, user_path
+from megatron_tiedlora.checkpoint.base_identity import base_layer_of, check_same_base, identify_in_memory, model_source
+from megatron_tiedlora.checkpoint.load_model import check_whole, find_places, merge_, with_update
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES

@@ -1,1 +1,1 @@
-"""The ground floor: errors, paths, files, folders and the wording of sizes. It imports no other package of ours."""
+"""The ground floor: errors and words, files and folders. It imports no other package of ours."""

@@ -4,8 +4,6 @@ A `guard` is called right before the rename. It raises UserError if this process
 `ownership` explains why nothing can change after that, once the temporary files were removed.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

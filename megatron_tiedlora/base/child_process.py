@@ -1,7 +1,5 @@
 """What a child process does first, and a limit on the memory that a block may allocate."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import resource

@@ -1,8 +1,6 @@
 """Versions of this package and of libraries, for output files that record them; and the extras of this package: what a
 command needs that loading, merging and exporting do not. Nothing is imported to find that out."""
 
-from __future__ import annotations
-
 import platform
 import shlex
 from collections.abc import Collection, Mapping
@@ -11,8 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import enumerate_names
+from megatron_tiedlora.base.errors import UserError, enumerate_names
 
 __version__ = "0.2.0.dev0"  # pyproject.toml reads it from here
 PACKAGE_FOLDER = Path(__file__).parents[1]  # of megatron_tiedlora

@@ -5,14 +5,11 @@ B (o, r), u (r), v (o). Layers may share each of these ("tied"). The paper's tie
 adapted layers; u and v are per layer.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.base.errors import UserError, nearest_name
 
 Start = Literal["normal", "zero", "one"]
 Sharing = Literal["all", "one"] | int | tuple[tuple[int, ...], ...]

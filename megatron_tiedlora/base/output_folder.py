@@ -1,22 +1,91 @@
-"""A command's output folder: it is checked to be free and writable before any work is done."""
-
-from __future__ import annotations
+"""Folders and names in them: those of one user, and a command's output folder, which is checked to be free and writable
+before any work is done."""
 
 import hashlib
+import itertools
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from megatron_tiedlora.base.atomic import new_folder, remove_leftovers
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, bytes_in_words, user_path
 from megatron_tiedlora.base.ownership import FolderLock, FolderTaken, take_folder
-from megatron_tiedlora.base.paths import numbered, user_path
-from megatron_tiedlora.base.wording import bytes_in_words
+
+_LONGEST_PART = 80  # bytes of a name that becomes a part of a longer one
+
+
+@dataclass(frozen=True)
+class PathIn:
+    """A class attribute that is a path in the folder `path` of each instance: `NAME = PathIn("name")`."""
+
+    name: str
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Path:
+        path: Path = owner.path
+        return path / self.name
+
+
+def last_name(given: str) -> str:
+    """The last part of a path or a hub id, for folders named after it. A very long one is cut short."""
+    name = given.rstrip("/").rsplit("/", 1)[-1]
+    raw = os.fsencode(name)
+    return name if len(raw) <= _LONGEST_PART else raw[:_LONGEST_PART].decode(errors="ignore")
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """PATH, PATH-2, PATH-3, ..."""
+    yield path
+    yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+
+
+def first_free(path: Path) -> Path:
+    """The first of `numbered` that does not exist."""
+    return next(one for one in numbered(path) if not os.path.lexists(one))
+CACHE_VARIABLE = "MEGATRON_TIEDLORA_CACHE"
+
+
+def user_cache() -> Path:
+    """The folder for what is downloaded or made once; it may not exist yet.
+
+    `$MEGATRON_TIEDLORA_CACHE`, else `~/.cache/megatron_tiedlora`.
+    """
+    configured = os.environ.get(CACHE_VARIABLE)
+    return user_path(configured).absolute() if configured else Path.home() / ".cache" / "megatron_tiedlora"
+
+
+def make_own_folder(path: Path, *, mode: int = 0o755) -> None:
+    """Create a folder and its parents, not writable by others. An existing one is left as it is.
+
+    Raises:
+        UserError: it exists, and anyone may write in it.
+        OSError: it cannot be created.
+    """
+    path.mkdir(mode=mode & ~stat.S_IWOTH, parents=True, exist_ok=True)
+    if path.stat().st_mode & stat.S_IWOTH:
+        raise UserError(f"{path}: anyone may write files there, and they would be trusted; run chmod o-w on it")
+
+
+def make_private_folder(path: Path) -> None:
+    """Create a folder with a predictable name in one that others can write to, such as the temporary folder.
+
+    Raises:
+        UserError: it exists and is a link, another user's, or writable by anyone.
+        OSError: it cannot be created.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
+        raise UserError(f"{path}: is not this user's own folder, so its content is not trusted; remove it")
+
+
+# Outputs of commands --------------------------------------------------------------------------------------------------
 
 
 def nearest_existing(path: Path) -> Path:

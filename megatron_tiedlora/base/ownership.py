@@ -8,8 +8,6 @@ A check comes right before each rename of a temporary file (`atomic`), and a new
 it reads the folder. So an owner that is suspended between its check and its rename changes nothing when it wakes up.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -164,7 +162,7 @@ class FolderLock:
         self._thread = threading.Thread(target=self._renew, name="folder-lock", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> FolderLock:
+    def __enter__(self) -> "FolderLock":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,8 +3,6 @@
 All bars of the package are made here, so that no log contains carriage returns or cursor codes.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Sized
 from typing import Any

@@ -6,8 +6,7 @@ configuration, stage costs, FLOPs, memory and messages, merging and export. A fa
 from a `config.json`.
 """
 
-from __future__ import annotations
-
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -145,11 +144,11 @@ class HeadShape:
         """How many elements of a head are rotated, the first ones."""
         return int(self.dim * self.rope.share)
 
-    def local(self, tp_size: int) -> HeadShape:
+    def local(self, tp_size: int) -> "HeadShape":
         """The heads of one of `tp_size` ranks."""
         return self._of_sizes(self.num // tp_size, self.num_kv // tp_size, self.dim, self.rope)
 
-    def resized(self, *, num: int, num_kv: int, dim: int) -> HeadShape:
+    def resized(self, *, num: int, num_kv: int, dim: int) -> "HeadShape":
         """The same kind of heads in other numbers and another size, for code that needs heads but no weights.
 
         If part of a head is rotated, it is half of it.
@@ -160,7 +159,7 @@ class HeadShape:
             rope = replace(rope, scaling=replace(rope.scaling, factors=(1.0,) * size))
         return self._of_sizes(num, num_kv, dim, rope)
 
-    def _of_sizes(self, num: int, num_kv: int, dim: int, rope: RopeShape) -> HeadShape:
+    def _of_sizes(self, num: int, num_kv: int, dim: int, rope: RopeShape) -> "HeadShape":
         counts = ((self.query_norm, num), (self.key_norm, num_kv))
         norms = (norm and replace(norm, size=dim * (count if norm.sharded else 1)) for norm, count in counts)
         return HeadShape(num, num_kv, dim, rope, *norms)
@@ -239,7 +238,7 @@ class BlockShape:
     down: LinearShape
     down_norm: NormShape | None
 
-    def resized(self, heads: HeadShape, intermediate_size: int) -> BlockShape:
+    def resized(self, heads: HeadShape, intermediate_size: int) -> "BlockShape":
         """The same block with other heads and another MLP width."""
         sizes = linear_sizes(self.qkv.in_size, heads.rows, intermediate_size)
         linears: dict[str, Any] = {
@@ -327,7 +326,7 @@ class ModelShape:
         """Width of the MLP."""
         return self.block.down.in_size
 
-    def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> ModelShape:
+    def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> "ModelShape":
         """The same kind of model in another size, for code that needs a model but no weights.
 
         It has tied embeddings, and the rotation of `heads` in each block.
@@ -341,3 +340,65 @@ class ModelShape:
             tied_embeddings=True,
             ropes=(),
         )
+
+
+# Storage formats of a quantised base ----------------------------------------------------------------------------------
+#
+# This table says how many bits a weight has and where scales lie. Only the weights of the blocks' linears are
+# quantised. Embedding, head, norms, biases and the adapter are not.
+
+
+FP8_CAPABILITY = (8, 9)  # the least compute capability of a GPU that multiplies in fp8
+
+
+@dataclass(frozen=True)
+class BaseFormat:
+    """A storage format: one row of the table.
+
+    Attributes:
+        bits: bits of a code.
+        block: how many weights, which follow each other in a row, have a scale in common; None for a whole row. The
+            last block of a row may be shorter. A scale belongs to the block or row of the full tensor, even if
+            tensor parallelism shards that.
+    """
+
+    name: str
+    bits: int
+    block: int | None
+
+    def row_bytes(self, width: int) -> int:
+        """The bytes of the codes in a row of `width` weights. A row begins with a byte of its own."""
+        return -(-width * self.bits // 8)
+
+    def row_scales(self, width: int, *, shards_rows: bool = False) -> int:
+        """The number of scales that are stored for a row, or a shard of it, of `width` weights; see `stored_block`."""
+        return 1 if self.block is None else -(-width // self.stored_block(width, shards_rows=shards_rows))
+
+    def stored_block(self, width: int, *, shards_rows: bool = False) -> int:
+        """How many weights a stored scale is for.
+
+        A rank's shard of a row may begin within a block. Then it stores the block's scale once for each part of a size
+        that divides both the block and the shard, so that all shards are stored in the same way.
+        """
+        if self.block is None:
+            return width
+        return math.gcd(self.block, width) if shards_rows else self.block
+
+
+BASE_FORMATS: dict[str, BaseFormat] = {
+    row.name: row
+    for row in (
+        BaseFormat("int8", bits=8, block=None),
+        BaseFormat("fp8", bits=8, block=None),  # e4m3: 4 bits of exponent, 3 of mantissa
+        BaseFormat("nf4", bits=4, block=64),  # QLoRA's 16 levels
+    )
+}
+BASE_NAMES = tuple(BASE_FORMATS)
+UNQUANTISED = "none"  # where a format that was trained with is the default
+
+
+def precision_in_words(dtype: str, base_format: str | None, products: str | None = None) -> str:
+    """The dtype of a model, and the storage format of the linears of its blocks if they have one, and --products."""
+    if base_format is None:
+        return dtype
+    return f"{dtype} with the linears in {base_format}" + ("" if products is None else f", multiplied in {products}")

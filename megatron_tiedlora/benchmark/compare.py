@@ -52,8 +52,7 @@ from megatron_tiedlora.data.loader import collate, shared_micro_batch, shared_ro
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.engine.runner import Losses
-from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import UserError, user_path
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import (
     CLASSES,
@@ -53,8 +52,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
-from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.parallel.traffic import DATA, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.groups import DATA, Grid, TrafficCounter, named_handles
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.machines import Machine, read_machine
 from megatron_tiedlora.planning.passes import engine_traffic, saved_bytes, step_flops, step_traffic
@@ -286,7 +284,7 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
     plan, runner, device = run.plan, run.runner, run.runner.device
     run.train_step.stop.agree(True)  # start together, so that ranks that share a processor measure their share of it
     rate = base_matmul_rate(plan, runner.stage, step.micro_batches, device)
-    shapes = run.step_plan(step).batches.shapes
+    shapes = run.step_plan(step).batches
     run.train_step.long_seconds = math.inf  # the prediction leaves out what ranks send only in long steps
     with TrafficCounter(named_handles(runner.groups)) as counter:
         run.take(next(run.loader))

@@ -30,8 +30,7 @@ import psutil
 import torch
 from torch import distributed
 
-from megatron_tiedlora.base.base_formats import BASE_NAMES, FP8_CAPABILITY
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY, ModelShape
 from megatron_tiedlora.benchmark.layout import MeasuredStep, measured_step
 from megatron_tiedlora.benchmark.timing import idle_bytes
 from megatron_tiedlora.checkpoint.sources import ModelSource

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text
-from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD, Traffic
+from megatron_tiedlora.base.errors import aligned_lines, bytes_in_words, count_text
+from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD, Traffic
 from megatron_tiedlora.planning.report import shares_text
 
 Figures = Mapping[str, Any]

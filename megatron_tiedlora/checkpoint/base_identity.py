@@ -5,26 +5,31 @@ the weights. Values are hashed as bf16, so a copy in another precision is the sa
 of bf16, or between the positions, is not detected. Very small values are first rounded to fp16.
 
 Such a copy quantises to other values, though. So the identity of a base that was quantised as it was loaded also has
-the precision of the weights from which it was.
+the precision of the weights from which it was. A model of transformers in memory is identified in the same way.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import BASE_FORMATS, ModelShape
 from megatron_tiedlora.base.text_files import Size, Text, read_small_text
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS, BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.tensor_files import run_starts
 from megatron_tiedlora.data.tokenizer import tokenizer_hash
-from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.hf_config import stored_format
+from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
 
 MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it
 
@@ -87,26 +92,8 @@ class BaseIdentity:
                 raise UserError(f"{file}: {name} {shown(value)} is not one of {', '.join(known)}")
 
 
-class StoredValues(Protocol):
-    """What of a model's weights its identity needs: `BaseWeights`, or a model in memory."""
-
-    @property
-    def folder(self) -> Path | None:
-        """The model's folder, if it has one."""
-
-    @property
-    def rules(self) -> tuple[WeightRule, ...]:
-        """Its name table."""
-
-    def read(self, name: str) -> torch.Tensor:
-        """A whole tensor by its stored name."""
-
-    def sample(self, name: str) -> torch.Tensor:
-        """See `BaseWeights.sample`."""
-
-
 def identify_base(
-    source: ModelSource, weights: StoredValues, dtype: str, *, tokenizer: str | None = None
+    source: ModelSource, weights: BaseWeights | WeightsInMemory, dtype: str, *, tokenizer: str | None = None
 ) -> BaseIdentity:
     """The identity of a base model; reads some KB of every tensor.
 
@@ -125,7 +112,7 @@ def identify_base(
     )
 
 
-def weights_hash(source: ModelSource, weights: StoredValues) -> str:
+def weights_hash(source: ModelSource, weights: BaseWeights | WeightsInMemory) -> str:
     """Hash of the final norm's weight in bf16 and of a merge's record."""
     # The same model is stored in fp32, fp16 and bf16; rounding to bf16 makes those copies equal.
     digest = hashlib.sha256(_bits(weights.read(f"{source.shape.final_norm.source}.weight")))
@@ -146,7 +133,7 @@ def identify_model(source: ModelSource, dtype: str, tokenizer: str | None = None
     return replace(found, base_format=source.stored_base)
 
 
-def sample_hash(weights: StoredValues) -> str:
+def sample_hash(weights: BaseWeights | WeightsInMemory) -> str:
     """Hash of the names, the shapes and the sampled values of all tensors that the name table of `weights` lists."""
     digest = hashlib.sha256()
     shapes = stored_shapes(weights.rules)
@@ -157,7 +144,7 @@ def sample_hash(weights: StoredValues) -> str:
     return digest.hexdigest()
 
 
-def linears_dtype(weights: StoredValues, shape: ModelShape) -> str:
+def linears_dtype(weights: BaseWeights | WeightsInMemory, shape: ModelShape) -> str:
     """The narrowest of bf16, fp16 and fp32 that holds the sampled values of the blocks' linears exactly.
 
     So a copy in a wider precision, whose values and codes are the same, has that of the original. Of a folder with
@@ -264,3 +251,95 @@ def check_same_base(
         )
     anyway = "base_differs=True" if in_memory else "--base_differs"
     raise UserError(f"{source}: {what}; {own}, or {anyway} to use this one anyway")
+
+
+# A model in memory ----------------------------------------------------------------------------------------------------
+
+
+def model_source(model: Any) -> ModelSource:
+    """A transformers model as a base model.
+
+    Raises:
+        UserError: it is no causal language model of an implemented family.
+    """
+    if not hasattr(getattr(model, "config", None), "to_json_string"):
+        raise UserError(f"{type(model).__name__} is not a model of transformers: it has no config")
+    fields = json.loads(model.config.to_json_string())  # as save_pretrained writes them
+    stored = None
+    with suppress(UserError):  # a format that is not read here
+        stored = stored_format(fields, source="its config")
+    fields.pop("quantization_config", None)  # of the frozen weights alone; an adapter is the same on them
+    name = model.config.name_or_path or type(model).__name__
+    folder = Path(name) if Path(name).is_dir() else None
+    return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"), stored=stored)
+
+
+def base_layer_of(module: Any) -> Any:
+    """The module that adapters of PEFT wrap; the module itself if there are none."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+@dataclass(frozen=True)
+class WeightsInMemory:
+    """The weights of a transformers model, for `identify_base`."""
+
+    model: Any
+    source: ModelSource
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the model was loaded from, if it is one."""
+        return self.source.folder
+
+    @cached_property
+    def rules(self) -> tuple[WeightRule, ...]:
+        """The model's name table."""
+        return weight_rules(self.source.shape)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of this name, also if accelerate has offloaded it. Raises UserError if the model has none."""
+        module, tensor = self.held(name)
+        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if tensor.is_meta and offloaded is not None:
+            tensor = offloaded[name.rpartition(".")[2]]
+        return tensor.detach()
+
+    def held(self, name: str) -> tuple[Any, torch.Tensor]:
+        """The module that has the tensor of this name, and the tensor; on the meta device if it is offloaded."""
+        path, _, kind = name.rpartition(".")
+        try:
+            module = base_layer_of(self.model.get_submodule(path))
+            return module, getattr(module, kind)
+        except AttributeError:
+            raise UserError(f"{self.source.name}: the model has no {name}; give the whole causal model") from None
+
+    def sample(self, name: str) -> torch.Tensor:
+        """The values that `BaseWeights.sample` takes."""
+        flat = self.read(name).flatten()
+        starts, length = run_starts(flat.numel(), count=SAMPLED_RUNS, length=RUN_LENGTH)
+        return torch.cat([flat[start : start + length] for start in starts]).cpu()
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a weight is neither quantised nor offloaded."""
+    return tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta
+
+
+def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
+    """The identity of a model as it is in memory. If some weights are quantised or offloaded, their sample is unknown.
+
+    Raises:
+        UserError: it lacks a module, or its final norm is not whole.
+    """
+    weights, norm = WeightsInMemory(model, source), source.shape.final_norm
+    values = weights.read(f"{norm.source}.weight")
+    if values.shape != (norm.size,) or not is_plain(values):
+        raise UserError(f"{source.name}: the weights of the model are sharded or offloaded; load it whole")
+    dtype = "fp32" if values.dtype == torch.float32 else "bf16"
+    held = ((weights.held(name)[1], shape) for name, shape in stored_shapes(weights.rules).items())
+    if all(tuple(tensor.shape) == shape and is_plain(tensor) for tensor, shape in held):  # as they were stored
+        return identify_base(source, weights, dtype)
+    found = identify_shape(source, dtype, weights_hash=weights_hash(source, weights))
+    return replace(found, base_format=source.stored_base)

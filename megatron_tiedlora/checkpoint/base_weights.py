@@ -6,33 +6,34 @@ and checkpoints of such weights are written, to test memory and speed without a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from megatron_tiedlora.base.atomic import new_folder, write_json
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.output_folder import reject_existing, require_room
+from megatron_tiedlora.base.output_folder import nearest_existing, reject_existing, require_room
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.text_files import read_json_object
-from megatron_tiedlora.checkpoint.stored_weights import StoredWeights
 from megatron_tiedlora.checkpoint.tensor_files import (
     FLOAT_TYPES,
     INDEX_FILE,
     LARGEST_HEADER,
     SINGLE_FILE,
     Header,
+    StoredWeights,
+    StreamedTensor,
     read_header,
     read_runs,
+    sharded,
+    write_files,
 )
 from megatron_tiedlora.config.presets import TINY
 from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
@@ -40,7 +41,6 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import StoredFormat
 from megatron_tiedlora.model.weights import (
     WeightRule,
-    num_base_parameters,
     quantised_rules,
     stored_shapes,
     weight_rules,
@@ -367,31 +367,24 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
         UserError: `output` exists, or the disk has too little space.
     """
     reject_existing(output, flag=f"--output {output}")
-    model_shape = shape_from_hf(values, source=name)
-    needed = num_base_parameters(model_shape) * torch.bfloat16.itemsize
-    existing = next(parent for parent in output.absolute().parents if parent.exists())
-    require_room(existing, needed, output=output)
-    index: dict[str, str] = {}
+    shapes = stored_shapes(weight_rules(shape_from_hf(values, source=name)))
+    files = sharded([_random_tensor(hf_name, shape, seed=seed) for hf_name, shape in shapes.items()])
+    needed = sum(file.value_bytes for file in files)
+    require_room(nearest_existing(output.parent), needed, output=output)
     with new_folder(output) as folder:
-        parts = [list(rules) for _, rules in groupby(weight_rules(model_shape), key=lambda rule: rule.layer)]
-        for number, rules in enumerate(progress_bar(name, "shard", parts), start=1):
-            file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-            tensors = {
-                hf_name: draw_(
-                    torch.empty(shape, dtype=torch.bfloat16),
-                    name=hf_name,
-                    full_shape=shape,
-                    seed=stream_seed(seed, hf_name),
-                )
-                for hf_name, shape in stored_shapes(rules).items()
-            }
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            index.update(dict.fromkeys(tensors, file))
+        write_files(folder, files, bar=name, progress=True)
         kinds = values.get("architectures") or [_class_name(values)]
         write_json(folder / "config.json", {**values, "architectures": kinds, "dtype": "bfloat16"})
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": needed}, "weight_map": index})
         if name == TINY:
             save_tokenizer(byte_tokenizer(values["max_position_embeddings"]), folder)
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], *, seed: int) -> StreamedTensor:
+    def drawn() -> Iterator[torch.Tensor]:
+        empty = torch.empty(shape, dtype=torch.bfloat16)
+        yield draw_(empty, name=name, full_shape=shape, seed=stream_seed(seed, name))
+
+    return StreamedTensor(name, torch.bfloat16, shape, drawn)
 
 
 def _class_name(values: Mapping[str, Any]) -> str:

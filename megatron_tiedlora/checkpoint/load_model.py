@@ -1,31 +1,160 @@
-"""Load a base model with an adapter without an engine, whole or one rank's part, to check exports and to generate."""
+"""A base model with an adapter, without an engine: whole or one rank's part, to check exports and to generate; and its
+weights as a merge makes them, while they are read: W' = D(W) + B' A', added in fp32.
+
+D(W) is W, or in a merge onto the base that training saw what the storage format of that base makes of W. A merge writes
+what is read here, the check of a merged folder reads it again, and a model with a merged adapter is loaded from it. The
+last bits of a matmul can depend on its number of rows, so merge and check read the same `row_blocks`.
+
+A linear module of a transformers model in memory can have the update beside its weight, unexpanded: A and B stay one
+pair for all adapted layers.
+
+    z = W x + B' A' x    with    A' = diag(u) A,    B' = the module's rows of (alpha / r) diag(v) B
+
+A module of a fused target (q, k and v; gate and up) uses its own rows of B and v. A' and B' are computed anew in each
+forward pass, in the adapter's dtype, and so is the update: the numbers are those of the exported PEFT LoRA.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
+from torch.nn.functional import linear
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.checkpoint.base_weights import load_base_weights
-from megatron_tiedlora.checkpoint.merged_weights import MergedWeights
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter
+from megatron_tiedlora.base.errors import UserError, count_text
+from megatron_tiedlora.base.shapes import BASE_FORMATS, ModelShape
+from megatron_tiedlora.checkpoint.base_identity import is_plain
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
+from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, changed_tensors
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.model.weights import quantised_rules, stage_weight_rules, stored_shapes
 from megatron_tiedlora.parallel.agreement import num_differing
-from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker, frozen_weights
-from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, TensorParallel
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, TensorParallel, largest_of_all
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.quantise import quantised_rows
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
+
+BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32, and as much again for its update; it stays in the caches
+_FEWEST_ROWS = 16  # of a block: a matmul of a few rows sums in another order than one of many
+
+ReadRows = Callable[[str, slice], torch.Tensor]  # of a stored tensor, by its name
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of about `BLOCK_ELEMENTS` elements that cover the rows of a stored tensor of this shape.
+
+    None has fewer than 16 rows, unless the tensor has.
+    """
+    num_rows, width = shape[0], max(torch.Size(shape[1:]).numel(), 1)
+    size = max(BLOCK_ELEMENTS // width // _FEWEST_ROWS, 1) * _FEWEST_ROWS
+    start = 0
+    while start < num_rows:
+        stop = num_rows if num_rows - start < size + _FEWEST_ROWS else start + size
+        yield slice(start, stop)
+        start = stop
+
+
+def merged_rows(rows: torch.Tensor, a: torch.Tensor, b_rows: torch.Tensor) -> torch.Tensor:
+    """Rows (n, in) of W', from the same rows of W as stored, A' (r, in) and the same rows (n, r) of B'; in fp32, or in
+    fp64 if W is."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return rows.to(wide, copy=True).add_(b_rows @ a)
+
+
+class MergedWeights(BaseWeights):
+    """A base checkpoint, read with an adapter merged into it.
+
+    It keeps the factors of the last tensor, so the rows of a tensor are best read one after another. Those of all
+    layers at once would take memory for each layer.
+
+    Attributes:
+        changed: the stored tensors whose values the merge changes.
+    """
+
+    def __init__(self, source: ModelSource, adapter: NativeAdapter | None, *, base_format: str | None = None) -> None:
+        """Open the files of `source`.
+
+        Args:
+            adapter: None for what `base_format` alone changes.
+            base_format: of the base that the adapter is merged onto; None for the stored one.
+        """
+        super().__init__(source.weights_folder(), source.shape, source.stored)
+        self._adapter, self._base_format = adapter, None if base_format is None else BASE_FORMATS[base_format]
+        self._places = {} if adapter is None else changed_tensors(adapter.config, source.shape)
+        requantised = () if base_format is None else stored_shapes(quantised_rules(source.shape)).keys()
+        self.changed = frozenset((*self._places, *requantised))
+        self._requantised = frozenset(requantised)
+        self._last: tuple[str, torch.Tensor, torch.Tensor] | None = None
+
+    def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
+        """The tensor `name` of the merged model, or a slice of it along `dim`: in fp32 or fp64 if the merge changes it,
+        else as it is stored."""
+        values = super().read(name, part, dim)
+        if name in self._requantised:
+            assert self._base_format is not None and dim == 0, "scales are those of whole rows"
+            values = quantised_rows(values, self._base_format)
+        if name not in self._places:
+            return values
+        a, b = self._factors(name)
+        if part is not None:
+            a, b = (a, b[part]) if dim == 0 else (a[:, part], b)
+        return merged_rows(values, a, b)
+
+    def read_base(self, name: str, part: slice) -> torch.Tensor:
+        """Some rows of the tensor `name` as they are without the merge."""
+        return super().read(name, part)
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A' (r, in) and the rows of B' that belong to a tensor."""
+        if self._last is None or self._last[0] != name:
+            assert self._adapter is not None
+            self._last = name, *self._places[name].factors(self._adapter.config, self._adapter.state)
+        return self._last[1:]
+
+
+# A model in memory ----------------------------------------------------------------------------------------------------
+
+
+def find_places(shape: ModelShape, config: AdapterConfig) -> Mapping[str, AdaptedTensor]:
+    """The tensors that an adapter changes, by the names of their modules in the causal model."""
+    return {name.removesuffix(".weight"): tensor for name, tensor in changed_tensors(config, shape).items()}
+
+
+def with_update(z: torch.Tensor, x: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor) -> torch.Tensor:
+    """z + B' A' x in z's dtype, from z = W x, (..., out), and x (..., in)."""
+    a, b = (factor.to(x.device) for factor in place.factors(adapter.config, adapter.factors()))
+    return (z + linear(linear(x.to(a.dtype), a), b)).to(z.dtype)
+
+
+def check_whole(weight: torch.Tensor, place: AdaptedTensor) -> None:
+    """Raise UserError if a weight that is to be changed in place is quantised, offloaded or sharded."""
+    shape = stored_shapes([place.rule])[place.stored]
+    if not is_plain(weight) or tuple(weight.shape) != tuple(shape):
+        raise UserError(f"{place.stored} is quantised, offloaded or sharded; merge with tiedlora merge")
+
+
+@torch.no_grad()
+def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: int = 1) -> None:
+    """W += sign B' A' in place, with the bits of a merged checkpoint.
+
+    Raises:
+        UserError: the weight is quantised, offloaded or sharded.
+    """
+    check_whole(weight, place)
+    a, b = (factor.to(weight.device) for factor in place.factors(adapter.config, adapter.factors()))
+    for rows in row_blocks(tuple(weight.shape)):
+        weight[rows] = merged_rows(weight[rows], a, sign * b[rows])
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
 
 
 def resolve_dtype(given: str | None, task: Task, *, on_gpu: bool) -> str:

@@ -20,15 +20,17 @@ from safetensors.torch import save_file
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.adapters.tying import MOMENTS
 from megatron_tiedlora.base.atomic import Guard, discard, new_folder, unguarded, write_json, write_text
-from megatron_tiedlora.base.checksums import check_file, check_seal, sealed
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.text_files import (
     Count,
     Real,
+    check_file,
+    check_seal,
     read_fields,
     read_json_object,
     read_json_or_none,
     read_small_text,
+    sealed,
 )
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import (

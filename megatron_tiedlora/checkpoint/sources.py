@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import user_cache, user_path
+from megatron_tiedlora.base.errors import UserError, first_line, user_path
+from megatron_tiedlora.base.output_folder import user_cache
 from megatron_tiedlora.base.shapes import (
     LinearScaling,
     Llama3Scaling,
@@ -19,7 +19,6 @@ from megatron_tiedlora.base.shapes import (
     RopeShape,
     YarnScaling,
 )
-from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.model.families import shape_from_hf

@@ -3,15 +3,14 @@
 | launcher | what starts the ranks | what the other hosts get of the environment |
 |---|---|---|
 | deepspeed | `deepspeed`, here or on the hosts of a hostfile | what DeepSpeed exports, and `.deepspeed_env` |
-| mpirun | mpirun | the same, by -x NAME |
-| torchrun | torchrun's agent on each host, over pdsh and ssh or by srun | the same, in its command; all by srun |
+| mpirun | mpirun | what DeepSpeed exports, by -x NAME |
+| torchrun | torchrun's agent, on this machine only | |
 | srun | srun | all |
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +25,17 @@ from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
 Route = Literal["ssh", "srun", "local"]  # how a launcher reaches the hosts
 
 # Ask nothing, give up a silent host, and share no connection, which would hide that a host is lost.
-SSH_OPTIONS = (
+_SSH_OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2"
     " -o ControlMaster=no -o ControlPath=none"
 )
+# For pdsh, and for mpirun 5 and 4. The user's own value replaces it.
+SSH_ENVIRONMENT = {
+    "PDSH_SSH_ARGS_APPEND": _SSH_OPTIONS,
+    "PRTE_MCA_plm_ssh_agent": f"ssh {_SSH_OPTIONS}",
+    "OMPI_MCA_plm_rsh_agent": f"ssh {_SSH_OPTIONS}",
+}
 EXPORTS = ("NCCL", "PYTHON", "UCX", "MV2")  # names that begin so go to the other hosts, as DeepSpeed does it
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,8 @@ class Job:
     program: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     private: Path = Path()
-    ssh_port: int | None = None
     gpus: tuple[str, ...] = ()
     launcher_args: tuple[str, ...] = ()
-    stop_options: tuple[str, ...] = ()
     start: str = ""
 
     @property
@@ -72,21 +74,23 @@ class Job:
         return ",".join(host.name for host in self.hosts)
 
     @property
-    def own_variables(self) -> dict[str, str]:
+    def variables(self) -> dict[str, str]:
         """Variables of every process of the job. PYTHONSAFEPATH keeps Python from importing modules out of the current
-        folder, where another user may have put some."""
+        folder, where another user may have put some. Not all launchers tell their ranks where to meet."""
         start = {START_ID: self.start} if self.start else {}
-        return {EXPECTED_RANKS: str(self.size), "PYTHONSAFEPATH": "1", **start}
-
-    @property
-    def master_variables(self) -> dict[str, str]:
-        """Where the ranks meet, for launchers that do not tell them."""
-        return {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
+        meeting = {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
+        return {EXPECTED_RANKS: str(self.size), "PYTHONSAFEPATH": "1", **start, **meeting}
 
     @property
     def hostfile(self) -> Path:
         """A hostfile with exactly the ranks to start."""
         return self.private / "hostfile"
+
+    @property
+    def launcher_program(self) -> str:
+        """The launcher's own program; ranks recognise `deepspeed`, which is installed beside Python, by its name."""
+        beside = {"deepspeed": str(Path(self.python).with_name("deepspeed")), "torchrun": self.python}
+        return beside.get(self.launcher, self.launcher)
 
     @property
     def command(self) -> list[str]:
@@ -107,100 +111,55 @@ def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
     """The command that starts `job` from a shell with `environment`, whose own rank, if it has one, is left out.
 
     Raises:
-        UserError: the launcher cannot pass on an argument, a file of variables cannot be read, or torchrun on several
-            hosts would have a different number of ranks on each.
+        UserError: the launcher cannot pass on an argument, or the user's file of variables cannot be read.
     """
     by_launcher = {"deepspeed": _deepspeed, "mpirun": _mpirun, "srun": _srun, "torchrun": _torchrun}
     kept = {name: value for name, value in environment.items() if name not in RANK_VARIABLES[:3]}
-    if job.route == "ssh":
-        kept = _for_ssh(kept, job.ssh_port)
-    return by_launcher[job.launcher](job, {**kept, **job.own_variables})
-
-
-def _for_ssh(environment: Mapping[str, str], port: int | None) -> dict[str, str]:
-    """The environment of a launcher that reaches hosts by ssh, with its options for pdsh and for mpirun 5 and 4.
-
-    MLFLOW_* is left out: DeepSpeed would export it, and all users of a host could read its passwords there. ssh uses
-    the first value of an option, so the user's own options stand first.
-    """
-    options = f"{SSH_OPTIONS} -p {port}" if port is not None else SSH_OPTIONS
-    own = environment.get("PDSH_SSH_ARGS_APPEND", "")
-    ssh = {"PDSH_SSH_ARGS_APPEND": f"{own} {options}".lstrip()}
-    agents = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")
-    if not any(name in environment for name in agents):
-        ssh |= dict.fromkeys(agents, f"ssh {options}")
-    return {name: value for name, value in environment.items() if not name.startswith("MLFLOW")} | ssh
-
-
-def read_user_file(environment: Mapping[str, str]) -> dict[str, str]:
-    """Read `.deepspeed_env` (or the file that DS_ENV_FILE names) at home and in the current folder, which overrides.
-
-    Blank lines and comments are skipped; DeepSpeed's launcher would fail on them.
-
-    Raises:
-        UserError: the file cannot be read, or a line is not NAME=VALUE.
-    """
-    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
-    found: dict[str, str] = {}
-    for folder in (Path.home(), Path()):
-        file = folder / name
-        if not file.is_file():
-            continue
-        for number, line in enumerate(read_small_text(file).splitlines(), start=1):
-            content = line.strip()
-            if not content or content.startswith("#"):
-                continue
-            key, equals, value = content.partition("=")
-            if not equals or not _NAME.fullmatch(key.strip()):
-                raise UserError(f"{file}:{number}: not of the form NAME=VALUE; correct or remove the line")
-            found[key.strip()] = value.strip()
-    return found
-
-
-def _sent(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
-    """What the ranks on other hosts get of the environment."""
-    exported = {name: value for name, value in environment.items() if name.startswith(EXPORTS)}
-    return {**exported, **read_user_file(environment), **job.own_variables}
+    if job.route == "ssh":  # DeepSpeed would export MLFLOW_*, and all users of a host could read its passwords there
+        kept = {**SSH_ENVIRONMENT, **{name: value for name, value in kept.items() if not name.startswith("MLFLOW")}}
+    return by_launcher[job.launcher](job, {**kept, **job.variables})
 
 
 def _hostfile(job: Job) -> dict[Path, str]:
     return {job.hostfile: "".join(f"{host.name} slots={host.slots}\n" for host in job.hosts)}
 
 
-def _check_words(words: tuple[str, ...], pattern: str, why: str) -> None:
-    """Raise UserError if a word matches what a launcher does not pass on unchanged."""
-    for word in words:
-        if re.search(pattern, word):
-            raise UserError(f"{word!r}: {why} put the setting into a YAML file for --config")
-
-
 def _deepspeed(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    program = str(Path(job.python).with_name("deepspeed"))  # ranks recognise their launcher by this name
     # DeepSpeed itself would ask the first host for its name and its address, by an ssh without time limits.
     where = ("--master_addr", job.master_addr, "--master_port", str(job.master_port), "--no_ssh_check")
     module = ("--module",) if job.program[0] == "-m" else ()
     ranks = ("--no_local_rank", *job.launcher_args, *module, job.program[-1], *job.arguments)
-    words = (program, "--hostfile", str(job.hostfile), *where)
+    words = (job.launcher_program, "--hostfile", str(job.hostfile), *where)
     if job.route == "local":
         # With a hostfile for this machine the launcher does not read /job/hostfile, if there is one; --include
         # overrides CUDA_VISIBLE_DEVICES, which --num_gpus would ignore.
         slots = max(map(int, job.gpus)) + 1 if job.gpus else job.size
         include = ("--include", f"localhost:{','.join(job.gpus)}") if job.gpus else ()
         return StartPlan((*words, *include, *ranks), environment, {job.hostfile: f"localhost slots={slots}\n"})
-    why = "deepspeed does not quote it for other hosts; use --launcher torchrun, or"
-    _check_words(job.arguments, r"[^\w@+=:,./-]|^$", why)
-    # DeepSpeed puts the current folder into PYTHONPATH; its file is read after that and overrides it. Its OpenMPI
-    # launcher tells the ranks no address.
-    named = {"PYTHONPATH": environment.get("PYTHONPATH", ""), **read_user_file(environment)}
-    named |= {**job.own_variables, **job.master_variables}
+    for word in job.arguments:
+        if re.search(r"[^\w@+=:,./-]|^$", word):
+            why = "deepspeed does not quote it for other hosts; put the setting into a YAML file for --config"
+            raise UserError(f"{word!r}: {why}")
+    # DeepSpeed puts the current folder into PYTHONPATH; its file is read after that and overrides it.
+    lines = [f"PYTHONPATH={environment.get('PYTHONPATH', '')}", *_users_lines(job, environment)]
+    lines += [f"{name}={value}" for name, value in job.variables.items()]
     file = job.private / "deepspeed_env"
-    files = {**_hostfile(job), file: "".join(f"{name}={value}\n" for name, value in named.items())}
+    files = {**_hostfile(job), file: "".join(f"{line}\n" for line in lines)}
     # Also a single host of a hostfile is reached by its launcher.
     return StartPlan((*words, "--force_multi", *ranks), {**environment, "DS_ENV_FILE": str(file)}, files)
 
 
+def _users_lines(job: Job, environment: Mapping[str, str]) -> list[str]:
+    """The lines of the user's `.deepspeed_env` at home and in the current folder, which it does not read beside ours.
+    DeepSpeed would crash on blank lines and comments."""
+    files = [folder / environment.get("DS_ENV_FILE", ".deepspeed_env") for folder in (Path.home(), job.folder)]
+    lines = [line.strip() for file in files if file.is_file() for line in read_small_text(file).splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def _mpirun(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    sent = {**_sent(job, environment), **job.master_variables}
+    exported = {name: value for name, value in environment.items() if name.startswith(EXPORTS)}
+    sent = {**exported, **job.variables}
     words = ["mpirun", "-np", str(job.size), "--hostfile", str(job.hostfile), "--bind-to", "none", "--map-by", "slot"]
     passed = [word for name in sent for word in ("-x", name)]
     return StartPlan((*words, *passed, *job.launcher_args, *job.command), {**environment, **sent}, _hostfile(job))
@@ -209,36 +168,12 @@ def _mpirun(job: Job, environment: Mapping[str, str]) -> StartPlan:
 def _srun(job: Job, environment: Mapping[str, str]) -> StartPlan:
     slots = {host.slots for host in job.hosts}
     per_host = [f"--ntasks-per-node={slots.pop()}"] if len(slots) == 1 else []
-    words = [*_srun_words(job), f"--ntasks={job.size}", *per_host, "--distribution=block", *job.launcher_args]
-    return StartPlan((*words, *job.command), {**environment, **job.master_variables})
-
-
-def _srun_words(job: Job) -> list[str]:
-    nodes = [f"--nodes={len(job.hosts)}", f"--nodelist={job.names}"]
-    return ["srun", "--kill-on-bad-exit=1", "--wait=60", "--export=ALL", *nodes]
+    words = ["srun", "--kill-on-bad-exit=1", "--wait=60", "--export=ALL", f"--nodes={len(job.hosts)}"]
+    words += [f"--nodelist={job.names}", f"--ntasks={job.size}", *per_host, "--distribution=block", *job.launcher_args]
+    return StartPlan((*words, *job.command), environment)
 
 
 def _torchrun(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    slots = {host.slots for host in job.hosts}
-    if len(slots) != 1:
-        raise UserError(f"--launcher torchrun needs the same number of ranks on every host, not {sorted(slots)}")
-    meeting = f"{job.master_addr}:{job.master_port}"
-    agent = [job.python, "-P", "-m", "torch.distributed.run"]
-    options = [f"--nnodes={len(job.hosts)}", f"--nproc-per-node={slots.pop()}", "--rdzv-backend=c10d"]
-    options.append("--rdzv-conf=join_timeout=120")  # for a host that does not come; ten minutes by default
-    options += [f"--rdzv-endpoint={meeting}", f"--rdzv-id={job.master_port}", *job.stop_options, *job.launcher_args]
-    ranks = [*options, *job.program, *job.arguments]
-    if job.route == "local":
-        return StartPlan((*agent, *ranks), environment)
-    if job.route == "ssh":
-        values = [f"{name}={value}" for name, value in _sent(job, environment).items()]
-        _check_words((*values, *ranks), r"[\x00-\x1f\x7f]", "pdsh does not pass on a line break;")
-        before, after = (shlex.join(words).replace("%", "%%") for words in (["env", *values, *agent], ranks))
-        line = f"cd {shlex.quote(str(job.folder)).replace('%', '%%')} && exec {before} --local-addr=%h {after}"
-        words = ("pdsh", "-S", "-R", "ssh", "-f", "1024", "-w", job.names, line)
-        return StartPlan(words, environment)
-    # Only the node itself knows its own name. An agent gets the CPUs of all ranks that it starts.
-    shell = ["sh", "-c", 'exec "$0" -P -m torch.distributed.run --local-addr="$SLURMD_NODENAME" "$@"', job.python]
-    tasks, per_task = [f"--ntasks={len(job.hosts)}", "--ntasks-per-node=1"], environment.get("SLURM_CPUS_PER_TASK", "")
-    tasks += [f"--cpus-per-task={int(per_task) * job.hosts[0].slots}"] if per_task.isdigit() else []
-    return StartPlan((*_srun_words(job), *tasks, *shell, *ranks), environment)
+    agent = [job.python, "-P", "-m", "torch.distributed.run", f"--nproc-per-node={job.size}", "--rdzv-backend=c10d"]
+    agent += [f"--rdzv-endpoint={job.master_addr}:{job.master_port}", *job.launcher_args]
+    return StartPlan((*agent, *job.program, *job.arguments), environment)

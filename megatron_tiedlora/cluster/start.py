@@ -8,37 +8,48 @@ import secrets
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
 
-from megatron_tiedlora.base.errors import UserError, show
+import psutil
+
+from megatron_tiedlora.base.errors import UserError, count_text, one_line, show
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.ownership import owner_in_words
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.ownership import OWNER_FILE, Token, owner_in_words, read_token
+from megatron_tiedlora.base.text_files import read_json_or_none, seen_late
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.cluster.launchers import Job, Route, StartPlan, plan_start
-from megatron_tiedlora.cluster.running import RunningJob, StatusFile, StopSignals, Times, Watch, judge, say, stamp
 from megatron_tiedlora.config.batch import plan_batches
-from megatron_tiedlora.config.hosts import Host, expand_nodelist, read_hostfile, slurm_hosts
+from megatron_tiedlora.config.hosts import Host, expand_nodelist, read_hostfile, slurm_hosts, started_program
 from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, run_name
+from megatron_tiedlora.runtime.stopping import STOP_SIGNALS, alive
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ephemeral ports of most systems
-_TIMES = Times()
+POLL_SECONDS, _LOOK_SECONDS = 0.2, 5.0
+_NOTICE_SECONDS = 0.5  # for what a launcher has started here to end by itself after it
+LINGER_SECONDS = 30.0  # for a launcher, and for what it started on this machine, to end after the run has
+LATE_SECONDS = 3.0  # until a status that was written on another host is visible here
+_SILENT_SECONDS = 25.0  # an owner that has not renewed its token for so long is dead; it does so every 10 seconds
+_FORWARDS = ("srun", "mpirun", "prterun")  # SIGUSR1 to their ranks; on SIGTERM they give them no time to save
 
 
-def launch(command: LaunchCommand, *, scripts: Path, times: Times = _TIMES) -> int:
+def launch(command: LaunchCommand, *, scripts: Path) -> int:
     """Start a job, wait for its end and report it; returns the exit status.
 
     Args:
         scripts: the folder of the script of `tiedlora train`.
-        times: time limits; the settings override one of them.
 
     Raises:
         UserError: settings, hosts, layout, batch or folder do not fit; nothing has been started then.
@@ -49,7 +60,7 @@ def launch(command: LaunchCommand, *, scripts: Path, times: Times = _TIMES) -> i
     train, several = command.train, command.train.adapters is not None
     chosen = choose_run_folder(train.output_dir, name=run_name(train), resume=train.resume, of_several=several)
     folder = RunFolder(chosen.path.absolute())
-    arguments = (*_without(command.arguments, "--output_dir"), f"--output_dir={folder.path}")
+    arguments = (*command.arguments, f"--output_dir={folder.path}")  # of a flag that is given twice the last one counts
     # Only this user can read it.
     with tempfile.TemporaryDirectory(prefix="megatron_tiedlora-", ignore_cleanup_errors=True) as private:
         job = replace(job, program=(str(scripts / "train.py"),), arguments=arguments, private=Path(private))
@@ -58,31 +69,37 @@ def launch(command: LaunchCommand, *, scripts: Path, times: Times = _TIMES) -> i
             show(*(part for line in lines for part in line.split("\n")))
             return 0
         check_programs(job)
-        times = replace(times, grace=settings.grace_seconds)
-        with StopSignals(more=(signal.SIGUSR1,)) as signals:
-            return _run(job, command, folder, signals, times)
+        with StopSignals() as signals:
+            return _run(job, command, folder, signals)
 
 
-def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSignals, times: Times) -> int:
-    settings, resume, latest = command.settings, command.train.resume, folder.checkpoints / LATEST_FILE
+def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSignals) -> int:
+    settings, resume, arguments = command.settings, command.train.resume, job.arguments
+    latest = folder.checkpoints / LATEST_FILE
     where, before = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts), stamp(latest)
     for restart in range(settings.max_restarts + 1):
         if restart:
             say(f"restart {restart} of {settings.max_restarts}, from the last checkpoint")
             resume = "auto" if resume == "none" or stamp(latest) != before else resume
-            kept = _without(_without(job.arguments, "--resume"), "--take_over", is_flag=True)
-            job = replace(job, arguments=(*kept, f"--resume={resume}"), master_port=new_port(settings))
+            changed = (*arguments, "--take_over=false", f"--resume={resume}")
+            job = replace(job, arguments=changed, master_port=new_port(settings))
         job = replace(job, start=secrets.token_hex(8))
         plan, status = plan_start(job, os.environ), StatusFile(folder, job.start)
         if signals.received:
             return 128 + signals.received[0]
         say(f"{count_text(job.size, 'rank')} on {where} by {job.launcher}, into {folder.path}")
-        watch = Watch(RunningJob(job, plan), status, signals, times)
-        watch.until_end()
-        ended, passed_on = watch.running.process.returncode, next(iter(signals.received), 0)
+        running = RunningJob(job, plan)
+        wait_for_end(running, status, signals, grace=settings.grace_seconds)
+        if left := running.here():
+            names = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in left)
+            say(f"what is left of the job on this machine is ended: {names}")
+            running.kill(signal.SIGTERM)
+            psutil.wait_procs(left, timeout=LINGER_SECONDS)
+            running.kill()
+        ended, passed_on = running.process.returncode, next(iter(signals.received), 0)
         verdict = judge(status, launcher=job.launcher, launcher_status=ended, passed_on=passed_on)
         say(verdict.line)
-        if not status.is_of_another and (watch.killed or not verdict.state):
+        if not status.is_of_another and (not verdict.state or (ended < 0 and not passed_on)):
             _say_what_may_be_left(job, folder)
         # A run that was stopped may not go on; one that has not begun would fail again.
         if verdict.status == 0 or passed_on or verdict.state == "stopped" or not status.has_begun():
@@ -99,9 +116,8 @@ def _say_what_may_be_left(job: Job, folder: RunFolder) -> None:
         say(f"ranks that still run end with: scancel {os.environ.get('SLURM_JOB_ID', 'JOB')}")
     if job.route == "ssh":
         path = re.sub(r"[][\\.^$*+?(){}|]", r"\\\g<0>", str(folder.path))
-        by_port = "" if job.ssh_port is None else f'PDSH_SSH_ARGS_APPEND="-p {job.ssh_port}" '
         remote = shlex.quote(f"pkill -f {shlex.quote(f'[-]-output_dir={path}( |$)')}".replace("%", "%%"))
-        say(f"ranks that still run end with: {by_port}pdsh -R ssh -w {job.names} {remote}")
+        say(f"ranks that still run end with: pdsh -R ssh -w {job.names} {remote}")
         say("ranks that hang end with the same command and pkill -KILL -f")
 
 
@@ -124,7 +140,7 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
                 raise UserError(f"--num_gpus {wanted}: {short[0].name} has {slots} in the hostfile")
             hosts = tuple(replace(host, slots=wanted) for host in hosts)
         return launcher, "ssh", hosts
-    if launcher == "srun" or (in_slurm and launcher != "deepspeed"):
+    if launcher == "srun" or (in_slurm and launcher == "mpirun"):
         if not in_slurm:
             raise UserError("--launcher srun: not in a Slurm allocation; start with sbatch or salloc")
         if settings.num_gpus is not None and (nodes := environment.get("SLURM_JOB_NODELIST")):
@@ -155,10 +171,8 @@ def make_job(settings: LaunchSettings, environment: Mapping[str, str]) -> Job:
         folder=Path.cwd(),
         master_addr=settings.master_addr or ("127.0.0.1" if route == "local" else hosts[0].name),
         master_port=new_port(settings),
-        ssh_port=settings.ssh_port,
         gpus=gpus[: hosts[0].slots],
         launcher_args=tuple(shlex.split(settings.launcher_args or "")),
-        stop_options=_stop_options(settings) if launcher == "torchrun" else (),
     )
 
 
@@ -167,39 +181,11 @@ def new_port(settings: LaunchSettings) -> int:
     return settings.master_port or _FIRST_PORT + secrets.randbelow(_NUM_PORTS)
 
 
-def _without(arguments: Sequence[str], flag: str, *, is_flag: bool = False) -> tuple[str, ...]:
-    kept, words = [], iter(arguments)
-    for word in words:
-        if word == flag and not is_flag:
-            next(words, None)
-        elif word != flag and not word.startswith(f"{flag}="):
-            kept.append(word)
-    return tuple(kept)
-
-
-def _stop_options(settings: LaunchSettings) -> tuple[str, ...]:
-    """Options for torchrun's agents, so that they give their ranks time to save; none if this torch has no such flags
-    (it uses 30 s)."""
-    from torch.distributed.run import get_args_parser  # slow to import
-
-    known = {option for action in get_args_parser()._actions for option in action.option_strings}
-    if not {"--shutdown-timeout", "--signals-to-handle"} <= known:
-        return ()
-    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    return (f"--shutdown-timeout={max(1, int(settings.grace_seconds))}", signals)
-
-
 def check_programs(job: Job) -> None:
-    """Raise UserError if a program that the launcher needs is not installed here."""
+    """Raise UserError if the launcher is not installed here."""
     require_extra("train", only=["deepspeed"])
-    deepspeed = Path(job.python).with_name("deepspeed")
-    if job.launcher == "deepspeed" and not deepspeed.is_file():
-        raise UserError(f"{deepspeed}: no such launcher; start this with the Python in which DeepSpeed is installed")
-    by_pdsh = job.route == "ssh" and "--launcher" not in [word.partition("=")[0] for word in job.launcher_args]
-    own = {"deepspeed": ["pdsh"] * by_pdsh, "torchrun": ["pdsh"] * by_pdsh, "mpirun": ["mpirun"], "srun": ["srun"]}
-    for program in [*own[job.launcher], *(["ssh"] if job.route == "ssh" else [])]:
-        if shutil.which(program) is None:
-            raise UserError(f"--launcher {job.launcher}: there is no {program} on PATH; install it or choose another")
+    if shutil.which(job.launcher_program) is None:
+        raise UserError(f"{job.launcher_program}: no such launcher; install it, or choose another --launcher")
 
 
 def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
@@ -211,3 +197,274 @@ def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Map
     changed = {name: value for name, value in plan.environment.items() if environment.get(name) != value}
     lines += [f"environment {name}={shlex.quote(value)}" for name, value in sorted(changed.items())]
     return [*lines, f"command     {shlex.join(plan.words)}"]
+
+
+# A launcher that has been started ------------------------------------------------------------------------------------
+
+
+def say(line: str) -> None:
+    """Print a line of this command's own on stderr."""
+    with suppress(OSError):
+        show(f"tiedlora run: {line}", file=sys.stderr)
+
+
+class RunningJob:
+    """A job whose launcher was started on this machine, in a session of its own.
+
+    Args:
+        options: of `Popen`: where output and errors go (by default to this command's own), descriptors to keep open.
+
+    Raises:
+        UserError: the launcher cannot be started.
+    """
+
+    def __init__(self, job: Job, plan: StartPlan, **options: Any) -> None:
+        for path, text in plan.files.items():
+            path.touch(mode=0o600)
+            path.write_text(text, encoding="utf-8")
+        try:
+            self.process = psutil.Popen(
+                plan.words,
+                cwd=job.folder,
+                env=dict(plan.environment),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
+                **options,
+            )
+        except OSError as error:
+            raise UserError(f"{plan.words[0]}: cannot be started ({error.strerror or error})") from None
+        self._job = job
+        self._told: set[int] = set()
+        self._seen: set[psutil.Process] = set()
+
+    def here(self) -> list[psutil.Process]:
+        """The processes that run on this machine: the launcher's group, and all that was below it when last looked for.
+
+        pdsh gives its ssh a group of its own: that is found as its child, and after its end if it was found before.
+        """
+        with suppress(psutil.Error):
+            self._seen |= {self.process, *self.process.children(recursive=True)}
+        for process in psutil.process_iter():
+            with suppress(OSError):
+                self._seen |= {process} if os.getpgid(process.pid) == self.process.pid else set()
+        self._seen = {process for process in self._seen if alive(process)}
+        return list(self._seen)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Signal the launcher and all that it has started on this machine."""
+        for process in self.here():
+            with suppress(psutil.Error):
+                process.send_signal(number)
+
+    def stop(self, number: int) -> None:
+        """Tell the ranks to save and to stop. Call it until they have: some may just be starting.
+
+        srun and mpirun pass SIGUSR1 on. Ranks on this machine get the signal itself, and not what they have forked, to
+        read data or to compile. Those that ssh started stop when their connection ends.
+        """
+        here = self.here()
+        ranks = {one.pid for one in here if started_program(_read(one, "cmdline") or ()) == self._job.program[-1]}
+        ranks -= {one.pid for one in here if _read(one, "ppid") in ranks}
+        forwarders = {one.pid for one in here if _read(one, "name") in _FORWARDS}
+        if not ranks | forwarders | self._told:
+            self.kill()
+        direct = set[int]() if self._job.launcher in _FORWARDS else ranks
+        for pid in (forwarders or direct) - self._told:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGUSR1 if forwarders else number)
+            self._told.add(pid)
+
+
+def _read(process: psutil.Process, name: str) -> Any:
+    """What the method `name` says of a process; None if it is gone."""
+    with suppress(psutil.Error):
+        return getattr(process, name)()
+
+
+def wait_for_end(
+    running: RunningJob,
+    status: StatusFile,
+    signals: StopSignals,
+    *,
+    grace: float,
+    show: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = say,
+) -> None:
+    """Wait until the launcher has ended, then for what it leaves on this machine, and for the owner of the run folder.
+
+    The first signal is passed on; a second Ctrl-C kills. Only Ctrl-C counts then: schedulers send SIGTERM twice.
+
+    Args:
+        status: of the run; a job that writes none ends with its launcher.
+        grace: seconds for ranks to save after their launcher has ended.
+        show, say: called again and again, to show how far the job is; and with a line of this command's own.
+    """
+    said: set[str] = set()
+    run_ended = launcher_ended = float("inf")  # when, by the monotonic clock
+    looked = time.monotonic()
+
+    def say_once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    while True:
+        now, received, is_new = time.monotonic(), signals.received, status.is_new()
+        run_ended = min(run_ended, now) if is_new else run_ended
+        if running.process.poll() is None:
+            if now > run_ended + LINGER_SECONDS:
+                say_once("the run has ended, but its launcher has not: killed")
+                running.kill()
+            if now > looked + _LOOK_SECONDS:  # so that what it has started is known when it has ended
+                looked = now
+                running.here()
+        else:
+            launcher_ended, is_left = min(launcher_ended, now), bool(running.here())
+            is_awaited = status.is_awaited()  # asked each time, to see when the owner becomes silent
+            is_late = now > min(launcher_ended + grace, run_ended + LINGER_SECONDS)
+            if is_late or not (is_left or (is_awaited and not is_new)):
+                return
+            if is_left and not is_new and now > launcher_ended + _NOTICE_SECONDS:
+                say_once("the launcher has ended, but the job has not; it is told to save and to stop")
+                running.stop(signal.SIGTERM)
+        if received:
+            say_once(f"{signal.Signals(received[0]).name} is passed on; the job saves and ends (Ctrl-C again: kill)")
+            running.stop(received[0])
+        if signal.SIGINT in received[1:]:
+            say_once("killing all")
+            running.kill()
+        show()
+        time.sleep(POLL_SECONDS)
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+class StopSignals:
+    """Inside `with`, record SIGINT, SIGTERM and SIGUSR1 in the order of their arrival, and do nothing else with them.
+
+    SIGHUP (the terminal has closed) counts as SIGTERM, unless it is ignored, as under nohup.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
+
+    def __enter__(self) -> StopSignals:
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        for number in (*STOP_SIGNALS, *(() if ignored else (signal.SIGHUP,))):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminals()
+        self.received.append(int(signal.SIGTERM) if number == signal.SIGHUP else number)
+
+    def _leave_terminals(self) -> None:
+        """Discard what is printed from now on: printing to a closed terminal would be an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+# How it ended ---------------------------------------------------------------------------------------------------------
+
+
+Stamp = tuple[int, int, int]
+
+
+class Verdict(NamedTuple):
+    """The exit status of tiedlora run, the line that explains it, and the run's state; '' if its file has none."""
+
+    status: int
+    line: str
+    state: str = ""
+
+
+class StatusFile:
+    """run_status.json of this start; ranks remove an earlier one when they take the folder.
+
+    Args:
+        start: the START_ID of its ranks. What is written while the folder has another owner is not theirs.
+    """
+
+    def __init__(self, folder: RunFolder, start: str = "") -> None:
+        self.folder, self._start = folder, start
+        self._before, self.is_of_another = stamp(folder.status), False
+        self._renewed: tuple[Stamp | None, float] = (None, 0.0)  # the owner's token, and when it was seen to change
+        self._token()
+
+    def _token(self) -> Token | None:
+        """The owner's token if it is of this start."""
+        token = read_token(self.folder.path / OWNER_FILE)
+        if token is not None:  # of two owners the last one counts: this start takes a folder over, or loses it
+            self.is_of_another = token.job != self._start
+        return None if self.is_of_another else token
+
+    def is_new(self) -> bool:
+        """Whether this start has written the file."""
+        self._token()
+        return not self.is_of_another and stamp(self.folder.status) not in (None, self._before)
+
+    def has_begun(self) -> bool:
+        """Whether a rank of this start has taken the folder: the settings, the hosts and the model were right."""
+        return self.is_new() or self._token() is not None
+
+    def is_awaited(self) -> bool:
+        """Whether a rank may still write it: it owns the folder, and is not known to be dead and not silent."""
+        seen, now = stamp(self.folder.path / OWNER_FILE), time.monotonic()
+        if seen != self._renewed[0]:
+            self._renewed = seen, now
+        is_owned = self._token() is not None and owner_in_words(self.folder.path) is not None
+        return is_owned and now - self._renewed[1] < _SILENT_SECONDS
+
+    def read(self) -> Mapping[str, Any] | None:
+        """The file's content if this start has written it; None otherwise."""
+        return read_json_or_none(self.folder.status) if self.is_new() else None
+
+
+def stamp(file: Path) -> Stamp | None:
+    """What changes when a file is written or replaced; None if it is not there."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def judge(
+    file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int, late_seconds: float = LATE_SECONDS
+) -> Verdict:
+    """Status 0 if the run finished or was stopped by the signal that was passed on; else the launcher's status, or 1.
+
+    Args:
+        launcher_status: the launcher's exit status; -N if signal N killed it.
+        passed_on: the signal that this command received, 0 for none.
+        late_seconds: how long a status that is missing is waited for.
+    """
+    path = file.folder.path
+    signals = {-number: number.name for number in signal.Signals}
+    ended = f"{launcher} ended with {signals.get(launcher_status, f'status {launcher_status}')}"
+    failed = launcher_status if launcher_status > 0 else 128 - launcher_status if launcher_status else 1
+    content = file.read() if launcher_status else seen_late(file.read, path, seconds=late_seconds)
+    if content is None:
+        if not path.is_dir():
+            why = f"{path} is not visible on this host: it was rejected, as the ranks say above, or is elsewhere"
+        elif file.is_of_another:
+            why = f"{path} belongs to another start"
+        else:
+            why = f"{path} does not say how this start ended"
+        return Verdict(failed, f"{why}; {ended}")
+    state, step, reason = content.get("state"), content.get("step"), content.get("reason")
+    line = one_line(f"{path}: {state} at step {step} ({reason})")
+    if state == "finished" or (state == "stopped" and passed_on):
+        return Verdict(0, line, str(state))
+    return Verdict(failed, f"{line}; {ended}", str(state))

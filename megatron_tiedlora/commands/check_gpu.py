@@ -1,7 +1,5 @@
 """Checks what this machine's GPUs can do: runs the tests of `selfcheck/`, a process for each part, and reports."""
 
-from __future__ import annotations
-
 import signal
 import socket
 import sys

@@ -1,17 +1,13 @@
 """The commands that read a model and write files: merge, export, import, verify, convert-nemo and random-model."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.errors import UserError, count_text, show, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES

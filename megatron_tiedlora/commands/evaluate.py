@@ -48,8 +48,8 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     from megatron_tiedlora.base.ownership import Owner
     from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
     from megatron_tiedlora.engine.engine import make_groups, make_process_grid
-    from megatron_tiedlora.evaluation.answering import answer_all, check_same_rows, read_questions
-    from megatron_tiedlora.evaluation.decoder import Decoder
+    from megatron_tiedlora.evaluation.answering import answer_all, check_same_rows, read_scored
+    from megatron_tiedlora.evaluation.generate import Decoder
     from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
     from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, headline, score_answers, score_table, write_results
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
@@ -57,10 +57,10 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
 
     is_main = rank == 0
     plans = plan_evaluations(settings, rank=rank, world_size=world_size)
-    plan, questions = next(iter(plans.values())), read_questions(plans)
+    plan, scored = next(iter(plans.values())), read_scored(plans)
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
-    check_same_rows([asked.scored for asked in questions.values()])
+    check_same_rows(list(scored.values()))
     check_same_dtype(plan.dtype_name)
     output: NewOutput | None = None  # of rank 0
 
@@ -89,11 +89,11 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     )
     if is_main:
         attention = stage.attention.route(device, plan.dtype)
-        show(*headline(plans, questions, attention))
+        show(*headline(plans, scored, attention))
     with stop.deferred():
         answers = answer_all(
             Decoder(stage, groups, plan.source.shape),
-            questions,
+            scored,
             grid=plan.grid,
             agree=stop.agree,
             progress=is_main,

@@ -4,8 +4,6 @@ its help is quick.
 A new command is one row of the table, a class of settings and one function in commands/.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Sequence
@@ -13,9 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.errors import nearest_name, show
 from megatron_tiedlora.base.extras import __version__
-from megatron_tiedlora.base.wording import nearest_name
 
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 PROGRAM = "tiedlora"

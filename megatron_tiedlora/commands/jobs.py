@@ -3,8 +3,6 @@
 What imports torch is imported by the command that needs it, so that `env` works where torch does not.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -12,11 +10,9 @@ import sys
 from pathlib import Path
 
 from megatron_tiedlora.base.atomic import write_json, write_text
-from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.errors import UserError, aligned_lines, show, user_path
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.output_folder import output_file, output_files
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import aligned_lines
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.launch_settings import LaunchCommand
@@ -100,11 +96,7 @@ def _measure(command: PlanCommand, file: str) -> int:
 
 
 def doctor(settings: DoctorSettings) -> int:
-    """Examine the hosts of a job and report; returns 0 if a job can start, else 1.
-
-    It starts what it needs on the hosts and leaves nothing there. With --measure FILE it then measures what tiedlora
-    plan needs of these hosts.
-    """
+    """Examine the hosts of a job and report; returns 0 if a job can start, else 1."""
     from megatron_tiedlora.cluster.doctor.compare import report_text
     from megatron_tiedlora.cluster.doctor.trial import examine
 
@@ -113,7 +105,6 @@ def doctor(settings: DoctorSettings) -> int:
     file = user_path(str(settings.json_file), flag="--json")
     if to_file and not file.absolute().parent.is_dir():
         raise UserError(f"--json {settings.json_file}: its folder does not exist; make it or give another file")
-    written = output_files({"--measure": settings.measure, "--json": settings.json_file if to_file else None})
     report = examine(settings, os.environ, lambda line: show(line, file=sys.stderr))
     text = json.dumps(report.model_dump(mode="json"), indent=2)
     if settings.json_file == "-":
@@ -122,14 +113,7 @@ def doctor(settings: DoctorSettings) -> int:
         print(report_text(report))
     if to_file:
         write_text(file, f"{text}\n")
-    ready, measured = report.verdict == "ready", written.get("--measure")
-    if measured is not None and ready and report.machine is not None:
-        measured.parent.mkdir(parents=True, exist_ok=True)
-        write_json(measured, report.machine)
-        show(f"{measured}: constants of {report.machine['title']}, for tiedlora plan --constants", file=sys.stderr)
-    elif measured is not None:
-        show("nothing was measured, as the hosts are not ready", file=sys.stderr)
-    return 0 if ready else 1
+    return 0 if report.verdict == "ready" else 1
 
 
 def env(settings: EnvSettings) -> int:

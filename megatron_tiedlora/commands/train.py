@@ -5,8 +5,6 @@
     tiedlora run --model meta-llama/Llama-2-7b-hf --adapters four.yaml            several adapters of one model
 """
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.config.presets import is_preset
 from megatron_tiedlora.config.settings import Settings

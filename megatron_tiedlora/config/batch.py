@@ -5,10 +5,13 @@ Nothing else sets batch sizes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from megatron_tiedlora.base.errors import UserError
 
+Part = TypeVar("Part")
 GPU_MICRO_BATCH_TOKENS = 8192  # below about 4,000, launching a layer's kernels takes longer than running them
 
 
@@ -91,3 +94,20 @@ def longest_prompt(max_length: int | None, longest: int, max_new_tokens: int) ->
         max_length: of --max_length; None: the longest row.
     """
     return min(max_length or longest, longest - max_new_tokens)
+
+
+def filled(parts: Sequence[Part], sizes: Sequence[int], rooms: Sequence[int]) -> list[list[Part]]:
+    """Which parts go together, in their order: each joins the last ones if it fits.
+
+    Args:
+        rooms: the most that a part may have together with those that join it; a larger one is alone.
+    """
+    found: list[list[Part]] = []
+    left = 0
+    for part, size, room in zip(parts, sizes, rooms, strict=True):
+        if not found or size > left:
+            found.append([])
+            left = room
+        found[-1].append(part)
+        left -= size
+    return found

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
+from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.config.fields import (
     FILES_HELP,
     AddBos,

@@ -28,10 +28,8 @@ from pydantic import (
     model_validator,
 )
 
-from megatron_tiedlora.base.errors import UserError, as_given, shown
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import UserError, as_given, nearest_name, shown, user_path
 from megatron_tiedlora.base.shapes import GATE_UP, QKV, TARGET_NAMES
-from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.config.other_names import unknown_names, value_hint, value_meant
 
 _BOUND = 2**53  # limit of numeric settings: a float represents every integer below it

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import UserError, shown, user_path
 from megatron_tiedlora.base.text_files import read_small_text
 
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})")

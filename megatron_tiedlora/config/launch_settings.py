@@ -44,7 +44,9 @@ class LaunchSettings(CommandSettings):
     }
 
     launcher: LauncherName = setting_field(
-        "start", "auto: srun in a Slurm allocation, else deepspeed, here or with --hostfile", "auto",
+        "start",
+        "auto: srun in a Slurm allocation, else deepspeed, here or with --hostfile; torchrun: this machine only",
+        "auto",
     )
     hostfile: str | None = setting_field("start", "hosts of the job, one `NAME slots=N` line per host", None)
     num_gpus: int | None = setting_field(
@@ -54,7 +56,6 @@ class LaunchSettings(CommandSettings):
         "start", "address of the first host, for the rendezvous (default: its name)", None,
     )
     master_port: int | None = setting_field("start", "port of the rendezvous (default: random)", None, ge=1, le=65535)
-    ssh_port: int | None = setting_field("start", "port of the hosts' sshd", None, ge=1, le=65535)
     launcher_args: str | None = setting_field(
         "start", 'arguments of deepspeed, mpirun, srun or torchrun itself, e.g. "--cpu-bind=none"', None,
     )
@@ -65,8 +66,8 @@ class LaunchSettings(CommandSettings):
 
     grace_seconds: float = setting_field(
         "time limits",
-        "time for ranks to save after their launcher has ended; then those of this machine are killed, and those of"
-        " other hosts no longer awaited",
+        "how long ranks that still save are awaited after their launcher has ended; then those left on this machine are"
+        " ended",
         120.0, ge=0, le=_LONGEST_WAIT,
     )
 
@@ -81,6 +82,10 @@ def check_launcher(launcher: str, hostfile: str | None, launcher_args: str | Non
     shell_words("launcher_args", launcher_args)
     if launcher == "srun" and hostfile is not None:
         raise ValueError("--launcher srun runs on the nodes of its Slurm allocation; remove --hostfile")
+    if launcher == "torchrun" and hostfile is not None:
+        raise ValueError(
+            "--launcher torchrun starts ranks on this machine only; choose another, or start torchrun on each host"
+        )
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import string
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from megatron_tiedlora.base.errors import shown
-from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.base.errors import nearest_name, shown
 
 _MOST_NAMES = 8  # of those that are unknown, in one message
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import UserError, user_path
 
 _LLAMA2: dict[str, Any] = {
     "model_type": "llama",

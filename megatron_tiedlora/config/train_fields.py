@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.methods import METHOD_NAMES
-from megatron_tiedlora.base.shapes import QKV
+from megatron_tiedlora.base.shapes import BASE_NAMES, QKV
 from megatron_tiedlora.config.fields import (
     FILES_HELP,
     LONGEST_WAIT_MINUTES,

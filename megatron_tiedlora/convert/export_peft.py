@@ -22,9 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.paths import last_name, user_path
+from megatron_tiedlora.base.errors import UserError, user_path
+from megatron_tiedlora.base.output_folder import last_name, new_output, reject_existing
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import TARGET_NAMES, BlockShape, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import FORMAT_FIELDS, identify_model
@@ -188,17 +187,13 @@ def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool =
     found: dict[Path, None] = {}
     for value in given:
         path = user_path(value)
-        if path.exists() or not glob.has_magic(value):
-            found |= dict.fromkeys((_in_runs(path) if runs else []) or [path])
-            continue
-        matches = [Path(match) for match in sorted(glob.glob(str(path)))]
-        if runs:
-            adapters = [adapter for match in matches for adapter in _in_runs(match)]
-        else:
-            adapters = [match for match in matches if (match / CONFIG_FILE).is_file()]
-        if not adapters:
+        is_pattern = glob.has_magic(value) and not path.exists()
+        matches = [Path(match) for match in sorted(glob.glob(str(path)))] if is_pattern else [path]
+        folders = [folder for match in matches for folder in (_in_runs(match) if runs else [match])]
+        adapters = [folder for folder in folders if (folder / CONFIG_FILE).is_file()]
+        if is_pattern and not adapters:
             raise UserError(f"{flag} {value}: matches no folder of an adapter")
-        found |= dict.fromkeys(adapters)
+        found |= dict.fromkeys(adapters or [path])
     return list(found)
 
 

@@ -23,13 +23,12 @@ import torch
 from safetensors import SafetensorError
 
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.base_formats import BASE_NAMES
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError, shown, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.shapes import BASE_NAMES
 from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
-from megatron_tiedlora.checkpoint.merged_weights import MergedWeights, ReadRows, row_blocks
+from megatron_tiedlora.checkpoint.load_model import MergedWeights, ReadRows, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import (

@@ -16,11 +16,12 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError, shown
@@ -61,11 +62,14 @@ def convert_nemo(
         UserError: the archive is broken or hostile, its model computes something else, or the output exists.
     """
     reject_existing(output, flag=f"--output {output}")
-    archive = NemoArchive(nemo)
-    model = read_nemo_model(archive)
-    sentencepiece = archive.read(model.tokenizer, largest=LARGEST_TOKENIZER)
+    archive, source = NemoArchive(nemo), f"{nemo}: {CONFIG_MEMBER}"
+    with readable(nemo, f"{CONFIG_MEMBER}: not valid YAML"):
+        text = archive.read(CONFIG_MEMBER, largest=LARGEST_YAML).decode()
+    model = nemo_model(parse_yaml_mapping(text, source=source), source=source)
+    tokenizer_file = model.tokenizer.model.removeprefix("nemo:")
+    sentencepiece = archive.read(tokenizer_file, largest=LARGEST_TOKENIZER)
     check_conversion(nemo)
-    with readable(nemo, f"{model.tokenizer} cannot be read as a SentencePiece model"):
+    with readable(nemo, f"{tokenizer_file} cannot be read as a SentencePiece model"):
         vocab_size, ids, settings = _read_tokenizer(sentencepiece)
     with new(output) as temporary:
         tensors = stablelm_tensors(archive, model, temporary, vocab_size=vocab_size)
@@ -254,12 +258,8 @@ def _rows(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
 def _columns(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
     """`parts` beside each other."""
     shape = (len(parts[0]), sum(part.shape[1] for part in parts))
-
-    def blocks() -> Iterator[torch.Tensor]:
-        for row in zip(*(part.split(_BLOCK_ROWS) for part in parts), strict=True):
-            yield torch.cat(row, dim=1)
-
-    return StreamedTensor(name, parts[0].dtype, shape, blocks)
+    rows = list(zip(*(part.split(_BLOCK_ROWS) for part in parts), strict=True))  # views
+    return StreamedTensor(name, parts[0].dtype, shape, lambda: (torch.cat(row, dim=1) for row in rows))
 
 
 # The settings of a NeMo 1 model ---------------------------------------------------------------------------------------
@@ -267,56 +267,78 @@ def _columns(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
 
 CONFIG_MEMBER, WEIGHTS_MEMBER = "model_config.yaml", "model_weights.ckpt"
 ROPE_BASE = 10_000.0  # it stands in NeMo's code; later versions have it as a setting too
-# Each setting that would change the computation is checked by name; those of training, kernels and precision change no
-# result beyond rounding, so they are ignored.
-_LARGEST_SIZE, _MOST_LAYERS, _MOST_RANKS = 2**28, 4096, 256
-_ABSENT = object()
 _SISTER = re.compile(r"\$\{\.(\w+)\}")
+_SMALL = re.compile(r"\d+e-\d+")  # such as 1e-5, which YAML takes for text
 _CONVERTERS = "NeMo's own scripts/checkpoint_converters convert those"
-# Settings whose absence means something else in NeMo.
-_NEEDED: Mapping[str, Any] = {
-    "normalization": "layernorm1p",
-    "activation": "fast-swiglu",
-    "position_embedding_type": "rope",
-    "bias": False,
-    "share_embeddings_and_output_weights": False,
-}
-# The only values of settings that may also be absent.
-_OFF = (False, None)
-_ALLOWED: Mapping[str, tuple[Any, ...]] = {
-    "transformer_block_type": ("pre_ln",),
-    "attention_type": ("multihead",),
-    "normalize_attention_scores": (True,),
-    "pre_process": (True,),
-    "post_process": (True,),
-    "rotary_base": (ROPE_BASE,),
-    "num_moe_experts": (1, None),
-    "megatron_legacy": _OFF,  # another order of QKV's rows
-    **dict.fromkeys(("headscale", "openai_gelu", "use_emha", "transformer_engine", "apply_embedding_scaling"), _OFF),
-    **dict.fromkeys(("rotary_interleaved", "qk_layernorm", "multi_query_attention"), _OFF),
-    **dict.fromkeys(("seq_len_interpolation_factor", "window_size", "virtual_pipeline_model_parallel_size"), (None,)),
-}
+_Size = Annotated[int, Field(strict=True, ge=1, le=2**28)]
+_Layers = Annotated[int, Field(strict=True, ge=1, le=4096)]
+_Ranks = Annotated[int, Field(strict=True, ge=1, le=256)]
+_Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+_Off = Literal[False] | None
 
 
-@dataclass(frozen=True)
-class NemoModel:
+class NemoTokenizer(BaseModel):
+    """The settings of a tokenizer that is read.
+
+    Attributes:
+        sentencepiece_legacy: the legacy wrapper adds tokens.
+        model: nemo:NAME, the SentencePiece model's file in the archive.
+    """
+
+    library: Literal["sentencepiece"]
+    sentencepiece_legacy: _Off = None
+    model: Annotated[str, Field(strict=True, pattern="^nemo:")]
+
+
+class NemoModel(BaseModel):
     """The settings of a model that is computed as Hugging Face's StableLM.
+
+    Each setting that would change the computation is a field, by NeMo's name; those of training, kernels and precision
+    change no result beyond rounding, so they are ignored.
 
     Attributes:
         rotary_share: the share of each head that is rotated.
-        tokenizer: the SentencePiece model's file in the archive.
+        megatron_legacy: another order of QKV's rows.
     """
 
-    num_layers: int
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    norm_eps: float
-    rotary_share: float
-    max_positions: int
-    tp_size: int
-    pp_size: int
-    tokenizer: str
+    num_layers: _Layers
+    hidden_size: _Size
+    ffn_size: _Size = Field(alias="ffn_hidden_size")
+    num_heads: _Size = Field(alias="num_attention_heads")
+    norm_eps: _Share = Field(1e-5, alias="layernorm_epsilon")
+    rotary_share: _Share = Field(1.0, alias="rotary_percentage")
+    max_positions: _Size = Field(alias="max_position_embeddings")
+    tp_size: _Ranks = Field(1, alias="tensor_model_parallel_size")
+    pp_size: _Ranks = Field(1, alias="pipeline_model_parallel_size")
+    num_query_groups: Any = None
+    kv_channels: Any = None
+    tokenizer: NemoTokenizer
+    # Their absence means something else in NeMo.
+    normalization: Literal["layernorm1p"]
+    activation: Literal["fast-swiglu"]
+    position_embedding_type: Literal["rope"]
+    bias: Literal[False]
+    share_embeddings_and_output_weights: Literal[False]
+    # These may also be absent.
+    transformer_block_type: Literal["pre_ln"] = "pre_ln"
+    attention_type: Literal["multihead"] = "multihead"
+    normalize_attention_scores: Literal[True] = True
+    pre_process: Literal[True] = True
+    post_process: Literal[True] = True
+    rotary_base: Annotated[float, Field(ge=ROPE_BASE, le=ROPE_BASE)] = ROPE_BASE
+    num_moe_experts: Literal[1, None] = None
+    megatron_legacy: _Off = None
+    headscale: _Off = None
+    openai_gelu: _Off = None
+    use_emha: _Off = None
+    transformer_engine: _Off = None
+    apply_embedding_scaling: _Off = None
+    rotary_interleaved: _Off = None
+    qk_layernorm: _Off = None
+    multi_query_attention: _Off = None
+    seq_len_interpolation_factor: None = None
+    window_size: None = None
+    virtual_pipeline_model_parallel_size: None = None
 
     @property
     def head_dim(self) -> int:
@@ -359,104 +381,46 @@ class NemoModel:
         }
 
 
-def read_nemo_model(archive: NemoArchive) -> NemoModel:
-    """The settings of an archive's model.
+def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
+    """The model of the settings `values`.
 
     Raises:
-        UserError: a setting is missing, cannot be used, or computes something else; the message names it.
+        UserError: a setting is missing, cannot be used, or computes something else; the message names it and `source`.
     """
-    raw = archive.read(CONFIG_MEMBER, largest=LARGEST_YAML)
-    source = f"{archive.path}: {CONFIG_MEMBER}"
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:
-        raise UserError(f"{source}: not valid YAML (not UTF-8)") from None
-    return nemo_model(parse_yaml_mapping(text, source=source), source=source)
-
-
-def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
-    """The model of the settings `values`. Raises UserError as `read_nemo_model`; it names the `source`."""
-    settings = _Settings(values, source)
+    settings = _resolved(values)
     if settings.get("mcore_gpt", False) is not False:
         raise UserError(f"{source}: mcore_gpt is set, so it is a Megatron-Core model; {_CONVERTERS}")
-    for name, wanted in _NEEDED.items():
-        settings.must_be(name, wanted)
-    for name, allowed in _ALLOWED.items():
-        settings.must_be(name, *allowed, absent=allowed[0])
-    heads = settings.size("num_attention_heads")
-    model = NemoModel(
-        num_layers=settings.size("num_layers", largest=_MOST_LAYERS),
-        hidden_size=settings.size("hidden_size"),
-        ffn_size=settings.size("ffn_hidden_size"),
-        num_heads=heads,
-        norm_eps=settings.fraction("layernorm_epsilon", 1e-5),
-        rotary_share=settings.fraction("rotary_percentage", 1.0),
-        max_positions=settings.size("max_position_embeddings"),
-        tp_size=settings.size("tensor_model_parallel_size", 1, largest=_MOST_RANKS),
-        pp_size=settings.size("pipeline_model_parallel_size", 1, largest=_MOST_RANKS),
-        tokenizer=_tokenizer_member(settings),
-    )
-    settings.must_be("num_query_groups", heads, None, absent=None)
-    settings.must_be("kv_channels", model.head_dim, None, absent=None)
+    if isinstance(named := settings.get("tokenizer"), dict):
+        named = _resolved(named)  # it may name its file twice; the first one is used
+        settings["tokenizer"] = {**named, "model": named.get("model") or named.get("tokenizer_model")}
+    try:
+        model = NemoModel.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        given = "is absent, which" if first["type"] == "missing" else f"= {shown(first['input'])}"
+        where, why = ": ".join(map(str, first["loc"])), first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{source}: {where} {given} cannot be converted: {why}") from None
     for name, size, parts in (
-        ("hidden_size", model.hidden_size, heads),
-        ("num_attention_heads", heads, model.tp_size),
+        ("hidden_size", model.hidden_size, model.num_heads),
+        ("num_attention_heads", model.num_heads, model.tp_size),
         ("ffn_hidden_size", model.ffn_size, model.tp_size),
         ("num_layers", model.num_layers, model.pp_size),
         ("rotary_percentage", model.rotary_dim, 2),
     ):
         if size % parts or not size:
-            settings.reject(name, f"{size} is not a multiple of {parts}")
+            why = f"{size} is not a multiple of {parts}"
+            raise UserError(f"{source}: {name} = {shown(settings.get(name, 1.0))} cannot be converted: {why}")
+    for name, wanted in (("num_query_groups", model.num_heads), ("kv_channels", model.head_dim)):
+        if (found := getattr(model, name)) not in (None, wanted):
+            raise UserError(f"{source}: {name} = {shown(found)} cannot be converted: only {wanted} is")
     return model
 
 
-def _tokenizer_member(settings: _Settings) -> str:
-    """The member that holds the SentencePiece model. An archive may list it twice; the first one is used."""
-    values = settings.get("tokenizer", {})
-    tokenizer = _Settings(values if isinstance(values, dict) else {}, f"{settings.source}: tokenizer")
-    tokenizer.must_be("library", "sentencepiece")
-    tokenizer.must_be("sentencepiece_legacy", *_OFF, absent=False)  # the legacy wrapper adds tokens
-    model = tokenizer.get("model", None) or tokenizer.get("tokenizer_model", None)
-    if not isinstance(model, str) or not model.startswith("nemo:"):
-        tokenizer.reject("model", "it does not name a file of the archive (nemo:NAME)")
-    return str(model).removeprefix("nemo:")
-
-
-class _Settings:
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self._values = values
-        self.source = source
-
-    def get(self, name: str, absent: Any) -> Any:
-        """A value; that of `${.other}` is the value of the other setting."""
-        value = self._values.get(name, absent)
-        if isinstance(value, str) and (sister := _SISTER.fullmatch(value)):
-            value = self._values.get(sister[1])
-        return value
-
-    def reject(self, name: str, why: str) -> None:
-        """Raise UserError with the value of a setting."""
-        value = self.get(name, _ABSENT)
-        given = "is absent, which" if value is _ABSENT else f"= {shown(value)}"
-        raise UserError(f"{self.source}: {name} {given} cannot be converted: {why}")
-
-    def must_be(self, name: str, *values: Any, absent: Any = _ABSENT) -> None:
-        """Raise UserError unless a setting has one of `values`, the first of which is the usual one."""
-        if self.get(name, absent) not in values:
-            self.reject(name, f"only {shown(values[0])} is")
-
-    def size(self, name: str, absent: int | None = None, *, largest: int = _LARGEST_SIZE) -> int:
-        """A whole number from 1 to `largest`. Raises UserError."""
-        value = self.get(name, absent)
-        if type(value) is not int or not 1 <= value <= largest:
-            self.reject(name, f"it is not a whole number from 1 to {largest}")
-        return int(value)
-
-    def fraction(self, name: str, absent: float) -> float:
-        """A number above 0 and up to 1. Raises UserError."""
-        value = self.get(name, absent)
-        if isinstance(value, str) and re.fullmatch(r"\d+e-\d+", value):  # 1e-5, which YAML takes for text
-            value = float(value)
-        if type(value) not in (int, float) or not 0 < value <= 1:
-            self.reject(name, "it is not a number above 0 and up to 1")
-        return float(value)
+def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with numbers that YAML takes for text, and in which the value of `${.other}` is that of the other."""
+    found = {}
+    for name, value in values.items():
+        sister = _SISTER.fullmatch(value) if isinstance(value, str) else None
+        plain = value if sister is None else values.get(sister[1])
+        found[name] = float(plain) if isinstance(plain, str) and _SMALL.fullmatch(plain) else plain
+    return found

@@ -1,7 +1,7 @@
 """Opens what a user names as an adapter, with its base: a native adapter, a checkpoint of a run, or a PEFT folder; and
 writes the last as a native adapter.
 
-A PEFT folder is read as the exactly equal native adapter by `peft_methods`. In our own exports the native adapter
+A PEFT folder is read as the exactly equal native adapter by `peft_files`. In our own exports the native adapter
 travels along.
 """
 
@@ -18,9 +18,8 @@ from typing import Any, Literal
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, targets_of
-from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.errors import UserError, as_given, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.text_files import read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.base_identity import (
     FORMAT_FIELDS,
@@ -52,7 +51,7 @@ from megatron_tiedlora.convert.inputs import (
     is_merged,
     is_peft,
 )
-from megatron_tiedlora.convert.peft_methods import Lora, Native, native_lora, read_alpha, read_lora, read_vera
+from megatron_tiedlora.convert.peft_files import Lora, Native, native_lora, read_alpha, read_lora, read_vera
 from megatron_tiedlora.parallel.agreement import SentTensor
 
 Kind = Literal["native", "peft"]

@@ -20,13 +20,21 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_tiedlora.base.errors import UserError, one_line, printable, shown
+from megatron_tiedlora.base.errors import (
+    UserError,
+    aligned_lines,
+    bytes_in_words,
+    count_text,
+    first_line,
+    one_line,
+    printable,
+    shown,
+)
 from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.wording import bytes_in_words, count_text, first_line
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles
-from megatron_tiedlora.checkpoint.merged_weights import MergedWeights, row_blocks
+from megatron_tiedlora.checkpoint.load_model import MergedWeights, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
@@ -290,13 +298,12 @@ def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted:
 
 def format_comparisons(results: Sequence[LogitComparison]) -> str:
     """A table of comparisons, one per line under a heading."""
-    heading = f"{'logits against base + adapter':<30}{'max diff':>10}{'mean diff':>11}{'KL':>10}{'top-1':>8}  verdict"
-    lines = [
-        f"{row.name:<30}{row.largest:>10.1e}{row.mean:>11.1e}{row.divergence:>10.1e}{row.agreement:>8.1%}"
-        f"  {row.verdict}"
-        for row in results
-    ]
-    return "\n".join([heading, *map(printable, lines)])
+    heading = ("logits against base + adapter", "max diff", "mean diff", "KL", "top-1", "verdict")
+    rows = []
+    for row in results:
+        numbers = [f"{number:.1e}" for number in (row.largest, row.mean, row.divergence)]
+        rows.append([row.name, *numbers, f"{row.agreement:.1%}", row.verdict])
+    return "\n".join(map(printable, aligned_lines([heading, *rows], align="<>>>><")))
 
 
 def has_peft() -> bool:

@@ -7,8 +7,6 @@ process group exists yet, so no collective can time out while a large data set i
 writer has written nothing for a while.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -18,34 +16,37 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, write_json
-from megatron_tiedlora.base.checksums import check_seal, file_sha256, sealed
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.output_folder import partial_folder, remove_abandoned_outputs, take_output
+from megatron_tiedlora.base.errors import UserError, bytes_in_words
+from megatron_tiedlora.base.output_folder import (
+    CACHE_VARIABLE,
+    make_own_folder,
+    partial_folder,
+    remove_abandoned_outputs,
+    take_output,
+    user_cache,
+)
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
-from megatron_tiedlora.base.paths import CACHE_VARIABLE, make_own_folder, user_cache
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.text_files import read_json_object
-from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.data.encode import Encoding, NumberedRow, encoded_rows
-from megatron_tiedlora.data.sources import Files, RowStream, mixed, row_stream, source_kind
-from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows
+from megatron_tiedlora.base.text_files import check_seal, file_sha256, read_json_object, sealed
+from megatron_tiedlora.data.encode import Encoding, encoded_rows
+from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, row_stream, source_kind
+from megatron_tiedlora.data.splits import check_held_out, held_out_rows
 from megatron_tiedlora.data.task import Split, template_fields
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
-from megatron_tiedlora.data.tokenizer import start_ids
+from megatron_tiedlora.data.tokenizer import Tokenizer, start_ids
 from megatron_tiedlora.runtime.launch_env import rank_number
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from megatron_tiedlora.runtime.machine import source_hash
 
 _STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "facts": FACTS}
 _SPLITS = {"train": np.int64, "validation": np.int64}
 
+_CODE = Path(__file__).parent  # its modules make ids of rows; another version of them tokenises again
 _BLOCK = 2**14  # rows
 _SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # of a process that waits: how long before its first line, between two
 
@@ -118,7 +119,7 @@ def _training_data(once: Callable[..., _Found], encoding: Encoding, *, files: Fi
         rows = partial(_write_rows, stream=stream, content=content, encoding=encoding, first_only=first_only)
         stored[split] = once(keys[split], _STORE, partial(rows, name=split), stream.names)
     shares = [[source.name, source.weight] for source in streams["train"].sources if source.weight is not None]
-    choice = hashlib.sha256(json.dumps([keys, seed, shares, _code()]).encode()).hexdigest()
+    choice = hashlib.sha256(json.dumps([keys, seed, shares, source_hash(_CODE)]).encode()).hexdigest()
     write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed, encoding=encoding)
     order, facts = once(choice, _SPLITS, write_splits, streams["train"].names)
     facts["mix"] = tuple(facts["mix"])
@@ -200,12 +201,11 @@ def _write_rows(
     """
 
     def read() -> Iterator[NumberedRow]:
-        sample_numbers, seen = SampleNumbers(encoding.task), 0
-        for source, row in stream:
-            number = sample_numbers.of(row[0])
-            if not first_only or number >= seen:
-                yield source, number, row
-            seen = max(seen, number + 1)
+        seen = 0
+        for numbered in stream:
+            if not first_only or numbered[1] >= seen:
+                yield numbered
+            seen = max(seen, numbered[1] + 1)
 
     with written_arrays(path, _STORE) as append:
         append(offsets=np.zeros(1, np.int64))
@@ -287,20 +287,12 @@ def cache_key(encoding: Encoding, content: str, *, first_only: bool = False) -> 
         encoding.max_length,
         sorted(encoding.end_ids),
         *(list((reading.columns or {}).items()), reading.train_on, reading.add_bos, reading.special_tokens),
-        *(template_fields(reading.template), content, first_only, _code()),
+        *(template_fields(reading.template), content, first_only, source_hash(_CODE)),
     ]
     return hashlib.sha256(json.dumps(choices).encode() + _tokenizer_content(encoding.tokenizer)).hexdigest()
 
 
-def _code() -> str:
-    """Hash of the modules that make ids of rows, so that another version of them tokenises again."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
+def _tokenizer_content(tokenizer: Tokenizer) -> bytes:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocab_file = getattr(tokenizer, "vocab_file", None)
     if backend is not None:

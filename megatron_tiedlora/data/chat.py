@@ -4,8 +4,6 @@ Owns what is supervised in it, and which roles and fields a template knows. Leav
 `chat_template`, and tokens to `encode`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -13,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import UserError, shown, user_path
 from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.data.chat_template import ChatTemplate, TemplateNames, has_marks
 from megatron_tiedlora.data.task import Reading, Segment, join_answer
@@ -255,20 +252,17 @@ class ControlTokens:
         Raises:
             UserError: there is one, and it is to be rejected.
         """
-        if isinstance(value, str):
-            return self._guarded(value, what, source)
         if isinstance(value, dict):
             return {self.guard(key, what, source): self.guard(item, what, source) for key, item in value.items()}
-        return [self.guard(item, what, source) for item in value] if isinstance(value, list | tuple) else value
-
-    def _guarded(self, text: str, what: str, source: str) -> str:
-        if self.meaning == "plain" and (_START in text or _END in text):
+        if not isinstance(value, str):
+            return [self.guard(item, what, source) for item in value] if isinstance(value, list | tuple) else value
+        if self.meaning == "plain" and (_START in value or _END in value):
             raise UserError(f"{source}: {what} holds U+FDD0 or U+FDD1, which are no characters; remove them")
-        found = None if self._find is None else self._find.search(text)
+        found = None if self._find is None else self._find.search(value)
         if self._find is None or found is None:
-            return text
+            return value
         if self.meaning == "plain":
-            return self._find.sub(f"{_START}\\g<0>{_END}", text)
+            return self._find.sub(f"{_START}\\g<0>{_END}", value)
         raise UserError(
             f"{source}: {what} holds {found[0]!r}, a control token of the tokenizer; give"
             " --special_tokens_in_text plain to read it as text, or control to read it as that token"

@@ -6,16 +6,15 @@ state. The kernel limits the memory of that process, and it is killed if it take
 text, with the span of each answer in it, and the names that a template reads are found.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -57,7 +56,7 @@ class ChatTemplate:
         answers: Sequence[int],
         tools: Sequence[Mapping[str, Any]] | None = None,
         names: Sequence[str] = (),
-    ) -> Rendered:
+    ) -> "Rendered":
         """Return the text of a conversation, with the spans of the assistant's turns whose indices are `answers`.
 
         The template's generation marks give a span, if there is one for each answer of the assistant. Otherwise a turn
@@ -76,19 +75,10 @@ class ChatTemplate:
         answer = self._answered({**turns, "answers": list(answers), "longest": longest}, source)
         return Rendered(answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"]))
 
-    def names(self, text: str, source: str) -> TemplateNames:
+    def names(self, text: str, source: str) -> "TemplateNames":
         """Return the names that a template's `text` reads. Raises UserError if it is broken, or takes too long."""
         found = self._answered({"template": text, "answers": ()}, source)
         return TemplateNames(**{name: frozenset(words) for name, words in found["found"].items()})
-
-    def _answered(self, request: Mapping[str, Any], source: str) -> dict[str, Any]:
-        """The answer of the process. Raises UserError with its reason if there is none."""
-        answer = self._ask(request)
-        if "reason" not in answer:
-            return answer
-        reason = one_line(str(answer.get("reason")))
-        fix = answer.get("fix", "give other rows, or another --chat_template")
-        raise UserError(f"{source}: the chat template of {self._name} {reason}; {fix}")
 
     def close(self) -> None:
         """End the process."""
@@ -101,26 +91,27 @@ class ChatTemplate:
                 os.waitpid(self._process.pid, 0)
         self._connection = self._process = None
 
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer of the process, or a reason if it ends before it answers."""
+    def _answered(self, request: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """The answer of the process. Raises UserError with its reason if there is none, or if it ends before."""
         if self._process is None or self._connection is None:
             self._start()
         assert self._process is not None and self._connection is not None
         before, deadline = _seconds(self._process), time.monotonic() + _SILENCE
-        most = _SECONDS + _SECONDS_PER_ANSWER * len(request["answers"])
+        most, late = _SECONDS + _SECONDS_PER_ANSWER * len(request["answers"]), ""
         _send(self._connection, request)
-        while not self._connection.poll(0.05):
+        while not late and not self._connection.poll(0.05):
             if _seconds(self._process) - before > most:
-                self.close()
-                return {"reason": f"takes more than {_SECONDS:g} s for these messages"}
-            if time.monotonic() > deadline:
-                self.close()
-                return {"reason": f"gave no answer within {_SILENCE:g} s"}
-        answer = _receive(self._connection)
+                late = f"takes more than {_SECONDS:g} s for these messages"
+            elif time.monotonic() > deadline:
+                late = f"gave no answer within {_SILENCE:g} s"
+        answer = None if late else _receive(self._connection)
         if answer is None:
             self.close()
-            return {"reason": "ended its process"}
-        return answer
+            answer = {"reason": late or "ended its process"}
+        if "reason" not in answer:
+            return answer
+        reason, fix = one_line(str(answer["reason"])), answer.get("fix", "give other rows, or another --chat_template")
+        raise UserError(f"{source}: the chat template of {self._name} {reason}; {fix}")
 
     def _start(self) -> None:
         self._connection, theirs = Pipe()
@@ -301,8 +292,9 @@ def render_with_spans(
     if found := _by_marks(tokenizer, messages, tools):
         return Rendered(found[0], tuple(found[1][index] for index in answers))
     names = names or [f"message {number}" for number in range(1, len(messages) + 1)]
-    whole = _render(tokenizer, messages, tools)
-    return Rendered(whole, tuple(_span(tokenizer, messages, tools, whole, index, names) for index in answers))
+    render, eos = partial(_render, tokenizer, tools=tools), getattr(tokenizer, "eos_token", None) or ""
+    whole = render(messages)
+    return Rendered(whole, tuple(_span(render, messages, whole, index, names[index], eos) for index in answers))
 
 
 def _by_marks(
@@ -344,32 +336,26 @@ def _marked(
 
 
 def _span(
-    tokenizer: Any,
-    messages: Sequence[Any],
-    tools: Sequence[Any] | None,
-    whole: str,
-    index: int,
-    names: Sequence[str],
+    render: Callable[..., str], messages: Sequence[Any], whole: str, index: int, name: str, eos: str
 ) -> tuple[int, int]:
-    """The span of the answer `index` in the rendering of all messages."""
-    prompt = _render(tokenizer, messages[:index], tools, starts_answer=True)
+    """The span of the answer `index`, called `name`, in the rendering of all messages."""
+    prompt = render(messages[:index], starts_answer=True)
     start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - by characters: these are no paths
     if start < len(prompt):  # the start of an answer may hold more than an answer has, such as an open thought
-        before = _render(tokenizer, messages[:index], tools)
+        before = render(messages[:index])
         if not whole.startswith(before):
-            raise TurnsChange(f"writes what comes before {names[index]} in another way once that follows")
+            raise TurnsChange(f"writes what comes before {name} in another way once that follows")
         # What the answer has in common with that start belongs to the answer, so look where another one would begin.
-        other = _render(tokenizer, [*messages[:index], {**messages[index], "content": _OTHER}], tools)
+        other = render([*messages[:index], {**messages[index], "content": _OTHER}])
         begins = other.find(_OTHER)
         if begins >= 0 and whole.startswith(other[:begins]):
             start = min(start, begins)
-    until = _render(tokenizer, messages[: index + 1], tools)
+    until = render(messages[: index + 1])
     if whole.startswith(until):
         return start, len(until)
-    end = getattr(tokenizer, "eos_token", None) or ""
-    ended = until.endswith(end) and _render(tokenizer, messages[:index], tools).endswith(end)
-    if ended and whole.startswith(until.removesuffix(end)):  # the template ends every text with it, whatever is last
-        return start, len(until) - len(end)
+    ended = until.endswith(eos) and render(messages[:index]).endswith(eos)
+    if ended and whole.startswith(until.removesuffix(eos)):  # the template ends every text with it, whatever is last
+        return start, len(until) - len(eos)
     # As the last turn it may be written with an empty thought before its text: compare what comes after that.
     text = str(messages[index].get("content") or "").strip()
     longest_extra = until.find(text, start) if text else until.find(_THOUGHT_END, start) + len(_THOUGHT_END) + 2
@@ -378,7 +364,7 @@ def _span(
         thought = added.rstrip().endswith(_THOUGHT_END) and not re.sub("</?think>", "", added).strip()
         if (not added or thought) and whole.startswith(until[extra:], start):
             return start, start + len(until) - extra
-    raise TurnsChange(f"writes {names[index]} ({shown(text[:40])}) in another way once others follow")
+    raise TurnsChange(f"writes {name} ({shown(text[:40])}) in another way once others follow")
 
 
 _OTHER = "\ue000\ue001"  # an answer that begins like no other text: two characters for private use

@@ -10,8 +10,6 @@ Owns samples, labels, what they lost, and the calls of a tokenizer, each of whos
 batches to `loader`, storage to `cache`, and a chat's text to `chat`.
 """
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, pairwise
 from multiprocessing import active_children, current_process, get_context
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +29,12 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.child_process import end_with_parent, leave_signals_to_parent
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.chat import Chat
-from megatron_tiedlora.data.splits import ExampleMaker, check_shape
-from megatron_tiedlora.data.tables import Row, num_bytes
+from megatron_tiedlora.data.sources import NumberedRow
+from megatron_tiedlora.data.splits import check_shape, make_example
+from megatron_tiedlora.data.tables import num_bytes
 from megatron_tiedlora.data.task import Example, Reading, Segment, Task
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
-from megatron_tiedlora.data.tokenizer import library_errors, start_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_ids
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class EncodedExample:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
+    tokenizer: Tokenizer, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
 ) -> tuple[list[NDArray[np.int32]], int]:
     """The ids of the examples' prompts, (length,) int32, and the number of those that lost something to `max_length`.
 
@@ -70,7 +66,7 @@ def encode_prompts(
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
+    tokenizer: Tokenizer, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
 ) -> list[EncodedExample]:
     """Return samples as ids, each of at most `max_length` tokens. A text without a prompt may become several.
 
@@ -83,7 +79,7 @@ def encode_examples(
 
 def encode_dataset(
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     max_length: int,
     reading: Reading | None = None,
@@ -116,7 +112,7 @@ def joined(samples: Sequence[EncodedExample]) -> dict[str, NDArray[Any]]:
 class Encoder:
     """Ids of samples with one tokenizer, of at most `max_length` tokens. `chat` writes shorter chats."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: Chat, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, chat: Chat, max_length: int) -> None:
         self._tokenizer, self._chat, self._max_length = tokenizer, chat, max_length
         self._add_bos = chat.reading.add_bos
         self._start = start_ids(tokenizer, self._add_bos)
@@ -229,20 +225,20 @@ def _num_turns(example: Example) -> int:
 # Ids of texts, and texts of ids --------------------------------------------------------------------------------------
 
 
-def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special: bool = False) -> str:
+def decode_ids(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special: bool = False) -> str:
     """Decode ids to text. Raises UserError naming the tokenizer if its library fails."""
     with library_errors(tokenizer.name_or_path, "cannot decode some ids"):
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
 
-def adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_prefix_space(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer puts a space before any text (SentencePiece's dummy prefix, `add_prefix_space`)."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))
     return bool(tokens) and tokens[0].startswith(("▁", "Ġ"))
 
 
 def segment_ids(
-    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sequence[Segment]]
+    tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]
 ) -> list[list[list[int]]]:
     """The ids of each segment of each sample, without any token that ends a sample."""
     found: list[list[list[int]]] = [[[] for _ in segments] for segments in samples]
@@ -262,7 +258,7 @@ def segment_ids(
 
 
 def continuation_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, plain: bool = False
+    tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False
 ) -> list[list[int]]:
     """Tokenise texts that follow a prompt, so that decoding prompt and continuation gives the joined text.
 
@@ -286,7 +282,7 @@ def continuation_ids(
     return encoded
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
+def _ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
     if not texts:
         return []
     more = {"split_special_tokens": True} if plain else {}
@@ -322,14 +318,11 @@ class Encoding:
     """
 
     task: Task
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     reading: Reading
     max_length: int
     end_ids: frozenset[int]
 
-
-NumberedRow = tuple[int, int, Row]
-"""The number of a row's source, the row's number by `SampleNumbers`, and the row."""
 
 Arrays = dict[str, NDArray[Any]]
 Shapes = list[tuple[str, str]]
@@ -342,15 +335,15 @@ class RowEncoder:
     def __init__(self, encoding: Encoding) -> None:
         self._ends = np.array(sorted(encoding.end_ids), dtype=np.int32)
         self._chat = Chat(encoding.tokenizer, encoding.reading)
-        self._maker = ExampleMaker(encoding.task, self._chat)
+        self._task = encoding.task
         self._encoder = Encoder(encoding.tokenizer, self._chat, encoding.max_length)
 
     def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, Shapes]:
         """The samples of rows, as `encoded_rows` yields them, and the rows' shapes.
 
-        Raises UserError as `ExampleMaker.example` and `Encoder.samples` do.
+        Raises UserError as `make_example` and `Encoder.samples` do.
         """
-        made = [self._maker.example([row]) for _, _, row in rows]
+        made = [make_example(self._task, self._chat, [row]) for _, _, row in rows]
         of_rows = list(self._encoder.samples(made))
         samples = [sample for parts in of_rows for sample in parts]
         arrays = joined(samples)

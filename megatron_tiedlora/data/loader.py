@@ -8,8 +8,6 @@ every rank knows the loss's denominator without a message. Micro-batches of seve
 Owns labels, padding, packing, and resuming by a count of consumed samples. Leaves devices to the engine.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_tiedlora.adapters.adapter_bank import Share, filled
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.config.batch import BatchPlan
+from megatron_tiedlora.adapters.adapter_bank import Share
+from megatron_tiedlora.base.errors import UserError, count_text
+from megatron_tiedlora.config.batch import BatchPlan, filled
 from megatron_tiedlora.data.token_dataset import TokenDataset, sample_indices
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, MicroBatch
-from megatron_tiedlora.parallel.collectives import concatenated
+from megatron_tiedlora.parallel.groups import concatenated
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
+
+Rows = list[list[int]]
+Lengths = Sequence[int] | NDArray[np.int64]
 
 # Numbers of tokens that belong to one sample: token t of the run's sample i (in its order, from 0) has the number
 # i * NUMBERS_OF_SAMPLE + t. So it follows from the step, the sample and the place in it, whatever the packing.
@@ -276,10 +276,6 @@ def _padded_shape(lengths: Sequence[int], pad_multiple: int) -> tuple[int, int]:
 
 
 # Packing --------------------------------------------------------------------------------------------------------------
-
-
-Rows = list[list[int]]
-Lengths = Sequence[int] | NDArray[np.int64]
 
 
 def pack(lengths: Lengths, capacity: int, *, group_size: int = 1, multiple: int = 1, min_groups: int = 1) -> list[Rows]:

@@ -5,8 +5,6 @@ hub id names, and their errors. Owns also checked access to a row's fields.
 Leaves tables to `tables`, and the meaning of the fields to `tasks`.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json
@@ -21,9 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megatron_tiedlora.base.child_process import limited
-from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.base.errors import UserError, first_line, shown, user_path
 from megatron_tiedlora.data.tables import (
     HubData,
     Row,

@@ -5,12 +5,10 @@ Owns the syntax NAME[:WEIGHT][,NAME[:WEIGHT]...], how often rows of each source 
 what is read. Leaves formats to `readers`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,9 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.base.errors import UserError, nearest_name, shown, user_path
 from megatron_tiedlora.data.readers import (
     about_num_rows,
     describe_fields,
@@ -177,6 +173,10 @@ def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
+NumberedRow = tuple[int, int, Row]
+"""The number of a row's source, that of its sample, and the row."""
+
+
 @dataclass(frozen=True)
 class _SourceRows:
     """The rows of one source, and the hash of what they are read from."""
@@ -191,7 +191,7 @@ class RowStream:
     """Rows of one part of a task's data, in order, flat and under our names.
 
     Iterating reads the files anew. It raises UserError if one is missing, unreadable, broken (naming file and line) or
-    has no rows.
+    has no rows. Rows with the same value of the field `merge_by` of the task are of one sample.
     """
 
     task: Task
@@ -208,16 +208,21 @@ class RowStream:
         """The names of `sources`, for messages."""
         return ", ".join(source.name for source in self.sources)
 
-    def __iter__(self) -> Iterator[tuple[int, Row]]:
-        """Yield (number of the source, row)."""
+    def __iter__(self) -> Iterator[NumberedRow]:
+        """Yield the rows with the 0-based numbers of their sources and samples."""
+        field, total, seen = self.task.merge_by, 0, dict[Hashable, int]()
         for number, part in enumerate(self._parts):
+            before = total
             with _readable(part.source.name):
-                rows = self._flat(part.rows())
-                first = next(rows, None)
-                if first is None:
+                for row in self._flat(part.rows()):
+                    sample = total
+                    if field is not None:
+                        key = row[0].get(field)
+                        sample = seen.setdefault(key if isinstance(key, str) else total, len(seen))
+                    total += 1
+                    yield number, sample, row
+                if total == before:
                     raise UserError(f"{part.source.name}: holds no samples of task {self.task.name}; give another file")
-                yield number, first
-                yield from ((number, row) for row in rows)
 
     def about_num_rows(self) -> int | None:
         """About how many rows there are, for a progress bar; None: not known."""

@@ -5,9 +5,7 @@ share. Leaves names of files and reading to `sources`, the meaning of a row to i
 and the answer's leading space to `task.join_answer`.
 """
 
-from __future__ import annotations
-
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -15,13 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import UserError, shown, user_path
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import Chat, marked, read_chat_template, unmarked
 from megatron_tiedlora.data.readers import checked_files, checked_text, describe_fields, looks_like_path
-from megatron_tiedlora.data.sources import Files, RowStream, mixed, parse_sources, row_stream, source_kind
+from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, parse_sources, row_stream, source_kind
 from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import Example, Parts, Reading, Split, Task, join_answer, template_fields
 from megatron_tiedlora.data.tasks import get_task
@@ -57,9 +54,8 @@ def load_split(
         samples = _held_out_samples(entry, split, files=files, seed=seed, reading=reading)
     first_rows, examples = dict[str, tuple[str, str]](), []
     with closing(Chat(tokenizer, reading)) as chat:
-        maker = ExampleMaker(entry, chat)
         for sample in islice(samples, limit):
-            examples.append(example := maker.example(sample))
+            examples.append(example := make_example(entry, chat, sample))
             check_shape(example.shape, example.source, first_rows)
     return examples
 
@@ -109,27 +105,24 @@ def check_files_exist(settings: Settings | EvaluateSettings) -> None:
 def _train_rows(task: Task, *, files: Files, seed: int, reading: Reading) -> list[Row]:
     stream = row_stream(task, "train", files=files, reading=reading)
     numbered = list(stream)
-    sizes = np.bincount([number for number, _ in numbered], minlength=len(stream.sources)).tolist()
+    sizes = np.bincount([source for source, _, _ in numbered], minlength=len(stream.sources)).tolist()
     held_out = np.zeros(len(numbered), dtype=bool)
     if source_kind(task, "validation", files) == "carve":
-        numbers = SampleNumbers(task)
-        held_out = held_out_rows(task, np.array([numbers.of(row) for _, (row, _) in numbered]), seed=seed)
-    return [numbered[row][1] for row in mixed(stream.sources, sizes, held_out, seed=seed).rows.tolist()]
+        held_out = held_out_rows(task, np.array([number for _, number, _ in numbered]), seed=seed)
+    return [numbered[row][-1] for row in mixed(stream.sources, sizes, held_out, seed=seed).rows.tolist()]
 
 
 def _held_out_samples(task: Task, split: Split, *, files: Files, seed: int, reading: Reading) -> list[list[Row]]:
     """The rows of each sample of a split that is not trained on, in file order of their first row."""
-    numbers, samples = SampleNumbers(task), dict[int, list[Row]]()
-    if source_kind(task, split, files) == "carve":
-        stream = row_stream(task, "train", files=files, reading=reading)
-        of_rows = np.array([numbers.of(row) for _, (row, _) in stream])
-        taken = check_held_out(held_out_rows(task, of_rows, seed=seed), stream)
-        pairs = ((number, row) for number, is_taken, (_, row) in zip(of_rows, taken, stream, strict=True) if is_taken)
-    else:
-        stream = row_stream(task, split, files=files, reading=reading)
-        pairs = ((numbers.of(row), (row, source)) for _, (row, source) in stream)
-    for number, row in pairs:
-        samples.setdefault(int(number), []).append(row)
+    samples, carves = dict[int, list[Row]](), source_kind(task, split, files) == "carve"
+    stream = row_stream(task, "train" if carves else split, files=files, reading=reading)
+    rows: Iterable[NumberedRow] = stream
+    if carves:
+        numbers = np.array([number for _, number, _ in stream])
+        taken = check_held_out(held_out_rows(task, numbers, seed=seed), stream)
+        rows = (row for is_taken, row in zip(taken, stream, strict=True) if is_taken)
+    for _, number, row in rows:
+        samples.setdefault(number, []).append(row)
     return list(samples.values())
 
 
@@ -139,7 +132,7 @@ def held_out_rows(task: Task, numbers: NDArray[np.int64], *, seed: int) -> NDArr
     Rows of one sample stay together: a model must not be evaluated on what it was trained on.
 
     Args:
-        numbers: (num_rows,) the number of each row's sample, as `SampleNumbers` gives it.
+        numbers: (num_rows,) the number of each row's sample, as `RowStream` gives it.
     """
     num_samples = int(numbers.max()) + 1
     large = num_samples >= 10 * task.validation_rows
@@ -155,23 +148,6 @@ def check_held_out(held_out: NDArray[np.bool_], stream: RowStream) -> NDArray[np
         name = stream.sources[0].name
         raise UserError(f"{name}: one sample cannot be split into train and validation; give --validation_file")
     return held_out
-
-
-class SampleNumbers:
-    """The 0-based number of each row's sample in file order. Rows with the same `merge_by` field share a number."""
-
-    def __init__(self, task: Task) -> None:
-        self._field = task.merge_by
-        self._rows = 0
-        self._seen: dict[Hashable, int] = {}
-
-    def of(self, row: Mapping[str, Any]) -> int:
-        """The number of the next row."""
-        self._rows += 1
-        if self._field is None:
-            return self._rows - 1
-        key = row.get(self._field)
-        return self._seen.setdefault(key if isinstance(key, str) else self._rows, len(self._seen))
 
 
 # From rows to examples ------------------------------------------------------------------------------------------------
@@ -191,88 +167,84 @@ def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]])
         )
 
 
-class ExampleMaker:
-    """Turns the rows of a sample of a task into its example, as `chat` and its `reading` say."""
+def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
+    """The example of a sample's rows: prompt and answer are those of the first row, references those of all.
 
-    def __init__(self, task: Task, chat: Chat) -> None:
-        self._task, self._chat, self._reading = task, chat, chat.reading
-
-    def example(self, sample: Sequence[Row]) -> Example:
-        """The example of a sample's rows: prompt and answer are those of the first row, references those of all.
-
-        Raises:
-            UserError: a field is missing, empty or of another kind, or the template names one that is not there; the
-                message names file and line.
-        """
-        parts, source, chat = [self._parts(*row) for row in sample], sample[0][1], self._chat
-        first = parts[0]
-        references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))
-        if first.conversation is not None and self._reading.template is None:
-            segments, num_prompt = chat.segments(first.conversation, source)
-            return Example(
-                prompt="".join(segment.text for segment in segments[:num_prompt]),
-                completion=first.answers[0],
-                source=source,
-                references=references,
-                segments=segments,
-                num_prompt=num_prompt,
-                conversation=first.conversation,
-                templated=chat.templated,
-                shape=first.shape,
-            )
-        prompt = self._prompt(first, source)
-        follows = [chat.control.guard(ending, "the answer", source) for ending in first.endings]
-        answer = chat.control.guard(first.answers[0], "the answer", source)
-        right = first.choices.index(first.answers[0]) if follows else -1
-        completion = follows[right] if follows else join_answer(prompt, answer)
-        before, after = chat.cut(prompt, False), chat.cut(completion, True, ends=True)
+    Raises:
+        UserError: a field is missing, empty or of another kind, or the template names one that is not there; the
+            message names file and line.
+    """
+    parts, source = [_parts(task, chat.reading, *row) for row in sample], sample[0][1]
+    first = parts[0]
+    references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))
+    if first.conversation is not None and chat.reading.template is None:
+        segments, num_prompt = chat.segments(first.conversation, source)
         return Example(
-            prompt=unmarked(prompt),
-            completion=unmarked(completion),
+            prompt="".join(segment.text for segment in segments[:num_prompt]),
+            completion=first.answers[0],
             source=source,
             references=references,
-            choices=first.choices,
-            endings=tuple(map(unmarked, follows)),
-            segments=(*before, *after),
-            num_prompt=len(before),
+            segments=segments,
+            num_prompt=num_prompt,
+            conversation=first.conversation,
+            templated=chat.templated,
             shape=first.shape,
         )
+    prompt = _prompt(task, chat, first, source)
+    follows = [chat.control.guard(ending, "the answer", source) for ending in first.endings]
+    answer = chat.control.guard(first.answers[0], "the answer", source)
+    right = first.choices.index(first.answers[0]) if follows else -1
+    completion = follows[right] if follows else join_answer(prompt, answer)
+    before, after = chat.cut(prompt, False), chat.cut(completion, True, ends=True)
+    return Example(
+        prompt=unmarked(prompt),
+        completion=unmarked(completion),
+        source=source,
+        references=references,
+        choices=first.choices,
+        endings=tuple(map(unmarked, follows)),
+        segments=(*before, *after),
+        num_prompt=len(before),
+        shape=first.shape,
+    )
 
-    def _parts(self, row: Mapping[str, Any], source: str) -> Parts:
-        task = self._task
-        for name in task.fields:
-            if row.get(name) is None:
-                expected = ", ".join(repr(field) for field in task.fields)
-                found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
-                fix = "name your fields with --columns OURS=YOURS[,...]"
-                raise UserError(f"{found}, and task {task.name} reads {expected}; {fix}")
-        parts = task.parts(row, source, self._reading)
-        if not parts.answers:
-            raise UserError(f"{source}: the row has no answer; give one, or remove the row")
-        return parts
 
-    def _prompt(self, parts: Parts, source: str) -> str:
-        """The prompt of a row that is no chat, with marks at control tokens that are plain text."""
-        template, guard = self._reading.template or self._task.template, self._chat.control.guard
-        if self._reading.template is None and parts.prompt is not None:
-            prompt = guard(parts.prompt, "field 'prompt'", source)
-        else:
-            names, chat, written = template_fields(template), parts.conversation, dict[str, str]()
-            if chat is not None:
-                if len(chat.answers) > 1 and self._reading.train_on != "last_turn":
-                    said = f"{source}: --prompt_template makes one answer of a chat"
-                    raise UserError(f"{said}; give --train_on last_turn too")
-                segments, num_prompt = self._chat.segments(chat, source)
-                written["prompt"] = marked(segments[:num_prompt])
-            texts = {name: value for name, value in parts.fields.items() if name in names and isinstance(value, str)}
-            guarded = {name: guard(value, f"field {name!r}", source) for name, value in texts.items()}
-            fields = {**parts.fields, **guarded, **written}
-            if self._reading.template is not None:
-                _check_fields(names, fields, source)
-            prompt = template.format_map(fields)
-        if not prompt and parts.shape != "text":
-            raise UserError(f"{source}: the prompt is empty; check the fields or --prompt_template")
-        return prompt
+def _parts(task: Task, reading: Reading, row: Mapping[str, Any], source: str) -> Parts:
+    for name in task.fields:
+        if row.get(name) is None:
+            expected = ", ".join(repr(field) for field in task.fields)
+            found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
+            fix = "name your fields with --columns OURS=YOURS[,...]"
+            raise UserError(f"{found}, and task {task.name} reads {expected}; {fix}")
+    parts = task.parts(row, source, reading)
+    if not parts.answers:
+        raise UserError(f"{source}: the row has no answer; give one, or remove the row")
+    return parts
+
+
+def _prompt(task: Task, chat: Chat, parts: Parts, source: str) -> str:
+    """The prompt of a row that is no chat, with marks at control tokens that are plain text."""
+    reading, guard = chat.reading, chat.control.guard
+    template = reading.template or task.template
+    if reading.template is None and parts.prompt is not None:
+        prompt = guard(parts.prompt, "field 'prompt'", source)
+    else:
+        names, written, conversation = template_fields(template), dict[str, str](), parts.conversation
+        if conversation is not None:
+            if len(conversation.answers) > 1 and reading.train_on != "last_turn":
+                said = f"{source}: --prompt_template makes one answer of a chat"
+                raise UserError(f"{said}; give --train_on last_turn too")
+            segments, num_prompt = chat.segments(conversation, source)
+            written["prompt"] = marked(segments[:num_prompt])
+        texts = {name: value for name, value in parts.fields.items() if name in names and isinstance(value, str)}
+        guarded = {name: guard(value, f"field {name!r}", source) for name, value in texts.items()}
+        fields = {**parts.fields, **guarded, **written}
+        if reading.template is not None:
+            _check_fields(names, fields, source)
+        prompt = template.format_map(fields)
+    if not prompt and parts.shape != "text":
+        raise UserError(f"{source}: the prompt is empty; check the fields or --prompt_template")
+    return prompt
 
 
 def _check_fields(names: Iterable[str], fields: Mapping[str, Any], source: str) -> None:

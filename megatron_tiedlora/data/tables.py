@@ -1,7 +1,5 @@
 """Reads rows from tables: parquet and arrow files, folders that `save_to_disk` wrote, and data sets of the hub."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys
@@ -11,10 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.child_process import limited
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.base.errors import UserError, first_line
+from megatron_tiedlora.base.text_files import file_sha256
 
 _PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"
 

@@ -5,8 +5,6 @@ joins an answer to its prompt. The tasks are in `tasks`, one file each. Leaves r
 to `readers`, tokens to `encode`, and the metrics, which are only named here, to the evaluation package.
 """
 
-from __future__ import annotations
-
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,7 +44,7 @@ class Reading:
         object.__setattr__(self, "template", _check_template(self.template) if self.template else None)
 
     @classmethod
-    def of(cls, settings: Settings | EvaluateSettings) -> Reading:
+    def of(cls, settings: Settings | EvaluateSettings) -> "Reading":
         """Those of a command. What it leaves to an adapter's run is the default if there is none."""
         return cls(
             columns=parse_columns(settings.columns),

@@ -4,8 +4,6 @@ The arrays may be mapped files that several splits and processes share. What is 
 by block, so that it needs the memory of a block. Owns also the order in which samples are drawn.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.errors import UserError, count_text
 
 FACTS = np.dtype(
     [("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np.int32)]
@@ -24,7 +21,7 @@ FACTS = np.dtype(
 )
 """What is known of a stored sample: number of supervised tokens, whether its prompt lost its middle, and how many turns
 a chat lost. In the cache also: whether it is a chat, whether a supervised token of a chat ends an answer, whether it is
-the first sample of its row, the row's number by `SampleNumbers` (rows of one number are held out together), and the
+the first sample of its row, the row's number by `RowStream` (rows of one number are held out together), and the
 number of its source."""
 
 _ALL = np.empty(0, np.int64)  # stands for the order in which samples are stored
@@ -63,7 +60,7 @@ class TokenDataset:
     @classmethod
     def after_prompts(
         cls, tokens: NDArray[np.int32], offsets: NDArray[np.int64], prompt_lengths: NDArray[np.int32]
-    ) -> TokenDataset:
+    ) -> "TokenDataset":
         """Samples that are supervised from their prompts' ends on. prompt_lengths: (n,) tokens of the prompts."""
         return cls(tokens, offsets, _from(offsets[:-1] + np.maximum(prompt_lengths, 1), offsets))
 
@@ -138,7 +135,7 @@ class TokenDataset:
         stored = self.order[index]
         return slice(self.offsets[stored], self.offsets[stored + 1])
 
-    def update_digest(self, digest: hashlib._Hash) -> None:
+    def update_digest(self, digest: "hashlib._Hash") -> None:
         """Add ids, offsets and what is supervised to a hash, in the order of the arrays, which checkpoints keep."""
         for block in self._blocks():
             digest.update(self._gathered(block).tokens.data)
@@ -162,7 +159,7 @@ class TokenDataset:
             yield slice(start, start + count)
             start += count
 
-    def _gathered(self, block: slice) -> TokenDataset:
+    def _gathered(self, block: slice) -> "TokenDataset":
         """The samples of a block, in arrays of their own."""
         stored = self.order[block]
         starts, lengths = self.offsets[stored], self.lengths_of(block)

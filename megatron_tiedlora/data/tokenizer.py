@@ -9,8 +9,6 @@ A bare SentencePiece file gives the ids of `SentencePieceProcessor.encode`, whic
 that spells a control piece ("</s>") is plain text. BOS and EOS are never added here; `encode` does that.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -20,14 +18,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_tiedlora.base.checksums import file_sha256
-from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.text_files import read_json_object, read_small_text
-from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.base.errors import UserError, first_line, shown, user_path
+from megatron_tiedlora.base.text_files import file_sha256, read_json_object, read_small_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:  # importing transformers takes seconds
+    Tokenizer = Any
 
 LARGEST_TOKENIZER = 2**27  # bytes per file, since libraries read it whole; large vocabularies take 20 to 35 MB
 _HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
@@ -38,7 +35,7 @@ _EXACT_SENTENCEPIECE = (5, 24)
 _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 😀", "</s> <unk> a   b", "")
 
 
-def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path_or_hub: str | Path) -> Tokenizer:
     """Return the tokenizer of an HF folder, of a hub id, or of a bare SentencePiece `tokenizer.model`.
 
     Raises UserError naming the folder, file or id and `--tokenizer` if there is no readable tokenizer.
@@ -77,7 +74,7 @@ def library_errors(source: str | Path, what: str) -> Iterator[None]:
         raise _rejection(str(source), f"{what} ({first_line(error)})") from error
 
 
-def start_ids(tokenizer: PreTrainedTokenizerBase, add_bos: str) -> list[int]:
+def start_ids(tokenizer: Tokenizer, add_bos: str) -> list[int]:
     """The ids in front of a text: with `auto` (--add_bos) those that the tokenizer itself puts there."""
     bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     if add_bos != "auto":
@@ -89,7 +86,7 @@ def start_ids(tokenizer: PreTrainedTokenizerBase, add_bos: str) -> list[int]:
     return ids[: next(starts, 0)]
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
+def end_ids(tokenizer: Tokenizer, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
     """The ids that end a sequence: the tokenizer's, and those of the model's generation_config.json (chat models have
     several). As in transformers, ids outside of the model's vocabulary are ignored.
 
@@ -110,7 +107,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path, *, vocab_siz
     return frozenset(token for token in (int(tokenizer.eos_token_id), *more) if 0 <= token < vocab_size)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write the tokenizer to `folder` so that transformers 4 and 5 read the same ids from it.
 
     The class is written as PreTrainedTokenizerFast, for which both versions read tokenizer.json unchanged. Tokens with
@@ -133,14 +130,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def byte_tokenizer(max_length: int) -> PreTrainedTokenizerBase:
+def byte_tokenizer(max_length: int) -> Tokenizer:
     """A tokenizer that needs no file: <unk>, <s>, </s>, then a token for each byte. <s> begins a text, as in LLaMA."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     ids = {token: number for number, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(ids, merges=[], unk_token="<unk>"))
+    backend = Backend(models.BPE(ids, merges=[], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", ids["<s>"])])
@@ -148,7 +146,7 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_length, **named)
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_id(tokenizer: Tokenizer) -> int:
     """Return the padding id: the tokenizer's own, else EOS, else 0. Padding is never recognised by its id."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
@@ -156,7 +154,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise UserError if the tokenizer has an id that the model's embedding of `vocab_size` rows lacks."""
     vocabulary = tokenizer.get_vocab()
     ids = [(token_id, token) for token, token_id in vocabulary.items()]
@@ -169,7 +167,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         )
 
 
-def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
+def _load_folder(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     for pattern in (*_HUB_FILES, "additional_chat_templates/*"):
@@ -203,7 +201,7 @@ def check_conversion(source: str | Path) -> None:
         )
 
 
-def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrainedTokenizerBase:
+def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
     """Convert a SentencePiece model. `config_folder` has a tokenizer_config.json with special tokens and template."""
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
@@ -241,29 +239,25 @@ def download_tokenizer(hub_id: str) -> Path:
         raise _rejection(hub_id, f"is not a local folder and cannot be downloaded ({first_line(error)})") from error
 
 
-def _guarded(source: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase:
+def _guarded(source: Path, load: Callable[[], object]) -> Tokenizer:
     """Call `load` and try its tokenizer. Any error of the library becomes one line naming `source`."""
     from transformers import PreTrainedTokenizerBase
 
     with library_errors(source, "cannot be read as a tokenizer"):
         tokenizer = load()
-        _try_out(tokenizer)
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        # It is used as a run will, since files with values of wrong types load, and fail only in use.
+        tokenizer(list(_PROBES), add_special_tokens=False)
+        named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        for token_id in (*tokenizer.all_special_ids, *(token_id for token_id in named if token_id is not None)):
+            if type(token_id) is not int:
+                raise TypeError(f"the id of a special token is {shown(token_id)}")
     return tokenizer
 
 
 def _check_size(file: Path) -> None:
     if file.is_file() and file.stat().st_size > LARGEST_TOKENIZER:
         raise _rejection(str(file), f"is larger than {LARGEST_TOKENIZER:,} bytes, too large for a tokenizer")
-
-
-def _try_out(tokenizer: Any) -> None:
-    """Use a tokenizer as a run will, since files with values of wrong types load, and fail only in use."""
-    tokenizer(list(_PROBES), add_special_tokens=False)
-    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    for token_id in (*tokenizer.all_special_ids, *(token_id for token_id in named if token_id is not None)):
-        if type(token_id) is not int:
-            raise TypeError(f"the id of a special token is {shown(token_id)}")
 
 
 def _rejection(source: str, reason: str) -> UserError:

@@ -4,8 +4,6 @@ Owns roles, content parts, tool calls, which turns are trained, and the order of
 `shapes`, and text to `chat`. Everything but a turn's flags is passed on as the template's own variables.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +68,7 @@ class Conversation:
         """The indices of the assistant's turns."""
         return tuple(index for index, turn in enumerate(self.turns) if turn.message["role"] == ASSISTANT)
 
-    def with_last_turn_alone(self, *, scored: bool = False) -> Conversation:
+    def with_last_turn_alone(self, *, scored: bool = False) -> "Conversation":
         """The same turns, of which at most the last is supervised.
 
         Args:
@@ -80,7 +78,7 @@ class Conversation:
         others = [replace(turn, trained=False) for turn in before]
         return replace(self, turns=(*others, replace(last, trained=scored or last.trained)))
 
-    def without_first_exchange(self) -> Conversation | None:
+    def without_first_exchange(self) -> "Conversation | None":
         """The turns without the first user turn and all up to the next one; None if no supervised turn would be left.
 
         System turns at the start stay.

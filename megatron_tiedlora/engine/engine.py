@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,11 +62,7 @@ def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], Abs
         return nullcontext
     import deepspeed
 
-    def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
-        return context
-
-    return gathered
+    return partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
 
 
 def stored_bytes(module: nn.Module) -> int:
@@ -97,7 +94,7 @@ def initialize_engine(
     """Call `deepspeed.initialize` with a client optimizer and schedule; the optimizer holds the trained parameters.
 
     At ZeRO-0 DeepSpeed's clipping would leave the untied tensors of later stages out of the norm if there are several
-    stages (seen in 0.19.8), so an engine without ZeRO steps no adapter (`optimizers.OwnOptimizers`).
+    stages (seen in 0.19.8), so an engine without ZeRO steps no adapter (`runner.Optimizers`).
     """
     import deepspeed
     from deepspeed.runtime.pipe.module import PipelineModule

@@ -1,27 +1,253 @@
-"""A step's forward and backward passes on an engine, with one interface for one stage and for several.
+"""A step's forward and backward passes on an engine, with one interface for one stage and for several; and how its
+gradients become a step of each adapter: sums over ranks, norm, clipping, AdamW.
 
 A micro-batch has shares of one or more adapters, and each share its own loss: a sum over supervised tokens, which is
 divided before its backward pass so that the gradients that are summed over micro-batches and data-parallel ranks are
 those of the mean over the supervised tokens of the adapter's global batch, whatever the split (`Optimizers.divisors`).
+
+Usually each adapter has an optimizer of its own, and the engine takes no part (`Optimizers`). ZeRO-1 to 3 shard the
+optimizer of a single adapter (`EngineOptimizer`); DeepSpeed then sums, clips and steps.
+
+The moments of an adapter are read by name from any ZeRO stage and written into any other: fp32 tensors of the rank's
+parameters, gathered over its data-parallel ranks. Without an engine's optimizer they are in torch's, else this module
+knows where DeepSpeed's stores them; adapters/tying joins the shards of tensor and pipeline parallelism.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from megatron_tiedlora.adapters.adapter_bank import Shares
+from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.adapters.tying import AdapterLayout, gather_state
-from megatron_tiedlora.engine.optimizers import Optimizers
+from megatron_tiedlora.adapters.tying import MOMENTS, AdapterLayout, gather_state, sum_gradients_
+from megatron_tiedlora.engine.engine import (
+    gradient_norms,
+    parameter_access,
+    reported_norm,
+    scale_gradients_,
+    trained_parameters,
+)
+from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.model.batch import MicroBatch, Supervised
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
+
+Missing = Mapping[str, Sequence[str]]  # by adapter, the tensors whose gradient is missing on this rank
+Moments = Mapping[str, Mapping[str, torch.Tensor]]  # by moment and tensor, in the shapes of this rank's tensors
+
+
+@dataclass(frozen=True)
+class OwnOptimizer:
+    """What one adapter takes its steps with.
+
+    Attributes:
+        optimizer: of `trained_or_stand_in` of its part on this rank.
+        max_norm: of its gradients; 0: they are not clipped.
+    """
+
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    max_norm: float
+
+
+@dataclass
+class Optimizers:
+    """An optimizer for each adapter of a run on one rank, of which an engine knows nothing.
+
+    All ranks call each method together, for the same adapters. The sums and the norms of all adapters are one message
+    per group. From there on nothing of an adapter meets another's.
+    """
+
+    bank: AdapterBank
+    groups: ParallelGroups
+    own: Mapping[str, OwnOptimizer]
+    device: torch.device
+
+    engine_steps: ClassVar[bool] = False  # whether the engine holds the optimizer
+
+    def optimizer(self, name: str) -> Any:
+        """The optimizer of an adapter."""
+        return self.own[name].optimizer
+
+    def begin(self, num_micro_batches: int) -> None:
+        """Begin a step of so many backward passes on this rank."""
+
+    def sum_tied(self) -> None:
+        """In a pipeline whose engine sums over data-parallel ranks: what comes before that."""
+
+    def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
+        """What the summed loss of a micro-batch is divided by, one after the other, before its backward pass.
+
+        It is divided twice, as by DeepSpeed, which gives the same bits.
+
+        Args:
+            num_supervised: supervised tokens of the adapter's global batch.
+        """
+        share = accumulation_steps * dp_size
+        return num_supervised / share, share
+
+    def sum_gradients(self, taking: Collection[str]) -> Missing:
+        """Sum the gradients of the adapters that take a step over the ranks, unless the engine does."""
+        adapters = {name: adapter for name, adapter in self.bank.adapters.items() if name in taking}
+        return sum_gradients_(adapters, self.groups)
+
+    def norms(self, taking: Sequence[str]) -> dict[str, float]:
+        """The norm of each adapter's gradients before clipping; there is none if only the engine's step finds it."""
+        found = gradient_norms([self.bank.adapters[name] for name in taking], self.groups, self.device)
+        return {name: reported_norm(norm) for name, norm in zip(taking, found, strict=True)}
+
+    def take(self, name: str, norm: float | None) -> float:
+        """Clip the gradients of one adapter and take its step. Returns the norm before clipping (`reported_norm`)."""
+        assert norm is not None, "the norms are found before the steps"
+        own = self.own[name]
+        scale_gradients_(self.bank.adapters[name], norm, own.max_norm)
+        own.optimizer.step()
+        own.scheduler.step()
+        return norm
+
+    def learning_rate(self, name: str) -> float:
+        """The learning rate of the next step."""
+        rate: float = self.optimizer(name).param_groups[0]["lr"]
+        return rate
+
+    def clear(self) -> None:
+        """Drop all gradients, also of adapters that took no step."""
+        for _, parameter in self.bank.named_parameters():
+            parameter.grad = None
+
+    def opened(self, name: str) -> AbstractContextManager[None]:
+        """Inside, the tensors of an adapter are whole on this rank, for reading or writing."""
+        return nullcontext()
+
+    def moments(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
+        """The moments of an adapter that has taken a step, by moment and tensor: fp32 copies, this rank's part."""
+        parameters = trained_parameters(self.bank.adapters[name]).items()
+        return {
+            moment: {
+                tensor: self._moment(name, parameter, moment).detach().to(torch.float32, copy=True)
+                for tensor, parameter in parameters
+            }
+            for moment in MOMENTS
+        }
+
+    def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> torch.Tensor:
+        found: torch.Tensor = self.optimizer(name).state[parameter][moment]
+        return found
+
+    def restore(self, name: str, moments: Moments, *, step: int) -> None:
+        """Set the optimizer of an adapter, which has taken no step yet, to its state after `step`.
+
+        torch's AdamW creates its state at the first step, so it is created here, in the layout of its tensors.
+        """
+        state = self.optimizer(name).state
+        for tensor, parameter in trained_parameters(self.bank.adapters[name]).items():
+            state[parameter] = _fresh_state(parameter, step)
+            for moment in MOMENTS:
+                state[parameter][moment].copy_(moments[moment][tensor])
+
+
+class EngineOptimizer(Optimizers):
+    """The sharded optimizer of ZeRO-1 to 3 for one adapter, which is a part of the engine's module."""
+
+    engine_steps = True
+
+    def __init__(self, engine: Any, bank: AdapterBank, groups: ParallelGroups, config: EngineConfig) -> None:
+        super().__init__(bank, groups, {}, engine.device)
+        (self._adapter,) = bank.adapters.values()
+        self._engine, self._config = engine, config
+        self._missing: Missing = {}
+        pipelined = groups.pipeline.size > 1
+        self._step = engine._exec_optimizer_step if pipelined else engine.step
+
+    def optimizer(self, name: str) -> Any:
+        """See Optimizers."""
+        return self._engine.optimizer
+
+    def begin(self, num_micro_batches: int) -> None:
+        """See Optimizers."""
+        if self._adapter.u_sum is not None:
+            self._adapter.u_sum.start(num_micro_batches)
+
+    def sum_tied(self) -> None:
+        """Sum the tied gradients over stages and data-parallel ranks, before the engine averages over the latter."""
+        self._missing = sum_gradients_({ONLY: self._adapter}, self.groups, engine_averages=True)
+
+    def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
+        """See Optimizers. DeepSpeed divides by the rest: accumulation steps x data-parallel ranks."""
+        return (num_supervised / (accumulation_steps * dp_size),)
+
+    def sum_gradients(self, taking: Collection[str]) -> Missing:
+        """See Optimizers."""
+        return self._missing
+
+    def norms(self, taking: Sequence[str]) -> dict[str, float]:
+        """See Optimizers."""
+        return {}
+
+    def take(self, name: str, norm: float | None) -> float:
+        """See Optimizers. ZeRO-1 and 2 skip a step whose norm is not finite in fp32; ZeRO-3 takes it."""
+        self._step()
+        return reported_norm(float(self._engine.get_global_grad_norm()))
+
+    def clear(self) -> None:
+        """See Optimizers. The engine has dropped them."""
+
+    def opened(self, name: str) -> AbstractContextManager[None]:
+        """See Optimizers. Under ZeRO-3 data-parallel ranks hold shards."""
+        return parameter_access(self._config)(list(self._adapter.parameters()))
+
+    def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        found: torch.Tensor = safe_get_full_optimizer_state(parameter, moment)
+        return found
+
+    def restore(self, name: str, moments: Moments, *, step: int) -> None:
+        """See Optimizers."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        optimizer, sharded = self._engine.optimizer, self._config.zero_stage == 3
+        flat_masters = optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
+        for flat in flat_masters:
+            optimizer.optimizer.state[flat] = _fresh_state(flat, step)
+        if not sharded:
+            optimizer._lazy_init_hp_params_optimizer_state()
+        for tensor, parameter in trained_parameters(self._adapter).items():
+            for moment in MOMENTS:
+                value = moments[moment][tensor]
+                if not sharded:
+                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+                    continue
+                # DeepSpeed's setter fails if the ranks do not divide a parameter, whose last partition is then padded.
+                partition, _ = optimizer._get_fp32_opt_state_partition(
+                    parameter, release_swap_buffers=False, optim_state_key=moment
+                )
+                start = partition.numel() * self.groups.data.rank
+                piece = value.flatten()[start : start + partition.numel()]
+                partition.zero_()
+                partition[: piece.numel()].copy_(piece)
+
+
+def trained_or_stand_in(adapter: TiedAdapter) -> list[nn.Parameter]:
+    """The trained tensors of an adapter's part; if it has none, one number, since an optimizer wants a tensor."""
+    return list(trained_parameters(adapter).values()) or [nn.Parameter(torch.zeros(1))]
+
+
+def _fresh_state(parameter: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+    zeros = {moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS}
+    return {"step": torch.tensor(float(step)), **zeros}
+
+
+# The passes -----------------------------------------------------------------------------------------------------------
 
 
 def inputs_to_fill(num_stages: int) -> int:
@@ -62,7 +288,7 @@ class Losses:
 
 @dataclass
 class Runner:
-    """An engine with this rank's stage and groups. Its subclasses are `PlainRunner` and `PipelineRunner`."""
+    """An engine with this rank's stage and groups: of one stage, any ZeRO stage. `PipelineRunner` is of several."""
 
     engine: Any
     stage: Stage
@@ -81,11 +307,6 @@ class Runner:
     def counts_loss(self) -> bool:
         """Whether a sum over all ranks includes this rank's loss, which is equal within a tensor-parallel group."""
         return self.stage.head is not None and self.groups.tensor.rank == 0
-
-    @property
-    def inputs_at_once(self) -> int:
-        """The preferred number of micro-batches per call of `evaluate`."""
-        return 1
 
     def full_state(self, name: str, layout: AdapterLayout) -> dict[str, torch.Tensor]:
         """Full fp32 A, B, u, v of an adapter on rank 0's CPU, nothing on the others. All ranks call it."""
@@ -118,14 +339,6 @@ class Runner:
         self._score(batches, found)
         return [losses.sums(counted=self.counts_loss) for losses in found]
 
-    def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
-        """The forward and backward passes of a step, which note their losses."""
-        raise NotImplementedError
-
-    def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
-        """Forward passes, each of which notes its losses in its own place."""
-        raise NotImplementedError
-
     def _supervised(self, batch: MicroBatch) -> Supervised:
         """The batch's supervised positions, computed on the host, for the last layers of this rank's stage."""
         return batch.supervised(self.stage.tensor_parallel.sequence_parts).moved(self._on_device)
@@ -134,10 +347,6 @@ class Runner:
         if self.device.type != "cuda":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)  # from unpinned memory a copy blocks
-
-
-class PlainRunner(Runner):
-    """One stage: DeepSpeedEngine, any ZeRO stage."""
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Summed loss of a micro-batch, a scalar; of one that several share that of each, (shares,)."""
@@ -152,6 +361,7 @@ class PlainRunner(Runner):
         return loss
 
     def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
+        """The forward and backward passes of a step, which note their losses."""
         for index, batch in enumerate(batches, start=1):
             # An engine that steps does so at the last micro-batch. Their number varies between packed steps, so
             # DeepSpeed cannot count them itself.
@@ -166,6 +376,7 @@ class PlainRunner(Runner):
             self.engine.global_steps += 1  # DeepSpeed's flops_profiler counts steps by it
 
     def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
+        """Forward passes, each of which notes its losses in its own place."""
         for found, batch in zip(losses, batches, strict=True):
             found.weighted(self.forward(batch), batch.shares)
 
@@ -195,11 +406,6 @@ class PipelineRunner(Runner):
         }
         if not self.optimizers.engine_steps:
             self.engine._INSTRUCTION_MAP[schedule.ReduceGrads] = lambda _engine: None
-
-    @property
-    def inputs_at_once(self) -> int:
-        """See Runner."""
-        return inputs_to_fill(self.groups.pipeline.size)
 
     def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
         """See Runner; stages run different micro-batches at a time, so `between` is never called."""

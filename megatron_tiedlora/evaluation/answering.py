@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.adapters.adapter_bank import filled
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, count_text
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.data.chat import chat_writer, set_chat_template
@@ -24,8 +23,7 @@ from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_p
 from megatron_tiedlora.data.splits import read_split
 from megatron_tiedlora.data.task import Example, Reading, Task, join_answer
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
-from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Agree, Prompts, ending_log_likelihoods, generate
+from megatron_tiedlora.evaluation.generate import Agree, Decoder, Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, num_differing
 from megatron_tiedlora.parallel.groups import Grid
@@ -45,22 +43,26 @@ _Found = dict[int, tuple[str, tuple[float, ...]]]  # an answer's text and the sc
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """Held-out samples as ids.
+    """Held-out samples as ids, which an adapter is to answer.
 
     Attributes:
         prompts: ids of BOS and prompt, by sample.
         endings: ids of each choice as it follows the prompt, by sample; empty if a sample has no choices.
         num_truncated: how many prompts lost their middle.
         end_ids: tokens that end an answer.
+        batch_size: samples that a data-parallel rank decodes together.
         chat_note: what wrote the text of chats; '' if the rows are no chats.
     """
 
     task: Task
+    tokenizer: PreTrainedTokenizerBase
     examples: tuple[Example, ...]
     prompts: tuple[NDArray[np.int32], ...]
     endings: tuple[tuple[tuple[int, ...], ...], ...]
     num_truncated: int
     end_ids: frozenset[int]
+    max_new_tokens: int
+    batch_size: int
     chat_note: str = ""
 
     @property
@@ -79,6 +81,8 @@ def encode_scored(
     *,
     reading: Reading,
     longest_prompt: int,
+    max_new_tokens: int,
+    batch_size: int,
     model_folder: Path,
     vocab_size: int,
 ) -> ScoredSet:
@@ -116,58 +120,44 @@ def encode_scored(
         if not all(of_example):
             raise UserError(f"{example.source}: a choice has no token; remove the row")
     note = chat_writer(tokenizer, reading) if any(example.conversation for example in examples) else ""
-    return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_truncated, ends, note)
+    samples = tuple(examples), tuple(prompts), tuple(endings), num_truncated
+    return ScoredSet(task, tokenizer, *samples, ends, max_new_tokens, batch_size, note)
 
 
-@dataclass(frozen=True)
-class Questions:
-    """What one adapter is to answer, and how.
-
-    Attributes:
-        batch_size: samples that a data-parallel rank decodes together.
-    """
-
-    scored: ScoredSet
-    tokenizer: PreTrainedTokenizerBase
-    max_new_tokens: int
-    batch_size: int
-
-
-def read_questions(plans: Plans) -> dict[str, Questions]:
+def read_scored(plans: Plans) -> dict[str, ScoredSet]:
     """What each adapter is to answer. Rows that several answer in the same way are read once.
 
     Raises:
         UserError: names the files, rows, tokenizer or vocabulary that do not fit.
     """
-    read: dict[str, tuple[PreTrainedTokenizerBase, ScoredSet]] = {}
+    read: dict[str, ScoredSet] = {}
     found = {}
     for name, plan in plans.items():
         same = {key: value for key, value in plan.settings.model_dump().items() if key not in _OWN}
         key = repr((same, plan.longest_prompt, plan.limit))
         if key not in read:
             read[key] = _read(plan)
-        tokenizer, scored = read[key]
-        found[name] = Questions(scored, tokenizer, plan.max_new_tokens, plan.settings.batch_size)
+        found[name] = read[key]
     return found
 
 
-def _read(plan: EvaluationPlan) -> tuple[PreTrainedTokenizerBase, ScoredSet]:
-    """Read, check and tokenise the rows of the plan's split; returns their tokenizer too."""
+def _read(plan: EvaluationPlan) -> ScoredSet:
+    """Read, check and tokenise the rows of the plan's split."""
     settings = plan.settings
     tokenizer = load_tokenizer(settings.tokenizer or plan.source.weights_folder())
     set_chat_template(tokenizer, settings.chat_template)
     check_vocabulary(tokenizer, plan.source.shape.vocab_size)
-    examples = read_split(settings, settings.split, tokenizer=tokenizer, limit=plan.limit)
-    scored = encode_scored(
-        examples,
+    return encode_scored(
+        read_split(settings, settings.split, tokenizer=tokenizer, limit=plan.limit),
         plan.task,
         tokenizer,
         reading=Reading.of(settings),
         longest_prompt=plan.longest_prompt,
+        max_new_tokens=plan.max_new_tokens,
+        batch_size=settings.batch_size,
         model_folder=plan.source.weights_folder(),
         vocab_size=plan.source.shape.vocab_size,
     )
-    return tokenizer, scored
 
 
 def check_same_rows(scored: Sequence[ScoredSet]) -> None:
@@ -178,7 +168,7 @@ def check_same_rows(scored: Sequence[ScoredSet]) -> None:
 
 def answer_all(
     decoder: Decoder,
-    questions: Mapping[str, Questions],
+    scored: Mapping[str, ScoredSet],
     *,
     grid: Grid,
     agree: Agree = bool,
@@ -192,84 +182,76 @@ def answer_all(
     together.
 
     Args:
-        questions: by the adapter's name in the stage's bank; "" if the stage has one adapter at most.
+        scored: by the adapter's name in the stage's bank; "" if the stage has one adapter at most.
         agree: maps "this rank's sequences are done" to "those of all ranks are"; may raise.
         progress: show a progress bar.
 
     Returns:
         by the same names all answers in the samples' order on rank 0, none elsewhere.
     """
-    sets = [_AskedSet(name, asked, grid) for name, asked in questions.items()]
+    sets = [_AskedSet(name, own, grid) for name, own in scored.items()]
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
     sends = grid.tp_rank == 0 and decoder.is_last
     num_samples = sum(len(some.order) for some in sets)
     with progress_bar("decoding", "sample", total=num_samples, shows=progress) as bar:
-        for number in range(max(some.num_batches for some in sets)):
-            present = [some for some in sets if number < some.num_batches]
-            num_rows = [min(some.batch_size, some.num_asked(number)) for some in present]  # the first rank has most
-            rooms = [BATCHES_AT_ONCE * some.asked.batch_size for some in present]
+        for number in range(max(len(some.batches) for some in sets)):
+            present = [some for some in sets if number < len(some.batches)]
+            num_rows = [min(some.batch_size, len(some.batches[number])) for some in present]  # the first rank has most
+            rooms = [BATCHES_AT_ONCE * some.scored.batch_size for some in present]
             for together in filled(present, num_rows, rooms):
-                asked = [some.batch(number) for some in together]
+                asked = [some.mine_of(number) for some in together]
                 prompts = [some.prompts(indices) for some, indices in zip(together, asked, strict=True)]
                 found = generate(decoder, prompts, agree=agree)
                 for some, indices, rows in zip(together, asked, found, strict=True):
                     some.take(decoder, indices, rows)
-                    bar.update(some.num_asked(number))
+                    bar.update(len(some.batches[number]))
     gathered = [gather_on_rank_0(some.mine if sends else {}, kind=_Found) for some in sets]
     pairs = zip(sets, gathered, strict=True)
     return {some.adapter: [] if parts is None else some.answers(parts) for some, parts in pairs}
 
 
 class _AskedSet:
-    """The samples of one adapter in the batches in which it answers them.
+    """The samples of one adapter in the batches in which all data-parallel ranks answer them.
 
     The longest come first, so that running out of memory shows at once and not after hours.
     """
 
-    def __init__(self, adapter: str, asked: Questions, grid: Grid) -> None:
-        prompts = asked.scored.prompts
-        self.adapter, self.asked, self.grid = adapter, asked, grid
+    def __init__(self, adapter: str, scored: ScoredSet, grid: Grid) -> None:
+        prompts = scored.prompts
+        self.adapter, self.scored, self.grid = adapter, scored, grid
         self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        self.batch_size = min(asked.batch_size, -(-len(self.order) // grid.dp_size))
-        self.is_end = _stop_test(asked.tokenizer, asked.scored.task.stop)
+        self.batch_size = min(scored.batch_size, -(-len(self.order) // grid.dp_size))
+        whole = self.batch_size * grid.dp_size
+        self.batches = [self.order[start : start + whole] for start in range(0, len(self.order), whole)]
+        self.is_end = _stop_test(scored.tokenizer, scored.task.stop)
         self.mine: _Found = {}
 
-    @property
-    def num_batches(self) -> int:
-        """How many batches every data-parallel rank decodes."""
-        return -(-len(self.order) // (self.batch_size * self.grid.dp_size))
-
-    def num_asked(self, number: int) -> int:
-        """How many samples all ranks answer in a batch."""
-        whole = self.batch_size * self.grid.dp_size
-        return min(whole, len(self.order) - number * whole)
-
-    def batch(self, number: int) -> list[int]:
+    def mine_of(self, number: int) -> list[int]:
         """This rank's samples in a batch; there may be none."""
-        start = (number * self.grid.dp_size + self.grid.dp_rank) * self.batch_size
-        return self.order[start : start + self.batch_size]
+        start = self.grid.dp_rank * self.batch_size
+        return self.batches[number][start : start + self.batch_size]
 
     def prompts(self, indices: Sequence[int]) -> Prompts:
         """The prompts of this rank's samples."""
-        ids = [self.asked.scored.prompts[index].tolist() for index in indices or self.order[:1]]
-        asked = self.asked
-        return Prompts(ids, asked.scored.end_ids, asked.max_new_tokens, self.is_end, self.adapter)
+        scored = self.scored
+        ids = [scored.prompts[index].tolist() for index in indices or self.order[:1]]
+        return Prompts(ids, scored.end_ids, scored.max_new_tokens, self.is_end, self.adapter)
 
     def take(self, decoder: Decoder, indices: Sequence[int], rows: Sequence[Sequence[int]]) -> None:
         """Keep the answers of a batch, and score the choices of its samples."""
-        scored = self.asked.scored
+        scored = self.scored
         choice_scores: list[list[float]] = [[] for _ in rows]
         if any(scored.endings):
             used = indices or self.order[:1]
             samples = [(scored.prompts[index].tolist(), scored.endings[index]) for index in used]
             choice_scores = ending_log_likelihoods(decoder, samples, adapter=self.adapter)
         for index, row, scores in zip(indices, rows, choice_scores, strict=False):
-            self.mine[index] = (_text(self.asked.tokenizer, row, scored.task.stop), tuple(scores))
+            self.mine[index] = (_text(scored.tokenizer, row, scored.task.stop), tuple(scores))
 
     def answers(self, gathered: Sequence[_Found]) -> list[Answer]:
         """All answers in the samples' order, from those of all ranks."""
         found = {index: answer for part in gathered for index, answer in part.items()}
-        return [Answer(found[i][0], example, found[i][1]) for i, example in enumerate(self.asked.scored.examples)]
+        return [Answer(found[i][0], example, found[i][1]) for i, example in enumerate(self.scored.examples)]
 
 
 def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:

@@ -30,7 +30,6 @@ from megatron_tiedlora.data.task import Example
 _FINAL_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ORDERS = 4  # of BLEU's n-grams
 
 
 @dataclass(frozen=True)
@@ -226,18 +225,7 @@ def corpus_bleu(sums: Sequence[int]) -> float:
     """sacrebleu's corpus BLEU of summed statistics, bit-identical to its `corpus_score`."""
     from sacrebleu.metrics import BLEU
 
-    corpus = BLEU()
-    score = BLEU.compute_bleu(
-        correct=list(sums[2 : 2 + _ORDERS]),
-        total=list(sums[2 + _ORDERS :]),
-        sys_len=sums[0],
-        ref_len=sums[1],
-        smooth_method=corpus.smooth_method,
-        smooth_value=corpus.smooth_value,
-        effective_order=corpus.effective_order,
-        max_ngram_order=corpus.max_ngram_order,
-    )
-    return float(score.score)
+    return float(BLEU()._compute_score_from_stats(list(sums)).score)
 
 
 def bleu_signature(answers: Sequence[Answer]) -> str:

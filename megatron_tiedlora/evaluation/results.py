@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 
 from megatron_tiedlora.base.atomic import write_json, write_text
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, aligned_lines, count_text, csv_text
 from megatron_tiedlora.base.extras import installed_versions
 from megatron_tiedlora.base.output_folder import NewOutput
 from megatron_tiedlora.base.text_files import Real, Size, Text
-from megatron_tiedlora.base.wording import aligned_lines, count_text, csv_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
-from megatron_tiedlora.evaluation.answering import Questions
+from megatron_tiedlora.evaluation.answering import ScoredSet
 from megatron_tiedlora.evaluation.metrics import Answer, Metric, find_metric
 from megatron_tiedlora.evaluation.plan import TABLE_FILE, EvaluationPlan, Plans
 from megatron_tiedlora.model.fused_attention import AttentionRoute
@@ -111,14 +110,14 @@ def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
         yield times.astype(np.float64) @ table
 
 
-def headline(plans: Plans, questions: Mapping[str, Questions], attention: AttentionRoute) -> list[str]:
+def headline(plans: Plans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute) -> list[str]:
     """A few lines about the evaluation, to print before its progress bar; of several adapters a line for each.
 
     Args:
         attention: which kernels compute the attention of prompts.
     """
     name, plan = next(iter(plans.items()))
-    settings, grid, scored, adapters = plan.settings, plan.grid, questions[name].scored, len(plans)
+    settings, grid, scored, adapters = plan.settings, plan.grid, scored_sets[name], len(plans)
     dtype = describe_dtype(settings.dtype, plan.dtype_name)
     adapter = ""
     if adapters > 1:

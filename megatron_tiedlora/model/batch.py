@@ -5,8 +5,6 @@ after the last attention compute only supervised positions. These are found on t
 device to count them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -59,7 +57,7 @@ class MicroBatch:
         """Labels that are not -100."""
         return int((self.labels != IGNORED_LABEL).sum())
 
-    def supervised(self, num_parts: int = 1) -> Supervised:
+    def supervised(self, num_parts: int = 1) -> "Supervised":
         """The result of `find_supervised`."""
         return find_supervised(self.labels, num_parts, self.shares)
 
@@ -87,7 +85,7 @@ class Supervised(NamedTuple):
     pieces: Pieces = ()
     supervised_pieces: Pieces = ()
 
-    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Supervised:
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Supervised":
         """The same with `move` applied to every tensor."""
         return self._replace(
             rows=move(self.rows),

@@ -10,8 +10,6 @@ and the sums dK and dV are in max(fp32, input dtype); matmul operands are in the
 a key head are stacked as queries of one head, so that no key is copied for them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 

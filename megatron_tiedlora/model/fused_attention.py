@@ -15,8 +15,6 @@ PyTorch's two kernels are called as operators, whose first arguments are the sam
 for different lengths (2.10 on) differs between versions and may choose cuDNN. CPUs use `cpu_attention.py`.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional
 
-from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.base.errors import first_line
 from megatron_tiedlora.model.batch import Documents
 from megatron_tiedlora.parallel.frozen_weight import padded
 

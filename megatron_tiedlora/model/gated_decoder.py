@@ -3,8 +3,6 @@
 A family says what its layers have besides, and rejects features that are not implemented (`model/families/`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -26,8 +24,7 @@ from megatron_tiedlora.base.shapes import (
     StoredRows,
     linear_sizes,
 )
-from megatron_tiedlora.model.hf_config import HfConfig
-from megatron_tiedlora.model.hf_rope import read_rope
+from megatron_tiedlora.model.hf_config import HfConfig, read_rope
 
 
 class Norms(NamedTuple):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,18 +18,24 @@ from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.linears import Norm, NormedLinear, RowParallelLinear
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.qkv import QkvLinear
-from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
+from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import (
     FrozenWeight,
     VocabularyParallelEmbedding,
     WeightMaker,
     frozen_linear,
     frozen_parameter,
+    frozen_weights,
     register,
 )
-from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.groups import (
+    TensorParallel,
+    enter_tensor_parallel_region,
+    gather_from_tensor_parallel_region,
+)
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 
 # Supervised rows whose logits exist at one time (1,024 rows of a 49,152-word vocabulary are 0.2 GB in fp32).
@@ -216,3 +223,46 @@ def layer_specs(
         *(LayerSpec("block", index, partial(block, index)) for index in range(1, shape.num_layers + 1)),
         LayerSpec("head", shape.num_layers + 1, head),
     )
+
+
+# What a rank holds ---------------------------------------------------------------------------------------------------
+
+
+class StoredTensor(NamedTuple):
+    """A parameter of a base: its elements, the bytes of each, and whether it belongs to a quantised weight."""
+
+    size: int
+    itemsize: int
+    quantised: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """All of its bytes."""
+        return self.size * self.itemsize
+
+
+@cache
+def stored_tensors(
+    shape: ModelShape, dtype: torch.dtype, tp_size: int, base_format: str | None, products: str | None, transposed: bool
+) -> Mapping[str, Counter[StoredTensor]]:
+    """The parameters that a rank holds of the embedding, of a block and of the head: how many of each size.
+
+    They are those of the modules, which are built without memory. All blocks have the same.
+    """
+    with torch.device("meta"):
+        maker = weight_maker(base_format, products=products, keep_transposed=transposed)
+        specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, make_weight=maker)
+        modules = {spec.kind: spec.build() for spec in (specs[0], specs[1], specs[-1])}
+    found = {}
+    for kind, module in modules.items():
+        quantised = {
+            id(parameter)
+            for weight in frozen_weights(module).values()
+            if isinstance(weight, QuantisedWeight)
+            for parameter in weight.parameters.values()
+        }
+        found[kind] = Counter(
+            StoredTensor(parameter.numel(), parameter.itemsize, id(parameter) in quantised)
+            for parameter in module.parameters()
+        )
+    return found

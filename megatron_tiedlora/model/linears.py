@@ -4,7 +4,7 @@
     row-parallel, before a norm       y = norm(sum_i z_i + c)            z_i = W_i x_i + F A_i x_i
 
 For the backward pass they need the norm's input, one number per token for the norm, and A x, r numbers per token; x is
-computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/rows.py`;
+computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`;
 A and F come from the adapter. What follows in the same autograd step is in `qkv` and `mlp`.
 
 Under sequence parallelism each rank computes A x of a column-parallel linear from its part of the sequence. A x is sent
@@ -13,8 +13,6 @@ has its own features x_i. The update is part of its addend of the sum, so it add
 columns of W, and its gradient is complete on its rank; F is whole on every rank, which has an addend of its gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,20 +20,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.rows import AllRows, apart, beside, flat
+from megatron_tiedlora.adapters.low_rank import AllRows, apart, beside, flat
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import NormShape
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.collectives import (
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
+from megatron_tiedlora.parallel.groups import (
     SEQUENCE_DIM,
+    TensorParallel,
     all_gather,
     all_reduce,
     end_to_end,
     leave_tensor_parallel_region,
     reduce_scatter,
 )
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
-from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, detached
 
 
@@ -115,7 +113,7 @@ class NormedLinear(nn.Module):
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
 
-    def projection(self, tensor_parallel: TensorParallel, *, num_rows: int, rows: AllRows) -> Projection:
+    def projection(self, tensor_parallel: TensorParallel, *, num_rows: int, rows: AllRows) -> "Projection":
         """The linear for one call. What goes to autograd beside is `operands`.
 
         Args:
@@ -124,7 +122,7 @@ class NormedLinear(nn.Module):
         """
         return Projection(self.frozen, rows, self.eps, num_rows, tensor_parallel, self.kernels)
 
-    def operands(self, update: LinearUpdate) -> Operands:
+    def operands(self, update: LinearUpdate) -> "Operands":
         """What `Projection` needs beside W."""
         return Operands(update.a, update.f, self.norm, self.norm_bias, self.bias)
 

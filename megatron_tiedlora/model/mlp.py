@@ -4,8 +4,6 @@ With their updates the norm and both linears are one autograd step with one back
 gate and up, and A x of each adapted linear, r numbers per token; silu(gate) * up is computed again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """How a model is cut over ranks: which layers a pipeline stage has, and what tensor parallelism must divide."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -14,7 +12,7 @@ from megatron_tiedlora.parallel.shard_spec import weight_spec
 Stages = tuple[range, ...]
 
 
-def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) -> list[float]:
+def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) -> tuple[float, ...]:
     """The multiplications per token of every layer of the flat list (embedding, blocks, head), both passes together.
 
     A block has P = the numbers in its matrices, for matmuls, and A = s h for causal attention over s tokens (h: width
@@ -30,11 +28,11 @@ def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) ->
     for index in range(1, shape.num_layers + 1):
         backward = matmuls + 2 * attention if first_adapted is not None and index >= first_adapted else 0.0
         costs.append(float(matmuls + attention + backward))
-    costs.append(float((1 if first_adapted is None else 2) * shape.head.num_weights))
-    return costs
+    return *costs, float((1 if first_adapted is None else 2) * shape.head.num_weights)
 
 
-def partition(costs: Sequence[float], num_stages: int) -> Stages:
+@cache
+def partition(costs: tuple[float, ...], num_stages: int) -> Stages:
     """Partition layers 0 to len(costs) - 1 into `num_stages` ranges, each with a block (no stage is the head alone).
 
     It minimises the largest cost of a stage and, among the partitions that do, the sum of squares.
@@ -42,11 +40,6 @@ def partition(costs: Sequence[float], num_stages: int) -> Stages:
     Raises:
         ValueError: fewer blocks than stages.
     """
-    return _partition(tuple(costs), num_stages)
-
-
-@cache
-def _partition(costs: tuple[float, ...], num_stages: int) -> Stages:
     num_blocks = len(costs) - 2
     if num_stages > num_blocks:
         raise ValueError(f"{num_blocks} layers cannot be partitioned into {num_stages} stages")

@@ -1,8 +1,6 @@
 """The fused QKV projection: norm, linear with its update, and an epilogue that splits the result into heads, normalises
 them if they have norms, and rotates queries and keys. All of it is one autograd step with one backward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +11,8 @@ from torch import nn
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape, RopeShape
 from megatron_tiedlora.model.linears import Epilogue, NormedLinear, project
-from megatron_tiedlora.parallel.collectives import all_reduce
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
-from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
+from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, all_reduce
 from megatron_tiedlora.parallel.kernels import Kernels
 
 
@@ -60,7 +57,7 @@ class QkvLinear(NormedLinear):
         projection = self.projection(tensor_parallel, num_rows=num_rows, rows=update.rows)
         return project(hidden, update, projection, self.operands(update), self.epilogue(table, tensor_parallel.group))
 
-    def epilogue(self, table: tuple[torch.Tensor, ...], group: RankGroup) -> PlainHeads:
+    def epilogue(self, table: tuple[torch.Tensor, ...], group: RankGroup) -> "PlainHeads":
         """The heads as they are, rotated, or if they have norms normalised and rotated."""
         if self.rope is None:
             return PlainHeads(self.heads)

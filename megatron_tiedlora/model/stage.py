@@ -4,8 +4,6 @@ It owns the order of calls, recompute, and the zero gradients that DeepSpeed nee
 It leaves schedules and messages between stages to DeepSpeed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -281,17 +279,14 @@ class Stage(nn.Module):
             update = updates.get(index)
             stops = self.head is not None and index == self.blocks[-1]
             call, targets = (block.attention.attend, ATTENTION_TARGETS) if stops else (block, TARGET_NAMES)
-            if self.recompute == "full" and (hidden.requires_grad or _trains(update, targets)):
-                call = partial(checkpoint, call, use_reentrant=False)  # it saves only its arguments
+            if self.recompute == "full":
+                linears = [linear for name, linear in (update or {}).items() if name in targets]
+                stand_ins = [tensor for linear in linears for tensor in (linear.grad_a, linear.grad_f)]
+                if hidden.requires_grad or any(tensor is not None for tensor in stand_ins):
+                    call = partial(checkpoint, call, use_reentrant=False)  # it saves only its arguments
             cache = caches[number] if caches else None
             result = call(hidden, context, tensor_parallel, update=update, cache=cache)
             if stops:
                 return Attended(hidden, result, update)
             hidden = result
         return hidden
-
-
-def _trains(update: LayerUpdate | None, targets: Sequence[str]) -> bool:
-    """Whether a gradient is wanted of one of the factors of these targets."""
-    linears = [linear for name, linear in (update or {}).items() if name in targets]
-    return any(tensor is not None for linear in linears for tensor in (linear.grad_a, linear.grad_f))

@@ -4,11 +4,9 @@ Only supervised positions go through it. From the MLP on, the backward pass of t
 pass. So whatever is recomputed, only gradients are saved: d numbers per supervised position, and those of the factors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -40,7 +38,7 @@ class Attended(NamedTuple):
         """The part of the update that belongs to the MLP."""
         return {name: linear for name, linear in (self.update or {}).items() if name in MLP_TARGETS}
 
-    def with_function(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Attended:
+    def with_function(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Attended":
         """The same with `function`, which returns its input's values, applied to a tensor that needs a gradient."""
         if self.hidden.requires_grad:
             return self._replace(hidden=function(self.hidden))
@@ -79,14 +77,14 @@ class SupervisedTail:
         if wanted is None:
             joined = self._join(attended, tensor_parallel)
             hidden = self.block.add_mlp(joined, tensor_parallel, attended.mlp_update)
-            return self._head(hidden, tensor_parallel).view(size, length, -1)
+            return cast(torch.Tensor, self.head(hidden, tensor_parallel)).view(size, length, -1)
         assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
         rows = torch.arange(size, device=wanted.device) * length + wanted
         pieces = tuple(Piece(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
         some = _Some(rows, rows, pieces, pieces)
         joined = self._join(attended, tensor_parallel, some)
         hidden = self.block.add_mlp(joined, tensor_parallel, some.of(attended.mlp_update))
-        return self._head(hidden, tensor_parallel).transpose(0, 1)
+        return cast(torch.Tensor, self.head(hidden, tensor_parallel)).transpose(0, 1)
 
     def loss(
         self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
@@ -106,7 +104,9 @@ class SupervisedTail:
                 name: linear._replace(grad_a=grad_a, grad_f=grad_f)
                 for (name, linear), (grad_a, grad_f) in zip(update.items(), pairs, strict=True)
             }
-            return self._losses(joined, inner, supervised, tensor_parallel, summed=True)
+            hidden = self.block.add_mlp(joined, tensor_parallel, inner, recomputes=False)
+            loss: torch.Tensor = self.head(hidden, tensor_parallel, supervised)
+            return loss
 
         inputs = joined, *stand_ins
         needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
@@ -124,7 +124,8 @@ class SupervisedTail:
         """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
         supervised, some, joined = self._supervised(attended, labels, tensor_parallel, shares)
         update = some.of(attended.mlp_update)
-        losses = self._losses(joined, update, supervised, tensor_parallel, summed=False)
+        hidden = self.block.add_mlp(joined, tensor_parallel, update, recomputes=False)
+        losses = self.head(hidden, tensor_parallel, supervised, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
@@ -134,7 +135,7 @@ class SupervisedTail:
         labels: torch.Tensor | Supervised,
         tensor_parallel: TensorParallel,
         shares: Shares = (),
-    ) -> tuple[Supervised, _Some, torch.Tensor]:
+    ) -> "tuple[Supervised, _Some, torch.Tensor]":
         """The supervised positions, those of this rank, and the last block's result there, up to its MLP."""
         num_parts, supervised = tensor_parallel.sequence_parts, labels
         if not isinstance(supervised, Supervised):
@@ -142,27 +143,11 @@ class SupervisedTail:
         some = _Some.of_rank(supervised, tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
         return supervised, some, self._join(attended, tensor_parallel, some)
 
-    def _losses(
-        self,
-        joined: torch.Tensor,
-        update: LayerUpdate,
-        supervised: Supervised,
-        tensor_parallel: TensorParallel,
-        *,
-        summed: bool,
-    ) -> torch.Tensor:
-        hidden = self.block.add_mlp(joined, tensor_parallel, update, recomputes=False)
-        return self._head(hidden, tensor_parallel, supervised, summed=summed)
-
-    def _head(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        found: torch.Tensor = self.head(*arguments, **keywords)
-        return found
-
     def _join(
         self,
         attended: Attended,
         tensor_parallel: TensorParallel,
-        some: _Some | None = None,
+        some: "_Some | None" = None,
     ) -> torch.Tensor:
         """The last block's result up to its MLP, at all positions, or at some: then (1, m, d) or (1, m / p, d)."""
         hidden, attention_output, update = attended
@@ -189,7 +174,7 @@ class _Some:
     local_pieces: Pieces = ()
 
     @staticmethod
-    def of_rank(supervised: Supervised, part: int, num_parts: int) -> _Some:
+    def of_rank(supervised: Supervised, part: int, num_parts: int) -> "_Some":
         """The supervised positions, on the rank with one part of the sequence."""
         size = len(supervised.rows) // num_parts
         local_rows = supervised.local_rows[part * size : (part + 1) * size]

@@ -3,11 +3,10 @@
 It is derived from a `ModelShape`. Loading, merging, exporting and comparing all read it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -77,8 +76,9 @@ def weight_rules(shape: ModelShape) -> tuple[WeightRule, ...]:
     for index in range(shape.num_layers):
         stored = shape.block.source.format(index=index) + "."
         for part in shape.block.parts:
-            divides = part in shape.heads.norms
-            found += (replace(rule, divides=divides) for rule in _weights_of(part, layer=index + 1, stored=stored))
+            where: dict[str, Any] = {"layer": index + 1, "stored": stored}
+            rules = _linear(part, **where) if isinstance(part, LinearShape) else _norm(part, **where)
+            found += (replace(rule, divides=part in shape.heads.norms) for rule in rules)
     last = shape.num_layers + 1
     found += _norm(shape.final_norm, layer=last, stored="")
     if not shape.tied_embeddings:
@@ -108,12 +108,6 @@ def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[Weigh
 def num_base_parameters(shape: ModelShape) -> int:
     """The number of parameters of the base model; a tied embedding counts once."""
     return sum(math.prod(weight.shape) for weight in weight_rules(shape))
-
-
-def _weights_of(part: NormShape | LinearShape, *, layer: int, stored: str) -> Iterator[WeightRule]:
-    if isinstance(part, LinearShape):
-        return _linear(part, layer=layer, stored=stored)
-    return _norm(part, layer=layer, stored=stored)
 
 
 def _norm(norm: NormShape, *, layer: int, stored: str) -> Iterator[WeightRule]:

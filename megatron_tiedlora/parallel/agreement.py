@@ -9,8 +9,6 @@ The receiver names the type of the value and rejects anything else: nothing in a
 rank unpickles what a peer has sent.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,6 @@
 The backward pass of a loss needs only the incoming factor, which scales the gradients. So only the gradients are saved.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any

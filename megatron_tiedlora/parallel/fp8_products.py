@@ -10,8 +10,6 @@ scale depends on the tensor-parallel size.
 `weight_maker` chooses the class of a rank's frozen weights: these, those that are dequantised, or plain ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Self
@@ -19,9 +17,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS, FP8_CAPABILITY
 from megatron_tiedlora.base.errors import UserError, one_line
-from megatron_tiedlora.base.shapes import LinearShape
+from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, LinearShape
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_parameter
 from megatron_tiedlora.parallel.quantise import CODE_TYPE, fp8_numbers, quantise_rows, row_maxima
 from megatron_tiedlora.parallel.quantised_weight import (

@@ -4,19 +4,16 @@ The forward pass computes x W^T + c, the backward pass dy W, which does not need
 `FrozenWeight`, so that another storage format is just a subclass. Linears with an adapter are in `model/linears.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.collectives import leave_tensor_parallel_region
-from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.groups import TensorParallel, leave_tensor_parallel_region
 
 
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -48,7 +45,7 @@ class FrozenWeight:
         self.tensor = tensor
 
     @classmethod
-    def empty(cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> FrozenWeight:
+    def empty(cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> "FrozenWeight":
         """Uninitialised memory on the current default device.
 
         Args:
@@ -82,7 +79,7 @@ class FrozenWeight:
         """dy W, (tokens, in), from dy (tokens, out); written to `out` if given. Autograd does not record it."""
         return torch.mm(grad_y, self.tensor.detach(), out=out)
 
-    def first_rows(self, num_rows: int) -> FrozenWeight:
+    def first_rows(self, num_rows: int) -> "FrozenWeight":
         """The first rows of W, in the same memory."""
         return FrozenWeight(self.tensor.detach()[:num_rows])
 
@@ -105,10 +102,8 @@ class FrozenWeight:
         self.tensor.data.narrow(dim, start, values.shape[dim]).copy_(values)
 
 
-class WeightMaker(Protocol):
-    """Makes an empty weight; see `FrozenWeight.empty`."""
-
-    def __call__(self, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> FrozenWeight: ...
+WeightMaker = Callable[..., FrozenWeight]
+"""Makes an empty weight; see `FrozenWeight.empty`."""
 
 
 def register(module: nn.Module, weight: FrozenWeight) -> FrozenWeight:

@@ -1,17 +1,25 @@
-"""Which ranks send each other messages. Groups are made elsewhere and passed as arguments, never read from globals."""
+"""Which ranks send each other messages, the collectives of tensor parallelism, and counts of what is sent.
 
-from __future__ import annotations
+Groups are made elsewhere and passed as arguments, never read from globals. Entering a region and leaving it are
+adjoint: identity (backward all-reduce) and all-reduce (backward identity), or with sequence parallelism all-gather
+(backward reduce-scatter) and reduce-scatter (backward all-gather). The gradients that arrive in the backward pass of a
+gather are partial sums, one per rank, so they are summed and never just sliced. No function changes its input. In a
+group of one rank none sends anything.
+"""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.errors import UserError, count_text
 
 Key = TypeVar("Key")
 
@@ -62,11 +70,11 @@ class Grid:
         """The rank with these coordinates."""
         return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
 
-    def at(self, rank: int) -> Grid:
+    def at(self, rank: int) -> "Grid":
         """The same grid for another rank."""
         return replace(self, rank=rank)
 
-    def groups(self, key: Callable[[Grid], Key]) -> dict[Key, list[int]]:
+    def groups(self, key: "Callable[[Grid], Key]") -> dict[Key, list[int]]:
         """The ranks whose coordinates have the same `key`, by its value."""
         members: dict[Key, list[int]] = {}
         for rank in range(self.world_size):
@@ -125,7 +133,7 @@ class TensorParallel:
         """The number of parts into which activations between layers are sharded along the sequence."""
         return self.group.size if self.sequence_parallel else 1
 
-    def whole_sequences(self) -> TensorParallel:
+    def whole_sequences(self) -> "TensorParallel":
         """The same ranks without sequence parallelism: for decoding, where a step is one token long."""
         return replace(self, sequence_parallel=False)
 
@@ -152,3 +160,299 @@ class ParallelGroups:
     tied: RankGroup = ALONE
     stage: RankGroup = ALONE
     model: RankGroup = ALONE
+
+
+# Collectives of tensor parallelism, which autograd can differentiate --------------------------------------------------
+
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+SEQUENCE_DIM = 1  # of activations (1, b s, d)
+
+
+def all_reduce(
+    tensor: torch.Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
+) -> torch.Tensor:
+    """The sum over the group, or what `op` says: bit-equal on every rank, a new tensor unless it is the only one."""
+    if group.size == 1:
+        return tensor
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    group.all_reduce_(total, op)
+    return total
+
+
+def largest_of_all(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
+    """The elementwise maximum over the group; a new tensor unless the group has one rank."""
+    return all_reduce(tensor, group, distributed.ReduceOp.MAX)
+
+
+def all_gather(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+    """The ranks' tensors, of equal shapes, concatenated along `dim` in rank order."""
+    if group.size == 1:
+        return tensor
+    dim %= tensor.ndim
+    gathered = tensor.new_empty((group.size * tensor.shape[0], *tensor.shape[1:]))
+    group.all_gather_into(gathered, tensor.contiguous())
+    return gathered.view(group.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+    """This rank's equal part along `dim` of the sum over the group. The group's size must divide `dim`."""
+    if group.size == 1:
+        return tensor
+    dim %= tensor.ndim
+    parts = tensor.unflatten(dim, (group.size, tensor.shape[dim] // group.size)).movedim(dim, 0).contiguous()
+    mine = torch.empty_like(parts[0])
+    group.reduce_scatter_into(mine, parts.flatten(0, 1))
+    return mine
+
+
+class _WithAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, function: Function, adjoint: Any) -> torch.Tensor:
+        ctx.adjoint = adjoint
+        return function(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        return ctx.adjoint(gradient), None, None
+
+
+def with_adjoint(
+    tensor: torch.Tensor, function: Function, adjoint: Callable[[torch.Tensor], torch.Tensor | None]
+) -> torch.Tensor:
+    """`function(tensor)`, whose gradient becomes that of the tensor by `adjoint`; None is no gradient."""
+    found: torch.Tensor = _WithAdjoint.apply(tensor, function, adjoint)
+    return found
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+class _GatherTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: RankGroup, dims: tuple[int, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group, ctx.dims, ctx.shapes = group, dims, [tensor.shape for tensor in tensors]
+        gathered = all_gather(concatenated(tensors)[None], group, dim=0)
+        parts = gathered.split([tensor.numel() for tensor in tensors], dim=1)
+        return tuple(
+            part.reshape(group.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
+            for part, tensor, dim in zip(parts, tensors, dims, strict=True)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        size = ctx.group.size
+        by_rank = [
+            gradient.unflatten(dim, (size, -1)).movedim(dim, 0).reshape(size, -1)
+            for gradient, dim in zip(gradients, ctx.dims, strict=True)
+        ]
+        mine = reduce_scatter(torch.cat(by_rank, dim=1), ctx.group, dim=0)[0]
+        parts = mine.split([shape.numel() for shape in ctx.shapes])
+        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+
+
+def concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All values of the tensors, one after another in one dimension."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+    """The ranks' parts, concatenated along `dim`. The gradient is summed over the group; each rank gets its part."""
+    if group.size == 1:
+        return tensor
+    gathers, scatters = (partial(function, group=group, dim=dim) for function in (all_gather, reduce_scatter))
+    return with_adjoint(tensor, gathers, scatters)
+
+
+def gather_together(tensors: Sequence[torch.Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """The same for several tensors of one dtype in one message, each along its own dimension.
+
+    Their gradients are summed in one message too; a tensor without a gradient counts as one with zeros.
+    """
+    if group.size == 1 or not tensors:
+        return tuple(tensors)
+    gathered: tuple[torch.Tensor, ...] = _GatherTogether.apply(group, tuple(dims), *tensors)
+    return gathered
+
+
+def end_to_end(hidden: torch.Tensor) -> torch.Tensor:
+    """(b, s, d) -> (1, b s, d): rows are concatenated, so that each rank's part is contiguous."""
+    return hidden.flatten(0, 1)[None]
+
+
+def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+    """Activations between layers -> (b, s, d) or (1, b s, d) on every rank, for column-parallel layers.
+
+    Each rank has an addend of the result's gradient; these are summed over the group.
+    """
+    group = tensor_parallel.group
+    if tensor_parallel.sequence_parallel:
+        return gather_from_tensor_parallel_region(hidden, group, SEQUENCE_DIM)
+    return hidden if group.size == 1 else with_adjoint(hidden, _itself, partial(all_reduce, group=group))
+
+
+def leave_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+    """Addends (b, s, d) of the ranks -> their sum, in the shape of activations between layers.
+
+    The gradient of the sum is that of each addend; of a part of the sequence it is gathered.
+    """
+    group = tensor_parallel.group
+    if group.size == 1:
+        return hidden
+    if not tensor_parallel.sequence_parallel:
+        return with_adjoint(hidden, partial(all_reduce, group=group), _itself)
+    gathers, scatters = (partial(function, group=group, dim=SEQUENCE_DIM) for function in (all_gather, reduce_scatter))
+    return with_adjoint(end_to_end(hidden), scatters, gathers)
+
+
+class StepSum:
+    """Accumulates a tensor's gradients; the last backward pass of the step returns their sum over the group.
+
+    Earlier backward passes return zeros, so that an engine that adds up the gradients of all passes gets the sum once.
+    Until `start` is called, each backward pass is a step of its own.
+    """
+
+    def __init__(self, group: RankGroup = ALONE, *, keeps: bool = True) -> None:
+        """Sum over `group`.
+
+        Args:
+            keeps: whether this rank gets the sum; if not, it gets zeros. Among ranks whose gradients are summed or
+                averaged later, only one may get it: adding zeros gives the same bits in any order of sums.
+        """
+        self.group = group
+        self._keeps = keeps
+        self.start(1)
+
+    def start(self, num_passes: int) -> None:
+        """Begin a step of `num_passes` backward passes; gradients of an unfinished step are dropped."""
+        self._left = num_passes
+        self._parts: torch.Tensor | None = None
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself, with its gradient summed. All ranks of the group run equally many backward passes."""
+        return with_adjoint(tensor, _itself, self.take)
+
+    def take(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient that a backward pass returns, from this rank's addend; the same shape and dtype."""
+        self._parts = gradient if self._parts is None else self._parts + gradient
+        self._left -= 1
+        if self._left:
+            return torch.zeros_like(gradient)
+        total = all_reduce(self._parts, self.group)
+        self.start(1)
+        return total if self._keeps else torch.zeros_like(total)
+
+
+# Messages and bytes by group ------------------------------------------------------------------------------------------
+#
+# They are counted as they enter torch.distributed: our own, DeepSpeed's, and point to point.
+#
+#     with TrafficCounter(named_handles(groups)) as counter:
+#         ...
+#     counter.traffic
+#
+# Collectives are dispatcher operations of the `c10d` namespace, so a dispatch mode sees all of them, also in the
+# backward pass. Counting takes time, so it is for tests and benchmarks. Calls in a group of one rank do not count as
+# messages.
+
+
+GROUPS = ("tensor", "pipeline", "data", "tied", "stage", "model", "world")
+TENSOR, PIPELINE, DATA, TIED, STAGE, MODEL, WORLD = GROUPS
+# c10d operation -> (kind, index of the argument whose bytes are the whole message)
+_KINDS = {
+    "allreduce_": ("all-reduce", 0),
+    "_allgather_base_": ("all-gather", 0),
+    "allgather_": ("all-gather", 0),
+    "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "reduce_scatter_": ("reduce-scatter", 1),
+    "broadcast_": ("broadcast", 0),
+    "reduce_": ("reduce", 0),
+    "send": ("send", 0),
+    "barrier": ("barrier", 0),
+}
+_IGNORED = {"recv_", "recv_any_source_", "monitored_barrier_"}  # a message is counted by its sender
+
+
+@dataclass
+class Traffic:
+    """Messages and bytes by (group, kind). Bytes are of the whole tensor: a gather's output, a reduction's input.
+
+    Over a ring of n ranks, each rank sends B (n - 1) / n bytes for an all-gather or reduce-scatter of B bytes, and
+    twice that for an all-reduce.
+    """
+
+    messages: Counter[tuple[str, str]] = field(default_factory=Counter)
+    bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, group: str, kind: str, size: int, *, count: int = 1) -> None:
+        """Count `count` messages of `size` bytes each."""
+        if count:
+            self.messages[group, kind] += count
+            self.bytes[group, kind] += count * size
+
+    def include(self, other: "Traffic", *, times: int = 1) -> None:
+        """Count the messages of another, `times` times."""
+        for key, count in other.messages.items():
+            self.messages[key] += times * count
+            self.bytes[key] += times * other.bytes[key]
+
+    def of_group(self, group: str) -> tuple[int, int]:
+        """(messages, bytes) of a group, summed over all kinds."""
+        return (
+            sum(count for (name, _), count in self.messages.items() if name == group),
+            sum(size for (name, _), size in self.bytes.items() if name == group),
+        )
+
+
+def named_handles(groups: ParallelGroups) -> dict[str, ProcessGroup | None]:
+    """The handles of a rank's groups by name; groups of the same ranks appear once.
+
+    With one stage, `tied` is the data-parallel group and `stage` the world. Without data parallelism `stage` is the
+    tensor group, without tensor parallelism the data-parallel group.
+    """
+    handles = {name: getattr(groups, name).handle for name in (TENSOR, PIPELINE, DATA, MODEL)}
+    for name, handle in ((TIED, groups.tied.handle), (STAGE, groups.stage.handle)):
+        if handle is not distributed.group.WORLD and handle not in (groups.tensor.handle, groups.data.handle):
+            handles[name] = handle
+    return handles
+
+
+class TrafficCounter(TorchDispatchMode):
+    """Counts what this rank sends inside the `with` block."""
+
+    def __init__(self, groups: Mapping[str, ProcessGroup | None]) -> None:
+        """`groups`: names of groups, by their handles; messages of any other group are counted as `world`."""
+        super().__init__()
+        self.traffic = Traffic()
+        self._names = {handle.group_name: name for name, handle in groups.items() if handle is not None}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count a collective, and run every operation."""
+        if func.namespace == "c10d":
+            self._count(func.overloadpacket.__name__, args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Any) -> None:
+        if name in _IGNORED:
+            return
+        assert name in _KINDS, f"c10d.{name} is not counted yet"
+        kind, position = _KINDS[name]
+        group = next(
+            ProcessGroup.unbox(argument)
+            for argument in args
+            if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in argument._type().qualified_name()
+        )
+        if group.size() == 1:  # DeepSpeed sums over groups of one rank too
+            return
+        label = self._names.get(group.group_name, WORLD) if kind != "send" else PIPELINE
+        self.traffic.add(label, kind, _num_bytes(args[position]))
+
+
+def _num_bytes(argument: Any) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.numel() * argument.element_size()
+    return sum(_num_bytes(item) for item in argument)

@@ -4,17 +4,14 @@
 logit if the rank has it, else 0. One message carries these two numbers per token.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.collectives import all_gather
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
-from megatron_tiedlora.parallel.groups import RankGroup
+from megatron_tiedlora.parallel.groups import RankGroup, all_gather
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, upcast
 from megatron_tiedlora.parallel.pieces import Pieces, scaled_by_owner, sums_by_owner
 

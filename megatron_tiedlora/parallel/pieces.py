@@ -3,8 +3,6 @@
 A sum over an owner's rows, or a factor for them, is computed as if the tensor had no other rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple

@@ -7,8 +7,6 @@ A format with a scale for each block has up to 16 levels, in `LEVELS`, and two c
 half. int8 has the levels -127 to 127, fp8 those of float8_e4m3fn, of which the largest is 448.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,8 +18,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from megatron_tiedlora.base.base_formats import BaseFormat
 from megatron_tiedlora.base.extras import install_hint
+from megatron_tiedlora.base.shapes import BaseFormat
 
 # The quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E), as fp32 numbers of bitsandbytes.
 NF4_LEVELS = (

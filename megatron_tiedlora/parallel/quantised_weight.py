@@ -7,8 +7,6 @@ D(W), the dequantised weight, exists during the matmul only, in memory that all 
 fp32 numbers, rounded once more to the activations' dtype.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -17,7 +15,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from megatron_tiedlora.base.base_formats import BaseFormat
+from megatron_tiedlora.base.shapes import BaseFormat
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.quantise import (

@@ -5,8 +5,6 @@ holds the same contiguous fraction of each block, in the order of the blocks. A 
 at its end, so that all shards have the same size; a full tensor never has padding.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

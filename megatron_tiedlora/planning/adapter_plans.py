@@ -12,8 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.base.errors import UserError, naming
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import UserError, naming, user_path
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapters_file import RUN_OF_ALL, check_folders, check_halving, read_adapters
@@ -258,7 +257,7 @@ def prepare_data(plan: RunPlan) -> RunData:
 def first_source(settings: Settings, data: RunData) -> str:
     """Where the first training sample was read, for messages."""
     rows = row_stream(get_task(settings.task), "train", files=files_of(settings), reading=data.reading)
-    _, (_, source) = next(islice(rows, data.first_row, None))
+    *_, (_, source) = next(islice(rows, data.first_row, None))
     return source
 
 
@@ -286,6 +285,8 @@ def _encode(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
         tokenizer,
         reading=Reading.of(plan.settings),
         longest_prompt=longest_prompt(plan.settings.max_length, plan.source.shape.limit.tokens, plan.max_new_tokens),
+        max_new_tokens=plan.max_new_tokens,
+        batch_size=plan.settings.eval_batch_size,
         model_folder=plan.source.weights_folder(),
         vocab_size=plan.source.shape.vocab_size,
     )

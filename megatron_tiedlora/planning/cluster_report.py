@@ -9,14 +9,12 @@ from typing import Any
 
 import psutil
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import aligned_lines, count_text, range_text
+from megatron_tiedlora.base.errors import UserError, aligned_lines, count_text, range_text, user_path
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand, PlanSettings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.parallel.traffic import GROUPS
+from megatron_tiedlora.parallel.groups import GROUPS
 from megatron_tiedlora.planning.machines import (
     ATTENTION,
     CPU,
@@ -79,7 +77,7 @@ def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     """The whole report."""
     rows = plan.rows if shown.every_layout else plan.best_of_each()
     first, chosen = rows[: shown.top or None], chosen_layout(plan, shown)
-    lines = [_counts_line(plan), *_head(plan, shown), *_refused_lines(plan), ""]
+    lines = [*_head(plan, shown), ""]
     if first:
         more = f", the first {len(first)} of {len(rows)}" if len(first) < len(rows) else ""
         kind = "" if shown.every_layout else ", the fastest of each tensor x pipeline x data and storage"
@@ -88,7 +86,13 @@ def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
         several = plan.run.settings.adapters is not None
         hours = "of the tokens of all steps at the speed of step 1, which all take" if several else "of the run"
         lines.append(f"  (tokens/s of each rank; matmuls to sums: shares of a step; hours {hours}; all planned)")
-        lines += _in_turn_lines(plan, chosen)
+        if several and chosen is not None and chosen.fits:
+            together, apart = chosen.hours, chosen.hours_in_turn
+            lines.append(
+                f"{chosen.name}: {count_text(len(chosen.step.plans), 'adapter')} together take {hours_text(together)}"
+                f" hours; one after another, each alone in this layout, {hours_text(apart)}"
+                f" ({apart / together:.2f} x as long)"
+            )
     if missed := _missed_lines(plan):
         lines += ["", "does not fit", *(f"  {line}" for line in missed)]
     if hints := hint_lines(plan):
@@ -112,20 +116,12 @@ def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 # What was planned -----------------------------------------------------------------------------------------------------
 
 
-def _counts_line(plan: ClusterPlan) -> str:
-    """How many layouts were enumerated, and what became of them."""
-    dropped = sum(not one.has_room_for_weights for one in plan.others)
-    fitting = len(plan.rows) + len(plan.elsewhere)
-    return (
-        f"{plan.enumerated:,} layouts enumerated: {plan.refused.total():,} rejected, {dropped:,}"
-        f" dropped as their weights alone do not fit, {fitting + len(plan.others) - dropped:,} priced; {fitting:,} fit"
-    )
-
-
 def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
-    """What was planned, and which values were left out."""
+    """How many layouts were enumerated and what became of them, what was planned, which values were left out, and why a
+    run rejects layouts, the most frequent reason first."""
     cluster, run = plan.cluster, plan.run
-    train, plans = run.settings, run.plans_of_step
+    dropped, fitting = sum(not one.has_room_for_weights for one in plan.others), len(plan.rows) + len(plan.elsewhere)
+    train, plans = run.settings, plan.candidates[0].step.plans  # what is said of them is the same in all layouts
     nodes = count_text(-(-cluster.world_size // cluster.per_node), "node")
     where = f"{nodes} of {cluster.per_node} x {cluster.machine.title}"
     who = "" if train.adapters is None else f"{count_text(len(plans), 'adapter')} of {train.adapters}: "
@@ -135,8 +131,10 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     means = {name: own.train.num_tokens / len(own.train) for name, own in run.data.items()}
     length = sum(number * means.get(name, train.max_length) for name, number in samples.items()) / sum(samples.values())
     lines = [
+        f"{plan.enumerated:,} layouts enumerated: {plan.refused.total():,} rejected, {dropped:,}"
+        f" dropped as their weights alone do not fit, {fitting + len(plan.others) - dropped:,} priced; {fitting:,} fit",
         f"{train.model} on {where}; {who}{range_text(steps)} steps of {range_text(sizes)} samples ="
-        f" {sum(samples.values()):,} samples of {length:,.0f} tokens {'on average' if means else 'each'}"
+        f" {sum(samples.values()):,} samples of {length:,.0f} tokens {'on average' if means else 'each'}",
     ]
     assumed = [f"--{name} {getattr(train, name)}" for name in PLAN_DEFAULTS if run.assumes(name)]
     if shown.gpu is None and shown.constants is None and shown.ranks_on_cpu is None:
@@ -150,15 +148,11 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     if not run.data:
         needs = "one" if run.source.folder is not None else "one, and --model with weights: a folder or hub id"
         lines.append(f"no data is read: every sample has the full length. To train, the command below needs {needs}")
-    return lines
-
-
-def _refused_lines(plan: ClusterPlan) -> list[str]:
-    """Why a run rejects layouts, the most frequent reason first."""
     counts = plan.refused.most_common()
-    lines = [f"  {number:,} x {reason}" for reason, number in counts[:_REASONS]]
-    left = sum(number for _, number in counts[_REASONS:])
-    return [*lines, *([f"  {left:,} x {count_text(len(counts) - _REASONS, 'more reason')}"] if left else [])]
+    lines += [f"  {number:,} x {reason}" for reason, number in counts[:_REASONS]]
+    if rest := sum(number for _, number in counts[_REASONS:]):
+        lines.append(f"  {rest:,} x {count_text(len(counts) - _REASONS, 'more reason')}")
+    return lines
 
 
 # The layouts ----------------------------------------------------------------------------------------------------------
@@ -182,17 +176,6 @@ def _table(rows: Sequence[Candidate]) -> list[str]:
 def hours_text(value: float) -> str:
     """Hours with as many digits as say something."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _in_turn_lines(plan: ClusterPlan, row: Candidate | None) -> list[str]:
-    """How the chosen layout of several adapters compares with a run of each."""
-    if row is None or not row.fits or plan.run.settings.adapters is None:
-        return []
-    together, apart = row.hours, row.hours_in_turn
-    return [
-        f"{row.name}: {count_text(len(row.step.plans), 'adapter')} together take {hours_text(together)} hours; one"
-        f" after another, each alone in this layout, {hours_text(apart)} ({apart / together:.2f} x as long)"
-    ]
 
 
 def _missed_lines(plan: ClusterPlan) -> list[str]:
@@ -285,7 +268,7 @@ def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
         about = {
             "adapters": {
                 name: {"steps": own.settings.max_steps, "global_batch_size": own.settings.global_batch_size}
-                for name, own in plan.run.plans_of_step.items()
+                for name, own in plan.candidates[0].step.plans.items()
             },
             "in_turn": None if chosen is None else {"layout": chosen.name, "hours": hours},
         }
@@ -352,57 +335,8 @@ def hint_lines(plan: ClusterPlan) -> list[str]:
     """Hints on the fastest layout and on those that a user may have had in mind."""
     if not plan.rows:
         return [*_formats(plan)]
-    best, shown = plan.rows[0], plan.best_of_each()
-    found = [*_storage(best, plan), *_formats(plan), *_tensor(shown), *_bubble(best), *_gathers(shown)]
-    return [*found, *_recompute(best, plan), *_attention(best), *_nf4(best)]
-
-
-def _storage(best: Candidate, plan: ClusterPlan) -> Iterator[str]:
-    if best.storage == Storage() or plan.run.source.stored is not None:
-        return
-    plain = next((row for row in plan.rows if row.storage == Storage()), None)
-    words = f"{best.name}: {best.storage.name} {_CHANGES_NUMBERS}"
-    if plain is not None:
-        words += f"; the fastest in {plain.dtype} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"
-    elif any(row.storage == Storage() for row in plan.others):
-        words += "; in 16 bits nothing fits"
-    yield words
-
-
-def _formats(plan: ClusterPlan) -> Iterator[str]:
-    """What the fastest layout of each format that was not asked for would gain."""
-    fastest: dict[str, Candidate] = {}
-    for row in plan.elsewhere:
-        fastest.setdefault(row.storage.name, row)
-    for name, row in fastest.items():
-        gain = _ratio(row, plan.rows[0]) - 1 if plan.rows else None
-        if gain is None or gain >= _GAIN:
-            words = "would fit" if gain is None else f"would gain {gain:.0%}"
-            words = f"{name} {words} ({row.name}, {_rate(row)})"
-            yield f"{words}, but {_CHANGES_NUMBERS}; --formats {name} takes it"
-
-
-def _attention(best: Candidate) -> Iterator[str]:
-    """The kernel that is planned with, and what the fastest one on such a card would give."""
-    machine, kernel = best.machine, attention_of(best.machine)
-    if kernel is None or best.dtype != "bf16":
-        return
-    assert machine.capability is not None, "it has a kernel of a card"
-    words = f"attention is planned by {kernel}, which a run takes where no other is installed"
-    known = ATTENTION[machine.capability]
-    name = max(known, key=lambda name: known[name].value)
-    faster = best.changed({"attention.bf16": known[name]})
-    if _ratio(faster, best) >= 1 + _GAIN:
-        words += f"; with {name} (docs/gpu.md) {best.name} would do {_rate(faster)}"
-    yield words
-
-
-def _nf4(best: Candidate) -> Iterator[str]:
-    machine = best.machine
-    if best.storage.base == "nf4" and machine.on_gpu and not machine["dequantise.nf4"]:
-        weights = machine["bandwidth"] * machine["elementwise"] / NF4_WITHOUT_LIBRARY
-        slower = best.changed({"dequantise.nf4": Constant(weights, "of eager kernels")})
-        yield f"nf4 is planned with bitsandbytes' kernel; without it {best.name} would do {_rate(slower)}"
+    best = plan.rows[0]
+    return [*_formats(plan), *_waits(best, plan.best_of_each()), *_recompute(best, plan), *_kernels(best)]
 
 
 def _rate(row: Planned) -> str:
@@ -413,8 +347,30 @@ def _ratio(faster: Planned, slower: Planned) -> float:
     return faster.tokens_per_second / slower.tokens_per_second
 
 
-def _tensor(shown: Sequence[Candidate]) -> Iterator[str]:
-    """The layout with most tensor parallelism, if its messages take much of the step."""
+def _formats(plan: ClusterPlan) -> Iterator[str]:
+    """What the format of the fastest layout changes, and what the fastest of each that was not asked for would gain."""
+    best = plan.rows[0] if plan.rows else None
+    if best is not None and best.storage != Storage() and plan.run.source.stored is None:
+        plain = next((row for row in plan.rows if row.storage == Storage()), None)
+        words = f"{best.name}: {best.storage.name} {_CHANGES_NUMBERS}"
+        if plain is not None:
+            words += f"; the fastest in {plain.dtype} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"
+        elif any(row.storage == Storage() for row in plan.others):
+            words += "; in 16 bits nothing fits"
+        yield words
+    fastest: dict[str, Candidate] = {}
+    for row in plan.elsewhere:
+        fastest.setdefault(row.storage.name, row)
+    for name, row in fastest.items():
+        gain = None if best is None else _ratio(row, best) - 1
+        if gain is None or gain >= _GAIN:
+            words = "would fit" if gain is None else f"would gain {gain:.0%}"
+            words = f"{name} {words} ({row.name}, {_rate(row)})"
+            yield f"{words}, but {_CHANGES_NUMBERS}; --formats {name} takes it"
+
+
+def _waits(best: Candidate, shown: Sequence[Candidate]) -> Iterator[str]:
+    """What much of a step waits for: messages of the layout with most tensor parallelism, other stages, and gathers."""
     wide = max(shown, key=lambda row: (row.layout.tp_size, row.tokens_per_second))
     alike = (row for row in shown if row.storage == wide.storage)
     fastest = max(alike, key=lambda row: row.tokens_per_second)
@@ -425,18 +381,12 @@ def _tensor(shown: Sequence[Candidate]) -> Iterator[str]:
             f"{wide.name}: tensor messages take {share:.0%}; {sizes} is {_ratio(fastest, wide):.1f} x as fast"
             f" ({fastest.name})"
         )
-
-
-def _bubble(best: Candidate) -> Iterator[str]:
     number, share = best.layout.micro_batches, best.seconds.bubble / best.seconds.total
     if share >= _LARGE:
         yield (
             f"{best.name}: stages wait {share:.0%} of the time; a larger --global_batch_size gives more than"
             f" {count_text(number, 'micro-batch')} per rank"
         )
-
-
-def _gathers(shown: Sequence[Candidate]) -> Iterator[str]:
     row = max(shown, key=lambda row: row.seconds.gathers / row.seconds.total)
     share, file = row.seconds.gathers / row.seconds.total, row.engine_file
     if share >= _LARGE:
@@ -453,3 +403,21 @@ def _recompute(best: Candidate, plan: ClusterPlan) -> Iterator[str]:
         yield f"{best.name}: every layout that fits recomputes; more cards or a smaller storage format would not"
     elif (speed := f"{1 / _ratio(best, other):.0%}") != "100%":
         yield f"{best.name} recomputes; {other.name} does not, at {speed} of its speed"
+
+
+def _kernels(best: Candidate) -> Iterator[str]:
+    """The kernels that are planned with for attention and nf4, and what others would give on such a card."""
+    machine, kernel = best.machine, attention_of(best.machine)
+    if kernel is not None and best.dtype == "bf16":
+        assert machine.capability is not None, "it has a kernel of a card"
+        words = f"attention is planned by {kernel}, which a run takes where no other is installed"
+        known = ATTENTION[machine.capability]
+        name = max(known, key=lambda name: known[name].value)
+        faster = best.changed({"attention.bf16": known[name]})
+        if _ratio(faster, best) >= 1 + _GAIN:
+            words += f"; with {name} (docs/gpu.md) {best.name} would do {_rate(faster)}"
+        yield words
+    if best.storage.base == "nf4" and machine.on_gpu and not machine["dequantise.nf4"]:
+        weights = machine["bandwidth"] * machine["elementwise"] / NF4_WITHOUT_LIBRARY
+        slower = best.changed({"dequantise.nf4": Constant(weights, "of eager kernels")})
+        yield f"nf4 is planned with bitsandbytes' kernel; without it {best.name} would do {_rate(slower)}"

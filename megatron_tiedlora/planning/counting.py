@@ -20,9 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
-from megatron_tiedlora.parallel.groups import RankGroup
+from megatron_tiedlora.parallel.groups import TENSOR, RankGroup
 from megatron_tiedlora.parallel.kernels import Kernels, has_rows
-from megatron_tiedlora.parallel.traffic import TENSOR
 
 META = "meta"
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -24,20 +24,14 @@ from numpy.typing import NDArray
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, padded_positions
-from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.layer_specs import StoredTensor, stored_tensors
 from megatron_tiedlora.model.partition import layer_costs, partition
-from megatron_tiedlora.parallel.fp8_products import weight_maker
-from megatron_tiedlora.parallel.frozen_weight import frozen_weights, padded
-from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.planning.trace import Kind
 
 # On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
 # are off (docs/performance.md).
 GPU_MULTIPLE = 128
-# The layers of a rank process so many numbers in a run before compiling pays: a CPU compiles for half a minute at
-# first, and saves about a quarter of each step.
-LEAST_WORK = 5e9
 
 
 @dataclass(frozen=True)
@@ -124,12 +118,6 @@ class Layout:
         return math.lcm(GPU_MULTIPLE if self.on_gpu else PAD_MULTIPLE, self.sequence_parts)
 
 
-def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
-    """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""
-    widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
-    return num_tokens / grid.dp_size * widths >= least_work
-
-
 # The micro-batches of a step ------------------------------------------------------------------------------------------
 
 
@@ -137,8 +125,7 @@ SampleRow = NDArray[np.bool_]
 """Whether each token of a row's samples, end to end, is supervised; never the first of a sample."""
 
 
-@dataclass(frozen=True)
-class MicroBatchShape:
+class MicroBatchShape(NamedTuple):
     """The sizes of a micro-batch that its messages and its work depend on.
 
     Attributes:
@@ -158,48 +145,6 @@ class MicroBatchShape:
     def num_tokens(self) -> int:
         """All positions."""
         return sum(self.tokens)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The micro-batches of a step on a data-parallel rank.
-
-    Attributes:
-        kinds: the different ones.
-        order: by micro-batch in the order in which they run, its index in `kinds`.
-    """
-
-    kinds: tuple[MicroBatchShape, ...]
-    order: tuple[int, ...]
-
-    @classmethod
-    def of(cls, shapes: Iterable[MicroBatchShape]) -> Batches:
-        """Micro-batches in their order."""
-        indices: dict[MicroBatchShape, int] = {}
-        order = tuple(indices.setdefault(batch, len(indices)) for batch in shapes)
-        return cls(tuple(indices), order)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    @property
-    def shapes(self) -> tuple[MicroBatchShape, ...]:
-        """Their shapes, in order."""
-        return tuple(self.kinds[index] for index in self.order)
-
-    @property
-    def adapters(self) -> list[int]:
-        """The numbers of the adapters that take the step."""
-        return sorted({adapter for batch in self.kinds for adapter in batch.adapters})
-
-
-def assumed_row(layout: Layout) -> SampleRow:
-    """A row of a run without data: one full sample, of which all tokens are supervised.
-
-    No position predicts the first token of a sample.
-    """
-    row: SampleRow = np.arange(layout.length) > 0
-    return row
 
 
 def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> MicroBatchShape:
@@ -230,46 +175,6 @@ def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]
 
 
 # The stages -----------------------------------------------------------------------------------------------------------
-
-
-class StoredTensor(NamedTuple):
-    """A parameter of a base: its elements, the bytes of each, and whether it belongs to a quantised weight."""
-
-    size: int
-    itemsize: int
-    quantised: bool = False
-
-    @property
-    def num_bytes(self) -> int:
-        """All of its bytes."""
-        return self.size * self.itemsize
-
-
-@cache
-def stored_tensors(
-    shape: ModelShape, dtype: torch.dtype, tp_size: int, base_format: str | None, products: str | None, transposed: bool
-) -> Mapping[str, Counter[StoredTensor]]:
-    """The parameters that a rank holds of the embedding, of a block and of the head: how many of each size.
-
-    They are those of the modules, which are built without memory. All blocks have the same.
-    """
-    with torch.device("meta"):
-        maker = weight_maker(base_format, products=products, keep_transposed=transposed)
-        specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, make_weight=maker)
-        modules = {spec.kind: spec.build() for spec in (specs[0], specs[1], specs[-1])}
-    found = {}
-    for kind, module in modules.items():
-        quantised = {
-            id(parameter)
-            for weight in frozen_weights(module).values()
-            if isinstance(weight, QuantisedWeight)
-            for parameter in weight.parameters.values()
-        }
-        found[kind] = Counter(
-            StoredTensor(parameter.numel(), parameter.itemsize, id(parameter) in quantised)
-            for parameter in module.parameters()
-        )
-    return found
 
 
 @dataclass(frozen=True)
@@ -340,12 +245,12 @@ class StagePlan:
         A stage has an anchor of one number too, unless an engine finds adapted layers in it.
         """
         anchor = () if self.layout.engine_steps and self.parts[0].layers else (1,)
-        return (*anchor, *(part.local_size(name) for part in self.parts for name in trained_tensors(part)))
+        return (*anchor, *(part.local_size(name) for part in self.parts for name in part.names(trained=True)))
 
     @property
     def held(self) -> tuple[int, ...]:
         """The numbers in each tensor of a rank outside the base: trained ones, then frozen factors."""
-        return (*self.trained, *(part.local_size(name) for part in self.parts for name in frozen_tensors(part)))
+        return (*self.trained, *(part.local_size(name) for part in self.parts for name in part.names(trained=False)))
 
     def owned_by(self, adapters: Sequence[int]) -> StagePlan:
         """The stage for a micro-batch whose tokens belong to these adapters of the layout."""
@@ -368,16 +273,6 @@ class StagePlan:
             )
             found.setdefault(kind, []).append(block)
         return found
-
-
-def trained_tensors(part: AdapterPart) -> list[str]:
-    """The trained tensors of a rank's part."""
-    return [name for name in part.config.num_trained() if part.exists(name)]
-
-
-def frozen_tensors(part: AdapterPart) -> list[str]:
-    """Its frozen factors."""
-    return [name for name in part.config.tensors if part.exists(name) and not part.config.factor(name).trained]
 
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:

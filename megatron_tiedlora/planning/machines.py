@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError, aligned_lines, nearest_name, shown
+from megatron_tiedlora.base.shapes import FP8_CAPABILITY
 from megatron_tiedlora.base.text_files import read_json_object, read_yaml_mapping
-from megatron_tiedlora.base.wording import aligned_lines, nearest_name
 from megatron_tiedlora.config.train_fields import GPU_NAMES
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 
@@ -173,8 +172,3 @@ CPU = Machine(
     {key: Constant(float(value), of["source"]) for of in _KNOWN["cpu"] for key, value in of["constants"].items()},
 )
 assert set(CPU.constants) == set(CONSTANTS), "a machine has every constant"
-
-
-def default_machine(*, on_gpu: bool) -> Machine:
-    """The machine of a plan that names none."""
-    return GPUS[DEFAULT_GPU] if on_gpu else CPU

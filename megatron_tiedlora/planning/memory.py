@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
-from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.batch import PAD_MULTIPLE
 from megatron_tiedlora.model.cpu_attention import tile_size
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.kernels import COPIES_ON_CPU, NUMBERS_AT_ONCE
 from megatron_tiedlora.planning.counting import ATTENTION, Moment
-from megatron_tiedlora.planning.layout import Layout, StagePlan, frozen_tensors, trained_tensors
+from megatron_tiedlora.planning.layout import Layout, StagePlan
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.passes import FP32, factor_bytes, traces
 from megatron_tiedlora.planning.trace import Sizes
@@ -94,23 +92,31 @@ def held_memory(stage: StagePlan) -> StageMemory:
     )
 
 
-def step_memory(
-    stage: StagePlan, *, tokens: int, documents: int, longest: int, adapters: Sequence[int] = (0,)
-) -> StageMemory:
+class LargestMicroBatch(NamedTuple):
+    """The largest micro-batch of a run: its tokens, padding included, its documents and the longest one.
+
+    Attributes:
+        owners: the numbers of the adapters that may own its tokens, in each case that there is.
+    """
+
+    tokens: int
+    documents: int
+    longest: int
+    owners: tuple[tuple[int, ...], ...] = ((0,),)
+
+
+def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
     """What follows from the micro-batches of a step, whatever the storage of the base and ZeRO are.
 
-    Args:
-        tokens: the tokens of its largest micro-batch, padding included.
-        documents: the documents in that micro-batch.
-        longest: the tokens of the longest document.
-        adapters: the numbers of those that own its tokens; all tokens count as those of the one that needs most.
+    All tokens count as those of the adapter that needs most, in the case of owners that needs most.
     """
-    layout, owned = stage.layout, stage.owned_by(adapters)
-    attention = attention_memory(stage.shape, layout, tokens=tokens, documents=documents, longest=longest)
-    kept, moment = _pass_bytes(owned, _most_of_widest(owned, tokens), attention)
-    workspaces = WORKSPACE_BYTES if layout.on_gpu else 0.0
-    activations = micro_batches_in_flight(stage) * kept + moment + workspaces
-    return StageMemory(activations=activations, engine=_pipeline_bytes(stage, tokens=tokens))
+    attention, activations = attention_memory(stage, largest), 0.0
+    for adapters in largest.owners:
+        owned = stage.owned_by(adapters)
+        kept, moment = _pass_bytes(owned, _most_of_widest(owned, largest.tokens), attention)
+        activations = max(activations, micro_batches_in_flight(stage) * kept + moment)
+    workspaces = WORKSPACE_BYTES if stage.layout.on_gpu else 0.0
+    return StageMemory(activations=activations + workspaces, engine=_pipeline_bytes(stage, tokens=largest.tokens))
 
 
 def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
@@ -179,7 +185,7 @@ def _buffer_bytes(stage: StagePlan) -> float:
 
 def bank_bytes(part: AdapterPart) -> int:
     """The bytes of one adapter of a bank on a rank, in every ZeRO stage: tensors, gradients and two moments."""
-    trained, frozen = (sum(map(part.local_size, names)) for names in (trained_tensors(part), frozen_tensors(part)))
+    trained, frozen = (sum(map(part.local_size, part.names(trained=trained))) for trained in (True, False))
     return FP32 * (4 * trained + frozen)
 
 
@@ -209,8 +215,7 @@ def micro_batches_in_flight(stage: StagePlan) -> int:
     return min(stage.layout.pp_size - stage.index, stage.layout.micro_batches)
 
 
-@dataclass(frozen=True)
-class AttentionMemory:
+class AttentionMemory(NamedTuple):
     """The bytes that attention's kernel needs beside its inputs and output.
 
     Attributes:
@@ -222,14 +227,13 @@ class AttentionMemory:
     workspace: float
 
 
-def attention_memory(
-    shape: ModelShape, layout: Layout, *, tokens: int, documents: int, longest: int
-) -> AttentionMemory:
-    """The memory of attention for a micro-batch of `tokens` in so many documents, the longest of `longest` tokens.
+def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> AttentionMemory:
+    """The memory of a block's attention for the largest micro-batch.
 
     The figures are those of PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
     memory-efficient kernel in fp32. On a CPU they are those of the tiles in `model/cpu_attention.py`.
     """
+    shape, layout, (tokens, documents, longest, _) = stage.shape, stage.layout, largest
     itemsize, tp_size = layout.dtype.itemsize, layout.tp_size
     heads, query = shape.heads.num // tp_size, shape.heads.rows[0] // tp_size
     saved, workspace = 0, 0

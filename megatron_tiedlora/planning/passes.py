@@ -17,8 +17,8 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.frozen_weight import padded
-from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
-from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages, trained_tensors
+from megatron_tiedlora.parallel.groups import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages
 from megatron_tiedlora.planning.trace import AdapterReading, Kind, Sizes, Trace, Tracer
 from megatron_tiedlora.runtime.stopping import StepVotes, StopVotes
 
@@ -110,12 +110,8 @@ def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: int) -> StageWo
 
 
 def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> Traffic:
-    """The messages that a rank of the stage sends in one step, without DeepSpeed's in the data-parallel group.
-
-    The adapters that own tokens in the micro-batches take the step.
-    """
-    taking = sorted({adapter for shape in micro_batches for adapter in shape.adapters})
-    traffic = once_traffic(stage, taking)
+    """The messages that a rank of the stage sends in one step, without DeepSpeed's in the data-parallel group."""
+    traffic = once_traffic(stage, micro_batches)
     for shape, number in Counter(micro_batches).items():
         for work in stage_work(stage, shape):
             traffic.include(work.sent, times=number)
@@ -216,25 +212,27 @@ def _reading(stage: StagePlan) -> AdapterReading:
 STOP_VOTES_BYTES = FP64 * len(StopVotes._fields)
 
 
-def once_traffic(stage: StagePlan, taking: Sequence[int]) -> Traffic:
+def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> Traffic:
     """The messages that a rank of the stage sends once in a step, without DeepSpeed's in the data-parallel group.
 
     u is the same on the ranks of a stage, a tied tensor on those of all stages, another one on data-parallel ranks. If
     DeepSpeed steps the adapter, it sums over data-parallel ranks, which is all that u needs without tensor parallelism,
     and a tied tensor without a pipeline. A tied u is summed over tensor-parallel ranks before.
 
-    Args:
-        taking: the numbers of the adapters that take the step.
+    The adapters that own tokens in the micro-batches take the step.
     """
     layout, traffic, summed = stage.layout, Traffic(), Counter[str]()  # by group, numbers of gradients
-    data = layout.dp_size > 1
+    data, taking = layout.dp_size > 1, sorted({adapter for shape in micro_batches for adapter in shape.adapters})
+    ranks_of_stage = STAGE if layout.pp_size > 1 else WORLD
+    if min(layout.tp_size, layout.dp_size) == 1:  # a group has one name; see `named_handles`
+        ranks_of_stage = DATA if layout.tp_size == 1 else TENSOR
     for part in stage.owned_by(taking).parts:
-        for name in trained_tensors(part):
+        for name in part.names(trained=True):
             is_u, tied = part.config.tensors[name][1] == "u", part.config.is_tied(name)
             if is_u and tied and layout.tp_size > 1 and (part.layers or not layout.engine_steps):
-                summed[_stage_group(layout) if layout.engine_steps else TENSOR] += part.local_size(name)
+                summed[ranks_of_stage if layout.engine_steps else TENSOR] += part.local_size(name)
             if is_u and not tied:
-                ours, group = layout.tp_size > 1, _stage_group(layout)
+                ours, group = layout.tp_size > 1, ranks_of_stage
             elif tied:
                 ours, group = layout.pp_size > 1, TIED if layout.pp_size > 1 else DATA
             else:
@@ -281,12 +279,3 @@ def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
 
 def _norm_bytes(layout: Layout) -> int:
     return FP32 if layout.engine_steps and layout.zero_stage < 3 else FP64
-
-
-def _stage_group(layout: Layout) -> str:
-    """The name of the group of a stage's ranks; see `named_handles`."""
-    if layout.tp_size == 1:
-        return DATA
-    if layout.dp_size == 1:
-        return TENSOR
-    return WORLD if layout.pp_size == 1 else STAGE

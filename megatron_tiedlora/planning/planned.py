@@ -13,11 +13,11 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.parallel.traffic import Traffic
+from megatron_tiedlora.parallel.groups import Traffic
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages
 from megatron_tiedlora.planning.machines import Constant, Machine
-from megatron_tiedlora.planning.memory import StageMemory, held_memory, with_reserves
-from megatron_tiedlora.planning.passes import StageWork, engine_traffic, stage_work, step_traffic
+from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
+from megatron_tiedlora.planning.passes import engine_traffic, stage_work, step_traffic
 from megatron_tiedlora.planning.step_plan import StepPlan, Work
 from megatron_tiedlora.planning.step_time import (
     DTYPES,
@@ -120,7 +120,7 @@ class Planned:
     def memory(self, index: int) -> StageMemory:
         """The bytes of a rank of a stage."""
         stage = self.stage(index)
-        step = self._once("step_memory", lambda: self.step.largest.step_memory(stage), index)
+        step = self._once("step_memory", lambda: step_memory(stage, self.step.largest), index)
         return with_reserves(stage, self._held(index).plus(step), self.machine)
 
     @cached_property
@@ -147,7 +147,7 @@ class Planned:
         Args:
             of_engine: whether DeepSpeed's messages in the data-parallel group are counted, by their upper bounds.
         """
-        stage, shapes = self.stage(index), self.step.batches.shapes
+        stage, shapes = self.stage(index), self.step.batches
         sent = step_traffic(stage, shapes)
         if of_engine:
             sent.include(engine_traffic(stage, num_micro_batches=len(shapes)))
@@ -206,7 +206,8 @@ class Planned:
     def parts(self) -> StepParts:
         """What the time of a step follows from."""
         batches, first_of = self.step.batches, self._first_of
-        passes = {index: [self._seconds(index, batch) for batch in batches.kinds] for index in self._first_stages}
+        kinds = set(batches)
+        passes = {index: {batch: self._seconds(index, batch) for batch in kinds} for index in self._first_stages}
         shards = (*self._values(_STORAGE), len(batches)) if self.layout.zero_stage >= 2 else ()
         sums = self._once(
             "sums", lambda: max(sum(term.seconds for term in self.sum_terms(index)) for index in passes), *shards
@@ -215,7 +216,8 @@ class Planned:
 
     def pass_terms(self, index: int, batch: MicroBatchShape) -> tuple[list[Term], list[Term]]:
         """What the passes of a micro-batch on a stage spend their time on."""
-        return stage_terms(self._passes(index, batch), self.stage(index), self.links, self.machine)
+        work = self._once("stage_work", lambda: stage_work(self.stage(index), batch), index, batch)
+        return stage_terms(work, self.stage(index), self.links, self.machine)
 
     def sum_terms(self, index: int) -> list[Term]:
         """The messages once a step of a stage's rank."""
@@ -255,9 +257,6 @@ class Planned:
 
     def _held(self, index: int) -> StageMemory:
         return self._once("held_memory", lambda: held_memory(self.stage(index)), index)
-
-    def _passes(self, index: int, batch: MicroBatchShape) -> StageWork:
-        return self._once("stage_work", lambda: stage_work(self.stage(index), batch), index, batch)
 
     def _seconds(self, index: int, batch: MicroBatchShape) -> tuple[Seconds, Seconds]:
         gathers = self._values(_ENGINE) if self.layout.zero_stage == 3 else ()

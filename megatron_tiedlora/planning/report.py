@@ -12,16 +12,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.base.wording import aligned_lines, amount_text, bytes_in_words, count_text, range_text, time_text
+from megatron_tiedlora.base.errors import (
+    aligned_lines,
+    amount_text,
+    bytes_in_words,
+    count_text,
+    printable,
+    range_text,
+    time_text,
+)
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions
 from megatron_tiedlora.model.weights import num_base_parameters
-from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
+from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.adapter_plans import (
     Data,
-    RunData,
     choose_folder,
     counted,
     first_source,
@@ -40,7 +46,7 @@ from megatron_tiedlora.planning.memory import (
 )
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
 from megatron_tiedlora.planning.planned import Planned
-from megatron_tiedlora.planning.run_plan import RunPlan, epochs_of
+from megatron_tiedlora.planning.run_plan import epochs_of
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Term
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
@@ -89,24 +95,18 @@ def layout_sections(planned: Planned, *, on_card: bool = True) -> list[list[str]
 
 
 def _samples(step: StepPlan, data: Data) -> list[list[str]]:
-    """The first sample of each adapter, once if it is the same for several."""
+    """The first sample of each adapter as text, with what is supervised; once if it is the same for several."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name, own in data.items():
-        found.setdefault(tuple(_sample_lines(step.plans[name], own)), []).append(name)
+        ids, supervised = own.train.sample(0), own.train.supervised_of(0)
+        edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
+        lines = [f"first sample ({first_source(step.plans[name].settings, own)}), {len(ids)} tokens"]
+        for start, stop in itertools.pairwise(edges):
+            lines.append(f"  [{'supervised' if supervised[start] else 'not supervised'}, {stop - start} tokens]")
+            lines += (f"    {line}" for line in decode_ids(own.tokenizer, ids[start:stop].tolist()).splitlines())
+        found.setdefault(tuple(lines), []).append(name)
     labels = {lines: ", ".join(filter(None, names)) for lines, names in found.items()}
     return [[f"{label and f'{label}: '}{lines[0]}", *lines[1:]] for lines, label in labels.items()]
-
-
-def _sample_lines(plan: RunPlan, data: RunData) -> list[str]:
-    """The first sample as text, with what is supervised."""
-    ids, supervised = data.train.sample(0), data.train.supervised_of(0)
-    edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
-    lines = [f"first sample ({first_source(plan.settings, data)}), {len(ids)} tokens"]
-    for start, stop in itertools.pairwise(edges):
-        name = "supervised" if supervised[start] else "not supervised"
-        lines.append(f"  [{name}, {stop - start} tokens]")
-        lines += (f"    {line}" for line in decode_ids(data.tokenizer, ids[start:stop].tolist()).splitlines())
-    return lines
 
 
 def _adapters(step: StepPlan) -> list[str]:
@@ -167,8 +167,15 @@ def _batches(step: StepPlan, data: Data) -> list[str]:
         lines.append(f"  global batch {count_text(number, 'sample')}, {plan.batches_in_words}")
         if data or not counts_epochs:
             lines.append(f"  {count_text(steps, 'step')}, {count_text(steps * number, 'sample')}")
-        if data:
-            lines.append(_fill(step, name, data[name]))
+        if step.samples is not None:
+            dataset, batch = step.samples[name]
+            positions = sum(num_positions(dataset, batch.micro_batches, pad_multiple=step.layout.pad_multiple))
+            rows = count_text(sum(map(len, batch.micro_batches)), "row")
+            lines.append(
+                f"  step 1: {batch.num_tokens:,} tokens in {rows} of"
+                f" {count_text(len(batch.micro_batches), 'micro-batch')}, {1 - batch.num_tokens / positions:.1%} of the"
+                f" {positions:,} positions are padding"
+            )
         elif plan.settings.packing:
             most = count_text(plan.batches.accumulation_steps, "micro-batch")
             lines.append(
@@ -176,7 +183,7 @@ def _batches(step: StepPlan, data: Data) -> list[str]:
                 " make fewer"
             )
     if step.layout.named:
-        shapes = step.batches.shapes
+        shapes = step.batches
         apart, positions = sum(len(shape.adapters) for shape in shapes), sum(shape.num_tokens for shape in shapes)
         lines.append(
             f"  step 1: {len(shapes):,} micro-batches on a data-parallel rank, which hold {apart:,} of single"
@@ -187,18 +194,6 @@ def _batches(step: StepPlan, data: Data) -> list[str]:
     if counts_epochs and not data:
         lines.append("  (the steps of --epochs are counted from data, and none is read)")
     return lines
-
-
-def _fill(step: StepPlan, name: str, data: RunData) -> str:
-    """A line on how many positions of an adapter's first step hold a token."""
-    assert step.samples is not None, "there is data"
-    _, batch = step.samples[name]
-    positions = sum(num_positions(data.train, batch.micro_batches, pad_multiple=step.layout.pad_multiple))
-    rows = count_text(sum(map(len, batch.micro_batches)), "row")
-    return (
-        f"  step 1: {batch.num_tokens:,} tokens in {rows} of {count_text(len(batch.micro_batches), 'micro-batch')},"
-        f" {1 - batch.num_tokens / positions:.1%} of the {positions:,} positions are padding"
-    )
 
 
 def _data(step: StepPlan, data: Data) -> list[str]:
@@ -296,13 +291,19 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
         + [str(micro_batches_in_flight(stage))]
         for stage, memory in zip(stages, memories, strict=True)
     ]
-    return [
+    lines = [
         f"bytes per rank, ZeRO-{layout.zero_stage}, {count_text(layout.dp_size, 'data-parallel rank')}, micro-batches"
         f" of up to {micro_batches}, on {'GPUs' if layout.on_gpu else 'CPUs'}",
         *stage_table([*(names.get(name, name) for name in shown), "sum", "in flight"], cells),
         *(f"  ({note})" for note in _memory_notes(planned)),
-        *([_verdict(planned)] if judged else []),
     ]
+    if judged:
+        (_, fullest), room = planned.fullest, planned.cluster.capacity
+        size, name = max((size, name) for name, size in fullest._asdict().items())
+        fits = "it fits" if fullest.total <= room else f"IT DOES NOT FIT; {name} {bytes_in_words(size)}"
+        needs = f"{bytes_in_words(fullest.total)} of {bytes_in_words(room)}"
+        lines.append(f"  {planned.machine.name}: the fullest rank needs {needs}: {fits}")
+    return lines
 
 
 def _memory_notes(planned: Planned) -> Iterator[str]:
@@ -345,22 +346,11 @@ def _memory_notes(planned: Planned) -> Iterator[str]:
     )
 
 
-def _verdict(planned: Planned) -> str:
-    """A line on whether the fullest rank fits."""
-    (_, fullest), room = planned.fullest, planned.cluster.capacity
-    words = f"  {planned.machine.name}: the fullest rank needs {bytes_in_words(fullest.total)} of"
-    words += f" {bytes_in_words(room)}"
-    if fullest.total <= room:
-        return f"{words}: it fits"
-    size, name = max((size, name) for name, size in fullest._asdict().items())
-    return f"{words}: IT DOES NOT FIT; {name} {bytes_in_words(size)}"
-
-
 def time_lines(planned: Planned) -> list[str]:
     """The planned time of a step: by what it is spent on, then term by term on the stage that works longest."""
     spent, work, batches, parts = planned.seconds, planned.work, planned.step.batches, planned.parts
     index, passes = parts.busiest()
-    batch = max(batches.kinds, key=lambda one: one.num_tokens)
+    batch = max(batches, key=lambda one: one.num_tokens)
     forward, backward = planned.pass_terms(index, batch)
     number, stages = count_text(len(batches), "micro-batch"), count_text(len(parts.stages), "stage")
     return [

@@ -13,8 +13,8 @@ import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.errors import UserError, count_text
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.load_model import resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
@@ -36,8 +36,8 @@ from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.planning.init_from import with_start
-from megatron_tiedlora.planning.layout import Layout, StagePlan, pays_to_compile, plan_stages
-from megatron_tiedlora.planning.machines import GPUS, Machine, default_machine
+from megatron_tiedlora.planning.layout import Layout, StagePlan, plan_stages
+from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import check_trackers
 
@@ -109,8 +109,7 @@ class RunPlan:
     @property
     def machine(self) -> Machine:
         """Whose reserves and speed are planned with: of --gpu, else the default for GPUs or CPUs."""
-        gpu = self.settings.gpu
-        return default_machine(on_gpu=self.on_gpu) if gpu is None else GPUS[gpu]
+        return GPUS[self.settings.gpu or DEFAULT_GPU] if self.on_gpu else CPU
 
     @property
     def batch_shape(self) -> BatchShape:
@@ -304,8 +303,17 @@ def plan_run(
 # How long samples and runs are ----------------------------------------------------------------------------------------
 
 
+# The layers of a rank process so many numbers in a run before compiling pays: a CPU compiles for half a minute at
+# first, and saves about a quarter of each step.
+LEAST_WORK = 5e9
 MANY_CUT = 0.01  # of the training prompts
 MANY_EPOCHS = 20
+
+
+def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
+    """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""
+    widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
+    return num_tokens / grid.dp_size * widths >= least_work
 
 
 def with_models_length(settings: Settings, source: ModelSource) -> Settings:

@@ -14,9 +14,8 @@ from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
-from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.base.errors import UserError, nearest_name
+from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
@@ -51,11 +50,6 @@ class Storage(NamedTuple):
         if self.products is None:
             return self.base or UNQUANTISED
         return "fp8-transposed" if self.keep_transposed else "fp8-products"
-
-    @property
-    def num_changes(self) -> int:
-        """How many of the three flags differ from a run in 16 bits."""
-        return sum(map(bool, self))
 
 
 STORAGES = (Storage(), *map(Storage, BASE_NAMES), Storage("fp8", "fp8"), Storage("fp8", "fp8", True))
@@ -143,7 +137,7 @@ class ClusterPlan:
         """
         rows = [one for one in self._fitting if one.storage in self.ranked]
         ties = sum(one.seconds.total <= _TIE * rows[0].seconds.total for one in rows)
-        rows[:ties] = sorted(rows[:ties], key=lambda one: one.storage.num_changes)  # it is stable
+        rows[:ties] = sorted(rows[:ties], key=lambda one: sum(map(bool, one.storage)))  # it is stable
         return rows
 
     @cached_property
@@ -303,20 +297,10 @@ class PlannedRun:
         """Rows of a micro-batch: the divisors of a rank's part of the global batch, of each adapter's if several."""
         if self.settings.micro_batch_size is not None:
             return [self.settings.micro_batch_size]
-        share, rest = divmod(self.common_batch, max(dp_size, 1))
-        return [1] if rest else divisors(share)
-
-    @cached_property
-    def common_batch(self) -> int:
-        """The most samples that divide the global batch of each adapter."""
         given = (own for own in self.adapters.values() if "global_batch_size" in own.model_fields_set)
         assumed = [self.settings.global_batch_size] if self.assumes("global_batch_size") else []
-        return math.gcd(*(own.global_batch_size for own in given), *assumed)
-
-    @property
-    def plans_of_step(self) -> Plans:
-        """The plan of each adapter in one of the layouts, for what is the same in all."""
-        return next(iter(self._steps.values())).plans
+        share, rest = divmod(math.gcd(*(own.global_batch_size for own in given), *assumed), max(dp_size, 1))
+        return [1] if rest else divisors(share)
 
     def plans(self, tp_size: int, pp_size: int, engine_file: str, storage: Storage) -> Plans:
         """What `plan_run` says of a layout, by adapter.

@@ -18,40 +18,12 @@ from megatron_tiedlora.data.loader import GlobalBatch, fill_rounds, largest_posi
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.planning.adapter_plans import Data, Plans, shared_plan
-from megatron_tiedlora.planning.layout import (
-    Batches,
-    Layout,
-    MicroBatchShape,
-    SampleRow,
-    StagePlan,
-    assumed_row,
-    plan_stages,
-    shared_shape,
-)
-from megatron_tiedlora.planning.memory import StageMemory, step_memory
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, SampleRow, StagePlan, plan_stages, shared_shape
+from megatron_tiedlora.planning.memory import LargestMicroBatch
 from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
 
 Samples = Mapping[str, tuple[TokenDataset, GlobalBatch]]  # of each adapter's step, and where its samples are
-
-
-class LargestMicroBatch(NamedTuple):
-    """The largest micro-batch of a run: its tokens, padding included, its documents and the longest one.
-
-    Attributes:
-        owners: the numbers of the adapters that may own its tokens, in each case that there is.
-    """
-
-    tokens: int
-    documents: int
-    longest: int
-    owners: tuple[tuple[int, ...], ...] = ((0,),)
-
-    def step_memory(self, stage: StagePlan) -> StageMemory:
-        """What a rank of a stage needs for it beside what it holds anyway, in the case that needs most."""
-        tokens, documents, longest, owners = self
-        sizes = {"tokens": tokens, "documents": documents, "longest": longest}
-        return max((step_memory(stage, adapters=adapters, **sizes) for adapters in owners), key=sum)
 
 
 class Work(NamedTuple):
@@ -128,23 +100,27 @@ class StepPlan:
         return plan_stages(self.shape, self.layout)
 
     @cached_property
-    def batches(self) -> Batches:
-        """This rank's micro-batches of the step."""
-        rows = {name: self._rows(name) for name in self._taking}
-        squared = {name: self._squared(name) for name in self._taking}
+    def batches(self) -> tuple[MicroBatchShape, ...]:
+        """This rank's micro-batches of the step, in the order in which they run."""
+        own = {name: self._own(name) for name in self._taking}
 
         @cache
         def batch_of(*some: tuple[str, int]) -> MicroBatchShape:
-            shape = shared_shape(self.layout, [(self._numbers[name], rows[name][index]) for name, index in some])
-            return replace(shape, squared_lengths=sum(squared[name][index] for name, index in some))
+            rows, squared = zip(*(own[name][index] for name, index in some), strict=True)
+            numbers = (self._numbers[name] for name, _ in some)
+            shape = shared_shape(self.layout, list(zip(numbers, rows, strict=True)))
+            return shape._replace(squared_lengths=sum(squared))
 
         alike = self.samples is None  # all micro-batches of an adapter
-        return Batches.of(batch_of(*((name, 0 if alike else index) for name, index in some)) for some in self.rounds)
+        return tuple(batch_of(*((name, 0 if alike else index) for name, index in some)) for some in self.rounds)
 
     @cached_property
     def largest(self) -> LargestMicroBatch:
         """The largest micro-batch that any step may have, if it has the adapters of one of this step."""
-        longest = {name: padded(self._longest_row(name), self.layout.pad_multiple) for name in self.plans}
+        longest = dict.fromkeys(self.plans, self.layout.length)  # tokens of a row
+        if self.samples is not None and not self.shared.settings.packing:
+            longest |= {name: dataset.longest for name, (dataset, _) in self.samples.items()}
+        longest = {name: padded(length, self.layout.pad_multiple) for name, length in longest.items()}
         own = [plan.layout.rows * longest[name] for name, plan in self.plans.items()]
         tokens = max(*own, min(sum(own), micro_batch_capacity(self.plans, shares=self.shares_micro_batches)))
         owners = dict.fromkeys(tuple(self._numbers[name] for name, _ in some) for some in self.rounds)
@@ -189,12 +165,6 @@ class StepPlan:
         """The adapters that take the step, in order."""
         return [name for name in self.plans if self.samples is None or name in self.samples]
 
-    def _longest_row(self, name: str) -> int:
-        """The tokens of an adapter's longest row."""
-        if self.samples is None or name not in self.samples or self.shared.settings.packing:
-            return self.layout.length
-        return self.samples[name][0].longest
-
     def _most_documents(self) -> int:
         """The most documents in a micro-batch of the step; the padding of a packed row is one too."""
         if self.samples is None or not self.shared.settings.packing:
@@ -217,21 +187,18 @@ class StepPlan:
         positions = num_positions(dataset, batch.micro_batches, pad_multiple=layout.pad_multiple)
         return largest_positions(positions, dp_size=plan.grid.dp_size)
 
-    def _rows(self, name: str) -> list[list[SampleRow]]:
-        """The rows of each of an adapter's micro-batches on this rank."""
-        plan = self.plans[name]
-        if self.samples is None:
-            return [[assumed_row(plan.layout)] * plan.layout.rows] * plan.layout.micro_batches
-        dataset, batch = self.samples[name]
-        ours = batch.on_rank(plan.grid.dp_rank, dp_size=plan.grid.dp_size)
-        return [[np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows] for rows in ours]
+    def _own(self, name: str) -> list[tuple[list[SampleRow], int]]:
+        """The rows of each of an adapter's micro-batches on this rank, and the sum of s^2 over samples of s tokens.
 
-    def _squared(self, name: str) -> list[int]:
-        """The sum of s^2 over the samples of each of these micro-batches."""
+        Without data a row is one full sample. No position predicts the first token of a sample.
+        """
         layout, grid = self.plans[name].layout, self.shared.grid
         if self.samples is None:
-            return [layout.rows * layout.length**2] * layout.micro_batches
-        dataset, batch = self.samples[name]
-        ours = batch.on_rank(grid.dp_rank, dp_size=grid.dp_size)
-        lengths = (dataset.lengths_of([index for row in rows for index in row]) for rows in ours)
-        return [int((each**2).sum()) for each in lengths]
+            rows = [np.arange(layout.length) > 0] * layout.rows
+            return [(rows, layout.rows * layout.length**2)] * layout.micro_batches
+        (dataset, batch), found = self.samples[name], []
+        for samples in batch.on_rank(grid.dp_rank, dp_size=grid.dp_size):
+            lengths = dataset.lengths_of([index for row in samples for index in row])
+            rows = [np.concatenate([dataset.supervised_of(index) for index in row]) for row in samples]
+            found.append((rows, int((lengths**2).sum())))
+        return found

@@ -16,18 +16,19 @@ bandwidth inside a node. Each message takes `message` seconds beside its bytes.
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
-from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
-from megatron_tiedlora.planning.layout import Batches, Layout, StagePlan
+from megatron_tiedlora.base.errors import count_text
+from megatron_tiedlora.base.shapes import BASE_FORMATS
+from megatron_tiedlora.parallel.groups import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan
 from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.passes import PassWork, StageWork, engine_traffic, once_traffic
 
@@ -61,8 +62,7 @@ class Term(NamedTuple):
         return (self.amount / self.rate if self.rate else 0.0) + self.fixed
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """What carries the messages of a group.
 
     Attributes:
@@ -75,18 +75,14 @@ class Link:
     num_nodes: int
     per_node: int
 
-    def bandwidth(self, machine: Machine) -> float:
-        """Bytes per second of each rank, in one direction."""
-        inside = machine["node_bandwidth"] * machine["node_link"]
-        if self.num_nodes == 1:
-            return inside
-        return min(inside, self.per_node * machine["network_bandwidth"] * machine["network_link"])
-
     def term(self, kind: str, count: int, num_bytes: float, machine: Machine, *, purpose: str) -> Term:
         """The time of `count` messages of `num_bytes` together, one after another."""
         carried = num_bytes * _RINGS[kind] * (self.size - 1) / self.size if kind in _RINGS else num_bytes
         label, fixed = f"{kind}, {count_text(int(count), 'message')}", count * machine["message"]
-        return Term(purpose, label, carried, self.bandwidth(machine), "B", fixed)
+        bandwidth = machine["node_bandwidth"] * machine["node_link"]  # of each rank, in one direction
+        if self.num_nodes > 1:
+            bandwidth = min(bandwidth, self.per_node * machine["network_bandwidth"] * machine["network_link"])
+        return Term(purpose, label, carried, bandwidth, "B", fixed)
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ class Links:
 
 
 DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes
-FORWARD, BACKWARD = "F", "B"
+PERSISTENT = 100_000  # numbers of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
 
 
 class Seconds(NamedTuple):
@@ -183,14 +179,14 @@ class StepParts:
     """What the time of a step follows from.
 
     Attributes:
-        batches: its micro-batches.
-        stages: by stage, by kind of micro-batch, of its forward and its backward pass.
+        batches: its micro-batches, in order.
+        stages: by stage and micro-batch, of its forward and its backward pass.
         sums: of the messages once a step.
         outside: see `Seconds`.
     """
 
-    batches: Batches
-    stages: Sequence[Sequence[tuple[Seconds, Seconds]]]
+    batches: Sequence[MicroBatchShape]
+    stages: Sequence[Mapping[MicroBatchShape, tuple[Seconds, Seconds]]]
     sums: float
     outside: float
 
@@ -199,10 +195,10 @@ class StepParts:
         firsts: dict[int, int] = {}
         for index, passes in enumerate(self.stages):  # stages that do the same are one object
             firsts.setdefault(id(passes), index)
-        spent = {
-            index: Seconds(*np.dot(np.bincount(self.batches.order), np.sum(self.stages[index], axis=1)).tolist())
-            for index in firsts.values()
-        }
+        counts, spent = Counter(self.batches), {}
+        for index in firsts.values():
+            both = [np.sum(self.stages[index][batch], axis=0) for batch in counts]
+            spent[index] = Seconds(*np.dot(list(counts.values()), both).tolist())
         return max(spent.items(), key=lambda item: item[1].total)
 
 
@@ -213,13 +209,25 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
     backward = pass_terms(work.backward, layout, links, machine)
     again = pass_terms(work.again, layout, links, machine) if layout.recompute != "none" else []
     backward += [term._replace(label=f"{term.label}, recomputed") for term in again]
-    for terms, goes_back in ((forward, False), (backward, True)):
-        gathers = _gather_terms(stage, links, machine)
+    gathers = []
+    if layout.zero_stage == 3 and layout.dp_size > 1:  # a message for each parameter that not all ranks keep
+        gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # those of two passes
+        count = sum(number for tensor, number in stage.local_base.items() if tensor.size > PERSISTENT)
+        gathers.append(links.by_group[DATA].term("all-gather", count, gathered, machine, purpose="gathers"))
+    for terms, sent, neighbour in (
+        (forward, work.forward.sent, stage.index),
+        (backward, work.backward.sent, stage.index - 1),
+    ):
+        beside = []
         if layout.overlaps_gathers and gathers:  # hidden behind the pass, as far as that is long enough
             hidden = min(Seconds.of(terms).total, sum(term.seconds for term in gathers))
-            gathers.append(Term("gathers", "hidden behind the pass", 0.0, 0.0, "s", fixed=-hidden))
-        terms += gathers
-        terms += _sending(stage, work.backward if goes_back else work.forward, links, machine, goes_back=goes_back)
+            beside.append(Term("gathers", "hidden behind the pass", 0.0, 0.0, "s", fixed=-hidden))
+        terms += [*gathers, *beside]
+        if layout.pp_size > 1:
+            terms.append(Term("pipeline", "DeepSpeed's instructions", 0.0, 0.0, "", fixed=machine["instruction"]))
+        if count := sent.messages[PIPELINE, "send"]:
+            link, size = links.to_next(neighbour), sent.bytes[PIPELINE, "send"]
+            terms.append(link.term("send", count, size, machine, purpose="pipeline"))
     return forward, backward
 
 
@@ -267,104 +275,12 @@ def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> list[Term]
     return [Term("dequantised", label, of_weight * weights, moved, "B")]
 
 
-def _gather_terms(stage: StagePlan, links: Links, machine: Machine) -> list[Term]:
-    """What ZeRO-3 gathers for one pass: a message for each parameter that is not so small that all ranks keep it."""
-    layout = stage.layout
-    if layout.zero_stage < 3 or layout.dp_size == 1:
-        return []
-    gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # those of two passes
-    count = sum(number for tensor, number in stage.local_base.items() if tensor.size > PERSISTENT)
-    return [links.by_group[DATA].term("all-gather", count, gathered, machine, purpose="gathers")]
-
-
-PERSISTENT = 100_000  # numbers of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
-
-
-def _sending(stage: StagePlan, work: PassWork, links: Links, machine: Machine, *, goes_back: bool) -> list[Term]:
-    """Sending a pass's result to the next stage, and what DeepSpeed's pipeline adds."""
-    if stage.layout.pp_size == 1:
-        return []
-    found = [Term("pipeline", "DeepSpeed's instructions", 0.0, 0.0, "", fixed=machine["instruction"])]
-    if count := work.sent.messages[PIPELINE, "send"]:
-        link, size = links.to_next(stage.index - 1 if goes_back else stage.index), work.sent.bytes[PIPELINE, "send"]
-        found.append(link.term("send", count, size, machine, purpose="pipeline"))
-    return found
-
-
-def sum_terms(stage: StagePlan, batches: Batches, links: Links, machine: Machine) -> list[Term]:
+def sum_terms(stage: StagePlan, batches: Sequence[MicroBatchShape], links: Links, machine: Machine) -> list[Term]:
     """The messages that a rank sends once a step: gradients, norms, reports; of ZeRO-3 only gradients."""
-    once, sent = once_traffic(stage, batches.adapters), engine_traffic(stage, num_micro_batches=len(batches))
+    once, sent = once_traffic(stage, batches), engine_traffic(stage, num_micro_batches=len(batches))
     if stage.layout.zero_stage == 3:
         del sent.bytes[DATA, "all-gather"]
     return links.terms(once, machine, purpose="sums") + links.terms(sent, machine, purpose="sums")
-
-
-# The passes of a pipeline -------------------------------------------------------------------------------------------
-
-
-class Pass(NamedTuple):
-    """A forward or backward pass of one micro-batch through one part of the model; parts count from the embedding."""
-
-    kind: str
-    micro_batch: int
-    part: int
-
-
-Order = Sequence[Sequence[Pass]]
-"""By rank, its passes one after another."""
-
-
-def one_f_one_b(num_stages: int, num_micro_batches: int) -> list[list[Pass]]:
-    """Forward passes until as many are in flight as stages follow, the own one included; then one back, one forward.
-
-    It is the order of DeepSpeed's pipeline (0.19.8), which the trace of real steps shows.
-    """
-    orders = []
-    for stage in range(num_stages):
-        ahead = min(num_stages - stage, num_micro_batches)
-        order = [Pass(FORWARD, index, stage) for index in range(ahead)]
-        for index in range(num_micro_batches):
-            order.append(Pass(BACKWARD, index, stage))
-            if ahead + index < num_micro_batches:
-                order.append(Pass(FORWARD, ahead + index, stage))
-        orders.append(order)
-    return orders
-
-
-def simulate(order: Order, cost: Callable[[int, Pass], Any]) -> Any:
-    """The time from the start to the end of the last pass of all ranks, if each pass runs as early as it can.
-
-    A forward pass takes the result of the same micro-batch on the part before, a backward pass that of the part behind.
-
-    Args:
-        cost: of a pass on a rank, what it sends included: a number, or an array of one number for each of several
-            layouts that have this order.
-
-    Raises:
-        ValueError: the passes wait for each other in a circle.
-    """
-    num_parts = 1 + max(one.part for passes in order for one in passes)
-    ends: dict[Pass, Any] = {}
-    clocks: list[Any] = [0] * len(order)
-    following = [0] * len(order)
-    left = sum(map(len, order))
-    while left:
-        before = left
-        for rank, passes in enumerate(order):
-            while following[rank] < len(passes):
-                one = passes[following[rank]]
-                source = Pass(one.kind, one.micro_batch, one.part + (-1 if one.kind == FORWARD else 1))
-                start = clocks[rank]
-                if 0 <= source.part < num_parts:
-                    if source not in ends:
-                        break
-                    start = np.maximum(start, ends[source])
-                clocks[rank] = ends[one] = start + cost(rank, one)
-                following[rank] += 1
-                left -= 1
-        if left == before:
-            raise ValueError("the passes of this order wait for each other")
-    return functools.reduce(np.maximum, clocks)
 
 
 # The seconds of a step -----------------------------------------------------------------------------------------------
@@ -379,8 +295,8 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, step in enumerate(steps):
         alike[len(step.stages), len(step.batches)].append(index)
-    for sizes, indices in alike.items():
-        spans = simulate(one_f_one_b(*sizes), _costs([steps[index] for index in indices]))
+    for indices in alike.values():
+        spans = pipeline_spans([steps[index] for index in indices])
         for index, span in zip(indices, spans.tolist(), strict=True):
             step = steps[index]
             _, spent = step.busiest()
@@ -391,18 +307,36 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
     return found
 
 
-def _costs(steps: Sequence[StepParts]) -> Callable[[int, Pass], Any]:
-    """By rank and pass, the cost in each of the steps."""
-    # by micro-batch a number, which it shares with those that are of the same kind in each of the steps
-    alike: dict[tuple[int, ...], int] = {}
-    numbers = [
-        alike.setdefault(kinds, len(alike)) for kinds in zip(*(step.batches.order for step in steps), strict=True)
-    ]
-    by_number = list(alike)
+def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
+    """The seconds from the start to the end of the last pass of all stages, of steps with as many passes each.
+
+    A stage runs its passes in the order 1F1B of DeepSpeed's pipeline (0.19.8), which the trace of real steps shows:
+    forward passes until as many are in flight as stages follow, its own included; then one back, one forward. Each runs
+    as early as it can: a forward pass takes the result of the same micro-batch on the stage before, a backward pass
+    that of the stage behind.
+    """
 
     @functools.cache
-    def costs(rank: int, number: int, *, back: bool) -> Any:
-        chosen = zip(steps, by_number[number], strict=True)
-        return np.array([step.stages[rank][kind][back].total for step, kind in chosen])
+    def costs(batches: tuple[MicroBatchShape, ...]) -> NDArray[np.float64]:
+        """By pass and stage, the seconds in each of the steps of its micro-batch."""
+        totals = [
+            [[seconds.total for seconds in stage[batch]] for stage in step.stages]
+            for step, batch in zip(steps, batches, strict=True)
+        ]
+        return np.transpose(totals, (2, 1, 0))
 
-    return lambda rank, one: costs(rank, numbers[one.micro_batch], back=one.kind == BACKWARD)
+    passes = [costs(batches) for batches in zip(*(step.batches for step in steps), strict=True)]
+    num_stages = len(steps[0].stages)
+    clocks = np.zeros((num_stages, len(steps)))
+    gradients = np.zeros((num_stages + 1, len(steps)))  # by stage, when its last backward pass has ended
+    for turn in range(len(passes) + num_stages):
+        hidden = np.zeros(len(steps))  # when the forward pass on the stage before has ended
+        for stage in range(num_stages):
+            back = turn - num_stages + stage
+            if 0 <= back < len(passes):
+                start = np.maximum(clocks[stage], gradients[stage + 1])
+                clocks[stage] = gradients[stage] = start + passes[back][1, stage]
+            if turn < len(passes):
+                clocks[stage] = hidden = np.maximum(clocks[stage], hidden) + passes[turn][0, stage]
+    spans: NDArray[np.float64] = clocks.max(axis=0)
+    return spans

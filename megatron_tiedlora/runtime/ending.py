@@ -146,7 +146,6 @@ class End:
         if self.heartbeat is not None:
             self.heartbeat.failed(f"stopped by {stop}")  # if only this rank got a signal, its peers wait for it
         self.leave()
-        self.stop.end_agent()
 
     def leave(self) -> None:
         """Leave after a good end or an agreed stop; rank 0 leaves first, when it has written all files."""

@@ -25,13 +25,11 @@ from megatron_tiedlora.base.atomic import (
     write_json,
     write_text,
 )
-from megatron_tiedlora.base.errors import UserError, show
-from megatron_tiedlora.base.output_folder import check_writable, reject_links
+from megatron_tiedlora.base.errors import UserError, csv_text, first_line, show, user_path
+from megatron_tiedlora.base.output_folder import PathIn, check_writable, last_name, numbered, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
-from megatron_tiedlora.base.paths import PathIn, last_name, numbered, user_path
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
 from megatron_tiedlora.base.text_files import write_yaml
-from megatron_tiedlora.base.wording import csv_text, first_line
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.train_fields import TENSORBOARD
 from megatron_tiedlora.runtime.rank_log import LOGS_FOLDER

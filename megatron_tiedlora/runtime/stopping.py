@@ -6,10 +6,9 @@ here, and the ranks act on it after they have agreed in a reduction.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import NamedTuple
@@ -53,9 +52,7 @@ def launcher_processes() -> list[psutil.Process]:
         if parent and "deepspeed.launcher.launch" in command:
             runner = deepspeed_runner()
             watched = [parent, *([runner] if runner else _ssh_sessions(parent))]
-        elif parent and is_torchrun(parent.cmdline()):
-            watched = [parent, *_ssh_sessions(parent)]
-        elif parent and parent.name().startswith(_LAUNCHERS):
+        elif parent and (is_torchrun(parent.cmdline()) or parent.name().startswith(_LAUNCHERS)):
             watched = [parent]
     except psutil.Error:  # it died in between; is_running() shows that for the processes found so far
         pass
@@ -178,18 +175,6 @@ class StopRequests:
             yield
         finally:
             self._deferred = False
-
-    def end_agent(self) -> None:
-        """Call this last in a rank that stops: it ends torchrun if the ssh session that started torchrun is gone.
-
-        torchrun takes the ranks' end for a failure and would restart them unwatched.
-        """
-        lost = [process for process in self.launchers if not alive(process)]
-        if lost and os.environ.get("LOCAL_RANK") == "0":
-            for process in self.launchers:
-                with suppress(psutil.Error):
-                    if process not in lost and is_torchrun(process.cmdline()):
-                        process.terminate()
 
     def requested_signal(self) -> int:
         """The signal that told this rank to stop (SIGTERM if its launcher died), or 0."""

@@ -1,7 +1,5 @@
 """Options and fixtures of the checks, and how a part's process ends."""
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -3,8 +3,6 @@
 A part that hangs, crashes or breaks its device loses its own findings alone.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -20,7 +18,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 import torch
 
-from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.base.errors import first_line
 from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
 from megatron_tiedlora.runtime.machine import Finding
 

@@ -5,8 +5,6 @@ as JSON. Rank 0 writes losses and adapter. Ranks and master come from the enviro
 train the first case until the last one kills itself.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@ It shares only data with the package: a model's shape and the names of weights. 
 max(fp32, dtype), angles in fp32, as in transformers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

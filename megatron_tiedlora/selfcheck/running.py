@@ -1,7 +1,5 @@
 """Runs for several parts, made as in tiedlora bench, whose steps the caller chooses."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math
@@ -16,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, bytes_in_words
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
-from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.benchmark.compare import random_stage
 from megatron_tiedlora.benchmark.layout import Started, made_up, plan_benchmark, start
 from megatron_tiedlora.config.bench_settings import BenchSettings
@@ -28,7 +25,7 @@ from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.planning.memory import held_memory, step_memory
+from megatron_tiedlora.planning.memory import LargestMicroBatch, held_memory, step_memory
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative
 
@@ -69,7 +66,7 @@ def step_settings(model: str, *flags: str) -> BenchSettings:
 def planned_bytes(plan: RunPlan) -> float:
     """The bytes that the dry run plans for this rank's tensors: at most what torch's allocator holds."""
     tokens = plan.layout.rows * plan.layout.length
-    step = step_memory(plan.stage, tokens=tokens, documents=1, longest=tokens)
+    step = step_memory(plan.stage, LargestMicroBatch(tokens, 1, tokens))
     return held_memory(plan.stage).plus(step).total
 
 

@@ -1,7 +1,5 @@
 """Part attention: every route against plain attention in fp64, forward and backward; its time; its first call."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.base.errors import first_line
 from megatron_tiedlora.model.batch import find_documents, whole_rows
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.fused_attention import (

@@ -1,8 +1,6 @@
 """Part correct: the model's losses and gradients against plain PyTorch in fp64, in all forms that training uses; the
 bits of quantised weights and products in fp8 against a CPU's; and the engine's steps against torch's AdamW."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS, FP8_CAPABILITY
 from megatron_tiedlora.base.methods import METHOD_NAMES
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, ModelShape
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.loader import TrainingStep

@@ -1,7 +1,5 @@
 """Part decode: greedy decoding with a cache gives the same tokens as without one, and its time per token."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -12,8 +10,7 @@ import torch
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.compare import random_stage
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups

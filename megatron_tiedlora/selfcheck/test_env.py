@@ -1,7 +1,5 @@
 """Part env: what is installed, what the package will use and why, and the device's peak matmul and copy rates."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sysconfig

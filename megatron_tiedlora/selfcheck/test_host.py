@@ -1,7 +1,5 @@
 """Part host: launches and waits per micro-batch, and up to how many tokens the GPU waits for the host."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections import Counter

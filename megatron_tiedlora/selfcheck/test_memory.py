@@ -1,14 +1,12 @@
 """Part memory: what steps allocate compared with the dry run's plan, and what rows of varying lengths reserve."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.errors import bytes_in_words
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.running import (
     MOST_LAYERS,

@@ -1,7 +1,5 @@
 """Part speed: training steps measured as in tiedlora bench, in the forms that determine a run's speed."""
 
-from __future__ import annotations
-
 from statistics import median
 from typing import Any
 

@@ -3,8 +3,6 @@
 If the paper published a score for the same model, task, method and rank, Figure 3 shows it as a hollow mark.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Owns names and order. It starts and reads nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal

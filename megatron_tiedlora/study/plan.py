@@ -3,8 +3,6 @@
 All runs of a study have one base, layout and data, so any of them may share a group. Memory decides how many do.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -16,10 +14,8 @@ from functools import cached_property
 import psutil
 import torch
 
-from megatron_tiedlora.base.errors import UserError, naming
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import UserError, aligned_lines, bytes_in_words, naming, user_path
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import check_num_ranks, make_job
@@ -31,7 +27,7 @@ from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split, local_names
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.planning.adapter_plans import DS_CONFIG, check_clipping
-from megatron_tiedlora.planning.memory import StageMemory, held_memory, with_reserves
+from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.study.grid import Run, SweepGrid, make_grid
@@ -114,7 +110,7 @@ class SweepPlan:
         """By stage, what the widest run of the sweep needs in the passes of a micro-batch."""
         run = max(self.runs, key=lambda run: self.runs[run].adapter.rank * len(self.runs[run].adapter.targets))
         step = StepPlan({run.name: self.runs[run]})
-        return [step.largest.step_memory(stage) for stage in step.stages]
+        return [step_memory(stage, step.largest) for stage in step.stages]
 
     @cached_property
     def free_bytes(self) -> float:

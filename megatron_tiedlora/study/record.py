@@ -4,20 +4,16 @@
 that tables need neither, and has the hashes of the row files. `sweep_status.json` says how the last start ended.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, Guard, discard, remove_leftovers, unguarded, write_json
-from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.output_folder import reject_links
+from megatron_tiedlora.base.output_folder import PathIn, reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
-from megatron_tiedlora.base.paths import PathIn
-from megatron_tiedlora.base.text_files import Size, Text, read_fields, read_json_object, write_yaml
+from megatron_tiedlora.base.text_files import Size, Text, file_sha256, read_fields, read_json_object, write_yaml
 from megatron_tiedlora.config.cli import naming_file, read_yaml
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings

@@ -3,8 +3,6 @@
 It reads the files that tiedlora train and tiedlora evaluate wrote. Scores are in per cent.
 """
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Sequence
 from contextlib import suppress

@@ -4,8 +4,6 @@ A start is tiedlora train or tiedlora evaluate by the launcher of tiedlora run. 
 it writes, not by its exit status, which a launcher may lose.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import secrets
@@ -20,15 +18,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, discard, make_way_for_log, unguarded, write_json, write_text
-from megatron_tiedlora.base.errors import UserError, printable, show
+from megatron_tiedlora.base.errors import UserError, csv_text, printable, show, user_path
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
-from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import write_yaml
-from megatron_tiedlora.base.wording import csv_text
 from megatron_tiedlora.cluster.launchers import Job, plan_start
-from megatron_tiedlora.cluster.running import RunningJob, StatusFile, StopSignals, Times, Watch
-from megatron_tiedlora.cluster.start import check_programs, new_port
+from megatron_tiedlora.cluster.start import (
+    RunningJob,
+    StatusFile,
+    StopSignals,
+    check_programs,
+    new_port,
+    wait_for_end,
+)
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.sweep_settings import SweepCommand
@@ -287,8 +289,8 @@ class Sweep:
         self._log, self._began = self.folder.log(name), time.monotonic()
         running = self.begin(job, self._log, self.lock)
         try:
-            times = Times(grace=self.command.launcher.grace_seconds)
-            Watch(running, status, self.stop, times, show=self._show, say=self._say).until_end()
+            grace = self.command.launcher.grace_seconds
+            wait_for_end(running, status, self.stop, grace=grace, show=self._show, say=self._say)
         finally:
             running.kill()  # nothing is left, unless this sweep cannot go on
         return not self.stop.received

@@ -10,8 +10,6 @@ The CSV files have unrounded numbers, a cell per line, and begin with the column
 that the paper published, which a study of the same model, task and metric is shown beside.
 """
 
-from __future__ import annotations
-
 import csv
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,10 +17,9 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.errors import markdown_lines, printable
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.base.wording import markdown_lines
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.families import shape_from_hf
@@ -64,8 +61,12 @@ def paper_model(name: str, shape: ModelShape) -> str | None:
 
 def table2_cell(model: str | None, section: str, method: str, task: str, metric: str) -> PaperCell | None:
     """The paper's cell for a method, or None if it has none. LoRA is in the first section only."""
-    found = _table2().get((model or "", section, method, task))
-    return found if found is not None and metric in METRICS[found.metric] else None
+    key = {"model": model, "section": section, "method": method, "task": task}
+    for row in _rows("table2.csv"):
+        if key.items() <= row.items() and metric in METRICS[row["metric"]]:
+            numbers = float(row["score"]), int(row["rank"]), float(row["params_percent_of_best_lora"])
+            return PaperCell(row["metric"], *numbers)
+    return None
 
 
 def table2_points(model: str | None, method: str, task: str, metric: str) -> dict[int, float]:
@@ -76,28 +77,13 @@ def table2_points(model: str | None, method: str, task: str, metric: str) -> dic
 
 def table3_scores(model: str | None, task: str, metric: str) -> dict[str, float]:
     """The paper's row of Table 3, by column (`layer_8`, `tl5`); {} if it has none."""
-    found = _table3().get(task) if model == TABLE3_MODEL else None
-    return found[1] if found is not None and metric in METRICS[found[0]] else {}
+    for row in _rows("table3.csv") if model == TABLE3_MODEL else ():
+        if row["task"] == task and metric in METRICS[row["metric"]]:
+            return {column: float(score) for column, score in row.items() if column not in ("task", "metric")}
+    return {}
 
 
 @functools.cache
-def _table2() -> Mapping[tuple[str, str, str, str], PaperCell]:
-    return {
-        (row["model"], row["section"], row["method"], row["task"]): PaperCell(
-            row["metric"], float(row["score"]), int(row["rank"]), float(row["params_percent_of_best_lora"])
-        )
-        for row in _rows("table2.csv")
-    }
-
-
-@functools.cache
-def _table3() -> Mapping[str, tuple[str, dict[str, float]]]:
-    return {
-        row["task"]: (row["metric"], {k: float(v) for k, v in row.items() if k not in ("task", "metric")})
-        for row in _rows("table3.csv")
-    }
-
-
 def _rows(name: str) -> list[dict[str, str]]:
     text = resources.files("megatron_tiedlora.study").joinpath("data", name).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))

@@ -3,8 +3,6 @@
 Its steps are taken with those of the others (`training/step.py`), and so are its evaluations (`loop.py`).
 """
 
-from __future__ import annotations
-
 import math
 import socket
 import time

@@ -1,7 +1,5 @@
 """From the plans to a running engine: process groups, this rank's stage, its base weights, adapters and optimizers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import MOMENTS, sum_of_u
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.base.errors import UserError, count_text
 from megatron_tiedlora.checkpoint.base_identity import (
     BaseIdentity,
     check_same_base,
@@ -42,22 +39,20 @@ from megatron_tiedlora.engine.engine import (
     stored_bytes,
     trained_parameters,
 )
-from megatron_tiedlora.engine.engine_json import EngineConfig
-from megatron_tiedlora.engine.optimizers import (
+from megatron_tiedlora.engine.runner import (
     EngineOptimizer,
     Optimizers,
     OwnOptimizer,
-    OwnOptimizers,
+    PipelineRunner,
+    Runner,
     trained_or_stand_in,
 )
-from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, Runner
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
-from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
-from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel, largest_of_all
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.planning.init_from import load_start
@@ -237,18 +232,25 @@ def _start_engine(
         optimizer, schedule = make_training(plan.settings, trained)
         schedules = dict.fromkeys(plans, schedule)
         engine = start(plan.engine, optimizer=optimizer, scheduler=schedule)
-        (adapter,) = bank.adapters.values()
-        optimizers = EngineOptimizer(engine, adapter, model.groups, plan.engine)
+        optimizers = EngineOptimizer(engine, bank, model.groups, plan.engine)
     else:
         assert model.stage.anchor is not None
         of_nothing = make_optimizer([model.stage.anchor], learning_rate=0.0, weight_decay=0.0)  # an engine wants one
-        engine = start(_without_steps(plan), optimizer=of_nothing, scheduler=None)
+        # It neither divides a loss nor clips a gradient, as each adapter has numbers of its own.
+        ours = {
+            "train_batch_size": plan.grid.dp_size,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+        }
+        config = replace(plan.engine, values={**plan.engine.values, **ours})
+        engine = start(config, optimizer=of_nothing, scheduler=None)
         own = {}
         for name, its in plans.items():
             made = make_training(its.settings, trained_or_stand_in(bank.adapters[name]))
             own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
-        optimizers = OwnOptimizers(bank, model.groups, own, device)
+        optimizers = Optimizers(bank, model.groups, own, device)
     for name, checkpoint in checkpoints.items():
         if checkpoint is not None and name in plans:
             adapter = bank.adapters[name]
@@ -261,19 +263,8 @@ def _start_engine(
             }
             optimizers.restore(name, moments, step=checkpoint.progress.step)
             resume_scheduler(schedules[name], checkpoint.progress.step)
-    kind = PlainRunner if plan.grid.pp_size == 1 else PipelineRunner
+    kind = Runner if plan.grid.pp_size == 1 else PipelineRunner
     return kind(engine, model.stage, model.groups, optimizers, device)
-
-
-def _without_steps(plan: RunPlan) -> EngineConfig:
-    """The engine's JSON: it neither divides a loss nor clips a gradient, as each adapter has numbers of its own."""
-    ours = {
-        "train_batch_size": plan.grid.dp_size,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-    }
-    return replace(plan.engine, values={**plan.engine.values, **ours})
 
 
 def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:

@@ -9,8 +9,6 @@ On a GPU every size except the number of tokens is a constant. The warm-up runs 
 enough tokens for Triton to time its variants, and then with one token, as in generation.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile
@@ -22,10 +20,9 @@ from pathlib import Path
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import make_private_folder
+from megatron_tiedlora.base.errors import UserError, first_line
+from megatron_tiedlora.base.output_folder import make_private_folder
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -96,8 +93,20 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
     try:
         _keep_cache_private()
         kernels = Kernels().compiled(static_widths=device.type != "cpu")
-        warm_up = _warm_up_all_sizes if device.type == "cpu" else warm_up_widths
-        warm_up(kernels, shape, dtype=dtype, device=device, tp_size=tp_size)
+        if device.type != "cpu":
+            warm_up_widths(kernels, shape, dtype=dtype, device=device, tp_size=tp_size)
+            return kernels
+        # Every kernel is called, forwards and backwards, with each kind of shapes that training has. A rank's shard of
+        # the vocabulary and the hidden size are the run's own, since compilers treat long and short rows differently.
+        # All other sizes are small, and no two of them are equal, also where half of 28 is rotated.
+        small = shape.resized(
+            vocab_size=-(-shape.vocab_size // tp_size),
+            intermediate_size=88,
+            num_layers=2,
+            heads=shape.heads.resized(num=6, num_kv=2, dim=28),
+        )
+        documents = (None, torch.arange(152) // 40)
+        _call_all(kernels, small, 3, 152, dtype=dtype, device=device, documents=documents)
     except UserError:
         raise
     except Exception as error:  # compilers, or a missing one, can raise anything
@@ -115,25 +124,6 @@ def _keep_cache_private() -> None:
         folder = Path(tempfile.gettempdir()) / f"megatron_tiedlora-kernels-{os.getuid()}"
         make_private_folder(folder)
         os.environ[_CACHE_VARIABLE] = str(folder)
-
-
-def _warm_up_all_sizes(
-    kernels: Kernels, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int
-) -> None:
-    """Call every kernel, forwards and backwards, with each kind of shapes that training has.
-
-    A rank's shard of the vocabulary and the hidden size are the run's own, since compilers treat long and short rows
-    differently. All other sizes are small.
-    """
-    small = shape.resized(
-        vocab_size=-(-shape.vocab_size // tp_size),
-        intermediate_size=88,
-        num_layers=2,
-        heads=shape.heads.resized(num=6, num_kv=2, dim=28),  # no two sizes are equal, also where half of 28 is rotated
-    )
-    num_rows, length = 3, 152
-    documents = (None, torch.arange(length) // 40)
-    _call_all(kernels, small, num_rows, length, dtype=dtype, device=device, documents=documents)
 
 
 def warm_up_widths(

@@ -1,7 +1,5 @@
 """The end of a run: scores of the best adapters, their plots, exports and checks."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -10,10 +8,9 @@ from importlib.util import find_spec
 import torch
 
 from megatron_tiedlora.base.atomic import discard, write_json
-from megatron_tiedlora.base.errors import UserError, named
+from megatron_tiedlora.base.errors import UserError, count_text, named
 from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.base.text_files import read_json_object
-from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint

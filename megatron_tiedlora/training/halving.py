@@ -7,8 +7,6 @@ width of D's 95 % interval, t(n - 1) S, with the standard error of a ratio of su
     S^2 = n / (n - 1) sum (a_j - b_j - D t_j)^2 / N^2.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -51,7 +49,7 @@ class BatchLosses:
         """The mean over all supervised tokens."""
         return math.fsum(self.losses) / sum(self.tokens)
 
-    def behind(self, other: BatchLosses) -> Gap:
+    def behind(self, other: "BatchLosses") -> Gap:
         """How far this is behind `other`, whose batches are the same. With one batch the noise is not known: inf."""
         assert self.tokens == other.tokens, "evaluations of different batches"
         used = [(a - b, t) for a, b, t in zip(self.losses, other.losses, self.tokens, strict=True) if t]

@@ -7,8 +7,6 @@ batches that it has alone, and its tokens meet its own factors alone. Only the b
 several. So the numbers are those of an evaluation of its own, and one that fails fails alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,9 +18,9 @@ from megatron_tiedlora.base.errors import UserError, named, printable
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
 from megatron_tiedlora.data.loader import Owned, TrainingStep, fill_rounds, shared_micro_batch
-from megatron_tiedlora.engine.runner import Runner
-from megatron_tiedlora.evaluation.answering import Questions, ScoredSet, answer_all
-from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.engine.runner import Runner, inputs_to_fill
+from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
+from megatron_tiedlora.evaluation.generate import Decoder
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.evaluation.results import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks
@@ -80,7 +78,7 @@ class Evaluation:
         sizes = {run.name: run.evaluation_sizes for run in runs}
         batches, total = self._shared_batches(runs, sizes), sum(map(len, sizes.values()))
         with progress_bar("validation", "batch", total=total, shows=runs[0].plan.grid.rank == 0) as bar:
-            while some := list(islice(batches, self.runner.inputs_at_once)):
+            while some := list(islice(batches, inputs_to_fill(self.runner.groups.pipeline.size))):
                 self.stop.agree(True)
                 found = self.runner.evaluate([shared_micro_batch(owned) for owned in some])
                 for owned, losses in zip(some, found, strict=True):
@@ -124,12 +122,7 @@ class Evaluation:
         runner, plan = self.runner, runs[0].plan
         runner.engine.module.eval()
         decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
-        questions = {}
-        for run in runs:
-            own, scored = run.plan, asked[run.name]
-            sizes = own.max_new_tokens, own.settings.eval_batch_size
-            questions[run.name] = Questions(scored, run.data.tokenizer, *sizes)
-        parts = [questions] if self.capacity else [{name: one} for name, one in questions.items()]
+        parts = [asked] if self.capacity else [{name: one} for name, one in asked.items()]
         answers: dict[str, list[Answer]] = {}
         for part in parts:
             answers |= answer_all(decoder, part, grid=plan.grid, agree=self.stop.agree, progress=plan.grid.rank == 0)
@@ -197,7 +190,7 @@ class Trainer:
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
     rates: list[str] = field(default_factory=list)
-    progress: Callable[[Trainer], str] = lambda trainer: ""
+    progress: "Callable[[Trainer], str]" = lambda trainer: ""
     _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:

@@ -3,8 +3,6 @@
 A run of one adapter tells of it in full; a run of several has a row for each.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Mapping
@@ -13,10 +11,10 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.paths import first_free
+from megatron_tiedlora.base.errors import aligned_lines, bytes_in_words, count_text, range_text
+from megatron_tiedlora.base.output_folder import first_free
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.text_files import read_json_object
-from megatron_tiedlora.base.wording import aligned_lines, bytes_in_words, count_text, range_text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint

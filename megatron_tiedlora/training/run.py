@@ -1,7 +1,5 @@
 """A run on one rank, from its settings to its end. Read top to bottom: it is the table of contents of a run."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.ending import End, reported_end

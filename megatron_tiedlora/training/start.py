@@ -3,8 +3,6 @@
 The folder of a run of one adapter is the run's; of several each has its own in RUN/NAME, or where its entry says.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,12 +14,10 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.errors import UserError, naming
+from megatron_tiedlora.base.errors import UserError, count_text, naming, user_path
 from megatron_tiedlora.base.extras import installed_versions
 from megatron_tiedlora.base.ownership import Owner
-from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none
-from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     Checkpoint,

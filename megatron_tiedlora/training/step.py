@@ -9,8 +9,6 @@ The checks: trained tensors must get gradients, and the replicas of a tensor mus
     loss = (sum over all ranks of the losses of supervised tokens) / (supervised tokens of the global batch)
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +19,7 @@ from itertools import islice
 from megatron_tiedlora.adapters.tying import GradientGuard, find_mismatches
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.loader import TrainingStep, shared_micro_batch, shared_rounds
-from megatron_tiedlora.engine.optimizers import Missing
-from megatron_tiedlora.engine.runner import Divisors, Runner
+from megatron_tiedlora.engine.runner import Divisors, Missing, Runner
 from megatron_tiedlora.parallel.agreement import first_messages, max_over_ranks, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.planning.adapter_plans import Plans
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS, StepVotes, StopRequests

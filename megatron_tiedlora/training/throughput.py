@@ -12,8 +12,6 @@ for https://ui.perfetto.dev. It is written when LAST is done, or when the run en
 steps slower, so their speed in metrics.jsonl is not that of others.
 """
 
-from __future__ import annotations
-
 import gzip
 import resource
 import shutil
@@ -30,9 +28,8 @@ import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.atomic import new_file
-from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.errors import UserError, first_line, show
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.config.settings import profiled_steps
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.parallel.agreement import sum_over_ranks

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from megatron_tiedlora.benchmark.timing import CLASSES, describe_allocator, kern
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.fields import validate_settings
-from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
-from megatron_tiedlora.planning.layout import Batches, shared_shape
+from megatron_tiedlora.parallel.groups import DATA, TENSOR, Traffic
+from megatron_tiedlora.planning.layout import shared_shape
 from megatron_tiedlora.planning.machines import CPU, Constant
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_time import Links, step_seconds
@@ -106,7 +105,7 @@ def test_pipeline_of_random_weights(folder: Path, tmp_path: Path) -> None:
     settings = validate_settings({**values, "model": str(folder / "shape"), "random_weights": True}, BenchSettings)
     plan = plan_benchmark(settings, world_size=2)
     row = np.arange(64) >= 32
-    batches = Batches.of([replace(shared_shape(plan.layout, [(0, [row, row])]), squared_lengths=2 * 64**2)] * 4)
+    batches = [shared_shape(plan.layout, [(0, [row, row])])._replace(squared_lengths=2 * 64**2)] * 4
     (seconds,) = step_seconds([step_parts(plan.stages, batches, Links(plan.layout, 2), constants)])
     assert report["planned"]["seconds"] == pytest.approx(seconds._asdict()) and seconds.outside == 1000
     for member, stage in zip(report["ranks"], plan.stages, strict=True):

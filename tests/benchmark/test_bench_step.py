@@ -19,8 +19,8 @@ from ranks import ENVIRONMENT
 from run_helpers import Ended, start_command
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import precision_in_words
 from megatron_tiedlora.benchmark.compare import OURS, PADDED, Side, make_sides, measure_sides
 from megatron_tiedlora.benchmark.layout import plan_benchmark, saved_formula
 from megatron_tiedlora.config.bench_settings import BenchSettings

@@ -63,7 +63,7 @@ ALL = [
 ]
 # Nothing tells the ranks of these that nobody looks after them: they train to their end.
 RUNS_ON = {("pdsh", "launcher"), ("pdsh", "pdsh"), ("openmpi", "launcher"), ("openmpi", "SIGTERM")}
-RUNS_ON |= {(f"run.py {launcher}", "run.py") for launcher in ("pdsh", "openmpi", "mpirun", "torchrun")}
+RUNS_ON |= {(f"run.py {launcher}", "run.py") for launcher in ("pdsh", "openmpi", "mpirun")}
 CASES = [
     *(
         (route, fault, "unhurried_steps" if fault in ENDS else "watched_steps", [needs(needed(route))])
@@ -90,7 +90,7 @@ def test_a_fault_ends_the_job_everywhere_and_it_can_go_on(
 @pytest.mark.parametrize("fault", ["launcher", "launcher on a host", "SIGTERM"])
 def test_a_run_that_was_stopped_is_not_restarted(site: Site, tmp_path: Path, fault: str) -> None:
     """With restarts left."""
-    check_fault(site, tmp_path, "run.py torchrun", fault, "long_steps", ["--max_restarts=2"], resume="auto")
+    check_fault(site, tmp_path, "run.py pdsh", fault, "long_steps", ["--max_restarts=2"], resume="auto")
 
 
 def check_fault(

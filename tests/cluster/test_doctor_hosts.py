@@ -17,11 +17,8 @@ from cluster_routes import MPI_ENVIRONMENT
 from fake_hosts import FakeCluster, FakeHost
 from folders import ROOT
 from host_commands import Started, wait_until
-from host_needs import needs, why_not
+from host_needs import needs
 from slurm_cluster import SlurmCluster
-from tiny_models import write_tiny_model
-
-from megatron_tiedlora.planning.machines import read_machine
 
 pytestmark = [
     pytest.mark.distributed,
@@ -39,16 +36,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
     with FakeCluster(tmp_path_factory.mktemp("cluster")) as cluster:
         cluster.start_sshd()
         yield cluster
-
-
-@pytest.fixture
-def model(cluster: FakeCluster) -> Path:
-    """A folder that stands for a model: the doctor compares files and loads none."""
-    folder = cluster.folder / "model"
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    (folder / "model.safetensors").write_bytes(bytes(3_000_000))
-    return folder
 
 
 class Examined:
@@ -115,39 +102,30 @@ def test_a_healthy_pair_is_ready(
     layout: dict[str, int],
     groups: list[tuple[str, list[int], list[str]]],
 ) -> None:
-    """Two ranks a host then measure their links, over the network too, into a file where the doctor was started."""
-    model = write_tiny_model(cluster.folder / f"tiny{slots}", num_layers=1, max_positions=1024)
-    runs, constants = cluster.folder / "new" / "runs", cluster.folder / "constants.json"
+    runs = cluster.folder / "new" / "runs"
     # Both hosts import torch at once, which takes half a minute where other tests run beside them.
     patient: dict[str, Any] = {"timeout_seconds": 80, **layout}
-    patient |= {"timeout_seconds": 130, "measure": constants, "measure_seconds": 0.1} if slots > 1 else {}
-    doctor = Examined(cluster, hostfile=cluster.hostfile(slots), model=model, output_dir=runs, **patient)
+    doctor = Examined(cluster, hostfile=cluster.hostfile(slots), output_dir=runs, **patient)
     status, report = doctor.wait(200.0 if slots == 1 else 300.0)
     text = doctor.started.output()
     assert (status, report["verdict"], report["findings"]) == (0, "ready", []), text
     assert f"verdict: ready, 2 hosts, {2 * slots} ranks" in text
     for host, row in zip(cluster.hosts.values(), report["hosts"], strict=True):
         answer = row["answer"]
-        assert (row["name"], answer["machine"]["host"], answer["peer_address"]) == (host.name, host.name, host.address)
+        assert (row["name"], answer["machine"]["host"]) == (host.name, host.name)
+        assert any(host.address in addresses for addresses in answer["machine"]["interfaces"].values())
         assert abs(row["clock"]["skew"]) <= row["clock"]["margin"] + 0.01  # one machine has one clock
     assert [(group["kind"], group["ranks"], group["hosts"]) for group in report["groups"]] == groups
     for group in report["groups"]:
         assert group["correct"] and group["bus_bytes_per_second"] == pytest.approx(1e6 / group["seconds"])
-    if slots > 1:
-        found = read_machine(constants).constants
-        assert "4 ranks of 2 hosts" in found["network_bandwidth"].source
-        assert "2 ranks of a host" in found["node_bandwidth"].source
     assert not runs.parent.exists()
     assert_nothing_left(cluster)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "own"), [("deepspeed", {"launcher_args": "--launcher=openmpi"}), ("mpirun", {}), ("torchrun", {})]
-)
+@needs("openmpi")
+@pytest.mark.parametrize(("launcher", "own"), [("deepspeed", {"launcher_args": "--launcher=openmpi"}), ("mpirun", {})])
 def test_by_the_launcher_that_the_job_will_have(cluster: FakeCluster, launcher: str, own: dict[str, str]) -> None:
-    if launcher != "torchrun" and why_not("openmpi"):
-        pytest.skip(why_not("openmpi"))
     doctor = Examined(cluster, hostfile=cluster.hostfile(), launcher=launcher, timeout_seconds=80, **own)
     status, report = doctor.wait(200.0)
     assert (status, report["launcher"], report["findings"]) == (0, launcher, []), doctor.started.output()
@@ -184,23 +162,17 @@ def private(host: FakeHost, *folders: Path) -> Iterator[None]:
             host.run(["umount", folder])
 
 
-def test_a_version_and_a_path_are_each_named(cluster: FakeCluster, model: Path) -> None:
-    second = cluster.hosts["nodeb"]
-    data, runs = cluster.folder / "data", cluster.folder / "runs"
-    for folder in (data, runs):
-        folder.mkdir()
-    rows = data / "rows.jsonl"
-    rows.write_text('{"prompt": "1", "completion": "2"}\n')
-    given = {"hostfile": cluster.hostfile(), "model": model, "train_file": rows, "output_dir": runs}
-    with private(second, data, runs), other_metadata(second, "deepspeed", "0.19.7"):
-        status, report = Examined(cluster, **given).wait()
+def test_a_version_and_a_folder_that_is_not_shared_are_each_named(cluster: FakeCluster) -> None:
+    second, runs = cluster.hosts["nodeb"], cluster.folder / "runs"
+    runs.mkdir()
+    with private(second, runs), other_metadata(second, "deepspeed", "0.19.7"):
+        status, report = Examined(cluster, hostfile=cluster.hostfile(), output_dir=runs).wait()
     messages = {finding["code"]: (finding["value"], finding["expected"]) for finding in report["findings"]}
     assert (status, report["verdict"]) == (1, "not ready")
-    assert sorted(found(report)) == [("path_missing", ["nodeb"]), ("version", ["nodeb"])]
+    assert found(report) == [("version", ["nodeb"])]
     assert messages["version"] == ("deepspeed is 0.19.7 on nodeb", f"{distribution('deepspeed').version} on nodea")
-    assert messages["path_missing"] == (f"--train_file {rows} is missing on nodeb", "")
     assert found(report, "warning") == [("output_not_shared", ["nodeb"])]
-    assert "1 error" in report["skipped"]  # a missing path is not in the ranks' way
+    assert "1 error" in report["skipped"]
     assert_nothing_left(cluster)
 
 

@@ -6,36 +6,39 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from launcher_jobs import make_job, write_program
 
 from megatron_tiedlora.cluster.doctor.compare import report_text
-from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, TrialRank
-from megatron_tiedlora.cluster.doctor.records import (
+from megatron_tiedlora.cluster.doctor.rank import (
+    RANK_MARK,
     DoctorReport,
     GroupResult,
     HostAnswer,
     HostReport,
     Order,
     ParallelConfig,
-    PathContent,
-    Said,
+    RankReport,
+    TrialRank,
+    packed,
 )
 from megatron_tiedlora.cluster.doctor.trial import (
     Trial,
     examine,
     explain_trial,
     group_results,
-    heard_hosts,
     judge_groups,
-    measure_hosts,
+    start_ranks,
 )
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
-from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.config.hosts import Host, rank_variables
+from megatron_tiedlora.runtime.launch_env import free_port
 from megatron_tiedlora.runtime.machine import Finding, machine_record
 
 LARGE = 64_000_000
@@ -49,16 +52,14 @@ LAYOUT = ParallelConfig(
     backend="gloo",
 )
 HOSTS = [HostReport(name="nodea", slots=2, first_rank=0), HostReport(name="nodeb", slots=2, first_rank=2)]
+Report = Callable[[Sequence[Finding]], DoctorReport]
 GROUPS = (("tensor", (0, 1)), ("tensor", (2, 3)), ("data", (0, 2)), ("data", (1, 3)))
 
 
-def news_of(rank: int, *, until: str = "done") -> list[Said]:
-    """What a rank says up to and with the stage `until`."""
-    groups = [Said(rank=rank, group=result(kind, ranks)) for kind, ranks in GROUPS if rank == ranks[0]]
-    started, joined, done = (Said(rank=rank, stage=stage) for stage in ("started", "joined", "done"))
-    news = [started, joined, *groups, done]
-    stages = [said.stage for said in news]
-    return [] if until == "" else news[: stages.index(until) + 1]
+def report_of(rank: int, *, until: str = "done", **more: Any) -> RankReport:
+    """What a rank has said when it has come to the stage `until`."""
+    groups = [result(kind, ranks) for kind, ranks in GROUPS if rank == ranks[0] and until == "done"]
+    return RankReport(rank=rank, stage=until, groups=groups, **more)
 
 
 def result(
@@ -75,18 +76,17 @@ def result(
         num_bytes=LARGE,
         seconds=0.1,
         bus_bytes_per_second=speed,
-        latency_seconds=1e-4,
         correct=correct,
     )
 
 
-def trial(until: dict[int, str] | None = None, *, failed: dict[int, str] | None = None, **kwargs: object) -> Trial:
-    """A trial whose ranks came to their end, but for those in `until` and those that said how they failed."""
-    until = until or {}
-    said = {rank: news_of(rank, until=until.get(rank, "done")) for rank in range(4)}
-    for rank, reason in (failed or {}).items():
-        said[rank].append(Said(rank=rank, failed=reason))
-    return Trial(said, **kwargs)  # type: ignore[arg-type]
+def trial(until: dict[int, str] | None = None, *, failed: dict[int, str] | None = None, **kwargs: Any) -> Trial:
+    """A trial whose ranks came to their end, but for those in `until` ('': it said nothing), and why some failed."""
+    stages = {**dict.fromkeys(range(4), "done"), **(until or {})}
+    reports = {
+        rank: report_of(rank, until=stage, failed=(failed or {}).get(rank)) for rank, stage in stages.items() if stage
+    }
+    return Trial(reports, **kwargs)
 
 
 def explained(seen: Trial) -> list[tuple[str, list[str]]]:
@@ -113,18 +113,21 @@ def test_figures_are_of_the_slowest_rank_and_one_with_a_wrong_sum_spoils_them(
     """Bandwidth is that of a link; ranks 0, 1, 2 and 3 are one group, of which rank 2 is slow, or adds wrongly."""
 
     def others_too(values: torch.Tensor, **_: object) -> None:
-        values.copy_(values.maximum(torch.tensor([2e-4, 0.1, float(wrong)])))
+        if len(values) == 2:
+            values.copy_(values.maximum(torch.tensor([0.1, float(wrong)])))
+        else:  # the sum of this pattern over the four ranks
+            values.copy_(TrialRank(order, 0)._pattern([0, 1, 2, 3], torch.device("cpu"))[1])
 
-    monkeypatch.setattr(TrialRank, "_reduce", lambda *_, turns, **__: (True, 1e-5))
-    monkeypatch.setattr(TrialRank, "_agreed_turns", lambda *_: 1)
+    order = make_order(LAYOUT)
+    monkeypatch.setattr("megatron_tiedlora.training.throughput.timed", lambda step, device: [step(), 1e-5][1])
     monkeypatch.setattr("torch.distributed.all_reduce", others_too)
     for rank in (0, 1):
-        TrialRank(make_order(LAYOUT), rank)._measure("data", [0, 1, 2, 3], None, torch.device("cpu"))
+        TrialRank(order, rank)._measure("data", [0, 1, 2, 3], None, torch.device("cpu"))
     seen = Trial()
     for line in capsys.readouterr().out.splitlines():
         seen.hear(line)
     (group,) = group_results(HOSTS, seen)
-    assert group.seconds == pytest.approx(0.1) and group.latency_seconds == pytest.approx(2e-4)
+    assert group.seconds == pytest.approx(0.1)
     assert group.bus_bytes_per_second == pytest.approx(1.5 * LARGE / 0.1) and group.correct is not wrong
 
 
@@ -140,15 +143,14 @@ def test_a_slow_group_and_a_wrong_sum_are_named_by_their_hosts() -> None:
 
 
 def make_order(layout: ParallelConfig) -> Order:
-    limits = {"large_bytes": LARGE, "timeout": 1, "seconds": 1}
-    return Order(layout=layout, peers={}, first_host="nodea", paths={}, output_dir=None, **limits)
+    return Order(layout=layout, first_ranks=[], output_dir=None, large_bytes=LARGE, timeout=1)
 
 
 def test_the_sum_that_ranks_expect() -> None:
     """What is wrong in one place of one rank's part must show."""
     ranks, device = [4, 6, 7], torch.device("cpu")
-    order = make_order(LAYOUT)
-    parts = [TrialRank(order, rank)._pattern(4096, ranks, device) for rank in ranks]
+    order = make_order(LAYOUT).model_copy(update={"large_bytes": 4096})
+    parts = [TrialRank(order, rank)._pattern(ranks, device) for rank in ranks]
     total = torch.stack([part for part, _ in parts]).sum(0)
     assert all(torch.equal(total, whole) for _, whole in parts) and total.numel() == 1024
     assert len({tuple(part[:9].tolist()) for part, _ in parts}) == 3
@@ -194,59 +196,63 @@ def test_ranks_that_do_not_start_meet_or_finish() -> None:
 
 
 def answer() -> HostAnswer:
-    """With as much about files as makes its record longer than a line."""
-    files = {f"{number:05}": os.urandom(6).hex() for number in range(900)}
-    paths = {"model": PathContent(path="/model", kind="folder", files=files)}
-    return HostAnswer(machine=machine_record(), master_addresses=[], peer_address=None, paths=paths, output=None)
+    """With as many interfaces as make its record longer than a line."""
+    interfaces = {f"eth{number}": [os.urandom(8).hex()] for number in range(300)}
+    return HostAnswer(machine=machine_record().model_copy(update={"interfaces": interfaces}), output_free_bytes=None)
 
 
 def test_what_ranks_say_is_found_in_what_launchers_print(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever stands before it or between its lines; lines that are not whole are not believed."""
     asked = answer()
     for rank in (0, 2):
-        TrialRank(make_order(LAYOUT), rank).say(answer=asked)
+        speaker = TrialRank(make_order(LAYOUT), rank)
+        speaker.say(answer=asked)
+        speaker.say(stage="started")
     lines = capsys.readouterr().out.splitlines()
     half = len(lines) // 2
     assert half > 2 and all(len(line) < 2100 for line in lines)
     mixed = [line for pair in zip(lines[:half], lines[half:], strict=True) for line in pair]
     seen = Trial()
-    for line in ["Welcome!", *(f"nodea: {line}" for line in mixed), f"{RANK_MARK}1.0 1/1 nonsense", "", "bye"]:
+    broken = [f"{RANK_MARK}1 nonsense.", f"{RANK_MARK}3 begun"]
+    for line in ["Welcome!", *(f"nodea: {line}" for line in mixed), *broken, "", "bye"]:
         seen.hear(line)
-    assert [each.answer for said in seen.said.values() for each in said] == [asked, asked]
-    assert [host.answer for host in heard_hosts(HOSTS, seen)] == [asked, asked]
+    assert {rank: report.answer for rank, report in seen.ranks.items()} == {0: asked, 2: asked}  # and not forgotten
+    assert seen.reached([0, 2], "started") and not seen.reached([0, 2], "joined")
+    assert not seen.reached([0, 1], "started")
+    assert [seen.first(host, "answer") for host in HOSTS] == [asked, asked]
     assert seen.printed == ["Welcome!", "", "bye"]
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("echo compiling; sleep 30", "not finished in 0 s"),
-        ("echo compiling; sleep 30 &", "not finished in 0 s"),  # what is left holds the output
-        ("echo bars; echo 'error: no such model' >&2; echo Connection closed >&2; exit 1", "no such model"),
-        ("echo Connection closed >&2; exit 1", "Connection closed"),
+        ("echo compiling; sleep 30", "not finished in 2 s"),
+        ("echo compiling; sleep 30 &", "not finished in 2 s"),  # what is left holds the output
+        ("echo bars; echo Connection closed >&2; exit 1", "Connection closed"),
         ("exit 7", "the launcher ended with status 7"),
         ("exit 0", "the launcher ended with status 0"),
     ],
 )
-def test_why_nothing_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
-) -> None:
-    """The time, a rank's own error in front of what others say later, or the last words."""
+def test_why_nothing_was_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str) -> None:
+    """The time, or the last words."""
     write_program(tmp_path / "bin", "mpirun", f"#!/bin/sh\n{text}\n")
-    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial._START_SECONDS", 3.0)
+    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial._START_SECONDS", 1.0)
     job = make_job(tmp_path / "job", launcher="mpirun", route="local", hosts=(Host("nodea", 2),))
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     monkeypatch.setenv("PATH", environment["PATH"])
-    found, (finding,) = measure_hosts(job, environment, model="m", seconds=1.0, limit=0.0)
-    assert found is None and finding.code == "not_measured" and f"({reason})" in finding.message
+    begin = time.monotonic()
+    seen = start_ranks(job, make_order(LAYOUT), environment, lambda line: None)
+    assert time.monotonic() - begin < 15
+    (finding,) = explain_trial(HOSTS[:1], LAYOUT, seen, limit=2)
+    assert finding.code == "not_started" and f"({reason})" in finding.message
 
 
-def test_measuring_ranks_have_an_alarm() -> None:
+def test_ranks_have_an_alarm() -> None:
     """Of their own, where a host is cut off from the doctor."""
-    module = [sys.executable, "-m", "megatron_tiedlora.cluster.doctor.rank"]
-    done = subprocess.run([*module, "60", "plan", "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout.startswith("usage: tiedlora plan"), done.stderr
-    done = subprocess.run([*module, "1", "plan", "--measure=-", "--model=demo"], capture_output=True, timeout=60)
+    order = make_order(LAYOUT).model_copy(update={"timeout": 0.5})
+    module = [sys.executable, "-m", "megatron_tiedlora.cluster.doctor.rank", packed(order)]
+    environment = {**os.environ, **rank_variables(1, 4, 1, "127.0.0.1", free_port("127.0.0.1"))}
+    done = subprocess.run(module, env=environment, capture_output=True, timeout=60)
     assert done.returncode == -signal.SIGALRM
 
 
@@ -258,34 +264,37 @@ def examined(monkeypatch: pytest.MonkeyPatch, seen: Trial) -> DoctorReport:
 
 
 def test_a_single_rank_that_fails_after_its_probe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    told, fails = Said(rank=0, answer=answer()), Said(rank=0, failed="CUDA error: out of memory")
-    bad = examined(monkeypatch, Trial({0: [told, *news_of(0, until="started"), fails]}, status=1))
+    told = answer()
+    failed = report_of(0, until="started", answer=told, failed="CUDA error: out of memory")
+    bad = examined(monkeypatch, Trial({0: failed}, status=1))
     assert bad.verdict == "not ready" and "CUDA error: out of memory" in bad.findings[0].message
-    good = examined(monkeypatch, Trial({0: [told, *news_of(0)]}, status=0))
+    good = examined(monkeypatch, Trial({0: RankReport(rank=0, stage="done", answer=told)}, status=0))
     assert good.verdict == "ready" and good.skipped == "no all-reduce: a single rank has no communication to test"
 
 
 def test_an_order_for_many_hosts_is_one_argument() -> None:
     """Of at most 128 KiB under Linux."""
-    order = make_order(LAYOUT).model_copy(
-        update={"paths": {str(n): "/data/" * 40 for n in range(9)}, "peers": dict.fromkeys(range(0, 8000, 8), "a" * 30)}
-    )
+    order = make_order(LAYOUT).model_copy(update={"first_ranks": list(range(0, 80000, 8))})
     assert len(order.model_dump_json()) < 2**16
 
 
-def test_what_was_measured_is_read_from_the_line_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_program(tmp_path / "bin", "mpirun", """#!/bin/sh\necho 'nodea: {"name": "this", "of": 2}'\n""")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    job = make_job(tmp_path / "job", launcher="mpirun", route="local", hosts=(Host("nodea", 2),))
-    assert measure_hosts(job, os.environ, model="m", seconds=1.0, limit=60.0) == ({"name": "this", "of": 2}, [])
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Report:
+    """What the doctor makes of two healthy hosts with these findings."""
+
+    def examined(findings: Sequence[Finding]) -> DoctorReport:
+        job = make_job(tmp_path, hosts=(Host("nodea", 2), Host("nodeb", 2)))
+        for name, value in (
+            ("find_job", job), ("check_programs", None), ("start_ranks", trial()), ("explain_silence", []),
+            ("compare_hosts", list(findings)),
+        ):  # fmt: skip
+            monkeypatch.setattr(f"megatron_tiedlora.cluster.doctor.trial.{name}", lambda *_, value=value, **__: value)
+        return examine(DoctorSettings(tensor_parallel=2), {}, lambda line: None)
+
+    return examined
 
 
-def report(findings: Sequence[Finding]) -> DoctorReport:
-    more = {"groups": group_results(HOSTS, trial()), "skipped": None, "seconds": {"ranks": 1.235}}
-    return DoctorReport.of(findings, route="ssh", launcher="deepspeed", layout=LAYOUT, hosts=HOSTS, **more)
-
-
-def test_the_verdict_counts_errors_and_puts_them_first() -> None:
+def test_the_verdict_counts_errors_and_puts_them_first(report: Report) -> None:
     warning = Finding(status="warning", code="clock", hosts=["nodeb"], value="nodeb: late", fix="set it")
     error = Finding(status="error", code="no_answer", hosts=["nodeb"], value="nodeb: gone", fix="look")
     assert report_text(report([])).endswith("\n\nverdict: ready, 2 hosts, 4 ranks")
@@ -296,7 +305,7 @@ def test_the_verdict_counts_errors_and_puts_them_first() -> None:
     )
 
 
-def test_the_json_report_reads_back_and_keeps_its_names() -> None:
+def test_the_json_report_reads_back_and_keeps_its_names(report: Report) -> None:
     written = report([])
     assert DoctorReport.model_validate_json(written.model_dump_json()) == written
     names = {name: set(shape["properties"]) for name, shape in DoctorReport.model_json_schema()["$defs"].items()} | {
@@ -304,12 +313,12 @@ def test_the_json_report_reads_back_and_keeps_its_names() -> None:
     }
     assert names["DoctorReport"] == {
         "verdict", "num_errors", "num_warnings", "route", "launcher", "layout", "hosts", "groups", "skipped",
-        "findings", "seconds", "machine",
+        "findings", "seconds",
     }  # fmt: skip
     assert names["Finding"] == {"status", "value", "expected", "fix", "code", "hosts"}
     assert names["HostReport"] == {"name", "slots", "first_rank", "answer", "clock"}
     assert names["GroupResult"] == {
-        "kind", "ranks", "hosts", "num_bytes", "seconds", "bus_bytes_per_second", "latency_seconds", "correct",
+        "kind", "ranks", "hosts", "num_bytes", "seconds", "bus_bytes_per_second", "correct",
     }  # fmt: skip
     assert names["ParallelConfig"] == {
         "num_ranks", "tensor_parallel", "pipeline_parallel", "data_parallel", "master_host", "master_port", "backend",

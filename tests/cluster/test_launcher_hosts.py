@@ -169,9 +169,9 @@ def test_auto_takes_what_there_is(tmp_path: Path) -> None:
     assert choose_hosts(LaunchSettings(hostfile=file), {}) == ("deepspeed", "ssh", both)
     assert choose_hosts(LaunchSettings(hostfile=file), ALLOCATION) == ("deepspeed", "ssh", both)
     assert choose_hosts(LaunchSettings(hostfile=file, num_gpus=1), {})[2] == (Host("a1", 1), Host("b-2", 1))
-    assert choose_hosts(LaunchSettings(launcher="torchrun", hostfile=file), {})[:2] == ("torchrun", "ssh")
     assert choose_hosts(LaunchSettings(launcher="torchrun", num_gpus=2), {}) == ("torchrun", "local", one)
-    assert choose_hosts(LaunchSettings(launcher="torchrun"), ALLOCATION)[:2] == ("torchrun", "srun")
+    assert choose_hosts(LaunchSettings(launcher="mpirun"), ALLOCATION)[:2] == ("mpirun", "srun")
+    assert choose_hosts(LaunchSettings(launcher="torchrun", num_gpus=2), ALLOCATION) == ("torchrun", "local", one)
     assert choose_hosts(LaunchSettings(launcher="deepspeed", num_gpus=2), ALLOCATION) == ("deepspeed", "local", one)
     assert choose_hosts(LaunchSettings(num_gpus=1), ALLOCATION)[2] == (Host("a1", 1), Host("b-2", 1))
 
@@ -185,6 +185,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="start it once, without srun"):
         choose_hosts(LaunchSettings(), {**ALLOCATION, "SLURM_STEP_NUM_TASKS": "2"})
     assert "remove --hostfile" in refusal("--launcher", "srun", "--hostfile", "f")
+    assert "starts ranks on this machine only" in refusal("--launcher", "torchrun", "--hostfile", "f")
     assert "--launcher pdsh: input should be 'auto', 'deepspeed'" in refusal("--launcher", "pdsh")
 
 
@@ -205,7 +206,7 @@ def test_ranks_that_do_not_fit_the_layout_or_the_batch_start_nothing(
 
 
 @pytest.mark.parametrize("given", [[], ["--master_port=12345"], ["--master_port=12345", "--master_addr=10.0.0.9"]])
-@pytest.mark.parametrize("launcher", ["srun", "mpirun", "torchrun"])
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_in_an_allocation_the_ranks_meet_where_run_py_says(tmp_path: Path, launcher: str, given: list[str]) -> None:
     """Not where this shell, Slurm's numbers or the library's one port would have it, whichever launcher starts them."""
     shell = {**ALLOCATION, "MASTER_ADDR": "old", "MASTER_PORT": "29500"}
@@ -213,13 +214,10 @@ def test_in_an_allocation_the_ranks_meet_where_run_py_says(tmp_path: Path, launc
     jobs = [replace(make_job(command.settings, shell), program=("train.py",), private=tmp_path) for _ in range(4)]
     ports = {job.master_port for job in jobs}
     assert ports == {12345} if given else len(ports) > 1 and ports <= set(range(20_000, 30_000))
-    tried = find_job(DoctorSettings(), shell, tmp_path)
+    tried = find_job(DoctorSettings(), shell)
     address = "10.0.0.9" if len(given) == 2 else tried.master_addr
     plan = plan_start(jobs[0], shell)
     words = shlex.join(plan.words)
-    if launcher == "torchrun":  # its agents tell the ranks
-        assert f"--rdzv-endpoint={address}:{jobs[0].master_port}" in words
-        return
     assert plan.environment["MASTER_ADDR"] == address and plan.environment["MASTER_PORT"] == str(jobs[0].master_port)
     assert ("--export=ALL" if launcher == "srun" else "-x MASTER_ADDR -x MASTER_PORT") in words
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tiedlora.base.ownership import START_ID, FolderLock, take_folder
-from megatron_tiedlora.cluster.running import StatusFile, judge
+from megatron_tiedlora.cluster.start import StatusFile, judge
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(30)

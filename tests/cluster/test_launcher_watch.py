@@ -23,9 +23,10 @@ from launcher_jobs import make_job, write_program
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.launchers import Job
-from megatron_tiedlora.cluster.running import Times
 from megatron_tiedlora.cluster.start import _say_what_may_be_left, launch
+from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.launch_settings import parse_launch
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(150)
@@ -121,6 +122,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     private = tmp_path / "private"
     private.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(private))
+    monkeypatch.setattr("megatron_tiedlora.cluster.start.LINGER_SECONDS", 1.0)
 
     def run(
         rank: dict[str, Any],
@@ -140,8 +142,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         flags = [f"--launcher={by}", "--num_gpus=1", f"--grace_seconds={grace}"]
         sender = threading.Thread(target=_send, args=(folder, signals), daemon=True)
         sender.start()
-        times = Times(linger=1.0, helper=1.0)
-        status = launch(parse_launch([*flags, f"--output_dir={folder}", *arguments]), scripts=scripts, times=times)
+        status = launch(parse_launch([*flags, f"--output_dir={folder}", *arguments]), scripts=scripts)
         sender.join(10)
         assert not list(private.iterdir())
         return Start(status, capfd.readouterr().err, folder)
@@ -333,17 +334,15 @@ def test_a_start_that_was_refused_ends_at_once(start: Launch) -> None:
     assert "belongs to another start; mpirun ended with status 2" in ended.said and "restart 1" not in ended.said
 
 
-@pytest.mark.parametrize("port", [None, 2222])
 def test_what_ends_ranks_elsewhere_ends_those_of_this_folder_only(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], port: int | None
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "a+b (1)%h.d"
-    _say_what_may_be_left(make_job(tmp_path, ssh_port=port), RunFolder(folder))
+    _say_what_may_be_left(make_job(tmp_path), RunFolder(folder))
     first, second = capfd.readouterr().err.splitlines()
     assert second == "tiedlora run: ranks that hang end with the same command and pkill -KILL -f"
     words = shlex.split(first.partition(" end with: ")[2])
-    assert words[-6:-1] == ["pdsh", "-R", "ssh", "-w", "node1,node2"]
-    assert words[:-6] == ([] if port is None else ["PDSH_SSH_ARGS_APPEND=-p 2222"])
+    assert words[:-1] == ["pdsh", "-R", "ssh", "-w", "node1,node2"]
     pkill, f, pattern = shlex.split(words[-1].replace("%%", "\0").replace("\0", "%"))
     assert (pkill, f) == ("pkill", "-f") and "%%h" in words[-1]
     for line, is_found in ((folder, True), (f"{folder} --x=1", True), (f"{folder}-2", False), (f"{folder}/2", False)):
@@ -404,10 +403,10 @@ def test_a_restart_repeats_the_given_flags_until_a_checkpoint_is_written(
     flags = ("--max_restarts=3", "--resume", given, "--take_over", "--seed=5")
     ended = start({"state": "failed", "status": 1, "saves_at": 2}, arguments=flags, before=earlier_run)
     words = [json.loads(line)[0] for line in (ended.folder / "starts").read_text().splitlines()]
-    folder = f"--output_dir={ended.folder}"
-    assert words[0] == ["--resume", given, "--take_over", "--seed=5", folder]
-    again = [["--seed=5", folder, f"--resume={value}"] for value in (given, "auto", "auto")]
-    assert words[1:] == again
+    found = [parse_settings(line, Settings) for line in words]
+    assert [one.resume for one in found] == [given, given, "auto", "auto"]
+    assert [one.take_over for one in found] == [True, False, False, False]
+    assert {(one.seed, one.output_dir) for one in found} == {(5, str(ended.folder))}
 
 
 def test_a_run_whose_owner_lives_elsewhere_is_not_restarted(start: Launch) -> None:
@@ -476,8 +475,9 @@ def test_the_run_folder_is_named_before_the_start(
         ("runs/demo-demo-tl6-r4-2", []),
     ):
         assert launch(parse_launch([*flags, *more]), scripts=tmp_path / "scripts") == 0
-        command = capfd.readouterr().out.splitlines()[-1]
-        assert command.endswith(f" --output_dir={tmp_path / name}") and command.count("--output_dir") == 1
+        words = shlex.split(capfd.readouterr().out.splitlines()[-1])
+        settings = parse_settings(words[words.index(str(tmp_path / "scripts" / "train.py")) + 1 :], Settings)
+        assert settings.output_dir == str(tmp_path / name)
         if more:  # the name is taken from here on
             earlier_run(tmp_path / "runs" / "demo-demo-tl6-r4")
 

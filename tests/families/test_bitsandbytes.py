@@ -13,7 +13,7 @@ from native_files import with_adapter
 from tiny_models import write_tiny_model
 
 import megatron_tiedlora as tiedlora
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
+from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.checkpoint.base_identity import check_same_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
@@ -123,7 +123,7 @@ def test_logits_are_theirs(folder: Path, theirs: Any) -> None:
 def test_a_tied_adapter_in_peft_is_of_nf4(folder: Path, theirs: Any, tmp_path: Path) -> None:
     """So what it is used with here is in nf4 too, and is compared as far as PEFT knew the base."""
     peft = pytest.importorskip("peft")
-    from megatron_tiedlora.peft.config import TiedLoraConfig
+    from megatron_tiedlora.peft.tuner import TiedLoraConfig
 
     peft.get_peft_model(theirs, TiedLoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
     base = load_native_adapter(tmp_path / "adapter").base

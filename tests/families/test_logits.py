@@ -13,8 +13,7 @@ from tiny_models import EOS_ID, write_tiny_model
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 PROMPTS = [[5, 17, 300, 44, 8, 201, 9], [77], list(range(3, 27))]

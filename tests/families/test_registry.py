@@ -22,10 +22,9 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import HeadShape, LinearScaling, ModelShape, RopeShape, StoredRows
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.model.attention import amplitude, inverse_frequencies
 from megatron_tiedlora.model.families import FAMILIES, shape_from_hf
-from megatron_tiedlora.model.hf_config import HfConfig
-from megatron_tiedlora.model.hf_rope import read_rope
-from megatron_tiedlora.model.rope import amplitude, inverse_frequencies
+from megatron_tiedlora.model.hf_config import HfConfig, read_rope
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.shard_spec import ShardSpec

@@ -14,7 +14,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.adapters.tying import sum_of_u
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
+from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage

@@ -14,8 +14,7 @@ from tiny_models import EOS_ID, write_tiny_model
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import AdapterRows, Decoder, Prompts, generate
 from megatron_tiedlora.model.partition import layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 

@@ -11,8 +11,7 @@ from fuzzing import Draw, cases, explore, outcome, printable
 from study_files import write_scored, write_study
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.launchers import read_user_file
-from megatron_tiedlora.cluster.running import StatusFile, judge
+from megatron_tiedlora.cluster.start import StatusFile, judge
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
 from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
 from megatron_tiedlora.study.record import StudyFolder, read_base
@@ -87,20 +86,6 @@ def test_broken_variables_of_slurm(tmp_path: Path, examples: int) -> None:
         return found
 
     explore("slurm", examples, body)
-
-
-@cases("variables")
-def test_a_broken_file_of_variables(tmp_path: Path, examples: int) -> None:
-    file, whole = tmp_path / "variables", b"# mine\nNCCL_DEBUG=INFO\n\nHF_HOME = /x y\nA=b=c\n"
-
-    def body(draw: Draw) -> object:
-        file.write_bytes(damaged(draw, whole))
-        found = outcome(lambda: read_user_file({"DS_ENV_FILE": str(file)}), unchanged=tmp_path, names=(str(file),))
-        if not isinstance(found, UserError):
-            assert all(name.isidentifier() for name in found)
-        return found
-
-    explore("variables", examples, body)
 
 
 @cases("reports")

@@ -22,8 +22,8 @@ from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
+from megatron_tiedlora.model.attention import inverse_frequencies
 from megatron_tiedlora.model.families import FAMILIES
-from megatron_tiedlora.model.rope import inverse_frequencies
 from megatron_tiedlora.model.weights import num_base_parameters
 
 INDEX = "model.safetensors.index.json"

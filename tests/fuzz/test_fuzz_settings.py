@@ -186,7 +186,7 @@ def test_values_on_the_command_line(base: Base, area: Path, examples: int, monke
             _sweep,
         ),
         "run": (LaunchSettings, ["--num_gpus=2", *train], _run),
-        "doctor": (DoctorSettings, [f"--hostfile={base.folder / 'hosts'}", f"--model={base.model}"], _doctor),
+        "doctor": (DoctorSettings, [f"--hostfile={base.folder / 'hosts'}"], _doctor),
     }  # fmt: skip
     strange = [str(value) for value in STRANGE if isinstance(value, int | float | str) and "\0" not in str(value)]
 

@@ -10,7 +10,7 @@ import pytest
 from bank_traffic_worker import BankCase, BankCounted, BankRan, run_bank_cases
 from traffic_runs import ours, write_inputs
 
-from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
+from megatron_tiedlora.parallel.groups import DATA, TENSOR, Traffic
 
 pytestmark = [
     pytest.mark.distributed,
@@ -115,7 +115,7 @@ def test_prediction_is_what_is_counted_elsewhere(all_ran: Mapping[str, BankRan],
 def check_prediction(found: BankRan) -> None:
     for rank, counted in enumerate(found.counted):
         plan = found.plan(rank)
-        shapes = [(shape.num_tokens, len(shape.adapters)) for shape in plan.batches.shapes]
+        shapes = [(shape.num_tokens, len(shape.adapters)) for shape in plan.batches]
         assert shapes == counted.shapes and len(shapes) > 1
         predicted, most = found.predicted(rank)
         if plan.layout.zero_stage < 3:

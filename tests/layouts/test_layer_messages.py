@@ -9,7 +9,7 @@ import pytest
 from traffic_runs import Ran, run_cases, write_inputs
 
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
-from megatron_tiedlora.parallel.traffic import TENSOR, TIED, Traffic
+from megatron_tiedlora.parallel.groups import TENSOR, TIED, Traffic
 
 pytestmark = [
     pytest.mark.distributed,

@@ -19,15 +19,16 @@ import pytest
 from all_cuts import all_cuts, cost_key
 from forked_ranks import run_on_ranks
 from pipeline_worker import Case, Event, Traced, trace_steps
-from planned import idle_shares, stage_memory
+from planned import Order, Pass, idle_shares, one_f_one_b, simulate, stage_memory
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.partition import layer_costs
+from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.memory import engine_bytes_in_flight, micro_batches_in_flight
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.planning.step_time import Order, Pass, one_f_one_b, simulate
+from megatron_tiedlora.planning.step_time import Seconds, StepParts, pipeline_spans
 
 pytestmark = [
     pytest.mark.distributed,
@@ -185,14 +186,27 @@ def test_a_dearer_stage_makes_the_others_wait() -> None:
     assert found == [10, [Fraction(6, 10), Fraction(2, 10)]]
 
 
-def test_several_layouts_are_simulated_at_once() -> None:
-    """With arrays as costs, each of them has the times that it has alone."""
-    costs = {"F": np.array([1.0, 3.0, 2.0]), "B": np.array([2.0, 1.0, 2.0])}
-    for work in (lambda *step: [simulate(*step)], idle_shares):
-        together = work(one_f_one_b(3, 4), lambda rank, one: costs[one.kind] * (rank + 1))
-        for number in range(3):
-            alone = work(one_f_one_b(3, 4), lambda rank, one, n=number: costs[one.kind][n] * (rank + 1))
-            assert alone == [each[number] for each in together]
+@pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(1, 3), (2, 1), (3, 4), (4, 2), (4, 11)])
+def test_several_layouts_are_simulated_at_once(num_stages: int, num_micro_batches: int) -> None:
+    """Each takes as long as its passes in the order of real steps, whatever a pass costs."""
+    drawn = np.random.default_rng(0)
+    layouts = []
+    for number in range(3):
+        kinds = [MicroBatchShape((0,), (8 * size,), (8,), 8) for size in range(1, 3)]
+        batches = [kinds[kind] for kind in drawn.integers(0, 2, num_micro_batches)]
+        seconds = drawn.random((num_stages, 3)) + number
+        stages = [dict(zip(kinds, pairwise(map(Seconds, stage)), strict=True)) for stage in seconds]
+        layouts.append(StepParts(batches, stages, sums=0.0, outside=0.0))
+    for step, span in zip(layouts, pipeline_spans(layouts), strict=True):
+
+        def cost(rank: int, one: Pass, step: StepParts = step) -> float:
+            return step.stages[rank][step.batches[one.micro_batch]][one.kind == "B"].total
+
+        order = one_f_one_b(num_stages, num_micro_batches)
+        assert span == simulate(order, cost)
+        worked = [sum(cost(rank, one) for one in passes) for rank, passes in enumerate(order)]
+        index, spent = step.busiest()
+        assert index == worked.index(max(worked)) and spent.total == pytest.approx(max(worked))
 
 
 @pytest.mark.parametrize("key", CASES, ids=str)

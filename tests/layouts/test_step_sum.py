@@ -11,9 +11,7 @@ from forked_ranks import groups_of, run_on_ranks
 from torch import distributed
 
 from megatron_tiedlora.adapters.tying import sum_of_u
-from megatron_tiedlora.parallel.collectives import StepSum
-from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
+from megatron_tiedlora.parallel.groups import Grid, StepSum, TrafficCounter, named_handles
 
 pytestmark = pytest.mark.distributed
 

@@ -9,7 +9,7 @@ import pytest
 from traffic_runs import Ran, run_cases, write_inputs
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
-from megatron_tiedlora.parallel.traffic import TENSOR
+from megatron_tiedlora.parallel.groups import TENSOR
 
 pytestmark = pytest.mark.distributed
 

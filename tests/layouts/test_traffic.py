@@ -19,8 +19,8 @@ from traffic_runs import Ran, ours, run_cases, write_inputs
 
 from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
-from megatron_tiedlora.parallel.traffic import (
+from megatron_tiedlora.model.layer_specs import StoredTensor
+from megatron_tiedlora.parallel.groups import (
     DATA,
     GROUPS,
     MODEL,
@@ -28,12 +28,14 @@ from megatron_tiedlora.parallel.traffic import (
     TENSOR,
     TIED,
     WORLD,
+    ParallelGroups,
+    RankGroup,
     Traffic,
     TrafficCounter,
     named_handles,
 )
 from megatron_tiedlora.planning import passes
-from megatron_tiedlora.planning.layout import Layout, StoredTensor
+from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
 from megatron_tiedlora.planning.report import bytes_in_words, dry_run_report
 

@@ -16,7 +16,7 @@ import pytest
 from traffic_runs import Ran, run_cases, write_inputs
 from traffic_worker import Case, Counted
 
-from megatron_tiedlora.parallel.traffic import GROUPS, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
+from megatron_tiedlora.parallel.groups import GROUPS, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 
 pytestmark = pytest.mark.distributed
 

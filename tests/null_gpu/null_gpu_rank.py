@@ -195,9 +195,9 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
 
 
 def _planned(plan: Any, **largest: int) -> float:
-    from megatron_tiedlora.planning.memory import held_memory, step_memory
+    from megatron_tiedlora.planning.memory import LargestMicroBatch, held_memory, step_memory
 
-    return held_memory(plan.stages[0]).plus(step_memory(plan.stages[0], **largest)).total
+    return held_memory(plan.stages[0]).plus(step_memory(plan.stages[0], LargestMicroBatch(**largest))).total
 
 
 def _compiling(order: Order, take: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _meet_nobody(world_size: int) -> None:
 
 def _believe_all_numbers() -> None:
     """No check of a value ends the run: losses, norms and gradients are whatever was in memory."""
-    from megatron_tiedlora.engine.optimizers import EngineOptimizer, OwnOptimizers
+    from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers
     from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
     from megatron_tiedlora.training import step
 
@@ -260,7 +260,7 @@ def _believe_all_numbers() -> None:
     step.after_steps = lambda *_: {}
     # DeepSpeed's ZeRO-3 prints its parameters, whose garbage takes printing many gigabytes.
     torch.Tensor.__repr__ = lambda self, **_: str(tuple(self.shape))  # type: ignore[assignment, method-assign]
-    for kind in (EngineOptimizer, OwnOptimizers):
+    for kind in (EngineOptimizer, Optimizers):
         kind.take = _finite(kind.take)  # type: ignore[method-assign]
     step.math = _FiniteMath()  # type: ignore[attr-defined]
 

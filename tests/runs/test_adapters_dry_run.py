@@ -16,8 +16,7 @@ from report_tables import stage_table
 from run_files import files_of
 from run_helpers import Base, run_ranks, write_base
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.errors import UserError, bytes_in_words
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
 from megatron_tiedlora.planning.layout import MicroBatchShape
@@ -90,9 +89,9 @@ def test_the_tables_are_those_of_all(base: Base, tmp_path: Path) -> None:
     text = dry_run_report(make_settings(settings)).text
     messages, memory = stage_table(text, "messages and bytes"), stage_table(text, "bytes per rank")
     group = grouped(settings)
-    assert max(len(shape.adapters) for shape in group.batches.shapes) > 1
+    assert max(len(shape.adapters) for shape in group.batches) > 1
     for stage, sent, needed in zip(group.stages, messages, memory, strict=True):
-        traffic = step_traffic(stage, group.batches.shapes)
+        traffic = step_traffic(stage, group.batches)
         for name, cell in sent.items():
             count, size = traffic.of_group(name.replace("all ranks", "world"))
             assert cell == f"{count:,} / {bytes_in_words(size)}", name
@@ -136,7 +135,7 @@ def peak(group: StepPlan) -> float:
         found = stage_memory(group.stages[0], adapters=shape.adapters, longest=longest, machine=machine, **sizes)
         return found.allocated
 
-    return max(map(bytes_of, group.batches.shapes))
+    return max(map(bytes_of, group.batches))
 
 
 def test_presets_need_no_files(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def _tell_shares() -> None:
     def look(_: Any, batches: Any) -> None:
         print(_SHARES, max(len(batch.shares) for batch in batches), flush=True)
 
-    before_call("megatron_tiedlora.engine.runner", "PlainRunner.evaluate", look)
+    before_call("megatron_tiedlora.engine.runner", "Runner.evaluate", look)
 
 
 @pytest.mark.parametrize("shares", [True, False])

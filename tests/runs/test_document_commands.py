@@ -141,7 +141,8 @@ class Newcomer:
             if words[0] in ("train", "run") and "--config" not in words:
                 words += [flag for flag in OF_A_RUN if flag.partition("=")[0] not in words]
         if words[0] == "doctor":
-            words += [f"--master_port={free_port()}", *(["--measure_seconds=0.1"] if "--measure" in words else [])]
+            words += [f"--master_port={free_port()}"]
+        words += ["--measure_seconds=0.1"] if "--measure" in words else []
         return self.start(words, ranks)
 
 

@@ -302,7 +302,7 @@ def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:
     """The report's bytes are those of the decoder's own caches."""
     from megatron_tiedlora.checkpoint.load_model import load_model
     from megatron_tiedlora.config.settings import make_settings
-    from megatron_tiedlora.evaluation.decoder import Decoder
+    from megatron_tiedlora.evaluation.generate import Decoder
     from megatron_tiedlora.parallel.groups import ParallelGroups
     from megatron_tiedlora.planning.memory import cache_bytes
     from megatron_tiedlora.planning.run_plan import plan_run

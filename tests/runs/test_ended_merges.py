@@ -24,8 +24,8 @@ from run_preludes import before_call, kill_at_call
 from tiny_models import write_tiny_model
 from wide_models import write_wide_adapter, write_wide_model
 
-from megatron_tiedlora.base.checksums import file_sha256
 from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.base.text_files import file_sha256
 
 MERGE = ROOT / "tools" / "merge_adapter.py"
 WRITER = "megatron_tiedlora.checkpoint.tensor_files"

@@ -103,7 +103,7 @@ def alone(models: Models) -> Path:
 
 def say_when_folded() -> None:
     """Print a line when the adapter is added to the weights: the answers do not tell."""
-    before_call("megatron_tiedlora.checkpoint.merged_weights", "merged_rows", lambda *_: print(FOLDED))
+    before_call("megatron_tiedlora.checkpoint.load_model", "merged_rows", lambda *_: print(FOLDED))
 
 
 def test_every_form_of_an_adapter_answers_alike(models: Models, alone: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from folders import ROOT
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import last_name
+from megatron_tiedlora.base.output_folder import last_name
 from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.launch_settings import parse_launch
@@ -45,7 +45,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = 
     "sweep": (no_sweep, ["--output_dir=study", MODEL, "--task=gsm8k", "--dry_run"],
               "config model tokenizer ds_config output_dir train_file test_file"),
     "tables": (no_sweep, ["--output_dir=study"], "tables_from"),
-    "doctor": (command("doctor"), [], "config hostfile json model output_dir train_file"),
+    "doctor": (command("doctor"), [], "config hostfile json output_dir"),
     "merge": (command("merge"), ["--adapter=a", "--output=o"], "adapter output"),
     "export": (command("export"), ["--adapter=a", "--output=o"], "adapter output"),
     "verify": (command("verify"), ["--adapter=a", "--merged=m"], "adapter merged peft"),

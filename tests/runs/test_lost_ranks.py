@@ -12,15 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from folders import ROOT
 from ranks import wait_for
 from run_files import assert_same_run, files_of, has_step, metrics, status
 from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_ranks, write_base
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, kill_rank_at_call, short_silence, slow_steps
-
-from megatron_tiedlora.runtime.stopping import StopRequests
 
 pytestmark = pytest.mark.distributed
 LOOP = "megatron_tiedlora.training.loop"
@@ -49,8 +46,8 @@ def test_a_killed_rank_is_named(base: Base, tmp_path: Path, rank: int) -> None:
 POINTS = {  # of a step: (rank that is killed, function, at which call: all of them after the first step)
     "forward": (1, "megatron_tiedlora.model.linears", "Projection._enter", 80),
     "backward": (0, "megatron_tiedlora.model.linears", "Projection._leave", 22),
-    "sum": (1, "megatron_tiedlora.engine.optimizers", "sum_gradients_", 3),
-    "update": (0, "megatron_tiedlora.engine.optimizers", "EngineOptimizer.take", 3),
+    "sum": (1, "megatron_tiedlora.engine.runner", "sum_gradients_", 3),
+    "update": (0, "megatron_tiedlora.engine.runner", "EngineOptimizer.take", 3),
     "checks": (1, "megatron_tiedlora.training.step", "after_steps", 3),
 }
 
@@ -211,30 +208,6 @@ def test_where_rank_0_fails_to_export_the_others_say_so(base: Base, tmp_path: Pa
     ended = run_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
     assert ended.statuses == [143, 1] and status(folder)["state"] == "stopped"
     assert "Traceback" not in ended.errors[0] + ended.errors[1]
-
-
-def test_torchrun_is_told_to_end_where_its_ssh_session_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Else it would start the ranks anew, and nobody would see them."""
-    (tmp_path / "torchrun").write_text("import time\ntime.sleep(60)")
-    agent, session = (subprocess.Popen([sys.executable, tmp_path / "torchrun"]) for _ in range(2))
-    try:
-        stop = StopRequests([psutil.Process(agent.pid), psutil.Process(session.pid)])
-        monkeypatch.setenv("LOCAL_RANK", "0")
-        stop.end_agent()
-        session.kill()
-        session.wait()
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        stop.end_agent()
-        time.sleep(0.2)
-        assert agent.poll() is None
-        monkeypatch.setenv("LOCAL_RANK", "0")
-        stop.end_agent()
-        assert agent.wait(10) == -signal.SIGTERM
-    finally:
-        agent.kill()
-        session.kill()
-        agent.wait()
-        session.wait()
 
 
 def test_sigusr1_stops_for_a_requeue_only_after_a_step(base: Base, tmp_path: Path) -> None:

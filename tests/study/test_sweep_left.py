@@ -19,7 +19,7 @@ from sweep_runs import LAUNCH, a_job, study_arguments, write_study_base
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import take_folder
-from megatron_tiedlora.cluster.running import StopSignals
+from megatron_tiedlora.cluster.start import StopSignals
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.run_folder import take_run_folder
 from megatron_tiedlora.study.sweep import begin_job, last_lines, lock_study, sweep
@@ -110,7 +110,7 @@ def test_a_start_is_found_in_a_log_that_a_kill_cut_off(tmp_path: Path) -> None:
 LISTENER = """
 import sys, time
 from pathlib import Path
-from megatron_tiedlora.cluster.running import StopSignals
+from megatron_tiedlora.cluster.start import StopSignals
 with StopSignals() as stop:
     Path(sys.argv[1]).write_text("listens")
     deadline = time.monotonic() + 30

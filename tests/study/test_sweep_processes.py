@@ -19,7 +19,7 @@ from sweep_runs import LAUNCH, a_job, study_arguments, write_study_base
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE
 from megatron_tiedlora.cluster.launchers import plan_start
-from megatron_tiedlora.cluster.running import StopSignals
+from megatron_tiedlora.cluster.start import StopSignals
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
@@ -50,7 +50,7 @@ class World:
 
 
 class _Child:
-    """What `Watch` asks of a launcher that was started."""
+    """What `wait_for_end` asks of a launcher that was started."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name, self.left, self.told = world, name, world.ticks, False

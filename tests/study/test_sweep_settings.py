@@ -16,7 +16,7 @@ from study_files import write_run, write_study
 from sweep_runs import LAUNCH, study_arguments
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.running import StopSignals
+from megatron_tiedlora.cluster.start import StopSignals
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.tasks import TASKS

@@ -15,7 +15,7 @@ from torch import distributed
 
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.parallel.traffic import DATA, Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.groups import DATA, Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.planning.adapter_plans import RunData, prepare_data
 from megatron_tiedlora.planning.passes import engine_traffic, step_traffic
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
@@ -124,7 +124,7 @@ class BankRan:
         plan = self.plan(rank)
         stage = plan.stages[plan.shared.grid.pp_rank]
         _, most = engine_traffic(stage, num_micro_batches=len(plan.batches)).of_group(DATA)
-        return step_traffic(stage, plan.batches.shapes), most
+        return step_traffic(stage, plan.batches), most
 
 
 def run_bank_cases(cases: Mapping[str, BankCase], folder: Path, *, ranks: int) -> dict[str, BankRan]:

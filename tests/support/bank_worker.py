@@ -28,8 +28,14 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, TensorParallel
-from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.groups import (
+    Grid,
+    ParallelGroups,
+    TensorParallel,
+    Traffic,
+    TrafficCounter,
+    named_handles,
+)
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,9 @@ def start_watched(task: Task, launcher: str, *, in_batch: bool = False) -> Job:
         write_script(task, task.folder)
         command = [sys.executable, "-c", RUN_WITH, str(task.folder)]
     command += ["--launcher", "deepspeed" if launcher in ("pdsh", "openmpi") else launcher, *task.options]
-    command += ["--launcher_args=--launcher=openmpi"] if launcher == "openmpi" else []
+    forwarded = " ".join(f"-x {name}" for name in task.forwarded_env)
+    own = {"openmpi": ["--launcher_args=--launcher=openmpi"], "mpirun": [f"--launcher_args={forwarded}"]}
+    command += own.get(launcher, [])
     if in_batch:
         assert task.slurm is not None
         wrapped = f"exec {shlex.join([*command, *task.arguments])}"
@@ -237,11 +239,10 @@ ROUTES: dict[str, Callable[[Task], Job]] = {
     "mpirun": start_mpirun,
     "slurm": start_slurm,
     "torchrun": start_torchrun,
-    **{f"run.py {name}": partial(start_watched, launcher=name) for name in ("pdsh", "openmpi", "mpirun", "torchrun")},
+    **{f"run.py {name}": partial(start_watched, launcher=name) for name in ("pdsh", "openmpi", "mpirun")},
     "run.py srun": partial(start_watched, launcher="srun", in_batch=True),
 }
 # torchrun in an allocation of Slurm.
 TORCHRUN_BY_SLURM: dict[str, Callable[[Task], Job]] = {
     "slurm_torchrun.sbatch": partial(start_slurm, name="slurm_torchrun.sbatch"),
-    "run.py torchrun": partial(start_watched, launcher="torchrun", in_batch=True),
 }

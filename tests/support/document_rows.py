@@ -180,6 +180,7 @@ ROWS = (
     Row(r"tiedlora train ", trains),
     Row(r"tiedlora run ", starts),
     Row(r"tiedlora plan ", plans),
+    Row(r"torchrun --nproc_per_node 8 --no-python tiedlora plan ", parses(parse_plan)),
     Row(r"sbatch .*launch/slurm\.sbatch", submits),
     Row(r"tiedlora doctor ", parses(lambda words: parse_settings(words, DoctorSettings))),
     Row(r"(torchrun --nproc_per_node 8 --no-python )?tiedlora evaluate ",

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 RUNNING = "megatron_tiedlora.engine.runner"
-OPTIMIZERS = "megatron_tiedlora.engine.optimizers"
+OPTIMIZERS = "megatron_tiedlora.engine.runner"
 BUILD = "megatron_tiedlora.training.build"
 ENGINE = "megatron_tiedlora.engine.engine"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
@@ -105,7 +105,7 @@ class _GatherAndSlice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: Any, dim: int) -> torch.Tensor:
-        from megatron_tiedlora.parallel.collectives import all_gather
+        from megatron_tiedlora.parallel.groups import all_gather
 
         ctx.group, ctx.dim = group, dim
         return all_gather(tensor, group, dim)
@@ -127,7 +127,7 @@ def a_sum_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def u_sum_left_out(patch: pytest.MonkeyPatch) -> None:
     """u's gradient is what the rank's own rows of B give."""
-    patch.setattr("megatron_tiedlora.parallel.collectives.StepSum.of", lambda step_sum, tensor: tensor)
+    patch.setattr("megatron_tiedlora.parallel.groups.StepSum.of", lambda step_sum, tensor: tensor)
     _sum_over(patch, lambda groups: replace(groups, stage=groups.data))
 
 

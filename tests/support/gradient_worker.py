@@ -36,11 +36,17 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
-from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
-from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, TensorParallel
-from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.groups import (
+    Grid,
+    ParallelGroups,
+    TensorParallel,
+    Traffic,
+    TrafficCounter,
+    largest_of_all,
+    named_handles,
+)
 
 DTYPE = torch.float64
 SEED = 7  # of dropout

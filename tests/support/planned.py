@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
@@ -13,23 +13,14 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import find_machine
-from megatron_tiedlora.planning.layout import Batches, MicroBatchShape, StagePlan
-from megatron_tiedlora.planning.machines import GPUS, Constant, Machine, default_machine
-from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
+from megatron_tiedlora.planning.layout import MicroBatchShape, StagePlan
+from megatron_tiedlora.planning.machines import CPU, GPUS, Constant, Machine
+from megatron_tiedlora.planning.memory import LargestMicroBatch, StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.planned import Cluster
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 from megatron_tiedlora.planning.step_plan import StepPlan
-from megatron_tiedlora.planning.step_time import (
-    Links,
-    Order,
-    Pass,
-    Seconds,
-    StepParts,
-    simulate,
-    stage_terms,
-    sum_terms,
-)
+from megatron_tiedlora.planning.step_time import Links, Seconds, StepParts, stage_terms, sum_terms
 
 H100 = GPUS["h100"]
 # A file of adapters that differ in what a step needs, for a model of at least 5 layers.
@@ -64,7 +55,7 @@ def short(model: str, num_layers: int) -> ModelSource:
 
 def largest_memory(step: StepPlan, stage: StagePlan, machine: Machine) -> StageMemory:
     """All that a rank of a stage needs for the largest micro-batch of a step."""
-    return with_reserves(stage, held_memory(stage).plus(step.largest.step_memory(stage)), machine)
+    return with_reserves(stage, held_memory(stage).plus(step_memory(stage, step.largest)), machine)
 
 
 def searched(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100) -> ClusterPlan:
@@ -122,24 +113,96 @@ def stage_memory(
     machine: Machine | None = None,
 ) -> StageMemory:
     """The bytes that a rank of a stage needs, if its largest micro-batch is this one."""
-    step = step_memory(stage, tokens=tokens, documents=documents, longest=longest or tokens, adapters=adapters)
-    machine = machine or default_machine(on_gpu=stage.layout.on_gpu)
+    step = step_memory(stage, LargestMicroBatch(tokens, documents, longest or tokens, (tuple(adapters),)))
+    machine = machine or (H100 if stage.layout.on_gpu else CPU)
     return with_reserves(stage, held_memory(stage).plus(step), machine)
 
 
-def idle_shares(order: Order, cost: Callable[[int, Pass], Any]) -> list[Any]:
-    """By rank, the share of a simulated step in which it waits."""
-    seconds = simulate(order, cost)
-    return [1 - sum(cost(rank, one) for one in passes) / seconds for rank, passes in enumerate(order)]
-
-
-def step_parts(stages: Sequence[StagePlan], batches: Batches, links: Links, machine: Machine) -> StepParts:
+def step_parts(
+    stages: Sequence[StagePlan], batches: Sequence[MicroBatchShape], links: Links, machine: Machine
+) -> StepParts:
     """The time of a layout's stages on these micro-batches, each stage by itself."""
 
     def seconds_of(stage: StagePlan, batch: MicroBatchShape) -> tuple[Seconds, Seconds]:
         forward, backward = stage_terms(stage_work(stage, batch), stage, links, machine)
         return Seconds.of(forward), Seconds.of(backward)
 
-    by_stage = [[seconds_of(stage, batch) for batch in batches.kinds] for stage in stages]
+    by_stage = [{batch: seconds_of(stage, batch) for batch in set(batches)} for stage in stages]
     sums = max(sum(term.seconds for term in sum_terms(stage, batches, links, machine)) for stage in stages)
     return StepParts(batches, by_stage, sums, machine["step"])
+
+
+# Orders of passes, of which the library has one -----------------------------------------------------------------------
+
+
+FORWARD, BACKWARD = "F", "B"
+
+
+class Pass(NamedTuple):
+    """A forward or backward pass of one micro-batch through one part of the model; parts count from the embedding."""
+
+    kind: str
+    micro_batch: int
+    part: int
+
+
+Order = Sequence[Sequence[Pass]]
+"""By rank, its passes one after another."""
+
+
+def one_f_one_b(num_stages: int, num_micro_batches: int) -> list[list[Pass]]:
+    """Forward passes until as many are in flight as stages follow, the own one included; then one back, one forward.
+
+    It is the order of DeepSpeed's pipeline (0.19.8), which the trace of real steps shows.
+    """
+    orders = []
+    for stage in range(num_stages):
+        ahead = min(num_stages - stage, num_micro_batches)
+        order = [Pass(FORWARD, index, stage) for index in range(ahead)]
+        for index in range(num_micro_batches):
+            order.append(Pass(BACKWARD, index, stage))
+            if ahead + index < num_micro_batches:
+                order.append(Pass(FORWARD, ahead + index, stage))
+        orders.append(order)
+    return orders
+
+
+def simulate(order: Order, cost: Callable[[int, Pass], Any]) -> Any:
+    """The time from the start to the end of the last pass of all ranks, if each pass runs as early as it can.
+
+    A forward pass takes the result of the same micro-batch on the part before, a backward pass that of the part behind.
+
+    Args:
+        cost: of a pass on a rank, what it sends included.
+
+    Raises:
+        ValueError: the passes wait for each other in a circle.
+    """
+    num_parts = 1 + max(one.part for passes in order for one in passes)
+    ends: dict[Pass, Any] = {}
+    clocks: list[Any] = [0] * len(order)
+    following = [0] * len(order)
+    left = sum(map(len, order))
+    while left:
+        before = left
+        for rank, passes in enumerate(order):
+            while following[rank] < len(passes):
+                one = passes[following[rank]]
+                source = Pass(one.kind, one.micro_batch, one.part + (-1 if one.kind == FORWARD else 1))
+                start = clocks[rank]
+                if 0 <= source.part < num_parts:
+                    if source not in ends:
+                        break
+                    start = max(start, ends[source])
+                clocks[rank] = ends[one] = start + cost(rank, one)
+                following[rank] += 1
+                left -= 1
+        if left == before:
+            raise ValueError("the passes of this order wait for each other")
+    return max(clocks)
+
+
+def idle_shares(order: Order, cost: Callable[[int, Pass], Any]) -> list[Any]:
+    """By rank, the share of a simulated step in which it waits."""
+    seconds = simulate(order, cost)
+    return [1 - sum(cost(rank, one) for one in passes) / seconds for rank, passes in enumerate(order)]

@@ -9,7 +9,7 @@ import quantised_oracle as oracle
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_tiedlora.base.base_formats import BaseFormat
+from megatron_tiedlora.base.shapes import BaseFormat
 
 FORMATS = ("nf4", "int8", "fp8")
 # A tensor-parallel cut lies within a block of 64: at TP 2 it is at column 48 of the output's 96 and at 40 of down's 80.

@@ -195,7 +195,7 @@ def _names(arguments: tuple[Any, ...], folder: Path) -> bool:
 def poison(step: int, what: str) -> None:
     """At training step `step` the loss is nan ("loss"), or finite with gradients that are nan ("gradient")."""
     module: Any = importlib.import_module("megatron_tiedlora.engine.runner")
-    forward = module.PlainRunner.forward
+    forward = module.Runner.forward
     steps = [0]
 
     def look(trainer: Any, *_: Any) -> None:
@@ -208,7 +208,7 @@ def poison(step: int, what: str) -> None:
         return loss * float("nan") if what == "loss" else loss + (loss * 0.0).sqrt()
 
     before_call("megatron_tiedlora.training.loop", "Trainer._train_step", look)
-    module.PlainRunner.forward = poisoned
+    module.Runner.forward = poisoned
 
 
 def scripted_validation(losses: dict[int, float]) -> None:

@@ -70,7 +70,7 @@ def a_job(folder: Path, *words: str, python: Path = Path(sys.executable), port: 
 
 @dataclass
 class ForkedChild:
-    """One forked rank, as a child of the sweep: what `Watch` asks of a launcher that was started."""
+    """One forked rank, as a child of the sweep: what `wait_for_end` asks of a launcher that was started."""
 
     pid: int
     job: Any
@@ -125,7 +125,7 @@ def forked_start(job: Any, log: Path, lock: int, *, work: Path, cache: Path, pre
         status = 1
         try:
             prelude = functools.partial(preludes[name], os.getppid()) if name in preludes else None
-            environment = {**ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(cache), **job.own_variables}
+            environment = {**ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(cache), **job.variables}
             words, err = [*job.program, *job.arguments], str(out.with_suffix(".err"))
             _be_rank(words, environment, str(work), str(out), err, prelude)
         except SystemExit as end:

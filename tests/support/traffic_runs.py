@@ -16,7 +16,7 @@ from traffic_worker import Case, Counted, count_steps
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.parallel.traffic import DATA, Traffic
+from megatron_tiedlora.parallel.groups import DATA, Traffic
 from megatron_tiedlora.planning.adapter_plans import prepare_data
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.passes import engine_traffic, step_traffic
@@ -46,7 +46,7 @@ class Ran:
         plan = self.plan(rank)
         data = prepare_data(plan).train
         batch = plan.global_batch(data, consumed_samples=self.case.steps_before * plan.batches.global_batch_size)
-        return StepPlan({ONLY: plan}, samples={ONLY: (data, batch)}).batches.shapes
+        return StepPlan({ONLY: plan}, samples={ONLY: (data, batch)}).batches
 
     def predicted(self, rank: int) -> tuple[Traffic, int]:
         """Of the counted step, from settings and data alone: our messages, and the most that DeepSpeed sends."""

@@ -17,7 +17,7 @@ from saved_bytes import saved_bytes_per_token
 from shared_tensors import tl6_shares
 from torch import distributed
 
-from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.groups import Traffic, TrafficCounter, named_handles
 
 
 @dataclass(frozen=True)

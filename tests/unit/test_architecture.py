@@ -37,9 +37,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ENGINE_FILES = {
     "runtime/process_group.py",
     "engine/pipelined.py",  # its PipelineModule
-    "engine/runner.py",  # its schedules
+    "engine/runner.py",  # its schedules, and the sharded optimizer
     "engine/engine.py",
-    "engine/optimizers.py",
 }
 
 

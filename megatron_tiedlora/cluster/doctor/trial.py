@@ -5,12 +5,11 @@ rank.py runs in each rank. What it prints is found in the launcher's output, wha
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -18,46 +17,39 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.text_files import read_json_object
-from megatron_tiedlora.base.wording import count_text, enumerate_names
+from megatron_tiedlora.base.errors import count_text, enumerate_names, user_path
 from megatron_tiedlora.cluster.doctor.compare import compare_hosts
-from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, absolute_path, job_files
-from megatron_tiedlora.cluster.doctor.records import (
+from megatron_tiedlora.cluster.doctor.rank import (
+    NOT_SEEN,
+    RANK_END,
+    RANK_MARK,
+    STAGES,
     DoctorReport,
     GroupKind,
     GroupResult,
     HostReport,
     Order,
     ParallelConfig,
-    Said,
-    Stage,
+    RankReport,
     answering,
-    hosts_of_ranks,
     packed,
     unpacked,
 )
 from megatron_tiedlora.cluster.launchers import Job, StartPlan, plan_start
-from megatron_tiedlora.cluster.running import POLL_SECONDS, RunningJob, StopSignals
-from megatron_tiedlora.cluster.start import check_programs, make_job
+from megatron_tiedlora.cluster.start import POLL_SECONDS, RunningJob, StopSignals, check_programs, make_job
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.launch_settings import LaunchSettings
-from megatron_tiedlora.model.hf_config import format_in_use, stored_format
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.machine import Finding, error, warning
 
 _PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor.rank")
 _START_SECONDS = 60.0  # for launchers, beside the time that the ranks have
+TEXT: Any = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}  # of what a launcher prints
 _SLOW = 0.5  # of the median bandwidth of its kind
-_MEASURED, _ERROR = '{"name": ', "error: "
-# These errors explain no failure of the ranks, and so are no reason to leave that out.
-_NOT_IN_THE_WAY = frozenset({"path_missing", "path_unreadable", "path_differs", "output_not_writable"})
+_NOT_IN_THE_WAY = "output_not_writable"  # explains no failure of the ranks, and so is no reason to leave that out
 
-Say = Callable[[str], None]
-
-
-def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) -> DoctorReport:
+def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Callable[[str], None]) -> DoctorReport:
     """Examine the hosts that the settings or the allocation name.
 
     Args:
@@ -65,15 +57,12 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
         say: called with a line of progress at each step.
 
     Raises:
-        UserError: a hostfile that names no host, a layout that does not divide the ranks, a storage format that a run
-            would reject, an invalid path, or a launcher that is not installed.
+        UserError: a hostfile that names no host, a layout that does not divide the ranks, an invalid path, a launcher
+            that is not installed.
     """
-    with tempfile.TemporaryDirectory(prefix="megatron_tiedlora-") as private:
-        return _examine(settings, environment, say, find_job(settings, environment, Path(private)))
-
-
-def _examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say, job: Job) -> DoctorReport:
-    hosts = place_ranks(job)
+    job = find_job(settings, environment)
+    firsts = accumulate((host.slots for host in job.hosts), initial=0)
+    hosts = [HostReport(name=host.name, slots=host.slots, first_rank=next(firsts)) for host in job.hosts]
     grid = Grid(0, job.size, settings.tensor_parallel, settings.pipeline_parallel)
     layout = ParallelConfig(
         num_ranks=job.size,
@@ -83,95 +72,64 @@ def _examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say,
         master_host="127.0.0.1" if len(hosts) == 1 else hosts[0].name,
         master_port=job.master_port,
     )
-    base_format = _base_format(settings)
-    paths, hub = job_files(settings.paths())
-    output_dir = None if settings.output_dir is None else absolute_path(settings.output_dir, flag="output_dir")
+    output_dir = None
+    if settings.output_dir is not None:
+        output_dir = os.path.abspath(user_path(settings.output_dir, flag="--output_dir"))
     check_programs(job)
-    seconds: dict[str, float] = {}
-
     begin = time.monotonic()
     say(f"starting {count_text(job.size, 'rank')} on {count_text(len(hosts), 'host')} by {job.launcher} ...")
     order = Order(
         layout=layout,
-        peers={one.first_rank: next((two.name for two in hosts if two is not one), None) for one in hosts},
-        first_host=hosts[0].name,
-        paths=paths,
-        hub=hub,
+        first_ranks=[host.first_rank for host in hosts],
         output_dir=output_dir,
         large_bytes=max(4, round(settings.allreduce_mb * 1e6) // 4 * 4),
         timeout=settings.timeout_seconds,
-        seconds=2 * settings.timeout_seconds,
     )
     trial = start_ranks(job, order, environment, say)
-    seconds["ranks"] = time.monotonic() - begin
-    hosts = heard_hosts(hosts, trial)
+    seconds = time.monotonic() - begin
+    fields = ("answer", "clock")
+    hosts = [one.model_copy(update={name: trial.first(one, name) for name in fields}) for one in hosts]
     gpus = [answer.machine.gpus for _, answer in answering(hosts)]
     layout = layout.model_copy(update={"backend": None if not gpus else "nccl" if all(gpus) else "gloo"})
-    say(f"{len(answering(hosts))} of {len(hosts)} hosts answered ({seconds['ranks']:.1f} s)")
+    say(f"{len(answering(hosts))} of {len(hosts)} hosts answered ({seconds:.1f} s)")
 
     findings = explain_silence(hosts, trial, route=job.route)
-    wanted = {"base_format": base_format, "products": settings.products}
-    findings += compare_hosts(hosts, layout, max_skew=settings.max_clock_skew, **wanted)
+    findings += compare_hosts(hosts, max_skew=settings.max_clock_skew)
     if output_dir is not None:
-        findings += explain_shared(hosts, trial, output_dir)
+        findings += explain_output(hosts, trial, output_dir)
     groups, skipped = group_results(hosts, trial), None
-    if in_the_way := [one for one in findings if one.status == "error" and one.code not in _NOT_IN_THE_WAY]:
+    if in_the_way := [one for one in findings if one.status == "error" and one.code != _NOT_IN_THE_WAY]:
         skipped = f"the ranks' trial does not count: correct {count_text(len(in_the_way), 'error')} first"
     else:
-        findings += [*explain_trial(hosts, layout, trial, limit=order.seconds), *judge_groups(groups)]
+        findings += [*explain_trial(hosts, layout, trial, limit=2 * order.timeout), *judge_groups(groups)]
         skipped = "no all-reduce: a single rank has no communication to test" if layout.num_ranks == 1 else None
-    machine = None
-    if settings.measure is not None and not any(finding.status == "error" for finding in findings):
-        begin = time.monotonic()
-        model = str(settings.model) if "model" in hub else paths["model"]
-        say(f"measuring with {count_text(layout.num_ranks, 'rank')}, for about {settings.measure_seconds:g} s ...")
-        limit = 2 * settings.timeout_seconds + 4 * settings.measure_seconds
-        machine, more = measure_hosts(job, environment, model=model, seconds=settings.measure_seconds, limit=limit)
-        findings += more
-        seconds["measure"] = time.monotonic() - begin
-    return DoctorReport.of(
-        findings,
+    errors, warnings = ([one for one in findings if one.status == status] for status in ("error", "warning"))
+    return DoctorReport(
+        verdict="not ready" if errors else "ready",
+        num_errors=len(errors),
+        num_warnings=len(warnings),
+        findings=[*errors, *warnings],
         route=job.route,
         launcher=job.launcher,
         layout=layout,
         hosts=hosts,
         groups=groups,
         skipped=skipped,
-        seconds={phase: round(value, 3) for phase, value in seconds.items()},
-        machine=machine,
+        seconds={"ranks": round(seconds, 3)},
     )
 
 
-def _base_format(settings: DoctorSettings) -> str | None:
-    """The storage format of the base in the job: --base, or that of the folder if this machine can read it."""
-    config = None if settings.model is None else user_path(settings.model, flag="--model") / "config.json"
-    if config is None or not os.path.isfile(config):  # so too for a name that no file can have
-        return settings.base
-    stored = stored_format(read_json_object(config, kind="a Hugging Face model folder"), source=str(config))
-    return format_in_use(stored, settings.base, settings.products, source=str(settings.model))
-
-
-def find_job(settings: DoctorSettings, environment: Mapping[str, str], private: Path) -> Job:
+def find_job(settings: DoctorSettings, environment: Mapping[str, str]) -> Job:
     """A job on the hosts to examine, by the launcher that `tiedlora run` would use: those of the hostfile, else all of
     the allocation, else this machine, with a rank for each GPU, or without GPUs one for each part of the model."""
-    of_job = ("launcher", "hostfile", "ssh_port", "launcher_args", "master_port")
+    of_job = ("launcher", "hostfile", "launcher_args", "master_port")
     launch = LaunchSettings(**{name: getattr(settings, name) for name in of_job})
     # An interactive step of Slurm has one node: use the whole allocation.
     outside = {name: value for name, value in environment.items() if "_STEP_" not in name or name.endswith("NUM_TASKS")}
     if settings.hostfile is None and "SLURM_JOB_ID" not in environment:
         ranks = len(visible_gpus()) or settings.tensor_parallel * settings.pipeline_parallel
         launch = launch.model_copy(update={"num_gpus": ranks})
-    return replace(make_job(launch, outside), private=private)
-
-
-def place_ranks(job: Job) -> list[HostReport]:
-    """The hosts with the number of each one's first rank. torchrun sorts the hosts' names as text."""
-    hosts = sorted(job.hosts, key=lambda host: host.name) if job.launcher == "torchrun" else job.hosts
-    firsts = accumulate((host.slots for host in hosts), initial=0)
-    return [HostReport(name=one.name, slots=one.slots, first_rank=at) for one, at in zip(hosts, firsts, strict=False)]
-
-
-# The ranks --------------------------------------------------------------------------------------------------------
+    return make_job(launch, outside)
 
 
 @dataclass
@@ -179,101 +137,72 @@ class Trial:
     """What the ranks said, and what else was printed; filled while they run.
 
     Attributes:
-        said: the messages of each rank.
+        ranks: the last report of each rank.
         status: the launcher's exit status; None if the time limit ended it.
         printed: all other lines.
     """
 
-    said: dict[int, list[Said]] = field(default_factory=dict)
+    ranks: dict[int, RankReport] = field(default_factory=dict)
     status: int | None = None
     printed: list[str] = field(default_factory=list)
-    _pieces: dict[str, dict[str, str]] = field(default_factory=dict)
+    _begun: dict[str, str] = field(default_factory=dict)
 
     def hear(self, line: str) -> None:
         """Take a line of the launcher's output."""
         _, mark, words = line.partition(RANK_MARK)
-        name, _, rest = words.partition(" ")
-        place, _, piece = rest.partition(" ")
-        number, _, count = place.partition("/")
-        if not mark or not count.isdigit():
+        rank, _, piece = words.strip().partition(" ")
+        if not mark:
             self.printed.append(line)
             return
-        pieces = self._pieces.setdefault(name, {})
-        pieces[number] = piece.strip()
-        if len(pieces) == int(count):
-            with suppress(ValueError, KeyError, zlib.error):  # another version's, or mixed lines
-                said = unpacked(Said, "".join(pieces[str(index)] for index in range(1, int(count) + 1)))
-                self.said.setdefault(said.rank, []).append(said)
+        text = self._begun.pop(rank, "") + piece
+        if not text.endswith(RANK_END):
+            self._begun[rank] = text
+            return
+        with suppress(ValueError, zlib.error):  # another version's, or mixed lines
+            report = unpacked(RankReport, text.removesuffix(RANK_END))
+            self.ranks[report.rank] = report
 
-    def news(self, rank: int, field: str) -> list[Any]:
-        """The values that a rank has given to a field of `Said`."""
-        values = (getattr(said, field) for said in self.said.get(rank, ()))
-        return [value for value in values if value is not None]
+    def first(self, host: HostReport, field: str) -> Any:
+        """A field of the report of a host's first rank; None if that has reported nothing."""
+        return getattr(self.ranks.get(host.first_rank), field, None)
 
-    def reached(self, ranks: Iterable[int], stage: Stage) -> bool:
+    def reached(self, ranks: Iterable[int], stage: str) -> bool:
         """Whether all of the ranks have come to a stage."""
-        return all(stage in self.news(rank, "stage") for rank in ranks)
+        past = STAGES[STAGES.index(stage) :]
+        return all(rank in self.ranks and self.ranks[rank].stage in past for rank in ranks)
 
 
-def start_ranks(job: Job, order: Order, environment: Mapping[str, str], say: Say) -> Trial:
-    """Run the trial to its end, or until its time is over."""
-    trial, has_met = Trial(), False
-    for line in _lines(trial, job, (packed(order),), environment, order.seconds):
-        trial.hear(line)
-        if not has_met and trial.reached(range(order.layout.num_ranks), "joined"):
-            has_met = True
-            say("all ranks have met")
-    return trial
-
-
-def measure_hosts(
-    job: Job, environment: Mapping[str, str], *, model: str, seconds: float, limit: float
-) -> tuple[dict[str, Any] | None, list[Finding]]:
-    """The constants that all ranks together have measured, as rank 0 prints them; or why there are none.
-
-    Args:
-        model: the model whose widths are measured.
-        seconds: about how long that takes.
-        limit: seconds until all ranks are ended.
-    """
-    words = (str(limit + _START_SECONDS), "plan", "--measure=-", f"--model={model}", f"--measure_seconds={seconds}")
-    trial, names = Trial(), [host.name for host in job.hosts]
-    trial.printed = list(_lines(trial, job, words, environment, limit))
-    for line in trial.printed:
-        if trial.status == 0 and _MEASURED in line:
-            return json.loads(line[line.index(_MEASURED) :]), []
-    reasons = [line.partition(_ERROR)[2] for line in trial.printed if _ERROR in line]
-    reason = next(iter(reasons), f"not finished in {limit:.0f} s" if trial.status is None else last_words(trial, names))
-    message = f"the ranks on {enumerate_names(names)} did not finish measuring ({reason})"
-    fix = "correct what the reason says; for want of time raise --timeout_seconds, or give a smaller --model"
-    return None, [error("not_measured", names, message, fix)]
-
-
-def _lines(
-    trial: Trial, job: Job, arguments: tuple[str, ...], environment: Mapping[str, str], seconds: float
-) -> Iterator[str]:
-    """Start a job and yield what it prints, first its output and at its end its errors. Nothing of it is left here."""
-    job, end = replace(job, program=_PROGRAM, arguments=arguments), time.monotonic() + seconds + _START_SECONDS
-    # One rank of this machine needs no launcher; a plain job starts so, too.
-    alone = StartPlan(tuple(job.command), {**environment, "PYTHONSAFEPATH": "1"})
-    plan = alone if job.route == "local" and job.size == 1 else plan_start(job, environment)
-    files = job.private / "output", job.private / "errors"
-    with files[0].open("wb") as output, files[1].open("wb") as errors, StopSignals() as signals:
-        running, text, is_over = RunningJob(job, plan, stdout=output, stderr=errors), "", False
-        try:
-            with files[0].open(encoding="utf-8", errors="replace", newline="\n") as reader:
+def start_ranks(job: Job, order: Order, environment: Mapping[str, str], say: Callable[[str], None]) -> Trial:
+    """Run the trial to its end, or until its time is over; of what it prints the errors are heard last."""
+    trial, has_met, end = Trial(), False, time.monotonic() + 2 * order.timeout + _START_SECONDS
+    with tempfile.TemporaryDirectory(prefix="megatron_tiedlora-") as folder, StopSignals() as signals:
+        job = replace(job, program=_PROGRAM, arguments=(packed(order),), private=Path(folder))
+        # One rank of this machine needs no launcher; a plain job starts so, too.
+        alone = StartPlan(tuple(job.command), {**environment, "PYTHONSAFEPATH": "1"})
+        plan = alone if job.route == "local" and job.size == 1 else plan_start(job, environment)
+        output, errors = job.private / "output", job.private / "errors"
+        with output.open("wb") as stdout, errors.open("wb") as stderr, output.open(**TEXT) as reader:
+            running, text, is_over = RunningJob(job, plan, stdout=stdout, stderr=stderr), "", False
+            try:
                 while not is_over:  # also after the launcher's end: what it has started may still print
                     time.sleep(POLL_SECONDS)
-                    is_over = not running.here() or time.monotonic() > end or bool(signals.received)
+                    is_late = time.monotonic() > end or bool(signals.received)
+                    trial.status = None if is_late else running.process.poll()
+                    is_over = is_late or (trial.status is not None and not running.here())
                     *lines, text = (text + reader.read()).split("\n")
-                    yield from lines
-            trial.status = None if running.here() else running.process.wait()
-        finally:
-            running.kill()
-            running.process.wait()
-    if signals.received:
-        raise KeyboardInterrupt
-    yield from [*([text] if text else []), *files[1].read_text("utf-8", "replace").splitlines()]
+                    for line in lines:
+                        trial.hear(line)
+                    if not has_met and trial.reached(range(order.layout.num_ranks), "joined"):
+                        has_met = True
+                        say("all ranks have met")
+            finally:
+                running.kill()
+                running.process.wait()
+        if signals.received:
+            raise KeyboardInterrupt
+        for line in [*([text] if text else []), *errors.read_text("utf-8", "replace").splitlines()]:
+            trial.hear(line)
+    return trial
 
 
 def last_words(trial: Trial, names: Sequence[str]) -> str:
@@ -284,16 +213,6 @@ def last_words(trial: Trial, names: Sequence[str]) -> str:
 
 
 # Results -------------------------------------------------------------------------------------------------------------
-
-
-def heard_hosts(hosts: Sequence[HostReport], trial: Trial) -> list[HostReport]:
-    """The hosts with what their first ranks have said."""
-
-    def first(host: HostReport, name: str) -> Any:
-        return next(iter(trial.news(host.first_rank, name)), None)
-
-    fields = ("answer", "clock")
-    return [host.model_copy(update={name: first(host, name) for name in fields}) for host in hosts]
 
 
 def explain_silence(hosts: Sequence[HostReport], trial: Trial, *, route: str) -> list[Finding]:
@@ -308,14 +227,15 @@ def explain_silence(hosts: Sequence[HostReport], trial: Trial, *, route: str) ->
     return findings
 
 
-def explain_shared(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -> list[Finding]:
-    """What the first ranks of the hosts say about the file in the output folder."""
-    seen = {host.name: said[0] for host in hosts if (said := trial.news(host.first_rank, "shared"))}
-    first, flag = hosts[0].name, f"--output_dir {output_dir}"
-    if seen.get(first):
-        message = f"{first}: {flag}: no file can be written there ({seen[first]})"
-        return [error("output_not_writable", [first], message, "choose another folder, or make it writable")]
-    blind = [name for name, wrong in seen.items() if wrong]
+def explain_output(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -> list[Finding]:
+    """What the first ranks of the hosts say about the output folder, and about the file that the first one wrote."""
+    seen = {host.name: trial.first(host, "output") for host in hosts}
+    blind = [name for name, wrong in seen.items() if wrong == NOT_SEEN]
+    closed = [name for name, wrong in seen.items() if wrong and name not in blind]
+    flag, first = f"--output_dir {output_dir}", hosts[0].name
+    if closed:
+        message = f"{flag}: no file can be written there ({seen[closed[0]]}) on {enumerate_names(closed)}"
+        return [error("output_not_writable", closed, message, "choose another folder, or make it writable")]
     if not blind:
         return []
     message = f"{flag} is not shared: {enumerate_names(blind)} cannot read what {first} writes there"
@@ -325,22 +245,24 @@ def explain_shared(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -
 
 def group_results(hosts: Sequence[HostReport], trial: Trial) -> list[GroupResult]:
     """Results of every group whose ranks have all measured, by kind, with the hosts of each."""
-    found = [group for rank in sorted(trial.said) for group in trial.news(rank, "group")]
+    found = [group for _, report in sorted(trial.ranks.items()) for group in report.groups]
     found.sort(key=lambda group: get_args(GroupKind).index(group.kind))
-    return [group.model_copy(update={"hosts": hosts_of_ranks(hosts, group.ranks)}) for group in found]
+    places = {host.first_rank + index: host.name for host in hosts for index in range(host.slots)}
+    where = (list(dict.fromkeys(places[rank] for rank in group.ranks)) for group in found)
+    return [group.model_copy(update={"hosts": names}) for group, names in zip(found, where, strict=True)]
 
 
 def explain_trial(hosts: Sequence[HostReport], layout: ParallelConfig, trial: Trial, *, limit: float) -> list[Finding]:
     """Why ranks did not finish; empty if all did."""
     ranks_of = {host.name: range(host.first_rank, host.first_rank + host.slots) for host in hosts}
-    failed = [reason for rank in trial.said for reason in trial.news(rank, "failed")]
+    failed = [report.failed for report in trial.ranks.values() if report.failed is not None]
     reason = failed[0] if failed else f"not finished in {limit:.0f} s" if trial.status is None else ""
     network = (
         f"open the hosts' firewalls to each other, for port {layout.master_port} of {layout.master_host} and for the"
         " ports that ranks choose; or name the network in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
     )
     slow = "check the hosts' network, or raise --timeout_seconds if it is slow"
-    stages: tuple[tuple[Stage, str, str, str], ...] = (
+    stages = (
         ("started", "not_started", "did not start", "run `python -c 'import torch'` there, see how long it takes"),
         ("joined", "not_joined", f"could not meet at {layout.master_host}", network),
         ("done", "allreduce_failed", "did not finish their all-reduces", slow),

@@ -1,26 +1,14 @@
 """The tasks, one file each. Every module in this folder defines `TASK`, and is found under its file's name."""
 
-from __future__ import annotations
-
-import importlib
-import pkgutil
 from collections.abc import Mapping
+from importlib import import_module
 from types import MappingProxyType
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.config.train_fields import TASK_NAMES
 from megatron_tiedlora.data.task import Task
 
-
-def _discover() -> Mapping[str, Task]:
-    found: dict[str, Task] = {}
-    for module in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
-        task = importlib.import_module(module.name).TASK
-        assert isinstance(task, Task) and module.name == f"{__name__}.{task.name}", f"{module.name}: name of its TASK"
-        found[task.name] = task
-    return MappingProxyType(found)
-
-
-TASKS: Mapping[str, Task] = _discover()
+TASKS: Mapping[str, Task] = MappingProxyType({name: import_module(f"{__name__}.{name}").TASK for name in TASK_NAMES})
 
 
 def get_task(name: str) -> Task:

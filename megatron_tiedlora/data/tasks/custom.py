@@ -6,8 +6,6 @@ Owns the table, which shape a row has, and the rejection of fields that look lik
 `turns`, and their text to `chat`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any

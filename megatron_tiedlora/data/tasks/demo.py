@@ -4,8 +4,6 @@ A row is used if its worked answer can be a target: it ends in `#### N`, N >= 0 
 in it has rounding errors.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import re
@@ -22,12 +20,10 @@ from megatron_tiedlora.data.readers import Row
 from megatron_tiedlora.data.task import Split, Task
 from megatron_tiedlora.data.tasks import gsm8k
 
-DEFAULT_SIZES = {"train": 2400, "validation": 48, "test": 48}
+SIZES = {"train": 2400, "validation": 48, "test": 48}
 
-# All parts share one index space: reasoning-gym draws row i from Random(seed + i). So two seeds whose ranges overlap
-# yield the same rows, and cannot be used for two parts.
+# All parts share one index space: reasoning-gym draws row i from Random(i).
 _BLOCKS = {"test": range(0, 1000), "validation": range(1000, 2000), "train": range(2000, 102_000)}
-_ROWS_PER_SEED = _BLOCKS["train"].stop
 
 _PACKAGE = "reasoning_gym"
 _MODULE = "reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic"
@@ -48,47 +44,34 @@ def usable(row: dict[str, Any]) -> bool:
     return not _FLOAT_DEBRIS.search(row["question"] + worked)
 
 
-def demo_examples(split: str, *, seed: int = 0, size: int | None = None) -> list[dict[str, str]]:
+def demo_examples(split: Split) -> list[dict[str, str]]:
     """Rows `{"question", "answer"}` of one part of the demo task; `answer` is the worked solution, ending in `#### N`.
 
-    It is a pure function of its arguments (and of the installed reasoning-gym). For one seed no question occurs twice,
-    within a part or across parts, whatever the sizes: validation excludes the whole test block, and train excludes
-    both. All parts share their templates, so the held-out rows pose known problems with new numbers and names.
+    It is a pure function of its argument (and of the installed reasoning-gym). No question occurs twice, within a part
+    or across parts: validation excludes the whole test block, and train excludes both. All parts share their templates,
+    so the held-out rows pose known problems with new numbers and names.
 
-    Raises UserError if the part is unknown, it cannot fill `size`, or reasoning-gym is missing.
+    Raises UserError if reasoning-gym is missing.
     """
-    if split not in _BLOCKS:
-        raise UserError(f"the demo task has no part {split!r}; its parts are {', '.join(DEFAULT_SIZES)}")
-    wanted = DEFAULT_SIZES[split] if size is None else size
-    if wanted < 1:
-        raise UserError(f"the demo task cannot give {wanted} rows of part {split!r}; ask for 1 or more")
-    dataset = _dataset(seed)
-    seen: set[str] = set()
+    return list(islice(_fresh_rows(split), SIZES[split]))
+
+
+def _fresh_rows(split: Split) -> Iterator[dict[str, str]]:
+    """Yield the usable rows of a part's block whose questions are in no earlier block, and not in a row before."""
+    dataset, seen = _dataset(), set[str]()
     for part, block in _BLOCKS.items():
+        for row in (dataset[index] for index in block):
+            question = row["question"].strip()
+            if part == split and question not in seen and usable(row):
+                seen.add(question)
+                yield {"question": question, "answer": row["metadata"]["answer_cot"].strip()}
+            elif part != split:
+                seen.add(question)
         if part == split:
-            break
-        seen.update(dataset[index]["question"].strip() for index in block)
-    rows = list(islice(_fresh_rows(dataset, _BLOCKS[split], seen), wanted))
-    if len(rows) < wanted:
-        raise UserError(
-            f"the demo task has {len(rows):,} rows in its part {split!r}, but {wanted:,} were requested; "
-            f"ask for at most {len(rows):,}"
-        )
-    return rows
+            return
 
 
-def _fresh_rows(dataset: Any, block: range, seen: set[str]) -> Iterator[dict[str, str]]:
-    """Yield the usable rows of `block` whose questions are not in `seen`, and add these to `seen`."""
-    for index in block:
-        row = dataset[index]
-        question = row["question"].strip()
-        if question in seen or not usable(row):
-            continue
-        seen.add(question)
-        yield {"question": question, "answer": row["metadata"]["answer_cot"].strip()}
-
-
-def _dataset(seed: int) -> Any:
+def _dataset() -> Any:
     """reasoning-gym's `gsm_symbolic`, with one item per index of `_BLOCKS`."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None:
@@ -97,13 +80,13 @@ def _dataset(seed: int) -> Any:
         )
     if _PACKAGE not in sys.modules:
         with suppress(ImportError), _empty_parents(spec.submodule_search_locations or ()):
-            return _built(seed)
-    return _built(seed)  # in another version, with other modules, the whole package is needed
+            return _built()
+    return _built()  # in another version, with other modules, the whole package is needed
 
 
-def _built(seed: int) -> Any:
-    module, first = importlib.import_module(_MODULE), seed * _ROWS_PER_SEED  # so neighbouring seeds share no rows
-    dataset = module.GSMSymbolicDataset(module.GSMSymbolicDatasetConfig(seed=first, size=_ROWS_PER_SEED))
+def _built() -> Any:
+    module = importlib.import_module(_MODULE)
+    dataset = module.GSMSymbolicDataset(module.GSMSymbolicDatasetConfig(seed=0, size=_BLOCKS["train"].stop))
     _ = dataset.generators  # imports the templates now, while their parent modules are in place
     return dataset
 

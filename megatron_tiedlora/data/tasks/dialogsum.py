@@ -4,8 +4,6 @@ The hub has one row with `summary` for each summary of a conversation. The origi
 `summary1`, `summary2` and `summary3`. Both give one held-out sample with all its references.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """GSM8K: a word problem and its worked answer, which ends in `#### N`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ cleaned in the same way, after one space, even where cleaning left a space at it
 endings, but a template can, with {context} and {endings}.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ with aligned lines, given as `train.de,train.en`: plain sentences, or the files 
 `*.xml`, whose sentences are the lines without a tag at their start and the `<seg>` elements.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.errors import UserError, user_path
 from megatron_tiedlora.data.readers import (
     SUFFIXES,
     Row,

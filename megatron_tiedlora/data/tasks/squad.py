@@ -1,7 +1,5 @@
 """SQuAD 1.1: a question about a paragraph, answered by a span of it. Several people's answers are accepted."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ It has `DEFAULTS`, what an absent field means where that is not what it means to
 `ModelShape` of an `HfConfig`.
 """
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Mapping
 from importlib import import_module

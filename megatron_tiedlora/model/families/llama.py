@@ -1,7 +1,5 @@
 """LLaMA 1 to 3, and models of the same shape."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig

@@ -1,7 +1,5 @@
 """Mistral 7B, Nemo and Small: LLaMA's layers, with a sliding window in the oldest models."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig

@@ -1,7 +1,5 @@
 """OLMo 2: norms after attention and MLP in place of those before, and norms of all heads of queries and of keys."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import BEHIND, gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig

@@ -1,12 +1,9 @@
 """OLMo 3: OLMo 2's layers, most of them with a sliding window and a rotation of their own."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import BEHIND, gated_decoder
-from megatron_tiedlora.model.hf_config import HfConfig
-from megatron_tiedlora.model.hf_rope import FULL, SLIDING, read_ropes_by_kind
+from megatron_tiedlora.model.hf_config import FULL, SLIDING, HfConfig, read_ropes_by_kind
 
 DEFAULTS = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "sliding_window": 4096}
 

@@ -1,11 +1,8 @@
 """Phi-3, Phi-3.5 and Phi-4: q, k and v in one stored tensor, gate and up in another, and part of a head rotated."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
-from megatron_tiedlora.model.hf_config import HfConfig
-from megatron_tiedlora.model.hf_rope import read_rope
+from megatron_tiedlora.model.hf_config import HfConfig, read_rope
 
 DEFAULTS = {
     "vocab_size": 32064,

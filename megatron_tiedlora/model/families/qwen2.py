@@ -1,7 +1,5 @@
 """Qwen1.5, Qwen2 and Qwen2.5: a bias on query, key and value and none on the output."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig, window_of_last_layers

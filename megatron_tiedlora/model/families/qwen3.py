@@ -1,7 +1,5 @@
 """Qwen3, the dense models: an RMS norm of each head of queries and keys before the rotation."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig, window_of_last_layers

@@ -1,12 +1,9 @@
 """SmolLM3: LLaMA's layers, in some of which queries and keys are not rotated."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
-from megatron_tiedlora.model.hf_config import HfConfig
-from megatron_tiedlora.model.hf_rope import read_rope
+from megatron_tiedlora.model.hf_config import HfConfig, read_rope
 
 DEFAULTS = {
     "vocab_size": 128256,

@@ -1,11 +1,8 @@
 """StableLM 2, and NVIDIA's GPT-2B-001: LayerNorms with biases, and part of a head rotated."""
 
-from __future__ import annotations
-
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
-from megatron_tiedlora.model.hf_config import HfConfig
-from megatron_tiedlora.model.hf_rope import read_rope
+from megatron_tiedlora.model.hf_config import HfConfig, read_rope
 
 DEFAULTS = {
     "vocab_size": 50304,

@@ -17,7 +17,7 @@ from shared_batches import Member, SharedBatch, rounds
 from tiny_models import random_adapter, write_tiny_model
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
-from megatron_tiedlora.adapters.rows import InputDropout, dropout_salt, token_keys
+from megatron_tiedlora.adapters.low_rank import InputDropout, dropout_salt, token_keys
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -220,7 +220,7 @@ def test_parts_of_tokens_and_features_are_parts_of_the_whole(monkeypatch: pytest
     some, local = torch.tensor([4, 0, 4]), torch.tensor([1])
     assert of(NUMBERS).at(some, local).dropped(x[some], local=False).equal(whole[some])
     assert of(NUMBERS).at(some, local).dropped(x[2:3], local=True).equal(whole[2:3])
-    monkeypatch.setattr("megatron_tiedlora.adapters.rows._HOST_NUMBERS_AT_ONCE", 100)  # two tokens at a time
+    monkeypatch.setattr("megatron_tiedlora.adapters.low_rank._HOST_NUMBERS_AT_ONCE", 100)  # two tokens at a time
     assert of(NUMBERS).dropped(x, local=False).equal(whole)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from shared_tensors import DECLARED, GROUPS, tl6_shares
 
-from megatron_tiedlora.adapters.factors import layer_slots
+from megatron_tiedlora.adapters.low_rank import layer_slots
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,

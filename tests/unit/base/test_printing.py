@@ -18,10 +18,9 @@ from study_files import write_score, write_study
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import printable, show
-from megatron_tiedlora.cluster import running
 from megatron_tiedlora.cluster.doctor.compare import report_text
-from megatron_tiedlora.cluster.doctor.records import DoctorReport, HostReport, ParallelConfig
-from megatron_tiedlora.cluster.running import StopSignals
+from megatron_tiedlora.cluster.doctor.rank import DoctorReport, HostReport, ParallelConfig
+from megatron_tiedlora.cluster.start import StopSignals, say
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
 from megatron_tiedlora.runtime.machine import Finding
@@ -146,7 +145,7 @@ def test_failures_of_a_study(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
 
 def test_reasons_of_hosts_and_ranks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    running.say(f"node1 cannot be reached ({FOREIGN})")
+    say(f"node1 cannot be reached ({FOREIGN})")
     RankLog().say(f"Traceback\n  {FOREIGN}")
     said = capsys.readouterr().err
     assert said.split("\n")[:3] == [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_tiedlora.base.wording import aligned_lines
+from megatron_tiedlora.base.errors import aligned_lines
 
 ROWS = [["stage", "bytes"], ["0", "12.50 GB"], ["1-3", ""]]
 

@@ -12,8 +12,7 @@ from tiny_models import write_tiny_model
 from torch.testing import assert_close
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
-from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.merged_weights import MergedWeights
+from megatron_tiedlora.checkpoint.load_model import MergedWeights, load_model
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import Grid
 

@@ -10,7 +10,7 @@ from family_models import FAMILY_MODELS
 from native_files import with_adapter
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.checkpoint import merged_weights as blocks
+from megatron_tiedlora.checkpoint import load_model as blocks
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.convert import layerwise

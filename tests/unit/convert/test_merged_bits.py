@@ -16,9 +16,9 @@ from quantised_folders import SHAPE, quantised_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.checkpoint import merged_weights as blocks
+from megatron_tiedlora.checkpoint import load_model as blocks
 from megatron_tiedlora.checkpoint.base_identity import identify_model
-from megatron_tiedlora.checkpoint.merged_weights import row_blocks
+from megatron_tiedlora.checkpoint.load_model import row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.merge import merge_adapter

@@ -17,7 +17,7 @@ from wide_models import anonymous_bytes, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
-from megatron_tiedlora.checkpoint import merged_weights as blocks
+from megatron_tiedlora.checkpoint import load_model as blocks
 from megatron_tiedlora.checkpoint import tensor_files
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model

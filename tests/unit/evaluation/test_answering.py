@@ -17,13 +17,13 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.task import Example, Reading, Task
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.evaluation.answering import Questions, ScoredSet, _stop_test, _text, answer_all, encode_scored
+from megatron_tiedlora.evaluation.answering import ScoredSet, _stop_test, _text, answer_all, encode_scored
 from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.parallel.groups import Grid
 
 NEW_TOKENS = 20
-SIZE: dict[str, Any] = {"vocab_size": 320, "reading": Reading()}  # of the tiny model, and by no decision of a user
+SIZE: dict[str, Any] = {"vocab_size": 320, "reading": Reading(), "max_new_tokens": NEW_TOKENS, "batch_size": 4}
 STOP = "s"  # a letter that some of the answers below do hold
 LAYOUTS = ((2, 1, 1), (4, 2, 1), (4, 1, 2))  # ranks, tensor, pipeline: what is left is data parallel
 
@@ -48,8 +48,9 @@ def answers(
 ) -> list[Answer]:
     decoder, tokenizer = build(folder, grid=grid), load_tokenizer(folder)
     rows = examples(choices=choices)
-    scored = encode_scored(rows, task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
-    return answer_all(decoder, {"": Questions(scored, tokenizer, NEW_TOKENS, batch_size)}, grid=grid, **options)[""]
+    size = {**SIZE, "batch_size": batch_size}
+    scored = encode_scored(rows, task(stop), tokenizer, longest_prompt=60, model_folder=folder, **size)
+    return answer_all(decoder, {"": scored}, grid=grid, **options)[""]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_the_stop_ends_decoding_and_not_only_the_text(folder: Path) -> None:
     scored = encode_scored([examples()[index]], task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
     calls: list[int] = []
     decoder.stage.layers["0"].register_forward_hook(lambda *_: calls.append(1))
-    found = answer_all(decoder, {"": Questions(scored, tokenizer, NEW_TOKENS, 4)}, grid=Grid(0, 1))[""]
+    found = answer_all(decoder, {"": scored}, grid=Grid(0, 1))[""]
     assert found[0].prediction == text.split(stop)[0].strip()
     assert len(calls) - 2 < NEW_TOKENS  # two calls are the choices'
 
@@ -170,7 +171,7 @@ def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [{tokenizer.eos_token_id}, {token}]}}')
     scored = encode_scored(examples(), task(), tokenizer, longest_prompt=60, model_folder=tmp_path, **SIZE)
     assert scored.end_ids == {tokenizer.eos_token_id, token}
-    found = answer_all(decoder, {"": Questions(scored, tokenizer, NEW_TOKENS, 4)}, grid=Grid(0, 1))[""]
+    found = answer_all(decoder, {"": scored}, grid=Grid(0, 1))[""]
     assert found[0].prediction == text.split(letter)[0].strip()
 
 

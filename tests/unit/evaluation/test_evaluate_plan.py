@@ -20,7 +20,7 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.evaluation.answering import read_questions
+from megatron_tiedlora.evaluation.answering import read_scored
 from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
 from megatron_tiedlora.evaluation.results import headline
 from megatron_tiedlora.model.fused_attention import choose_attention
@@ -54,13 +54,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def test_a_prompt_leaves_room_for_its_answer_and_the_demo_decodes_a_few_rows(models: Models) -> None:
     chosen = {"model": str(models.base), "max_new_tokens": 246, "test_file": str(models.rows)}
     plans = plan_evaluations(validate_settings(chosen, EvaluateSettings), rank=0, world_size=1)
-    plan, questions = plans[""], read_questions(plans)
-    scored = questions[""].scored
+    plan, sets = plans[""], read_scored(plans)
+    scored = sets[""]
     lengths = [min(1 + len(example.prompt), 256 - 246) for example in scored.examples]  # one token a letter, and BOS
     assert [len(prompt) for prompt in scored.prompts] == lengths and plan.limit is None
     num_cut = sum(len(example.prompt) >= 256 - 246 for example in scored.examples)
     assert 0 < num_cut == scored.num_truncated < NUM_ROWS
-    lines = headline(plans, questions, ROUTE)
+    lines = headline(plans, sets, ROUTE)
     assert f"{num_cut} of them without their middle" in lines[1]
     assert lines[-1] == "attention  tiles of queries (a CPU)"
 
@@ -81,7 +81,7 @@ def test_prompts_are_as_long_as_in_a_training_run(models: Models, lengths: dict[
         rank=0,
         world_size=1,
     )
-    here, there = read_questions(plans)[""].scored, prepare_data(training).scored
+    here, there = read_scored(plans)[""], prepare_data(training).scored
     assert there is not None and plans[""].max_new_tokens == training.max_new_tokens
     assert [prompt.tolist() for prompt in here.prompts] == [prompt.tolist() for prompt in there.prompts]
     assert 0 < here.num_truncated == there.num_truncated < NUM_ROWS
@@ -108,7 +108,7 @@ def test_an_adapter_s_run_and_base_are_compared(models: Models, tmp_path: Path) 
     }.items():
         plans = plan_evaluations(validate_settings({**rows, **chosen}, EvaluateSettings), rank=0, world_size=1)
         notes[name] = plans[""].notes
-        lines = headline(plans, read_questions(plans), ROUTE)
+        lines = headline(plans, read_scored(plans), ROUTE)
         assert sum(line.startswith("note") for line in lines) == len(notes[name])
     assert notes["same"] == notes["given"] == ()
     assert "native/, what was exported, is missing" in notes["peft_same"][0] and len(notes["peft_same"]) == 1

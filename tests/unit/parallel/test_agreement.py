@@ -35,7 +35,7 @@ from megatron_tiedlora.parallel.agreement import (
     raise_on_every_rank,
     unpacked,
 )
-from megatron_tiedlora.parallel.traffic import WORLD, Traffic, TrafficCounter
+from megatron_tiedlora.parallel.groups import WORLD, Traffic, TrafficCounter
 
 TEXT = 'Grüße, 日本 \U0001f600, line\nbreak, quote " back\\slash, \x00 and \x1b[2J'
 LARGE = 20 * 2**20

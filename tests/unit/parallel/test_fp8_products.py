@@ -16,8 +16,8 @@ from megatron_tiedlora.adapters.tied_adapter import (
     make_adapter_config,
     targets_of,
 )
-from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import FP8_CAPABILITY
 from megatron_tiedlora.checkpoint.base_weights import draw_
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.families import shape_from_hf

@@ -10,7 +10,7 @@ import quantised_oracle as oracle
 import torch
 from quantised_models import bytes_of
 
-from megatron_tiedlora.base.base_formats import BASE_FORMATS
+from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.parallel import quantise
 
 BLOCK = 64

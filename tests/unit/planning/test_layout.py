@@ -14,14 +14,9 @@ from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.planning.layout import (
-    Layout,
-    StagePlan,
-    pays_to_compile,
-    plan_stages,
-)
+from megatron_tiedlora.planning.layout import Layout, StagePlan, plan_stages
 from megatron_tiedlora.planning.report import dry_run_report
-from megatron_tiedlora.planning.run_plan import plan_run
+from megatron_tiedlora.planning.run_plan import pays_to_compile, plan_run
 
 SHAPE = find_model("llama2-70b", weights=False).shape
 ADAPTER = make_adapter_config("tl6", rank=8, layers=tuple(range(1, 81)), targets=targets_of(SHAPE), seed=0)

@@ -27,7 +27,7 @@ def test_no_cut_is_better(seed: int) -> None:
     for num_layers in range(3, 11):
         for num_stages in range(1, num_layers - 1):
             # Whole numbers, so that sums are exact and ties are ties.
-            costs = [float(draw.choice((0, 1, 2, 3, 5, 9))) for _ in range(num_layers)]
+            costs = tuple(float(draw.choice((0, 1, 2, 3, 5, 9))) for _ in range(num_layers))
             stages = partition(costs, num_stages)
             check_is_a_cut(stages, num_layers, num_stages)
             best = min(cost_key(costs, cut) for cut in all_cuts(num_layers, num_stages))
@@ -36,7 +36,7 @@ def test_no_cut_is_better(seed: int) -> None:
 
 def test_the_most_even_whole_is_not_made_of_the_best_beginnings() -> None:
     """1 | 5 is the better beginning of three stages, but the last costs 6 anyhow, and then 6 | 2 | 3 is more even."""
-    assert partition([0.0, 1.0, 5.0, 2.0, 3.0, 5.0, 1.0, 0.0], 4) == (range(3), range(3, 4), range(4, 5), range(5, 8))
+    assert partition((0.0, 1.0, 5.0, 2.0, 3.0, 5.0, 1.0, 0.0), 4) == (range(3), range(3, 4), range(4, 5), range(5, 8))
 
 
 def model(name: str, **changes: Any) -> ModelShape:
@@ -102,14 +102,14 @@ def test_one_adapted_layer_shifts_the_cut(layer: int) -> None:
 @pytest.mark.parametrize("num_stages", [4, 5, 100])
 def test_more_stages_than_blocks_are_refused(num_stages: int) -> None:
     with pytest.raises(ValueError, match=f"3 layers cannot be partitioned into {num_stages} stages"):
-        partition([0.0, 1.0, 1.0, 1.0, 5.0], num_stages)
-    assert partition([0.0, 1.0, 1.0, 1.0, 5.0], 3) == (range(2), range(2, 3), range(3, 5))
+        partition((0.0, 1.0, 1.0, 1.0, 5.0), num_stages)
+    assert partition((0.0, 1.0, 1.0, 1.0, 5.0), 3) == (range(2), range(2, 3), range(3, 5))
 
 
 def test_neither_embedding_nor_head_stands_alone() -> None:
     """However dear they are."""
-    for costs in ([100.0, 1.0, 1.0, 100.0], [0.0, 9.0, 9.0, 100.0], [100.0, 1.0, 1.0, 1.0, 1.0, 0.0]):
+    for costs in ((100.0, 1.0, 1.0, 100.0), (0.0, 9.0, 9.0, 100.0), (100.0, 1.0, 1.0, 1.0, 1.0, 0.0)):
         stages = partition(costs, 2)
         check_is_a_cut(stages, len(costs), 2)
         assert cost_key(costs, stages) == min(cost_key(costs, cut) for cut in all_cuts(len(costs), 2))
-    assert partition([100.0, 1.0, 1.0, 1.0, 1.0, 0.0], 2) == (range(2), range(2, 6))
+    assert partition((100.0, 1.0, 1.0, 1.0, 1.0, 0.0), 2) == (range(2), range(2, 6))

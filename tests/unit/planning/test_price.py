@@ -25,7 +25,7 @@ from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
-from megatron_tiedlora.parallel.traffic import TENSOR
+from megatron_tiedlora.parallel.groups import TENSOR
 from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
 from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster
 from megatron_tiedlora.planning.layout import plan_stages
@@ -136,7 +136,7 @@ def test_messages_are_charged_once() -> None:
     """The tensor group's bytes over a ring of two, and 15 us for each message; nothing hides them."""
     one = priced(*ONE, "--tensor_parallel=2", "--sequence_parallel=true", "--global_batch_size=4", ranks=2)
     stages = plan_stages(SOURCE.shape, one.layout)
-    traffic = step_traffic(stages[0], one.step.batches.shapes)
+    traffic = step_traffic(stages[0], one.step.batches)
     messages, size = traffic.of_group(TENSOR)
     # u's sum is the tensor group's too, but once a step
     once = 15e-6 + 4 * stages[0].shape.num_layers * 8 / 360e9
@@ -168,7 +168,7 @@ def test_the_bubble_of_a_pipeline() -> None:
     shape = SOURCE.shape
     one = priced(*ONE, "--pipeline_parallel=2", "--global_batch_size=6", ranks=2)
     parts = one.parts
-    passes = [sum(sum(each) for each in stage[0]) for stage in parts.stages]
+    passes = [sum(sum(each) for each in stage[parts.batches[0]]) for stage in parts.stages]
     least = (6 + 1) * min(passes)
     assert least < one.seconds.total - one.seconds.sums - one.seconds.outside < (6 + 1) * max(passes)
     equal = replace(parts, stages=[parts.stages[0]] * 2)

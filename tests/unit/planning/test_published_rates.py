@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import pytest
 from folders import ROOT
-from planned import H100, changed, short, the_only
+from planned import BACKWARD, FORWARD, H100, Pass, changed, short, simulate, the_only
 
 from megatron_tiedlora.planning.search import Candidate
-from megatron_tiedlora.planning.step_time import BACKWARD, FORWARD, Pass, simulate
 
 FITTED, UNFITTED = 0.05, 0.08
 FP8_SHARE = H100["matmul.fp8"]
@@ -66,14 +65,12 @@ def step_of(one: Candidate, chunks: int) -> float:
     if chunks == 1:
         return one.seconds.total
     parts = one.parts
-    number, stages = len(parts.batches), [passes[0] for passes in parts.stages]
-    order = interleaved(len(stages), number, chunks)
+    order = interleaved(len(parts.stages), len(parts.batches), chunks)
 
-    def cost(rank: int, kind: str) -> float:
-        passes = stages[rank]
-        return (passes.forward if kind == FORWARD else passes.backward).total / chunks
+    def cost(rank: int, one: Pass) -> float:
+        return parts.stages[rank][parts.batches[0]][one.kind == BACKWARD].total / chunks
 
-    return float(simulate(order, lambda rank, passed: cost(rank, passed.kind))) + parts.sums + parts.outside
+    return simulate(order, cost) + parts.sums + parts.outside
 
 
 def interleaved(num_stages: int, num_micro_batches: int, num_chunks: int) -> list[list[Pass]]:

@@ -15,7 +15,7 @@ from folders import ROOT
 from task_files import HUB_ROWS, refusal, write_rows
 
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.paths import make_own_folder, make_private_folder
+from megatron_tiedlora.base.output_folder import make_own_folder, make_private_folder
 from megatron_tiedlora.config.cli import keep_from_others
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Reading

@@ -59,14 +59,14 @@ def test_the_trap_works(trap: Path) -> None:
     assert (trap.parent / "sprung").exists()
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_by_what_run_py_starts(trap: Path, launcher: str) -> None:
+@pytest.mark.parametrize(("launcher", "by_ssh"), [("deepspeed", True), ("torchrun", False)])
+def test_by_what_run_py_starts(trap: Path, launcher: str, by_ssh: bool) -> None:
     """The ranks find no model, after they have imported all that they use."""
     hosts = trap.parent / "hosts"
-    # run.py starts all hosts by the same words; torchrun's ranks look for the first one by its name
     hosts.write_text("localhost slots=1\n")
+    where = [f"--hostfile={hosts}"] if by_ssh else ["--num_gpus=1"]
     settings = ["--model=./none", "--task=gsm8k", "--global_batch_size=2"]
-    done = command(trap, "run.py", f"--launcher={launcher}", f"--hostfile={hosts}", *settings)
+    done = command(trap, "run.py", f"--launcher={launcher}", *where, *settings)
     assert done.returncode != 0 and "--model ./none: no such folder" in done.stdout + done.stderr
     check(trap)
 
