@@ -223,7 +223,18 @@ def corpus_bleu(sums: Sequence[int]) -> float:
     """sacrebleu's corpus BLEU of summed statistics, bit-identical to its `corpus_score`."""
     from sacrebleu.metrics import BLEU
 
-    return float(BLEU()._compute_score_from_stats(list(sums)).score)
+    corpus, orders = BLEU(), len(sums) // 2 - 1
+    score = BLEU.compute_bleu(
+        correct=list(sums[2 : 2 + orders]),
+        total=list(sums[2 + orders :]),
+        sys_len=sums[0],
+        ref_len=sums[1],
+        smooth_method=corpus.smooth_method,
+        smooth_value=corpus.smooth_value,
+        effective_order=corpus.effective_order,
+        max_ngram_order=corpus.max_ngram_order,
+    )
+    return float(score.score)
 
 
 def bleu_signature(answers: Sequence[Answer]) -> str:

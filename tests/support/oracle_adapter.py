@@ -39,24 +39,6 @@ ALL_TARGETS = tuple(TARGET_PARTS)
 Groups = tuple[tuple[int, ...], ...]  # of layers, 1-based
 
 
-def oracle_trainable_count(method: str, *, rank: int, hidden_size: int, qkv_rows: int, num_layers: int) -> int:
-    """The "general" column of the reference's table; `num_layers` counts the adapted layers.
-
-    For another target than qkv, its input and output sizes stand for `hidden_size` and `qkv_rows`.
-    """
-    r, d, o, n = rank, hidden_size, qkv_rows, num_layers
-    return {
-        "lora": n * r * (d + o),
-        "vera": n * (r + o),
-        "tl1": d * r,
-        "tl2": d * r + n * (r + o),
-        "tl3": o * r,
-        "tl4": n * r + o * r,
-        "tl5": r * (d + o),
-        "tl6": r * (d + o) + n * (r + o),
-    }[method]
-
-
 def tensor_name(target: str, factor: str) -> str:
     """The name in the native format of "A", "B", "u" or "v" of a target."""
     return factor if target == "qkv" else f"{target}.{factor}"

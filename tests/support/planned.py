@@ -10,7 +10,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
-from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import find_machine
 from megatron_tiedlora.planning.layout import MicroBatchShape, StagePlan
@@ -23,6 +23,21 @@ from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, Seconds, StepParts, stage_terms, sum_terms
 
 H100 = GPUS["h100"]
+# A file of adapters that differ in what a step needs, for a model of at least 5 layers.
+THREE = """\
+- name: plain
+- name: wide
+  method: lora
+  rank: 16
+  targets: all
+  global_batch_size: 24
+  max_steps: 500
+- name: late
+  method: vera
+  layers: 3,5
+  targets: qkv,down_proj
+  global_batch_size: 48
+"""
 
 
 def changed(machine: Machine, **values: float) -> Machine:
@@ -55,6 +70,14 @@ def the_only(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, ma
     plan = searched(*flags, source=source, ranks=ranks, per_node=per_node, machine=machine)
     (candidate,) = plan.candidates
     return candidate
+
+
+def group_of(source: ModelSource, ranks: int, **choices: Any) -> StepPlan:
+    """The plan of a run on GPUs without data, of one adapter or of those of a file."""
+    values = {"model": source.name, "dry_run": True, "plan_for": "gpu", "world_size": ranks}
+    settings = make_settings({**values, **choices})
+    plans = plan_adapters(settings, rank=0, world_size=ranks, weights=False, source=source)
+    return StepPlan(plans, settings.share_micro_batches)
 
 
 def words_of_a_run(flags: list[str]) -> str:

@@ -161,7 +161,6 @@ def random_adapter(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     scale: float = 0.5,
-    scale_frozen_vectors: bool = False,
     targets: Collection[str] = ("qkv",),
     groups: Mapping[str, Groups] | None = None,
 ) -> OracleAdapter:
@@ -170,7 +169,6 @@ def random_adapter(
     Args:
         alpha: rank by default; give another value so that a forgotten alpha / r shows.
         layers: 1-based; all by default.
-        scale_frozen_vectors: draw u and v also where the method keeps them at 1.
         targets: drawn in their own order, so that qkv has the same tensors with and without others.
         groups: of layers that share a factor, by its letter, where it is not as in the method.
     """
@@ -182,7 +180,7 @@ def random_adapter(
         # Signs vary and no entry is near 0; drawn always, so that the seed means the same for every method.
         size = 0.5 + torch.rand(*lead[name], width, generator=generator, dtype=torch.float64)
         sign = torch.where(torch.rand(*lead[name], width, generator=generator) < 0.3, -1.0, 1.0)
-        return size * sign if name in TRAINED_TENSORS[method] or scale_frozen_vectors else torch.ones_like(size)
+        return size * sign if name in TRAINED_TENSORS[method] else torch.ones_like(size)
 
     tensors: dict[str, torch.Tensor] = {}
     targets = tuple(target for target in ALL_TARGETS if target in targets)
@@ -225,20 +223,16 @@ def random_batches(
     return [[sample(kind % 4) for kind in range(samples_per_step)] for _ in range(num_steps)]
 
 
-def pad_samples(
-    samples: list[OracleBatch], *, pad_id: int = EOS_ID, multiple: int = 1, side: str = "right"
-) -> OracleBatch:
+def pad_samples(samples: list[OracleBatch], *, multiple: int = 1) -> OracleBatch:
     """One batch of the samples (each (1, S) without extras), padded to a multiple, with its attention mask."""
-    assert side in ("left", "right"), side
     length = max(part.input_ids.shape[1] for part in samples)
     length = -(-length // multiple) * multiple
     shape = (len(samples), length)
-    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED_LABEL)
+    input_ids, labels = torch.full(shape, EOS_ID), torch.full(shape, IGNORED_LABEL)
     mask = torch.zeros(shape, dtype=torch.long)
     for row, part in enumerate(samples):
         width = part.input_ids.shape[1]
-        place = slice(0, width) if side == "right" else slice(length - width, length)
-        input_ids[row, place], labels[row, place], mask[row, place] = part.input_ids[0], part.labels[0], 1
+        input_ids[row, :width], labels[row, :width], mask[row, :width] = part.input_ids[0], part.labels[0], 1
     return OracleBatch(input_ids, labels, attention_mask=mask)
 
 

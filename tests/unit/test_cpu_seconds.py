@@ -82,12 +82,6 @@ def test_the_table_and_the_names_of_dear_tests(tmp_path: Path) -> None:
     assert ended.returncode == 1 and "the run fails" in ended.stdout, ended.stdout
 
 
-def test_in_ci_a_run_without_a_dear_test_does_not_fail(tmp_path: Path) -> None:
-    ended = run_suite(tmp_path, "-q", "-n", "0", cheap=CHEAP)
-    assert ended.returncode == 0 and "3 passed" in ended.stdout and "over their" not in ended.stdout, ended.stdout
-    assert "with child processes" not in ended.stdout, "-q prints no table"
-
-
 @pytest.mark.parametrize(
     ("cpu", "ci", "status"), [(90.0, True, 0), (101.0, False, 0), (101.0, True, 1)], ids=["margin", "by hand", "CI"]
 )

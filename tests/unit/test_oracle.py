@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_models import FAMILY_MODELS
 from oracle import OracleConfig, cast_weights, load_weights, merged_weights, oracle_logits
-from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, oracle_trainable_count
+from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
 from oracle_rope import rope_amplitude, rope_frequencies
-from oracle_training import OracleBatch, oracle_gradients, oracle_learning_rate, oracle_loss, oracle_train
+from oracle_training import oracle_gradients, oracle_learning_rate, oracle_loss, oracle_train
 from tiny_models import pack_samples, pad_samples, random_adapter, random_batches, tiny_model, write_tiny_model
 
 SHAPES = {
@@ -22,7 +23,6 @@ SHAPES = {
     "llama3": {"llama3_rope": True, "rope_theta": 500.0, "head_dim": 16},
     "theta": {"rope_theta": 500000.0, "num_layers": 5},
 }
-METHODS = tuple(TRAINED_TENSORS)
 
 
 def base(**shape):
@@ -61,40 +61,6 @@ def test_base_logits_in_fp64_and_bf16_are_near_transformers():
     assert largest_error(bf16.double(), fp64) < 0.1
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
-def test_padding_is_never_looked_at(side):
-    model, weights, config = base()
-    (samples,) = random_batches(1)
-    padded = pad_samples(samples, multiple=8, side=side)
-    ours = oracle_logits(weights, config, None, padded.input_ids, padded.attention_mask)
-    theirs = model(padded.input_ids, attention_mask=padded.attention_mask).logits
-    real = padded.attention_mask.bool()
-    assert largest_error(ours[real], theirs[real]) < 1e-5
-    alone = torch.cat([oracle_logits(weights, config, None, part.input_ids)[0] for part in samples])
-    assert largest_error(ours[real], alone) < 1e-5
-
-
-@torch.no_grad()
-def test_packed_documents_do_not_see_each_other():
-    _, weights, config = base()
-    (samples,) = random_batches(1)
-    packed = pack_samples(samples)
-    ours = oracle_logits(
-        weights, config, None, packed.input_ids, positions=packed.positions, documents=packed.documents
-    )
-    alone = torch.cat([oracle_logits(weights, config, None, part.input_ids)[0] for part in samples])
-    assert largest_error(ours[0], alone) < 1e-5
-
-
-def test_llama3_frequencies_cover_all_three_cases():
-    model, _, config = base(**SHAPES["llama3"])
-    plain, ours = (rope_frequencies(config.rope_theta, config.head_dim, s) for s in (None, config.rope_scaling))
-    torch.testing.assert_close(ours, model.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
-    ratio = (plain / ours).round(decimals=3)
-    assert (ratio == 1).any() and (ratio == 8).any() and ((ratio > 1) & (ratio < 8)).any()
-
-
 @pytest.mark.parametrize(
     "rope",
     [
@@ -110,6 +76,13 @@ def test_other_frequencies_are_those_of_transformers(rope):
     ours = rope_frequencies(config.rope_theta, 8, config.rope_scaling)
     torch.testing.assert_close(ours, theirs.inv_freq, rtol=1e-6, atol=0)
     assert rope_amplitude(config.rope_scaling, 256) == pytest.approx(theirs.attention_scaling, rel=1e-12)
+
+
+def test_llama3_frequencies_cover_all_three_cases():
+    _, _, config = base(**SHAPES["llama3"])
+    plain, ours = (rope_frequencies(config.rope_theta, config.head_dim, s) for s in (None, config.rope_scaling))
+    ratio = (plain / ours).round(decimals=3)
+    assert (ratio == 1).any() and (ratio == 8).any() and ((ratio > 1) & (ratio < 8)).any()
 
 
 def test_config_reads_both_styles_of_rope():
@@ -132,29 +105,6 @@ def test_config_reads_both_styles_of_rope():
 # ----------------------------------------------------------------------------------------------------- the adapter
 
 
-@pytest.mark.parametrize("shape", ["gqa", "head_dim", "bias"])
-@pytest.mark.parametrize("method", METHODS)
-@torch.no_grad()
-def test_update_equals_transformers_with_merged_weights(method, shape):
-    model, _, config = base(**SHAPES[shape])
-    adapter = random_adapter(method, config, alpha=6.0, scale_frozen_vectors=True)
-    before = model(tokens()).logits
-    for i in range(config.num_layers):  # written out here, beside the oracle's own merged_weights
-        a, b = (adapter.A[i], adapter.B[i]) if method == "lora" else (adapter.A, adapter.B)
-        delta = 6.0 / 4 * torch.diag(adapter.v[i]) @ b @ torch.diag(adapter.u[i]) @ a
-        attention = model.model.layers[i].self_attn
-        q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        attention.q_proj.weight += delta[:q]
-        attention.k_proj.weight += delta[q : q + k]
-        attention.v_proj.weight += delta[q + k :]
-    theirs = model(tokens()).logits
-    base_weights = dict(tiny_model(**SHAPES[shape]).state_dict())
-    assert largest_error(theirs, before) > 0.05
-    assert largest_error(oracle_logits(base_weights, config, adapter, tokens()), theirs) < 1e-5
-    merged = merged_weights(base_weights, config, adapter)
-    assert largest_error(oracle_logits(merged, config, None, tokens()), theirs) < 1e-5
-
-
 @pytest.mark.parametrize("method", ["lora", "tl6"])
 @torch.no_grad()
 def test_layers_are_one_based_and_in_the_order_given(method):
@@ -173,42 +123,6 @@ def test_layers_are_one_based_and_in_the_order_given(method):
         largest_error(oracle_logits(weights, config, adapter, tokens()), oracle_logits(merged, config, None, tokens()))
         < 1e-5
     )
-
-
-SIZES_7B = {"qkv": (4096, 12288), "o_proj": (4096, 4096), "gate_up": (4096, 22016), "down_proj": (11008, 4096)}
-SIZES_70B = {"qkv": (8192, 10240), "o_proj": (8192, 8192), "gate_up": (8192, 57344), "down_proj": (28672, 8192)}
-
-
-def count_of(method, sizes, *, rank, num_layers):
-    return sum(
-        oracle_trainable_count(method, rank=rank, hidden_size=d, qkv_rows=o, num_layers=num_layers)
-        for d, o in sizes.values()
-    )
-
-
-@pytest.mark.parametrize("targets", [("qkv",), ALL_TARGETS])
-@pytest.mark.parametrize("method", METHODS)
-def test_counts_match_the_tensors_and_the_gradients(method, targets):
-    _, weights, config = base()
-    adapter = random_adapter(method, config, rank=3, targets=targets)
-    sizes = {"qkv": (32, 64), "o_proj": (32, 32), "gate_up": (32, 96), "down_proj": (48, 32)}
-    sizes = {name: sizes[name] for name in targets}
-    _, gradients = oracle_gradients(weights, config, adapter, random_batches(1)[0])
-    assert sum(gradient.numel() for gradient in gradients.values()) == count_of(method, sizes, rank=3, num_layers=3)
-    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
-
-
-def test_counts_of_the_reference():
-    seven = dict(rank=8, hidden_size=4096, qkv_rows=12288, num_layers=32)
-    wanted = dict(lora=4194304, vera=393472, tl1=32768, tl2=426240, tl3=98304, tl4=98560, tl5=131072, tl6=524544)
-    assert {method: oracle_trainable_count(method, **seven) for method in METHODS} == wanted
-    seventy = dict(rank=8, hidden_size=8192, qkv_rows=10240, num_layers=80)
-    wanted = dict(lora=11796480, tl5=147456, tl6=967296)
-    assert {method: oracle_trainable_count(method, **seventy) for method in wanted} == wanted
-    wanted = dict(lora=16842752, tl5=526336, tl6=1887232)
-    assert {method: count_of(method, SIZES_7B, rank=8, num_layers=32) for method in wanted} == wanted
-    wanted = dict(lora=87818240, tl5=1097728, tl6=7817728)
-    assert {method: count_of(method, SIZES_70B, rank=8, num_layers=80) for method in wanted} == wanted
 
 
 # ---------------------------------------------------------------------------------------- loss, gradients, training
@@ -316,15 +230,6 @@ def test_training_equals_torch_optim(method, name):
         assert moved == (tensor in TRAINED_TENSORS[method])
 
 
-def test_training_lowers_the_loss_with_a_bf16_base_and_fp32_adapter():
-    _, weights, config = base()
-    weights = cast_weights(weights, torch.bfloat16)
-    adapter = random_adapter("tl6", config)
-    run = oracle_train(weights, config, adapter, random_batches(1) * 8, learning_rate=0.01, update_dtype=torch.float32)
-    assert run.adapter.A.dtype == run.first_moments["A"].dtype == torch.float32
-    assert run.losses[-1] < run.losses[0] - 0.1
-
-
 def test_schedule_by_hand():
     def rate(step):
         return oracle_learning_rate(step, learning_rate=1e-4, warmup_steps=50, max_steps=2000)
@@ -338,43 +243,68 @@ def test_schedule_by_hand():
     assert oracle_learning_rate(0, learning_rate=3.0, warmup_steps=0, max_steps=4) == 3.0
 
 
-# ------------------------------------------------------------------------------------------------------ tiny models
+# ------------------------------------------------------------------------------------------- adapters of any targets
+
+TOKENS = torch.randint(3, 320, (2, 40), generator=torch.Generator().manual_seed(3))
+TARGETS = {**{name: (name,) for name in ALL_TARGETS[1:]}, "all": ALL_TARGETS}
+MODULES = {
+    "qkv": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+    "o_proj": {"self_attn.o_proj"},
+    "gate_up": {"mlp.gate_proj", "mlp.up_proj"},
+    "down_proj": {"mlp.down_proj"},
+}
 
 
+@pytest.mark.parametrize("shape", ["llama dynamic", "qwen2", "qwen3", "phi3", "stablelm", "smollm3", "olmo2"])
+@pytest.mark.parametrize("targets", TARGETS)
 @torch.no_grad()
-def test_written_checkpoint_is_read_by_transformers_and_by_the_oracle(tmp_path: Path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_logits_are_those_of_the_merged_weights_for_every_target(tmp_path: Path, targets: str, shape: str) -> None:
+    """In fp64, on the layers given; what is not a target keeps its bits."""
+    folder = write_tiny_model(tmp_path / "model", tokenizer=False, **FAMILY_MODELS[shape])
+    weights, config = load_weights(folder, torch.float64), OracleConfig.from_folder(folder)
+    assert len({config.hidden_size, config.intermediate_size, config.qkv_rows}) == 3
+    layers = (1, config.num_layers)
+    for method in ("lora", "tl6"):
+        adapter = random_adapter(
+            method, config, alpha=6.0, layers=layers, dtype=torch.float64, targets=TARGETS[targets]
+        )
+        merged = merged_weights(weights, config, adapter)
+        names = {module for target in TARGETS[targets] for module in MODULES[target]}
+        wanted = {f"model.layers.{layer - 1}.{module}.weight" for layer in layers for module in names}
+        assert {name for name in weights if not torch.equal(weights[name], merged[name])} == wanted
+        logits = oracle_logits(weights, config, adapter, TOKENS)
+        assert largest_error(logits, oracle_logits(weights, config, None, TOKENS)) > 0.05
+        assert largest_error(logits, oracle_logits(merged, config, None, TOKENS)) < 1e-12
 
-    folder = write_tiny_model(tmp_path / "tiny", max_shard_size="20KB", tied=True, dtype=torch.bfloat16)
-    assert (folder / "model.safetensors.index.json").exists() and len(list(folder.glob("*.safetensors"))) > 2
-    weights = load_weights(folder)
-    assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values()) and "lm_head.weight" not in weights
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    ours = oracle_logits(cast_weights(weights, torch.float32), OracleConfig.from_folder(folder), None, tokens())
-    assert largest_error(ours, theirs(tokens()).logits) < 1e-5
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "Question: 2 + 3 =\n  5, naïve  ✓ "
-    ids = tokenizer(text)["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id == 1 and tokenizer.eos_token_id == 2 and len(ids) == 1 + len(text.encode())
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids[1:]
+@pytest.mark.parametrize("method", ["lora", "tl6"])
+@torch.no_grad()
+def test_logits_with_every_target_are_those_of_peft(method: str) -> None:
+    """PEFT's LoRA of each module with A' = diag(u) A, which a target's modules share, and its rows of diag(v) B."""
+    from peft import LoraConfig, get_peft_model
 
-
-def test_random_things_are_reproducible():
-    _, _, config = base()
-    for method in METHODS:
-        first, second = (random_adapter(method, config, seed=5) for _ in range(2))
-        assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
-        assert all(tensor.abs().max() > 0 for tensor in first.tensors.values())
-        more = random_adapter(method, config, seed=5, targets=ALL_TARGETS[::-1])
-        assert more.targets == ALL_TARGETS and len(more.tensors) == 4 * len(first.tensors)
-        assert all(torch.equal(more.tensors[name], tensor) for name, tensor in first.tensors.items())
-    batches: list[list[OracleBatch]] = random_batches(3, samples_per_step=6, seed=1)
-    again = random_batches(3, samples_per_step=6, seed=1)
-    assert all(
-        torch.equal(a.input_ids, b.input_ids)
-        for x, y in zip(batches, again, strict=True)
-        for a, b in zip(x, y, strict=True)
-    )
-    assert len(batches) == 3 and all(len(step) == 6 for step in batches)
+    model = tiny_model(head_dim=12)
+    weights, config = dict(model.state_dict()), OracleConfig.from_hf(model.config.to_dict())
+    adapter = random_adapter(method, config, alpha=6.0, targets=ALL_TARGETS)
+    plain = oracle_logits(weights, config, None, TOKENS)
+    theirs = get_peft_model(model, LoraConfig(r=4, lora_alpha=6.0, target_modules="all-linear", task_type="CAUSAL_LM"))
+    q, kv, f = 4 * 12, 2 * 12, 48
+    cuts = {  # of each module's rows among its target's
+        "self_attn": {"q_proj": ("", 0, q), "k_proj": ("", q, kv), "v_proj": ("", q + kv, kv)}
+        | {"o_proj": ("o_proj.", 0, 32)},
+        "mlp": {"gate_proj": ("gate_up.", 0, f), "up_proj": ("gate_up.", f, f), "down_proj": ("down_proj.", 0, 32)},
+    }
+    filled = 0
+    for i, layer in enumerate(theirs.base_model.model.model.layers):
+        for part, modules in cuts.items():
+            for name, (prefix, first, rows) in modules.items():
+                a, b, u, v = (adapter.tensors[f"{prefix}{factor}"] for factor in "ABuv")
+                a, b = (a[i], b[i]) if method == "lora" else (a, b)
+                module = getattr(getattr(layer, part), name)
+                module.lora_A["default"].weight.copy_(torch.diag(u[i]) @ a)
+                module.lora_B["default"].weight.copy_((torch.diag(v[i]) @ b)[first : first + rows])
+                filled += 2
+    assert filled == sum("lora_" in name for name, _ in theirs.named_parameters()) == 7 * 2 * config.num_layers
+    ours = oracle_logits(weights, config, adapter, TOKENS)
+    assert largest_error(ours, plain) > 0.05
+    assert largest_error(ours, theirs(TOKENS).logits) < 1e-5

@@ -1,35 +1,28 @@
-"""Who holds what: cuts with padding, every factor at every place of a grid, start values, and the slices read."""
+"""Who holds what: cuts with padding, every factor at every place of a grid, start values, and the slots of
+tensors that layers share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from gradient_worker import fill_stage
-from safetensors.torch import load_file
-from tiny_models import write_tiny_model
+from shared_tensors import DECLARED, GROUPS, tl6_shares
 
+from megatron_tiedlora.adapters.low_rank import layer_slots
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
     Target,
     TiedAdapter,
     initial_values,
-    lora_factors,
     make_adapter_config,
 )
-from megatron_tiedlora.adapters.tying import AdapterLayout
+from megatron_tiedlora.adapters.tying import AdapterLayout, GradientGuard
 from megatron_tiedlora.base.methods import METHODS
-from megatron_tiedlora.checkpoint.base_identity import identify_base
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.model.partition import layer_costs, partition
-from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.groups import Grid, RankGroup, TensorParallel
+from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 
 # ------------------------------------------------------------------------------------------- declarations
@@ -86,7 +79,7 @@ def test_what_does_not_divide_is_refused_unless_it_is_padded(ask: Callable[[Shar
 
 # ------------------------------------------------------------------------------------------- the adapter
 
-HEADS, KV_HEADS, HEAD_DIM, WIDTH, LAYERS, RANK = 8, 4, 6, 24, 5, 3
+HEADS, KV_HEADS, HEAD_DIM, WIDTH, RANK = 8, 4, 6, 24, 3
 # (tp, stages as runs of the flat list's blocks): uneven, and with stages that adapt nothing where layers are few
 LAYOUTS: dict[str, tuple[int, tuple[range, ...]]] = {
     "1x1": (1, (range(1, 6),)),
@@ -141,15 +134,18 @@ def test_cuts_of_every_factor_rejoin(method: str, layout: str, layers: tuple[int
     config = adapter_config(method, layers)
     grid, parts = parts_of(config, layout)
     assert set(parts) == {rank for rank in range(grid.world_size) if grid.at(rank).dp_rank == 0}
-    for factor in config.tensors:
-        full = torch.randn(config.shape(factor))
+    values = {name: torch.randn(config.shape(name)) for name in config.tensors}
+    held = {rank: TiedAdapter(part) for rank, part in parts.items()}
+    for adapter in held.values():
+        adapter.load_full(values)
+    for factor, full in values.items():
         local = {rank: part.shard(factor, full) for rank, part in parts.items()}
         for rank, part in parts.items():
             assert local[rank].shape == part.local_shape(factor), (factor, rank)
-            # exists where a tensor is needed, in the shape of the cut
-            tensor = dict(TiedAdapter(part).named_parameters()).get(factor)
+            # exists where a tensor is needed, in the shape of the cut and with its values
+            tensor = dict(held[rank].named_parameters()).get(factor)
             assert (tensor is not None) == part.exists(factor)
-            assert tensor is None or tensor.shape == local[rank].shape
+            assert tensor is None or torch.equal(tensor, local[rank])
         assert torch.equal(rejoin(config, grid, local, factor), full), factor
 
 
@@ -193,25 +189,9 @@ def test_factors_of_a_row_parallel_target_are_cut_as_its_weight(method: str) -> 
     assert gathered & {"A", "B", "u", "v"} == ({"A"} if config.method_spec.A.trained else set())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_target_has_an_update_of_its_own(method: str) -> None:
-    """F A of each target and layer is the weight's update; qkv's tensors are the same whatever else is adapted."""
-    config = adapter_config(method, (2, 5))
-    state = initial_values(config)
-    alone = initial_values(adapter_config(method, (2, 5), targets=(QKV,)))
+def test_tensors_of_qkv_are_the_same_whatever_else_is_adapted() -> None:
+    state, alone = (initial_values(adapter_config("tl6", targets=targets)) for targets in (TARGETS, (QKV,)))
     assert list(alone) == ["A", "B", "u", "v"] and all(torch.equal(state[name], alone[name]) for name in alone)
-    for name, values in state.items():
-        if config.factor(name).trained:
-            values.uniform_(-1, 1)
-    tied_adapter = TiedAdapter(AdapterPart.whole(config))
-    tied_adapter.load_full(state)
-    updates = tied_adapter(dtype=torch.float32)
-    assert [list(update) for update in updates] == [["qkv", "gate_up", "down_proj"]] * 2
-    for layer, update in zip(config.layers, updates, strict=True):
-        for target in TARGETS:
-            a, f, *_ = update[target.name]
-            plain_a, plain_b = lora_factors(config, state, target, layer)
-            torch.testing.assert_close(f @ a, plain_b @ plain_a)
 
 
 def test_initial_values_of_a_are_as_wide_as_its_inputs_need() -> None:
@@ -219,30 +199,11 @@ def test_initial_values_of_a_are_as_wide_as_its_inputs_need() -> None:
     assert values["down_proj.A"].std().item() == pytest.approx(0.1 * WIDTH**-0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_initial_values_do_not_depend_on_the_layout(method: str) -> None:
-    """Bit for bit, and not on what was drawn before either."""
-    config = adapter_config(method)
-    expected = initial_values(config)
-    for layout in LAYOUTS:
-        grid, parts = parts_of(config, layout)
-        local: dict[str, dict[int, torch.Tensor]] = {name: {} for name in config.tensors}
-        for rank, part in parts.items():
-            torch.manual_seed(rank)
-            torch.rand(rank)
-            adapter = TiedAdapter(part)
-            adapter.load_full(initial_values(config))
-            for factor, tensor in adapter.named_parameters():
-                local[factor][rank] = tensor.detach()
-        for factor, by_rank in local.items():
-            if by_rank:
-                assert torch.equal(rejoin(config, grid, by_rank, factor), expected[factor]), (factor, layout)
-            else:
-                assert torch.equal(expected[factor], torch.ones(config.shape(factor)))
-
-
 def test_initial_values_follow_the_seed_the_name_and_the_layer() -> None:
+    torch.rand(3)  # what was drawn before has no say
     tied = initial_values(adapter_config("tl6"))
+    torch.manual_seed(99)
+    assert all(torch.equal(tied[name], value) for name, value in initial_values(adapter_config("tl6")).items())
     assert not torch.equal(tied["A"], initial_values(adapter_config("tl6", seed=8))["A"])
     assert not torch.equal(tied["A"].flatten()[:50], tied["B"].flatten()[:50])
     assert not torch.equal(tied["A"], tied["gate_up.A"])  # of one size, drawn for another target
@@ -252,66 +213,114 @@ def test_initial_values_follow_the_seed_the_name_and_the_layer() -> None:
     assert torch.equal(initial_values(adapter_config("tl6", (3,)))["A"], tied["A"])
 
 
-# ------------------------------------------------------------------------------------------- the base
+# Slots: which layers share a tensor -----------------------------------------------------------------------------------
 
 
-class Recorder(BaseWeights):
-    """Also keeps what was read."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.reads: list[tuple[str, slice | None, int]] = []
-
-    def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
-        self.reads.append((name, part, dim))
-        return super().read(name, part, dim)
+SMALL = (Target("qkv", 8, (8, 4, 4), "column"), Target("down_proj", 12, (8,), "row"))
+LAYERS = (2, 3, 5, 7, 8)
 
 
-def read_at(folder: Path, stages: Sequence[range], grid: Grid) -> tuple[Stage, Recorder]:
-    """What the rank of `grid` builds and reads, the base's identity included."""
-    source = find_model(str(folder))
-    specs = layer_specs(source.shape, dtype=torch.float32, tp_size=grid.tp_size)
-    group = RankGroup(None, grid.tp_rank, grid.tp_size)
-    stage = Stage([specs[index] for index in stages[grid.pp_rank]], None, tensor_parallel=TensorParallel(group))
-    with Recorder(folder, source.shape) as weights:
-        identify_base(source, weights, "fp32")
-        fill_stage(stage, weights, source.shape, grid)
-    return stage, weights
+@pytest.mark.parametrize(
+    ("shared_by", "slots"),
+    [
+        ("all", [0, 0, 0, 0, 0]),
+        ("one", [0, 1, 2, 3, 4]),
+        (2, [0, 0, 1, 1, 2]),
+        (3, [0, 0, 0, 1, 1]),
+        (9, [0, 0, 0, 0, 0]),
+        (((7, 3), (8, 2)), [0, 1, 2, 1, 0]),  # in the order of their first layers, 5 alone
+        (((1, 2), (4, 5, 6)), [0, 1, 2, 3, 4]),  # of which not all are adapted
+        (((2, 3, 5, 7, 8),), [0, 0, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_slots_of_layers(shared_by: Any, slots: list[int]) -> None:
+    assert layer_slots(shared_by, LAYERS) == dict(zip(LAYERS, slots, strict=True))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_each_rank_reads_only_its_slices(tmp_path: Path, tied: bool) -> None:
-    """TP = 2 x PP = 2: every number once, but for norms and output biases (by both TP ranks), the final norm that says
-    which base this is (by all), and a tied embedding (in both stages)."""
-    folder = write_tiny_model(
-        tmp_path, tokenizer=False, num_layers=5, head_dim=6, vocab_size=321, attention_bias=True, tied=tied
-    )
-    config, stored = find_model(str(folder)).shape, load_file(folder / "model.safetensors")
-    stages = partition(layer_costs(config, length=64, first_adapted=1), 2)
-    times = {name: torch.zeros(tensor.shape, dtype=torch.int64) for name, tensor in stored.items()}
-    total = 0
-    for rank in range(4):
-        stage, weights = read_at(folder, stages, Grid(rank, 4, tp_size=2, pp_size=2))
-        held = {name: parameter.shape for name, parameter in stage.named_parameters()}
-        padding = 0
-        for name, part, dim in weights.reads:
-            whole = part is None or (part.start, part.stop) == (0, stored[name].shape[dim])
-            times[name][(slice(None),) * dim + (slice(None) if part is None else part,)] += 1
-            assert whole == (name.endswith("norm.weight") or name.endswith("o_proj.bias")), (name, part)
-            if "embed_tokens" in name or "lm_head" in name:
-                assert part is not None
-                padding += (161 - (part.stop - part.start)) * config.hidden_size
-        numbers = sum(torch.Size(shape).numel() for shape in held.values()) - padding + config.hidden_size
-        assert weights.bytes_read == 4 * numbers, "what a rank holds, and the norm that identifies the base"
-        assert padding == (config.hidden_size if rank % 2 else 0)  # 321 words in two parts of 161
-        total += weights.bytes_read
-    for name, count in times.items():
-        wanted = 1
-        if name.endswith("norm.weight") or name.endswith("o_proj.bias"):
-            wanted = 2 + 4 * (name == "model.norm.weight")
-        elif tied and name == "model.embed_tokens.weight":
-            wanted = 2
-        assert bool((count == wanted).all()), (name, wanted, count.unique())
-    checkpoint = sum(tensor.numel() for tensor in stored.values())
-    replicated = (2 * 5 + 1 + 5 + 4) * config.hidden_size + (stored["model.embed_tokens.weight"].numel() if tied else 0)
-    assert total == 4 * (checkpoint + replicated)
+def config_of(layers: tuple[int, ...] = LAYERS, method: str = "tl6") -> AdapterConfig:
+    return make_adapter_config(method, rank=3, alpha=6.0, layers=layers, targets=SMALL, seed=7)
+
+
+@pytest.fixture(params=DECLARED)
+def shared(request: pytest.FixtureRequest) -> Iterator[str]:
+    with tl6_shares(request.param):
+        yield request.param
+
+
+def test_shapes_counts_and_slots_are_those_of_the_groups(shared: str) -> None:
+    """As the groups of the first five layers say that are written by hand."""
+    config = config_of((1, 2, 3, 4, 5))
+    sizes = {"A": (3, 8), "B": (16, 3), "u": (3,), "v": (16,)}
+    for letter, size in sizes.items():
+        groups = GROUPS[shared].get(letter, tuple((layer,) for layer in config.layers))
+        assert config.shape(letter) == ((len(groups), *size) if len(groups) > 1 else size)
+        assert config.num_trained()[letter] == len(groups) * torch.Size(size).numel()
+        for slot, layers in enumerate(groups):
+            assert [config.slot(letter, layer) for layer in layers] == [slot] * len(layers)
+        assert config.groups(letter) == [list(layers) for layers in groups]
+
+
+def test_a_slot_starts_as_its_first_layer_does_alone(shared: str) -> None:
+    config = config_of()
+    values, alone = initial_values(config), initial_values(config_of(method="lora"))
+    for name, (_, letter) in config.tensors.items():
+        if letter == "A":  # of which tl6 and lora draw the same
+            firsts = [LAYERS.index(layers[0]) for layers in config.groups(name)]
+            assert torch.equal(values[name], alone[name][firsts])
+
+
+def test_one_group_of_all_layers_is_a_tensor_of_all() -> None:
+    tied = initial_values(config_of((3, 5)))
+    with tl6_shares("pairs"):
+        one_pair = initial_values(config_of((3, 5)))
+    assert all(torch.equal(one_pair[name], tensor) for name, tensor in tied.items())
+
+
+def test_layers_with_the_same_slots_have_their_factors_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the memory of one; layers that share no tensor do not, and nothing is copied where all share a tensor."""
+
+    def memories(method: str, **shared_by: Any) -> tuple[list[int], list[int]]:
+        row = METHODS[method]
+        own = {letter: replace(row.factor(letter), shared_by=of) for letter, of in shared_by.items()}
+        monkeypatch.setitem(METHODS, method, replace(row, **own))
+        updates = TiedAdapter(AdapterPart.whole(config_of(method=method)))(dtype=torch.bfloat16)
+        monkeypatch.setitem(METHODS, method, row)
+        found = []
+        for letter in ("a", "f"):
+            places = [getattr(update["qkv"], letter).data_ptr() for update in updates]
+            found.append([places.index(place) for place in places])
+        return found[0], found[1]
+
+    each, pairs, same = [0, 1, 2, 3, 4], [0, 0, 2, 2, 4], [0] * 5
+    assert memories("lora") == (each, each)
+    assert memories("tl6") == (same, each)
+    assert memories("tl5") == (same, same)
+    assert memories("tl5", A=2, B=2) == (pairs, pairs)
+    assert memories("tl6", A=2, B=2, u=2, v="all") == (pairs, pairs)
+    assert memories("tl6", A=2, B="all", u="all", v=3) == (pairs, [0, 0, 0, 3, 3])
+
+
+def test_the_check_of_gradients_names_the_layers_of_a_slot(shared: str) -> None:
+    config = config_of((1, 2, 3, 4, 5))
+    adapter = TiedAdapter(AdapterPart(config, (3, 4)))
+    adapter.load_full({name: torch.ones(config.shape(name)) for name in config.tensors})
+    guard = GradientGuard(adapter)
+    for name, parameter in adapter.named_parameters():
+        if name.startswith("down_proj"):
+            (parameter * 2.0).sum().backward()
+    found = dict(zip(guard.labels(), guard.largest(), strict=True))
+    if shared == "pairs":
+        assert list(found)[:8] == [
+            *("A of layers 1, 2", "A of layers 3, 4", "A of layer 5"),
+            *("B of layers 1, 2", "B of layers 3, 4", "B of layer 5", "u of layer 1", "u of layer 2"),
+        ]
+        assert found["down_proj.u of layer 3"] == 2.0 and found["down_proj.u of layer 5"] == 0.0
+    else:
+        assert list(found)[:7] == [
+            *("A of layers 1, 4", "A of layers 2, 5", "A of layer 3", "B of layers 1, 2, 3", "B of layers 4, 5"),
+            *("u", "v of layers 1, 2"),
+        ]
+        assert found["down_proj.u"] == 2.0
+    assert found["down_proj.A of layer 5" if shared == "pairs" else "down_proj.A of layer 3"] == 2.0
+    assert all(value == 0.0 for label, value in found.items() if not label.startswith("down_proj"))

@@ -3,84 +3,51 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from layout_runs import settings_of
-from tiny_models import write_tiny_model
+from folders import python
 
 import megatron_tiedlora as tiedlora
 
 CODE = """
-import json, os, signal, sys
+import os, signal, sys
 from megatron_tiedlora import Settings, UserError, attach, generate, load_adapter, load_base, train
-
-values = json.loads(sys.argv[1])
-before = dict(os.environ), signal.getsignal(signal.SIGINT)
-found = []
-for folder in ("one", "two"):
-    run = train(Settings(**values, output_dir=values["model"] + "-" + folder))
-    assert run.adapter == run.folder / "adapter" and (run.step, run.reason) == (2, "max_steps"), run
-    found.append(load_adapter(run.adapter))
-assert found[0].equals(found[1])
-try:
-    train(Settings(**values, output_dir=values["model"] + "-one"))
-except UserError as error:
-    print("rejected:", error)
-try:
-    train(Settings(**{**values, "layers": "9"}))
-except UserError as error:
-    print("rejected:", error)
-after = {name: value for name, value in os.environ.items() if name in before[0] or "RANK" in name or "MASTER" in name}
-assert (after, signal.getsignal(signal.SIGINT)) == before
-print("answer:", len(generate(attach(load_base(found[0]), found[0]), "abc", max_new_tokens=4)))
-"""
-
-
-@pytest.mark.distributed
-def test_two_runs_in_one_process(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        **settings_of(write_tiny_model(tmp_path / "model"), tmp_path),
-        "max_steps": 2,
-        "max_new_tokens": 4,
-    }
-    code = [sys.executable, "-c", CODE, json.dumps(settings)]
-    ended = subprocess.run(code, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    rejected = [line for line in ended.stdout.splitlines() if line.startswith("rejected: ")]
-    assert "model-one" in rejected[0] and "layers 1 to 3" in rejected[1] and len(rejected) == 2
-    assert "answer: " in ended.stdout and (tmp_path / "model-one" / "run.yaml").is_file()
-
-
-OFFLINE = """
-import sys
-from megatron_tiedlora import Settings, attach, generate, load_adapter, load_base, train
 from megatron_tiedlora.commands.front import call
 
 call("random-model", ["--model=tiny", "--output=tiny"])
-values = dict(max_steps=12, global_batch_size=8, learning_rate=0.1, eval_interval=6, output_dir="first")
-run = train(Settings(model="tiny", train_file="rows.jsonl", **values))
-adapter = load_adapter(run.adapter)
-print("answer:", len(generate(attach(load_base(adapter), adapter), "1 + 1 =", max_new_tokens=4)))
+values = dict(model="tiny", train_file="rows.jsonl", max_steps=12, global_batch_size=8, learning_rate=0.1)
+values.update(eval_interval=6, output_dir="one")
+before = dict(os.environ), signal.getsignal(signal.SIGINT)
+found = []
+for folder in ("one", "two"):
+    run = train(Settings(**{**values, "output_dir": folder}))
+    assert run.adapter == run.folder / "adapter" and (run.step, run.reason) == (12, "max_steps"), run
+    found.append(load_adapter(run.adapter))
+assert found[0].equals(found[1])
+for wrong in ({}, {"output_dir": "three", "layers": "99"}):
+    try:
+        train(Settings(**{**values, **wrong}))
+    except UserError as error:
+        print("rejected:", error)
+after = {name: value for name, value in os.environ.items() if name in before[0] or "RANK" in name or "MASTER" in name}
+assert (after, signal.getsignal(signal.SIGINT)) == before
+print("answer:", len(generate(attach(load_base(found[0]), found[0]), "1 + 1 =", max_new_tokens=4)))
 """
 
 
 @pytest.mark.distributed
-def test_a_first_run_needs_neither_a_model_nor_a_network(tmp_path: Path) -> None:
+def test_two_runs_in_one_process_need_neither_a_model_nor_a_network(tmp_path: Path) -> None:
     rows = ({"prompt": f"{number} + {number} =", "completion": f" {2 * number}"} for number in range(8))
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    code = [sys.executable, "-c", OFFLINE]
-    ended = subprocess.run(code, capture_output=True, text=True, check=False, cwd=tmp_path, env=offline)
+    ended = python("-c", CODE, folder=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
     assert ended.returncode == 0, ended.stderr
     losses = [float(loss) for loss in re.findall(r"^step \d+: validation loss (\S+)$", ended.stdout, re.MULTILINE)]
-    assert len(losses) == 3 and losses[0] > 5.5 and losses[-1] < losses[0] - 1
-    assert "answer: " in ended.stdout
+    assert len(losses) == 6 and losses[0] > 5.5 and losses[2] < losses[0] - 1
+    rejected = [line for line in ended.stdout.splitlines() if line.startswith("rejected: ")]
+    assert "one" in rejected[0] and "layers 1 to " in rejected[1] and len(rejected) == 2
+    assert "answer: " in ended.stdout and (tmp_path / "one" / "run.yaml").is_file()
     assert ended.stderr.startswith("training: 100%| 12/12 [") and "\r" not in ended.stderr
 
 

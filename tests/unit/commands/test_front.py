@@ -6,15 +6,13 @@ import importlib
 import inspect
 import json
 import logging
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from folders import ROOT
+from folders import ROOT, python
 
 import megatron_tiedlora
 from megatron_tiedlora.base.errors import UserError, show_messages
@@ -29,13 +27,6 @@ from megatron_tiedlora.commands.front import (
 )
 
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "matplotlib"}
-
-
-def start(*words: str, folder: Path | None = None, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """`python OPTIONS -m megatron_tiedlora WORDS`, with any width for help."""
-    command = [sys.executable, *options, "-m", "megatron_tiedlora", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=environment)
 
 
 def leave(argv: Sequence[str]) -> int:
@@ -67,16 +58,30 @@ def test_every_command_is_a_function_and_every_script_runs_one() -> None:
     assert scripts - {command.script for command in COMMANDS} == of_a_clone
 
 
-@pytest.mark.parametrize("words", [["--help"], *([command.name, "--help"] for command in COMMANDS)], ids=" ".join)
-def test_help_imports_nothing_heavy(words: list[str]) -> None:
-    """The time of `--help` is that of its imports: torch takes a second or two, all others 0.2 s together."""
-    done = start(*words, options=["-X", "importtime"])
-    assert done.returncode == 0 and done.stdout.startswith("usage: tiedlora")
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
-    assert "megatron_tiedlora" in imported and not imported & HEAVY
-    if len(words) > 1:
-        assert f"usage: tiedlora {words[0]} " in done.stdout
-    assert not re.search(r"(launch|tools)/\w+\.py", done.stdout), "a help names a script that a wheel lacks"
+HELP = """
+import sys
+from megatron_tiedlora.commands.front import COMMANDS, main
+for words in ([], *([command.name] for command in COMMANDS)):
+    try:
+        main([*words, "--help"])
+    except SystemExit as end:
+        assert not end.code
+    print("IMPORTED", *words, *sorted({name.partition(".")[0] for name in sys.modules} & set(sys.argv[1:])))
+"""
+
+
+def test_help_imports_nothing_heavy_and_names_no_script() -> None:
+    """The time of `--help` is that of its imports: torch takes a second or two, all others 0.2 s together.
+
+    Who has installed the package has no launch/ and no tools/.
+    """
+    done = python("-c", HELP, *HEAVY, COLUMNS="200")
+    *texts, _ = re.split(r"^IMPORTED.*\n", done.stdout, flags=re.MULTILINE)
+    imported = re.findall("IMPORTED.*", done.stdout)
+    names = ["", *(command.name for command in COMMANDS)]
+    assert imported == [f"IMPORTED {name}".strip() for name in names]
+    for name, text in zip(names, texts, strict=True):
+        assert text.startswith(f"usage: tiedlora {name}") and not re.findall(r"\S*\.py\b", text), name
 
 
 def test_what_the_front_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,15 +112,6 @@ def test_the_rank_that_a_launcher_puts_first_is_no_command(
     assert "usage: tiedlora convert-nemo" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_the_help_of_the_installed_command_names_no_script(
-    command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Who has installed the package has no launch/ and no tools/."""
-    assert leave([command.name, "--help"]) == 0
-    assert not re.findall(r"\S*\.py\b", capsys.readouterr().out)
-
-
 # How texts name commands ---------------------------------------------------------------------------------------------
 
 
@@ -134,19 +130,14 @@ def test_texts_name_a_command_by_its_one_name() -> None:
     assert len(named) == 5 and ("README.md", "deepspeed launch/train.py --ds_config zero2.json") in named, named
 
 
-@pytest.mark.parametrize(
-    ("name", "ours"),
-    [
+def test_a_command_of_other_tools_is_answered_with_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, ours in (
         *(("finetune", "train"), ("SFT", "train"), ("merge_lora", "merge"), ("inference", "evaluate")),
         ("serve", "export, which prints the command of `vllm serve`"),
-    ],
-)
-def test_a_command_of_other_tools_is_answered_with_ours(
-    name: str, ours: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert leave([name, "--lr", "1e-4"]) == 2
-    expected = f"error: tiedlora {name}: no such command (here it is tiedlora {ours}); `tiedlora --help` lists them\n"
-    assert capsys.readouterr().err == expected
+    ):
+        assert leave([name, "--lr", "1e-4"]) == 2
+        expected = f"no such command (here it is tiedlora {ours}); `tiedlora --help` lists them\n"
+        assert capsys.readouterr().err == f"error: tiedlora {name}: {expected}"
 
 
 def test_every_name_of_other_tools_has_a_command_and_is_none_of_ours() -> None:
@@ -178,25 +169,39 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing_module(ModuleNotFoundError(name="megatron_tiedlora.x")) is None
 
 
+# Commands of a process in which some packages are not installed, and what each ends with.
 WITHOUT = """
-import sys
-for name in sys.argv.pop(1).split(","):
+import json, sys
+for name in sys.argv[1].split(","):
     sys.modules[name] = None
 from megatron_tiedlora.commands.front import main
-main()
+for words in json.loads(sys.argv[2]):
+    try:
+        main(words)
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    print("STATUS", status, flush=True)
+    print("STATUS", file=sys.stderr, flush=True)
 """
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "sweep", "bench", "doctor", "check-gpu"])
-def test_a_command_without_its_extra_says_what_to_install(name: str, tmp_path: Path) -> None:
-    flags = ["--output_dir=s"] if name == "sweep" else []
-    words = [sys.executable, "-c", WITHOUT, "deepspeed,sacrebleu", name, *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
-    assert done.returncode == 2 and done.stdout == "", done.stderr
-    assert done.stderr.startswith("error: this needs deepspeed") and done.stderr.count("\n") == 1
-    assert re.search(r"pip install 'megatron_tiedlora\[(train|eval|train,eval|check)\]'$", done.stderr.strip())
-    assert list(tmp_path.iterdir()) == []
+def without(modules: str, commands: Sequence[Sequence[str]], folder: Path) -> list[tuple[str, int, str]]:
+    """Output, status and errors of each command."""
+    done = python("-c", WITHOUT, modules, json.dumps(commands), folder=folder, DS_ACCELERATOR="cpu")
+    assert done.returncode == 0 and list(folder.iterdir()) == [], done.stderr
+    ends = re.findall(r"((?:.*\n)*?)STATUS (\d+)\n", done.stdout)
+    errors = done.stderr.split("STATUS\n")[:-1]
+    return [(text, int(status), said) for (text, status), said in zip(ends, errors, strict=True)]
+
+
+def test_a_command_without_its_extra_says_what_to_install(tmp_path: Path) -> None:
+    names = ("train", "evaluate", "sweep", "bench", "doctor", "check-gpu")
+    commands = [[name, *(["--output_dir=s"] if name == "sweep" else [])] for name in names]
+    for name, (text, status, said) in zip(names, without("deepspeed,sacrebleu", commands, tmp_path), strict=True):
+        assert status == 2 and text == "", said
+        assert said.startswith("error: this needs deepspeed") and said.count("\n") == 1, name
+        assert re.search(r"pip install 'megatron_tiedlora\[(train|eval|train,eval|check)\]'$", said.strip()), name
 
 
 DRY_RUN = ["train", "--dry_run", "--model", "llama2-7b"]
@@ -207,13 +212,11 @@ ARITHMETIC = {
 }
 
 
-@pytest.mark.parametrize("case", ARITHMETIC)
-def test_what_is_only_computed_needs_no_extra(case: str, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", WITHOUT, ",".join({*EXTRAS["train"], *EXTRAS["eval"]}), *ARITHMETIC[case]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert re.search("parameters|layouts", done.stdout) and list(tmp_path.iterdir()) == []
+def test_what_is_only_computed_needs_no_extra(tmp_path: Path) -> None:
+    modules = ",".join({*EXTRAS["train"], *EXTRAS["eval"]})
+    for case, found in zip(ARITHMETIC, without(modules, list(ARITHMETIC.values()), tmp_path), strict=True):
+        text, status, said = found
+        assert (status, said) == (0, "") and re.search("parameters|layouts", text), case
 
 
 # Messages and the report for bugs ----------------------------------------------------------------------------------
@@ -251,3 +254,54 @@ def test_the_report_for_bugs(
     found = json.loads((tmp_path / "env.json").read_text())
     assert found["versions"]["megatron_tiedlora"] == megatron_tiedlora.__version__
     assert Path(found["paths"]["package"]) == ROOT / "megatron_tiedlora"
+
+
+# What a flag names is looked for before torch, DeepSpeed and transformers are imported, which takes seconds ----------
+
+# (flag, value, what the error says), of a command; FOLDER is one with a model and data.
+CASES = {
+    "train": (
+        ("adapters", "no.yaml", "--adapters no.yaml: no such file"),
+        ("adapters", "FOLDER", "--adapters FOLDER: is a folder; give a YAML list"),
+        ("train_file", "no.jsonl", "no.jsonl: no such file"),
+        ("train_file", "FOLDER/rows.jsonl:0.5,no.jsonl:0.5", "no.jsonl: no such file"),
+        ("train_file", "no*.jsonl", "no*.jsonl: no file has a name of this pattern"),
+        ("validation_file", "./no.csv", "no.csv: no such file"),
+        ("test_file", "no.parquet", "no.parquet: no such file"),
+        ("ds_config", "no.json", "--ds_config no.json: no such file"),
+        ("chat_template", "no.jinja", "--chat_template no.jinja: no such file"),
+        ("model", "./no", "--model ./no: no such folder"),
+    ),
+    "evaluate": (
+        ("test_file", "no.jsonl", "no.jsonl: no such file"),
+        ("chat_template", "no.jinja", "--chat_template no.jinja: no such file"),
+    ),
+}
+PROGRAM = """
+import json, sys
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.commands.front import call
+found = []
+for arguments in json.loads(sys.argv[2]):
+    try:
+        call(sys.argv[1], arguments)
+    except UserError as error:
+        found.append(str(error))
+print(json.dumps([found, sorted({"torch", "deepspeed", "transformers", "datasets"} & sys.modules.keys())]))
+"""
+
+
+@pytest.mark.parametrize("command", CASES)
+def test_no_slow_import_comes_first(tmp_path: Path, command: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    given = [(flag, value.replace("FOLDER", str(tmp_path))) for flag, value, _ in CASES[command]]
+    whole = {"train_file": f"{tmp_path}/rows.jsonl"} if command == "train" else {}
+    whole |= {"model": str(tmp_path), "task": "custom"}
+    calls = [[f"--{name}={text}" for name, text in {**whole, flag: value}.items()] for flag, value in given]
+    ended = python("-c", PROGRAM, command, json.dumps(calls), folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    found, imported = json.loads(ended.stdout.splitlines()[-1])
+    assert len(found) == len(given), found
+    for (_, _, message), said in zip(CASES[command], found, strict=True):
+        assert message.replace("FOLDER", str(tmp_path)) in said and "\n" not in said
+    assert imported == []

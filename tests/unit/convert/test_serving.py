@@ -88,7 +88,7 @@ def test_the_name_that_vllm_s_resolver_asks_for_is_said_where_it_differs() -> No
         assert not any("resolver" in line for line in serve_hints(one(8), "/shared/llama2-7b", PLAIN, named=named))
 
 
-# Pages of the docs: what they show is what is printed. test_guide.py compares guide.md.
+# Pages of the docs: what they show is what is printed. test_plan_command.py compares guide.md.
 
 
 def block(page: str) -> list[str]:

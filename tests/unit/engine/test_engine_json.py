@@ -1,10 +1,13 @@
-"""The ZeRO section's own list of names and types, beside DeepSpeed's."""
+"""The ZeRO section's own list of names and types, beside DeepSpeed's, and the import of its Muon."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from deepspeed.runtime.zero.offload_config import (
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.batch import plan_batches
+from megatron_tiedlora.engine.engine import import_muon_uncompiled
 from megatron_tiedlora.engine.engine_json import ZeroSection, load_engine_config
 
 LEFT_OUT = {"zenflow", "leaf_module"}
@@ -40,14 +44,19 @@ def test_the_names_are_those_of_deepspeed() -> None:
     assert set(ZeroSection.model_fields) == names - deprecated - LEFT_OUT and names > LEFT_OUT
 
 
-@pytest.mark.parametrize("name", ZeroSection.model_fields)
-def test_every_value_that_is_taken_deepspeed_takes_too(tmp_path: Path, name: str) -> None:
+FIELDS = [(None, name) for name in ZeroSection.model_fields]
+FIELDS += [(section, name) for section, kind in OFFLOADS.items() for name in kind.model_fields]
+
+
+@pytest.mark.parametrize(("section", "name"), FIELDS)
+def test_every_value_that_is_taken_deepspeed_takes_too(tmp_path: Path, section: str | None, name: str) -> None:
     taken = 0
     for value in VALUES:
+        given = {name: value} if section is None else {section: {"device": "cpu", name: value}}
         try:
-            zero = load(tmp_path / "engine.json", {"stage": 3, name: value})
+            zero = load(tmp_path / "engine.json", {"stage": 3, **given})
         except UserError as error:
-            assert f"engine.json: zero_optimization.{name}" in str(error), error
+            assert f"engine.json: zero_optimization.{section or name}" in str(error), error
         else:
             DeepSpeedZeroConfig(**zero)
             taken += 1
@@ -60,21 +69,6 @@ def test_deepspeed_s_own_defaults_are_taken(tmp_path: Path) -> None:
     for name in ZeroSection.model_fields:
         if default[name] is not None or name == "overlap_comm":
             load(tmp_path / "engine.json", {name: default[name]})
-
-
-@pytest.mark.parametrize("section", OFFLOADS)
-def test_every_value_of_offloading_that_is_taken_deepspeed_takes_too(tmp_path: Path, section: str) -> None:
-    for name in OFFLOADS[section].model_fields:
-        taken = 0
-        for value in VALUES:
-            try:
-                zero = load(tmp_path / "engine.json", {"stage": 3, section: {"device": "cpu", name: value}})
-            except UserError as error:
-                assert f"engine.json: zero_optimization.{section}" in str(error), error
-            else:
-                DeepSpeedZeroConfig(**zero)
-                taken += 1
-        assert taken, name
 
 
 @pytest.mark.parametrize(
@@ -93,3 +87,23 @@ def test_wrong_values_are_one_line(tmp_path: Path, zero: dict[str, Any], said: s
     with pytest.raises(UserError, match=r"engine\.json: ") as caught:
         load(tmp_path / "engine.json", zero)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Muon, which costs a second of every start if it is compiled ----------------------------------------------------------
+
+MUON = "deepspeed.runtime.zero.muon.original_muon"
+SWITCH = "TORCHDYNAMO_DISABLE"
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"])
+def test_muon_is_imported_uncompiled(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    """And the switch is as it was, so that what else is compiled afterwards is compiled."""
+    monkeypatch.delitem(sys.modules, MUON, raising=False)
+    monkeypatch.delenv(SWITCH, raising=False)
+    if before is not None:
+        monkeypatch.setenv(SWITCH, before)
+    import_muon_uncompiled()
+    functions = [function for function in vars(sys.modules[MUON]).values() if isinstance(function, FunctionType)]
+    assert "zeropower_via_newtonschulz5" in {function.__name__ for function in functions}
+    assert not [function for function in functions if hasattr(function, "_torchdynamo_orig_callable")]
+    assert os.environ.get(SWITCH) == before

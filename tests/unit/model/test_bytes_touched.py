@@ -8,7 +8,6 @@ prints the table of docs/performance_log.md.
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,36 +19,6 @@ RANKS = (8, 128)
 METHODS = ("tl6", "lora", "vera")
 LIMIT = 3.2
 NORM = ("normalise", "apply_norm", "norm_gradient")
-
-
-class Ratios(NamedTuple):
-    """To the bytes of the bare products.
-
-    Attributes:
-        product: the two products with the update, forward and backward, and nothing else.
-        with_norm_again: and what computes the norm's result a second time, for A's gradient.
-        step: everything: norm, products, update, rotation.
-        frozen_step: the same step without an adapter.
-    """
-
-    product: float
-    with_norm_again: float
-    step: float
-    frozen_step: float
-
-
-def ratios(shape: QkvShape, method: str, rank: int) -> Ratios:
-    adapted, frozen = layer_bytes(shape, method, rank), layer_bytes(shape, None)
-    added = Counter(adapted)
-    added.subtract(frozen)
-    again = sum(added.pop(name, 0) for name in NORM)
-    bare = shape.bare_bytes
-    product = 1 + added.total() / bare
-    return Ratios(product, product + again / bare, adapted.total() / bare, frozen.total() / bare)
-
-
-def shape_of(width: str, num_tokens: int) -> QkvShape:
-    return QkvShape(*WIDTHS[width], num_tokens)
 
 
 def plain_bytes(shape: QkvShape, rank: int) -> int:
@@ -77,34 +46,20 @@ LIMITS = {("SmolLM2-135M", 128): 5.0}
 def test_an_adapted_projection_touches_at_most_3_2_times_the_bare_bytes(
     width: str, num_tokens: int, rank: int, method: str
 ) -> None:
-    shape = shape_of(width, num_tokens)
-    found, plain = ratios(shape, method, rank), plain_bytes(shape, rank) / shape.bare_bytes
+    shape = QkvShape(*WIDTHS[width], num_tokens)
+    adapted, frozen, bare = layer_bytes(shape, method, rank), layer_bytes(shape, None), shape.bare_bytes
+    added = Counter(adapted)
+    added.subtract(frozen)
+    again = sum(added.pop(name, 0) for name in NORM) / bare  # the norm's result a second time, for A's gradient
+    product, plain = 1 + added.total() / bare, plain_bytes(shape, rank) / bare
     print(
-        f"\n| {width} | {num_tokens:,} | {rank} | {method} | {found.product:.2f} | {found.with_norm_again:.2f}"
-        f" | {found.step:.2f} | {found.frozen_step:.2f} | {plain:.2f} |"
+        f"\n| {width} | {num_tokens:,} | {rank} | {method} | {product:.2f} | {product + again:.2f}"
+        f" | {adapted.total() / bare:.2f} | {frozen.total() / bare:.2f} | {plain:.2f} |"
     )
-    assert 1 < found.product <= LIMITS.get((width, rank), LIMIT)
-    assert width != "7B" or found.with_norm_again <= LIMIT
-    assert found.product <= found.with_norm_again < found.step
-    assert method != "vera" or found.product == found.with_norm_again, "a frozen A needs no norm again"
-    assert found.product < plain
-
-
-@pytest.mark.parametrize("num_tokens", [2048, 4096])
-def test_plain_operations_are_over_the_limit(num_tokens: int) -> None:
-    """The limit can be missed: tensors of tokens x o for the update alone are enough."""
-    shape = shape_of("7B", num_tokens)
-    assert plain_bytes(shape, 8) / shape.bare_bytes > LIMIT
-
-
-def test_bare_products_by_count() -> None:
-    shape = shape_of("7B", 1024)
-    with torch.device("meta"):
-        hidden, gradient = (torch.empty(1024, n, dtype=torch.bfloat16) for n in (4096, 3 * 4096))
-        weight = torch.empty(3 * 4096, 4096, dtype=torch.bfloat16)
-    with BytesTouched() as counter:
-        _ = hidden @ weight.t(), gradient @ weight
-    assert counter.total == shape.bare_bytes
+    assert 1 < product <= LIMITS.get((width, rank), LIMIT) and product < plain
+    assert plain > LIMIT or num_tokens == 1024, "the limit can be missed"
+    assert width != "7B" or product + again <= LIMIT
+    assert (again == 0) == (method == "vera"), "a frozen A needs no norm again"
 
 
 def test_what_operations_touch() -> None:
@@ -130,20 +85,3 @@ def test_what_operations_touch() -> None:
         with BytesTouched() as counter:
             work()
         assert counter.total == 4 * numbers, name
-
-
-def test_kernels_count_as_one_operation() -> None:
-    """By hand, of the frozen layer; its products are the bare ones."""
-    shape = shape_of("7B", 1024)
-    d, o, tokens = shape.hidden_size, sum(shape.rows), shape.num_tokens
-    found = layer_bytes(shape, None)
-    assert found["mm"] == shape.bare_bytes
-    row, weight, root = 2 * tokens * d, 2 * d, 4 * tokens
-    assert found["normalise"] == 2 * row + weight + root
-    assert found["norm_gradient"] == 3 * row + weight + root
-    # all heads read and written, with cos and sin
-    rotation = 2 * 2 * tokens * o + 2 * 2 * tokens * shape.head_dim // 2
-    assert found["rotate"] == found["rotate_gradient"] == rotation
-    assert sum(found.values()) == found["mm"] + 2 * rotation + 5 * row + 2 * (weight + root), "and nothing else"
-    assert found["apply_norm"] == 0
-    assert layer_bytes(shape, "tl6", 8)["apply_norm"] == 2 * row + weight + root

@@ -1,25 +1,23 @@
-"""Attention by tiles of queries: against a mask over whole rows, with and without documents, and its rounding."""
+"""Attention by tiles of queries: against the definition, with and without documents, and its rounding."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from attention_oracle import attended, heads
 from torch.nn import functional
 
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles
 from megatron_tiedlora.parallel.kernels import EAGER
 
-# heads, key-value heads, head_dim, rows, tokens: shared keys or not, lengths that blocks of 64 divide or not
-SHAPES = {"gqa": (6, 2, 16, 2, 200), "mha": (4, 4, 8, 1, 40), "mqa": (3, 1, 8, 3, 128)}
-
-
-def heads(shape: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Queries, keys and values as views of one storage by tokens, as the model has them."""
-    num_heads, num_kv, head_dim, size, length = SHAPES[shape]
-    generator = torch.Generator().manual_seed(1)
-    fused = torch.randn(size, length, num_heads + 2 * num_kv, head_dim, generator=generator).to(dtype)
-    parts = fused.transpose(1, 2).split((num_heads, num_kv, num_kv), dim=1)
-    return [part.detach().requires_grad_() for part in parts]
+# shared keys or not, lengths that blocks of 64 divide or not
+SHAPES: dict[str, dict[str, Any]] = {
+    "gqa": {"counts": (6, 2), "head_dim": 16, "shape": (2, 200)},
+    "mha": {"counts": (4, 4), "head_dim": 8, "shape": (1, 40)},
+    "mqa": {"counts": (3, 1), "head_dim": 8, "shape": (3, 128)},
+}
 
 
 def document_ids(size: int, length: int) -> torch.Tensor:
@@ -28,24 +26,13 @@ def document_ids(size: int, length: int) -> torch.Tensor:
     return draw.sort(dim=1).values
 
 
-def by_mask(parts: list[torch.Tensor], ids: torch.Tensor | None) -> torch.Tensor:
-    length = parts[0].shape[2]
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
-    if ids is not None:
-        mask = (ids[:, None, :, None] == ids[:, None, None, :]) & mask
-    query, key, value = parts
-    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    return mixed.transpose(1, 2).flatten(2)
-
-
 @pytest.mark.parametrize("size", [64, 24])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_are_those_of_a_mask(shape: str, packed: bool, size: int) -> None:
-    parts = heads(shape, torch.float64)
-    _, _, _, rows, length = SHAPES[shape]
+def test_values_and_gradients_are_those_of_the_definition(shape: str, packed: bool, size: int) -> None:
+    parts, (rows, length) = heads(torch.float64, **SHAPES[shape]), SHAPES[shape]["shape"]
     ids = document_ids(rows, length) if packed else None
-    wanted = by_mask(parts, ids)
+    wanted = attended(*parts, torch.zeros(rows, length) if ids is None else ids)
     found = attend_by_tiles(*parts, [TiledRows(rows, length, find_query_tiles(ids, length, size=size))], EAGER)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     gradient = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -71,13 +58,14 @@ def test_bf16_rounds_no_worse_than_pytorchs_kernel() -> None:
     Scores and sums over blocks are fp32 here, while the exponentials are rounded before they are divided, and dO V^T is
     rounded once.
     """
-    parts = heads("gqa", torch.bfloat16)
+    parts = heads(torch.bfloat16, **SHAPES["gqa"])
     wide = [part.detach().double().requires_grad_() for part in parts]
-    wanted = by_mask(wide, None)
+    wanted = attended(*wide, torch.zeros(2, 200))
     gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(4)).bfloat16()
     truth = (wanted.detach(), *torch.autograd.grad(wanted, wide, gradient.double()))
     blocks = find_query_tiles(None, 200, size=64)
-    mine, theirs = attend_by_tiles(*parts, [TiledRows(len(parts[0]), 200, blocks)], EAGER), by_mask(parts, None)
+    mine = attend_by_tiles(*parts, [TiledRows(len(parts[0]), 200, blocks)], EAGER)
+    theirs = functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
     errors = []
     for found in (mine, theirs):
         values = (found.detach(), *torch.autograd.grad(found, parts, gradient))

@@ -1,11 +1,13 @@
 """Which kernel computes attention on a GPU, what it is called with, and that its result is attention's definition.
 
 Without a GPU a stand-in takes each kernel's place: it has the library's arguments, checks them, and computes in fp64.
+`-m gpu` runs the kernels themselves.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -19,7 +21,7 @@ from attention_oracle import IDS, attended, heads
 
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.batch import Documents, find_documents, whole_rows
-from megatron_tiedlora.model.fused_attention import CANDIDATES, attend_within, choose_attention, one_by_one
+from megatron_tiedlora.model.fused_attention import CANDIDATES, Attend, attend_within, choose_attention, one_by_one
 from megatron_tiedlora.parallel.groups import TensorParallel
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -279,3 +281,107 @@ def test_a_layer_gives_what_it_gives_on_a_cpu(
     hidden = torch.randn(2, 16, 48, dtype=torch.float64)
     wanted, found = (layer.attend(hidden, given, TensorParallel()) for given in (context, on_gpu))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+# Where documents begin and end ----------------------------------------------------------------------------------------
+
+
+def test_a_new_id_and_a_new_row_begin_a_document() -> None:
+    found = find_documents([IDS], HOST)
+    assert found.bounds == [0, 5, 8, 16, 17, 32] and found.longest == 15
+    assert found.offsets.tolist() == found.bounds and found.offsets.dtype == torch.int32
+
+
+def test_rows_of_one_document_each() -> None:
+    rows = whole_rows(3, 7, HOST)
+    assert rows.bounds == rows.offsets.tolist() == [0, 7, 14, 21] and rows.longest == 7
+    assert rows.offsets.dtype == torch.int32
+    found = find_documents([torch.zeros(3, 7, dtype=torch.int64)], HOST)
+    assert found.bounds == rows.bounds and found.longest == rows.longest
+
+
+def test_documents_of_blocks_end_to_end() -> None:
+    """Rows of different lengths; a document never goes on in the next row or block, although the id is the same."""
+    blocks = [torch.tensor([[0, 0, 1], [1, 1, 1]]), torch.tensor([[1, 2]])]
+    found = find_documents(blocks, HOST)
+    assert found.bounds == [0, 2, 3, 6, 7, 8] and found.offsets.tolist() == found.bounds and found.longest == 3
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BOUND = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 5e-5}  # largest error over largest value
+# Documents of 1 to 200 tokens in two rows of 300.
+LENGTHS = torch.tensor([1, 64, 200, 35, 130, 7, 128, 35])
+LONG_IDS = torch.repeat_interleave(torch.arange(len(LENGTHS)), LENGTHS).view(2, 300)
+
+
+def routes(dtype: torch.dtype, head_dim: int, *, deterministic: bool = False) -> Iterator[tuple[str, Attend]]:
+    """What runs here; a candidate that should and does not is an error, one that is not installed is not."""
+    for candidate in CANDIDATES:
+        obstacle = candidate.obstacle(torch.cuda.get_device_capability(), dtype, head_dim)
+        print(f"{candidate.name} {obstacle or 'is tried'}")
+        if obstacle is None:
+            attend = candidate.make(deterministic)
+            fused_attention._try(attend, GPU, dtype, head_dim)
+            yield candidate.name, attend
+    yield LOOP, one_by_one
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("head_dim", [64, 80, 100, 128])
+@pytest.mark.parametrize("counts", [(8, 8), (8, 2)])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_every_route_on_a_gpu(dtype: torch.dtype, packed: bool, counts: tuple[int, int], head_dim: int) -> None:
+    """Forwards and backwards against the definition in fp64."""
+    parts = heads(dtype, device="cuda", shape=(2, 300), counts=counts, head_dim=head_dim)
+    documents = find_documents([LONG_IDS], GPU) if packed else whole_rows(2, 300, GPU)
+    wanted = attended(*parts, (LONG_IDS if packed else torch.zeros_like(LONG_IDS)).cuda())
+    gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2)).cuda().to(dtype)
+    expected = (wanted, *torch.autograd.grad(wanted, parts, gradient.double()))
+    for name, attend in routes(dtype, head_dim):
+        mixed = attend_within(*parts, documents, attend)
+        found = (mixed, *torch.autograd.grad(mixed, parts, gradient))
+        errors = [
+            float((ours.double() - theirs).abs().max() / theirs.abs().max())
+            for ours, theirs in zip(found, expected, strict=True)
+        ]
+        print(f"{name}: out, dq, dk, dv off by {', '.join(f'{size:.1e}' for size in errors)}")
+        assert max(errors) < BOUND[dtype], name
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_deterministic_gradients_are_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    parts = heads(dtype, device="cuda", shape=(4, 2048), counts=(8, 2), head_dim=128)
+    documents = whole_rows(4, 2048, GPU)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for name, attend in routes(dtype, 128, deterministic=True):
+            found = [attend_within(*parts, documents, attend) for _ in range(4)]
+            gradients = [torch.autograd.grad(mixed.square().sum(), parts) for mixed in found]
+            for again in range(1, 4):
+                assert torch.equal(found[0], found[again]), name
+                for once, later in zip(gradients[0], gradients[again], strict=True):
+                    assert torch.equal(once, later), name
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_choice_waits_for_nothing_later() -> None:
+    """Attention, once chosen, has no wait of the host for the device, forwards or backwards."""
+    route = choose(GPU, torch.bfloat16, 128)
+    assert route.attend is not None
+    parts = heads(torch.bfloat16, device="cuda", shape=(2, 300), counts=(8, 2), head_dim=128)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for documents in (find_documents([LONG_IDS], GPU), whole_rows(2, 300, GPU)):
+            attend_within(*parts, documents, route.attend).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,10 +1,13 @@
-"""Compiled kernels: the numbers of those that are not, one graph for all sizes, and what happens without a compiler."""
+"""Compiled kernels: the numbers of those that are not, one graph for all sizes, what happens without a compiler, and
+how they run on GPUs: uncompiled by rows, compiled with widths that are constants."""
 
 from __future__ import annotations
 
 import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +16,17 @@ import torch
 from kernel_runs import HOST, assert_same_numbers, loss_and_gradients, model_config
 from run_files import losses
 from run_helpers import Base, run, write_base
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.model.attention import KeyValueCache
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel import kernels as module
+from megatron_tiedlora.parallel.frozen_weight import wide_matmul
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, run_in_parts
+from megatron_tiedlora.training import compiling
 from megatron_tiedlora.training.compiling import compiled_kernels
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -68,12 +79,8 @@ def test_each_compiled_kernel_rounds_no_worse(compiled_in_bf16: Kernels) -> None
     }
     for name, call in calls.items():
         truth = call(EAGER, torch.Tensor.double)
-        mine, plain = (float((call(side, _same) - truth).norm()) for side in (compiled_in_bf16, EAGER))
+        mine, plain = (float((call(side, lambda t: t) - truth).norm()) for side in (compiled_in_bf16, EAGER))
         assert 0 < mine <= 1.001 * plain, name
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 @needs_compiler
@@ -87,24 +94,19 @@ def test_a_rank_with_few_tokens_of_the_vocabulary_compiles_for_those() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("rows", "length"), [(2, 136), (1, 64), (5, 203), (3, 16)])
+@pytest.mark.parametrize(
+    ("rows", "length", "recompute"),
+    [(1, 64, "none"), (5, 203, "none"), (3, 16, "none"), *((2, 136, how) for how in ("none", "full", "selective"))],
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_once_for_all_sizes_with_the_same_numbers(
-    compiled: Kernels, packed: bool, rows: int, length: int
+    compiled: Kernels, packed: bool, rows: int, length: int, recompute: str
 ) -> None:
-    """After the warm-up nothing is compiled any more, whatever the shape of a micro-batch; one row packs no others."""
-    wanted, expected = loss_and_gradients(EAGER, rows=rows, length=length, packed=packed)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        loss, found = loss_and_gradients(compiled, rows=rows, length=length, packed=packed)
-    assert_same_numbers(loss, found, wanted, expected)
+    """After the warm-up nothing is compiled any more, whatever the shape of a micro-batch; one row packs no others.
 
-
-@needs_compiler
-@pytest.mark.parametrize("recompute", ["full", "selective"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_what_is_computed_again_is_compiled_already(compiled: Kernels, packed: bool, recompute: str) -> None:
-    """A second forward pass inside the backward one meets no form that the warm-up has not, and changes no number."""
-    sizes = {"rows": 2, "length": 136, "packed": packed}
+    A second forward pass inside the backward one meets no form that the warm-up has not.
+    """
+    sizes: dict[str, Any] = {"rows": rows, "length": length, "packed": packed}
     wanted, expected = loss_and_gradients(EAGER, **sizes)
     with torch.compiler.set_stance("fail_on_recompile"):
         loss, found = loss_and_gradients(compiled, **sizes, recompute=recompute)
@@ -174,3 +176,188 @@ def test_a_rank_that_cannot_compile_makes_all_go_on_without(base: Base, tmp_path
     ended = run(base, tmp_path / "run", ranks=2, prelude=cannot, max_steps=2)
     assert "kernels    not compiled: RuntimeError: no compiler" in "".join(ended.outputs)
     assert len(losses(tmp_path / "run")) == 2
+
+
+# On GPUs, as far as a CPU can show it ---------------------------------------------------------------------------------
+
+
+ROWS = 50
+
+
+def arguments_of_kernels(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    draw = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int, wide: bool = False) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(torch.promote_types(dtype, torch.float32) if wide else dtype)
+
+    rows, weight, root = drawn(ROWS, 24), drawn(24), drawn(ROWS, 1, wide=True)
+    heads, table = drawn(ROWS, 4, 6), (drawn(ROWS, 1, 3), drawn(ROWS, 1, 3))
+    return {
+        "normalise": (rows, weight, None, 1e-5),
+        "apply_norm": (rows, weight, None, root),
+        "norm_gradient": (drawn(ROWS, 24), rows, weight, None, root),
+        "gate": (rows,),
+        "gate_gradient": (drawn(ROWS, 12), rows),
+        "rotate": (heads, *table, 3),
+        "rotate_gradient": (heads, heads[:, :2], heads[:, 2:3], *table),
+        "rotate_normed": (heads, *table, drawn(3, 6), 1e-5),
+        "rotate_normed_gradient": (
+            *(heads[:, :2], heads[:, 2:3], heads[:, 3:]),
+            *(heads, drawn(ROWS, 3, 1, wide=True), None, *table, 1 + drawn(3, 6).abs()),
+        ),
+        "rotate_with_root": (heads, *table, drawn(ROWS, 3, 1, wide=True), drawn(3, 6)),
+        "rotate_normed_gradient of all heads": (
+            *(heads[:, :2], heads[:, 2:3], heads[:, 3:]),
+            *(heads, drawn(ROWS, 3, 1, wide=True), drawn(ROWS, 3, 1, wide=True), *table, 1 + drawn(3, 6).abs()),
+        ),
+        "square_means": (heads, 2, 1),
+        "product_means": (heads[:, :2], heads[:, 2:3], heads),
+        "row_log_sums": (rows,),
+        "exp_logits_": (rows, drawn(ROWS, wide=True)),
+    }
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 49, 50])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parts_give_what_the_whole_gives(
+    dtype: torch.dtype, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kernel that a GPU runs, some rows at a time; the last part is shorter. None gets more rows than it may."""
+    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", rows_at_once * 24 + 5)
+    for name, arguments in arguments_of_kernels(dtype).items():
+        kernel, calls = getattr(Kernels(), name.split()[0]), []
+
+        def counted(*parts: Any, kernel: Any = kernel, calls: list[int] = calls) -> Any:
+            calls.append(len(parts[0]))
+            return kernel(*parts)
+
+        whole, parts = ([a.clone() if isinstance(a, torch.Tensor) else a for a in arguments] for _ in range(2))
+        wanted, found = kernel(*whole), run_in_parts(counted, tuple(parts), module.has_rows(kernel))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-15, msg=name)
+        torch.testing.assert_close(parts[0], whole[0], rtol=0, atol=1e-15, msg=name)  # where it works in place
+        assert sum(calls) == ROWS and max(calls) == rows_at_once, name
+
+
+def test_a_gradient_is_scaled_in_parts_and_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 7 * 24)
+    sizes, upcast = [], module.upcast
+    monkeypatch.setattr(module, "upcast", lambda rows: sizes.append(len(rows)) or upcast(rows))
+    gradient, factor = torch.randn(1, ROWS, 24).bfloat16(), torch.tensor(1 / 3)
+    found = module.scaled(gradient, factor)
+    assert sizes == [7] * 7 + [1]
+    assert torch.equal(found, (gradient.float() * factor).bfloat16())
+    assert not torch.equal(found, gradient * factor.bfloat16())
+
+
+def test_a_cpu_runs_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "run_in_parts", lambda *_: pytest.fail("in parts"))
+    for name, arguments in arguments_of_kernels(torch.float32).items():
+        getattr(EAGER, name.split()[0])(*arguments)
+
+
+@pytest.fixture(scope="module")
+def static() -> Kernels:
+    """Compiled as for a GPU, on this CPU; but for its own attention, which has another form in every block."""
+    plain = Kernels()
+    compiled = Kernels().compiled(static_widths=True)
+    kernels = replace(compiled, exp_scores_=plain.exp_scores_, score_gradient_=plain.score_gradient_)
+    compiling.warm_up_widths(kernels, model_config(), dtype=torch.float32, device=HOST, tp_size=1)
+    return kernels
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("rows", "length", "packed", "recompute"), [(1, 8, False, "full"), (4, 203, True, "selective")]
+)
+def test_constant_widths_compile_nothing_anew(
+    static: Kernels, rows: int, length: int, packed: bool, recompute: str
+) -> None:
+    """Whatever the number of tokens, with the numbers of kernels that are not compiled."""
+    sizes: dict[str, Any] = {"rows": rows, "length": length, "packed": packed}
+    wanted, expected = loss_and_gradients(EAGER, **sizes)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        loss, found = loss_and_gradients(static, **sizes, recompute=recompute)
+    assert_same_numbers(loss, found, wanted, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_answer_is_generated_without_compiling(static: Kernels, batch: int) -> None:
+    config = model_config()
+    stage = Stage(layer_specs(config, dtype=torch.float32, kernels=static), None)
+    for parameter in stage.parameters():
+        torch.nn.init.zeros_(parameter)
+    like = torch.empty(0)
+    caches = [KeyValueCache.empty(batch, config.heads.num_kv, 9, config.heads.dim, like) for _ in range(2)]
+    tokens = positions = torch.arange(6).expand(batch, 6)
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+        stage.predict(tokens, positions, caches=caches)
+        stage.predict(tokens[:, :1], positions[:, :1] + 6, caches=caches)
+
+
+@pytest.mark.parametrize(("device", "rank", "waits"), [("cuda", 1, False), ("cpu", 1, True), ("cpu", 0, False)])
+def test_gpus_compile_in_one_turn(device: str, rank: int, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their cache is by device: a rank that waits for another finds nothing there. On a CPU the first rank fills it."""
+    seen: list[str] = []
+    plan: Any = SimpleNamespace(
+        settings=SimpleNamespace(compile="true", base=None),
+        layout=SimpleNamespace(compiled=True),
+        grid=SimpleNamespace(rank=rank, tp_size=1),
+        source=SimpleNamespace(shape=None),
+        dtype=torch.bfloat16,
+    )
+    monkeypatch.setattr(compiling, "rank_number", lambda *, local: rank)
+    monkeypatch.setattr(compiling, "compiled_kernels", lambda *_, **__: seen.append("compiles") or EAGER)
+    monkeypatch.setattr(compiling, "sum_over_ranks", lambda _: seen.append("meets"))
+    monkeypatch.setattr(compiling, "first_message", lambda message: message)
+    compiling.choose_kernels(plan, torch.device(device))
+    assert seen.count("compiles") == 1
+    assert (seen.index("meets") < seen.index("compiles")) == waits
+    assert seen.count("meets") == (1 if device == "cuda" else 2)
+
+
+class _Operators(TorchDispatchMode):
+    """Which operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, _: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    ("of_matrices", "of_product"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float64),
+    ],
+)
+def test_sums_leave_a_matmul_wide_on_gpus(
+    device: str, of_matrices: torch.dtype, of_product: torch.dtype
+) -> None:
+    """torch.mm takes an out_dtype on CUDA alone, and there no other pair than 16 bits and fp32."""
+    with FakeTensorMode():  # tensors on a GPU that need none
+        left, right = (torch.empty(shape, dtype=of_matrices, device=device) for shape in ((8, 16), (16, 24)))
+        with _Operators() as called:
+            product = wide_matmul(left, right, of_product)
+    can = device == "cuda" and of_matrices.itemsize == 2 and of_product == torch.float32
+    assert ("aten.mm.dtype" in called.names) == can
+    assert (product.dtype, product.shape) == (of_product, (8, 24))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_wide_matmul_is_rounded_once() -> None:
+    """From bf16 to fp32 within fp32's rounding."""
+    left, right = (torch.randn(shape, device="cuda").bfloat16() for shape in ((8, 4096), (4096, 512)))
+    exact = left.double() @ right.double()
+    error = (wide_matmul(left, right, torch.float32).double() - exact).norm() / exact.norm()
+    assert error < 1e-5

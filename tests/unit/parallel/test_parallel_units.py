@@ -1,9 +1,12 @@
-"""The pieces of tensor parallelism by themselves, in groups of 1, 2, 3 and 4: regions, layers, loss."""
+"""The pieces of tensor parallelism by themselves, in groups of 1, 2, 3 and 4: copies, loss and the grid.
+
+tests/layouts/test_parallel_gradients.py has regions, linears and the embedding, in whole models.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,21 +15,15 @@ from forked_ranks import group_of, run_on_ranks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tiedlora.base.shapes import NormShape
-from megatron_tiedlora.model.linears import NormedLinear, RowParallelLinear
-from megatron_tiedlora.model.mlp import SwiGlu
+from megatron_tiedlora.engine.engine import make_topology
 from megatron_tiedlora.parallel import groups as collectives
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, VocabularyParallelEmbedding, frozen_parameter
-from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel, TrafficCounter
-from megatron_tiedlora.parallel.kernels import EAGER
+from megatron_tiedlora.parallel.backward import run_with_early_backward
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
+from megatron_tiedlora.parallel.groups import ALONE, Grid, RankGroup, TensorParallel, TrafficCounter
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
-from megatron_tiedlora.parallel.shard_spec import ShardSpec
 
 SIZES = (2, 3, 4)
 RANKS = 4
-# Some hundred fp64 products and sums in another order.
-TOLERANCE = 1e-12
-EPS = 1e-5
 LENGTH, WIDTH, VOCABULARY = 12, 6, 322  # 12 divides by every size, 322 by 2 alone
 
 
@@ -35,60 +32,6 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------- what the ranks do
-
-Region = Callable[[torch.Tensor, RankGroup], torch.Tensor]
-
-
-def regions() -> dict[str, tuple[Region, bool, bool]]:
-    """name -> (function, whether every rank has the same input, whether every rank has the same output).
-
-    What every rank has alike is one vector, and counts once in a scalar product; else each rank's is its own.
-    """
-    found: dict[str, tuple[Region, bool, bool]] = {}
-    for dim in (0, 1, 2, -1):
-        found[f"gather_from {dim}"] = (
-            lambda tensor, group, dim=dim: collectives.gather_from_tensor_parallel_region(tensor, group, dim),
-            False,
-            False,
-        )
-    for dim in (0, 1):
-        found[f"gather_together {dim}"] = (
-            lambda tensor, group, dim=dim: torch.cat(
-                [part.flatten() for part in collectives.gather_together((tensor, 2 * tensor[0]), group, (dim, 1))]
-            ),
-            False,
-            False,
-        )
-    for cut in (True, False):
-        for name in ("enter", "leave"):
-            function = getattr(collectives, f"{name}_tensor_parallel_region")
-            found[f"{name} {cut}"] = (
-                lambda tensor, group, function=function, cut=cut: function(tensor, TensorParallel(group, cut)),
-                not cut and name == "enter",
-                not cut and name == "leave",
-            )
-    return found
-
-
-def try_regions(group: RankGroup) -> dict[str, Any]:
-    found = {}
-    for name, (function, same_input, same_output) in regions().items():
-        # Not contiguous, as a transposed activation is.
-        value = draw(LENGTH, 2, WIDTH, seed=0 if same_input else 1 + group.rank).transpose(0, 1)
-        inputs = value.transpose(0, 1).clone().transpose(0, 1).requires_grad_()
-        output = function(inputs, group)
-        gradient = draw(*output.shape, seed=10 if same_output else 11 + group.rank)
-        given = gradient.clone()
-        output.backward(gradient)
-        found[name] = {
-            "input": value,
-            "output": output.detach(),
-            "given": given,
-            "back": inputs.grad,
-            "unchanged": torch.equal(inputs.detach(), value) and torch.equal(gradient, given),
-            "contiguous": inputs.is_contiguous(),
-        }
-    return found
 
 
 class _Copies(TorchDispatchMode):
@@ -110,50 +53,6 @@ def count_copies(group: RankGroup) -> int:
         part = collectives.leave_tensor_parallel_region(addends, tensor_parallel)
         torch.autograd.grad((whole, part), (hidden, addends), (torch.ones_like(whole), torch.ones_like(part)))
     return copies.num
-
-
-empty = partial(FrozenWeight.empty, dtype=torch.float64)
-vector = partial(frozen_parameter, dtype=torch.float64)
-
-
-def try_layers(group: RankGroup) -> dict[bool, Any]:
-    """A norm, a column- and a row-parallel linear with biases; outputs and input gradients by sequence parallelism."""
-    found = {}
-    for cut in (True, False):
-        tensor_parallel = TensorParallel(group, cut)
-        local = 2 * LENGTH // group.size
-        norm = NormShape("norm", WIDTH, EPS, "norm")
-        column = NormedLinear(empty(local, WIDTH), norm=norm, bias=vector(local), dtype=torch.float64, kernels=EAGER)
-        row = RowParallelLinear(empty(WIDTH, local // 2), bias=vector(WIDTH))
-        blocks = ShardSpec(0, (LENGTH, LENGTH))
-        values = dense_layers()
-        for parameter, spec, value in (
-            (column.weight, blocks, values[0]),
-            (column.bias, blocks, values[1]),
-            (column.norm, ShardSpec(None, ()), values[4]),
-            (row.weight, ShardSpec(1, (LENGTH,)), values[2]),
-            (row.bias, ShardSpec(None, ()), values[3]),
-        ):
-            assert not parameter.requires_grad
-            parameter.data.copy_(spec.split(value, group.rank, group.size))
-        hidden, gradient = draw(2, LENGTH, WIDTH, seed=20), draw(2, LENGTH, WIDTH, seed=21)
-        if cut:
-            hidden, gradient = (part_of(t, group.rank, group.size).clone() for t in (hidden, gradient))
-        hidden.requires_grad_()
-        output = SwiGlu(column, row, kernels=EAGER)(hidden, tensor_parallel)
-        output.backward(gradient)
-        found[cut] = output.detach(), hidden.grad
-    return found
-
-
-def part_of(hidden: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """A rank's part of the rows end to end; with one rank they stay as they are."""
-    return hidden if size == 1 else hidden.flatten(0, 1).chunk(size)[rank][None]
-
-
-def dense_layers() -> tuple[torch.Tensor, ...]:
-    sizes = ((2 * LENGTH, WIDTH), (2 * LENGTH,), (WIDTH, LENGTH), (WIDTH,), (WIDTH,))
-    return tuple(draw(*size, seed=30 + index) for index, size in enumerate(sizes))
 
 
 def loss_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,22 +89,6 @@ def try_loss(group: RankGroup) -> dict[torch.dtype, Any]:
     return found
 
 
-def embedding_inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
-    tokens[0] = torch.tensor([0, 321, 160, 161, 80, 81, 107, 108, 214, 215, 242, 243])  # edges of every cut
-    return tokens, draw(VOCABULARY, WIDTH, seed=50)
-
-
-def try_embedding(group: RankGroup) -> dict[bool, torch.Tensor]:
-    tokens, table = embedding_inputs()
-    found = {}
-    for cut in (True, False):
-        layer = VocabularyParallelEmbedding(empty(-(-VOCABULARY // group.size), WIDTH))
-        layer.weight.data.copy_(ShardSpec(0, (VOCABULARY,), padded=True).split(table, group.rank, group.size))
-        found[cut] = layer(tokens, TensorParallel(group, cut))
-    return found
-
-
 def try_all() -> dict[int, dict[str, Any]]:
     """Every piece in every group that this rank is in, and alone, by the group's size."""
     made = {2: [group_of([0, 1]), group_of([2, 3])], 3: [group_of([0, 1, 2])], 4: [group_of([0, 1, 2, 3])]}
@@ -216,11 +99,8 @@ def try_all() -> dict[int, dict[str, Any]]:
         with TrafficCounter({}) as counter:
             found[size] = {
                 "rank": group.rank,
-                "regions": try_regions(group),
-                "layers": try_layers(group),
                 "copies": count_copies(group),
                 "loss": try_loss(group),
-                "embedding": try_embedding(group),
             }
         found[size]["messages"] = sum(counter.traffic.messages.values())
     return found
@@ -237,83 +117,24 @@ def of_groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[s
     return {1: [by_rank[3][1]], 2: last_pair, **{size: [found[size] for found in by_rank[:size]] for size in (3, 4)}}
 
 
-def of_region(of_groups: dict[int, list[dict[str, Any]]], size: int, name: str, what: str) -> list[torch.Tensor]:
-    return [found["regions"][name][what] for found in of_groups[size]]
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     return found.shape == expected.shape and bool((found - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("size", [1, *SIZES])
-@pytest.mark.parametrize("name", regions())
-def test_backward_is_the_adjoint(of_groups: dict[int, Any], name: str, size: int) -> None:
-    """<f(x), y> = <x, f*(y)>, over the ranks."""
-    _, same_input, same_output = regions()[name]
-    inputs, outputs, given, back = (of_region(of_groups, size, name, w) for w in ("input", "output", "given", "back"))
-    for same, tensors in ((same_input, inputs), (same_input, back), (same_output, outputs)):
-        assert not same or all(torch.equal(tensor, tensors[0]) for tensor in tensors)
-    left = sum(float((f * y).sum()) for f, y in list(zip(outputs, given, strict=True))[: 1 if same_output else size])
-    right = sum(float((x * b).sum()) for x, b in list(zip(inputs, back, strict=True))[: 1 if same_input else size])
-    assert left == pytest.approx(right, rel=1e-12) and abs(left) > 1e-3
-    assert all(found["regions"][name]["unchanged"] for found in of_groups[size])
-    assert not any(found["regions"][name]["contiguous"] for found in of_groups[size])
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("size", [1, *SIZES])
-def test_regions_do_what_their_names_say(of_groups: dict[int, Any], size: int) -> None:
-    def check(name: str, expected: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> None:
-        outputs, inputs = (of_region(of_groups, size, name, what) for what in ("output", "input"))
-        assert all(map(close, outputs, expected(inputs))), name
-
-    def scattered(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [part_of(sum(parts), rank, size) for rank in range(size)]  # type: ignore[arg-type]
-
-    def together(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-        whole = torch.cat(parts, dim), torch.cat([2 * part[0] for part in parts], 1)
-        return torch.cat([tensor.flatten() for tensor in whole])
-
-    check("enter False", lambda parts: parts)
-    check("leave False", lambda parts: [sum(parts)] * size)
-    for dim in (0, 1, 2, -1):
-        check(f"gather_from {dim}", lambda parts, dim=dim: [torch.cat(parts, dim=dim)] * size)
-    for dim in (0, 1):
-        check(f"gather_together {dim}", lambda parts, dim=dim: [together(parts, dim)] * size)
-    check("enter True", lambda parts: [torch.cat(parts, dim=1)] * size)
-    check("leave True", scattered)
 
 
 @pytest.mark.distributed
 def test_a_group_of_one_sends_nothing(of_groups: dict[int, Any]) -> None:
     assert of_groups[1][0]["messages"] == 0
     assert all(found["messages"] > 0 for size in SIZES for found in of_groups[size])
-    tensor = draw(2, 3, 4, seed=1)
-    for name, (function, _, _) in regions().items():
-        assert function(tensor, ALONE) is tensor or name.startswith("gather_together"), name
+    tensor, alone = draw(2, 3, 4, seed=1), TensorParallel()
+    assert collectives.gather_from_tensor_parallel_region(tensor, ALONE, 0) is tensor
+    for region in (collectives.enter_tensor_parallel_region, collectives.leave_tensor_parallel_region):
+        assert region(tensor, alone) is tensor
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("size", SIZES)
 def test_parts_of_sequences_travel_without_a_copy(of_groups: dict[int, Any], size: int) -> None:
     assert [found["copies"] for found in of_groups[size]] == [0] * size
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("cut", [True, False])
-@pytest.mark.parametrize("size", [1, *SIZES])
-def test_linear_layers_equal_dense_ones(of_groups: dict[int, Any], size: int, cut: bool) -> None:
-    weight, bias, out_weight, out_bias, norm = dense_layers()
-    hidden = draw(2, LENGTH, WIDTH, seed=20).requires_grad_()
-    normed = functional.rms_norm(hidden, (WIDTH,), norm, EPS)
-    gate, up = functional.linear(normed, weight, bias).chunk(2, dim=-1)
-    output = functional.linear(functional.silu(gate) * up, out_weight, out_bias)
-    output.backward(draw(2, LENGTH, WIDTH, seed=21))
-    assert hidden.grad is not None
-    for found in of_groups[size]:
-        for tensor, expected in zip(found["layers"][cut], (output.detach(), hidden.grad), strict=True):
-            assert close(tensor, part_of(expected, found["rank"], size) if cut else expected)
 
 
 @pytest.mark.distributed
@@ -340,15 +161,51 @@ def test_cross_entropy_equals_torch(of_groups: dict[int, Any], size: int, dtype:
     assert bool(((gradient.double() - logits.grad).abs() <= bound).all())
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("cut", [True, False])
-@pytest.mark.parametrize("size", [1, *SIZES])
-def test_embedding_picks_the_rows_of_the_whole_table(of_groups: dict[int, Any], size: int, cut: bool) -> None:
-    tokens, table = embedding_inputs()
-    expected = functional.embedding(tokens, table)
-    for found in of_groups[size]:
-        wanted = part_of(expected, found["rank"], size) if cut else expected
-        assert torch.equal(found["embedding"][cut], wanted)  # others add zeros, so to the last bit
-
-
 # ------------------------------------------------------------------------------------------- the grid
+
+
+def grids() -> Iterator[Grid]:
+    for tp_size, pp_size, dp_size in product((1, 2, 3, 4, 8), (1, 2, 3, 5), (1, 2, 3, 4)):
+        yield Grid(0, tp_size * pp_size * dp_size, tp_size=tp_size, pp_size=pp_size)
+
+
+def test_the_grid_is_deepspeeds() -> None:
+    """Ranks, coordinates and groups of the topology that the pipeline engine runs on."""
+    for grid in grids():
+        topology = make_topology(grid)
+        assert topology.world_size() == grid.world_size
+        places = [grid.at(rank) for rank in range(grid.world_size)]
+        for here in places:
+            place = {"pp_rank": here.pp_rank, "dp_rank": here.dp_rank, "tp_rank": here.tp_rank}
+            coordinates = topology.get_coord(here.rank)
+            assert (coordinates.pipe, coordinates.data, coordinates.model) == tuple(place.values())
+            assert topology.get_rank(pipe=here.pp_rank, data=here.dp_rank, model=here.tp_rank) == here.rank
+            assert grid.rank_of(**place) == here.rank
+        for axis, names in (("pipe", ("dp", "tp")), ("data", ("pp", "tp")), ("model", ("pp", "dp"))):
+            ours: dict[Any, list[int]] = {}
+            for here in places:
+                ours.setdefault(tuple(getattr(here, f"{name}_rank") for name in names), []).append(here.rank)
+            assert sorted(map(sorted, topology.get_axis_comm_lists(axis))) == sorted(
+                ranks for ranks in ours.values() if len(ranks) > 1 or topology.get_dim(axis) == 1
+            )
+
+
+# ---------------------------------------------------------------------------- a backward pass inside a forward pass
+
+
+def test_an_early_backward_pass_is_for_its_input_alone() -> None:
+    """The factor that comes in later scales the gradient; another tensor gets none, rather than an unscaled one."""
+    hidden, other = torch.arange(3.0, requires_grad=True), torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+    factor, frozen = torch.tensor([1.0, 0.5, 2.0], requires_grad=True), torch.ones(3)
+
+    def function(inner: torch.Tensor, nothing: None, factor: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
+        assert nothing is None
+        return (inner * inner * factor * frozen * other).sum()
+
+    loss = run_with_early_backward(function, hidden * 1, None, factor, frozen)
+    assert loss.item() == 33.0 and hidden.grad is None
+    (loss / 8).backward()
+    expected = 2 * hidden * other * factor / 8, hidden * hidden * other / 8
+    for found, gradient in zip((hidden.grad, factor.grad), expected, strict=True):
+        torch.testing.assert_close(found, gradient.detach(), rtol=0, atol=0)
+    assert other.grad is None and frozen.grad is None

@@ -63,14 +63,6 @@ def test_codes_of_fp32_and_bf16_differ() -> None:
     assert 0.002 < (both[0] != both[1]).float().mean() < 0.02
 
 
-def test_scales_depend_on_whole_blocks_alone() -> None:
-    """A block's codes and scale do not depend on other rows or blocks, so shards of whole blocks have the same."""
-    values = drawn(6, 1376)
-    codes, scales = quantise.quantise_blocks(values, BLOCK, "nf4")
-    part_codes, part_scales = quantise.quantise_blocks(values[2:5, 640:1024], BLOCK, "nf4")
-    assert torch.equal(part_codes, codes[2:5, 640:1024]) and torch.equal(part_scales, scales[2:5, 10:16])
-
-
 def test_bytes_of_the_table() -> None:
     nf4, int8 = BASE_FORMATS["nf4"], BASE_FORMATS["int8"]
     assert bytes_of(nf4, 10, 4096) * 8 == 10 * 4096 * 4.5 and bytes_of(int8, 10, 4096) == 10 * (4096 + 4)

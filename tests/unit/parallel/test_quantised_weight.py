@@ -9,19 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from adapted_stages import adapted_stage, drawn, step_numbers
 from quantised_models import CROSSING, FORMATS, bytes_of, expected_values, with_values
 from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from megatron_tiedlora.adapters.tied_adapter import (
-    AdapterPart,
-    TiedAdapter,
-    initial_values,
-    make_adapter_config,
-    targets_of,
-)
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights, weight_map
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -30,15 +24,11 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import quantise
 from megatron_tiedlora.parallel.fp8_products import weight_maker
-from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_linear, frozen_weights
+from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.training import compiling
-
-
-def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def made(name: str, values: torch.Tensor, dtype: torch.dtype = torch.float64) -> QuantisedWeight:
@@ -46,33 +36,6 @@ def made(name: str, values: torch.Tensor, dtype: torch.dtype = torch.float64) ->
     assert isinstance(weight, QuantisedWeight)
     weight.load(values)
     return weight
-
-
-@pytest.mark.parametrize("width", [64, 100, 7])
-@pytest.mark.parametrize("name", FORMATS)
-def test_matmuls_and_the_input_gradient(name: str, width: int) -> None:
-    values, x = drawn(6, width, dtype=torch.float32), drawn(2, 3, width, seed=1).requires_grad_()
-    bias, grad_y, memory = drawn(6, seed=2), drawn(2, 3, 6), torch.empty(6, 6, dtype=torch.float64)
-    weight, full = made(name, values), expected_values(name, values)
-    assert weight.local_shape == (6, width) and torch.equal(weight.values(), full.float())
-    y = frozen_linear(x, weight)
-    y.backward(grad_y)
-    assert x.grad is not None
-    torch.testing.assert_close(y, x @ full.t(), rtol=0, atol=1e-13)
-    torch.testing.assert_close(x.grad, grad_y @ full, rtol=0, atol=1e-13)
-    rows = x.detach().flatten(0, 1)
-    torch.testing.assert_close(weight.times_transposed(rows, bias), rows @ full.t() + bias, rtol=0, atol=1e-13)
-    assert weight.times_transposed(rows, out=memory) is memory and torch.equal(memory, weight.times_transposed(rows))
-    first = weight.first_rows(2)
-    torch.testing.assert_close(first.times_transposed(rows), rows @ full[:2].t(), rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_16_bit_weights_are_rounded_once(name: str) -> None:
-    values = drawn(96, 128, dtype=torch.bfloat16)
-    weight, full = made(name, values, torch.bfloat16), expected_values(name, values).bfloat16()
-    x, grad_y = drawn(5, 128, seed=1).bfloat16(), drawn(5, 96, seed=2).bfloat16()
-    assert torch.equal(weight.times_transposed(x), x @ full.t()) and torch.equal(weight.times(grad_y), grad_y @ full)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -197,29 +160,6 @@ def test_a_kernel_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     quantise._checked_kernel.cache_clear()
 
 
-def build(folder: Path, base: str | None, dtype: torch.dtype, recompute: str = "none") -> Stage:
-    """A model with a trained adapter whose tensors are not zero."""
-    source = find_model(str(folder))
-    config = make_adapter_config("tl6", rank=4, layers=(1, 2, 3), targets=targets_of(source.shape), seed=0)
-    adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.promote_types(dtype, torch.float32))
-    adapter.load_full({name: drawn(*value.shape, seed=7) * 0.1 for name, value in initial_values(config).items()})
-    gate = recompute == "selective"
-    specs = layer_specs(source.shape, dtype=dtype, make_weight=weight_maker(base), recomputes_gate=gate)
-    model = Stage(specs, adapter, recompute=recompute)
-    with BaseWeights(folder, source.shape) as weights:
-        load_base_weights(weights, frozen_weights(model))
-    return model
-
-
-def step(model: Stage) -> list[torch.Tensor]:
-    """Loss and gradients of a micro-batch."""
-    ids = torch.randint(3, 320, (2, 16), generator=torch.Generator().manual_seed(3))
-    loss = model(ids, torch.arange(16).expand_as(ids), ids.roll(-1, 1))
-    loss.backward()
-    assert model.adapter is not None
-    return [loss.detach(), *(p.grad for p in model.adapter.parameters() if p.grad is not None)]
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model, and by format a copy of it with the values that the format makes of it."""
@@ -235,8 +175,12 @@ def test_a_model_trains_as_on_its_dequantised_weights(
 ) -> None:
     folder, plain = folders[""], folders[name]
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        found, expected = (step(build(at, base, dtype, recompute)) for at, base in ((folder, name), (plain, None)))
-        assert all(map(torch.equal, found, expected)) and len(found) == len(expected) == 5
+        found, expected = (
+            step_numbers(adapted_stage(at, dtype=dtype, recompute=recompute, make_weight=weight_maker(base)))
+            for at, base in ((folder, name), (plain, None))
+        )
+        assert found.keys() == expected.keys() and len(found) == 5
+        assert all(torch.equal(found[key], number) for key, number in expected.items())
 
 
 class _Alive(TorchDispatchMode):
@@ -264,7 +208,8 @@ def test_at_most_one_dequantised_weight_exists(
     name: str, recompute: str, folders: dict[str, Path], kernels: str
 ) -> None:
     """A 16-bit tensor of a weight's size is one, as no activation of eight tokens is as large."""
-    model = build(folders[""], name, torch.bfloat16, recompute)
+    make = weight_maker(name)
+    model = adapted_stage(folders[""], dtype=torch.bfloat16, recompute=recompute, make_weight=make)
     ids = torch.randint(3, 320, (1, 8), generator=torch.Generator().manual_seed(3))
     weights = [weight for weight in frozen_weights(model).values() if isinstance(weight, QuantisedWeight)]
     (workspace,) = {weight.workspace for weight in weights}

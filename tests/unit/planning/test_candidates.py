@@ -3,60 +3,62 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import H100, searched, short, words_of_a_plan, words_of_a_run
+from planned import H100, THREE, group_of, searched, short, words_of_a_plan, words_of_a_run
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.plan_settings import parse_plan
-from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.hf_config import BITSANDBYTES, FBGEMM, StoredFormat
 from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster, report_lines
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.machines import GPUS
-from megatron_tiedlora.planning.run_plan import plan_run
-from megatron_tiedlora.planning.search import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
+from megatron_tiedlora.planning.search import ENGINE_FILES, RECOMPUTES, STORAGES, Storage, divisors
 
 SOURCE = short("qwen3-8b", 3)
-RANKS, PER_NODE, BATCH = 12, 4, 12
+BATCH = 12
 
 
-def asked(**choices: Any) -> Layout | str:
-    """The layout of a run with these choices, or what the run says."""
-    values = {"model": SOURCE.name, "dry_run": True, "plan_for": "gpu", "world_size": RANKS, "max_length": 512}
-    try:
-        settings = make_settings({**values, "global_batch_size": BATCH, **choices})
-        return plan_run(settings, rank=0, world_size=RANKS, weights=False, source=SOURCE).layout
-    except UserError as error:
-        return str(error)
+@pytest.mark.cpu_seconds(20, reason="hundreds of layouts, each asked of a run")
+@pytest.mark.parametrize(
+    ("adapters", "source", "ranks", "per_node", "storages"),
+    [("", SOURCE, 12, 4, STORAGES), (THREE, short("llama2-7b", 6), 6, 2, (STORAGES[0], STORAGES[3]))],
+    ids=["one adapter", "three adapters"],
+)
+def test_what_is_enumerated_is_what_a_run_accepts(
+    tmp_path: Path, adapters: str, source: ModelSource, ranks: int, per_node: int, storages: tuple[Storage, ...]
+) -> None:
+    """The full product of all choices; a run is asked about each. Groups over nodes are not asked for.
 
-
-def test_what_is_enumerated_is_what_a_run_accepts() -> None:
-    """The full product of all choices; a run is asked about each. Groups over nodes are not asked for."""
-    flags = (f"--global_batch_size={BATCH}", "--max_length=512")
-    found = searched(*flags, source=SOURCE, ranks=RANKS, per_node=PER_NODE)
-    accepted, refused = {}, Counter[str]()
-    for tp, pp in ((t, p) for t in divisors(RANKS) for p in divisors(RANKS) if RANKS % (t * p) == 0):
-        share, rest = divmod(BATCH, RANKS // (tp * pp))
-        sizes = [1] if rest else divisors(share)
-        for file, storage, rows, recompute in product(ENGINE_FILES, STORAGES, sizes, RECOMPUTES):
+    Rows divide each adapter's share of its batch: 12 samples are the most that divide 12, and 24, 36 and 48.
+    """
+    given: dict[str, Any] = {"global_batch_size": BATCH, "max_length": 512}
+    if adapters:
+        (tmp_path / "three.yaml").write_text(adapters)
+        given |= {"global_batch_size": 3 * BATCH, "adapters": str(tmp_path / "three.yaml")}
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    formats = f"--formats={','.join(storage.name for storage in storages)}"
+    found = searched(*flags, formats, source=source, ranks=ranks, per_node=per_node)
+    accepted, refused = dict[Any, Layout](), Counter[str]()
+    for tp, pp in ((t, p) for t in divisors(ranks) for p in divisors(ranks) if ranks % (t * p) == 0):
+        sizes = divisors(BATCH // (ranks // (tp * pp)))
+        for file, storage, rows, recompute in product(ENGINE_FILES, storages, sizes, RECOMPUTES):
             for shards in [True, False] if tp > 1 else [True]:
-                layout = asked(
-                    tensor_parallel=tp,
-                    pipeline_parallel=pp,
-                    ds_config=file,
-                    micro_batch_size=rows,
-                    recompute=recompute,
-                    sequence_parallel=shards,
-                    **storage._asdict(),
-                )
-                if PER_NODE % tp:
+                choices = {"tensor_parallel": tp, "pipeline_parallel": pp, "ds_config": file, "micro_batch_size": rows}
+                choices |= {"recompute": recompute, "sequence_parallel": shards, **storage._asdict()}
+                try:
+                    layout = group_of(source, ranks, **given, **choices).layout
+                except UserError as error:
+                    refused["over nodes" if per_node % tp else str(error)] += 1
+                    continue
+                if per_node % tp:
                     refused["over nodes"] += 1
-                elif isinstance(layout, str):
-                    refused[layout] += 1
                 else:
                     accepted[file, storage, tp, pp, rows, recompute, shards] = layout
     mine = {
@@ -68,6 +70,7 @@ def test_what_is_enumerated_is_what_a_run_accepts() -> None:
     for words, number in found.refused.items():
         theirs["over nodes" if "span nodes" in words else words] += number
     assert theirs == refused and len(refused) > 4
+    assert any("ZeRO-1 clips the gradients of all adapters together" in words for words in refused) == bool(adapters)
     assert found.enumerated == len(accepted) + refused.total()
     assert len({candidate.name for candidate in found.candidates}) == len(found.candidates)
 
@@ -167,17 +170,61 @@ VALUES: dict[str, tuple[str, ...]] = {
 }
 
 
-def test_a_plan_refuses_what_a_run_refuses() -> None:
+# Those of a run of several adapters, and the files of their adapters.
+TOGETHER: dict[str, tuple[str, ...]] = {
+    "tensor_parallel": ("3", "4"),
+    "pipeline_parallel": ("1", "64"),
+    "ds_config": ("zero0.json", "zero1.json", "zero2.json", "zero3.json", "nosuch.json"),
+    "micro_batch_size": ("3", "8"),
+    "global_batch_size": ("7", "16"),
+    "base": ("nf4", "int4"),
+    "products": ("fp8",),
+    "layers": ("1,2", "40"),
+    "rank": ("0",),
+    "resume": ("auto", "runs/one"),
+    "report_to": ("wandb",),
+    "halving": ("true",),
+    "share_micro_batches": ("false",),
+    "eval_metric": ("rouge",),
+    "profile": ("5:3",),
+    "adapters": ("layers", "batch", "of all", "task", "twice", "none"),
+}
+ENTRIES = {
+    "two": "- name: a\n- name: b\n  rank: 16\n",
+    "layers": "- name: a\n- name: b\n  layers: 50\n",
+    "batch": "- name: a\n- name: b\n  global_batch_size: 9\n",
+    "of all": "- name: a\n- name: b\n  dtype: fp32\n",
+    "task": "- name: a\n- name: b\n  task: samsum\n",
+    "twice": "- name: a\n- name: A\n",
+    "none": "[]\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("pinned", "choices", "least"),
+    [
+        (PINNED, VALUES, 400),
+        ({**PINNED, "ds_config": "zero0.json", "adapters": "two"}, TOGETHER, 200),
+    ],
+    ids=["one adapter", "adapters"],
+)
+def test_a_plan_refuses_what_a_run_refuses(
+    tmp_path: Path, pinned: Mapping[str, str], choices: Mapping[str, tuple[str, ...]], least: int
+) -> None:
     """Over all pairs of flags and their values, in the same words."""
-    values = [(name, value) for name, options in VALUES.items() for value in options]
+    for name, text in ENTRIES.items():
+        (tmp_path / name).write_text(text)
+    values = [(name, value) for name, options in choices.items() for value in options]
     refused = 0
     for pair in combinations(values, 2):
-        given = {**PINNED, **dict(pair)}
+        given = {**pinned, **dict(pair)}
+        if "adapters" in given:
+            given["adapters"] = str(tmp_path / given["adapters"])
         flags = ["--model=llama2-7b", *(f"--{name}={value}" for name, value in given.items())]
         expected, found = words_of_a_run(flags), words_of_a_plan(flags)
         assert found == expected, pair
         refused += bool(expected)
-    assert refused > 400
+    assert refused > least
 
 
 @pytest.mark.parametrize(
@@ -205,6 +252,8 @@ def test_one_size_alone_is_refused_in_the_words_of_a_run(flag: str) -> None:
         (["--why=t1p1d9"], "--why t1p1d9: no such layout"),
         (["--layout=t1p1d9"], "--layout t1p1d9: no such layout"),
         (["--adapters=nosuch.yaml"], "--adapters nosuch.yaml: no such file"),
+        (["--share_micro_batches=false"], "needs --adapters"),
+        (["--halving=true"], "needs --adapters"),
     ],
 )
 def test_bad_input_is_one_line(flags: list[str], words: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bytes_touched import BytesTouched
 from folders import ROOT
-from planned import H100, changed, searched, short, the_only
+from planned import H100, changed, searched, short
 
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.model import fused_attention
@@ -20,7 +20,6 @@ from megatron_tiedlora.parallel import fp8_products
 from megatron_tiedlora.planning import search
 from megatron_tiedlora.planning.cluster_report import chosen_settings, hint_lines
 from megatron_tiedlora.planning.machines import ATTENTION, GPUS, Machine, attention_of, default_attention
-from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan
 from megatron_tiedlora.planning.step_time import Seconds
 
@@ -37,28 +36,6 @@ def fastest(model: str, layers: int, *flags: str, ranks: int = 1, machine: Machi
 # FP8 matmuls --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("model", "tensor", "forward", "backward"),
-    [
-        ("llama2-7b", 1, 3 * 4096 + 11008, 12288 + 4096 + 2 * 11008 + 4096),
-        ("llama2-70b", 2, 8192 + 8192 // 2 + 8192 + 28672 // 2, 10240 // 2 + 8192 + 28672 + 8192),
-    ],
-)
-def test_a_layer_rounds_what_its_linears_multiply(model: str, tensor: int, forward: int, backward: int) -> None:
-    """Per token, as the difference of four layers and three: the first and the last one do less."""
-    flags = [f"--tensor_parallel={tensor}", "--pipeline_parallel=1", "--micro_batch_size=1", "--recompute=none"]
-    flags += ["--formats=fp8-products", "--ds_config=zero0.json", "--sequence_parallel=true", "--max_length=1024"]
-    found = []
-    for layers in (3, 4):
-        candidate = the_only(*flags, "--layers=1", source=short(model, layers), ranks=tensor)
-        work = stage_work(candidate.stage(0), candidate.step.batches[0])
-        found.append((work.forward["rounded"], work.backward["rounded_back"]))
-    layer = [(many - few) / 1024 for few, many in zip(*found, strict=True)]
-    assert layer == [forward, backward]
-    if model == "llama2-7b":
-        assert layer == [23_296, 42_496]
-
-
 def test_bytes_of_rounding_are_those_of_its_operations() -> None:
     """Of the code as it is, on tensors without data; a fused kernel would change the constants."""
     rows, factors = torch.empty(1024, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(1, 4096, device="meta")
@@ -71,12 +48,9 @@ def test_bytes_of_rounding_are_those_of_its_operations() -> None:
 def test_fp8_matmuls_are_planned_as_they_are_written() -> None:
     """Slower than bf16: about half of what they would be if rounding cost nothing."""
     seven = fastest("llama2-7b", 32, FP8)
-    assert 11_000 < seven.tokens_per_second < 13_400
-    assert seven.tokens_per_second < 0.8 * fastest("llama2-7b", 32, "--formats=none").tokens_per_second
     fused = changed(H100, round__forward=0.0, round__backward=0.0)
     assert fastest("llama2-7b", 32, FP8, machine=fused).tokens_per_second > 1.6 * seven.tokens_per_second
-    shape = ("--tensor_parallel=2", "--pipeline_parallel=1")
-    seventy = fastest("llama2-70b", 80, FP8, *shape, ranks=8)
+    seventy = fastest("llama2-70b", 80, FP8, "--tensor_parallel=2", "--pipeline_parallel=1", ranks=8)
     assert 1_590 < seventy.tokens_per_second < 1_680
 
 
@@ -111,13 +85,6 @@ def test_the_words_about_7b_are_those_of_its_plans() -> None:
     rates = [f"{row.tokens_per_second:,.0f}" for row in (plain, faster, fastest("llama2-7b", 32, FP8))]
     assert f"7B on one card {rates[1]} tokens/s instead of {rates[0]}" in text
     assert f"in fp8 ({rates[2]} tokens/s planned) than in bf16 ({rates[0]})" in text
-
-
-@pytest.mark.parametrize(
-    ("model", "layers", "ranks", "rate"), [("llama2-7b", 32, 1, 17_563), ("llama2-70b", 80, 8, 1_863)]
-)
-def test_rates_in_bf16_are_those_of_the_kernel(model: str, layers: int, ranks: int, rate: float) -> None:
-    assert fastest(model, layers, "--formats=none", ranks=ranks).tokens_per_second == pytest.approx(rate, rel=0.03)
 
 
 # Storage formats ----------------------------------------------------------------------------------------------------

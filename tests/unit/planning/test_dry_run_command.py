@@ -35,17 +35,21 @@ def written(folder: Path, **files: str) -> list[str]:
         (("--gpu=h200", "--ds_config=zero1.json"), 0),
         (("--gpu=h100", *SMALLER), 0),
         (("--plan_for=gpu", "--ds_config=zero1.json"), 0),
+        (("--gpu=h100", "--ds_config=zero0.json", "--adapters=two.yaml"), 1),
+        (("--gpu=h200", "--ds_config=zero0.json", "--adapters=two.yaml"), 0),
     ],
-    ids=["too small", "large enough", "a row at a time", "no card named"],
+    ids=["too small", "large enough", "a row at a time", "no card named", "adapters, too small", "adapters"],
 )
-@pytest.mark.parametrize("together", [False, True], ids=["one", "adapters"])
 def test_the_status_is_that_of_the_named_card(
-    flags: tuple[str, ...], status: int, together: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...],
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """1 if the layout does not fit; the report is whole in any case."""
-    if together:
-        (file,) = written(tmp_path, two="- name: a\n- name: b\n  rank: 16\n")
-        flags = (f"--adapters={file}", *(flag.replace("zero1", "zero0") for flag in flags))
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, two="- name: a\n- name: b\n  rank: 16\n")
     assert call("train", [*SEVENTY, *flags]) == status
     text = capsys.readouterr().out
     said = re.findall("IT DOES NOT FIT|: it fits", text)

@@ -1,4 +1,4 @@
-"""tools/plan.py as it is started: the table, the arithmetic of a row, JSON, the command and the YAML of a run."""
+"""`tiedlora plan`: the table, the arithmetic of a row, JSON, the command and the YAML of a run, and docs/guide.md."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from document_rows import GUIDE, words_of
 from folders import ROOT
 from planned import H100
 from report_tables import stage_table
-from run_helpers import write_rows
-from tiny_models import write_tiny_model, write_tiny_tokenizer
 
 from megatron_tiedlora.base.errors import UserError, bytes_in_words
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.plan_settings import FORMAT_NAMES, parse_plan
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.planning.machines import CONSTANTS, read_machine
+from megatron_tiedlora.planning.cluster_report import plan_cluster
+from megatron_tiedlora.planning.machines import CONSTANTS, GPUS, read_machine
 from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.planning.step_time import Links
 
-SECONDS = {4: 10.0, 128: 15.0}  # what the command may take on two idle cores, by nodes; about 4 of them are traces
-# The test counts CPU seconds, since other processes wait for the same cores. These share caches and clock too, beside
-# which the same work has taken up to twice as many; the rest is for modules that are compiled anew in each process.
-ALLOWANCE = 2.5
+# What the command may take for 128 nodes, in seconds of an idle core; about 4 of them are traces. Processes that share
+# caches and clock with others take up to twice as many; the rest is for modules that are compiled anew in each process.
+SECONDS, ALLOWANCE = 15.0, 2.5
 
 
 @dataclass(frozen=True)
@@ -53,40 +54,20 @@ def planned(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> Pr
     return Printed(capsys.readouterr().out, record, folder / "plan.yaml", status)
 
 
-@pytest.fixture(scope="module")
-def timed() -> dict[int, tuple[str, float]]:
-    """The text and the processor's seconds of the issue's command, by nodes, each in a process of its own."""
-    found = {}
-    for nodes in SECONDS:
-        words = ["--model", "llama2-70b", "--nodes", str(nodes), "--gpus_per_node", "8", "--gpu", "h100"]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        text = subprocess.run(
-            [sys.executable, "-m", "megatron_tiedlora", "plan", *words],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-        ).stdout
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found[nodes] = text, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return found
+@pytest.mark.cpu_seconds(20, reason="a plan of a 70B model for 1,024 cards, of 178 traces")
+def test_large_clusters_take_seconds() -> None:
+    """In a process of its own, whose seconds of a processor are counted, since others wait for the same cores."""
+    words = ["--model", "llama2-70b", "--nodes", "128", "--gpus_per_node", "8", "--gpu", "h100"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "megatron_tiedlora", "plan", *words]
+    subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{seconds:.1f} s of a processor")
+    assert seconds < ALLOWANCE * SECONDS
 
 
-@pytest.mark.cpu_seconds(30, reason="two plans of a 70B model, of 178 traces each")
-def test_large_clusters_take_seconds(timed: dict[int, tuple[str, float]]) -> None:
-    for nodes, (_, seconds) in timed.items():
-        print(f"{nodes} nodes: {seconds:.1f} s of a processor")
-        assert seconds < ALLOWANCE * SECONDS[nodes]
-
-
-def test_the_first_line_counts_all_layouts(timed: dict[int, tuple[str, float]]) -> None:
-    first = timed[4][0].splitlines()[0]
-    numbers = [int(word.replace(",", "")) for word in re.findall(r"[\d,]*\d", first)]
-    enumerated, refused, dropped, priced, fitting = numbers
-    assert enumerated == refused + dropped + priced and 0 < fitting < priced and dropped > 0
-    assert "left out, so assumed: --max_length 4096, --global_batch_size 128" in timed[4][0]
-
-
+@pytest.mark.cpu_seconds(15, reason="two plans of a 70B model for 32 cards")
 def test_70b_on_32_h100_is_data_parallel_over_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In bf16 and of all formats the fastest layout has copies of the model on several nodes; none spans one."""
     for formats in ("none", "none,nf4,fp8-products"):
@@ -103,6 +84,10 @@ def test_70b_on_32_h100_is_data_parallel_over_nodes(tmp_path: Path, capsys: pyte
         assert links["data"].num_nodes > 1 and links["tensor"].num_nodes == 1
         rates = [float(row[2].replace(",", "")) for row in found.rows()]
         assert rates == sorted(rates, reverse=True) and len(rates) > 15
+        first = [int(word.replace(",", "")) for word in re.findall(r"[\d,]*\d", found.text.splitlines()[0])]
+        enumerated, refused, dropped, priced, fitting = first
+        assert enumerated == refused + dropped + priced and 0 < fitting < priced and dropped > 0
+        assert "left out, so assumed: --gpu h100, --max_length 4096, --global_batch_size 128" in found.text
     wide = [row for row in found.record["layouts"] if row["settings"]["tensor_parallel"] == 8 and row["fits"]]
     plain = next(row for row in wide if "base" not in row["settings"])
     assert 0.25 < plain["seconds"]["tensor"] / plain["seconds"]["step"] < 0.35
@@ -228,17 +213,55 @@ def test_a_command_has_the_flags_of_the_layout(tmp_path: Path, capsys: pytest.Ca
     assert plan_run(settings, rank=0, world_size=8, weights=False).layout.dp_size == 8
 
 
-def test_real_lengths_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With data the micro-batches are those of the first step, and the YAML names the files."""
-    write_tiny_model(tmp_path / "model", vocab_size=320)
-    write_tiny_tokenizer(tmp_path / "model", vocab_size=320)
-    write_rows(tmp_path / "rows.jsonl", 24)
-    flags = (f"--model={tmp_path / 'model'}", f"--train_file={tmp_path / 'rows.jsonl'}", "--gpus_per_node=2")
-    found = planned(tmp_path, capsys, *flags, "--global_batch_size=8", "--max_length=64", "--max_steps=3")
-    assert "24 samples of" in found.text and "tokens on average" in found.text
-    text = found.values.read_text()
-    assert f"train_file: {tmp_path / 'rows.jsonl'}" in text and "max_steps: 3" in text
-    assert found.record["layouts"][0]["tokens_per_second_per_rank"] > 0
+# docs/guide.md: its table is planned anew. tests/runs/test_document_commands.py checks and runs all its commands. -----
+
+PLANS = {name: command for command in GUIDE.commands for name in re.findall(r"tiedlora plan .* --yaml (\S+)", command)}
+FILES = re.findall(r"^\| (.*?) \| `([\w-]+\.yaml)` \|", GUIDE.text, re.MULTILINE)
+ROWS = {Path(name).name: title for title, name in FILES}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_table_is_what_its_commands_plan(name: str) -> None:
+    """But for the data: every sample has the full length, and the model is a preset, so that no file is needed."""
+    words = words_of(PLANS[name], {})[2:]
+    for flag in ("--train_file", "--yaml"):
+        del words[words.index(flag) : words.index(flag) + 2]
+    words[words.index("--model") + 1] = Path(words[words.index("--model") + 1]).name
+    row, file = plan_cluster(parse_plan(words)).rows[0], Path(name).name
+    line = f"| {ROWS.get(file, '?')} | `{file}` | `{row.name}` | {row.needed / 1e9:.1f} | {row.tokens_per_second:,.0f}"
+    line += f" | {row.hours:.2f} | {row.hours * row.cluster.world_size:.1f} |"
+    print(f"\n{line}")
+    assert line in GUIDE.text
+
+
+def test_the_words_about_70b_on_one_card_are_those_of_its_plans() -> None:
+    """16 bits do not fit; 4 bits do without recompute, 8 bits only with full recompute."""
+    flags = ["--model=llama2-70b", "--gpus_per_node=1", "--max_length=2048"]
+    rows = {name: plan_cluster(parse_plan([*flags, f"--formats={name}"])).rows for name in FORMAT_NAMES}
+    recomputes = {name: {row.layout.recompute for row in found} for name, found in rows.items()}
+    assert not rows["none"] and "none" in recomputes["nf4"]
+    assert all(recomputes[name] == {"full"} for name in ("int8", "fp8", "fp8-products"))
+    assert not rows["fp8-transposed"]
+
+
+def test_the_words_about_the_table_are_those_of_its_plans() -> None:
+    assert {Path(name).name for name in PLANS} == set(ROWS) and len(ROWS) == 6
+    train = parse_plan(PLANS["seven.yaml"].split()[2:]).train
+    samples = train.max_steps * train.global_batch_size
+    said = f"{train.global_batch_size} samples in a step and {train.max_steps} steps, so {samples:,} samples, here of"
+    assert f"{said} {train.max_length:,} tokens" in " ".join(GUIDE.text.split())
+    assert (train.method, train.rank) == ("tl6", 8) and "`tl6` at rank 8" in GUIDE.text
+    assert f"({GPUS['h100']['memory'] / 1e9:.1f} GB as PyTorch counts)" in GUIDE.text
+
+
+def test_kubernetes_takes_what_the_guide_says() -> None:
+    (job,) = yaml.safe_load_all((ROOT / "launch" / "kubernetes" / "pytorchjob.yaml").read_text())
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
+    names = [word.partition("=")[0] for word in container["args"]]
+    assert names == ["--model", "--train_file", "--output_dir", "--resume"]
+    nodes = parse_plan(PLANS["/shared/sixteen.yaml"].split()[2:]).settings.nodes
+    ranks = nodes * int(job["spec"]["nprocPerNode"])
+    assert f"{nodes - 1} replicas of the worker and {ranks} expected ranks" in GUIDE.text
 
 
 # Machines -----------------------------------------------------------------------------------------------------------
@@ -266,25 +289,19 @@ def test_a_file_of_constants_is_read_back(tmp_path: Path) -> None:
         ({"peak.fp8": 0}, "peak.fp8 is 0; a card of capability 8.9 or more"),
         ({"capability": "9"}, "capability is '9', expected two numbers"),
         ({"capability": None}, "capability is missing, CUDA's compute capability"),
+        ({"step": ...}, "step is missing"),
     ],
 )
 def test_a_wrong_file_of_constants_is_one_line(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     content = H100.record()
     for name, value in change.items():
-        if name in content:
+        if value is ...:
+            del content["constants"][name]
+        elif name in content:
             content[name] = value
         else:
             content["constants"][name] = value
     file = tmp_path / "c.json"
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=words):
-        read_machine(file)
-
-
-def test_a_missing_constant_is_named(tmp_path: Path) -> None:
-    content = H100.record()
-    del content["constants"]["step"]
-    file = tmp_path / "c.json"
-    file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="step is missing"):
         read_machine(file)

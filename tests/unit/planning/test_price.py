@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import H100, changed, largest_memory, searched, short, stage_memory, step_parts, the_only
+from planned import (
+    H100,
+    THREE,
+    changed,
+    group_of,
+    largest_memory,
+    searched,
+    short,
+    step_parts,
+    the_only,
+)
 from run_helpers import write_base
 
 from megatron_tiedlora.config.cli import parse_settings
@@ -16,13 +26,11 @@ from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.groups import TENSOR
-from megatron_tiedlora.planning.adapter_plans import prepare_data
+from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
 from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster
 from megatron_tiedlora.planning.layout import plan_stages
-from megatron_tiedlora.planning.machines import CPU, Machine
-from megatron_tiedlora.planning.passes import saved_per_token, step_flops, step_traffic
+from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.planned import Planned
-from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.search import Candidate, Storage
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, Seconds, step_seconds
@@ -31,37 +39,45 @@ SOURCE = short("llama2-7b", 6)
 ONE = ("--ds_config=zero1.json", "--recompute=none", "--micro_batch_size=1", "--formats=none", "--max_length=4096")
 
 
-def run_plan(candidate: Candidate) -> RunPlan:
-    """The plan of a run that is given the candidate's flags."""
-    (plan,) = candidate.step.plans.values()
-    settings, ranks = plan.settings, candidate.layout.world_size
-    given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    values = {**given, **candidate.flags, "world_size": ranks}
-    return plan_run(make_settings(values), rank=0, world_size=ranks, weights=False, source=plan.source)
-
-
 def priced(*flags: str, ranks: int = 1, **keywords: Any) -> Candidate:
     """The only layout that the flags leave."""
     return the_only(*flags, source=SOURCE, ranks=ranks, **keywords)
 
 
-@pytest.mark.parametrize(
-    "flags", [("--layers=3,5", "--targets=all", "--method=lora"), ("--recompute=none",)], ids=["some layers", "plain"]
-)
-def test_each_layout_has_the_price_that_it_has_alone(flags: tuple[str, ...]) -> None:
-    """Memory of all stages and time, from the plan of a run with the flags of the layout."""
-    found = searched(*flags, "--global_batch_size=16", "--max_length=2048", source=SOURCE, ranks=8, per_node=4)
-    rows = found.all_rows
-    assert {(row.layout.pp_size, row.layout.tp_size) for row in rows} >= {(1, 1), (2, 4), (4, 2)}
-    for one in rows[:: max(1, len(rows) // 150)]:
-        plan = run_plan(one)
-        assert one.layout == plan.layout
-        tokens = plan.layout.rows * plan.layout.length
-        sizes = {"tokens": tokens, "documents": plan.layout.rows, "longest": plan.layout.length}
-        memories = [stage_memory(stage, **sizes, machine=one.machine) for stage in plan.stages]
-        assert one.needed == max(memory.total for memory in memories), one.name
-        parts = step_parts(plan.stages, StepPlan({"": plan}).batches, Links(plan.layout, 4), one.machine)
-        assert one.seconds.total == pytest.approx(step_seconds([parts])[0].total, rel=1e-12), one.name
+PRICED: dict[str, dict[str, Any]] = {
+    "some layers": {"layers": "3,5", "targets": "all", "method": "lora"},
+    "plain": {"recompute": "none"},
+    "shared": {"adapters": THREE, "sequence_parallel": True, "recompute": "selective"},
+    "in turn": {"adapters": THREE, "share_micro_batches": False},
+    "late": {"adapters": "- name: all\n- name: late\n  layers: 3,4,5\n", "recompute": "none"},
+}
+
+
+@pytest.mark.cpu_seconds(30, reason="each size of a shared micro-batch is traced")
+@pytest.mark.parametrize("case", PRICED)
+def test_each_layout_has_the_price_that_it_has_alone(case: str, tmp_path: Path) -> None:
+    """Memory, messages and time are those of a dry run with its flags, and of each of its stages by itself.
+
+    In a search layouts share them, as do stages of one layout whose blocks, adapters and links are alike.
+    """
+    given = {"global_batch_size": 24, "max_length": 1024, **PRICED[case]}
+    if "adapters" in given:
+        (tmp_path / "a.yaml").write_text(given["adapters"])
+        given["adapters"] = str(tmp_path / "a.yaml")
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    rows = searched(*flags, source=SOURCE, ranks=12, per_node=4).all_rows
+    assert {(row.layout.pp_size, row.layout.tp_size) for row in rows} >= {(1, 1), (3, 4), (6, 2)}
+    for one in rows[:: max(1, len(rows) // 60)]:
+        step = group_of(SOURCE, 12, **{**given, **one.flags})
+        alone = Planned.alone(step, one.machine, per_node=4)
+        for name in ("layout", "fullest", "needed", "fits", "work", "parts"):
+            assert getattr(alone, name) == getattr(one, name), (one.name, name)
+        assert alone.seconds == pytest.approx(one.seconds, rel=1e-12)
+        assert (alone.hours, alone.mfu) == pytest.approx((one.hours, one.mfu), rel=1e-12)
+        for index in (0, one.layout.pp_size - 1):
+            assert alone.traffic(index) == one.traffic(index)
+        assert one.needed == max(largest_memory(step, stage, one.machine).total for stage in step.stages), one.name
+        assert one.parts == step_parts(step.stages, step.batches, Links(step.layout, 4), one.machine), one.name
 
 
 def test_the_pruned_table_is_the_full_one() -> None:
@@ -87,44 +103,7 @@ def test_the_pruned_table_is_the_full_one() -> None:
     assert len(found.all_rows) == len(found.candidates)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "t2p2d2-b2-zero1-wholeseq-selective",
-        "t1p2d4-b1-zero0-full-nf4",
-        "t4p1d2-b4-zero3",
-        "t1p4d2-b2-zero1-fp8-products",
-    ],
-)
-def test_a_dry_run_of_a_layout_has_its_figures(name: str) -> None:
-    """Memory of each stage, messages and seconds. In a search layouts share them, a dry run has one by itself."""
-    flags = ("--layers=1,3,5", "--max_length=1024", "--global_batch_size=16", "--formats=none,nf4,fp8-products")
-    found = searched(*flags, source=SOURCE, ranks=8).row(name, flag="why")
-    alone = Planned.alone(StepPlan({"": run_plan(found)}), H100)
-    assert alone.layout == found.layout and len(alone.stages) == found.layout.pp_size
-    for index in range(alone.layout.pp_size):
-        assert alone.memory(index) == found.memory(index)
-        assert alone.traffic(index) == found.traffic(index)
-        assert alone.traffic(index, of_engine=False) == found.traffic(index, of_engine=False)
-    assert (alone.fullest, alone.needed, alone.fits) == (found.fullest, found.needed, found.fits)
-    assert alone.work == found.work and alone.parts == found.parts
-    assert alone.seconds == pytest.approx(found.seconds, rel=1e-12)
-    assert (alone.hours, alone.mfu) == pytest.approx((found.hours, found.mfu), rel=1e-12)
-
-
 # Terms by hand ------------------------------------------------------------------------------------------------------
-
-
-def test_products_and_attention_are_those_of_the_samples() -> None:
-    """Without recompute they are the FLOPs of MFU, divided by the rates."""
-    one = priced(*ONE, "--global_batch_size=4")
-    adapter, tokens = one.layout.adapters[0], 4 * 4096
-    flops = step_flops(SOURCE.shape, adapter, tokens, 4 * 4096**2, 4 * 4095, num_after=tokens)
-    products = (flops["linears"] + flops["low_rank"] + flops["head"]) / (989.4e12 * 0.72)
-    assert one.seconds.matmuls == pytest.approx(products, rel=1e-3)
-    assert one.seconds.attention == pytest.approx(flops["attention"] / (989.4e12 * 0.26), rel=1e-9)
-    assert one.seconds.launches == 0, "4,096 tokens of 7B take a card longer than launching them"
-    assert one.mfu == pytest.approx(one.work.flops / 989.4e12 / one.seconds.total)
 
 
 def test_reading_beside_computing_is_charged_where_it_is_measured() -> None:
@@ -136,20 +115,6 @@ def test_reading_beside_computing_is_charged_where_it_is_measured() -> None:
     head = 2 * 4 * shape.vocab_size * shape.hidden_size
     assert read.matmuls - plain.matmuls == pytest.approx(4 * (blocks + head) / 1e9)
     assert read.attention - plain.attention == pytest.approx(4 * 4096 * 6 * 3 * shape.hidden_size / 1e6)
-
-
-@pytest.mark.parametrize("machine", [H100, CPU], ids=["gpu", "cpu"])
-@pytest.mark.parametrize("keeps", [False, True])
-def test_fp8_products_transpose_on_a_gpu_only(machine: Machine, keeps: bool) -> None:
-    """Half of the matmuls read transposed codes: one byte read and one written. What all of them multiply is rounded:
-    35 bytes a number forward and 49 backward, where the first QKV needs none. On a CPU both are in the emulation."""
-    flags = ("--base=fp8", "--products=fp8", f"--keep_transposed={keeps}", "--global_batch_size=1")
-    one = priced(*flags, *ONE[:3], "--max_length=512", machine=machine)
-    blocks = 6 * SOURCE.shape.block.num_weights - SOURCE.shape.block.qkv.num_weights
-    forward, backward = 6 * (3 * 4096 + 11008), 6 * (12288 + 4096 + 2 * 11008 + 4096) - 12288
-    rounded = 512 * (35 * forward + 49 * backward)
-    moved = (0 if keeps else 2 * blocks) + rounded
-    assert one.seconds.dequantised == pytest.approx(moved / (3350e9 * 0.8) if machine.on_gpu else 0)
 
 
 def test_recompute_is_charged() -> None:
@@ -214,53 +179,30 @@ def test_the_bubble_of_a_pipeline() -> None:
     assert alone.seconds.bubble == 0
 
 
-def test_activations_are_of_all_micro_batches_in_flight() -> None:
-    """The first of three stages has three of them in flight, the second two."""
-    flags = (*ONE, "--pipeline_parallel=3", "--global_batch_size=12")
-    one = priced(*flags, ranks=3)
-    stages = one.stages
-    assert [len(stage.blocks) for stage in stages] == [2, 2, 2]
-    first, second = (stage_memory(stage, tokens=4096).activations for stage in stages[:2])
-    saved = saved_per_token(SOURCE.shape, one.layout) * 4096 * 2
-    assert first - second == pytest.approx(saved, rel=0.2), "a micro-batch of two blocks"
-    index, memory = one.fullest
-    assert index == 0 and memory.activations == first
-    assert first > 3 * saved * 0.8
-
-
-def test_memory_has_every_part() -> None:
-    """The sum is that of the fields, and reserves follow the machine."""
-    flags = (*ONE, "--tensor_parallel=2", "--pipeline_parallel=1", "--sequence_parallel=true", "--global_batch_size=4")
-    one = priced(*flags, ranks=4)
-    memory = one.memory(0)
-    assert memory.total == sum(memory) and all(size > 0 for size in memory[2:] if size)
-    other = changed(H100, context=3e9, communicator=1e9, slack=0.1)
-    heavier = priced(*flags, ranks=4, machine=other).memory(0)
-    assert heavier.allocated == pytest.approx(memory.allocated)
-    assert heavier.libraries - memory.libraries == pytest.approx(2.5e9 + 4 * 0.5e9)
-    assert heavier.slack == pytest.approx(2 * memory.slack)
-    assert memory.buffers > 0, "a bucket of gradients and gathered factors"
-
-
-def test_real_samples_are_planned_for_every_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("adapters", ["", "- name: a\n- name: b\n  method: lora\n  global_batch_size: 6\n"])
+def test_real_samples_are_planned_for_every_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapters: str
+) -> None:
     """With data, the steps of --epochs and layouts that do not shard sequences have the dry run's micro-batches too."""
     base = write_base(tmp_path / "base", vocab_size=320)
     monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(base.cache))
-    flags = base.arguments(global_batch_size=12, micro_batch_size=None, max_steps=None, warmup_steps=None, epochs=2)
+    own = {"micro_batch_size": None, "max_steps": None, "warmup_steps": None}
+    if adapters:
+        (tmp_path / "two.yaml").write_text(adapters)
+        own["adapters"] = tmp_path / "two.yaml"
+    flags = base.arguments(global_batch_size=12, epochs=2, **own)
     command = parse_plan([*flags, "--ranks_on_cpu=2", "--formats=none", "--ds_config=zero0.json"])
     rows = plan_cluster(command).rows
     assert {row.layout.shards_sequences for row in rows} == {True, False}
+    words = [*flags, "--dry_run", "--plan_for=cpu", "--world_size=2"]
+    given = parse_settings(words, Settings).model_dump(exclude_unset=True)
     for row in rows:
-        words = [*flags, "--dry_run", "--plan_for=cpu", "--world_size=2"]
-        given = parse_settings(words, Settings).model_dump(exclude_unset=True)
-        plan = plan_run(make_settings({**given, **row.flags}), rank=0, world_size=2, weights=False)
-        data = prepare_data(plan)
-        plan = plan.counted(len(data.train))
-        first = StepPlan.first({"": plan}, {"": data}, shares=True)
-        assert row.layout == first.layout and first.steps == 4 == row.step.steps
+        plans = plan_adapters(make_settings({**given, **row.flags}), rank=0, world_size=2, weights=False)
+        data = prepare_all_data(plans)
+        first = StepPlan.first(counted(plans, data), data, shares=True)
+        assert row.layout == first.layout and first.steps == row.step.steps and (first.steps == 4 or adapters)
         assert row.step.batches == first.batches
-        memories = [largest_memory(first, stage, row.machine) for stage in first.stages]
-        assert row.needed == max(memory.total for memory in memories), row.name
+        assert row.needed == max(largest_memory(first, stage, row.machine).total for stage in first.stages), row.name
 
 
 def test_hints_name_the_engine_file_and_no_ties(tmp_path: Path) -> None:

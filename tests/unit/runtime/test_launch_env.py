@@ -54,34 +54,33 @@ def test_srun_without_any_wrapper(bare: pytest.MonkeyPatch) -> None:
     assert slurm_port({**os.environ, "SLURM_STEP_ID": "1"}) != int(os.environ["MASTER_PORT"]), "steps beside each other"
 
 
-def test_srun_keeps_a_master_that_was_given(bare: pytest.MonkeyPatch) -> None:
-    start(bare, **SLURM_STEP, MASTER_ADDR="10.0.0.9", MASTER_PORT="12345")
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.9", "12345")
+# Variables of launchers, (rank, world size), and what is then set.
+STARTS: dict[str, tuple[dict[str, str], tuple[int, int], dict[str, str | None]]] = {
+    "srun with a master": (
+        {**SLURM_STEP, "MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "12345"},
+        (3, 4),
+        {"MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "12345"},
+    ),
+    # In a batch script SLURM_PROCID is set as well: a plain python there is a world of one.
+    "a batch script": (
+        {"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "a,b"}, (0, 1), {}
+    ),
+    # Its daemons are the step's tasks, so the ranks inherit Slurm's variables of a daemon; RANK is left for discovery.
+    "mpirun within a Slurm step": ({**MPI, **SLURM_STEP}, (5, 8), {"RANK": None}),
+    "mpirun with a master": (
+        {**MPI, "MASTER_ADDR": "head"}, (5, 8), dict(zip(VARIABLES, ("5", "8", "1", "head", "29500"), strict=True))
+    ),
+    "a launcher's own": ({**SLURM_STEP, "RANK": "1", "WORLD_SIZE": "2"}, (1, 2), {}),
+    "nothing": ({}, (0, 1), {}),
+}  # fmt: skip
 
 
-def test_a_batch_script_itself_is_no_step(bare: pytest.MonkeyPatch) -> None:
-    """In it SLURM_PROCID is set as well: a plain python there is a world of one."""
-    assert start(bare, SLURM_PROCID="0", SLURM_JOB_ID="1", SLURM_NTASKS="4", SLURM_JOB_NODELIST="a,b") == (0, 1)
-
-
-def test_mpirun_within_a_slurm_step(bare: pytest.MonkeyPatch) -> None:
-    """Its daemons are the step's tasks, so the ranks inherit Slurm's variables of a daemon."""
-    assert start(bare, **MPI, **SLURM_STEP) == (5, 8)
-    assert "RANK" not in os.environ, "left for discovery"
-    assert rank_number(local=True) == 1
-
-
-def test_mpirun_with_a_master_that_was_given(bare: pytest.MonkeyPatch) -> None:
-    assert start(bare, **MPI, MASTER_ADDR="head") == (5, 8)
-    assert [os.environ[name] for name in VARIABLES] == ["5", "8", "1", "head", "29500"]
-
-
-def test_the_launchers_own_variables_come_first(bare: pytest.MonkeyPatch) -> None:
-    assert start(bare, **SLURM_STEP, RANK="1", WORLD_SIZE="2") == (1, 2)
-
-
-def test_nothing_is_a_world_of_one(bare: pytest.MonkeyPatch) -> None:
-    assert start(bare) == (0, 1)
+@pytest.mark.parametrize("case", STARTS)
+def test_ranks_are_those_of_the_launcher(bare: pytest.MonkeyPatch, case: str) -> None:
+    variables, ranks, expected = STARTS[case]
+    assert start(bare, **variables) == ranks
+    assert {name: os.environ.get(name) for name in expected} == expected
+    assert not case.startswith("mpirun") or rank_number(local=True) == 1
 
 
 @pytest.mark.parametrize("world", ["1", "4"])
@@ -130,19 +129,13 @@ def rank_1_of_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("rank_1_of_2")
-def test_the_first_of_a_host_speaks_and_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_of_a_host_speaks_and_another_run_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_to_fail()
     monkeypatch.setenv("RANK", "0")  # whichever it is
     assert not first_to_fail() and not first_to_fail()
-
-
-@pytest.mark.usefixtures("rank_1_of_2")
-def test_another_run_speaks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert first_to_fail() and not first_to_fail()
-    monkeypatch.setenv("MASTER_PORT", "29501")
-    assert first_to_fail()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert first_to_fail()
+    for name, value in (("MASTER_PORT", "29501"), ("TORCHELASTIC_RESTART_COUNT", "1")):
+        monkeypatch.setenv(name, value)
+        assert first_to_fail() and not first_to_fail()
 
 
 @pytest.mark.usefixtures("rank_1_of_2")

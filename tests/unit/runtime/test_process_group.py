@@ -23,7 +23,13 @@ from megatron_tiedlora.runtime import process_group
 from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.heartbeat import gpu_failure_line
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment
-from megatron_tiedlora.runtime.process_group import choose_device, gpu_name, group_backend
+from megatron_tiedlora.runtime.process_group import (
+    VARIABLES,
+    choose_device,
+    gpu_name,
+    group_backend,
+    make_deterministic,
+)
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 
 CUDA_VARIABLES = {
@@ -102,44 +108,52 @@ def test_a_gpu_is_called_as_no_other_is(bare: pytest.MonkeyPatch, visible: str |
     assert gpu_name(torch.device("cpu")) == ""
 
 
-def meet_with(names: list[str], shares: str = "") -> str:
+# The GPU of each of three ranks, the value of NCCL's own switch for sharing one, and how the answer begins.
+MEETINGS = [
+    (["", "", ""], "", "met"),
+    (["GPU-a", "GPU-b", "GPU-c"], "", "met"),
+    (["GPU-a", "GPU-b", "GPU-a"], "", "ranks 0, 2 on host gpu7 share one GPU, GPU-a; start one rank per GPU"),
+    (["GPU-a", "GPU-b", "GPU-a"], "1", "met"),
+    (["GPU-a", "", "GPU-b"], "", "rank 1 on host gpu7: no GPU, but other ranks have one; run `nvidia-smi`"),
+]
+
+
+def meet_with(cases: list[tuple[list[str], str, str]]) -> list[str]:
     """On a forked rank: the group is there; each rank says that its GPU is the one named here."""
-    if shares:
-        os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = shares
     made_up: Any = process_group
-    made_up.gpu_name = lambda _: names[distributed.get_rank()]
     made_up.socket = SimpleNamespace(gethostname=lambda: "gpu7")
-    try:
-        process_group.meet(torch.device("cpu"), timedelta(seconds=60))
-    except UserError as error:
-        return str(error)
-    return "met"
+    found = []
+    for names, shares, _ in cases:
+        os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = shares
+        made_up.gpu_name = lambda _, names=names: names[distributed.get_rank()]
+        try:
+            process_group.meet(torch.device("cpu"), timedelta(seconds=60))
+            found.append("met")
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 @pytest.mark.distributed
+def test_two_ranks_on_one_gpu_are_told_on_every_rank(tmp_path: Path) -> None:
+    answers = run_on_ranks(meet_with, MEETINGS, ranks=3, folder=tmp_path)
+    assert answers[0] == answers[1] == answers[2]
+    for answer, (_, _, said) in zip(answers[0], MEETINGS, strict=True):
+        assert answer.startswith(said), answer
+
+
 @pytest.mark.parametrize(
-    ("names", "shares", "said"),
+    ("places", "said"),
     [
-        (["", "", ""], "", "met"),
-        (["GPU-a", "GPU-b", "GPU-c"], "", "met"),
-        (["GPU-a", "GPU-b", "GPU-a"], "", "ranks 0, 2 on host gpu7 share one GPU, GPU-a; start one rank per GPU"),
-        (["GPU-a", "GPU-b", "GPU-a"], "1", "met"),  # NCCL's own switch for it
-        (["GPU-a", "", "GPU-b"], "", "rank 1 on host gpu7: no GPU, but other ranks have one; run `nvidia-smi`"),
+        ([("a", "0"), ("b", "0")], None),
+        ([("a", "0"), ("a", "0")], "ranks 0, 1 on host a share"),
+        # one GPU seen from two containers
+        ([("a", "GPU-1"), ("b", "GPU-1"), ("b", "GPU-2")], "ranks 0, 1 on host a and b share one GPU, GPU-1"),
     ],
 )
-def test_two_ranks_on_one_gpu_are_told_on_every_rank(names: list[str], shares: str, said: str, tmp_path: Path) -> None:
-    answers = run_on_ranks(meet_with, names, shares, ranks=3, folder=tmp_path)
-    assert len(set(answers)) == 1 and answers[0].startswith(said), answers
-
-
-def test_the_same_gpu_name_on_two_hosts_is_two_gpus(bare: pytest.MonkeyPatch) -> None:
-    assert process_group._shared_gpus([("a", "0"), ("b", "0")]) is None
-    assert "ranks 0, 1 on host a share" in str(process_group._shared_gpus([("a", "0"), ("a", "0")]))
-
-
-def test_one_gpu_seen_from_two_containers_is_one_gpu() -> None:
-    places = [("a", "GPU-1"), ("b", "GPU-1"), ("b", "GPU-2")]
-    assert "ranks 0, 1 on host a and b share one GPU, GPU-1" in str(process_group._shared_gpus(places))
+def test_which_ranks_share_a_gpu(places: list[tuple[str, str]], said: str | None) -> None:
+    found = process_group._shared_gpus(places)
+    assert found is None if said is None else said in str(found)
 
 
 # The group ----------------------------------------------------------------------------------------------------------
@@ -214,3 +228,32 @@ def test_a_rank_that_is_stopped_as_another_has_failed_says_nothing(
     end.finished_step = lambda: 3
     end.stopped(RunStopped(signal.SIGTERM, "SIGTERM"))
     assert capfd.readouterr().err == "stopped by SIGTERM, saved at step 3; continue with --resume auto\n"
+
+
+# --deterministic ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_as_before() -> Any:
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_what_deterministic_sets(torch_as_before: Any) -> None:
+    environment: dict[str, str] = {}
+    make_deterministic(environment)
+    assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert environment == {name: values[0] for name, values in VARIABLES.items()}
+    make_deterministic({"CUBLAS_WORKSPACE_CONFIG": ":16:8"})  # a user's own that does as well
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("CUBLAS_WORKSPACE_CONFIG", ":0:0"), ("NCCL_NVLS_ENABLE", "2"), ("NCCL_COLLNET_ENABLE", "1")]
+)
+def test_an_environment_that_says_otherwise(name: str, value: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_deterministic({name: value})
+    assert all(part in str(caught.value) for part in ("--deterministic", name, repr(value), VARIABLES[name][0]))
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -59,7 +59,7 @@ def test_the_trap_works(trap: Path) -> None:
     assert (trap.parent / "sprung").exists()
 
 
-@pytest.mark.parametrize(("launcher", "by_ssh"), [("deepspeed", False), ("deepspeed", True), ("torchrun", False)])
+@pytest.mark.parametrize(("launcher", "by_ssh"), [("deepspeed", True), ("torchrun", False)])
 def test_by_what_run_py_starts(trap: Path, launcher: str, by_ssh: bool) -> None:
     """The ranks find no model, after they have imported all that they use."""
     hosts = trap.parent / "hosts"

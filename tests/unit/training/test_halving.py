@@ -1,10 +1,10 @@
-"""What counts as behind, and what as noise: the formula against resampled batches, and what a record may hold."""
+"""Evaluations of several adapters: which is behind, and beyond noise, what a record may hold, and one for all at the
+start, where adapters whose update is still zero have the numbers of the base."""
 
 from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from megatron_tiedlora.base.atomic import unguarded
 from megatron_tiedlora.config.adapters_file import rivals_of
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.training.halving import BatchLosses, find_behind, read_record
-from megatron_tiedlora.training.loop import Trainer
+from megatron_tiedlora.training.loop import of_start
 
 
 def evaluations(*, gap: float, count: int = 200, seed: int = 1) -> tuple[BatchLosses, BatchLosses]:
@@ -72,31 +72,6 @@ def test_only_rivals_at_the_same_step_are_compared() -> None:
     assert apart.loss == pytest.approx(better.loss) and not find_behind({"a": worse, "b": apart}, rivals)
 
 
-def test_evaluations_during_the_warm_up_do_not_count() -> None:
-    """What is clearly behind stops at an evaluation after the warm-up, and not before."""
-    found = dict(zip("ab", evaluations(gap=1.0), strict=True))
-    step = found["a"].step
-
-    def stopped(warmup_steps: int) -> list[str]:
-        names: list[str] = []
-        plan = SimpleNamespace(settings=SimpleNamespace(warmup_steps=warmup_steps))
-        runs = {
-            name: SimpleNamespace(
-                failure=None,
-                evaluated=losses,
-                plan=plan,
-                failing_alone=nullcontext,
-                end_behind=lambda _, name=name: names.append(name),
-            )
-            for name, losses in found.items()
-        }
-        trainer: Any = SimpleNamespace(rivals={"a": ("b",), "b": ("a",)}, adapters=runs, _running=lambda: runs)
-        Trainer._stop_behind(trainer, SimpleNamespace(write=lambda _: None))
-        return names
-
-    assert len(stopped(step)) == 1 and not stopped(step + 1)
-
-
 def test_a_record_is_of_one_step(tmp_path: Path) -> None:
     kept = BatchLosses(8, (1.5, 0.1 + 0.2), (3, 4), "why")
     kept.write(tmp_path, guard=unguarded)
@@ -108,3 +83,49 @@ def test_a_record_is_of_one_step(tmp_path: Path) -> None:
         assert read_record(tmp_path, step=8) is None
     (tmp_path / "halving.json").write_text("{")
     assert read_record(tmp_path, step=8) is None
+
+
+# Adapters that are still the base -----------------------------------------------------------------------------------
+
+
+def member(name: str, data: object, *, starts_at_base: bool = True, init_from: str | None = None, rows: int = 2) -> Any:
+    plan = SimpleNamespace(
+        settings=SimpleNamespace(init_from=init_from, eval_batch_size=16),
+        adapter=SimpleNamespace(method_spec=SimpleNamespace(starts_at_base=starts_at_base)),
+        batches=SimpleNamespace(micro_batch_size=rows),
+        max_new_tokens=8,
+    )
+    return SimpleNamespace(name=name, data=data, plan=plan, failure=None)
+
+
+def of_the_start(members: list[Any], failing: str = "", *, later: str = "") -> tuple[list[list[str]], dict[str, str]]:
+    """The names of each evaluation, and what was found of each member: whose evaluation it was."""
+    calls: list[list[str]] = []
+
+    def evaluate(some: Any) -> dict[str, str]:
+        calls.append([one.name for one in some])
+        for one in some:
+            one.failure = "bad answers" if one.name in (failing, later) else one.failure
+        return {one.name: f"of {one.name}" for one in some if one.failure is None}
+
+    return calls, of_start(members, evaluate)
+
+
+def test_one_for_all_that_are_still_the_base() -> None:
+    data, other = object(), object()
+    members = [
+        *(member("a", data), member("b", data), member("c", other)),
+        *(member("d", data, starts_at_base=False), member("e", data, init_from="x"), member("f", data, rows=3)),
+        member("g", other),
+    ]
+    calls, found = of_the_start(members)
+    assert calls == [["a", "c", "d", "e", "f"], []]
+    assert found == {"b": "of a", "g": "of c"} | {name: f"of {name}" for name in "acdef"}
+
+
+def test_one_that_fails_does_not_speak_for_others() -> None:
+    data = object()
+    calls, found = of_the_start([member("a", data), member("b", data), member("c", data)], failing="a")
+    assert calls == [["a"], ["b", "c"]] and found == {"b": "of b", "c": "of c"}
+    _, found = of_the_start([member("a", data), member("b", data), member("c", data)], failing="a", later="b")
+    assert found == {"c": "of c"}

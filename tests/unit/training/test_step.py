@@ -1,18 +1,28 @@
-"""One training step without a run: what it asks whom and in which order, when it raises, and what is said of zeros."""
+"""One training step without a run: what it asks whom and in which order, when it raises, what is said of zeros; and
+schedules beside transformers' own, bit for bit what runs have used."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.train_fields import Schedule
 from megatron_tiedlora.training import step as module
+from megatron_tiedlora.training.build import (
+    SCHEDULES,
+    learning_rate_factor,
+    make_training,
+    resume_scheduler,
+)
 from megatron_tiedlora.training.step import RunFailed, StepChecks, TrainStep, before_steps
 
 SUPERVISED, MICRO_BATCHES = {"": 40, "a": 40, "b": 10}, 3
@@ -177,32 +187,6 @@ def test_a_failure_ends_the_run_before_weights_move(monkeypatch: pytest.MonkeyPa
     assert rank.calls == ["passes", "sums"] and train_step.finished[ONLY] == 0
 
 
-@pytest.mark.parametrize(
-    ("values", "saved_step", "message", "steps"),
-    [
-        ({"loss": math.nan}, None, "the loss is nan at step 5; no checkpoint was written yet. Lower", False),
-        ({"norm": math.inf}, 4, "the gradient norm is inf at step 5; the last checkpoint is of step 4. Lower", False),
-        (
-            {"norm": math.inf, "engine_steps": True},
-            4,
-            "the gradient norm is inf at step 5; the last checkpoint is of step 4. Lower",
-            True,
-        ),
-    ],
-)
-def test_what_is_not_finite(
-    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], saved_step: int | None, message: str, steps: bool
-) -> None:
-    """A loss and a norm are seen before weights move; the norm of a step by an engine at once after that."""
-    rank = Rank(**values)
-    train_step = made(rank, monkeypatch, finished={ONLY: 4}, long_seconds=math.inf)
-    report = train_step.run(STEP, saved_steps={ONLY: saved_step} if saved_step else {})
-    with pytest.raises(RunFailed, match=re.escape(message)):
-        _ = report.only
-    assert [call for call in rank.calls if call.startswith(("step", "copies"))] == ["step"] * steps
-    assert train_step.finished[ONLY] == 4
-
-
 @pytest.mark.parametrize("capacity", [0, 100])
 def test_an_adapter_fails_alone(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
     """Its loss, its norm, its gradients or its copies: the other takes its step, and the failed one has the reason."""
@@ -271,3 +255,58 @@ def test_a_missing_gradient_is_said_of_its_adapter_alone() -> None:
     failed = before_steps(both, missing={"b": ["v", "B"]}, ranks_missing={"a": 0.0, "b": 1.0})
     text = "step 2: no gradient reaches v, B from the stage with adapted layers 1; this step changed nothing"
     assert {name: str(failure) for name, failure in failed.items()} == {"b": text}
+
+
+# Schedules and the optimizer ------------------------------------------------------------------------------------------
+
+
+def rates_of_transformers(schedule: str, warmup: int, total: int) -> list[float]:
+    """Its factors of the steps after warm-up."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    factor = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total).lr_lambdas[0]
+    return [factor(step) for step in range(warmup, total + 3)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("warmup", "total"), [(50, 2000), (0, 7), (3, 3)])
+def test_after_warm_up_the_rates_are_those_of_transformers(schedule: str, warmup: int, total: int) -> None:
+    ours = [
+        learning_rate_factor(step, warmup_steps=warmup, max_steps=total, schedule=schedule)
+        for step in range(warmup, total)
+    ]
+    theirs = rates_of_transformers(schedule, warmup, total)[: len(ours)]
+    assert ours == pytest.approx(theirs, abs=1e-15)
+
+
+def test_every_name_of_schedule_has_a_function() -> None:
+    assert set(get_args(Settings.model_fields["schedule"].annotation)) == SCHEDULES.keys()
+
+
+def test_cosine_has_the_bits_that_runs_have_used() -> None:
+    for step in range(2010):
+        expected = (step + 1) / 50 if step < 50 else 0.5 * (1.0 + math.cos(math.pi * min(step - 50, 1950) / 1950))
+        assert learning_rate_factor(step, warmup_steps=50, max_steps=2000) == expected
+
+
+def test_ends() -> None:
+    def factor(step: int, schedule: Schedule) -> float:
+        return learning_rate_factor(step, warmup_steps=4, max_steps=10, schedule=schedule)
+
+    for schedule in SCHEDULES:
+        assert [factor(step, schedule) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factor(7, "linear") == 0.5
+    assert [factor(step, "linear") for step in (10, 30)] == [0.0, 0.0]
+    assert [factor(step, "cosine") for step in (10, 30)] == [0.0, 0.0]
+    assert factor(10**6, "constant") == 1.0
+
+
+def test_scheduler_resumes_at_any_step() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    own = {"learning_rate": 0.5, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95}
+    optimizer, scheduler = make_training(
+        make_settings({**own, "warmup_steps": 2, "max_steps": 10, "schedule": "linear"}), [parameter]
+    )
+    assert optimizer.defaults["betas"] == (0.8, 0.95) and optimizer.defaults["weight_decay"] == 0.1
+    resume_scheduler(scheduler, 6)
+    assert optimizer.param_groups[0]["lr"] == 0.25

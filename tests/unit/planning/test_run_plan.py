@@ -1,24 +1,30 @@
-"""--max_length by default, the steps of --epochs, the largest --rank, and the warnings on them."""
+"""The plan of a run and of its step: what adapters share, lengths, steps and ranks, and what is rejected."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from native_files import with_adapter
+from numpy.typing import NDArray
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, count_text
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.data.token_dataset import sample_indices
+from megatron_tiedlora.data.loader import GlobalBatch
+from megatron_tiedlora.data.token_dataset import TokenDataset, sample_indices
+from megatron_tiedlora.parallel.groups import Grid
+from megatron_tiedlora.planning.adapter_plans import shared_plan
+from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import (
     RunPlan,
     length_warnings,
@@ -26,26 +32,124 @@ from megatron_tiedlora.planning.run_plan import (
     steps_in_words,
     with_counted_steps,
 )
+from megatron_tiedlora.planning.step_plan import StepPlan
+
+
+def plan_of(world_size: int = 1, **changes: Any) -> RunPlan:
+    settings = make_settings({"model": "llama2-7b", "ds_config": "zero0.json", "global_batch_size": 8, **changes})
+    return plan_run(settings, rank=0, world_size=world_size, weights=False)
+
+
+def test_one_adapter_is_a_list_of_one() -> None:
+    """Its layout is that of its plan, it shares with none, and a name alone changes no micro-batch and no work."""
+    plan = plan_of(micro_batch_size=2)
+    one, named = StepPlan({"": plan}), StepPlan({"a": plan})
+    assert one.layout == plan.layout and not one.layout.named and named.layout.named
+    assert one.rounds == [[("", number)] for number in range(4)]
+    assert one.steps == plan.settings.max_steps and isinstance(one.steps, int)
+    assert one.batches == named.batches
+    assert (one.work, one.largest.tokens) == (named.work, named.largest.tokens)
+
+
+@dataclass
+class Lengths:
+    """As much of a data set as the largest micro-batch needs."""
+
+    lengths: list[int]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    def lengths_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        return np.array([self.lengths[index] for index in indices])
+
+
+def test_the_largest_packed_micro_batch_is_that_of_any_rank() -> None:
+    """Rank 1 has most documents: three samples and the padding of their row."""
+    plan = plan_of(2, packing=True, micro_batch_size=1, max_length=64)
+    rows = [[[0]], [[1, 2, 3]]]
+    batch = GlobalBatch(rows, rows, num_supervised=40, num_tokens=100, squared_lengths=0, consumed_samples=4)
+    dataset = cast(TokenDataset, Lengths([40, 20, 20, 20]))
+    largest = StepPlan({"": plan}, samples={"": (dataset, batch)}).largest
+    assert largest.tokens == 64 and largest.documents == 4 and largest.longest == 40
+
+
+def test_the_longest_document_is_that_of_any_adapter() -> None:
+    plan = plan_of(packing=True, micro_batch_size=1, max_length=64)
+    batch = GlobalBatch([[[0]]], [[[0]]], num_supervised=8, num_tokens=9, squared_lengths=0, consumed_samples=1)
+    samples = {name: (cast(TokenDataset, Lengths([size])), batch) for name, size in (("a", 24), ("b", 40), ("c", 8))}
+    assert StepPlan(dict.fromkeys(samples, plan), samples=samples).largest.longest == 40
+
+
+def test_the_micro_batches_of_all_ranks_have_the_samples_of_the_step() -> None:
+    """Packed rows of several samples: attention is within each of them."""
+    plan, lengths = plan_of(2, packing=True, micro_batch_size=2, max_length=64), np.array([40, 9, 20, 17, 31, 5, 12, 8])
+    prompts = np.full(8, 3, np.int32)
+    dataset = TokenDataset.after_prompts(
+        tokens=np.ones(lengths.sum(), np.int32), offsets=np.cumsum([0, *lengths]), prompt_lengths=prompts
+    )
+    batch, shapes = plan.global_batch(dataset), []
+    for rank in range(2):
+        own = replace(plan, grid=Grid(rank, 2))
+        shapes += StepPlan({"": own}, samples={"": (dataset, batch)}).batches
+    assert sum(shape.squared_lengths for shape in shapes) == batch.squared_lengths == (lengths**2).sum()
+    assert sum(shape.num_supervised for shape in shapes) == batch.num_supervised
+
+
+def test_the_stages_are_those_of_the_lowest_adapted_layer() -> None:
+    plans = {"late": plan_of(layers=(30, 31)), "early": plan_of(layers=(2,)), "middle": plan_of(layers=(9, 20))}
+    assert shared_plan(plans) is plans["early"]
+
+
+# How many ranks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout", "words"),
+    [
+        (1, {"tensor_parallel": 2}, "1 rank is not a multiple of --tensor_parallel 2 x --pipeline_parallel 1. Start 2"),
+        (3, {"pipeline_parallel": 2}, "3 ranks are not a multiple of --tensor_parallel 1 x --pipeline_parallel 2."),
+    ],
+)
+def test_too_few_ranks_are_told_both_ways_to_have_more(world_size: int, layout: dict[str, int], words: str) -> None:
+    settings = make_settings({"model": "llama2-7b", "ds_config": "zero1.json", **layout})
+    with pytest.raises(UserError) as caught:
+        plan_run(settings, rank=0, world_size=world_size)
+    ranks, said = world_size + 1, str(caught.value)
+    assert said.startswith(words)
+    assert f"`--dry_run --world_size {ranks}` plans without ranks, `tiedlora run --num_gpus {ranks} ...` starts" in said
+
+
+def test_one_rank_and_one_step_are_no_plural() -> None:
+    settings = make_settings({"model": "tiny", "dry_run": True, "max_steps": 1, "global_batch_size": 1})
+    report = dry_run_report(settings).text
+    assert "1 rank = tensor 1" in report and "1 data-parallel rank," in report and "  1 step, " in report
+    assert not re.findall(r"\b1 (?:ranks|steps|rows|samples|data-parallel ranks|micro-batches)\b", report)
+    assert [count_text(1, "micro-batch"), count_text(1200, "micro-batch")] == ["1 micro-batch", "1,200 micro-batches"]
+
+
+# Lengths, steps of epochs and ranks of a run --------------------------------------------------------------------------
 
 
 def settings_of(**values: Any) -> Settings:
     return make_settings({"model": "llama2-7b", "dry_run": True, **values})
 
 
-def plan_of(model: Path, **values: Any) -> RunPlan:
+def plan_of_folder(model: Path, **values: Any) -> RunPlan:
     given = {"model": str(model), "task": "custom", "train_file": "rows.jsonl", **values}
     return plan_run(make_settings(given), rank=0, world_size=1)
 
 
 def test_a_default_max_length_is_the_model_s_and_a_given_one_holds(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model")
-    positions = plan_of(model).source.shape.max_positions
+    positions = plan_of_folder(model).source.shape.max_positions
     assert 8 < positions < 512
-    assert plan_of(model).settings.max_length == positions
-    assert plan_of(model, task="demo").settings.max_length == positions  # the demo's 512 is a default too
-    assert plan_of(model, max_length=16).settings.max_length == 16
+    assert plan_of_folder(model).settings.max_length == positions
+    assert plan_of_folder(model, task="demo").settings.max_length == positions  # the demo's 512 is a default too
+    assert plan_of_folder(model, max_length=16).settings.max_length == 16
     with pytest.raises(UserError, match=f"--max_length {positions + 1}: .* Give at most {positions}"):
-        plan_of(model, max_length=positions + 1)
+        plan_of_folder(model, max_length=positions + 1)
     long = plan_run(settings_of(model="llama3.1-8b"), rank=0, world_size=1, weights=False)
     assert long.settings.max_length == 4096
 
@@ -147,5 +251,5 @@ def test_the_rank_of_an_adapter_to_start_from_is_not_questioned(tmp_path: Path) 
     wide = replace(native.config, rank=40)
     state = {name: torch.ones(wide.shape(name)) for name in wide.tensors}
     save_adapter(tmp_path / "wide", wide, native.base, state)
-    plan = plan_of(tmp_path / "model", init_from=str(tmp_path / "wide"), dry_run=True)
+    plan = plan_of_folder(tmp_path / "model", init_from=str(tmp_path / "wide"), dry_run=True)
     assert plan.adapter.rank == 40 and source.shape.hidden_size == 32 and not plan.rank_excess

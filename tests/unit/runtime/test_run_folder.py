@@ -1,4 +1,4 @@
-"""--report_to: what each tracker gets, on rank 0 alone, and what a tracker that fails does to a run: nothing."""
+"""The folder of a run: what killed starts leave, to whom an end is written, and what --report_to sends to trackers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ pytest.importorskip("accelerate")
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.ownership import Owner, take_folder
 from megatron_tiedlora.config.train_fields import TENSORBOARD, TRACKER_NAMES
-from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, check_trackers
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, check_trackers, take_run_folder
 
 ROW = {"step": 1, "split": "train", "loss": 0.5}
 CALLS: list[Any] = []
@@ -145,3 +146,39 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 def test_every_name_is_one_of_accelerate() -> None:
     """Later versions have all; the oldest that the package allows has no trackio and swanlab."""
     assert set(TRACKER_NAMES) - set(LOGGER_TYPE_TO_CLASS) <= {"trackio", "swanlab"}
+
+
+# The folder ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_another_rank_leaves_what_rank_0_has_finished(tmp_path: Path, is_main: bool) -> None:
+    """Rank 0 was lost between two exports: its peers, which write that down, do not know of the first one."""
+    paths = [tmp_path / name for name in ("run", "run/finished", "run/ended")]
+    locks = [take_folder(path, hint="") for path in paths]
+    owners = [Owner(path, lock.owner.start, is_main=is_main) for path, lock in zip(paths, locks, strict=True)]
+    own = [RunFolder(path, owner) for path, owner in zip(paths[1:], owners[1:], strict=True)]
+    own[0].write_status("finished", step=3, reason="max_steps")
+    unrecorded = own[1:] if is_main else own
+    group = RunFolder(paths[0], owners[0], of_several=True, running=lambda: [(folder, 3) for folder in unrecorded])
+    group.write_status("failed", step=3, reason="rank 0 was lost")
+    states = [json.loads((path / "run_status.json").read_text())["state"] for path in paths]
+    assert states == ["failed", "finished", "failed"]
+    for lock in locks:
+        lock.release()
+
+
+@pytest.mark.parametrize("of_several", [False, True])
+def test_a_start_removes_what_killed_ones_have_left(tmp_path: Path, of_several: bool) -> None:
+    """In every folder into which a run writes files; those of adapters are run folders of their own."""
+    folder = RunFolder(tmp_path / "run", of_several=of_several)
+    for path in (folder.path, folder.logs, folder.checkpoints, folder.profile):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writing-rank_0.log-1a2b3c4d").touch()
+        (path / ".writing-step_3-1a2b3c4d").mkdir()
+        (path / "whole").touch()
+    folder.settings.touch()
+    _, lock = take_run_folder(str(folder.path), name="", resume="auto", of_several=of_several)
+    lock.release()
+    left = {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()}
+    assert left == {folder.settings.name, *(f"{name}whole" for name in ("", "logs/", "checkpoints/", "profile/"))}

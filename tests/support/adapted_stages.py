@@ -1,0 +1,64 @@
+"""Models of a folder with an adapter in the middle of training, and the numbers of a step of theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.adapters.tied_adapter import (
+    AdapterPart,
+    TiedAdapter,
+    initial_values,
+    make_adapter_config,
+    targets_of,
+)
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Normally distributed numbers, drawn in fp64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def adapted_stage(
+    folder: Path,
+    method: str = "tl6",
+    *,
+    layers: tuple[int, ...] = (1, 2, 3),
+    dtype: torch.dtype = torch.float32,
+    recompute: str = "none",
+    scale: float = 0.1,
+    **specs: Any,
+) -> Stage:
+    """The whole model with an adapter of rank 4 on QKV, none of whose tensors is zero.
+
+    Args:
+        scale: standard deviation of the adapter's numbers.
+        specs: more for `layer_specs`.
+    """
+    shape = find_model(str(folder)).shape
+    config = make_adapter_config(method, rank=4, layers=layers, targets=targets_of(shape), seed=0)
+    adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.promote_types(dtype, torch.float32))
+    numbers = {name: drawn(*value.shape, seed=7) * scale for name, value in initial_values(config).items()}
+    adapter.load_full(numbers)
+    made = layer_specs(shape, dtype=dtype, recomputes_gate=recompute == "selective", **specs)
+    stage = Stage(made, adapter, recompute=recompute)
+    with BaseWeights(folder, shape) as weights:
+        load_base_weights(weights, frozen_weights(stage))
+    return stage
+
+
+def step_numbers(stage: Stage) -> dict[str, torch.Tensor]:
+    """The loss of a micro-batch, and the gradients of the adapter by name."""
+    ids = torch.randint(3, 320, (2, 16), generator=torch.Generator().manual_seed(3))
+    loss = stage(ids, torch.arange(16).expand_as(ids), ids.roll(-1, 1))
+    loss.backward()
+    assert stage.adapter is not None
+    gradients = {name: p.grad for name, p in stage.adapter.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
