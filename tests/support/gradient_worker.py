@@ -5,11 +5,12 @@ Owns the case, its micro-batches and what a rank does with them. Leaves the answ
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from forked_ranks import groups_of
@@ -48,6 +49,7 @@ from megatron_tiedlora.parallel.groups import (
     named_handles,
 )
 
+C, T = TypeVar("C"), TypeVar("T")
 DTYPE = torch.float64
 SEED = 7  # of dropout
 ALONE_IN_ALL = ParallelGroups()
@@ -60,6 +62,8 @@ class Case:
 
     Attributes:
         shares: in which way of `shared_tensors` layers share the tensors of tl6.
+        seed: of the factors.
+        first_adapted: of the model, if other adapters are trained beside this one.
     """
 
     folder: Path
@@ -74,6 +78,13 @@ class Case:
     dropout: float = 0.0
     base: str | None = None
     shares: str | None = None
+    seed: int = 5
+    first_adapted: int | None = None
+
+    @property
+    def way(self) -> tuple[tuple[int, int, int], bool]:
+        """How ranks share the work."""
+        return self.layout, self.sequence_parallel
 
     @property
     def counted(self) -> bool:
@@ -99,7 +110,7 @@ class Case:
             rank=self.rank,
             alpha=ALPHA,
             layers=self.layers,
-            seed=5,
+            seed=self.seed,
             dtype=DTYPE,
             targets=self.targets,
             groups=GROUPS[self.shares] if self.shares else None,
@@ -163,7 +174,7 @@ class Case:
     @cached_property
     def stages(self) -> Stages:
         """Which layers of the flat list stand in which stage."""
-        first = self.adapter.layers[0]
+        first = self.first_adapted or self.adapter.layers[0]
         return partition(layer_costs(self.shape, length=24, first_adapted=first), self.layout[1])
 
     def part(self, grid: Grid) -> AdapterPart:
@@ -208,8 +219,8 @@ class Outcome:
     tied_traffic: Traffic
 
 
-def run_cases(cases: list[Case]) -> list[Outcome]:
-    """Every case on this rank, one after another."""
+def run_cases(cases: Sequence[C], run: Callable[[C, Grid, ParallelGroups], T]) -> list[T]:
+    """What `run` finds of every case on this rank, one after another."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     layouts: dict[tuple[int, int, int], tuple[Grid, ParallelGroups]] = {}
     outcomes = []
@@ -218,29 +229,46 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
             grid = Grid(rank, world_size, tp_size=case.layout[0], pp_size=case.layout[1])
             assert grid.dp_size == case.layout[2]
             layouts[case.layout] = grid, groups_of(grid)
-        with tl6_shares(case.shares):
-            outcomes.append(run_case(case, *layouts[case.layout]))
+        with tl6_shares(getattr(case, "shares", None)):
+            outcomes.append(run(case, *layouts[case.layout]))
     return outcomes
 
 
-def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
-    """This rank's stage with base weights and factors in place, all fp64."""
+def run_gradients(cases: list[Case]) -> list[Outcome]:
+    """Forward and backward pass of every case on this rank."""
+    return run_cases(cases, run_case)
+
+
+def build_adapter(case: Case, grid: Grid) -> TiedAdapter:
+    """This rank's parts of the factors."""
     adapter = TiedAdapter(case.part(grid), dtype=DTYPE)
     adapter.load_full(case.adapter.tensors)
-    adapter.u_sum = sum_of_u(groups) if grid.tp_size > 1 else None  # as for an engine that steps it
+    return adapter
+
+
+def build_stage(
+    case: Any,
+    bank: AdapterBank,
+    grid: Grid,
+    groups: ParallelGroups,
+    *,
+    base: str | None = None,
+    is_engines: bool = True,
+) -> Stage:
+    """This rank's stage of a case of one adapter or of several, with base weights in place, all fp64."""
     specs = layer_specs(
         case.shape,
         dtype=DTYPE,
         tp_size=grid.tp_size,
         recomputes_gate=case.recompute == "selective",
-        make_weight=weight_maker(case.base),
+        make_weight=weight_maker(base),
     )
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
-        AdapterBank({ONLY: adapter}, {ONLY: Dropout(case.dropout, SEED)} if case.dropout else None),
+        bank,
         tensor_parallel=TensorParallel(groups.tensor, case.sequence_parallel),
         recompute=case.recompute,
-        is_engines=True,
+        is_engines=is_engines,
     )
     with torch.no_grad():  # a weight that nobody reads must not go unseen
         for name, parameter in stage.named_parameters():
@@ -267,8 +295,10 @@ def fill_stage(
 
 def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     """Forward and backward over this rank's micro-batches, then the sums over stages and data-parallel ranks."""
-    stage = build_stage(case, grid, groups)
-    adapter: Any = stage.adapter
+    adapter: Any = build_adapter(case, grid)
+    adapter.u_sum = sum_of_u(groups) if grid.tp_size > 1 else None  # as for an engine that steps it
+    bank = AdapterBank({ONLY: adapter}, {ONLY: Dropout(case.dropout, SEED)} if case.dropout else None)
+    stage = build_stage(case, bank, grid, groups, base=case.base)
     walk = Walk(case, stage, grid, groups)
     num_supervised = sum(sample.num_supervised for sample in case.samples)
     counter, tied_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))
