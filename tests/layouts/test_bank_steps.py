@@ -214,13 +214,13 @@ def one_process(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 
 def test_a_sick_neighbour_fails_alone(base: dict[str, Any], tmp_path: Path, one_process: BankRun) -> None:
     """At a learning rate of 1e6 its loss is soon not finite: it stops there, and the others do not change by a bit."""
-    more = {"gradient_clipping": 0.0, "warmup_steps": 0, "max_steps": 6}
+    more = {"gradient_clipping": 0.0, "warmup_steps": 0}
     sick = {"sick": {**base, "method": "tl5", "learning_rate": 1e9, **more}}
     first, *rest = settings(base).items()
     cases = [{"settings": dict([first, *sick.items(), *rest]), "shares": True, "alone": False}]
     ((run,),) = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=1, folder=tmp_path)
     assert run.failures.keys() == {"sick"} and "Lower --learning_rate" in run.failures["sick"], run.failures
-    assert 1 < len(run.together["sick"].losses) < 6
+    assert 1 < len(run.together["sick"].losses) <= 4
     for name in OWN:
         found, expected = run.together[name], one_process.together[name]
         assert found.losses == expected.losses and found.norms == expected.norms
