@@ -43,15 +43,14 @@ def table() -> None:
     print("", TABLE_HEAD, sep="\n")
 
 
+# One of each launcher and of each class of faults; the others are slow.
 QUICK = [
     ("mpirun", "rank"),
     ("run.py pdsh", "launcher"),
-    ("run.py pdsh", "pdsh"),
     ("torchrun", "host"),
     ("pdsh", "link"),
     ("slurm", "disk full"),
     ("run.py openmpi", "SIGTERM"),
-    ("slurm", "scancel"),
 ]
 EVERYWHERE = ("rank", "rank 0", "launcher", "launcher on a host", "host", "link", "disk full")
 ALL = [

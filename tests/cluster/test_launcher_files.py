@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import yaml
 from folders import ROOT
 from launcher_jobs import write_program
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.hosts import Host, read_hostfile
@@ -141,169 +142,114 @@ def test_the_batch_scripts_ask_slurm_for_what_a_requeue_needs(script: str) -> No
     assert all(number < first_command for number, line in enumerate(lines) if line.startswith("#SBATCH"))
 
 
-# The manifest: documented fields of PyTorchJob v1 (training operator) and of pods, and no others --------------------
+# The manifest ---------------------------------------------------------------------------------------------------------
 
-
-class Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class SecretKeyRef(Fields):
-    name: str
-    key: str
-    optional: bool = False
-
-
-class ValueFrom(Fields):
-    secretKeyRef: SecretKeyRef
-
-
-class Variable(Fields):
-    name: str
-    value: str | None = None
-    valueFrom: ValueFrom | None = None
-
-    @model_validator(mode="after")
-    def _one_source_and_no_secret_in_clear(self) -> Variable:
-        assert (self.value is None) != (self.valueFrom is None), self.name
-        assert self.value is None or not SECRET.search(self.name), f"{self.name} stands in clear"
-        return self
-
-
-class Resources(Fields):
-    limits: dict[str, int | str]
-    requests: dict[str, int | str] = {}
-
-
-class Mount(Fields):
-    name: str
-    mountPath: str = Field(pattern="^/")
-
-
-class Container(Fields):
-    name: str
-    image: str = Field(min_length=1)
-    imagePullPolicy: Literal["Always", "IfNotPresent", "Never"]
-    workingDir: str
-    command: list[str]
-    args: list[str]
-    env: list[Variable]
-    resources: Resources
-    volumeMounts: list[Mount]
-
-
-class Claim(Fields):
-    claimName: str
-
-
-class EmptyDir(Fields):
-    medium: Literal["", "Memory"]
-    sizeLimit: str = Field(pattern="^[0-9]+(Mi|Gi)$")
-
-
-class Volume(Fields):
-    name: str
-    persistentVolumeClaim: Claim | None = None
-    emptyDir: EmptyDir | None = None
-
-
-class PodSpec(Fields):
-    terminationGracePeriodSeconds: int = Field(ge=0)
-    containers: list[Container] = Field(min_length=1)
-    volumes: list[Volume]
-
-    @model_validator(mode="after")
-    def _as_the_operator_asks(self) -> PodSpec:
-        assert any(container.name == "pytorch" for container in self.containers)
-        volumes = {volume.name for volume in self.volumes}
-        for container in self.containers:
-            assert {mount.name for mount in container.volumeMounts} == volumes
-        return self
-
-
-class Template(Fields):
-    spec: PodSpec
-
-
-class Replica(Fields):
-    replicas: int = Field(ge=1)
-    restartPolicy: Literal["Always", "OnFailure", "Never", "ExitCode"]
-    template: Template
-
-
-class Replicas(Fields):
-    Master: Replica
-    Worker: Replica
-
-    @model_validator(mode="after")
-    def _one_master(self) -> Replicas:
-        assert self.Master.replicas == 1
-        return self
-
-
-class RunPolicy(Fields):
-    backoffLimit: int = Field(ge=0)
-    cleanPodPolicy: Literal["All", "Running", "None"]
-    ttlSecondsAfterFinished: int = Field(ge=0)
-
-
-class Spec(Fields):
-    nprocPerNode: str = Field(pattern="^(auto|cpu|gpu|[1-9][0-9]*)$")
-    runPolicy: RunPolicy
-    pytorchReplicaSpecs: Replicas
-
-
-class Metadata(Fields):
-    name: str = Field(pattern="^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=63)  # a DNS-1035 label
-
-
-class PyTorchJob(Fields):
-    apiVersion: Literal["kubeflow.org/v1"]
-    kind: Literal["PyTorchJob"]
-    metadata: Metadata
-    spec: Spec
+# Documented fields of PyTorchJob v1 (training operator) and of pods; each is there, and no others: the texts that
+# one may have, as a regular expression, or its type. A number is not below 0.
+JOB: dict[str, str | type] = {
+    "apiVersion": r"kubeflow\.org/v1",
+    "kind": "PyTorchJob",
+    "metadata.name": "[a-z]([-a-z0-9]{0,61}[a-z0-9])?",  # a DNS-1035 label
+    "spec.nprocPerNode": "auto|cpu|gpu|[1-9][0-9]*",
+    "spec.runPolicy.backoffLimit": int,
+    "spec.runPolicy.cleanPodPolicy": "All|Running|None",
+    "spec.runPolicy.ttlSecondsAfterFinished": int,
+}
+REPLICA: dict[str, str | type] = {
+    "replicas": int,
+    "restartPolicy": "Always|OnFailure|Never|ExitCode",
+    "template.spec.terminationGracePeriodSeconds": int,
+    "template.spec.containers[].name": "pytorch",  # which the operator asks for
+    "template.spec.containers[].image": ".+",
+    "template.spec.containers[].imagePullPolicy": "Always|IfNotPresent|Never",
+    **dict.fromkeys((f"template.spec.containers[].{name}" for name in ("workingDir", "command[]", "args[]")), ".+"),
+    "template.spec.containers[].env[].name": "[A-Z_]+",
+    "template.spec.containers[].env[].value": ".+",
+    **{f"template.spec.containers[].env[].valueFrom.secretKeyRef.{name}": ".+" for name in ("name", "key")},
+    "template.spec.containers[].env[].valueFrom.secretKeyRef.optional": bool,
+    "template.spec.containers[].resources.limits.nvidia.com/gpu": int,
+    "template.spec.containers[].volumeMounts[].name": ".+",
+    "template.spec.containers[].volumeMounts[].mountPath": "/.+",
+    "template.spec.volumes[].name": ".+",
+    "template.spec.volumes[].persistentVolumeClaim.claimName": ".+",
+    "template.spec.volumes[].emptyDir.medium": "|Memory",
+    "template.spec.volumes[].emptyDir.sizeLimit": "[0-9]+(Mi|Gi)",
+}
 
 
 def manifest() -> Any:
     return yaml.safe_load((LAUNCH / "kubernetes" / "pytorchjob.yaml").read_text(encoding="utf-8"))
 
 
+def values_of(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no container, with its path: `a.b[].c`."""
+    if isinstance(content, dict) and content:
+        for name, inner in content.items():
+            yield from values_of(inner, f"{path}.{name}".removeprefix("."))
+    elif isinstance(content, list) and content:
+        for inner in content:
+            yield from values_of(inner, f"{path}[]")
+    else:
+        yield path, content
+
+
+def check_manifest(content: Any) -> None:
+    """Fail where the operator or Kubernetes would refuse the job, or where a secret stands in clear."""
+    replicas = content["spec"].pop("pytorchReplicaSpecs")
+    assert replicas.keys() == {"Master", "Worker"}
+    assert replicas["Master"]["replicas"] == 1 <= replicas["Worker"]["replicas"]
+    for fields, part in ((JOB, content), *((REPLICA, replica) for replica in replicas.values())):
+        found = list(values_of(part))
+        assert {path for path, _ in found} == fields.keys()
+        for path, value in found:
+            kind = fields[path]
+            if isinstance(kind, str):
+                assert isinstance(value, str) and re.fullmatch(kind, value), f"{path} is {value!r}"
+            else:
+                assert type(value) is kind and value >= 0, f"{path} is {value!r}"
+    for replica in replicas.values():
+        pod = replica["template"]["spec"]
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
+            for variable in container["env"]:
+                assert ("value" in variable) != ("valueFrom" in variable), variable
+                assert "valueFrom" in variable or not SECRET.search(variable["name"]), "a secret stands in clear"
+
+
 def test_the_manifest_holds_documented_fields_alone() -> None:
-    job = PyTorchJob.model_validate(manifest(), strict=True)
-    container = job.spec.pytorchReplicaSpecs.Master.template.spec.containers[0]
-    assert container.command == ["torchrun", "--no-python", "tiedlora", "train"]
-    settings = parse_settings(container.args, Settings)
-    shared = next(mount.mountPath for mount in container.volumeMounts if mount.name == "data")
+    check_manifest(manifest())
+    spec = manifest()["spec"]
+    master, worker = (spec["pytorchReplicaSpecs"][name] for name in ("Master", "Worker"))
+    container = master["template"]["spec"]["containers"][0]
+    assert container["command"] == ["torchrun", "--no-python", "tiedlora", "train"]
+    settings = parse_settings(container["args"], Settings)
+    shared = next(mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "data")
     assert settings.resume == "auto" and str(settings.output_dir).startswith(f"{shared}/")
-    values = {variable.name: variable.value for variable in container.env}
-    grace = job.spec.pytorchReplicaSpecs.Master.template.spec.terminationGracePeriodSeconds
-    assert 30 < int(values["PET_SHUTDOWN_TIMEOUT"] or 0) < grace  # torchrun must not kill first, nor Kubernetes
-    pods = job.spec.pytorchReplicaSpecs.Master.replicas + job.spec.pytorchReplicaSpecs.Worker.replicas
-    assert int(values["MEGATRON_TIEDLORA_EXPECTED_RANKS"] or 0) == pods * int(job.spec.nprocPerNode)
-    assert int(container.resources.limits["nvidia.com/gpu"]) == int(job.spec.nprocPerNode)
+    values = {variable["name"]: variable.get("value") for variable in container["env"]}
+    grace = master["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert 30 < int(values["PET_SHUTDOWN_TIMEOUT"]) < grace  # torchrun must not kill first, nor Kubernetes
+    ranks = int(spec["nprocPerNode"])
+    assert int(values["MEGATRON_TIEDLORA_EXPECTED_RANKS"]) == (master["replicas"] + worker["replicas"]) * ranks
+    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) == ranks
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("spec", "elasticpolicy"), {}),
-        (("spec", "nprocPerNode"), 8),
-        (("spec", "pytorchReplicaSpecs", "Master", "replicas"), 2),
-        (("spec", "pytorchReplicaSpecs", "Worker", "restartPolicy"), "onFailure"),
-        (("spec", "runPolicy", "cleanPodPolicy"), None),
-        (("metadata", "name"), "Tied_LoRA"),
+        ("spec elasticpolicy", {}),
+        ("spec nprocPerNode", 8),
+        ("spec pytorchReplicaSpecs Master replicas", 2),
+        ("spec pytorchReplicaSpecs Worker restartPolicy", "onFailure"),
+        ("spec runPolicy cleanPodPolicy", None),
+        ("metadata name", "Tied_LoRA"),
+        ("spec pytorchReplicaSpecs Worker template spec containers 0 env 3", {"name": "HF_TOKEN", "value": "hf_abc"}),
     ],
 )
-def test_what_the_operator_would_refuse_is_refused_here(path: tuple[str, ...], value: Any) -> None:
-    content = manifest()
-    place = content
-    for name in path[:-1]:
-        place = place[name]
-    place[path[-1]] = value
-    with pytest.raises(ValueError):
-        PyTorchJob.model_validate(content, strict=True)
-
-
-def test_a_secret_in_clear_is_noticed() -> None:
-    with pytest.raises(ValueError, match="stands in clear"):
-        Variable(name="HF_TOKEN", value="hf_abc")
+def test_what_the_operator_would_refuse_is_refused_here(path: str, value: Any) -> None:
+    content = place = json.loads(json.dumps(manifest()))  # whose replicas share no object
+    *way, last = (int(step) if step.isdigit() else step for step in path.split())
+    for step in way:
+        place = place[step]
+    place[last] = value
+    with pytest.raises(AssertionError):
+        check_manifest(content)

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import EngineRun, relative_errors, run_engine, write_uneven_data
-from layout_runs import settings_of
+from engine_runs import EngineRun, relative_errors, run_engine
 from peft_models import lora_model
-from peft_training import peft_losses
+from peft_training import peft_losses, settings_for_peft
 from tiny_models import write_tiny_model
 
-STEPS, ROWS = 10, 8
+STEPS = 10
 FIRST = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # the module whose A a module shares
 # Options of PEFT's LoraConfig; alpha / r is not 1.
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -27,18 +26,11 @@ CLOSE = 1e-5
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run whose every step takes all rows, so that their order does not matter; nothing of the adapter is given."""
+    """Nothing of the adapter is given."""
     folder = tmp_path_factory.mktemp("settings")
     model = write_tiny_model(folder / "model", head_dim=12, intermediate_size=40)
-    own = {
-        **settings_of(model, folder),
-        "train_file": str(write_uneven_data(folder / "all.jsonl", rows=ROWS)),
-        "global_batch_size": ROWS,
-        "micro_batch_size": 4,
-        "max_steps": STEPS,
-        "learning_rate": 5e-3,
-    }
-    return {name: value for name, value in own.items() if name not in ("rank", "alpha")}
+    settings = {**settings_for_peft(model, folder), "max_steps": STEPS}
+    return {name: value for name, value in settings.items() if name not in ("rank", "alpha")}
 
 
 def tie(model: Any) -> Any:

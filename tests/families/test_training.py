@@ -9,7 +9,8 @@ import pytest
 import torch
 from family_models import FAMILY_MODELS
 from forked_ranks import groups_of, run_on_ranks
-from layout_runs import Layout, engine_json, prepare, run_and_check, settings_of
+from hf_models import hf_model
+from layout_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
 from tiny_models import EOS_ID, write_tiny_model
 
 from megatron_tiedlora.checkpoint.load_model import load_model
@@ -35,16 +36,20 @@ def _decoder(folder: str, tp: int, pp: int) -> Decoder:
     return Decoder(stage, groups, source.shape)
 
 
-def _decoded(folder: str, tp: int, pp: int) -> list[list[int]]:
-    return generate(_decoder(folder, tp, pp), [Prompts(PROMPTS, (EOS_ID,), 16)])[0]
+def _decoded(folders: list[str], tp: int, pp: int) -> list[list[list[int]]]:
+    """What each model answers to the prompts."""
+    return [generate(_decoder(folder, tp, pp), [Prompts(PROMPTS, (EOS_ID,), 16)])[0] for folder in folders]
 
 
-def _logits(folder: str, tp: int, pp: int) -> torch.Tensor | None:
-    decoder = _decoder(folder, tp, pp)
-    tokens = _tokens()
-    found = decoder.forward([AdapterRows(tokens, torch.arange(32).expand_as(tokens), decoder.new_caches(2, 32))])
-    decoder.finish()
-    return None if found is None else found.view(*tokens.shape, -1)
+def _logits(folders: list[str], tp: int, pp: int) -> list[torch.Tensor | None]:
+    """Those of each model, on the last stage."""
+    tokens, logits = _tokens(), []
+    for folder in folders:
+        decoder = _decoder(folder, tp, pp)
+        found = decoder.forward([AdapterRows(tokens, torch.arange(32).expand_as(tokens), decoder.new_caches(2, 32))])
+        decoder.finish()
+        logits.append(None if found is None else found.view(*tokens.shape, -1))
+    return logits
 
 
 def _tokens() -> torch.Tensor:
@@ -52,57 +57,63 @@ def _tokens() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
-@pytest.mark.parametrize("name", NAMES)
-def test_ranks_compute_what_transformers_does(tmp_path: Path, name: str, tp: int, pp: int) -> None:
-    from transformers import AutoModelForCausalLM
+def test_ranks_compute_what_transformers_does(tmp_path: Path, tp: int, pp: int) -> None:
+    """Every family, in one start."""
+    shapes = {name: {**FAMILY_MODELS[name], "num_layers": 5, "tied": pp > 1} for name in NAMES}
+    folders = {name: write_tiny_model(tmp_path / name, **shape) for name, shape in shapes.items()}
+    arguments = [str(folder) for folder in folders.values()], tp, pp
+    found = run_on_ranks(_logits, *arguments, ranks=tp * pp, folder=tmp_path / "ranks")[-1]
+    for (name, folder), ours in zip(folders.items(), found, strict=True):
+        expected = hf_model(folder)(_tokens()).logits.detach()
+        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
-    folder = write_tiny_model(tmp_path / "model", **{**FAMILY_MODELS[name], "num_layers": 5, "tied": pp > 1})
-    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(_tokens()).logits.detach()
-    found = run_on_ranks(_logits, str(folder), tp, pp, ranks=tp * pp, folder=tmp_path / "ranks")[-1]
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
-
-@pytest.mark.parametrize("name", ["olmo2", "olmo3"])
-def test_ranks_decode_the_tokens_of_transformers(tmp_path: Path, name: str) -> None:
+def test_ranks_decode_the_tokens_of_transformers(tmp_path: Path) -> None:
     """With the cache, at (2, 2, 1), where the norms of all heads are summed over ranks token by token."""
-    from transformers import AutoModelForCausalLM
+    names = ("olmo2", "olmo3")
+    folders = [write_tiny_model(tmp_path / name, **{**FAMILY_MODELS[name], "num_layers": 5}) for name in names]
+    wanted: list[list[list[int]]] = []
+    for folder in folders:
+        theirs = hf_model(folder, torch.float64)
+        wanted.append([])
+        for prompt in PROMPTS:
+            ids = torch.tensor([prompt])
+            more = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": EOS_ID}
+            row = theirs.generate(ids, max_new_tokens=16, **more)[0, len(prompt) :].tolist()
+            wanted[-1].append(row[: row.index(EOS_ID)] if EOS_ID in row else row)
+    given = [str(folder) for folder in folders]
+    assert run_on_ranks(_decoded, given, 2, 2, ranks=4, folder=tmp_path / "ranks") == [wanted] * 4
 
-    folder = write_tiny_model(tmp_path / "model", **{**FAMILY_MODELS[name], "num_layers": 5})
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    wanted = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        more = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": EOS_ID}
-        row = theirs.generate(ids, max_new_tokens=16, **more)[0, len(prompt) :].tolist()
-        wanted.append(row[: row.index(EOS_ID)] if EOS_ID in row else row)
-    assert run_on_ranks(_decoded, str(folder), 2, 2, ranks=4, folder=tmp_path / "ranks") == [wanted] * 4
+
+# By the number of ranks: (tensor, pipeline, data), and what else is set.
+RUNS: dict[int, list[tuple[Layout, dict[str, Any]]]] = {
+    2: [
+        (Layout(2, 1, 1), {"sequence_parallel": False}),
+        (Layout(2, 1, 1), {"recompute": "selective"}),
+        (Layout(1, 2, 1), {}),
+        (Layout(1, 1, 2), {"zero": 3}),
+    ],
+    4: [(Layout(2, 2, 1), {"sequence_parallel": False, "recompute": "full"}), (Layout(2, 2, 1), {})],
+}
 
 
+@pytest.mark.cpu_seconds(40, reason="every family beside the oracle, in one start for each number of ranks")
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "stablelm", "smollm3", "olmo2", "olmo3"])
-def test_runs_are_the_oracle_s(tmp_path: Path, name: str) -> None:
-    """Losses, clipped norms and adapters at (2, 1, 1), (1, 2, 1) and (2, 2, 1), with and without sequence parallelism.
+@pytest.mark.parametrize("ranks", RUNS)
+def test_runs_are_the_oracle_s(tmp_path: Path, ranks: int, whole: bool) -> None:
+    """Losses, clipped norms and adapters of every family at every layout; in part at two of two ranks, and one of four.
 
-    Selective and full recompute occur at one layout each, and so does ZeRO-3. In two steps: what a third one does,
-    without the checks of the first two, depends on no family.
+    In two steps: what a third one does, without the checks of the first two, depends on no family. All gradients are
+    compared at all of these layouts in tests/layouts/test_parallel_gradients.py.
     """
-    shape = {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4, **FAMILY_MODELS[name]}
-    model = write_tiny_model(tmp_path / "model", **shape)
-    base = {**settings_of(model, tmp_path), "max_steps": 2, "max_length": 64}
-    oracles: dict[Any, Any] = {}
-
-    def run(*layouts: tuple[tuple[int, int, int], dict[str, Any]]) -> None:
-        cases = [prepare(base, tmp_path, Layout(*sizes), oracles=oracles, **more) for sizes, more in layouts]
-        folder = tmp_path / str(cases[0].layout.ranks)
-        folder.mkdir()
-        run_and_check(cases, folder)
-
-    if name != "olmo3":  # whose layers differ from OLMo 2's only in the rotation
-        run(
-            ((2, 1, 1), {"sequence_parallel": False}),
-            ((2, 1, 1), {"sequence_parallel": True, "recompute": "selective"}),
-            ((1, 2, 1), {}),
-            ((1, 1, 2), {"ds_config": str(engine_json(tmp_path, 3))}),
-        )
-    if name in ("qwen3", "stablelm", "olmo2", "olmo3"):
-        run(((2, 2, 1), {"sequence_parallel": False, "recompute": "full"}), ((2, 2, 1), {"sequence_parallel": True}))
+    prepared = []
+    for number, name in enumerate(name for name in NAMES if name != "phi3"):
+        shape = {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4, **FAMILY_MODELS[name]}
+        folder = tmp_path / name
+        base = {**settings_of(write_tiny_model(folder / "model", **shape), folder), **SHORT, "max_length": 64}
+        oracles: dict[Any, Any] = {}
+        for layout, changes in RUNS[ranks] if whole else RUNS[ranks][number % 2 :: 2]:
+            own = dict(changes)
+            own |= {"ds_config": str(engine_json(folder, own.pop("zero")))} if "zero" in own else {}
+            prepared.append(prepare(base, folder, layout, oracles=oracles, **own))
+    run_and_check(prepared, tmp_path)

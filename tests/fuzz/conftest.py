@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 from fuzzing import TALLIES, Tally
+from native_files import with_adapter
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a broken name must not be looked for on the hub
 
@@ -20,6 +24,24 @@ def area(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "x").write_text("a neighbour")
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model in several files, without a tokenizer."""
+    return write_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=False, max_shard_size="20KB")
+
+
+@pytest.fixture(scope="session")
+def natives(base: Path) -> dict[str, NativeAdapter]:
+    """Adapters of layers 1 and 3 of `base`, by method."""
+    return {method: with_adapter(base, method, (1, 3))[1] for method in ("tl6", "tl5", "tl4", "lora", "vera")}
+
+
+@pytest.fixture(scope="session")
+def native(natives: dict[str, NativeAdapter]) -> NativeAdapter:
+    """The tl6 of `natives`."""
+    return natives["tl6"]
 
 
 @pytest.fixture(autouse=True)

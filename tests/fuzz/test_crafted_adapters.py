@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 from fuzzing import bounded, outcome, tree
-from native_files import with_adapter
 from safetensors.torch import load_file
-from tiny_models import write_tiny_model
 from valid import check_adapter, write_run
 
 from megatron_tiedlora.base.atomic import remove_leftovers
@@ -34,16 +32,6 @@ from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder
 from megatron_tiedlora.training.start import adopt_checkpoint
 
 CONFIG, WEIGHTS, INDEX = "adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=False, max_shard_size="20KB")
-
-
-@pytest.fixture(scope="module")
-def native(base: Path) -> NativeAdapter:
-    return with_adapter(base, "tl6", (1, 3))[1]
 
 
 @pytest.mark.parametrize("value", ["../../x", "2/../../x", 2.0, True, -1, 5, 10**30, [2]])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fuzzing import outcome
 from study_files import write_run, write_study
+from valid import METRICS
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -101,13 +102,6 @@ def test_a_status_of_no_known_state_is_a_run_that_was_cut_off(area: Path, change
     run = write_run(area / "study", "lora-r2-lr1e-4")
     (run / "run_status.json").write_text(json.dumps({"state": "finished", "step": 10, "reason": "x", **changes}))
     assert read_run(run) == RunEnd("cut off")
-
-
-METRICS = (
-    b'{"step": 1, "split": "train", "loss": 2.5, "learning_rate": 0.1, "mfu": 0.5, "padding": 0}\n'
-    b'{"step": 2, "split": "validation", "loss": 2.25, "exact_match": 50.0}\n'
-    b'{"step": 3, "split": "train", "loss": 2.0, "learning_rate": 0.1, "mfu": 0.5, "padding": 0}\n'
-)
 
 
 def test_a_resumed_log_is_strict_json_whatever_was_there(area: Path) -> None:

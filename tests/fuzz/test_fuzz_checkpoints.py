@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 from damage import break_one, fresh, odd_place, reseal
 from fuzzing import MAPPED, Draw, cases, explore, outcome, printable, tree
-from native_files import with_adapter
 from run_files import edit_tensors
-from tiny_models import write_tiny_model
 from valid import check_adapter, check_checkpoint, write_run
 
 from megatron_tiedlora.base.errors import UserError
@@ -26,14 +24,6 @@ from megatron_tiedlora.checkpoint.resume import (
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.training.start import adopt_checkpoint
 
-METHODS = ("tl6", "tl5", "tl4", "lora", "vera")
-
-
-@pytest.fixture(scope="module")
-def natives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeAdapter]:
-    base = write_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=False, max_shard_size="20KB")
-    return {method: with_adapter(base, method, (1, 3))[1] for method in METHODS}
-
 
 @cases("adapter")
 def test_a_broken_adapter(
@@ -44,7 +34,7 @@ def test_a_broken_adapter(
         save_adapter(whole / method, native.config, native.base, native.state)
 
     def body(draw: Draw) -> object:
-        method = draw.say(draw.pick(METHODS))
+        method = draw.say(draw.pick(sorted(natives)))
         fresh(whole / method, folder)
         break_one(draw, folder, sorted(item.name for item in folder.iterdir()), elsewhere=area / "elsewhere")
         reseal(draw, folder)
@@ -58,9 +48,9 @@ def test_a_broken_adapter(
 
 @cases("checkpoint")
 def test_a_broken_checkpoint_and_what_is_taken_over_from_it(
-    natives: dict[str, NativeAdapter], tmp_path_factory: pytest.TempPathFactory, area: Path, examples: int
+    native: NativeAdapter, tmp_path_factory: pytest.TempPathFactory, area: Path, examples: int
 ) -> None:
-    written = write_run(tmp_path_factory.mktemp("whole") / "run", natives["tl6"])
+    written = write_run(tmp_path_factory.mktemp("whole") / "run", native)
     theirs, mine, elsewhere = area / "theirs", area / "mine", area / "elsewhere"
 
     def body(draw: Draw) -> object:
@@ -101,10 +91,10 @@ NAMES = ["step_2", "step_4\n", "step_2\n\n", "step_3", "step_04", "../checkpoint
 
 @cases("latest")
 def test_a_broken_latest_and_the_folders_beside_it(
-    natives: dict[str, NativeAdapter], tmp_path_factory: pytest.TempPathFactory, area: Path, examples: int
+    native: NativeAdapter, tmp_path_factory: pytest.TempPathFactory, area: Path, examples: int
 ) -> None:
     """What is gone on with is one of the checkpoints that are there, whole; never a start at 0 beside them."""
-    written = write_run(tmp_path_factory.mktemp("whole") / "run", natives["tl6"])
+    written = write_run(tmp_path_factory.mktemp("whole") / "run", native)
     run, elsewhere = area / "run", area / "elsewhere"
 
     def body(draw: Draw) -> object:

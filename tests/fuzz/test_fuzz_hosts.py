@@ -9,6 +9,7 @@ from pathlib import Path
 from damage import broken_file, broken_json, changed_fields, damaged
 from fuzzing import Draw, cases, explore, outcome, printable
 from study_files import write_scored, write_study
+from valid import METRICS
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.start import StatusFile, judge
@@ -108,13 +109,6 @@ def test_a_broken_report_of_a_run(tmp_path: Path, examples: int) -> None:
         return verdict
 
     explore("reports", examples, body)
-
-
-METRICS = (
-    b'{"step": 1, "split": "train", "loss": 2.5, "learning_rate": 0.1, "mfu": 0.5, "padding": 0}\n'
-    b'{"step": 2, "split": "validation", "loss": 2.25, "exact_match": 50.0}\n'
-    b'{"step": 3, "split": "train", "loss": 2.0, "learning_rate": 0.1, "mfu": 0.5, "padding": 0}\n'
-)
 
 
 @cases("metrics")

@@ -1,11 +1,15 @@
-"""A broken `adapters.sqlite`: rows of adapters in its folder, or one line; no other file is opened."""
+"""A broken `adapters.sqlite`, or one that is made to harm: rows of adapters in its folder, or one line; no other file
+is opened.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
+import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
@@ -13,20 +17,19 @@ from pathlib import Path
 import pytest
 from damage import NASTY, clear, damaged, odd_place
 from fuzzing import MAPPED, Draw, bounded, cases, explore, outcome, printable
-from native_files import with_adapter
-from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.native_adapter import save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.sharing.index import INDEX_FILE
+from megatron_tiedlora.sharing.index import FORMAT, INDEX_FILE
 
 ADAPTERS = ("one", "two", "runs/three")
 VALUES = ("NULL", "-1", "0", "1", "7", "1.5", "9e999", "-9e999", "9223372036854775807", "''", "'x'", "'abc'", "x'00'",
           "x'ff80'", "cast(x'c328' AS TEXT)", "char(0)", "char(27) || '[2J'", "'/etc'", "'../outside'", "'one/../..'",
           "'/proc/self/environ'", "'linked'", "'one'", "hex(zeroblob(300))", "hex(zeroblob(3000000))",
           "zeroblob(3000000)", "'[' || hex(zeroblob(50000))", "hex(zeroblob(32))", "'*'", "'tl6'")  # fmt: skip
-ENDLESS = "WITH RECURSIVE t(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM t)"
+NUMBERS = "SELECT 1 UNION ALL SELECT x + 1 FROM t"  # of t, without an end
+ENDLESS = f"WITH RECURSIVE t(x) AS ({NUMBERS})"
 SCHEMAS = (
     "DROP TABLE adapters",
     "ALTER TABLE adapters RENAME TO more",
@@ -126,11 +129,10 @@ def other_pages(draw: Draw, raw: bytes) -> bytes:
 
 
 @cases("index")
-def test_a_broken_index(tmp_path_factory: pytest.TempPathFactory, area: Path, examples: int) -> None:
-    base = write_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=False)
+def test_a_broken_index(natives: dict[str, NativeAdapter], area: Path, examples: int) -> None:
     folder = (area / "adapters").resolve()
     for place, method in zip((*ADAPTERS, "../outside"), ("tl6", "tl5", "lora", "vera"), strict=True):
-        native = with_adapter(base, method, (1, 3))[1]
+        native = natives[method]
         save_adapter(folder / place, native.config, native.base, native.state)
     assert call("index", [str(folder)]) == 0
     (folder / "linked").symlink_to(area / "outside")
@@ -170,3 +172,180 @@ def test_a_broken_index(tmp_path_factory: pytest.TempPathFactory, area: Path, ex
         return found
 
     explore("index", examples, body, addresses=MAPPED)
+
+
+# Made to harm ------------------------------------------------------------------------------------------------------
+
+PAGE = 512  # bytes, SQLite's smallest
+
+
+@pytest.fixture
+def folder(native: NativeAdapter, area: Path) -> Path:
+    """A folder with the adapter `one` and its index, beside an adapter that is not in it."""
+    for place in ("adapters/one", "outside"):
+        save_adapter(area / place, native.config, native.base, native.state)
+    assert call("index", [str(area / "adapters")]) == 0
+    return area / "adapters"
+
+
+def asked(folder: Path, *words: str) -> object:
+    """What an action on the folder's index comes to, within 2 s and 1 GB; it changes nothing."""
+
+    def action() -> int:
+        with bounded():
+            return call("index", [str(folder), *words])
+
+    return outcome(action, unchanged=folder.parent, names=(str(folder / INDEX_FILE),))
+
+
+def assert_not_used(folder: Path) -> None:
+    for words in (["find"], ["verify"], ["find", "--json", "--name", "o*"], ["diff", "one", "one"]):
+        found = asked(folder, *words)
+        assert isinstance(found, UserError) and str(found).endswith(f"write it with `tiedlora index {folder}`"), words
+
+
+def change(folder: Path, script: str) -> None:
+    with closing(sqlite3.connect(folder / INDEX_FILE)) as database:
+        database.executescript(script)
+
+
+def replace(folder: Path, script: str) -> None:
+    """Another database in place of the index, with its version."""
+    (folder / INDEX_FILE).unlink()
+    change(folder, f"PRAGMA page_size = {PAGE}; PRAGMA user_version = {FORMAT}; {script}")
+
+
+def columns(folder: Path) -> list[str]:
+    with closing(sqlite3.connect(folder / INDEX_FILE)) as database:
+        return [name for _, name, *_ in database.execute("PRAGMA table_info(adapters)")]
+
+
+def view(folder: Path, rows: str, **values: str) -> None:
+    """The name `adapters` for a view of these rows."""
+    selected = ", ".join(f"{values.get(name, 'x')} AS {name}" for name in columns(folder))
+    replace(folder, f"CREATE VIEW adapters AS WITH RECURSIVE t(x) AS ({rows}) SELECT {selected} FROM t")
+
+
+def add_column(folder: Path, words: str) -> None:
+    change(folder, f"ALTER TABLE adapters ADD COLUMN {words}")
+
+
+NO_INDEX: dict[str, Callable[[Path], None]] = {
+    "a view that never ends": lambda folder: view(folder, NUMBERS),
+    "a view of 3,000,000 rows": lambda folder: view(folder, f"{NUMBERS} LIMIT 3000000"),
+    "a view of gigabytes": lambda folder: view(folder, "SELECT 1", path="hex(zeroblob(400000000))"),
+    "a generated column": lambda folder: add_column(folder, "more AS (hex(zeroblob(400000000)))"),
+    "a default": lambda folder: add_column(folder, "more DEFAULT 1"),
+    "a trigger": lambda folder: change(
+        folder, "CREATE TRIGGER t AFTER INSERT ON adapters BEGIN DELETE FROM adapters; END"
+    ),
+    "a virtual table": lambda folder: replace(
+        folder, f"CREATE VIRTUAL TABLE adapters USING fts4({', '.join(columns(folder))})"
+    ),
+    "an index of an expression": lambda folder: change(folder, "CREATE INDEX more ON adapters (hex(path))"),
+    "another table": lambda folder: change(folder, "CREATE TABLE more (x)"),
+    "columns without types": lambda folder: replace(folder, f"CREATE TABLE adapters ({', '.join(columns(folder))})"),
+    "200,000 tables": lambda folder: replace(
+        folder,
+        f"CREATE TABLE t (x); PRAGMA writable_schema = 1; INSERT INTO sqlite_master WITH RECURSIVE t(x) AS ({NUMBERS}"
+        " LIMIT 200000) SELECT 'table', 't' || x, 't' || x, 2, 'CREATE TABLE t' || x || '(a, b, c, d, e)' FROM t",
+    ),
+    "another format": lambda folder: change(folder, f"PRAGMA user_version = {FORMAT - 1}"),
+}
+
+
+@pytest.mark.parametrize("case", NO_INDEX)
+def test_what_is_not_written_by_this_program_is_not_read(folder: Path, case: str) -> None:
+    NO_INDEX[case](folder)
+    assert_not_used(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        "parameters = 'x'", "parameters = 1.5", "name = x'05'", "base_model = x'07'", "base_model = NULL",
+        "size = 'abc'", "size = -1", "rank = 9223372036854775807", "alpha = 9e999", "alpha = 'x'", "date = NULL",
+        "scores = x'00'", "task = x'00'", "sha256 = ''", "path = '/etc'", "path = '../outside'", "path = ''",
+        "path = 'one/../../outside'", "path = char(0) || 'one'", "run = '/etc'", "name = cast(x'ff' AS TEXT)",
+        "name = hex(zeroblob(500))", "scores = hex(zeroblob(400000000))",
+    ],
+)  # fmt: skip
+def test_rows_that_no_adapter_has_are_not_read(folder: Path, values: str) -> None:
+    words, blanks = " NOT NULL", "         "
+    for before, after, script in ((words, blanks, f"UPDATE adapters SET {values}"), (blanks, words, "")):
+        replaced = f"replace(sql, '{before}', '{after}')"
+        change(folder, f"PRAGMA writable_schema = 1; UPDATE sqlite_master SET sql = {replaced}")
+        change(folder, script)
+    assert_not_used(folder)
+
+
+@pytest.mark.parametrize("changed", ["adapters SET scores", "sqlite_master SET sql"])
+def test_a_value_longer_than_any_row_is_not_read(folder: Path, changed: str) -> None:
+    change(folder, f"PRAGMA writable_schema = 1; UPDATE {changed} = '-- ' || hex(zeroblob(150000))")
+    assert "string or blob too big" in str(asked(folder, "find"))
+    assert_not_used(folder)
+
+
+def interior_page(child: int, cells: int) -> bytes:
+    """A page of a table's tree whose `cells` + 1 children are all the page `child`."""
+    page = bytearray(PAGE)
+    start = PAGE - 5 * cells
+    struct.pack_into(">BHHHBI", page, 0, 5, 0, cells, start, 0, child)
+    for cell in range(cells):
+        struct.pack_into(">H", page, 12 + 2 * cell, start + 5 * cell)
+        struct.pack_into(">IB", page, start + 5 * cell, child, 1)
+    return bytes(page)
+
+
+@pytest.mark.parametrize(("levels", "cells"), [(4, 70), (17, 70), (30_000, 1)])
+def test_a_tree_of_one_row_read_without_end_is_not_read(folder: Path, levels: int, cells: int) -> None:
+    """A file of 12 kB has 10^31 rows so. SQLite's own check of a file's pages overflows its stack on deep trees."""
+    change(folder, f"PRAGMA page_size = {PAGE}; VACUUM")
+    with closing(sqlite3.connect(folder / INDEX_FILE)) as database:
+        root = database.execute("SELECT rootpage FROM sqlite_master WHERE name = 'adapters'").fetchone()[0]
+    raw = (folder / INDEX_FILE).read_bytes()
+    pages = [raw[start : start + PAGE] for start in range(0, len(raw), PAGE)]
+    leaf, pages[root - 1] = pages[root - 1], interior_page(len(pages) + 1, cells)
+    pages += [interior_page(len(pages) + 2 + level, cells) for level in range(levels)] + [leaf]
+    pages[0] = pages[0][:28] + struct.pack(">I", len(pages)) + pages[0][32:]
+    (folder / INDEX_FILE).write_bytes(b"".join(pages))
+    assert_not_used(folder)
+
+
+@pytest.mark.parametrize("size", [2**26 + 1, 2**40])
+def test_a_sparse_file_is_not_read(folder: Path, size: int) -> None:
+    os.truncate(folder / INDEX_FILE, size)
+    assert_not_used(folder)
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "outside/adapter_config.json", "moved.sqlite"])
+def test_a_link_is_not_followed(folder: Path, area: Path, place: str) -> None:
+    (folder / INDEX_FILE).rename(area / "moved.sqlite")
+    (folder / INDEX_FILE).symlink_to(area / place)
+    assert_not_used(folder)
+
+
+@pytest.mark.parametrize("ending", ["-journal", "-wal"])
+def test_files_that_sqlite_would_read_beside_it_are_not_opened(
+    folder: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    """A pipe that nobody writes to."""
+    if ending == "-wal":
+        raw = bytearray((folder / INDEX_FILE).read_bytes())
+        raw[18:20] = b"\2\2"  # a database in the mode that has such a file
+        (folder / INDEX_FILE).write_bytes(raw)
+    os.mkfifo(folder / (INDEX_FILE + ending))
+    assert asked(folder, "find", "--json") == 0 or ending == "-wal"
+    assert ending == "-wal" or json.loads(capsys.readouterr().out)["name"] == "one"
+
+
+@pytest.mark.parametrize("words", [["verify"], ["diff", "one", "linked"]])
+def test_an_adapter_behind_a_link_is_not_opened(
+    folder: Path, area: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """The path of the row is inside; where it leads is not."""
+    (folder / "linked").symlink_to(area / "outside")
+    change(folder, f"INSERT INTO adapters SELECT 'linked', 'linked', {', '.join(columns(folder)[2:])} FROM adapters")
+    found = outcome(lambda: call("index", [str(folder), *words]), unchanged=area, names=(str(folder / "linked"),))
+    said = f"{folder / 'linked'}: a link leads out of {folder}"
+    assert said in (str(found) if words[0] == "diff" else capsys.readouterr().out) and found != 0

@@ -31,9 +31,8 @@ VOCABULARY = 320
 
 
 @cases("model")
-def test_a_broken_model_folder(tmp_path_factory: pytest.TempPathFactory, area: Path, examples: int) -> None:
-    whole = write_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=False, max_shard_size="20KB")
-    folder, shard = area / "model", min(whole.glob("*.safetensors")).name
+def test_a_broken_model_folder(base: Path, area: Path, examples: int) -> None:
+    folder, shard = area / "model", min(base.glob("*.safetensors")).name
 
     def load() -> ModelSource:
         source = find_model(str(folder))
@@ -44,7 +43,7 @@ def test_a_broken_model_folder(tmp_path_factory: pytest.TempPathFactory, area: P
         return source
 
     def body(draw: Draw) -> object:
-        fresh(whole, folder)
+        fresh(base, folder)
         break_one(draw, folder, ["config.json", INDEX, shard], elsewhere=area / "elsewhere")
         return outcome(load, unchanged=area, names=(str(folder),))
 

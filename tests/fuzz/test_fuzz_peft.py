@@ -15,7 +15,7 @@ from damage import break_one, fresh, strange_value
 from fuzzing import MAPPED, Draw, cases, explore, outcome
 from native_files import with_adapter
 from safetensors.torch import save_file
-from tiny_models import tiny_model, write_tiny_model
+from tiny_models import tiny_model
 from valid import check_adapter
 
 from megatron_tiedlora.base.errors import UserError
@@ -29,11 +29,6 @@ from megatron_tiedlora.convert.peft_files import modules_of
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NATIVE = [f"native/{CONFIG}", f"native/{WEIGHTS}"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=False)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,12 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 
 LARGEST_ALPHA = 1e6
 LARGEST_WIDTH = 1e3  # of start values
+# A run's metrics.jsonl
+METRICS = (
+    b'{"step": 1, "split": "train", "loss": 2.5, "learning_rate": 0.1, "mfu": 0.5, "padding": 0}\n'
+    b'{"step": 2, "split": "validation", "loss": 2.25, "exact_match": 50.0}\n'
+    b'{"step": 3, "split": "train", "loss": 2.0, "learning_rate": 0.1, "mfu": 0.5, "padding": 0}\n'
+)
 BATCH = 24  # samples a step of the runs that `write_run` writes
 
 

@@ -1,22 +1,145 @@
-"""Several adapters in shared micro-batches at layouts, in fp64: each has the dense oracle's gradients, and no message
-more is sent than for one of them.
+"""Several adapters in shared micro-batches at layouts, in fp64: each has the dense oracle's gradients, and all of them
+are summed in one message of each group.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from bank_worker import BankCase, BankOutcome, run_bank_cases
 from engine_runs import relative_distance
-from forked_ranks import run_on_ranks
-from gradient_worker import DTYPE, joined_gradients
+from forked_ranks import groups_of, run_on_ranks
+from gradient_worker import DTYPE, Case, build_adapter, build_stage, joined, run_cases
 from oracle import OracleConfig, cast_weights, load_weights
 from oracle_adapter import ALL_TARGETS
 from oracle_training import oracle_gradients
-from shared_batches import Member
+from shared_batches import Member, SharedBatch, rounds
 from tiny_models import write_tiny_model
+from torch import distributed
+
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank
+from megatron_tiedlora.adapters.tying import sum_gradients_, sum_of_u
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.model.partition import Stages
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, StepSum, Traffic, TrafficCounter, named_handles
+
+# On a rank ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BankCase:
+    """What is run: the members' adapters on the model in `folder` at a layout (tp, pp, dp)."""
+
+    folder: Path
+    layout: tuple[int, int, int]
+    members: tuple[Member, ...]
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    shared: bool = True
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Shape of the model."""
+        return find_model(str(self.folder)).shape
+
+    @cached_property
+    def batches(self) -> list[SharedBatch]:
+        """The micro-batches of all data-parallel ranks."""
+        return rounds(self.members, shared=self.shared)
+
+    @cached_property
+    def stages(self) -> Stages:
+        """Which layers of the flat list stand in which stage."""
+        return self.of(self.members[0]).stages
+
+    def of(self, member: Member) -> Case:
+        """The case of one adapter, beside the others."""
+        first = min(min(one.adapter.get("layers", (1,))) for one in self.members)
+        return Case(self.folder, self.layout, seed=member.seed, first_adapted=first, **member.adapter)
+
+
+@dataclass(frozen=True)
+class BankOutcome:
+    """What a rank found, by the name of the adapter.
+
+    Attributes:
+        losses: sums over supervised tokens / number of them; of the last stage, else 0.
+        gradients: local parts by tensor, after all sums.
+        sum_traffic: messages of the sums of gradients.
+    """
+
+    losses: dict[str, float]
+    gradients: dict[str, dict[str, torch.Tensor]]
+    sum_traffic: Traffic
+
+
+def run_bank_cases(cases: list[BankCase]) -> list[BankOutcome]:
+    """Every case on this rank."""
+    return run_cases(cases, run_bank_case)
+
+
+def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOutcome:
+    """Forward and backward passes over this rank's micro-batches, then the sums over ranks."""
+    bank = AdapterBank({member.name: build_adapter(case.of(member), grid) for member in case.members})
+    stage = build_stage(case, bank, grid, groups, is_engines=False)
+    weights = {member.name: sum(s.num_supervised for s in member.samples) for member in case.members}
+    losses = dict.fromkeys(weights, 0.0)
+    batches = case.batches[grid.dp_rank :: grid.dp_size]
+    for batch in batches:
+        for name, loss in _train(case, stage, grid, batch, weights).items():
+            losses[name] += loss
+    assert stage.anchor is not None and stage.anchor.grad is not None and not stage.anchor.grad.any()
+    present = {share.adapter for batch in batches for share in batch.shares}
+    absent = {
+        name: [tensor for tensor, p in adapter.named_parameters() if p.requires_grad]
+        for name, adapter in bank.adapters.items()
+        if name not in present and adapter.part.layers
+    }
+    with TrafficCounter(named_handles(groups)) as counter:
+        assert sum_gradients_(bank.adapters, groups) == absent, "another gradient is missing"
+    gradients = {
+        name: {tensor: p.grad for tensor, p in adapter.named_parameters() if p.grad is not None}
+        for name, adapter in bank.adapters.items()
+    }
+    return BankOutcome(losses, gradients, counter.traffic)
+
+
+def _train(
+    case: BankCase, stage: Stage, grid: Grid, batch: SharedBatch, weights: dict[str, int]
+) -> dict[str, float]:
+    """A micro-batch through the stages, one at a time; the losses by adapter, on the last stage."""
+    before, after = (
+        grid.rank_of(pp_rank=grid.pp_rank + step, dp_rank=grid.dp_rank, tp_rank=grid.tp_rank) for step in (-1, 1)
+    )
+    inputs = batch.tokens
+    if grid.pp_rank:
+        inputs = stage.empty_hidden(*batch.tokens.shape)
+        distributed.recv(inputs, src=before)
+        inputs.requires_grad_()
+    output = stage(inputs, batch.positions, documents=batch.documents, shares=batch.shares)
+    found: dict[str, float] = {}
+    if grid.pp_rank == grid.pp_size - 1:
+        losses = stage.tail.loss(output, batch.supervised(stage.tensor_parallel.sequence_parts), stage.tensor_parallel)
+        names = [share.adapter for share in batch.shares]
+        losses = losses / torch.tensor([weights[name] for name in names], dtype=DTYPE)
+        losses.sum().backward()
+        found = dict(zip(names, losses.tolist(), strict=True))
+    else:
+        distributed.send(output.detach().contiguous(), dst=after)
+        gradient = torch.empty_like(output)
+        distributed.recv(gradient, src=after)
+        output.backward(gradient)
+    if grid.pp_rank:
+        assert inputs.grad is not None
+        distributed.send(inputs.grad.contiguous(), dst=before)
+    return found
+
 
 pytestmark = pytest.mark.distributed
 
@@ -58,6 +181,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_tiny_model(path / name, tokenizer=False, family=name, **shape) for name in families}
 
 
+@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize(("ranks", "family"), [(2, "llama"), (4, "llama"), (4, "olmo2")])
 def test_each_adapter_has_the_oracles_gradients(
     folders: dict[str, Path], tmp_path: Path, ranks: int, family: str
@@ -82,8 +206,7 @@ def check(
     """The loss and all gradients of one adapter are the oracle's."""
     found_loss = sum(outcome.losses[member.name] for outcome in outcomes) / case.layout[0]
     assert abs(found_loss - loss) <= TOLERANCE * abs(loss), (found_loss, loss, member, case)
-    own = [BankOutcome(o.losses, o.gradients[member.name], o.traffic, o.sum_traffic) for o in outcomes]
-    gradients = joined_gradients(case.of(member), own)  # type: ignore[arg-type]
+    gradients = joined(case.of(member), [outcome.gradients[member.name] for outcome in outcomes])
     assert gradients.keys() == expected.keys()
     for name, reference in expected.items():
         assert reference.abs().max() > 0, (name, member)
@@ -100,14 +223,51 @@ def check_sums(case: BankCase, outcomes: list[BankOutcome]) -> None:
         assert sum(messages.values()) == most or (case.members == TWO and sum(messages.values()) < most), case
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1)])
-def test_four_adapters_send_no_more_messages_than_one(
-    folders: dict[str, Path], tmp_path: Path, layout: tuple[int, int, int]
-) -> None:
-    """The columns beside hidden states are those of the widest rank; how many messages there are is the same."""
-    both, folder = (FOUR, (A,)), folders["llama"]
-    cases = [BankCase(folder, layout, members, sequence) for sequence in (True, False) for members in both]
-    for outcomes in run_on_ranks(run_bank_cases, cases, ranks=layout[0] * layout[1], folder=tmp_path):
-        for four, one in (outcomes[:2], outcomes[2:]):
-            assert four.traffic.messages == one.traffic.messages
-            assert four.sum_traffic.messages == one.sum_traffic.messages and one.traffic.messages
+# The sum of u: one message a step, and the same bits on every rank of a stage -----------------------------------------
+
+
+NUM_PASSES, SIZE = 3, 1000
+
+
+def part(rank: int, number: int) -> torch.Tensor:
+    """Of magnitudes so different that another order of sums gives other bits."""
+    generator = torch.Generator().manual_seed(100 * number + rank)
+    return torch.randn(SIZE, generator=generator) * 10.0 ** torch.randint(-3, 4, (SIZE,), generator=generator)
+
+
+def take_step(step_sum: StepSum, numbers: range) -> list[torch.Tensor]:
+    """What each backward pass gives to the tensor."""
+    value, rank = torch.ones(SIZE, requires_grad=True), distributed.get_rank()
+    return [torch.autograd.grad(step_sum.of(value), value, part(rank, number))[0] for number in numbers]
+
+
+def sum_on_rank(layout: tuple[int, int]) -> dict[str, Any]:
+    grid = Grid(distributed.get_rank(), distributed.get_world_size(), tp_size=layout[0], pp_size=layout[1])
+    groups = groups_of(grid)
+    step_sum = sum_of_u(groups)
+    with TrafficCounter(named_handles(groups)) as counter:
+        step_sum.start(5)
+        take_step(step_sum, range(2))  # given up: a run that stops between micro-batches
+        step_sum.start(NUM_PASSES)
+        given = take_step(step_sum, range(NUM_PASSES))
+    (alone,) = take_step(step_sum, range(1))  # a step of its own, as nobody has said how many
+    mean = given[-1].clone()
+    if groups.data.size > 1:  # the engine's, in a group for each tensor-parallel rank
+        distributed.all_reduce(mean, group=groups.data.handle)
+    return {"given": given, "mean": mean, "alone": alone, "messages": dict(counter.traffic.messages), "grid": grid}
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (4, 1), (2, 2)], ids=str)
+def test_u_is_summed_in_one_message_with_the_same_bits_on_every_rank(tmp_path: Path, layout: tuple[int, int]) -> None:
+    found = run_on_ranks(sum_on_rank, layout, ranks=4, folder=tmp_path)
+    for stage in range(layout[1]):
+        ranks = [rank for rank in range(4) if found[rank]["grid"].pp_rank == stage]
+        expected = sum(part(rank, number).double() for rank in ranks for number in range(NUM_PASSES))
+        for rank in ranks:
+            *before, last = found[rank]["given"]
+            assert not any(gradient.any() for gradient in before)
+            assert bool(last.any()) == bool(found[rank]["alone"].any()) == (found[rank]["grid"].dp_rank == 0)
+            assert list(found[rank]["messages"].values()) == [1]
+            assert torch.equal(found[rank]["mean"], found[ranks[0]]["mean"]), rank
+        scale = sum(part(rank, number).abs() for rank in ranks for number in range(NUM_PASSES))
+        assert bool(((found[ranks[0]]["mean"] - expected).abs() <= 1e-6 * scale).all())

@@ -22,12 +22,12 @@ pytestmark = pytest.mark.distributed
 
 LOSS_TOLERANCE, NORM_TOLERANCE, ADAPTER_TOLERANCE = 1e-6, 1e-5, 5e-5
 OWN: dict[str, dict[str, Any]] = {
-    "a": {"method": "tl6", "rank": 8, "global_batch_size": 8, "max_steps": 6},
+    "a": {"method": "tl6", "rank": 8, "global_batch_size": 8},
     "b": {
         **{"method": "lora", "rank": 3, "layers": (2, 3), "dropout": 0.1},
-        **{"global_batch_size": 4, "max_steps": 4, "learning_rate": 2e-2},
+        **{"global_batch_size": 4, "max_steps": 3, "learning_rate": 2e-2},
     },
-    "c": {"method": "vera", "rank": 16, "targets": "all", "global_batch_size": 16, "max_steps": 6, "seed": 5},
+    "c": {"method": "vera", "rank": 16, "targets": "all", "global_batch_size": 16, "seed": 5},
     "d": {
         **{"method": "tl2", "rank": 1, "targets": "o_proj,gate_up", "dropout": 0.2, "seed": 3},
         **{"global_batch_size": 4, "gradient_clipping": 0.01},
@@ -37,7 +37,7 @@ EIGHT = OWN | {
     "e": {"method": "tl1", "rank": 5, "max_steps": 3, "learning_rate": 1e-2, "gradient_clipping": 0.001},
     "f": {"method": "tl3", "rank": 2, "layers": (3,), "global_batch_size": 4, "gradient_clipping": 0.001},
     "g": {"method": "tl4", "rank": 7, "layers": (1,), "targets": "all", "global_batch_size": 12, "seed": 2},
-    "h": {"method": "tl5", "rank": 12, "max_steps": 5, "weight_decay": 0.1},
+    "h": {"method": "tl5", "rank": 12, "weight_decay": 0.1},
 }
 TWO = {name: OWN[name] for name in ("b", "c")}
 
@@ -54,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "seed": 11,
         "max_length": 256,
         "micro_batch_size": 2,  # so a shared micro-batch holds up to 512 tokens
-        "max_steps": 6,
+        "max_steps": 4,
         "warmup_steps": 2,
         "learning_rate": 5e-3,
         "weight_decay": 0.01,
@@ -79,14 +79,14 @@ COMPILED = [(TWO, False, True), *FOUR_PACKED]
     ("variants", "dtype"),
     [
         pytest.param(FOUR_PACKED, "fp32", id="four packed fp32"),
-        pytest.param(FOUR_PACKED, "bf16", id="four packed bf16"),
-        pytest.param(FOUR_PADDED, "fp32", id="four padded fp32"),
+        pytest.param(FOUR_PACKED, "bf16", id="four packed bf16", marks=pytest.mark.slow),
+        pytest.param(FOUR_PADDED, "fp32", id="four padded fp32", marks=pytest.mark.slow),
         pytest.param(FOUR_PADDED, "bf16", id="four padded bf16"),
         pytest.param([(EIGHT, True, True)], "fp32", id="eight fp32"),
         pytest.param([(EIGHT, True, True)], "bf16", id="eight bf16", marks=pytest.mark.slow),
     ],
 )
-def test_six_steps_have_the_bits_of_single_runs(
+def test_steps_have_the_bits_of_single_runs(
     base: dict[str, Any], variants: list[Any], dtype: str, tmp_path: Path
 ) -> None:
     check_bits(base, [dict(zip(KEYS, variant, strict=True)) for variant in variants], dtype, tmp_path)
@@ -153,7 +153,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_six_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_process: BankRun) -> None:
+def test_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_process: BankRun) -> None:
     check_layouts(base, ranks, [changes for size, changes in LAYOUTS if size == ranks], one_process, tmp_path)
 
 
@@ -166,7 +166,7 @@ def test_six_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, 
     [(4, {"tensor_parallel": 4}), (4, {"pipeline_parallel": 4}), (8, {"tensor_parallel": 2, "pipeline_parallel": 2})],
     ids=["4x1x1", "1x4x1", "2x2x2"],
 )
-def test_six_steps_at_larger_layouts(
+def test_steps_at_larger_layouts(
     base: dict[str, Any], tmp_path: Path, ranks: int, changes: dict[str, Any]
 ) -> None:
     """Of a model with 5 layers, and 8 heads on 4 key-value heads, against single runs at the same layout."""
@@ -214,12 +214,13 @@ def one_process(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 
 def test_a_sick_neighbour_fails_alone(base: dict[str, Any], tmp_path: Path, one_process: BankRun) -> None:
     """At a learning rate of 1e6 its loss is soon not finite: it stops there, and the others do not change by a bit."""
-    sick = {"sick": {**base, "method": "tl5", "learning_rate": 1e9, "gradient_clipping": 0.0, "warmup_steps": 0}}
+    more = {"gradient_clipping": 0.0, "warmup_steps": 0}
+    sick = {"sick": {**base, "method": "tl5", "learning_rate": 1e9, **more}}
     first, *rest = settings(base).items()
     cases = [{"settings": dict([first, *sick.items(), *rest]), "shares": True, "alone": False}]
     ((run,),) = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=1, folder=tmp_path)
     assert run.failures.keys() == {"sick"} and "Lower --learning_rate" in run.failures["sick"], run.failures
-    assert 1 < len(run.together["sick"].losses) < 6
+    assert 1 < len(run.together["sick"].losses) <= 4
     for name in OWN:
         found, expected = run.together[name], one_process.together[name]
         assert found.losses == expected.losses and found.norms == expected.norms

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from base_worker import base_values
 from engine_runs import run_engine, save_start
-from forked_ranks import run_on_ranks
+from forked_ranks import join_as_launched, run_on_ranks
 from gradient_worker import Case
-from layout_runs import Layout, engine_json, prepare, run_and_check, settings_of
-from oracle import OracleConfig, cast_weights, load_weights
+from layout_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
+from oracle import OracleConfig, load_weights
 from oracle_training import OracleRun
 from quantised_folders import SHAPE, quantised_folder
 from quantised_models import CROSSING, FORMATS, quantised, with_values
@@ -21,11 +21,46 @@ from test_layouts import LAYOUTS
 from test_parallel_gradients import Answers
 from test_parallel_gradients import run_and_check as check_gradients
 from tiny_models import random_adapter, write_tiny_model
+from torch import distributed
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.engine.engine import parameter_access
 from megatron_tiedlora.model.weights import weight_rules
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import Grid
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.planning.run_plan import plan_run
+from megatron_tiedlora.training.build import build_model
+
+# On a rank ------------------------------------------------------------------------------------------------------------
+
+
+Values = dict[str, torch.Tensor]
+
+
+def base_values(cases: Sequence[dict[str, Any]], folder: str) -> list[tuple[Values, int, int]]:
+    """For each case of settings: this rank's shards by name as the engine has them, bytes stored and predicted."""
+    device = join_as_launched(folder)
+    found = []
+    for settings in cases:
+        plan = plan_run(
+            make_settings(settings), rank=distributed.get_rank(), world_size=distributed.get_world_size()
+        )
+        built = build_model({ONLY: plan}, device)
+        runner = built.runner
+        values = {}
+        for name, weight in frozen_weights(runner.stage).items():
+            with parameter_access(plan.engine)(list(weight.parameters.values())):
+                if isinstance(weight, QuantisedWeight):
+                    values[name] = weight.values().clone()
+        parts = plan.grid.dp_size if plan.engine.zero_stage == 3 else 1
+        found.append((values, built.bytes_kept[plan.grid.rank], plan.stage.base_bytes // parts))
+        runner.engine.destroy()
+    return found
+
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -47,32 +82,6 @@ def quantised_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
     return {kind: quantised_folder(plain, root / kind, kind) for kind in ("nf4 nested", "fp8 by row", "fp8 by tensor")}
 
 
-class QuantisedAnswers(Answers):
-    """The oracle's, with the values of the case's format."""
-
-    def weights(self, case: Case) -> tuple[Any, OracleConfig]:
-        assert case.base is not None
-        found = self._weights.get(Path(case.base))
-        if found is None:
-            config = OracleConfig.from_folder(case.folder)
-            found = cast_weights(quantised(load_weights(case.folder), case.base), torch.float64), config
-            self._weights[Path(case.base)] = found
-        return found
-
-    def gradients(self, case: Case) -> tuple[float, dict[str, torch.Tensor]]:
-        self._gradients = self._by_base.setdefault(str(case.base), {})
-        return super().gradients(case)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._by_base: dict[str, Any] = {}
-
-
-@pytest.fixture(scope="module")
-def answers() -> QuantisedAnswers:
-    return QuantisedAnswers()
-
-
 def gradient_cases(folder: Path, layout: tuple[int, int, int], base: str, *, whole: bool) -> list[Case]:
     """tl6 with each kind of recompute; at the last layout all methods. In part, the methods are divided by format."""
     cut = layout[0] > 1
@@ -89,7 +98,7 @@ def gradient_cases(folder: Path, layout: tuple[int, int, int], base: str, *, who
 @pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_gradients_are_the_oracles_on_the_dequantised_weights(
-    folders: dict[str, Path], answers: QuantisedAnswers, tmp_path: Path, ranks: int, whole: bool
+    folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool
 ) -> None:
     layouts = [sizes for sizes in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1)) if sizes[0] * sizes[1] == ranks]
     cases = [
@@ -97,7 +106,7 @@ def test_gradients_are_the_oracles_on_the_dequantised_weights(
         for layout, base in product(layouts, FORMATS)
         for case in gradient_cases(folders[""], layout, base, whole=whole)
     ]
-    check_gradients(cases, answers, tmp_path, ranks)
+    check_gradients(cases, Answers(), tmp_path, ranks)
 
 
 def joined(folder: Path, layout: Layout, by_rank: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -117,115 +126,93 @@ def joined(folder: Path, layout: Layout, by_rank: list[dict[str, torch.Tensor]])
     return full
 
 
-def zero_stages(layout: Layout, whole: bool) -> list[int]:
-    """Those that go with the layout; in part, 3 and another one."""
-    if layout.pp > 1:
-        return [0, 1] if whole else [1]
-    return [0, 1, 2, 3] if whole else [layout.dp + layout.tp - 2, 3]
+def kinds_and_stages(layout: Layout, kinds: Sequence[str], whole: bool) -> list[tuple[str, int]]:
+    """(kind of base, ZeRO stage) at a layout: all that go with it; in part each kind with one of them, in turn."""
+    stages = (0, 1) if layout.pp > 1 else range(4)
+    if whole:
+        return list(product(kinds, stages))
+    turn = [other for other in LAYOUTS if (other.pp > 1) == (layout.pp > 1)].index(layout)
+    return [(kind, stages[-1 - (turn + number) % 2]) for number, kind in enumerate(kinds)]
 
 
+def check_values(
+    cases: dict[Any, dict[str, Any]], expected: dict[str, dict[str, torch.Tensor]], folder: Path, *, ranks: int
+) -> None:
+    """By (layout, kind of base, ZeRO stage), the settings: all linears have the kind's values, in the bytes planned."""
+    by_rank = run_on_ranks(base_values, [*cases.values()], str(folder), ranks=ranks, folder=folder / "ranks")
+    for key, found in zip(cases, zip(*by_rank, strict=True), strict=True):
+        layout, kind, stage = key
+        full = joined(Path(cases[key]["model"]), layout, [values for values, *_ in found])
+        assert full.keys() == expected[kind].keys()
+        for name, value in full.items():
+            assert torch.equal(value, expected[kind][name].float()), (name, key)
+        for _, stored, predicted in found:
+            assert stored == predicted or (stage == 3 and predicted <= stored <= predicted + 4 * 80), key
+
+
+def linears(folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of all linears of blocks, by the package's names, out of those by transformers' names."""
+    shape = find_model(str(folder)).shape
+    rules = [rule for rule in weight_rules(shape) if rule.linear is not None and 0 < rule.layer <= shape.num_layers]
+    found = {rule.name: torch.cat([weights[name] for name in rule.hf_names]) for rule in rules}
+    assert len(found) == 4 * shape.num_layers, "four linears in each block"
+    return found
+
+
+@pytest.mark.cpu_seconds(20, reason="every format at every layout, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_values_are_the_same_at_every_layout(
     folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool
 ) -> None:
-    files = settings_of(folders[""], tmp_path)
-    layouts = [layout for layout in LAYOUTS if layout.ranks == ranks]
-    keys = [(layout, base, stage) for layout in layouts for base in FORMATS for stage in zero_stages(layout, whole)]
-    cases = [
-        {
-            **files,
-            "tensor_parallel": layout.tp,
-            "pipeline_parallel": layout.pp,
-            "base": base,
-            "dtype": "bf16",  # which zero.Init would round fp32 parameters to
-            "ds_config": str(engine_json(tmp_path, stage)),
-        }
-        for layout, base, stage in keys
-    ]
-    by_rank = run_on_ranks(base_values, cases, str(tmp_path), ranks=ranks, folder=tmp_path / "ranks")
-    expected = {
-        base: {
-            rule.name: torch.cat([weights[name] for name in rule.hf_names])
-            for rule in weight_rules(find_model(str(folders[""])).shape)
-        }
-        for base in FORMATS
-        for weights in [quantised(load_weights(folders[""]), base)]
+    files = {**settings_of(folders[""], tmp_path), "dtype": "bf16"}  # which zero.Init would round fp32 parameters to
+    engines = [str(engine_json(tmp_path, stage)) for stage in range(4)]
+    cases = {
+        (layout, base, stage): {**files, **layout.settings, "base": base, "ds_config": engines[stage]}
+        for layout in LAYOUTS
+        if layout.ranks == ranks
+        for base, stage in kinds_and_stages(layout, FORMATS, whole)
     }
-    for key, found in zip(keys, zip(*by_rank, strict=True), strict=True):
-        layout, base, stage = key
-        full = joined(folders[""], layout, [values for values, *_ in found])
-        assert len(full) == 4 * 5, "four linears in each of five blocks"
-        for name, value in full.items():
-            assert torch.equal(value, expected[base][name].float()), (name, key)
-        for _, stored, predicted in found:
-            assert stored == predicted or (stage == 3 and predicted <= stored <= predicted + 4 * 80), key
+    expected = {base: linears(folders[""], quantised(load_weights(folders[""]), base)) for base in FORMATS}
+    check_values(cases, expected, tmp_path, ranks=ranks)
 
 
+@pytest.mark.cpu_seconds(20, reason="every kind at every layout, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_quantised_folder_has_its_values_at_every_layout(
-    quantised_folders: dict[str, tuple[Path, Path]], tmp_path: Path, ranks: int
+    quantised_folders: dict[str, tuple[Path, Path]], tmp_path: Path, ranks: int, whole: bool
 ) -> None:
     """Also with kept transposed copies, which ZeRO-3 partitions too."""
-    layouts = [layout for layout in LAYOUTS if layout.ranks == ranks]
-    keys = [
-        (layout, kind, stage)
-        for layout in layouts
-        for kind in quantised_folders
-        for stage in ([1] if layout.pp > 1 else [2, 3])
-    ]
-    any_folder = next(iter(quantised_folders.values()))[0]
-    files = settings_of(any_folder, tmp_path)
-    cases = [
-        {
-            **files,
-            "model": str(quantised_folders[kind][0]),
-            "tensor_parallel": layout.tp,
-            "pipeline_parallel": layout.pp,
+    cases = {
+        (layout, kind, stage): {
+            **settings_of(quantised_folders[kind][0], tmp_path),
+            **layout.settings,
             "dtype": "bf16",
             **({"products": "fp8", "keep_transposed": True} if kind == "fp8 by row" else {}),
             "ds_config": str(engine_json(tmp_path, stage)),
         }
-        for layout, kind, stage in keys
-    ]
-    by_rank = run_on_ranks(base_values, cases, str(tmp_path), ranks=ranks, folder=tmp_path / "ranks")
-    for key, found in zip(keys, zip(*by_rank, strict=True), strict=True):
-        layout, kind, stage = key
-        plain = load_weights(quantised_folders[kind][1])
-        full = joined(any_folder, layout, [values for values, *_ in found])
-        assert len(full) == 4 * 4
-        for rule in weight_rules(find_model(str(any_folder)).shape):
-            if rule.name in full:
-                expected = torch.cat([plain[name] for name in rule.hf_names])
-                assert torch.equal(full[rule.name], expected.float()), (rule.name, key)
-        for _, stored, predicted in found:
-            assert stored == predicted or (stage == 3 and predicted <= stored <= predicted + 4 * 80), key
+        for layout in LAYOUTS
+        if layout.ranks == ranks
+        for kind, stage in kinds_and_stages(layout, [*quantised_folders], whole)
+    }
+    expected = {kind: linears(folder, load_weights(plain)) for kind, (folder, plain) in quantised_folders.items()}
+    check_values(cases, expected, tmp_path, ranks=ranks)
 
 
 @pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_runs_are_the_oracles_at_every_layout(
-    folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool
-) -> None:
-    base = {**settings_of(folders[""], tmp_path), "max_steps": 6 if whole else 3}
+@pytest.mark.parametrize("ranks", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_runs_are_the_oracles(folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool) -> None:
+    """At every layout; in part each format alone, over tensor and pipeline ranks, and under ZeRO-3 over data ranks."""
+    base = {**settings_of(folders[""], tmp_path), **({} if whole else SHORT)}
     oracles: dict[Any, OracleRun] = {}
     prepared = []
     for number, layout in enumerate(LAYOUTS):
-        if layout.ranks != ranks:
-            continue
-        names = FORMATS if whole or layout in (Layout(1, 1, 1), Layout(2, 2, 1)) else [FORMATS[number % 3]]
-        for name, optimizer in product(names, ("sgd", "adamw") if whole else ("sgd",)):
-            changes: dict[str, Any] = {"base": name, "method": ("tl6", "tl5")[number % 2]}
-            if layout.pp == 1:
-                changes["ds_config"] = str(engine_json(tmp_path, number % 4))
-            prepared.append(
-                prepare(
-                    *(base, tmp_path, layout),
-                    optimizer=optimizer,
-                    oracles=oracles,
-                    oracle_model=folders[name],
-                    **changes,
-                )
-            )
+        if layout.ranks == ranks and (whole or layout in (Layout(1, 1, 1), Layout(1, 1, 2), Layout(2, 2, 1))):
+            for name, optimizer in product(FORMATS, ("sgd", "adamw") if whole else ("sgd",)):
+                changes: dict[str, Any] = {"base": name, "method": ("tl6", "tl5")[number % 2]}
+                if layout.pp == 1:
+                    changes["ds_config"] = str(engine_json(tmp_path, number % 4))
+                more: dict[str, Any] = {"optimizer": optimizer, "oracle_model": folders[name]}
+                prepared.append(prepare(base, tmp_path, layout, oracles=oracles, **more, **changes))
     run_and_check(prepared, tmp_path)
 
 

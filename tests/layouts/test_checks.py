@@ -51,6 +51,7 @@ class Case:
         steps: training steps in the log at the end.
         saved: the last checkpoint that is there at the end, "" for none.
         zero: zero_optimization of the engine's JSON.
+        shares: in which way of `shared_tensors` layers share the tensors of tl6.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Case:
     saved: str = "step_4"
     zero: dict[str, Any] = field(default_factory=lambda: {"stage": 1})
     settings: dict[str, Any] = field(default_factory=dict)
+    shares: str | None = None
 
     @property
     def ranks(self) -> int:
@@ -196,6 +198,15 @@ MORE_CHANGED = [
         rf"after step 4 A differs between {TIED}: .*\b1\b.* by up to",
         saved="step_2",
     ),
+    Case(
+        "last_of_several_shared_by_some_layers",
+        (1, 2, 1),
+        ({**CHANGE, "index": -1},),
+        rf"after step 1 A differs between {TIED}: .*\b1\b.* by up to",
+        steps=0,
+        saved="",
+        shares="pairs",
+    ),
     Case("switched_off", (1, 2, 1), (CHANGE,), settings={"replica_check_steps": 0}),
 ]
 GRADIENTS = [
@@ -295,7 +306,7 @@ def case_for_workers(base: dict[str, Any], folder: Path, case: Case) -> dict[str
     short = {"max_steps": 4, "warmup_steps": 1, "eval_interval": 2, "save_interval": 2, "replica_check_steps": 1}
     short["global_batch_size"] = 4
     settings = {**base, **short, "ds_config": str(engine), "tensor_parallel": tp, "pipeline_parallel": pp}
-    return {"settings": {**settings, **case.settings}, "faults": case.faults, "may_fail": True}
+    return {"settings": {**settings, **case.settings}, "faults": case.faults, "may_fail": True, "shares": case.shares}
 
 
 @pytest.mark.parametrize(
@@ -361,7 +372,7 @@ def test_a_run_stops_where_copies_differ(small: Base, tmp_path: Path, step: int)
     assert [number for number, _ in losses(folder)] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("ds_config", ["zero3.json", "zero0.json"])
+@pytest.mark.parametrize("ds_config", ["zero3.json", pytest.param("zero0.json", marks=pytest.mark.slow)])
 def test_a_run_stops_before_an_infinite_second_moment_is_saved(small: Base, tmp_path: Path, ds_config: str) -> None:
     """One gradient of 1e25 at step 5: status 2, the checkpoint of step 4 stands, and a resume ends as another run."""
     folder, whole = tmp_path / "run", tmp_path / "whole"

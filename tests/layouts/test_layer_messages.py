@@ -1,4 +1,6 @@
-"""What one layer more sends, counted as the difference of two runs: 8 messages of the layer, none of the adapter."""
+"""What one layer more sends, counted as the difference of two runs: 8 messages of the layer, none of the adapter; and
+what adapters on other linears than QKV send: no message beside QKV's.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,13 @@ import pytest
 from traffic_runs import Ran, run_cases, write_inputs
 
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.parallel.groups import TENSOR, TIED, Traffic
+from megatron_tiedlora.planning.passes import saved_per_token
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.cpu_seconds(20, reason="the first test makes the starts that all share"),
+    pytest.mark.cpu_seconds(40, reason="the first test makes the start that all share"),
 ]
 
 FULL: dict[str, Any] = {"recompute": "full"}
@@ -21,6 +25,7 @@ GATE: dict[str, Any] = {"recompute": "selective"}
 WHOLE: dict[str, Any] = {"sequence_parallel": False}
 TO_THE_END: dict[str, Any] = {"early_stop": False}
 OLMO2: dict[str, Any] = {"model": "olmo2"}
+STAGES: dict[str, Any] = {"tensor_parallel": 1, "pipeline_parallel": 2}
 
 # By name: what changes, and the tensor-parallel messages of a layer by kind.
 LAYERS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
@@ -48,8 +53,30 @@ for _method in METHOD_NAMES:
     CASES[f"{_method}, one more adapted"] = {"method": _method, "layers": (1, 2, 3), "model": "three"}
     if _method in ("lora", "tl6"):  # a factor for each layer, and factors that are tied
         CASES[f"{_method}, four layers"] = {"method": _method, "layers": (1, 3, 4), "model": "four"}
-    two_stages = {"tensor_parallel": 1, "pipeline_parallel": 2, "model": "three"}
-    CASES[f"{_method}, two stages"] = {"method": _method, **two_stages}
+    CASES[f"{_method}, two stages"] = {"method": _method, "model": "three", **STAGES}
+
+# Other targets than QKV, on a model of three layers. Of layers 2 and 3 the backward pass ends at the first adapted
+# linear of layer 2.
+ALL, BESIDE = ",".join(TARGET_NAMES), "qkv,o_proj,down_proj"
+SEQUENCES: dict[str, dict[str, Any]] = {"sharded": {}, "whole": WHOLE}
+LATE: dict[str, Any] = {"layers": (2, 3)}
+TARGETS: dict[str, dict[str, Any]] = {
+    f"{parts} {targets}": {"targets": targets, **changes}
+    for parts, changes in SEQUENCES.items()
+    for targets in ("qkv", BESIDE, ALL)
+}
+for _method, _changes in (("tl6", {}), ("tl1", GATE), ("tl3", GATE), ("tl5", FULL)):
+    for _targets in (*TARGET_NAMES, "o_proj,gate_up"):
+        TARGETS[f"{_method} {_targets}"] = {"method": _method, "targets": _targets, **LATE, **_changes}
+TARGETS |= {
+    "whole down_proj": {"targets": "down_proj", "layers": (3,), **WHOLE, **GATE},
+    "whole gate_up": {"targets": "gate_up", **LATE, **WHOLE},
+    "last layer, full": {"targets": "down_proj", "layers": (3,), **FULL},
+    "last layer's output, full": {"targets": "o_proj", "layers": (3,), **FULL},
+    **{f"stages, {targets}": {"targets": targets, **STAGES} for targets in ("qkv", ALL)},
+    "stages, last layer": {"targets": "gate_up,down_proj", "layers": (3,), **STAGES},
+}
+CASES |= {name: {"model": "three", **changes} for name, changes in TARGETS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +99,15 @@ def test_prediction_is_what_is_counted(ran: Mapping[str, Ran], name: str) -> Non
     for rank, counted in enumerate(ran[name].counted):
         assert len(counted.shapes) == 2 and counted.traffic.messages
         ran[name].check(rank)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.get("recompute") != "full"])
+def test_saved_bytes_are_those_of_a_built_block(ran: Mapping[str, Ran], name: str) -> None:
+    """What is counted on tensors without data is what the last block keeps, with every target, method and norm."""
+    for rank, counted in enumerate(ran[name].counted):
+        plan = ran[name].plan(rank)
+        if plan.stage.blocks[-1] in plan.adapter.layers:
+            assert saved_per_token(plan.source.shape, plan.layout) == counted.saved_bytes_per_token, rank
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -125,7 +161,7 @@ def test_bytes_of_a_layer(ran: Mapping[str, Ran]) -> None:
     four, three = (ran[f"sharded sequences, {number} layers"].counted[0] for number in ("four", "three"))
     assert four.shapes == three.shapes
     more = Traffic()
-    for rows, length, _ in four.shapes:
+    for rows, length, *_ in four.shapes:
         for kind in ("all-gather", "reduce-scatter"):
             more.add(TENSOR, kind, 4 * 32 * rows * length, count=3)
             more.add(TENSOR, kind, 4 * (32 + 8) * rows * length)  # with h, or its gradient: 3 columns, filled up to 8
@@ -152,7 +188,7 @@ def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
         if row.A.trained:
             expected.add(TENSOR, "all-gather", size, count=micro_batches)
             expected.add(TENSOR, "reduce-scatter", size, count=micro_batches)
-            for rows, length, _ in counted.shapes:
+            for rows, length, *_ in counted.shapes:
                 expected.add(TENSOR, "reduce-scatter", 4 * 3 * rows * length)
                 expected.bytes[TENSOR, "reduce-scatter"] += 4 * 8 * rows * length  # of 2 adapted layers
         if row.u.trained:
@@ -160,3 +196,36 @@ def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
         for kind in ("all-gather", "reduce-scatter", "all-reduce"):
             assert counted.traffic.messages[TENSOR, kind] == expected.messages[TENSOR, kind], (method, kind)
             assert counted.traffic.bytes[TENSOR, kind] == expected.bytes[TENSOR, kind], (method, kind)
+
+
+# Other targets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [BESIDE, ALL])
+@pytest.mark.parametrize("parts", SEQUENCES)
+def test_no_target_adds_a_message(ran: Mapping[str, Ran], parts: str, targets: str) -> None:
+    """Four send as many messages as one: those of the layers, two of the adapter a micro-batch, one sum of u a step."""
+    for rank in range(2):
+        one, more = (ran[f"{parts} {names}"].counted[rank] for names in ("qkv", targets))
+        assert more.traffic.messages == one.traffic.messages and more.shapes == one.shapes
+
+
+@pytest.mark.parametrize("parts", SEQUENCES)
+def test_bytes_of_row_parallel_targets_are_those_of_their_factors(ran: Mapping[str, Ran], parts: str) -> None:
+    """B (32 x 3 each) and v (3 layers x 32) are gathered, and their gradients summed, once a micro-batch; u's sum is
+    3 x 3 numbers longer for each. A layer sends no byte more. Gate-up adds A (3 x 32), and 8 columns a layer."""
+    for rank in range(2):
+        one, beside, four = (ran[f"{parts} {names}"].counted[rank] for names in ("qkv", BESIDE, ALL))
+        more, most = ({**beside.traffic.bytes}, {**four.traffic.bytes})
+        for found, factors in ((more, 2 * (32 * 3 + 3 * 32)), (most, 2 * (32 * 3 + 3 * 32) + 3 * 32)):
+            for kind in ("all-gather", "reduce-scatter"):
+                found[TENSOR, kind] -= 4 * factors * len(one.shapes)
+        more[TENSOR, "all-reduce"] -= 4 * 2 * 3 * 3
+        most[TENSOR, "all-reduce"] -= 4 * 3 * 3 * 3
+        if parts == "sharded":
+            columns = sum(4 * 8 * rows * length for rows, length, *_ in one.shapes)
+            after = sum(4 * 8 * sum(shape.after) for shape in ran[f"{parts} {ALL}"].step_plan(rank).batches)
+            for kind in ("all-gather", "reduce-scatter"):
+                most[TENSOR, kind] -= 2 * columns + after  # layers 1 and 2, and supervised positions of the last
+        assert more == one.traffic.bytes and most == one.traffic.bytes
+

@@ -1,4 +1,4 @@
-"""Layouts that do not fit are refused with one line, on every rank, before a weight is read; in a dry run too.
+"""Layouts that do not fit are refused with one line, on every rank and in a dry run, before a weight is read.
 
 The model's folder has a config and a tokenizer but no weights, so whoever looks for a weight first says something else.
 """
@@ -8,12 +8,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from run_files import edit_json, losses
 from run_helpers import Base, run, run_ranks, write_base
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.planning.report import dry_run_report
+from megatron_tiedlora.planning.run_plan import plan_run
 
 pytestmark = pytest.mark.distributed
 
@@ -47,6 +53,8 @@ def tensor(size: int, what: str, number: int, possible: str, **config: Any) -> R
     return Refusal(what.replace(" ", "_"), size, parts, {"tensor_parallel": size}, config)
 
 
+TP2, ZERO1 = {"tensor_parallel": 2}, {"ds_config": "zero1.json"}
+TP2_PP2 = {**TP2, **ZERO1, "pipeline_parallel": 2}
 # The model: 4 heads of 8 on 2 key-value heads, hidden size 32, feed-forward width 48, 3 layers.
 REFUSALS = [
     over_stages(None, 2),
@@ -57,30 +65,10 @@ REFUSALS = [
     tensor(4, "key-value heads", 2, "1, 2"),
     tensor(3, "hidden size", 32, "1, 2", num_attention_heads=6, num_key_value_heads=6),
     tensor(4, "feed-forward width", 50, "1, 2", num_key_value_heads=4, intermediate_size=50),
-    Refusal(
-        "more_stages_than_layers",
-        4,
-        ["--pipeline_parallel 4", "3 layers", "at most 3"],
-        {"pipeline_parallel": 4, "ds_config": "zero1.json"},
-    ),
-    Refusal(
-        "a_world_that_tensor_parallel_does_not_divide",
-        3,
-        ["3 ranks", "--tensor_parallel 2", "2 or 4 ranks"],
-        {"tensor_parallel": 2},
-    ),
-    Refusal(
-        "a_world_that_the_grid_does_not_divide",
-        3,
-        ["3 ranks", "--tensor_parallel 2 x --pipeline_parallel 2", "Start 4 ranks"],
-        {"tensor_parallel": 2, "pipeline_parallel": 2, "ds_config": "zero1.json"},
-    ),
-    Refusal(
-        "a_batch_that_data_parallel_does_not_divide",
-        3,
-        ["--global_batch_size 4", "data parallel 3", "3 or 6"],
-        {"micro_batch_size": 1},
-    ),
+    Refusal("stages", 4, ["--pipeline_parallel 4", "3 layers", "at most 3"], {**ZERO1, "pipeline_parallel": 4}),
+    Refusal("a_world_that_does_not_divide", 3, ["3 ranks", "--tensor_parallel 2", "2 or 4 ranks"], TP2),
+    Refusal("a_grid", 3, ["3 ranks", "--tensor_parallel 2 x --pipeline_parallel 2", "Start 4 ranks"], TP2_PP2),
+    Refusal("a_batch", 3, ["--global_batch_size 4", "data parallel 3", "3 or 6"], {"micro_batch_size": 1}),
 ]
 
 
@@ -96,44 +84,57 @@ def without_weights(base: Base, folder: Path, **config: Any) -> Path:
     return model
 
 
+def planned(settings: dict[str, Any]) -> Settings:
+    """Settings as a command would read them."""
+    return make_settings({name: str(value) if isinstance(value, Path) else value for name, value in settings.items()})
+
+
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.name)
-@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry_run"])
-def test_refused(base: Base, tmp_path: Path, refusal: Refusal, dry: bool) -> None:
-    settings = {"model": without_weights(base, tmp_path / "model", **refusal.config), **refusal.settings}
-    settings |= {"dry_run": True, "world_size": refusal.ranks} if dry else {"output_dir": tmp_path / "run"}
+def test_refused(base: Base, tmp_path: Path, refusal: Refusal) -> None:
+    settings = base.settings(model=without_weights(base, tmp_path / "model", **refusal.config), **refusal.settings)
+    plans = [partial(plan_run, planned(settings), rank=n, world_size=refusal.ranks) for n in range(refusal.ranks)]
+    for plan in (*plans, partial(dry_run_report, planned({**settings, "dry_run": True, "world_size": refusal.ranks}))):
+        with pytest.raises(UserError) as caught:
+            plan()
+        for part in refusal.parts:
+            assert part in str(caught.value), caught.value
+
+
+def test_a_preset_is_refused_too() -> None:
+    said = r"--tensor_parallel 16 .* 8 \(key-value heads\); possible are 1, 2, 4, 8"
+    with pytest.raises(UserError, match=said):
+        dry_run_report(make_settings({"model": "llama2-70b", "dry_run": True, "world_size": 16, "tensor_parallel": 16}))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "said"),
+    [
+        (2, {"pipeline_parallel": 2, "ds_config": "zero3.json"}, "use zero1.json"),
+        (None, {"pipeline_parallel": 2, "ds_config": "zero3.json", "dry_run": True, "world_size": 2}, "use zero1.json"),
+        (2, {"tensor_parallel": 2}, "model.safetensors"),  # it fits, and so gets as far as the weights
+    ],
+    ids=["run", "dry_run", "weights_would_be_missed"],
+)
+def test_a_start_ends_with_one_line(
+    base: Base, tmp_path: Path, ranks: int | None, settings: dict[str, Any], said: str
+) -> None:
+    settings = {**settings, "model": without_weights(base, tmp_path / "model"), "output_dir": tmp_path / "run"}
     work = tmp_path / "work"
-    ranks = None if dry else refusal.ranks
     ended = run_ranks(base.arguments(**settings), folder=work, cache=base.cache, ranks=ranks).expect(2)
-    line = ended.error_line()
-    for part in refusal.parts:
-        assert part in line, line
-    assert not (tmp_path / "run").exists() and not (work / "runs").exists()
-
-
-def test_a_preset_is_refused_too(tmp_path: Path) -> None:
-    arguments = ["--model=llama2-70b", "--dry_run", "--world_size=16", "--tensor_parallel=16"]
-    line = run_ranks(arguments, folder=tmp_path).expect(2).error_line()
-    assert "--tensor_parallel 16 " in line and "8 (key-value heads); possible are 1, 2, 4, 8" in line
-
-
-def test_weights_would_be_missed(base: Base, tmp_path: Path) -> None:
-    """A layout that fits gets as far as the weights that are not there: what the refusals above came before."""
-    settings = {
-        "model": without_weights(base, tmp_path / "model"),
-        "tensor_parallel": 2,
-        "output_dir": tmp_path / "run",
-    }
-    ended = run_ranks(base.arguments(**settings), folder=tmp_path / "work", cache=base.cache, ranks=2).expect(2)
-    assert "model.safetensors" in ended.error_line()
+    assert said in ended.error_line()
+    if said != "model.safetensors":
+        assert not (tmp_path / "run").exists() and not (work / "runs").exists()
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-def test_whole_sequences_are_accepted(base: Base, tmp_path: Path, sequence_parallel: bool) -> None:
+def test_whole_sequences_are_accepted(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequence_parallel: bool
+) -> None:
     """Cutting activations along the sequence is a choice; a run and a dry run of it say which was made."""
     short = {"max_steps": 1, "warmup_steps": 1, "eval_interval": 1}
     settings = {"tensor_parallel": 2, "sequence_parallel": sequence_parallel, **short}
     ended = run(base, tmp_path / "run", ranks=2, **settings)
     assert [step for step, _ in losses(tmp_path / "run")] == [1]
     assert ("with sequence parallelism" in ended.outputs[0]) == sequence_parallel
-    arguments = base.arguments(**settings, dry_run=True, world_size=2)
-    run_ranks(arguments, folder=tmp_path / "dry", cache=base.cache).expect(0)
+    monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(base.cache))
+    assert dry_run_report(planned(base.settings(**settings, dry_run=True, world_size=2))).text

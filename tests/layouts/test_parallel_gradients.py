@@ -6,6 +6,8 @@ Here nothing hides an error of 1e-9: what is summed, gathered, cut and sent is e
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ import torch
 from engine_runs import relative_distance
 from family_models import FAMILY_MODELS
 from forked_ranks import run_on_ranks
-from gradient_worker import DTYPE, Case, Outcome, joined_gradients, run_cases
+from gradient_worker import DTYPE, SEED, Case, Outcome, joined_gradients, run_gradients
+from layout_runs import part_of
 from oracle import OracleConfig, cast_weights, load_weights, oracle_logits
 from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
+from oracle_dropout import dropout
 from oracle_training import oracle_gradients
+from quantised_models import quantised
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
@@ -38,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide": {"num_layers": 3, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321},
     "thirds": {"num_layers": 3, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4},
 }
-FAMILIES = ("qwen3", "stablelm", "smollm3", "olmo2")  # those whose layers compute something of their own
+FAMILIES = ("qwen3", "stablelm", "smollm3", "olmo2", "olmo3")  # those whose layers compute something of their own
 SHAPES |= {name: {**FAMILY_MODELS[name], "tied": False} for name in (*FAMILIES, "qwen2")}
 # At two stages one of them is then without an adapted layer.
 SOME_LAYERS = (("lora", (2,)), ("lora", (5,)), ("tl6", (1, 2)), ("tl6", (5,)))
@@ -54,77 +59,73 @@ def _variants(layout: tuple[int, int, int]) -> list[dict[str, Any]]:
 
 
 def _cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[Case]:
-    cases = []
-    # In part, what depends on neither the number of layers nor their place is seen with few of them.
-    main, short = folders["main"], folders["main" if whole else "short"]
-    for layout in {2: [(2, 1, 1), (1, 2, 1)], 3: [], 4: [(2, 2, 1)]}[ranks]:
-        for index, variant in enumerate(_variants(layout)):
-            # In part, each method with one kind of recompute where sequences are cut, and with the other where not. On
-            # four ranks, in one of these four ways: two have seen tensor and pipeline parallelism, each alone.
-            methods = METHODS if whole else METHODS[index::4] if ranks == 4 else METHODS[index in (1, 2) :: 2]
-            cases += [Case(short, method=method, **variant) for method in methods]
-            if whole or index in (0, 3):
-                cases += [Case(main, method="lora", layers=(2,), **variant)]
+    """Each method, some layers, packed rows, and each model of its own, in each way of sharding.
+
+    In part, each way meets every model, both kinds of rows and every kind of recompute, and each layout every method.
+    """
+    cases, main, short = list[Case](), folders["main"], folders["short"]
+    for layout in {1: [(1, 1, 1)], 2: [(2, 1, 1), (1, 2, 1)], 3: [], 4: [(2, 2, 1)]}[ranks]:
+        for variant in _variants(layout):
+            cases += [Case(short, method=method, **variant) for method in METHODS]
+            cases += [Case(main, method="lora", layers=(2,), **variant)]
             if variant["recompute"] == "full":
                 continue
-            # In part, of what else is seen one half where sequences are cut and the other where not, and on four ranks
-            # the other way round; all of it over stages alone.
-            part = slice((index // 2 + ranks // 4) % 2, None, 2) if layout[0] > 1 and not whole else slice(None)
-            cases += [Case(main, method=name, layers=layers, **variant) for name, layers in SOME_LAYERS[1:][part]]
-            cases += [Case(main, method=method, packed=True, **variant) for method in ("lora", "tl6")[part]]
-            cases += [Case(folders[shape], **variant) for shape in ("bias", "tied", *FAMILIES)[part]]
+            cases += [Case(main, method=name, layers=layers, **variant) for name, layers in SOME_LAYERS[1:]]
+            cases += [Case(main, method=method, packed=True, **variant) for method in ("lora", "tl6")]
+            cases += [Case(folders[shape], **variant) for shape in ("bias", "tied", *FAMILIES)]
         cases += [Case(main, packed=True, **_variants(layout)[1])]
         selective = {**_variants(layout)[0], "recompute": "selective"}
         cases += [Case(main, method=method, **selective) for method in ("lora", "tl6")]
     if ranks == 3:
         for variant in _variants((3, 1, 1)):
-            names = ("lora", "tl2", "tl6") if whole or variant["recompute"] == "none" else ("tl6",)
-            cases += [Case(folders["thirds"], method=method, **variant) for method in names]
+            cases += [Case(folders["thirds"], method=method, **variant) for method in ("lora", "tl2", "tl6")]
         cases += [Case(folders["thirds"], layout=(1, 3, 1), method=method) for method in ("tl5", "tl6")]
     if ranks == 4:
         # A is cut along d, so its rank may be anything; u is whole on every rank.
-        for index, variant in enumerate(_variants((4, 1, 1))):
-            # In part, each rank with one kind of recompute where sequences are cut, and with the other where not.
-            for rank in (1, 2) if whole else (1 + (index in (1, 2)),):
-                names = ("lora", "tl5", "tl6") if variant["recompute"] == "none" else ("tl6",)
-                cases += [Case(folders["wide"], method=method, rank=rank, **variant) for method in names]
+        for variant, rank in product(_variants((4, 1, 1)), (1, 2)):
+            names = ("lora", "tl5", "tl6") if variant["recompute"] == "none" else ("tl6",)
+            cases += [Case(folders["wide"], method=method, rank=rank, **variant) for method in names]
         cases += [Case(short, layout=(1, 2, 2), method=method) for method in ("lora", "tl3", "tl6")]
         cases += [Case(short, layout=(2, 1, 2), method=method) for method in ("vera", "tl6")]
         cases += [Case(short, layout=(2, 1, 2), method="tl6", sequence_parallel=True, recompute="full")]
         cases += [Case(main, layout=(1, 4, 1), method="tl6", layers=(3,))]
-    return cases
+    if whole:
+        return cases
+    return part_of(
+        cases,
+        lambda case: (case.way, case.folder),
+        lambda case: (case.way, case.packed),
+        lambda case: (case.way, case.recompute),
+        lambda case: (case.layout, case.method, case.layers),
+        lambda case: (case.method, case.recompute),
+        lambda case: (case.way, case.rank),
+    )
 
 
 NEW_TARGETS = [(target,) for target in ALL_TARGETS if target != "qkv"] + [ALL_TARGETS]
 
 
 def _target_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[Case]:
-    """Each target but qkv alone, and all of them. In part, each of these once a way of cutting on two ranks, and at one
-    of the layouts of four; with another method in each way, and what else is seen of one or two of them."""
-    cases: list[Case] = []
+    """Each target but qkv alone, and all of them, in each way of sharding.
+
+    In part, each of these meets every target and kind of recompute, and each layout every method, model and choice of
+    layers.
+    """
+    cases = list[Case]()
     for layout in {2: [(2, 1, 1), (1, 2, 1)], 4: [(2, 2, 1), (4, 1, 1)]}[ranks]:
-        main, short = (folders["wide" if layout[0] == 4 else name] for name in ("main", "main" if whole else "short"))
+        main, short = (folders["wide" if layout[0] == 4 else name] for name in ("main", "short"))
         last = 3 if layout[0] == 4 else 5
-        for index, variant in enumerate(_variants(layout) if whole else _variants(layout)[::2]):
-            for turn, targets in enumerate(NEW_TARGETS):
-                if ranks == 4 and not whole and (turn + index + layout[0] // 4) % 2:
-                    continue
-                methods = METHODS if variant["recompute"] == "none" else ("lora", "tl6")
-                if not whole:  # every method meets most kinds of targets
-                    first = 4 * (layout[0] == ranks) + 2 * index + 3 * (ranks // 4) + 1
-                    methods = (METHODS[(first + turn) % len(METHODS)],)
-                cases += [Case(short, method=method, targets=targets, **variant) for method in methods]
+        for variant in _variants(layout):
+            methods = METHODS if variant["recompute"] == "none" else ("lora", "tl6")
+            cases += [Case(short, method=m, targets=targets, **variant) for m, targets in product(methods, NEW_TARGETS)]
             if variant["recompute"] == "full":
                 continue
-            turn = index + ranks // 4 * 2
-            alone = [("tl6", (last,)), ("lora", (1,)), ("lora", (last,)), ("tl6", (1,))]
-            some = [*NEW_TARGETS[:-1], ("o_proj", "gate_up"), ALL_TARGETS] if whole else NEW_TARGETS[-2:]
-            for method, layers in alone if whole else alone[turn:][:1]:
-                cases += [Case(main, method=method, layers=layers, targets=targets, **variant) for targets in some]
+            some = [*NEW_TARGETS[:-1], ("o_proj", "gate_up"), ALL_TARGETS]
+            for method, layer, targets in product(("tl6", "lora"), (1, last), some):
+                cases += [Case(main, method=method, layers=(layer,), targets=targets, **variant)]
             families = ("qwen2", *FAMILIES) if layout[0] < 4 else ()
-            for name in families if whole else families[turn:][:1]:
-                cases += [Case(folders[name], targets=ALL_TARGETS, **variant)]
-        for targets in NEW_TARGETS if whole else NEW_TARGETS[-1:]:
+            cases += [Case(folders[name], targets=ALL_TARGETS, **variant) for name in families]
+        for targets in NEW_TARGETS:
             more: dict[str, Any] = {"targets": targets, "sequence_parallel": layout[0] > 1}
             cases += [Case(short, layout, recompute="full", **more)]
             cases += [Case(short, layout, recompute="selective", packed=True, **more)]
@@ -134,10 +135,18 @@ def _target_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -
             more = {"targets": ALL_TARGETS, "sequence_parallel": layout[0] > 1}
             cases += [Case(folders["olmo2"], layout, recompute="full", **more)]
             cases += [Case(folders["olmo2"], layout, recompute="selective", targets=ALL_TARGETS)]
-    if ranks == 4 and whole:
-        for layout in ((1, 2, 2), (2, 1, 2)):
-            cases += [Case(main, layout, targets=targets) for targets in NEW_TARGETS]
-    return cases
+    if whole:
+        layouts = ((1, 2, 2), (2, 1, 2)) if ranks == 4 else ()
+        return cases + [Case(folders["main"], layout, targets=t) for layout, t in product(layouts, NEW_TARGETS)]
+    return part_of(
+        cases,
+        lambda case: (case.way, case.targets),
+        lambda case: (case.way, case.recompute),
+        lambda case: (case.layout, case.method),
+        lambda case: (case.layout, case.folder),
+        lambda case: (case.layout, case.packed),
+        lambda case: (case.layout, case.layers, case.targets == ALL_TARGETS),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -147,23 +156,30 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Answers:
-    """The oracle's loss, gradients and logits, worked out once for each adapter and model."""
+    """The oracle's loss, gradients and logits, worked out once for each adapter and base."""
 
     def __init__(self) -> None:
         self._gradients: dict[Any, Any] = {}
-        self._weights: dict[Path, Any] = {}
+        self._weights: dict[Any, Any] = {}
 
     def weights(self, case: Case) -> tuple[Any, OracleConfig]:
-        if case.folder not in self._weights:
-            loaded = cast_weights(load_weights(case.folder), DTYPE)
-            self._weights[case.folder] = loaded, OracleConfig.from_folder(case.folder)
-        return self._weights[case.folder]
+        """The base that the adapter is on: with the values of its format."""
+        key = case.folder, case.base
+        if key not in self._weights:
+            loaded = load_weights(case.folder)
+            values = cast_weights(quantised(loaded, case.base) if case.base else loaded, DTYPE)
+            self._weights[key] = values, OracleConfig.from_folder(case.folder)
+        return self._weights[key]
 
     def gradients(self, case: Case) -> tuple[float, dict[str, torch.Tensor]]:
-        """Of the samples, each on its own: neither padded nor packed."""
-        key = case.folder, case.method, case.rank, case.layers, case.targets, case.shares
+        """Of the samples, each on its own: neither padded nor packed; dropout is drawn for each, too."""
+        key = case.folder, case.base, case.method, case.rank, case.layers, case.targets, case.shares, case.dropout
         if key not in self._gradients:
-            self._gradients[key] = oracle_gradients(*self.weights(case), case.adapter, case.samples)
+            samples = case.samples
+            if case.dropout:
+                draws = [dropout(numbers, seed=SEED, probability=case.dropout) for numbers in case.numbers]
+                samples = [replace(sample, drops=[draw]) for sample, draw in zip(samples, draws, strict=True)]
+            self._gradients[key] = oracle_gradients(*self.weights(case), case.adapter, samples)
         return self._gradients[key]
 
     def logits(self, case: Case) -> torch.Tensor:
@@ -179,7 +195,7 @@ def answers() -> Answers:
 
 
 @pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_gradients_equal_the_oracle(
     folders: dict[str, Path], answers: Answers, tmp_path: Path, ranks: int, whole: bool
 ) -> None:
@@ -199,7 +215,7 @@ def run_and_check(cases: list[Case], answers: Answers, tmp_path: Path, ranks: in
     """Run all cases, some in one start, and compare each with the oracle and with the messages that it should send."""
     for number, first in enumerate(range(0, len(cases), CASES_A_START)):
         started = cases[first : first + CASES_A_START]
-        by_rank = run_on_ranks(run_cases, started, ranks=ranks, folder=tmp_path / str(number))
+        by_rank = run_on_ranks(run_gradients, started, ranks=ranks, folder=tmp_path / str(number))
         for case, outcomes in zip(started, zip(*by_rank, strict=True), strict=True):
             check_numbers(case, list(outcomes), answers)
             check_ties(case, list(outcomes))
@@ -335,11 +351,6 @@ def grids(case: Case) -> list[Grid]:
 def test_cases_are_what_they_are_meant_to_be(folders: dict[str, Path]) -> None:
     """Stages without an adapted layer, layers that stages do not divide, padding of vocabulary and sequence."""
     cases = [case for ranks in (2, 3, 4) for case in _cases(folders, ranks)]
-    part = [case for ranks in (2, 4) for case in _cases(folders, ranks, whole=False)]
-    for shape in ("bias", "tied", *FAMILIES):
-        ways = {(case.layout[:2], case.sequence_parallel) for case in part if case.folder == folders[shape]}
-        assert len(ways) == 3 and {tp for (tp, pp), _ in ways if pp == 2} == {1, 2}, ways
-        assert {cut for (tp, _), cut in ways if tp == 2} == {True, False}, ways
     assert {(2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (3, 1, 1)} <= {case.layout for case in cases}
     empty = [case for case in cases if any(not case.part(grid).layers for grid in grids(case))]
     assert {(case.layout, case.layers) for case in empty} >= {
@@ -354,21 +365,5 @@ def test_cases_are_what_they_are_meant_to_be(folders: dict[str, Path]) -> None:
         if tp_size == 2 and not case.sequence_parallel:  # so with it, padding is needed in every micro-batch
             assert all(length % 2 for length in lengths) or case.packed, lengths
     assert any(case.shape.vocab_size % case.layout[0] for case in cases)
-
-
-def test_cases_of_targets_are_what_they_are_meant_to_be(folders: dict[str, Path]) -> None:
-    """In part too, each target at each layout, with sequences cut and not on two and on four ranks; all methods, and
-    layers that are plain."""
-    cases = [case for ranks in (2, 4) for case in _target_cases(folders, ranks, whole=False)]
-    for targets in NEW_TARGETS:
-        ways = {(case.layout, case.sequence_parallel) for case in cases if case.targets == targets}
-        assert ways >= {((2, 1, 1), True), ((2, 1, 1), False), ((1, 2, 1), False)}
-        on_four = [(layout, cut) for layout, cut in ways if layout in ((2, 2, 1), (4, 1, 1))]
-        assert len({layout for layout, _ in on_four}) == len({cut for _, cut in on_four}) == 2
-    assert {case.method for case in cases} == set(METHODS)
-    assert len({case.method for case in cases if case.targets == ALL_TARGETS and case.layers is None}) >= 6
-    assert all(case.shape.heads.num_kv < case.shape.heads.num for case in cases)
-    for layer in (1, 5):
-        alone = [case for case in cases if case.layers == (layer,)]
-        assert {case.targets for case in alone} == set(NEW_TARGETS[-2:])
-        assert any(not case.part(grid).layers for case in alone for grid in grids(case))
+    alone = [case for ranks in (2, 4) for case in _target_cases(folders, ranks, whole=False) if case.layers]
+    assert any(not case.part(grid).layers for case in alone for grid in grids(case))

@@ -5,7 +5,8 @@ Of the data-parallel group, where DeepSpeed alone sends, it predicts the bytes, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,9 @@ from forked_ranks import run_on_ranks
 from report_tables import stage_table
 from torch import distributed
 from traffic_runs import Ran, ours, run_cases, write_inputs
+from traffic_worker import Case, Counted
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.layer_specs import StoredTensor
@@ -25,6 +28,7 @@ from megatron_tiedlora.parallel.groups import (
     GROUPS,
     MODEL,
     PIPELINE,
+    STAGE,
     TENSOR,
     TIED,
     WORLD,
@@ -41,7 +45,7 @@ from megatron_tiedlora.planning.report import bytes_in_words, dry_run_report
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.cpu_seconds(30, reason="the first test makes the starts that all share"),
+    pytest.mark.cpu_seconds(50, reason="the first test makes the starts that all share"),
 ]
 
 TP, PP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
@@ -99,6 +103,11 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp x dp whole": {**TP, **WHOLE, "ds_config": "zero1.json", "method": "vera"},
         "tp x dp, recompute": {**TP, **FULL, **LATER, "ds_config": "zero0.json", "method": "tl5"},
     },
+    8: {
+        "tp x pp x dp, recompute": {**BOTH, **FULL, **FIVE, "global_batch_size": 16},
+        "pp x dp 4, packed": {**PP, **PACKED, **FIVE, "method": "tl5", "global_batch_size": 48},
+        "pp 4 x dp": {"pipeline_parallel": 4, **FIVE, "ds_config": "zero0.json", "global_batch_size": 16},
+    },
 }
 MUTATED, LONG, ESTIMATED = "tp, mutated", "tp, long steps", "dp zero3, base in parts"
 NAMES = [(ranks, name) for ranks, cases in CASES.items() for name in cases]
@@ -106,7 +115,7 @@ NAMES = [(ranks, name) for ranks, cases in CASES.items() for name in cases]
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Ran]:
-    """All cases, in one start of two ranks and one of four."""
+    """All cases, in one start for each number of ranks."""
     folder = tmp_path_factory.mktemp("traffic")
     base = {**write_inputs(folder), "model": "three"}
     return {
@@ -128,7 +137,7 @@ def test_prediction_is_what_is_counted(
     found = ran[name]
     if found.case.head_rows is not None:
         monkeypatch.setattr(passes, "HEAD_ROWS", found.case.head_rows)
-        assert max(supervised for _, _, supervised in found.counted[0].shapes) > found.case.head_rows
+        assert max(supervised for *_, supervised, _ in found.counted[0].shapes) > found.case.head_rows
     for rank, counted in enumerate(found.counted):
         plan = found.plan(rank)
         steps = plan.batches.accumulation_steps
@@ -220,7 +229,9 @@ def test_the_report_says_it(ran: Mapping[str, Ran], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dp zero0", "dp zero3", "tp whole", "tp, packed", "tp x pp, tied embeddings", "tp vera"]
+    "name",
+    ["dp zero0", "dp zero3", "dp zero3, nf4", "tp whole", "tp, packed", "tp, nf4", "pp, fp8", "tp vera"]
+    + ["tp x pp, tied embeddings"],
 )
 def test_saved_bytes_are_those_of_a_built_block(ran: Mapping[str, Ran], name: str) -> None:
     """What is counted on tensors without data equals what the block of a stage keeps at its layout."""
@@ -259,3 +270,98 @@ def _count_alone(folder: str) -> Traffic:
 def test_a_group_of_one_rank_has_no_messages(tmp_path: Path) -> None:
     (counted,) = run_on_ranks(_count_alone, str(tmp_path), ranks=1, folder=tmp_path)
     assert counted == Traffic()
+
+
+# Weak scaling: more data-parallel ranks do not add to what a rank sends ---------------------------------------------
+
+Sizes = tuple[int, int, int]  # tensor, pipeline, data
+# The models have 8 heads on 4 key-value heads, and 5 layers.
+LAYOUTS: list[Sizes] = [
+    (tp, pp, ranks // (tp * pp))
+    for ranks in (1, 2, 4, 8)
+    for tp in (1, 2, 4)
+    for pp in (1, 2, 4)
+    if ranks % (tp * pp) == 0
+]
+
+
+def weak_scaling(found: Mapping[Sizes, Ran]) -> Iterator[tuple[Sizes, int, tuple[Traffic, int]]]:
+    """(layout, stage, what its first rank is predicted to send), and that all ranks of a stage send the same."""
+    for (tp, pp, dp), run in found.items():
+        for stage in range(pp):
+            ranks = range(stage * dp * tp, (stage + 1) * dp * tp)
+            predicted = [run.predicted(rank) for rank in ranks]
+            assert all(other == predicted[0] for other in predicted)
+            yield (tp, pp, dp), stage, predicted[0]
+
+
+def check_growth(found: Mapping[Sizes, Ran]) -> None:
+    """With the work of a data-parallel rank fixed, what a rank sends does not depend on how many of them there are.
+
+    Two things do: the first of them adds a group, and ZeRO-1's gather ends in padding for each rank.
+    """
+    rows = {(layout, stage): predicted for layout, stage, predicted in weak_scaling(found)}
+    for ((tp, pp, dp), stage), (traffic, most) in rows.items():
+        alone, none = rows[(tp, pp, 1), stage]
+        for group in (PIPELINE, TIED, MODEL):
+            assert traffic.of_group(group) == alone.of_group(group), (tp, pp, dp)
+        # The sum of u, over the ranks of a stage: without data parallelism the tensor group, with one stage the world.
+        u_sums = int(tp > 1)
+        apart = {STAGE: u_sums * (dp > 1 and pp > 1), WORLD: u_sums * (dp > 1 and pp == 1)}
+        assert traffic.of_group(TENSOR)[0] == alone.of_group(TENSOR)[0] - sum(apart.values()), (tp, pp, dp)
+        if tp > 1:
+            both = [sum(found.of_group(group)[1] for group in (TENSOR, STAGE, WORLD)) for found in (traffic, alone)]
+            assert both[0] == both[1], (tp, pp, dp)
+        assert none == 0
+        if dp > 1:
+            two = rows[(tp, pp, 2), stage][1]
+            assert two <= most < two + 4 * 2 * dp
+        assert traffic.of_group(WORLD)[0] == (tp * pp * dp > 1) + apart[WORLD]
+        assert traffic.of_group(STAGE)[0] == apart[STAGE]
+        assert traffic.of_group(TIED)[0] == (pp > 1)
+
+
+def weak_settings(folder: Path) -> dict[Sizes, dict[str, Any]]:
+    """Every layout, on samples of the same lengths, with 8 samples a step for each data-parallel rank."""
+    base = {**write_inputs(folder), "train_file": "even.jsonl"}
+    return {
+        (tp, pp, dp): {**base, "tensor_parallel": tp, "pipeline_parallel": pp, "global_batch_size": 8 * dp}
+        for tp, pp, dp in LAYOUTS
+    }
+
+
+def test_predicted_weak_scaling(tmp_path: Path) -> None:
+    """The arithmetic alone, for every layout."""
+    found = {}
+    for layout, settings in weak_settings(tmp_path).items():
+        files = {name: str(tmp_path / settings[name]) for name in ("model", "train_file")}
+        nothing = Counted(Traffic(), Traffic(), [], 0, 0.0)
+        found[layout] = Ran(Case({ONLY: {**settings, **files}}), [nothing] * math.prod(layout))
+    check_growth(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_weak_scaling(tmp_path: Path) -> None:
+    """Every layout up to 8 ranks, counted; prints the table of docs/performance_log.md."""
+    settings, found = weak_settings(tmp_path), {}
+    for ranks in (1, 2, 4, 8):
+        cases = {str(layout): settings[layout] for layout in LAYOUTS if math.prod(layout) == ranks}
+        ran = run_cases(cases, {}, tmp_path, ranks=ranks)
+        found.update({layout: ran[str(layout)] for layout in LAYOUTS if str(layout) in ran})
+    for run in found.values():
+        for rank, counted in enumerate(run.counted):
+            assert len(counted.shapes) > 1 and bool(counted.traffic.messages) == (len(run.counted) > 1)
+            run.check(rank)
+        assert {shape[:2] for counted in run.counted for shape in counted.shapes} == {(2, 64)}
+    check_growth(found)
+    print_table(found)
+
+
+def print_table(found: Mapping[Sizes, Ran]) -> None:
+    print("\n| ranks | tensor, pipeline, data | stage |", " | ".join(GROUPS), "|")
+    for layout, stage, _ in weak_scaling(found):
+        counted = found[layout].counted[stage * layout[0] * layout[2]]
+        cells = [counted.traffic.of_group(group) for group in GROUPS]
+        texts = [f"{count} / {size:,}" if count else "" for count, size in cells]
+        print(f"| {math.prod(layout)} | {', '.join(map(str, layout))} | {stage} |", " | ".join(texts), "|")

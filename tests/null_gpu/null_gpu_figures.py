@@ -212,6 +212,24 @@ def divides(ptx: str) -> bool:
     return re.search(r"\b(div|rem)\.[su](32|64)", ptx) is not None
 
 
+def _share(what: str, name: str, measure: Callable[..., float], most: float, least: float, **order: Any) -> Figure:
+    """A figure of bytes to bytes that are allocated."""
+    return Figure(f"{what} to allocated bytes, {name}", lambda: measure(**order), most, least, digits=2)
+
+
+def _planned(name: str, **order: Any) -> Figure:
+    return _share("planned", name, _planned_to_allocated, 1.07, 0.93, **order)
+
+
+def _reserved(name: str, **order: Any) -> Figure:
+    return _share("reserved", name, _reserved_to_allocated, 1.15, 1.0, **order)
+
+
+def _waits(name: str, **order: Any) -> Figure:
+    return Figure(f"waits a micro-batch, {name}", lambda: _per_micro_batch(waits, **order), 0)
+
+
+COMPILED: dict[str, dict[str, Any]] = {"not compiled": {"compile": "false"}, "compiled": {"compile": "true"}}
 FIGURES = [
     Figure("rank of LOCAL_RANK 3 that sees one GPU: starts", _starts_with_one_visible, 1, 1),
     Figure(
@@ -228,69 +246,23 @@ FIGURES = [
         4 * 8,
     ),
     Figure("NCCL messages a step beside those", _messages_of_a_step, 6, 1),
-    Figure("waits a micro-batch, one stage", lambda: _per_micro_batch(waits, num_layers=2), 0),
-    Figure("waits a micro-batch, first of two stages", lambda: _per_micro_batch(waits, **TWO_STAGES), 0),
+    _waits("one stage", num_layers=2),
+    _waits("first of two stages", **TWO_STAGES),
     Figure("launches a layer, forward and backward, compiled", lambda: _per_layer(compile="true"), 40),
     Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 160),
     Figure("launches a layer more for 4 rows than for 1, tensor 8", _launches_of_rows, 0, digits=1),
     Figure("launches packed (documents of 64) to unpacked, 4,096 tokens", _packed_against_unpacked, 1.1, 0.9, 2),
+    *(_reserved(f"150 micro-batches of 4 x 128 to 2,048, {w}", **kind, **LENGTHS) for w, kind in COMPILED.items()),
     *(
-        Figure(
-            f"reserved to allocated bytes, 150 micro-batches of 4 x 128 to 2,048, {word}",
-            lambda compile=compile: _reserved_to_allocated(compile=compile, **LENGTHS),  # type: ignore[misc]
-            1.15,
-            1.0,
-            2,
-        )
-        for compile, word in (("false", "not compiled"), ("true", "compiled"))
-    ),
-    *(
-        Figure(
-            f"planned to allocated bytes, 7B, recompute {recompute}, {word}",
-            lambda order=order, compile=compile: _planned_to_allocated(compile=compile, **order),  # type: ignore[misc]
-            1.07,
-            0.93,
-            2,
-        )
+        _planned(f"7B, recompute {recompute}, {word}", **kind, **order)
         for recompute, order in SHAPES.items()
-        for compile, word in (("false", "not compiled"), ("true", "compiled"))
+        for word, kind in COMPILED.items()
     ),
+    *(_planned(name, compile="true", **order) for name, order in LAYOUTS.items()),
+    *(_reserved(name, compile="true", prompts=0, steps=2, **order) for name, order in LAYOUTS.items()),
+    *(_waits(f"base in {name}", num_layers=2, **order) for name, order in BASES.items()),
     *(
-        Figure(
-            f"planned to allocated bytes, {name}",
-            lambda order=order: _planned_to_allocated(compile="true", **order),  # type: ignore[misc]
-            1.07,
-            0.93,
-            2,
-        )
-        for name, order in LAYOUTS.items()
-    ),
-    *(
-        Figure(
-            f"reserved to allocated bytes, {name}",
-            lambda order=order: _reserved_to_allocated(compile="true", prompts=0, steps=2, **order),  # type: ignore[misc]
-            1.15,
-            1.0,
-            2,
-        )
-        for name, order in LAYOUTS.items()
-    ),
-    *(
-        Figure(
-            f"waits a micro-batch, base in {name}",
-            lambda order=order: _per_micro_batch(waits, num_layers=2, **order),  # type: ignore[misc]
-            0,
-        )
-        for name, order in BASES.items()
-    ),
-    *(
-        Figure(
-            f"planned to allocated bytes, 7B, recompute {recompute}, base in {name}, compiled",
-            lambda order=order, base=base: _planned_to_allocated(compile="true", **order, **base),  # type: ignore[misc]
-            1.07,
-            0.93,
-            2,
-        )
+        _planned(f"7B, recompute {recompute}, base in {name}, compiled", compile="true", **order, **base)
         for name, base in BASES.items()
         for recompute, order in SHAPES.items()
     ),

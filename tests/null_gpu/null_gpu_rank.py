@@ -129,25 +129,13 @@ def _built(order: Order, device: torch.device) -> Any:
     from megatron_tiedlora.training.compiling import choose_kernels
     from megatron_tiedlora.training.step import TrainStep
 
+    same = ("model", "method", "targets", "rank", "dtype", "deterministic", "base", "products", "keep_transposed")
+    same += ("compile", "recompute", "tensor_parallel", "pipeline_parallel", "packing", "max_length")
     settings = make_settings(
         {
+            **{name: getattr(order, name) for name in same},
             "task": "demo",
-            "model": order.model,
-            "method": order.method,
-            "targets": order.targets,
-            "rank": order.rank,
-            "dtype": order.dtype,
-            "deterministic": order.deterministic,
-            "base": order.base,
-            "products": order.products,
-            "keep_transposed": order.keep_transposed,
-            "compile": order.compile,
-            "recompute": order.recompute,
-            "tensor_parallel": order.tensor_parallel,
-            "pipeline_parallel": order.pipeline_parallel,
             "ds_config": order.zero,
-            "packing": order.packing,
-            "max_length": order.max_length,
             "micro_batch_size": order.rows,
             "global_batch_size": _global_batch(order),
             "max_steps": 1_000_000,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from forked_ranks import join_as_launched
+from shared_tensors import share_tensors
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
@@ -58,14 +59,16 @@ class BankRun:
     most: int
 
 
-def run_bank_steps(cases: list[dict[str, Any]], folder: str) -> list[BankRun]:
-    """Each case on this rank, one after another.
+def run_bank_steps(cases: list[dict[str, Any]], folder: str, way: str | None = None) -> list[BankRun]:
+    """Each case on this rank, one after another; layers share the tensors of tl6 in this `way` of `shared_tensors`.
 
     A case: {"settings": {name: settings}, "shares": whether micro-batches are shared, "alone": whether each adapter is
     also trained in a run of its own, "compiled": whether kernels are}. A case with the settings of the one before it
     has its single runs.
     """
     device = join_as_launched(folder)
+    if way is not None:
+        share_tensors(way)
     found: list[BankRun] = []
     by_dtype: dict[torch.dtype, Kernels] = {}
     for before, case in zip([None, *cases], cases, strict=False):

@@ -10,14 +10,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from forked_ranks import groups_of
 from oracle import OracleAdapter, OracleConfig
 from oracle_training import OracleBatch
 from shared_tensors import GROUPS, tl6_shares
-from tiny_models import pack_samples, pad_packs, pad_samples, random_adapter, random_batches
+from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
@@ -49,6 +49,7 @@ from megatron_tiedlora.parallel.groups import (
     named_handles,
 )
 
+C, T = TypeVar("C"), TypeVar("T")
 DTYPE = torch.float64
 SEED = 7  # of dropout
 ALONE_IN_ALL = ParallelGroups()
@@ -61,8 +62,8 @@ class Case:
 
     Attributes:
         shares: in which way of `shared_tensors` layers share the tensors of tl6.
-        seed: of the adapter.
-        first_adapted: the first layer that has an adapter, if that is another than this one's.
+        seed: of the factors.
+        first_adapted: of the model, if other adapters are trained beside this one.
     """
 
     folder: Path
@@ -79,6 +80,11 @@ class Case:
     shares: str | None = None
     seed: int = 5
     first_adapted: int | None = None
+
+    @property
+    def way(self) -> tuple[tuple[int, int, int], bool]:
+        """How ranks share the work."""
+        return self.layout, self.sequence_parallel
 
     @property
     def counted(self) -> bool:
@@ -163,7 +169,7 @@ class Case:
             parts = [samples[2:3], samples[:2], samples[3:]]
             return [pad_samples(part, multiple=multiple) for part in parts]
         rows = [[samples[2:3]], [samples[:2], samples[3:4]], [samples[4:]]]
-        return [pad_packs([pack_samples(row) for row in part], multiple=multiple) for part in rows]
+        return [_packed([pack_samples(row) for row in part], multiple) for part in rows]
 
     @cached_property
     def stages(self) -> Stages:
@@ -176,6 +182,16 @@ class Case:
         config, stage = self.adapter_config, self.stages[grid.pp_rank]
         layers = tuple(layer for layer in config.layers if layer in stage)
         return AdapterPart(config, layers, grid.tp_rank, grid.tp_size)
+
+
+def _packed(rows: list[OracleBatch], multiple: int) -> OracleBatch:
+    """Rows of documents, padded on the right with one more document."""
+    batch = pad_samples(rows, multiple=multiple)
+    positions, documents = torch.zeros_like(batch.input_ids), torch.full_like(batch.input_ids, 99)
+    for row, sample in enumerate(rows):
+        width = sample.input_ids.shape[1]
+        positions[row, :width], documents[row, :width] = sample.positions[0], sample.documents[0]
+    return OracleBatch(batch.input_ids, batch.labels, positions=positions, documents=documents)
 
 
 @dataclass(frozen=True)
@@ -203,47 +219,43 @@ class Outcome:
     tied_traffic: Traffic
 
 
-def run_cases(cases: list[Case]) -> list[Outcome]:
-    """Every case on this rank, one after another."""
-
-    def run(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
-        with tl6_shares(case.shares):
-            return run_case(case, grid, groups)
-
-    return at_layouts(cases, run)
-
-
-def at_layouts(cases: Sequence[Any], run: Callable[[Any, Grid, ParallelGroups], Any]) -> list[Any]:
-    """What `run` returns for each case with the groups of its layout, which are made once."""
+def run_cases(cases: Sequence[C], run: Callable[[C, Grid, ParallelGroups], T]) -> list[T]:
+    """What `run` finds of every case on this rank, one after another."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     layouts: dict[tuple[int, int, int], tuple[Grid, ParallelGroups]] = {}
+    outcomes = []
     for case in cases:
         if case.layout not in layouts:
-            tp_size, pp_size, dp_size = case.layout
-            grid = Grid(distributed.get_rank(), distributed.get_world_size(), tp_size=tp_size, pp_size=pp_size)
-            assert grid.dp_size == dp_size
+            grid = Grid(rank, world_size, tp_size=case.layout[0], pp_size=case.layout[1])
+            assert grid.dp_size == case.layout[2]
             layouts[case.layout] = grid, groups_of(grid)
-    return [run(case, *layouts[case.layout]) for case in cases]
+        with tl6_shares(getattr(case, "shares", None)):
+            outcomes.append(run(case, *layouts[case.layout]))
+    return outcomes
 
 
-def loaded_adapter(case: Case, grid: Grid) -> TiedAdapter:
-    """This rank's part of the adapter."""
+def run_gradients(cases: list[Case]) -> list[Outcome]:
+    """Forward and backward pass of every case on this rank."""
+    return run_cases(cases, run_case)
+
+
+def build_adapter(case: Case, grid: Grid) -> TiedAdapter:
+    """This rank's parts of the factors."""
     adapter = TiedAdapter(case.part(grid), dtype=DTYPE)
     adapter.load_full(case.adapter.tensors)
     return adapter
 
 
-def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
-    """This rank's stage with base weights and factors in place, all fp64."""
-    adapter = loaded_adapter(case, grid)
-    adapter.u_sum = sum_of_u(groups) if grid.tp_size > 1 else None  # as for an engine that steps it
-    bank = AdapterBank({ONLY: adapter}, {ONLY: Dropout(case.dropout, SEED)} if case.dropout else None)
-    return stage_of(case, bank, grid, groups, base=case.base, is_engines=True)
-
-
-def stage_of(
-    case: Any, bank: AdapterBank, grid: Grid, groups: ParallelGroups, *, base: str | None = None, is_engines: bool
+def build_stage(
+    case: Any,
+    bank: AdapterBank,
+    grid: Grid,
+    groups: ParallelGroups,
+    *,
+    base: str | None = None,
+    is_engines: bool = True,
 ) -> Stage:
-    """This rank's stage of a case, of one adapter or of several, with the weights of the base."""
+    """This rank's stage of a case of one adapter or of several, with base weights in place, all fp64."""
     specs = layer_specs(
         case.shape,
         dtype=DTYPE,
@@ -283,8 +295,10 @@ def fill_stage(
 
 def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     """Forward and backward over this rank's micro-batches, then the sums over stages and data-parallel ranks."""
-    stage = build_stage(case, grid, groups)
-    adapter: Any = stage.adapter
+    adapter: Any = build_adapter(case, grid)
+    adapter.u_sum = sum_of_u(groups) if grid.tp_size > 1 else None  # as for an engine that steps it
+    bank = AdapterBank({ONLY: adapter}, {ONLY: Dropout(case.dropout, SEED)} if case.dropout else None)
+    stage = build_stage(case, bank, grid, groups, base=case.base)
     walk = Walk(case, stage, grid, groups)
     num_supervised = sum(sample.num_supervised for sample in case.samples)
     counter, tied_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))
@@ -323,9 +337,9 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
 
 @dataclass(frozen=True)
 class Walk:
-    """A micro-batch through the stages, one at a time. `case` may be one of several adapters."""
+    """A micro-batch through the stages, one at a time."""
 
-    case: Any
+    case: Case
     stage: Stage
     grid: Grid
     groups: ParallelGroups
@@ -334,53 +348,49 @@ class Walk:
         self, batch: OracleBatch, num_supervised: int, numbers: torch.Tensor | None
     ) -> tuple[float, torch.Tensor | None]:
         """(loss, gradient of what came from the stage before)."""
-        inputs = self.inputs(batch.input_ids)
+        inputs = self._inputs(batch)
         if self.grid.pp_size == 1 and not self.case.packed:  # as an engine of one stage calls it
             summed = self.stage(batch.input_ids, _position_ids(batch), batch.labels, numbers=numbers)
             loss = summed / num_supervised
         else:
             output = self.stage(inputs, _position_ids(batch), documents=batch.documents, numbers=numbers)
-            if not self.is_last:
-                return 0.0, self.hand_on(output, inputs)
+            if not self._is_last:
+                distributed.send(output.detach().contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
+                gradient = torch.empty_like(output)
+                distributed.recv(gradient, src=self._rank_of(self.grid.pp_rank + 1))
+                output.backward(gradient)
+                return 0.0, self._send_back(inputs)
             loss = self.stage.tail.loss(output, batch.labels, self.stage.tensor_parallel) / num_supervised
         loss.backward()
-        return float(loss.detach()), self.send_back(inputs)
+        return float(loss.detach()), self._send_back(inputs)
 
     @torch.no_grad()
     def logits(self, batch: OracleBatch) -> torch.Tensor | None:
         """(b, s, V) on the last stage."""
-        output = self.stage(self.inputs(batch.input_ids), _position_ids(batch), documents=batch.documents)
-        if not self.is_last:
+        output = self.stage(self._inputs(batch), _position_ids(batch), documents=batch.documents)
+        if not self._is_last:
             distributed.send(output.contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
             return None
         return self.stage.tail.logits(output, self.stage.tensor_parallel)
 
     @property
-    def is_last(self) -> bool:
-        """Whether the rank has the last stage."""
+    def _is_last(self) -> bool:
         return self.grid.pp_rank == self.grid.pp_size - 1
 
     def _rank_of(self, pp_rank: int) -> int:
         return self.grid.rank_of(pp_rank=pp_rank, dp_rank=self.grid.dp_rank, tp_rank=self.grid.tp_rank)
 
-    def inputs(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The tokens, or the hidden states that the stage before sends."""
+    def _inputs(self, batch: OracleBatch) -> torch.Tensor:
         if self.grid.pp_rank == 0:
-            return tokens
-        hidden = self.stage.empty_hidden(*tokens.shape)
+            return batch.input_ids
+        parts = self.grid.tp_size if self.case.sequence_parallel else 1
+        size, length = batch.input_ids.shape
+        shape = (1, size * length // parts) if self.case.sequence_parallel else (size, length)
+        hidden = torch.empty(*shape, self.case.shape.hidden_size, dtype=DTYPE)
         distributed.recv(hidden, src=self._rank_of(self.grid.pp_rank - 1))
         return hidden.requires_grad_()
 
-    def hand_on(self, output: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor | None:
-        """Send the output to the next stage, and go back with the gradient that comes from there."""
-        distributed.send(output.detach().contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
-        gradient = torch.empty_like(output)
-        distributed.recv(gradient, src=self._rank_of(self.grid.pp_rank + 1))
-        output.backward(gradient)
-        return self.send_back(inputs)
-
-    def send_back(self, inputs: torch.Tensor) -> torch.Tensor | None:
-        """The gradient of the inputs, which the stage before gets; None on the first."""
+    def _send_back(self, inputs: torch.Tensor) -> torch.Tensor | None:
         if self.grid.pp_rank == 0:
             return None
         assert inputs.grad is not None, "the stage before waits for a gradient"

@@ -91,18 +91,15 @@ def ctranslate2_tokens(folder: Path, prompt: list[int], count: int, *, scratch: 
     return [int(token) for token in result.sequences_ids[0]]
 
 
-# GGUF files without a vocabulary, by the names that the gguf package knows -----------------------------------------
+# GGUF files -----------------------------------------------------------------------------------------------------------
+
 
 # Model types that llama.cpp rotates so.
 NEIGHBOURS = ("llama", "mistral", "smollm3")
 
 
 def write_gguf(folder: Path, file: Path) -> Path:
-    """Write the model in `folder`, whose weights are in one file, to `file` in fp32, and return that.
-
-    Where llama.cpp rotates neighbouring elements of a head, as it does for Llama, the rows of q and k are in another
-    order.
-    """
+    """Write the model in `folder`, whose weights are in one file, to `file` in fp32, and return that."""
     config = json.loads((folder / "config.json").read_text())
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads

@@ -18,7 +18,7 @@ from torch import distributed
 
 @dataclass(frozen=True)
 class Case:
-    """Some equal steps: `num_micro_batches` of (rows, length), the last `supervised` labels of each row.
+    """Two equal steps: `num_micro_batches` of (rows, length), the last `supervised` labels of each row.
 
     Attributes:
         adapters: the settings that each of several adapters has of its own, which own the micro-batches in turn.
@@ -29,7 +29,6 @@ class Case:
     rows: int
     length: int
     supervised: int
-    steps: int = 1
     adapters: tuple[dict[str, Any], ...] = ()
 
 
@@ -39,14 +38,12 @@ class Event:
 
     Attributes:
         begin, end: seconds of a clock that all ranks share.
-        worked: seconds of this process's processor time, which other processes on the same cores do not stretch.
     """
 
     kind: str
     micro_batch: int
     begin: float
     end: float
-    worked: float
 
 
 @dataclass
@@ -71,12 +68,12 @@ class Traced:
     """What a rank saw.
 
     Attributes:
-        steps: of each step its passes, in order.
+        passes: of the second step, in order.
         parts: where the engine cut the flat list.
         held: after each forward pass of the first step, and before each backward pass.
     """
 
-    steps: list[list[Event]] = field(default_factory=list)
+    passes: list[Event] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
 
@@ -99,11 +96,8 @@ def _trace(case: Case, device: torch.device) -> Traced:
 
     _wrap(engine, passes, _Holding(started.parameters, engine, traced.held))
     step()
-    for _ in range(case.steps):
-        events: list[Event] = []
-        _wrap(engine, passes, _Timing(events))
-        step()
-        traced.steps.append(events)
+    _wrap(engine, passes, _Timing(traced.passes))
+    step()
     engine.destroy()
     return traced
 
@@ -178,10 +172,9 @@ class _Timing:
         self._events = events
 
     def run(self, kind: str, micro_batch: int, work: Callable[[], None]) -> None:
-        begin, before = time.monotonic(), time.process_time()
+        begin = time.monotonic()
         work()
-        worked = time.process_time() - before
-        self._events.append(Event(kind, micro_batch, begin, time.monotonic(), worked))
+        self._events.append(Event(kind, micro_batch, begin, time.monotonic()))
 
 
 class _Holding:

@@ -40,7 +40,7 @@ def tl6_shares(way: str | None) -> Iterator[None]:
         _replace(row, None)
 
 
-def share_tensors(way: str, stop_at: int | None = None) -> None:
+def share_tensors(way: str | None, stop_at: int | None = None) -> None:
     """The same for a rank, until it ends; with `stop_at`, it is stopped at that step. It runs before the script."""
     _replace(METHODS["tl6"], way)
     if stop_at is not None:

@@ -1,4 +1,4 @@
-"""One rank of a traffic test: trains real steps through the package's own road and counts what one of them sends.
+"""One rank of a traffic test: trains real steps through the package's own road and counts what each of them sends.
 
 `count_steps` runs on every rank (see forked_ranks.py) and takes cases one after another.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +17,33 @@ from saved_bytes import saved_bytes_per_token
 from shared_tensors import tl6_shares
 from torch import distributed
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.groups import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run of which one step is counted.
+    """A run of one adapter or of several, of which one step is counted.
 
     Attributes:
+        adapters: the settings of each, by name; those of a single one under ONLY.
+        shares_micro_batches: whether adapters share them.
+        ends: adapters that take no step after the first.
+        checked: whether the run's checks of replicas and gradients are on in all steps.
         extra_message: put one more all-reduce into every block's forward pass.
         head_rows: in place of layer_specs.HEAD_ROWS.
         long_steps: let every step count as a long one, in which ranks agree on stopping after each micro-batch.
-        steps_before: steps that are not counted, with the run's checks of gradients. Without them, nothing is checked.
-        shares: in which way of `shared_tensors` layers share the tensors of tl6.
         early_stop: False to let recompute go on when all that the backward pass needs is there again.
+        steps_before: steps before the counted one; two of them with the run's checks of gradients.
+        shares: in which way of `shared_tensors` layers share the tensors of tl6.
     """
 
-    settings: dict[str, Any]
+    adapters: Mapping[str, dict[str, Any]]
+    shares_micro_batches: bool = True
+    ends: tuple[str, ...] = ()
+    checked: bool = False
     extra_message: bool = False
     head_rows: int | None = None
     long_steps: bool = False
@@ -41,19 +51,35 @@ class Case:
     steps_before: int = 0
     shares: str | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the only adapter, or of the first."""
+        return next(iter(self.adapters.values()))
+
+    def plans(self, rank: int, ranks: int) -> dict[str, RunPlan]:
+        """The plan of each adapter on a rank."""
+        return {
+            name: plan_run(make_settings(settings), rank=rank, world_size=ranks)
+            for name, settings in self.adapters.items()
+        }
+
 
 @dataclass(frozen=True)
 class Counted:
     """What a rank counted.
 
     Attributes:
-        shapes: (rows, length, supervised tokens) of the step's micro-batches.
+        traffic: of the counted step.
+        first: of the first step, which is the counted one if there is none before.
+        shapes: (rows, length, supervised tokens, adapters) of the counted step's micro-batches.
         base_bytes: of the base parameters that the rank's stage was built with.
-        saved_bytes_per_token: what its last block keeps for the backward pass, by storage, parameters left out.
+        saved_bytes_per_token: what its last block keeps for the backward pass, by storage, parameters left out; of a
+            single adapter.
     """
 
     traffic: Traffic
-    shapes: list[tuple[int, int, int]]
+    first: Traffic
+    shapes: list[tuple[int, int, int, int]]
     base_bytes: int
     saved_bytes_per_token: float
 
@@ -69,47 +95,57 @@ def count_steps(cases: list[Case], folder: str) -> list[Counted]:
 
 
 def _count(case: Case, device: torch.device) -> Counted:
-    from megatron_tiedlora.adapters.adapter_bank import ONLY
-    from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.data.tokenizer import padding_id
     from megatron_tiedlora.planning.adapter_plans import prepare_data
-    from megatron_tiedlora.planning.run_plan import plan_run
+    from megatron_tiedlora.planning.step_plan import micro_batch_capacity
     from megatron_tiedlora.runtime.stopping import StopRequests
     from megatron_tiedlora.training import build
     from megatron_tiedlora.training.step import GUARDED_STEPS, StepChecks, TrainStep
 
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
-    assert plan.settings.replica_check_steps == 0
-    data = prepare_data(plan)
+    plans = case.plans(distributed.get_rank(), distributed.get_world_size())
+    data = {name: prepare_data(plan) for name, plan in plans.items()}
     with _patched(case):
         start_engine, of_base = build._start_engine, list[float]()
 
-        def look(plans: Any, model: Any, *others: Any) -> Any:
-            of_base[:] = _base_bytes(model.stage, plan), _saved_bytes_per_token(model.stage, plan)
-            return start_engine(plans, model, *others)
+        def look(given: Any, model: Any, *others: Any) -> Any:
+            plan = next(iter(plans.values()))
+            saved = _saved_bytes_per_token(model.stage, plan) if ONLY in plans else 0.0
+            of_base[:] = _base_bytes(model.stage, plan), saved
+            return start_engine(given, model, *others)
 
         build._start_engine = look
         try:
-            runner = build.build_model({ONLY: plan}, device).runner
+            runner = build.build_model(plans, device).runner
         finally:
             build._start_engine = start_engine
         # On a busy machine the step before may have been a long one, after which ranks send a little more.
-        train_step = TrainStep(
-            {ONLY: plan}, runner, StopRequests(), long_seconds=0.0 if case.long_steps else math.inf
-        )
-        loader = plan.training_loader(data.train, pad_id=padding_id(data.tokenizer))
-        assert case.steps_before in (0, GUARDED_STEPS), "the last checked step says more than those after it"
-        train_step.checks[ONLY] = StepChecks(runner, ONLY, check_steps=0, guarded_steps=case.steps_before)
-        for _ in range(case.steps_before):
-            train_step.run({ONLY: next(loader)})
-        step = next(loader)
-        with TrafficCounter(named_handles(runner.groups)) as counter:
-            _ = train_step.run({ONLY: step}).only
+        long_seconds = 0.0 if case.long_steps else math.inf
+        capacity = micro_batch_capacity(plans, shares=case.shares_micro_batches) if ONLY not in plans else 0
+        step = TrainStep(plans, runner, StopRequests(), capacity=capacity, long_seconds=long_seconds)
+        for name, plan in plans.items():
+            assert case.checked or plan.settings.replica_check_steps == 0
+            if not case.checked:
+                guarded = case.steps_before if case.steps_before == GUARDED_STEPS else 0
+                step.checks[name] = StepChecks(runner, name, check_steps=0, guarded_steps=guarded)
+        loaders = {
+            name: plan.training_loader(data[name].train, pad_id=padding_id(data[name].tokenizer))
+            for name, plan in plans.items()
+        }
+        shapes, accumulate, counted = list[tuple[int, int, int, int]](), runner.accumulate, list[Traffic]()
+
+        def seen(batches: Any, *arguments: Any) -> dict[str, float]:
+            shapes[:] = [(*batch.tokens.shape, batch.num_supervised, len(batch.shares)) for batch in batches]
+            return accumulate(batches, *arguments)
+
+        runner.accumulate = seen  # type: ignore[method-assign]
+        for number in range(1 + case.steps_before):
+            steps = {name: next(loader) for name, loader in loaders.items() if not number or name not in case.ends}
+            with TrafficCounter(named_handles(runner.groups)) as counter:
+                report = step.run(steps)
+            assert all(own.failure is None for own in report.adapters.values()), report
+            counted.append(counter.traffic)
     runner.engine.destroy()
-    shapes = [(*batch.labels.shape, batch.num_supervised) for batch in step.micro_batches]
-    base_bytes, saved = of_base
-    return Counted(counter.traffic, shapes, int(base_bytes), saved)
+    return Counted(counted[-1], counted[0], shapes, int(of_base[0]), of_base[1])
 
 
 def _base_bytes(stage: Any, plan: Any) -> int:

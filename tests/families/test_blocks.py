@@ -1,22 +1,25 @@
-"""Compiled kernels of what families add to the layers: the numbers of plain ones, and nothing is compiled later."""
+"""What families add to a block: kernels, compiled and plain, the gradient through norms of heads, and saved bytes."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from kernel_runs import HOST, assert_same_numbers, loss_and_gradients
 from saved_bytes import saved_bytes_per_token
+from tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.kernels import EAGER
+from megatron_tiedlora.parallel.kernels import EAGER, rotate_normed, rotate_normed_gradient
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.passes import saved_per_token
 from megatron_tiedlora.training.compiling import compiled_kernels
@@ -60,3 +63,42 @@ def test_compiled_once_for_all_sizes_with_the_same_numbers(make: Callable[[], Mo
     stage = Stage(specs, TiedAdapter(AdapterPart.whole(adapter)))
     planned = saved_per_token(shape, Layout((adapter,), length=256, dtype=torch.float32))
     assert saved_bytes_per_token(stage, torch.float32) == planned, "compiled kernels keep what the formula says"
+
+
+def _found_and_true(dtype: torch.dtype) -> tuple[float, float]:
+    """Errors, of the norm of the true gradient: of the kernel and of autograd through the same function, in `dtype`."""
+    draw = torch.Generator().manual_seed(4)
+    heads, gradient = (torch.randn(300, 5, 32, generator=draw).to(dtype) for _ in range(2))
+    angles = 40 * torch.rand(300, 1, 12, generator=draw)
+    cos, sin = (1.2 * angles.cos()).to(dtype), (1.2 * angles.sin()).to(dtype)  # part of a head, scaled
+    weight = (10 ** (2 * torch.rand(3, 32, generator=draw) - 1)).to(dtype)  # from 0.1 to 10
+
+    def by_autograd(kind: torch.dtype) -> torch.Tensor:
+        inputs = heads.to(kind).requires_grad_()
+        rotated, _ = rotate_normed(inputs, cos.to(kind), sin.to(kind), weight.to(kind), 1e-6)
+        return torch.autograd.grad(rotated, inputs, gradient.to(kind))[0].double()
+
+    rotated, root = rotate_normed(heads, cos, sin, weight, 1e-6)
+    parts = gradient.split((2, 1, 2), dim=1)
+    found = rotate_normed_gradient(*parts, rotated, root, None, cos, sin, weight).double()
+    true = by_autograd(torch.float64)
+    return float((found - true).norm() / true.norm()), float((by_autograd(dtype) - true).norm() / true.norm())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_gradient_through_norms_of_heads_is_as_exact_as_autograd_s(dtype: torch.dtype, bound: float) -> None:
+    """They are not kept, but computed again from the rotated result."""
+    found, plain = _found_and_true(dtype)
+    assert found <= bound and found <= max(1.5 * plain, 1e-14)
+
+
+@pytest.mark.parametrize(("targets", "more"), [(("qkv",), 0), (("qkv", "gate_up"), 32 + 3)])
+def test_bytes_of_norms_behind_the_linears_by_hand(tmp_path: Path, targets: tuple[str, ...], more: int) -> None:
+    """A linear without a norm before it keeps its input for its A alone, and a norm of all heads two numbers."""
+    shape = find_model(str(write_tiny_model(tmp_path / "model", tokenizer=False, num_layers=2, family="olmo2"))).shape
+    adapter = make_adapter_config("tl6", rank=3, layers=(1, 2), targets=targets_of(shape, targets), seed=1)
+    stage = Stage(layer_specs(shape, dtype=torch.float32), TiedAdapter(AdapterPart.whole(adapter)))
+    d, f, queries, keys, heads = 32, 48, 32, 16, 4
+    attention = d + 3 + (queries + 2 * keys + 2) + (queries + heads)  # input and A x; heads and roots; what it keeps
+    mlp = more + 2 * f
+    assert saved_bytes_per_token(stage, torch.float32) == 4 * (attention + (d + 1) + mlp + (d + 1))
