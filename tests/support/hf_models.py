@@ -1,4 +1,4 @@
-"""Transformers models of a folder, and native adapters to put on them. Uses the package for the native files alone."""
+"""Transformers models of a folder, native adapters to put on them, and logits of PEFT and of the package to compare."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from native_files import write_native
 from oracle import OracleConfig
+from peft_models import logits_of
 from tiny_models import random_adapter, write_tiny_model
 
+from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.sources import ModelSource
 
 TARGETS = {"qkv": ("qkv",), "all": ("qkv", "o_proj", "gate_up", "down_proj"), "mlp": ("gate_up", "down_proj")}
 # Separate q, k, v, gate and up; and all of them fused, in one stored tensor of each kind.
@@ -27,6 +30,18 @@ def hf_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def peft_logits(base: Path, folder: Path) -> torch.Tensor:
+    """What PEFT computes with the adapter in `folder`."""
+    from peft import PeftModel
+
+    return logits_of(PeftModel.from_pretrained(hf_model(base), str(folder)))
+
+
+def our_logits(source: ModelSource, adapter: NativeAdapter | None) -> torch.Tensor:
+    """What the package's own model computes for the tokens of `logits_of`."""
+    return logits_of(load_model(source, adapter, dtype=torch.float32).predict, torch.arange(24).expand(2, 24))
 
 
 def write_adapter(

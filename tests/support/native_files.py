@@ -20,6 +20,8 @@ from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 
+Inputs = tuple[ModelSource, NativeAdapter]  # what conversions take
+
 
 def native_adapter(source: ModelSource, adapter: OracleAdapter) -> NativeAdapter:
     """`adapter`'s values as a native adapter of `source`."""

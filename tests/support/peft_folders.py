@@ -1,4 +1,4 @@
-"""Copies of a PEFT adapter folder with something changed, and what the package says of them."""
+"""PEFT adapter folders that the package reads as native ones, and copies of one with something changed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,35 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import our_logits
+from peft_models import logits_of, share
 from safetensors.torch import load_file, save_file
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import read_peft
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def imported(peft: Any, base: Path, folder: Path, *, tolerance: float = 1e-5) -> NativeAdapter:
+    """PEFT's adapter as it is read from its folder; its logits and merged weights are PEFT's, and it can be saved."""
+    peft.save_pretrained(folder / "peft")
+    source = find_model(str(base))
+    adapter = read_peft(folder / "peft", source).adapter
+    save_adapter(folder / "native", adapter.config, adapter.base, adapter.state)
+    assert load_native_adapter(folder / "native").equals(adapter)
+    ours = our_logits(source, adapter)
+    assert share(ours, logits_of(peft)) <= 1e-5
+    with peft.disable_adapter():
+        assert share(ours, logits_of(peft)) > 0.01  # the update is there
+    merge_adapter(source, adapter, folder / "merged")
+    expected = peft.merge_and_unload().state_dict()
+    for name, tensor in load_file(folder / "merged" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=name)
+    return adapter
 
 
 def with_fields(plain: Path, folder: Path, changes: Mapping[str, Any]) -> Path:

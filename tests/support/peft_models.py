@@ -33,6 +33,13 @@ def lora_model(base: Path, **options: Any) -> Any:
     return peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options))
 
 
+def vera_model(base: Path, **options: Any) -> Any:
+    """PEFT's model of a VeraConfig."""
+    from peft import VeraConfig
+
+    return peft_model(base, VeraConfig(task_type="CAUSAL_LM", **options))
+
+
 def logits_of(model: Callable[..., Any], *positions: torch.Tensor) -> torch.Tensor:
     """Logits of two rows of 24 tokens."""
     ids = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(1))

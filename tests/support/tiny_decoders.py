@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,6 +37,17 @@ def build(folder: Path, *, grid: Grid, merged: bool = False, calls_together: boo
     stages = partition(layer_costs(source.shape, length=32, first_adapted=1), grid.pp_size)
     stage = load_model(source, adapter, dtype=torch.float32, grid=grid, groups=groups, stages=stages, merged=merged)
     return Decoder(stage, groups, source.shape, calls_together=calls_together)
+
+
+@contextmanager
+def calls_of(decoder: Decoder) -> Iterator[list[tuple[int, ...]]]:
+    """The shape of the tokens of each call of the decoder's model in a block."""
+    shapes: list[tuple[int, ...]] = []
+    handle = decoder.stage.layers["0"].register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+    try:
+        yield shapes
+    finally:
+        handle.remove()
 
 
 def rows_keep_bits(stage: nn.Module, counts: Sequence[int], *, backward: bool = False) -> bool:

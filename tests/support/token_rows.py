@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,6 @@ def chats(count: int) -> list[dict[str, Any]]:
         ]
 
     return [{"messages": turns(number)} for number in range(count)]
-
-
-def encoding(tokenizer: Any, task: str = "custom", *, max_length: int = 40, template: str | None = None) -> Encoding:
-    ends = frozenset([tokenizer.eos_token_id])
-    return Encoding(get_task(task), tokenizer, Reading(template=template), max_length, ends)
 
 
 def expected(how: Encoding, files: Mapping[str, str], seed: int) -> dict[str, TokenDataset]:
@@ -78,14 +74,39 @@ def sha256_of_arrays(parts: Mapping[str, TokenDataset]) -> str:
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
+@dataclass(frozen=True)
+class TokenStore:
+    """Training data that is tokenised once, into the cache of a folder."""
 
-def check(how: Encoding, files: Mapping[str, str], folder: Path, *, seed: int = 3) -> TrainingData:
-    found = tokenised_once(how, files=files, seed=seed, cache_dir=folder)
-    right = expected(how, files, seed)
-    check_same(found.train, right["train"])
-    check_same(found.validation, right["validation"])
-    assert found.sha256 == sha256_of_arrays(right)
-    first = load_split(how.task, "train", files=files, seed=seed, reading=how.reading)[0]
-    order = load_split(how.task, "train", files={**files, "validation": files["train"]}, seed=seed, reading=how.reading)
-    assert order[found.first_row].prompt == first.prompt
-    return found
+    tokenizer: Any
+    folder: Path
+
+    @property
+    def tokens(self) -> Path:
+        return self.folder / "tokens"
+
+    def encoding(self, task: str = "custom", *, max_length: int = 40, template: str | None = None) -> Encoding:
+        ends = frozenset([self.tokenizer.eos_token_id])
+        return Encoding(get_task(task), self.tokenizer, Reading(template=template), max_length, ends)
+
+    def start(
+        self, files: str | Mapping[str, str], how: Encoding | None = None, *, seed: int = 0, **keywords: Any
+    ) -> TrainingData:
+        """What a start gets for its files, of which a single one is that of --train_file."""
+        given = {"train": files} if isinstance(files, str) else files
+        return tokenised_once(how or self.encoding(), files=given, seed=seed, cache_dir=self.folder, **keywords)
+
+    def check(
+        self, files: str | Mapping[str, str], how: Encoding | None = None, *, seed: int = 3
+    ) -> TrainingData:
+        """The same, which is what lists of samples in this process give, with version 0.1's hash."""
+        given, how = {"train": files} if isinstance(files, str) else files, how or self.encoding()
+        found, right = self.start(given, how, seed=seed), expected(how, given, seed)
+        check_same(found.train, right["train"])
+        check_same(found.validation, right["validation"])
+        assert found.sha256 == sha256_of_arrays(right)
+        first = load_split(how.task, "train", files=given, seed=seed, reading=how.reading)[0]
+        whole = {**given, "validation": given["train"]}
+        order = load_split(how.task, "train", files=whole, seed=seed, reading=how.reading)
+        assert order[found.first_row].prompt == first.prompt
+        return found

@@ -7,14 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from folders import ROOT
+from folders import ROOT, SUPPORT
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.checkpoint.base_identity import identify_base
@@ -112,6 +114,56 @@ def anonymous_bytes(pid: int | str) -> int:
         return 0
     found = re.search(r"RssAnon:\s+(\d+) kB", text)
     return int(found[1]) * 1024 if found else 0
+
+
+class Peak(NamedTuple):
+    """What a process printed, its RssAnon before its work and at its peak, and how often that was read."""
+
+    printed: str
+    start: int
+    most: int
+    samples: int
+
+
+def peak_of(before: str, work: str, *words: object) -> Peak:
+    """Run `before` and then `work`, which is watched, in a process of its own that has these words."""
+    code = f"""
+import sys
+from wide_models import watched
+{before}
+with watched() as seen:
+    {work}
+print(seen[0], max(seen), len(seen))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        env={**merge_environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    printed, _, last = done.stdout.rstrip("\n").rpartition("\n")
+    return Peak(printed, *map(int, last.split()))
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """RssAnon of this process: before the block, every two milliseconds, and after it."""
+    seen, done = [anonymous_bytes("self")], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(anonymous_bytes("self"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()
+        seen.append(anonymous_bytes("self"))
 
 
 def _torch_bytes() -> int:

@@ -52,6 +52,14 @@ TOOLS = (
 )
 
 
+def user(text: Any = "Hi") -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def answer(text: Any = "Yo", **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
 def write_zoo_tokenizer(folder: Path, *, template: str | None = None, bos: bool = False) -> Path:
     """A byte-level BPE with merges, control tokens and a template; with `bos` it puts <s> in front by itself."""
     from transformers import PreTrainedTokenizerFast

@@ -10,19 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from evaluation_runs import evaluate
 from folders import ROOT
-from native_files import with_adapter
-from run_helpers import run_ranks, write_base, write_rows
+from run_helpers import write_base
 from study_files import write_score, write_study
-from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import printable, show
 from megatron_tiedlora.cluster.doctor.compare import report_text
 from megatron_tiedlora.cluster.doctor.rank import DoctorReport, HostReport, ParallelConfig
 from megatron_tiedlora.cluster.start import StopSignals, say
-from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
+from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.runtime.machine import Finding
 from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.study.record import StudyFolder
@@ -93,28 +92,11 @@ def test_nothing_is_printed_but_by_show() -> None:
 # What commands print -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.distributed
-def test_the_note_of_an_evaluation(tmp_path: Path) -> None:
-    """The base of a PEFT adapter, as its author called it."""
-    model = write_tiny_model(tmp_path / "model")
-    source, adapter, _ = with_adapter(model, "tl6")
-    export_peft(source, adapter, tmp_path / "peft")
-    (tmp_path / "peft" / "tiedlora_export.json").unlink()  # as another tool's, of which that name is all that is known
-    file = tmp_path / "peft" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": f"a{FOREIGN}\nb"}))
-    rows = write_rows(tmp_path / "rows.jsonl", 1)
-    given = {"model": model, "adapter": tmp_path / "peft", "test_file": rows, "max_new_tokens": 1}
-    ended = evaluate(tmp_path / "out", work=tmp_path, **given)
-    assert f"names the base a{printable(FOREIGN)}\\nb; PEFT files" in ended.outputs[0] and not unsafe(ended.outputs[0])
-
-
-@pytest.mark.distributed
 def test_the_sample_of_a_dry_run(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     train = tmp_path / "train.jsonl"
     train.write_text(json.dumps({"prompt": f"one\n\ntwo {TITLE}\x1b[2Jé:", "completion": "x\x1by"}) + "\n")
-    ended = run_ranks(base.arguments(train_file=train, dry_run=True), folder=tmp_path / "work").expect(0)
-    text = ended.outputs[0]
+    text = dry_run_report(parse_settings(base.arguments(train_file=train, dry_run=True), Settings)).text
     assert not unsafe(text)
     sample = text[text.index("first sample") :].splitlines()
     assert sample[2:5] == ["    <s>one", "    ", "    two \\x1b]0;owned\\x07\\x1b[2Jé:"]

@@ -1,4 +1,5 @@
-"""Progress bars: as ever on a terminal; in a pipe or a file plain lines, not many, without cursor codes."""
+"""Progress bars, as ever on a terminal, and in a pipe or a file plain lines, not many, without cursor codes; and text
+tables."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 import megatron_tiedlora
 from megatron_tiedlora.base import progress
+from megatron_tiedlora.base.errors import aligned_lines
 from megatron_tiedlora.base.progress import SECONDS_BETWEEN_LINES, progress_bar
 
 Clock = Callable[[float], None]
@@ -101,3 +103,24 @@ def test_no_module_makes_a_bar_by_itself() -> None:
     package = Path(megatron_tiedlora.__file__).parent
     made = {file.relative_to(package).as_posix() for file in package.rglob("*.py") if "tqdm" in file.read_text()}
     assert made == {Path(progress.__file__).relative_to(package).as_posix()}
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+
+def test_columns_of_a_table_are_two_spaces_apart() -> None:
+    """Labels to the left and numbers to the right, and no line ends with spaces. A row may lack its last cells, or have
+    one more than the header."""
+    rows = [["stage", "bytes"], ["0", "12.50 GB"], ["1-3", ""]]
+    assert aligned_lines(rows) == ["stage     bytes", "0      12.50 GB", "1-3"]
+    assert aligned_lines(rows, indent="  ") == ["  stage     bytes", "  0      12.50 GB", "  1-3"]
+    uneven = [("host", "ranks"), ("alpha", "8", "note"), ("b",)]
+    assert aligned_lines(uneven, align="<") == ["host   ranks", "alpha  8      note", "b"]
+    assert aligned_lines([("", "  most"), ("one", "1")]) == ["       most", "one       1"]  # a wider header
+
+
+def test_a_side_for_each_column() -> None:
+    """The last one is for the columns that follow, too."""
+    rows = [("a", "bb", "c", "d"), ("aaa", "b", "ccc", "ddd")]
+    assert aligned_lines(rows, align="<") == ["a    bb  c    d", "aaa  b   ccc  ddd"]
+    assert aligned_lines(rows, align="<<>") == ["a    bb    c    d", "aaa  b   ccc  ddd"]

@@ -1,27 +1,29 @@
-"""Base weights out of safetensors: every layout and dtype, every kind of damage, and the memory that reading takes."""
+"""Base weights out of safetensors, with and without an adapter merged into them: every layout and dtype, every kind of
+damage, and the memory that reading takes."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from folders import ROOT
-from oracle import OracleConfig, load_weights, oracle_logits
+from native_files import with_adapter
+from oracle import OracleConfig, load_weights, merged_weights, oracle_logits
 from safetensors.torch import load_file, save_file
+from task_files import refusal
 from tiny_models import write_tiny_model
+from torch.testing import assert_close
+from wide_models import peak_of
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, RandomWeights, load_base_weights
-from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.load_model import MergedWeights, load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.weights import stage_weight_rules, stored_shapes, weight_rules
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
+from megatron_tiedlora.parallel.groups import Grid
 
 INDEX = "model.safetensors.index.json"
 NORM = "model.layers.1.input_layernorm.weight"
@@ -128,6 +130,44 @@ def test_a_head_beside_a_tied_embedding_is_not_read(tmp_path: Path) -> None:
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+# --------------------------------------------------------------------------------------------- with an adapter merged
+
+
+def test_a_slice_has_the_values_of_the_whole(tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path, tokenizer=False)
+    source, adapter, oracle = with_adapter(base, "tl6", (1, 3), targets=TARGET_NAMES)
+    wanted = merged_weights(load_weights(base), OracleConfig.from_folder(base), oracle)
+    with MergedWeights(source, adapter) as weights:
+        assert len(weights.changed) == 2 * 7
+        for name in sorted(weights.changed):
+            rows, columns = wanted[name].shape
+            assert_close(weights.read(name), wanted[name], rtol=1e-6, atol=1e-6)
+            for part, dim in ((slice(5, rows - 3), 0), (slice(7, columns - 2), 1)):
+                own = wanted[name][part] if dim == 0 else wanted[name][:, part]
+                assert_close(weights.read(name, part, dim), own, rtol=1e-6, atol=1e-6)
+            assert torch.equal(weights.read_base(name, slice(0, rows)), load_weights(base)[name])
+
+
+def test_every_rank_loads_its_shards_of_the_merged_model(tmp_path: Path) -> None:
+    """Rows of QKV, gate and up, columns of the others."""
+    source, adapter, _ = with_adapter(write_tiny_model(tmp_path, tokenizer=False), "tl6", targets=TARGET_NAMES)
+    whole = frozen_weights(load_model(source, adapter, dtype=torch.float32, merged=True))
+    plain = frozen_weights(load_model(source, None, dtype=torch.float32))
+    ranks = [
+        frozen_weights(load_model(source, adapter, dtype=torch.float32, grid=Grid(rank, 2, tp_size=2), merged=True))
+        for rank in range(2)
+    ]
+    changed = 0
+    with MergedWeights(source, None) as weights:
+        for rule in weights.rules:
+            full, own = (next(iter(frozen[rule.name].parameters.values())) for frozen in (whole, plain))
+            changed += not torch.equal(full, own)
+            for rank, frozen in enumerate(ranks):
+                (shard,) = frozen[rule.name].parameters.values()
+                assert_close(shard, rule.spec.split(full, rank, 2), rtol=1e-6, atol=1e-6)
+    assert changed == 3 * 4
+
+
 # --------------------------------------------------------------------------------------------- what is refused
 
 
@@ -135,193 +175,115 @@ def last_shard(folder: Path) -> Path:
     return max(folder.glob("*.safetensors"))
 
 
-def truncated(folder: Path) -> str:
-    file = last_shard(folder)
-    file.write_bytes(file.read_bytes()[:-100])
-    return file.name
-
-
-def empty(folder: Path) -> str:
-    last_shard(folder).write_bytes(b"")
-    return last_shard(folder).name
-
-
-def corrupt_header(folder: Path) -> str:
-    file = last_shard(folder)
-    content = bytearray(file.read_bytes())
-    content[8:40] = b"\x00" * 32
-    file.write_bytes(content)
-    return file.name
-
-
-def lfs_pointer(folder: Path) -> str:
-    last_shard(folder).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n")
-    return last_shard(folder).name
-
-
-def tensor_missing(folder: Path) -> str:
-    file = folder / "model.safetensors"
-    rewrite(file, lambda tensors: tensors.pop(NORM))
-    return NORM
-
-
-def wrong_shape(folder: Path) -> str:
-    name = "model.layers.0.self_attn.k_proj.weight"
-    rewrite(folder / "model.safetensors", lambda t: t.update({name: torch.zeros(32, 32)}))
-    return f"{name} has shape (32, 32), but config.json makes it (16, 32)"
-
-
-def quantised(folder: Path) -> str:
-    name = "model.layers.0.self_attn.k_proj.weight"
-    rewrite(folder / "model.safetensors", lambda t: t.update({name: t[name].to(torch.int8)}))
-    return f"{name} is I8"
-
-
-def pickled_only(folder: Path) -> str:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    return "found pytorch_model.bin"
-
-
-def nothing(folder: Path) -> str:
-    (folder / "model.safetensors").unlink()
-    return "has neither model.safetensors nor"
-
-
-def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
+def map_norm_to(file: object, folder: Path) -> None:
+    """Let the index name another file for NORM."""
     content = json.loads((folder / INDEX).read_text())
-    change(content["weight_map"])
+    content["weight_map"][NORM] = file
     (folder / INDEX).write_text(json.dumps(content))
 
 
-def file_missing(folder: Path) -> str:
-    last_shard(folder).unlink()
-    return "no such file, but model.safetensors.index.json names it"
+def move_outside(folder: Path) -> None:
+    (folder.parent / "outside.safetensors").write_bytes(last_shard(folder).read_bytes())
+    map_norm_to("../outside.safetensors", folder)
 
 
-def index_outside(folder: Path) -> str:
-    outside = folder.parent / "outside.safetensors"
-    outside.write_bytes(last_shard(folder).read_bytes())
-    edit_index(folder, lambda names: names.update({NORM: "../outside.safetensors"}))
-    return "names a file outside its folder"
-
-
-def index_absolute(folder: Path) -> str:
-    edit_index(folder, lambda names: names.update({NORM: str(folder.parent / "outside.safetensors")}))
-    return "names a file outside its folder"
-
-
-def index_names_another_file(folder: Path) -> str:
+def map_norm_to_another_file(folder: Path) -> None:
     names = json.loads((folder / INDEX).read_text())["weight_map"]
-    other = next(file for file in names.values() if file != names[NORM])
-    edit_index(folder, lambda names: names.update({NORM: other}))
-    return NORM
+    map_norm_to(next(file for file in names.values() if file != names[NORM]), folder)
 
 
-def index_is_not_json(folder: Path) -> str:
-    (folder / INDEX).write_text("{")
-    return "not valid JSON"
+def spoil_header(folder: Path) -> None:
+    content = bytearray(last_shard(folder).read_bytes())
+    content[8:40] = b"\x00" * 32
+    last_shard(folder).write_bytes(content)
 
 
-def index_without_map(folder: Path) -> str:
-    (folder / INDEX).write_text('{"metadata": {}}')
-    return "not a safetensors index"
+def retensor(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder / "model.safetensors", change)
 
 
-def index_of_numbers(folder: Path) -> str:
-    edit_index(folder, lambda names: names.update({NORM: 3}))  # type: ignore[dict-item]
-    return "not a safetensors index"
+def write_index(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / INDEX).write_text(text)
 
 
-SINGLE = [truncated, empty, corrupt_header, lfs_pointer, tensor_missing, wrong_shape, quantised, pickled_only, nothing]
-SHARDED = [
-    truncated,
-    corrupt_header,
-    file_missing,
-    index_outside,
-    index_absolute,
-    index_names_another_file,
-    index_is_not_json,
-    index_without_map,
-    index_of_numbers,
-]
+KEYS = "model.layers.0.self_attn.k_proj.weight"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
+# What is done to a folder of one file or of several, and what is said of it; {file}: the last file of weights.
+SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda f: last_shard(f).write_bytes(last_shard(f).read_bytes()[:-100]), "{file}"),
+    "empty": (lambda f: last_shard(f).write_bytes(b""), "{file}"),
+    "header": (spoil_header, "{file}"),
+    "pointer": (lambda f: last_shard(f).write_text(LFS), "{file}"),
+    "tensor missing": (retensor(lambda t: t.pop(NORM)), NORM),
+    "shape": (
+        retensor(lambda t: t.update({KEYS: torch.zeros(32, 32)})),
+        f"{KEYS} has shape (32, 32), but config.json makes it (16, 32)",
+    ),
+    "integers": (retensor(lambda t: t.update({KEYS: t[KEYS].to(torch.int8)})), f"{KEYS} is I8"),
+    "pickled": (lambda f: last_shard(f).rename(f / "pytorch_model.bin"), "found pytorch_model.bin"),
+    "nothing": (lambda f: last_shard(f).unlink(), "has neither model.safetensors nor"),
+}
+SHARDED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": SINGLE["truncated"],
+    "header": SINGLE["header"],
+    "file missing": (lambda f: last_shard(f).unlink(), f"{{file}}: no such file, but {INDEX} names it"),
+    "outside": (move_outside, "names a file outside its folder"),
+    "absolute": (lambda f: map_norm_to(str(f.parent / "outside.safetensors"), f), "names a file outside its folder"),
+    "another file": (map_norm_to_another_file, NORM),
+    "index no JSON": (write_index("{"), "not valid JSON"),
+    "no map": (write_index('{"metadata": {}}'), "not a safetensors index"),
+    "map of numbers": (lambda f: map_norm_to(3, f), "not a safetensors index"),
+}
 
 
 @pytest.mark.parametrize(
-    ("sharded", "damage"),
-    [pytest.param(sharded, d, id=f"{kind}-{d.__name__}") for sharded, kind, all_ in
-     ((False, "single", SINGLE), (True, "sharded", SHARDED)) for d in all_],
-)  # fmt: skip
-def test_a_damaged_model_is_one_line_that_names_it(
-    tmp_path: Path, sharded: bool, damage: Callable[[Path], str]
-) -> None:
+    ("sharded", "case"), [*((False, case) for case in SINGLE), *((True, case) for case in SHARDED)]
+)
+def test_a_damaged_model_is_one_line_that_names_it(tmp_path: Path, sharded: bool, case: str) -> None:
     folder = tiny(tmp_path / "model", sharded=sharded)
-    message = damage(folder)
-    with pytest.raises(UserError) as error:
-        load_model(find_model(str(folder)), None, dtype=torch.float32)
-    assert message in str(error.value)
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    damage, message = (SHARDED if sharded else SINGLE)[case]
+    wanted = message.format(file=last_shard(folder).name)
+    damage(folder)
+    said = refusal(lambda: load_model(find_model(str(folder)), None, dtype=torch.float32))
+    assert wanted in said and str(folder) in said
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("content", "message"),
     [
-        ("config.json", None, "no such file"),
-        ("config.json", b"{", "not valid JSON"),
-        ("config.json", b"\xff\xfe", "not valid JSON"),
-        ("config.json", b"[]", "expected a JSON object"),
+        (None, "no such file"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[]", "expected a JSON object"),
     ],
 )
-def test_a_damaged_config_is_one_line_that_names_it(
-    tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
-    folder = tiny(tmp_path)
-    (folder / name).unlink()
+def test_a_damaged_config_is_one_line_that_names_it(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "config.json"
     if content is not None:
-        (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        find_model(str(folder))
-    assert str(folder / name) in str(error.value) and "\n" not in str(error.value)
+        file.write_bytes(content)
+    assert refusal(lambda: find_model(str(tmp_path))).startswith(f"{file}: {message}")
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        find_model(str(tmp_path / "none"))
+    assert "no such folder" in refusal(lambda: find_model(str(tmp_path / "none")))
     (tmp_path / "file.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="is a file; give the folder"):
-        find_model(str(tmp_path / "file.safetensors"))
-    with pytest.raises(UserError, match="shape without weights"):
-        load_model(find_model("llama2-7b"), None, dtype=torch.bfloat16)
+    assert "is a file; give the folder" in refusal(lambda: find_model(str(tmp_path / "file.safetensors")))
+    shape = find_model("llama2-7b")
+    assert "shape without weights" in refusal(lambda: load_model(shape, None, dtype=torch.bfloat16))
 
 
 # --------------------------------------------------------------------------------------------- memory
 
-MEASURE = """
-import sys, threading
-from pathlib import Path
+# A small model first: code and threads are in place.
+SMALL_FIRST = """
 import torch
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 
-torch.set_num_threads(1)
+def load(folder):
+    return load_model(find_model(folder), None, dtype=torch.bfloat16)
 
-def anonymous():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-def watch():
-    while not done.wait(0.001):
-        seen.append(anonymous())
-
-load_model(find_model(sys.argv[2]), None, dtype=torch.bfloat16)  # a small one first: code and threads are in place
-done, start = threading.Event(), anonymous()
-seen = [start]
-thread = threading.Thread(target=watch)
-thread.start()
-model = load_model(find_model(sys.argv[1]), None, dtype=torch.bfloat16)
-seen.append(anonymous())
-done.set(), thread.join()
-size = sum(p.numel() * p.element_size() for p in model.parameters())
-print(size, max(seen) - start, len(seen))
+load(sys.argv[2])
 """
 
 
@@ -345,15 +307,9 @@ def test_reading_takes_the_memory_of_the_model_and_one_tensor(tmp_path: Path, st
     shapes = stored_shapes(weight_rules(source.shape))
     save_file({name: torch.ones(shape, dtype=stored) for name, shape in shapes.items()}, large / "model.safetensors")
     largest = max(torch.Size(shape).numel() for shape in shapes.values()) * stored.itemsize
-    output = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(large), str(small)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    ).stdout
-    size, grown, samples = (int(word) for word in output.split())
+    _, start, most, samples = peak_of(SMALL_FIRST, "model = load(sys.argv[1])", large, small)
+    size = 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    grown = most - start
     assert 180e6 < size < 220e6 and samples > 10
     assert grown > 0.95 * size  # the measurement sees the model
     assert grown <= size + largest + size // 12

@@ -1,4 +1,4 @@
-"""The native adapter's files: what they hold and what is refused."""
+"""The native adapter's files: what they hold and what is refused; and which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ import pytest
 import torch
 from native_files import native_adapter, reseal, write_native
 from oracle import OracleAdapter, OracleConfig, delta_weights
-from oracle_adapter import ALL_TARGETS, TARGET_PARTS
+from oracle_adapter import TARGET_PARTS
+from run_files import files_of
 from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, sized_targets, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_state
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_identity import check_same_base
-from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
+from megatron_tiedlora.checkpoint.resume import Progress, remove_superseded
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.convert.inputs import check_base
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.parallel.groups import Grid
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +49,26 @@ def values(base: Path, method: str = "tl6", **keywords: Any) -> OracleAdapter:
 # --------------------------------------------------------------------------------------------- what the files hold
 
 
+@pytest.mark.parametrize("targets", [("qkv",), ("o_proj",), ("qkv", "down_proj"), TARGET_NAMES], ids="-".join)
 @pytest.mark.parametrize("method", METHODS)
-def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: Path, method: str) -> None:
-    oracle = values(base, method)
+def test_all_tensors_are_written_whole_and_come_back(
+    base: Path, tmp_path: Path, method: str, targets: tuple[str, ...]
+) -> None:
+    oracle = values(base, method, targets=targets)
     written = write_native(tmp_path / "adapter", base, oracle)
-    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    lead = (2,) if method == "lora" else ()
-    shapes = {"A": (*lead, 4, 32), "B": (*lead, 64, 4), "u": (2, 4), "v": (2, 64)}
-    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == shapes
+    stored = load_file(tmp_path / "adapter" / WEIGHTS)
+    if targets == ("qkv",):
+        lead = (2,) if method == "lora" else ()
+        shapes = {"A": (*lead, 4, 32), "B": (*lead, 64, 4), "u": (2, 4), "v": (2, 64)}
+        assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == shapes
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     loaded = load_native_adapter(tmp_path / "adapter")
     assert loaded.config == written.config and loaded.base == written.base
+    assert loaded.config.targets == targets_of(find_model(str(base)).shape, targets)
     read_by_oracle = OracleAdapter.from_folder(tmp_path / "adapter")
     assert (read_by_oracle.method, read_by_oracle.rank, read_by_oracle.alpha) == (method, 4, 6.0)
-    assert read_by_oracle.layers == (1, 3)
+    assert (read_by_oracle.layers, set(read_by_oracle.targets)) == ((1, 3), set(targets))
+    assert loaded.state.keys() == read_by_oracle.tensors.keys() == oracle.tensors.keys()
     for name, tensor in oracle.tensors.items():
         assert torch.equal(loaded.state[name], tensor) and torch.equal(read_by_oracle.tensors[name], tensor)
     tied_adapter, whole = TiedAdapter(AdapterPart.whole(loaded.config)), Grid(rank=0, world_size=1)
@@ -65,6 +77,8 @@ def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: 
     full = gather_state(local, AdapterLayout(loaded.config, whole, (loaded.config.layers,)))
     for name, tensor in full.items():  # what a run would save again
         assert torch.equal(tensor, oracle.tensors[name]), name
+    save_adapter(tmp_path / "again", loaded.config, loaded.base, loaded.state)
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "adapter")
 
 
 def test_only_a_model_in_memory_may_have_another_tokenizer(base: Path) -> None:
@@ -78,12 +92,12 @@ def test_only_a_model_in_memory_may_have_another_tokenizer(base: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_updates_are_the_oracle_s_for_every_target(base: Path, tmp_path: Path, method: str) -> None:
     """W' - W of every linear and layer, as they are stored and as they are read back."""
-    oracle = values(base, method, targets=ALL_TARGETS)
+    oracle = values(base, method, targets=TARGET_NAMES)
     write_native(tmp_path / "adapter", base, oracle)
     read_by_oracle = OracleAdapter.from_folder(tmp_path / "adapter")
-    assert read_by_oracle.targets == ALL_TARGETS
+    assert read_by_oracle.targets == TARGET_NAMES
     updates = list(load_native_adapter(tmp_path / "adapter").updates(find_model(str(base)).shape))
-    assert len(updates) == len(oracle.layers) * len(ALL_TARGETS)
+    assert len(updates) == len(oracle.layers) * len(TARGET_NAMES)
     for rule, a, b in updates:
         deltas = delta_weights(read_by_oracle, OracleConfig.from_folder(base), rule.layer)
         stored = [part.name.split(".", 3)[-1].removesuffix(".weight") for part in rule.parts]
@@ -139,6 +153,13 @@ def test_an_adapter_fits_its_base_in_every_precision(base: Path, tmp_path: Path)
     check_base(find_model(str(half)), adapter, uses_tokenizer=False)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sizes_from_a_file_are_those_of_the_model(preset: str) -> None:
+    shape = shape_from_hf(PRESETS[preset])
+    sizes = {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size}
+    assert sized_targets(TARGET_NAMES, qkv_rows=shape.heads.rows, **sizes) == targets_of(shape, TARGET_NAMES)
+
+
 # --------------------------------------------------------------------------------------------- what is refused
 
 
@@ -161,22 +182,18 @@ def test_another_base_is_refused(base: Path, tmp_path: Path, shape: dict[str, An
     assert "--model" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_peft_adapter_is_refused_as_such(base: Path, tmp_path: Path) -> None:
-    source = find_model(str(base))
-    export_peft(source, native_adapter(source, values(base)), tmp_path / "peft")
-    with pytest.raises(UserError, match="this is a PEFT adapter; give the native one"):
-        load_native_adapter(tmp_path / "peft")
-
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+def test_another_mlp_width_is_another_base(base: Path, tmp_path: Path) -> None:
+    wider = write_tiny_model(tmp_path / "wider", tokenizer=False, intermediate_size=80)
+    adapter = native_adapter(find_model(str(base)), values(base, targets=("o_proj",)))
+    with pytest.raises(UserError, match=r"with intermediate_size 48, but .* has 80"):
+        check_base(find_model(str(wider)), adapter, differs=True)
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
     """Change fields of the config; None takes a field out."""
 
     def change(folder: Path) -> None:
-        content = json.loads((folder / CONFIG).read_text()) | changes
-        (folder / CONFIG).write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+        edit_plainly(folder, **changes)
         reseal(folder)
 
     return change
@@ -245,6 +262,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "more": (retensor(lambda t: t.update(more=torch.ones(1))), WEIGHTS, "holds a tensor 'more' that does not belong"),
     "no table": (edit(sha256=[1]), CONFIG, "is not a table of files and checksums"),
     "unsealed": (lambda folder: edit_plainly(folder, alpha=7.0), CONFIG, "does not match its own checksum"),
+    "unknown": (edit(targets=["qkv", "o_projj"]), CONFIG, "targets ['qkv', 'o_projj'] are not some of qkv, o_proj"),
+    "order": (edit(targets=["gate_up", "qkv"]), CONFIG, "in this order"),
+    "twice": (edit(targets=["qkv", "qkv"]), CONFIG, "in this order"),
+    "none": (edit(targets=[]), CONFIG, "targets [] are not some of"),
+    "no list": (edit(targets="all"), CONFIG, "wrong type"),
+    "mlp width": (edit(intermediate_size=7), WEIGHTS, "gate_up.B has shape"),
+    "fewer targets": (edit(targets=["qkv"]), WEIGHTS, "holds a tensor 'gate_up."),
+    "more targets": (edit(targets=["qkv", "gate_up", "down_proj"]), WEIGHTS, "tensor down_proj.A is missing"),
+    "type": (edit(peft_type="LORA"), "", "this is a PEFT adapter"),
     "seal alone": (lambda folder: edit_plainly(folder, sha256=None), CONFIG, "is not a table of files and checksums"),
     "flipped": (flip_a_bit, WEIGHTS, "does not match its checksum"),
     "nan": (retensor(lambda t: t["v"].view(-1)[3].fill_(torch.nan)), WEIGHTS, "v holds numbers that are not finite"),
@@ -253,7 +279,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_adapter_is_one_line_that_names_the_file(base: Path, tmp_path: Path, case: str) -> None:
-    write_native(tmp_path / "adapter", base, values(base))
+    write_native(tmp_path / "adapter", base, values(base, targets=("qkv", "gate_up")))
     damage, file, message = DAMAGE[case]
     damage(tmp_path / "adapter")
     with pytest.raises(UserError) as error:
@@ -272,3 +298,18 @@ def test_a_folder_of_another_format_names_the_version_that_wrote_it(base: Path, 
         f"{tmp_path / 'adapter' / CONFIG}: format_version 1, of version '0.1.0' of this package, is not 2, which is"
         " read; train the adapter again"
     )
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(
+    ("keep", "later", "left"),
+    [(1, False, {2, 8, 9, 10}), (2, False, {2, 7, 8, 9, 10}), (1, True, {2, 8}), (3, True, {2, 6, 7, 8})],
+)
+def test_earlier_checkpoints_are_removed(tmp_path: Path, keep: int, later: bool, left: set[int]) -> None:
+    """After a save, and by a run that resumes after a kill between a save and that."""
+    for step in range(1, 11):
+        (tmp_path / f"step_{step}").mkdir()
+    remove_superseded(tmp_path, Progress(step=8, best_step=2), keep=keep, later=later)
+    assert {int(path.name.removeprefix("step_")) for path in tmp_path.iterdir()} == left

@@ -11,7 +11,7 @@ import pytest
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.commands.front import COMMANDS
 from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings, Declared, declared, marked, setting_field, shared_field
 from megatron_tiedlora.config.settings import Settings, make_settings
@@ -42,6 +42,8 @@ def test_every_setting_is_declared(kind: type[CommandSettings]) -> None:
     for name, own in declared(kind).items():
         assert isinstance(own, Declared) and kind.model_fields[name].description, name
         assert own.group in kind.groups if kind.groups else not own.positional or own.metavar, name
+    _, after_usage = build_parser(kind).format_help().split("\n\n", 1)
+    assert max(len(line) for line in after_usage.splitlines() if line.startswith("  ")) <= 120
 
 
 @pytest.mark.parametrize("name", MARKS)

@@ -1,34 +1,45 @@
-"""Merged checkpoints and PEFT adapters compute what the native adapter computes, in the programs that read them."""
+"""Merged checkpoints and PEFT adapters compute what the native adapter computes, in the programs that read them; and
+the commands that write them: what they print, what they refuse and how they end."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from native_files import with_adapter
-from oracle import OracleAdapter, OracleConfig, delta_weights, load_weights, merged_weights
+from folders import ROOT
+from hf_models import hf_model, our_logits, peft_logits
+from native_files import Inputs, with_adapter
+from oracle import OracleConfig, load_weights, merged_weights
+from peft_models import logits_of, share
+from run_files import edit_json, files_of
 from safetensors.torch import load_file, save_file
+from task_files import refusal
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
-from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
+from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.commands.front import call
+from megatron_tiedlora.config.cli import run_command
+from megatron_tiedlora.config.tool_settings import ExportSettings, MergeSettings, adapter_flags
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.model.families import shape_from_hf
 
 INDEX = "model.safetensors.index.json"
-PLAIN = shape_from_hf(PRESETS["llama2-7b"])
+
 
 # name: (model, sharded, adapted layers or all)
 CASES: dict[str, tuple[dict[str, Any], bool, tuple[int, ...] | None]] = {
@@ -48,70 +59,35 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module")
-def gqa(bases: dict[str, Path]) -> tuple[ModelSource, NativeAdapter, OracleAdapter]:
-    """A base with kv heads < heads and a tl6 adapter of rank 4 and alpha 6."""
-    return with_adapter(bases["gqa"], "tl6")
-
-
-def tokens() -> torch.Tensor:
-    return torch.randint(3, 320, (2, 32), generator=torch.Generator().manual_seed(11))
-
-
-@torch.no_grad()
-def native_logits(source: ModelSource, adapter: NativeAdapter | None) -> torch.Tensor:
-    ids = tokens()
-    return load_model(source, adapter, dtype=torch.float32).predict(ids, torch.arange(32).expand_as(ids))
-
-
-@torch.no_grad()
-def transformers_logits(folder: Path) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens()).logits
-    return logits
-
-
-@torch.no_grad()
-def peft_logits(base: Path, folder: Path) -> torch.Tensor:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    logits: torch.Tensor = PeftModel.from_pretrained(model, str(folder))(tokens()).logits
-    return logits
-
-
-def share(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 # --------------------------------------------------------------------------------------------- both exports
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "case"),
+    [
+        *((method, "some_layers_sharded") for method in METHODS),
+        *((method, case) for method in ("lora", "tl6") for case in CASES if case != "some_layers_sharded"),
+    ],
+)
 def test_exports_compute_what_the_adapter_computes(
     bases: dict[str, Path], tmp_path: Path, method: str, case: str
 ) -> None:
-    base = bases[case]
-    source, adapter, oracle = with_adapter(base, method, CASES[case][2])
+    base, layers = bases[case], CASES[case][2]
+    source, adapter, oracle = with_adapter(base, method, layers)
     merge_adapter(source, adapter, tmp_path / "merged")
     export_peft(source, adapter, tmp_path / "peft")
-    native, plain = native_logits(source, adapter), native_logits(source, None)
-    assert share(plain, native) > 0.02  # the update is there
-    assert share(transformers_logits(tmp_path / "merged"), native) <= 1e-4
+    native = our_logits(source, adapter)
+    assert share(our_logits(source, None), native) > 0.02  # the update is there
+    assert share(logits_of(hf_model(tmp_path / "merged")), native) <= 1e-4
     assert share(peft_logits(base, tmp_path / "peft"), native) <= 1e-4
 
-    expected = merged_weights(load_weights(base), OracleConfig.from_folder(base), oracle)
-    merged = load_weights(tmp_path / "merged")
+    stored, merged = load_weights(base), load_weights(tmp_path / "merged")
+    expected = merged_weights(stored, OracleConfig.from_folder(base), oracle)
     assert merged.keys() == expected.keys()
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6, msg=name)
-    base_weights = load_weights(base)
-    layers = CASES[case][2] or (1, 2, 3)
-    changed = {f"model.layers.{i - 1}.self_attn.{part}_proj.weight" for i in layers for part in "qkv"}
-    assert {name for name in merged if not torch.equal(merged[name], base_weights[name])} == changed
+    changed = {f"model.layers.{i - 1}.self_attn.{part}_proj.weight" for i in layers or (1, 2, 3) for part in "qkv"}
+    assert {name for name in merged if not torch.equal(merged[name], stored[name])} == changed
 
 
 # --------------------------------------------------------------------------------------------- the merged folder
@@ -145,68 +121,35 @@ def test_a_merged_folder_holds_a_whole_model_and_nothing_else(bases: dict[str, P
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32])
 def test_config_states_the_dtype_that_is_stored(
-    bases: dict[str, Path], tmp_path: Path, dtype: torch.dtype | None
+    base: Path, inputs: Inputs, tmp_path: Path, dtype: torch.dtype | None
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, adapter, _ = with_adapter(bases["gqa"], "tl6")
-    merge_adapter(source, adapter, tmp_path / "merged", dtype=dtype)
+    merged = tmp_path / "merged"
+    merge_adapter(*inputs, merged, dtype=dtype)
     expected = dtype or torch.float32
-    assert {tensor.dtype for tensor in load_weights(tmp_path / "merged").values()} == {expected}
-    assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == expected
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == expected
-    values = json.loads((tmp_path / "merged" / "config.json").read_text())
-    original = json.loads((bases["gqa"] / "config.json").read_text())
+    assert {tensor.dtype for tensor in load_weights(merged).values()} == {expected}
+    assert AutoConfig.from_pretrained(merged).dtype == expected
+    assert AutoModelForCausalLM.from_pretrained(merged, dtype="auto").dtype == expected
+    values, original = (json.loads((folder / "config.json").read_text()) for folder in (merged, base))
     assert {**values, "dtype": None} == {**original, "dtype": None}  # nothing else changes
 
 
-def test_config_of_transformers_4_states_the_dtype_in_its_own_field(bases: dict[str, Path], tmp_path: Path) -> None:
-    base = shutil.copytree(bases["gqa"], tmp_path / "base")
-    values = json.loads((base / "config.json").read_text())
+def test_config_of_transformers_4_states_the_dtype_in_its_own_field(base: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(base, tmp_path / "base"))
+    values = json.loads((old / "config.json").read_text())
     values["torch_dtype"] = values.pop("dtype")
-    (base / "config.json").write_text(json.dumps(values))
-    source, adapter, _ = with_adapter(base, "tl6")
+    (old / "config.json").write_text(json.dumps(values))
+    source, adapter, _ = with_adapter(old, "tl6")
     merge_adapter(source, adapter, tmp_path / "merged", dtype=torch.bfloat16)
     after = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert after["torch_dtype"] == "bfloat16" and "dtype" not in after
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_a_16_bit_merge_is_rounded_once(tmp_path: Path, stored: torch.dtype) -> None:
-    """Casting the update first, or the base, rounds twice, which moves one weight in five or more."""
-    base = write_tiny_model(tmp_path / "base", dtype=stored)
-    source, adapter, oracle = with_adapter(base, "tl6")
-    merge_adapter(source, adapter, tmp_path / "merged", dtype=torch.bfloat16)
-    weights, merged = load_weights(base), load_weights(tmp_path / "merged")
-    same, twice = [], []
-    for layer in (1, 2, 3):
-        for part, delta in (delta_weights(oracle, OracleConfig.from_folder(base), layer) or {}).items():
-            name = f"model.layers.{layer - 1}.self_attn.{part}_proj.weight"
-            once = (weights[name].float() + delta).to(torch.bfloat16)
-            same.append(merged[name] == once)
-            twice.append((weights[name].to(torch.bfloat16) + delta.to(torch.bfloat16)) == once)
-    assert torch.cat([part.flatten() for part in same]).float().mean() > 0.999  # fp32 sums may end in another last bit
-    assert torch.cat([part.flatten() for part in twice]).float().mean() < 0.9  # the test can tell
-    assert torch.equal(merged["model.norm.weight"], weights["model.norm.weight"].to(torch.bfloat16))
-
-
-def test_a_copy_of_a_tied_head_stays_where_the_base_has_one(tmp_path: Path) -> None:
-    """It is not adapted, so it stays right."""
-    for name in ("tidy", "copied"):
-        base = write_tiny_model(tmp_path / f"base_{name}", tied=True)
-        tensors = load_file(base / "model.safetensors")
-        extra = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()} if name == "copied" else {}
-        save_file(tensors | extra, base / "model.safetensors", metadata={"format": "pt"})
-        source, adapter, _ = with_adapter(base, "tl6")
-        merge_adapter(source, adapter, tmp_path / name)
-        assert ("lm_head.weight" in load_weights(tmp_path / name)) == (name == "copied")
-        assert share(transformers_logits(tmp_path / name), native_logits(source, adapter)) <= 1e-4
-
-
-def test_the_merged_tokenizer_is_the_one_of_training(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_the_merged_tokenizer_is_the_one_of_training(base: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    base = shutil.copytree(bases["gqa"], tmp_path / "base")
+    base = shutil.copytree(base, tmp_path / "base")
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
     backend = json.loads((base / "tokenizer.json").read_text())
@@ -230,10 +173,10 @@ def test_the_merged_tokenizer_is_the_one_of_training(bases: dict[str, Path], tmp
     assert str(tmp_path) not in content  # nothing of this machine
 
 
-def test_another_tokenizer_replaces_the_base_s(bases: dict[str, Path], tmp_path: Path) -> None:
-    base = shutil.copytree(bases["gqa"], tmp_path / "base")
+def test_another_tokenizer_replaces_the_base_s(base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(base, tmp_path / "base")
     (base / "added_tokens.json").write_text("{}")
-    other = load_tokenizer(shutil.copytree(bases["gqa"], tmp_path / "other"))
+    other = load_tokenizer(shutil.copytree(base, tmp_path / "other"))
     other.add_tokens(["<only here>"])
     other.save_pretrained(tmp_path / "other")
     source, adapter, _ = with_adapter(base, "tl6")
@@ -247,45 +190,21 @@ def test_another_tokenizer_replaces_the_base_s(bases: dict[str, Path], tmp_path:
     assert not (tmp_path / "merged" / "added_tokens.json").exists()  # of the tokenizer that was replaced
 
 
-def test_a_base_without_tokenizer_is_merged_without_one(tmp_path: Path) -> None:
-    base = write_tiny_model(tmp_path / "base", tokenizer=False)
-    source, adapter, _ = with_adapter(base, "tl6")
-    merge_adapter(source, adapter, tmp_path / "merged")
-    assert not list((tmp_path / "merged").glob("tokenizer*"))
-    assert share(transformers_logits(tmp_path / "merged"), native_logits(source, adapter)) <= 1e-4
-
-
-def test_merging_twice_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    source, adapter, _ = with_adapter(bases["gqa"], "tl6")
-    merge_adapter(source, adapter, tmp_path / "merged")
-    merged = find_model(str(tmp_path / "merged"))
-    for action in (
-        lambda: merge_adapter(merged, adapter, tmp_path / "twice"),
-        lambda: export_peft(merged, adapter, tmp_path / "twice"),
-    ):
-        with pytest.raises(UserError, match=r"already; give the plain base with --model$"):
-            action()
-    assert {item.name for item in tmp_path.iterdir()} == {"merged"}
-
-
-def test_an_adapter_that_was_trained_on_a_merged_model_is_merged_into_it(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
-    source, first, _ = with_adapter(bases["gqa"], "tl6")
-    merge_adapter(source, first, tmp_path / "merged")
+def test_an_adapter_that_was_trained_on_a_merged_model_is_merged_into_it(inputs: Inputs, tmp_path: Path) -> None:
+    merge_adapter(*inputs, tmp_path / "merged")
     merged, second, _ = with_adapter(tmp_path / "merged", "tl5", seed=3)
     merge_adapter(merged, second, tmp_path / "both")
-    assert share(transformers_logits(tmp_path / "both"), native_logits(merged, second)) <= 1e-4
-    with pytest.raises(UserError, match="weights differ"):
-        merge_adapter(source, second, tmp_path / "wrong")
+    assert share(logits_of(hf_model(tmp_path / "both")), our_logits(merged, second)) <= 1e-4
+    for convert in (merge_adapter, export_peft):
+        assert "weights differ" in refusal(lambda convert=convert: convert(inputs[0], second, tmp_path / "wrong"))
+    assert not (tmp_path / "wrong").exists()
 
 
 # --------------------------------------------------------------------------------------------- the PEFT adapter
 
 
 @pytest.mark.parametrize("layers", [None, (1, 3)])
-def test_peft_files_are_as_documented(bases: dict[str, Path], tmp_path: Path, layers: tuple[int, ...] | None) -> None:
-    base = bases["gqa"]
+def test_peft_files_are_as_documented(base: Path, tmp_path: Path, layers: tuple[int, ...] | None) -> None:
     source, adapter, oracle = with_adapter(base, "tl6", layers)
     assert export_peft(source, adapter, tmp_path / "peft").rank == 4
     files = {"adapter_config.json", "adapter_model.safetensors", "tiedlora_export.json"}
@@ -327,33 +246,25 @@ def test_peft_files_are_as_documented(bases: dict[str, Path], tmp_path: Path, la
             torch.testing.assert_close(b, 6 / 4 * (torch.diag(oracle.v[index]) @ oracle.B)[cut])
 
 
-def test_padding_the_rank_changes_nothing(
-    gqa: tuple[ModelSource, NativeAdapter, OracleAdapter], bases: dict[str, Path], tmp_path: Path
-) -> None:
-    source, adapter, _ = gqa
-    export_peft(source, adapter, tmp_path / "plain")
-    assert export_peft(source, adapter, tmp_path / "padded", pad_rank_to=16).rank == 16
+def test_padding_the_rank_changes_nothing(base: Path, inputs: Inputs, tmp_path: Path) -> None:
+    for rank in (3, 0, -8):
+        with pytest.raises(UserError, match=f"--pad_rank_to {rank} is less than the adapter's rank 4"):
+            export_peft(*inputs, tmp_path / "peft", pad_rank_to=rank)
+    assert not list(tmp_path.iterdir())
+    export_peft(*inputs, tmp_path / "plain")
+    assert export_peft(*inputs, tmp_path / "padded", pad_rank_to=16).rank == 16
     content = json.loads((tmp_path / "padded" / "adapter_config.json").read_text())
     assert content["r"] == content["lora_alpha"] == 16
     plain, padded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "padded"))
     for name, tensor in padded.items():
         kept, filled = (tensor[:4], tensor[4:]) if "lora_A" in name else (tensor[:, :4], tensor[:, 4:])
         assert filled.numel() and torch.equal(kept, plain[name]) and not filled.any()
-    assert share(peft_logits(bases["gqa"], tmp_path / "padded"), native_logits(source, adapter)) <= 1e-4
+    assert share(peft_logits(base, tmp_path / "padded"), our_logits(*inputs)) <= 1e-4
 
 
-@pytest.mark.parametrize("rank", [3, 0, -8])
-def test_a_padded_rank_below_the_adapter_s_is_refused(
-    gqa: tuple[ModelSource, NativeAdapter, OracleAdapter], tmp_path: Path, rank: int
-) -> None:
-    with pytest.raises(UserError, match=f"--pad_rank_to {rank} is less than the adapter's rank 4"):
-        export_peft(*gqa[:2], tmp_path / "peft", pad_rank_to=rank)
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_is_not_finite_is_refused_by_tensor(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_not_finite_is_refused_by_tensor(base: Path, inputs: Inputs, tmp_path: Path) -> None:
     """A NaN of the base in computed weights, an update that fp16 does not hold, factors that overflow."""
-    broken = Path(shutil.copytree(bases["gqa"], tmp_path / "base"))
+    broken = Path(shutil.copytree(base, tmp_path / "base"))
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(broken / "model.safetensors")
     tensors[name][2, 3] = torch.nan
@@ -363,7 +274,7 @@ def test_what_is_not_finite_is_refused_by_tensor(bases: dict[str, Path], tmp_pat
         source, adapter, _ = with_adapter(broken, "tl6", targets=targets)
         with pytest.raises(UserError, match=says):
             merge_adapter(source, adapter, tmp_path / "merged", dtype=dtype)
-    source, adapter, _ = with_adapter(bases["gqa"], "tl6")
+    source, adapter = inputs
     large = replace(adapter, state={**adapter.state, "A": adapter.state["A"] * 1e5})
     with pytest.raises(UserError, match=r"[qkv]_proj\.weight holds .* does not fit float16; give --dtype bf16"):
         merge_adapter(source, large, tmp_path / "merged", dtype=torch.float16)
@@ -372,3 +283,127 @@ def test_what_is_not_finite_is_refused_by_tensor(bases: dict[str, Path], tmp_pat
     with pytest.raises(UserError, match=r"lora_B.weight of its export holds numbers that are not finite"):
         export_peft(source, huge, tmp_path / "peft")
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+# --------------------------------------------------------------------------------------------- the commands
+
+
+def test_an_output_that_is_an_empty_folder_is_filled(inputs: Inputs, tmp_path: Path) -> None:
+    export_peft(*inputs, tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
+
+
+def test_a_corrupt_tokenizer_stops_the_merge_before_it_writes(base: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(base, tmp_path / "base")
+    (broken / "tokenizer.json").write_text("{")
+    source, adapter, _ = with_adapter(broken, "tl6")
+    said = refusal(lambda: merge_adapter(source, adapter, tmp_path / "merged"))
+    assert "cannot be read as a tokenizer" in said
+    assert {item.name for item in tmp_path.iterdir()} == {"base"}
+
+
+# Runs tools one after another, each as the command that was started, and says whether deepspeed was imported by one.
+RUNNER = """
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    print("END", flush=True)
+print("deepspeed" in sys.modules, file=sys.stderr)
+"""
+
+
+def run_tools(*commands: tuple[object, ...]) -> tuple[list[str], str]:
+    """(what each of these prints, all of stderr) of names in tools/ with their arguments; each must end with 0."""
+    words = [[str(ROOT / "tools" / str(name)), *map(str, arguments)] for name, *arguments in commands]
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, json.dumps(words)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *printed, rest = done.stdout.split("END\n")
+    assert len(printed) == len(commands) and not rest, done.stdout
+    return printed, done.stderr
+
+
+def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, tmp_path: Path) -> None:
+    adapter = exported / "adapter"
+    (merged, peft, checked), errors = run_tools(
+        ("merge_adapter.py", "--adapter", adapter, "--output", tmp_path / "merged", "--dtype", "bf16"),
+        ("export_peft.py", "--adapter", adapter, "--output", tmp_path / "peft", "--pad_rank_to", 8),
+        ("verify_export.py", "--adapter", adapter, "--merged", tmp_path / "merged", "--peft", tmp_path / "peft"),
+    )
+    assert f"tiedlora verify --adapter {adapter} --merged {tmp_path / 'merged'}" in merged
+    assert "vllm serve" in peft and "--max-lora-rank 8" in peft
+    assert checked.count("ok") == 6, checked  # bits of both, by layers, and in transformers and PEFT
+    assert errors.endswith("False\n")  # transformers and peft are imported, deepspeed is not
+
+
+def test_the_next_command_has_the_flags_of_this_one() -> None:
+    given = MergeSettings(adapter="a b", model="m", base_differs=True, output="new")
+    assert adapter_flags(given.adapter, given) == "--adapter 'a b' --model m --base_differs"
+    assert adapter_flags("a", ExportSettings(adapter=["a"], output="new")) == "--adapter a"
+
+
+def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Path, tmp_path: Path) -> None:
+    """The native adapter that travels in its export comes back; without it the PEFT tensors give the same weights."""
+    native = load_native_adapter(exported / "adapter")
+    export_peft(find_model(str(base)), native, tmp_path / "plain")
+    content = {"config": native.config, "base_identity": native.base, "state": native.state}
+    step = Progress(step=1)
+    checkpoint = save_checkpoint(tmp_path / "checkpoints", progress=step, moments={}, settings={}, **content)
+    wanted, output = files_of(exported / "merged"), tmp_path / "merged"
+    for folder in (checkpoint, exported / "peft", tmp_path / "plain"):
+        assert call("merge", ["--adapter", str(folder), "--output", str(output)]) == 0
+        found = files_of(output)
+        if folder == tmp_path / "plain":
+            assert b'"method": "lora"' in found.pop(MERGE_RECORD) and found.items() <= wanted.items()
+        else:
+            assert found == wanted
+        shutil.rmtree(output)
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no adapter": (["--adapter", "none", "--output", "out"], "none"),
+    "run folder": (["--adapter", "run", "--output", "out"], "--adapter run: this is a run folder; give run/adapter"),
+    "peft folder": (["--adapter", "peft", "--output", "out"], "this is a PEFT adapter; give the native one"),
+    "no base": (["--adapter", "lost", "--output", "out"], "lost: its base cannot be found; give it with --model"),
+    "wrong model": (["--adapter", "adapter", "--model", "merged", "--output", "out"], "already; give the plain base"),
+    "output": (["--adapter", "adapter", "--output", "peft"], "--output peft exists; give a new folder"),
+    "file": (["--adapter", "adapter", "--output", "file"], "--output file exists; give a new folder"),
+    "link": (["--adapter", "adapter", "--output", "link"], "--output link exists; give a new folder"),
+    "no output": (["--adapter", "adapter"], "--output"),
+    "flag": (["--adapter", "adapter", "--ouput", "out"], "--output"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_one_line(
+    exported: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(exported / "adapter", tmp_path / "run" / "adapter")
+    shutil.copytree(exported / "adapter", tmp_path / "lost")
+    edit_json(tmp_path / "lost" / "adapter_config.json", base_model="/gone")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = files_of(tmp_path)
+    arguments, message = WRONG[case]
+    for tool in ("merge", "export"):
+        if case == "peft folder" and tool == "merge":  # it takes one
+            continue
+        with pytest.raises(SystemExit) as end:
+            run_command(partial(call, tool), arguments)
+        captured = capsys.readouterr()
+        assert end.value.code == 2 and not captured.out
+        assert captured.err.count("\n") == 1 and message in captured.err, captured.err
+    assert files_of(tmp_path) == before and (tmp_path / "link").is_symlink() and not (tmp_path / "nowhere").exists()

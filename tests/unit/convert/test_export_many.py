@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from flipped_bits import flip_bit
 from native_files import with_adapter, write_native
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
@@ -16,15 +17,6 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.cli import build_parser
-from megatron_tiedlora.config.fields import CommandSettings
-from megatron_tiedlora.config.tool_settings import (
-    ExportSettings,
-    ImportSettings,
-    MergeSettings,
-    PushSettings,
-    VerifySettings,
-)
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
 from megatron_tiedlora.convert.verify import verify_export
@@ -109,8 +101,6 @@ def test_an_export_in_16_bits(models: Path, adapters: Path, tmp_path: Path, dtyp
 
 
 def test_a_changed_bit_of_an_export_in_16_bits(adapters: Path, tmp_path: Path) -> None:
-    from flipped_bits import flip_bit
-
     given, peft = str(adapters / "runs/tl6/adapter"), tmp_path / "peft"
     call("export", ["--adapter", given, "--output", str(peft), "--dtype", "bf16"])
     assert call("verify", ["--adapter", given, "--peft", str(peft), "--in", "none"]) == 0
@@ -147,13 +137,9 @@ def test_many_in_one_call(adapters: Path, tmp_path: Path, capsys: pytest.Capture
             assert (tmp_path / "all" / name / file).read_bytes() == (tmp_path / "one" / name / file).read_bytes()
 
 
-def test_a_pattern_of_one_adapter_is_many(adapters: Path, tmp_path: Path) -> None:
-    """What a command writes where does not depend on how many there are."""
-    call("export", ["--adapter", str(adapters / "pl*"), "--output", str(tmp_path / "all")])
-    assert (tmp_path / "all/plain" / CONFIG).is_file()
-
-
-def test_the_base_is_read_once(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pattern_is_many_whatever_it_matches_and_the_base_is_read_once(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron_tiedlora.convert import export_peft as module
 
     seen: list[str] = []
@@ -161,6 +147,8 @@ def test_the_base_is_read_once(adapters: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(module, "identify_model", lambda *words: seen.append("") or real(*words))
     call("export", ["--adapter", str(adapters / "runs/*/adapter"), "--output", str(tmp_path / "all")])
     assert len(seen) == 1
+    call("export", ["--adapter", str(adapters / "pl*"), "--output", str(tmp_path / "one")])
+    assert (tmp_path / "one/plain" / CONFIG).is_file()
 
 
 WRONG_MANY = {
@@ -212,12 +200,6 @@ def test_a_base_is_found_among_models(models: Path, adapters: Path, tmp_path: Pa
     for kind in ("native", None):
         with pytest.raises(UserError, match=said):
             open_adapter(str(folder), str(tmp_path / "empty"), kind=kind)
-
-
-@pytest.mark.parametrize("kind", [MergeSettings, ExportSettings, VerifySettings, ImportSettings, PushSettings])
-def test_the_help_says_that_a_folder_of_models_will_do(kind: type[CommandSettings]) -> None:
-    help_text = " ".join(build_parser(kind).format_help().split())
-    assert "--model M the base model: folder, hub id or demo; or a folder of models, where it is found by" in help_text
 
 
 def test_a_peft_adapter_of_others_has_no_hashes(models: Path, adapters: Path, tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""PEFT LoRA adapters read as native ones: the same update as PEFT's own, and a refusal of all that is not a LoRA."""
+"""PEFT's LoRA and VeRA adapters read as native ones: the same update as PEFT's own."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,97 +10,125 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import moments_of, with_adapter, write_native
-from oracle import OracleConfig
-from peft_folders import CONFIG, WEIGHTS, rejection, with_fields, with_tensors
-from peft_models import logits_of, lora_model, share
+from native_files import with_adapter
+from peft_folders import WEIGHTS, imported
+from peft_models import lora_model, vera_model
 from quantised_folders import SHAPE, quantised_folder
 from safetensors.torch import load_file, save_file
-from tiny_models import random_adapter, write_tiny_model
+from task_files import refusal
+from tiny_models import write_tiny_model
 
-from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
-from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
-from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind, check_base
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import exported_base, import_peft, open_adapter, read_peft
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three layers, fewer key-value heads than heads, and q wider than the hidden size: rows 48, 24 and 24 of 32. Gate
-    and up have 40."""
-    return write_tiny_model(tmp_path_factory.mktemp("base"), head_dim=12, intermediate_size=40, tokenizer=False)
-
-
 # --------------------------------------------------------------------------------------------- the same update
 
-Q_AND_V = ["q_proj", "v_proj"]
+ALL = (1, 2, 3)
+Q_AND_V, QKV = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-# name: options of PEFT's LoraConfig, layers and rank of the native adapter
-OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
-    "q_v": ({"r": 3, "lora_alpha": 5, "target_modules": Q_AND_V}, (1, 2, 3), 6),
-    "k": ({"r": 3, "lora_alpha": 5, "target_modules": ["k_proj"]}, (1, 2, 3), 3),
-    "q_k_v": ({"r": 2, "lora_alpha": 7, "target_modules": ["v_proj", "k_proj", "q_proj"]}, (1, 2, 3), 6),
-    "rslora": ({"r": 4, "lora_alpha": 3, "use_rslora": True, "target_modules": Q_AND_V}, (1, 2, 3), 8),
-    "layers": ({"r": 3, "target_modules": Q_AND_V, "layers_to_transform": [2, 0], "lora_dropout": 0.1}, (1, 3), 6),
-    "layer": ({"r": 3, "target_modules": ["k_proj"], "layers_to_transform": 1, "layers_pattern": "layers"}, (2,), 3),
-    "pattern": ({"r": 2, "target_modules": r".*layers\.(0\..*q_proj|2\..*(k|v)_proj)"}, (1, 3), 4),
-    "full_name": ({"r": 2, "target_modules": ["model.layers.1.self_attn.v_proj", "k_proj"]}, (1, 2, 3), 4),
-    "full_name_beside_layers": (
-        {"r": 2, "target_modules": ["model.layers.1.self_attn.v_proj", "k_proj"], "layers_to_transform": [0]},
-        (1, 2),
-        2,  # no layer has two projections
-    ),
-    "excluded": ({"r": 2, "target_modules": Q_AND_V, "exclude_modules": ["1.self_attn.v_proj"]}, (1, 2, 3), 4),
-    "gaussian": ({"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"}, (1, 2, 3), 2),
-    "o": ({"r": 3, "target_modules": ["o_proj"]}, (1, 2, 3), 3),
-    "up": ({"r": 3, "lora_alpha": 5, "target_modules": ["up_proj"]}, (1, 2, 3), 3),
-    "gate": ({"r": 3, "target_modules": ["gate_proj"], "layers_to_transform": 2}, (3,), 3),
-    "mlp": ({"r": 2, "lora_alpha": 7, "target_modules": MLP, "use_rslora": True}, (1, 2, 3), 4),
-    "o_and_down": ({"r": 3, "lora_alpha": 5, "target_modules": ["down_proj", "o_proj"]}, (1, 2, 3), 3),
-    "o_and_separate": ({"r": 2, "target_modules": ["o_proj", "gate_proj", "up_proj"]}, (1, 2, 3), 4),  # o_proj padded
-    "all_linear": ({"r": 2, "lora_alpha": 5, "target_modules": "all-linear"}, (1, 2, 3), 6),
-    # q of layer 1, up of layer 2, down of layer 3: one module a linear, so nothing is block-diagonal
-    "one_a_layer": ({"r": 2, "target_modules": r".*layers\.(0\..*q_proj|1\..*up_proj|2\..*down_proj)"}, (1, 2, 3), 2),
+Case = tuple[dict[str, Any], int, tuple[int, ...], list[str]]
+
+
+def case(rank: int, *, layers: tuple[int, ...] = ALL, targets: tuple[str, ...] = ("qkv",), **options: Any) -> Case:
+    """Options of PEFT's LoraConfig, and rank, layers and targets of the native adapter.
+
+    Separate A's, of q, k and v or of gate and up, are stacked: the rank is their sum. For o_proj it is the largest rank
+    of a layer.
+    """
+    return options, rank, layers, list(targets)
+
+
+# The first pattern that matches decides: q_proj of layer 1 has rank 3, and those of the others 4.
+PATTERNS: dict[str, Any] = {
+    "targets": ("qkv", "down_proj"),
+    "target_modules": [*QKV, "down_proj"],
+    "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 3, "q_proj": 4, r"layers\.\d+\.mlp\.down_proj": 6, "v_proj": 2},
+    "alpha_pattern": {"q_proj|v_proj": 11, r".*\.(0|2)\.mlp\..*": 0.7},
 }
-TARGETS = {  # of the native adapter, where it is not qkv alone
-    **{"o": ["o_proj"], "up": ["gate_up"], "gate": ["gate_up"], "mlp": ["gate_up", "down_proj"]},
-    **{"o_and_separate": ["o_proj", "gate_up"], "o_and_down": ["o_proj", "down_proj"], "all_linear": [*TARGET_NAMES]},
-    "one_a_layer": ["qkv", "gate_up", "down_proj"],
+OPTIONS: dict[str, Case] = {
+    "q_v": case(6, r=3, lora_alpha=5, target_modules=Q_AND_V),
+    "k": case(3, r=3, lora_alpha=5, target_modules=["k_proj"]),
+    "q_k_v": case(6, r=2, lora_alpha=7, target_modules=["v_proj", "k_proj", "q_proj"]),
+    "rslora": case(8, r=4, lora_alpha=3, use_rslora=True, target_modules=Q_AND_V),
+    "layers": case(6, layers=(1, 3), r=3, target_modules=Q_AND_V, layers_to_transform=[2, 0], lora_dropout=0.1),
+    "layer": case(
+        3, layers=(2,), r=3, target_modules=["k_proj"], layers_to_transform=1, layers_pattern="layers"
+    ),
+    "pattern": case(4, layers=(1, 3), r=2, target_modules=r".*layers\.(0\..*q_proj|2\..*(k|v)_proj)"),
+    "full_name": case(4, r=2, target_modules=["model.layers.1.self_attn.v_proj", "k_proj"]),
+    "full_name_beside_layers": case(  # no layer has two projections
+        2, layers=(1, 2), r=2, target_modules=["model.layers.1.self_attn.v_proj", "k_proj"], layers_to_transform=[0]
+    ),
+    "excluded": case(4, r=2, target_modules=Q_AND_V, exclude_modules=["1.self_attn.v_proj"]),
+    "gaussian": case(2, r=2, target_modules=["q_proj"], init_lora_weights="gaussian"),
+    "o": case(3, targets=("o_proj",), r=3, target_modules=["o_proj"]),
+    "up": case(3, targets=("gate_up",), r=3, lora_alpha=5, target_modules=["up_proj"]),
+    "gate": case(3, layers=(3,), targets=("gate_up",), r=3, target_modules=["gate_proj"], layers_to_transform=2),
+    "mlp": case(4, targets=("gate_up", "down_proj"), r=2, lora_alpha=7, target_modules=MLP, use_rslora=True),
+    "o_and_down": case(
+        3, targets=("o_proj", "down_proj"), r=3, lora_alpha=5, target_modules=["down_proj", "o_proj"]
+    ),
+    "o_and_separate": case(  # o_proj is padded
+        4, targets=("o_proj", "gate_up"), r=2, target_modules=["o_proj", "gate_proj", "up_proj"]
+    ),
+    "all_linear": case(6, targets=TARGET_NAMES, r=2, lora_alpha=5, target_modules="all-linear"),
+    "one_a_layer": case(  # one module a linear, so nothing is block-diagonal
+        2,
+        targets=("qkv", "gate_up", "down_proj"),
+        r=2,
+        target_modules=r".*layers\.(0\..*q_proj|1\..*up_proj|2\..*down_proj)",
+    ),
+    "ranks": case(9, r=3, rank_pattern={"q_proj": 5, "k_proj": 1}, target_modules=QKV),
+    "alphas": case(9, r=3, alpha_pattern={"k_proj": 7, "v_proj": 0.1}, target_modules=QKV),
+    "ranks_and_alphas": case(8, r=2, lora_alpha=5, use_rslora=False, **PATTERNS),
+    "ranks_and_alphas_rslora": case(8, r=2, lora_alpha=5, use_rslora=True, **PATTERNS),
+    "rank_of_a_layer": case(7, targets=("o_proj",), r=2, rank_pattern={r"layers\.1\..*": 7}, target_modules=["o_proj"]),
+    "whole_names": case(
+        8,
+        targets=TARGET_NAMES,
+        r=2,
+        target_modules="all-linear",
+        rank_pattern={"model.layers.2.mlp.up_proj": 6, "mlp.down_proj": 1, "^q_proj": 9, "proj": 9},
+        alpha_pattern={r".*\.0\.self_attn\.(k|v)_proj$": 3, "model.layers.0.self_attn.v_proj": 8},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_logits_equal_peft_s(base: Path, tmp_path: Path, name: str) -> None:
-    """Separate A's, of q, k and v or of gate and up, are stacked: the rank is their sum."""
-    options, layers, rank = OPTIONS[name]
-    peft = lora_model(base, **options)
-    peft.save_pretrained(tmp_path)
-    source = find_model(str(base))
-    assert adapter_kind(tmp_path) == "peft"
-    adapter = read_peft(tmp_path, source).adapter
-    assert adapter.config.method == "lora" and (adapter.config.layers, adapter.config.rank) == (layers, rank)
-    assert [target.name for target in adapter.config.targets] == TARGETS.get(name, ["qkv"])
-    save_adapter(tmp_path / "native", adapter.config, adapter.base, adapter.state)
-    adapter = load_native_adapter(tmp_path / "native")
-    positions = torch.arange(24).expand(2, 24)
-    ours = logits_of(load_model(source, adapter, dtype=torch.float32).predict, positions)
-    assert share(ours, logits_of(peft)) <= 1e-5
-    with peft.disable_adapter():
-        assert share(ours, logits_of(peft)) > 0.01  # the update is there
+def test_logits_and_merged_weights_equal_peft_s(separate: Path, tmp_path: Path, name: str) -> None:
+    options, *expected = OPTIONS[name]
+    config = imported(lora_model(separate, **options), separate, tmp_path).config
+    assert [config.rank, config.layers, [target.name for target in config.targets]] == expected
+    assert config.method == "lora" and adapter_kind(tmp_path / "peft") == "peft"
 
 
-def test_which_adapters_train_on_as_peft_s(base: Path, tmp_path: Path) -> None:
-    """With one A for all modules of a linear: where they have one A now, and each has an adapter."""
+@pytest.mark.parametrize(("alpha", "exact"), [(1, True), (3, False), (64, True)])
+def test_a_scale_of_its_own_is_in_b(separate: Path, tmp_path: Path, alpha: float, exact: bool) -> None:
+    """It makes no B larger, is exact if it is another power of two, and off by half a bit of fp32 otherwise."""
+    options: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": QKV, "alpha_pattern": {"k_proj": alpha}}
+    lora_model(separate, **options).save_pretrained(tmp_path)
+    stored, adapter = load_file(tmp_path / WEIGHTS), read_peft(tmp_path, find_model(str(separate))).adapter
+    assert adapter.config.alpha / adapter.config.rank == max(2, alpha / 2)
+    rows = {"q_proj": (slice(0, 48), slice(0, 2), 2), "k_proj": (slice(48, 72), slice(2, 4), alpha / 2)}
+    for module, (of_b, columns, scale) in rows.items():
+        b = stored[f"base_model.model.model.layers.0.self_attn.{module}.lora_B.weight"].double() * scale
+        found = adapter.state["B"][0, of_b, columns].double() * (adapter.config.alpha / adapter.config.rank)
+        assert torch.equal(found, b) if exact or module == "q_proj" else ((found - b) / b).abs().max() <= 2**-24
+
+
+def test_which_adapters_train_on_as_peft_s(separate: Path, tmp_path: Path) -> None:
+    """With one A for all modules of a linear: where they have one A now, and each has an adapter. Ranks of layers may
+    differ, as padding has no gradient, but not their scales."""
+    source = find_model(str(separate))
 
     def trains_as_peft(name: str, tied: dict[str, str], **options: Any) -> bool:
-        peft = lora_model(base, r=2, **options)
+        peft = lora_model(separate, r=2, **options)
         parameters = dict(peft.named_parameters())
         with torch.no_grad():
             for key, parameter in parameters.items():
@@ -109,191 +136,156 @@ def test_which_adapters_train_on_as_peft_s(base: Path, tmp_path: Path) -> None:
                     if module in key and "lora_A" in key:
                         parameter.copy_(parameters[key.replace(module, first)])
         peft.save_pretrained(tmp_path / name)
-        return read_peft(tmp_path / name, find_model(str(base))).apart is None
+        return read_peft(tmp_path / name, source).apart is None
 
     tied = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    ranks: dict[str, Any] = {"target_modules": ["o_proj"], "rank_pattern": {r".*\.1\..*": 4}}
     assert trains_as_peft("o", {}, target_modules=["o_proj", "down_proj"], layers_to_transform=[0, 2])
     assert trains_as_peft("tied", tied, target_modules="all-linear")
     assert not trains_as_peft("separate", {}, target_modules="all-linear")
     assert not trains_as_peft("half", {"k_proj": "q_proj", "v_proj": "q_proj"}, target_modules="all-linear")
     assert not trains_as_peft("q", {}, target_modules=["q_proj"])
     assert not trains_as_peft("two", {"v_proj": "q_proj"}, target_modules=["q_proj", "v_proj"])
+    assert trains_as_peft("scale", {}, **ranks, lora_alpha=1, alpha_pattern={r".*\.1\..*": 2})
+    assert not trains_as_peft("scales", {}, **ranks)
+    notes: list[str] = []
+    said = import_peft(None, tmp_path / "scales", tmp_path / "native", say=notes.append).apart
+    assert [said] == notes and said == (
+        f"{tmp_path}/scales: its modules have several scales alpha / r, and one here, so training continues differently"
+        " from PEFT's"
+    )
 
 
+@pytest.mark.parametrize("family", ["separate", "fused"])
 @pytest.mark.parametrize("method", ["lora", "tl6"])
 @pytest.mark.parametrize("layers", [None, (1, 3)])
-def test_what_is_exported_comes_back(base: Path, tmp_path: Path, method: str, layers: tuple[int, ...] | None) -> None:
-    """The export's A is one for q, k and v, so the rank stays."""
-    source, native, _ = with_adapter(base, method, layers)
-    export_peft(source, native, tmp_path / "peft")
-    back = read_peft(tmp_path / "peft", source).adapter
-    assert (back.config.rank, back.config.layers) == (4, native.config.layers)
-    for layer in native.config.layers:
-        pairs = (lora_factors(one.config, one.state, one.config.targets[0], layer) for one in (back, native))
-        found, expected = (b @ a for a, b in pairs)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+def test_what_is_exported_comes_back(
+    request: pytest.FixtureRequest, tmp_path: Path, family: str, method: str, layers: tuple[int, ...] | None
+) -> None:
+    """The export's A is one for q, k and v, so the rank stays. A fused projection is one module, whose factors come
+    back to the last bit."""
+    source, native, _ = with_adapter(request.getfixturevalue(family), method, layers)
+    export_peft(source, native, tmp_path)
+    modules = {name.split(".")[-3] for name in load_file(tmp_path / WEIGHTS)}
+    assert modules == ({"qkv_proj"} if family == "fused" else set(QKV))
+    back = read_peft(tmp_path, source).adapter
+    assert (back.config.method, back.config.rank, back.config.layers) == ("lora", 4, native.config.layers)
     assert {name: (t.shape, t.dtype) for name, t in back.state.items()} == {
         name: (back.config.shape(name), torch.float32) for name in "ABuv"
     }
-
-
-@pytest.mark.parametrize("method", ["lora", "tl6"])
-@pytest.mark.parametrize("layers", [None, (1, 3)])
-def test_a_fused_projection_is_one_module(tmp_path: Path, method: str, layers: tuple[int, ...] | None) -> None:
-    """Phi-3's qkv_proj: PEFT has one pair for all of it, whose product comes back to the last bit."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = write_tiny_model(tmp_path / "base", family="phi3", num_kv_heads=2, tokenizer=False)
-    source, native, _ = with_adapter(base, method, layers)
-    export_peft(source, native, tmp_path / "peft")
-    stored = load_file(tmp_path / "peft" / WEIGHTS)
-    assert len(stored) == 2 * len(native.config.layers) and all(".qkv_proj.lora_" in name for name in stored)
-    back = read_peft(tmp_path / "peft", source).adapter
-    assert (back.config.method, back.config.rank, back.config.layers) == ("lora", 4, native.config.layers)
-    for (found_rule, *found), (rule, *expected) in zip(
+    for (rule, *found), (own_rule, *own) in zip(
         back.updates(source.shape), native.updates(source.shape), strict=True
     ):
-        assert found_rule == rule and all(map(torch.equal, found, expected))
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "peft")
-    positions = torch.arange(24).expand(2, 24)
-    ours = logits_of(load_model(source, back, dtype=torch.float32).predict, positions)
-    assert share(ours, logits_of(peft)) <= 1e-5
-    with peft.disable_adapter():
-        assert share(ours, logits_of(peft)) > 0.01  # the update is there
+        assert rule == own_rule
+        torch.testing.assert_close(found[1] @ found[0], own[1] @ own[0], rtol=1e-6, atol=1e-6)
+        assert family == "separate" or all(map(torch.equal, found, own))
 
 
-def test_it_merges_as_a_native_adapter(base: Path, tmp_path: Path) -> None:
-    peft = lora_model(base, r=3, lora_alpha=5, target_modules=Q_AND_V)
+@pytest.mark.parametrize("name", ["ranks_and_alphas", "whole_names"])
+def test_patterns_come_back_from_their_export(separate: Path, tmp_path: Path, name: str) -> None:
+    """Export has one rank and alpha r, so the scales are in the factors; the update is the one that PEFT computed."""
+    peft = lora_model(separate, **OPTIONS[name][0])
     peft.save_pretrained(tmp_path / "peft")
-    source = find_model(str(base))
-    merge_adapter(source, read_peft(tmp_path / "peft", source).adapter, tmp_path / "merged")
-    expected = peft.merge_and_unload().state_dict()
-    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+    source = find_model(str(separate))
+    native = read_peft(tmp_path / "peft", source).adapter
+    export_peft(source, native, tmp_path / "exported")
+    back = read_peft(tmp_path / "exported", source).adapter
+    assert back.config.rank == native.config.rank
+    expected = {
+        f"{key.removeprefix('base_model.model.')}.weight": module.get_delta_weight("default")
+        for key, module in peft.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    found = {}
+    for rule, a, b in back.updates(source.shape):
+        found |= rule.by_stored_tensor(b @ a)
+    assert {key for key, update in found.items() if update.any()} == set(expected)
+    for key, update in expected.items():
+        torch.testing.assert_close(found[key], update.detach(), rtol=1e-5, atol=1e-6, msg=key)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_factors_in_16_bits_are_read_as_they_are(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    lora_model(base, r=2, target_modules=Q_AND_V).save_pretrained(tmp_path)
+def test_factors_in_16_bits_are_read_as_they_are(separate: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    lora_model(separate, r=2, target_modules=Q_AND_V).save_pretrained(tmp_path)
     stored = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / WEIGHTS).items()}
     save_file(stored, tmp_path / WEIGHTS)
-    adapter = read_peft(tmp_path, find_model(str(base))).adapter
+    adapter = read_peft(tmp_path, find_model(str(separate))).adapter
     key = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
     assert torch.equal(adapter.state["A"][1, 2:], stored[key].float())
 
 
-# --------------------------------------------------------------------------------------------- refusals
-
-
-@pytest.fixture(scope="module")
-def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of q and v as PEFT writes it."""
-    folder = tmp_path_factory.mktemp("plain")
-    lora_model(base, r=3, lora_alpha=5, target_modules=Q_AND_V).save_pretrained(folder)
-    return folder
+# --------------------------------------------------------------------------------------------- VeRA
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"peft_type": "LOHA"}, "peft_type LOHA is not supported; only LORA and VERA are"),
-        ({"use_dora": True}, "use_dora = True is not a plain LoRA"),
-        ({"bias": "lora_only"}, "bias = 'lora_only' trains biases"),
-        ({"lora_bias": True}, "lora_bias = True is not a plain LoRA"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not a plain LoRA"),
-        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication = "),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices = "),
-        ({"a_field_to_come": 1}, "a_field_to_come = 1 is not a plain LoRA"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4' changes the base weights too"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "target module lm_head is not supported. Supported: q_proj, k"),
-        ({"target_modules": "all-linear"}, "target_modules = 'all-linear' is not supported"),
-        ({"target_modules": None}, "target_modules = None is not supported"),
-        ({"target_modules": "q_proj"}, "target_modules 'q_proj' match no q_proj"),  # a whole name has to match it
-        ({"target_modules": "(q"}, r"target_modules: the pattern '\(q' is not read; letters, .* Write a list of names"),
-        ({"exclude_modules": 3}, "exclude_modules = 3 is neither a pattern nor a list of names. Write a list of names"),
-        ({"layers_to_transform": [3]}, "layers_to_transform has 3, but .* has layers 0 to 2; give the adapter's own"),
-        ({"layers_to_transform": 0.5}, "layers_to_transform = 0.5 is neither a layer nor a list"),
-        ({"r": 0}, "r = 0 is not an integer from 1 to"),
-        ({"r": True}, "r = True is not an integer"),
-        ({"lora_alpha": None}, "lora_alpha = None is not a number"),
-        ({"lora_alpha": 0}, "lora_alpha = 0 is not between"),
-        ({"lora_alpha": -2}, "lora_alpha = -2 is not between"),
-        ({"lora_alpha": 2**53}, "lora_alpha = 9007199254740992 is not between"),
-        ({"lora_alpha": 1e6}, r"its native alpha = 2000000.0 is not between 1e-06 and 1e\+06; scale lora_B inst"),
-    ],
+    ("options", "layers"),
+    [({}, (1, 2, 3)), ({"layers_to_transform": [2, 0], "vera_dropout": 0.1, "d_initial": 0.5}, (1, 3))],
 )
-def test_what_is_not_a_plain_lora_is_refused_by_name(
-    base: Path, plain: Path, tmp_path: Path, changes: dict[str, Any], said: str
+def test_on_a_fused_projection_it_is_a_native_vera(
+    fused: Path, tmp_path: Path, options: dict[str, Any], layers: tuple[int, ...]
 ) -> None:
-    folder = with_fields(plain, tmp_path / "adapter", changes)
-    assert re.match(rf"{re.escape(CONFIG)}: {said}", rejection(base, folder))
+    peft = vera_model(fused, r=3, target_modules=["qkv_proj"], **options)
+    adapter = imported(peft, fused, tmp_path)
+    config, stored = adapter.config, load_file(tmp_path / "peft" / WEIGHTS)
+    assert (config.method, config.rank, config.scale, config.layers) == ("vera", 3, 1.0, layers)
+    modules = [f"base_model.model.model.layers.{layer - 1}.self_attn.qkv_proj.vera_lambda" for layer in layers]
+    expected = {
+        "A": stored["base_model.vera_A"],
+        "B": stored["base_model.vera_B"],
+        "u": torch.stack([stored[f"{module}_d"] for module in modules]),
+        "v": torch.stack([stored[f"{module}_b"] for module in modules]),
+    }
+    assert adapter.state.keys() == expected.keys()
+    assert all(torch.equal(adapter.state[name], tensor) for name, tensor in expected.items())
 
 
-Q1, LAYERS = "base_model.model.model.layers.1.self_attn.q_proj", "base_model.model.model.layers"
+# name: options of PEFT's VeraConfig, adapted layers
+PARTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "q_k_v": ({"target_modules": ["v_proj", "k_proj", "q_proj"]}, (1, 2, 3)),
+    "q_v": ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 1}, (2,)),
+    "k": ({"target_modules": ["k_proj"]}, (1, 2, 3)),
+    "pattern": ({"target_modules": r".*layers\.(0\..*q_proj|2\..*(k|v)_proj)"}, (1, 3)),
+    "o_in_one_layer": ({"target_modules": r".*layers\.(0\..*o_proj|2\..*down_proj)"}, (1, 3)),
+    "all": ({"target_modules": ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}, (1, 2, 3)),
+}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("family", "modules", "targets"),
     [
-        ({f"{Q1}.lora_A.weight": None}, f"{Q1}.lora_A.weight is missing, but {CONFIG} targets its module"),
-        ({f"{Q1}.lora_B.weight": None}, f"{Q1}.lora_B.weight is missing"),
-        ({f"{Q1}.lora_A.weight": torch.ones(2, 32)}, r"\S* has shape \(2, 32\), but .* it must be \(3, 32\)"),
-        ({f"{Q1}.lora_A.weight": torch.ones(3, 64)}, r"\S* has shape \(3, 64\), but .* it must be \(3, 32\)"),
-        ({f"{Q1}.lora_B.weight": torch.ones(32, 3)}, r"\S* has shape \(32, 3\), but .* it must be \(48, 3\)"),
-        ({f"{Q1}.lora_B.weight": torch.full((48, 3), torch.inf)}, r"\S* holds numbers that are not finite"),
-        ({f"{Q1}.lora_B.weight": torch.ones(48, 3, dtype=torch.int8)}, r"\S* is I8, not floating point"),
-        ({f"{Q1}.lora_magnitude_vector": torch.ones(48)}, r"\S* is not a LoRA factor of q_proj, .*, down_proj; only"),
-        ({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 48)}, r"\S*lm_head\S* is not a LoRA factor"),
-        ({f"{LAYERS}.3.self_attn.q_proj.lora_A.weight": torch.ones(3, 32)}, r"\S* is for layer 3, but .* 0 to 2; give"),
-        ({f"{LAYERS}.0.self_attn.k_proj.lora_A.weight": torch.ones(3, 32)}, r"\S* is present, but \S* does not target"),
+        ("separate", ["down_proj", "o_proj"], ["o_proj", "down_proj"]),
+        ("fused", "all-linear", [*TARGET_NAMES]),
+        ("fused", ["qkv_proj", "o_proj"], ["qkv", "o_proj"]),  # equally wide: each has a whole copy of A
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(
-    base: Path, plain: Path, tmp_path: Path, changes: dict[str, torch.Tensor | None], said: str
+def test_every_linear_that_is_one_module_has_its_part_of_a_and_b(
+    separate: Path, fused: Path, tmp_path: Path, family: str, modules: Any, targets: list[str]
 ) -> None:
-    folder = with_tensors(plain, tmp_path / "adapter", changes)
-    assert re.match(rf"{re.escape(WEIGHTS)}: {said}", rejection(base, folder))
+    base = {"separate": separate, "fused": fused}[family]
+    adapter = imported(vera_model(base, r=3, target_modules=modules), base, tmp_path)
+    stored = load_file(tmp_path / "peft" / WEIGHTS)
+    assert (adapter.config.method, [target.name for target in adapter.config.targets]) == ("vera", targets)
+    assert read_peft(tmp_path / "peft", find_model(str(base))).apart is None
+    for target in adapter.config.targets:
+        a, b = (adapter.state[target.prefix + factor] for factor in "AB")
+        assert torch.equal(a, stored["base_model.vera_A"][:, : target.in_size])
+        assert torch.equal(b, stored["base_model.vera_B"][: target.out_size])
 
 
-def test_folders_that_hold_no_peft_adapter(base: Path, plain: Path, tmp_path: Path) -> None:
-    assert rejection(base, tmp_path).startswith(f"{CONFIG}: no such file; expected a PEFT adapter folder")
-    (tmp_path / CONFIG).write_text("{}")
-    assert rejection(base, tmp_path) == f"{CONFIG}: not a PEFT adapter (it has no peft_type); give another folder"
-    shutil.copy(plain / CONFIG, tmp_path)
-    assert rejection(base, tmp_path).startswith(f"{WEIGHTS}: not a whole safetensors file")
-    (tmp_path / "adapter_model.bin").write_bytes(b"")
-    assert rejection(base, tmp_path).startswith("adapter_model.bin: pickled weights are not read")
+@pytest.mark.parametrize("name", PARTS)
+def test_on_parts_it_is_a_native_lora(separate: Path, tmp_path: Path, name: str) -> None:
+    """A and B are as large as the largest module needs; a smaller one uses the first rows of B."""
+    options, layers = PARTS[name]
+    adapter = imported(vera_model(separate, r=3, **options), separate, tmp_path, tolerance=1e-6)
+    assert (adapter.config.method, adapter.config.rank, adapter.config.layers) == ("lora", 3, layers)
+    assert read_peft(tmp_path / "peft", find_model(str(separate))).apart is not None
 
 
-def test_kinds_of_folders(base: Path, plain: Path, tmp_path: Path) -> None:
-    write_native(tmp_path / "run" / "adapter", base, random_adapter("tl5", OracleConfig.from_folder(base)))
-    oracle = random_adapter("tl5", OracleConfig.from_folder(base), targets=["o_proj"])
-    native = write_native(tmp_path / "version2", base, oracle)  # it has a peft_type
-    moments = moments_of(native)
-    content = {"config": native.config, "base_identity": native.base, "state": native.state}
-    step = save_checkpoint(tmp_path / "checkpoints", progress=Progress(), moments=moments, settings={}, **content)
-    assert adapter_kind(str(tmp_path / "run" / "adapter")) == "native"
-    assert adapter_kind(tmp_path / "version2") == adapter_kind(step) == "native"
-    assert adapter_kind(plain) == "peft"
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / CONFIG).write_text('{"r": 3}')
-    (tmp_path / "empty").mkdir()
-    for folder, said in {
-        tmp_path / "run": f"--adapter {tmp_path}/run: this is a run folder; give {tmp_path}/run/adapter",
-        tmp_path / "none": f"--adapter {tmp_path}/none: no such folder; give a run's adapter/ or checkpoints/",
-        step.parent: f"--adapter {step.parent}: this is a folder of checkpoints; give one of them, {step.parent}/step",
-        step.parent / "latest": f"--adapter {step.parent}/latest: this file names the newest checkpoint; give its",
-        base: f"--adapter {base}: this is a model folder; give it with --model",
-        tmp_path / "empty": f"--adapter {tmp_path}/empty: has no {CONFIG}; give the folder of a native or",
-        tmp_path / "odd": f"{tmp_path}/odd/{CONFIG}: neither a native adapter (format_version) nor a PEFT one",
-    }.items():
-        with pytest.raises(UserError, match=f"^{re.escape(said)}"):
-            adapter_kind(folder)
+# --------------------------------------------------------------------------------------------- its base
 
 
-def test_the_record_of_an_export_decides_neither_shape_nor_precision(base: Path, tmp_path: Path) -> None:
-    source, native, _ = with_adapter(base, "tl6")
+def test_the_record_of_an_export_decides_neither_shape_nor_precision(separate: Path, tmp_path: Path) -> None:
+    source, native, _ = with_adapter(separate, "tl6")
     assert exported_base(tmp_path, native.base) is None
     export_peft(source, native, tmp_path / "peft")
     file = tmp_path / "peft" / EXPORT_RECORD
@@ -302,8 +294,7 @@ def test_the_record_of_an_export_decides_neither_shape_nor_precision(base: Path,
     assert exported_base(tmp_path / "peft", native.base) == native.base
     for name in ("base_model", "base_hash", "base_weights_hash"):
         file.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
-        with pytest.raises(UserError, match=f"{EXPORT_RECORD}: {name} is missing"):
-            exported_base(tmp_path / "peft", native.base)
+        assert f"{EXPORT_RECORD}: {name} is missing" in refusal(lambda: exported_base(tmp_path / "peft", native.base))
 
 
 def test_an_adapter_of_a_quantised_folder_can_be_merged_onto_it(tmp_path: Path) -> None:
@@ -322,13 +313,13 @@ def test_an_adapter_of_a_quantised_folder_can_be_merged_onto_it(tmp_path: Path) 
     assert torch.equal(merged, expected.to(merged.dtype))
 
 
-def test_an_export_keeps_the_storage_format_of_the_base(base: Path, tmp_path: Path) -> None:
+def test_an_export_keeps_the_storage_format_of_the_base(separate: Path, tmp_path: Path) -> None:
     """So its adapter is used with the base that training saw, also if it comes back as a plain LoRA."""
-    source, native, _ = with_adapter(base, "tl6")
+    source, native, _ = with_adapter(separate, "tl6")
     folder, quantised = tmp_path / "run", replace(native.base, base_format="nf4", base_stored="bf16")
     save_adapter(folder, native.config, quantised, native.state)
     export_peft(source, load_native_adapter(folder), tmp_path / "peft", native=folder)
-    opened = open_adapter(str(tmp_path / "peft"), str(base))
+    opened = open_adapter(str(tmp_path / "peft"), str(separate))
     assert opened.adapter.base == quantised
     said: list[str] = []
     for name, inside in (("whole", True), ("alone", False)):
@@ -344,7 +335,7 @@ def test_an_export_keeps_the_storage_format_of_the_base(base: Path, tmp_path: Pa
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "base_stored": "int4"}))
     with pytest.raises(UserError, match=f"{EXPORT_RECORD}: base_stored 'int4' is not one of bf16, fp16, fp32"):
-        open_adapter(str(tmp_path / "peft"), str(base))
+        open_adapter(str(tmp_path / "peft"), str(separate))
     file.write_text(json.dumps({**content, "base_format": "nf3"}))
     with pytest.raises(UserError, match=f"{EXPORT_RECORD}: base_format 'nf3' is not one of int8, fp8, nf4"):
-        open_adapter(str(tmp_path / "peft"), str(base))
+        open_adapter(str(tmp_path / "peft"), str(separate))

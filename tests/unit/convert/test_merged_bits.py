@@ -11,20 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from flipped_bits import file_of, flip_bit
-from native_files import with_adapter
+from native_files import Inputs, with_adapter
 from quantised_folders import SHAPE, quantised_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint import load_model as blocks
 from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.load_model import row_blocks
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import compare_merged
 
-ALL = ("qkv", "o_proj", "gate_up", "down_proj")
 WITH_ZERO = "model.layers.1.mlp.gate_proj.weight"
 DTYPES = {"stored": None, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -50,13 +49,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def inputs(base: Path) -> tuple[ModelSource, NativeAdapter]:
+def inputs(base: Path) -> Inputs:
     """The base, and an adapter of all four targets in the first and the last of its three layers."""
-    return with_adapter(base, "tl6", layers=(1, 3), targets=ALL)[:2]
+    return with_adapter(base, "tl6", layers=(1, 3), targets=TARGET_NAMES)[:2]
 
 
 @pytest.fixture(scope="module")
-def exported(inputs: tuple[ModelSource, NativeAdapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a merged folder for each of DTYPES."""
     root = tmp_path_factory.mktemp("exported")
     for name, dtype in DTYPES.items():
@@ -64,7 +63,7 @@ def exported(inputs: tuple[ModelSource, NativeAdapter], tmp_path_factory: pytest
     return root
 
 
-def differences(inputs: tuple[ModelSource, NativeAdapter], merged: Path) -> tuple[str, ...]:
+def differences(inputs: Inputs, merged: Path) -> tuple[str, ...]:
     return compare_merged(*inputs, merged).differences
 
 
@@ -76,16 +75,14 @@ def rewrite(file: Path, name: str, tensor: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-def test_a_merge_has_the_bits_that_it_must_have(
-    inputs: tuple[ModelSource, NativeAdapter], exported: Path, kind: str
-) -> None:
+def test_a_merge_has_the_bits_that_it_must_have(inputs: Inputs, exported: Path, kind: str) -> None:
     found = compare_merged(*inputs, exported / kind)
     assert found.lines() == ["merged files, bit by bit: 14 tensors with the adapter, 16 as in the base  ok"]
 
 
 @pytest.mark.parametrize("kind", DTYPES)
 def test_bits_are_those_of_whole_matrices(
-    inputs: tuple[ModelSource, NativeAdapter], base: Path, exported: Path, tmp_path: Path, kind: str
+    inputs: Inputs, base: Path, exported: Path, tmp_path: Path, kind: str
 ) -> None:
     """The same folder, written here with no loop over rows: W in fp32 plus B' A', cast once."""
     source, adapter = inputs
@@ -119,7 +116,7 @@ ONE_BIT = {  # a tensor, and a row in it
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("case", ONE_BIT)
 def test_one_flipped_bit_is_found_and_its_tensor_named(
-    inputs: tuple[ModelSource, NativeAdapter], exported: Path, tmp_path: Path, kind: str, case: str
+    inputs: Inputs, exported: Path, tmp_path: Path, kind: str, case: str
 ) -> None:
     folder = shutil.copytree(exported / kind, tmp_path / "merged")
     name, row = ONE_BIT[case]
@@ -130,7 +127,7 @@ def test_one_flipped_bit_is_found_and_its_tensor_named(
     assert differences(inputs, folder) == (f"{file}: {name} {wanted}",)
 
 
-def test_the_highest_bit_counts_too(inputs: tuple[ModelSource, NativeAdapter], exported: Path, tmp_path: Path) -> None:
+def test_the_highest_bit_counts_too(inputs: Inputs, exported: Path, tmp_path: Path) -> None:
     """0 and -0 are equal as numbers."""
     folder = shutil.copytree(exported / "stored", tmp_path / "merged")
     flip_bit(file_of(folder, WITH_ZERO), WITH_ZERO, row=1, bit=15)
@@ -138,11 +135,9 @@ def test_the_highest_bit_counts_too(inputs: tuple[ModelSource, NativeAdapter], e
     assert f"{WITH_ZERO} differs from the base in 1 value, first in row 1, " in found
 
 
-@pytest.mark.parametrize("damage", ["no update", "swapped", "another dtype", "another tensor", "stale file"])
-def test_what_else_is_found(
-    inputs: tuple[ModelSource, NativeAdapter], base: Path, exported: Path, tmp_path: Path, damage: str
-) -> None:
-    folder = shutil.copytree(exported / "stored", tmp_path / "merged")
+@pytest.mark.parametrize("damage", ["no update", "swapped", "dtype", "not cast", "another tensor", "stale file"])
+def test_what_else_is_found(inputs: Inputs, base: Path, exported: Path, tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(exported / ("fp32" if damage == "not cast" else "stored"), tmp_path / "merged")
     name = "model.layers.0.self_attn.v_proj.weight"
     file = file_of(folder, name)
     if damage == "no update":
@@ -151,9 +146,12 @@ def test_what_else_is_found(
     elif damage == "swapped":  # rows of the update, in the order of another head
         rewrite(file, name, load_file(file)[name].roll(8, 0))
         wanted = f"{name} differs from base + adapter in "
-    elif damage == "another dtype":
+    elif damage == "dtype":
         rewrite(file, name, load_file(file)[name].float())
         wanted = f"{name} is F32, not BF16"
+    elif damage == "not cast":
+        rewrite(file, name, load_file(file_of(base, name))[name])
+        wanted = f"{name} is BF16, not F32"
     elif damage == "another tensor":
         rewrite(file, "extra\n\x1b", torch.ones(3))
         wanted = r"extra\n\x1b is not in the base"
@@ -162,16 +160,6 @@ def test_what_else_is_found(
         wanted = "differs from base + adapter"
     found = differences(inputs, folder)
     assert found and all(line.startswith(f"{file}: ") and wanted in line for line in found), found
-
-
-def test_a_tensor_that_is_not_cast_as_the_others_is_named(
-    inputs: tuple[ModelSource, NativeAdapter], base: Path, exported: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(exported / "fp32", tmp_path / "merged")
-    name = "model.layers.1.self_attn.v_proj.weight"
-    file = file_of(folder, name)
-    rewrite(file, name, load_file(file_of(base, name))[name])
-    assert differences(inputs, folder) == (f"{file}: {name} is BF16, not F32",)
 
 
 def test_a_copy_of_a_tied_head_is_compared_where_there_is_one(tmp_path: Path) -> None:
@@ -201,11 +189,11 @@ def test_a_number_beside_the_weights(tmp_path: Path) -> None:
     assert "scale differs from the base in 1 value, first in row 0, by up to 2,097,152 units" in found
 
 
-def test_a_fused_stored_tensor(tmp_path: Path) -> None:
+def test_a_fused_stored_tensor(fused: Path, tmp_path: Path) -> None:
     """Phi-3 stores q, k and v as one tensor, and gate and up as one."""
-    base = write_tiny_model(tmp_path / "base", family="phi3", tokenizer=False)
-    inputs = with_adapter(base, "lora", targets=("qkv", "gate_up"))[:2]
+    inputs = with_adapter(fused, "lora", targets=("qkv", "gate_up"))[:2]
     merge_adapter(*inputs, tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("tokenizer*")), "the base has none"
     found = compare_merged(*inputs, tmp_path / "merged")
     assert ": 6 tensors with the adapter" in found.compared and not found.differences
     name = "model.layers.1.self_attn.qkv_proj.weight"
@@ -214,7 +202,7 @@ def test_a_fused_stored_tensor(tmp_path: Path) -> None:
     assert f"{name} differs from base + adapter in 1 value, first in row 50, " in found
 
 
-def test_many_differences_are_cut_short(inputs: tuple[ModelSource, NativeAdapter], base: Path, exported: Path) -> None:
+def test_many_differences_are_cut_short(inputs: Inputs, base: Path, exported: Path) -> None:
     """The base itself in the place of the merged folder: every touched tensor differs."""
     found = compare_merged(*inputs, base)
     assert len(found.differences) == 14
@@ -233,10 +221,7 @@ def test_blocks_cover_all_rows_and_none_is_small(shape: tuple[int, ...]) -> None
 
 
 def test_the_bar_counts_bytes(
-    inputs: tuple[ModelSource, NativeAdapter],
-    exported: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    inputs: Inputs, exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # elsewhere a bar that ends so soon writes nothing
     compare_merged(*inputs, exported / "fp32", progress=True)
@@ -250,7 +235,7 @@ def test_a_merge_onto_a_folder_that_is_quantised(tmp_path: Path, kind: str) -> N
     share a scale would have other values if they were quantised again."""
     plain = write_tiny_model(tmp_path / "plain", dtype=torch.bfloat16, tokenizer=False, **SHAPE)
     quantised, _ = quantised_folder(plain, tmp_path / "folders", kind)
-    source, adapter = find_model(str(quantised)), with_adapter(plain, "tl6", layers=(1, 3), targets=ALL)[1]
+    source, adapter = find_model(str(quantised)), with_adapter(plain, "tl6", layers=(1, 3), targets=TARGET_NAMES)[1]
     inputs = source, replace(adapter, base=identify_model(source, "bf16"))
     merged = tmp_path / "merged"
     merge_adapter(*inputs, merged, onto_trained=True)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from nemo_files import TOKENIZER, Sizes, ckpt, draw_tensors, nemo_members, pieces, rank_member, state_dict, write_nemo
+from task_files import refusal
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.convert.nemo import convert_nemo, nemo_model
@@ -42,33 +43,27 @@ def test_a_setting_that_computes_something_else_is_named(name: str, value: Any) 
         nemo_model(SMALL.settings(**{name: value}), source="here")
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [
-    ("tensor_model_parallel_size", 4, "num_attention_heads = 2 cannot be converted: 2 is not a multiple of 4"),
-    ("pipeline_model_parallel_size", 3, "num_layers = 2 cannot be converted: 2 is not a multiple of 3"),
-    ("ffn_hidden_size", 25, "ffn_hidden_size = 25 cannot be converted: 25 is not a multiple of 2"),
-])  # fmt: skip
-def test_sizes_that_ranks_cannot_divide_are_named(name: str, value: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        nemo_model(SMALL.settings(**{"tensor_model_parallel_size": 2, name: value}), source="here")
+ABSENT = object()
+OTHER_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"tensor_model_parallel_size": 4}, "num_attention_heads = 2 cannot be converted: 2 is not a multiple of 4"),
+    ({"pipeline_model_parallel_size": 3}, "num_layers = 2 cannot be converted: 2 is not a multiple of 3"),
+    ({"tensor_model_parallel_size": 2, "ffn_hidden_size": 25}, "ffn_hidden_size = 25 cannot be converted: 25 is"),
+    ({"normalization": ABSENT}, "normalization is absent, which cannot be converted"),  # it means something else
+    ({"activation": ABSENT}, "activation is absent, which"),
+    ({"position_embedding_type": ABSENT}, "position_embedding_type is absent, which"),
+    ({"bias": ABSENT}, "bias is absent, which"),
+    ({"share_embeddings_and_output_weights": ABSENT}, "share_embeddings_and_output_weights is absent, which"),
+    *(
+        ({"tokenizer": {**SMALL.settings()["tokenizer"], name: value}}, f"tokenizer: {name} = ")
+        for name, value in (("library", "megatron"), ("sentencepiece_legacy", True), ("model", "/tokenizers/a.model"))
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    "name", ["normalization", "activation", "position_embedding_type", "bias", "share_embeddings_and_output_weights"]
-)
-def test_a_setting_whose_absence_means_something_else_is_named(name: str) -> None:
-    values = SMALL.settings()
-    values.pop(name)
-    with pytest.raises(UserError, match=f"here: {name} is absent, which cannot be converted"):
-        nemo_model(values, source="here")
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("library", "megatron"), ("sentencepiece_legacy", True), ("model", "/tokenizers/a.model")]
-)
-def test_another_tokenizer_is_named(name: str, value: Any) -> None:
-    values = SMALL.settings()
-    with pytest.raises(UserError, match=f"here: tokenizer: {name} = "):
-        nemo_model({**values, "tokenizer": {**values["tokenizer"], name: value}}, source="here")
+@pytest.mark.parametrize(("changes", "message"), OTHER_SETTINGS)
+def test_sizes_and_tokenizers_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:
+    values = {name: value for name, value in SMALL.settings(**changes).items() if value is not ABSENT}
+    assert refusal(lambda: nemo_model(values, source="here")).startswith(f"here: {message}")
 
 
 def test_numbers_in_another_notation_are_read() -> None:

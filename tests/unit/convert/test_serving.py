@@ -70,11 +70,8 @@ def test_one_command_serves_all_by_name() -> None:
     )
     of_one = serve_hints({name: outputs[name] for name in ("a", "huge")}, "org/base", PLAIN)
     assert "--max-loras" not in of_one[-1], "one is served, and that is vLLM's default"
-
-
-def test_a_slot_of_gpu_memory_is_not_asked_for_each_of_many() -> None:
     many = {f"a{number}": Export(Path(f"a{number}"), 8, ["o_proj"]) for number in range(100)}
-    assert " --max-loras 8 --max-cpu-loras 100 " in serve_hints(many, "org/base", PLAIN)[-1]
+    assert " --max-loras 8 --max-cpu-loras 100 " in serve_hints(many, "org/base", PLAIN)[-1], "no slot for each"
 
 
 def test_the_name_that_vllm_s_resolver_asks_for_is_said_where_it_differs() -> None:
@@ -98,12 +95,9 @@ def block(page: str) -> list[str]:
     return [line.removeprefix("    ") for line in found.split("\n")]
 
 
-def test_docs_of_one_export() -> None:
+def test_docs_of_one_and_of_several_exports() -> None:
     exports = one(16, *TARGET_NAMES, folder="RUN/peft-16")
     assert block("docs/adapters.md") == serve_hints(exports, "/models/llama2-7b", PLAIN, named="llama2-7b")
-
-
-def test_docs_of_several_exports() -> None:
     targets = {"support": ["qkv"], "legal": ["qkv"], "notes": TARGET_NAMES, "titles": ["qkv"]}
     ranks = {"legal": 16}
     exports = {

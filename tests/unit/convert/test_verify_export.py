@@ -1,47 +1,31 @@
-"""The check of exports: what passes, what fails and how, and what loads the exports."""
+"""The check of exports: what passes, what fails and how, what loads the exports, and the memory that it takes."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from flipped_bits import flip_bit
-from native_files import native_adapter, with_adapter, write_exports
+from native_files import Inputs, native_adapter, with_adapter
 from oracle import load_weights
 from safetensors.torch import save_file
+from task_files import refusal
 from tiny_models import write_tiny_model
+from wide_models import Peak, peak_of, write_wide_adapter, write_wide_model
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.cli import build_parser
-from megatron_tiedlora.config.tool_settings import VerifySettings
+from megatron_tiedlora.base.output_folder import new_output
+from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.convert import verify
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.convert.verify import LogitComparison, Verification, format_comparisons, verify_export
-
-ALL = ("qkv", "o_proj", "gate_up", "down_proj")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with kv heads < heads."""
-    return write_tiny_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with adapter/, merged/, merged16/ and peft/ of one adapter."""
-    return write_exports(tmp_path_factory.mktemp("exported"), base)
-
-
-def test_the_help_says_what_is_compared_bit_by_bit() -> None:
-    """See `BitComparison` in the report: merged files, and PEFT files of this package."""
-    help_text = " ".join(build_parser(VerifySettings).format_help().split())
-    assert "Every tensor of the merged files is compared bit by bit" in help_text
-    assert "A PEFT folder that this package exported is compared bit by bit with the adapter's export" in help_text
 
 
 def by_name(found: Verification) -> dict[str, LogitComparison]:
@@ -55,9 +39,8 @@ def by_name(found: Verification) -> dict[str, LogitComparison]:
 MERGED, PEFT = ("merged", "merged, in transformers"), ("PEFT adapter", "PEFT adapter, in peft")
 
 
-def test_the_check_passes_what_is_right(base: Path, exported: Path) -> None:
-    source, adapter, _ = with_adapter(base, "tl6")
-    found = verify_export(source, adapter, merged=exported / "merged", peft=exported / "peft")
+def test_the_check_passes_what_is_right(inputs: Inputs, exported: Path) -> None:
+    found = verify_export(*inputs, merged=exported / "merged", peft=exported / "peft")
     rows = by_name(found)
     assert found.passed and not any(bits.differences for bits in found.bits) and not found.notes
     assert len(found.bits) == 2
@@ -72,9 +55,8 @@ def test_the_check_passes_what_is_right(base: Path, exported: Path) -> None:
     assert table[4].startswith("merged  ") and all(line.endswith("ok") for line in (*table[:2], *table[4:]))
 
 
-def test_the_check_takes_the_rounding_of_16_bits_out(base: Path, exported: Path) -> None:
-    source, adapter, _ = with_adapter(base, "tl6")
-    found = verify_export(source, adapter, merged=exported / "merged16")
+def test_the_check_takes_the_rounding_of_16_bits_out(inputs: Inputs, exported: Path) -> None:
+    found = verify_export(*inputs, merged=exported / "merged16")
     rows = by_name(found)
     for name in MERGED:
         shown, judged = rows[name], rows[f"{name}, rounded"]
@@ -86,9 +68,8 @@ def test_the_check_takes_the_rounding_of_16_bits_out(base: Path, exported: Path)
 @pytest.mark.parametrize("which", ["merged", "merged16"])
 @pytest.mark.parametrize("damage", ["plain", "swapped", "halved"])
 def test_the_check_fails_a_merge_that_is_wrong(
-    base: Path, exported: Path, tmp_path: Path, which: str, damage: str
+    base: Path, inputs: Inputs, exported: Path, tmp_path: Path, which: str, damage: str
 ) -> None:
-    source, adapter, _ = with_adapter(base, "tl6")
     broken = shutil.copytree(exported / which, tmp_path / "broken")
     weights, plain = load_weights(broken), load_weights(base)
     key, value = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "kv")
@@ -100,7 +81,7 @@ def test_the_check_fails_a_merge_that_is_wrong(
     else:  # alpha / r forgotten
         weights[key] = ((weights[key].float() + plain[key]) / 2).to(weights[key].dtype)
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    found = verify_export(source, adapter, merged=broken)
+    found = verify_export(*inputs, merged=broken)
     rows = by_name(found)
     judged = [rows[name if which == "merged" else f"{name}, rounded"] for name in MERGED]
     assert not found.passed and not any(row.passed for row in judged)  # each alone would have been enough
@@ -109,31 +90,29 @@ def test_the_check_fails_a_merge_that_is_wrong(
     assert len(bits.differences) == 1 and named in bits.differences[0]
 
 
-def test_the_check_fails_a_peft_adapter_that_is_wrong(base: Path, exported: Path, tmp_path: Path) -> None:
-    source, adapter, _ = with_adapter(base, "tl6")
+def test_the_check_fails_a_peft_adapter_that_is_wrong(inputs: Inputs, exported: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(exported / "peft", tmp_path / "broken")
     content = json.loads((broken / "adapter_config.json").read_text())
     (broken / "adapter_config.json").write_text(json.dumps(content | {"lora_alpha": 6}))
-    found = verify_export(source, adapter, peft=broken)
+    found = verify_export(*inputs, peft=broken)
     rows = by_name(found)
     assert [rows[name].passed for name in PEFT] == [False, False] and not found.passed
     assert len(found.bits) == 1 and found.report().count("FAILED") == 3
 
 
-def test_one_flipped_bit_of_an_exported_peft_folder_fails(base: Path, exported: Path, tmp_path: Path) -> None:
+def test_one_flipped_bit_of_an_exported_peft_folder_fails(inputs: Inputs, exported: Path, tmp_path: Path) -> None:
     """Logits do not show it. In another's folder nothing says what the bits must be."""
-    source, adapter, _ = with_adapter(base, "tl6")
     copy = shutil.copytree(exported / "peft", tmp_path / "peft")
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     flip_bit(copy / "adapter_model.safetensors", name)
-    found = verify_export(source, adapter, peft=copy, inside="none")
+    found = verify_export(*inputs, peft=copy, inside="none")
     assert not found.passed and all(row.passed for row in found.logits)
     (bits,) = found.bits
     assert bits.differences == (f"{copy / 'adapter_model.safetensors'}: {name} differs from the adapter's export",)
     assert found.report().startswith("PEFT files, bit by bit: the adapter's export  FAILED: 1 differ\n  ")
     assert len(found.notes) == 1 and "they are not what the adapter in native/ gives" in found.notes[0]
     (copy / EXPORT_RECORD).unlink()
-    assert verify_export(source, adapter, peft=copy, inside="none").passed
+    assert verify_export(*inputs, peft=copy, inside="none").passed
 
 
 def test_the_export_of_another_adapter_fails(base: Path, exported: Path) -> None:
@@ -154,12 +133,11 @@ def test_the_check_fails_an_adapter_that_changes_nothing(base: Path) -> None:
     assert not row.passed and "changes nothing" in row.verdict
 
 
-def test_one_flipped_bit_fails_where_logits_do_not_show_it(base: Path, exported: Path, tmp_path: Path) -> None:
-    source, adapter, _ = with_adapter(base, "tl6")
+def test_one_flipped_bit_fails_where_logits_do_not_show_it(inputs: Inputs, exported: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(exported / "merged", tmp_path / "broken")
     name = "model.layers.2.mlp.down_proj.weight"
     flip_bit(broken / "model.safetensors", name, row=30)
-    found = verify_export(source, adapter, merged=broken, inside="none")
+    found = verify_export(*inputs, merged=broken, inside="none")
     assert all(row.passed for row in found.logits) and not found.passed
     assert f"FAILED: 1 differ\n  {broken / 'model.safetensors'}: {name} differs from the base in" in found.report()
 
@@ -167,7 +145,7 @@ def test_one_flipped_bit_fails_where_logits_do_not_show_it(base: Path, exported:
 @pytest.mark.parametrize("method", ["tl6", "lora"])
 def test_all_targets(base: Path, tmp_path: Path, method: str) -> None:
     """Also by transformers, which computes them from the merged folder."""
-    source, adapter, _ = with_adapter(base, method, targets=ALL)
+    source, adapter, _ = with_adapter(base, method, targets=TARGET_NAMES)
     merge_adapter(source, adapter, tmp_path / "merged", dtype=torch.bfloat16)
     found = verify_export(source, adapter, merged=tmp_path / "merged")
     assert found.passed and ": 21 tensors with the adapter" in found.bits[0].compared
@@ -178,60 +156,75 @@ def test_all_targets(base: Path, tmp_path: Path, method: str) -> None:
 # --------------------------------------------------------------------------------------------- dtype, and what loads
 
 
-def test_in_bf16_only_the_rounded_weights_are_judged(base: Path, exported: Path) -> None:
-    source, adapter, _ = with_adapter(base, "tl6")
+def test_in_bf16_only_the_rounded_weights_are_judged(inputs: Inputs, exported: Path) -> None:
     for merged in ("merged", "merged16"):
-        found = verify_export(source, adapter, merged=exported / merged, dtype=torch.bfloat16)
+        found = verify_export(*inputs, merged=exported / merged, dtype=torch.bfloat16)
         assert [row.name for row in found.logits] == ["base without adapter", "merged", "  against rounded weights"]
         assert found.passed and found.logits[1].largest > 1e-3 and found.logits[2].largest == 0
-    with pytest.raises(UserError, match="--dtype bf16: a PEFT adapter is compared in fp32 only"):
-        verify_export(source, adapter, peft=exported / "peft", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
     ("inside", "names"),
     [("none", ()), ("transformers", MERGED[1:]), ("peft", PEFT[1:]), ("peft,transformers", (MERGED[1], PEFT[1]))],
 )
-def test_what_loads_the_exports_can_be_chosen(base: Path, exported: Path, inside: str, names: tuple[str, ...]) -> None:
-    source, adapter, _ = with_adapter(base, "tl6")
-    found = verify_export(source, adapter, merged=exported / "merged", peft=exported / "peft", inside=inside)
+def test_what_loads_the_exports_can_be_chosen(
+    inputs: Inputs, exported: Path, inside: str, names: tuple[str, ...]
+) -> None:
+    found = verify_export(*inputs, merged=exported / "merged", peft=exported / "peft", inside=inside)
     assert tuple(name for name in by_name(found) if ", in " in name) == names and found.passed
 
 
-def test_a_large_model_is_not_loaded_whole(base: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, adapter, _ = with_adapter(base, "tl6")
+def test_a_large_model_is_not_loaded_whole(
+    base: Path, inputs: Inputs, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verify, "LARGEST_WHOLE", 1000)
     exports = {"merged": exported / "merged", "peft": exported / "peft"}
-    found = verify_export(source, adapter, **exports)
+    found = verify_export(*inputs, **exports)
     assert tuple(by_name(found)) == ("base without adapter", "merged", "PEFT adapter") and found.passed
 
     assert found.report().splitlines()[-1].startswith(f"note: {base} takes ")
     assert found.notes[0].endswith("kB in fp32; --in transformers,peft loads all of it there too")
-    assert verify_export(source, adapter).notes == ()
-    asked = verify_export(source, adapter, merged=exports["merged"], inside="transformers")
+    assert verify_export(*inputs).notes == ()
+    asked = verify_export(*inputs, merged=exports["merged"], inside="transformers")
     assert tuple(by_name(asked)) == ("base without adapter", *MERGED)
 
 
-@pytest.mark.parametrize(
-    ("inside", "exports", "message"),
-    [
-        ("vllm", {"merged"}, "--in vllm: 'vllm' is not one of transformers, peft, none"),
-        ("transformers,", {"merged"}, "--in transformers,: '' is not one of"),
-        ("peft", {"merged"}, "--in peft: peft has nothing to load; give --peft DIR"),
-        ("transformers", {"peft"}, "--in transformers: transformers has nothing to load; give --merged DIR"),
-    ],
-)
-def test_wrong_names_of_what_loads(base: Path, exported: Path, inside: str, exports: set[str], message: str) -> None:
-    source, adapter, _ = with_adapter(base, "tl6")
-    with pytest.raises(UserError) as error:
-        verify_export(source, adapter, **{name: exported / name for name in exports}, inside=inside)
-    assert message in str(error.value)
+WRONG: list[tuple[str, str]] = [
+    ("--merged none", "none/config.json: no such file"),
+    ("--merged peft", "peft/config.json: no such file"),
+    ("--peft none", "none/adapter_config.json: no such file"),
+    ("--peft adapter", "not a PEFT adapter (it is a native one)"),
+    ("--merged other", "num_key_value_heads is 4, not 2 as in"),
+    ("--merged cut/merged", "not a whole safetensors file"),
+    ("--peft cut/peft", "not a whole safetensors file"),
+    ("--in none", "nothing to check; give --merged DIR, --peft DIR or both"),
+    ("--merged merged --in vllm", "--in vllm: 'vllm' is not one of transformers, peft, none"),
+    ("--merged merged --in transformers,", "--in transformers,: '' is not one of"),
+    ("--merged merged --in peft", "--in peft: peft has nothing to load; give --peft DIR"),
+    ("--peft peft --in transformers", "--in transformers: transformers has nothing to load; give --merged DIR"),
+    ("--merged merged --in transformers --dtype bf16", "transformers computes in fp32, so --dtype bf16 cannot"),
+    ("--peft peft --dtype bf16", "--dtype bf16: a PEFT adapter is compared in fp32 only"),
+]
 
 
-def test_transformers_computes_in_fp32_only(base: Path, exported: Path) -> None:
-    source, adapter, _ = with_adapter(base, "tl6")
-    with pytest.raises(UserError, match="transformers computes in fp32, so --dtype bf16 cannot"):
-        verify_export(source, adapter, merged=exported / "merged", dtype=torch.bfloat16, inside="transformers")
+@pytest.fixture(scope="module")
+def wrong(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exports, another model, and cut/ with weights that are too short."""
+    folder = tmp_path_factory.mktemp("wrong")
+    shutil.copytree(exported, folder, dirs_exist_ok=True)
+    write_tiny_model(folder / "other", num_kv_heads=4, tokenizer=False)
+    for name in ("merged", "peft"):
+        (weights,) = Path(shutil.copytree(exported / name, folder / "cut" / name)).glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-10])
+    return folder
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG)
+def test_what_cannot_be_checked_is_one_line(
+    wrong: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    monkeypatch.chdir(wrong)
+    assert message in refusal(lambda: call("verify", ["--adapter", "adapter", *words.split()]))
 
 
 def test_the_table_of_nan_fails() -> None:
@@ -241,9 +234,70 @@ def test_the_table_of_nan_fails() -> None:
 
 def test_the_command_takes_a_peft_folder_as_the_adapter(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As merging does."""
-    from megatron_tiedlora.commands.front import call
-
     peft, merged = str(exported / "peft"), str(exported / "merged")
     assert call("verify", ["--adapter", peft, "--merged", merged, "--in", "none", "--dtype", "bf16"]) == 0
     *_, judged = capsys.readouterr().out.splitlines()
     assert judged.startswith("  against rounded weights") and judged.split()[3] == "0.0e+00"
+
+
+# --------------------------------------------------------------------------------------------- memory
+
+READS_PROC = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
+IMPORTS = "from megatron_tiedlora.commands.front import call; from megatron_tiedlora.convert import inputs, verify"
+
+
+def check(folder: Path, *flags: str) -> Peak:
+    """Check the merged folder in `folder` by the command; its imports do not count."""
+    exports = ["--adapter", folder / "adapter", "--merged", folder / "merged"]
+    found = peak_of(IMPORTS, 'assert call("verify", sys.argv[1:]) == 0', *exports, *flags)
+    assert found.samples > 10, found.printed
+    return found
+
+
+def write_merged(folder: Path, targets: tuple[str, ...]) -> None:
+    """Merge an adapter of the model in `folder`."""
+    write_wide_adapter(folder / "adapter", folder / "base", targets)
+    opened = open_adapter(folder / "adapter", None)
+    merge_adapter(opened.source, opened.adapter, folder / "merged", new=new_output)
+
+
+def layer_bytes(base: Path, dtype: torch.dtype) -> int:
+    """The size of a layer's matrices in `dtype`."""
+    return find_model(str(base)).shape.block.num_weights * dtype.itemsize
+
+
+@READS_PROC
+def test_a_model_of_two_layers_takes_the_memory_of_one(tmp_path: Path) -> None:
+    """A layer is small here beside the rest, which is 20 MB."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 1024, "intermediate_size": 6144, "num_hidden_layers": 2, "vocab_size": 500}
+    write_wide_model(tmp_path / "base", file_bytes=10**8, **sizes, **heads)
+    write_merged(tmp_path, TARGET_NAMES)
+    report, start, peak, _ = check(tmp_path, "--in", "none")
+    layer = layer_bytes(tmp_path / "base", torch.float32)
+    assert layer > 80e6
+    assert peak - start < 1.5 * layer, f"{(peak - start) / 1e6:.0f} MB, a layer is {layer / 1e6:.0f} MB\n{report}"
+
+
+@pytest.fixture
+def large_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is removed at once: pytest keeps those of three runs."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@READS_PROC
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("targets", [("qkv",), TARGET_NAMES], ids=["qkv", "all"])
+def test_llama2_70b_shapes_take_the_memory_of_one_layer(large_folder: Path, targets: tuple[str, ...]) -> None:
+    """Four layers: 7.9 GB for the base, and as much for the merged folder. Python and torch are in the peak."""
+    write_wide_model(large_folder / "base", file_bytes=2 * 10**9, num_hidden_layers=4)
+    write_merged(large_folder, targets)
+    for dtype, flag in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        report, _, peak, _ = check(large_folder, "--dtype", flag)
+        layer = layer_bytes(large_folder / "base", dtype)
+        print(f"\n{flag}: peak of RssAnon {peak / 1e9:.2f} GB, a layer is {layer / 1e9:.2f} GB\n{report}")
+        assert peak < 1.2 * layer
+        (judged,) = (line for line in report.splitlines() if line.startswith("  against rounded weights"))
+        assert judged.endswith("ok")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from token_rows import TokenStore
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
 from megatron_tiedlora.data import cache, encode, token_dataset
@@ -15,6 +17,12 @@ from megatron_tiedlora.data.tokenizer import load_tokenizer
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The zoo's tokenizer with a chat template that marks nothing."""
     return load_tokenizer(write_zoo_tokenizer(tmp_path_factory.mktemp("tokenizer"), template=CHATML))
+
+
+@pytest.fixture
+def store(tokenizer: Any, tmp_path: Path) -> TokenStore:
+    """A cache of tokens in the test's own folder."""
+    return TokenStore(tokenizer, tmp_path)
 
 
 @pytest.fixture(params=["one process", "several"])

@@ -81,17 +81,17 @@ def test_names_that_are_no_pair(names: str, words: list[str], tmp_path: Path, mo
     assert all(word in message for word in words)
 
 
-def test_several_files_of_rows_with_weights(tmp_path: Path) -> None:
-    a, b = (write_rows(tmp_path / name, [{"de": "Ja.", "en": name}]) for name in ("a.jsonl", "b.csv.jsonl"))
-    files = {"train": f"{a}:0.5,{b}:0.5", "validation": a}
-    samples = load_split("iwslt2017", "train", files=files, seed=0)
-    assert [sample.completion for sample in samples] == [" a.jsonl", " b.csv.jsonl"]
-
-
-def test_a_comma_or_a_language_in_the_name_of_a_file_of_rows(tmp_path: Path) -> None:
+def test_files_of_rows_are_read_as_such(tmp_path: Path) -> None:
+    """Also where a name has a comma or a language, where there are several, and among data sets of the hub."""
     for name in ("a,b.jsonl", "train.de.jsonl", "train.en.parquet"):
         path = write_rows(tmp_path / name, [{"de": "Ja.", "en": "Yes."}])
         assert [sample.completion for sample in read("iwslt2017", path)] == [" Yes."]
+    a, b = (write_rows(tmp_path / name, [{"de": "Ja.", "en": name}]) for name in ("a.jsonl", "b.csv.jsonl"))
+    samples = load_split("iwslt2017", "train", files={"train": f"{a}:0.5,{b}:0.5", "validation": a}, seed=0)
+    assert [sample.completion for sample in samples] == [" a.jsonl", " b.csv.jsonl"]
+    assert "2 files" in refusal(lambda: read("iwslt2017", f"{a}:0.5,./none/none:0.5"))
+    assert TASK.read_files is not None
+    assert TASK.read_files(f"{a}:0.5,someone/pairs:de-en:train:0.5", "--train_file") is None
 
 
 # The release ------------------------------------------------------------------------------------------------
@@ -172,11 +172,3 @@ def test_blank_lines_of_the_release_are_no_sentences(tmp_path: Path) -> None:
     assert len(read("iwslt2017", ",".join(files))) == 3
     write(tmp_path / "dev.en.xml", xml[1].replace(">a<", "> <"))
     assert f"{tmp_path}/dev.en.xml:9: the line is empty" in refusal(lambda: read("iwslt2017", ",".join(files)))
-
-
-def test_several_data_sets_of_the_hub_are_rows(tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "a.jsonl", [{"de": "Ja.", "en": "Yes."}])
-    message = refusal(lambda: read("iwslt2017", f"{rows}:0.5,./none/none:0.5"))
-    assert "2 files" in message
-    assert TASK.read_files is not None
-    assert TASK.read_files(f"{rows}:0.5,someone/pairs:de-en:train:0.5", "--train_file") is None

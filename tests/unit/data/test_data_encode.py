@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import sentencepiece
 from nemo_files import require_exact_sentencepiece
+from task_files import refusal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.encode import adds_prefix_space, encode_dataset, encode_examples, encode_prompts
 from megatron_tiedlora.data.loader import collate
 from megatron_tiedlora.data.task import Example, Reading
@@ -35,19 +35,10 @@ def spm_file(tmp_path_factory) -> Path:
     """A SentencePiece model trained with the options of LLaMA's."""
     prefix = tmp_path_factory.mktemp("spm") / "tokenizer"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_prefix=str(prefix),
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        num_threads=1,
-        minloglevel=2,
-    )
+        sentence_iterator=iter(CORPUS), model_prefix=str(prefix), vocab_size=400, model_type="bpe", byte_fallback=True,
+        split_digits=True, add_dummy_prefix=True, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity", num_threads=1, minloglevel=2,
+    )  # fmt: skip
     return prefix.with_suffix(".model")
 
 
@@ -109,21 +100,13 @@ def example(prompt: str = "Question: Tom?\nAnswer:", completion: str = " 357 app
     return Example(prompt=prompt, completion=completion, source="data.jsonl:7")
 
 
-def refusal(call) -> str:
-    """The message of the UserError that `call` raises; it has to be one line."""
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 # Loading ----------------------------------------------------------------------------------------------------
 
 
 def test_an_old_transformers_is_told_to_those_with_a_sentencepiece_file(spm_file, monkeypatch):
     monkeypatch.setattr("transformers.__version__", "5.23.1")
-    with pytest.raises(UserError, match=r"tokenizer.model: transformers 5.23.1 gives other ids .*>=5.24'`$"):
-        load_tokenizer(spm_file)
+    message = refusal(lambda: load_tokenizer(spm_file))
+    assert "tokenizer.model: transformers 5.23.1 gives other ids " in message and message.endswith(">=5.24'`")
 
 
 def test_sentencepiece_file_gives_sentencepiece_ids(spm_file, spm, tmp_path):
@@ -148,22 +131,17 @@ def test_sentencepiece_file_gives_sentencepiece_ids(spm_file, spm, tmp_path):
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in config
 
 
-def test_tokenizer_json_is_read_as_it_stands(byte_folder, byte_level, tmp_path):
-    digits = ["1", "2", "3", "4", "5"]
-    assert byte_level.tokenize("12345") == digits
+def test_tokenizer_json_is_read_as_it_stands(byte_level, tmp_path):
     save_tokenizer(byte_level, tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).tokenize("12345") == digits
+    for tokenizer in (byte_level, AutoTokenizer.from_pretrained(tmp_path)):
+        assert tokenizer.tokenize("12345") == ["1", "2", "3", "4", "5"]
 
 
 def test_folder_with_file_and_config_keeps_the_template(spm_file, tmp_path):
     require_exact_sentencepiece()
     (tmp_path / "tokenizer.model").write_bytes(spm_file.read_bytes())
-    config = {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "pad_token": "<unk>",
-        "chat_template": "{{ messages[0].content }}",
-    }
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    config = {**tokens, "chat_template": "{{ messages[0].content }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizer"}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.chat_template == config["chat_template"] and tokenizer.pad_token_id == 0
@@ -188,24 +166,21 @@ def test_missing_and_corrupt_tokenizers(tmp_path, monkeypatch):
     assert "some/repo" in refusal(lambda: load_tokenizer("some/repo"))
 
 
-def test_vocabulary_larger_than_the_embedding(tokenizer):
+def test_a_vocabulary_or_special_token_beyond_the_embedding(byte_folder):
+    tokenizer = load_tokenizer(byte_folder)
     size = len(tokenizer)
     check_vocabulary(tokenizer, size)
     message = refusal(lambda: check_vocabulary(tokenizer, size - 1))
     assert str(size) in message and str(size - 1) in message
-
-
-def test_special_token_beyond_the_embedding(byte_folder):
-    tokenizer = load_tokenizer(byte_folder)
-    size = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<extra pad>"})
     message = refusal(lambda: check_vocabulary(tokenizer, size))
     assert "<extra pad>" in message and str(size + 1) in message and str(size) in message
 
 
-def test_padding_id(byte_level, spm):
+def test_padding_id_and_prefix_space(byte_level, spm):
     assert padding_id(byte_level) == byte_level.eos_token_id
     assert spm.pad_token_id is None and padding_id(spm) == spm.eos_token_id
+    assert adds_prefix_space(spm) and not adds_prefix_space(byte_level)
 
 
 # Ids and masks ----------------------------------------------------------------------------------------------
@@ -224,14 +199,10 @@ def test_one_bos_and_a_supervised_eos(tokenizer):
     targets = batch.labels[batch.labels != IGNORED_LABEL].tolist()
     assert targets == tokens[prompt_length(sample) :] and targets[-1] == tokenizer.eos_token_id
     assert len(targets) == batch.num_supervised == dataset.num_supervised
-
-
-def test_bos_is_never_doubled(byte_level):
     # A chat template writes BOS itself, and an answer may spell EOS.
-    written = example(prompt="<|start|>user Tom\n", completion="yes<|end|>")
-    sample = encode_example(byte_level, written, max_length=99)
-    assert sample.tokens.tolist().count(byte_level.bos_token_id) == 1
-    assert sample.tokens.tolist().count(byte_level.eos_token_id) == 1
+    written = example(prompt=f"{tokenizer.bos_token}user Tom\n", completion=f"yes{tokenizer.eos_token}")
+    tokens = encode_example(tokenizer, written, max_length=99).tokens.tolist()
+    assert tokens.count(tokenizer.bos_token_id) == tokens.count(tokenizer.eos_token_id) == 1
 
 
 @pytest.mark.parametrize(
@@ -241,10 +212,6 @@ def test_bos_is_never_doubled(byte_level):
 def test_no_space_is_added_or_lost(tokenizer, prompt, completion):
     sample = encode_example(tokenizer, example(prompt, completion), max_length=100)
     assert tokenizer.decode(sample.tokens[1:-1].tolist()) == prompt + completion
-
-
-def test_prefix_space_is_noticed(byte_level, spm):
-    assert adds_prefix_space(spm) and not adds_prefix_space(byte_level)
 
 
 def test_generation_sees_the_prompt_of_training(tokenizer):
@@ -272,19 +239,13 @@ def test_the_prompts_middle_is_cut_and_never_the_answer(tokenizer):
 
 
 def test_an_answer_that_does_not_fit_is_refused(tokenizer):
-    needed = len(encode_example(tokenizer, example(), max_length=1000).tokens)
-    prompt = prompt_length(encode_example(tokenizer, example(), max_length=1000))
-    shortest = needed - prompt + 2  # BOS and one token of the prompt
+    whole = encode_example(tokenizer, example(), max_length=1000)
+    answer = len(whole.tokens) - prompt_length(whole)
+    shortest = answer + 2  # BOS and one token of the prompt
     sample = encode_example(tokenizer, example(), max_length=shortest)
     assert len(sample.tokens) == shortest and prompt_length(sample) == 2
     message = refusal(lambda: encode_example(tokenizer, example(), max_length=shortest - 1))
-    assert "data.jsonl:7" in message and "--max_length" in message and str(needed - prompt) in message
-
-
-def test_tokenizer_without_eos(byte_folder):
-    tokenizer = load_tokenizer(byte_folder)
-    tokenizer.eos_token = None
-    assert str(byte_folder) in refusal(lambda: encode_example(tokenizer, example(), max_length=100))
+    assert "data.jsonl:7" in message and "--max_length" in message and str(answer) in message
 
 
 def test_dataset_layout_and_counts(tokenizer):
@@ -300,8 +261,11 @@ def test_dataset_layout_and_counts(tokenizer):
     assert dataset.lengths.sum() == len(dataset.tokens)
 
 
-def test_no_supervised_token(byte_level):
+def test_no_supervised_token_and_no_eos(byte_level, byte_folder):
     assert "no supervised token" in refusal(lambda: encode_dataset([], byte_level, max_length=9))
     dataset = encode_dataset([example()], byte_level, max_length=99)
     nothing = TokenDataset(dataset.tokens, dataset.offsets, np.zeros_like(dataset.supervised))
     assert "data.jsonl" in refusal(lambda: check_supervised(nothing, "data.jsonl"))
+    endless = load_tokenizer(byte_folder)
+    endless.eos_token = None
+    assert str(byte_folder) in refusal(lambda: encode_example(endless, example(), max_length=100))

@@ -60,13 +60,10 @@ def test_indices_walk_through_epochs():
         sample_indices(0, seed=0, consumed=0, count=1)
 
 
-def test_small_dataset_fills_a_global_batch():
+def test_global_batches_of_few_samples_and_of_none_that_is_supervised():
     step = next(make_loader(make_dataset(5)))
     numbers = sorted(number for batch in step.micro_batches for number in sample_numbers(batch))
     assert len(numbers) == 12 and set(numbers) == set(range(5))
-
-
-def test_a_global_batch_without_a_supervised_token():
     dataset = make_dataset(50)
     silent = TokenDataset(dataset.tokens, dataset.offsets, np.zeros_like(dataset.supervised))
     with pytest.raises(UserError, match="global batch after 24 samples is supervised"):
@@ -126,13 +123,16 @@ def test_uneven_batches_are_refused():
         next(make_loader(dataset, dp_size=4))
 
 
+# Samples of 5 and 3 tokens, of which the first 3 and the first one are prompts.
+TWO = TokenDataset.after_prompts(
+    tokens=np.array([1, 5, 6, 7, 2, 1, 8, 2], np.int32),
+    offsets=np.array([0, 5, 8]),
+    prompt_lengths=np.array([3, 1], np.int32),
+)
+
+
 def test_labels_are_shifted_and_masked_by_position():
-    dataset = TokenDataset.after_prompts(
-        tokens=np.array([1, 5, 6, 7, 2, 1, 8, 2], np.int32),
-        offsets=np.array([0, 5, 8]),
-        prompt_lengths=np.array([3, 1], np.int32),
-    )
-    batch = collate(dataset, [[0], [1]], pad_id=2, pad_multiple=4)  # padding equals EOS
+    batch = collate(TWO, [[0], [1]], pad_id=2, pad_multiple=4)  # padding equals EOS
     assert batch.tokens.tolist() == [[1, 5, 6, 7, 2, 2, 2, 2], [1, 8, 2, 2, 2, 2, 2, 2]]
     assert batch.labels.tolist() == [
         [IGNORED_LABEL, IGNORED_LABEL, 7, 2] + [IGNORED_LABEL] * 4,
@@ -141,7 +141,7 @@ def test_labels_are_shifted_and_masked_by_position():
     assert batch.positions.tolist() == [list(range(8))] * 2 and batch.documents is None
     assert batch.lengths.tolist() == [5, 3]
     assert (batch.num_samples, batch.num_tokens, batch.num_supervised) == (2, 8, 4)
-    assert dataset.num_supervised_of(slice(None)).tolist() == [2, 2] and dataset.num_supervised == 4
+    assert TWO.num_supervised_of(slice(None)).tolist() == [2, 2] and TWO.num_supervised == 4
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 5])
@@ -168,19 +168,14 @@ def test_evaluation_sees_every_sample_once(dp_size, num_samples):
 
 
 def test_packed_samples_restart_and_know_each_other():
-    dataset = TokenDataset.after_prompts(
-        tokens=np.array([1, 5, 6, 7, 2, 1, 8, 2], np.int32),
-        offsets=np.array([0, 5, 8]),
-        prompt_lengths=np.array([3, 1], np.int32),
-    )
-    batch = collate(dataset, [[1, 0], []], pad_id=9, pad_multiple=4, packed=True)
+    batch = collate(TWO, [[1, 0], []], pad_id=9, pad_multiple=4, packed=True)
     ignored = [IGNORED_LABEL]
     assert batch.tokens.tolist() == [[1, 8, 2, 1, 5, 6, 7, 2], [9] * 8]
     assert batch.labels.tolist() == [[8, 2, *ignored, *ignored, *ignored, 7, 2, *ignored], ignored * 8]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], list(range(8))]
     assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [0] * 8]
     assert (batch.num_samples, batch.num_tokens, batch.num_supervised) == (2, 8, 4)
-    padded = collate(dataset, [[1]], pad_id=9, pad_multiple=4, packed=True)
+    padded = collate(TWO, [[1]], pad_id=9, pad_multiple=4, packed=True)
     assert padded.documents.tolist() == [[0, 0, 0, 1]] and padded.positions.tolist() == [[0, 1, 2, 0]]
 
 
@@ -224,13 +219,8 @@ def test_packed_steps_hold_the_same_samples_on_equally_many_micro_batches(micro,
 )
 def test_rows_that_could_hold_a_whole_step_leave_work_for_every_rank_and_stage(micro, dp_size, least, rows):
     """Twelve samples of 9 tokens, and rows of 4,096."""
-    lengths = np.full(40, 9)
-    dataset = TokenDataset.after_prompts(
-        tokens=np.zeros(40 * 9, np.int32),
-        offsets=np.arange(41) * 9,
-        prompt_lengths=np.ones(40, np.int32),
-    )
-    assert (dataset.lengths == lengths).all()
+    tokens, prompt_lengths = np.zeros(40 * 9, np.int32), np.ones(40, np.int32)
+    dataset = TokenDataset.after_prompts(tokens=tokens, offsets=np.arange(41) * 9, prompt_lengths=prompt_lengths)
     shape = BatchShape(12, micro, dp_size, packed_length=4096, min_micro_batches=least)
     plan = plan_global_batch(dataset, shape, seed=7, consumed_samples=24)
     assert [len(row) for part in plan.micro_batches for row in part] == rows

@@ -1,95 +1,103 @@
-"""Rows, tasks and splits: every broken input is one line that names its place."""
+"""Rows out of files of every format, folders, patterns and the hub; of a broken one a line that names its place."""
 
+from __future__ import annotations
+
+import csv
+import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from folders import SHARED_DATA
 from task_files import refusal, write, write_rows
 
 from megatron_tiedlora.data import readers
-from megatron_tiedlora.data.readers import read_rows
-from megatron_tiedlora.data.splits import load_split
-from megatron_tiedlora.data.task import Reading, join_answer
-from megatron_tiedlora.data.tasks import demo
+from megatron_tiedlora.data.readers import about_num_rows, read_rows, split_hub_name
+from megatron_tiedlora.data.sources import local_files, parse_sources
+
+Row = dict[str, Any]
 
 
-def custom(path: str, **options) -> list:
-    return load_split("custom", "test", files={"test": path}, seed=0, **options)
+def rows(name: str, count: int) -> list[Row]:
+    return [{"prompt": f"{name}{number}", "completion": "x"} for number in range(count)]
 
 
-# Files ------------------------------------------------------------------------------------------------------
+# Formats ----------------------------------------------------------------------------------------------------
+
+ROWS = rows("r", 150)  # more than are decoded at a time
 
 
-@pytest.mark.parametrize(
-    ("content", "place", "reason"),
-    [
-        ('{"a": 1}\n\n{"a": 2,}\n', ":3:", "broken JSON"),
-        ('{"a": 1}\n[1, 2]\n', ":2:", "a list"),
-        ('{"a": 1}\n"text"\n', ":2:", "a string"),
-        (b'{"a": 1}\n{"a": "\xff"}\n', ":2:", "0xff"),
-        ('{"a": 1}\n{"a": "cut of', ":2:", "broken JSON"),
-    ],
-)
-def test_broken_line_is_named(tmp_path, content, place, reason):
-    path = write(tmp_path / "data.jsonl", content)
-    message = refusal(lambda: read_rows(path))
-    assert path + place in message and reason in message
+def write_csv(file: Path) -> None:
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(ROWS)
 
 
-def test_blank_lines_and_byte_order_mark(tmp_path):
+def write_arrow(file: Path, kind: str) -> None:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    with getattr(pyarrow.ipc, f"new_{kind}")(str(file), table.schema) as writer:
+        writer.write_table(table)
+
+
+def save_to_disk(folder: Path, **parts: list[Row]) -> None:
+    """As one data set, or as several that have names."""
+    import datasets
+
+    made = {name: datasets.Dataset.from_list(part) for name, part in parts.items()}
+    (datasets.DatasetDict(made) if len(parts) > 1 else made["train"]).save_to_disk(str(folder))
+
+
+def write_folder(folder: Path) -> None:
+    folder.mkdir()
+    write_rows(folder / "2.parquet", ROWS[70:])
+    write_rows(folder / "1.jsonl", ROWS[:70])
+    (folder / "README.md").write_text("no rows")
+
+
+FORMATS: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda file: write_rows(file, ROWS),
+    "a.json": lambda file: write_rows(file, ROWS),
+    "nested.json": lambda file: write(file, json.dumps({"version": 1, "data": ROWS})),
+    "a.csv": write_csv,
+    "a.jsonl.gz": lambda file: write(file, gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode())),
+    "a.parquet": lambda file: write_rows(file, ROWS),
+    "file.arrow": lambda file: write_arrow(file, "file"),
+    "stream.arrow": lambda file: write_arrow(file, "stream"),
+    "saved": lambda folder: save_to_disk(folder, train=ROWS),
+    "saved splits": lambda folder: save_to_disk(folder, train=ROWS, test=ROWS[:1]),
+    "folder": write_folder,
+    "pattern/*.[jp]*": lambda pattern: write_folder(pattern.parent),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    FORMATS[name](tmp_path / name)
+    found = read_rows(str(tmp_path / name))
+    assert [row for row, _ in found] == ROWS
+    if name.endswith(("parquet", "arrow")):
+        assert [place for _, place in found] == [f"{tmp_path / name}: row {number}" for number in range(1, 151)]
+    assert len(read_rows(str(tmp_path / name), limit=1)) == 1
+
+
+def test_blank_lines_and_byte_order_mark(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": "x\xe2\x80\xa8y"}')
     assert read_rows(path) == [({"a": 1}, f"{path}:1"), ({"a": "x\u2028y"}, f"{path}:4")]
-    assert len(read_rows(path, limit=1)) == 1
 
 
-def test_json_and_parquet(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
-    listed = write(tmp_path / "list.json", json.dumps(rows))
-    nested = write(tmp_path / "nested.json", json.dumps({"version": 1, "data": rows}))
-    table = tmp_path / "table.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
-    for path in (listed, nested, str(table)):
-        assert [row for row, _ in read_rows(path)] == rows
-    assert "row 2" in read_rows(table)[1][1]
+def test_csv_values_are_texts(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", '\ufeffid,prompt,completion\r\n007,"a ""b""\n,c",1.0\r\n\n8,,NA\n')
+    assert read_rows(path) == [
+        ({"id": "007", "prompt": 'a "b"\n,c', "completion": "1.0"}, f"{path}:2"),
+        ({"id": "8", "prompt": "", "completion": "NA"}, f"{path}:5"),
+    ]
 
 
-def test_tables_of_many_rows_are_read_in_order(tmp_path):
-    """One row group or record batch holds more rows than are decoded at a time."""
-    import pyarrow
-
-    rows = [{"prompt": f"{number}", "completion": "b"} for number in range(150)]
-    table = pyarrow.Table.from_pylist(rows)
-    paths = [write_rows(tmp_path / "a.parquet", rows)]
-    for kind in ("file", "stream"):
-        paths.append(str(tmp_path / f"{kind}.arrow"))
-        with getattr(pyarrow.ipc, f"new_{kind}")(paths[-1], table.schema) as writer:
-            writer.write_table(table)
-    for path in paths:
-        assert read_rows(path) == [(row, f"{path}: row {number}") for number, row in enumerate(rows, start=1)]
-
-
-@pytest.mark.parametrize("name", ["empty.jsonl", "empty.json", "list.json"])
-def test_empty_file(tmp_path, name):
-    path = write(tmp_path / name, "[]" if name == "list.json" else "\n\n" if name.endswith("l") else "")
-    assert f"{path}: holds no rows" in refusal(lambda: read_rows(path))
-
-
-def test_wrong_files(tmp_path):
-    for name in (str(tmp_path / "missing.jsonl"), "missing.parquet", "./missing"):
-        assert "no such file" in refusal(lambda name=name: read_rows(name))
-    assert "is a folder" in refusal(lambda: read_rows(tmp_path))
-    for name, reason in (("a.tsv", "suffix"), ("a.parquet", "parquet"), ("a.json", "line 2")):
-        path = write(tmp_path / name, "[{},\n{]")
-        message = refusal(lambda path=path: read_rows(path))
-        assert path in message and reason in message
-    assert "a number" in refusal(lambda: read_rows(write(tmp_path / "n.json", "3")))
-
-
-def test_lines_of_text(tmp_path):
+def test_lines_of_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\n\ntwo\xe2\x80\xa8half\x0b\rthree\n")
     assert readers.read_lines(path) == ["one", "", "two\u2028half\x0b\rthree"]
     assert "holds no lines" in refusal(lambda: readers.read_lines(write(tmp_path / "b.txt", " \n")))
@@ -97,121 +105,130 @@ def test_lines_of_text(tmp_path):
     assert f"{path}:2: not UTF-8 (byte 0xff" in refusal(lambda: readers.read_lines(write(Path(path), b"a\n\xff\n")))
 
 
-def test_hub_error_is_one_line(monkeypatch):
-    import datasets
-
-    def fail(*_, **__):
-        raise ConnectionError("no route\nmany more lines")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    message = refusal(lambda: read_rows("some/dataset", split="test"))
-    assert "some/dataset" in message and "'test'" in message and "no route" in message
+# Names ------------------------------------------------------------------------------------------------------
 
 
-def test_hub_rows(monkeypatch):
+def test_names_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     calls = []
 
-    def load(name, config, *, split):
+    def load(name: str, config: str | None, *, split: str) -> Any:
         calls.append((name, config, split))
-        return datasets.Dataset.from_list([{"question": f"q{i}", "answer": f"a #### {i}"} for i in range(100)])
+        return datasets.Dataset.from_list(rows("h", 5))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    train = load_split("gsm8k", "train", files={}, seed=1)
-    validation = load_split("gsm8k", "validation", files={}, seed=1)
-    load_split("squad", "test", files={}, seed=1, limit=0)
-    assert calls[0] == ("openai/gsm8k", "main", "train") and calls[-1] == ("rajpurkar/squad", None, "validation")
-    assert len(train) == 95 and len(validation) == 5
-    assert readers.read_rows("some/dataset", limit=3)[2][1] == "some/dataset[train]: row 3"
-
-
-# Prompts ----------------------------------------------------------------------------------------------------
-
-
-def test_prompt_template(tmp_path):
-    path = write_rows(tmp_path / "data.jsonl", [{"prompt": "2+2", "completion": "4", "level": "easy", "id": 7}])
-    (sample,) = custom(path, reading=Reading(template=r"{level}\n{prompt} {{=}}"))
-    assert (sample.prompt, sample.completion) == ("easy\n2+2 {=}", " 4")
-    assert "id, level, prompt" in refusal(lambda: custom(path, reading=Reading(template="{question}")))
-    leaks = Reading(template="{completion}")
-    assert "'completion'" in refusal(lambda: custom(path, reading=leaks))
-    assert "'id'" in refusal(lambda: custom(path, reading=Reading(template="{id}")))
-    for broken in ("{prompt", "{prompt.x}", "{}", "{prompt!r}", "{prompt:>9}"):
-        assert "--prompt_template" in refusal(lambda broken=broken: custom(path, reading=Reading(template=broken)))
-
-
-def test_join_answer():
-    assert [join_answer(*pair) for pair in (("A:", "4"), ("A: ", "4"), ("A:", "\n4"), ("", "4"))] == [
-        " 4",
-        "4",
-        "\n4",
-        "4",
+    for given in ("some/data", "some/data:main", "some/data:main:part", "some/data::part"):
+        assert len(read_rows(parse_sources(given, "--train_file")[0].name)) == 5
+    assert calls == [
+        ("some/data", None, "train"),
+        ("some/data", "main", "train"),
+        ("some/data", "main", "part"),
+        ("some/data", None, "part"),
     ]
+    assert split_hub_name("a/b:c:d:e") == ("a/b", "c", "d:e")
+    assert read_rows("some/data", limit=3)[2][1] == "some/data[train]: row 3"
 
 
-# Named tasks ------------------------------------------------------------------------------------------------
+def test_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prompts(given: str) -> list[str]:
+        return [row["prompt"] for row, _ in read_rows(given)]
+
+    (tmp_path / "in").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "c.json"):
+        write_rows(tmp_path / name, rows(name[0], 1))
+    write_rows(tmp_path / "in" / "d.jsonl", rows("d", 1))
+    assert prompts(str(tmp_path)) == ["a0", "b0", "c0"]  # in the order of their names, and not of folders in it
+    assert prompts(f"{tmp_path}/**/*.jsonl") == ["a0", "b0", "d0"]
+    assert set(local_files(f"{tmp_path}/*.jsonl:0.5,{tmp_path}/in:0.5")) == {
+        str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "in/d.jsonl")
+    }
+    monkeypatch.chdir(tmp_path)
+    assert prompts("[ab].jsonl") == ["a0", "b0"]
+    assert "no file has a name of this pattern" in refusal(lambda: read_rows("*.csv"))
+    (tmp_path / "empty").mkdir()
+    assert "is a folder without a .jsonl" in refusal(lambda: read_rows("empty"))
 
 
-def test_squad_flat_and_nested_give_the_same(tmp_path):
-    flat = {"context": "C.", "question": "Q?", "answers": {"text": ["one", "two"], "answer_start": [0, 1]}}
-    nested = {"data": [{"title": "t", "paragraphs": [{"context": "C.", "qas": [
-        {"id": "1", "question": "Q?", "answers": [{"text": "one", "answer_start": 0}, {"text": "two"}]}]}]}
-    ]}  # fmt: skip
-    paths = [write_rows(tmp_path / "flat.jsonl", [flat]), write(tmp_path / "nested.json", json.dumps(nested))]
-    for path in paths:
-        (sample,) = load_split("squad", "test", files={"test": path}, seed=0)
-        assert sample.prompt == "Context: C. Question: Q? Answer:"
-        assert (sample.completion, sample.references) == (" one", ("one", "two"))
-    flat["answers"]["text"] = []
-    path = write_rows(tmp_path / "bad.jsonl", [flat])
-    assert f"{path}:1: field 'answers'" in refusal(lambda: load_split("squad", "test", files={"test": path}, seed=0))
-    nested["data"][0]["paragraphs"][0]["qas"][0]["question"] = ""
-    path = write(tmp_path / "bad.json", json.dumps(nested))
-    message = refusal(lambda: load_split("squad", "test", files={"test": path}, seed=0))
-    assert "paragraph 1, question 1" in message and "'question'" in message
+def test_how_many_rows_a_bar_expects(tmp_path: Path) -> None:
+    a, b = write_rows(tmp_path / "a.jsonl", rows("a", 20)), write_rows(tmp_path / "b.json", rows("b", 7))
+    assert about_num_rows(a) == 20 and about_num_rows(b) is None
+    (tmp_path / "in").mkdir()
+    write_rows(tmp_path / "in" / "c.jsonl", rows("c", 3))
+    assert about_num_rows(f"{tmp_path}/**/*.jsonl") == 23
+    assert about_num_rows("some/data") is None and about_num_rows(f"{tmp_path}/missing.jsonl") is None
 
 
-def test_validation_is_taken_out_of_train(tmp_path):
-    path = write_rows(tmp_path / "data.jsonl", [{"prompt": f"p{i}", "completion": "c"} for i in range(60)])
-    files = {"train": path}
-    parts = {name: load_split("custom", name, files=files, seed=3) for name in ("train", "validation")}
-    assert [len(part) for part in parts.values()] == [57, 3]
-    assert len({sample.prompt for part in parts.values() for sample in part}) == 60
-    assert parts["validation"] != load_split("custom", "validation", files=files, seed=4)
-    # With a validation file of its own nothing is taken out of train.
-    assert len(load_split("custom", "train", files={**files, "validation": path}, seed=3)) == 60
-    assert "--test_file" in refusal(lambda: load_split("custom", "test", files=files, seed=3))
-    one = write_rows(tmp_path / "one.jsonl", [{"prompt": "p", "completion": "c"}])
-    assert len(load_split("custom", "train", files={"train": one}, seed=0)) == 1
-    assert "--validation_file" in refusal(lambda: load_split("custom", "validation", files={"train": one}, seed=0))
-    assert "'gms8k'" in refusal(lambda: load_split("gms8k", "train", files={}, seed=0))
-    assert "--train_file" in refusal(lambda: load_split("custom", "train", files={}, seed=0))
+# Broken files -----------------------------------------------------------------------------------------------
 
 
-def test_demo_rows(monkeypatch):
-    monkeypatch.setattr(demo, "demo_examples", lambda split: [{"question": f"{split}?", "answer": "1\n#### 1"}])
-    for seed in (0, 5):  # the held-out rows do not depend on a run's seed
-        (sample,) = load_split("demo", "validation", files={}, seed=seed)
-        assert (sample.prompt, sample.completion) == ("Question: validation?\nAnswer:", " 1\n#### 1")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n{"a": 2,}\n', [":3:", "broken JSON"]),
+        ("a.jsonl", '{"a": 1}\n[1, 2]\n', [":2:", "a list"]),
+        ("a.jsonl", '{"a": 1}\n"text"\n', [":2:", "a string"]),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', [":2:", "0xff"]),
+        ("a.jsonl", '{"a": 1}\n{"a": "cut of', [":2:", "broken JSON"]),
+        ("a.jsonl", "\n\n", [": holds no rows"]),
+        ("a.json", "", [": holds no rows"]),
+        ("a.json", "[]", [": holds no rows"]),
+        ("a.json", "[{},\n{]", ["line 2"]),
+        ("a.json", "3", ["a number"]),
+        ("a.tsv", "[{},\n{]", ["suffix"]),
+        ("a.txt", "a text", ["unknown suffix '.txt'", '; write each text as a row {"text": ...} of a .jsonl file']),
+        ("a.parquet", "[{},\n{]", ["parquet"]),
+        ("a.parquet.gz", "", ["unknown suffix '.parquet.gz'"]),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2,}\n'), [":2: broken JSON"]),
+        ("a.csv", "prompt,completion\na\n", [":2", "has 1 fields", "names 2"]),
+        ("a.csv", "prompt,completion\na,b,c\n", [":2", "has 3 fields"]),
+        ("a.csv", 'prompt,completion\na,"b\n', ["broken CSV"]),
+        ("a.csv", "prompt,prompt\na,b\n", [":1", "names a field twice"]),
+        ("a.csv", b"prompt,completion\na,\xff\n", [":2", "0xff"]),
+        ("a.csv", "prompt,completion\n", ["holds no rows"]),
+        ("a.csv", "", ["holds no rows"]),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(
+    tmp_path: Path, name: str, content: str | bytes, words: list[str]
+) -> None:
+    path = write(tmp_path / name, content)
+    message = refusal(lambda: read_rows(path))
+    assert message.startswith(path) and all(word in message for word in words), message
 
 
-def test_real_gsm8k():
-    if not (SHARED_DATA / "gsm8k").is_dir():
-        pytest.skip(f"no real data at {SHARED_DATA}")
-    files = {name: str(SHARED_DATA / f"gsm8k/{name}.jsonl") for name in ("train", "test")}
-    sizes = {name: len(load_split("gsm8k", name, files=files, seed=0)) for name in ("train", "validation", "test")}
-    assert sizes == {"train": 7000, "validation": 473, "test": 1319}
-    sample = load_split("gsm8k", "test", files=files, seed=0, limit=1)[0]
-    assert sample.prompt.startswith("Question: Janet") and sample.prompt.endswith("?\nAnswer:")
-    assert sample.completion.startswith(" Janet") and "####" in sample.completion
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "missing.jsonl"), "missing.parquet", "./missing"):
+        assert "no such file" in refusal(lambda name=name: read_rows(name))
+    assert "is a folder" in refusal(lambda: read_rows(tmp_path))
 
 
-def test_real_nested_squad():
-    if not (SHARED_DATA / "xquad").is_dir():
-        pytest.skip(f"no real data at {SHARED_DATA}")
-    files = {"train": str(SHARED_DATA / "xquad/xquad.en.json")}
-    train, validation = (load_split("squad", name, files=files, seed=0) for name in ("train", "validation"))
-    assert (len(train), len(validation)) == (1190 - 59, 59)
-    assert all(sample.references[0] == sample.completion[1:] for sample in train)
-    assert len({sample.prompt.split(" Question: ")[0] for sample in train + validation}) == 240
+def test_broken_packed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = gzip.compress(b'{"a": 1}\n{"a": 2}\n')
+    for content in (whole[:-9], b"not gzip", b"", whole[:12] + b"\xff" * 20):
+        path = write(tmp_path / "a.jsonl.gz", content)
+        message = refusal(lambda path=path: read_rows(path))
+        assert message.startswith(path) and ("not a readable .gz" in message or "no rows" in message), message
+    monkeypatch.setattr(readers, "_GZIP_MEMORY", 1000)
+    monkeypatch.setattr(readers, "_GZIP_RATIO", 1)
+    for name in ("a.jsonl.gz", "a.json.gz", "a.csv.gz"):
+        path = write(tmp_path / name, gzip.compress(b"{}\n" * 1000))
+        assert refusal(lambda path=path: read_rows(path)).endswith("when unpacked; give a smaller part of it")
+
+
+@pytest.mark.parametrize("content", [b"", b"ARROW1", b"ARROW1\0\0" + b"\xff" * 100, b"\xff" * 100, b"x" * 9])
+def test_broken_arrow(content: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.arrow", content)
+    message = refusal(lambda: read_rows(path))
+    assert message.startswith(path) and ("readable" in message or "no rows" in message or "need more" in message)
+
+
+def test_broken_saved_folders(tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    save_to_disk(parts, train=rows("a", 3), other=rows("b", 1))
+    assert "has no split 'test', only " in refusal(lambda: read_rows(parts, split="test"))
+    assert len(read_rows(parts / "train", split="test", limit=2)) == 2
+    for content in ("{", "{}", json.dumps({"_data_files": [{"filename": "gone.arrow"}]})):
+        write(parts / "train" / "state.json", content)
+        message = refusal(lambda: read_rows(parts / "train"))
+        assert message.startswith(f"{parts / 'train'}: not a readable folder of save_to_disk")

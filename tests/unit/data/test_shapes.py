@@ -1,4 +1,5 @@
-"""Rows that do not fit: each is one line that names file, line, field and fix."""
+"""Rows of every shape, and those of other names by --columns: one that does not fit is a line that names file, line,
+field and fix."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 from task_files import refusal, write, write_rows
-from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, write_zoo_tokenizer
+from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, answer, user, write_zoo_tokenizer
 
+from megatron_tiedlora.config.fields import parse_columns
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.chat import chat_note, set_chat_template
 from megatron_tiedlora.data.encode import encode_examples
 from megatron_tiedlora.data.splits import load_split
@@ -18,14 +21,6 @@ from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 Row = dict[str, Any]
 PLAIN = {"prompt": "a", "completion": "b"}
-
-
-def user(text: Any = "Hi") -> Row:
-    return {"role": "user", "content": text}
-
-
-def answer(text: Any = "Yo", **more: Any) -> Row:
-    return {"role": "assistant", "content": text, **more}
 
 
 ONE = {"messages": [user(), answer()]}
@@ -53,14 +48,6 @@ def test_the_chosen_answers_of_preference_data_can_be_trained(tmp_path: Path) ->
     ):
         found = custom(write_rows(tmp_path / "rows.jsonl", [row]), reading=Reading(columns=columns))
         assert found == custom(write_rows(tmp_path / "rows.jsonl", [same]))
-
-
-def test_a_held_out_answer_is_scored_whatever_its_flags(tmp_path: Path) -> None:
-    """A flag says what to train on; in held-out rows the last answer is what predictions are compared with."""
-    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [user(), answer("A"), user(), answer("B", train=False)]}])
-    (found,) = custom(path, reading=Reading(trains=False))
-    assert found.conversation is not None and found.references == ("B",)
-    assert [turn.trained for turn in found.conversation.turns] == [False, False, False, True]
 
 
 def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
@@ -113,8 +100,7 @@ def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
         ({"messages": [{**user(), "images": ["x"]}, answer()]}, ["message 1", "'images' is not read"]),
         ({"messages": [user(), answer(weight=0.5)]}, ["message 2", "'weight' is 0.5"]),
         ({"messages": [{**user(), "train": True}, answer()]}, ["message 1", "only turns of the assistant"]),
-        ({"messages": [user(), answer(train=False)]}, ["no answer of the assistant is to be trained"]),
-        ({"messages": [user(), answer(train=False)]}, ["let an answer be trained"]),
+        ({"messages": [user(), answer(train=False)]}, ["no answer of the assistant is to be trained", "let an answer"]),
         ({"messages": [user(), answer(training=False)]}, ["message 2: 'training' is False", "give 'train'"]),
         ({"messages": [user(), answer(masked=True)]}, ["message 2: 'masked' is True", "give 'train'"]),
         ({"messages": [user(), {"role": "critic", "content": "x"}, answer()]}, ["role 'critic' is not known"]),
@@ -196,7 +182,6 @@ def test_a_file_has_rows_of_one_shape(tmp_path: Path) -> None:
         (TOOLS, {**ONE, "tools": [{"name": "<|im_start|>"}]}, ["'tools'", "'<|im_start|>'"]),
         ("{{ 1 / 0 }}", ONE, ["rejects these messages", "division"]),
         ("{{ raise_exception('no') }}", ONE, ["rejects these messages (no)"]),
-        ("{{ 'x' * 300000 }}", ONE, ["makes 300,000 characters"]),
         (THINKING.replace("m.content +", "m.content.split('</think>')[-1] +"),
          {"messages": [user(), answer("<think>a</think>b"), user(), answer()]},
          ["writes message 2", "in another way once others follow", "--train_on last_turn", "{% generation %}"]),
@@ -218,15 +203,6 @@ def test_a_template_that_forgets_thoughts_can_train_the_last_turn(tmp_path: Path
     path, last = write_rows(tmp_path / "a.jsonl", [row]), Reading(train_on="last_turn")
     (example,) = custom(path, tokenizer=tokenizer, reading=last)
     assert "a</think>b" not in example.prompt and "b<|im_end|>" in example.prompt
-
-
-def test_an_earlier_answer_is_found_where_only_the_last_has_a_thought(tmp_path: Path, folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = THINKING
-    row = {"messages": [user(), answer("one"), user(), answer("two")]}
-    (example,) = custom(write_rows(tmp_path / "a.jsonl", [row]), tokenizer=tokenizer)
-    learned = [segment.text for segment in example.segments if segment.supervised]
-    assert learned == ["one<|im_end|>\n", "<think>\n\n</think>\n\ntwo<|im_end|>\n"]
 
 
 # Control tokens ---------------------------------------------------------------------------------------------
@@ -317,3 +293,100 @@ def test_a_chat_template_of_the_user(tmp_path: Path, folder: Path) -> None:
         if content is not None:
             write(file, content)
         assert words in refusal(lambda file=file: set_chat_template(tokenizer, file))
+
+
+# Columns under our names ------------------------------------------------------------------------------------
+
+
+def renamed(tmp_path: Path, row: Row, columns: str, *, template: str | None = None, **options: Any) -> Example:
+    """The example of one row with --columns."""
+    reading = Reading(columns=parse_columns(columns), template=template)
+    (example,) = custom(write_rows(tmp_path / "data.jsonl", [row]), reading=reading, **options)
+    return example
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "prompt", "answer"),
+    [
+        ({"q": "Hi", "a": "Yo", "level": "easy"}, "prompt=q, completion=a", "Hi", " Yo"),
+        # Fields of the shape that keep their names are read, optional ones too.
+        ({"q": "Hi", "response": "Yo"}, "query=q", "User: Hi\nAssistant:", "Yo"),
+        ({"q": "Hi", "a": "Yo", "system": "Be."}, "query=q,response=a", "System: Be.\nUser: Hi\nAssistant:", "Yo"),
+        ({"q": "Hi", "a": "Yo", "history": [["x", "y"]]}, "query=q,response=a",
+         "User: x\nAssistant: y\nUser: Hi\nAssistant:", "Yo"),
+        # An optional field can be named, alone too.
+        ({"query": "Hi", "response": "Yo", "sys": "Be."}, "system=sys", "System: Be.\nUser: Hi\nAssistant:", "Yo"),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}], "role": "Be."},
+         "system=role", "System: Be.\nUser: Hi\nAssistant:", "Yo"),
+        # All that a shape needs is named: fields of others are left alone.
+        ({**ONE, **PLAIN}, "messages=messages", "User: Hi\nAssistant:", "Yo"),
+        ({**ONE, **PLAIN, "system": "Be."}, "prompt=prompt,completion=completion", "a", " b"),
+        ({"query": "Hi", "response": "Yo", "label": 3}, "prompt=query,completion=response", "Hi", " Yo"),
+        # Names change places, and a field with nothing in it has no name that counts.
+        (PLAIN, "prompt=completion,completion=prompt", "b", " a"),
+        ({"q": "Hi", "completion": "Yo", "prompt": None, "history": []}, "prompt=q", "Hi", " Yo"),
+    ],
+)  # fmt: skip
+def test_columns_rename_fields(tmp_path: Path, row: Row, columns: str, prompt: str, answer: str) -> None:
+    example = renamed(tmp_path, row, columns)
+    assert (example.prompt, example.completion) == (prompt, answer)
+
+
+def test_the_input_and_references_of_a_row_are_read_under_either_name(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "references": ["three"]}
+    other = {"task": "Add.", "context": "1 2", "result": "3", "more": ["three"]}
+    found = renamed(tmp_path, row, "output=output")
+    assert "### Input:\n1 2\n" in found.prompt and found.references == ("3", "three")
+    for given, columns in (
+        ({**row, "task": "Add.", "instruction": None}, "instruction=task"),
+        (other, "instruction=task,input=context,output=result,references=more"),
+    ):
+        assert renamed(tmp_path, given, columns).prompt == found.prompt
+        assert renamed(tmp_path, given, columns).references == found.references
+
+
+def test_the_tools_of_a_chat_are_read_under_either_name(tmp_path: Path) -> None:
+    tokenizer, turns = load_tokenizer(write_zoo_tokenizer(tmp_path / "tokenizer", template=TOOLS)), ONE["messages"]
+    for row, columns in (
+        ({"dialog": turns, "tools": [{"name": "add"}]}, "messages=dialog"),
+        ({"messages": turns, "apis": [{"name": "add"}]}, "tools=apis"),
+        ({"dialog": turns, "apis": [{"name": "add"}]}, "messages=dialog,functions=apis"),
+    ):
+        assert '"name": "add"' in renamed(tmp_path, row, columns, tokenizer=tokenizer).prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "words"),
+    [
+        (PLAIN, "prompt=q", [":1: --columns prompt=q: there is no field 'q'", "'prompt', 'completion'", "null"]),
+        (PLAIN, "promt=prompt", ["'promt' is not a field of ours (did you mean prompt?)"]),
+        ({"question": "x", "response": "y"}, "question=query", ["'question' is not a field", "mean query=question?"]),
+        ({**PLAIN, "q": "x"}, "prompt=q", [":1: --columns prompt=q: the row has a field 'prompt' too ('a')", "rename"]),
+        ({**PLAIN, "sys": "x"}, "system=sys", ["--columns system=sys", "prompt/completion are read without 'system'"]),
+        ({**PLAIN, **ONE, "t": []}, "tools=t",
+         ["two shapes", "--columns tools=t,messages=messages or", "--columns tools=t,prompt=prompt,completion="]),
+        ({**PLAIN, **ONE}, "prompt=prompt", ["'messages' looks like data", "completion=completion"]),
+        ({"q": "x", "label": 1}, "query=q", ["'label', 'query', under the names of --columns"]),
+    ],
+)  # fmt: skip
+def test_columns_that_do_not_fit(tmp_path: Path, row: Row, columns: str, words: list[str]) -> None:
+    message = refusal(lambda: renamed(tmp_path, row, columns))
+    assert all(word in message for word in words), message
+
+
+def test_columns_of_a_task_and_of_a_prompt_template(tmp_path: Path) -> None:
+    row = {"q": "Hi", "a": "Yo", "level": "easy"}
+    assert renamed(tmp_path, row, "prompt=q,completion=a", template="{level} {prompt}").prompt == "easy Hi"
+    squad = [{"passage": "C.", "question": "Q?", "answers": {"text": ["x"]}}]
+    path, reading = write_rows(tmp_path / "squad.jsonl", squad), Reading(columns={"context": "passage"})
+    (example,) = load_split("squad", "test", files={"test": path}, seed=0, reading=reading)
+    assert example.prompt == "Context: C. Question: Q? Answer:"
+    write_rows(tmp_path / "squad.jsonl", [{**squad[0], "context": "Other."}])
+    message = refusal(lambda: load_split("squad", "test", files={"test": path}, seed=0, reading=reading))
+    assert "the row has a field 'context' too ('Other.')" in message
+
+
+@pytest.mark.parametrize("given", ["prompt", "prompt=", "=x", "prompt=a,prompt=b", ""])
+def test_a_value_of_another_form(given: str) -> None:
+    values = {"task": "custom", "train_file": "a.jsonl", "columns": given}
+    assert "--columns" in refusal(lambda: make_settings(values))

@@ -1,21 +1,19 @@
-"""What a data flag may name: several sources with weights, folders, patterns, hub data sets; and broken files."""
+"""Several sources of rows with weights, what is held out of them, templates of prompts, and which rows of the hub a
+split is made of."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from task_files import refusal, write, write_rows
+from task_files import HUB_ROWS, refusal, write_rows
 
-from megatron_tiedlora.data import readers
-from megatron_tiedlora.data.readers import about_num_rows, read_rows, split_hub_name
-from megatron_tiedlora.data.sources import Source, local_files, mixed, parse_sources
+from megatron_tiedlora.data.sources import Source, mixed, parse_sources
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Example, Reading, join_answer
 
 
 def rows(name: str, count: int) -> list[dict[str, Any]]:
@@ -34,9 +32,7 @@ def prompts(given: str, split: Any = "train", seed: int = 0, **files: str) -> li
 def test_several_files_are_read_one_after_another(tmp_path: Path) -> None:
     a, b = write_rows(tmp_path / "a.jsonl", rows("a", 3)), write_rows(tmp_path / "b.json", rows("b", 2))
     assert prompts(f"{a}, {b}") == ["a0", "a1", "a2", "b0", "b1"]
-    comma = write_rows(tmp_path / "a,b.jsonl", rows("c", 1))  # a name that exists is one file
-
-    assert prompts(comma) == ["c0"]
+    assert prompts(write_rows(tmp_path / "a,b.jsonl", rows("c", 1))) == ["c0"]  # a name that exists is one file
 
 
 def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
@@ -80,6 +76,9 @@ def test_held_out_rows_are_taken_out_before_rows_are_repeated(tmp_path: Path) ->
 def test_weights_that_do_not_fit(given: str, words: list[str]) -> None:
     message = refusal(lambda: parse_sources(given, "--train_file"))
     assert message.startswith(f"--train_file {given}: ") and all(word in message for word in words)
+    for flag in ("--validation_file", "--test_file"):
+        message = refusal(lambda flag=flag: parse_sources("a.jsonl:0.5,b.jsonl:0.5", flag))
+        assert message.startswith(f"{flag} a.jsonl:0.5,b.jsonl:0.5: only --train_file takes weights")
 
 
 def test_a_weight_of_one_source_and_names_with_colons(tmp_path: Path) -> None:
@@ -97,12 +96,6 @@ def test_a_weight_that_repeats_rows_very_often_is_rejected() -> None:
     assert message.startswith("--train_file: a is 0.999 of the samples if each of its 1 rows is used 1,998 times")
 
 
-@pytest.mark.parametrize("flag", ["--validation_file", "--test_file"])
-def test_only_training_files_have_weights(flag: str) -> None:
-    message = refusal(lambda: parse_sources("a.jsonl:0.5,b.jsonl:0.5", flag))
-    assert message.startswith(f"{flag} a.jsonl:0.5,b.jsonl:0.5: only --train_file takes weights")
-
-
 def test_a_group_whose_rows_are_all_held_out(tmp_path: Path) -> None:
     a, b = write_rows(tmp_path / "a.jsonl", rows("a", 19)), write_rows(tmp_path / "b.jsonl", rows("b", 1))
     message = ""
@@ -114,120 +107,185 @@ def test_a_group_whose_rows_are_all_held_out(tmp_path: Path) -> None:
     assert message == f"{b}: all of its rows became validation rows; give --validation_file"
 
 
-# Names ------------------------------------------------------------------------------------------------------
+# Splits -----------------------------------------------------------------------------------------------------
 
 
-def test_names_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_is_taken_out_of_train(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "data.jsonl", rows("p", 60))
+    files = {"train": path}
+    train, validation = (load_split("custom", name, files=files, seed=3) for name in ("train", "validation"))
+    assert (len(train), len(validation)) == (57, 3) and len({sample.prompt for sample in train + validation}) == 60
+    assert validation != load_split("custom", "validation", files=files, seed=4)
+    # With a validation file of its own nothing is taken out of train.
+    assert len(load_split("custom", "train", files={**files, "validation": path}, seed=3)) == 60
+    one = {"train": write_rows(tmp_path / "one.jsonl", rows("p", 1))}
+    assert len(load_split("custom", "train", files=one, seed=0)) == 1
+    for task, split, given, said in (
+        ("custom", "test", files, "--test_file"),
+        ("custom", "validation", one, "--validation_file"),
+        ("custom", "train", {}, "--train_file"),
+        ("gms8k", "train", {}, "'gms8k'"),
+    ):
+        message = refusal(lambda split=split, task=task, given=given: load_split(task, split, files=given, seed=0))
+        assert said in message
+
+
+# Prompts ----------------------------------------------------------------------------------------------------
+
+
+def test_prompt_template(tmp_path: Path) -> None:
+    def custom(**options: Any) -> list[Example]:
+        return load_split("custom", "test", files={"test": path}, seed=0, reading=Reading(**options))
+
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": "2+2", "completion": "4", "level": "easy", "id": 7}])
+    (sample,) = custom(template=r"{level}\n{prompt} {{=}}")
+    assert (sample.prompt, sample.completion) == ("easy\n2+2 {=}", " 4")
+    assert "id, level, prompt" in refusal(lambda: custom(template="{question}"))
+    for leaks in ("completion", "id"):
+        assert repr(leaks) in refusal(lambda leaks=leaks: custom(template=f"{{{leaks}}}"))
+    for broken in ("{prompt", "{prompt.x}", "{}", "{prompt!r}", "{prompt:>9}"):
+        assert "--prompt_template" in refusal(lambda broken=broken: custom(template=broken))
+
+
+def test_join_answer() -> None:
+    pairs = (("A:", "4"), ("A: ", "4"), ("A:", "\n4"), ("", "4"))
+    assert [join_answer(*pair) for pair in pairs] == [" 4", "4", "\n4", "4"]
+
+
+# Splits of the hub ------------------------------------------------------------------------------------------
+
+IWSLT = "hf://datasets/IWSLT/iwslt2017@refs%2Fconvert%2Fparquet/iwslt2017-de-en"
+
+
+def by_name(name: str, config: str | None, split: str) -> tuple[Any, ...]:
+    return (name, config), {"split": split}
+
+
+def parquet(split: str) -> tuple[Any, ...]:
+    return ("parquet",), {"data_files": {split: f"{IWSLT}/{split}/*.parquet"}, "split": split}
+
+
+# What `datasets.load_dataset` is called with, for our splits.
+CALLS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "squad": {
+        "train": by_name("rajpurkar/squad", None, "train"),
+        "validation": by_name("rajpurkar/squad", None, "train"),
+        "test": by_name("rajpurkar/squad", None, "validation"),
+    },
+    "dialogsum": {name: by_name("knkarthick/dialogsum", None, name) for name in ("train", "validation", "test")},
+    "hellaswag": {
+        "train": by_name("Rowan/hellaswag", None, "train"),
+        "validation": by_name("Rowan/hellaswag", None, "train"),
+        "test": by_name("Rowan/hellaswag", None, "validation"),
+    },
+    "iwslt2017": {name: parquet(name) for name in ("train", "validation", "test")},
+    "gsm8k": {
+        "train": by_name("openai/gsm8k", "main", "train"),
+        "validation": by_name("openai/gsm8k", "main", "train"),
+        "test": by_name("openai/gsm8k", "main", "test"),
+    },
+}
+
+# Rows of the hub's training part, and what is left of them and held out. Where nothing is taken out, a few will do.
+SIZES = {
+    "squad": (87_599, 82_799, 4_800),
+    "hellaswag": (39_905, 37_905, 2_000),
+    "gsm8k": (7_473, 7_000, 473),
+    "dialogsum": (20, 20, 20),
+    "iwslt2017": (20, 20, 20),
+}
+
+
+class Hub:
+    """In place of `datasets.load_dataset`: the same row `num_rows` times, with its number where the task shows it."""
+
+    def __init__(self, task: str, num_rows: int) -> None:
+        self.task, self.num_rows = task, num_rows
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *args: Any, **keywords: Any) -> list[dict[str, Any]]:
+        self.calls.append((args, keywords))
+        return [numbered(self.task, number) for number in range(self.num_rows)]
+
+
+def numbered(task: str, number: int) -> dict[str, Any]:
+    row = HUB_ROWS[task]
+    if task == "iwslt2017":
+        return {"translation": {"de": f"Satz {number}", "en": "x"}}
+    shown = {"squad": "question", "dialogsum": "dialogue", "hellaswag": "ctx_a", "gsm8k": "question"}[task]
+    return {**row, shown: f"row {number}"}
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, task: str, num_rows: int) -> Hub:
     import datasets
 
-    calls = []
-
-    def load(name: str, config: str | None, *, split: str) -> Any:
-        calls.append((name, config, split))
-        return datasets.Dataset.from_list(rows("h", 2))
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    for given in ("some/data", "some/data:main", "some/data:main:part", "some/data::part"):
-        assert len(read_rows(parse_sources(given, "--train_file")[0].name)) == 2
-    assert calls == [
-        ("some/data", None, "train"),
-        ("some/data", "main", "train"),
-        ("some/data", "main", "part"),
-        ("some/data", None, "part"),
-    ]
-    assert split_hub_name("a/b:c:d:e") == ("a/b", "c", "d:e")
+    stand_in = Hub(task, num_rows)
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    return stand_in
 
 
-def test_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "in").mkdir()
-    for name in ("b.jsonl", "a.jsonl", "c.json"):
-        write_rows(tmp_path / name, rows(name[0], 1))
-    write_rows(tmp_path / "in" / "d.jsonl", rows("d", 1))
-    assert prompts(str(tmp_path)) == ["a0", "b0", "c0"]  # in the order of their names, and not of folders in it
-    assert prompts(f"{tmp_path}/**/*.jsonl") == ["a0", "b0", "d0"]
-    assert set(local_files(f"{tmp_path}/*.jsonl:0.5,{tmp_path}/in:0.5")) == {
-        str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "in/d.jsonl")
-    }
-    monkeypatch.chdir(tmp_path)
-    assert prompts("[ab].jsonl") == ["a0", "b0"]
-    assert "no file has a name of this pattern" in refusal(lambda: read_rows("*.csv"))
-    (tmp_path / "empty").mkdir()
-    assert "is a folder without a .jsonl" in refusal(lambda: read_rows("empty"))
+@pytest.mark.parametrize("task", CALLS)
+def test_rows_of_the_hub(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_rows, num_train, num_validation = SIZES[task]
+    stand_in = hub(monkeypatch, task, num_rows)
+    parts: dict[str, list[Example]] = {}
+    for split in ("train", "validation", "test"):
+        stand_in.num_rows = 15 if split == "test" else num_rows
+        parts[split] = load_split(task, split, files={}, seed=1)
+        assert stand_in.calls.pop() == CALLS[task][split] and not stand_in.calls
+    assert [len(part) for part in parts.values()] == [num_train, num_validation, 15]
+    assert parts["test"][-1].source == f"{_hub_id(task)}[{CALLS[task]['test'][1]['split']}]: row 15"
+    if num_train < num_rows:  # carved: nothing is in both, nothing is lost, and the order is the file's
+        held_out = {sample.source for sample in parts["validation"]}
+        kept = [sample.source for sample in parts["train"]]
+        assert not held_out & set(kept) and len(held_out | set(kept)) == num_rows
+        numbers = [int(source.rsplit(" ", 1)[1]) for source in kept]
+        assert numbers == sorted(numbers)
+        # Random, not the first or the last rows: their mean is that of all, within 5 standard errors.
+        mean = sum(int(source.rsplit(" ", 1)[1]) for source in held_out) / len(held_out)
+        assert abs(mean / num_rows - 0.5) < 5 * 0.29 / num_validation**0.5
+        stand_in.num_rows = 200  # the cut depends on the seed alone
+        first, again, other = (load_split(task, "validation", files={}, seed=seed) for seed in (1, 1, 2))
+        assert first == again and len(first) == len(other) == 10
+        assert {sample.source for sample in first} != {sample.source for sample in other}
+        assert load_split(task, "validation", files={}, seed=1, limit=3) == first[:3]
 
 
-# Broken files -----------------------------------------------------------------------------------------------
+def test_a_task_s_own_hub_id_may_be_given_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As --train_file it is read as the task reads it; another id is read with our names of its splits."""
+    for task in CALLS:
+        stand_in = hub(monkeypatch, task, 40)
+        load_split(task, "test", files={"test": _hub_id(task)}, seed=0)
+        assert stand_in.calls == [CALLS[task]["test"]]
+    stand_in = hub(monkeypatch, "gsm8k", 40)
+    load_split("gsm8k", "test", files={"test": "someone/maths"}, seed=0)
+    assert stand_in.calls == [by_name("someone/maths", None, "test")]
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("prompt,completion\na\n", [":2", "has 1 fields", "names 2"]),
-        ("prompt,completion\na,b,c\n", [":2", "has 3 fields"]),
-        ('prompt,completion\na,"b\n', ["broken CSV"]),
-        ("prompt,prompt\na,b\n", [":1", "names a field twice"]),
-        (b"prompt,completion\na,\xff\n", [":2", "0xff"]),
-        ("prompt,completion\n", ["holds no rows"]),
-        ("", ["holds no rows"]),
-    ],
-)
-def test_broken_csv(content: str | bytes, words: list[str], tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.csv", content)
-    message = refusal(lambda: read_rows(path))
-    assert message.startswith(path) and all(word in message for word in words), message
-
-
-def test_csv_values_are_texts(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.csv", '\ufeffid,prompt,completion\r\n007,"a ""b""\n,c",1.0\r\n\n8,,NA\n')
-    assert read_rows(path) == [
-        ({"id": "007", "prompt": 'a "b"\n,c', "completion": "1.0"}, f"{path}:2"),
-        ({"id": "8", "prompt": "", "completion": "NA"}, f"{path}:5"),
-    ]
-    assert len(read_rows(path, limit=1)) == 1
-
-
-def test_broken_packed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = gzip.compress(b'{"a": 1}\n{"a": 2}\n')
-    for content in (whole[:-9], b"not gzip", b"", whole[:12] + b"\xff" * 20):
-        path = write(tmp_path / "a.jsonl.gz", content)
-        message = refusal(lambda path=path: read_rows(path))
-        assert message.startswith(path) and ("not a readable .gz" in message or "no rows" in message), message
-    path = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2,}\n'))
-    assert f"{path}:2: broken JSON" in refusal(lambda: read_rows(path))
-    monkeypatch.setattr(readers, "_GZIP_MEMORY", 1000)
-    monkeypatch.setattr(readers, "_GZIP_RATIO", 1)
-    for name in ("a.jsonl.gz", "a.json.gz", "a.csv.gz"):
-        path = write(tmp_path / name, gzip.compress(b"{}\n" * 1000))
-        assert refusal(lambda path=path: read_rows(path)).endswith("when unpacked; give a smaller part of it")
-    assert "unknown suffix '.parquet.gz'" in refusal(lambda: read_rows(write(tmp_path / "a.parquet.gz", whole)))
-    said = refusal(lambda: read_rows(write(tmp_path / "a.txt", b"a text")))
-    assert "unknown suffix '.txt'" in said
-    assert said.endswith('; write each text as a row {"text": ...} of a .jsonl file')
-
-
-@pytest.mark.parametrize("content", [b"", b"ARROW1", b"ARROW1\0\0" + b"\xff" * 100, b"\xff" * 100, b"x" * 9])
-def test_broken_arrow(content: bytes, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.arrow", content)
-    message = refusal(lambda: read_rows(path))
-    assert message.startswith(path) and ("readable" in message or "no rows" in message or "need more" in message)
-
-
-def test_broken_saved_folders(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", CALLS)
+def test_a_hub_that_cannot_be_reached(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    whole, parts = datasets.Dataset.from_list(rows("a", 3)), tmp_path / "parts"
-    datasets.DatasetDict({"train": whole}).save_to_disk(str(parts))
-    assert "has no split 'test', only train" in refusal(lambda: read_rows(parts, split="test"))
-    assert len(read_rows(parts / "train", split="test", limit=2)) == 2
-    for content in ("{", "{}", json.dumps({"_data_files": [{"filename": "gone.arrow"}]})):
-        write(parts / "train" / "state.json", content)
-        message = refusal(lambda: read_rows(parts / "train"))
-        assert message.startswith(f"{parts / 'train'}: not a readable folder of save_to_disk")
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to the hub\nmany more lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    message = refusal(lambda: load_split(task, "test", files={}, seed=0))
+    split = CALLS[task]["test"][1]["split"]
+    assert _hub_id(task) in message and f"split {split!r} cannot be loaded (no route to the hub)" in message
+    assert "give a local file" in message
+    hub(monkeypatch, task, 0)
+    assert "holds no rows" in refusal(lambda: load_split(task, "test", files={}, seed=0))
 
 
-def test_how_many_rows_a_bar_expects(tmp_path: Path) -> None:
-    a, b = write_rows(tmp_path / "a.jsonl", rows("a", 20)), write_rows(tmp_path / "b.json", rows("b", 7))
-    assert about_num_rows(a) == 20 and about_num_rows(b) is None
-    (tmp_path / "in").mkdir()
-    write_rows(tmp_path / "in" / "c.jsonl", rows("c", 3))
-    assert about_num_rows(f"{tmp_path}/**/*.jsonl") == 23
-    assert about_num_rows("some/data") is None and about_num_rows(f"{tmp_path}/missing.jsonl") is None
+def test_the_user_s_own_files_are_never_mixed_with_the_hub_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for task in CALLS:
+        stand_in = hub(monkeypatch, task, 40)
+        files = {"train": write_rows(tmp_path / f"{task}.jsonl", [numbered(task, number) for number in range(40)])}
+        sizes = [len(load_split(task, split, files=files, seed=0)) for split in ("train", "validation")]
+        assert sizes == [38, 2] and not stand_in.calls
+        assert "--test_file" in refusal(lambda task=task, files=files: load_split(task, "test", files=files, seed=0))
+
+
+def _hub_id(task: str) -> str:
+    return "IWSLT/iwslt2017" if task == "iwslt2017" else str(CALLS[task]["test"][0][0])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import SHARED_DATA
 from task_files import HUB_ROWS, refusal, write, write_rows
 
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
@@ -16,7 +18,8 @@ from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.train_fields import TASK_NAMES
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Example, Parts, Reading
-from megatron_tiedlora.data.tasks import TASKS, get_task
+from megatron_tiedlora.data.tasks import TASKS, demo, get_task
+from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 
 EXPECTED = {
     "squad": (
@@ -74,7 +77,9 @@ def test_the_table() -> None:
         "iwslt2017": (("bleu",), "\n"),
         "squad": (("squad", "squad_f1"), "\n"),
     }
-    assert tuple(TASKS) == TASK_NAMES and all(get_task(name).name == name for name in TASK_NAMES)
+    assert tuple(TASKS) == TASK_NAMES
+    for name in TASK_NAMES:
+        assert get_task(name).name == make_settings({"task": name, "train_file": "rows.jsonl"}).task == name
 
 
 def test_what_a_record_says_of_defaults_stands_in_the_help() -> None:
@@ -83,13 +88,6 @@ def test_what_a_record_says_of_defaults_stands_in_the_help() -> None:
     assert EvaluateSettings.model_fields["limit"].description.endswith("[all; demo 24]")
     own = {name: (task.scored_rows, task.max_new_tokens) for name, task in TASKS.items()}
     assert own.pop("demo") == (24, 200) and set(own.values()) == {(None, 500)}
-
-
-def test_settings_know_the_same_names() -> None:
-    for name in TASK_NAMES:
-        assert make_settings({"task": name, "train_file": "rows.jsonl"}).task == name
-    message = refusal(lambda: make_settings({"task": "dialogsumm"}))
-    assert message.startswith("--task dialogsumm") and "did you mean dialogsum?" in message
 
 
 def test_a_task_is_one_record(tmp_path: Path) -> None:
@@ -104,12 +102,11 @@ def test_a_task_is_one_record(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"word": "ox", "plural": "oxen"}, {"word": "ox"}])
     (sample,) = load_split(plural, "test", files={"test": path}, seed=0, limit=1)
     assert (sample.prompt, sample.completion) == ("One ox, two", " oxen")
-    message = refusal(lambda: load_split(plural, "test", files={"test": path}, seed=0))
-    assert f"{path}:2: field 'plural' is missing" in message and "task plural reads 'word', 'plural'" in message
     silent = dataclasses.replace(plural, parts=lambda *_: Parts({"word": "ox"}, None, ()))
-    assert f"{path}:1: the row has no answer" in refusal(
-        lambda: load_split(silent, "test", files={"test": path}, seed=0)
-    )
+    for task, words in ((plural, ":2: field 'plural' is missing"), (silent, ":1: the row has no answer")):
+        message = refusal(lambda task=task: load_split(task, "test", files={"test": path}, seed=0))
+        assert path + words in message
+        assert task is silent or "task plural reads 'word', 'plural'" in message
 
 
 # Worked rows ------------------------------------------------------------------------------------------------
@@ -123,6 +120,9 @@ def test_a_row_of_the_hub(task: str, suffix: str, tmp_path: Path) -> None:
         (sample,) = read(task, path, split)
         assert (sample.prompt, sample.completion, sample.references, sample.choices) == EXPECTED[task]
         assert sample.source == {".jsonl": f"{path}:1", ".json": f"{path}: item 1"}.get(suffix, f"{path}: row 1")
+    if task == "iwslt2017":  # without the field around them
+        (flat,) = read(task, write_rows(tmp_path / f"flat{suffix}", [HUB_ROWS[task]["translation"]]))
+        assert (flat.prompt, flat.references) == (sample.prompt, sample.references)
 
 
 def test_squad_repeats_no_reference(tmp_path: Path) -> None:
@@ -147,10 +147,15 @@ def test_templates_name_fields_but_not_the_answer(task: str, answer_field: str, 
     assert f"no field {answer_field!r}" in message and message.endswith(known)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-def test_iwslt_flat_rows(suffix: str, tmp_path: Path) -> None:
-    (sample,) = read("iwslt2017", write_rows(tmp_path / f"a{suffix}", [HUB_ROWS["iwslt2017"]["translation"]]))
-    assert (sample.prompt, sample.completion, sample.references, sample.choices) == EXPECTED["iwslt2017"]
+def test_nested_squad_gives_the_same(tmp_path: Path) -> None:
+    question = {"id": "1", "question": "Q?", "answers": [{"text": "one", "answer_start": 0}, {"text": "two"}]}
+    nested = {"data": [{"title": "t", "paragraphs": [{"context": "C.", "qas": [question]}]}]}
+    (sample,) = read("squad", write(tmp_path / "nested.json", json.dumps(nested)))
+    assert sample.prompt == "Context: C. Question: Q? Answer:"
+    assert (sample.completion, sample.references) == (" one", ("one", "two"))
+    question["question"] = ""
+    message = refusal(lambda: read("squad", write(tmp_path / "bad.json", json.dumps(nested))))
+    assert "paragraph 1, question 1" in message and "'question'" in message
 
 
 def test_no_answer_holds_the_line_break_that_ends_it(tmp_path: Path) -> None:
@@ -167,9 +172,90 @@ def test_custom_rows_may_list_more_answers(tmp_path: Path) -> None:
     assert read_one("custom", tmp_path, {**row, "references": None}).references == ("Hello",)
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     assert read_one("custom", tmp_path, {**chat, "references": ["Hey"]}).references == ("Hello", "Hey")
-    assert "no field 'references'" in refusal(
-        lambda: read_one("custom", tmp_path, row, reading=Reading(template="{references}"))  # would leak the answers
+    leaks = Reading(template="{references}")
+    assert "no field 'references'" in refusal(lambda: read_one("custom", tmp_path, row, reading=leaks))
+
+
+# HellaSwag, whose texts are those of lm-evaluation-harness: its two functions stand here as they are there ------------
+
+
+def test_hellaswag_is_cleaned_as_its_public_definition_says(tmp_path: Path) -> None:
+    row = {
+        "activity_label": "Health",
+        "ctx_a": "[header] How to sleep [title] Go to bed early. [step] Do it  every day.",
+        "ctx_b": "",
+        "endings": ["[substeps] Wash it. [title] Dry it.", "Rest [a [b] c]", " two  spaces ", "[step]"],
+        "label": 0,
+    }
+    sample = read_one("hellaswag", tmp_path, row)
+    assert sample.prompt == "Health: How to sleep. Go to bed early. Do it every day."
+    assert sample.choices == (" Wash it.. Dry it.", "Rest c]", "two spaces", "[step]")
+    assert sample.endings == ("  Wash it.. Dry it.", " Rest c]", " two spaces", " [step]")
+    assert (sample.completion, sample.references) == ("  Wash it.. Dry it.", ("Wash it.. Dry it.",))
+    capitals = {**row, "ctx_a": "On a roof.", "ctx_b": "the MAN [x] sits", "label": "2"}
+    assert read_one("hellaswag", tmp_path, capitals).prompt == "Health: On a roof. The man sits"
+    assert read_one("hellaswag", tmp_path, capitals).references == ("two spaces",)
+    assert read_one("hellaswag", tmp_path, {**row, "ctx_a": "On a roof. [step]"}).prompt == "Health: On a roof."
+
+
+def test_a_template_can_show_hellaswag_s_endings(tmp_path: Path) -> None:
+    row = HUB_ROWS["hellaswag"]
+    shows = Reading(template=r"{split_type}: {context}\n{endings}\nRight:")
+    sample = read_one("hellaswag", tmp_path, row, reading=shows)
+    assert sample.prompt == (
+        "indomain: Roof shingle removal: A man is sitting on a roof. He\n"
+        "1. is ripping level tiles off.\n2. is holding a cube.\n3. sleeps.\n4. starts pulling up roofing.\nRight:"
     )
+    assert sample.completion == " starts pulling up roofing."
+    message = refusal(lambda: read_one("hellaswag", tmp_path, row, reading=Reading(template="{label}")))
+    assert "no field 'label'" in message
+    assert "activity_label, context, ctx, ctx_a, ctx_b, endings, ind, source_id, split, split_type" in message
+
+
+def preprocess(text: str) -> str:
+    text = text.strip()
+    # NOTE: Brackets are artifacts of the WikiHow dataset portion of HellaSwag.
+    text = text.replace(" [title]", ". ")
+    text = re.sub("\\[.*?\\]", "", text)
+    text = text.replace("  ", " ")
+    return text
+
+
+def process_doc(doc: dict[str, Any]) -> dict[str, Any]:
+    ctx = doc["ctx_a"] + " " + doc["ctx_b"].capitalize()
+    return {
+        "query": preprocess(doc["activity_label"] + ": " + ctx),
+        "choices": [preprocess(ending) for ending in doc["endings"]],
+        "gold": int(doc["label"]),
+    }
+
+
+def test_prompts_and_endings_are_the_harness_s(tmp_path: Path) -> None:
+    """Context and continuation as `loglikelihood` gets them: a space between, and the context's last ones moved."""
+    draw = random.Random(3)
+    parts = ["Wash it.", " [title]", " [step]", "[substeps] ", "Dry  it. ", "[header] How to", " a [b]", "  Go on."]
+
+    def text() -> str:
+        return "x" + "".join(draw.choices(parts, k=draw.randint(1, 5)))
+
+    rows = [
+        {"activity_label": "Health", "ctx_a": text(), "ctx_b": draw.choice(["", "the MAN", "[step]"]),
+         "endings": [text()[draw.randint(0, 1) :] for _ in range(4)], "label": draw.randint(0, 3)}
+        for _ in range(1000)
+    ]  # fmt: skip
+    files = {"test": write_rows(tmp_path / "rows.jsonl", rows)}
+    for row, sample in zip(rows, load_split("hellaswag", "test", files=files, seed=0), strict=True):
+        theirs = process_doc(row)
+        moved = len(theirs["query"]) - len(theirs["query"].rstrip())
+        expected = [theirs["query"][len(theirs["query"]) - moved :] + " " + choice for choice in theirs["choices"]]
+        assert sample.prompt == theirs["query"].rstrip()
+        for mine, ending, choice in zip(sample.endings, expected, theirs["choices"], strict=True):
+            assert mine == ending or not choice.strip()  # of an ending of only brackets nothing would be left
+        assert sample.completion == sample.endings[theirs["gold"]]
+        scores = tuple(-float(draw.randint(1, 90)) for _ in range(4))
+        ours = METRICS["accuracy_loglikelihood"].sample(Answer("", sample, scores))
+        per_character = [score / len(choice) for score, choice in zip(scores, sample.choices, strict=True)]
+        assert ours == 100.0 * (sample.choices[per_character.index(max(per_character))].strip() == sample.references[0])
 
 
 # Several references -----------------------------------------------------------------------------------------
@@ -194,15 +280,11 @@ def test_dialogsum_merges_held_out_rows_of_a_dialogue(tmp_path: Path) -> None:
     # A limit counts samples, not rows; rows are merged by the dialogue, whatever else the prompt shows.
     assert read("dialogsum", path, limit=2) == read("dialogsum", path)[:2]
     by_topic = read("dialogsum", path, reading=Reading(template="{topic}: {dialogue}"))
-    assert [(sample.prompt, len(sample.references)) for sample in by_topic] == [
-        ("topic 0: A", 3),
-        ("topic 1: B", 1),
-        ("topic 3: C", 1),
-    ]
+    found = [(sample.prompt, len(sample.references)) for sample in by_topic]
+    assert found == [("topic 0: A", 3), ("topic 1: B", 1), ("topic 3: C", 1)]
     train = load_split("dialogsum", "train", files={"train": path, "validation": path}, seed=0)
-    assert [(sample.prompt[0], sample.references) for sample in train] == [
-        (row["dialogue"], (row["summary"].strip(),)) for row in rows
-    ]
+    expected = [(row["dialogue"], (row["summary"].strip(),)) for row in rows]
+    assert [(sample.prompt[0], sample.references) for sample in train] == expected
 
 
 def test_dialogsum_of_the_original_release_gives_the_same(tmp_path: Path) -> None:
@@ -284,12 +366,43 @@ def test_rows_that_do_not_fit(task: str, row: dict[str, Any], words: list[str], 
 
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_files_that_do_not_fit_any_task(task: str, tmp_path: Path) -> None:
-    calls: list[tuple[Callable[[], Any], str]] = [
-        (lambda: read(task, write(tmp_path / "empty.jsonl", "")), "holds no rows"),
-        (lambda: read(task, write(tmp_path / "rows.tsv", "a,b\n")), "unknown suffix '.tsv'"),
-        (lambda: read(task, write(tmp_path / "rows.csv", "a,b\n")), "holds no rows"),
-        (lambda: read(task, str(tmp_path / "none.jsonl")), "no such file"),
-        (lambda: read(task, write(tmp_path / "rows.jsonl", "{]\n")), "rows.jsonl:1: broken JSON"),
-    ]
-    for call, words in calls:
-        assert words in refusal(call)
+    for name, content, words in (
+        ("empty.jsonl", "", "holds no rows"),
+        ("rows.tsv", "a,b\n", "unknown suffix '.tsv'"),
+        ("rows.csv", "a,b\n", "holds no rows"),
+        ("rows.jsonl", "{]\n", "rows.jsonl:1: broken JSON"),
+    ):
+        path = write(tmp_path / name, content)
+        assert words in refusal(lambda path=path: read(task, path))
+    assert "no such file" in refusal(lambda: read(task, str(tmp_path / "none.jsonl")))
+
+
+# Other rows than the hub's ----------------------------------------------------------------------------------
+
+
+def test_demo_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "demo_examples", lambda split: [{"question": f"{split}?", "answer": "1\n#### 1"}])
+    for seed in (0, 5):  # the held-out rows do not depend on a run's seed
+        (sample,) = load_split("demo", "validation", files={}, seed=seed)
+        assert (sample.prompt, sample.completion) == ("Question: validation?\nAnswer:", " 1\n#### 1")
+
+
+def test_real_gsm8k() -> None:
+    if not (SHARED_DATA / "gsm8k").is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA}")
+    files = {name: str(SHARED_DATA / f"gsm8k/{name}.jsonl") for name in ("train", "test")}
+    sizes = {name: len(load_split("gsm8k", name, files=files, seed=0)) for name in ("train", "validation", "test")}
+    assert sizes == {"train": 7000, "validation": 473, "test": 1319}
+    sample = load_split("gsm8k", "test", files=files, seed=0, limit=1)[0]
+    assert sample.prompt.startswith("Question: Janet") and sample.prompt.endswith("?\nAnswer:")
+    assert sample.completion.startswith(" Janet") and "####" in sample.completion
+
+
+def test_real_nested_squad() -> None:
+    if not (SHARED_DATA / "xquad").is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA}")
+    files = {"train": str(SHARED_DATA / "xquad/xquad.en.json")}
+    train, validation = (load_split("squad", name, files=files, seed=0) for name in ("train", "validation"))
+    assert (len(train), len(validation)) == (1190 - 59, 59)
+    assert all(sample.references[0] == sample.completion[1:] for sample in train)
+    assert len({sample.prompt.split(" Question: ")[0] for sample in train + validation}) == 240

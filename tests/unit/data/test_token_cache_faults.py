@@ -1,4 +1,4 @@
-"""What the cache of tokenised data reads, and what it does about broken rows, files and processes."""
+"""What the cache of tokenised data does about broken rows, files and processes."""
 
 from __future__ import annotations
 
@@ -8,146 +8,48 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from task_files import refusal, write_rows
-from token_rows import WORDS, chats, check, check_same, encoding, rows
-from zoo_oracle import CHATML, write_zoo_tokenizer
+from token_rows import TokenStore, check_same, rows
 
 from megatron_tiedlora.data import cache, encode, readers, sources
-from megatron_tiedlora.data.cache import tokenised_once
 from megatron_tiedlora.data.encode import Encoding
-from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.data.tokenizer import load_tokenizer
 
-# What is read -----------------------------------------------------------------------------------------------------
+# Rows and files ---------------------------------------------------------------------------------------------------
 
 
-def test_splits_of_one_folder_are_not_confused(tokenizer: Any, tmp_path: Path) -> None:
-    import datasets
-
-    parts = {"train": datasets.Dataset.from_list(rows(9)), "validation": datasets.Dataset.from_list(rows(4, first=50))}
-    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
-    files = {"train": f"{tmp_path}/saved", "validation": f"{tmp_path}/saved"}
-    found = check(encoding(tokenizer), files, tmp_path)
-    assert (len(found.train), len(found.validation)) == (9, 4)
-
-
-def test_splits_of_the_hub_in_one_file_are_not_confused(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import datasets
-
-    datasets.Dataset.from_list(rows(13)).save_to_disk(str(tmp_path / "saved"))
-    whole = datasets.load_from_disk(str(tmp_path / "saved"))
-    assert whole.cache_files
-    parts = {"train": whole.select(range(9)), "validation": whole.select(range(9, 13))}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, *, split: parts[split])
-    found = tokenised_once(
-        encoding(tokenizer), files={"train": "a/b", "validation": "a/b"}, seed=0, cache_dir=tmp_path
-    )
-    assert (len(found.train), len(found.validation)) == (9, 4)
+def test_a_broken_row_is_one_line(store: TokenStore, tmp_path: Path, processes: str) -> None:
+    wrong = {"prompt": "x", "completion": 3}
+    file = write_rows(tmp_path / "a.jsonl", [*rows(10), wrong, *rows(10)])
+    assert refusal(lambda: store.start(file)).startswith(f"{file}:11: field 'completion' is 3 (int)")
+    assert not list(store.tokens.glob("*/")) and not list(store.tokens.glob(".writing-*"))
+    write_rows(tmp_path / "a.jsonl", [*rows(10), {"text": "x"}])
+    message = refusal(lambda: store.start(file))
+    assert message.startswith(f"{file}:11: a row of shape") and f"({file}:1)" in message
 
 
-def test_only_files_that_are_read_decide(tokenizer: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    (folder / "runs").mkdir(parents=True)
-    write_rows(folder / "a.jsonl", rows(9))
-    how, files = encoding(tokenizer), {"train": str(folder), "validation": f"{folder}/a.jsonl"}
-    first = tokenised_once(how, files=files, seed=0, cache_dir=tmp_path)
-    num_folders = len(list((tmp_path / "tokens").glob("*/")))
-    (folder / "runs" / "metrics.jsonl").write_text("{}")
-    (folder / "notes.bin").write_bytes(b"x")
-    (folder / "notes.bin").chmod(0)
-    check_same(tokenised_once(how, files=files, seed=0, cache_dir=tmp_path).train, first.train)
-    assert len(list((tmp_path / "tokens").glob("*/"))) == num_folders
-    write_rows(folder / "a.jsonl", rows(8))
-    assert len(tokenised_once(how, files=files, seed=0, cache_dir=tmp_path).train) == 8
+def test_parts_without_a_supervised_token_are_named(store: TokenStore, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    silent = write_rows(tmp_path / "b.jsonl", [{"messages": turns}])
+    files = {"train": write_rows(tmp_path / "a.jsonl", rows(4)), "validation": silent}
+    assert refusal(lambda: store.start(files, store.encoding(max_length=400))).startswith(silent)
 
 
-def test_a_file_s_name_decides_how_it_is_read(tokenizer: Any, tmp_path: Path) -> None:
-    for name in ("plain", "train.tags.de-en"):
-        for language in ("de", "en"):
-            lines = ["<url>http://a</url>", *(f"{language} {number}" for number in range(8))]
-            (tmp_path / f"{name}.{language}").write_text("\n".join(lines) + "\n")
-    sizes = []
-    for name in ("plain", "train.tags.de-en"):
-        pair = f"{tmp_path}/{name}.de,{tmp_path}/{name}.en"
-        found = tokenised_once(
-            encoding(tokenizer, "iwslt2017", max_length=200),
-            files={"train": pair, "validation": pair},
-            seed=0,
-            cache_dir=tmp_path,
-        )
-        sizes.append(len(found.train))
-    assert sizes == [9, 8]
-
-
-def test_a_mix_names_the_files_that_were_given(tokenizer: Any, tmp_path: Path) -> None:
-    for names in (("a", "b"), ("x", "y")):
-        given = ",".join(f"{write_rows(tmp_path / f'{name}.jsonl', rows(4))}:0.5" for name in names)
-        files = {"train": given, "validation": f"{tmp_path}/{names[0]}.jsonl"}
-        mix = tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path).mix
-        assert [line.partition(".jsonl")[0] for line in mix] == [f"{tmp_path}/{name}" for name in names]
-
-
-def test_later_references_of_a_held_out_sample_may_be_long(tokenizer: Any, tmp_path: Path) -> None:
-    talks = [{"dialogue": "talk", "summary": WORDS[0]}, {"dialogue": "talk", "summary": " ".join(WORDS * 30)}]
-    merge_by = get_task("dialogsum").merge_by
-    file = write_rows(tmp_path / "v.jsonl", [{**row, merge_by: "1"} for row in talks])
-    train = write_rows(tmp_path / "a.jsonl", talks[:1])
-    how = encoding(tokenizer, "dialogsum", max_length=200)
-    found = tokenised_once(how, files={"train": train, "validation": file}, seed=0, cache_dir=tmp_path)
-    assert len(found.validation) == 1
-
-
-def test_chunks_of_long_rows_are_small(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 3000)
-    sizes, original = [], cache.encoded_rows
-
-    def counted(*arguments: Any) -> Iterator[Any]:
-        for part in original(*arguments):
-            sizes.append(int(part["facts"]["first"].sum()))
-            yield part
-
-    monkeypatch.setattr(cache, "encoded_rows", counted)
-    long = [{"prompt": "x" * 1000, "completion": "y"}] * 9
-    check(encoding(tokenizer), {"train": write_rows(tmp_path / "a.jsonl", [*rows(4), *long])}, tmp_path)
-    assert sum(sizes) == 13 and max(sizes) < 9 and sizes[-2] == 3
-
-
-# Faults -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_whole_folder_is_never_replaced(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a host that did not see another's lock, nor at first its folder."""
-    how, files = encoding(tokenizer), {"train": write_rows(tmp_path / "a.jsonl", rows(9))}
-    first = tokenised_once(how, files=files, seed=0, cache_dir=tmp_path)
-    inodes = {path: path.stat().st_ino for path in (tmp_path / "tokens").rglob("*")}
-    read, calls = cache.mapped_arrays, []
-
-    def late(path: Path, dtypes: Any) -> Any:
-        calls.append(path)
-        return None if calls.count(path) <= 2 else read(path, dtypes)  # the first look, and before writing
-
-    monkeypatch.setattr(cache, "mapped_arrays", late)
-    check_same(tokenised_once(how, files=files, seed=0, cache_dir=tmp_path).train, first.train)
-    assert {path: path.stat().st_ino for path in (tmp_path / "tokens").rglob("*")} == inodes
-
-
-def test_rows_that_cannot_be_passed_to_a_process(tokenizer: Any) -> None:
+def test_rows_that_cannot_be_passed_to_a_process(store: TokenStore) -> None:
     deep: Any = []
     for _ in range(5000):
         deep = [deep]
     rows = [(0, 0, ({"x": 1}, "a.jsonl:1")), (0, 1, ({"x": deep}, "a.jsonl:3"))]
-    message = refusal(lambda: list(encode._in_processes([rows], encoding(tokenizer))))
+    message = refusal(lambda: list(encode._in_processes([rows], store.encoding())))
     assert message == "a.jsonl:1 to a.jsonl:3: a row has values that are nested too deeply; remove it"
 
 
-def test_a_file_that_cannot_be_read_is_named(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_named(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write_rows(tmp_path / "a.jsonl", rows(9))
 
     def forbidden(*_: Any, **__: Any) -> Any:
@@ -156,26 +58,11 @@ def test_a_file_that_cannot_be_read_is_named(tokenizer: Any, tmp_path: Path, mon
     for module, name in ((readers, "names_and_contents"), (sources, "row_data")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, forbidden)
-            message = refusal(
-                lambda: tokenised_once(encoding(tokenizer), files={"train": file}, seed=0, cache_dir=tmp_path)
-            )
-        assert message == f"{file}: cannot be read (Permission denied)"
-
-
-def test_a_broken_row_is_one_line(tokenizer: Any, tmp_path: Path, processes: str) -> None:
-    broken = [*rows(10), {"prompt": "x", "completion": 3}, *rows(10)]
-    files = {"train": write_rows(tmp_path / "a.jsonl", broken)}
-    message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
-    assert message.startswith(f"{tmp_path}/a.jsonl:11: field 'completion' is 3 (int)")
-    assert not list((tmp_path / "tokens").glob("*/")) and not list((tmp_path / "tokens").glob(".writing-*"))
-    mixed = [*rows(10), {"text": "x"}]
-    files = {"train": write_rows(tmp_path / "a.jsonl", mixed)}
-    message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
-    assert message.startswith(f"{tmp_path}/a.jsonl:11: a row of shape") and f"({tmp_path}/a.jsonl:1)" in message
+            assert refusal(lambda: store.start(file)) == f"{file}: cannot be read (Permission denied)"
 
 
 def test_a_file_that_changes_while_it_is_read(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = Path(write_rows(tmp_path / "a.jsonl", rows(40)))
     original = cache.encoded_rows
@@ -187,51 +74,102 @@ def test_a_file_that_changes_while_it_is_read(
             yield part
 
     monkeypatch.setattr(cache, "encoded_rows", changing)
-    message = refusal(lambda: tokenised_once(encoding(tokenizer), files={"train": file}, seed=0, cache_dir=tmp_path))
-    assert message == f"{file}: changed while it was read; start again when it is complete"
+    said = f"{file}: changed while it was read; start again when it is complete"
+    assert refusal(lambda: store.start(str(file))) == said
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(tokenizer: Any, tmp_path: Path) -> None:
-    files = {"train": write_rows(tmp_path / "a.jsonl", rows(4))}
-    (tmp_path / "tokens").write_text("a file where the folder has to be")
-    message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
-    assert str(tmp_path) in message
+def test_a_cache_that_cannot_be_written_is_one_line(store: TokenStore, tmp_path: Path) -> None:
+    store.tokens.write_text("a file where the folder has to be")
+    file = write_rows(tmp_path / "a.jsonl", rows(4))
+    assert str(tmp_path) in refusal(lambda: store.start(file))
 
 
-def test_parts_without_a_supervised_token_are_named(tokenizer: Any, tmp_path: Path) -> None:
-    a, b = write_rows(tmp_path / "a.jsonl", rows(4)), write_rows(tmp_path / "b.jsonl", chats(4))
-    nothing = replace(encoding(tokenizer), max_length=400)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
-    write_rows(tmp_path / "b.jsonl", [{"messages": turns}])
-    files = {"train": a, "validation": b}
-    message = refusal(lambda: tokenised_once(nothing, files=files, seed=0, cache_dir=tmp_path))
-    assert message.startswith(b), message
+# Damage -----------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_files_are_written_again(store: TokenStore, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", rows(40))
+    first = store.start(file)
+    paths = sorted(store.tokens.glob("*/*"))
+    assert len(paths) == 4 + 1 + 2 + 1
+    for path in paths:
+        whole = path.read_bytes()
+        for damaged in (whole[: len(whole) // 2], b"", whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]):
+            path.write_bytes(damaged)
+            check_same(store.start(file).train, first.train)
+            assert path.read_bytes() == whole or path.name == "content.json"
+        path.unlink()
+        os.mkfifo(path)
+        check_same(store.start(file).validation, first.validation)
+
+
+FACTS = {"sha256": "0" * 64, "mix": ["x"], "first_row": 7, "chats": True, "unended": True}  # none of them is so
+
+
+@pytest.mark.parametrize("field", FACTS)
+@pytest.mark.parametrize("change", ["another value", "missing"])
+def test_facts_have_a_checksum(store: TokenStore, tmp_path: Path, field: str, change: str) -> None:
+    data = write_rows(tmp_path / "a.jsonl", rows(9))
+    first, changed = store.start(data), 0
+    for file in store.tokens.glob("*/content.json"):
+        content = json.loads(file.read_text())
+        if field in content["facts"]:
+            assert content["facts"].pop(field) != FACTS[field]
+            content["facts"] |= {field: FACTS[field]} if change == "another value" else {}
+            file.write_text(json.dumps(content))
+            changed += 1
+    again = store.start(data)
+    assert changed == 1 and all(getattr(again, name) == getattr(first, name) for name in FACTS)
+
+
+@pytest.mark.parametrize("name", ["tokens", "facts", "train", "content.json"])
+def test_sizes_are_compared_before_anything_is_read(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    data = write_rows(tmp_path / "a.jsonl", rows(9))
+    first = store.start(data)
+    for grown in store.tokens.glob(f"*/{name}"):
+        os.truncate(grown, 2**40)
+        hashed, original = [], cache.mapped_arrays.__globals__["file_sha256"]
+
+        def watched(file: Path) -> str:
+            assert file.stat().st_size < 2**30
+            hashed.append(file.parent)  # noqa: B023
+            return str(original(file))  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setitem(cache.mapped_arrays.__globals__, "file_sha256", watched)
+            assert cache.mapped_arrays(grown.parent, cache._STORE if name != "train" else cache._SPLITS) is None
+        assert not hashed
+    check_same(store.start(data).train, first.train)
+
+
+# Processes --------------------------------------------------------------------------------------------------------
 
 
 def test_a_process_that_is_killed_is_one_line(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "CHUNK", 3)
     monkeypatch.setattr(encode, "_FEW_CHUNKS", 0)
-    files = {"train": write_rows(tmp_path / "a.jsonl", rows(40))}
-    parent = os.getpid()
+    file, parent = write_rows(tmp_path / "a.jsonl", rows(40)), os.getpid()
 
     def killed(self: Any, chunk: Any) -> Any:
         assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(encode.RowEncoder, "encode", killed)
-    message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
-    assert message == "a process that tokenises rows was ended; start again with more memory"
+    said = "a process that tokenises rows was ended; start again with more memory"
+    assert refusal(lambda: store.start(file)) == said
     monkeypatch.setattr(encode.RowEncoder, "encode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as error:  # a bug, with the place where it was found
-        tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path)
+        store.start(file)
     assert "encode.py" in str(error.value.__cause__)
     assert not multiprocessing.active_children()
 
 
 def test_processes_that_cannot_be_started_are_one_line(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first is started, and the second is not."""
     monkeypatch.setattr(encode, "_FEW_CHUNKS", 0)
@@ -245,8 +183,7 @@ def test_processes_that_cannot_be_started_are_one_line(
         return started[0]
 
     monkeypatch.setattr(os, "fork", limited)
-    files = {"train": write_rows(tmp_path / "a.jsonl", rows(9))}
-    message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
+    message = refusal(lambda: store.start(write_rows(tmp_path / "a.jsonl", rows(9))))
     assert message.startswith("no process to tokenise rows can be started ([Errno 11] Resource temporarily")
     deadline = time.monotonic() + 30
     while multiprocessing.active_children() and time.monotonic() < deadline:
@@ -255,36 +192,7 @@ def test_processes_that_cannot_be_started_are_one_line(
 
 
 def test_a_process_that_may_start_none_tokenises_by_itself(
-    tokenizer: Any, tmp_path: Path, processes: str, monkeypatch: pytest.MonkeyPatch
+    store: TokenStore, tmp_path: Path, processes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(multiprocessing.current_process(), "daemon", True)  # as in a pool's workers
-    check(encoding(tokenizer), {"train": write_rows(tmp_path / "a.jsonl", rows(40))}, tmp_path)
-
-
-def _tokenise_in_process(folder: str, file: str, cache_dir: str, results: Any) -> None:
-    original = cache.encoded_rows
-
-    def slow(*arguments: Any) -> Iterator[Any]:
-        (Path(cache_dir) / f"made-{time.monotonic_ns()}").touch()
-        time.sleep(1.0)  # long enough for the others to arrive
-        return original(*arguments)
-
-    cache.encoded_rows = slow
-    found = tokenised_once(encoding(load_tokenizer(folder)), files={"train": file}, seed=0, cache_dir=cache_dir)
-    results.put(found.train.sample(0).tolist())
-
-
-def test_one_of_several_processes_tokenises(tmp_path: Path) -> None:
-    folder = write_zoo_tokenizer(tmp_path / "tokenizer", template=CHATML)
-    file = write_rows(tmp_path / "a.jsonl", rows(4))
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    arguments = (str(folder), str(file), str(tmp_path), results)
-    processes = [context.Process(target=_tokenise_in_process, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    outcomes = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=30)
-        assert process.exitcode == 0
-    assert outcomes[0] == outcomes[1] and len(list(tmp_path.glob("made-*"))) == 1
+    store.check(write_rows(tmp_path / "a.jsonl", rows(40)))

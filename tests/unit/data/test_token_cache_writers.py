@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -20,35 +19,30 @@ from typing import Any
 import pytest
 from ownership_files import grow_old, names
 from task_files import refusal, write_rows
-from token_rows import check_same, encoding, rows
+from token_rows import TokenStore, check_same, rows
 
+from megatron_tiedlora.base import ownership
 from megatron_tiedlora.base.ownership import OWNER_FILE
 from megatron_tiedlora.data import cache
-from megatron_tiedlora.data.cache import TrainingData, tokenised_once
 
 # What killed processes leave ----------------------------------------------------------------------------------------
-
-
-def _start(tokenizer: Any, file: str, cache_dir: Path, **keywords: Any) -> TrainingData:
-    return tokenised_once(encoding(tokenizer), files={"train": file}, seed=0, cache_dir=cache_dir, **keywords)
 
 
 class _Writer:
     """A process that tokenises `file`, and stands still when the first rows are in its files."""
 
-    def __init__(self, tokenizer: Any, file: str, cache_dir: Path) -> None:
-        self._cache_dir = cache_dir
+    def __init__(self, store: TokenStore, file: str) -> None:
         context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=self._tokenise, args=(tokenizer, file), daemon=True)
+        self.process = context.Process(target=self._tokenise, args=(store, file), daemon=True)
         self.process.start()
         os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
-        (self.partial,) = (cache_dir / "tokens").glob(".*.partial")
+        (self.partial,) = store.tokens.glob(".*.partial")
 
     @property
     def pid(self) -> int:
         return self.process.pid or 0
 
-    def _tokenise(self, tokenizer: Any, file: str) -> None:
+    def _tokenise(self, store: TokenStore, file: str) -> None:
         original = cache.encoded_rows
 
         def stopping(*arguments: Any) -> Iterator[Any]:
@@ -57,7 +51,7 @@ class _Writer:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
         cache.encoded_rows = stopping
-        _start(tokenizer, file, self._cache_dir)
+        store.start(file)
 
     def end(self, number: int) -> int | None:
         os.kill(self.pid, number)
@@ -65,13 +59,16 @@ class _Writer:
         return self.process.exitcode
 
 
+Start = Callable[[str], _Writer]
+
+
 @pytest.fixture
-def writing(tokenizer: Any, tmp_path: Path) -> Iterator[Callable[[str], _Writer]]:
+def writing(store: TokenStore) -> Iterator[Start]:
     """Starts a `_Writer` for a file. It does not outlive the test."""
     started: list[_Writer] = []
 
     def start(file: str) -> _Writer:
-        started.append(_Writer(tokenizer, file, tmp_path))
+        started.append(_Writer(store, file))
         return started[-1]
 
     yield start
@@ -86,52 +83,44 @@ def files(tmp_path: Path) -> tuple[str, str]:
 
 
 def test_a_start_removes_what_killed_ones_have_left_of_any_data(
-    tokenizer: Any, tmp_path: Path, files: tuple[str, str], writing: Callable[[str], _Writer]
+    store: TokenStore, files: tuple[str, str], writing: Start
 ) -> None:
     writer = writing(files[0])
     assert list(writer.partial.glob(".writing-*/tokens"))
-    _start(tokenizer, files[1], tmp_path)
+    store.start(files[1])
     grow_old(writer.partial, 600)  # its lock says that it lives
-    _start(tokenizer, files[1], tmp_path)
+    store.start(files[1])
     assert list(writer.partial.glob(".writing-*/tokens"))
     assert writer.end(signal.SIGKILL) == -signal.SIGKILL
-    _start(tokenizer, files[1], tmp_path)
-    assert {len(name) for name in names(tmp_path / "tokens")} == {64}, names(tmp_path / "tokens")
+    store.start(files[1])
+    assert {len(name) for name in names(store.tokens)} == {64}, names(store.tokens)
 
 
 def test_where_locks_are_not_seen_age_decides(
-    tokenizer: Any,
-    tmp_path: Path,
-    files: tuple[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    writing: Callable[[str], _Writer],
+    store: TokenStore, files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, writing: Start
 ) -> None:
-    from megatron_tiedlora.base import ownership
-
     writer = writing(files[0])
     writer.end(signal.SIGKILL)
     monkeypatch.setattr(ownership, "_is_unlocked", lambda _: None)
     for age, left in ((50, True), (70, False)):
         grow_old(writer.partial, age)
-        _start(tokenizer, files[1], tmp_path)
+        store.start(files[1])
         assert writer.partial.exists() == left
 
 
 # Waiting ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_writer_that_is_suspended_is_replaced(
-    tokenizer: Any, tmp_path: Path, files: tuple[str, str], writing: Callable[[str], _Writer]
-) -> None:
+def test_a_writer_that_is_suspended_is_replaced(store: TokenStore, files: tuple[str, str], writing: Start) -> None:
     """It changes nothing when it wakes up, and takes what the other has written."""
     writer = writing(files[0])
     grow_old(writer.partial, 65)
-    found = _start(tokenizer, files[0], tmp_path)
-    inodes = {path: path.stat().st_ino for path in (tmp_path / "tokens").rglob("*")}
+    found = store.start(files[0])
+    inodes = {path: path.stat().st_ino for path in store.tokens.rglob("*")}
     assert writer.end(signal.SIGCONT) == 0
-    check_same(_start(tokenizer, files[0], tmp_path).train, found.train)
-    assert {path: path.stat().st_ino for path in (tmp_path / "tokens").rglob("*")} == inodes
-    assert not list((tmp_path / "tokens").glob(".*"))
+    check_same(store.start(files[0]).train, found.train)
+    assert {path: path.stat().st_ino for path in store.tokens.rglob("*")} == inodes
+    assert not list(store.tokens.glob(".*"))
 
 
 def _clock(monkeypatch: pytest.MonkeyPatch, each_second: Callable[[float], None]) -> None:
@@ -147,12 +136,11 @@ def _clock(monkeypatch: pytest.MonkeyPatch, each_second: Callable[[float], None]
 
 
 def test_a_start_that_waits_says_for_what_and_gives_up(
-    tokenizer: Any,
-    tmp_path: Path,
+    store: TokenStore,
     files: tuple[str, str],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    writing: Callable[[str], _Writer],
+    writing: Start,
 ) -> None:
     writer = writing(files[0])
     (tokens,) = writer.partial.glob(".writing-*/tokens")
@@ -165,7 +153,7 @@ def test_a_start_that_waits_says_for_what_and_gives_up(
 
     _clock(monkeypatch, write)
     caplog.set_level(logging.INFO)
-    message = refusal(lambda: _start(tokenizer, files[0], tmp_path, timeout_minutes=3.0))
+    message = refusal(lambda: store.start(files[0], timeout_minutes=3.0))
     who = rf"a start on {socket.gethostname()} \(process {writer.pid}\) since \S+ \S+"
     way_out = "end that process, give a longer --timeout_minutes, or set MEGATRON_TIEDLORA_CACHE to another folder"
     assert re.fullmatch(
@@ -178,61 +166,41 @@ def test_a_start_that_waits_says_for_what_and_gives_up(
     assert all(10 <= later - earlier <= 302 for earlier, later in pairwise(waited))
     caplog.clear()
     monkeypatch.setenv("SLURM_LOCALID", "1")  # srun's name: another rank of this host, which waits without a word
-    assert refusal(lambda: _start(tokenizer, files[0], tmp_path, timeout_minutes=3.0)) == message
+    assert refusal(lambda: store.start(files[0], timeout_minutes=3.0)) == message
     assert not caplog.records
     writer.end(signal.SIGKILL)
 
 
 def test_a_start_that_waits_goes_on_when_the_writer_has_ended(
-    tokenizer: Any, tmp_path: Path, files: tuple[str, str], writing: Callable[[str], _Writer]
+    store: TokenStore, files: tuple[str, str], writing: Start
 ) -> None:
     """It takes what the writer has written, or writes it itself if the writer was killed."""
     for number, file in ((signal.SIGCONT, files[0]), (signal.SIGKILL, files[1])):
         writer = writing(file)
         threading.Timer(0.5, os.kill, (writer.pid, number)).start()
-        assert len(_start(tokenizer, file, tmp_path).train) > 0
+        assert len(store.start(file).train) > 0
         writer.process.join(30)  # a writer that goes on puts the files there before it has given its folder back
-        assert not list((tmp_path / "tokens").glob(".*"))
+        assert not list(store.tokens.glob(".*"))
 
 
-# Damage -------------------------------------------------------------------------------------------------------------
+def test_one_of_several_processes_tokenises(store: TokenStore, tmp_path: Path, files: tuple[str, str]) -> None:
+    context = multiprocessing.get_context("fork")
+    results, original = context.Queue(), cache.encoded_rows
 
+    def slow(*arguments: Any) -> Iterator[Any]:
+        (tmp_path / f"made-{time.monotonic_ns()}").touch()
+        time.sleep(1.0)  # long enough for the others to arrive
+        return original(*arguments)
 
-@pytest.mark.parametrize("field", ["sha256", "mix", "first_row", "chats", "unended"])
-@pytest.mark.parametrize("change", ["another value", "missing"])
-def test_facts_have_a_checksum(tokenizer: Any, tmp_path: Path, files: tuple[str, str], field: str, change: str) -> None:
-    first = _start(tokenizer, files[0], tmp_path)
-    changed = 0
-    for file in (tmp_path / "tokens").glob("*/content.json"):
-        content = json.loads(file.read_text())
-        if field in content["facts"]:
-            value = content["facts"].pop(field)
-            if change == "another value":
-                content["facts"][field] = {"sha256": "0" * 64, "mix": ["x"], "first_row": 7}.get(field, not value)
-            file.write_text(json.dumps(content))
-            changed += 1
-    again = _start(tokenizer, files[0], tmp_path)
-    assert changed == 1
-    for name in ("sha256", "mix", "first_row", "chats", "unended"):
-        assert getattr(again, name) == getattr(first, name)
+    def tokenise() -> None:
+        cache.encoded_rows = slow
+        results.put(store.start(files[0]).train.sample(0).tolist())
 
-
-@pytest.mark.parametrize("name", ["tokens", "facts", "train", "content.json"])
-def test_sizes_are_compared_before_anything_is_read(
-    tokenizer: Any, tmp_path: Path, files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    first = _start(tokenizer, files[0], tmp_path)
-    for grown in (tmp_path / "tokens").glob(f"*/{name}"):
-        os.truncate(grown, 2**40)
-        hashed, original = [], cache.mapped_arrays.__globals__["file_sha256"]
-
-        def watched(file: Path) -> str:
-            assert file.stat().st_size < 2**30
-            hashed.append(file.parent)  # noqa: B023
-            return str(original(file))  # noqa: B023
-
-        with monkeypatch.context() as patch:
-            patch.setitem(cache.mapped_arrays.__globals__, "file_sha256", watched)
-            assert cache.mapped_arrays(grown.parent, cache._STORE if name != "train" else cache._SPLITS) is None
-        assert not hashed
-    check_same(_start(tokenizer, files[0], tmp_path).train, first.train)
+    processes = [context.Process(target=tokenise) for _ in range(2)]
+    for process in processes:
+        process.start()
+    outcomes = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(timeout=30)
+        assert process.exitcode == 0
+    assert outcomes[0] == outcomes[1] and len(list(tmp_path.glob("made-*"))) == 1

@@ -1,8 +1,7 @@
-"""The data zoo: files of every shape and format give the ids and labels that an independent oracle computes."""
+"""The data zoo: rows of every shape give the ids and labels that an independent oracle computes."""
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,18 @@ from typing import Any
 
 import pytest
 from task_files import refusal, write_rows
-from zoo_oracle import CHATML, LLAMA2, MARKED, THINKING, TOOLS, Sample, ZooOracle, write_zoo_tokenizer
+from zoo_oracle import (
+    CHATML,
+    LLAMA2,
+    MARKED,
+    THINKING,
+    TOOLS,
+    Sample,
+    ZooOracle,
+    answer,
+    user,
+    write_zoo_tokenizer,
+)
 
 from megatron_tiedlora.data.encode import encode_dataset, encode_examples
 from megatron_tiedlora.data.splits import load_split
@@ -19,14 +29,6 @@ from megatron_tiedlora.data.task import Reading
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 Row = dict[str, Any]
-
-
-def user(text: str) -> Row:
-    return {"role": "user", "content": text}
-
-
-def answer(text: str, **more: Any) -> Row:
-    return {"role": "assistant", "content": text, **more}
 
 
 SYSTEM: Row = {"role": "system", "content": "Be brief."}
@@ -208,92 +210,6 @@ def test_a_row_gives_the_oracle_s_ids_and_labels(name: str, tmp_path: Path) -> N
     (found,) = cage.samples(write_rows(tmp_path / "rows.jsonl", [animal.row]), reading=animal.reading)
     assert found.ids == expected.ids and found.learned == expected.learned
     assert (any(expected.learned) and not all(expected.learned[1:])) or "text" in animal.row
-
-
-def test_the_zoo_has_every_shape_that_is_named() -> None:
-    assert len(ZOO) >= 30
-
-
-# Formats ----------------------------------------------------------------------------------------------------
-
-ROWS = [{"prompt": f"Question: {number}\nAnswer:", "completion": f" {number}"} for number in range(5)]
-
-
-def write_csv(folder: Path) -> str:
-    import csv
-
-    with (folder / "rows.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["prompt", "completion"])
-        writer.writeheader()
-        writer.writerows(ROWS)
-    return str(folder / "rows.csv")
-
-
-def write_packed(folder: Path) -> str:
-    (folder / "rows.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
-    return str(folder / "rows.jsonl.gz")
-
-
-def write_arrow(folder: Path) -> str:
-    import pyarrow
-
-    table = pyarrow.Table.from_pylist(ROWS)
-    with pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-    return str(folder / "rows.arrow")
-
-
-def write_stream(folder: Path) -> str:
-    import pyarrow
-
-    table = pyarrow.Table.from_pylist(ROWS)
-    with pyarrow.OSFile(str(folder / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
-    return str(folder / "a.arrow")
-
-
-def write_saved(folder: Path) -> str:
-    import datasets
-
-    datasets.Dataset.from_list(ROWS).save_to_disk(str(folder / "saved"))
-    return str(folder / "saved")
-
-
-def write_saved_splits(folder: Path) -> str:
-    import datasets
-
-    parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
-    datasets.DatasetDict(parts).save_to_disk(str(folder / "saved"))
-    return str(folder / "saved")
-
-
-def write_folder(folder: Path) -> str:
-    (folder / "parts").mkdir()
-    write_rows(folder / "parts/2.parquet", ROWS[3:])
-    write_rows(folder / "parts/1.jsonl", ROWS[:3])
-    (folder / "parts/README.md").write_text("no rows")
-    return str(folder / "parts")
-
-
-def write_pattern(folder: Path) -> str:
-    write_folder(folder)
-    return str(folder / "parts/*.[jp]*")
-
-
-def write_several(folder: Path) -> str:
-    return f"{write_rows(folder / 'a.jsonl', ROWS[:3])},{write_rows(folder / 'b.json', ROWS[3:])}"
-
-
-FORMATS = [write_csv, write_packed, write_arrow, write_stream, write_saved, write_saved_splits, write_folder,
-           write_several, lambda folder: write_rows(folder / "a.parquet", ROWS),
-           lambda folder: write_rows(folder / "a.json", ROWS), write_pattern]  # fmt: skip
-
-
-@pytest.mark.parametrize("write", FORMATS)
-def test_a_format_gives_the_same_samples(write: Callable[[Path], str], tmp_path: Path) -> None:
-    cage = Cage(tmp_path / "tokenizer")
-    expected = [cage.oracle.plain(row["prompt"], row["completion"]) for row in ROWS]
-    assert cage.samples(write(tmp_path)) == expected
 
 
 # Lengths ----------------------------------------------------------------------------------------------------

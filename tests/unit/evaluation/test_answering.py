@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from forked_ranks import run_on_ranks
-from tiny_decoders import build
+from task_files import refusal
+from tiny_decoders import build, calls_of
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.task import Example, Reading, Task
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.evaluation.answering import ScoredSet, _stop_test, _text, answer_all, encode_scored
+from megatron_tiedlora.evaluation.answering import _stop_test, _text, answer_all, encode_scored
 from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.parallel.groups import Grid
@@ -84,18 +84,14 @@ def test_answers_stand_in_the_samples_order_and_end_before_the_stop(folder: Path
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     assert [answer.prediction for answer in alone] == [text.split(STOP)[0].strip() for text in texts]
     assert any(STOP in text for text in texts) and not all(STOP in text for text in texts)
-
-
-def test_each_choice_has_a_score_of_its_own(alone: list[Answer]) -> None:
-    for answer in alone:
+    for answer in alone:  # each choice has a score of its own
         assert len(answer.choice_scores) == len(answer.example.choices) == len(set(answer.choice_scores))
         assert all(score < 0 for score in answer.choice_scores)
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 100])
 def test_the_batch_size_changes_nothing(folder: Path, alone: list[Answer], batch_size: int) -> None:
-    found = answers(folder, Grid(0, 1), batch_size)
-    assert same(found, alone)
+    assert same(answers(folder, Grid(0, 1), batch_size), alone)
 
 
 def test_samples_without_choices_have_no_scores(folder: Path, alone: list[Answer]) -> None:
@@ -112,9 +108,8 @@ def test_the_stop_ends_decoding_and_not_only_the_text(folder: Path) -> None:
     decoder, tokenizer = build(folder, grid=Grid(0, 1)), load_tokenizer(folder)
     index = next(i for i, answer in enumerate(free) if answer.prediction == text)
     scored = encode_scored([examples()[index]], task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
-    calls: list[int] = []
-    decoder.stage.layers["0"].register_forward_hook(lambda *_: calls.append(1))
-    found = answer_all(decoder, {"": scored}, grid=Grid(0, 1))[""]
+    with calls_of(decoder) as calls:
+        found = answer_all(decoder, {"": scored}, grid=Grid(0, 1))[""]
     assert found[0].prediction == text.split(stop)[0].strip()
     assert len(calls) - 2 < NEW_TOKENS  # two calls are the choices'
 
@@ -147,21 +142,6 @@ def test_every_rank_agrees_as_often(folder: Path) -> None:
     assert len(asked) == 3 * (NEW_TOKENS // 8 + 1)
 
 
-def test_a_prompt_that_is_too_long_loses_its_middle(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    scored: ScoredSet = encode_scored(examples(), task(), tokenizer, longest_prompt=20, model_folder=folder, **SIZE)
-    lengths = [len(example.prompt) + 1 for example in examples()]  # a byte a token, and BOS
-    assert scored.num_truncated == sum(length > 20 for length in lengths) > 0
-    assert [len(prompt) for prompt in scored.prompts] == [min(length, 20) for length in lengths]
-
-
-def test_a_tokenizer_without_eos_is_refused(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    tokenizer.eos_token = None
-    with pytest.raises(UserError, match="end-of-sequence"):
-        encode_scored(examples(), task(), tokenizer, longest_prompt=20, model_folder=folder, **SIZE)
-
-
 def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[Answer], tmp_path: Path) -> None:
     """Chat models list several in generation_config.json, of which the tokenizer knows one."""
     tokenizer, decoder = load_tokenizer(folder), build(folder, grid=Grid(0, 1))
@@ -176,10 +156,13 @@ def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[
 
 
 def test_what_no_prediction_could_get_right_is_refused_before_decoding(folder: Path) -> None:
-    sample = Example("How many?", " 18", "test.jsonl:3")
-    tokenizer = load_tokenizer(folder)
-    with pytest.raises(UserError, match=r"test\.jsonl:3.*#### NUMBER"):
-        encode_scored([sample], get_task("gsm8k"), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
+    """A reference without its number, and answers that nothing ends."""
+    sample, tokenizer = Example("How many?", " 18", "test.jsonl:3"), load_tokenizer(folder)
+    options: dict[str, Any] = {"longest_prompt": 60, "model_folder": folder, **SIZE}
+    message = refusal(lambda: encode_scored([sample], get_task("gsm8k"), tokenizer, **options))
+    assert message.startswith("test.jsonl:3") and "#### NUMBER" in message
+    tokenizer.eos_token = None
+    assert "end-of-sequence" in refusal(lambda: encode_scored(examples(), task(), tokenizer, **options))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from attention_layers import attention_layer
 from forked_ranks import run_on_ranks
 from oracle import OracleConfig, load_weights, merged_weights
-from tiny_decoders import build, decoded_adapter
+from tiny_decoders import build, calls_of, decoded_adapter
 from tiny_models import EOS_ID, write_tiny_model
 
 from megatron_tiedlora.checkpoint.load_model import load_model
@@ -20,10 +21,13 @@ from megatron_tiedlora.evaluation.generate import (
     TOKENS_BETWEEN_AGREEMENTS,
     Decoder,
     Prompts,
+    _groups,
     ending_log_likelihoods,
     generate,
     similar_lengths,
+    split_evenly,
 )
+from megatron_tiedlora.model.attention import KeyValueCache, _attend_to_cache
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -41,6 +45,7 @@ LAYOUTS: dict[tuple[int, int, int], tuple[str, ...]] = {
     **dict.fromkeys([(2, 1, 1), (1, 1, 3)], FEW),
 }
 NEW_TOKENS = 2 * TOKENS_BETWEEN_AGREEMENTS
+Expected = dict[str, list[list[int]]]  # by shape, the tokens of each prompt
 
 
 def prompts(seed: int = 0, count: int = 32, longest: int = 30) -> list[list[int]]:
@@ -66,14 +71,8 @@ class Reference:
     def generate(self, prompt: list[int], *, eos_id: int = EOS_ID, new: int = NEW_TOKENS) -> list[int]:
         """transformers' greedy continuation, without EOS and what would follow it."""
         ids = torch.tensor([prompt])
-        output = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=new,
-            eos_token_id=eos_id,
-            pad_token_id=eos_id,
-        )
+        options = {"do_sample": False, "max_new_tokens": new, "eos_token_id": eos_id, "pad_token_id": eos_id}
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         new_tokens: list[int] = output[0, len(prompt) :].tolist()
         return new_tokens[: new_tokens.index(eos_id)] if eos_id in new_tokens else new_tokens
 
@@ -95,7 +94,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
 
 
 @pytest.fixture(scope="module")
-def expected(references: dict[str, Reference]) -> dict[str, list[list[int]]]:
+def expected(references: dict[str, Reference]) -> Expected:
     return {name: [reference.generate(prompt) for prompt in prompts()] for name, reference in references.items()}
 
 
@@ -109,7 +108,7 @@ def decode(decoder: Decoder, batch: list[list[int]], *, eos_id: int = EOS_ID, ne
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_equal_those_of_transformers(
-    references: dict[str, Reference], expected: dict[str, list[list[int]]], shape: str, merged: bool
+    references: dict[str, Reference], expected: Expected, shape: str, merged: bool
 ) -> None:
     decoder = build(references[shape].folder, grid=Grid(0, 1), merged=merged)
     assert (decoder.stage.adapter is None) == merged
@@ -131,6 +130,8 @@ def test_a_prompt_decodes_alike_in_any_company(decoder: Decoder) -> None:
     assert decode(decoder, [batch[i] for i in order]) == [together[i] for i in order]
     assert [decode(decoder, [prompt])[0] for prompt in batch] == together
     assert decode(decoder, [batch[3]] * 2) == [together[3]] * 2
+    for new in (1, 2):
+        assert decode(decoder, batch, new=new) == [row[:new] for row in together]
 
 
 def test_decoding_ends_at_eos_for_each_prompt_alone(decoder: Decoder, references: dict[str, Reference]) -> None:
@@ -157,61 +158,43 @@ def test_decoding_ends_where_it_is_told_to(decoder: Decoder) -> None:
     assert len({len(row) for row in rows}) > 1
 
 
-def count_calls(decoder: Decoder) -> tuple[list[int], Any]:
-    calls: list[int] = []
-    return calls, decoder.stage.layers["0"].register_forward_hook(lambda *_: calls.append(1))
-
-
 def test_the_model_is_called_once_a_token_and_no_more_once_all_are_done(decoder: Decoder) -> None:
     (prompt,) = prompts(seed=4)[3:4]
     row = decode(decoder, [prompt])[0]
     stop = next(index for index in range(1, NEW_TOKENS) if row[index] not in row[:index])
-    calls, handle = count_calls(decoder)
-    try:
+    with calls_of(decoder) as calls:
         decode(decoder, [prompt], eos_id=row[stop])
-        assert len(calls) == stop + 1
-        calls.clear()
+    assert len(calls) == stop + 1
+    with calls_of(decoder) as calls:
         decode(decoder, [prompt], new=6)
-        assert len(calls) == 6
-        # Another rank has work left: this one is asked on and on, and rests.
-        calls.clear()
-        asked: list[bool] = []
-        given = Prompts([prompt], (row[stop],), NEW_TOKENS)
+    assert len(calls) == 6
+    # Another rank has work left: this one is asked on and on, and rests.
+    asked: list[bool] = []
+    given = Prompts([prompt], (row[stop],), NEW_TOKENS)
+    with calls_of(decoder) as calls:
         again = generate(decoder, [given], agree=lambda mine: bool(asked.append(mine)))
-        assert again == [[row[:stop]]] and len(calls) == stop + 1
-        steps = range(TOKENS_BETWEEN_AGREEMENTS, NEW_TOKENS + 1, TOKENS_BETWEEN_AGREEMENTS)
-        assert asked == [step > stop for step in steps]
-    finally:
-        handle.remove()
+    assert again == [[row[:stop]]] and len(calls) == stop + 1
+    steps = range(TOKENS_BETWEEN_AGREEMENTS, NEW_TOKENS + 1, TOKENS_BETWEEN_AGREEMENTS)
+    assert asked == [step > stop for step in steps]
 
 
-def test_ranks_that_call_together_go_on_until_all_are_done(references: dict[str, Reference]) -> None:
-    """Under ZeRO-3 a rank whose sequences have ended keeps calling the model, and its answer stays the same."""
+def test_ranks_that_call_together_call_equally_often(references: dict[str, Reference]) -> None:
+    """Under ZeRO-3 a rank whose sequences have ended keeps calling the model, and its answer stays the same. Prompts
+    are read in one call, whatever their lengths are: a peer's may be alike."""
     decoder, (prompt,) = build(references["gqa"].folder, grid=Grid(0, 1), calls_together=True), prompts(seed=4)[3:4]
     row = decode(decoder, [prompt])[0]
-    stop = next(index for index in range(1, NEW_TOKENS) if row[index] not in row[:index])
-    calls, asked = count_calls(decoder)[0], []
-    given = Prompts([prompt], (row[stop],), NEW_TOKENS)
-    rows = generate(decoder, [given], agree=lambda mine: bool(asked.append(mine)))
+    stop, asked = next(index for index in range(1, NEW_TOKENS) if row[index] not in row[:index]), []
+    with calls_of(decoder) as calls:
+        given = Prompts([prompt], (row[stop],), NEW_TOKENS)
+        rows = generate(decoder, [given], agree=lambda mine: bool(asked.append(mine)))
     assert rows == [[row[:stop]]] and len(calls) == NEW_TOKENS
     assert asked == [False] * stop + [True] * (NEW_TOKENS - stop)
-
-
-def test_ranks_that_call_together_read_their_prompts_in_one_call(references: dict[str, Reference]) -> None:
-    """Whatever the lengths are: a peer's may be alike, and it must call as often."""
-    decoder = build(references["gqa"].folder, grid=Grid(0, 1), calls_together=True)
-    calls = count_calls(decoder)[0]
-    decode(decoder, [[5] * length for length in (3, 30, 12, 28, 11)], new=1)
+    with calls_of(decoder) as calls:
+        decode(decoder, [[5] * length for length in (3, 30, 12, 28, 11)], new=1)
     assert len(calls) == 1
-    calls.clear()
-    ending_log_likelihoods(decoder, [([5] * 4500, [[6, 7]] * 4)] * 2)
+    with calls_of(decoder) as calls:
+        ending_log_likelihoods(decoder, [([5] * 4500, [[6, 7]] * 4)] * 2)
     assert len(calls) == 2
-
-
-@pytest.mark.parametrize("new", [1, 2])
-def test_few_tokens(decoder: Decoder, new: int) -> None:
-    batch = prompts(seed=5, count=9)
-    assert decode(decoder, batch, new=new) == [row[:new] for row in decode(decoder, batch)]
 
 
 @torch.no_grad()
@@ -228,16 +211,12 @@ def test_a_bf16_model_chooses_by_its_own_logits(tmp_path: Path) -> None:
         assert (logits.amax(1) - chosen <= 0.03 * logits.abs().amax(1)).all()
 
 
-def test_prompts_of_similar_length_are_computed_together(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_similar_length_are_computed_together(decoder: Decoder) -> None:
     assert similar_lengths([100, 80, 75, 74, 60, 56, 10]) == [slice(0, 3), slice(3, 6), slice(6, 7)]
     assert similar_lengths([5000, 5000, 4096, 4096, 4096]) == [slice(0, 1), slice(1, 2), slice(2, 4), slice(4, 5)]
     assert similar_lengths([9]) == [slice(0, 1)]
-    shapes: list[tuple[int, ...]] = []
-    handle = decoder.stage.layers["0"].register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
-    try:
+    with calls_of(decoder) as shapes:
         decode(decoder, [[5] * length for length in (3, 30, 12, 28, 11)], new=1)
-    finally:
-        handle.remove()
     assert shapes == [(2, 30), (2, 12), (1, 3)]
 
 
@@ -278,12 +257,8 @@ def test_likelihoods_of_endings_equal_those_of_whole_passes(references: dict[str
 
 
 def test_a_prompt_is_computed_once_for_all_its_endings(decoder: Decoder) -> None:
-    shapes: list[tuple[int, ...]] = []
-    handle = decoder.stage.layers["0"].register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
-    try:
+    with calls_of(decoder) as shapes:
         ending_log_likelihoods(decoder, samples())
-    finally:
-        handle.remove()
     longest = max(len(prompt) for prompt, _ in samples())
     longest_ending = max(len(ending) for _, endings in samples() for ending in endings)
     assert shapes == [(7, longest - 1), (28, longest_ending)]
@@ -319,24 +294,13 @@ def _stopped(decoder: Decoder, batch: list[list[int]]) -> list[list[int]]:
     return decode(decoder, batch, new=3)
 
 
-@pytest.fixture(scope="module")
-def likelihoods(references: dict[str, Reference]) -> torch.Tensor:
-    return torch.tensor(reference_likelihoods(references["gqa"].model))
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(("dp", "tp", "pp"), LAYOUTS)
 def test_every_layout_decodes_the_same(
-    references: dict[str, Reference],
-    expected: dict[str, list[list[int]]],
-    likelihoods: torch.Tensor,
-    tmp_path: Path,
-    dp: int,
-    tp: int,
-    pp: int,
-    whole: bool,
+    references: dict[str, Reference], expected: Expected, tmp_path: Path, dp: int, tp: int, pp: int, whole: bool
 ) -> None:
     """All ranks have all tokens; three stages have parts of 10, 11 and 11 prompts under way."""
+    likelihoods = torch.tensor(reference_likelihoods(references["gqa"].model))
     shapes = tuple(SHAPES) if whole and pp < 3 else LAYOUTS[dp, tp, pp]
     folders = {name: str(references[name].folder) for name in shapes}
     world = dp * tp * pp
@@ -389,3 +353,64 @@ def test_choices_travel_apart_from_hidden_states(references: dict[str, Reference
         _groups_used, str(references["gqa"].folder), ranks=2, folder=tmp_path / "ranks"
     ):
         assert between_stages and from_the_last and not between_stages & from_the_last
+
+
+# Parts by themselves --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 5])
+def test_attention_to_a_cache(
+    dtype: torch.dtype, length: int, by_tokens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a plain softmax, in every dtype that a cache may have; CUDA's kernels lay their results out by tokens."""
+    original = torch.nn.functional.scaled_dot_product_attention
+    if by_tokens:
+        monkeypatch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda *args, **keywords: original(*args, **keywords).transpose(1, 2).contiguous().transpose(1, 2),
+        )
+    torch.manual_seed(0)
+    layer = attention_layer(6, 2, dtype=dtype)
+    cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=dtype))
+    cache.update(torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8), torch.arange(9).expand(3, 9))
+    positions = torch.tensor([[9], [4], [7]]) + torch.arange(length)
+    context = layer.context(positions, dtype, cache=cache)
+    cache.update(torch.randn(3, 2, length, 8), torch.randn(3, 2, length, 8), positions)
+    query = torch.randn(3, 6, length, 8, dtype=dtype)
+    ours = _attend_to_cache(query, cache, context.mask)
+    keys, values = (tensor.double().repeat_interleave(3, dim=1) for tensor in (cache.keys, cache.values))
+    scores = query.double() @ keys.transpose(2, 3) / 8**0.5
+    hidden = torch.arange(20) > positions[:, None, :, None]
+    wanted = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
+    assert torch.allclose(ours.double(), wanted, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("filled", [6, 7, 8, 9])
+def test_rows_of_a_mask_begin_at_multiples_of_8(filled: int) -> None:
+    """Else CUDA's kernel copies it in every layer."""
+    layer = attention_layer(6, 2, dtype=torch.bfloat16)
+    cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=torch.bfloat16))
+    cache.filled = filled
+    positions = torch.tensor([[filled], [2], [4]])
+    mask = layer.context(positions, torch.bfloat16, cache=cache).mask
+    assert mask is not None and mask.shape == (6, 3, filled + 1)
+    assert mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1])
+    seen = torch.arange(filled + 1) <= positions
+    assert torch.equal(mask == 0, seen[:, None, None].expand(3, 2, 3, -1).reshape(mask.shape))
+
+
+def test_parts_of_a_batch_are_even_and_none_is_empty() -> None:
+    assert split_evenly("abcdefg", 3) == ["ab", "cd", "efg"]
+    assert split_evenly("ab", 3) == ["a", "b"]
+    assert split_evenly("abc", 1) == ["abc"]
+
+
+def test_endings_are_scored_in_groups_of_a_bounded_size() -> None:
+    samples = [([1] * length, [[2] * 10] * 4) for length in (4086, 4086, 1000, 1000, 9000)]
+    sizes = [len(group) for group in _groups(samples, whole=False)]
+    assert sizes == [2, 2, 1]  # 8 x 4,096 is the bound; one sample is never split
+    assert [len(group) for group in _groups(samples, whole=True)] == [5]
+    assert [len(group) for group in _groups(samples[:1], whole=False)] == [1]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from task_files import refusal
 
-from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.evaluation.metrics import (
     METRICS,
@@ -35,7 +35,7 @@ def sample(metric: str, prediction: str, *references: str, **keywords: Any) -> f
     return METRICS[metric].sample(answer(prediction, *references, **keywords))
 
 
-# --------------------------------------------------------------------------------------------- GSM8K
+# --------------------------------------------------------------------------------------------- numbers and texts
 
 
 @pytest.mark.parametrize(
@@ -57,18 +57,6 @@ def test_gsm8k_takes_the_number_behind_the_hashes(text: str, number: str | None)
     assert final_number(text) == number
 
 
-def test_gsm8k_compares_numbers_as_strings() -> None:
-    assert sample("gsm8k", "so\n#### 1,000", "... #### 1000") == 100
-    assert sample("gsm8k", "#### -3", "#### 3") == 0
-    assert sample("gsm8k", "#### 18.0", "#### 18") == 0
-    assert sample("gsm8k", "18", "#### 18") == 0
-    assert sample("gsm8k", "none", "none") == 0  # no number is wrong, whatever the reference
-    assert sample("gsm8k", "#### 2", "#### 1", "#### 2") == 100
-
-
-# --------------------------------------------------------------------------------------------- SQuAD, exact match
-
-
 @pytest.mark.parametrize(
     ("text", "normal"),
     [
@@ -85,57 +73,49 @@ def test_squad_normalisation(text: str, normal: str) -> None:
     assert normalise_squad(text) == normal
 
 
-def test_squad_is_the_best_over_all_gold_answers() -> None:
-    golds = ("Denver Broncos", "the Broncos", "Broncos")
-    assert sample("squad", "The Denver Broncos.", *golds) == 100
-    assert sample("squad", "broncos", *golds) == 100
-    assert sample("squad", "Denver", *golds) == 0
-    assert sample("squad", "", *golds) == 0
+GOLDS = ("Denver Broncos", "the Broncos", "Broncos")
+# metric, prediction, references, score
+SCORES: list[tuple[str, str, tuple[str, ...], float]] = [
+    ("gsm8k", "so\n#### 1,000", ("... #### 1000",), 100),
+    ("gsm8k", "#### -3", ("#### 3",), 0),
+    ("gsm8k", "#### 18.0", ("#### 18",), 0),  # numbers are compared as strings
+    ("gsm8k", "18", ("#### 18",), 0),
+    ("gsm8k", "none", ("none",), 0),  # no number is wrong, whatever the reference
+    ("gsm8k", "#### 2", ("#### 1", "#### 2"), 100),
+    ("squad", "The Denver Broncos.", GOLDS, 100),
+    ("squad", "broncos", GOLDS, 100),
+    ("squad", "Denver", GOLDS, 0),
+    ("squad", "", GOLDS, 0),
+    ("squad", "the", ("a",), 100),
+    ("squad_f1", "the", ("a",), 0),  # nothing in common once normalised, though exact match calls these equal
+    ("squad_f1", "The Denver Broncos.", ("denver broncos",), 100),
+    ("squad_f1", "the Denver Broncos team", ("Denver Broncos",), 80),  # p = 2/3, r = 1
+    ("squad_f1", "no no no", ("no no",), 80),  # bags, not sets: two of three, two of two
+    ("squad_f1", "blue red", ("red blue",), 100),  # order does not count
+    ("squad_f1", "Denver", ("Carolina Panthers", "Denver Broncos won the game"), 40),  # p = 1, r = 1/4
+    ("squad_f1", "Denver", ("Carolina",), 0),
+    ("squad_f1", "", ("Denver",), 0),
+    ("exact_match", " Yes\n", ("no", "Yes "), 100),  # white space at the ends only
+    ("exact_match", "yes", ("Yes",), 0),
+    ("exact_match", "a  b", ("a b",), 0),
+    ("rougeL", "the cat is on the mat", ("the cat sat on the mat",), 500 / 6),  # 5 of 6 words in order, both ways
+    ("rougeL", "The CAT, sat!", ("the cat sat",), 100),
+    ("rougeL", "a b", ("a b c d",), 200 / 3),  # p = 1, r = 1/2
+    ("rougeL", "b a", ("a b",), 50),  # a subsequence of one word
+    ("rougeL", "he was running", ("he was runs",), 100),  # one stem; 2/3 without the stemmer
+    ("rougeL", "a b", ("x y", "a b c d", "b"), 200 / 3),  # the best reference, neither first nor last nor a mean
+    ("rougeL", "", ("a b",), 0),
+    ("rougeL", "猫", ("猫",), 0),  # the library's tokens are a-z and 0-9
+    # Effective order: three words have no 4-gram, and are right all the same; sacrebleu's sentence default gives 0.
+    ("bleu", "a b c", ("a b c",), 100),
+    ("bleu", "", ("a b c",), 0),
+    ("bleu", "Yes, it is.", ("Yes , it is .",), 100),  # it tokenises
+]
 
 
-@pytest.mark.parametrize(
-    ("prediction", "golds", "f1"),
-    [
-        ("The Denver Broncos.", ("denver broncos",), 100),
-        ("the Denver Broncos team", ("Denver Broncos",), 80),  # p = 2/3, r = 1
-        ("no no no", ("no no",), 80),  # bags, not sets: two of three, two of two
-        ("blue red", ("red blue",), 100),  # order does not count
-        ("Denver", ("Carolina Panthers", "Denver Broncos won the game"), 40),  # best: p = 1, r = 1/4 (no article)
-        ("Denver", ("Carolina",), 0),
-        ("", ("Denver",), 0),
-        ("the", ("a",), 0),  # nothing in common once normalised, though exact match calls these equal
-    ],
-)
-def test_squad_f1(prediction: str, golds: tuple[str, ...], f1: float) -> None:
-    assert sample("squad_f1", prediction, *golds) == pytest.approx(f1)
-    if f1 == 0 and prediction == "the":
-        assert sample("squad", prediction, *golds) == 100
-
-
-def test_plain_exact_match_leaves_out_white_space_at_the_ends_only() -> None:
-    assert sample("exact_match", " Yes\n", "no", "Yes ") == 100
-    assert sample("exact_match", "yes", "Yes") == 0
-    assert sample("exact_match", "a  b", "a b") == 0
-
-
-# --------------------------------------------------------------------------------------------- ROUGE-L
-
-
-@pytest.mark.parametrize(
-    ("prediction", "references", "f"),
-    [
-        ("the cat is on the mat", ("the cat sat on the mat",), 500 / 6),  # 5 of 6 words in order, both ways
-        ("The CAT, sat!", ("the cat sat",), 100),
-        ("a b", ("a b c d",), 200 / 3),  # p = 1, r = 1/2
-        ("b a", ("a b",), 50),  # a subsequence of one word
-        ("he was running", ("he was runs",), 100),  # one stem; 2/3 without the stemmer
-        ("a b", ("x y", "a b c d", "b"), 200 / 3),  # the best reference, neither the first nor the last nor a mean
-        ("", ("a b",), 0),
-        ("猫", ("猫",), 0),  # the library's tokens are a-z and 0-9
-    ],
-)
-def test_rouge_l(prediction: str, references: tuple[str, ...], f: float) -> None:
-    assert sample("rougeL", prediction, *references) == pytest.approx(f)
+@pytest.mark.parametrize(("metric", "prediction", "references", "score"), SCORES)
+def test_scores_worked_by_hand(metric: str, prediction: str, references: tuple[str, ...], score: float) -> None:
+    assert sample(metric, prediction, *references) == pytest.approx(score)
 
 
 # --------------------------------------------------------------------------------------------- BLEU
@@ -153,10 +133,6 @@ def test_bleu_of_a_corpus_and_of_a_sentence() -> None:
     # 3/4, 2/3, 1/2 and no 4-gram of one: "exp" smoothing takes 1/2 of a match for the first order without one.
     none = [answer("a b c d", "a b c x")]
     assert score_answers(["bleu"], none)["bleu"].value == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25)
-    # Effective order: three words have no 4-gram, and are right all the same; sacrebleu's sentence default gives 0.
-    assert sample("bleu", "a b c", "a b c") == pytest.approx(100)
-    assert sample("bleu", "", "a b c") == 0
-    assert sample("bleu", "Yes, it is.", "Yes , it is .") == pytest.approx(100)  # it tokenises
 
 
 def test_bleu_takes_the_closest_reference_and_the_union_of_n_grams() -> None:
@@ -263,8 +239,8 @@ def test_likelihood_per_character() -> None:
     ],
 )
 def test_endings_that_cannot_be_scored(metric: str, choices: tuple[str, ...], said: str) -> None:
-    with pytest.raises(UserError, match=rf"^rows\.jsonl:7: {said}[^\n]*$"):
-        sample(metric, "x", "right", choices=choices, scores=(-1.0, -2.0))
+    message = refusal(lambda: sample(metric, "x", "right", choices=choices, scores=(-1.0, -2.0)))
+    assert message.startswith(f"rows.jsonl:7: {said}")
 
 
 # --------------------------------------------------------------------------------------------- all metrics
@@ -291,15 +267,15 @@ def test_blank_references_do_not_count(metric: str) -> None:
         alone = sample(metric, text, "#### 7 b", **keywords)
         assert sample(metric, text, " ", "#### 7 b", "", **keywords) == alone
     assert sample(metric, "", "", "word", choices=("word", "c"), scores=(-9.0, -1.0)) == 0
-    with pytest.raises(UserError, match=r"^rows\.jsonl:7: no reference to score against[^\n]*$"):
-        score_answers([metric], [answer("x", "", " \n", **keywords)])
+    blank = [answer("x", "", " \n", **keywords)]
+    assert refusal(lambda: score_answers([metric], blank)).startswith("rows.jsonl:7: no reference to score against")
 
 
 def test_unknown_metric_and_no_answers() -> None:
-    with pytest.raises(UserError, match=r"^metric 'rouge1' is unknown; the metrics are exact_match, gsm8k, [^\n]*$"):
-        find_metric("rouge1")
-    with pytest.raises(UserError, match="no answers to score"):
-        score_answers(["squad"], [])
+    assert refusal(lambda: find_metric("rouge1")).startswith(
+        "metric 'rouge1' is unknown; the metrics are exact_match, gsm8k, "
+    )
+    assert "no answers to score" in refusal(lambda: score_answers(["squad"], []))
 
 
 def test_no_network_no_data_and_no_library_before_it_is_needed(tmp_path: Path) -> None:
@@ -315,21 +291,12 @@ example = Example("p", " Running dogs", "here", choices=("Running dogs", "No cat
 scores = score_answers(list(METRICS), [Answer("runs dog", example, (-1.0, -2.0))])
 print(*(f"{name}={score.value:.1f}" for name, score in scores.items()))
 """
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HOME": str(tmp_path),
-        "HF_HOME": str(tmp_path),
-        "NLTK_DATA": str(tmp_path),
-    }
+    homes = dict.fromkeys(("HOME", "HF_HOME", "NLTK_DATA"), str(tmp_path))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **homes}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert (
-        "exact_match=0.0" in done.stdout
-        and "rougeL=100.0" in done.stdout
-        and "accuracy_loglikelihood=100.0" in (done.stdout)
-    )
+    for said in ("exact_match=0.0", "rougeL=100.0", "accuracy_loglikelihood=100.0"):
+        assert said in done.stdout
     assert not list(tmp_path.iterdir())  # and nothing is written at home
 
 
@@ -371,9 +338,8 @@ def test_scores_depend_on_the_seed_and_on_nothing_else() -> None:
     answers = bleu_corpus(50, num_references=None)
     both = score_answers(["bleu", "rougeL"], answers)
     assert list(both) == ["bleu", "rougeL"]
-    assert (
-        both["rougeL"] == score_answers(["rougeL"], answers)["rougeL"] == score_answers(["rougeL"], answers)["rougeL"]
-    )
+    for _ in range(2):
+        assert both["rougeL"] == score_answers(["rougeL"], answers)["rougeL"]
     other = score_answers(["rougeL"], answers, seed=1)["rougeL"]
     assert other.value == both["rougeL"].value and other.low != both["rougeL"].low
     assert both["rougeL"].low < both["rougeL"].value < both["rougeL"].high
